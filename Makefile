@@ -1,0 +1,36 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+FLOWGEN := .venv/bin/flowgen
+DEMO := outputs/demo
+
+.PHONY: help setup demo test lint bench
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
+
+setup: $(FLOWGEN) ## a virtual environment with everything, in .venv
+
+$(FLOWGEN): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(FLOWGEN) ## train on embedded digits for 3 minutes, sample, interpolate
+	test -f $(DEMO)/done || rm -rf $(DEMO)
+	test -f $(DEMO)/done || $(FLOWGEN) train experiment=demo out=$(DEMO)
+	touch $(DEMO)/done
+	$(FLOWGEN) evaluate --run $(DEMO)
+	$(FLOWGEN) sample --run $(DEMO) --temperature 0.7 --temperature 1
+	$(FLOWGEN) interpolate --run $(DEMO) tests/images/digit_2.png tests/images/digit_7.png
+
+test: $(FLOWGEN) ## every test
+	.venv/bin/pytest -n 2
+
+lint: $(FLOWGEN) ## style and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: $(FLOWGEN) ## training speed beside the package normflows
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	.venv/bin/python scripts/bench.py

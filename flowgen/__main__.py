@@ -1,0 +1,5 @@
+"""`python -m flowgen` is `flowgen`."""
+
+from flowgen.cli import main
+
+main()

@@ -1,0 +1,56 @@
+"""The multi-scale split as a bijection to one vector."""
+
+import torch
+from torch import Tensor
+
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.networks import Network
+
+
+class FactorOut(Bijection):
+    """Half of the channels leave, the other half goes on through `inner`: (B, C, H, W) -> (B, C*H*W).
+
+    Without a network the leaving half is latent as it is. With one it is standardised by the Gaussian that the network
+    predicts from the half that stays: z = (x_out - mean) exp(-log_deviation). The vector is [inner's latent, leaving half].
+    Real NVP (1605.08803), section 3.6; Glow (1807.03039), section 3.
+    """
+
+    def __init__(self, inner: Bijection, network: Network | None = None):
+        super().__init__()
+        self.inner = inner
+        self.network = network
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        stays, leaves = x.chunk(2, dim=1)
+        leaves, change = self._standardise(leaves, stays)
+        z, log_det = self.inner(stays)
+        return torch.cat([z, leaves.flatten(1)], dim=1), log_det + change
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        inner_z, leaves = z.chunk(2, dim=1)  # each half of the channels holds half of the numbers
+        stays, log_det = self.inner.inverse(inner_z)
+        leaves = leaves.view(stays.shape)
+        if self.network is not None:
+            mean, log_deviation = self._gaussian(self.network, stays)
+            leaves = torch.addcmul(mean, leaves, log_deviation.exp())
+            log_det = log_det + log_deviation.flatten(1).sum(1)
+        return torch.cat([stays, leaves], dim=1), log_det
+
+    def _standardise(self, leaves: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
+        if self.network is None:
+            return leaves, leaves.new_zeros(len(leaves))
+        mean, log_deviation = self._gaussian(self.network, stays)
+        return (leaves - mean) * (-log_deviation).exp(), -log_deviation.flatten(1).sum(1)
+
+    @staticmethod
+    def _gaussian(network: Network, stays: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_deviation = network(stays).to(stays.dtype).chunk(2, dim=1)
+        return mean, log_deviation
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        stays, leaves = x.chunk(2, dim=1)
+        if self.network is not None:
+            self.network.initialize(stays)
+        leaves, _ = self._standardise(leaves, stays)
+        return torch.cat([self.inner.initialize(stays), leaves.flatten(1)], dim=1)

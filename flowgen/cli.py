@@ -1,0 +1,193 @@
+"""The command line. Nothing here, nor at the top of what it imports, imports torch: `flowgen --help` must answer at once."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flowgen.config import options
+from flowgen.errors import FlowgenError
+
+HYDRA_FLAGS = {"-m", "--multirun", "--help", "--cfg", "-c", "--resolve", "--info", "-i", "--package", "-p", "--version"}
+PATH = click.Path(path_type=Path)
+
+
+class Temperature(click.ParamType):
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or number < 0:
+            self.fail(f"{value!r} is no temperature: give a number of at least 0, such as 0.7", param, ctx)
+        return number
+
+
+def complete_override(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """`model=gl` to `model=glow`, and so for every group of the configuration."""
+    group, equals, _ = incomplete.partition("=")
+    if equals:
+        return [f"{group}={name}" for name in options(group) if f"{group}={name}".startswith(incomplete)]
+    groups = ["data=", "experiment=", "model=", "trainer=", "trainer.minutes=", "trainer.steps=", "out=", "seed=", "data.root="]
+    return [name for name in groups if name.startswith(incomplete)]
+
+
+def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from flowgen.training.find import list_runs
+
+    return [str(run.folder) for run in list_runs() if str(run.folder).startswith(incomplete)]
+
+
+run_option = click.option(
+    "--run", "name", metavar="RUN", shell_complete=complete_run, help="Run folder, checkpoint, or name under outputs/."
+)
+device_option = click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu or cuda.")
+out_option = click.option("--out", type=PATH, metavar="FILE", help="Where to write; by default into the run's folder.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="flowgen", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Train, judge and use likelihood-based image models.
+
+    RUN is a run's folder, a checkpoint file, or a name under outputs/; without it, the newest run that fits.
+    """
+
+
+@cli.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[OVERRIDE]...", shell_complete=complete_override)
+def train(words: tuple[str, ...]) -> None:
+    """Train a model: model=glow data=celeba trainer.steps=2000 out=DIR; train --help lists what there is."""
+    unknown = [word for word in words if word.startswith("-") and word.partition("=")[0] not in HYDRA_FLAGS]
+    if unknown:
+        raise click.UsageError(f"no such option: {unknown[0]}; what to train is said as KEY=VALUE, see `flowgen train --help`")
+    _command("train").train(list(words))
+
+
+@cli.command()
+@click.argument("name", metavar="RUN", shell_complete=complete_run)
+@click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...")
+def resume(name: str, overrides: tuple[str, ...]) -> None:
+    """Go on from RUN's last good checkpoint, with its own configuration but for each KEY=VALUE."""
+    _command("train").resume(name, list(overrides))
+
+
+@cli.command()
+@run_option
+@click.option(
+    "--temperature", "temperatures", type=Temperature(), multiple=True, default=(0.7,), show_default=True, help="May be repeated."
+)
+@click.option("--count", type=click.IntRange(1), default=32, show_default=True, help="Samples for each temperature.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@device_option
+@out_option
+def sample(name: str | None, temperatures: tuple[float, ...], count: int, seed: int, device: str, out: Path | None) -> None:
+    """Draw a grid of samples, a block of rows for each temperature, sorted by log-probability."""
+    click.echo(_command("sample").sample(name, list(temperatures), count, seed, device, out))
+
+
+@cli.command()
+@click.argument("first", type=PATH, metavar="IMG1")
+@click.argument("second", type=PATH, metavar="IMG2")
+@run_option
+@click.option("--steps", type=click.IntRange(2), default=9, show_default=True, help="Pictures in a row, both ends among them.")
+@click.option("--spherical", is_flag=True, help="Along a great circle rather than a line.")
+@device_option
+@out_option
+def interpolate(first: Path, second: Path, name: str | None, steps: int, spherical: bool, device: str, out: Path | None) -> None:
+    """Walk from one image to another: through the latents above, through the pixels below. FILE.gif is a film."""
+    click.echo(_command("interpolate").interpolate(first, second, name, steps, spherical, device, out))
+
+
+@cli.command()
+@run_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@device_option
+@click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...")
+def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
+    """Measure a model on the whole test split, as in `flowgen evaluate model.draws=8`."""
+    figures = _command("evaluate").evaluate(name, list(overrides), device)
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    for key, value in figures.items():
+        if not key.endswith("_error"):
+            error = f" +- {figures[f'{key}_error']:.4f}" if f"{key}_error" in figures else ""
+            click.echo(f"{key:16} {f'{value:.4f}' if isinstance(value, float) else value}{error}")
+
+
+@cli.command()
+def runs() -> None:
+    """List the runs under outputs/, newest first, with their best figure."""
+    rows = list(_command("runs").runs())
+    if not rows:
+        click.echo("no runs under outputs/ yet: train one with `flowgen train`")
+    for row in rows:
+        click.echo(f"{row.name:48}  {row.model:8} {row.data:14} step {row.step:<8} {row.best}")
+
+
+def _command(module: str) -> Any:
+    """A module of `flowgen.commands`, imported when its command runs."""
+    from importlib import import_module
+
+    _show_messages()
+    return import_module(f"flowgen.commands.{module}")
+
+
+def _show_messages() -> None:
+    """Messages go to standard error, above a progress bar where one is drawn."""
+    import logging
+
+    from tqdm import tqdm
+
+    class Screen(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stderr)
+
+    log = logging.getLogger("flowgen")
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    if not log.handlers:
+        screen = Screen(logging.INFO)
+        log.addHandler(screen)
+
+
+def main() -> None:
+    """Run the command line; every error ends as one line on standard error and an exit status."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        cli.main([word for word in arguments if word != "--debug"], prog_name="flowgen", standalone_mode=False)
+    except (KeyboardInterrupt, click.Abort):
+        _end("interrupted", 130)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "flowgen"
+        _end(f"{error.format_message()} (`{command} --help` says more)", 2)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        _end(_plain(error), 1)
+
+
+def _plain(error: Exception) -> str:
+    """One line for an error, whatever it is."""
+    if isinstance(error, FlowgenError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the disk'}: {error.strerror}"
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return "not enough memory: choose a smaller trainer.batch_size or --count, or set trainer.accumulate=2"
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (this is a fault of flowgen: --debug shows where)"
+
+
+def _end(message: str, status: int) -> None:
+    print(f"flowgen: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,143 @@
+"""Finding `conf/`, reading configurations, and building what they describe."""
+
+import importlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowgen.errors import FlowgenError
+
+if TYPE_CHECKING:
+    from flowgen.data import Images
+    from flowgen.models import GenerativeModel
+
+
+def conf_folder() -> Path:
+    """The YAML files: inside the installed package, or at the top of the repository."""
+    package = Path(__file__).parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def options(group: str) -> list[str]:
+    """What `group=` can be, as in options("model")."""
+    folder = conf_folder() / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def save_config(config: dict[str, Any], path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    aside = path.with_name(path.name + ".part")
+    OmegaConf.save(OmegaConf.create(config), aside)
+    aside.replace(path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Raises FlowgenError where the file is none of flowgen's."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise FlowgenError(f"{path} cannot be read as a configuration") from error
+    if not isinstance(config, dict) or not config.keys() >= {"model", "data", "trainer"}:
+        raise FlowgenError(f"{path} is no configuration of a run")
+    return {str(key): value for key, value in config.items()}
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """A configuration as dicts and lists, every reference resolved. Raises FlowgenError for a value that is missing."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue
+
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        raise FlowgenError(f"{error.full_key} is not set: set it, as in {error.full_key}=...") from error
+
+
+def override(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`config` with KEY=VALUE words applied. Raises FlowgenError for a key that it lacks."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for word in overrides:
+        if "=" not in word:
+            raise FlowgenError(f"{word!r} is no override: write KEY=VALUE, as in trainer.steps=2000")
+    tree: Any = OmegaConf.create(config)
+    OmegaConf.set_struct(tree, True)
+    try:
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
+    except OmegaConfBaseException as error:
+        raise FlowgenError(f"the run has no such setting: {one_line(error)}") from error
+    return OmegaConf.to_container(tree)  # type: ignore[return-value]
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without the line breaks and the tree that Hydra and OmegaConf print below it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    noise = ("full_key:", "object_type=", "reference_type=", "See https", "Config search path", "provider=")
+    lines = [line for line in lines if line and not line.startswith(noise)]
+    return " ".join(lines) or type(error).__name__
+
+
+def build(section: str, config: dict[str, Any]) -> Any:
+    """The object that a section of a configuration describes: `_target_`, a class of flowgen, called with all the rest.
+
+    Raises FlowgenError for any other target, so that a configuration from a stranger's checkpoint can run no code, and for
+    arguments that the class refuses.
+    """
+    arguments = {key: build(key, value) if _is_node(value) else value for key, value in config.items() if key != "_target_"}
+    module, _, name = str(config.get("_target_")).rpartition(".")
+    if not module.startswith("flowgen."):
+        raise FlowgenError(f"{section}._target_={config.get('_target_')} is not part of flowgen")
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise FlowgenError(f"{section}._target_={module}.{name} does not exist") from error
+    if not isinstance(target, type) or not target.__module__.startswith("flowgen."):
+        raise FlowgenError(f"{section}._target_={module}.{name} is not a class of flowgen")
+    try:
+        return target(**arguments)
+    except FlowgenError as error:
+        message = str(error)
+        raise FlowgenError(message if f"{section}." in message else f"{section}: {message}") from error
+    except TypeError as error:
+        raise FlowgenError(f"{section}: {error}") from error
+
+
+def _is_node(value: object) -> bool:
+    return isinstance(value, dict) and "_target_" in value
+
+
+def build_data(config: dict[str, Any]) -> "Images":
+    return build("data", config["data"])
+
+
+def build_model(config: dict[str, Any]) -> "GenerativeModel":
+    """The untrained model; its weights depend on torch's random state."""
+    return build("model", config["model"])
+
+
+def load_model(run: str | os.PathLike[str], device: str = "cpu") -> "GenerativeModel":
+    """See `flowgen.load`."""
+    from flowgen.training.find import find_checkpoint
+
+    return model_of(find_checkpoint(str(run))[1], device)
+
+
+def model_of(checkpoint: dict[str, Any], device: str = "cpu") -> "GenerativeModel":
+    """The model of a checkpoint that has been read, with its averaged weights where there are any."""
+    from flowgen.training.device import choose_device
+
+    model = build_model(checkpoint["config"])
+    weights = checkpoint["model"]
+    if checkpoint["ema"] is not None:
+        weights = {name.removeprefix("module."): value for name, value in checkpoint["ema"].items() if name.startswith("module.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise FlowgenError("the checkpoint's weights are not those of the model that its configuration names: name another run") from error
+    return model.to(choose_device(device)).eval()

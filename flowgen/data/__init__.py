@@ -1,0 +1,9 @@
+"""Data sets as uint8 tensors, which know no model."""
+
+from flowgen.data.base import Images
+from flowgen.data.folder import ImageFolder
+from flowgen.data.mnist import MNIST
+from flowgen.data.mnist_sample import MNISTSample
+from flowgen.data.prepare import prepare, read_levels
+
+__all__ = ["MNIST", "ImageFolder", "Images", "MNISTSample", "prepare", "read_levels"]

@@ -1,0 +1,98 @@
+"""Prepared images on disk, so that a set is decoded once and may be larger than memory."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flowgen.data.prepare import prepare
+from flowgen.errors import FlowgenError
+
+CHUNK = 2048  # images decoded ahead of the writer
+log = logging.getLogger("flowgen")
+
+
+class Source(NamedTuple):
+    """Image files by name: what changes when a file changes, and how to read one."""
+
+    path: Path
+    stamps: dict[str, list[int]]
+    read: Callable[[str], bytes]
+
+
+def cache_folder() -> Path:
+    """`FLOWGEN_CACHE`, else `~/.cache/flowgen`."""
+    return Path(os.environ.get("FLOWGEN_CACHE", "~/.cache/flowgen")).expanduser()
+
+
+def prepared(source: Source, names: list[str], size: int, channels: int, crop: int | None) -> tuple[Tensor, list[str]]:
+    """The images `names`, prepared and memory-mapped, (N, channels, size, size) at 8 bits, and the names that could be used.
+
+    What cannot be read is named and counted. Raises FlowgenError where nothing can. The file is made again when `source`, the
+    settings or the choice of names change.
+    """
+    settings = _hash([str(source.path.resolve()), size, channels, crop])
+    contents = _hash([[name, source.stamps[name]] for name in names])
+    index = cache_folder() / f"{source.path.stem}-{settings}-{contents}.json"
+    if not index.exists():
+        index.parent.mkdir(parents=True, exist_ok=True)
+        for stale in index.parent.glob(f"{source.path.stem}-{settings}-*"):
+            stale.unlink()
+        _write(index, source, names, partial(prepare, size=size, channels=channels, crop=crop))
+    entry = json.loads(index.read_text())
+    kept, refused = entry["kept"], entry["refused"]
+    if refused:
+        log.warning("%d of %d images left out: %s", len(refused), len(names), "; ".join(refused[:3]) + "; ..." * (len(refused) > 3))
+    if not kept:
+        raise FlowgenError(f"none of the {len(names)} images of {source.path} can be used: {refused[0]}")
+    shape = (len(kept), channels, size, size)
+    return torch.from_file(str(index.with_suffix(".bin")), size=torch.Size(shape).numel(), dtype=torch.uint8).view(shape), kept
+
+
+def _write(index: Path, source: Source, names: list[str], make: Callable[[bytes], Tensor]) -> None:
+    """The images one after the other, then the index, whose presence says that both are whole."""
+    kept, refused = [], []
+    aside = index.with_suffix(f".{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            for name, image in _decode(source, names, make):
+                if isinstance(image, FlowgenError):
+                    refused.append(f"{name} {image}")
+                else:
+                    kept.append(name)
+                    file.write(image.contiguous().numpy().tobytes())
+        aside.replace(index.with_suffix(".bin"))
+        aside.write_text(json.dumps({"kept": kept, "refused": refused}))
+        aside.replace(index)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _decode(source: Source, names: list[str], make: Callable[[bytes], Tensor]) -> Iterator[tuple[str, Tensor | FlowgenError]]:
+    def attempt(name: str) -> Tensor | FlowgenError:
+        try:
+            return make(source.read(name))
+        except FlowgenError as error:
+            return error
+        except Exception as error:  # a damaged archive raises whatever its decompressor does
+            return FlowgenError(f"cannot be read ({error})")
+
+    bar = tqdm(total=len(names), desc=f"preparing {source.path.name}", unit="image", disable=None, leave=False)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+        for start in range(0, len(names), CHUNK):
+            chunk = names[start : start + CHUNK]
+            yield from zip(chunk, pool.map(attempt, chunk), strict=True)
+            bar.update(len(chunk))
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]

@@ -1,0 +1,90 @@
+"""Any folder or zip of images, the layout of CelebA among them."""
+
+import hashlib
+import logging
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from flowgen.data.base import Images
+from flowgen.data.cache import Source, prepared
+from flowgen.data.locate import locate
+from flowgen.errors import FlowgenError, check_choice, check_whole
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+PARTITION = "list_eval_partition"  # CelebA's official split: lines of a file's name and 0 (train), 1 (validation) or 2 (test)
+log = logging.getLogger("flowgen")
+
+
+class ImageFolder(Images):
+    """The images of a folder, of a zip, or of a folder that holds one zip, prepared once and kept in a cache.
+
+    The split is CelebA's official one where its list lies beside the images (its validation images are left out), else a tenth of
+    the names, chosen by their hash, is the test split. `cure` says where the data is to be had. Raises FlowgenError where `root`
+    is missing or holds no image.
+    """
+
+    def __init__(self, *, root: str | None, names: list[str], cure: str, channels: int, size: int, bits: int, flip: bool, crop: int | None):
+        check_choice((1, 3), channels=channels)
+        check_whole(size=size, **({} if crop is None else {"crop": crop}))
+        folder = locate(root, names, cure)
+        source = open_source(folder)
+        train, test = official_split(folder, list(source.stamps)) or hashed_split(list(source.stamps))
+        images, kept = prepared(source, train + test, size, channels, crop)
+        boundary = len(set(train).intersection(kept))
+        super().__init__(images[:boundary], images[boundary:], bits=bits, flip=flip)
+
+
+def open_source(root: Path) -> Source:
+    """The image files under `root`, sorted by name; hidden files and the shadows that macOS leaves in zips are passed over."""
+    if root.is_file():
+        return _open_zip(root)
+    files = [path for path in sorted(root.rglob("*")) if _is_image(str(path.relative_to(root)))]
+    if files:
+        stats = {str(path.relative_to(root)): path.stat() for path in files}
+        stamps = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        return Source(root, stamps, lambda name: (root / name).read_bytes())
+    archives = sorted(root.rglob("*.zip"))
+    if len(archives) == 1:
+        return _open_zip(archives[0])
+    raise FlowgenError(f"{root} holds no image and {len(archives)} zips: point data.root at a folder of images or at one zip")
+
+
+def _open_zip(path: Path) -> Source:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise FlowgenError(f"{path} is cut short or no zip: get it again, or point data.root at a folder of images") from error
+    infos = sorted((info for info in archive.infolist() if _is_image(info.filename)), key=lambda info: info.filename)
+    if not infos:
+        raise FlowgenError(f"{path} holds no image: point data.root at a folder or a zip of images")
+    return Source(path, {info.filename: [info.CRC, info.file_size] for info in infos}, archive.read)
+
+
+def _is_image(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return PurePosixPath(name).suffix.lower() in SUFFIXES and not any(part.startswith((".", "__MACOSX")) for part in parts)
+
+
+def official_split(root: Path, names: list[str]) -> tuple[list[str], list[str]] | None:
+    """The names that CelebA's list puts into train and test; None where no list lies under `root` or beside it."""
+    lists = sorted((root.parent if root.is_file() else root).rglob(f"{PARTITION}.*"))
+    if not lists:
+        return None
+    rows = (line.replace(",", " ").split() for line in lists[0].read_text().splitlines())
+    part = {row[0]: row[1] for row in rows if len(row) == 2}
+    missing = [name for name in names if PurePosixPath(name).name not in part]
+    if missing:
+        log.warning("%s does not name %s and %d others: the split goes by hash", lists[0], missing[0], len(missing) - 1)
+        return None
+    train, test = ([name for name in names if part[PurePosixPath(name).name] == number] for number in ("0", "2"))
+    return train, test
+
+
+def hashed_split(names: list[str]) -> tuple[list[str], list[str]]:
+    """One name in ten, decided by its own hash alone, goes to the test split; at least one does."""
+    test = {name for name in names if _digest(name) % 10 == 0} or {min(names, key=_digest)}
+    return [name for name in names if name not in test], [name for name in names if name in test]
+
+
+def _digest(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(PurePosixPath(name).name.encode()).digest()[:8], "big")

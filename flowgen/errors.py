@@ -1,0 +1,31 @@
+"""What a user can get wrong, and the checks that constructors share."""
+
+import math
+from collections.abc import Iterable
+
+
+class FlowgenError(ValueError):
+    """A mistake that its message, one plain sentence, tells the user how to mend."""
+
+
+def check_whole(**values: object) -> None:
+    """Raise `FlowgenError` unless every value is a whole number of at least 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise FlowgenError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def check_number(low: float = 0.0, **values: object) -> None:
+    """Raise `FlowgenError` unless every value is a finite number of at least `low`."""
+    for name, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < low:  # type: ignore[operator]
+            raise FlowgenError(f"{name} must be a number of at least {low:g}, not {value!r}")
+
+
+def check_choice(choices: Iterable[object], **values: object) -> None:
+    """Raise `FlowgenError` unless every value is one of `choices`."""
+    choices = list(choices)
+    for name, value in values.items():
+        if value not in choices:
+            raise FlowgenError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")

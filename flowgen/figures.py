@@ -1,0 +1,87 @@
+"""Pictures of levels and of figures: grids, strips, films, curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from flowgen.vision import make_grid
+
+SMALLEST_SIDE = 56  # pixels on the page; smaller images are enlarged by a whole factor
+
+
+def to_image(levels: Tensor, bits: int, columns: int) -> Image.Image:
+    """A grid of images, (N, channels, height, width) levels, `columns` in a row."""
+    pixels = levels.cpu().int() * 255 // (2**bits - 1)
+    factor = -(-SMALLEST_SIDE // min(levels.shape[-2:]))
+    pixels = pixels.to(torch.uint8).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
+    return Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
+
+
+def blocks(titled: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Image.Image:
+    """Grids one above the other, each under its title."""
+    font = ImageFont.load_default(14)
+    grids = [to_image(levels, bits, columns) for _, levels in titled]
+    bar = 24
+    page = Image.new("RGB", (max(grid.width for grid in grids), sum(grid.height + bar for grid in grids)), "white")
+    draw, top = ImageDraw.Draw(page), 0
+    for (title, _), grid in zip(titled, grids, strict=True):
+        draw.text((4, top + 4), title, fill="black", font=font)
+        page.paste(grid, (0, top + bar))
+        top += grid.height + bar
+    return page
+
+
+def film(frames: Sequence[Tensor], bits: int, columns: int, path: Path, milliseconds: int = 80) -> None:
+    """An endless GIF, one grid a frame."""
+    first, *rest = (to_image(frame, bits, columns) for frame in frames)
+    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
+
+
+def curves(rows: Sequence[dict[str, Any]], figure: str, path: Path) -> None:
+    """The training loss, its moving average, and the test figure against the step; the learning rate and gradient norm below."""
+    from matplotlib.figure import Figure
+
+    train = [row for row in rows if row["split"] == "train" and row.get("loss") is not None]
+    test = [row for row in rows if row["split"] == "test" and row.get(figure) is not None]
+    if not train and not test:
+        return
+    page = Figure(figsize=(8, 7), layout="constrained")
+    above, below = page.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    steps = [row["step"] for row in train]
+    losses = [row["loss"] for row in train]
+    above.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training loss")
+    above.plot(steps, _moving_average(losses), color="#08519c", label="training loss, moving average")
+    above.plot([row["step"] for row in test], [row[figure] for row in test], "o-", color="#d95f02", label=f"test {figure}")
+    values = sorted([row[figure] for row in test] + losses)
+    if values:
+        low, high = values[0], values[int(0.97 * (len(values) - 1))]  # the first steps would flatten all the rest
+        above.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    above.set_ylabel(figure.replace("_", " "))
+    above.legend()
+    below.plot(steps, [row.get("lr") for row in train], color="#08519c", label="learning rate")
+    below.set_ylabel("learning rate")
+    below.set_xlabel("step")
+    norms = below.twinx()
+    norms.plot(steps, [row.get("grad_norm") or float("nan") for row in train], color="#d95f02", linewidth=0.8, label="gradient norm")
+    norms.set_yscale("log")
+    norms.set_ylabel("gradient norm")
+    page.legend(*_handles(below, norms), loc="outside lower center", ncols=2)
+    page.savefig(path, dpi=120)
+
+
+def _handles(*axes: Any) -> tuple[list[Any], list[str]]:
+    pairs = [axis.get_legend_handles_labels() for axis in axes]
+    return [handle for handles, _ in pairs for handle in handles], [label for _, labels in pairs for label in labels]
+
+
+def _moving_average(values: Sequence[float], memory: float = 0.95) -> list[float]:
+    averages, average = [], values[0] if values else 0.0
+    for value in values:
+        average = memory * average + (1 - memory) * value
+        averages.append(average)
+    return averages

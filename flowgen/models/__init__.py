@@ -1,0 +1,7 @@
+"""Likelihood-based models of images: floor 2."""
+
+from flowgen.models.base import GenerativeModel
+from flowgen.models.flow import Flow
+from flowgen.models.glow import Glow
+
+__all__ = ["Flow", "GenerativeModel", "Glow"]

@@ -1,0 +1,48 @@
+"""The contract of every model: all that the trainer and the commands know."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class GenerativeModel(nn.Module, ABC):
+    """A distribution over images of levels: uint8 tensors of shape (batch, channels, height, width), values 0..2^bits-1."""
+
+    figure: ClassVar[str]  # the test figure by which two models are compared
+    higher_is_better: ClassVar[bool] = False
+    loss_figure: ClassVar[str | None] = None  # the figure that the training loss is, where it is one
+
+    @abstractmethod
+    def forward(self, levels: Tensor) -> Tensor:
+        """The training loss, a scalar. It comes out of `forward` so that a wrapper around the model sees it."""
+
+    @abstractmethod
+    def initialize(self, levels: Tensor) -> None:
+        """Start from one batch of a few hundred images, once, before anything wraps the model."""
+
+    @abstractmethod
+    def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
+        """The figures of the images in `batches`, each with its standard error as NAME_error."""
+
+    @abstractmethod
+    def sample(self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw `count` images: their levels, and what sorts them, of shape (count,)."""
+
+    @abstractmethod
+    def encode(self, levels: Tensor) -> Tensor:
+        """Every latent of every image: (batch, latent)."""
+
+    @abstractmethod
+    def decode(self, latent: Tensor) -> Tensor:
+        """The levels of the images with these latents."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype

@@ -1,0 +1,106 @@
+"""Glow: Kingma and Dhariwal, Generative Flow with Invertible 1x1 Convolutions (1807.03039)."""
+
+from flowgen.bijections import (
+    LOG_SCALES,
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    Bijection,
+    Chain,
+    Conv1x1,
+    ConvNetwork,
+    Coupling,
+    FactorOut,
+    Flatten,
+    Folded,
+    Gaussianize,
+    Network,
+    PLUConv1x1,
+    ResNetwork,
+    Squeeze,
+    Standardize,
+    ZeroConv2d,
+)
+from flowgen.errors import FlowgenError, check_choice, check_whole
+from flowgen.models.flow import Flow
+
+
+class Glow(Flow):
+    """Multi-scale Glow: `levels` times squeeze, `steps_per_level` steps and, but for the last, FactorOut.
+
+    One step is ActNorm -> invertible 1x1 convolution -> coupling. `conf/model/glow.yaml` says what each argument means.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        size: int,
+        bits: int,
+        levels: int | None,
+        steps_per_level: int,
+        width: int,
+        network: str,
+        blocks: int,
+        coupling: str,
+        scale: str,
+        convolution: str,
+        prior: str,
+        base: str,
+        final_actnorm: bool,
+        gaussianize: bool,
+        draws: int,
+    ):
+        check_whole(channels=channels, size=size, bits=bits, steps_per_level=steps_per_level, width=width, blocks=blocks)
+        check_choice(("conv", "resnet"), network=network)
+        check_choice(("affine", "additive"), coupling=coupling)
+        check_choice(LOG_SCALES, scale=scale)
+        check_choice(("plu", "plain"), convolution=convolution)
+        check_choice(("predicted", "standard"), prior=prior)
+        check_choice(("learned", "standard"), base=base)
+        check_choice((True, False), final_actnorm=final_actnorm, gaussianize=gaussianize)
+        levels = _levels(size) if levels is None else levels
+        check_whole(levels=levels)
+        if size % 2**levels:
+            raise FlowgenError(f"levels={levels} needs images whose size is a multiple of {2**levels}, not {size}: choose fewer levels")
+
+        def steps(channels: int) -> list[Bijection]:
+            return [bijection for _ in range(steps_per_level) for bijection in step(channels)]
+
+        def step(channels: int) -> tuple[Bijection, Bijection]:
+            mix = PLUConv1x1(channels) if convolution == "plu" else Conv1x1(channels)
+            return Folded(ActNorm(channels), mix), couple(channels)
+
+        def couple(channels: int) -> Coupling:
+            half = channels // 2
+            if coupling == "additive":
+                return AdditiveCoupling(inner_network(half, half))
+            return AffineCoupling(inner_network(half, 2 * half), scale)
+
+        def inner_network(in_channels: int, out_channels: int) -> Network:
+            if network == "resnet":
+                return ResNetwork(in_channels, width, out_channels, blocks)
+            return ConvNetwork(in_channels, width, out_channels)
+
+        def level(number: int, channels: int, size: int) -> Bijection:
+            """The flow from the image that enters this level to one vector, built from the top down."""
+            channels, size = 4 * channels, size // 2
+            here = [Squeeze(), *steps(channels)]
+            if number == levels:
+                return Chain(*here, *top(channels, size))
+            predict = ZeroConv2d(channels // 2, channels, 3) if prior == "predicted" else None
+            return Chain(*here, FactorOut(level(number + 1, channels // 2, size), predict))
+
+        def top(channels: int, size: int) -> list[Bijection]:
+            norm = [ActNorm(channels)] if final_actnorm else []
+            learned = [Standardize(channels * size**2)] if base == "learned" else []
+            return [*norm, Flatten(channels, size, size), *learned]
+
+        pixelwise = [Gaussianize(channels, 2**bits)] if gaussianize else []
+        bijection = Chain(*pixelwise, level(1, channels, size))
+        super().__init__(bijection, (channels, size, size), bits, draws)
+
+
+def _levels(size: int) -> int:
+    """As many halvings as the size allows, at most 4."""
+    return next((levels for levels in (4, 3, 2, 1) if size % 2**levels == 0), 1)

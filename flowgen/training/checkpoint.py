@@ -1,0 +1,53 @@
+"""Checkpoints: dicts of plain data, written so that a crash leaves the old one whole, read so that no code can run."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from flowgen.errors import FlowgenError
+
+KEYS = {"config", "step", "model", "ema", "optimizer", "random", "metrics", "images_seen"}
+
+
+def write_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write aside, flush, rename. Raises FlowgenError where the disk does not take it; what stood at `path` stays."""
+    import torch  # here, so that listing runs need not wait for it
+
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        aside.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk is full or not writable"
+        cure = f"make room, then go on from the last good checkpoint with `flowgen resume {path.parent.parent}`"
+        raise FlowgenError(f"could not save {path} ({reason}): {cure}") from error
+
+
+def link_checkpoint(path: Path, other: Path) -> None:
+    """Give the checkpoint at `path` a second name; later writes to `path` leave it as it is."""
+    aside = other.with_name(other.name + ".part")
+    aside.unlink(missing_ok=True)
+    os.link(path, aside)
+    aside.replace(other)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Raises FlowgenError for what is none, or is cut short; pickled code never runs."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise FlowgenError(f"{path} does not exist: `flowgen runs` lists the runs") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise FlowgenError(f"{path} is cut short or no checkpoint of flowgen: name another run or checkpoint") from error
+    if not isinstance(state, dict) or not state.keys() >= KEYS or not isinstance(state["config"], dict):
+        raise FlowgenError(f"{path} is no checkpoint of flowgen: name another run or checkpoint")
+    return state

@@ -1,0 +1,65 @@
+"""Where a run's figures go as they arise: metrics.jsonl, TensorBoard, train.log, and the screen."""
+
+import logging
+import math
+import sys
+from types import TracebackType
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from flowgen import figures
+from flowgen.models import GenerativeModel
+from flowgen.training.run import Run
+
+log = logging.getLogger("flowgen")
+
+
+class Journal:
+    """A progress bar on a terminal, plain lines where there is none, and everything on disk.
+
+    `total` is the end of training in `unit`s, steps or seconds, for the bar.
+    """
+
+    def __init__(self, run: Run, start: int, total: float, unit: str, model: GenerativeModel):
+        self.run, self.model = run, model
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else None)
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=math.ceil(total), unit=unit, disable=not self.terminal, dynamic_ncols=True)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        self.board.close()
+
+    def advance(self, place: float) -> None:
+        self.bar.update(min(place, self.bar.total) - self.bar.n)
+
+    def write(self, step: int, split: str, row: dict[str, float]) -> None:
+        """One line of figures of one split; the training loss goes by its own name too, where it has one."""
+        if split == "train" and self.model.loss_figure:
+            row = {self.model.loss_figure: row["loss"], **row}
+        self.run.write_metrics(step, split, row)
+        for name, value in row.items():
+            self.board.add_scalar(f"{split}/{name}", value, step)
+        words = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if not name.endswith(("bits", "draws", "seconds")))
+        if split == "test":
+            log.info("step %d  test  %s", step, words)
+        elif self.terminal:
+            self.bar.set_postfix_str(words)
+            log.debug("step %d  train  %s", step, words)
+        else:
+            log.info("step %d  train  %s", step, words)
+
+    def samples(self, step: int, levels: torch.Tensor, bits: int) -> None:
+        """A grid of samples, as a file and for TensorBoard."""
+        image = figures.to_image(levels, bits, columns=8)
+        image.save(self.run.sample_grid(step))
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, -1)
+        self.board.add_image("samples", pixels, step, dataformats="HWC")
+
+    def curves(self) -> None:
+        figures.curves(self.run.read_metrics(), self.model.figure, self.run.curves)

@@ -1,0 +1,82 @@
+"""A run's folder: its configuration, metrics, log, pictures and checkpoints."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from flowgen.errors import FlowgenError
+from flowgen.training.checkpoint import link_checkpoint, read_checkpoint, write_checkpoint
+
+log = logging.getLogger("flowgen")
+
+
+class Run:
+    """The files of one run, by name; see DESIGN for what each holds."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = folder / "config.yaml"
+        self.metrics = folder / "metrics.jsonl"
+        self.log = folder / "train.log"
+        self.tensorboard = folder / "tensorboard"
+        self.curves = folder / "curves.png"
+        self.last = folder / "checkpoints" / "last.pt"
+        self.best = folder / "checkpoints" / "best.pt"
+
+    def sample_grid(self, step: int) -> Path:
+        path = self.folder / "samples" / f"step_{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+    def numbered(self, step: int) -> Path:
+        return self.last.with_name(f"step_{step:08d}.pt")
+
+    def save(self, state: dict[str, Any], *, best: bool = False, keep: bool = False) -> None:
+        """Write `last.pt`, and name it `best.pt` or by its step too where asked."""
+        write_checkpoint(state, self.last)
+        if best:
+            link_checkpoint(self.last, self.best)
+        if keep:
+            link_checkpoint(self.last, self.numbered(state["step"]))
+
+    def checkpoints(self) -> list[Path]:
+        """Every checkpoint, the latest first."""
+        numbered = sorted(self.last.parent.glob("step_*.pt"), reverse=True)
+        return [path for path in (self.last, *numbered, self.best) if path.exists()]
+
+    def last_good(self) -> dict[str, Any] | None:
+        """The latest checkpoint that can be read; None where the run has none. Raises FlowgenError where all are damaged."""
+        paths = self.checkpoints()
+        for path in paths:
+            try:
+                return read_checkpoint(path)
+            except FlowgenError as error:
+                log.warning("%s", error)
+        if paths:
+            raise FlowgenError(f"no checkpoint of {self.folder} can be read: train anew into another folder")
+        return None
+
+    def write_metrics(self, step: int, split: str, figures: dict[str, float]) -> None:
+        """Append one line; what is not finite becomes null, since JSON has no word for it."""
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines but one that a crash cut short."""
+        rows = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                log.warning("%s: a line was cut short and is left out", self.metrics)
+        return rows
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics later than `step`, which a resumed run writes again."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        aside = self.metrics.with_name("metrics.jsonl.part")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        aside.replace(self.metrics)

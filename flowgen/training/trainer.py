@@ -1,0 +1,196 @@
+"""The training loop, one for every model."""
+
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowgen.data import Images
+from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
+from flowgen.models import GenerativeModel
+from flowgen.training.device import autocast_dtype, choose_device, keep_memory
+from flowgen.training.journal import Journal
+from flowgen.training.rescue import first_bad_module
+from flowgen.training.run import Run
+from flowgen.training.schedule import learning_rate_factor, warmup_steps
+from flowgen.training.state import State
+from flowgen.training.stop import StopRequest
+
+PATIENCE = 5  # steps in a row that may fail before training goes back
+REWINDS = 3  # times that training goes back before it gives up
+log = logging.getLogger("flowgen")
+
+
+class Trainer:
+    """Adam with linear warm-up, clipped gradients and averaged weights; `conf/trainer/` says what each argument means."""
+
+    def __init__(
+        self,
+        *,
+        steps: int | None,
+        minutes: float | None,
+        batch_size: int,
+        accumulate: int,
+        lr: float,
+        warmup: int | str,
+        decay: float,
+        clip: float,
+        ema: float,
+        initial_images: int,
+        device: str,
+        precision: str,
+        compile: bool,
+        log_every: int,
+        evaluate_every: int,
+        evaluate_images: int | None,
+        sample_every: int,
+        sample_temperature: float,
+        save_every: int,
+        keep_every: int,
+    ):
+        if steps is None and minutes is None:
+            raise FlowgenError("training has no end: set trainer.steps or trainer.minutes")
+        check_whole(batch_size=batch_size, accumulate=accumulate, initial_images=initial_images, log_every=log_every)
+        check_whole(evaluate_every=evaluate_every, sample_every=sample_every, save_every=save_every, keep_every=keep_every)
+        check_whole(**{name: value for name, value in {"steps": steps, "evaluate_images": evaluate_images}.items() if value is not None})
+        check_number(lr=lr, decay=decay, clip=clip, ema=ema, sample_temperature=sample_temperature, minutes=minutes or 0.0)
+        check_choice((True, False), compile=compile)
+        if decay > 1 or ema >= 1:
+            raise FlowgenError(f"decay must be at most 1 and ema below 1, not {decay} and {ema}")
+        if batch_size % accumulate:
+            raise FlowgenError(f"batch_size={batch_size} cannot be split into accumulate={accumulate} equal parts")
+        warmup_steps(warmup, 1, 1)
+        self.steps, self.minutes = steps, minutes
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.lr, self.warmup, self.decay, self.clip, self.ema = lr, warmup, decay, clip, ema
+        self.initial_images = initial_images
+        self.device, self.precision, self.compile = choose_device(device), precision, compile
+        self.autocast_dtype = autocast_dtype(precision, self.device)
+        self.log_every, self.evaluate_every, self.evaluate_images = log_every, evaluate_every, evaluate_images
+        self.sample_every, self.sample_temperature = sample_every, sample_temperature
+        self.save_every, self.keep_every = save_every, keep_every
+
+    def train(
+        self, model: GenerativeModel, data: Images, run: Run, config: dict[str, Any], seed: int, checkpoint: dict[str, Any] | None
+    ) -> int | None:
+        """Train to the end, from the start or from `checkpoint`; a signal that asked to stop is returned once the run is saved.
+
+        Raises FlowgenError where losses stay non-finite after `REWINDS` returns to the last good checkpoint.
+        """
+        keep_memory()
+        data.to(self.device)
+        model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if checkpoint is None:
+            model.initialize(data.draw(0, self.initial_images, seed))
+        state = State(model, torch.optim.Adam(model.parameters(), lr=self.lr, fused=True), self.ema, config)
+        if checkpoint is None:
+            run.save(state.capture())
+        else:
+            state.restore(checkpoint)
+            run.forget_after(state.step)
+        if self.compile:
+            model.compile()
+
+        warmup = warmup_steps(self.warmup, len(data.train), self.batch_size)
+        failed, busy, logged = 0, 0.0, state.step
+        clock = time.monotonic() - state.seconds
+        with StopRequest() as stop, self._journal(run, state) as journal:
+            while self._progress(state) < 1 and stop.signal is None:
+                began = time.monotonic()
+                rate = self.lr * state.lr_scale * learning_rate_factor(state.step, self._progress(state), warmup, self.decay)
+                levels = data.draw(state.images_seen, self.batch_size, seed)
+                loss, grad_norm = self._gradients(model, levels)
+                state.step, state.images_seen = state.step + 1, state.images_seen + self.batch_size
+                if math.isfinite(loss) and math.isfinite(grad_norm):
+                    state.update(rate)
+                    failed = 0
+                else:
+                    failed, state.skipped = failed + 1, state.skipped + 1
+                    if failed == PATIENCE:
+                        self._rewind(state, run, levels)
+                        failed, busy, logged = 0, 0.0, state.step
+                        continue
+                busy += time.monotonic() - began
+                state.seconds = time.monotonic() - clock
+                journal.advance(state.step if self.steps else state.seconds)
+
+                if self._due(self.log_every, state):
+                    speed = (state.step - logged) * self.batch_size / busy
+                    row = {"loss": loss, "lr": rate, "grad_norm": grad_norm, "images_per_second": speed, "skipped": state.skipped}
+                    journal.write(state.step, "train", row)
+                    busy, logged = 0.0, state.step
+                best = self._due(self.evaluate_every, state) and self._evaluate(state, data, journal)
+                if self._due(self.sample_every, state):
+                    self._sample(state, journal, data.bits, seed)
+                keep = state.step % self.keep_every == 0
+                if not failed and (best or keep or stop.signal is not None or self._due(self.save_every, state)):
+                    run.save(state.capture(), best=best, keep=keep)
+            journal.curves()
+        return stop.signal
+
+    def _journal(self, run: Run, state: State) -> Journal:
+        total, unit = (self.steps, "step") if self.steps else (60 * (self.minutes or 0.0), "s")
+        return Journal(run, state.step, total, unit, state.model)
+
+    def _gradients(self, model: nn.Module, levels: Tensor) -> tuple[float, float]:
+        """Fill the clipped gradients of one batch; its loss and the gradients' norm before clipping."""
+        model.zero_grad()
+        losses = []
+        for part in levels.chunk(self.accumulate):
+            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype != torch.float32):
+                loss = model(part) / self.accumulate
+            loss.backward()
+            losses.append(loss.detach())
+        norm = nn.utils.clip_grad_norm_(model.parameters(), self.clip or math.inf)
+        loss, norm = torch.stack([torch.stack(losses).sum(), norm]).tolist()  # one wait for the device, not two
+        return loss, norm
+
+    def _progress(self, state: State) -> float:
+        """The share of the training that is done, by whichever of steps and minutes ends it first."""
+        by_steps = state.step / self.steps if self.steps else 0.0
+        by_time = state.seconds / (60 * self.minutes) if self.minutes else 0.0
+        return max(by_steps, by_time)
+
+    def _due(self, every: int, state: State) -> bool:
+        return state.step % every == 0 or self._progress(state) >= 1
+
+    def _evaluate(self, state: State, data: Images, journal: Journal) -> bool:
+        """Write the test figures of the averaged model; whether they are the best so far."""
+        model = state.averaged.eval()
+        figures = model.evaluate(data.batches("test", self.batch_size, self.evaluate_images))
+        state.model.train()
+        journal.write(state.step, "test", figures)
+        journal.curves()
+        worth = -figures[model.figure] if model.higher_is_better else figures[model.figure]
+        is_best = worth < state.best
+        state.best = worth if is_best else state.best
+        return is_best
+
+    def _sample(self, state: State, journal: Journal, bits: int, seed: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(seed)  # its own, so that a look at the samples changes nothing
+        levels, _ = state.averaged.eval().sample(32, self.sample_temperature, generator)
+        state.model.train()
+        journal.samples(state.step, levels, bits)
+
+    def _rewind(self, state: State, run: Run, levels: Tensor) -> None:
+        """Back to the last good checkpoint with half the learning rate."""
+        culprit = first_bad_module(state.model, levels)
+        if state.rewinds == REWINDS:
+            raise FlowgenError(
+                f"the loss is not finite, first at {culprit}, and {REWINDS} returns with half the learning rate each did not help: "
+                f"train again with trainer.lr below {self.lr * state.lr_scale:.2g}, or a smaller trainer.clip"
+            )
+        failed_at, skipped, rewinds, seconds = state.step, state.skipped, state.rewinds + 1, state.seconds
+        state.restore(run.last_good() or {})
+        run.forget_after(state.step)
+        state.skipped, state.rewinds, state.seconds, state.lr_scale = skipped, rewinds, seconds, 0.5**rewinds
+        log.warning(
+            "step %d: the loss is not finite, first at %s: back to step %d with a learning rate of %.2g",
+            failed_at,
+            culprit,
+            state.step,
+            self.lr * state.lr_scale,
+        )

@@ -1,0 +1,87 @@
+"""What the tests share: one thread each, a tiny data set and a tiny run."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from flowgen import cli
+
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+SMALL = [
+    "data=folder",
+    "data.size=8",
+    "model.steps_per_level=2",
+    "model.width=8",
+    "trainer.minutes=null",
+    "trainer.batch_size=4",
+    "trainer.initial_images=16",
+    "trainer.evaluate_images=8",
+    "trainer.log_every=1",
+    "trainer.precision=float32",
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in a folder of its own, with a cache of its own and no data folder."""
+    folder = tmp_path_factory.mktemp("work")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("FLOWGEN_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("FLOWGEN_DATA", str(folder / "data"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def save_image(path: Path, shape: tuple[int, ...] = (8, 8, 3)) -> Path:
+    """A smooth random picture, so that there is something to learn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    slope = torch.linspace(0, 1, shape[0]).view(-1, *[1] * (len(shape) - 1)) * torch.rand(shape[2:])
+    pixels = (torch.rand(1) + slope).expand(shape) / 2
+    noisy = (255 * pixels + 8 * torch.rand(shape)).clamp(0, 255).to(torch.uint8)
+    Image.fromarray(noisy.numpy()).save(path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of 40 small colour images."""
+    for number in range(40):
+        save_image(tmp_path / "images" / f"{number:03d}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Run `flowgen ARGUMENTS` in this process: exit status, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flowgen", *map(str, arguments)])
+        status: object = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            status = error.code
+        output = capsys.readouterr()
+        assert isinstance(status, int)
+        return status, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def tiny_run(images: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> Path:
+    """A Glow trained for six steps."""
+    status, _, error = command("train", *SMALL, f"data.root={images}", "trainer.steps=6", f"out={tmp_path / 'run'}")
+    assert status == 0, error
+    return tmp_path / "run"

@@ -1,0 +1,184 @@
+"""One table of bijections, four claims for each: shape, inverse, log-det against autograd, the inverse's log-det."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from flowgen.bijections import (
+    LOG_SCALES,
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    Bijection,
+    Chain,
+    Conv1x1,
+    ConvNetwork,
+    Equalize,
+    FactorOut,
+    Flatten,
+    Folded,
+    Gaussianize,
+    Logit,
+    PLUConv1x1,
+    ResNetwork,
+    Squeeze,
+    Standardize,
+    ZeroConv2d,
+)
+
+IMAGE = (4, 4, 2)  # channels, height, width
+DRAW = {"real": torch.randn, "unit": torch.rand, "dark": lambda *shape, dtype: torch.rand(*shape, dtype=dtype) / 5}
+
+TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callable[[], Bijection], tuple[int, ...], str]] = {
+    "squeeze": (Squeeze, IMAGE),
+    "flatten": (lambda: Flatten(*IMAGE), IMAGE),
+    "actnorm": (lambda: ActNorm(4), IMAGE),
+    "actnorm of vectors": (lambda: ActNorm(6), (6,)),
+    "plain 1x1": (lambda: Conv1x1(4), IMAGE),
+    "plu 1x1": (lambda: PLUConv1x1(4), IMAGE),
+    "folded": (lambda: Folded(ActNorm(4), PLUConv1x1(4)), IMAGE),
+    "additive": (lambda: AdditiveCoupling(ConvNetwork(2, 5, 2)), IMAGE),
+    **{f"affine {scale}": (lambda scale=scale: AffineCoupling(ConvNetwork(2, 5, 4), scale), IMAGE) for scale in LOG_SCALES},
+    "resnet": (lambda: AffineCoupling(ResNetwork(2, 5, 4, blocks=2)), IMAGE),
+    "odd channels": (lambda: AffineCoupling(ConvNetwork(2, 5, 6)), (5, 2, 2)),
+    "factor out": (lambda: FactorOut(Flatten(2, 4, 2)), IMAGE),
+    "factor out, predicted": (lambda: FactorOut(Flatten(2, 4, 2), ZeroConv2d(2, 4, 3)), IMAGE),
+    "logit": (lambda: Logit(0.05), IMAGE, "unit"),
+    "equalize": (lambda: Equalize(4, 32), IMAGE, "unit"),
+    "gaussianize": (lambda: Gaussianize(4, 4), IMAGE, "dark"),
+    "standardize": (lambda: Standardize(6), (6,)),
+    "chain": (lambda: Chain(Squeeze(), ActNorm(16), FactorOut(Flatten(8, 2, 1))), IMAGE),
+}
+
+
+def make(name: str) -> tuple[Bijection, torch.Tensor]:
+    """The bijection in float64, started from a batch and then pushed off that start, and another batch."""
+    constructor, shape, *kind = TABLE[name]
+    draw = DRAW[kind[0] if kind else "real"]
+    bijection = constructor().double()
+    bijection.initialize(draw(64, *shape, dtype=torch.float64))
+    with torch.no_grad():
+        for parameter in bijection.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return bijection, draw(3, *shape, dtype=torch.float64)
+
+
+@pytest.fixture(params=TABLE)
+def case(request: pytest.FixtureRequest) -> tuple[Bijection, torch.Tensor]:
+    return make(request.param)
+
+
+def test_shapes(case):
+    bijection, x = case
+    z, log_det = bijection(x)
+    assert z.shape[0] == len(x) and z[0].numel() == x[0].numel()
+    assert log_det.shape == (len(x),)
+
+
+def test_inverse_returns_the_input(case):
+    bijection, x = case
+    z, _ = bijection(x)
+    assert (bijection.inverse(z)[0] - x).abs().max() < 1e-9
+
+
+def test_log_det_is_that_of_the_jacobian(case):
+    bijection, x = case
+    for row, log_det in zip(x, bijection(x)[1], strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda row: bijection(row[None])[0].flatten(), row)
+        expected = torch.linalg.slogdet(jacobian.reshape(row.numel(), row.numel())).logabsdet
+        assert abs(log_det - expected) < 1e-9
+
+
+def test_log_det_of_the_inverse_is_the_negative(case):
+    bijection, x = case
+    z, log_det = bijection(x)
+    assert (bijection.inverse(z)[1] + log_det).abs().max() < 1e-9
+
+
+def test_initialize_hands_on_the_output(case):
+    bijection, x = case
+    output = bijection.initialize(x)
+    assert torch.allclose(output, bijection(x)[0], atol=1e-12)
+
+
+def test_actnorm_starts_with_zero_mean_and_unit_variance():
+    output = ActNorm(3).double().initialize(5 + 7 * torch.randn(50, 3, 4, 4, dtype=torch.float64))
+    deviation, mean = torch.std_mean(output, dim=(0, 2, 3))
+    assert torch.allclose(mean, torch.zeros_like(mean), atol=1e-12) and torch.allclose(deviation, torch.ones_like(deviation))
+
+
+def test_a_constant_channel_does_not_blow_up_the_start():
+    assert torch.isfinite(ActNorm(2).initialize(torch.zeros(8, 2, 4, 4))).all()
+
+
+@pytest.mark.parametrize("convolution", [Conv1x1, PLUConv1x1])
+def test_1x1_starts_as_a_rotation_that_decorrelates(convolution):
+    bijection = convolution(4).double()
+    mixed = torch.einsum("ij,bjhw->bihw", torch.randn(4, 4, dtype=torch.float64), torch.randn(50, 4, 4, 4, dtype=torch.float64))
+    for _ in range(2):  # at random, then from data
+        matrix, _, log_det = bijection.affine()
+        assert torch.allclose(matrix @ matrix.T, torch.eye(4, dtype=torch.float64), atol=1e-6) and abs(log_det) < 1e-6
+        output = bijection.initialize(mixed)
+    covariance = torch.cov(output.transpose(0, 1).flatten(1))
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-6 * covariance.max()
+
+
+def test_equalize_makes_levels_about_uniform_at_the_entropy_of_the_pixels():
+    share = torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=torch.float64)
+    levels = torch.multinomial(share, 100_000, replacement=True).view(1000, 1, 10, 10)
+    x = (levels + torch.rand(levels.shape, dtype=torch.float64)) / 4
+    bijection = Equalize(1, 4).double()
+    y = bijection.initialize(x)
+    assert y.min() >= 0 and y.max() <= 1
+    bits = 2 - bijection(x)[1].mean() / (100 * math.log(2))  # under the uniform law y costs nothing more
+    entropy = -(share * share.log2()).sum()
+    assert entropy <= bits + 0.01 and bits < entropy + 0.03  # a tenth of the uniform law is mixed in
+
+
+def test_gaussianize_starts_where_it_pays_and_is_the_identity_elsewhere():
+    mostly_black = torch.rand(64, 1, 8, 8) * (1 + 31 * (torch.rand(64, 1, 8, 8) < 0.1)) / 32
+    even = torch.rand(64, 1, 8, 8)
+    bijection = Gaussianize(1, 32)
+    bijection.initialize(even)
+    assert torch.equal(bijection(even)[0], even) and not bijection(even)[1].any()
+    bijection.initialize(mostly_black)
+    z, log_det = bijection(mostly_black)
+    assert log_det.mean() > 64 * math.log(2) and (bijection.inverse(z)[0] - mostly_black).abs().max() < 1e-4
+
+
+def test_couplings_start_as_the_identity():
+    coupling, x = AffineCoupling(ConvNetwork(2, 8, 4)), torch.randn(8, 4, 4, 4)
+    assert torch.equal(coupling.initialize(x), x)
+
+
+@pytest.mark.parametrize("scale", ["bounded", "tanh"])
+def test_bounded_log_scales_cannot_run_away(scale):
+    raw = torch.tensor([-1e9, -1.0, 0.0, 1.0, 1e9])
+    log_scale = LOG_SCALES[scale](raw)
+    assert log_scale.abs().max() <= 2 and (log_scale.diff() > 0).all() and log_scale[2] == 0
+
+
+def test_sigmoid_log_scale_stays_finite_with_its_gradient():
+    raw = torch.tensor([-1e3, 0.0, 1e3], requires_grad=True)
+    log_scale = LOG_SCALES["sigmoid"](raw)
+    log_scale.sum().backward()
+    assert torch.isfinite(log_scale).all() and torch.isfinite(raw.grad).all()
+
+
+def test_squeeze_keeps_each_block_of_four_together():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert Squeeze()(x)[0][0, :, 0, 1].tolist() == [2, 3, 6, 7]
+
+
+def test_only_networks_run_in_bfloat16():
+    flow = Chain(Folded(ActNorm(4), PLUConv1x1(4)), AffineCoupling(ConvNetwork(2, 8, 4)))
+    dtypes = []
+    flow.bijections[1].network.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    x = torch.randn(4, 4, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, log_det = flow(x)
+        folded = flow.bijections[0](x)[0]
+    assert dtypes == [torch.bfloat16] and z.dtype == log_det.dtype == torch.float32
+    assert torch.equal(folded, flow.bijections[0](x)[0])

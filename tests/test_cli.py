@@ -1,0 +1,243 @@
+"""The command line: every command, and one plain line for every mistake."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, save_image
+from PIL import Image
+
+import flowgen
+from flowgen.commands.interpolate import great_circle, line
+from flowgen.data import read_levels
+
+
+def assert_plain(result: tuple[int, str, str], words: str, status: int = 1) -> None:
+    code, _, error = result
+    last = error.splitlines()[-1]
+    assert code == status and last.startswith("flowgen: ") and words in last, result
+    assert "Traceback" not in error and sum(line.startswith("flowgen: ") for line in error.splitlines()) == 1
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+def test_help_answers_without_torch():
+    code = "import sys; sys.argv = ['flowgen', '--help']; from flowgen.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    began = time.monotonic()
+    output = run_python("-c", code).stdout
+    assert time.monotonic() - began < 2  # 0.15 s on an idle core
+    assert output.splitlines()[-1] == "False"
+    for command in ("train", "resume", "sample", "interpolate", "evaluate", "runs"):
+        assert command in output
+
+
+def test_python_m_flowgen_is_flowgen():
+    assert run_python("-m", "flowgen", "--help").stdout == run_python("-m", "flowgen", "-h").stdout != ""
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("model=gl", "model=glow"), ("data=cel", "data=celeba_hq"), ("mod", "model=")])
+def test_completion(typed, offered):
+    result = run_python("-m", "flowgen", _FLOWGEN_COMPLETE="bash_complete", COMP_WORDS=f"flowgen train {typed}", COMP_CWORD="2")
+    assert f"plain,{offered}" in result.stdout.splitlines()
+
+
+def test_train_help_lists_what_there_is(command):
+    status, output, _ = command("train", "--help")
+    assert status == 0 and "glow" in output and "mnist_sample" in output and "steps_per_level" in output
+
+
+def test_cfg_job_prints_and_trains_nothing(command, elsewhere):
+    status, output, _ = command("train", "data=mnist", "--cfg", "job")
+    assert status == 0 and "flowgen.data.MNIST" in output and not (elsewhere / "outputs").exists()
+
+
+def test_commands_take_the_newest_run_by_default(images, command, elsewhere):
+    assert command("runs")[1].startswith("no runs")
+    assert command("train", *SMALL, f"data.root={images}", "trainer.steps=2")[0] == 0
+    folders = list((elsewhere / "outputs").glob("*/*_glow_folder"))
+    assert len(folders) == 1
+    status, output, _ = command("runs")
+    assert status == 0 and folders[0].name in output and "step 2" in output and "bits_per_dim" in output
+    status, output, _ = command("sample", "--count", 5)
+    assert status == 0 and Path(output.strip()).resolve() == folders[0] / "sample.png"
+    for name in (folders[0], folders[0].name, folders[0] / "checkpoints" / "best.pt", folders[0].relative_to(elsewhere / "outputs")):
+        assert command("evaluate", "--run", name)[0] == 0
+
+
+def test_sample_draws_a_block_for_each_temperature(tiny_run, command, tmp_path):
+    out = tmp_path / "grid.png"
+    words = ["--run", tiny_run, "--temperature", 0, "--temperature", 0.7, "--count", 3, "--out", out]
+    assert command("sample", *words)[0] == 0
+    both = Image.open(out).copy()
+    assert command("sample", *words)[0] == 0
+    assert Image.open(out).tobytes() == both.tobytes()
+    assert command("sample", "--run", tiny_run, "--temperature", 0.7, "--count", 3, "--out", out)[0] == 0
+    assert both.height == 2 * Image.open(out).height
+
+
+def test_samples_are_sorted_by_log_probability(tiny_run, monkeypatch, command):
+    from flowgen.commands import sample
+
+    drawn = {}
+
+    def blocks(titled, bits, columns):
+        drawn.update(titled)
+        return Image.new("L", (1, 1))
+
+    monkeypatch.setattr(sample.figures, "blocks", blocks)
+    assert command("sample", "--run", tiny_run, "--count", 6)[0] == 0
+    model = flowgen.load(tiny_run)
+    levels, worth = sample.draw(model, 6, 0.7, 0)
+    assert torch.equal(drawn["temperature 0.7"], levels[worth.argsort(descending=True)])
+
+
+@pytest.mark.parametrize("way", [(), ("--spherical",)])
+def test_interpolation_ends_at_the_images(tiny_run, images, command, tmp_path, monkeypatch, way):
+    from flowgen.commands import interpolate
+
+    rows = []
+    monkeypatch.setattr(interpolate.figures, "blocks", lambda titled, bits, columns: rows.extend(titled) or Image.new("L", (1, 1)))
+    ends = [images / "000.png", save_image(tmp_path / "other.png", (20, 30))]  # grey, and of another size
+    status, _, error = command("interpolate", *ends, "--run", tiny_run, "--steps", 5, *way)
+    assert status == 0 and "differ" not in error
+    wanted = torch.cat([read_levels(path, 8, 3, None, 5) for path in ends])
+    for _, levels in rows:
+        assert levels.shape == (5, 3, 8, 8) and torch.equal(levels[[0, -1]], wanted)
+
+
+def test_interpolation_as_a_film(tiny_run, images, command, tmp_path):
+    film = tmp_path / "film.gif"
+    assert command("interpolate", images / "000.png", images / "001.png", "--run", tiny_run, "--steps", 4, "--out", film)[0] == 0
+    assert Image.open(film).n_frames == 6
+
+
+def test_great_circle_keeps_the_length_and_the_ends():
+    start, end = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 4.0])
+    share = torch.linspace(0, 1, 5)[:, None]
+    path = great_circle(start, end, share)
+    assert torch.equal(path[0], start) and torch.equal(path[-1], end)
+    assert torch.allclose(path.norm(dim=1), torch.linspace(2, 4, 5)) and torch.allclose(path[2], torch.tensor([1.0, 1.0]) * 3 / 2**0.5)
+    assert torch.equal(line(start, end, share)[[0, -1]], torch.stack([start, end]))
+
+
+def test_evaluate_prints_one_json_object_that_names_its_conditions(tiny_run, command):
+    status, output, _ = command("evaluate", "--run", tiny_run, "--json")
+    figures = json.loads(output)
+    assert status == 0 and figures["split"] == "test" and figures["bits"] == 5 and figures["draws"] == 1 and figures["images"] > 0
+    assert math.isfinite(figures["bits_per_dim"]) and figures["bits_per_dim_error"] > 0
+    more = json.loads(command("evaluate", "--run", tiny_run, "--json", "model.draws=4")[1])
+    assert more["draws"] == 4 and more["bits_per_dim"] <= figures["bits_per_dim"] + figures["bits_per_dim_error"]
+    assert "bits_per_dim" in command("evaluate", "--run", tiny_run)[1]
+
+
+def test_sweep_lays_its_runs_side_by_side(images, command, tmp_path):
+    words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path / 'sweep'}"]
+    assert command("train", *words, "model.scale=tanh,sigmoid", "-m")[0] == 0
+    found = [path.parent.name for path in (tmp_path / "sweep").glob("*/config.yaml")]
+    assert len(found) == 2 and any("model.scale=tanh" in name for name in found)
+
+
+def test_a_failing_job_of_a_sweep_is_named_and_the_others_run(images, command, tmp_path):
+    words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path / 'sweep'}", "model.width=zero,8", "-m"]
+    status, _, error = command("train", *words)
+    assert status == 1 and "1 runs of the sweep failed" in error and "width must be a whole number" in error
+    assert len(list((tmp_path / "sweep").glob("*/checkpoints/last.pt"))) == 1
+
+
+def test_a_folder_that_holds_a_run_is_refused(tiny_run, images, command):
+    before = (tiny_run / "metrics.jsonl").read_text()
+    assert_plain(command("train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out={tiny_run}"), "flowgen resume")
+    assert (tiny_run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "status"),
+    [
+        (["train", "model=glw"], "glow", 1),
+        (["train", "data=celebs"], "celeba", 1),
+        (["train", "model.wdith=3"], "model.wdith", 1),
+        (["train", "model.width=five"], "whole number", 1),
+        (["train", "trainer.lr=-1"], "lr must be a number", 1),
+        (["train", "trainer.steps=null", "trainer.minutes=null"], "trainer.steps or trainer.minutes", 1),
+        (["train", "trainer.device=cuda:99"], "choose auto, cpu or cuda", 1),
+        (["train", "trainer.warmup=soon"], "1 epoch", 1),
+        (["train", "--frobnicate"], "--frobnicate", 2),
+        (["train", "data=folder"], "data.root is not set", 1),
+        (["train", "data=folder", "data.root=nowhere"], "does not exist", 1),
+        (["train", "data=celeba"], "mmlab", 1),
+        (["frobnicate"], "frobnicate", 2),
+        (["resume", "nowhere"], "flowgen runs", 1),
+        (["sample"], "flowgen train", 1),
+        (["sample", "--temperature", "-1"], "at least 0", 2),
+        (["sample", "--temperature", "nan"], "at least 0", 2),
+        (["sample", "--temperature", "warm"], "at least 0", 2),
+        (["sample", "--count", "0"], "0", 2),
+        (["interpolate", "one.png"], "IMG2", 2),
+        (["evaluate", "--run", "nowhere"], "flowgen runs", 1),
+    ],
+)
+def test_mistakes_get_one_line(command, words, answer, status):
+    assert_plain(command(*words), answer, status)
+
+
+def test_data_that_is_none_gets_one_line(command, tmp_path):
+    def train(root: Path) -> tuple[int, str, str]:
+        return command("train", *SMALL, f"data.root={root}", "trainer.steps=1", f"out={tmp_path / 'run'}")
+
+    (tmp_path / "empty").mkdir()
+    assert_plain(train(tmp_path / "empty"), "holds no image")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "a.txt").write_text("words")
+    assert_plain(train(tmp_path / "words"), "holds no image")
+    for name in "ab":
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{name}.png").write_text("words")
+        save_image(tmp_path / "dots" / f"{name}.png", (1, 1, 3))
+    assert_plain(train(tmp_path / "text"), "is not an image")
+    assert_plain(train(tmp_path / "dots"), "1x1 pixels")
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w") as archive:
+        archive.write(save_image(tmp_path / "x.png"), "x.png")
+    (tmp_path / "short.zip").write_bytes((tmp_path / "whole.zip").read_bytes()[:-30])
+    assert_plain(train(tmp_path / "short.zip"), "cut short")
+    with zipfile.ZipFile(tmp_path / "bare.zip", "w") as archive:
+        archive.writestr("readme.txt", "words")
+    assert_plain(train(tmp_path / "bare.zip"), "holds no image")
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_are_none_get_one_line(tiny_run, images, command, tmp_path):
+    def interpolate(path: Path) -> tuple[int, str, str]:
+        return command("interpolate", images / "000.png", path, "--run", tiny_run)
+
+    (tmp_path / "text.png").write_text("words")
+    assert_plain(interpolate(tmp_path / "text.png"), "is not an image")
+    assert_plain(interpolate(save_image(tmp_path / "dot.png", (1, 1, 3))), "1x1 pixels")
+    assert_plain(interpolate(tmp_path / "nowhere.png"), "does not exist")
+    assert_plain(interpolate(tmp_path), "does not exist")
+
+
+def test_checkpoints_that_are_none_get_one_line(tiny_run, command, tmp_path):
+    path = tiny_run / "checkpoints" / "last.pt"
+    for name, content in {"short.pt": path.read_bytes()[:5000], "text.pt": b"words", "empty.pt": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        assert_plain(command("sample", "--run", tmp_path / name), "no checkpoint of flowgen")
+    torch.save({"weights": torch.rand(3)}, tmp_path / "foreign.pt")
+    assert_plain(command("sample", "--run", tmp_path / "foreign.pt"), "no checkpoint of flowgen")
+    state = torch.load(path, weights_only=True)
+    state["config"]["model"]["width"] = 12
+    torch.save(state, tmp_path / "other.pt")
+    assert_plain(command("evaluate", "--run", tmp_path / "other.pt"), "weights are not those")
+
+
+def test_debug_shows_the_traceback(command):
+    with pytest.raises(ValueError, match="flowgen runs"):
+        command("--debug", "evaluate", "--run", "nowhere")

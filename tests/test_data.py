@@ -1,0 +1,207 @@
+"""Data sets: formats, splits, the cache, and batches."""
+
+import gzip
+import io
+import logging
+import os
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_image
+from PIL import Image
+
+from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, prepare
+from flowgen.errors import FlowgenError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not on this machine")
+
+
+def folder(root: Path, **changes: object) -> ImageFolder:
+    arguments = {"names": [], "cure": "get it", "channels": 3, "size": 8, "bits": 5, "flip": False, "crop": None} | changes
+    return ImageFolder(root=str(root), **arguments)
+
+
+def png(shape: tuple[int, ...] = (8, 8, 3)) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(torch.randint(0, 256, shape, dtype=torch.uint8).numpy()).save(file, "png")
+    return file.getvalue()
+
+
+def write_idx(path: Path, images: torch.Tensor) -> None:
+    header = struct.pack(">4i", 0x803, len(images), *images.shape[-2:])
+    path.write_bytes(gzip.compress(header + images.numpy().tobytes()))
+
+
+def test_folder_and_zip_hold_the_same_images(images, tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in images.iterdir():
+            archive.write(path, f"deep/{path.name}")
+        archive.writestr("__MACOSX/deep/._000.png", b"shadow")
+    (tmp_path / "holds").mkdir()
+    (tmp_path / "images.zip").rename(tmp_path / "holds" / "images.zip")
+    from_folder = folder(images)
+    for root in (tmp_path / "holds" / "images.zip", tmp_path / "holds"):
+        from_zip = folder(root)
+        assert torch.equal(from_folder.train, from_zip.train) and torch.equal(from_folder.test, from_zip.test)
+
+
+def test_split_goes_by_name_and_does_not_move_when_images_are_added(images):
+    before = folder(images)
+    first = before.test.clone()
+    assert 0 < len(before.test) < 15 and len(before.train) + len(before.test) == 40
+    for number in range(40, 60):
+        save_image(images / f"{number:03d}.png")
+    after = folder(images)
+    assert len(after.train) + len(after.test) == 60
+    assert all(any(torch.equal(image, other) for other in after.test) for image in first)
+
+
+def test_official_partition_is_followed_where_it_lies(images):
+    lines = [f"{path.name} {index % 3}" for index, path in enumerate(sorted(images.iterdir()))]
+    (images / "list_eval_partition.txt").write_text("\n".join(lines))
+    data = folder(images)
+    assert len(data.train) == 14 and len(data.test) == 13
+    first = prepare((images / "000.png").read_bytes(), 8, 3, None)
+    third = prepare((images / "002.png").read_bytes(), 8, 3, None)
+    assert torch.equal(data.train[0], first) and torch.equal(data.test[0], third)
+
+
+def test_two_images_are_enough_and_one_is_not(tmp_path):
+    save_image(tmp_path / "few" / "a.png")
+    with pytest.raises(FlowgenError, match="too few"):
+        folder(tmp_path / "few")
+    save_image(tmp_path / "few" / "b.png")
+    assert len(folder(tmp_path / "few").train) == len(folder(tmp_path / "few").test) == 1
+
+
+def test_cache_is_used_and_made_again_when_an_image_changes(images, monkeypatch):
+    before = folder(images).train.clone()
+    with monkeypatch.context() as patched:
+        patched.setattr("flowgen.data.cache.prepare", None)  # nothing may be decoded now
+        assert torch.equal(folder(images).train, before)
+    path = images / "000.png"
+    Image.new("RGB", (8, 8), "red").save(path)
+    os.utime(path, ns=(1, 1))
+    data = folder(images)
+    assert any((image[0] == 255).all() and not image[1].any() for image in torch.cat([data.train, data.test]))
+    assert len(list(Path(os.environ["FLOWGEN_CACHE"]).glob("*.bin"))) == 1
+
+
+def test_cache_depends_on_the_settings(images):
+    assert folder(images, size=4).train.shape[1:] == (3, 4, 4)
+    assert folder(images, channels=1).train.shape[1:] == (1, 8, 8)
+
+
+def test_bad_images_are_named_and_counted_but_not_fatal(images, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
+    (images / "text.png").write_text("no picture")
+    (images / "short.png").write_bytes(png()[:60])
+    save_image(images / "dot.png", (1, 1, 3))
+    data = folder(images)
+    assert len(data.train) + len(data.test) == 40
+    assert "3 of 43 images left out" in caplog.text and "dot.png is 1x1 pixels" in caplog.text
+
+
+def test_images_of_every_kind_become_the_same_square(tmp_path):
+    grey16 = Image.fromarray((torch.arange(64).view(8, 8) * 1000).to(torch.uint16).numpy())
+    kinds = {
+        "grey.png": Image.new("L", (12, 9), 100),
+        "colour.png": Image.new("RGB", (9, 12), (100, 100, 100)),
+        "alpha.png": Image.new("RGBA", (9, 9), (100, 100, 100, 255)),
+        "palette.gif": Image.new("RGB", (9, 9), (100, 100, 100)).convert("P"),
+        "cmyk.jpg": Image.new("CMYK", (9, 9)),
+        "sixteen.png": grey16,
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+        for channels in (1, 3):
+            levels = prepare((tmp_path / name).read_bytes(), 8, channels, None)
+            assert levels.shape == (channels, 8, 8) and levels.dtype == torch.uint8
+            if name in ("grey.png", "colour.png", "alpha.png"):
+                assert (levels == 100).all()
+    assert prepare((tmp_path / "sixteen.png").read_bytes(), 8, 1, None).max() > 200
+
+
+def test_crop_takes_the_centre(tmp_path):
+    image = Image.new("RGB", (178, 218), "black")
+    image.paste("white", (15, 35, 163, 183))
+    image.save(tmp_path / "face.png")
+    assert (prepare((tmp_path / "face.png").read_bytes(), 64, 3, 148) == 255).all()
+    assert (prepare((tmp_path / "face.png").read_bytes(), 64, 3, None) == 0).any()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files(tmp_path, suffix):
+    images = torch.randint(0, 256, (7, 28, 28), dtype=torch.uint8)
+    for split in ("train", "t10k"):
+        path = tmp_path / f"{split}-images-idx3-ubyte.gz"
+        write_idx(path, images)
+        if not suffix:
+            path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+            path.unlink()
+    arguments = {"name": "MNIST", "root": str(tmp_path), "names": ["mnist"], "channels": 1, "bits": 8, "flip": False}
+    data = MNIST(**arguments, size=28)
+    assert torch.equal(data.train[:, 0], images)
+    assert MNIST(**arguments, size=32).train.shape == (7, 1, 32, 32)
+
+
+def test_an_idx_file_cut_short_is_named(tmp_path):
+    for split in ("train", "t10k"):
+        path = tmp_path / f"{split}-images-idx3-ubyte.gz"
+        write_idx(path, torch.zeros(7, 28, 28, dtype=torch.uint8))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(FlowgenError, match=r"t10k-images-idx3-ubyte.gz is cut short"):
+        MNIST(name="MNIST", root=str(tmp_path), names=["mnist"], channels=1, size=28, bits=8, flip=False)
+
+
+def plain_images(count: int = 10, *, flip: bool = False, bits: int = 8) -> Images:
+    train = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(count, 1, 2, 2).contiguous()
+    train[:, :, :, 1] += 100
+    return Images(train, train[:3], bits=bits, flip=flip)
+
+
+def test_every_epoch_visits_every_image_once_across_ragged_batches():
+    data, seen, drawn = plain_images(10), 0, []
+    for _ in range(5):
+        drawn.append(data.draw(seen, 4, seed=1)[:, 0, 0, 0])
+        seen += 4
+    epochs = torch.cat(drawn).view(2, 10)
+    assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in epochs) and not torch.equal(epochs[0], epochs[1])
+
+
+def test_the_place_in_the_data_is_all_that_decides_a_batch():
+    one, other = plain_images(), plain_images()
+    one.draw(0, 4, seed=1)
+    assert torch.equal(one.draw(14, 9, seed=1), other.draw(14, 9, seed=1))
+    assert not torch.equal(one.draw(0, 10, seed=1), one.draw(0, 10, seed=2))
+
+
+def test_flips_mirror_about_half_of_the_training_images_and_no_test_image():
+    data = plain_images(100, flip=True)
+    mirrored = data.draw(0, 100, seed=0)[:, 0, 0, 0] >= 100
+    assert 25 < mirrored.sum() < 75
+    assert all((batch[:, 0, 0, 0] < 100).all() for batch in data.batches("test", 2))
+
+
+def test_bits_shift_levels_and_batches_keep_the_ragged_end():
+    data = plain_images(bits=5)
+    assert data.draw(0, 10, seed=0).max() == 109 >> 3
+    assert [len(batch) for batch in data.batches("test", 2)] == [2, 1]
+    assert [len(batch) for batch in data.batches("train", 4, limit=5)] == [4, 1]
+
+
+def test_embedded_digits():
+    data = MNISTSample(channels=1, size=28, bits=8, flip=False)
+    assert data.train.shape == (4500, 1, 28, 28) and data.test.shape == (500, 1, 28, 28) and data.train.max() == 255
+
+
+@needs_shared
+def test_real_mnist_and_faces():
+    mnist = MNIST(name="MNIST", root=str(SHARED / "mnist"), names=[], channels=1, size=28, bits=8, flip=False)
+    assert len(mnist.train) == 60_000 and len(mnist.test) == 10_000
+    faces = folder(SHARED / "celebahq64", size=64)
+    assert len(faces.train) + len(faces.test) == 1002 and 60 < len(faces.test) < 140

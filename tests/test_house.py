@@ -1,0 +1,90 @@
+"""The rules of the house: who may import whom, how long files get, what every configuration must do."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from flowgen.config import build_model, conf_folder, options, plain
+
+PACKAGE = Path(__file__).parents[1] / "flowgen"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAY_IMPORT = {
+    "errors": set(),
+    "vision": set(),
+    "bijections": {"errors"},
+    "models": {"bijections", "errors"},
+    "data": {"errors", "vision"},
+    "figures": {"vision"},
+    "training": {"models", "data", "figures", "errors"},
+    "config": {"models", "data", "training", "errors"},
+    "commands": {"training", "figures", "config", "models", "data", "errors"},
+    "cli": {"commands", "config", "training", "errors"},
+    "__main__": {"cli"},
+    "__init__": {"config", "models"},
+}
+ONLY_IN = {
+    "hydra": {"cli.py", "config.py", "commands/train.py"},
+    "omegaconf": {"cli.py", "config.py", "commands/train.py"},
+    "click": {"cli.py"},
+    "torchvision": {"vision.py"},
+}
+
+
+def imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "flowgen" else [node.module or ""]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downwards(path):
+    relative = path.relative_to(PACKAGE)
+    floor = relative.parts[0].removesuffix(".py")
+    for name in imports(path):
+        first, _, rest = name.partition(".")
+        if first == "flowgen":
+            assert rest.split(".")[0] in MAY_IMPORT[floor] | {floor}, f"{relative} imports {name}"
+        if first in ONLY_IN:
+            assert str(relative) in ONLY_IN[first], f"{relative} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 250
+
+
+def compose_config(*overrides: str) -> dict:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("train", [*overrides, "out=somewhere", "hydra.runtime.output_dir=somewhere"], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        return plain(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes_and_builds_its_model(name):
+    text = (conf_folder() / "experiment" / f"{name}.yaml").read_text()
+    assert text.startswith("# @package _global_\n# "), "the first comment says which figure, and what to expect"
+    config = compose_config(f"experiment={name}")
+    config["model"] |= {"width": 4} if "width" in config["model"] else {}
+    build_model(config)
+
+
+@pytest.mark.parametrize("name", options("model"))
+@pytest.mark.parametrize("data", sorted(set(options("data")) - {"folder"}))
+def test_every_model_fits_every_data_set(name, data):
+    build_model(compose_config(f"model={name}", f"data={data}"))
+
+
+@pytest.mark.parametrize("path", sorted(conf_folder().rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_says_what_it_is(path):
+    assert path.read_text().startswith("# ")
+    yaml.safe_load(path.read_text())

@@ -1,0 +1,160 @@
+"""The contract of every model, and what a likelihood must obey."""
+
+import inspect
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import yaml
+
+from flowgen.config import conf_folder
+from flowgen.models import GenerativeModel, Glow
+
+DEFAULTS = yaml.safe_load((conf_folder() / "model" / "glow.yaml").read_text())
+
+
+def glow(**changes: object) -> Glow:
+    arguments = DEFAULTS | {"channels": 3, "size": 8, "bits": 5, "steps_per_level": 2, "width": 8} | changes
+    arguments.pop("_target_")
+    return Glow(**arguments)
+
+
+MODELS: dict[str, Callable[..., GenerativeModel]] = {
+    "glow": glow,
+    "glow resnet": lambda **changes: glow(network="resnet", **changes),
+    "glow additive": lambda **changes: glow(coupling="additive", convolution="plain", **changes),
+    "glow of the thesis": lambda **changes: glow(gaussianize=False, prior="standard", scale="sigmoid", final_actnorm=False, **changes),
+    "glow with learned base": lambda **changes: glow(base="learned", levels=1, **changes),
+}
+
+
+def noise(bits: int, count: int = 64, channels: int = 3) -> torch.Tensor:
+    return torch.randint(0, 2**bits, (count, channels, 8, 8), dtype=torch.uint8)
+
+
+def started(name: str, bits: int = 5) -> GenerativeModel:
+    """A model started from noise and pushed off that start, as training would."""
+    model = MODELS[name](bits=bits)
+    model.initialize(noise(bits))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> GenerativeModel:
+    return started(request.param)
+
+
+def test_loss_is_a_finite_scalar_with_gradients_for_every_parameter(model):
+    loss = model(noise(5, 4))
+    assert loss.shape == () and torch.isfinite(loss)
+    loss.backward()
+    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_evaluation_names_its_figure_error_bits_and_draws_and_repeats_itself(model):
+    batches = noise(5, 10).split(4)
+    figures = model.evaluate(batches)
+    assert figures == model.evaluate(batches)
+    assert figures[f"{model.figure}_error"] > 0 and figures["bits"] == 5 and figures["draws"] == 1 and figures["images"] == 10
+
+
+def test_evaluation_leaves_the_random_state_of_training_alone(model):
+    levels, before = noise(5, 4), torch.get_rng_state()
+    expected = torch.rand(3)
+    torch.set_rng_state(before)
+    model.evaluate([levels])
+    model.sample(2, generator=torch.Generator())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_samples_are_levels_sorted_by_something(model):
+    levels, worth = model.sample(5, temperature=0.7, generator=torch.Generator().manual_seed(1))
+    again, _ = model.sample(5, temperature=0.7, generator=torch.Generator().manual_seed(1))
+    assert levels.shape == (5, 3, 8, 8) and levels.dtype == torch.uint8 and levels.max() < 32
+    assert worth.shape == (5,) and torch.isfinite(worth).all() and torch.equal(levels, again)
+
+
+def test_temperature_zero_leaves_one_image(model):
+    levels, _ = model.sample(3, temperature=0.0)
+    assert (levels == levels[:1]).all()
+
+
+def test_decoding_the_latents_returns_the_levels(model):
+    levels = noise(5, 16)
+    latent = model.encode(levels)
+    assert latent.shape == (16, 3 * 8 * 8) and torch.equal(model.decode(latent), levels)
+
+
+def test_temperature_scales_every_latent(model):
+    """At the top and at every split: encoding the sample again finds T times the same draw."""
+    model = model.double()
+    z = torch.randn(4, 192, dtype=torch.float64)
+    x, _ = model.bijection.inverse(0.5 * z)
+    assert torch.allclose(model.bijection(x)[0], 0.5 * z, atol=1e-8)
+
+
+def test_log_prob_of_samples_is_the_density_that_the_inverse_carried(model):
+    model = model.double()
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(4, 192, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    _, carried = model.sample(4, generator=generator)
+    x, _ = model.bijection.inverse(z)
+    again, log_det = model.bijection(x)
+    expected = -0.5 * (again.square() + math.log(2 * math.pi)).sum(1) + log_det - 192 * math.log(32)
+    assert torch.allclose(carried, expected, atol=1e-6)
+
+
+def test_log_prob_in_float64_agrees_with_autograd():
+    model = started("glow").double()
+    x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda x: model.bijection(x)[0], x).view(192, 192)
+    assert abs(torch.linalg.slogdet(jacobian).logabsdet - model.bijection(x)[1]) < 1e-9
+
+
+@pytest.mark.parametrize("bits", [1, 5, 8])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_model_scores_below_the_entropy_of_uniform_levels(name, bits):
+    """iid uniform levels cost exactly `bits` each: less would mean that the figure is no likelihood."""
+    model = MODELS[name](bits=bits)
+    model.initialize(noise(bits, 256))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(20):
+        loss = model(noise(bits, 32))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    figures = model.evaluate([noise(bits, 256)])
+    assert figures["bits_per_dim"] > bits - 3 * figures["bits_per_dim_error"]
+    assert figures["bits_per_dim"] < bits + 0.6
+
+
+def test_more_draws_tighten_the_bound():
+    one, many = glow(), glow(draws=8)
+    one.initialize(noise(5))
+    many.load_state_dict(one.state_dict())
+    levels = noise(5, 200) // 8  # an eighth of the levels, so that the noise within a bin matters
+    assert many.evaluate([levels])["bits_per_dim"] < one.evaluate([levels])["bits_per_dim"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"width": "five"}, "whole number"),
+        ({"width": 0}, "whole number"),
+        ({"network": "unet"}, "conv, resnet"),
+        ({"scale": "exp"}, "bounded, sigmoid, tanh"),
+        ({"levels": 4}, "fewer levels"),
+        ({"draws": 0}, "whole number"),
+    ],
+)
+def test_arguments_are_checked(changes, words):
+    with pytest.raises(ValueError, match=words):
+        glow(**changes)
+
+
+def test_every_argument_stands_in_the_configuration():
+    assert set(inspect.signature(Glow.__init__).parameters) - {"self"} == set(DEFAULTS) - {"_target_"}
