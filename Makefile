@@ -21,7 +21,8 @@ demo: $(FLOWGEN) ## train on embedded digits for 3 minutes, sample, interpolate
 	touch $(DEMO)/done
 	$(FLOWGEN) evaluate --run $(DEMO)
 	$(FLOWGEN) sample --run $(DEMO) --temperature 0.7 --temperature 1
-	$(FLOWGEN) interpolate --run $(DEMO) tests/images/digit_2.png tests/images/digit_7.png
+	.venv/bin/python scripts/save_digits.py $(DEMO)
+	$(FLOWGEN) interpolate $(DEMO)/digit_2.png $(DEMO)/digit_7.png --run $(DEMO)
 
 test: $(FLOWGEN) ## every test
 	.venv/bin/pytest -n 2

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from flowgen.vision import make_grid
+from flowgen.vision import make_grid, to_pil_image
 
 SMALLEST_SIDE = 56  # pixels on the page; smaller images are enlarged by a whole factor
 
@@ -19,7 +19,7 @@ def to_image(levels: Tensor, bits: int, columns: int) -> Image.Image:
     factor = -(-SMALLEST_SIDE // min(levels.shape[-2:]))
     pixels = pixels.to(torch.uint8).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
-    return Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
+    return to_pil_image(grid)
 
 
 def blocks(titled: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Image.Image:
