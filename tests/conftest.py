@@ -25,6 +25,7 @@ SMALL = [
     "trainer.evaluate_images=8",
     "trainer.log_every=1",
     "trainer.precision=float32",
+    "trainer.lr=1e-3",
 ]
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, prepare
 from flowgen.errors import FlowgenError
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not on this machine")
+SHARED = Path(os.environ.get("FLOWGEN_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_shared = pytest.mark.skipif(not (SHARED / "celebahq64").is_dir(), reason="needs FLOWGEN_DATA with mnist/ and celebahq64/")
 
 
 def folder(root: Path, **changes: object) -> ImageFolder:

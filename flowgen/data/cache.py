@@ -45,8 +45,9 @@ def prepared(source: Source, names: list[str], size: int, channels: int, crop: i
     index = cache_folder() / f"{source.path.stem}-{settings}-{contents}.json"
     if not index.exists():
         index.parent.mkdir(parents=True, exist_ok=True)
-        for stale in index.parent.glob(f"{source.path.stem}-{settings}-*"):
-            stale.unlink()
+        for stale in index.parent.glob(f"*-{settings}-*"):
+            if stale.suffix in (".bin", ".json"):
+                stale.unlink(missing_ok=True)
         _write(index, source, names, partial(prepare, size=size, channels=channels, crop=crop))
     entry = json.loads(index.read_text())
     kept, refused = entry["kept"], entry["refused"]

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ def link_checkpoint(path: Path, other: Path) -> None:
     """Give the checkpoint at `path` a second name; later writes to `path` leave it as it is."""
     aside = other.with_name(other.name + ".part")
     aside.unlink(missing_ok=True)
-    os.link(path, aside)
+    try:
+        os.link(path, aside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, aside)
     aside.replace(other)
 
 

@@ -126,7 +126,8 @@ class Trainer:
                 if self._due(self.sample_every, state):
                     self._sample(state, journal, data.bits, seed)
                 keep = state.step % self.keep_every == 0
-                if not failed and (best or keep or stop.signal is not None or self._due(self.save_every, state)):
+                sound = not failed or self._progress(state) >= 1  # else a return would come back to where steps fail
+                if sound and (best or keep or stop.signal is not None or self._due(self.save_every, state)):
                     run.save(state.capture(), best=best, keep=keep)
             journal.curves()
         return stop.signal
