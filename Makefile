@@ -3,7 +3,9 @@ PYTHON ?= python3
 FLOWGEN := .venv/bin/flowgen
 DEMO := outputs/demo
 
-.PHONY: help setup demo test lint bench
+THESIS := outputs/thesis/glow_conv
+
+.PHONY: help setup demo test lint bench reproduce-thesis
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
@@ -31,6 +33,13 @@ lint: $(FLOWGEN) ## style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+reproduce-thesis: $(FLOWGEN) ## experiment 1 of the thesis at full scale: one GPU, goes on where it was stopped
+	test -f $(THESIS)/done || test ! -f $(THESIS)/config.yaml || $(FLOWGEN) resume $(THESIS)
+	test -f $(THESIS)/config.yaml || $(FLOWGEN) train experiment=thesis/glow_conv out=$(THESIS)
+	touch $(THESIS)/done
+	$(FLOWGEN) evaluate --run $(THESIS)
+	$(FLOWGEN) sample --run $(THESIS) --count 8 --temperature 0 --temperature 0.25 --temperature 0.7 --temperature 1
 
 bench: $(FLOWGEN) ## training speed beside the package normflows
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -11,8 +11,9 @@ import click
 from flowgen.config import options
 from flowgen.errors import FlowgenError
 
-HYDRA_FLAGS = {"-m", "--multirun", "--help", "--cfg", "-c", "--resolve", "--info", "-i", "--package", "-p", "--version"}
+HYDRA_FLAGS = {"-m", "--multirun", "--help", "-h", "--cfg", "-c", "--resolve", "--info", "-i", "--package", "-p", "--version"}
 PATH = click.Path(path_type=Path)
+PICTURES = {".gif", ".jpg", ".png", ".webp"}
 
 
 class Temperature(click.ParamType):
@@ -26,6 +27,15 @@ class Temperature(click.ParamType):
         if not math.isfinite(number) or number < 0:
             self.fail(f"{value!r} is no temperature: give a number of at least 0, such as 0.7", param, ctx)
         return number
+
+
+def check_picture(path: Path | None) -> Path | None:
+    """Before the work is done, not after it."""
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise click.UsageError(f"{path} is no name of a picture: let it end in one of {', '.join(sorted(PICTURES))}")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise click.UsageError(f"the folder of {path} does not exist: make it, or name another")
+    return path
 
 
 def complete_override(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -47,23 +57,33 @@ run_option = click.option(
     "--run", "name", metavar="RUN", shell_complete=complete_run, help="Run folder, checkpoint, or name under outputs/."
 )
 device_option = click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu or cuda.")
-out_option = click.option("--out", type=PATH, metavar="FILE", help="Where to write; by default into the run's folder.")
+out_option = click.option(
+    "--out",
+    type=PATH,
+    metavar="FILE",
+    callback=lambda ctx, param, path: check_picture(path),
+    help="Where to write; by default into the run's folder.",
+)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="flowgen", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
     """Train, judge and use likelihood-based image models.
 
     RUN is a run's folder, a checkpoint file, or a name under outputs/; without it, the newest run that fits.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @cli.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[OVERRIDE]...", shell_complete=complete_override)
 def train(words: tuple[str, ...]) -> None:
     """Train a model: model=glow data=celeba trainer.steps=2000 out=DIR; train --help lists what there is."""
+    words = tuple("--help" if word == "-h" else word for word in words)
     unknown = [word for word in words if word.startswith("-") and word.partition("=")[0] not in HYDRA_FLAGS]
     if unknown:
         raise click.UsageError(f"no such option: {unknown[0]}; what to train is said as KEY=VALUE, see `flowgen train --help`")

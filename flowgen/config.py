@@ -66,6 +66,9 @@ def override(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     for word in overrides:
         if "=" not in word:
             raise FlowgenError(f"{word!r} is no override: write KEY=VALUE, as in trainer.steps=2000")
+        group = config.get(word.partition("=")[0])
+        if isinstance(group, dict):
+            raise FlowgenError(f"{word} would replace a whole section of the run: set its values one by one, as in trainer.device=cuda")
     tree: Any = OmegaConf.create(config)
     OmegaConf.set_struct(tree, True)
     try:
@@ -73,6 +76,13 @@ def override(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise FlowgenError(f"the run has no such setting: {one_line(error)}") from error
     return OmegaConf.to_container(tree)  # type: ignore[return-value]
+
+
+def one_end(words: list[str]) -> list[str]:
+    """Training ends by steps or by minutes: where only one of them is set by hand, the other's default is dropped."""
+    given = [limit for limit in ("steps", "minutes") if any(word.lstrip("+").startswith(f"trainer.{limit}=") for word in words)]
+    other = {"steps": "minutes", "minutes": "steps"}
+    return [*words, f"trainer.{other[given[0]]}=null"] if len(given) == 1 else words
 
 
 def one_line(error: BaseException) -> str:
@@ -121,6 +131,15 @@ def build_model(config: dict[str, Any]) -> "GenerativeModel":
     return build("model", config["model"])
 
 
+def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Images"]:
+    """Raises FlowgenError where the two do not speak of the same images: every figure would be wrong."""
+    for key in ("channels", "size", "bits"):
+        model, data = config["model"].get(key, config["data"].get(key)), config["data"].get(key)
+        if model != data:
+            raise FlowgenError(f"model.{key}={model} does not fit data.{key}={data}: give them the same value, or train another model")
+    return build_model(config), build_data(config)
+
+
 def load_model(run: str | os.PathLike[str], device: str = "cpu") -> "GenerativeModel":
     """See `flowgen.load`."""
     from flowgen.training.find import find_checkpoint
@@ -136,8 +155,13 @@ def model_of(checkpoint: dict[str, Any], device: str = "cpu") -> "GenerativeMode
     weights = checkpoint["model"]
     if checkpoint["ema"] is not None:
         weights = {name.removeprefix("module."): value for name, value in checkpoint["ema"].items() if name.startswith("module.")}
+    load_weights(model, weights)
+    return model.to(choose_device(device)).eval()
+
+
+def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
+    """Raises FlowgenError where they are another model's."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise FlowgenError("the checkpoint's weights are not those of the model that its configuration names: name another run") from error
-    return model.to(choose_device(device)).eval()
+        raise FlowgenError("the checkpoint's weights are not those of the model that its configuration describes") from error

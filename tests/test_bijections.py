@@ -177,8 +177,11 @@ def test_only_networks_run_in_bfloat16():
     dtypes = []
     flow.bijections[1].network.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     x = torch.randn(4, 4, 4, 4)
+    split = FactorOut(Flatten(2, 4, 4), ZeroConv2d(2, 4, 3))
+    torch.nn.init.normal_(split.network.weight)
     with torch.autocast("cpu", torch.bfloat16):
         z, log_det = flow(x)
+        assert torch.equal(split(x)[0], split.float()(x)[0].float()) and split.network(x[:, :2]).dtype == torch.bfloat16
         folded = flow.bijections[0](x)[0]
     assert dtypes == [torch.bfloat16] and z.dtype == log_det.dtype == torch.float32
     assert torch.equal(folded, flow.bijections[0](x)[0])

@@ -41,7 +41,7 @@ def test_help_answers_without_torch():
 
 
 def test_python_m_flowgen_is_flowgen():
-    assert run_python("-m", "flowgen", "--help").stdout == run_python("-m", "flowgen", "-h").stdout != ""
+    assert run_python("-m", "flowgen", "--help").stdout == run_python("-c", "from flowgen.cli import main; main()").stdout != ""
 
 
 @pytest.mark.parametrize(("typed", "offered"), [("model=gl", "model=glow"), ("data=cel", "data=celeba_hq"), ("mod", "model=")])
@@ -174,6 +174,9 @@ def test_a_folder_that_holds_a_run_is_refused(tiny_run, images, command):
         (["train", "data=folder"], "data.root is not set", 1),
         (["train", "data=folder", "data.root=nowhere"], "does not exist", 1),
         (["train", "data=celeba"], "mmlab", 1),
+        (["train", "seed=1.5"], "seed must be a whole number", 1),
+        (["train", "model.bits=5"], "does not fit data.bits=8", 1),
+        (["sample", "--out", "grid"], "no name of a picture", 2),
         (["frobnicate"], "frobnicate", 2),
         (["resume", "nowhere"], "flowgen runs", 1),
         (["sample"], "flowgen train", 1),
@@ -236,6 +239,15 @@ def test_checkpoints_that_are_none_get_one_line(tiny_run, command, tmp_path):
     state["config"]["model"]["width"] = 12
     torch.save(state, tmp_path / "other.pt")
     assert_plain(command("evaluate", "--run", tmp_path / "other.pt"), "weights are not those")
+
+
+def test_overrides_that_would_part_model_and_data_get_one_line(tiny_run, command):
+    assert_plain(command("evaluate", "--run", tiny_run, "data.bits=8"), "does not fit")
+    assert_plain(command("resume", tiny_run, "trainer=gpu"), "one by one")
+
+
+def test_flowgen_alone_and_train_h_are_help(command):
+    assert command()[0] == 0 and command("train", "-h")[0] == 0
 
 
 def test_debug_shows_the_traceback(command):

@@ -158,6 +158,25 @@ def test_an_idx_file_cut_short_is_named(tmp_path):
         MNIST(name="MNIST", root=str(tmp_path), names=["mnist"], channels=1, size=28, bits=8, flip=False)
 
 
+def test_mnist_beside_another_set_is_told_from_it(tmp_path):
+    for shade, name in enumerate(("FashionMNIST", "MNIST")):
+        (tmp_path / name / "raw").mkdir(parents=True)
+        for split in ("train", "t10k"):
+            write_idx(tmp_path / name / "raw" / f"{split}-images-idx3-ubyte.gz", torch.full((2, 28, 28), shade, dtype=torch.uint8))
+    arguments = {"root": str(tmp_path), "channels": 1, "size": 28, "bits": 8, "flip": False}
+    assert (MNIST(name="MNIST", names=["mnist", "MNIST"], **arguments).train == 1).all()
+    with pytest.raises(FlowgenError, match="several sets"):
+        MNIST(name="KMNIST", names=["kmnist"], **arguments)
+
+
+def test_a_broken_link_and_a_lost_cache_are_no_trouble(images):
+    (images / "gone.png").symlink_to(images / "nowhere.png")
+    before = folder(images).train.clone()
+    for path in Path(os.environ["FLOWGEN_CACHE"]).glob("*.bin"):
+        path.unlink()
+    assert torch.equal(folder(images).train, before)
+
+
 def plain_images(count: int = 10, *, flip: bool = False, bits: int = 8) -> Images:
     train = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(count, 1, 2, 2).contiguous()
     train[:, :, :, 1] += 100

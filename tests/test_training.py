@@ -207,6 +207,58 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     assert same(read_checkpoint(path), state) and [file.name for file in path.parent.iterdir()] == ["last.pt"]
 
 
+def test_a_kill_between_the_names_of_a_checkpoint_loses_no_best(tmp_path, monkeypatch):
+    run, state = Run(tmp_path), dict.fromkeys(KEYS, 1) | {"config": {}}
+    run.save(state | {"step": 1}, best=True)
+    replace = Path.replace
+
+    def killed(self, target):
+        if target == run.last:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.save(state | {"step": 2}, best=True)
+    assert read_checkpoint(run.best)["step"] == 2 and read_checkpoint(run.last)["step"] == 1
+
+
+def test_a_run_that_ends_on_a_bad_step_is_saved(images, tmp_path, command, monkeypatch):
+    poison(monkeypatch, {5, 6})
+    assert command("train", *SMALL, f"data.root={images}", "trainer.steps=6", f"out={tmp_path / 'run'}")[0] == 0
+    state = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert state["step"] == 6 and state["metrics"]["failed"] == 2 and read_checkpoint(Run(tmp_path / "run").best)["step"] == 6
+
+
+def test_a_second_return_goes_further_back(tmp_path):
+    run, state = Run(tmp_path), dict.fromkeys(KEYS, 1) | {"config": {}}
+    for step in (4, 8):
+        run.save(state | {"step": step}, keep=True)
+    assert run.last_good()["step"] == 8 and run.last_good(before=8)["step"] == 4 and run.last_good(before=4)["step"] == 8
+
+
+def test_a_run_is_trained_by_one_process_alone(tiny_run, command):
+    from flowgen.commands.train import _sole_trainer_of
+
+    with _sole_trainer_of(Run(tiny_run)):
+        status, _, error = command("resume", tiny_run, "trainer.steps=9")
+    assert status == 1 and "another process" in error
+
+
+def test_resume_from_a_named_checkpoint_file(images, tmp_path, command):
+    words = [*SMALL, f"data.root={images}", "trainer.steps=8", "trainer.keep_every=4"]
+    assert command("train", *words, f"out={tmp_path / 'run'}")[0] == 0
+    whole = read_checkpoint(Run(tmp_path / "run").last)
+    assert command("resume", Run(tmp_path / "run").numbered(4))[0] == 0
+    assert same(read_checkpoint(Run(tmp_path / "run").last)["model"], whole["model"])
+
+
+def test_a_failing_resume_leaves_the_configuration_alone(tiny_run, command):
+    before = (tiny_run / "config.yaml").read_text()
+    assert command("resume", tiny_run, "trainer.steps=9", "model.width=6")[0] == 1
+    assert (tiny_run / "config.yaml").read_text() == before
+
+
 def test_a_named_checkpoint_does_not_change_with_the_last(tmp_path):
     run = Run(tmp_path)
     state = dict.fromkeys(KEYS, 1) | {"config": {}, "step": 5}

@@ -44,7 +44,8 @@ class FactorOut(Bijection):
 
     @staticmethod
     def _gaussian(network: Network, stays: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_deviation = network(stays).to(stays.dtype).chunk(2, dim=1)
+        with torch.autocast(stays.device.type, enabled=False):  # a prior is part of the likelihood: no bfloat16
+            mean, log_deviation = network(stays).chunk(2, dim=1)
         return mean, log_deviation
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """`flowgen train` and `flowgen resume`."""
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -16,10 +17,23 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowgen.config import build, build_data, build_model, conf_folder, one_line, override, plain, read_config, save_config
-from flowgen.errors import FlowgenError
+from flowgen.config import (
+    build,
+    build_model_and_data,
+    conf_folder,
+    load_weights,
+    one_end,
+    one_line,
+    override,
+    plain,
+    read_config,
+    save_config,
+)
+from flowgen.errors import FlowgenError, check_whole
+from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.find import find_run
 from flowgen.training.run import Run
+from flowgen.training.trainer import Trainer
 
 log = logging.getLogger("flowgen")
 
@@ -27,62 +41,87 @@ log = logging.getLogger("flowgen")
 def train(words: list[str]) -> None:
     """Hand `words` to Hydra and train what they describe; several runs where they sweep. Raises FlowgenError."""
     sweep = [word for word in words if word in ("-m", "--multirun")]
-    sys.argv = ["flowgen train", *sweep[:1], *(word for word in words if word not in sweep)]  # Hydra wants its flag in front
+    sys.argv = ["flowgen train", *sweep[:1], *one_end([word for word in words if word not in sweep])]  # Hydra wants its flag in front
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come up here, where they become one line
-    failures: list[FlowgenError] = []
+    failures: list[Exception] = []
 
     def job(cfg: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            _start(cfg, Path(HydraConfig.get().runtime.output_dir))
-        except (FlowgenError, OmegaConfBaseException) as error:
-            failures.append(FlowgenError(one_line(error)))
-            with contextlib.suppress(OSError):
-                Path(HydraConfig.get().runtime.output_dir).rmdir()  # Hydra makes it; where nothing came of the run it goes again
+            _start(cfg, folder)
+        except Exception as error:
+            failures.append(error)
             if sweep:
-                log.error("%s: %s", HydraConfig.get().runtime.output_dir, failures[-1])
+                log.error("%s: %s", folder, one_line(error))
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # Hydra makes it; where nothing came of the run it goes again
 
     try:
         hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise FlowgenError(one_line(error)) from error
+    if failures and sweep:
+        raise FlowgenError(f"{len(failures)} runs of the sweep failed, the first: {one_line(failures[0])}") from failures[0]
     if failures:
-        raise FlowgenError(f"{len(failures)} runs of the sweep failed, the first: {failures[0]}" if sweep else str(failures[0]))
+        raise failures[0]
 
 
 def _start(cfg: DictConfig, folder: Path) -> None:
     if not OmegaConf.is_missing(cfg.data, "root") and cfg.data.get("root") is not None:
-        cfg.data.root = str(Path(cfg.data.root).resolve())  # so that the run can be resumed from anywhere
+        cfg.data.root = _absolute(cfg.data.root)
     config = plain(cfg) | {"out": str(folder)}
     run = Run(folder)
-    if run.config.exists() or run.metrics.exists():
-        raise FlowgenError(f"{folder} holds a run already: go on with `flowgen resume {folder}`, or choose another out=")
-    trainer, data, model = _build(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, run.config)
-    _train(run, config, trainer, data, model, None)
+    with _sole_trainer_of(run):
+        if run.config.exists() or run.metrics.exists():
+            raise FlowgenError(f"{folder} holds a run already: go on with `flowgen resume {folder}`, or choose another out=")
+        trainer, model, data = _build(config)
+        save_config(config, run.config)
+        _train(run, config, trainer, model, data, None)
 
 
 def resume(name: str, overrides: list[str]) -> None:
-    """Go on from a run's last good checkpoint, with its own configuration but for `overrides`. Raises FlowgenError."""
+    """Go on from a checkpoint file, or from a run's last good checkpoint, with its own configuration but for `overrides`.
+
+    Raises FlowgenError.
+    """
     run = find_run(name)
-    checkpoint = run.last_good()
-    config = override(read_config(run.config) if checkpoint is None else checkpoint["config"], overrides)
-    trainer, data, model = _build(config)
-    if checkpoint is not None:
-        step, seconds = checkpoint["step"], checkpoint["metrics"]["seconds"]
-        if (trainer.steps and step >= trainer.steps) or (trainer.minutes and seconds >= 60 * trainer.minutes):
-            end = f"trainer.steps={2 * trainer.steps}" if trainer.steps else f"trainer.minutes={2 * trainer.minutes:g}"
-            raise FlowgenError(f"{run.folder} has ended, at step {step}: give it more, as in `flowgen resume {run.folder} {end}`")
-    save_config(config, run.config)
-    _train(run, config, trainer, data, model, checkpoint)
+    with _sole_trainer_of(run):
+        checkpoint = read_checkpoint(Path(name)) if Path(name).is_file() else run.last_good()
+        config = override(read_config(run.config) if checkpoint is None else checkpoint["config"], one_end(overrides))
+        if config["data"].get("root") is not None:
+            config["data"]["root"] = _absolute(config["data"]["root"])
+        trainer, model, data = _build(config)
+        if checkpoint is not None:
+            load_weights(model, checkpoint["model"])
+            _check_unfinished(run, trainer, checkpoint)
+        save_config(config, run.config)
+        _train(run, config, trainer, model, data, checkpoint)
 
 
-def _build(config: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _check_unfinished(run: Run, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    step, minutes = checkpoint["step"], checkpoint["metrics"]["seconds"] / 60
+    if trainer.minutes and minutes >= trainer.minutes:
+        more = f"trainer.minutes={2 * trainer.minutes:g}"
+    elif trainer.steps and step >= trainer.steps:
+        more = f"trainer.steps={2 * trainer.steps}"
+    else:
+        return
+    raise FlowgenError(f"{run.folder} has ended, at step {step}: give it more, as in `flowgen resume {run.folder} {more}`")
+
+
+def _absolute(root: Any) -> str:
+    """So that the run can be resumed from anywhere."""
+    return str(Path(str(root)).expanduser().resolve())
+
+
+def _build(config: dict[str, Any]) -> tuple[Trainer, Any, Any]:
+    if config["seed"] != 0:
+        check_whole(seed=config["seed"])
     torch.manual_seed(config["seed"])
-    return build("trainer", config["trainer"]), build_data(config), build_model(config)
+    return (build("trainer", config["trainer"]), *build_model_and_data(config))
 
 
-def _train(run: Run, config: dict[str, Any], trainer: Any, data: Any, model: Any, checkpoint: dict[str, Any] | None) -> None:
+def _train(run: Run, config: dict[str, Any], trainer: Trainer, model: Any, data: Any, checkpoint: dict[str, Any] | None) -> None:
     with _logging(run):
         parameters = sum(parameter.numel() for parameter in model.parameters())
         log.info(
@@ -100,13 +139,32 @@ def _train(run: Run, config: dict[str, Any], trainer: Any, data: Any, model: Any
 
 
 @contextlib.contextmanager
+def _sole_trainer_of(run: Run) -> Iterator[None]:
+    """Hold the run's folder, which two processes would spoil for one another. Raises FlowgenError where another one has it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.log, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FlowgenError(f"{run.folder} is being trained by another process: wait for it, or choose another out=") from error
+        try:
+            yield
+        finally:
+            if not run.config.exists():
+                run.log.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _logging(run: Run) -> Iterator[None]:
-    """Messages go to the screen, above the progress bar, and with the time to `train.log`."""
+    """Messages go to the screen, above the progress bar, and with the time to `train.log`, where an error leaves its traceback."""
     file = logging.FileHandler(run.log)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     try:
         yield
+    except Exception:
+        log.debug("training ended with an error", exc_info=True)
+        raise
     finally:
         log.removeHandler(file)
         file.close()

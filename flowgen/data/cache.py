@@ -17,6 +17,7 @@ from tqdm import tqdm
 from flowgen.data.prepare import prepare
 from flowgen.errors import FlowgenError
 
+VERSION = 1  # of `prepare`: what it made before is made again
 CHUNK = 2048  # images decoded ahead of the writer
 log = logging.getLogger("flowgen")
 
@@ -40,10 +41,10 @@ def prepared(source: Source, names: list[str], size: int, channels: int, crop: i
     What cannot be read is named and counted. Raises FlowgenError where nothing can. The file is made again when `source`, the
     settings or the choice of names change.
     """
-    settings = _hash([str(source.path.resolve()), size, channels, crop])
+    settings = _hash([VERSION, str(source.path.resolve()), size, channels, crop])
     contents = _hash([[name, source.stamps[name]] for name in names])
     index = cache_folder() / f"{source.path.stem}-{settings}-{contents}.json"
-    if not index.exists():
+    if not _is_whole(index, channels * size**2):
         index.parent.mkdir(parents=True, exist_ok=True)
         for stale in index.parent.glob(f"*-{settings}-*"):
             if stale.suffix in (".bin", ".json"):
@@ -57,6 +58,12 @@ def prepared(source: Source, names: list[str], size: int, channels: int, crop: i
         raise FlowgenError(f"none of the {len(names)} images of {source.path} can be used: {refused[0]}")
     shape = (len(kept), channels, size, size)
     return torch.from_file(str(index.with_suffix(".bin")), size=torch.Size(shape).numel(), dtype=torch.uint8).view(shape), kept
+
+
+def _is_whole(index: Path, size: int) -> bool:
+    """Whether both files are there, with as many images of `size` bytes as the index names."""
+    images = index.with_suffix(".bin")
+    return index.exists() and images.exists() and images.stat().st_size == size * len(json.loads(index.read_text())["kept"])
 
 
 def _write(index: Path, source: Source, names: list[str], make: Callable[[bytes], Tensor]) -> None:

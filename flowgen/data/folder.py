@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -38,7 +39,7 @@ def open_source(root: Path) -> Source:
     """The image files under `root`, sorted by name; hidden files and the shadows that macOS leaves in zips are passed over."""
     if root.is_file():
         return _open_zip(root)
-    files = [path for path in sorted(root.rglob("*")) if _is_image(str(path.relative_to(root)))]
+    files = [path for path in sorted(root.rglob("*")) if _is_image(str(path.relative_to(root))) and path.is_file()]
     if files:
         stats = {str(path.relative_to(root)): path.stat() for path in files}
         stamps = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
@@ -66,8 +67,9 @@ def _is_image(name: str) -> bool:
 
 
 def official_split(root: Path, names: list[str]) -> tuple[list[str], list[str]] | None:
-    """The names that CelebA's list puts into train and test; None where no list lies under `root` or beside it."""
-    lists = sorted((root.parent if root.is_file() else root).rglob(f"{PARTITION}.*"))
+    """The names that CelebA's list puts into train and test; None where no list lies in `root` or beside it."""
+    places = [root.parent] if root.is_file() else [root, *sorted(path for path in root.iterdir() if path.is_dir()), root.parent]
+    lists = [path for place in places for path in sorted(place.glob(f"{PARTITION}.*"))]
     if not lists:
         return None
     rows = (line.replace(",", " ").split() for line in lists[0].read_text().splitlines())
@@ -77,6 +79,9 @@ def official_split(root: Path, names: list[str]) -> tuple[list[str], list[str]] 
         log.warning("%s does not name %s and %d others: the split goes by hash", lists[0], missing[0], len(missing) - 1)
         return None
     train, test = ([name for name in names if part[PurePosixPath(name).name] == number] for number in ("0", "2"))
+    if not train or not test:
+        log.warning("%s leaves a split of %d and %d images: the split goes by hash", lists[0], len(train), len(test))
+        return None
     return train, test
 
 
@@ -87,4 +92,4 @@ def hashed_split(names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _digest(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(PurePosixPath(name).name.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(os.fsencode(PurePosixPath(name).name)).digest()[:8], "big")

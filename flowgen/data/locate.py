@@ -17,9 +17,10 @@ def locate(root: str | None, names: list[str], cure: str) -> Path:
     Raises FlowgenError with `cure`, a sentence that says how to get the data, where there is none.
     """
     if root is not None:
-        if not Path(root).exists():
+        path = Path(root).expanduser()
+        if not path.exists():
             raise FlowgenError(f"data.root={root} does not exist: {cure}")
-        return Path(root)
+        return path
     for name in names:
         if (data_folder() / name).exists():
             return data_folder() / name

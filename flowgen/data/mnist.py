@@ -20,21 +20,30 @@ class MNIST(Images):
         check_choice(("MNIST", "FashionMNIST", "KMNIST"), name=name)
         check_choice((1,), channels=channels)
         check_whole(size=size)
-        if root is None and not any((data_folder() / folder).exists() for folder in names):
+        if root is None and not any(_find(data_folder() / folder, names, "train") for folder in names):
             _download(name, data_folder() / names[0])
         folder = locate(root, names, f"point data.root at a folder with the idx files of {name}, or leave it out to download them")
-        train, test = (_resize(read_idx(folder, f"{split}-images-idx3-ubyte"), size) for split in ("train", "t10k"))
+        train, test = (_resize(read_idx(folder, names, split), size) for split in ("train", "t10k"))
         super().__init__(train, test, bits=bits, flip=flip)
 
 
-def read_idx(folder: Path, name: str) -> Tensor:
-    """The idx file `name`, gzipped or not, anywhere below `folder`, as uint8 of shape (N, 1, height, width).
+def _find(root: Path, names: list[str], split: str) -> list[Path]:
+    """The idx files of a split below `root`, or below the first of `names` in it, where several sets lie side by side."""
+    folder = next((root / name for name in names if (root / name).is_dir()), root)
+    return sorted(path for path in folder.rglob(f"{split}-images-idx3-ubyte*") if path.suffix in ("", ".gz"))
 
-    Raises FlowgenError where there is none or it is cut short. Format: yann.lecun.com/exdb/mnist.
+
+def read_idx(root: Path, names: list[str], split: str) -> Tensor:
+    """The images of a split, gzipped or not, as uint8 of shape (N, 1, height, width).
+
+    Raises FlowgenError where there is no such file, where several sets lie below `root`, or where it is cut short. Format:
+    yann.lecun.com/exdb/mnist.
     """
-    files = sorted(path for path in folder.rglob(f"{name}*") if path.suffix in ("", ".gz"))
+    files = _find(root, names, split)
     if not files:
-        raise FlowgenError(f"{folder} holds no {name}.gz: point data.root at the folder with the idx files")
+        raise FlowgenError(f"{root} holds no {split}-images-idx3-ubyte.gz: point data.root at the folder with the idx files")
+    if len({path.parent for path in files}) > 1:
+        raise FlowgenError(f"{root} holds several sets, {files[0].parent} and {files[-1].parent}: point data.root at one of them")
     try:
         data = gzip.decompress(files[0].read_bytes()) if files[0].suffix == ".gz" else files[0].read_bytes()
         magic, count, height, width = (int.from_bytes(data[place : place + 4], "big") for place in (0, 4, 8, 12))

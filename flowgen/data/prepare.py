@@ -1,7 +1,6 @@
 """One image file, of whatever kind, made into a square of levels."""
 
 import io
-import warnings
 import zlib
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from flowgen.errors import FlowgenError
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -22,11 +22,9 @@ def prepare(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
     for what is no image, is cut short, or is too small to be one.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
-            image = _convert(image, MODES[channels])
-    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(file), formats=FORMATS))
+        image = _convert(image, MODES[channels])
+    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
         raise FlowgenError("is not an image, or is cut short") from error
     if min(image.size) < size / 4:
         raise FlowgenError(f"is {image.width}x{image.height} pixels, too small for {size}x{size}")

@@ -1,9 +1,8 @@
 """Checkpoints: dicts of plain data, written so that a crash leaves the old one whole, read so that no code can run."""
 
 import os
-import pickle
 import shutil
-import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,11 @@ from flowgen.errors import FlowgenError
 KEYS = {"config", "step", "model", "ema", "optimizer", "random", "metrics", "images_seen"}
 
 
-def write_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write aside, flush, rename. Raises FlowgenError where the disk does not take it; what stood at `path` stays."""
+def write_checkpoint(state: dict[str, Any], path: Path, others: Iterable[Path] = ()) -> None:
+    """Write aside, flush, rename: to each of `others` first and to `path` last, so that `path` never speaks of what is not there.
+
+    Raises FlowgenError where the disk does not take it; what stood under these names stays.
+    """
     import torch  # here, so that listing runs need not wait for it
 
     aside = path.with_name(path.name + ".part")
@@ -23,6 +25,8 @@ def write_checkpoint(state: dict[str, Any], path: Path) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        for other in others:
+            _second_name(aside, other)
         aside.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         aside.unlink(missing_ok=True)
@@ -31,8 +35,7 @@ def write_checkpoint(state: dict[str, Any], path: Path) -> None:
         raise FlowgenError(f"could not save {path} ({reason}): {cure}") from error
 
 
-def link_checkpoint(path: Path, other: Path) -> None:
-    """Give the checkpoint at `path` a second name; later writes to `path` leave it as it is."""
+def _second_name(path: Path, other: Path) -> None:
     aside = other.with_name(other.name + ".part")
     aside.unlink(missing_ok=True)
     try:
@@ -50,7 +53,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FlowgenError(f"{path} does not exist: `flowgen runs` lists the runs") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file raises whatever the unpickler stumbles over
         raise FlowgenError(f"{path} is cut short or no checkpoint of flowgen: name another run or checkpoint") from error
     if not isinstance(state, dict) or not state.keys() >= KEYS or not isinstance(state["config"], dict):
         raise FlowgenError(f"{path} is no checkpoint of flowgen: name another run or checkpoint")

@@ -1,6 +1,5 @@
 """Runs by name: a folder, a checkpoint file, or a name under `outputs/`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,22 @@ def find_run(name: str) -> Run:
             return Run(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
         if path.is_dir() and (path / "config.yaml").exists():
             return Run(path)
-    matches = [run for run in list_runs() if str(run.folder).endswith(name.rstrip("/"))] if name else []
+    parts = Path(name).parts
+    matches = [run for run in list_runs() if parts and run.folder.parts[-len(parts) :] == parts]
     if len(matches) == 1:
         return matches[0]
     raise FlowgenError(f"{name} is {'several runs' if matches else 'no run'}: `flowgen runs` lists them")
 
 
-def find_checkpoint(name: str | None, fits: Callable[[Run], bool] = lambda run: True) -> tuple[Run, dict[str, Any]]:
-    """The checkpoint file `name`, else the last good checkpoint of the run `name`, else of the newest run that `fits`.
+def find_checkpoint(name: str | None) -> tuple[Run, dict[str, Any]]:
+    """The checkpoint file `name`, else the last good checkpoint of the run `name`, else of the newest run.
 
     Raises FlowgenError where there is none.
     """
     if name is None:
-        run = next((run for run in list_runs() if run.checkpoints() and fits(run)), None)
+        run = next((run for run in list_runs() if run.checkpoints()), None)
         if run is None:
-            raise FlowgenError("no run under outputs/ fits this command: train one with `flowgen train`, or name one with --run")
+            raise FlowgenError("no run under outputs/ has a checkpoint: train one with `flowgen train`, or name one with --run")
     else:
         run = find_run(name)
         for path in (Path(name), OUTPUTS / name):

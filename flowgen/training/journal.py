@@ -19,14 +19,14 @@ log = logging.getLogger("flowgen")
 class Journal:
     """A progress bar on a terminal, plain lines where there is none, and everything on disk.
 
-    `total` is the end of training in `unit`s, steps or seconds, for the bar.
+    `start` and `total` are where training stands and ends in `unit`s, steps or seconds, for the bar.
     """
 
-    def __init__(self, run: Run, start: int, total: float, unit: str, model: GenerativeModel):
+    def __init__(self, run: Run, step: int, start: float, total: float, unit: str, model: GenerativeModel):
         self.run, self.model = run, model
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else None)
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1 if step else None)
         self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=math.ceil(total), unit=unit, disable=not self.terminal, dynamic_ncols=True)
+        self.bar = tqdm(total=math.ceil(total), initial=math.floor(start), unit=unit, disable=not self.terminal, dynamic_ncols=True)
 
     def __enter__(self) -> "Journal":
         return self

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.errors import FlowgenError
-from flowgen.training.checkpoint import link_checkpoint, read_checkpoint, write_checkpoint
+from flowgen.training.checkpoint import read_checkpoint, write_checkpoint
 
 log = logging.getLogger("flowgen")
 
@@ -35,28 +35,29 @@ class Run:
 
     def save(self, state: dict[str, Any], *, best: bool = False, keep: bool = False) -> None:
         """Write `last.pt`, and name it `best.pt` or by its step too where asked."""
-        write_checkpoint(state, self.last)
-        if best:
-            link_checkpoint(self.last, self.best)
-        if keep:
-            link_checkpoint(self.last, self.numbered(state["step"]))
+        write_checkpoint(state, self.last, [self.best] * best + [self.numbered(state["step"])] * keep)
 
     def checkpoints(self) -> list[Path]:
-        """Every checkpoint, the latest first."""
+        """`last.pt`, the numbered ones from the latest on, `best.pt`."""
         numbered = sorted(self.last.parent.glob("step_*.pt"), reverse=True)
         return [path for path in (self.last, *numbered, self.best) if path.exists()]
 
-    def last_good(self) -> dict[str, Any] | None:
-        """The latest checkpoint that can be read; None where the run has none. Raises FlowgenError where all are damaged."""
-        paths = self.checkpoints()
-        for path in paths:
+    def last_good(self, before: float = math.inf) -> dict[str, Any] | None:
+        """The latest readable checkpoint of a step below `before`, where there is such a one, else the latest of all.
+
+        None where the run has none. Raises FlowgenError where all are damaged.
+        """
+        good = []
+        for path in self.checkpoints():
             try:
-                return read_checkpoint(path)
+                good.append(read_checkpoint(path))
             except FlowgenError as error:
                 log.warning("%s", error)
-        if paths:
+            if good and good[-1]["step"] < before and path != self.best:
+                return good[-1]
+        if not good and self.checkpoints():
             raise FlowgenError(f"no checkpoint of {self.folder} can be read: train anew into another folder")
-        return None
+        return max(good, key=lambda state: (state["step"] < before, state["step"]), default=None)
 
     def write_metrics(self, step: int, split: str, figures: dict[str, float]) -> None:
         """Append one line; what is not finite becomes null, since JSON has no word for it."""

@@ -13,6 +13,8 @@ from flowgen.models import GenerativeModel
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
+COUNTERS = ("best", "seconds", "failed", "skipped", "rewinds", "failed_at", "rewound_to", "lr_scale")
+
 
 class State:
     """The model, its average, its optimiser, and the counters of a run."""
@@ -20,7 +22,9 @@ class State:
     def __init__(self, model: GenerativeModel, optimizer: torch.optim.Optimizer, ema: float, config: dict[str, Any]):
         self.model, self.optimizer, self.config = model, optimizer, config
         self.average = AveragedModel(model, multi_avg_fn=_warm_average(ema)) if ema else None
-        self.step = self.images_seen = self.skipped = self.rewinds = 0
+        self.step = self.images_seen = 0
+        self.failed = self.skipped = self.rewinds = 0  # steps in a row; steps in all; returns since the last that helped
+        self.failed_at = self.rewound_to = -1
         self.seconds = 0.0
         self.lr_scale = 1.0
         self.best = math.inf
@@ -50,13 +54,7 @@ class State:
             "ema": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            "metrics": {
-                "best": self.best,
-                "seconds": self.seconds,
-                "skipped": self.skipped,
-                "rewinds": self.rewinds,
-                "lr_scale": self.lr_scale,
-            },
+            "metrics": {name: getattr(self, name) for name in COUNTERS},
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
@@ -66,14 +64,14 @@ class State:
             if self.average is not None and checkpoint["ema"] is not None:
                 self.average.load_state_dict(checkpoint["ema"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, KeyError) as error:
             raise FlowgenError("the checkpoint is of another model than its configuration says: name another one") from error
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if torch.cuda.is_available() and len(checkpoint["random"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(checkpoint["random"]["cuda"])
         self.step, self.images_seen = checkpoint["step"], checkpoint["images_seen"]
-        for name, value in checkpoint["metrics"].items():
-            setattr(self, name, value)
+        for name in COUNTERS:
+            setattr(self, name, checkpoint["metrics"][name])
 
 
 def _warm_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:

@@ -21,6 +21,7 @@ from flowgen.training.stop import StopRequest
 
 PATIENCE = 5  # steps in a row that may fail before training goes back
 REWINDS = 3  # times that training goes back before it gives up
+HELPED = 1000  # steps past a failure after which a return has helped
 log = logging.getLogger("flowgen")
 
 
@@ -95,7 +96,7 @@ class Trainer:
             model.compile()
 
         warmup = warmup_steps(self.warmup, len(data.train), self.batch_size)
-        failed, busy, logged = 0, 0.0, state.step
+        busy, logged, saved = 0.0, state.step, state.step
         clock = time.monotonic() - state.seconds
         with StopRequest() as stop, self._journal(run, state) as journal:
             while self._progress(state) < 1 and stop.signal is None:
@@ -106,12 +107,12 @@ class Trainer:
                 state.step, state.images_seen = state.step + 1, state.images_seen + self.batch_size
                 if math.isfinite(loss) and math.isfinite(grad_norm):
                     state.update(rate)
-                    failed = 0
+                    state.failed = 0
                 else:
-                    failed, state.skipped = failed + 1, state.skipped + 1
-                    if failed == PATIENCE:
+                    state.failed, state.skipped = state.failed + 1, state.skipped + 1
+                    if state.failed == PATIENCE:
                         self._rewind(state, run, levels)
-                        failed, busy, logged = 0, 0.0, state.step
+                        busy, logged = 0.0, state.step
                         continue
                 busy += time.monotonic() - began
                 state.seconds = time.monotonic() - clock
@@ -126,15 +127,18 @@ class Trainer:
                 if self._due(self.sample_every, state):
                     self._sample(state, journal, data.bits, seed)
                 keep = state.step % self.keep_every == 0
-                sound = not failed or self._progress(state) >= 1  # else a return would come back to where steps fail
-                if sound and (best or keep or stop.signal is not None or self._due(self.save_every, state)):
+                if best or keep or (self._due(self.save_every, state) and not state.failed):
                     run.save(state.capture(), best=best, keep=keep)
+                    saved = state.step
+            if saved != state.step:
+                run.save(state.capture())
             journal.curves()
         return stop.signal
 
     def _journal(self, run: Run, state: State) -> Journal:
-        total, unit = (self.steps, "step") if self.steps else (60 * (self.minutes or 0.0), "s")
-        return Journal(run, state.step, total, unit, state.model)
+        if self.steps:
+            return Journal(run, state.step, state.step, self.steps, "step", state.model)
+        return Journal(run, state.step, state.seconds, 60 * (self.minutes or 0.0), "s", state.model)
 
     def _gradients(self, model: nn.Module, levels: Tensor) -> tuple[float, float]:
         """Fill the clipped gradients of one batch; its loss and the gradients' norm before clipping."""
@@ -179,15 +183,22 @@ class Trainer:
     def _rewind(self, state: State, run: Run, levels: Tensor) -> None:
         """Back to the last good checkpoint with half the learning rate."""
         culprit = first_bad_module(state.model, levels)
-        if state.rewinds == REWINDS:
+        if state.rewinds == REWINDS and state.step <= state.failed_at + HELPED:
             raise FlowgenError(
                 f"the loss is not finite, first at {culprit}, and {REWINDS} returns with half the learning rate each did not help: "
                 f"train again with trainer.lr below {self.lr * state.lr_scale:.2g}, or a smaller trainer.clip"
             )
-        failed_at, skipped, rewinds, seconds = state.step, state.skipped, state.rewinds + 1, state.seconds
-        state.restore(run.last_good() or {})
+        failed_at = state.step
+        rewinds = state.rewinds + 1 if failed_at <= state.failed_at + HELPED else 1
+        kept = {"failed_at": failed_at, "rewinds": rewinds, "skipped": state.skipped, "seconds": state.seconds, "best": state.best}
+        lr_scale = state.lr_scale / 2
+        checkpoint = run.last_good(before=state.rewound_to if rewinds > 1 else math.inf)
+        assert checkpoint is not None  # one is written before the first step
+        state.restore(checkpoint)
         run.forget_after(state.step)
-        state.skipped, state.rewinds, state.seconds, state.lr_scale = skipped, rewinds, seconds, 0.5**rewinds
+        for name, value in kept.items():
+            setattr(state, name, value)
+        state.failed, state.lr_scale, state.rewound_to = 0, lr_scale, state.step
         log.warning(
             "step %d: the loss is not finite, first at %s: back to step %d with a learning rate of %.2g",
             failed_at,
