@@ -1,12 +1,15 @@
 """Training speed of Glow beside the package normflows, in images per second, both on the same threads in the same run.
 
 64x64 colour, 4 levels, 8 steps a level, coupling networks conv3-1-3 of width 128, batches of 8: forward, backward and Adam. normflows
-runs as its documentation shows it (`GlowBlock`, `MultiscaleFlow`). The two take turns, and each one's best round counts, since a
-shared machine slows whichever runs at the wrong moment.
+runs as its documentation shows it (`GlowBlock`, `MultiscaleFlow`), each in a process of its own. They take turns, and each one's best
+round counts, since a shared machine slows whichever runs at the wrong moment.
 """
 
 import argparse
+import json
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -30,6 +33,7 @@ def flowgen_step(compiled: bool) -> Callable[[Tensor], None]:
     model.initialize(torch.randint(0, 32, (64, 3, SIZE, SIZE), dtype=torch.uint8))
     if compiled:
         model.compile()
+    keep_memory()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     dtype = autocast_dtype("auto", torch.device("cpu"))
 
@@ -76,24 +80,42 @@ def images_per_second(step: Callable[[Tensor], None], levels: Tensor, repeats: i
     return repeats * len(levels) / (time.perf_counter() - began)
 
 
+STEPS_OF: dict[str, Callable[[], Callable[[Tensor], None]]] = {
+    "normflows": normflows_step,
+    "flowgen": lambda: flowgen_step(compiled=False),
+    "flowgen, trainer.compile=true": lambda: flowgen_step(compiled=True),
+}
+
+
+def measure(name: str, threads: int, rounds: int) -> list[float]:
+    """Images per second in each of some rounds, in this process."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    levels = torch.randint(0, 32, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
+    step = STEPS_OF[name]()
+    images_per_second(step, levels, 3)  # the first steps compile and allocate
+    return [images_per_second(step, levels) for _ in range(rounds)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--only", choices=STEPS_OF, help=argparse.SUPPRESS)  # one of them, in a process of its own
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    keep_memory()
-    levels = torch.randint(0, 32, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
-    steps = {"normflows": normflows_step(), "flowgen": flowgen_step(False), "flowgen, trainer.compile=true": flowgen_step(True)}
-    for step in steps.values():
-        images_per_second(step, levels, 3)  # the first steps compile and allocate
-    rounds = [{name: images_per_second(step, levels) for name, step in steps.items()} for _ in range(options.rounds)]
+    if options.only:
+        print(json.dumps(measure(options.only, options.threads, options.rounds)))
+        return
+    speeds: dict[str, list[float]] = {name: [] for name in STEPS_OF}
+    for _ in range(options.turns):
+        for name, found in speeds.items():
+            words = [sys.executable, __file__, "--only", name, "--threads", str(options.threads), "--rounds", str(options.rounds)]
+            found += json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
     print(f"{datetime.now(UTC):%Y-%m-%d}  {platform.machine()}  torch {torch.__version__}  {options.threads} threads  batch {BATCH}")
-    peer = max(times["normflows"] for times in rounds)
-    for name in steps:
-        best, worst = max(times[name] for times in rounds), min(times[name] for times in rounds)
-        print(f"{name:32} {best:6.1f} images/s (slowest round {worst:.1f})  {best / peer:.2f}x")
+    for name, found in speeds.items():
+        ratio = max(found) / max(speeds["normflows"])
+        print(f"{name:32} {max(found):6.1f} images/s, slowest round {min(found):.1f}  {ratio:.2f}x")
 
 
 if __name__ == "__main__":
