@@ -1,8 +1,11 @@
 """The command line. Nothing here, nor at the top of what it imports, imports torch: `flowgen --help` must answer at once."""
 
+import errno
 import json
+import logging
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +165,6 @@ def _command(module: str) -> Any:
 
 def _show_messages() -> None:
     """Messages go to standard error, above a progress bar where one is drawn."""
-    import logging
-
     from tqdm import tqdm
 
     class Screen(logging.Handler):
@@ -182,6 +183,9 @@ def main() -> None:
     """Run the command line; every error ends as one line on standard error and an exit status."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
+    if not debug:  # what fails in TensorBoard's thread comes up in this one too, and a log that cannot be written is told by that
+        threading.excepthook = lambda failure: None
+        logging.raiseExceptions = False
     try:
         cli.main([word for word in arguments if word != "--debug"], prog_name="flowgen", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
@@ -201,6 +205,8 @@ def _plain(error: Exception) -> str:
     """One line for an error, whatever it is."""
     if isinstance(error, FlowgenError):
         return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full: make room, then go on from the last good checkpoint with `flowgen resume RUN`"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the disk'}: {error.strerror}"
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
