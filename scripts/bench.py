@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flowgen.config import conf_folder
 from flowgen.models import Glow
-from flowgen.training.device import autocast_dtype, keep_memory
+from flowgen.training.device import autocast_dtype
 
 SIZE, LEVELS, STEPS, WIDTH, BATCH = 64, 4, 8, 128, 8
 
@@ -33,7 +33,6 @@ def flowgen_step(compiled: bool) -> Callable[[Tensor], None]:
     model.initialize(torch.randint(0, 32, (64, 3, SIZE, SIZE), dtype=torch.uint8))
     if compiled:
         model.compile()
-    keep_memory()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     dtype = autocast_dtype("auto", torch.device("cpu"))
 

@@ -1,8 +1,5 @@
 """What the machine can do."""
 
-import ctypes
-import sys
-
 import torch
 
 from flowgen.errors import FlowgenError, check_choice
@@ -29,17 +26,3 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
         else:
             precision = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"  # no public name in torch 2.11
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
-def keep_memory() -> None:
-    """Have glibc keep freed memory rather than hand it back to the system and fault it in anew at every step.
-
-    Activations on the CPU are freed and taken again thousands of times a second; a tenth to a third of the time went there.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt:
-            trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-            mallopt(mmap_threshold, 32 << 20)
-            mallopt(trim_threshold, 2**31 - 1)
-            mallopt(top_pad, 64 << 20)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowgen.data import Images
 from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
 from flowgen.models import GenerativeModel
-from flowgen.training.device import autocast_dtype, choose_device, keep_memory
+from flowgen.training.device import autocast_dtype, choose_device
 from flowgen.training.journal import Journal
 from flowgen.training.rescue import first_bad_module
 from flowgen.training.run import Run
@@ -81,7 +81,6 @@ class Trainer:
 
         Raises FlowgenError where losses stay non-finite after `REWINDS` returns to the last good checkpoint.
         """
-        keep_memory()
         data.to(self.device)
         model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is None:
