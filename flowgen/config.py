@@ -21,7 +21,9 @@ def conf_folder() -> Path:
 def options(group: str) -> list[str]:
     """What `group=` can be, as in options("model")."""
     folder = conf_folder() / group
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    nested = group == "experiment"  # elsewhere a folder is a group of its own, as model/negative_phase is
+    paths = folder.rglob("*.yaml") if nested else folder.glob("*.yaml")
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in paths)
 
 
 def save_config(config: dict[str, Any], path: Path) -> None:
@@ -133,11 +135,12 @@ def build_model(config: dict[str, Any]) -> "GenerativeModel":
 
 def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Images"]:
     """Raises FlowgenError where the two do not speak of the same images: every figure would be wrong."""
-    for key in ("channels", "size", "bits"):
-        model, data = config["model"].get(key, config["data"].get(key)), config["data"].get(key)
-        if model != data:
-            raise FlowgenError(f"model.{key}={model} does not fit data.{key}={data}: give them the same value, or train another model")
-    return build_model(config), build_data(config)
+    model = build_model(config)
+    of_data = (*(config["data"].get(key) for key in ("channels", "size", "size")), config["data"].get("bits"))
+    for key, of_model, wanted in zip(("channels", "size", "size", "bits"), (*model.shape, model.bits), of_data, strict=True):
+        if of_model != wanted:
+            raise FlowgenError(f"a model of {key}={of_model} does not fit data.{key}={wanted}: give them the same value, or train another")
+    return model, build_data(config)
 
 
 def load_model(run: str | os.PathLike[str], device: str = "cpu") -> "GenerativeModel":

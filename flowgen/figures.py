@@ -22,6 +22,16 @@ def to_image(levels: Tensor, bits: int, columns: int) -> Image.Image:
     return to_pil_image(grid)
 
 
+def signed(weights: Tensor, columns: int = 20, most: int = 400) -> Image.Image:
+    """Weights (count, channels, height, width) as tiles: blue below zero, white at zero, orange above, each on its own scale."""
+    tiles = weights[:most].mean(1).cpu().float()
+    tiles = tiles / tiles.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
+    above, below = torch.tensor([217, 95, 2.0]), torch.tensor([8, 81, 156.0])
+    end = torch.where(tiles[..., None] > 0, above, below)
+    colours = 255 + (end - 255) * tiles.abs()[..., None]
+    return to_image(colours.round().to(torch.uint8).permute(0, 3, 1, 2), 8, columns=min(columns, len(tiles)))
+
+
 def blocks(titled: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Image.Image:
     """Grids one above the other, each under its title."""
     font = ImageFont.load_default(14)

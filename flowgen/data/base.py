@@ -7,20 +7,32 @@ from torch import Tensor
 
 from flowgen.errors import FlowgenError, check_choice, check_whole
 
+BINARISE = ("threshold", "once", "anew")
+
 
 class Images:
     """A training and a test split of uint8 images, (N, channels, height, width), kept at 8 bits and handed out at `bits`.
 
-    Both stay where they are, in memory or memory-mapped, until `to` moves them to a device that has room.
+    Both stay where they are, in memory or memory-mapped, until `to` moves them to a device that has room. At one bit a pixel is 1
+    where it is at least 128 (`binarise` threshold), or with probability value / 255: drawn once and for all, or anew for every
+    training batch and once for the test images. `labels` are the classes of both splits, (N,), where they are known.
     """
 
-    def __init__(self, train: Tensor, test: Tensor, *, bits: int, flip: bool):
+    def __init__(
+        self, train: Tensor, test: Tensor, *, bits: int, flip: bool, binarise: str = "threshold", labels: tuple[Tensor, Tensor] | None = None
+    ):
         check_whole(bits=bits)
         check_choice(range(1, 9), bits=bits)
         check_choice((True, False), flip=flip)
+        check_choice(BINARISE, binarise=binarise)
         if not len(train) or not len(test):
             raise FlowgenError(f"{len(train)} training and {len(test)} test images are too few: at least one of each is needed")
-        self.train, self.test = train, test
+        self.anew = bits == 1 and binarise == "anew"
+        if bits == 1 and binarise != "threshold":
+            generator = torch.Generator().manual_seed(0)
+            test = _binarised(test, generator)
+            train = train if self.anew else _binarised(train, generator)
+        self.train, self.test, self.labels = train, test, labels
         self.bits, self.flip = bits, flip
         self.device = torch.device("cpu")
         self._order_of, self._order = (-1, 0), torch.empty(0)
@@ -44,7 +56,7 @@ class Images:
             epoch, place = divmod(seen, len(self.train))
             pieces.append(self._permutation(epoch, seed)[place : place + wanted])
             seen, wanted = seen + len(pieces[-1]), wanted - len(pieces[-1])
-        levels = self._levels(self.train, torch.cat(pieces))
+        levels = self._levels(self.train, torch.cat(pieces), anew=self.anew)
         if self.flip:
             mirrored = torch.rand(count, 1, 1, 1, device=self.device) < 0.5
             levels = torch.where(mirrored, levels.flip(3), levels)
@@ -62,5 +74,12 @@ class Images:
             self._order_of, self._order = (epoch, seed), torch.randperm(len(self.train), generator=generator)
         return self._order
 
-    def _levels(self, images: Tensor, indices: Tensor) -> Tensor:
-        return images[indices.to(images.device)].to(self.device, non_blocking=True) >> (8 - self.bits)
+    def _levels(self, images: Tensor, indices: Tensor, anew: bool = False) -> Tensor:
+        chosen = images[indices.to(images.device)].to(self.device, non_blocking=True)
+        return _binarised(chosen) >> 7 if anew else chosen >> (8 - self.bits)
+
+
+def _binarised(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """255 with probability value / 255, else 0."""
+    uniform = torch.randint(255, images.shape, generator=generator, device=images.device, dtype=torch.uint8)
+    return (images > uniform).to(torch.uint8) * 255

@@ -24,7 +24,19 @@ class ImageFolder(Images):
     is missing or holds no image.
     """
 
-    def __init__(self, *, root: str | None, names: list[str], cure: str, channels: int, size: int, bits: int, flip: bool, crop: int | None):
+    def __init__(
+        self,
+        *,
+        root: str | None,
+        names: list[str],
+        cure: str,
+        channels: int,
+        size: int,
+        bits: int,
+        flip: bool,
+        crop: int | None,
+        binarise: str = "threshold",
+    ):
         check_choice((1, 3), channels=channels)
         check_whole(size=size, **({} if crop is None else {"crop": crop}))
         folder = locate(root, names, cure)
@@ -32,7 +44,7 @@ class ImageFolder(Images):
         train, test = official_split(folder, list(source.stamps)) or hashed_split(list(source.stamps))
         images, kept = prepared(source, train + test, size, channels, crop)
         boundary = len(set(train).intersection(kept))
-        super().__init__(images[:boundary], images[boundary:], bits=bits, flip=flip)
+        super().__init__(images[:boundary], images[boundary:], bits=bits, flip=flip, binarise=binarise)
 
 
 def open_source(root: Path) -> Source:

@@ -1,6 +1,7 @@
 """MNIST and the sets in its format: greyscale images of 28x28 in idx files, with their own test split."""
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -12,25 +13,30 @@ from flowgen.data.base import Images
 from flowgen.data.locate import data_folder, locate
 from flowgen.errors import FlowgenError, check_choice, check_whole
 
+SPLITS = ("train", "t10k")
+
 
 class MNIST(Images):
     """MNIST, FashionMNIST or KMNIST, as torchvision calls them; downloaded where it is missing and `root` is not given."""
 
-    def __init__(self, *, name: str, root: str | None, names: list[str], channels: int, size: int, bits: int, flip: bool):
+    def __init__(
+        self, *, name: str, root: str | None, names: list[str], channels: int, size: int, bits: int, flip: bool, binarise: str = "threshold"
+    ):
         check_choice(("MNIST", "FashionMNIST", "KMNIST"), name=name)
         check_choice((1,), channels=channels)
         check_whole(size=size)
         if root is None and not any(_find(data_folder() / folder, names, "train") for folder in names):
             _download(name, data_folder() / names[0])
         folder = locate(root, names, f"point data.root at a folder with the idx files of {name}, or leave it out to download them")
-        train, test = (_resize(read_idx(folder, names, split), size) for split in ("train", "t10k"))
-        super().__init__(train, test, bits=bits, flip=flip)
+        train, test = (_resize(read_idx(folder, names, split), size) for split in SPLITS)
+        labels = read_labels(folder, names)
+        super().__init__(train, test, bits=bits, flip=flip, binarise=binarise, labels=labels)
 
 
-def _find(root: Path, names: list[str], split: str) -> list[Path]:
+def _find(root: Path, names: list[str], split: str, kind: str = "images-idx3") -> list[Path]:
     """The idx files of a split below `root`, or below the first of `names` in it, where several sets lie side by side."""
     folder = next((root / name for name in names if (root / name).is_dir()), root)
-    return sorted(path for path in folder.rglob(f"{split}-images-idx3-ubyte*") if path.suffix in ("", ".gz"))
+    return sorted(path for path in folder.rglob(f"{split}-{kind}-ubyte*") if path.suffix in ("", ".gz"))
 
 
 def read_idx(root: Path, names: list[str], split: str) -> Tensor:
@@ -44,14 +50,25 @@ def read_idx(root: Path, names: list[str], split: str) -> Tensor:
         raise FlowgenError(f"{root} holds no {split}-images-idx3-ubyte.gz: point data.root at the folder with the idx files")
     if len({path.parent for path in files}) > 1:
         raise FlowgenError(f"{root} holds several sets, {files[0].parent} and {files[-1].parent}: point data.root at one of them")
+    return _read(files[0], dimensions=3)[:, None]
+
+
+def read_labels(root: Path, names: list[str]) -> tuple[Tensor, Tensor] | None:
+    """The classes of both splits, uint8 of shape (N,), where their files lie there."""
+    files = [_find(root, names, split, "labels-idx1") for split in SPLITS]
+    return (_read(files[0][0], dimensions=1), _read(files[1][0], dimensions=1)) if all(files) else None
+
+
+def _read(path: Path, dimensions: int) -> Tensor:
     try:
-        data = gzip.decompress(files[0].read_bytes()) if files[0].suffix == ".gz" else files[0].read_bytes()
-        magic, count, height, width = (int.from_bytes(data[place : place + 4], "big") for place in (0, 4, 8, 12))
-        if magic != 0x803 or len(data) != 16 + count * height * width:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        magic, *shape = (int.from_bytes(data[place : place + 4], "big") for place in range(0, 4 * (dimensions + 1), 4))
+        start = 4 * (dimensions + 1)
+        if magic != 0x800 + dimensions or len(data) != start + math.prod(shape):
             raise ValueError
     except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise FlowgenError(f"{files[0]} is cut short or no idx file of images: delete it and get it again") from error
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=16).view(count, 1, height, width)
+        raise FlowgenError(f"{path} is cut short or no idx file: delete it and get it again") from error
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=start).view(shape)
 
 
 def _resize(images: Tensor, size: int) -> Tensor:

@@ -3,5 +3,6 @@
 from flowgen.models.base import GenerativeModel
 from flowgen.models.flow import Flow
 from flowgen.models.glow import Glow
+from flowgen.models.rbm import RBM
 
-__all__ = ["Flow", "GenerativeModel", "Glow"]
+__all__ = ["RBM", "Flow", "GenerativeModel", "Glow"]

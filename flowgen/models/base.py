@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ class GenerativeModel(nn.Module, ABC):
 
     figure: ClassVar[str]  # the test figure by which two models are compared
     higher_is_better: ClassVar[bool] = False
+    shape: tuple[int, int, int]  # channels, height, width
+    bits: int
     loss_figure: ClassVar[str | None] = None  # the figure that the training loss is, where it is one
 
     @abstractmethod
@@ -24,8 +26,11 @@ class GenerativeModel(nn.Module, ABC):
         """Start from one batch of a few hundred images, once, before anything wraps the model."""
 
     @abstractmethod
-    def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """The figures of the images in `batches`, each with its standard error as NAME_error."""
+    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), thorough: bool = False) -> dict[str, Any]:
+        """The figures of the images in `batches`, each with its standard error as NAME_error.
+
+        `reference` are as many training images, for figures that compare the two. `thorough` may take minutes.
+        """
 
     @abstractmethod
     def sample(self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -38,6 +43,14 @@ class GenerativeModel(nn.Module, ABC):
     @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
         """The levels of the images with these latents."""
+
+    def health(self) -> dict[str, float]:
+        """What tells how training fares, beside the loss."""
+        return {}
+
+    def features(self) -> Tensor | None:
+        """What the model looks for, as signed images (count, channels, height, width), where it can be drawn."""
+        return None
 
     @property
     def device(self) -> torch.device:

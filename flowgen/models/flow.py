@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Flow(GenerativeModel):
         return self._log_base(z) + log_det - self.dimensions * math.log(self.bins)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Tensor]) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), thorough: bool = False) -> dict[str, Any]:
         """Bits per dimension over `batches`, with the standard error over images; the noise is the same at every call."""
         generator = torch.Generator(self.device).manual_seed(0)
         figures = []

@@ -61,5 +61,10 @@ class Journal:
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, -1)
         self.board.add_image("samples", pixels, step, dataformats="HWC")
 
+    def features(self, features: torch.Tensor | None) -> None:
+        """What the model looks for, where it can be drawn."""
+        if features is not None:
+            figures.signed(features).save(self.run.features)
+
     def curves(self) -> None:
         figures.curves(self.run.read_metrics(), self.model.figure, self.run.curves)

@@ -22,6 +22,7 @@ class Run:
         self.log = folder / "train.log"
         self.tensorboard = folder / "tensorboard"
         self.curves = folder / "curves.png"
+        self.features = folder / "features.png"
         self.last = folder / "checkpoints" / "last.pt"
         self.best = folder / "checkpoints" / "best.pt"
 

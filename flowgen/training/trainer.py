@@ -26,7 +26,7 @@ log = logging.getLogger("flowgen")
 
 
 class Trainer:
-    """Adam with linear warm-up, clipped gradients and averaged weights; `conf/trainer/` says what each argument means."""
+    """Adam, or gradient descent with momentum, with linear warm-up, clipped gradients and averaged weights; `conf/trainer/` says what each argument means."""
 
     def __init__(
         self,
@@ -35,6 +35,8 @@ class Trainer:
         minutes: float | None,
         batch_size: int,
         accumulate: int,
+        optimizer: str,
+        momentum: float,
         lr: float,
         warmup: int | str,
         decay: float,
@@ -59,13 +61,16 @@ class Trainer:
         check_whole(**{name: value for name, value in {"steps": steps, "evaluate_images": evaluate_images}.items() if value is not None})
         check_number(lr=lr, decay=decay, clip=clip, ema=ema, sample_temperature=sample_temperature, minutes=minutes or 0.0)
         check_choice((True, False), compile=compile)
-        if decay > 1 or ema >= 1:
-            raise FlowgenError(f"decay must be at most 1 and ema below 1, not {decay} and {ema}")
+        check_choice(("adam", "sgd"), optimizer=optimizer)
+        check_number(momentum=momentum)
+        if decay > 1 or ema >= 1 or momentum >= 1:
+            raise FlowgenError(f"decay must be at most 1, ema and momentum below 1, not {decay}, {ema} and {momentum}")
         if batch_size % accumulate:
             raise FlowgenError(f"batch_size={batch_size} cannot be split into accumulate={accumulate} equal parts")
         warmup_steps(warmup, 1, 1)
         self.steps, self.minutes = steps, minutes
         self.batch_size, self.accumulate = batch_size, accumulate
+        self.optimizer, self.momentum = optimizer, momentum
         self.lr, self.warmup, self.decay, self.clip, self.ema = lr, warmup, decay, clip, ema
         self.initial_images = initial_images
         self.device, self.precision, self.compile = choose_device(device), precision, compile
@@ -85,7 +90,7 @@ class Trainer:
         model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is None:
             model.initialize(data.draw(0, self.initial_images, seed))
-        state = State(model, torch.optim.Adam(model.parameters(), lr=self.lr, fused=True), self.ema, config)
+        state = State(model, self._optimizer(model), self.ema, config)
         if checkpoint is None:
             run.save(state.capture())
         else:
@@ -120,7 +125,7 @@ class Trainer:
                 if self._due(self.log_every, state):
                     speed = (state.step - logged) * self.batch_size / busy
                     row = {"loss": loss, "lr": rate, "grad_norm": grad_norm, "images_per_second": speed, "skipped": state.skipped}
-                    journal.write(state.step, "train", row)
+                    journal.write(state.step, "train", row | model.health())
                     busy, logged = 0.0, state.step
                 best = self._due(self.evaluate_every, state) and self._evaluate(state, data, journal)
                 if self._due(self.sample_every, state):
@@ -133,6 +138,11 @@ class Trainer:
                 run.save(state.capture())
             journal.curves()
         return stop.signal
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, fused=True)
+        return torch.optim.Adam(model.parameters(), lr=self.lr, fused=True)
 
     def _journal(self, run: Run, state: State) -> Journal:
         if self.steps:
@@ -164,7 +174,8 @@ class Trainer:
     def _evaluate(self, state: State, data: Images, journal: Journal) -> bool:
         """Write the test figures of the averaged model; whether they are the best so far."""
         model = state.averaged.eval()
-        figures = model.evaluate(data.batches("test", self.batch_size, self.evaluate_images))
+        test, train = (data.batches(split, self.batch_size, self.evaluate_images) for split in ("test", "train"))
+        figures = model.evaluate(test, train)
         state.model.train()
         journal.write(state.step, "test", figures)
         journal.curves()
@@ -178,6 +189,7 @@ class Trainer:
         levels, _ = state.averaged.eval().sample(32, self.sample_temperature, generator)
         state.model.train()
         journal.samples(state.step, levels, bits)
+        journal.features(state.averaged.features())
 
     def _rewind(self, state: State, run: Run, levels: Tensor) -> None:
         """Back to the last good checkpoint with half the learning rate."""

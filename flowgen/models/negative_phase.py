@@ -1,0 +1,137 @@
+"""Where the negatives of an RBM's gradient come from."""
+
+from abc import ABC, abstractmethod
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from flowgen.errors import check_whole
+from flowgen.models.chains import Ladder, draw_bits, mean_field
+
+if TYPE_CHECKING:
+    from flowgen.models.rbm import RBM
+
+
+class NegativePhase(nn.Module, ABC):
+    """Draws negatives without gradient; what it keeps between updates are buffers, so that a checkpoint holds them."""
+
+    def allocate(self, visible: int, hidden: int) -> None:
+        """Make room for chains of a machine of this size."""
+
+    def start(self, rbm: "RBM") -> None:
+        """Begin the chains anew."""
+
+    @abstractmethod
+    def forward(self, rbm: "RBM", data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Negatives (batch, visible) and their hidden inputs (batch, hidden), given the data and theirs."""
+
+    def health(self, rbm: "RBM") -> dict[str, float]:
+        """How well the chains mix."""
+        return {}
+
+
+class CD(NegativePhase):
+    """Contrastive divergence: `sweeps` of Gibbs sampling from the data. Hinton (2002)."""
+
+    def __init__(self, *, sweeps: int):
+        super().__init__()
+        check_whole(sweeps=sweeps)
+        self.sweeps = sweeps
+
+    def forward(self, rbm: "RBM", data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(self.sweeps):
+            data = draw_bits(rbm.visible_input(draw_bits(inputs)))
+            inputs = rbm.hidden_input(data)
+        return data, inputs
+
+
+class PCD(NegativePhase):
+    """Persistent contrastive divergence: `chains` that go on where the last update left them. Tieleman (2008)."""
+
+    hidden_units: Tensor
+    last_free_energy: Tensor
+
+    def __init__(self, *, sweeps: int, chains: int):
+        super().__init__()
+        check_whole(sweeps=sweeps, chains=chains)
+        self.sweeps, self.chains = sweeps, chains
+
+    def allocate(self, visible: int, hidden: int) -> None:
+        self.register_buffer("hidden_units", torch.zeros(self.chains, hidden))
+        self.register_buffer("last_free_energy", torch.zeros(self.chains))
+
+    def start(self, rbm: "RBM") -> None:
+        self.hidden_units.copy_(draw_bits(rbm.hidden_bias.expand_as(self.hidden_units)))
+
+    def forward(self, rbm: "RBM", data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(self.sweeps):
+            negative = draw_bits(rbm.visible_input(self.hidden_units))
+            inputs = rbm.hidden_input(negative)
+            self.hidden_units.copy_(draw_bits(inputs))
+        return negative, inputs
+
+    def health(self, rbm: "RBM") -> dict[str, float]:
+        negative = draw_bits(rbm.visible_input(self.hidden_units), _aside(rbm))
+        return {"autocorrelation": _autocorrelation(rbm, negative, self.last_free_energy)}
+
+
+class Tempering(NegativePhase):
+    """The rung at beta = 1 of a ladder of parallel tempering that persists. Desjardins et al. (2010); Cho, Raiko and Ilin (2010)."""
+
+    last_free_energy: Tensor
+
+    def __init__(self, *, sweeps: int, chains: int, temperatures: int, adapt: bool):
+        super().__init__()
+        check_whole(sweeps=sweeps)
+        self.sweeps = sweeps
+        self.ladder = Ladder(temperatures, chains, adapt)
+        self.register_buffer("last_free_energy", torch.zeros(chains))
+
+    def allocate(self, visible: int, hidden: int) -> None:
+        self.ladder.allocate(hidden)
+
+    def start(self, rbm: "RBM") -> None:
+        self.ladder.hidden.copy_(draw_bits(rbm.hidden_bias.expand_as(self.ladder.hidden)))
+
+    def forward(self, rbm: "RBM", data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(self.sweeps):
+            negative, inputs = self.ladder.sweep(rbm)
+        return self.ladder.top(negative), self.ladder.top(inputs)
+
+    def health(self, rbm: "RBM") -> dict[str, float]:
+        rates = self.ladder.swap_rates()
+        negative = draw_bits(rbm.visible_input(self.ladder.top(self.ladder.hidden)), _aside(rbm))
+        return {
+            "autocorrelation": _autocorrelation(rbm, negative, self.last_free_energy),
+            "swap_rate": rates.mean().item(),
+            "swap_rate_lowest": rates.min().item(),
+            "round_trips": self.ladder.round_trips.item(),
+        }
+
+
+class MeanField(NegativePhase):
+    """`sweeps` of mean field from the data. Welling and Hinton (2002)."""
+
+    def __init__(self, *, sweeps: int):
+        super().__init__()
+        check_whole(sweeps=sweeps)
+        self.sweeps = sweeps
+
+    def forward(self, rbm: "RBM", data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        negative, _ = next(islice(mean_field(rbm, data), self.sweeps - 1, None))
+        return negative, rbm.hidden_input(negative)
+
+
+def _aside(rbm: "RBM") -> torch.Generator:
+    """A source of its own, so that a look at the chains changes nothing."""
+    return torch.Generator(rbm.device).manual_seed(0)
+
+
+def _autocorrelation(rbm: "RBM", negative: Tensor, last: Tensor) -> float:
+    """Over the chains, the correlation of their free energy with that at the last call; near 1 where they hardly move."""
+    free = rbm.free_energy(negative)
+    correlation = torch.corrcoef(torch.stack((free, last)))[0, 1].nan_to_num(0.0).item() if len(free) > 1 else 0.0
+    last.copy_(free)
+    return correlation

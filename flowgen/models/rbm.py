@@ -1,0 +1,200 @@
+"""Restricted Boltzmann machines over binary images."""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
+from flowgen.models.base import GenerativeModel
+from flowgen.models.chains import METHODS, draw_bits, white_noise
+from flowgen.models.contrast import Contrast
+from flowgen.models.negative_phase import CD, NegativePhase
+from flowgen.models.partition import log_likelihood
+
+BASE_RATE_IMAGES = 0.5  # images of either colour, added to the counts of every pixel, so that its log-odds stay finite
+OFFSET_MEMORY = 0.99  # of the running means by which the gradient is centred
+
+
+class RBM(GenerativeModel):
+    """P(v, h) = exp(-E(v, h)) / Z over binary v and h, with E(v, h) = -visible_bias.v - hidden_bias.h - v' weight h.
+
+    `visible` is a number of units or the shape (channels, height, width) of an image; `weight` is (visible, hidden). The gradient
+    of the loss is the one that `negative_phase` estimates, with both layers centred where `centred` is set (Montavon and Mueller
+    2012; Melchior, Fischer and Wiskott, 1311.1354). `l1` and `l2` are priors on the weights alone; `sparsity` pulls the mean
+    activity of every hidden unit towards `activity`. `conf/model/rbm.yaml` says what each argument means.
+    """
+
+    figure = "log_likelihood"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        visible: int | Sequence[int],
+        hidden: int,
+        *,
+        bits: int = 1,
+        negative_phase: NegativePhase | None = None,
+        centred: bool = True,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        sparsity: float = 0.0,
+        activity: float = 0.1,
+        betas: int = 10000,
+        chains: int = 256,
+    ):
+        super().__init__()
+        shape = (1, 1, visible) if isinstance(visible, int) else tuple(visible)
+        if len(shape) != 3:
+            raise FlowgenError(f"visible must be a number of units, or channels, height and width, not {visible!r}")
+        check_whole(**dict(zip(("channels", "height", "width"), shape, strict=True)), hidden=hidden, betas=betas, chains=chains)
+        if bits != 1:
+            raise FlowgenError(f"an RBM is of binary pixels, not of bits={bits}: leave data.bits at 1")
+        check_choice((True, False), centred=centred)
+        check_number(l1=l1, l2=l2, sparsity=sparsity, activity=activity)
+        if sparsity and not 0 < activity < 1:
+            raise FlowgenError(f"activity must lie between 0 and 1, not at {activity}")
+        self.shape, self.bits = (shape[0], shape[1], shape[2]), bits
+        self.centred, self.l1, self.l2, self.sparsity, self.activity = centred, l1, l2, sparsity, activity
+        self.betas, self.chains = betas, chains
+        units = math.prod(shape)
+        self.weight = nn.Parameter(0.01 * torch.randn(units, hidden))
+        self.visible_bias = nn.Parameter(torch.zeros(units))
+        self.hidden_bias = nn.Parameter(torch.zeros(hidden))
+        self.base: Tensor  # log-odds of the data's pixels: where annealing and tempering start
+        self.visible_offset: Tensor
+        self.hidden_offset: Tensor
+        self.register_buffer("base", torch.zeros(units))
+        self.register_buffer("visible_offset", torch.full((units,), 0.5))
+        self.register_buffer("hidden_offset", torch.full((hidden,), 0.5))
+        self.negative_phase = negative_phase or CD(sweeps=1)
+        self.negative_phase.allocate(units, hidden)
+
+    @property
+    def visible(self) -> int:
+        return len(self.weight)
+
+    @property
+    def hidden(self) -> int:
+        return self.weight.shape[1]
+
+    def energy(self, v: Tensor, h: Tensor) -> Tensor:
+        """E(v, h) in nats, (batch,), of v (batch, visible) and h (batch, hidden)."""
+        return -(v @ self.visible_bias) - (self.hidden_input(v) * h).sum(-1)
+
+    def free_energy(self, v: Tensor) -> Tensor:
+        """F(v) = -visible_bias.v - sum_j softplus(hidden_bias + weight' v)_j in nats, (batch,); log P(v) = -F(v) - log Z."""
+        return -(v @ self.visible_bias) - F.softplus(self.hidden_input(v)).sum(-1)
+
+    def hidden_input(self, v: Tensor) -> Tensor:
+        """The log-odds of every hidden unit given v: weight' v + hidden_bias."""
+        return torch.addmm(self.hidden_bias, v.reshape(-1, self.visible), self.weight).view(*v.shape[:-1], self.hidden)
+
+    def visible_input(self, h: Tensor) -> Tensor:
+        """The log-odds of every visible unit given h: weight h + visible_bias."""
+        return torch.addmm(self.visible_bias, h.reshape(-1, self.hidden), self.weight.T).view(*h.shape[:-1], self.visible)
+
+    def forward(self, levels: Tensor) -> Tensor:
+        """F(data).mean() - F(negative).mean(), and the priors: its gradient is the negative phase's estimate for -log P(data)."""
+        with torch.autocast(levels.device.type, enabled=False):
+            data = self.units(levels)
+            with torch.no_grad():
+                inputs = self.hidden_input(data)
+                negative, negative_inputs = self.negative_phase(self, data, inputs)
+                if self.training:
+                    self.visible_offset.lerp_(data.mean(0), 1 - OFFSET_MEMORY)
+                    self.hidden_offset.lerp_(inputs.sigmoid().mean(0), 1 - OFFSET_MEMORY)
+            offsets = (self.visible_offset, self.hidden_offset) if self.centred else None
+            batch = (data, inputs, negative, negative_inputs, offsets)
+            loss = Contrast.apply(self.weight, self.visible_bias, self.hidden_bias, *batch)
+            if self.l1:
+                loss = loss + self.l1 * self.weight.abs().sum()
+            if self.l2:
+                loss = loss + 0.5 * self.l2 * self.weight.square().sum()
+            if self.sparsity:
+                active = self.hidden_input(data).sigmoid().mean(0)
+                loss = loss + self.sparsity * F.binary_cross_entropy(active, torch.full_like(active, self.activity), reduction="sum")
+            return loss
+
+    @torch.no_grad()
+    def initialize(self, levels: Tensor) -> None:
+        """Start the visible biases at the base rates, and the chains there too. Hinton, A practical guide to training RBMs, section 8."""
+        data = self.units(levels)
+        rate = (data.sum(0) + BASE_RATE_IMAGES) / (len(data) + 2 * BASE_RATE_IMAGES)
+        self.base.copy_(rate.logit())
+        self.visible_bias.copy_(self.base)
+        self.visible_offset.copy_(rate)
+        self.negative_phase.start(self)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), thorough: bool = False) -> dict[str, Any]:
+        """The log-likelihood in nats, see `partition.log_likelihood`, and beside it figures that are none.
+
+        `free_energy_gap` is the mean F of `batches` less that of `reference`, training images: above 0 it tells of over-fitting.
+        """
+        data = torch.cat([self.units(levels) for levels in batches])
+        generator = torch.Generator(self.device).manual_seed(0)
+        flipped = torch.randint(self.visible, (len(data), 1), generator=generator, device=self.device)
+        free = self.free_energy(data)
+        other = self.free_energy(data.scatter(1, flipped, 1 - data.gather(1, flipped)))
+        expected = self.visible_input(draw_bits(self.hidden_input(data), generator)).sigmoid()
+        return {
+            **log_likelihood(self, free, generator, thorough),
+            "pseudo_log_likelihood": self.visible * F.logsigmoid(other - free).mean().item(),
+            "reconstruction_error": (data - (torch.rand(data.shape, generator=generator, device=self.device) < expected)).square().mean().item(),
+            "reconstruction_error_expected": (data - expected).square().mean().item(),
+            **self._free_energy_gap(free, reference),
+            "images": len(data),
+        }
+
+    def _free_energy_gap(self, free: Tensor, reference: Iterable[Tensor]) -> dict[str, float]:
+        trained = [self.free_energy(self.units(levels)) for levels in reference]
+        if not trained:
+            return {}
+        gap = free.mean() - torch.cat(trained).mean()
+        error = (free.var() / len(free) + torch.cat(trained).var() / len(torch.cat(trained))).sqrt()
+        return {"free_energy_gap": gap.item(), "free_energy_gap_error": error.item()}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        count: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        method: str = "tempering",
+        sweeps: int = 500,
+    ) -> tuple[Tensor, Tensor]:
+        """Images grown from white noise in `sweeps` of a sampler, at beta = 1 / temperature, and their -F(v)."""
+        check_choice(METHODS, method=method)
+        noise = white_noise(self, count, generator)
+        states = METHODS[method](self, noise, beta=1 / max(temperature, 1e-6), generator=generator)
+        visible, _ = next(islice(states, sweeps - 1, None))
+        return self.levels(visible.round()), -self.free_energy(visible)
+
+    @torch.no_grad()
+    def encode(self, levels: Tensor) -> Tensor:
+        """P(h = 1 | v) of every hidden unit."""
+        return self.hidden_input(self.units(levels)).sigmoid()
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """The most probable image given the hidden units."""
+        return self.levels((self.visible_input(latent) > 0).to(self.dtype))
+
+    def health(self) -> dict[str, float]:
+        return self.negative_phase.health(self)
+
+    def features(self) -> Tensor:
+        """The weights of every hidden unit as an image, (hidden, channels, height, width), the largest first."""
+        return self.weight.detach().T[self.weight.norm(dim=0).argsort(descending=True)].reshape(-1, *self.shape)
+
+    def units(self, levels: Tensor) -> Tensor:
+        """Images of levels as visible units: (batch, visible)."""
+        return levels.flatten(1).to(self.dtype)
+
+    def levels(self, visible: Tensor) -> Tensor:
+        return visible.to(torch.uint8).view(-1, *self.shape)
