@@ -1,6 +1,5 @@
 """The command line. Nothing here, nor at the top of what it imports, imports torch: `flowgen --help` must answer at once."""
 
-import errno
 import json
 import logging
 import math
@@ -12,10 +11,11 @@ from typing import Any
 import click
 
 from flowgen.config import options
-from flowgen.errors import FlowgenError
+from flowgen.messages import one_sentence, show_messages
 
 HYDRA_FLAGS = {"-m", "--multirun", "--help", "-h", "--cfg", "-c", "--resolve", "--info", "-i", "--package", "-p", "--version"}
 PATH = click.Path(path_type=Path)
+SAMPLERS = ("gibbs", "tempering", "mean-field")
 PICTURES = {".gif", ".jpg", ".png", ".webp"}
 
 
@@ -104,15 +104,26 @@ def resume(name: str, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @run_option
 @click.option(
-    "--temperature", "temperatures", type=Temperature(), multiple=True, default=(0.7,), show_default=True, help="May be repeated."
+    "--temperature", "temperatures", type=Temperature(), multiple=True, help="May be repeated; by default the run's, 0.7 for flows."
 )
 @click.option("--count", type=click.IntRange(1), default=32, show_default=True, help="Samples for each temperature.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--method", type=click.Choice(SAMPLERS), help="Sampler of an RBM; by default tempering.")
+@click.option("--sweeps", type=click.IntRange(1), help="Of it, from white noise; by default 500.")
 @device_option
 @out_option
-def sample(name: str | None, temperatures: tuple[float, ...], count: int, seed: int, device: str, out: Path | None) -> None:
+def sample(
+    name: str | None,
+    temperatures: tuple[float, ...],
+    count: int,
+    seed: int,
+    method: str | None,
+    sweeps: int | None,
+    device: str,
+    out: Path | None,
+) -> None:
     """Draw a grid of samples, a block of rows for each temperature, sorted by log-probability."""
-    click.echo(_command("sample").sample(name, list(temperatures), count, seed, device, out))
+    click.echo(_command("sample").sample(name, list(temperatures), count, seed, method, sweeps, device, out))
 
 
 @cli.command()
@@ -129,6 +140,40 @@ def interpolate(first: Path, second: Path, name: str | None, steps: int, spheric
 
 
 @cli.command()
+@click.argument("image", type=PATH, metavar="IMG")
+@click.option("--keep", required=True, metavar="SIDE|MASK", help="What is known: left, right, top, bottom, or an image, white where known.")
+@click.option(
+    "--method", "methods", type=click.Choice(SAMPLERS), multiple=True, help="May be repeated; by default all, one below the other."
+)
+@run_option
+@click.option("--sweeps", type=click.IntRange(1), default=1000, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@device_option
+@out_option
+def complete(
+    image: Path, keep: str, methods: tuple[str, ...], name: str | None, sweeps: int, seed: int, device: str, out: Path | None
+) -> None:
+    """Restore the missing part of an image with an RBM: sample what is unknown given what is known."""
+    click.echo(_command("complete").complete(image, keep, list(methods or SAMPLERS), name, sweeps, seed, device, out))
+
+
+@cli.command()
+@click.option("--method", type=click.Choice(SAMPLERS), default="tempering", show_default=True)
+@run_option
+@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Chains side by side.")
+@click.option("--frames", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--sweeps", type=click.IntRange(1), default=1, show_default=True, help="From frame to frame.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@device_option
+@out_option
+def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, seed: int, device: str, out: Path | None) -> None:
+    """Film an RBM's chains growing images from white noise, FILE.gif."""
+    if out is not None and out.suffix.lower() != ".gif":
+        raise click.UsageError(f"{out} is no name of a film: let it end in .gif")
+    click.echo(_command("chain").chain(method, name, count, frames, sweeps, seed, device, out))
+
+
+@cli.command()
 @run_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @device_option
@@ -142,7 +187,7 @@ def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str,
     for key, value in figures.items():
         if not key.endswith("_error"):
             error = f" +- {figures[f'{key}_error']:.4f}" if f"{key}_error" in figures else ""
-            click.echo(f"{key:16} {f'{value:.4f}' if isinstance(value, float) else value}{error}")
+            click.echo(f"{key:32} {f'{value:.4f}' if isinstance(value, float) else value}{error}")
 
 
 @cli.command()
@@ -159,24 +204,8 @@ def _command(module: str) -> Any:
     """A module of `flowgen.commands`, imported when its command runs."""
     from importlib import import_module
 
-    _show_messages()
+    show_messages()
     return import_module(f"flowgen.commands.{module}")
-
-
-def _show_messages() -> None:
-    """Messages go to standard error, above a progress bar where one is drawn."""
-    from tqdm import tqdm
-
-    class Screen(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stderr)
-
-    log = logging.getLogger("flowgen")
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    if not log.handlers:
-        screen = Screen(logging.INFO)
-        log.addHandler(screen)
 
 
 def main() -> None:
@@ -198,20 +227,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        _end(_plain(error), 1)
-
-
-def _plain(error: Exception) -> str:
-    """One line for an error, whatever it is."""
-    if isinstance(error, FlowgenError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full: make room, then go on from the last good checkpoint with `flowgen resume RUN`"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'the disk'}: {error.strerror}"
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-        return "not enough memory: choose a smaller trainer.batch_size or --count, or set trainer.accumulate=2"
-    return f"{type(error).__name__}: {' '.join(str(error).split())} (this is a fault of flowgen: --debug shows where)"
+        _end(one_sentence(error), 1)
 
 
 def _end(message: str, status: int) -> None:

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "flowgen"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "errors": set(),
+    "messages": {"errors"},
     "vision": set(),
     "bijections": {"errors"},
     "models": {"bijections", "errors"},
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "training": {"models", "data", "figures", "errors"},
     "config": {"models", "data", "training", "errors"},
     "commands": {"training", "figures", "config", "models", "data", "errors"},
-    "cli": {"commands", "config", "training", "errors"},
+    "cli": {"commands", "config", "training", "messages"},
     "__main__": {"cli"},
     "__init__": {"config", "models"},
 }

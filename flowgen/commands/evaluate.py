@@ -19,5 +19,7 @@ def evaluate(name: str | None, overrides: list[str], device: str) -> dict[str, A
     model = model_of(checkpoint, device)
     data.to(model.device)
     batches = tqdm(data.batches("test", BATCH), total=-(-len(data.test) // BATCH), unit="batch", disable=None, leave=False)
-    figures = {name: value if math.isfinite(value) else None for name, value in model.evaluate(batches).items()}
-    return {"run": str(run.folder), "step": checkpoint["step"], "split": "test", **figures}
+    figures = model.evaluate(batches, data.batches("train", BATCH, len(data.test)), thorough=True)
+    figures = {name: None if value != value or value in (math.inf, -math.inf) else value for name, value in figures.items()}
+    binarise = {"binarise": checkpoint["config"]["data"]["binarise"]} if data.bits == 1 else {}
+    return {"run": str(run.folder), "step": checkpoint["step"], "split": "test", **binarise, **figures}

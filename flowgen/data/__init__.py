@@ -4,6 +4,6 @@ from flowgen.data.base import Images
 from flowgen.data.folder import ImageFolder
 from flowgen.data.mnist import MNIST
 from flowgen.data.mnist_sample import MNISTSample
-from flowgen.data.prepare import prepare, read_levels
+from flowgen.data.prepare import prepare, read_exactly, read_levels
 
-__all__ = ["MNIST", "ImageFolder", "Images", "MNISTSample", "prepare", "read_levels"]
+__all__ = ["MNIST", "ImageFolder", "Images", "MNISTSample", "prepare", "read_exactly", "read_levels"]

@@ -19,7 +19,14 @@ class Images:
     """
 
     def __init__(
-        self, train: Tensor, test: Tensor, *, bits: int, flip: bool, binarise: str = "threshold", labels: tuple[Tensor, Tensor] | None = None
+        self,
+        train: Tensor,
+        test: Tensor,
+        *,
+        bits: int,
+        flip: bool,
+        binarise: str = "threshold",
+        labels: tuple[Tensor, Tensor] | None = None,
     ):
         check_whole(bits=bits)
         check_choice(range(1, 9), bits=bits)
@@ -56,7 +63,7 @@ class Images:
             epoch, place = divmod(seen, len(self.train))
             pieces.append(self._permutation(epoch, seed)[place : place + wanted])
             seen, wanted = seen + len(pieces[-1]), wanted - len(pieces[-1])
-        levels = self._levels(self.train, torch.cat(pieces), anew=self.anew)
+        levels = self._levels(self.train, torch.cat(pieces))
         if self.flip:
             mirrored = torch.rand(count, 1, 1, 1, device=self.device) < 0.5
             levels = torch.where(mirrored, levels.flip(3), levels)
@@ -65,8 +72,9 @@ class Images:
     def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Tensor]:
         """The first `limit` images of a split, in order, never flipped; the last batch may be smaller."""
         images = {"train": self.train, "test": self.test}[split]
+        generator = torch.Generator(self.device).manual_seed(0)  # of what is drawn anew elsewhere
         for indices in torch.arange(min(limit or len(images), len(images))).split(size):
-            yield self._levels(images, indices)
+            yield self._levels(images, indices, generator)
 
     def _permutation(self, epoch: int, seed: int) -> Tensor:
         if self._order_of != (epoch, seed):
@@ -74,9 +82,11 @@ class Images:
             self._order_of, self._order = (epoch, seed), torch.randperm(len(self.train), generator=generator)
         return self._order
 
-    def _levels(self, images: Tensor, indices: Tensor, anew: bool = False) -> Tensor:
+    def _levels(self, images: Tensor, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
         chosen = images[indices.to(images.device)].to(self.device, non_blocking=True)
-        return _binarised(chosen) >> 7 if anew else chosen >> (8 - self.bits)
+        if self.anew and images is self.train:
+            chosen = _binarised(chosen, generator)
+        return chosen >> (8 - self.bits)
 
 
 def _binarised(images: Tensor, generator: torch.Generator | None = None) -> Tensor:

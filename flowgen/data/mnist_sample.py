@@ -24,4 +24,6 @@ class MNISTSample(Images):
         table = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, 785)
         images, labels = table[:, :784].reshape(-1, 1, 28, 28), table[:, 784]
         held_out = torch.arange(len(images)) % 10 == 0
-        super().__init__(images[~held_out], images[held_out], bits=bits, flip=flip, binarise=binarise, labels=(labels[~held_out], labels[held_out]))
+        super().__init__(
+            images[~held_out], images[held_out], bits=bits, flip=flip, binarise=binarise, labels=(labels[~held_out], labels[held_out])
+        )

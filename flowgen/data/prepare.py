@@ -45,6 +45,20 @@ def read_levels(path: str | Path, size: int, channels: int, crop: int | None, bi
         raise FlowgenError(f"{path} {error}") from error
 
 
+def read_exactly(path: str | Path, shape: tuple[int, int, int], bits: int) -> Tensor:
+    """The levels of one image file that has this shape (channels, height, width) already: (1, channels, height, width).
+
+    Raises FlowgenError for any other, since pixels that a mask speaks of must stay where they are.
+    """
+    path = Path(path)
+    levels = read_levels(path, shape[1], shape[0], None, bits)
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+    if (height, width) != shape[1:]:
+        raise FlowgenError(f"{path} is {width}x{height} pixels, and the images of this model are {shape[2]}x{shape[1]}: resize it first")
+    return levels
+
+
 def _centre(image: Image.Image, side: int) -> Image.Image:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

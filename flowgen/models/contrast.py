@@ -27,7 +27,9 @@ class Contrast(torch.autograd.Function):
         negative_inputs: Tensor,
         offsets: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        shares = [torch.full((len(rows), 1), sign / len(rows), device=rows.device, dtype=rows.dtype) for rows, sign in ((data, 1), (negative, -1))]
+        shares = [
+            torch.full((len(rows), 1), sign / len(rows), device=rows.device, dtype=rows.dtype) for rows, sign in ((data, 1), (negative, -1))
+        ]
         share = torch.cat(shares)
         inputs = torch.cat((data_inputs, negative_inputs))
         visible = torch.cat((data, negative)) * share

@@ -1,11 +1,14 @@
 """log Z of an RBM: exactly, by annealed importance sampling in either direction, and by bridge sampling; all in nats."""
 
 import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from flowgen.errors import FlowgenError
 from flowgen.models.chains import Ladder, draw_bits
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 ENUMERABLE = 20  # units of the smaller layer, at most
 BLOCK = 2**14  # states at a time
 QUICK = 1000  # betas of the estimate that training looks at
-TEMPERATURES, BURN_IN, SWEEPS = 30, 1000, 1000  # of the ladder between base rates and machine
+LADDER = {"temperatures": 30, "burn_in": 1000, "sweeps": 1000}  # of the ladder between base rates and machine
 
 
 RATIO_ITERATIONS = 50
@@ -79,7 +82,7 @@ class _Path:
 
 
 @torch.no_grad()
-def ais(rbm: "RBM", *, betas: int = 10000, chains: int = 256, generator: torch.Generator | None = None) -> Estimate:
+def ais(rbm: "RBM", *, betas: int = 10000, chains: int = 256, generator: torch.Generator | None = None, progress: bool = False) -> Estimate:
     """Annealed importance sampling from the base rates to the machine. Salakhutdinov and Murray (2008), section 4.1.
 
     By Jensen it tends to give too low a log Z, so too good a likelihood.
@@ -87,14 +90,16 @@ def ais(rbm: "RBM", *, betas: int = 10000, chains: int = 256, generator: torch.G
     path = _Path(rbm, draw_bits(rbm.base.expand(chains, -1), generator), generator)
     log_weights = torch.zeros(chains, dtype=torch.double, device=rbm.device)
     steps = torch.linspace(0, 1, betas + 1, dtype=torch.double).tolist()
-    for before, beta in zip(steps[:-1], steps[1:], strict=True):
+    for before, beta in _bar(list(pairwise(steps)), "forward AIS", progress):
         log_weights += path.free_energy(before) - path.free_energy(beta)
         path.move(beta)
     return _estimate(log_weights, _log_base(rbm), 1)
 
 
 @torch.no_grad()
-def reverse_ais(rbm: "RBM", start: Tensor, *, betas: int = 10000, generator: torch.Generator | None = None) -> Estimate:
+def reverse_ais(
+    rbm: "RBM", start: Tensor, *, betas: int = 10000, generator: torch.Generator | None = None, progress: bool = False
+) -> Estimate:
     """Annealing from samples `start` (chains, visible) of the machine back to its base rates.
 
     Where they are exact, it tends to give too high a log Z. Burda, Grosse and Salakhutdinov (1412.8566).
@@ -102,10 +107,14 @@ def reverse_ais(rbm: "RBM", start: Tensor, *, betas: int = 10000, generator: tor
     path = _Path(rbm, start, generator)
     log_weights = torch.zeros(len(start), dtype=torch.double, device=rbm.device)
     steps = torch.linspace(1, 0, betas + 1, dtype=torch.double).tolist()
-    for before, beta in zip(steps[:-1], steps[1:], strict=True):
+    for before, beta in _bar(list(pairwise(steps)), "reverse AIS", progress):
         path.move(before)
         log_weights += path.free_energy(before) - path.free_energy(beta)
     return _estimate(log_weights, _log_base(rbm), -1)
+
+
+def _bar(steps: Sequence[Any], what: str, progress: bool) -> Iterable[Any]:
+    return tqdm(steps, desc=what, unit="sweep", disable=None if progress else True, leave=False)
 
 
 def _estimate(log_weights: Tensor, log_base: float, sign: int) -> Estimate:
@@ -121,11 +130,12 @@ def _estimate(log_weights: Tensor, log_base: float, sign: int) -> Estimate:
 def bridge(
     rbm: "RBM",
     *,
-    temperatures: int = TEMPERATURES,
-    chains: int = 128,
-    burn_in: int = BURN_IN,
-    sweeps: int = SWEEPS,
+    temperatures: int,
+    chains: int,
+    burn_in: int,
+    sweeps: int,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> tuple[Estimate, Tensor]:
     """log Z by bridge sampling between the neighbours of a tempering ladder, and the ladder's samples (chains, visible).
 
@@ -136,11 +146,11 @@ def bridge(
     ladder.allocate(rbm.hidden)
     ladder.to(rbm.visible_bias)
     ladder.hidden.copy_(draw_bits(torch.zeros_like(ladder.hidden), generator))
-    for _ in range(burn_in):
+    for _ in _bar(range(burn_in), "tempering", progress):
         ladder.sweep(rbm, generator=generator)
     ladder.adapt = False
     slopes = []
-    for _ in range(sweeps):
+    for _ in _bar(range(sweeps), "bridge", progress):
         visible, _ = ladder.sweep(rbm, generator=generator)
         slopes.append(ladder.slopes.double())
     slope = torch.stack(slopes, 1)  # (temperatures, sweeps, chains)
@@ -177,13 +187,15 @@ def log_likelihood(rbm: "RBM", free: Tensor, generator: torch.Generator, thoroug
         log_z = exact_log_z(rbm)
         verdict = {"quotable": True, "verdict": "quotable: log Z is exact, by enumeration"} if thorough else {}
         return {"log_likelihood": mean - log_z, "log_likelihood_error": spread, "log_z": log_z, "log_z_error": 0.0, **verdict}
-    forward = ais(rbm, betas=rbm.betas if thorough else QUICK, chains=rbm.chains if thorough else 100, generator=generator)
+    forward = ais(
+        rbm, betas=rbm.betas if thorough else QUICK, chains=rbm.chains if thorough else 100, generator=generator, progress=thorough
+    )
     if not thorough:
         error = math.hypot(spread, forward.error)
         return {"log_likelihood": mean - forward.log_z, "log_likelihood_error": error, "log_z": forward.log_z, "log_z_error": forward.error}
-    by_bridge, samples = bridge(rbm, chains=min(rbm.chains, 128), generator=generator)
+    by_bridge, samples = bridge(rbm, **LADDER, chains=min(rbm.chains, 128), generator=generator, progress=True)
     repeats = -(-rbm.chains // len(samples))
-    reverse = reverse_ais(rbm, samples.repeat(repeats, 1)[: rbm.chains], betas=rbm.betas, generator=generator)
+    reverse = reverse_ais(rbm, samples.repeat(repeats, 1)[: rbm.chains], betas=rbm.betas, generator=generator, progress=True)
     estimates = {"forward": forward, "reverse": reverse, "bridge": by_bridge}
     log_z, half = (forward.log_z + reverse.log_z) / 2, abs(forward.log_z - reverse.log_z) / 2
     log_z_error = math.hypot(half, forward.error / 2, reverse.error / 2)

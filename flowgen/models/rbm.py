@@ -141,12 +141,12 @@ class RBM(GenerativeModel):
         flipped = torch.randint(self.visible, (len(data), 1), generator=generator, device=self.device)
         free = self.free_energy(data)
         other = self.free_energy(data.scatter(1, flipped, 1 - data.gather(1, flipped)))
-        expected = self.visible_input(draw_bits(self.hidden_input(data), generator)).sigmoid()
+        log_odds = self.visible_input(draw_bits(self.hidden_input(data), generator))
         return {
             **log_likelihood(self, free, generator, thorough),
             "pseudo_log_likelihood": self.visible * F.logsigmoid(other - free).mean().item(),
-            "reconstruction_error": (data - (torch.rand(data.shape, generator=generator, device=self.device) < expected)).square().mean().item(),
-            "reconstruction_error_expected": (data - expected).square().mean().item(),
+            "reconstruction_error": (data - draw_bits(log_odds, generator)).square().mean().item(),
+            "reconstruction_error_expected": (data - log_odds.sigmoid()).square().mean().item(),
             **self._free_energy_gap(free, reference),
             "images": len(data),
         }

@@ -30,21 +30,29 @@ def find_run(name: str) -> Run:
     raise FlowgenError(f"{name} is {'several runs' if matches else 'no run'}: `flowgen runs` lists them")
 
 
-def find_checkpoint(name: str | None) -> tuple[Run, dict[str, Any]]:
-    """The checkpoint file `name`, else the last good checkpoint of the run `name`, else of the newest run.
+def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, dict[str, Any]]:
+    """The checkpoint file `name`, else the last good checkpoint of the run `name`, else of the newest run, of a `wanted` model.
 
     Raises FlowgenError where there is none.
     """
+    kind = f"run of an {wanted.__name__}" if wanted else "run"
     if name is None:
-        run = next((run for run in list_runs() if run.checkpoints()), None)
-        if run is None:
-            raise FlowgenError("no run under outputs/ has a checkpoint: train one with `flowgen train`, or name one with --run")
-    else:
-        run = find_run(name)
-        for path in (Path(name), OUTPUTS / name):
-            if path.is_file():
-                return run, read_checkpoint(path)
-    checkpoint = run.last_good()
+        for run in list_runs():
+            checkpoint = run.last_good()
+            if checkpoint is not None and _is_of(checkpoint, wanted):
+                return run, checkpoint
+        how = f" model={wanted.__name__.lower()}" if wanted else ""
+        raise FlowgenError(f"no {kind} under outputs/ has a checkpoint: train one with `flowgen train{how}`, or name one with --run")
+    run = find_run(name)
+    path = next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
+    checkpoint = read_checkpoint(path) if path else run.last_good()
     if checkpoint is None:
         raise FlowgenError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}` goes on with it")
+    if not _is_of(checkpoint, wanted):
+        raise FlowgenError(f"{name} is no {kind}, which this command needs: name another with --run")
     return run, checkpoint
+
+
+def _is_of(checkpoint: dict[str, Any], wanted: type | None) -> bool:
+    target = str(checkpoint["config"].get("model", {}).get("_target_"))
+    return wanted is None or target.rpartition(".")[2] == wanted.__name__

@@ -26,7 +26,7 @@ log = logging.getLogger("flowgen")
 
 
 class Trainer:
-    """Adam, or gradient descent with momentum, with linear warm-up, clipped gradients and averaged weights; `conf/trainer/` says what each argument means."""
+    """Adam, or descent with momentum: linear warm-up, clipped gradients, averaged weights; `conf/trainer/` explains the arguments."""
 
     def __init__(
         self,

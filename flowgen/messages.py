@@ -1,0 +1,36 @@
+"""What the user is told: messages on standard error, and one sentence for an error of any kind."""
+
+import errno
+import logging
+import sys
+
+from flowgen.errors import FlowgenError
+
+
+def show_messages() -> None:
+    """Messages go to standard error, above a progress bar where one is drawn."""
+    from tqdm import tqdm
+
+    class Screen(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stderr)
+
+    log = logging.getLogger("flowgen")
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    if not log.handlers:
+        screen = Screen(logging.INFO)
+        log.addHandler(screen)
+
+
+def one_sentence(error: Exception) -> str:
+    """One line for an error, whatever it is."""
+    if isinstance(error, FlowgenError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full: make room, then go on from the last good checkpoint with `flowgen resume RUN`"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the disk'}: {error.strerror}"
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return "not enough memory: choose a smaller trainer.batch_size or --count, or set trainer.accumulate=2"
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (this is a fault of flowgen: --debug shows where)"
