@@ -14,7 +14,7 @@ from flowgen.models.contrast import Contrast
 from flowgen.models.negative_phase import CD, PCD, MeanField, NegativePhase, Tempering
 from flowgen.models.partition import ais, bridge, exact_log_z, log_likelihood, reverse_ais
 
-CHAINS = 20_000
+CHAINS = 40_000
 SAMPLERS = METHODS | {"tempering": partial(tempering, temperatures=4)}
 
 
@@ -157,7 +157,7 @@ def test_the_bias_of_cd_falls_with_its_sweeps_and_its_draws_follow_the_exact_ker
         errors.append(((expected - model).norm() / model.norm()).item())
         starts = data.repeat(CHAINS // 3, 1)
         negative, inputs = CD(sweeps=sweeps)(rbm, starts, rbm.hidden_input(starts))
-        assert distance(negative, reached) < 2 * floor(reached)
+        assert distance(negative, reached) < 1.8 * floor(reached)
         assert torch.allclose(inputs, rbm.hidden_input(negative))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-2 * errors[0]
 
@@ -166,7 +166,7 @@ def test_the_bias_of_cd_falls_with_its_sweeps_and_its_draws_follow_the_exact_ker
 def test_samplers_started_in_the_law_stay_in_it(method):
     rbm = machine(scale=1.5)
     visible, _ = next(islice(SAMPLERS[method](rbm, draw(law(rbm))), 20, None))
-    assert distance(visible, law(rbm)) < 2 * floor(law(rbm))
+    assert distance(visible, law(rbm)) < 1.8 * floor(law(rbm))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -176,7 +176,7 @@ def test_temperature_is_one_over_beta(method, temperature):
     beta = 1 / temperature
     visible, _ = next(islice(SAMPLERS[method](rbm, white_noise(rbm, CHAINS), beta=beta), 60, None))
     expected = law(rbm, beta=beta)
-    assert distance(visible, expected) < 2 * floor(expected)
+    assert distance(visible, expected) < 1.8 * floor(expected)
 
 
 def test_tempering_keeps_the_law_of_every_rung():
@@ -192,7 +192,7 @@ def test_tempering_keeps_the_law_of_every_rung():
         visible, _ = ladder.sweep(rbm)
     assert not torch.equal(before, ladder.place)
     for beta, found in zip(ladder.betas, ladder.at(visible), strict=True):
-        assert distance(found, law(rbm, rung=float(beta))) < 2 * floor(law(rbm, rung=float(beta)))
+        assert distance(found, law(rbm, rung=float(beta))) < 1.8 * floor(law(rbm, rung=float(beta)))
 
 
 def test_tempering_swaps_whole_states():
@@ -241,7 +241,7 @@ def test_clamped_chains_reach_the_exact_conditional(method):
     visible, _ = next(islice(SAMPLERS[method](rbm, start, known=known), 40, None))
     fits = (states(5)[:, :2] == torch.tensor([1.0, 0.0])).all(1)
     conditional = law(rbm) * fits / law(rbm)[fits].sum()
-    assert distance(visible, conditional) < 2 * floor(conditional)
+    assert distance(visible, conditional) < 1.8 * floor(conditional)
 
 
 def test_the_chains_of_a_batch_are_independent():
@@ -273,6 +273,13 @@ def test_forward_and_reverse_ais_straddle_the_exact_value():
     for estimate in (ais(rbm, betas=1000, chains=400), reverse_ais(rbm, samples, betas=1000), by_bridge):
         assert 0 < estimate.error < 0.1 and abs(estimate.log_z - exact) < 4 * estimate.error
         assert estimate.effective_size > 10
+
+
+def test_importance_weights_are_unbiased_however_short_the_annealing():
+    rbm = machine(scale=0.7)
+    exact = exact_log_z(rbm)
+    for estimate in (ais(rbm, betas=3, chains=CHAINS), reverse_ais(rbm, draw(law(rbm)), betas=3)):
+        assert estimate.error < 0.02 and abs(estimate.log_z - exact) < 4 * estimate.error
 
 
 def test_errors_of_the_estimates_are_their_spread():
