@@ -1,8 +1,8 @@
 """Training speed beside other packages in the same run: Glow beside normflows, the RBM beside scikit-learn and learnergy.
 
-All run on the same threads. normflows runs as its documentation shows it (`GlowBlock`, `MultiscaleFlow`), forward, backward and Adam; scikit-learn by `partial_fit`,
-learnergy by `fit`. Each is in a process of its own; they take turns, and each one's best round counts, since a shared machine slows
-whichever runs at the wrong moment.
+All run on the same threads: normflows as its documentation shows it (`GlowBlock`, `MultiscaleFlow`), forward, backward and Adam;
+scikit-learn by `partial_fit`, learnergy by `fit`. Each is in a process of its own; they take turns, and each one's best round counts,
+since a shared machine slows whichever runs at the wrong moment.
 """
 
 import argparse
