@@ -191,6 +191,14 @@ def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str,
 
 
 @cli.command()
+@click.argument("names", nargs=-1, required=True, metavar="RUN...", shell_complete=complete_run)
+@click.option("--out", type=PATH, metavar="FILE.html", help="Where to write; by default report.html here, or in the run's folder.")
+def report(names: tuple[str, ...], out: Path | None) -> None:
+    """Show runs, or all below a folder, in one page: curves, samples, differences, configuration."""
+    click.echo(_command("report").report(list(names), out))
+
+
+@cli.command()
 def runs() -> None:
     """List the runs under outputs/, newest first, with their best figure."""
     rows = list(_command("runs").runs())

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -11,6 +11,9 @@ from torch import Tensor
 from flowgen.vision import make_grid, to_pil_image
 
 SMALLEST_SIDE = 56  # pixels on the page; smaller images are enlarged by a whole factor
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's, safe for colour-blind eyes
+DASHES, MARKS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v")
 
 
 def to_image(levels: Tensor, bits: int, columns: int) -> Image.Image:
@@ -82,6 +85,26 @@ def curves(rows: Sequence[dict[str, Any]], figure: str, path: Path) -> None:
     norms.set_ylabel("gradient norm")
     page.legend(*_handles(below, norms), loc="outside lower center", ncols=2)
     page.savefig(path, dpi=120)
+
+
+def compare(lines: dict[str, list[tuple[int, float]]], label: str, file: Path | BinaryIO) -> None:
+    """Each named line of (step, figure), told apart by colour, dash and mark."""
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(9, 5), layout="constrained")
+    axes = page.subplots()
+    for number, (name, points) in enumerate(lines.items()):
+        steps, found = zip(*points, strict=True)
+        mark, dash = MARKS[number % len(MARKS)], DASHES[number % len(DASHES)]
+        axes.plot(steps, found, color=COLOURS[number % len(COLOURS)], linestyle=dash, marker=mark, markersize=4, label=name)
+    values = sorted(value for points in lines.values() for _, value in points)
+    low, high = values[len(values) // 20], values[-1 - len(values) // 20]  # a bad start would flatten all the rest
+    axes.set_ylim(low - 0.1 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    page.legend(loc="outside lower center", ncols=2 if len(lines) > 4 else 1, fontsize="small")
+    page.savefig(file, dpi=120, format="png")
 
 
 def _handles(*axes: Any) -> tuple[list[Any], list[str]]:

@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from flowgen.commands.report import best_figure
 from flowgen.config import read_config
 from flowgen.errors import FlowgenError
 from flowgen.training.find import list_runs
-from flowgen.training.run import Run
-
-BETTER = {"bits_per_dim": min, "log_likelihood": max}
 
 
 class Row(NamedTuple):
@@ -29,12 +27,4 @@ def runs() -> Iterator[Row]:
         rows = run.read_metrics()
         target = str(config["model"].get("_target_")).rpartition(".")[2]
         source = config["data"].get("name") or str(config["data"].get("_target_")).rpartition(".")[2]
-        yield Row(str(run.folder), target, source, max((row["step"] for row in rows), default=0), _best(run, rows))
-
-
-def _best(run: Run, rows: list[dict]) -> str:
-    for figure, better in BETTER.items():
-        values = [row[figure] for row in rows if row["split"] == "test" and row.get(figure) is not None]
-        if values:
-            return f"{figure} {better(values):.3f}"
-    return "not evaluated yet"
+        yield Row(str(run.folder), target, source, max((row["step"] for row in rows), default=0), best_figure(rows) or "not evaluated yet")

@@ -31,6 +31,7 @@ from flowgen.config import (
 )
 from flowgen.errors import FlowgenError, check_whole
 from flowgen.training.checkpoint import read_checkpoint
+from flowgen.training.device import environment
 from flowgen.training.find import find_run
 from flowgen.training.run import Run
 from flowgen.training.trainer import Trainer
@@ -127,6 +128,7 @@ def _train(run: Run, config: dict[str, Any], trainer: Trainer, model: Any, data:
         log.info(
             "%s: %.2f million parameters, %d training and %d test images", run.folder, parameters / 1e6, len(data.train), len(data.test)
         )
+        log.info("environment: %s", environment(trainer.device))
         if trainer.device.type == "cpu" and torch.cuda.is_available():
             log.warning("this machine has a GPU: trainer=gpu uses it")
         if checkpoint is not None:

@@ -1,5 +1,8 @@
 """What the machine can do."""
 
+import platform
+from importlib.metadata import version
+
 import torch
 
 from flowgen.errors import FlowgenError, check_choice
@@ -26,3 +29,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
         else:
             precision = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"  # no public name in torch 2.11
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def environment(device: torch.device) -> str:
+    """What a run ran on, for its log."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"flowgen {version('flowgen')}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {where}"

@@ -10,9 +10,9 @@ from flowgen.training.run import Run
 OUTPUTS = Path("outputs")
 
 
-def list_runs() -> list[Run]:
-    """Every run under `outputs/`, the newest first."""
-    configs = list(OUTPUTS.rglob("config.yaml")) if OUTPUTS.is_dir() else []
+def list_runs(*folders: Path) -> list[Run]:
+    """Every run under these folders, by default under `outputs/`, the newest first."""
+    configs = [path for folder in folders or (OUTPUTS,) if folder.is_dir() for path in folder.rglob("config.yaml")]
     return [Run(path.parent) for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 

@@ -1,0 +1,135 @@
+"""`flowgen report`: runs as one page that needs nothing but itself."""
+
+import base64
+import io
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader
+
+from flowgen import figures
+from flowgen.config import read_config
+from flowgen.errors import FlowgenError
+from flowgen.training.find import OUTPUTS, find_run, list_runs
+from flowgen.training.run import Run
+
+BETTER = {"bits_per_dim": min, "log_likelihood": max}  # the figures by which runs are compared, and which of two is better
+UNITS = {"bits_per_dim": "bits/dim", "log_likelihood": "nats"}
+CAPTIONS = {
+    "curves.png": "Training loss, test figure, learning rate and gradient norm (flowgen train).",
+    "features.png": "The weights of the hidden units, the largest first: orange above zero, blue below (flowgen train).",
+    "sample.png": "Samples (flowgen sample).",
+    "interpolation.png": "From one image to another, through the latents above and the pixels below (flowgen interpolate).",
+    "completion.png": "The image, what is kept of it, the mean of the restored ones, and some of them (flowgen complete).",
+    "chain_gibbs.gif": "Gibbs chains from white noise (flowgen chain --method gibbs).",
+    "chain_tempering.gif": "Chains of parallel tempering from white noise (flowgen chain --method tempering).",
+    "chain_mean-field.gif": "Mean field from white noise (flowgen chain --method mean-field).",
+}
+
+
+class Picture(NamedTuple):
+    caption: str
+    source: str  # a data URL
+
+
+class Section(NamedTuple):
+    name: str
+    figure: str  # the best test figure with its error
+    step: int
+    environment: str
+    pictures: list[Picture]
+    config: dict[str, Any]
+
+
+def report(names: list[str], out: Path | None) -> Path:
+    """Write one HTML page about the runs `names`, or those below a folder of that name. Raises FlowgenError."""
+    runs = [run for name in names for run in _runs(name)]
+    configs = [_flat(read_config(run.config)) for run in runs]
+    rows = [run.read_metrics() for run in runs]
+    short = _short([str(run.folder) for run in runs])
+    sections = [_section(*each) for each in zip(short, runs, rows, configs, strict=True)]
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = pages.get_template("report.html").render(
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        sections=sections,
+        curves=_curves(short, rows),
+        differences={key: values for key, values in _differences(configs).items() if key != "out"},
+    )
+    target = out or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
+    target.write_text(page)
+    return target
+
+
+def _runs(name: str) -> list[Run]:
+    folders = {(folder / name).resolve() for folder in (Path(), OUTPUTS) if (folder / name).is_dir()}
+    below = [run for run in list_runs(*folders) if run.config.parent.resolve() not in folders]
+    return below if below and not any((folder / "config.yaml").exists() for folder in folders) else [find_run(name)]
+
+
+def _short(folders: list[str]) -> list[str]:
+    """Names without the folder that all of them share."""
+    if len(folders) == 1:
+        return folders
+    parts = [Path(folder).parts for folder in folders]
+    shared = next((place for place, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), 0)
+    return ["/".join(each[shared:]) or each[-1] for each in parts]
+
+
+def _section(name: str, run: Run, rows: list[dict[str, Any]], config: dict[str, Any]) -> Section:
+    samples = sorted(run.folder.glob("samples/step_*.png"))[-1:]
+    own = [run.folder / file for file in CAPTIONS if (run.folder / file).exists()]
+    pictures = [Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", _data_url(path)) for path in samples]
+    pictures += [Picture(CAPTIONS[path.name], _data_url(path)) for path in own]
+    log = run.log.read_text().splitlines() if run.log.exists() else []
+    environment = next((line.partition("environment: ")[2] for line in reversed(log) if "environment: " in line), "")
+    return Section(
+        name, best_figure(rows) or "not evaluated yet", max((row["step"] for row in rows), default=0), environment, pictures, config
+    )
+
+
+def best_figure(rows: list[dict[str, Any]]) -> str | None:
+    """The best test figure among a run's metrics, with its error."""
+    for figure, better in BETTER.items():
+        tests = [row for row in rows if row["split"] == "test" and row.get(figure) is not None]
+        if tests:
+            best = better(tests, key=lambda row: row[figure])
+            error = f" ± {best[f'{figure}_error']:.3f}" if best.get(f"{figure}_error") else ""
+            return f"{figure} {best[figure]:.3f}{error}"
+    return None
+
+
+def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]:
+    pictures = []
+    for figure in BETTER:
+        tests = [[(row["step"], row[figure]) for row in each if row["split"] == "test" and row.get(figure) is not None] for each in rows]
+        lines = {name: points for name, points in zip(names, tests, strict=True) if points}
+        if lines:
+            file = io.BytesIO()
+            figures.compare(lines, f"test {figure.replace('_', ' ')}, {UNITS[figure]}", file)
+            pictures.append(Picture(f"Test {figure.replace('_', ' ')} of every run against the step.", _encoded(file.getvalue(), "png")))
+    return pictures
+
+
+def _differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    keys = sorted({key for config in configs for key in config})
+    table = {key: [config.get(key, "") for config in configs] for key in keys}
+    return {key: values for key, values in table.items() if any(value != values[0] for value in values)}
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _data_url(path: Path) -> str:
+    try:
+        return _encoded(path.read_bytes(), path.suffix[1:])
+    except OSError as error:
+        raise FlowgenError(f"{path} cannot be read ({error.strerror}): make it again") from error
+
+
+def _encoded(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
