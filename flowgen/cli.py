@@ -185,7 +185,7 @@ def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str,
         click.echo(json.dumps(figures))
         return
     for key, value in figures.items():
-        if not key.endswith("_error"):
+        if key.removesuffix("_error") not in figures or not key.endswith("_error"):
             error = f" +- {figures[f'{key}_error']:.4f}" if f"{key}_error" in figures else ""
             click.echo(f"{key:32} {f'{value:.4f}' if isinstance(value, float) else value}{error}")
 

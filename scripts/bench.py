@@ -96,6 +96,9 @@ def scikit_learn_step() -> Callable[[Tensor], None]:
 
     rbm = BernoulliRBM(n_components=HIDDEN, learning_rate=0.01, batch_size=RBM_BATCH, random_state=0)
     rows = digits().flatten(1).float().numpy()
+    rbm.partial_fit(rows)
+    for name in ("components_", "intercept_visible_", "intercept_hidden_", "h_samples_"):  # it starts in float64
+        setattr(rbm, name, getattr(rbm, name).astype("float32"))
     return lambda levels: rbm.partial_fit(rows)
 
 

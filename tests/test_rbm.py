@@ -321,15 +321,15 @@ def trained(negative_phase: NegativePhase, steps: int = 20, **arguments: object)
 @pytest.mark.parametrize("phase", [PCD(sweeps=2, chains=7), Tempering(sweeps=1, chains=7, temperatures=4, adapt=True)])
 def test_chains_survive_a_ragged_batch_and_go_on(phase):
     rbm = trained(phase, 3)
-    chains = next(buffer for name, buffer in phase.named_buffers() if name.endswith(("hidden_units", "hidden")))
-    before = chains.clone()
+    holder, name = (phase, "hidden_units") if isinstance(phase, PCD) else (phase.ladder, "hidden")
+    before = getattr(holder, name).clone()
     negative, inputs = phase(rbm, torch.zeros(3, 16), torch.zeros(3, 6))
-    assert negative.shape == (7, 16) and inputs.shape == (7, 6) and chains.shape == before.shape
-    assert not torch.equal(before, chains)
+    assert negative.shape == (7, 16) and inputs.shape == (7, 6) and getattr(holder, name).shape == before.shape
+    assert not torch.equal(before, getattr(holder, name))
     rbm.weight.data.normal_(0, 3)
     draws = []
-    for kept in (chains.clone(), 1 - chains):
-        chains.copy_(kept)
+    for kept in (before, 1 - before):
+        setattr(holder, name, kept)
         torch.manual_seed(5)
         draws.append(phase(rbm, torch.zeros(3, 16), torch.zeros(3, 6))[0])
     assert not torch.equal(*draws), "the next draw depends on the chains"

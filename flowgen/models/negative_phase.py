@@ -69,7 +69,7 @@ class PCD(NegativePhase):
         for _ in range(self.sweeps):
             negative = draw_bits(rbm.visible_input(self.hidden_units))
             inputs = rbm.hidden_input(negative)
-            self.hidden_units.copy_(draw_bits(inputs))
+            self.hidden_units = draw_bits(inputs)
         return negative, inputs
 
     def health(self, rbm: "RBM") -> dict[str, float]:

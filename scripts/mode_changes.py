@@ -1,0 +1,89 @@
+"""How many digits do the chains of an RBM visit? Gibbs sampling and parallel tempering from the same start, in a figure.
+
+A classifier with one hidden layer, trained on the run's training images, names the digit of every state; a mode change is a state
+whose digit it is sure of (`SURE`) and which is not the last one that it was sure of.
+"""
+
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowgen.config import build_data, model_of
+from flowgen.data import Images
+from flowgen.models import RBM
+from flowgen.models.chains import METHODS
+from flowgen.training.find import find_checkpoint
+
+SURE = 0.9
+
+
+def classifier(data: Images, epochs: int = 4, batch: int = 100) -> tuple[nn.Module, float]:
+    """The classifier, and its accuracy on the test images."""
+    if data.labels is None:
+        raise SystemExit("the labels are not beside the images: put the labels-idx1 files there")
+    images = torch.cat(list(data.batches("train", 1000))).flatten(1).float()
+    network = nn.Sequential(nn.Linear(images.shape[1], 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 10))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    for indices in torch.cat([torch.randperm(len(images)) for _ in range(epochs)]).split(batch):
+        optimizer.zero_grad()
+        F.cross_entropy(network(images[indices]), data.labels[0][indices].long()).backward()
+        optimizer.step()
+    network.eval()
+    test = torch.cat(list(data.batches("test", 1000))).flatten(1).float()
+    return network, (network(test).argmax(1) == data.labels[1]).float().mean().item()
+
+
+@torch.no_grad()
+def visits(rbm: RBM, network: nn.Module, start: Tensor, method: str, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Mode changes and different digits so far, on average over the chains: (sweeps,) each."""
+    generator = torch.Generator().manual_seed(0)
+    last = network(start).argmax(1)
+    seen = F.one_hot(last, 10).bool()
+    changes, totals, digits = torch.zeros(len(start)), [], []
+    for visible, _ in islice(METHODS[method](rbm, start, generator=generator), sweeps):
+        surety, digit = network(visible).softmax(1).max(1)
+        now = torch.where(surety >= SURE, digit, last)
+        changes += now != last
+        seen |= F.one_hot(now, 10).bool()
+        last = now
+        totals.append(changes.mean())
+        digits.append(seen.float().sum(1).mean())
+    return torch.stack(totals), torch.stack(digits)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", nargs="?")
+    parser.add_argument("--chains", type=int, default=100)
+    parser.add_argument("--sweeps", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=Path("mode_changes.png"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    run, checkpoint = find_checkpoint(options.run, wanted=RBM)
+    rbm, data = model_of(checkpoint), build_data(checkpoint["config"])
+    assert isinstance(rbm, RBM)
+    network, accuracy = classifier(data)
+    print(f"{run.folder}: the classifier names {100 * accuracy:.1f} % of the test digits rightly")
+    start = rbm.units(next(data.batches("test", options.chains)))
+    page = Figure(figsize=(9, 4), layout="constrained")
+    left, right = page.subplots(1, 2)
+    for method, style in (("gibbs", "--"), ("tempering", "-")):
+        changes, digits = visits(rbm, network, start, method, options.sweeps)
+        colour = {"gibbs": "#d55e00", "tempering": "#0072b2"}[method]
+        left.plot(range(1, options.sweeps + 1), changes, style, color=colour, label=method)
+        right.plot(range(1, options.sweeps + 1), digits, style, color=colour, label=method)
+        print(f"{method}: {changes[-1]:.1f} mode changes and {digits[-1]:.2f} different digits a chain in {options.sweeps} sweeps")
+    left.set(xlabel="sweeps", ylabel="mode changes a chain")
+    right.set(xlabel="sweeps", ylabel="different digits visited a chain", ylim=(0, 10))
+    left.legend()
+    page.suptitle(f"{options.chains} chains from the same test digits, {rbm.hidden} hidden units")
+    page.savefig(options.out, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
