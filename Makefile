@@ -5,7 +5,7 @@ DEMO := outputs/demo
 
 THESIS := outputs/thesis/glow_conv
 
-.PHONY: help setup demo test lint bench reproduce-thesis
+.PHONY: help setup demo test lint bench slides reproduce-thesis
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
@@ -41,6 +41,14 @@ reproduce-thesis: $(FLOWGEN) ## experiment 1 of the thesis at full scale: one GP
 	$(FLOWGEN) evaluate --run $(THESIS)
 	$(FLOWGEN) sample --run $(THESIS) --count 8 --temperature 0 --temperature 0.25 --temperature 0.7 --temperature 1
 
-bench: $(FLOWGEN) ## training speed beside the package normflows
+SLIDES := filters l2_1e3 l2_1e6 l1_1e3 l1_1e6 cd1 cd10 tempering
+comma := ,
+space := $(subst ,, )
+
+slides: $(FLOWGEN) ## the RBMs of the slides, 24 runs of two minutes each on two cores, as one page
+	$(FLOWGEN) train -m experiment=$(subst $(space),$(comma),$(SLIDES:%=slides/%)) model.hidden=50,100,300 out=outputs/slides
+	$(FLOWGEN) report outputs/slides --out outputs/slides/report.html
+
+bench: $(FLOWGEN) ## training speed beside other packages
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	.venv/bin/python scripts/bench.py

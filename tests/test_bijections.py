@@ -8,28 +8,57 @@ import torch
 
 from flowgen.bijections import (
     LOG_SCALES,
+    MADE,
+    TRANSFORMS,
     ActNorm,
-    AdditiveCoupling,
-    AffineCoupling,
+    Additive,
+    Affine,
+    Autoregressive,
+    BatchNorm,
     Bijection,
     Chain,
     Conv1x1,
     ConvNetwork,
+    Coupling,
+    DenseNetwork,
     Equalize,
     FactorOut,
     Flatten,
     Folded,
     Gaussianize,
+    Inverse,
+    LogisticToNormal,
     Logit,
+    MaskedCoupling,
     PLUConv1x1,
+    RealNVPNetwork,
     ResNetwork,
+    Reverse,
     Squeeze,
     Standardize,
     ZeroConv2d,
+    channelwise,
+    checkerboard,
 )
 
 IMAGE = (4, 4, 2)  # channels, height, width
 DRAW = {"real": torch.randn, "unit": torch.rand, "dark": lambda *shape, dtype: torch.rand(*shape, dtype=dtype) / 5}
+
+
+def couple(name: str, scale: str = "bounded") -> Bijection:
+    transform = TRANSFORMS[name](scale)
+    return Coupling(ConvNetwork(2, 5, 2 * transform.count), transform)
+
+
+def masked(name: str) -> Bijection:
+    transform = TRANSFORMS[name]("bounded")
+    return MaskedCoupling(ConvNetwork(4, 5, 4 * transform.count), transform, checkerboard(4, 4, 2, odd=True))
+
+
+def autoregress(name: str) -> Bijection:
+    transform = TRANSFORMS[name]("bounded")
+    return Autoregressive(MADE(6, 16, 2, transform.count), transform)
+
 
 TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callable[[], Bijection], tuple[int, ...], str]] = {
     "squeeze": (Squeeze, IMAGE),
@@ -39,10 +68,22 @@ TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callabl
     "plain 1x1": (lambda: Conv1x1(4), IMAGE),
     "plu 1x1": (lambda: PLUConv1x1(4), IMAGE),
     "folded": (lambda: Folded(ActNorm(4), PLUConv1x1(4)), IMAGE),
-    "additive": (lambda: AdditiveCoupling(ConvNetwork(2, 5, 2)), IMAGE),
-    **{f"affine {scale}": (lambda scale=scale: AffineCoupling(ConvNetwork(2, 5, 4), scale), IMAGE) for scale in LOG_SCALES},
-    "resnet": (lambda: AffineCoupling(ResNetwork(2, 5, 4, blocks=2)), IMAGE),
-    "odd channels": (lambda: AffineCoupling(ConvNetwork(2, 5, 6)), (5, 2, 2)),
+    **{name: (lambda name=name: couple(name), IMAGE) for name in TRANSFORMS},
+    **{f"affine {scale}": (lambda scale=scale: couple("affine", scale), IMAGE) for scale in LOG_SCALES},
+    "resnet": (lambda: Coupling(ResNetwork(2, 5, 4, blocks=2), Affine()), IMAGE),
+    "odd channels": (lambda: Coupling(ConvNetwork(2, 5, 6), Affine()), (5, 2, 2)),
+    **{f"masked {name}": (lambda name=name: masked(name), IMAGE) for name in TRANSFORMS},
+    "real nvp": (
+        lambda: MaskedCoupling(RealNVPNetwork(4, 5, 8, blocks=1), Affine("plain"), channelwise(4, 4, 2, second=True)),
+        IMAGE,
+    ),
+    "dense": (lambda: Coupling(DenseNetwork(3, 8, 3, layers=2), Additive()), (6,)),
+    **{f"autoregressive {name}": (lambda name=name: autoregress(name), (6,)) for name in TRANSFORMS},
+    "inverse autoregressive": (lambda: Inverse(autoregress("affine")), (6,)),
+    "reverse": (Reverse, IMAGE),
+    "batch norm": (lambda: BatchNorm(4), IMAGE),
+    "batch norm of vectors": (lambda: BatchNorm(6), (6,)),
+    "logistic to normal": (LogisticToNormal, IMAGE),
     "factor out": (lambda: FactorOut(Flatten(2, 4, 2)), IMAGE),
     "factor out, predicted": (lambda: FactorOut(Flatten(2, 4, 2), ZeroConv2d(2, 4, 3)), IMAGE),
     "logit": (lambda: Logit(0.05), IMAGE, "unit"),
@@ -62,7 +103,7 @@ def make(name: str) -> tuple[Bijection, torch.Tensor]:
     with torch.no_grad():
         for parameter in bijection.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-    return bijection, draw(3, *shape, dtype=torch.float64)
+    return bijection.eval(), draw(3, *shape, dtype=torch.float64)
 
 
 @pytest.fixture(params=TABLE)
@@ -149,7 +190,7 @@ def test_gaussianize_starts_where_it_pays_and_is_the_identity_elsewhere():
 
 
 def test_couplings_start_as_the_identity():
-    coupling, x = AffineCoupling(ConvNetwork(2, 8, 4)), torch.randn(8, 4, 4, 4)
+    coupling, x = Coupling(ConvNetwork(2, 8, 4), Affine()), torch.randn(8, 4, 4, 4)
     assert torch.equal(coupling.initialize(x), x)
 
 
@@ -173,7 +214,7 @@ def test_squeeze_keeps_each_block_of_four_together():
 
 
 def test_only_networks_run_in_bfloat16():
-    flow = Chain(Folded(ActNorm(4), PLUConv1x1(4)), AffineCoupling(ConvNetwork(2, 8, 4)))
+    flow = Chain(Folded(ActNorm(4), PLUConv1x1(4)), Coupling(ConvNetwork(2, 8, 4), Affine()))
     dtypes = []
     flow.bijections[1].network.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     x = torch.randn(4, 4, 4, 4)

@@ -8,16 +8,23 @@ import pytest
 import torch
 import yaml
 
-from flowgen.config import conf_folder
+import flowgen.models
+from flowgen.config import build, conf_folder, options
 from flowgen.models import GenerativeModel, Glow
 
-DEFAULTS = yaml.safe_load((conf_folder() / "model" / "glow.yaml").read_text())
+
+def read_config_of(name: str) -> dict:
+    config = yaml.safe_load((conf_folder() / "model" / f"{name}.yaml").read_text())
+    return config.get("model", {}) | {"negative_phase": None} if "model" in config else config
+
+
+def model_of(name: str, **changes: object) -> GenerativeModel:
+    """The model of `conf/model/NAME.yaml` for images of 3x8x8 at 5 bits, but for `changes`."""
+    return build("model", read_config_of(name) | {"channels": 3, "size": 8, "bits": 5, "width": 8} | changes)
 
 
 def glow(**changes: object) -> Glow:
-    arguments = DEFAULTS | {"channels": 3, "size": 8, "bits": 5, "steps_per_level": 2, "width": 8} | changes
-    arguments.pop("_target_")
-    return Glow(**arguments)
+    return model_of("glow", **{"steps_per_level": 2} | changes)
 
 
 MODELS: dict[str, Callable[..., GenerativeModel]] = {
@@ -25,6 +32,13 @@ MODELS: dict[str, Callable[..., GenerativeModel]] = {
     "glow resnet": lambda **changes: glow(network="resnet", **changes),
     "glow additive": lambda **changes: glow(coupling="additive", convolution="plain", **changes),
     "glow of the thesis": lambda **changes: glow(gaussianize=False, prior="standard", scale="sigmoid", final_actnorm=False, **changes),
+    **{f"glow {name}": lambda name=name, **changes: glow(coupling=name, **changes) for name in ("multiplicative", "spline", "mixture")},
+    "realnvp": lambda **changes: model_of("realnvp", blocks=1, **changes),
+    "nice": lambda **changes: model_of("nice", layers=2, **changes),
+    "nice affine": lambda **changes: model_of("nice", layers=2, coupling="affine", **changes),
+    "maf": lambda **changes: model_of("maf", flows=2, **changes),
+    "maf spline": lambda **changes: model_of("maf", flows=1, transform="spline", **changes),
+    "iaf": lambda **changes: model_of("iaf", flows=1, **changes),
     "glow with learned base": lambda **changes: glow(base="learned", levels=1, **changes),
 }
 
@@ -156,5 +170,8 @@ def test_arguments_are_checked(changes, words):
         glow(**changes)
 
 
-def test_every_argument_stands_in_the_configuration():
-    assert set(inspect.signature(Glow.__init__).parameters) - {"self"} == set(DEFAULTS) - {"_target_"}
+@pytest.mark.parametrize("name", options("model"))
+def test_every_argument_stands_in_the_configuration(name):
+    config = read_config_of(name)
+    target = getattr(flowgen.models, config["_target_"].rpartition(".")[2])
+    assert set(inspect.signature(target.__init__).parameters) - {"self"} == set(config) - {"_target_"}

@@ -1,35 +1,62 @@
 """Invertible maps with tractable Jacobians: floor 1, which knows torch and nothing else."""
 
+from flowgen.bijections.autoregressive import MADE, Autoregressive, Inverse, Reverse
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.coupling import LOG_SCALES, AdditiveCoupling, AffineCoupling, Coupling
-from flowgen.bijections.elementwise import Equalize, Gaussianize, Logit, Standardize
+from flowgen.bijections.coupling import Coupling, MaskedCoupling, channelwise, checkerboard
+from flowgen.bijections.elementwise import Equalize, Gaussianize, LogisticToNormal, Logit, Standardize
 from flowgen.bijections.factor_out import FactorOut
 from flowgen.bijections.linear import ChannelAffine, Conv1x1, Folded, PLUConv1x1
-from flowgen.bijections.networks import ConvNetwork, Network, ResNetwork, ZeroConv2d
-from flowgen.bijections.normalize import ActNorm
+from flowgen.bijections.networks import ConvNetwork, DenseNetwork, Network, RealNVPNetwork, ResNetwork, ZeroConv2d
+from flowgen.bijections.normalize import ActNorm, BatchNorm
 from flowgen.bijections.reshape import Flatten, Squeeze
+from flowgen.bijections.transforms import (
+    LOG_SCALES,
+    TRANSFORMS,
+    Additive,
+    Affine,
+    MixtureOfLogistics,
+    Multiplicative,
+    Spline,
+    Transform,
+)
 
 __all__ = [
     "LOG_SCALES",
+    "MADE",
+    "TRANSFORMS",
     "ActNorm",
-    "AdditiveCoupling",
-    "AffineCoupling",
+    "Additive",
+    "Affine",
+    "Autoregressive",
+    "BatchNorm",
     "Bijection",
     "Chain",
     "ChannelAffine",
     "Conv1x1",
     "ConvNetwork",
     "Coupling",
+    "DenseNetwork",
     "Equalize",
     "FactorOut",
     "Flatten",
     "Folded",
     "Gaussianize",
+    "Inverse",
+    "LogisticToNormal",
     "Logit",
+    "MaskedCoupling",
+    "MixtureOfLogistics",
+    "Multiplicative",
     "Network",
     "PLUConv1x1",
+    "RealNVPNetwork",
     "ResNetwork",
+    "Reverse",
+    "Spline",
     "Squeeze",
     "Standardize",
+    "Transform",
     "ZeroConv2d",
+    "channelwise",
+    "checkerboard",
 ]

@@ -1,10 +1,12 @@
 """The networks inside couplings: free functions of their input, the only part that may run in bfloat16."""
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 
 class Network(nn.Module, ABC):
@@ -149,3 +151,48 @@ class ResNetwork(Layers):
             Relu(),
             ZeroConv2d(width, out_channels, 3),
         )
+
+
+class DenseNetwork(Network):
+    """Linear -> ReLU, `layers` times, then a linear layer that starts at zero: (B, C) -> (B, C'). NICE (1410.8516), section 5.1."""
+
+    def __init__(self, in_features: int, width: int, out_features: int, layers: int):
+        super().__init__()
+        sizes = [in_features, *[width] * layers]
+        hidden = [module for pair in pairwise(sizes) for module in (nn.Linear(*pair), nn.ReLU())]
+        last = nn.Linear(sizes[-1], out_features)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*hidden, last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class RealNVPNetwork(Network):
+    """A convolutional ResNet with weight and batch normalisation, whose log-scales are scale * tanh(.) with a learnt scale.
+
+    conv3x3 -> `blocks` times x + conv3x3(relu(bn(conv3x3(relu(bn(x)))))) -> bn -> relu -> conv1x1; the first half of the outputs
+    are log-scales. Real NVP (1605.08803), section 4.1 and figure 4.
+    """
+
+    def __init__(self, in_channels: int, width: int, out_channels: int, blocks: int):
+        super().__init__()
+        self.first = weight_norm(nn.Conv2d(in_channels, width, 3, padding=1))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(layer for _ in range(2) for layer in self._normalised(width, width, 3))) for _ in range(blocks)
+        )
+        self.last = nn.Sequential(*self._normalised(width, out_channels, 1))
+        self.scale = nn.Parameter(torch.zeros(out_channels // 2, 1, 1))
+
+    @staticmethod
+    def _normalised(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
+        convolution = weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, padding="same"))
+        return [nn.BatchNorm2d(in_channels), nn.ReLU(), convolution]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        raw, shift = self.last(x).chunk(2, dim=1)
+        return torch.cat((self.scale.to(raw.dtype) * raw.tanh(), shift), dim=1)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from flowgen.bijections.base import Bijection
 from flowgen.bijections.linear import ChannelAffine
 
 
@@ -27,3 +28,49 @@ class ActNorm(ChannelAffine):
         self.log_scale.copy_(-deviation.clamp(min=1e-6).log())  # a channel that never varies must not blow up
         self.shift.copy_(-mean * self.log_scale.exp())
         return self(x)[0]
+
+
+class BatchNorm(Bijection):
+    """y = (x - mean) / sqrt(variance + eps) per channel: of the batch in training, of the batches past otherwise.
+
+    log|det| = -H W / 2 sum log(variance + eps). Real NVP (1605.08803), section 3.7.
+    """
+
+    eps, momentum = 1e-5, 0.1
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            return self._map(x, self.mean, self.variance)
+        variance, mean = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
+        with torch.no_grad():
+            self.mean.lerp_(mean, self.momentum)
+            self.variance.lerp_(variance, self.momentum)
+        return self._map(x, mean, variance)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_deviation = self.mean, 0.5 * (self.variance + self.eps).log()
+        x = torch.addcmul(self._spread(mean, z), z, self._spread(log_deviation.exp(), z))
+        return x, (log_deviation.sum() * z[0, 0].numel()).expand(len(z))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+        return self._map(x, mean, variance)[0]
+
+    def _map(self, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        log_deviation = 0.5 * (variance + self.eps).log()
+        z = (x - self._spread(mean, x)) * self._spread((-log_deviation).exp(), x)
+        return z, -(log_deviation.sum() * x[0, 0].numel()).expand(len(x))
+
+    @staticmethod
+    def _spread(values: Tensor, x: Tensor) -> Tensor:
+        return values.view(-1, *[1] * (x.dim() - 2))

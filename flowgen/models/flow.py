@@ -8,8 +8,21 @@ import torch
 from torch import Tensor
 
 from flowgen.bijections import Bijection
-from flowgen.errors import check_whole
+from flowgen.errors import FlowgenError, check_whole
 from flowgen.models.base import GenerativeModel
+
+
+def largest_levels(size: int, levels: int | None) -> int:
+    """`levels`, or, where that is None, as many halvings as images of this size allow, at most 4 and none for an odd size.
+
+    Raises FlowgenError where they are too many.
+    """
+    if levels is None:
+        return next(levels for levels in (4, 3, 2, 1, 0) if size % 2**levels == 0)
+    check_whole(levels=levels)
+    if size % 2**levels:
+        raise FlowgenError(f"levels={levels} needs images whose size is a multiple of {2**levels}, not {size}: choose fewer levels")
+    return levels
 
 
 class Flow(GenerativeModel):

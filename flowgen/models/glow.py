@@ -2,9 +2,8 @@
 
 from flowgen.bijections import (
     LOG_SCALES,
+    TRANSFORMS,
     ActNorm,
-    AdditiveCoupling,
-    AffineCoupling,
     Bijection,
     Chain,
     Conv1x1,
@@ -21,8 +20,8 @@ from flowgen.bijections import (
     Standardize,
     ZeroConv2d,
 )
-from flowgen.errors import FlowgenError, check_choice, check_whole
-from flowgen.models.flow import Flow
+from flowgen.errors import check_choice, check_whole
+from flowgen.models.flow import Flow, largest_levels
 
 
 class Glow(Flow):
@@ -53,16 +52,13 @@ class Glow(Flow):
     ):
         check_whole(channels=channels, size=size, bits=bits, steps_per_level=steps_per_level, width=width, blocks=blocks)
         check_choice(("conv", "resnet"), network=network)
-        check_choice(("affine", "additive"), coupling=coupling)
+        check_choice(TRANSFORMS, coupling=coupling)
         check_choice(LOG_SCALES, scale=scale)
         check_choice(("plu", "plain"), convolution=convolution)
         check_choice(("predicted", "standard"), prior=prior)
         check_choice(("learned", "standard"), base=base)
         check_choice((True, False), final_actnorm=final_actnorm, gaussianize=gaussianize)
-        levels = _levels(size) if levels is None else levels
-        check_whole(levels=levels)
-        if size % 2**levels:
-            raise FlowgenError(f"levels={levels} needs images whose size is a multiple of {2**levels}, not {size}: choose fewer levels")
+        levels = largest_levels(size, levels)
 
         def steps(channels: int) -> list[Bijection]:
             return [bijection for _ in range(steps_per_level) for bijection in step(channels)]
@@ -72,10 +68,8 @@ class Glow(Flow):
             return Folded(ActNorm(channels), mix), couple(channels)
 
         def couple(channels: int) -> Coupling:
-            half = channels // 2
-            if coupling == "additive":
-                return AdditiveCoupling(inner_network(half, half))
-            return AffineCoupling(inner_network(half, 2 * half), scale)
+            transform = TRANSFORMS[coupling](scale)
+            return Coupling(inner_network(channels // 2, transform.count * (channels - channels // 2)), transform)
 
         def inner_network(in_channels: int, out_channels: int) -> Network:
             if network == "resnet":
@@ -84,6 +78,8 @@ class Glow(Flow):
 
         def level(number: int, channels: int, size: int) -> Bijection:
             """The flow from the image that enters this level to one vector, built from the top down."""
+            if levels == 0:  # a size that cannot be halved
+                return Chain(*steps(channels), *top(channels, size))
             channels, size = 4 * channels, size // 2
             here = [Squeeze(), *steps(channels)]
             if number == levels:
@@ -99,8 +95,3 @@ class Glow(Flow):
         pixelwise = [Gaussianize(channels, 2**bits)] if gaussianize else []
         bijection = Chain(*pixelwise, level(1, channels, size))
         super().__init__(bijection, (channels, size, size), bits, draws)
-
-
-def _levels(size: int) -> int:
-    """As many halvings as the size allows, at most 4."""
-    return next((levels for levels in (4, 3, 2, 1) if size % 2**levels == 0), 1)

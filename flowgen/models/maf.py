@@ -1,0 +1,60 @@
+"""Masked autoregressive flow: Papamakarios, Pavlakou and Murray (1705.07057), and its mirror image."""
+
+from flowgen.bijections import (
+    MADE,
+    TRANSFORMS,
+    Autoregressive,
+    BatchNorm,
+    Bijection,
+    Chain,
+    Flatten,
+    Gaussianize,
+    Inverse,
+    Reverse,
+    Standardize,
+)
+from flowgen.errors import check_choice, check_whole
+from flowgen.models.flow import Flow
+
+
+class MAF(Flow):
+    """`flows` times an autoregressive map of the flattened image, batch normalisation and a reversal; quick to score, slow to sample.
+
+    `conf/model/maf.yaml` says what each argument means.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        size: int,
+        bits: int,
+        flows: int,
+        width: int,
+        layers: int,
+        transform: str,
+        gaussianize: bool,
+        draws: int,
+    ):
+        check_whole(channels=channels, size=size, bits=bits, flows=flows, width=width, layers=layers)
+        check_choice(TRANSFORMS, transform=transform)
+        check_choice((True, False), gaussianize=gaussianize)
+        numbers = channels * size**2
+        bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
+        bijections += [Flatten(channels, size, size)]
+        for _ in range(flows):
+            how = TRANSFORMS[transform]("bounded")
+            bijections += [self.direct(Autoregressive(MADE(numbers, width, layers, how.count), how)), BatchNorm(numbers), Reverse()]
+        super().__init__(Chain(*bijections, Standardize(numbers)), (channels, size, size), bits, draws)
+
+    @staticmethod
+    def direct(autoregressive: Bijection) -> Bijection:
+        return autoregressive
+
+
+class IAF(MAF):
+    """The mirror image of MAF: quick to sample, slow to score. Kingma et al. (1606.04934)."""
+
+    @staticmethod
+    def direct(autoregressive: Bijection) -> Bijection:
+        return Inverse(autoregressive)

@@ -1,0 +1,48 @@
+"""NICE: Dinh, Krueger and Bengio, Non-linear Independent Components Estimation (1410.8516)."""
+
+from flowgen.bijections import (
+    TRANSFORMS,
+    Bijection,
+    Chain,
+    Coupling,
+    DenseNetwork,
+    Flatten,
+    Gaussianize,
+    LogisticToNormal,
+    Reverse,
+    Standardize,
+)
+from flowgen.errors import check_choice, check_whole
+from flowgen.models.flow import Flow
+
+
+class NICE(Flow):
+    """Couplings of the flattened image whose halves take turns, a diagonal scale, a logistic base.
+
+    Sections 3.2 to 3.4 and 5.1. `conf/model/nice.yaml` says what each argument means.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        size: int,
+        bits: int,
+        couplings: int,
+        width: int,
+        layers: int,
+        coupling: str,
+        gaussianize: bool,
+        draws: int,
+    ):
+        check_whole(channels=channels, size=size, bits=bits, couplings=couplings, width=width, layers=layers)
+        check_choice(TRANSFORMS, coupling=coupling)
+        check_choice((True, False), gaussianize=gaussianize)
+        numbers = channels * size**2
+        transform = TRANSFORMS[coupling]("bounded")
+        bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
+        bijections += [Flatten(channels, size, size)]
+        for _ in range(couplings):
+            first, second = numbers - numbers // 2, numbers // 2
+            bijections += [Coupling(DenseNetwork(second, width, transform.count * first, layers), transform), Reverse()]
+        super().__init__(Chain(*bijections, Standardize(numbers), LogisticToNormal()), (channels, size, size), bits, draws)

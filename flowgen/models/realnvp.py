@@ -1,0 +1,69 @@
+"""Real NVP for images: Dinh, Sohl-Dickstein and Bengio, Density estimation using Real NVP (1605.08803)."""
+
+from torch import Tensor
+
+from flowgen.bijections import (
+    TRANSFORMS,
+    BatchNorm,
+    Bijection,
+    Chain,
+    FactorOut,
+    Flatten,
+    Logit,
+    MaskedCoupling,
+    RealNVPNetwork,
+    ResNetwork,
+    Squeeze,
+    channelwise,
+    checkerboard,
+)
+from flowgen.errors import check_choice, check_number, check_whole
+from flowgen.models.flow import Flow, largest_levels
+
+
+class RealNVP(Flow):
+    """Logit, then at each level three checkerboard couplings, squeeze, three channel couplings, FactorOut; four checkerboards at the end.
+
+    Section 3.6 and 4.1. `conf/model/realnvp.yaml` says what each argument means.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        size: int,
+        bits: int,
+        levels: int | None,
+        width: int,
+        blocks: int,
+        coupling: str,
+        alpha: float,
+        draws: int,
+    ):
+        check_whole(channels=channels, size=size, width=width, blocks=blocks, bits=bits)
+        check_choice(TRANSFORMS, coupling=coupling)
+        check_number(alpha=alpha)
+        levels = largest_levels(size, levels)
+
+        def couplings(channels: int, size: int, board: bool, count: int) -> list[Bijection]:
+            """Couplings whose masks take turns, each followed by batch normalisation."""
+            chain: list[Bijection] = []
+            for number in range(count):
+                kind = checkerboard if board and size > 1 else channelwise
+                chain += [couple(channels, kind(channels, size, size, number % 2 == 1)), BatchNorm(channels)]
+            return chain
+
+        def couple(channels: int, mask: Tensor) -> MaskedCoupling:
+            if coupling == "affine":  # as in the paper
+                return MaskedCoupling(RealNVPNetwork(channels, width, 2 * channels, blocks), TRANSFORMS["affine"]("plain"), mask)
+            transform = TRANSFORMS[coupling]("bounded")
+            return MaskedCoupling(ResNetwork(channels, width, transform.count * channels, blocks), transform, mask)
+
+        def level(number: int, channels: int, size: int) -> Bijection:
+            """The flow from the image that enters this level to one vector."""
+            if number == levels:
+                return Chain(*couplings(channels, size, True, 4), Flatten(channels, size, size))
+            here = [*couplings(channels, size, True, 3), Squeeze(), *couplings(4 * channels, size // 2, False, 3)]
+            return Chain(*here, FactorOut(level(number + 1, 2 * channels, size // 2)))
+
+        super().__init__(Chain(Logit(alpha), level(0, channels, size)), (channels, size, size), bits, draws)
