@@ -1,5 +1,6 @@
 """Pictures of levels and of figures: grids, strips, films, curves."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,12 +18,51 @@ DASHES, MARKS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v")
 
 
 def to_image(levels: Tensor, bits: int, columns: int) -> Image.Image:
-    """A grid of images, (N, channels, height, width) levels, `columns` in a row."""
+    """A grid of images, (N, channels, height, width) levels, `columns` in a row; images of two numbers are points in the plane."""
+    if levels.shape[1:] == (2, 1, 1):
+        return _scatter(levels.flatten(1).cpu(), 2**bits)
     pixels = levels.cpu().int() * 255 // (2**bits - 1)
     factor = -(-SMALLEST_SIDE // min(levels.shape[-2:]))
     pixels = pixels.to(torch.uint8).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
     return to_pil_image(grid)
+
+
+def _scatter(points: Tensor, end: float) -> Image.Image:
+    from matplotlib.figure import Figure
+
+    page, file = Figure(figsize=(4, 4), layout="constrained"), io.BytesIO()
+    axes = page.subplots()
+    axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=6, color=COLOURS[0])
+    axes.set(xlim=(0, end), ylim=(0, end), aspect="equal")
+    page.savefig(file, dpi=100)
+    return Image.open(file).convert("RGB")
+
+
+def plane(target: Tensor, latent: Tensor, carried: Tensor, density: Tensor, path: Path) -> None:
+    """Four pictures of a flow of the plane: the target's points, N(0, I), what the flow makes of it, and its density.
+
+    Points are (N, 2); those of the target and the carried ones lie in the unit square, as does the density (height, width). The latent
+    points' colour is the direction that they lie in, and they keep it where they are carried to.
+    """
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = page.subplots(1, 4)
+    angle = torch.atan2(latent[:, 1], latent[:, 0])
+    colour = {"c": angle.numpy(), "cmap": "twilight_shifted", "s": 2, "linewidths": 0}
+    axes[0].scatter(*target.T.numpy(), s=2, linewidths=0, color=COLOURS[0])
+    axes[1].scatter(*latent.T.numpy(), **colour)
+    axes[2].scatter(*carried.T.numpy(), **colour)
+    picture = axes[3].imshow(density.numpy(), origin="lower", extent=(0, 1, 0, 1), cmap="magma", vmax=density.quantile(0.998).item())
+    page.colorbar(picture, ax=axes[3], label="density")
+    axes[1].set(xlim=(-4, 4), ylim=(-4, 4))
+    for each, title in zip(axes, ("the target", "N(0, I)", "carried into the data", "the density"), strict=True):
+        each.set(title=title, aspect="equal")
+        each.tick_params(labelsize=8)
+    for each in (axes[0], axes[2]):
+        each.set(xlim=(0, 1), ylim=(0, 1))
+    page.savefig(path, dpi=130)
 
 
 def signed(weights: Tensor, columns: int = 20, most: int = 400) -> Image.Image:

@@ -89,6 +89,7 @@ class Gaussianize(Bijection):
     """
 
     worth = 1.0  # bits
+    numbers_per_bin = 16
     active: Tensor
 
     def __init__(self, channels: int, bins: int):
@@ -110,7 +111,8 @@ class Gaussianize(Bijection):
     def initialize(self, x: Tensor) -> Tensor:
         self.equalize.initialize(x)
         saved = self.equalize(x)[1].mean() / (x[0].numel() * math.log(2))
-        self.active.copy_(saved > self.worth)
+        enough = x.transpose(0, 1).flatten(1).shape[1] >= self.numbers_per_bin * self.equalize.bins  # else it would fit the noise
+        self.active.copy_((saved > self.worth) & enough)
         return self(x)[0]
 
 

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from flowgen import figures
-from flowgen.config import model_of
-from flowgen.models import RBM, GenerativeModel
+from flowgen.config import build_data, model_of
+from flowgen.models import RBM, Flow, GenerativeModel
 from flowgen.training.find import find_checkpoint
 
 BATCH = 64
+POINTS, GRID = 10000, 300  # of a flow of the plane, and the side of its density's picture
 
 
 def sample(
@@ -30,12 +31,17 @@ def sample(
     how = {key: value for key, value in {"method": method, "sweeps": sweeps}.items() if value is not None}
     run, checkpoint = find_checkpoint(name, wanted=RBM if how else None)
     model = model_of(checkpoint, device)
+    path = out or run.folder / "sample.png"
+    if isinstance(model, Flow) and model.shape == (2, 1, 1):
+        temperature = temperatures[0] if temperatures else 1.0
+        target = torch.cat(list(build_data(checkpoint["config"]).batches("test", POINTS, POINTS)))
+        plane(model, target, temperature, seed, path)
+        return path
     titled = []
     for temperature in temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]]:
         levels, worth = draw(model, count, temperature, seed, **how)
         title = f"{method}, temperature {temperature:g}" if method else f"temperature {temperature:g}"
         titled.append((title, levels[worth.argsort(descending=True)]))
-    path = out or run.folder / "sample.png"
     figures.blocks(titled, model.bits, columns=min(count, 8)).save(path)
     return path
 
@@ -46,3 +52,18 @@ def draw(model: GenerativeModel, count: int, temperature: float, seed: int, **ho
     sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
     levels, worth = zip(*(model.sample(size, temperature, generator, **how) for size in sizes), strict=True)
     return torch.cat(levels), torch.cat(worth)
+
+
+@torch.no_grad()
+def plane(model: Flow, target: torch.Tensor, temperature: float, seed: int, path: Path) -> None:
+    """A flow of the plane in four pictures: the target, N(0, I), the one carried into the other, and the density."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    latent = temperature * torch.randn(POINTS, 2, generator=generator, device=model.device)
+    carried = model.bijection.inverse(latent)[0].flatten(1)
+    side = (torch.arange(GRID, device=model.device) + 0.5) / GRID
+    x, y = torch.meshgrid(side, side, indexing="xy")
+    grid = torch.stack((x, y), -1).view(-1, 2, 1, 1)
+    density = torch.cat([model.log_density(part).exp() for part in grid.split(10000)]).view(GRID, GRID)
+    noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
+    target = ((target.cpu() + noise) / model.bins).flatten(1)
+    figures.plane(target, latent.cpu(), carried.cpu(), density.cpu(), path)

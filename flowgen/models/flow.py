@@ -54,8 +54,12 @@ class Flow(GenerativeModel):
 
         Theis, van den Oord and Bethge (1511.01844), section 3.1.
         """
-        z, log_det = self.bijection(self._dequantise(levels, generator))
-        return self._log_base(z) + log_det - self.dimensions * math.log(self.bins)
+        return self.log_density(self._dequantise(levels, generator)) - self.dimensions * math.log(self.bins)
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """log p(x) in nats of points x in [0, 1)^D, in the shape of images: (batch,)."""
+        z, log_det = self.bijection(x)
+        return self._log_base(z) + log_det
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), thorough: bool = False) -> dict[str, Any]:

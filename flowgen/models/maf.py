@@ -41,7 +41,7 @@ class MAF(Flow):
         check_choice((True, False), gaussianize=gaussianize)
         numbers = channels * size**2
         bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
-        bijections += [Flatten(channels, size, size)]
+        bijections += [Flatten(channels, size, size), BatchNorm(numbers)]
         for _ in range(flows):
             how = TRANSFORMS[transform]("bounded")
             bijections += [self.direct(Autoregressive(MADE(numbers, width, layers, how.count), how)), BatchNorm(numbers), Reverse()]

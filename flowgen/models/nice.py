@@ -19,7 +19,7 @@ from flowgen.models.flow import Flow
 class NICE(Flow):
     """Couplings of the flattened image whose halves take turns, a diagonal scale, a logistic base.
 
-    Sections 3.2 to 3.4 and 5.1. `conf/model/nice.yaml` says what each argument means.
+    Sections 3.2 to 3.4 and 5.1; a diagonal scale before the couplings too, which starts from data. `conf/model/nice.yaml` says what each argument means.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class NICE(Flow):
         numbers = channels * size**2
         transform = TRANSFORMS[coupling]("bounded")
         bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
-        bijections += [Flatten(channels, size, size)]
+        bijections += [Flatten(channels, size, size), Standardize(numbers)]
         for _ in range(couplings):
             first, second = numbers - numbers // 2, numbers // 2
             bijections += [Coupling(DenseNetwork(second, width, transform.count * first, layers), transform), Reverse()]
