@@ -4,6 +4,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from flowgen import figures
 from flowgen.commands.complete import grey
@@ -21,7 +22,7 @@ def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, s
     assert isinstance(model, RBM)
     generator = torch.Generator(model.device).manual_seed(seed)
     noise = white_noise(model, count, generator)
-    states = METHODS[method](model, noise, generator=generator)
+    states = tqdm(METHODS[method](model, noise, generator=generator), total=sweeps * frames, unit="sweep", disable=None, leave=False)
     pictures = [noise] + [expected for _, expected in islice(states, sweeps - 1, sweeps * frames, sweeps)]
     target = out or run.folder / f"chain_{method}.gif"
     columns = max(1, round(count**0.5))

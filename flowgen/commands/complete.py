@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from flowgen import figures
 from flowgen.config import model_of
@@ -44,8 +45,10 @@ def restore(model: RBM, levels: Tensor, known: Tensor, method: str, sweeps: int,
     generator = torch.Generator(model.device).manual_seed(seed)
     start = torch.where(known, model.units(levels), white_noise(model, CHAINS, generator))
     total, count = torch.zeros_like(start[0]), 0
-    for _, expected in islice(METHODS[method](model, start, known=known, generator=generator), sweeps // 2, max(sweeps, 1)):
-        total, count = total + expected.mean(0), count + 1
+    states = islice(METHODS[method](model, start, known=known, generator=generator), sweeps)
+    for sweep, (_, expected) in enumerate(tqdm(states, total=sweeps, desc=method, unit="sweep", disable=None, leave=False)):
+        if sweep >= sweeps // 2:
+            total, count = total + expected.mean(0), count + 1
     return expected, total / count
 
 

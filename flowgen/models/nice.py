@@ -19,7 +19,8 @@ from flowgen.models.flow import Flow
 class NICE(Flow):
     """Couplings of the flattened image whose halves take turns, a diagonal scale, a logistic base.
 
-    Sections 3.2 to 3.4 and 5.1; a diagonal scale before the couplings too, which starts from data. `conf/model/nice.yaml` says what each argument means.
+    Sections 3.2 to 3.4 and 5.1; a diagonal scale stands before the couplings too and starts from data. `conf/model/nice.yaml` says
+    what each argument means.
     """
 
     def __init__(
