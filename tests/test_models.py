@@ -34,6 +34,7 @@ MODELS: dict[str, Callable[..., GenerativeModel]] = {
     "glow additive": lambda **changes: glow(coupling="additive", convolution="plain", **changes),
     "glow of the thesis": lambda **changes: glow(gaussianize=False, prior="standard", scale="sigmoid", final_actnorm=False, **changes),
     **{f"glow {name}": lambda name=name, **changes: glow(coupling=name, **changes) for name in ("multiplicative", "spline", "mixture")},
+    "glow variational": lambda **changes: glow(dequantisation="variational", **changes),
     "realnvp": lambda **changes: model_of("realnvp", blocks=1, **changes),
     "nice": lambda **changes: model_of("nice", layers=2, **changes),
     "nice affine": lambda **changes: model_of("nice", layers=2, coupling="affine", **changes),
@@ -210,6 +211,35 @@ def test_a_trained_flow_has_learnt_something(trained):
     data = Toy(name="moons", count=5000, bits=8, flip=False, channels=2, size=1)
     independent = 0.5 * (2 * math.pi * math.e * data.test.float().flatten(1).var(0)).log2().mean().item()  # Gaussians of these variances
     assert trained.evaluate(data.batches("test", 1000))["bits_per_dim"] < independent - 0.1
+
+
+def test_variational_noise_starts_uniform():
+    model = glow(dequantisation="variational")
+    levels = noise(5, 200)
+    model.initialize(levels)
+    u, log_q = model.dequantiser(levels, torch.float32, torch.Generator().manual_seed(0))
+    assert log_q.abs().max() < 1e-3
+    assert (torch.histc(u, 10, 0, 1) / u.numel() - 0.1).abs().max() < 0.01
+
+
+def test_the_density_of_variational_noise_is_that_of_its_draws():
+    """One image's u from e by autograd, against the log q that comes with it."""
+    model, levels, seen = glow(dequantisation="variational").double(), noise(5, 1), []
+    model.initialize(noise(5))
+    for parameter in model.dequantiser.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+
+    def draw(e: torch.Tensor) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn", lambda *shape, **how: e.view(1, 3, 8, 8))
+            u, log_q = model.dequantiser(levels, torch.float64, None)
+        seen.append(log_q)
+        return u.flatten()
+
+    e = 0.5 * torch.randn(192, dtype=torch.float64)
+    slope = torch.linalg.slogdet(torch.autograd.functional.jacobian(draw, e)).logabsdet
+    expected = -0.5 * (e.square() + math.log(2 * math.pi)).sum() - slope
+    assert abs(seen[0].item() - expected.item()) < 1e-8
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from flowgen.bijections import Bijection
 from flowgen.errors import FlowgenError, check_whole
 from flowgen.models.base import GenerativeModel
+from flowgen.models.dequantise import dequantiser
 
 
 def largest_levels(size: int, levels: int | None) -> int:
@@ -26,18 +27,19 @@ def largest_levels(size: int, levels: int | None) -> int:
 
 
 class Flow(GenerativeModel):
-    """A bijection from images in [0, 1) to vectors under N(0, I), dequantised uniformly: x = (levels + u) / 2^bits.
+    """A bijection from images in [0, 1) to vectors under N(0, I), of dequantised levels: x = (levels + u) / 2^bits.
 
-    Shapes: `shape` is (channels, height, width), D their product, latents are (batch, D). `draws` of u per image are averaged,
-    as probabilities, when the flow is evaluated.
+    Shapes: `shape` is (channels, height, width), D their product, latents are (batch, D). The noise u is `uniform` or `variational`;
+    when the flow is evaluated, p(x) / q(u) is averaged over `draws` of it, which tightens the bound (Burda et al., 1509.00519).
     """
 
     figure = loss_figure = "bits_per_dim"
 
-    def __init__(self, bijection: Bijection, shape: tuple[int, int, int], bits: int, draws: int = 1):
+    def __init__(self, bijection: Bijection, shape: tuple[int, int, int], bits: int, draws: int = 1, dequantisation: str = "uniform"):
         super().__init__()
         check_whole(bits=bits, draws=draws)
         self.bijection = bijection
+        self.dequantiser = dequantiser(dequantisation, shape, bits)
         self.shape, self.dimensions = shape, math.prod(shape)
         self.bits, self.bins, self.draws = bits, 2**bits, draws
 
@@ -47,14 +49,16 @@ class Flow(GenerativeModel):
 
     @torch.no_grad()
     def initialize(self, levels: Tensor) -> None:
-        self.bijection.initialize(self._dequantise(levels))
+        self.dequantiser.initialize(levels, self.dtype)
+        self.bijection.initialize(self._dequantise(levels)[0])
 
     def log_prob(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """log p(x) - D log 2^bits in nats, (batch,): on average over u a lower bound on the images' log-probability.
+        """log p(x) - log q(u) - D log 2^bits in nats, (batch,): on average over u a lower bound on the images' log-probability.
 
-        Theis, van den Oord and Bethge (1511.01844), section 3.1.
+        Theis, van den Oord and Bethge (1511.01844), section 3.1; Flow++ (1902.00275), section 3.1.
         """
-        return self.log_density(self._dequantise(levels, generator)) - self.dimensions * math.log(self.bins)
+        x, log_q = self._dequantise(levels, generator)
+        return self.log_density(x) - log_q - self.dimensions * math.log(self.bins)
 
     def log_density(self, x: Tensor) -> Tensor:
         """log p(x) in nats of points x in [0, 1)^D, in the shape of images: (batch,)."""
@@ -95,9 +99,10 @@ class Flow(GenerativeModel):
     def decode(self, latent: Tensor) -> Tensor:
         return self._quantise(self.bijection.inverse(latent)[0])
 
-    def _dequantise(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.rand(levels.shape, generator=generator, device=levels.device, dtype=self.dtype)
-        return (levels + noise) / self.bins
+    def _dequantise(self, levels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """The images in [0, 1), and log q(u) in nats, (batch,)."""
+        noise, log_q = self.dequantiser(levels, self.dtype, generator)
+        return (levels + noise) / self.bins, log_q
 
     def _quantise(self, x: Tensor) -> Tensor:
         return (x * self.bins).floor().nan_to_num(0.0).clamp(0, self.bins - 1).to(torch.uint8)

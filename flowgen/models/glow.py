@@ -49,6 +49,7 @@ class Glow(Flow):
         final_actnorm: bool,
         gaussianize: bool,
         draws: int,
+        dequantisation: str,
     ):
         check_whole(channels=channels, size=size, bits=bits, steps_per_level=steps_per_level, width=width, blocks=blocks)
         check_choice(("conv", "resnet"), network=network)
@@ -94,4 +95,4 @@ class Glow(Flow):
 
         pixelwise = [Gaussianize(channels, 2**bits)] if gaussianize else []
         bijection = Chain(*pixelwise, level(1, channels, size))
-        super().__init__(bijection, (channels, size, size), bits, draws)
+        super().__init__(bijection, (channels, size, size), bits, draws, dequantisation)

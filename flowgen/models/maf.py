@@ -35,6 +35,7 @@ class MAF(Flow):
         transform: str,
         gaussianize: bool,
         draws: int,
+        dequantisation: str,
     ):
         check_whole(channels=channels, size=size, bits=bits, flows=flows, width=width, layers=layers)
         check_choice(TRANSFORMS, transform=transform)
@@ -45,7 +46,7 @@ class MAF(Flow):
         for _ in range(flows):
             how = TRANSFORMS[transform]("bounded")
             bijections += [self.direct(Autoregressive(MADE(numbers, width, layers, how.count), how)), BatchNorm(numbers), Reverse()]
-        super().__init__(Chain(*bijections, Standardize(numbers)), (channels, size, size), bits, draws)
+        super().__init__(Chain(*bijections, Standardize(numbers)), (channels, size, size), bits, draws, dequantisation)
 
     @staticmethod
     def direct(autoregressive: Bijection) -> Bijection:

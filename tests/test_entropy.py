@@ -1,0 +1,84 @@
+"""Images whose entropy is known: no model may score below it, and one that is trained comes close."""
+
+import math
+
+import pytest
+import torch
+from test_models import MODELS, model_of
+from torch import Tensor
+
+from flowgen.models import Flow
+
+SIDE, DIMENSIONS = 8, 192
+
+
+def train(model: Flow, levels: Tensor, steps: int, lr: float = 1e-3, batch: int = 128) -> Flow:
+    model.initialize(levels[:1024])
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / steps))
+        optimizer.zero_grad()
+        model(levels[torch.randint(len(levels), (batch,))]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 50.0)
+        optimizer.step()
+    return model.eval()
+
+
+def gaussian_field(count: int, channels: int = 1, deviation: float = 24.0, neighbour: float = 0.8) -> tuple[Tensor, float]:
+    """8-bit levels with covariance deviation^2 neighbour^(distance in rows + columns), and their entropy in bits/dim.
+
+    Bins are narrow beside the conditional deviations, so that it is the differential entropy 1/2 log2 det(2 pi e K) / D.
+    """
+    place = torch.arange(SIDE, dtype=torch.double)
+    along = neighbour ** (place[:, None] - place).abs()
+    covariance = deviation**2 * torch.kron(along, along)
+    points = torch.randn(count, channels, SIDE**2, dtype=torch.double) @ torch.linalg.cholesky(covariance).T
+    levels = (points + 128).round().clamp(0, 255).to(torch.uint8).view(count, channels, SIDE, SIDE)
+    bits = 0.5 * torch.logdet(2 * math.pi * math.e * covariance).item() / math.log(2) / SIDE**2
+    return levels, bits
+
+
+def markov_texture(count: int, channels: int = 1, stay: float = 0.9) -> tuple[Tensor, float]:
+    """1-bit levels whose rows are chains of two states that change with probability 1 - stay, and their entropy in bits/dim."""
+    first = torch.randint(2, (count, channels, SIDE, 1))
+    changes = torch.rand(count, channels, SIDE, SIDE - 1) >= stay
+    levels = torch.cat((first, changes.long()), 3).cumsum(3) % 2
+    change = -(stay * math.log2(stay) + (1 - stay) * math.log2(1 - stay))
+    return levels.to(torch.uint8), (1 + (SIDE - 1) * change) / SIDE
+
+
+@pytest.mark.parametrize("kind", ["gaussian field", "markov texture"])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_model_scores_below_the_entropy(name, kind):
+    levels, entropy = gaussian_field(1500, 3) if kind == "gaussian field" else markov_texture(1500, 3)
+    model = train(MODELS[name](bits=8 if kind == "gaussian field" else 1), levels, 5 if name.startswith("iaf") else 30)
+    figures = model.evaluate([(gaussian_field if kind == "gaussian field" else markov_texture)(500, 3)[0]])
+    assert figures["bits_per_dim"] > entropy - 3 * figures["bits_per_dim_error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "changes"),
+    [("maf", 1500, {"flows": 2, "width": 128}), ("glow", 400, {"steps_per_level": 6, "width": 32, "levels": 2})],
+)
+def test_a_trained_flow_comes_close_to_the_entropy_of_a_gaussian_field(name, steps, changes):
+    levels, entropy = gaussian_field(20_000)
+    model = train(model_of(name, **{"channels": 1, "bits": 8} | changes), levels, steps, lr=3e-3)
+    figures = model.evaluate(gaussian_field(2000)[0].split(500))
+    assert entropy - 3 * figures["bits_per_dim_error"] < figures["bits_per_dim"] < entropy + 0.05
+
+
+def test_variational_noise_is_no_worse_than_uniform_noise_and_more_draws_than_one():
+    levels, entropy = markov_texture(20_000)
+    test = markov_texture(2000)[0].split(500)
+    figures = {}
+    for dequantisation in ("uniform", "variational"):
+        torch.manual_seed(0)
+        model = model_of(
+            "glow", channels=1, bits=1, steps_per_level=4, width=24, levels=1, gaussianize=False, dequantisation=dequantisation
+        )
+        train(model, levels, 250, lr=3e-3)
+        figures[dequantisation] = model.evaluate(test)
+        model.draws = 8
+        assert model.evaluate(test)["bits_per_dim"] < figures[dequantisation]["bits_per_dim"]
+        assert model.evaluate(test)["bits_per_dim"] > entropy - 3 * figures[dequantisation]["bits_per_dim_error"]
+    assert figures["variational"]["bits_per_dim"] < figures["uniform"]["bits_per_dim"] + figures["uniform"]["bits_per_dim_error"]
