@@ -16,7 +16,8 @@ from flowgen.models import Flow, GenerativeModel, Glow, RealNVP
 
 def read_config_of(name: str) -> dict:
     config = yaml.safe_load((conf_folder() / "model" / f"{name}.yaml").read_text())
-    return config.get("model", {}) | {"negative_phase": None} if "model" in config else config
+    config = config.get("model", config)
+    return config | ({"negative_phase": None} if name == "rbm" else {})
 
 
 def model_of(name: str, **changes: object) -> GenerativeModel:
@@ -263,3 +264,14 @@ def test_every_argument_stands_in_the_configuration(name):
     config = read_config_of(name)
     target = getattr(flowgen.models, config["_target_"].rpartition(".")[2])
     assert set(inspect.signature(target.__init__).parameters) - {"self"} == set(config) - {"_target_"}
+
+
+def test_a_model_can_be_averaged_and_saved(model):
+    """As the trainer does: buffers that share memory with themselves cannot be copied."""
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    average.update_parameters(model)
+    copy = average.module
+    copy.load_state_dict(model.state_dict())
+    levels = noise(5, 4)
+    assert torch.equal(copy.encode(levels), model.encode(levels))

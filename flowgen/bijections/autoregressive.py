@@ -1,5 +1,7 @@
 """Autoregressive bijections of vectors: each number is transformed by what a masked network reads off those before it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +14,7 @@ LONG = 100  # numbers from which on the slow direction shows its progress
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer from units of degrees `before` to units of degrees `after`, which sees those that `allowed` lets through."""
+    """A linear layer whose output unit i sees input unit j only where `allowed[i, j]`."""
 
     mask: Tensor
 
@@ -21,7 +23,10 @@ class MaskedLinear(nn.Linear):
         self.register_buffer("mask", allowed, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.mask, self.bias)
+        return F.linear(x, self.seen(), self.bias)
+
+    def seen(self) -> Tensor:
+        return self.weight * self.mask
 
 
 class MADE(nn.Module):
@@ -32,19 +37,35 @@ class MADE(nn.Module):
 
     def __init__(self, size: int, width: int, layers: int, count: int):
         super().__init__()
-        degrees = torch.arange(size)  # number t may be seen by what speaks of t + 1 and later
-        inputs, stack = degrees, []
-        for _ in range(layers):
-            hidden = torch.arange(width) % max(size - 1, 1)
-            stack += [MaskedLinear(hidden[:, None] >= inputs), nn.ReLU()]
-            inputs = hidden
-        last = MaskedLinear((degrees[:, None] > inputs).repeat(count, 1))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(*stack, last)
+        self.size, self.count = size, count
+        numbers, hidden = torch.arange(size), torch.arange(width) % max(size - 1, 1)
+        self.first = MaskedLinear(hidden[:, None] >= numbers)
+        self.middle = nn.ModuleList(MaskedLinear(hidden[:, None] >= hidden) for _ in range(layers - 1))
+        self.last = MaskedLinear((numbers[:, None] > hidden).repeat(count, 1))
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        x = self.first(x)
+        for layer in self.middle:
+            x = layer(x.relu())
+        return self.last(x.relu())
+
+    def one_by_one(self, choose: Callable[[int, Tensor], Tensor], batch: int) -> Tensor:
+        """The numbers (batch, size) of which each is `choose(t, parameters)`, of shape (batch, 1), by its own (batch, count).
+
+        The first layer's sums grow by one number at a time, and the last layer gives the parameters of that number alone.
+        """
+        first, last = self.first.seen(), self.last.seen().view(self.count, self.size, -1)
+        middle: list[tuple[Tensor, Tensor]] = [(layer.seen(), layer.bias) for layer in self.middle]  # type: ignore[operator, misc]
+        sums, bias, numbers = self.first.bias.expand(batch, -1), self.last.bias.view(self.count, self.size), []
+        for t in range(self.size):
+            x = sums.relu()
+            for weight, shift in middle:
+                x = F.linear(x, weight, shift).relu()
+            numbers.append(choose(t, F.linear(x, last[:, t], bias[:, t])))
+            sums = torch.addcmul(sums, numbers[-1].to(sums.dtype), first[:, t])
+        return torch.cat(numbers, 1)
 
 
 class Autoregressive(Bijection):
@@ -60,15 +81,18 @@ class Autoregressive(Bijection):
         return z, log_slope.sum(1)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        size = z.shape[1]
-        numbers = [torch.zeros_like(z[:, :1])] * size
-        log_det = z.new_zeros(len(z))
-        hidden = size < LONG or torch.is_grad_enabled() or None
-        for t in tqdm(range(size), desc="one number after the other", unit="", leave=False, disable=hidden):
-            parameters = self.network(torch.cat(numbers, 1)).to(z.dtype).unflatten(1, (self.transform.count, size))[:, :, t]
-            numbers[t], log_slope = self.transform.inverse(z[:, t : t + 1], parameters)
-            log_det = log_det + log_slope[:, 0]
-        return torch.cat(numbers, 1), log_det
+        log_slopes = []
+        hidden = z.shape[1] < LONG or torch.is_grad_enabled() or None
+        with tqdm(total=z.shape[1], desc="one number after the other", unit="", leave=False, disable=hidden) as bar:
+
+            def choose(t: int, parameters: Tensor) -> Tensor:
+                x, log_slope = self.transform.inverse(z[:, t : t + 1], parameters.to(z.dtype))
+                log_slopes.append(log_slope)
+                bar.update()
+                return x
+
+            x = self.network.one_by_one(choose, len(z))
+        return x, torch.cat(log_slopes, 1).sum(1)
 
 
 class Reverse(Bijection):

@@ -47,7 +47,7 @@ class MaskedCoupling(Bijection):
         super().__init__()
         self.network = network
         self.transform = transform
-        self.register_buffer("mask", mask.bool(), persistent=False)
+        self.register_buffer("mask", mask.bool().contiguous(), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, log_slope = self.transform.forward(x, self._read_off(x))
