@@ -41,6 +41,10 @@ def check_picture(path: Path | None) -> Path | None:
     return path
 
 
+def readable(value: Any) -> str:
+    return "unknown" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def complete_override(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """`model=gl` to `model=glow`, and so for every group of the configuration."""
     group, equals, _ = incomplete.partition("=")
@@ -186,8 +190,8 @@ def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str,
         return
     for key, value in figures.items():
         if key.removesuffix("_error") not in figures or not key.endswith("_error"):
-            error = f" +- {figures[f'{key}_error']:.4f}" if f"{key}_error" in figures else ""
-            click.echo(f"{key:32} {f'{value:.4f}' if isinstance(value, float) else value}{error}")
+            error = f" +- {readable(figures[f'{key}_error'])}" if f"{key}_error" in figures else ""
+            click.echo(f"{key:32} {readable(value)}{error}")
 
 
 @cli.command()

@@ -64,6 +64,7 @@ def override(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """`config` with KEY=VALUE words applied. Raises FlowgenError for a key that it lacks."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     for word in overrides:
         if "=" not in word:
@@ -77,6 +78,8 @@ def override(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as error:
         raise FlowgenError(f"the run has no such setting: {one_line(error)}") from error
+    except YAMLError as error:
+        raise FlowgenError(f"a value cannot be read: {one_line(error)}") from error
     return OmegaConf.to_container(tree)  # type: ignore[return-value]
 
 

@@ -38,7 +38,8 @@ class MADE(nn.Module):
     def __init__(self, size: int, width: int, layers: int, count: int):
         super().__init__()
         self.size, self.count = size, count
-        numbers, hidden = torch.arange(size), torch.arange(width) % max(size - 1, 1)
+        numbers = torch.arange(size)
+        hidden = torch.linspace(0, max(size - 2, 0), width).round().long()  # spread over all numbers, however few the units
         self.first = MaskedLinear(hidden[:, None] >= numbers)
         self.middle = nn.ModuleList(MaskedLinear(hidden[:, None] >= hidden) for _ in range(layers - 1))
         self.last = MaskedLinear((numbers[:, None] > hidden).repeat(count, 1))

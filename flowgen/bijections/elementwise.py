@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from flowgen.bijections.base import Bijection
 from flowgen.errors import FlowgenError, check_whole
 
+FAR = 80.0  # where float32's exp(-x) comes to its end
+
 
 class Logit(Bijection):
     """y = logit(alpha + (1 - 2 alpha) x) for x in [0, 1]; log|dy/dx| = softplus(y) + softplus(-y) + log(1 - 2 alpha).
@@ -132,7 +134,7 @@ class Standardize(Bijection):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
-        deviation, mean = torch.std_mean(x, dim=0)
+        deviation, mean = torch.std_mean(x, dim=0, correction=0)
         self.mean.copy_(mean)
         self.log_deviation.copy_(deviation.clamp(min=0.1 * deviation.mean() + 1e-6).log())  # one batch says little about a quiet pixel
         return self(x)[0]
@@ -141,18 +143,32 @@ class Standardize(Bijection):
 class LogisticToNormal(Bijection):
     """z = Phi^-1(sigmoid(x)), which turns a standard logistic into a standard normal base. NICE (1410.8516), section 3.4.
 
-    log|dz/dx| = log sigmoid(x) + log sigmoid(-x) + z^2 / 2 + log(2 pi) / 2. Both ways look at the lower tail, where floats are fine.
+    log|dz/dx| = log sigmoid(x) + log sigmoid(-x) + z^2 / 2 + log(2 pi) / 2. Both ways look at the lower tail, where floats are fine;
+    beyond |x| = `FAR`, where they end, |z| = sqrt(edge^2 + 2 (|x| - FAR)), as the normal's tail goes on.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = torch.special.ndtri(torch.sigmoid(-x.abs())) * -x.sign()
-        return z, self._log_slope(x, z)
+        distance = x.abs()
+        near = self._quantile(distance.clamp(max=FAR))
+        far = (self._edge(x).square() + 2 * (distance - FAR).clamp(min=0)).sqrt()
+        z = torch.where(distance < FAR, near, far) * x.sign()
+        return z, self._log_det(x, z)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.special.log_ndtr(z) - torch.special.log_ndtr(-z)
-        return x, -self._log_slope(x, z)
+        edge = self._edge(z)
+        near = z.clamp(-edge, edge)
+        far = (FAR + (z.square() - edge.square()) / 2) * z.sign()
+        x = torch.where(z.abs() < edge, torch.special.log_ndtr(near) - torch.special.log_ndtr(-near), far)
+        return x, -self._log_det(x, z)
 
     @staticmethod
-    def _log_slope(x: Tensor, z: Tensor) -> Tensor:
-        log_density = F.logsigmoid(x) + F.logsigmoid(-x)
-        return (log_density + 0.5 * (z.square() + math.log(2 * math.pi))).flatten(1).sum(1)
+    def _quantile(distance: Tensor) -> Tensor:
+        return -torch.special.ndtri(torch.sigmoid(-distance))
+
+    def _edge(self, x: Tensor) -> Tensor:
+        return self._quantile(x.new_tensor(FAR))
+
+    @staticmethod
+    def _log_det(x: Tensor, z: Tensor) -> Tensor:
+        near = F.logsigmoid(x) + F.logsigmoid(-x) + 0.5 * (z.square() + math.log(2 * math.pi))
+        return torch.where(x.abs() < FAR, near, -z.abs().clamp(min=1).log()).flatten(1).sum(1)

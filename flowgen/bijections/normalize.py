@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.linear import ChannelAffine
+from flowgen.errors import FlowgenError
 
 
 class ActNorm(ChannelAffine):
@@ -33,7 +34,8 @@ class ActNorm(ChannelAffine):
 class BatchNorm(Bijection):
     """y = (x - mean) / sqrt(variance + eps) per channel: of the batch in training, of the batches past otherwise.
 
-    log|det| = -H W / 2 sum log(variance + eps). Real NVP (1605.08803), section 3.7.
+    log|det| = -H W / 2 sum log(variance + eps). Real NVP (1605.08803), section 3.7. In training each image moves the batch's mean and
+    variance, so that figures from there are no likelihoods. Raises FlowgenError for a batch of one number a channel.
     """
 
     eps, momentum = 1e-5, 0.1
@@ -48,6 +50,8 @@ class BatchNorm(Bijection):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.training:
             return self._map(x, self.mean, self.variance)
+        if x[:, 0].numel() < 2:
+            raise FlowgenError("batch normalisation needs more than one image at a time: give trainer.batch_size at least 2 a part")
         variance, mean = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
         with torch.no_grad():
             self.mean.lerp_(mean, self.momentum)

@@ -166,11 +166,14 @@ class MixtureOfLogistics(Transform):
         _, means, log_deviations = mixture
         ends = means + log_deviations.exp() * target
         low, high = ends.amin(0), ends.amax(0)
-        for _ in range(self.halvings):
-            middle = (low + high) / 2
-            above = self._log_odds(middle, *mixture)[0] > target
-            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-        x = (low + high) / 2
+        with torch.no_grad():
+            for _ in range(self.halvings):
+                middle = (low + high) / 2
+                above = self._log_odds(middle, *mixture)[0] > target
+                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+            x = (low + high) / 2
+            slope = self._log_odds(x, *mixture)[1].exp()
+        x = x - (self._log_odds(x, *mixture)[0] - target) / slope  # one of Newton's steps, which carries the gradient
         return x, -(self._log_odds(x, *mixture)[1] + log_scale)
 
     def _read(self, parameters: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:

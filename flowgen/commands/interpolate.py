@@ -30,7 +30,7 @@ def interpolate(first: Path, second: Path, name: str | None, steps: int, spheric
     latent = model.decode(path_of(start, end, share)).cpu()
     pixels = line(ends[0].float(), ends[1].float(), share.cpu()[:, :, None, None]).round().to(torch.uint8)
     if not torch.equal(latent[[0, -1]], ends):
-        log.warning("the ends of the latent row differ from the images: this model does not invert in float32")
+        log.warning("the ends of the latent row differ from the images, which this model does not restore exactly from their latents")
     target = out or run.folder / "interpolation.png"
     if target.suffix.lower() == ".gif":
         frames = [torch.stack(pair) for pair in zip(latent, pixels, strict=True)]

@@ -62,6 +62,8 @@ def report(names: list[str], out: Path | None) -> Path:
 
 
 def _runs(name: str) -> list[Run]:
+    if not any((folder / name).is_dir() for folder in (Path(), OUTPUTS)):
+        return [find_run(name)]
     folders = {(folder / name).resolve() for folder in (Path(), OUTPUTS) if (folder / name).is_dir()}
     below = [run for run in list_runs(*folders) if run.config.parent.resolve() not in folders]
     return below if below and not any((folder / "config.yaml").exists() for folder in folders) else [find_run(name)]
@@ -79,7 +81,9 @@ def _short(folders: list[str]) -> list[str]:
 def _section(name: str, run: Run, rows: list[dict[str, Any]], config: dict[str, Any]) -> Section:
     samples = sorted(run.folder.glob("samples/step_*.png"))[-1:]
     own = [run.folder / file for file in CAPTIONS if (run.folder / file).exists()]
-    pictures = [Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", _data_url(path)) for path in samples]
+    pictures = [
+        Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", _data_url(path)) for path in samples if path.stem[5:].isdigit()
+    ]
     pictures += [Picture(CAPTIONS[path.name], _data_url(path)) for path in own]
     log = run.log.read_text().splitlines() if run.log.exists() else []
     environment = next((line.partition("environment: ")[2] for line in reversed(log) if "environment: " in line), "")

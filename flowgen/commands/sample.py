@@ -26,7 +26,8 @@ def sample(
 ) -> Path:
     """Save `count` samples for each temperature, a block of rows each, from high to low log-probability. Raises FlowgenError.
 
-    Without temperatures, at the one that the run's own samples had. `method` and `sweeps` choose an RBM's sampler.
+    Without temperatures, at the one that the run's own samples had. `method` and `sweeps` choose an RBM's sampler. A flow of the
+    plane is drawn as a whole instead, at the first temperature or 1.
     """
     how = {key: value for key, value in {"method": method, "sweeps": sweeps}.items() if value is not None}
     run, checkpoint = find_checkpoint(name, wanted=RBM if how else None)

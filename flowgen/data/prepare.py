@@ -37,6 +37,8 @@ def prepare(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
 def read_levels(path: str | Path, size: int, channels: int, crop: int | None, bits: int) -> Tensor:
     """The levels of one image file, prepared like the data: (1, channels, size, size)."""
     path = Path(path)
+    if channels not in MODES:
+        raise FlowgenError("this model is of points in the plane, not of images: name another with --run")
     if not path.is_file():
         raise FlowgenError(f"{path} does not exist: name an image file")
     try:

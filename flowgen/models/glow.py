@@ -1,7 +1,6 @@
 """Glow: Kingma and Dhariwal, Generative Flow with Invertible 1x1 Convolutions (1807.03039)."""
 
 from flowgen.bijections import (
-    LOG_SCALES,
     TRANSFORMS,
     ActNorm,
     Bijection,
@@ -20,7 +19,7 @@ from flowgen.bijections import (
     Standardize,
     ZeroConv2d,
 )
-from flowgen.errors import check_choice, check_whole
+from flowgen.errors import FlowgenError, check_choice, check_whole
 from flowgen.models.flow import Flow, largest_levels
 
 
@@ -54,12 +53,14 @@ class Glow(Flow):
         check_whole(channels=channels, size=size, bits=bits, steps_per_level=steps_per_level, width=width, blocks=blocks)
         check_choice(("conv", "resnet"), network=network)
         check_choice(TRANSFORMS, coupling=coupling)
-        check_choice(LOG_SCALES, scale=scale)
         check_choice(("plu", "plain"), convolution=convolution)
         check_choice(("predicted", "standard"), prior=prior)
         check_choice(("learned", "standard"), base=base)
         check_choice((True, False), final_actnorm=final_actnorm, gaussianize=gaussianize)
         levels = largest_levels(size, levels)
+        if levels == 0 and channels < 2:
+            raise FlowgenError(f"grey images of size={size} cannot be halved, which Glow needs: give data.size an even value")
+        check_choice(("bounded", "sigmoid", "tanh"), scale=scale)
 
         def steps(channels: int) -> list[Bijection]:
             return [bijection for _ in range(steps_per_level) for bijection in step(channels)]

@@ -185,7 +185,9 @@ def log_likelihood(rbm: "RBM", free: Tensor, generator: torch.Generator, thoroug
     mean, spread = -free.double().mean().item(), (free.double().std() / math.sqrt(len(free))).item()
     if min(rbm.visible, rbm.hidden) <= ENUMERABLE - (0 if thorough else 4):
         log_z = exact_log_z(rbm)
-        verdict = {"quotable": True, "verdict": "quotable: log Z is exact, by enumeration"} if thorough else {}
+        fine = math.isfinite(mean - log_z)
+        why = "quotable: log Z is exact, by enumeration" if fine else "do not quote: the machine has diverged"
+        verdict = {"quotable": fine, "verdict": why} if thorough else {}
         return {"log_likelihood": mean - log_z, "log_likelihood_error": spread, "log_z": log_z, "log_z_error": 0.0, **verdict}
     forward = ais(
         rbm, betas=rbm.betas if thorough else QUICK, chains=rbm.chains if thorough else 100, generator=generator, progress=thorough
@@ -193,9 +195,8 @@ def log_likelihood(rbm: "RBM", free: Tensor, generator: torch.Generator, thoroug
     if not thorough:
         error = math.hypot(spread, forward.error)
         return {"log_likelihood": mean - forward.log_z, "log_likelihood_error": error, "log_z": forward.log_z, "log_z_error": forward.error}
-    by_bridge, samples = bridge(rbm, **LADDER, chains=min(rbm.chains, 128), generator=generator, progress=True)
-    repeats = -(-rbm.chains // len(samples))
-    reverse = reverse_ais(rbm, samples.repeat(repeats, 1)[: rbm.chains], betas=rbm.betas, generator=generator, progress=True)
+    by_bridge, samples = bridge(rbm, **LADDER, chains=rbm.chains, generator=generator, progress=True)
+    reverse = reverse_ais(rbm, samples, betas=rbm.betas, generator=generator, progress=True)
     estimates = {"forward": forward, "reverse": reverse, "bridge": by_bridge}
     log_z, half = (forward.log_z + reverse.log_z) / 2, abs(forward.log_z - reverse.log_z) / 2
     log_z_error = math.hypot(half, forward.error / 2, reverse.error / 2)
@@ -218,6 +219,8 @@ def _verdict(forward: Estimate, reverse: Estimate, bridge: Estimate) -> tuple[bo
     apart = abs(forward.log_z - reverse.log_z)
     smallest = min(forward.effective_size, reverse.effective_size, bridge.effective_size)
     beside = max(abs(bridge.log_z - forward.log_z), abs(bridge.log_z - reverse.log_z))
+    if not all(map(math.isfinite, (*forward, *reverse, *bridge))):
+        return False, "an estimate of log Z or of its error is not finite: the machine has diverged, or model.chains is 1"
     if apart > FAR_APART:
         return False, f"forward and reverse AIS are {apart:.1f} nats apart, give them more model.betas"
     if smallest < FEW:

@@ -71,6 +71,8 @@ class RBM(GenerativeModel):
         self.register_buffer("base", torch.zeros(units))
         self.register_buffer("visible_offset", torch.full((units,), 0.5))
         self.register_buffer("hidden_offset", torch.full((hidden,), 0.5))
+        if not isinstance(negative_phase, NegativePhase | None):
+            raise FlowgenError(f"write model/negative_phase={negative_phase}, with a slash, when training begins")
         self.negative_phase = negative_phase or CD(sweeps=1)
         self.negative_phase.allocate(units, hidden)
 
@@ -173,7 +175,8 @@ class RBM(GenerativeModel):
         noise = white_noise(self, count, generator)
         states = METHODS[method](self, noise, beta=1 / max(temperature, 1e-6), generator=generator)
         visible, _ = next(islice(states, sweeps - 1, None))
-        return self.levels(visible.round()), -self.free_energy(visible)
+        visible = visible.round()  # mean field's are probabilities
+        return self.levels(visible), -self.free_energy(visible)
 
     @torch.no_grad()
     def encode(self, levels: Tensor) -> Tensor:
