@@ -42,7 +42,12 @@ from flowgen.bijections import (
 )
 
 IMAGE = (4, 4, 2)  # channels, height, width
-DRAW = {"real": torch.randn, "unit": torch.rand, "dark": lambda *shape, dtype: torch.rand(*shape, dtype=dtype) / 5}
+DRAW = {
+    "real": torch.randn,
+    "wide": lambda *shape, dtype: 90 * torch.randn(*shape, dtype=dtype),
+    "unit": torch.rand,
+    "dark": lambda *shape, dtype: torch.rand(*shape, dtype=dtype) / 5,
+}
 
 
 def couple(name: str, scale: str = "bounded") -> Bijection:
@@ -84,6 +89,7 @@ TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callabl
     "batch norm": (lambda: BatchNorm(4), IMAGE),
     "batch norm of vectors": (lambda: BatchNorm(6), (6,)),
     "logistic to normal": (LogisticToNormal, IMAGE),
+    "logistic to normal, far out": (LogisticToNormal, IMAGE, "wide"),
     "factor out": (lambda: FactorOut(Flatten(2, 4, 2)), IMAGE),
     "factor out, predicted": (lambda: FactorOut(Flatten(2, 4, 2), ZeroConv2d(2, 4, 3)), IMAGE),
     "logit": (lambda: Logit(0.05), IMAGE, "unit"),
@@ -226,3 +232,30 @@ def test_only_networks_run_in_bfloat16():
         folded = flow.bijections[0](x)[0]
     assert dtypes == [torch.bfloat16] and z.dtype == log_det.dtype == torch.float32
     assert torch.equal(folded, flow.bijections[0](x)[0])
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_gradients_flow_through_the_inverse_of_a_transform(name):
+    transform = TRANSFORMS[name]("bounded")
+    y = torch.randn(2, 1, 2, dtype=torch.float64, requires_grad=True)
+    parameters = (0.3 * torch.randn(2, transform.count, 2, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(transform.inverse, (y, parameters))
+
+
+def test_made_sees_every_number_before_and_none_after_however_narrow_it_is():
+    size = 40
+    network = MADE(size, 10, 2, 2)
+    torch.nn.init.normal_(network.last.weight)
+    torch.nn.init.constant_(network.first.bias, 5.0)
+    x = torch.rand(1, size, requires_grad=True)
+    for t in range(size):
+        (slope,) = torch.autograd.grad(network(x).unflatten(1, (2, size))[0, :, t].square().sum(), x)
+        assert not slope[0, t:].any()
+    seen = slope[0, : size - 1] != 0  # by the last number, through a tenth as many units
+    assert seen[0] and seen[-1] and seen.float().mean() > 0.9
+
+
+def test_normal_tail_of_the_logistic_is_finite_in_float32():
+    x = torch.tensor([[-1e4, -91.0, -80.0, 0.0, 79.9, 91.0, 1e4]])
+    z, log_det = LogisticToNormal()(x)
+    assert torch.isfinite(z).all() and torch.isfinite(log_det).all() and (z.diff() > 0).all()

@@ -305,6 +305,15 @@ def test_the_sandwich_says_whether_it_may_be_quoted(monkeypatch):
     assert not figures["quotable"] and figures["verdict"].startswith("do not quote")
 
 
+def test_a_machine_that_diverged_is_not_quotable(monkeypatch):
+    monkeypatch.setattr(partition, "LADDER", {"temperatures": 4, "burn_in": 10, "sweeps": 10})
+    rbm = machine(30, 24, betas=5, chains=10)
+    rbm.weight.data[:] = float("nan")
+    free = rbm.free_energy(white_noise(rbm, 20)).detach()
+    figures = log_likelihood(rbm, free, torch.Generator().manual_seed(0), thorough=True)
+    assert not figures["quotable"] and "diverged" in figures["verdict"]
+
+
 def trained(negative_phase: NegativePhase, steps: int = 20, **arguments: object) -> RBM:
     torch.manual_seed(1)
     rbm = RBM([1, 4, 4], 6, negative_phase=negative_phase, **arguments)

@@ -147,5 +147,7 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
     assert_plain(command("chain", "--run", rbm_run, "--out", "film.png"), "let it end in .gif", 2)
     assert_plain(command("chain", "--run", rbm_run, "--method", "magic"), "magic", 2)
     assert_plain(command("train", *TINY, f"data.root={images}", "data.bits=8", "trainer.steps=1"), "leave data.bits at 1")
+    assert_plain(command("train", *TINY, f"data.root={images}", "model.negative_phase=cd", "trainer.steps=1"), "with a slash")
+    assert_plain(command("evaluate", "--run", rbm_run, "model.hidden=[8"), "cannot be read")
     assert_plain(command("train", *TINY, f"data.root={images}", "data.binarise=maybe", "trainer.steps=1"), "threshold, once, anew")
     assert_plain(command("train", *TINY, f"data.root={images}", "model/negative_phase=magic", "trainer.steps=1"), "magic")

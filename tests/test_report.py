@@ -67,6 +67,9 @@ def test_names_are_escaped(images, command):
     assert "<b>" not in page and "&lt;b&gt;" in page
 
 
-def test_a_run_that_is_not_there_gets_one_line(command):
+def test_a_run_that_is_not_there_gets_one_line_and_a_checkpoint_stands_for_its_run(images, command):
+    for name in ("one", "other"):
+        assert command("train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out=outputs/{name}")[0] == 0
+    assert command("report", "outputs/one/checkpoints/last.pt")[1].strip() == "outputs/one/report.html"
     status, _, error = command("report", "nothing")
     assert status == 1 and "is no run" in error and len(error.splitlines()) == 1

@@ -79,11 +79,9 @@ def _short(folders: list[str]) -> list[str]:
 
 
 def _section(name: str, run: Run, rows: list[dict[str, Any]], config: dict[str, Any]) -> Section:
-    samples = sorted(run.folder.glob("samples/step_*.png"))[-1:]
+    samples = sorted(run.folder.glob("samples/step_????????.png"))[-1:]
     own = [run.folder / file for file in CAPTIONS if (run.folder / file).exists()]
-    pictures = [
-        Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", _data_url(path)) for path in samples if path.stem[5:].isdigit()
-    ]
+    pictures = [Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", _data_url(path)) for path in samples]
     pictures += [Picture(CAPTIONS[path.name], _data_url(path)) for path in own]
     log = run.log.read_text().splitlines() if run.log.exists() else []
     environment = next((line.partition("environment: ")[2] for line in reversed(log) if "environment: " in line), "")
