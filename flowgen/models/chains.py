@@ -124,6 +124,7 @@ class Ladder(nn.Module):
     def allocate(self, hidden: int) -> None:
         self.register_buffer("hidden", torch.zeros(*self.place.shape, hidden))
 
+    @torch.compiler.disable  # the swaps' bookkeeping is no work for a compiler
     def sweep(
         self,
         rbm: "RBM",
