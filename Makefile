@@ -3,9 +3,10 @@ PYTHON ?= python3
 FLOWGEN := .venv/bin/flowgen
 DEMO := outputs/demo
 
-THESIS := outputs/thesis/glow_conv
+SCALE ?= full
+DATA ?= celeba_hq
 
-.PHONY: help setup demo test lint bench slides reproduce-thesis
+.PHONY: help setup demo test lint bench reproduce-thesis
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
@@ -34,20 +35,8 @@ lint: $(FLOWGEN) ## style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-reproduce-thesis: $(FLOWGEN) ## experiment 1 of the thesis at full scale: one GPU, goes on where it was stopped
-	test -f $(THESIS)/done || test ! -f $(THESIS)/config.yaml || $(FLOWGEN) resume $(THESIS)
-	test -f $(THESIS)/config.yaml || $(FLOWGEN) train experiment=thesis/glow_conv out=$(THESIS)
-	touch $(THESIS)/done
-	$(FLOWGEN) evaluate --run $(THESIS)
-	$(FLOWGEN) sample --run $(THESIS) --count 8 --temperature 0 --temperature 0.25 --temperature 0.7 --temperature 1
-
-SLIDES := filters l2_1e3 l2_1e6 l1_1e3 l1_1e6 cd1 cd10 tempering
-comma := ,
-space := $(subst ,, )
-
-slides: $(FLOWGEN) ## the RBMs of the slides, 24 runs of two minutes each on two cores, as one page
-	$(FLOWGEN) train -m experiment=$(subst $(space),$(comma),$(SLIDES:%=slides/%)) model.hidden=50,100,300 out=outputs/slides
-	$(FLOWGEN) report outputs/slides --out outputs/slides/report.html
+reproduce-thesis: $(FLOWGEN) ## every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
+	.venv/bin/python scripts/thesis --scale $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
 
 bench: $(FLOWGEN) ## training speed beside other packages
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

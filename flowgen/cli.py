@@ -112,22 +112,16 @@ def resume(name: str, overrides: tuple[str, ...]) -> None:
 )
 @click.option("--count", type=click.IntRange(1), default=32, show_default=True, help="Samples for each temperature.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--label", type=click.IntRange(0), metavar="N", help="Class to draw, of a flow trained with model.classes; by default each in turn."
+)
 @click.option("--method", type=click.Choice(SAMPLERS), help="Sampler of an RBM; by default tempering.")
 @click.option("--sweeps", type=click.IntRange(1), help="Of it, from white noise; by default 500.")
 @device_option
 @out_option
-def sample(
-    name: str | None,
-    temperatures: tuple[float, ...],
-    count: int,
-    seed: int,
-    method: str | None,
-    sweeps: int | None,
-    device: str,
-    out: Path | None,
-) -> None:
+def sample(**options: Any) -> None:
     """Draw a grid of samples, a block of rows for each temperature, sorted by log-probability."""
-    click.echo(_command("sample").sample(name, list(temperatures), count, seed, method, sweeps, device, out))
+    click.echo(_command("sample").sample(**options))
 
 
 @cli.command()

@@ -143,7 +143,12 @@ def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Im
     for key, of_model, wanted in zip(("channels", "size", "size", "bits"), (*model.shape, model.bits), of_data, strict=True):
         if of_model != wanted:
             raise FlowgenError(f"a model of {key}={of_model} does not fit data.{key}={wanted}: give them the same value, or train another")
-    return model, build_data(config)
+    data = build_data(config)
+    if model.classes is not None and data.labels is None:
+        raise FlowgenError(f"model.classes={model.classes} needs labels, which this data has not: leave it out, or take data=mnist")
+    if model.classes is not None and data.labels is not None and int(data.labels[0].max()) >= model.classes:
+        raise FlowgenError(f"model.classes={model.classes} is too few for labels up to {int(data.labels[0].max())}: set it to one more")
+    return model, data
 
 
 def load_model(run: str | os.PathLike[str], device: str = "cpu") -> "GenerativeModel":

@@ -25,6 +25,7 @@ from flowgen.bijections import (
     FactorOut,
     Flatten,
     Folded,
+    GatedNetwork,
     Gaussianize,
     Inverse,
     LogisticToNormal,
@@ -76,6 +77,7 @@ TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callabl
     **{name: (lambda name=name: couple(name), IMAGE) for name in TRANSFORMS},
     **{f"affine {scale}": (lambda scale=scale: couple("affine", scale), IMAGE) for scale in LOG_SCALES},
     "resnet": (lambda: Coupling(ResNetwork(2, 5, 4, blocks=2), Affine()), IMAGE),
+    "gated": (lambda: Coupling(GatedNetwork(2, 5, 4, blocks=2), Affine()), IMAGE),
     "odd channels": (lambda: Coupling(ConvNetwork(2, 5, 6), Affine()), (5, 2, 2)),
     **{f"masked {name}": (lambda name=name: masked(name), IMAGE) for name in TRANSFORMS},
     "real nvp": (

@@ -32,6 +32,7 @@ def glow(**changes: object) -> Glow:
 MODELS: dict[str, Callable[..., GenerativeModel]] = {
     "glow": glow,
     "glow resnet": lambda **changes: glow(network="resnet", **changes),
+    "glow gated": lambda **changes: glow(network="gated", blocks=2, **changes),
     "glow additive": lambda **changes: glow(coupling="additive", convolution="plain", **changes),
     "glow of the thesis": lambda **changes: glow(gaussianize=False, prior="standard", scale="sigmoid", final_actnorm=False, **changes),
     **{f"glow {name}": lambda name=name, **changes: glow(coupling=name, **changes) for name in ("multiplicative", "spline", "mixture")},
@@ -174,10 +175,10 @@ def trained(request: pytest.FixtureRequest) -> Flow:
     """A flow that has learnt the two moons a little."""
     torch.manual_seed(0)
     model, data = IN_THE_PLANE[request.param](), Toy(name="moons", count=5000, bits=8, flip=False, channels=2, size=1)
-    model.initialize(data.draw(0, 1000, 0))
+    model.initialize(data.draw(0, 1000, 0)[0])
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for step in range(150):
-        loss = model(data.draw(256 * step, 256, 0))
+        loss = model(*data.draw(256 * step, 256, 0))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 50.0)
@@ -219,7 +220,7 @@ def test_variational_noise_starts_uniform():
     levels = noise(5, 200)
     model.initialize(levels)
     u, log_q = model.dequantiser(levels, torch.float32, torch.Generator().manual_seed(0))
-    assert log_q.abs().max() < 1e-3
+    assert log_q.abs().max() < 4e-3  # of 192 noises below 1 - 2^-16
     assert (torch.histc(u, 10, 0, 1) / u.numel() - 0.1).abs().max() < 0.01
 
 
@@ -248,7 +249,7 @@ def test_the_density_of_variational_noise_is_that_of_its_draws():
     [
         ({"width": "five"}, "whole number"),
         ({"width": 0}, "whole number"),
-        ({"network": "unet"}, "conv, resnet"),
+        ({"network": "unet"}, "conv, resnet, gated"),
         ({"scale": "exp"}, "bounded, sigmoid, tanh"),
         ({"levels": 4}, "fewer levels"),
         ({"draws": 0}, "whole number"),

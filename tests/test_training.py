@@ -24,11 +24,13 @@ from flowgen.training.checkpoint import KEYS, read_checkpoint, write_checkpoint
 from flowgen.training.run import Run
 from flowgen.training.schedule import learning_rate_factor, warmup_steps
 
+MEASURED = {"images_per_second", "seconds", "memory_gib"}
+
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """The metrics without the speed, which no two runs share."""
+    """The metrics without what no two runs share."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def same(one: Any, other: Any) -> bool:

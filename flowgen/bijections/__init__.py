@@ -6,7 +6,7 @@ from flowgen.bijections.coupling import Coupling, MaskedCoupling, channelwise, c
 from flowgen.bijections.elementwise import Equalize, Gaussianize, LogisticToNormal, Logit, Standardize
 from flowgen.bijections.factor_out import FactorOut
 from flowgen.bijections.linear import ChannelAffine, Conv1x1, Folded, PLUConv1x1
-from flowgen.bijections.networks import ConvNetwork, DenseNetwork, Network, RealNVPNetwork, ResNetwork, ZeroConv2d
+from flowgen.bijections.networks import ConvNetwork, DenseNetwork, GatedNetwork, Network, RealNVPNetwork, ResNetwork, ZeroConv2d
 from flowgen.bijections.normalize import ActNorm, BatchNorm
 from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.bijections.transforms import (
@@ -40,6 +40,7 @@ __all__ = [
     "FactorOut",
     "Flatten",
     "Folded",
+    "GatedNetwork",
     "Gaussianize",
     "Inverse",
     "LogisticToNormal",

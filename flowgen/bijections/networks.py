@@ -55,13 +55,14 @@ class NormalizedConv2d(Network):
     shift are absorbed by weight and bias, and cost nothing afterwards.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1):
         super().__init__()
+        self.dilation = dilation
         self.weight = nn.Parameter(0.05 * torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, padding="same")
+        return F.conv2d(x, self.weight, self.bias, padding="same", dilation=self.dilation)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
@@ -147,6 +148,40 @@ class ResNetwork(Layers):
             NormalizedConv2d(in_channels, width, 3),
             Relu(),
             *(ResidualBlock(width) for _ in range(blocks)),
+            Normalize(width),
+            Relu(),
+            ZeroConv2d(width, out_channels, 3),
+        )
+
+
+class GatedBlock(Network):
+    """x + conv1x1(tanh(a) sigmoid(b)), where a and b are the halves of a normalised, dilated conv3x3. WaveNet (1609.03499), section 2.3."""
+
+    def __init__(self, width: int, dilation: int):
+        super().__init__()
+        self.split = NormalizedConv2d(width, 2 * width, 3, dilation)
+        self.merge = NormalizedConv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.merge(self._gate(self.split(x)))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        return x + self.merge.initialize(self._gate(self.split.initialize(x)))
+
+    @staticmethod
+    def _gate(x: Tensor) -> Tensor:
+        signal, gate = x.chunk(2, dim=1)
+        return signal.tanh() * gate.sigmoid()
+
+
+class GatedNetwork(Layers):
+    """conv3x3 -> ActNorm -> gated blocks of dilation 1, 2, 4, 1, ... -> ActNorm -> ReLU -> zero conv3x3."""
+
+    def __init__(self, in_channels: int, width: int, out_channels: int, blocks: int):
+        super().__init__(
+            NormalizedConv2d(in_channels, width, 3),
+            *(GatedBlock(width, 2 ** (block % 3)) for block in range(blocks)),
             Normalize(width),
             Relu(),
             ZeroConv2d(width, out_channels, 3),

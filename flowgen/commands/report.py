@@ -81,8 +81,8 @@ def _short(folders: list[str]) -> list[str]:
 def _section(name: str, run: Run, rows: list[dict[str, Any]], config: dict[str, Any]) -> Section:
     samples = sorted(run.folder.glob("samples/step_????????.png"))[-1:]
     own = [run.folder / file for file in CAPTIONS if (run.folder / file).exists()]
-    pictures = [Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", _data_url(path)) for path in samples]
-    pictures += [Picture(CAPTIONS[path.name], _data_url(path)) for path in own]
+    pictures = [Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", data_url(path)) for path in samples]
+    pictures += [Picture(CAPTIONS[path.name], data_url(path)) for path in own]
     log = run.log.read_text().splitlines() if run.log.exists() else []
     environment = next((line.partition("environment: ")[2] for line in reversed(log) if "environment: " in line), "")
     return Section(
@@ -109,7 +109,7 @@ def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]
         if lines:
             file = io.BytesIO()
             figures.compare(lines, f"test {figure.replace('_', ' ')}, {UNITS[figure]}", file)
-            pictures.append(Picture(f"Test {figure.replace('_', ' ')} of every run against the step.", _encoded(file.getvalue(), "png")))
+            pictures.append(Picture(f"Test {figure.replace('_', ' ')} of every run against the step.", encoded(file.getvalue(), "png")))
     return pictures
 
 
@@ -126,12 +126,12 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _data_url(path: Path) -> str:
+def data_url(path: Path) -> str:
     try:
-        return _encoded(path.read_bytes(), path.suffix[1:])
+        return encoded(path.read_bytes(), path.suffix[1:])
     except OSError as error:
         raise FlowgenError(f"{path} cannot be read ({error.strerror}): make it again") from error
 
 
-def _encoded(data: bytes, kind: str) -> str:
+def encoded(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

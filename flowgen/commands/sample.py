@@ -1,5 +1,6 @@
 """`flowgen sample`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from flowgen import figures
 from flowgen.config import build_data, model_of
+from flowgen.errors import FlowgenError
 from flowgen.models import RBM, Flow, GenerativeModel
 from flowgen.training.find import find_checkpoint
 
@@ -16,9 +18,10 @@ POINTS, GRID = 10000, 300  # of a flow of the plane, and the side of its density
 
 def sample(
     name: str | None,
-    temperatures: list[float],
+    temperatures: Sequence[float],
     count: int,
     seed: int,
+    label: int | None,
     method: str | None,
     sweeps: int | None,
     device: str,
@@ -26,11 +29,13 @@ def sample(
 ) -> Path:
     """Save `count` samples for each temperature, a block of rows each, from high to low log-probability. Raises FlowgenError.
 
-    Without temperatures, at the one that the run's own samples had. `method` and `sweeps` choose an RBM's sampler. A flow of the
-    plane is drawn as a whole instead, at the first temperature or 1.
+    Without temperatures, at the one that the run's own samples had. `label` is the class to draw, of a flow that knows any; `method`
+    and `sweeps` choose an RBM's sampler. A flow of the plane is drawn as a whole instead, at the first temperature or 1.
     """
-    how = {key: value for key, value in {"method": method, "sweeps": sweeps}.items() if value is not None}
-    run, checkpoint = find_checkpoint(name, wanted=RBM if how else None)
+    if label is not None and (method or sweeps):
+        raise FlowgenError("--label is for flows, --method and --sweeps are for RBMs: leave out the one or the others")
+    how = {key: value for key, value in {"label": label, "method": method, "sweeps": sweeps}.items() if value is not None}
+    run, checkpoint = find_checkpoint(name, wanted=RBM if method or sweeps else None, with_classes=label is not None)
     model = model_of(checkpoint, device)
     path = out or run.folder / "sample.png"
     if isinstance(model, Flow) and model.shape == (2, 1, 1):
@@ -41,8 +46,8 @@ def sample(
     titled = []
     for temperature in temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]]:
         levels, worth = draw(model, count, temperature, seed, **how)
-        title = f"{method}, temperature {temperature:g}" if method else f"temperature {temperature:g}"
-        titled.append((title, levels[worth.argsort(descending=True)]))
+        said = [f"class {label}"] * (label is not None) + [str(method)] * bool(method) + [f"temperature {temperature:g}"]
+        titled.append((", ".join(said), levels[worth.argsort(descending=True)]))
     figures.blocks(titled, model.bits, columns=min(count, 8)).save(path)
     return path
 

@@ -53,8 +53,8 @@ class Images:
                 self.train, self.test = self.train.to(device), self.test.to(device)
         return self
 
-    def draw(self, seen: int, count: int, seed: int) -> Tensor:
-        """The next `count` training images after `seen` of them: levels, flipped at random where `flip` is set.
+    def draw(self, seen: int, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+        """The next `count` training images after `seen` of them, flipped at random where `flip` is set, and their labels, if there are any.
 
         Every epoch is a permutation that `seed` and its number alone decide, so `seen` is the whole place in the data.
         """
@@ -63,11 +63,13 @@ class Images:
             epoch, place = divmod(seen, len(self.train))
             pieces.append(self._permutation(epoch, seed)[place : place + wanted])
             seen, wanted = seen + len(pieces[-1]), wanted - len(pieces[-1])
-        levels = self._levels(self.train, torch.cat(pieces))
+        indices = torch.cat(pieces)
+        levels = self._levels(self.train, indices)
+        labels = None if self.labels is None else self.labels[0][indices].to(self.device, torch.long)
         if self.flip:
             mirrored = torch.rand(count, 1, 1, 1, device=self.device) < 0.5
             levels = torch.where(mirrored, levels.flip(3), levels)
-        return levels
+        return levels, labels
 
     def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Tensor]:
         """The first `limit` images of a split, in order, never flipped; the last batch may be smaller."""

@@ -15,11 +15,15 @@ class GenerativeModel(nn.Module, ABC):
     higher_is_better: ClassVar[bool] = False
     shape: tuple[int, int, int]  # channels, height, width
     bits: int
+    classes: int | None = None  # that labels tell apart, where the model learns one distribution for each
     loss_figure: ClassVar[str | None] = None  # the figure that the training loss is, where it is one
 
     @abstractmethod
-    def forward(self, levels: Tensor) -> Tensor:
-        """The training loss, a scalar. It comes out of `forward` so that a wrapper around the model sees it."""
+    def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The training loss, a scalar. It comes out of `forward` so that a wrapper around the model sees it.
+
+        `labels` (batch,) are the images' classes where the data has any; only a model of `classes` looks at them.
+        """
 
     @abstractmethod
     def initialize(self, levels: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Noise within the levels, which turns them into a density's points."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from flowgen.bijections import Affine, ConvNetwork, channelwise, checkerboard
 from flowgen.errors import check_choice
 
 STEPS, WIDTH = 4, 32
+END = 1 - 2**-16  # where a level of 8 bits and its noise still stay below the next level in float32
 Call = Callable[[Any, Tensor], Tensor]
 
 
@@ -26,9 +28,9 @@ class Uniform(nn.Module):
 
 
 class Variational(Uniform):
-    """u = Phi(g(e; levels)) with e ~ N(0, I), g a chain of masked affine couplings that see the image. Flow++ (1902.00275), section 3.1.
+    """u = END Phi(g(e; levels)) with e ~ N(0, I), g a chain of masked affine couplings that see the image.
 
-    It starts as uniform noise exactly. log q(u) = log N(e) - log|det dg/de| - log N(g).
+    It starts as uniform noise on [0, END). log q(u) = log N(e) - log|det dg/de| - log N(g) - D log END. Flow++ (1902.00275), section 3.1.
     """
 
     masks: Tensor
@@ -57,7 +59,7 @@ class Variational(Uniform):
             z = torch.where(mask, z, moved)
             log_q = log_q - torch.where(mask, 0.0, log_slope).flatten(1).sum(1)
         log_q = log_q + 0.5 * z.square().flatten(1).sum(1)
-        return torch.special.ndtr(z).clamp(max=1 - 2**-16), log_q
+        return END * torch.special.ndtr(z), log_q - z[0].numel() * math.log(END)
 
 
 def dequantiser(dequantisation: str, shape: tuple[int, int, int], bits: int) -> Uniform:

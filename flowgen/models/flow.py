@@ -5,12 +5,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgen.bijections import Bijection
 from flowgen.errors import FlowgenError, check_whole
 from flowgen.models.base import GenerativeModel
 from flowgen.models.dequantise import dequantiser
+
+CLASS_DISTANCE = 0.3  # deviation of the means of the classes at the start, in every latent
 
 
 def largest_levels(size: int, levels: int | None) -> int:
@@ -31,21 +33,27 @@ class Flow(GenerativeModel):
 
     Shapes: `shape` is (channels, height, width), D their product, latents are (batch, D). The noise u is `uniform` or `variational`;
     when the flow is evaluated, p(x) / q(u) is averaged over `draws` of it, which tightens the bound (Burda et al., 1509.00519).
+    With `classes` the latents of class y are under N(means[y], I), the images' p(x) is the mean of their p(x | y), and a class can be
+    told from an image by Bayes' rule. Izmailov et al. (1912.13025), section 3.
     """
 
     figure = loss_figure = "bits_per_dim"
 
-    def __init__(self, bijection: Bijection, shape: tuple[int, int, int], bits: int, draws: int = 1, dequantisation: str = "uniform"):
+    def __init__(
+        self, bijection: Bijection, shape: tuple[int, int, int], bits: int, draws: int, dequantisation: str, classes: int | None = None
+    ):
         super().__init__()
-        check_whole(bits=bits, draws=draws)
+        check_whole(bits=bits, draws=draws, **({} if classes is None else {"classes": classes}))
         self.bijection = bijection
         self.dequantiser = dequantiser(dequantisation, shape, bits)
         self.shape, self.dimensions = shape, math.prod(shape)
-        self.bits, self.bins, self.draws = bits, 2**bits, draws
+        self.bits, self.bins, self.draws, self.classes = bits, 2**bits, draws, classes
+        self.means = None if classes is None else nn.Parameter(CLASS_DISTANCE * torch.randn(classes, self.dimensions))
 
-    def forward(self, levels: Tensor) -> Tensor:
-        """Mean bits per dimension of a batch under one draw of the noise."""
-        return self._bits_per_dim(self.log_prob(levels)).mean()
+    def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Mean bits per dimension of a batch under one draw of the noise, given their classes where the flow has any."""
+        x, log_q = self._dequantise(levels)
+        return self._bits_per_dim(self.log_density(x, labels) - log_q - self.dimensions * math.log(self.bins)).mean()
 
     @torch.no_grad()
     def initialize(self, levels: Tensor) -> None:
@@ -60,10 +68,15 @@ class Flow(GenerativeModel):
         x, log_q = self._dequantise(levels, generator)
         return self.log_density(x) - log_q - self.dimensions * math.log(self.bins)
 
-    def log_density(self, x: Tensor) -> Tensor:
-        """log p(x) in nats of points x in [0, 1)^D, in the shape of images: (batch,)."""
+    def log_density(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """log p(x), or log p(x | labels), in nats of points x in [0, 1)^D, in the shape of images: (batch,)."""
         z, log_det = self.bijection(x)
-        return self._log_base(z) + log_det
+        return self._log_base(z, labels) + log_det
+
+    @torch.no_grad()
+    def classify(self, levels: Tensor) -> Tensor:
+        """log p(y | x), (batch, classes), the classes being equally likely beforehand. Raises FlowgenError for a flow without classes."""
+        return self._log_base_of_classes(self.encode(levels), self._class_means()).log_softmax(1)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), thorough: bool = False) -> dict[str, Any]:
@@ -84,9 +97,21 @@ class Flow(GenerativeModel):
         }
 
     @torch.no_grad()
-    def sample(self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Images whose every latent has standard deviation `temperature`, and their log p(x) in nats, carried by the inverse."""
+    def sample(
+        self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None, label: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images whose every latent has standard deviation `temperature`, and their log p(x) in nats, carried by the inverse.
+
+        All are of class `label`, else of classes in turn. Raises FlowgenError for a class that the flow has not.
+        """
         z = temperature * torch.randn(count, self.dimensions, generator=generator, device=self.device, dtype=self.dtype)
+        if label is not None:
+            means = self._class_means()
+            if not 0 <= label < len(means):
+                raise FlowgenError(f"label {label} is none of the model's {len(means)} classes: give a number from 0 to {len(means) - 1}")
+            z = z + means[label]
+        elif self.means is not None:
+            z = z + self.means[torch.arange(count, device=self.device) % len(self.means)]
         x, log_det = self.bijection.inverse(z)
         return self._quantise(x), self._log_base(z) - log_det - self.dimensions * math.log(self.bins)
 
@@ -107,8 +132,21 @@ class Flow(GenerativeModel):
     def _quantise(self, x: Tensor) -> Tensor:
         return (x * self.bins).floor().nan_to_num(0.0).clamp(0, self.bins - 1).to(torch.uint8)
 
-    def _log_base(self, z: Tensor) -> Tensor:
-        return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
+    def _log_base(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.means is None:
+            return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
+        if labels is None:
+            return self._log_base_of_classes(z, self.means).logsumexp(1) - math.log(len(self.means))
+        return -0.5 * ((z - self.means[labels]).square() + math.log(2 * math.pi)).sum(1)
+
+    @staticmethod
+    def _log_base_of_classes(z: Tensor, means: Tensor) -> Tensor:
+        return torch.stack([-0.5 * ((z - mean).square() + math.log(2 * math.pi)).sum(1) for mean in means], 1)
+
+    def _class_means(self) -> Tensor:
+        if self.means is None:
+            raise FlowgenError("this model knows no classes: train one with model.classes=10 on data that has labels")
+        return self.means
 
     def _bits_per_dim(self, log_prob: Tensor) -> Tensor:
         return -log_prob / (self.dimensions * math.log(2))

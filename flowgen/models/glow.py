@@ -11,6 +11,7 @@ from flowgen.bijections import (
     FactorOut,
     Flatten,
     Folded,
+    GatedNetwork,
     Gaussianize,
     Network,
     PLUConv1x1,
@@ -49,9 +50,10 @@ class Glow(Flow):
         gaussianize: bool,
         draws: int,
         dequantisation: str,
+        classes: int | None,
     ):
         check_whole(channels=channels, size=size, bits=bits, steps_per_level=steps_per_level, width=width, blocks=blocks)
-        check_choice(("conv", "resnet"), network=network)
+        check_choice(("conv", "resnet", "gated"), network=network)
         check_choice(TRANSFORMS, coupling=coupling)
         check_choice(("plu", "plain"), convolution=convolution)
         check_choice(("predicted", "standard"), prior=prior)
@@ -74,9 +76,9 @@ class Glow(Flow):
             return Coupling(inner_network(channels // 2, transform.count * (channels - channels // 2)), transform)
 
         def inner_network(in_channels: int, out_channels: int) -> Network:
-            if network == "resnet":
-                return ResNetwork(in_channels, width, out_channels, blocks)
-            return ConvNetwork(in_channels, width, out_channels)
+            if network == "conv":
+                return ConvNetwork(in_channels, width, out_channels)
+            return (ResNetwork if network == "resnet" else GatedNetwork)(in_channels, width, out_channels, blocks)
 
         def level(number: int, channels: int, size: int) -> Bijection:
             """The flow from the image that enters this level to one vector, built from the top down."""
@@ -96,4 +98,4 @@ class Glow(Flow):
 
         pixelwise = [Gaussianize(channels, 2**bits)] if gaussianize else []
         bijection = Chain(*pixelwise, level(1, channels, size))
-        super().__init__(bijection, (channels, size, size), bits, draws, dequantisation)
+        super().__init__(bijection, (channels, size, size), bits, draws, dequantisation, classes)

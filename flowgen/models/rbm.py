@@ -100,7 +100,7 @@ class RBM(GenerativeModel):
         """The log-odds of every visible unit given h: weight h + visible_bias."""
         return torch.addmm(self.visible_bias, h.reshape(-1, self.hidden), self.weight.T).view(*h.shape[:-1], self.visible)
 
-    def forward(self, levels: Tensor) -> Tensor:
+    def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
         """F(data).mean() - F(negative).mean(), and the priors: its gradient is the negative phase's estimate for -log P(data)."""
         with torch.autocast(levels.device.type, enabled=False):
             data = self.units(levels)

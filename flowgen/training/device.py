@@ -1,6 +1,7 @@
 """What the machine can do."""
 
 import platform
+import resource
 from importlib.metadata import version
 
 import torch
@@ -29,6 +30,14 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
         else:
             precision = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"  # no public name in torch 2.11
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process has held at once: of the GPU, or else of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if platform.system() == "Darwin" else 1024  # of ru_maxrss, by getrusage(2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def environment(device: torch.device) -> str:

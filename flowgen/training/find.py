@@ -30,29 +30,30 @@ def find_run(name: str) -> Run:
     raise FlowgenError(f"{name} is {'several runs' if matches else 'no run'}: `flowgen runs` lists them")
 
 
-def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, dict[str, Any]]:
+def find_checkpoint(name: str | None, wanted: type | None = None, with_classes: bool = False) -> tuple[Run, dict[str, Any]]:
     """The checkpoint file `name`, else the last good checkpoint of the run `name`, else of the newest run, of a `wanted` model.
 
     Raises FlowgenError where there is none.
     """
-    kind = f"run of an {wanted.__name__}" if wanted else "run"
+    kind = f"run of an {wanted.__name__}" if wanted else "run with model.classes" if with_classes else "run"
     if name is None:
         for run in list_runs():
             checkpoint = run.last_good()
-            if checkpoint is not None and _is_of(checkpoint, wanted):
+            if checkpoint is not None and _is_of(checkpoint, wanted, with_classes):
                 return run, checkpoint
-        how = f" model={wanted.__name__.lower()}" if wanted else ""
+        how = f" model={wanted.__name__.lower()}" if wanted else " model.classes=10 data=mnist" if with_classes else ""
         raise FlowgenError(f"no {kind} under outputs/ has a checkpoint: train one with `flowgen train{how}`, or name one with --run")
     run = find_run(name)
     path = next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
     checkpoint = read_checkpoint(path) if path else run.last_good()
     if checkpoint is None:
         raise FlowgenError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}` goes on with it")
-    if not _is_of(checkpoint, wanted):
+    if not _is_of(checkpoint, wanted, with_classes):
         raise FlowgenError(f"{name} is no {kind}, which this command needs: name another with --run")
     return run, checkpoint
 
 
-def _is_of(checkpoint: dict[str, Any], wanted: type | None) -> bool:
-    target = str(checkpoint["config"].get("model", {}).get("_target_"))
-    return wanted is None or target.rpartition(".")[2] == wanted.__name__
+def _is_of(checkpoint: dict[str, Any], wanted: type | None, with_classes: bool) -> bool:
+    model = checkpoint["config"].get("model", {})
+    right_class = wanted is None or str(model.get("_target_")).rpartition(".")[2] == wanted.__name__
+    return right_class and (not with_classes or model.get("classes") is not None)

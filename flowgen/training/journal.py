@@ -45,7 +45,9 @@ class Journal:
         self.run.write_metrics(step, split, row)
         for name, value in row.items():
             self.board.add_scalar(f"{split}/{name}", value, step)
-        words = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if not name.endswith(("bits", "draws", "seconds")))
+        words = "  ".join(
+            f"{name} {value:.4g}" for name, value in row.items() if not name.endswith(("bits", "draws", "seconds", "memory_gib"))
+        )
         if split == "test":
             log.info("step %d  test  %s", step, words)
         elif self.terminal:

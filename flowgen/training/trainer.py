@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowgen.data import Images
 from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
 from flowgen.models import GenerativeModel
-from flowgen.training.device import autocast_dtype, choose_device
+from flowgen.training.device import autocast_dtype, choose_device, peak_memory
 from flowgen.training.journal import Journal
 from flowgen.training.rescue import first_bad_module
 from flowgen.training.run import Run
@@ -53,6 +53,7 @@ class Trainer:
         sample_temperature: float,
         save_every: int,
         keep_every: int,
+        keep_at: list[int],
     ):
         if steps is None and minutes is None:
             raise FlowgenError("training has no end: set trainer.steps or trainer.minutes")
@@ -61,6 +62,8 @@ class Trainer:
         check_whole(**{name: value for name, value in {"steps": steps, "evaluate_images": evaluate_images}.items() if value is not None})
         check_number(lr=lr, decay=decay, clip=clip, ema=ema, sample_temperature=sample_temperature, minutes=minutes or 0.0)
         check_choice((True, False), compile=compile)
+        if not isinstance(keep_at, list) or not all(isinstance(step, int) for step in keep_at):
+            raise FlowgenError(f"keep_at must be a list of steps, as in trainer.keep_at=[1000,5000], not {keep_at!r}")
         check_choice(("adam", "sgd"), optimizer=optimizer)
         check_number(momentum=momentum)
         if decay > 1 or ema >= 1 or momentum >= 1:
@@ -77,7 +80,7 @@ class Trainer:
         self.autocast_dtype = autocast_dtype(precision, self.device)
         self.log_every, self.evaluate_every, self.evaluate_images = log_every, evaluate_every, evaluate_images
         self.sample_every, self.sample_temperature = sample_every, sample_temperature
-        self.save_every, self.keep_every = save_every, keep_every
+        self.save_every, self.keep_every, self.keep_at = save_every, keep_every, keep_at
 
     def train(
         self, model: GenerativeModel, data: Images, run: Run, config: dict[str, Any], seed: int, checkpoint: dict[str, Any] | None
@@ -89,7 +92,7 @@ class Trainer:
         data.to(self.device)
         model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is None:
-            model.initialize(data.draw(0, self.initial_images, seed))
+            model.initialize(data.draw(0, self.initial_images, seed)[0])
         state = State(model, self._optimizer(model), self.ema, config)
         if checkpoint is None:
             run.save(state.capture())
@@ -106,8 +109,8 @@ class Trainer:
             while self._progress(state) < 1 and stop.signal is None:
                 began = time.monotonic()
                 rate = self.lr * state.lr_scale * learning_rate_factor(state.step, self._progress(state), warmup, self.decay)
-                levels = data.draw(state.images_seen, self.batch_size, seed)
-                loss, grad_norm = self._gradients(model, levels)
+                levels, labels = data.draw(state.images_seen, self.batch_size, seed)
+                loss, grad_norm = self._gradients(model, levels, labels)
                 state.step, state.images_seen = state.step + 1, state.images_seen + self.batch_size
                 if math.isfinite(loss) and math.isfinite(grad_norm):
                     state.update(rate)
@@ -125,12 +128,13 @@ class Trainer:
                 if self._due(self.log_every, state):
                     speed = (state.step - logged) * self.batch_size / busy
                     row = {"loss": loss, "lr": rate, "grad_norm": grad_norm, "images_per_second": speed, "skipped": state.skipped}
-                    journal.write(state.step, "train", row | model.health())
+                    used = {"seconds": state.seconds, "memory_gib": peak_memory(self.device)}
+                    journal.write(state.step, "train", row | model.health() | used)
                     busy, logged = 0.0, state.step
                 best = self._due(self.evaluate_every, state) and self._evaluate(state, data, journal)
                 if self._due(self.sample_every, state):
                     self._sample(state, journal, data.bits, seed)
-                keep = state.step % self.keep_every == 0
+                keep = state.step % self.keep_every == 0 or state.step in self.keep_at
                 if best or keep or (self._due(self.save_every, state) and not state.failed):
                     run.save(state.capture(), best=best, keep=keep)
                     saved = state.step
@@ -149,13 +153,15 @@ class Trainer:
             return Journal(run, state.step, state.step, self.steps, "step", state.model)
         return Journal(run, state.step, state.seconds, 60 * (self.minutes or 0.0), "s", state.model)
 
-    def _gradients(self, model: nn.Module, levels: Tensor) -> tuple[float, float]:
+    def _gradients(self, model: nn.Module, levels: Tensor, labels: Tensor | None) -> tuple[float, float]:
         """Fill the clipped gradients of one batch; its loss and the gradients' norm before clipping."""
         model.zero_grad()
         losses = []
-        for part in levels.chunk(self.accumulate):
+        parts = levels.chunk(self.accumulate)
+        labels_of = [None] * len(parts) if labels is None else labels.chunk(self.accumulate)
+        for part, its_labels in zip(parts, labels_of, strict=True):
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype != torch.float32):
-                loss = model(part) / self.accumulate
+                loss = model(part, its_labels) / self.accumulate
             loss.backward()
             losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(model.parameters(), self.clip or math.inf)

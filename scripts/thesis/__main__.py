@@ -1,0 +1,195 @@
+"""Every figure of the thesis and of the slides, in one page: `make reproduce-thesis` runs this, from where it was stopped."""
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sections
+import torch
+import yaml
+from comparison import compare
+from jinja2 import Environment, FileSystemLoader
+from parts import FACED, GROUPS, SCALES, parts, train
+from PIL import Image
+from sections import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+import flowgen.commands.report
+from flowgen.commands.report import data_url
+from flowgen.config import build_data, conf_folder
+from flowgen.data import Images
+from flowgen.data.folder import hashed_split, official_split, open_source
+from flowgen.data.locate import locate
+from flowgen.errors import FlowgenError
+from flowgen.messages import one_sentence, show_messages
+from flowgen.training.device import environment
+from flowgen.training.run import Run
+
+FACES = ("celeba_hq", "celeba", "folder")
+SHOWN = 16  # training images in figures 3.1 and 3.2
+JUDGED = {"full": 2000, "small": 400, "smoke": 32}  # samples and test images of the comparison, at most
+EXPERIMENTS = {
+    "glow_conv": ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9", "3.10-3.14", "3.15", "3.16", "3.17", "3.18", "3.19", "3.20"),
+    "glow_resnet": ("3.21", "3.22", "3.23", "3.24", "3.25", "3.26-3.27", "3.28-3.32", "3.33", "3.34", "3.35", "3.36"),
+}
+TITLES = {
+    "glow_conv": "Experiment 1: the original coupling network",
+    "glow_resnet": "Experiment 2: a ResNet in every coupling",
+    "toy": "The toy figure (appendix B)",
+    "slides": "The slides' restricted Boltzmann machines",
+    "outlook": "The outlook: other networks, and the other reading of 32 steps",
+}
+
+
+class Section(NamedTuple):
+    anchor: str
+    title: str
+    figures: list[Figure]
+    sentences: Sequence[str] = ()
+    table: Sequence[Sequence[str]] = ()
+
+
+class Reproduction:
+    """What was asked for: the scale, the data, and the folder in which everything lies."""
+
+    def __init__(self, scale: str, data: str, root: str | None, groups: list[str]):
+        self.scale, self.groups = scale, groups
+        self.data_name = "mnist_sample" if scale == "smoke" else data
+        self.words = [f"data={self.data_name}"]
+        if root is not None:
+            self.words.append(f"data.root={Path(root).expanduser().resolve()}")
+        self.folder = Path("outputs/thesis") / f"{scale}_{self.data_name}"
+        self.root = root
+        self.config = yaml.safe_load((conf_folder() / "data" / f"{self.data_name}.yaml").read_text())
+        if root is not None:
+            self.config["root"] = root
+        given = {"DATA": data if data != "celeba_hq" else None, "ROOT": root, "PARTS": " ".join(groups) if groups != list(GROUPS) else None}
+        said = " ".join(f"{key}='{value}'" if " " in value else f"{key}={value}" for key, value in given.items() if value)
+        self.command = f"make reproduce-thesis SCALE={scale} {said}".strip()
+
+    def check(self) -> tuple[Images | None, Images | None]:
+        """The faces and the digits, where they are asked for. Raises FlowgenError with the cure where either is missing."""
+        return self._faces() if FACED & set(self.groups) else None, self._digits() if "slides" in self.groups else None
+
+    def _faces(self) -> Images:
+        if self.scale == "full" and not torch.cuda.is_available():
+            raise FlowgenError("SCALE=full trains for days on one GPU, and this machine has none: SCALE=small takes an hour on two cores")
+        if self.config.get("root", "") == "???":
+            raise FlowgenError("DATA=folder needs ROOT=, a folder or a zip of images: make reproduce-thesis DATA=folder ROOT=~/faces")
+        try:
+            return build_data({"data": self.config})
+        except FlowgenError as error:
+            raise FlowgenError(
+                f"{one_sentence(error).removesuffix('.')}. Give its place as ROOT=FOLDER, or take a substitute: "
+                "DATA=celeba ROOT=FOLDER, or DATA=folder ROOT=FOLDER with images of your own"
+            ) from error
+
+    def _digits(self) -> Images:
+        name = "mnist_sample" if self.scale == "smoke" else "mnist"
+        return build_data({"data": yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text()) | {"bits": 1}})
+
+    def originals(self, faces: Images) -> Tensor:
+        """The first training images as they are before they are prepared, cut to the smallest square around them for the page."""
+        if "names" not in self.config or self.data_name == "mnist_sample":
+            return faces.train[:SHOWN].float() / 255
+        place = locate(self.config["root"], self.config["names"], self.config["cure"])
+        source = open_source(place)
+        names = (official_split(place, list(source.stamps)) or hashed_split(list(source.stamps)))[0][:SHOWN]
+        return torch.cat([_padded(Image.open(io.BytesIO(source.read(name))).convert("RGB")) for name in names])
+
+    def sections(self, faces: Images | None, digits: Images | None, groups: Sequence[str]) -> list[Section]:
+        runs = {group: [Run(self.folder / part.folder) for part in parts(self.scale, [group])] for group in groups}
+        drawings = self.folder / "figures"
+        drawings.mkdir(parents=True, exist_ok=True)
+        found = []
+        if faces is not None:
+            found.append(Section("data", "Data", sections.of_data(drawings, faces, self.originals(faces), self.data_name)))
+            for name in [name for name in EXPERIMENTS if name in runs]:
+                found.append(Section(name, TITLES[name], self._experiment(runs[name][0], drawings, EXPERIMENTS[name], faces)))
+        if faces is not None and set(EXPERIMENTS) <= set(runs):
+            both = {f"experiment {number}": runs[name][0] for number, name in enumerate(EXPERIMENTS, 1)}
+            figures, table, sentences = compare(both, faces, drawings, JUDGED[self.scale])
+            found.append(Section("comparison", "The comparison", figures, sentences, table))
+        if "toy" in runs:
+            found.append(Section("toy", TITLES["toy"], [sections.of_toy(runs["toy"][0], drawings)]))
+        if "slides" in runs and digits is not None and digits.labels is not None:
+            *machines, half_six = runs["slides"]
+            six = (digits.test >> 7)[digits.labels[1] == 6][0]
+            found.append(Section("slides", TITLES["slides"], sections.of_slides(machines, half_six, drawings, six)))
+        if "outlook" in runs:
+            named = {run.folder.name: run for name in ("glow_conv", "glow_resnet", "outlook") for run in runs.get(name, [])}
+            found.append(Section("outlook", TITLES["outlook"], sections.of_outlook(named, drawings)))
+        return found
+
+    def _experiment(self, run: Run, drawings: Path, numbers: tuple[str, ...], faces: Images) -> list[Figure]:
+        experiment = f"thesis/{run.folder.name}"
+        training, samples, one, walks = numbers[:3], numbers[3:6], numbers[6], numbers[7:]
+        return [
+            *sections.of_training(run, drawings, training, experiment, len(faces.train), first=training[0] == "3.4"),
+            *sections.of_samples(run, drawings, samples, experiment),
+            sections.of_temperatures(run, drawings, one, experiment),
+            *sections.of_interpolations(run, drawings, walks, experiment, faces),
+        ]
+
+    def write(self, faces: Images | None, digits: Images | None, groups: Sequence[str]) -> Path:
+        """The page of the groups that have been trained."""
+        target = self.folder / "thesis.html"
+        shown: list[dict[str, Any]] = []
+        for section in self.sections(faces, digits, groups):
+            pictures = [self._shown(figure) for figure in section.figures]
+            shown.append(section._asdict() | {"figures": pictures})
+        folders = [Path(__file__).parent, Path(flowgen.commands.report.__file__).parent]
+        pages = Environment(loader=FileSystemLoader(folders), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        page = pages.get_template("page.html").render(
+            date=datetime.now(UTC).strftime("%Y-%m-%d"),
+            scale=self.scale,
+            data=self.data_name,
+            environment=environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            command=self.command,
+            missing=[TITLES[group] for group in self.groups if group not in groups],
+            sections=shown,
+        )
+        target.write_text(page)
+        return target
+
+    def _shown(self, figure: Figure) -> dict[str, Any]:
+        command = figure.command.replace("make reproduce-thesis", self.command)
+        run = None if figure.run is None else str(figure.run.relative_to(self.folder))
+        return figure._asdict() | {"source": data_url(figure.path), "command": command, "run": run}
+
+
+def _padded(image: Image.Image, size: int = 128) -> Tensor:
+    """The image at its own proportions in the middle of a white square."""
+    image.thumbnail((size, size))
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(1, size, size, 3)
+    return F.interpolate(pixels.permute(0, 3, 1, 2).float() / 255, (size, size))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/thesis", description=__doc__)
+    parser.add_argument("--scale", choices=SCALES, default="full")
+    parser.add_argument("--data", choices=FACES, default="celeba_hq", help="the faces")
+    parser.add_argument("--root", help="where they are: a folder or a zip")
+    parser.add_argument("--parts", nargs="*", choices=GROUPS, default=list(GROUPS))
+    given = parser.parse_args()
+    show_messages()
+    try:
+        wanted = Reproduction(given.scale, given.data, given.root, given.parts or list(GROUPS))
+        faces, digits = wanted.check()
+        for number, group in enumerate(wanted.groups, 1):
+            for part in parts(wanted.scale, [group]):
+                train(part, wanted.scale, wanted.words, wanted.folder / part.folder)
+            print(wanted.write(faces, digits, wanted.groups[:number]), flush=True)
+    except FlowgenError as error:
+        sys.exit(f"make reproduce-thesis: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The kinds of figures, one function each; all write a PNG with a white ground and colours for colour-blind eyes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from flowgen.figures import COLOURS, DASHES, MARKS
+
+Points = Sequence[tuple[float, float]]
+
+
+def tiles(images: Tensor, titles: Sequence[str], columns: int, path: Path) -> None:
+    """Images (N, channels, height, width) in [0, 1], `columns` in a row, each under its title, enlarged without smoothing."""
+    rows = -(-len(images) // columns)
+    high = 1.35 if any(titles) else 1.12
+    page = Figure(figsize=(1.1 * columns, 1.1 * high * rows), layout="constrained")
+    axes = page.subplots(rows, columns, squeeze=False).flatten()
+    for each in axes:
+        each.axis("off")
+    pixels = images.clamp(0, 1).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    for each, picture, title in zip(axes, pixels, titles, strict=False):
+        each.imshow(picture, interpolation="nearest")
+        each.set_title(title, fontsize=8)
+    page.savefig(path, dpi=150)
+
+
+def lines(named: dict[str, Points], xlabel: str, ylabel: str, path: Path, thin: str | None = None, offset: float = 0.0) -> None:
+    """Lines through (x, y), told apart by colour, dash and mark; `thin` names a raw one. `offset` adds a second axis, y + offset."""
+    page = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = page.subplots()
+    for number, (name, points) in enumerate(named.items()):
+        x, y = zip(*points, strict=True)
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": name}
+        few = {"marker": MARKS[number % len(MARKS)], "markersize": 4} if len(x) <= 40 else {}
+        axes.plot(x, y, linewidth=0.6 if name == thin else 1.6, **style, **few)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    low, high = _range([y for points in named.values() for _, y in points])
+    axes.set_ylim(low, high)
+    if offset:
+        second = axes.secondary_yaxis("right", functions=(lambda y: y + offset, lambda y: y - offset))
+        second.set_ylabel(f"the thesis' convention: {offset:g} more")
+    if len(named) > 1:
+        page.legend(loc="outside lower center", ncols=2, fontsize="small")
+    page.savefig(path, dpi=120)
+
+
+def bars(named: dict[str, tuple[float, float]], label: str, path: Path) -> None:
+    """A bar with its error for each name, and its figure beside it."""
+    page = Figure(figsize=(8, 1.2 + 0.3 * len(named)), layout="constrained")
+    axes = page.subplots()
+    names = list(reversed(named))
+    values, errors = zip(*(named[name] for name in names), strict=True)
+    axes.errorbar(values, range(len(names)), xerr=errors, fmt="o", color=COLOURS[0], capsize=3)
+    for place, (value, error) in enumerate(zip(values, errors, strict=True)):
+        axes.annotate(f"{value:.2f} ± {error:.2f}", (value, place), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xlabel(label)
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
+    page.savefig(path, dpi=120)
+
+
+def page_of(pictures: dict[str, Image.Image], path: Path) -> None:
+    """Pictures one above the other, each beside its name."""
+    width = max(picture.width for picture in pictures.values()) / 110
+    heights = [picture.height / 110 for picture in pictures.values()]
+    page = Figure(figsize=(width + 1.4, sum(heights) + 0.1 * len(heights)), layout="constrained")
+    axes = page.subplots(len(pictures), 1, squeeze=False, height_ratios=heights).flatten()
+    for each, (name, picture) in zip(axes, pictures.items(), strict=True):
+        each.imshow(picture, interpolation="nearest")
+        each.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        each.set(xticks=[], yticks=[])
+        each.spines[:].set_visible(False)
+    page.savefig(path, dpi=110)
+
+
+def moving_average(points: Points, share: float = 0.02) -> list[tuple[float, float]]:
+    """The mean over a window of `share` of all points around each."""
+    if not points:
+        return []
+    half = max(1, int(share * len(points) / 2))
+    values = torch.tensor([y for _, y in points], dtype=torch.double)
+    means = [values[max(0, place - half) : place + half + 1].mean().item() for place in range(len(values))]
+    return [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    """Of all values but the highest thirtieth, since the first steps of a training would flatten all the rest."""
+    values = sorted(values)
+    low, high = values[0], values[int(0.97 * (len(values) - 1))] if len(values) > 60 else values[-1]
+    margin = 0.06 * (high - low) + 1e-6 + 1e-3 * abs(high)
+    return low - margin, high + margin

@@ -1,0 +1,115 @@
+"""What is trained for the thesis and the slides, at each scale, and training it to its end however often it was stopped."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from flowgen.config import read_config
+from flowgen.errors import FlowgenError
+from flowgen.training.checkpoint import read_checkpoint
+from flowgen.training.run import Run
+
+SCALES = ("full", "small", "smoke")
+GROUPS = ("glow_conv", "glow_resnet", "toy", "slides", "outlook")
+FACED = {"glow_conv", "glow_resnet", "outlook"}  # groups that train on faces
+FACES = {  # what a scale changes in every experiment with faces
+    "full": "",
+    "small": "trainer.device=cpu trainer.ema=0.995 trainer.initial_images=256 trainer.log_every=20 trainer.evaluate_every=200 "
+    "trainer.evaluate_images=300 trainer.sample_every=400 trainer.save_every=200",
+    "smoke": "trainer.device=cpu trainer.initial_images=64 trainer.log_every=1 trainer.evaluate_every=3 trainer.evaluate_images=32 "
+    "trainer.sample_every=6 model.levels=2 model.steps_per_level=1 model.width=8 trainer.batch_size=8 trainer.warmup=2 trainer.steps=6",
+}
+DIGITS = {  # and with digits
+    "full": "data=mnist",
+    "small": "data=mnist trainer.minutes=0.5",
+    "smoke": "data=mnist_sample trainer.minutes=null trainer.steps=20 trainer.evaluate_every=20 model.hidden=16",
+}
+
+
+class Part(NamedTuple):
+    """One training: its group, the experiment, what each scale changes in it, and the run's folder below that of the scale."""
+
+    group: str
+    experiment: str
+    words: dict[str, str]
+    folder: str
+
+    def command(self, scale: str, data: list[str], out: Path) -> list[str]:
+        """What is trained, as words of `flowgen train`."""
+        faces, digits = self.experiment.startswith("thesis/glow"), self.group == "slides"
+        common = FACES[scale].split() + data if faces else DIGITS[scale].split() if digits else []
+        return [f"experiment={self.experiment}", *common, *self.words.get(scale, "").split(), f"out={out}"]
+
+
+def thesis(name: str, group: str, small: str, smoke: str = "") -> Part:
+    return Part(group, f"thesis/{name}", {"small": small, "smoke": smoke}, name)
+
+
+def slides(name: str, hidden: int, small: str = "") -> Part:
+    return Part(
+        "slides", f"slides/{name}", {"full": f"model.hidden={hidden}", "small": f"model.hidden={hidden} {small}"}, f"{name}_{hidden}"
+    )
+
+
+FLOWS = [
+    thesis(
+        "glow_conv",
+        "glow_conv",
+        "model.width=64 model.steps_per_level=4 trainer.steps=4500 trainer.keep_at=[1200,1620,4500]",
+        "trainer.keep_at=[2,3,6]",
+    ),
+    thesis(
+        "glow_resnet",
+        "glow_resnet",
+        "model.width=32 model.steps_per_level=8 trainer.steps=2400 trainer.warmup=220 trainer.keep_at=[580,910,2400]",
+        "trainer.keep_at=[2,3,6]",
+    ),
+]
+TOY = Part("toy", "thesis/toy", {"smoke": "trainer.minutes=null trainer.steps=20"}, "toy")
+OUTLOOK = [
+    thesis("glow_conv_32", "outlook", "model.width=64 model.steps_per_level=16 trainer.steps=400"),
+    thesis("glow_resnet_blocks", "outlook", "model.width=32 model.steps_per_level=8 trainer.steps=400 trainer.warmup=220"),
+    thesis("glow_gated", "outlook", "model.width=24 model.steps_per_level=8 trainer.steps=400 trainer.warmup=220"),
+]
+HALF_SIX = slides("half_six", 500, "trainer.minutes=3")
+
+
+def parts(scale: str, groups: list[str]) -> list[Part]:
+    """Everything that a scale trains for these groups: of the slides' 24 machines ten at the smaller scales."""
+    names = ("filters", "l2_1e3", "l2_1e6", "l1_1e3", "l1_1e6", "cd1", "cd10", "tempering")
+    sizes = (50, 100, 300)
+    boltzmann = [slides(name, hidden) for name in names for hidden in sizes if scale == "full" or hidden == 100 or name == "filters"]
+    return [part for part in (*FLOWS, TOY, *boltzmann, HALF_SIX, *OUTLOOK) if part.group in groups]
+
+
+def train(part: Part, scale: str, data: list[str], out: Path) -> None:
+    """Train a part to its end, from where it was stopped; what is finished is left alone. Raises FlowgenError where it fails."""
+    run = Run(out)
+    if is_finished(run):
+        return
+    words = ["resume", str(out)] if run.config.exists() else ["train", *part.command(scale, data, out)]
+    print(f"\n$ flowgen {' '.join(words)}", flush=True)
+    status = subprocess.run([sys.executable, "-m", "flowgen", *words], check=False).returncode
+    if status:
+        raise FlowgenError(f"{out} ended with status {status}, see above: the same command goes on from here")
+    _mark(run).touch()
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the run has come to its end, even where it was killed before that could be noted."""
+    if _mark(run).exists():
+        return True
+    if not run.config.exists() or not run.last.exists():
+        return False
+    ends = read_config(run.config)["trainer"]
+    try:
+        last = read_checkpoint(run.last)
+    except FlowgenError:
+        return False
+    by_steps = ends["steps"] is not None and last["step"] >= ends["steps"]
+    return by_steps or (ends["minutes"] is not None and last["metrics"]["seconds"] >= 60 * ends["minutes"])
+
+
+def _mark(run: Run) -> Path:
+    return run.folder / "done"

@@ -1,0 +1,328 @@
+"""The numbered figures of every part: what each shows, where it lies, which command and run it comes from, how it differs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import kinds
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+import flowgen
+import flowgen.figures
+from flowgen.commands.chain import chain
+from flowgen.commands.complete import complete
+from flowgen.commands.evaluate import evaluate
+from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample as sample_command
+from flowgen.config import conf_folder, read_config
+from flowgen.data import Images
+from flowgen.models import Flow
+from flowgen.training.run import Run
+from flowgen.training.schedule import learning_rate_factor, warmup_steps
+
+TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
+WAY = 11  # pictures of an interpolation
+PLACES = (0.45, 0.5, 0.75)
+
+
+class Figure(NamedTuple):
+    """One figure of the page. `command` makes it, or the run that it is drawn from; `difference` is from the original."""
+
+    number: str
+    caption: str
+    path: Path
+    run: Path | None
+    command: str
+    difference: str
+
+
+def drawn(path: Path, run: Run, draw_it: Callable[[Path], object]) -> Path:
+    """`path`, drawn where it is missing or older than the run's last checkpoint."""
+    if not path.exists() or path.stat().st_mtime < run.last.stat().st_mtime:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_stem(f".{path.stem}")  # a run that is killed leaves no half of a picture under its name
+        draw_it(aside)
+        aside.replace(path)
+    return path
+
+
+def figures_of(run: Run) -> dict[str, Any]:
+    """What `flowgen evaluate --json` says of a run, kept beside it."""
+    path = run.folder / "evaluate.json"
+    drawn(path, run, lambda aside: aside.write_text(json.dumps(evaluate(str(run.folder), [], "auto"))))
+    return json.loads(path.read_text())
+
+
+def changes(run: Run, experiment: str) -> str:
+    """Where a run's configuration departs from the experiment's file, which holds the original's settings."""
+    original = yaml.safe_load((conf_folder() / "experiment" / f"{experiment}.yaml").read_text())
+    config = read_config(run.config)
+    told = [
+        f"{section}.{key}={config[section].get(key)} for {value}"
+        for section in ("data", "model", "trainer")
+        for key, value in (original.get(section) or {}).items()
+        if config[section].get(key) != value and key != "keep_at"
+    ]
+    wanted = next(str(word["override /data"]) for word in original["defaults"] if "override /data" in word)
+    source = yaml.safe_load((conf_folder() / "data" / f"{wanted}.yaml").read_text())
+    if any(config["data"].get(key) != source[key] for key in ("_target_", "names") if key in source):
+        told.insert(0, f"other data than {wanted}")
+    return "Against the experiment's file: " + "; ".join(told) + "." if told else "The experiment as its file has it."
+
+
+def of_data(folder: Path, data: Images, originals: Tensor, name: str) -> list[Figure]:
+    """Figures 3.1 and 3.2: training images as they are, and as the model sees them."""
+    count = len(originals)
+    levels = (data.train[:count] >> (8 - data.bits)).float()
+    noisy = (levels + torch.rand(levels.shape, generator=torch.Generator().manual_seed(0))) / 2**data.bits
+    paths = folder / "figure_3.1.png", folder / "figure_3.2.png"
+    kinds.tiles(originals, [""] * count, 8, paths[0])
+    kinds.tiles(noisy, [""] * count, 8, paths[1])
+    shape = "x".join(map(str, data.train.shape[2:]))
+    return [
+        Figure("3.1", f"Training images of {name}.", paths[0], None, "make reproduce-thesis", "Other images than in the thesis."),
+        Figure(
+            "3.2",
+            f"The same cropped, resized to {shape}, in {data.bits} bits, with noise u ~ U[0, 1) within the levels.",
+            paths[1],
+            None,
+            "make reproduce-thesis",
+            "The thesis' text adds Gaussian noise, its code uniform noise, as here.",
+        ),
+    ]
+
+
+def of_training(run: Run, folder: Path, numbers: tuple[str, str, str], experiment: str, images: int, first: bool) -> list[Figure]:
+    """The learning rate, the smoothed loss, the raw loss; before the first experiment, figure 3.3, the warm-up."""
+    rows, config = run.read_metrics(), read_config(run.config)
+    train = [row for row in rows if row["split"] == "train" and row["loss"] is not None]
+    command = f"flowgen train experiment={experiment}"
+    difference = changes(run, experiment)
+    found = []
+    if first:
+        trainer = config["trainer"]
+        steps = warmup_steps(trainer["warmup"], images, trainer["batch_size"])
+        factors = [(step, learning_rate_factor(step, 0.0, steps, 0.0)) for step in range(0, 2 * steps + 1, max(1, steps // 100))]
+        path = drawn(folder / "figure_3.3.png", run, lambda at: kinds.lines({"warm-up": factors}, "step", "share of the learning rate", at))
+        found.append(Figure("3.3", f"The warm-up: {steps} steps, then constant.", path, run.folder, command, difference))
+    rate = [(row["step"], row["lr"]) for row in train]
+    raw = [(row["step"], row["loss"]) for row in train]
+    test = [(row["step"], row["bits_per_dim"]) for row in rows if row["split"] == "test"]
+    label, offset = f"bits/dim at {config['data']['bits']} bits", 8.0 - config["data"]["bits"]
+    drawings: list[tuple[str, Callable[[Path], object]]] = [
+        ("The learning rate.", lambda at: kinds.lines({"learning rate": rate}, "step", "learning rate", at)),
+        (
+            "The loss, smoothed by a moving average over 2 % of the training, and the test split's.",
+            lambda at: kinds.lines({"training": kinds.moving_average(raw), "test": test}, "step", label, at, offset=offset),
+        ),
+        ("The loss, raw.", lambda at: kinds.lines({"training": raw}, "step", label, at, thin="training", offset=offset)),
+    ]
+    for number, (caption, draw_it) in zip(numbers, drawings, strict=True):
+        path = drawn(folder / f"figure_{number}.png", run, draw_it)
+        found.append(Figure(number, caption, path, run.folder, command, difference))
+    return found
+
+
+def of_samples(run: Run, folder: Path, numbers: tuple[str, ...], experiment: str) -> list[Figure]:
+    """Two samples at each of four temperatures, from high to low log-probability, at the iterations that the thesis shows."""
+    original = yaml.safe_load((conf_folder() / "experiment" / f"{experiment}.yaml").read_text())["trainer"]["keep_at"]
+    temperatures = (0.0, 0.25, 0.7, 1.0)
+    found = []
+    for number, wanted, step in zip(numbers, original, read_config(run.config)["trainer"]["keep_at"], strict=True):
+
+        def draw_it(at: Path, step: int = step) -> None:
+            model = flowgen.load(run.numbered(step), "auto")
+            pictures, titles = [], []
+            for temperature in temperatures:
+                levels, worth = draw(model, 2, temperature, 0)
+                order = worth.argsort(descending=True)
+                pictures.append(unit(levels[order], model.bits))
+                bits = -worth[order] / (levels[0].numel() * 0.6931)
+                titles += [f"T = {temperature:g}: {value:.2f} bits/dim" for value in bits.tolist()]
+            kinds.tiles(torch.cat(pictures), titles, 4, at)
+
+        command = f"flowgen sample --run {run.numbered(step)} --count 2 " + " ".join(f"--temperature {each:g}" for each in temperatures)
+        caption = f"Samples after {step:,} steps, two at each temperature, from high to low log-probability."
+        difference = f"The original: after {wanted:,} steps. {changes(run, experiment)}"
+        path = drawn(folder / f"figure_{number}.png", run, draw_it)
+        found.append(Figure(number, caption, path, run.folder, command, difference))
+    return found
+
+
+def of_temperatures(run: Run, folder: Path, number: str, experiment: str) -> Figure:
+    """One latent vector at five temperatures."""
+
+    def draw_it(at: Path) -> None:
+        model = flowgen.load(run.folder, "auto")
+        pictures = torch.cat([unit(draw(model, 1, temperature, 1)[0], model.bits) for temperature in TEMPERATURES])
+        kinds.tiles(pictures, [f"T = {temperature:g}" for temperature in TEMPERATURES], 5, at)
+
+    command = f"flowgen sample --run {run.folder} --count 1 --seed 1 " + " ".join(f"--temperature {each:g}" for each in TEMPERATURES)
+    path = drawn(folder / f"figure_{number}.png", run, draw_it)
+    caption = "One latent vector at temperatures 0, 0.25, 0.5, 0.75 and 1, which the thesis shows one by one."
+    return Figure(number, caption, path, run.folder, command, changes(run, experiment))
+
+
+def of_interpolations(run: Run, folder: Path, numbers: tuple[str, ...], experiment: str, data: Images) -> list[Figure]:
+    """Latent way and its middle; where six numbers are given, the pixels' way and its middle; from a test image to a training image."""
+    bits = data.bits
+    train, test = data.train[:2] >> (8 - bits), data.test[:1] >> (8 - bits)
+    within, outside = (train[0], train[1]), (test[0], train[1])
+    ends = {folder / "train_0.png": train[0], folder / "train_1.png": train[1], folder / "test_0.png": test[0]}
+    for path, levels in ends.items():
+        to_pil(levels, bits).save(path)
+
+    def way(pair: tuple[Tensor, Tensor], latent: bool, shares: Tensor) -> Callable[[Path], None]:
+        def draw_it(at: Path) -> None:
+            weights = shares[:, None, None, None]
+            if latent:
+                model = flowgen.load(run.folder, "auto")
+                assert isinstance(model, Flow)
+                first, second = model.encode(torch.stack(pair).to(model.device))
+                weights = shares[:, None].to(model.device)
+                pictures = unit(model.decode((1 - weights) * first + weights * second), bits)
+            else:
+                pictures = (1 - weights) * unit(pair[0][None], bits) + weights * unit(pair[1][None], bits)
+            kinds.tiles(pictures, [f"{share:.2g}" for share in shares.tolist()], len(shares), at)
+
+        return draw_it
+
+    whole, middle = torch.linspace(0, 1, WAY), torch.tensor(PLACES)
+    of_two = "of two training images"
+    jobs = [
+        (within, True, whole, f"Linear interpolation {of_two} in the space of the latents."),
+        (within, True, middle, "Its steps at 0.45, 0.5 and 0.75."),
+        (within, False, whole, f"Linear interpolation {of_two} in the space of the pixels."),
+        (within, False, middle, "Its steps at 0.45, 0.5 and 0.75."),
+        (outside, True, whole, "Latent interpolation from an image that is not in the training set to one that is."),
+        (outside, True, middle, "Its steps at 0.45, 0.5 and 0.75."),
+    ]
+    jobs = jobs if len(numbers) == 6 else [*jobs[:2], *jobs[4:]]
+    found = []
+    for number, (pair, latent, shares, caption) in zip(numbers, jobs, strict=True):
+        path = drawn(folder / f"figure_{number}.png", run, way(pair, latent, shares))
+        start = folder / ("train_0.png" if pair is within else "test_0.png")
+        command = f"flowgen interpolate {start} {folder / 'train_1.png'} --steps {WAY} --run {run.folder}"
+        found.append(Figure(number, caption, path, run.folder, command, f"Other images. {changes(run, experiment)}"))
+    return found
+
+
+def of_toy(run: Run, folder: Path) -> Figure:
+    path = drawn(folder / "figure_B.1.png", run, lambda at: sample_command(str(run.folder), [], 1, 0, None, None, None, "auto", at))
+    caption = "The target, N(0, I), the one carried into the other, and the density; colours keep the direction in the latent plane."
+    command = f"flowgen sample --run {run.folder}"
+    return Figure("B.1", caption, path, run.folder, command, "The original's flow is not given; it shows no density.")
+
+
+def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list[Figure]:
+    """Filters, samples and likelihoods of the machines; half 6, digits from noise and films of the last one."""
+    names = [run.folder.name for run in runs]
+    newest = max(runs, key=lambda run: run.last.stat().st_mtime)
+    command = "flowgen train -m experiment=" + ",".join(sorted({f"slides/{name.rpartition('_')[0]}" for name in names}))
+    settings = "The slides name neither training times nor learning rates."
+
+    def filters(at: Path) -> None:
+        loaded = {run.folder.name: flowgen.load(run.folder) for run in runs}
+        kinds.page_of({name: flowgen.figures.signed(model.features(), 20, 40) for name, model in loaded.items()}, at)
+
+    def samples(at: Path) -> None:
+        loaded = {run.folder.name: flowgen.load(run.folder) for run in runs}
+        drawn_ = {name: draw(model, 20, 1.0, 0)[0] for name, model in loaded.items()}
+        kinds.page_of({name: flowgen.figures.to_image(levels, 1, 20) for name, levels in drawn_.items()}, at)
+
+    evaluated = {run.folder.name: figures_of(run) for run in (*runs, half_six)}
+    likelihoods = {name: (each["log_likelihood"], each["log_likelihood_error"]) for name, each in evaluated.items()}
+    likelihood_path = drawn(
+        folder / "figure_S.3.png", newest, lambda at: kinds.bars(likelihoods, "test log-likelihood, nats (the higher the better)", at)
+    )
+    image = folder / "six.png"
+    Image.fromarray(255 * six[0].numpy()).save(image)
+    name = str(half_six.folder)
+    half = drawn(
+        folder / "figure_S.4.png",
+        half_six,
+        lambda at: complete(image, "left", ["gibbs", "tempering", "mean-field"], name, 500, 0, "auto", at),
+    )
+    noise = drawn(folder / "figure_S.5.png", half_six, lambda at: sample_command(name, [1.0], 32, 0, None, "tempering", 500, "auto", at))
+    found = [
+        Figure(
+            "S.1",
+            "The 40 largest filters of each machine: orange above zero, blue below. The name: experiment and hidden units.",
+            drawn(folder / "figure_S.1.png", newest, filters),
+            runs[0].folder.parent,
+            command,
+            settings,
+        ),
+        Figure(
+            "S.2",
+            "Samples of each machine: tempering from white noise, 500 sweeps.",
+            drawn(folder / "figure_S.2.png", newest, samples),
+            runs[0].folder.parent,
+            "flowgen sample --count 20 --method tempering --run RUN",
+            settings,
+        ),
+        Figure(
+            "S.3",
+            "Test log-likelihood, by annealed importance sampling or exactly.",
+            likelihood_path,
+            runs[0].folder.parent,
+            "flowgen evaluate --run RUN",
+            "The slides judge by the reconstruction error, which is no likelihood.",
+        ),
+        Figure(
+            "S.4",
+            "A digit 6 of the test set, its left half, and what each sampler restores from it.",
+            half,
+            half_six.folder,
+            f"flowgen complete {image} --keep left --run {name} --sweeps 500",
+            "The slides show clamped Gibbs alone.",
+        ),
+        Figure(
+            "S.5", "New digits grown from white noise.", noise, half_six.folder, f"flowgen sample --run {name} --method tempering", settings
+        ),
+    ]
+    for number, method in (("S.6", "tempering"), ("S.7", "gibbs"), ("S.8", "mean-field")):
+        film = drawn(folder / f"figure_{number}.gif", half_six, lambda at, method=method: chain(method, name, 36, 60, 2, 0, "auto", at))
+        command = f"flowgen chain --method {method} --run {name} --count 36 --frames 60 --sweeps 2"
+        found.append(Figure(number, f"A film of 36 chains from white noise: {method}.", film, half_six.folder, command, settings))
+    return found
+
+
+def of_outlook(runs: dict[str, Run], folder: Path) -> list[Figure]:
+    """The test figures of all flows by images seen, and samples of each."""
+    newest = max(runs.values(), key=lambda run: run.last.stat().st_mtime)
+    named = {}
+    for name, run in runs.items():
+        batch = read_config(run.config)["trainer"]["batch_size"]
+        named[name] = [(batch * row["step"] / 1000, row["bits_per_dim"]) for row in run.read_metrics() if row["split"] == "test"]
+
+    def samples(at: Path) -> None:
+        loaded = {name: flowgen.load(run.folder, "auto") for name, run in runs.items()}
+        grids = {name: flowgen.figures.to_image(draw(model, 12, 0.7, 0)[0], model.bits, 12) for name, model in loaded.items()}
+        kinds.page_of(grids, at)
+
+    bits = read_config(newest.config)["data"]["bits"]
+    label, parent = f"test bits/dim at {bits} bits", newest.folder.parent
+    paths = [
+        drawn(folder / "figure_O.1.png", newest, lambda at: kinds.lines(named, "thousands of training images seen", label, at)),
+        drawn(folder / "figure_O.2.png", newest, samples),
+    ]
+    own = "The thesis names these networks and trains none of them."
+    return [
+        Figure("O.1", "Test bits/dim of every network by the images seen.", paths[0], parent, "flowgen train experiment=thesis/NAME", own),
+        Figure("O.2", "Samples of each at temperature 0.7.", paths[1], parent, "flowgen sample --temperature 0.7 --run RUN", own),
+    ]
+
+
+def unit(levels: Tensor, bits: int) -> Tensor:
+    """Levels as pixels in [0, 1]."""
+    return levels.cpu().float() / (2**bits - 1)
+
+
+def to_pil(levels: Tensor, bits: int) -> Image.Image:
+    pixels = (255 * unit(levels, bits)).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray((pixels[..., 0] if pixels.shape[2] == 1 else pixels).numpy())

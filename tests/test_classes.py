@@ -1,0 +1,108 @@
+"""Flows that learn one distribution for each class."""
+
+import math
+
+import pytest
+import torch
+from conftest import SMALL
+from test_models import glow, model_of, noise
+
+from flowgen.data import Images, MNISTSample
+from flowgen.models import Flow
+
+LABELLED = ["data=mnist_sample", *[word for word in SMALL if not word.startswith("data")], "model.classes=10", "trainer.steps=2"]
+
+
+def stripes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy images of three classes: rows, columns and neither."""
+    labels = torch.arange(count) % 3
+    ramp = torch.arange(8) % 2 * 12
+    patterns = torch.stack((ramp[:, None].expand(8, 8), ramp.expand(8, 8), torch.full((8, 8), 6)))
+    levels = patterns[labels][:, None] + 4 + torch.randint(0, 8, (count, 3, 8, 8))
+    return levels.to(torch.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def trained() -> Flow:
+    torch.manual_seed(0)
+    model = model_of("glow", classes=3, steps_per_level=2, width=16, levels=1)
+    model.initialize(stripes(300)[0])
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(*stripes(48)).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_the_density_is_the_mean_over_the_classes():
+    model = glow(classes=3).double()
+    x = torch.rand(5, 3, 8, 8, dtype=torch.double)
+    of_class = torch.stack([model.log_density(x, torch.full((5,), label)) for label in range(3)])
+    assert torch.allclose(model.log_density(x), of_class.logsumexp(0) - math.log(3), atol=1e-9)
+    z, log_det = model.bijection(x)
+    expected = torch.distributions.Normal(model.means[1], 1.0).log_prob(z).sum(1) + log_det
+    assert torch.allclose(of_class[1], expected, atol=1e-9)
+
+
+def test_labels_go_with_their_images():
+    data = MNISTSample(channels=1, size=28, bits=8, flip=False)
+    levels, labels = data.draw(4490, 20, seed=3)
+    place = [next(n for n in range(len(data.train)) if torch.equal(data.train[n], image)) for image in levels]
+    assert torch.equal(labels, data.labels[0][place].long()) and labels.dtype == torch.long
+    assert Images(data.train, data.test, bits=8, flip=False).draw(0, 4, 0)[1] is None
+
+
+def test_a_trained_flow_tells_classes_apart_and_draws_the_one_asked_for(trained):
+    levels, labels = stripes(300)
+    assert (trained.classify(levels).argmax(1) == labels).float().mean() > 0.97
+    for label in range(3):
+        drawn, _ = trained.sample(50, 0.7, torch.Generator().manual_seed(0), label=label)
+        image = drawn.float().mean((0, 1))
+        across, down = image.mean(0).std(), image.mean(1).std()  # columns show in the first, rows in the second
+        assert [down > 3 * across, across > 3 * down, max(across, down) < 1.5][label]
+
+
+def test_the_figure_needs_no_labels_and_stays_above_the_entropy():
+    model = glow(classes=3)
+    model.initialize(noise(5, 256))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(noise(5, 30), torch.arange(30) % 3).backward()
+        optimizer.step()
+    figures = model.evaluate([noise(5, 256)])
+    assert figures["bits_per_dim"] > 5 - 3 * figures["bits_per_dim_error"]
+
+
+def test_temperature_zero_is_the_middle_of_the_class(trained):
+    drawn, worth = trained.sample(2, 0.0, label=2)
+    assert torch.equal(drawn[:1], trained.decode(trained.means[2:3])) and torch.equal(drawn[0], drawn[1])
+    assert torch.isfinite(worth).all()
+
+
+def test_sample_draws_a_class_by_its_label(command, tmp_path):
+    status, _, error = command("train", *LABELLED, f"out={tmp_path / 'run'}")
+    assert status == 0, error
+    assert command("sample", "--run", tmp_path / "run", "--label", 3, "--count", 4)[0] == 0
+    status, _, error = command("sample", "--run", tmp_path / "run", "--label", 10)
+    assert status == 1 and "from 0 to 9" in error and len(error.splitlines()) == 1
+
+
+def test_a_flow_without_classes_says_how_to_get_one(tiny_run, command):
+    status, _, error = command("sample", "--run", tiny_run, "--label", 3)
+    assert status == 1 and "model.classes" in error and len(error.splitlines()) == 1
+    status, _, error = command("sample", "--label", 3)
+    assert status == 1 and "flowgen train model.classes=10 data=mnist" in error
+
+
+@pytest.mark.parametrize(("words", "said"), [(["model.classes=5"], "too few"), (["model.classes=0"], "whole number")])
+def test_classes_that_do_not_fit_the_labels_are_refused(command, words, said, tmp_path):
+    status, _, error = command("train", *LABELLED, *words, f"out={tmp_path / 'run'}")
+    assert status == 1 and said in error
+
+
+def test_classes_need_labels(command, images, tmp_path):
+    words = [*SMALL, f"data.root={images}", "trainer.steps=2", "model.classes=3", f"out={tmp_path / 'run'}"]
+    status, _, error = command("train", *words)
+    assert status == 1 and "needs labels" in error
