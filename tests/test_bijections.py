@@ -41,6 +41,7 @@ from flowgen.bijections import (
     channelwise,
     checkerboard,
 )
+from flowgen.errors import FlowgenError
 
 IMAGE = (4, 4, 2)  # channels, height, width
 DRAW = {
@@ -261,3 +262,9 @@ def test_normal_tail_of_the_logistic_is_finite_in_float32():
     x = torch.tensor([[-1e4, -91.0, -80.0, 0.0, 79.9, 91.0, 1e4]])
     z, log_det = LogisticToNormal()(x)
     assert torch.isfinite(z).all() and torch.isfinite(log_det).all() and (z.diff() > 0).all()
+
+
+def test_batch_normalisation_of_one_number_a_channel_says_what_to_do():
+    for module in (RealNVPNetwork(2, 4, 4, blocks=1), BatchNorm(2)):
+        with pytest.raises(FlowgenError, match="batch_size"):
+            module.train()(torch.rand(1, 2, 1, 1))

@@ -54,6 +54,10 @@ def test_no_model_scores_below_the_entropy(name, kind):
     model = train(MODELS[name](bits=8 if kind == "gaussian field" else 1), levels, 5 if name.startswith("iaf") else 30)
     figures = model.evaluate([(gaussian_field if kind == "gaussian field" else markov_texture)(500, 3)[0]])
     assert figures["bits_per_dim"] > entropy - 3 * figures["bits_per_dim_error"]
+    with torch.no_grad():
+        x = (levels[:100] + 0.5) / model.bins
+        assert (model.bijection.inverse(model.bijection(x)[0])[0] - x).abs().max() < 1e-4
+        assert torch.isfinite(model.bijection.inverse(torch.randn(10_000, DIMENSIONS))[0]).all()
 
 
 @pytest.mark.parametrize(

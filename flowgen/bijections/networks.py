@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from flowgen.errors import FlowgenError
+
 
 class Network(nn.Module, ABC):
     """A function of its input that may start from data."""
@@ -204,6 +206,12 @@ class DenseNetwork(Network):
         return self.layers(x)
 
 
+def check_can_be_normalised(x: Tensor) -> None:
+    """Raises FlowgenError for a batch of one number a channel, which has no variance."""
+    if x[:, 0].numel() < 2:
+        raise FlowgenError("batch normalisation needs more than one image at a time: give trainer.batch_size at least 2 a part")
+
+
 class RealNVPNetwork(Network):
     """A convolutional ResNet with weight and batch normalisation, whose log-scales are scale * tanh(.) with a learnt scale.
 
@@ -226,6 +234,8 @@ class RealNVPNetwork(Network):
         return [nn.BatchNorm2d(in_channels), nn.ReLU(), convolution]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            check_can_be_normalised(x)
         x = self.first(x)
         for block in self.blocks:
             x = x + block(x)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.linear import ChannelAffine
-from flowgen.errors import FlowgenError
+from flowgen.bijections.networks import check_can_be_normalised
 
 
 class ActNorm(ChannelAffine):
@@ -50,8 +50,7 @@ class BatchNorm(Bijection):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.training:
             return self._map(x, self.mean, self.variance)
-        if x[:, 0].numel() < 2:
-            raise FlowgenError("batch normalisation needs more than one image at a time: give trainer.batch_size at least 2 a part")
+        check_can_be_normalised(x)
         variance, mean = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
         with torch.no_grad():
             self.mean.lerp_(mean, self.momentum)

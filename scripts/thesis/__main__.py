@@ -110,7 +110,9 @@ class Reproduction:
         if faces is not None:
             found.append(Section("data", "Data", sections.of_data(drawings, faces, self.originals(faces), self.data_name)))
             for name in [name for name in EXPERIMENTS if name in runs]:
-                found.append(Section(name, TITLES[name], self._experiment(runs[name][0], drawings, EXPERIMENTS[name], faces)))
+                command = f"flowgen train {' '.join(parts(self.scale, [name])[0].command(self.scale, self.words, runs[name][0].folder))}"
+                told = [f"Trained by {command}", sections.changes(runs[name][0], f"thesis/{name}")]
+                found.append(Section(name, TITLES[name], self._experiment(runs[name][0], drawings, command, faces), told))
         if faces is not None and set(EXPERIMENTS) <= set(runs):
             both = {f"experiment {number}": runs[name][0] for number, name in enumerate(EXPERIMENTS, 1)}
             figures, table, sentences = compare(both, faces, drawings, JUDGED[self.scale])
@@ -126,14 +128,14 @@ class Reproduction:
             found.append(Section("outlook", TITLES["outlook"], sections.of_outlook(named, drawings)))
         return found
 
-    def _experiment(self, run: Run, drawings: Path, numbers: tuple[str, ...], faces: Images) -> list[Figure]:
-        experiment = f"thesis/{run.folder.name}"
+    def _experiment(self, run: Run, drawings: Path, command: str, faces: Images) -> list[Figure]:
+        numbers = EXPERIMENTS[run.folder.name]
         training, samples, one, walks = numbers[:3], numbers[3:6], numbers[6], numbers[7:]
         return [
-            *sections.of_training(run, drawings, training, experiment, len(faces.train), first=training[0] == "3.4"),
-            *sections.of_samples(run, drawings, samples, experiment),
-            sections.of_temperatures(run, drawings, one, experiment),
-            *sections.of_interpolations(run, drawings, walks, experiment, faces),
+            *sections.of_training(run, drawings, training, command, len(faces.train), first=training[0] == "3.4"),
+            *sections.of_samples(run, drawings, samples, f"thesis/{run.folder.name}"),
+            sections.of_temperatures(run, drawings, one),
+            *sections.of_interpolations(run, drawings, walks, faces),
         ]
 
     def write(self, faces: Images | None, digits: Images | None, groups: Sequence[str]) -> Path:
@@ -159,8 +161,8 @@ class Reproduction:
 
     def _shown(self, figure: Figure) -> dict[str, Any]:
         command = figure.command.replace("make reproduce-thesis", self.command)
-        run = None if figure.run is None else str(figure.run.relative_to(self.folder))
-        return figure._asdict() | {"source": data_url(figure.path), "command": command, "run": run}
+        runs = [str(run.relative_to(self.folder)) for run in figure.runs]
+        return figure._asdict() | {"source": data_url(figure.path), "command": command, "runs": runs}
 
 
 def _padded(image: Image.Image, size: int = 128) -> Tensor:

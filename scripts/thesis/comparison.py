@@ -1,6 +1,7 @@
 """The comparison that the thesis draws between its two experiments, in figures and in words that follow from them."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ def compare(runs: dict[str, Run], data: Images, folder: Path, count: int) -> Com
     newest = max(runs.values(), key=lambda run: run.last.stat().st_mtime)
     found = {name: judged(run, data, count) for name, run in runs.items()}
     figures = [*_curves(runs, data, folder, newest), *_likeness(found, folder, newest), *_walks(found, folder, newest)]
+    figures = [figure._replace(runs=[run.folder for run in runs.values()]) for figure in figures]
     return Comparison(figures, _table(runs, data), _sentences(found))
 
 
@@ -67,7 +69,7 @@ def _curves(runs: dict[str, Run], data: Images, folder: Path, newest: Run) -> li
     label = f"test bits/dim at {data.bits} bits"
     drawn(path, newest, lambda at: kinds.lines(named, "step", label, at, offset=8.0 - data.bits))
     caption = "Test bits/dim of both experiments by the averaged weights: left as they are, right in the thesis' convention."
-    return [Figure("C.1", caption, path, newest.folder.parent, "flowgen report RUNS", "The thesis shows training losses alone.")]
+    return [Figure("C.1", caption, path, [], "flowgen report RUNS", "The thesis shows training losses alone.")]
 
 
 def _likeness(found: dict[str, Any], folder: Path, newest: Run) -> list[Figure]:
@@ -88,7 +90,7 @@ def _likeness(found: dict[str, Any], folder: Path, newest: Run) -> list[Figure]:
         path = folder / f"figure_{number}.png"
         drawn(path, newest, lambda at, named=named, label=label: kinds.lines(named, "temperature", label, at))
         images = next(iter(found.values()))["images"]
-        figures.append(Figure(number, f"{caption} {images} of each.", path, newest.folder.parent, "make reproduce-thesis", NOT_FID))
+        figures.append(Figure(number, f"{caption} {images} of each.", path, [], "make reproduce-thesis", NOT_FID))
     return figures
 
 
@@ -107,8 +109,8 @@ def _walks(found: dict[str, Any], folder: Path, newest: Run) -> list[Figure]:
     how = f"mean over {PAIRS} pairs of test images, {WAY} pictures each"
     by_eye = "The original compares by eye."
     return [
-        Figure("C.6", f"Smoothness: how much changes from each picture to the next; {how}.", paths[0], newest.folder.parent, MAKE, by_eye),
-        Figure("C.7", f"How likely the pictures on the way are; {how}.", paths[1], newest.folder.parent, MAKE, by_eye),
+        Figure("C.6", f"Smoothness: how much changes from each picture to the next; {how}.", paths[0], [], MAKE, by_eye),
+        Figure("C.7", f"How likely the pictures on the way are; {how}.", paths[1], [], MAKE, by_eye),
     ]
 
 
@@ -154,8 +156,9 @@ def _sentences(found: dict[str, Any]) -> list[str]:
     """What the thesis claims, and what these runs say to it."""
     one, two = found.values()
     warmest = {name: [each["likeness"][-1][name] for each in (one, two)] for name in ("recall", "spread")}
-    uneven = [each["walk"]["unevenness"] for each in (one, two)]
-    diverse = warmest["spread"][1] > warmest["spread"][0] and warmest["recall"][1] >= warmest["recall"][0]
+    uneven, errors = ([each["walk"][key] for each in (one, two)] for key in ("unevenness", "unevenness_error"))
+    diverse = warmest["spread"][1] > warmest["spread"][0] and warmest["recall"][1] > warmest["recall"][0]
+    smoother = uneven[0] - uneven[1] > 2 * math.hypot(*errors)
     distances = " and ".join(f"{each['likeness'][0]['frechet']:.2f}" for each in (one, two))
     fids = [each["fid"] for each in (one, two)]
     said = [
@@ -163,9 +166,9 @@ def _sentences(found: dict[str, Any]) -> list[str]:
         f"measures neutrality; the Fréchet distance of that one face to the test images is {distances}, of experiment 1 and 2.",
         f"The thesis finds the samples of experiment 2 more diverse. At temperature 1 recall is {warmest['recall'][0]:.2f} and "
         f"{warmest['recall'][1]:.2f}, the samples' mean distance {warmest['spread'][0]:.2f} and {warmest['spread'][1]:.2f} of the test "
-        f"images': {'found' if diverse else 'not found'} here.",
-        f"The thesis finds the interpolations of experiment 2 smoother. The largest step of a way is {uneven[0]:.2f} and {uneven[1]:.2f} "
-        f"times the mean one: {'found' if uneven[1] < uneven[0] else 'not found'} here.",
+        f"images': {'found' if diverse else 'not found in both'} here.",
+        f"The thesis finds the interpolations of experiment 2 smoother. The largest step of a way is {uneven[0]:.2f} ± {errors[0]:.2f} "
+        f"and {uneven[1]:.2f} ± {errors[1]:.2f} times the mean one: {'found' if smoother else 'not found'} here, by two standard errors.",
         "The thesis' loss adds 8 bits to data of fewer: its figures are too high by the difference, which the right-hand axes show.",
     ]
     if fids[0][0] is None:

@@ -98,6 +98,7 @@ class Walk(NamedTuple):
     bits: list[float]  # bits/dim of the pictures along the latents
     pixel_bits: list[float]
     unevenness: float  # the largest step over the mean step; 1 is perfectly even
+    unevenness_error: float
 
 
 @torch.no_grad()
@@ -108,12 +109,14 @@ def walk(model: Flow, first: Tensor, second: Tensor, steps: int) -> Walk:
     latent = torch.stack([model.decode((1 - a) * ends[0] + a * ends[1]) for a in share])
     pixels = torch.stack([((1 - a) * first.to(model.device) + a * second.to(model.device)).round().to(torch.uint8) for a in share])
     changes = _changes(latent, model.bins)
+    uneven = changes.max(0).values / changes.mean(0)
     return Walk(
         changes.mean(1).tolist(),
         _changes(pixels, model.bins).mean(1).tolist(),
         [_bits(model, picture) for picture in latent],
         [_bits(model, picture) for picture in pixels],
-        (changes.max(0).values / changes.mean(0)).mean().item(),
+        uneven.mean().item(),
+        uneven.std().item() / math.sqrt(len(uneven)),
     )
 
 

@@ -1,6 +1,6 @@
 """The kinds of figures, one function each; all write a PNG with a white ground and colours for colour-blind eyes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def tiles(images: Tensor, titles: Sequence[str], columns: int, path: Path) -> No
     page.savefig(path, dpi=150)
 
 
-def lines(named: dict[str, Points], xlabel: str, ylabel: str, path: Path, thin: str | None = None, offset: float = 0.0) -> None:
+def lines(named: Mapping[str, Points], xlabel: str, ylabel: str, path: Path, thin: str | None = None, offset: float = 0.0) -> None:
     """Lines through (x, y), told apart by colour, dash and mark; `thin` names a raw one. `offset` adds a second axis, y + offset."""
     page = Figure(figsize=(8, 4.2), layout="constrained")
     axes = page.subplots()

@@ -56,31 +56,34 @@ FLOWS = [
     thesis(
         "glow_conv",
         "glow_conv",
-        "model.width=64 model.steps_per_level=4 trainer.steps=4500 trainer.keep_at=[1200,1620,4500]",
+        "model.width=64 model.steps_per_level=4 trainer.steps=6000 trainer.keep_at=[1600,2160,6000]",
         "trainer.keep_at=[2,3,6]",
     ),
     thesis(
         "glow_resnet",
         "glow_resnet",
-        "model.width=32 model.steps_per_level=8 trainer.steps=2400 trainer.warmup=220 trainer.keep_at=[580,910,2400]",
+        "model.width=32 model.steps_per_level=8 trainer.steps=3000 trainer.warmup=275 trainer.keep_at=[725,1135,3000]",
         "trainer.keep_at=[2,3,6]",
     ),
 ]
 TOY = Part("toy", "thesis/toy", {"smoke": "trainer.minutes=null trainer.steps=20"}, "toy")
 OUTLOOK = [
     thesis("glow_conv_32", "outlook", "model.width=64 model.steps_per_level=16 trainer.steps=400"),
-    thesis("glow_resnet_blocks", "outlook", "model.width=32 model.steps_per_level=8 trainer.steps=400 trainer.warmup=220"),
-    thesis("glow_gated", "outlook", "model.width=24 model.steps_per_level=8 trainer.steps=400 trainer.warmup=220"),
+    thesis("glow_resnet_blocks", "outlook", "model.width=32 model.steps_per_level=8 trainer.steps=400 trainer.warmup=275"),
+    thesis("glow_gated", "outlook", "model.width=24 model.steps_per_level=8 trainer.steps=400 trainer.warmup=275"),
 ]
 HALF_SIX = slides("half_six", 500, "trainer.minutes=3")
 
 
 def parts(scale: str, groups: list[str]) -> list[Part]:
-    """Everything that a scale trains for these groups: of the slides' 24 machines ten at the smaller scales."""
+    """Everything that a scale trains for these groups: the slides' 24 machines, ten of them at the small scale, three at the smallest."""
     names = ("filters", "l2_1e3", "l2_1e6", "l1_1e3", "l1_1e6", "cd1", "cd10", "tempering")
-    sizes = (50, 100, 300)
-    boltzmann = [slides(name, hidden) for name in names for hidden in sizes if scale == "full" or hidden == 100 or name == "filters"]
-    return [part for part in (*FLOWS, TOY, *boltzmann, HALF_SIX, *OUTLOOK) if part.group in groups]
+    machines = {
+        "full": [slides(name, hidden) for name in names for hidden in (50, 100, 300)],
+        "small": [slides(name, hidden) for name in names for hidden in ((50, 100, 300) if name == "filters" else (100,))],
+        "smoke": [slides(name, 100) for name in ("filters", "l1_1e3", "cd10")],
+    }
+    return [part for part in (*FLOWS, TOY, *machines[scale], HALF_SIX, *OUTLOOK) if part.group in groups]
 
 
 def train(part: Part, scale: str, data: list[str], out: Path) -> None:

@@ -1,7 +1,8 @@
 """The numbered figures of every part: what each shows, where it lies, which command and run it comes from, how it differs."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +28,16 @@ from flowgen.training.schedule import learning_rate_factor, warmup_steps
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 WAY = 11  # pictures of an interpolation
 PLACES = (0.45, 0.5, 0.75)
+AS_ABOVE = "Settings: see the head of this section."
 
 
 class Figure(NamedTuple):
-    """One figure of the page. `command` makes it, or the run that it is drawn from; `difference` is from the original."""
+    """One figure of the page: `command` makes it, `runs` are what it is drawn from, `difference` is from the original."""
 
     number: str
     caption: str
     path: Path
-    run: Path | None
+    runs: Sequence[Path]
     command: str
     difference: str
 
@@ -71,7 +73,7 @@ def changes(run: Run, experiment: str) -> str:
     source = yaml.safe_load((conf_folder() / "data" / f"{wanted}.yaml").read_text())
     if any(config["data"].get(key) != source[key] for key in ("_target_", "names") if key in source):
         told.insert(0, f"other data than {wanted}")
-    return "Against the experiment's file: " + "; ".join(told) + "." if told else "The experiment as its file has it."
+    return f"Against the original: {'; '.join(told)}." if told else "Settings as in the original."
 
 
 def of_data(folder: Path, data: Images, originals: Tensor, name: str) -> list[Figure]:
@@ -84,31 +86,29 @@ def of_data(folder: Path, data: Images, originals: Tensor, name: str) -> list[Fi
     kinds.tiles(noisy, [""] * count, 8, paths[1])
     shape = "x".join(map(str, data.train.shape[2:]))
     return [
-        Figure("3.1", f"Training images of {name}.", paths[0], None, "make reproduce-thesis", "Other images than in the thesis."),
+        Figure("3.1", f"Training images of {name}.", paths[0], [], "make reproduce-thesis", "Other images than in the thesis."),
         Figure(
             "3.2",
             f"The same cropped, resized to {shape}, in {data.bits} bits, with noise u ~ U[0, 1) within the levels.",
             paths[1],
-            None,
+            [],
             "make reproduce-thesis",
             "The thesis' text adds Gaussian noise, its code uniform noise, as here.",
         ),
     ]
 
 
-def of_training(run: Run, folder: Path, numbers: tuple[str, str, str], experiment: str, images: int, first: bool) -> list[Figure]:
+def of_training(run: Run, folder: Path, numbers: tuple[str, ...], command: str, images: int, first: bool) -> list[Figure]:
     """The learning rate, the smoothed loss, the raw loss; before the first experiment, figure 3.3, the warm-up."""
     rows, config = run.read_metrics(), read_config(run.config)
     train = [row for row in rows if row["split"] == "train" and row["loss"] is not None]
-    command = f"flowgen train experiment={experiment}"
-    difference = changes(run, experiment)
     found = []
     if first:
         trainer = config["trainer"]
         steps = warmup_steps(trainer["warmup"], images, trainer["batch_size"])
         factors = [(step, learning_rate_factor(step, 0.0, steps, 0.0)) for step in range(0, 2 * steps + 1, max(1, steps // 100))]
         path = drawn(folder / "figure_3.3.png", run, lambda at: kinds.lines({"warm-up": factors}, "step", "share of the learning rate", at))
-        found.append(Figure("3.3", f"The warm-up: {steps} steps, then constant.", path, run.folder, command, difference))
+        found.append(Figure("3.3", f"The warm-up: {steps} steps, then constant.", path, [run.folder], command, AS_ABOVE))
     rate = [(row["step"], row["lr"]) for row in train]
     raw = [(row["step"], row["loss"]) for row in train]
     test = [(row["step"], row["bits_per_dim"]) for row in rows if row["split"] == "test"]
@@ -123,7 +123,7 @@ def of_training(run: Run, folder: Path, numbers: tuple[str, str, str], experimen
     ]
     for number, (caption, draw_it) in zip(numbers, drawings, strict=True):
         path = drawn(folder / f"figure_{number}.png", run, draw_it)
-        found.append(Figure(number, caption, path, run.folder, command, difference))
+        found.append(Figure(number, caption, path, [run.folder], command, AS_ABOVE))
     return found
 
 
@@ -141,19 +141,19 @@ def of_samples(run: Run, folder: Path, numbers: tuple[str, ...], experiment: str
                 levels, worth = draw(model, 2, temperature, 0)
                 order = worth.argsort(descending=True)
                 pictures.append(unit(levels[order], model.bits))
-                bits = -worth[order] / (levels[0].numel() * 0.6931)
-                titles += [f"T = {temperature:g}: {value:.2f} bits/dim" for value in bits.tolist()]
+                bits = -worth[order] / (levels[0].numel() * math.log(2))
+                titles += [f"T = {temperature:g}\n{value:.2f} bits/dim" for value in bits.tolist()]
             kinds.tiles(torch.cat(pictures), titles, 4, at)
 
         command = f"flowgen sample --run {run.numbered(step)} --count 2 " + " ".join(f"--temperature {each:g}" for each in temperatures)
         caption = f"Samples after {step:,} steps, two at each temperature, from high to low log-probability."
-        difference = f"The original: after {wanted:,} steps. {changes(run, experiment)}"
+        difference = f"The original: after {wanted:,} steps. {AS_ABOVE}"
         path = drawn(folder / f"figure_{number}.png", run, draw_it)
-        found.append(Figure(number, caption, path, run.folder, command, difference))
+        found.append(Figure(number, caption, path, [run.folder], command, difference))
     return found
 
 
-def of_temperatures(run: Run, folder: Path, number: str, experiment: str) -> Figure:
+def of_temperatures(run: Run, folder: Path, number: str) -> Figure:
     """One latent vector at five temperatures."""
 
     def draw_it(at: Path) -> None:
@@ -164,10 +164,10 @@ def of_temperatures(run: Run, folder: Path, number: str, experiment: str) -> Fig
     command = f"flowgen sample --run {run.folder} --count 1 --seed 1 " + " ".join(f"--temperature {each:g}" for each in TEMPERATURES)
     path = drawn(folder / f"figure_{number}.png", run, draw_it)
     caption = "One latent vector at temperatures 0, 0.25, 0.5, 0.75 and 1, which the thesis shows one by one."
-    return Figure(number, caption, path, run.folder, command, changes(run, experiment))
+    return Figure(number, caption, path, [run.folder], command, AS_ABOVE)
 
 
-def of_interpolations(run: Run, folder: Path, numbers: tuple[str, ...], experiment: str, data: Images) -> list[Figure]:
+def of_interpolations(run: Run, folder: Path, numbers: tuple[str, ...], data: Images) -> list[Figure]:
     """Latent way and its middle; where six numbers are given, the pixels' way and its middle; from a test image to a training image."""
     bits = data.bits
     train, test = data.train[:2] >> (8 - bits), data.test[:1] >> (8 - bits)
@@ -207,7 +207,7 @@ def of_interpolations(run: Run, folder: Path, numbers: tuple[str, ...], experime
         path = drawn(folder / f"figure_{number}.png", run, way(pair, latent, shares))
         start = folder / ("train_0.png" if pair is within else "test_0.png")
         command = f"flowgen interpolate {start} {folder / 'train_1.png'} --steps {WAY} --run {run.folder}"
-        found.append(Figure(number, caption, path, run.folder, command, f"Other images. {changes(run, experiment)}"))
+        found.append(Figure(number, caption, path, [run.folder], command, f"Other images. {AS_ABOVE}"))
     return found
 
 
@@ -215,12 +215,12 @@ def of_toy(run: Run, folder: Path) -> Figure:
     path = drawn(folder / "figure_B.1.png", run, lambda at: sample_command(str(run.folder), [], 1, 0, None, None, None, "auto", at))
     caption = "The target, N(0, I), the one carried into the other, and the density; colours keep the direction in the latent plane."
     command = f"flowgen sample --run {run.folder}"
-    return Figure("B.1", caption, path, run.folder, command, "The original's flow is not given; it shows no density.")
+    return Figure("B.1", caption, path, [run.folder], command, "The original's flow is not given; it shows no density.")
 
 
 def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list[Figure]:
     """Filters, samples and likelihoods of the machines; half 6, digits from noise and films of the last one."""
-    names = [run.folder.name for run in runs]
+    names, folders = [run.folder.name for run in runs], [run.folder for run in runs]
     newest = max(runs, key=lambda run: run.last.stat().st_mtime)
     command = "flowgen train -m experiment=" + ",".join(sorted({f"slides/{name.rpartition('_')[0]}" for name in names}))
     settings = "The slides name neither training times nor learning rates."
@@ -253,7 +253,7 @@ def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list
             "S.1",
             "The 40 largest filters of each machine: orange above zero, blue below. The name: experiment and hidden units.",
             drawn(folder / "figure_S.1.png", newest, filters),
-            runs[0].folder.parent,
+            folders,
             command,
             settings,
         ),
@@ -261,7 +261,7 @@ def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list
             "S.2",
             "Samples of each machine: tempering from white noise, 500 sweeps.",
             drawn(folder / "figure_S.2.png", newest, samples),
-            runs[0].folder.parent,
+            folders,
             "flowgen sample --count 20 --method tempering --run RUN",
             settings,
         ),
@@ -269,7 +269,7 @@ def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list
             "S.3",
             "Test log-likelihood, by annealed importance sampling or exactly.",
             likelihood_path,
-            runs[0].folder.parent,
+            folders,
             "flowgen evaluate --run RUN",
             "The slides judge by the reconstruction error, which is no likelihood.",
         ),
@@ -277,18 +277,23 @@ def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list
             "S.4",
             "A digit 6 of the test set, its left half, and what each sampler restores from it.",
             half,
-            half_six.folder,
+            [half_six.folder],
             f"flowgen complete {image} --keep left --run {name} --sweeps 500",
             "The slides show clamped Gibbs alone.",
         ),
         Figure(
-            "S.5", "New digits grown from white noise.", noise, half_six.folder, f"flowgen sample --run {name} --method tempering", settings
+            "S.5",
+            "New digits grown from white noise.",
+            noise,
+            [half_six.folder],
+            f"flowgen sample --run {name} --method tempering",
+            settings,
         ),
     ]
     for number, method in (("S.6", "tempering"), ("S.7", "gibbs"), ("S.8", "mean-field")):
         film = drawn(folder / f"figure_{number}.gif", half_six, lambda at, method=method: chain(method, name, 36, 60, 2, 0, "auto", at))
         command = f"flowgen chain --method {method} --run {name} --count 36 --frames 60 --sweeps 2"
-        found.append(Figure(number, f"A film of 36 chains from white noise: {method}.", film, half_six.folder, command, settings))
+        found.append(Figure(number, f"A film of 36 chains from white noise: {method}.", film, [half_six.folder], command, settings))
     return found
 
 
@@ -306,15 +311,15 @@ def of_outlook(runs: dict[str, Run], folder: Path) -> list[Figure]:
         kinds.page_of(grids, at)
 
     bits = read_config(newest.config)["data"]["bits"]
-    label, parent = f"test bits/dim at {bits} bits", newest.folder.parent
+    label, folders = f"test bits/dim at {bits} bits", [run.folder for run in runs.values()]
     paths = [
         drawn(folder / "figure_O.1.png", newest, lambda at: kinds.lines(named, "thousands of training images seen", label, at)),
         drawn(folder / "figure_O.2.png", newest, samples),
     ]
     own = "The thesis names these networks and trains none of them."
     return [
-        Figure("O.1", "Test bits/dim of every network by the images seen.", paths[0], parent, "flowgen train experiment=thesis/NAME", own),
-        Figure("O.2", "Samples of each at temperature 0.7.", paths[1], parent, "flowgen sample --temperature 0.7 --run RUN", own),
+        Figure("O.1", "Test bits/dim of every network by the images seen.", paths[0], folders, "flowgen train experiment=thesis/NAME", own),
+        Figure("O.2", "Samples of each at temperature 0.7.", paths[1], folders, "flowgen sample --temperature 0.7 --run RUN", own),
     ]
 
 
