@@ -33,7 +33,7 @@ def test_precision_falls_with_bad_samples_and_recall_with_missing_ones():
 
 def test_the_space_keeps_what_varies_most():
     images = torch.rand(500, 1, 4, 4) * torch.tensor([10.0] + 15 * [0.01]).view(1, 4, 4)
-    assert judge.Space(images)(images)[:, 0].std() == pytest.approx(images[:, 0, 0, 0].std(), rel=0.01)
+    assert judge.Space(images)(images)[:, 0].std().item() == pytest.approx(images[:, 0, 0, 0].std().item(), rel=0.01)
 
 
 def test_a_walk_through_the_pixels_is_even_and_both_ways_meet_at_the_ends():

@@ -1,6 +1,5 @@
 """Flows of the plane, every one on every toy set: there a density can be integrated."""
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -21,29 +20,31 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "maf": lambda: model_of("maf", **PLANE | {"width": 32}),
     "iaf": lambda: model_of("iaf", **PLANE | {"width": 32}),
 }
-Trained = tuple[Flow, Toy]
+Trained = tuple[Flow, Toy, float]
 
 
 @pytest.fixture(scope="module", params=[(flow, name) for flow in FLOWS for name in SETS], ids=" on ".join)
 def trained(request: pytest.FixtureRequest) -> Trained:
-    """A flow that has learnt a set a little."""
+    """A flow that has learnt a set a little, the set, and its figure before that."""
     torch.manual_seed(0)
     flow, name = request.param
     model, data = FLOWS[flow](), Toy(name=name, count=5000, bits=8, flip=False, channels=2, size=1)
     model.initialize(data.draw(0, 1000, 0)[0])
+    start = model.eval().evaluate(data.batches("test", 1000))["bits_per_dim"]
+    model.train()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for step in range(150):
         optimizer.zero_grad()
         model(*data.draw(256 * step, 256, 0)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 50.0)
         optimizer.step()
-    return model.eval(), data
+    return model.eval(), data, start
 
 
 @torch.no_grad()
 def test_the_density_integrates_to_one(trained: Trained):
     """Over a square three times as wide as the data's, but for Real NVP, whose logit knows the unit square alone."""
-    model, _ = trained
+    model = trained[0]
     low, width = (0.0, 1.0) if isinstance(model, RealNVP) else (-1.0, 3.0)
     side = low + width * (torch.arange(1200) + 0.5) / 1200
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).view(-1, 2, 1, 1)
@@ -53,7 +54,7 @@ def test_the_density_integrates_to_one(trained: Trained):
 
 @torch.no_grad()
 def test_a_trained_flow_inverts_in_float32_and_its_samples_are_finite(trained: Trained):
-    model, data = trained
+    model, data, _ = trained
     x = (next(data.batches("test", 1000)) + 0.5) / 256
     z, log_det = model.bijection(x)
     again, back = model.bijection.inverse(z)
@@ -62,6 +63,5 @@ def test_a_trained_flow_inverts_in_float32_and_its_samples_are_finite(trained: T
 
 
 def test_a_trained_flow_has_learnt_something(trained: Trained):
-    model, data = trained
-    independent = 0.5 * (2 * math.pi * math.e * data.test.float().flatten(1).var(0)).log2().mean().item()  # Gaussians of these variances
-    assert model.evaluate(data.batches("test", 1000))["bits_per_dim"] < independent - 0.02
+    model, data, start = trained
+    assert model.evaluate(data.batches("test", 1000))["bits_per_dim"] < start - 0.01
