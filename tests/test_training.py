@@ -159,7 +159,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> list[int]:
     """Make the loss of these training steps, counted from 1, not finite."""
     count, forward = [0], Glow.forward
 
-    def bad_at_times(self: Glow, levels: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def bad_at_times(self: Glow, levels: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         count[0] += self.training
         return forward(self, levels, labels) * (math.nan if count[0] in calls and self.training else 1.0)
 
