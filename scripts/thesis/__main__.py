@@ -14,10 +14,9 @@ import yaml
 from comparison import compare
 from jinja2 import Environment, FileSystemLoader
 from parts import FACED, GROUPS, SCALES, parts, train
-from PIL import Image
+from PIL import Image, ImageOps
 from sections import Figure
 from torch import Tensor
-from torch.nn import functional as F
 
 import flowgen.commands.report
 from flowgen.commands.report import data_url
@@ -50,6 +49,7 @@ class Section(NamedTuple):
     anchor: str
     title: str
     figures: list[Figure]
+    command: str = ""
     sentences: Sequence[str] = ()
     table: Sequence[Sequence[str]] = ()
 
@@ -94,7 +94,7 @@ class Reproduction:
         return build_data({"data": yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text()) | {"bits": 1}})
 
     def originals(self, faces: Images) -> Tensor:
-        """The first training images as they are before they are prepared, cut to the smallest square around them for the page."""
+        """The first training images as they are before they are prepared, each in a white square."""
         if "names" not in self.config or self.data_name == "mnist_sample":
             return faces.train[:SHOWN].float() / 255
         place = locate(self.config["root"], self.config["names"], self.config["cure"])
@@ -111,12 +111,12 @@ class Reproduction:
             found.append(Section("data", "Data", sections.of_data(drawings, faces, self.originals(faces), self.data_name)))
             for name in [name for name in EXPERIMENTS if name in runs]:
                 command = f"flowgen train {' '.join(parts(self.scale, [name])[0].command(self.scale, self.words, runs[name][0].folder))}"
-                told = [f"Trained by {command}", sections.changes(runs[name][0], f"thesis/{name}")]
-                found.append(Section(name, TITLES[name], self._experiment(runs[name][0], drawings, command, faces), told))
+                told = [sections.changes(runs[name][0], f"thesis/{name}")]
+                found.append(Section(name, TITLES[name], self._experiment(runs[name][0], drawings, command, faces), command, told))
         if faces is not None and set(EXPERIMENTS) <= set(runs):
             both = {f"experiment {number}": runs[name][0] for number, name in enumerate(EXPERIMENTS, 1)}
             figures, table, sentences = compare(both, faces, drawings, JUDGED[self.scale])
-            found.append(Section("comparison", "The comparison", figures, sentences, table))
+            found.append(Section("comparison", "The comparison", figures, "", sentences, table))
         if "toy" in runs:
             found.append(Section("toy", TITLES["toy"], [sections.of_toy(runs["toy"][0], drawings)]))
         if "slides" in runs and digits is not None and digits.labels is not None:
@@ -166,12 +166,9 @@ class Reproduction:
 
 
 def _padded(image: Image.Image, size: int = 128) -> Tensor:
-    """The image at its own proportions in the middle of a white square."""
-    image.thumbnail((size, size))
-    square = Image.new("RGB", (size, size), "white")
-    square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
-    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(1, size, size, 3)
-    return F.interpolate(pixels.permute(0, 3, 1, 2).float() / 255, (size, size))
+    """The image at its own proportions in the middle of a white square: (1, 3, size, size) in [0, 1]."""
+    square = ImageOps.pad(image, (size, size), color="white")
+    return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(1, size, size, 3).permute(0, 3, 1, 2) / 255
 
 
 def main() -> None:
