@@ -8,14 +8,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import sections
+import faces as of_faces
+import machines as of_digits
 import torch
 import yaml
 from comparison import compare
+from figure import Figure
 from jinja2 import Environment, FileSystemLoader
 from parts import FACED, GROUPS, SCALES, parts, train
 from PIL import Image, ImageOps
-from sections import Figure
 from torch import Tensor
 
 import flowgen.commands.report
@@ -32,6 +33,7 @@ from flowgen.training.run import Run
 FACES = ("celeba_hq", "celeba", "folder")
 SHOWN = 16  # training images in figures 3.1 and 3.2
 JUDGED = {"full": 2000, "small": 400, "smoke": 32}  # samples and test images of the comparison, at most
+EVALUATION: dict[str, list[str]] = {"full": [], "small": ["model.betas=1000"], "smoke": []}  # of the RBMs
 EXPERIMENTS = {
     "glow_conv": ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9", "3.10-3.14", "3.15", "3.16", "3.17", "3.18", "3.19", "3.20"),
     "glow_resnet": ("3.21", "3.22", "3.23", "3.24", "3.25", "3.26-3.27", "3.28-3.32", "3.33", "3.34", "3.35", "3.36"),
@@ -108,34 +110,36 @@ class Reproduction:
         drawings.mkdir(parents=True, exist_ok=True)
         found = []
         if faces is not None:
-            found.append(Section("data", "Data", sections.of_data(drawings, faces, self.originals(faces), self.data_name)))
+            found.append(Section("data", "Data", of_faces.of_data(drawings, faces, self.originals(faces), self.data_name)))
             for name in [name for name in EXPERIMENTS if name in runs]:
                 command = f"flowgen train {' '.join(parts(self.scale, [name])[0].command(self.scale, self.words, runs[name][0].folder))}"
-                told = [sections.changes(runs[name][0], f"thesis/{name}")]
+                told = [of_faces.changes(runs[name][0], f"thesis/{name}")]
                 found.append(Section(name, TITLES[name], self._experiment(runs[name][0], drawings, command, faces), command, told))
         if faces is not None and set(EXPERIMENTS) <= set(runs):
             both = {f"experiment {number}": runs[name][0] for number, name in enumerate(EXPERIMENTS, 1)}
             figures, table, sentences = compare(both, faces, drawings, JUDGED[self.scale])
             found.append(Section("comparison", "The comparison", figures, "", sentences, table))
         if "toy" in runs:
-            found.append(Section("toy", TITLES["toy"], [sections.of_toy(runs["toy"][0], drawings)]))
+            found.append(Section("toy", TITLES["toy"], [of_digits.of_toy(runs["toy"][0], drawings)]))
         if "slides" in runs and digits is not None and digits.labels is not None:
             *machines, half_six = runs["slides"]
             six = (digits.test >> 7)[digits.labels[1] == 6][0]
-            found.append(Section("slides", TITLES["slides"], sections.of_slides(machines, half_six, drawings, six)))
+            found.append(
+                Section("slides", TITLES["slides"], of_digits.of_slides(machines, half_six, drawings, six, EVALUATION[self.scale]))
+            )
         if "outlook" in runs:
             named = {run.folder.name: run for name in ("glow_conv", "glow_resnet", "outlook") for run in runs.get(name, [])}
-            found.append(Section("outlook", TITLES["outlook"], sections.of_outlook(named, drawings)))
+            found.append(Section("outlook", TITLES["outlook"], of_faces.of_outlook(named, drawings)))
         return found
 
     def _experiment(self, run: Run, drawings: Path, command: str, faces: Images) -> list[Figure]:
         numbers = EXPERIMENTS[run.folder.name]
         training, samples, one, walks = numbers[:3], numbers[3:6], numbers[6], numbers[7:]
         return [
-            *sections.of_training(run, drawings, training, command, len(faces.train), first=training[0] == "3.4"),
-            *sections.of_samples(run, drawings, samples, f"thesis/{run.folder.name}"),
-            sections.of_temperatures(run, drawings, one),
-            *sections.of_interpolations(run, drawings, walks, faces),
+            *of_faces.of_training(run, drawings, training, command, len(faces.train), first=training[0] == "3.4"),
+            *of_faces.of_samples(run, drawings, samples, f"thesis/{run.folder.name}"),
+            of_faces.of_temperatures(run, drawings, one),
+            *of_faces.of_interpolations(run, drawings, walks, faces),
         ]
 
     def write(self, faces: Images | None, digits: Images | None, groups: Sequence[str]) -> Path:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import judge
 import kinds
 import torch
-from sections import TEMPERATURES, Figure, drawn, figures_of, unit
+from faces import TEMPERATURES
+from figure import Figure, drawn, figures_of, unit
 
 import flowgen
 from flowgen.commands.sample import draw

@@ -1,24 +1,18 @@
-"""The numbered figures of every part: what each shows, where it lies, which command and run it comes from, how it differs."""
+"""The figures of the data, of the two experiments, and of the networks that the thesis only names."""
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import kinds
 import torch
 import yaml
-from PIL import Image
+from figure import Figure, drawn, to_pil, unit
 from torch import Tensor
 
 import flowgen
 import flowgen.figures
-from flowgen.commands.chain import chain
-from flowgen.commands.complete import complete
-from flowgen.commands.evaluate import evaluate
 from flowgen.commands.sample import draw
-from flowgen.commands.sample import sample as sample_command
 from flowgen.config import conf_folder, read_config
 from flowgen.data import Images
 from flowgen.models import Flow
@@ -29,34 +23,6 @@ TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 WAY = 11  # pictures of an interpolation
 PLACES = (0.45, 0.5, 0.75)
 AS_ABOVE = "Settings: see the head of this section."
-
-
-class Figure(NamedTuple):
-    """One figure of the page: `command` makes it, `runs` are what it is drawn from, `difference` is from the original."""
-
-    number: str
-    caption: str
-    path: Path
-    runs: Sequence[Path]
-    command: str
-    difference: str
-
-
-def drawn(path: Path, run: Run, draw_it: Callable[[Path], object]) -> Path:
-    """`path`, drawn where it is missing or older than the run's last checkpoint."""
-    if not path.exists() or path.stat().st_mtime < run.last.stat().st_mtime:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_stem(f".{path.stem}")  # a run that is killed leaves no half of a picture under its name
-        draw_it(aside)
-        aside.replace(path)
-    return path
-
-
-def figures_of(run: Run) -> dict[str, Any]:
-    """What `flowgen evaluate --json` says of a run, kept beside it."""
-    path = run.folder / "evaluate.json"
-    drawn(path, run, lambda aside: aside.write_text(json.dumps(evaluate(str(run.folder), [], "auto"))))
-    return json.loads(path.read_text())
 
 
 def changes(run: Run, experiment: str) -> str:
@@ -211,92 +177,6 @@ def of_interpolations(run: Run, folder: Path, numbers: tuple[str, ...], data: Im
     return found
 
 
-def of_toy(run: Run, folder: Path) -> Figure:
-    path = drawn(folder / "figure_B.1.png", run, lambda at: sample_command(str(run.folder), [], 1, 0, None, None, None, "auto", at))
-    caption = "The target, N(0, I), the one carried into the other, and the density; colours keep the direction in the latent plane."
-    command = f"flowgen sample --run {run.folder}"
-    return Figure("B.1", caption, path, [run.folder], command, "The original's flow is not given; it shows no density.")
-
-
-def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list[Figure]:
-    """Filters, samples and likelihoods of the machines; half 6, digits from noise and films of the last one."""
-    names, folders = [run.folder.name for run in runs], [run.folder for run in runs]
-    newest = max(runs, key=lambda run: run.last.stat().st_mtime)
-    command = "flowgen train -m experiment=" + ",".join(sorted({f"slides/{name.rpartition('_')[0]}" for name in names}))
-    settings = "The slides name neither training times nor learning rates."
-
-    def filters(at: Path) -> None:
-        loaded = {run.folder.name: flowgen.load(run.folder) for run in runs}
-        kinds.page_of({name: flowgen.figures.signed(model.features(), 20, 40) for name, model in loaded.items()}, at)
-
-    def samples(at: Path) -> None:
-        loaded = {run.folder.name: flowgen.load(run.folder) for run in runs}
-        drawn_ = {name: draw(model, 20, 1.0, 0)[0] for name, model in loaded.items()}
-        kinds.page_of({name: flowgen.figures.to_image(levels, 1, 20) for name, levels in drawn_.items()}, at)
-
-    evaluated = {run.folder.name: figures_of(run) for run in (*runs, half_six)}
-    likelihoods = {name: (each["log_likelihood"], each["log_likelihood_error"]) for name, each in evaluated.items()}
-    likelihood_path = drawn(
-        folder / "figure_S.3.png", newest, lambda at: kinds.bars(likelihoods, "test log-likelihood, nats (the higher the better)", at)
-    )
-    image = folder / "six.png"
-    Image.fromarray(255 * six[0].numpy()).save(image)
-    name = str(half_six.folder)
-    half = drawn(
-        folder / "figure_S.4.png",
-        half_six,
-        lambda at: complete(image, "left", ["gibbs", "tempering", "mean-field"], name, 500, 0, "auto", at),
-    )
-    noise = drawn(folder / "figure_S.5.png", half_six, lambda at: sample_command(name, [1.0], 32, 0, None, "tempering", 500, "auto", at))
-    found = [
-        Figure(
-            "S.1",
-            "The 40 largest filters of each machine: orange above zero, blue below. The name: experiment and hidden units.",
-            drawn(folder / "figure_S.1.png", newest, filters),
-            folders,
-            command,
-            settings,
-        ),
-        Figure(
-            "S.2",
-            "Samples of each machine: tempering from white noise, 500 sweeps.",
-            drawn(folder / "figure_S.2.png", newest, samples),
-            folders,
-            "flowgen sample --count 20 --method tempering --run RUN",
-            settings,
-        ),
-        Figure(
-            "S.3",
-            "Test log-likelihood, by annealed importance sampling or exactly.",
-            likelihood_path,
-            folders,
-            "flowgen evaluate --run RUN",
-            "The slides judge by the reconstruction error, which is no likelihood.",
-        ),
-        Figure(
-            "S.4",
-            "A digit 6 of the test set, its left half, and what each sampler restores from it.",
-            half,
-            [half_six.folder],
-            f"flowgen complete {image} --keep left --run {name} --sweeps 500",
-            "The slides show clamped Gibbs alone.",
-        ),
-        Figure(
-            "S.5",
-            "New digits grown from white noise.",
-            noise,
-            [half_six.folder],
-            f"flowgen sample --run {name} --method tempering",
-            settings,
-        ),
-    ]
-    for number, method in (("S.6", "tempering"), ("S.7", "gibbs"), ("S.8", "mean-field")):
-        film = drawn(folder / f"figure_{number}.gif", half_six, lambda at, method=method: chain(method, name, 36, 60, 2, 0, "auto", at))
-        command = f"flowgen chain --method {method} --run {name} --count 36 --frames 60 --sweeps 2"
-        found.append(Figure(number, f"A film of 36 chains from white noise: {method}.", film, [half_six.folder], command, settings))
-    return found
-
-
 def of_outlook(runs: dict[str, Run], folder: Path) -> list[Figure]:
     """The test figures of all flows by images seen, and samples of each."""
     newest = max(runs.values(), key=lambda run: run.last.stat().st_mtime)
@@ -321,13 +201,3 @@ def of_outlook(runs: dict[str, Run], folder: Path) -> list[Figure]:
         Figure("O.1", "Test bits/dim of every network by the images seen.", paths[0], folders, "flowgen train experiment=thesis/NAME", own),
         Figure("O.2", "Samples of each at temperature 0.7.", paths[1], folders, "flowgen sample --temperature 0.7 --run RUN", own),
     ]
-
-
-def unit(levels: Tensor, bits: int) -> Tensor:
-    """Levels as pixels in [0, 1]."""
-    return levels.cpu().float() / (2**bits - 1)
-
-
-def to_pil(levels: Tensor, bits: int) -> Image.Image:
-    pixels = (255 * unit(levels, bits)).round().to(torch.uint8).permute(1, 2, 0)
-    return Image.fromarray((pixels[..., 0] if pixels.shape[2] == 1 else pixels).numpy())

@@ -1,0 +1,103 @@
+"""The toy figure, and the figures of the slides on Boltzmann machines."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import kinds
+from figure import Figure, drawn, figures_of
+from PIL import Image
+from torch import Tensor
+
+import flowgen
+import flowgen.figures
+from flowgen.commands.chain import chain
+from flowgen.commands.complete import complete
+from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample as sample_command
+from flowgen.training.run import Run
+
+
+def of_toy(run: Run, folder: Path) -> Figure:
+    path = drawn(folder / "figure_B.1.png", run, lambda at: sample_command(str(run.folder), [], 1, 0, None, None, None, "auto", at))
+    caption = "The target, N(0, I), the one carried into the other, and the density; colours keep the direction in the latent plane."
+    command = f"flowgen sample --run {run.folder}"
+    return Figure("B.1", caption, path, [run.folder], command, "The original's flow is not given; it shows no density.")
+
+
+def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor, evaluation: Sequence[str]) -> list[Figure]:
+    """Filters, samples and likelihoods of the machines, by `evaluation`; half 6, digits from noise and films of the last one."""
+    names, folders = [run.folder.name for run in runs], [run.folder for run in runs]
+    newest = max(runs, key=lambda run: run.last.stat().st_mtime)
+    command = "flowgen train -m experiment=" + ",".join(sorted({f"slides/{name.rpartition('_')[0]}" for name in names}))
+    settings = "The slides name neither training times nor learning rates."
+
+    def filters(at: Path) -> None:
+        loaded = {run.folder.name: flowgen.load(run.folder) for run in runs}
+        kinds.page_of({name: flowgen.figures.signed(model.features(), 20, 40) for name, model in loaded.items()}, at)
+
+    def samples(at: Path) -> None:
+        loaded = {run.folder.name: flowgen.load(run.folder) for run in runs}
+        drawn_ = {name: draw(model, 20, 1.0, 0)[0] for name, model in loaded.items()}
+        kinds.page_of({name: flowgen.figures.to_image(levels, 1, 20) for name, levels in drawn_.items()}, at)
+
+    evaluated = {run.folder.name: figures_of(run, *evaluation) for run in (*runs, half_six)}
+    likelihoods = {name: (each["log_likelihood"], each["log_likelihood_error"]) for name, each in evaluated.items()}
+    likelihood_path = drawn(
+        folder / "figure_S.3.png", newest, lambda at: kinds.bars(likelihoods, "test log-likelihood, nats (the higher the better)", at)
+    )
+    image = folder / "six.png"
+    Image.fromarray(255 * six[0].numpy()).save(image)
+    name = str(half_six.folder)
+    half = drawn(
+        folder / "figure_S.4.png",
+        half_six,
+        lambda at: complete(image, "left", ["gibbs", "tempering", "mean-field"], name, 500, 0, "auto", at),
+    )
+    noise = drawn(folder / "figure_S.5.png", half_six, lambda at: sample_command(name, [1.0], 32, 0, None, "tempering", 500, "auto", at))
+    found = [
+        Figure(
+            "S.1",
+            "The 40 largest filters of each machine: orange above zero, blue below. The name: experiment and hidden units.",
+            drawn(folder / "figure_S.1.png", newest, filters),
+            folders,
+            command,
+            settings,
+        ),
+        Figure(
+            "S.2",
+            "Samples of each machine: tempering from white noise, 500 sweeps.",
+            drawn(folder / "figure_S.2.png", newest, samples),
+            folders,
+            "flowgen sample --count 20 --method tempering --run RUN",
+            settings,
+        ),
+        Figure(
+            "S.3",
+            "Test log-likelihood, by annealed importance sampling or exactly.",
+            likelihood_path,
+            folders,
+            " ".join(("flowgen evaluate --run RUN", *evaluation)),
+            "The slides judge by the reconstruction error, which is no likelihood.",
+        ),
+        Figure(
+            "S.4",
+            "A digit 6 of the test set, its left half, and what each sampler restores from it.",
+            half,
+            [half_six.folder],
+            f"flowgen complete {image} --keep left --run {name} --sweeps 500",
+            "The slides show clamped Gibbs alone.",
+        ),
+        Figure(
+            "S.5",
+            "New digits grown from white noise.",
+            noise,
+            [half_six.folder],
+            f"flowgen sample --run {name} --method tempering",
+            settings,
+        ),
+    ]
+    for number, method in (("S.6", "tempering"), ("S.7", "gibbs"), ("S.8", "mean-field")):
+        film = drawn(folder / f"figure_{number}.gif", half_six, lambda at, method=method: chain(method, name, 36, 60, 2, 0, "auto", at))
+        command = f"flowgen chain --method {method} --run {name} --count 36 --frames 60 --sweeps 2"
+        found.append(Figure(number, f"A film of 36 chains from white noise: {method}.", film, [half_six.folder], command, settings))
+    return found
