@@ -112,7 +112,10 @@ def of_samples(run: Run, folder: Path, numbers: tuple[str, ...], experiment: str
             kinds.tiles(torch.cat(pictures), titles, 4, at)
 
         command = f"flowgen sample --run {run.numbered(step)} --count 2 " + " ".join(f"--temperature {each:g}" for each in temperatures)
-        caption = f"Samples after {step:,} steps, two at each temperature, from high to low log-probability."
+        caption = (
+            f"Samples after {step:,} steps, two at each temperature, from high to low log-probability. Above each is its cost, below 0 "
+            "where the density is narrower than a level."
+        )
         difference = f"The original: after {wanted:,} steps. {AS_ABOVE}"
         path = drawn(folder / f"figure_{number}.png", run, draw_it)
         found.append(Figure(number, caption, path, [run.folder], command, difference))
