@@ -47,6 +47,11 @@ def markov_texture(count: int, channels: int = 1, stay: float = 0.9) -> tuple[Te
     return levels.to(torch.uint8), (1 + (SIDE - 1) * change) / SIDE
 
 
+def uniform_levels(count: int, channels: int = 1) -> tuple[Tensor, float]:
+    """5-bit levels, independent and equally likely: 5 bits/dim."""
+    return torch.randint(0, 32, (count, channels, SIDE, SIDE), dtype=torch.uint8), 5.0
+
+
 @pytest.mark.parametrize("kind", ["gaussian field", "markov texture"])
 @pytest.mark.parametrize("name", MODELS)
 def test_no_model_scores_below_the_entropy(name, kind):
@@ -68,6 +73,20 @@ def test_a_trained_flow_comes_close_to_the_entropy_of_a_gaussian_field(name, ste
     levels, entropy = gaussian_field(20_000)
     model = train(model_of(name, **{"channels": 1, "bits": 8} | changes), levels, steps, lr=3e-3)
     figures = model.evaluate(gaussian_field(2000)[0].split(500))
+    assert entropy - 3 * figures["bits_per_dim_error"] < figures["bits_per_dim"] < entropy + 0.05
+
+
+def test_a_trained_flow_comes_close_to_the_entropy_of_uniform_levels():
+    model = model_of("maf", channels=1, bits=5, flows=1, width=32, transform="spline")
+    figures = train(model, uniform_levels(20_000)[0], 300, lr=1e-2).evaluate(uniform_levels(2000)[0].split(500))
+    assert 5 - 3 * figures["bits_per_dim_error"] < figures["bits_per_dim"] < 5.05
+
+
+def test_a_trained_flow_comes_close_to_the_entropy_of_a_markov_texture():
+    """Two values a pixel, whose noise has to be learnt and averaged over: 16 draws."""
+    levels, entropy = markov_texture(100_000)
+    model = model_of("maf", channels=1, bits=1, flows=2, width=128, dequantisation="variational", draws=16)
+    figures = train(model, levels, 700, lr=5e-3).evaluate(markov_texture(1000)[0].split(500))
     assert entropy - 3 * figures["bits_per_dim_error"] < figures["bits_per_dim"] < entropy + 0.05
 
 
