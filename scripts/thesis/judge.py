@@ -86,8 +86,8 @@ def fid(samples: Tensor, real: Tensor) -> float | None:
     from torch_fidelity import calculate_metrics
 
     sets = [Pictures(images.expand(-1, 3, -1, -1)) for images in (samples, real)]
-    how = {"fid": True, "cuda": torch.cuda.is_available(), "verbose": False, "feature_extractor_weights_path": weights}
-    return calculate_metrics(input1=sets[0], input2=sets[1], **how)["frechet_inception_distance"]
+    how = {"fid": True, "cuda": torch.cuda.is_available(), "verbose": False, "save_cpu_ram": True}
+    return calculate_metrics(input1=sets[0], input2=sets[1], feature_extractor_weights_path=weights, **how)["frechet_inception_distance"]
 
 
 class Walk(NamedTuple):
