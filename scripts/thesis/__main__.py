@@ -33,7 +33,6 @@ from flowgen.training.run import Run
 FACES = ("celeba_hq", "celeba", "folder")
 SHOWN = 16  # training images in figures 3.1 and 3.2
 JUDGED = {"full": 2000, "small": 400, "smoke": 32}  # samples and test images of the comparison, at most
-EVALUATION: dict[str, list[str]] = {"full": [], "small": ["model.betas=1000"], "smoke": []}  # of the RBMs
 EXPERIMENTS = {
     "glow_conv": ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9", "3.10-3.14", "3.15", "3.16", "3.17", "3.18", "3.19", "3.20"),
     "glow_resnet": ("3.21", "3.22", "3.23", "3.24", "3.25", "3.26-3.27", "3.28-3.32", "3.33", "3.34", "3.35", "3.36"),
@@ -124,9 +123,7 @@ class Reproduction:
         if "slides" in runs and digits is not None and digits.labels is not None:
             *machines, half_six = runs["slides"]
             six = (digits.test >> 7)[digits.labels[1] == 6][0]
-            found.append(
-                Section("slides", TITLES["slides"], of_digits.of_slides(machines, half_six, drawings, six, EVALUATION[self.scale]))
-            )
+            found.append(Section("slides", TITLES["slides"], of_digits.of_slides(machines, half_six, drawings, six)))
         if "outlook" in runs:
             named = {run.folder.name: run for name in ("glow_conv", "glow_resnet", "outlook") for run in runs.get(name, [])}
             found.append(Section("outlook", TITLES["outlook"], of_faces.of_outlook(named, drawings)))

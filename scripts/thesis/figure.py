@@ -34,10 +34,10 @@ def drawn(path: Path, run: Run, draw_it: Callable[[Path], object]) -> Path:
     return path
 
 
-def figures_of(run: Run, *overrides: str) -> dict[str, Any]:
-    """What `flowgen evaluate --json OVERRIDES` says of a run, kept beside it."""
+def figures_of(run: Run) -> dict[str, Any]:
+    """What `flowgen evaluate --json` says of a run, kept beside it."""
     path = run.folder / "evaluate.json"
-    drawn(path, run, lambda aside: aside.write_text(json.dumps(evaluate(str(run.folder), list(overrides), "auto"))))
+    drawn(path, run, lambda aside: aside.write_text(json.dumps(evaluate(str(run.folder), [], "auto"))))
     return json.loads(path.read_text())
 
 
