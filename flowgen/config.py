@@ -146,8 +146,8 @@ def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Im
     data = build_data(config)
     if model.classes is not None and data.labels is None:
         raise FlowgenError(f"model.classes={model.classes} needs labels, which this data has not: leave it out, or take data=mnist")
-    if model.classes is not None and data.labels is not None and int(data.labels[0].max()) >= model.classes:
-        raise FlowgenError(f"model.classes={model.classes} is too few for labels up to {int(data.labels[0].max())}: set it to one more")
+    if model.classes is not None and data.labels is not None and (most := int(data.labels[0].max())) != model.classes - 1:
+        raise FlowgenError(f"model.classes={model.classes} does not fit labels from 0 to {most}: set it to {most + 1}")
     return model, data
 
 

@@ -96,7 +96,10 @@ def test_a_flow_without_classes_says_how_to_get_one(tiny_run, command):
     assert status == 1 and "flowgen train model.classes=10 data=mnist" in error
 
 
-@pytest.mark.parametrize(("words", "said"), [(["model.classes=5"], "too few"), (["model.classes=0"], "whole number")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["model.classes=5"], "set it to 10"), (["model.classes=12"], "set it to 10"), (["model.classes=0"], "whole number")],
+)
 def test_classes_that_do_not_fit_the_labels_are_refused(command, words, said, tmp_path):
     status, _, error = command("train", *LABELLED, *words, f"out={tmp_path / 'run'}")
     assert status == 1 and said in error

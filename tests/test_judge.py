@@ -40,5 +40,5 @@ def test_a_walk_through_the_pixels_is_even_and_both_ways_meet_at_the_ends():
     model = started("glow")
     first, second = noise(5, 6) // 2, noise(5, 6) // 2
     walk = judge.walk(model, first, second, 5)
-    assert max(walk.pixel_steps) / min(walk.pixel_steps) < 1.1 and walk.unevenness >= 1
+    assert max(walk.pixel_steps) / min(walk.pixel_steps) < 1.1 and min(walk.unevenness) >= 1 and len(walk.unevenness) == 6
     assert walk.bits[0] == pytest.approx(walk.pixel_bits[0]) and walk.bits[-1] == pytest.approx(walk.pixel_bits[-1])

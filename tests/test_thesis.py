@@ -63,6 +63,20 @@ def test_every_figure_is_made_and_a_killed_reproduction_goes_on(tmp_path):
     assert "model.width=8 for 512" in text and "other data than celeba_hq" in text
 
 
+def test_runs_of_other_images_are_not_mixed_in(tmp_path, images):
+    folder = tmp_path / "outputs" / "thesis" / "small_folder" / "glow_conv"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("{data: {root: /elsewhere}, model: {}, trainer: {steps: 1, minutes: null}}")
+    ended = reproduce("--scale", "small", "--data", "folder", "--root", str(images), folder=tmp_path)
+    assert ended.returncode == 1 and "/elsewhere" in ended.stderr and len(ended.stderr.splitlines()) == 1
+
+
+def test_fid_without_its_network_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("FID_WEIGHTS", "nowhere.pth")
+    ended = reproduce("--scale", "smoke", folder=tmp_path)
+    assert ended.returncode == 1 and "FID_WEIGHTS" in ended.stderr and not (tmp_path / "outputs").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -83,10 +83,8 @@ def _section(name: str, run: Run, rows: list[dict[str, Any]], config: dict[str, 
     own = [run.folder / file for file in CAPTIONS if (run.folder / file).exists()]
     pictures = [Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", data_url(path)) for path in samples]
     pictures += [Picture(CAPTIONS[path.name], data_url(path)) for path in own]
-    log = run.log.read_text().splitlines() if run.log.exists() else []
-    environment = next((line.partition("environment: ")[2] for line in reversed(log) if "environment: " in line), "")
     return Section(
-        name, best_figure(rows) or "not evaluated yet", max((row["step"] for row in rows), default=0), environment, pictures, config
+        name, best_figure(rows) or "not evaluated yet", max((row["step"] for row in rows), default=0), run.environment(), pictures, config
     )
 
 

@@ -16,7 +16,7 @@ class GenerativeModel(nn.Module, ABC):
     shape: tuple[int, int, int]  # channels, height, width
     bits: int
     classes: int | None = None  # that labels tell apart, where the model learns one distribution for each
-    loss_figure: ClassVar[str | None] = None  # the figure that the training loss is, where it is one
+    loss_figure: str | None = None  # the figure that the training loss is, where it is one
 
     @abstractmethod
     def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:

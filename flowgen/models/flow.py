@@ -37,7 +37,7 @@ class Flow(GenerativeModel):
     told from an image by Bayes' rule. Izmailov et al. (1912.13025), section 3.
     """
 
-    figure = loss_figure = "bits_per_dim"
+    figure = "bits_per_dim"
 
     def __init__(
         self, bijection: Bijection, shape: tuple[int, int, int], bits: int, draws: int, dequantisation: str, classes: int | None = None
@@ -48,6 +48,7 @@ class Flow(GenerativeModel):
         self.dequantiser = dequantiser(dequantisation, shape, bits)
         self.shape, self.dimensions = shape, math.prod(shape)
         self.bits, self.bins, self.draws, self.classes = bits, 2**bits, draws, classes
+        self.loss_figure = "bits_per_dim" if classes is None else None  # with classes the loss is that of p(x | y)
         self.means = None if classes is None else nn.Parameter(CLASS_DISTANCE * torch.randn(classes, self.dimensions))
 
     def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:

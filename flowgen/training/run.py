@@ -76,6 +76,11 @@ class Run:
                 log.warning("%s: a line was cut short and is left out", self.metrics)
         return rows
 
+    def environment(self) -> str:
+        """What it was trained on, as its log has it."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return next((line.partition("environment: ")[2] for line in reversed(lines) if "environment: " in line), "")
+
     def forget_after(self, step: int) -> None:
         """Drop the metrics later than `step`, which a resumed run writes again."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]

@@ -62,8 +62,10 @@ class Trainer:
         check_whole(**{name: value for name, value in {"steps": steps, "evaluate_images": evaluate_images}.items() if value is not None})
         check_number(lr=lr, decay=decay, clip=clip, ema=ema, sample_temperature=sample_temperature, minutes=minutes or 0.0)
         check_choice((True, False), compile=compile)
-        if not isinstance(keep_at, list) or not all(isinstance(step, int) for step in keep_at):
+        if not isinstance(keep_at, list):
             raise FlowgenError(f"keep_at must be a list of steps, as in trainer.keep_at=[1000,5000], not {keep_at!r}")
+        for step in keep_at:
+            check_whole(keep_at=step)
         check_choice(("adam", "sgd"), optimizer=optimizer)
         check_number(momentum=momentum)
         if decay > 1 or ema >= 1 or momentum >= 1:

@@ -1,6 +1,7 @@
 """Every figure of the thesis and of the slides, in one page: `make reproduce-thesis` runs this, from where it was stopped."""
 
 import argparse
+import contextlib
 import io
 import sys
 from collections.abc import Sequence
@@ -9,25 +10,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import faces as of_faces
+import judge
 import machines as of_digits
 import torch
 import yaml
 from comparison import compare
-from figure import Figure
+from figure import MAKE, Figure
 from jinja2 import Environment, FileSystemLoader
-from parts import FACED, GROUPS, SCALES, parts, train
+from parts import FACED, GROUPS, SCALES, is_finished, parts, train
 from PIL import Image, ImageOps
 from torch import Tensor
 
 import flowgen.commands.report
 from flowgen.commands.report import data_url
-from flowgen.config import build_data, conf_folder
+from flowgen.config import build_data, conf_folder, read_config
 from flowgen.data import Images
 from flowgen.data.folder import hashed_split, official_split, open_source
 from flowgen.data.locate import locate
 from flowgen.errors import FlowgenError
 from flowgen.messages import one_sentence, show_messages
-from flowgen.training.device import environment
 from flowgen.training.run import Run
 
 FACES = ("celeba_hq", "celeba", "folder")
@@ -60,22 +61,35 @@ class Reproduction:
 
     def __init__(self, scale: str, data: str, root: str | None, groups: list[str]):
         self.scale, self.groups = scale, groups
-        self.data_name = "mnist_sample" if scale == "smoke" else data
+        data, root = ("mnist_sample", None) if scale == "smoke" else (data, root)
+        self.data_name, self.root = data, None if root is None else str(Path(root).expanduser().resolve())
         self.words = [f"data={self.data_name}"]
-        if root is not None:
-            self.words.append(f"data.root={Path(root).expanduser().resolve()}")
         self.folder = Path("outputs/thesis") / f"{scale}_{self.data_name}"
-        self.root = root
         self.config = yaml.safe_load((conf_folder() / "data" / f"{self.data_name}.yaml").read_text())
-        if root is not None:
-            self.config["root"] = root
-        given = {"DATA": data if data != "celeba_hq" else None, "ROOT": root, "PARTS": " ".join(groups) if groups != list(GROUPS) else None}
+        if self.root is not None:
+            self.config["root"] = self.root
+            quoted = self.root.replace("\\", "\\\\").replace("'", "\\'")  # Hydra's grammar gives commas and brackets a meaning
+            self.words.append(f"data.root='{quoted}'")
+        given = {"DATA": data if data in FACES[1:] else None, "ROOT": root, "PARTS": " ".join(groups) if groups != list(GROUPS) else None}
         said = " ".join(f"{key}='{value}'" if " " in value else f"{key}={value}" for key, value in given.items() if value)
         self.command = f"make reproduce-thesis SCALE={scale} {said}".strip()
 
     def check(self) -> tuple[Images | None, Images | None]:
-        """The faces and the digits, where they are asked for. Raises FlowgenError with the cure where either is missing."""
-        return self._faces() if FACED & set(self.groups) else None, self._digits() if "slides" in self.groups else None
+        """The faces and the digits, where they will be shown. Raises FlowgenError with the cure where anything is missing."""
+        judge.check_fid()
+        shown = {*self.groups, *self.finished()}
+        for part in parts(self.scale, list(FACED)):
+            run = Run(self.folder / part.folder)
+            if run.config.exists() and (used := read_config(run.config)["data"].get("root")) != self.root:
+                raise FlowgenError(
+                    f"{run.folder} was trained on {used or 'images found in FLOWGEN_DATA'}: give ROOT={used or ''} as then, or move "
+                    f"{self.folder} away to begin anew"
+                )
+        return self._faces() if FACED & shown else None, self._digits() if "slides" in shown else None
+
+    def finished(self) -> list[str]:
+        """The groups whose every part has come to its end."""
+        return [group for group in GROUPS if all(is_finished(Run(self.folder / part.folder)) for part in parts(self.scale, [group]))]
 
     def _faces(self) -> Images:
         if self.scale == "full" and not torch.cuda.is_available():
@@ -100,11 +114,17 @@ class Reproduction:
             return faces.train[:SHOWN].float() / 255
         place = locate(self.config["root"], self.config["names"], self.config["cure"])
         source = open_source(place)
-        names = (official_split(place, list(source.stamps)) or hashed_split(list(source.stamps)))[0][:SHOWN]
-        return torch.cat([_padded(Image.open(io.BytesIO(source.read(name))).convert("RGB")) for name in names])
+        names = (official_split(place, list(source.stamps)) or hashed_split(list(source.stamps)))[0]
+        readable: list[Tensor] = []
+        for name in names:
+            with contextlib.suppress(OSError):  # such a file is left out of the training images too
+                readable.append(_padded(Image.open(io.BytesIO(source.read(name))).convert("RGB")))
+            if len(readable) == SHOWN:
+                break
+        return torch.cat(readable)
 
-    def sections(self, faces: Images | None, digits: Images | None, groups: Sequence[str]) -> list[Section]:
-        runs = {group: [Run(self.folder / part.folder) for part in parts(self.scale, [group])] for group in groups}
+    def sections(self, faces: Images | None, digits: Images | None) -> list[Section]:
+        runs = {group: [Run(self.folder / part.folder) for part in parts(self.scale, [group])] for group in self.finished()}
         drawings = self.folder / "figures"
         drawings.mkdir(parents=True, exist_ok=True)
         found = []
@@ -112,8 +132,8 @@ class Reproduction:
             found.append(Section("data", "Data", of_faces.of_data(drawings, faces, self.originals(faces), self.data_name)))
             for name in [name for name in EXPERIMENTS if name in runs]:
                 command = f"flowgen train {' '.join(parts(self.scale, [name])[0].command(self.scale, self.words, runs[name][0].folder))}"
-                told = [of_faces.changes(runs[name][0], f"thesis/{name}")]
-                found.append(Section(name, TITLES[name], self._experiment(runs[name][0], drawings, command, faces), command, told))
+                told = [f"By {runs[name][0].environment()}.", of_faces.changes(runs[name][0], f"thesis/{name}")]
+                found.append(Section(name, TITLES[name], self._experiment(runs[name][0], drawings, faces), command, told))
         if faces is not None and set(EXPERIMENTS) <= set(runs):
             both = {f"experiment {number}": runs[name][0] for number, name in enumerate(EXPERIMENTS, 1)}
             figures, table, sentences = compare(both, faces, drawings, JUDGED[self.scale])
@@ -124,26 +144,26 @@ class Reproduction:
             *machines, half_six = runs["slides"]
             six = (digits.test >> 7)[digits.labels[1] == 6][0]
             found.append(Section("slides", TITLES["slides"], of_digits.of_slides(machines, half_six, drawings, six)))
-        if "outlook" in runs:
+        if faces is not None and "outlook" in runs:
             named = {run.folder.name: run for name in ("glow_conv", "glow_resnet", "outlook") for run in runs.get(name, [])}
             found.append(Section("outlook", TITLES["outlook"], of_faces.of_outlook(named, drawings)))
         return found
 
-    def _experiment(self, run: Run, drawings: Path, command: str, faces: Images) -> list[Figure]:
+    def _experiment(self, run: Run, drawings: Path, faces: Images) -> list[Figure]:
         numbers = EXPERIMENTS[run.folder.name]
         training, samples, one, walks = numbers[:3], numbers[3:6], numbers[6], numbers[7:]
         return [
-            *of_faces.of_training(run, drawings, training, command, len(faces.train), first=training[0] == "3.4"),
+            *of_faces.of_training(run, drawings, training, len(faces.train), first=training[0] == "3.4"),
             *of_faces.of_samples(run, drawings, samples, f"thesis/{run.folder.name}"),
             of_faces.of_temperatures(run, drawings, one),
             *of_faces.of_interpolations(run, drawings, walks, faces),
         ]
 
-    def write(self, faces: Images | None, digits: Images | None, groups: Sequence[str]) -> Path:
-        """The page of the groups that have been trained."""
+    def write(self, faces: Images | None, digits: Images | None) -> Path:
+        """The page of all that has been trained."""
         target = self.folder / "thesis.html"
         shown: list[dict[str, Any]] = []
-        for section in self.sections(faces, digits, groups):
+        for section in self.sections(faces, digits):
             pictures = [self._shown(figure) for figure in section.figures]
             shown.append(section._asdict() | {"figures": pictures})
         folders = [Path(__file__).parent, Path(flowgen.commands.report.__file__).parent]
@@ -152,16 +172,17 @@ class Reproduction:
             date=datetime.now(UTC).strftime("%Y-%m-%d"),
             scale=self.scale,
             data=self.data_name,
-            environment=environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
             command=self.command,
-            missing=[TITLES[group] for group in self.groups if group not in groups],
+            missing=[TITLES[group] for group in GROUPS if group not in self.finished()],
             sections=shown,
         )
-        target.write_text(page)
+        aside = target.with_suffix(".part")
+        aside.write_text(page)
+        aside.replace(target)
         return target
 
     def _shown(self, figure: Figure) -> dict[str, Any]:
-        command = figure.command.replace("make reproduce-thesis", self.command)
+        command = figure.command.replace(MAKE, self.command)
         runs = [str(run.relative_to(self.folder)) for run in figure.runs]
         return figure._asdict() | {"source": data_url(figure.path), "command": command, "runs": runs}
 
@@ -183,10 +204,10 @@ def main() -> None:
     try:
         wanted = Reproduction(given.scale, given.data, given.root, given.parts or list(GROUPS))
         faces, digits = wanted.check()
-        for number, group in enumerate(wanted.groups, 1):
+        for group in wanted.groups:
             for part in parts(wanted.scale, [group]):
                 train(part, wanted.scale, wanted.words, wanted.folder / part.folder)
-            print(wanted.write(faces, digits, wanted.groups[:number]), flush=True)
+            print(wanted.write(faces, digits), flush=True)
     except FlowgenError as error:
         sys.exit(f"make reproduce-thesis: {error}")
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import judge
 import kinds
 import torch
 from faces import TEMPERATURES
-from figure import Figure, drawn, figures_of, unit
+from figure import MAKE, Figure, drawn, figures_of, unit
+from torch import Tensor
 
 import flowgen
 from flowgen.commands.sample import draw
@@ -18,8 +20,10 @@ from flowgen.data import Images
 from flowgen.models import Flow
 from flowgen.training.run import Run
 
-PAIRS, WAY = 16, 17
-NOT_FID = "The original compares by eye. Measured in the 64 leading principal components of the training images, which is no FID."
+PAIRS, WAY = 16, 18  # an even number of pictures, since half-way between two images rounding favours the even levels
+NOT_FID = "The original compares by eye. Measured among the 64 leading principal components of training images, which is no FID."
+BY_EYE = "The original compares by eye."
+PARTS = 4  # that the samples are cut into, for the error of a figure
 
 
 class Comparison(NamedTuple):
@@ -30,117 +34,112 @@ class Comparison(NamedTuple):
     sentences: list[str]
 
 
-def judged(run: Run, data: Images, count: int) -> dict[str, Any]:
-    """Likeness by temperature and the walk between test images, kept beside the run."""
-    path = run.folder / "judged.json"
-    drawn(path, run, lambda aside: aside.write_text(json.dumps(_judge(run, data, count))))
+def compare(runs: dict[str, Run], data: Images, folder: Path, count: int) -> Comparison:
+    """Of the two experiments, by name; `count` samples and as many test images, at most."""
+    found = {name: _kept(run, "judged.json", lambda run=run: _judge(run, data, count)) for name, run in runs.items()}
+    figures = [_curves(runs, data, folder), *_likeness(found, folder), *_walks(found, folder)]
+    figures = [figure._replace(runs=[run.folder for run in runs.values()]) for figure in figures]
+    return Comparison(figures, _table(runs, data), [*_sentences(found, data.bits), _fid(runs, data, count)])
+
+
+def _kept(run: Run, name: str, find: Any) -> Any:
+    """What `find` returns, kept beside the run."""
+    path = run.folder / name
+    drawn(path, run, lambda aside: aside.write_text(json.dumps(find())))
     return json.loads(path.read_text())
 
 
 def _judge(run: Run, data: Images, count: int) -> dict[str, Any]:
+    """Likeness by temperature, with that of training images and the errors at temperature 1, and the walk between test images."""
     model = flowgen.load(run.folder, "auto")
     assert isinstance(model, Flow)
-    train, test = (torch.cat(list(data.batches(split, 500, count))).cpu() for split in ("train", "test"))
-    space = judge.Space(unit(train, data.bits))
-    real = space(unit(test, data.bits))
-    likeness, fids = [], []
-    for temperature in TEMPERATURES:
-        levels = draw(model, len(test), temperature, 0)[0].cpu()
-        likeness.append(judge.likeness(space(unit(levels, data.bits)), real)._asdict())
-        fids.append(judge.fid(levels << (8 - data.bits), test << (8 - data.bits)))
-    floor = judge.likeness(space(unit(train[: len(test)], data.bits)), real)._asdict()
+    train, test = (
+        unit(torch.cat(list(data.batches(split, 500, most))), data.bits) for split, most in (("train", 5 * count), ("test", count))
+    )
+    held, others = train[: len(test)], train[len(test) :]  # what is judged is not what the components are found from
+    space = judge.Space(others)
+    real = space(test)
+    samples = [space(unit(draw(model, len(test), temperature, 0)[0], data.bits)) for temperature in TEMPERATURES]
+    levels = (test * (2**data.bits - 1)).round().to(torch.uint8)
     half = min(PAIRS, len(test) // 2)
-    walk = judge.walk(model, test[:half], test[half : 2 * half], WAY)._asdict()
-    return {"likeness": likeness, "floor": floor, "fid": fids, "walk": walk, "images": len(test)}
+    return {
+        "likeness": [judge.likeness(points, real)._asdict() for points in samples],
+        "training": judge.likeness(space(held), real)._asdict(),
+        "parts": [judge.likeness(points, part)._asdict() for points, part in zip(_parts(samples[-1]), _parts(real), strict=True)],
+        "walk": judge.walk(model, levels[:half], levels[half : 2 * half], WAY)._asdict(),
+        "images": len(test),
+    }
 
 
-def compare(runs: dict[str, Run], data: Images, folder: Path, count: int) -> Comparison:
-    """Of the two experiments, by name."""
-    newest = max(runs.values(), key=lambda run: run.last.stat().st_mtime)
-    found = {name: judged(run, data, count) for name, run in runs.items()}
-    figures = [*_curves(runs, data, folder, newest), *_likeness(found, folder, newest), *_walks(found, folder, newest)]
-    figures = [figure._replace(runs=[run.folder for run in runs.values()]) for figure in figures]
-    return Comparison(figures, _table(runs, data), _sentences(found))
+def _parts(points: Tensor) -> list[Tensor]:
+    size = len(points) // PARTS
+    return [points[place * size : (place + 1) * size] for place in range(PARTS)]
 
 
-def _curves(runs: dict[str, Run], data: Images, folder: Path, newest: Run) -> list[Figure]:
+def _curves(runs: dict[str, Run], data: Images, folder: Path) -> Figure:
     tests = {name: [row for row in run.read_metrics() if row["split"] == "test"] for name, run in runs.items()}
     named = {name: [(row["step"], row["bits_per_dim"]) for row in rows] for name, rows in tests.items()}
     path = folder / "figure_C.1.png"
-    label = f"test bits/dim at {data.bits} bits"
-    drawn(path, newest, lambda at: kinds.lines(named, "step", label, at, offset=8.0 - data.bits))
-    caption = "Test bits/dim of both experiments by the averaged weights: left as they are, right in the thesis' convention."
-    return [Figure("C.1", caption, path, [], "flowgen report RUNS", "The thesis shows training losses alone.")]
+    kinds.lines(named, "step", f"test bits/dim at {data.bits} bits", path, offset=8.0 - data.bits)
+    convention = ": left as they are, right in the thesis' convention" if data.bits < 8 else ""
+    caption = f"Test bits/dim of both experiments by the averaged weights{convention}."
+    return Figure("C.1", caption, path, [], MAKE, "The thesis shows training losses alone.")
 
 
-def _likeness(found: dict[str, Any], folder: Path, newest: Run) -> list[Figure]:
-    figures = []
-    kinds_of = {
+def _likeness(found: dict[str, Any], folder: Path) -> list[Figure]:
+    wanted = {
         "C.2": ("frechet", "Fréchet distance", "Closeness: the Fréchet distance of samples and test images, by temperature."),
         "C.3": ("precision", "precision", "Closeness: the share of samples near a test image."),
         "C.4": ("recall", "recall", "Diversity: the share of test images near a sample."),
         "C.5": ("spread", "mean distance of samples / of test images", "Diversity: how far apart two samples lie."),
     }
-    for number, (key, label, caption) in kinds_of.items():
+    images, training = (next(iter(found.values()))[key] for key in ("images", "training"))
+    figures = []
+    for number, (key, label, caption) in wanted.items():
         named = {
-            name: [(temperature, each[key]) for temperature, each in zip(TEMPERATURES, judged_["likeness"], strict=True)]
-            for name, judged_ in found.items()
+            name: [(temperature, each[key]) for temperature, each in zip(TEMPERATURES, judged["likeness"], strict=True)]
+            for name, judged in found.items()
         }
-        floor = next(iter(found.values()))["floor"][key]
-        named["training images"] = [(TEMPERATURES[0], floor), (TEMPERATURES[-1], floor)]
+        named["training images"] = [(TEMPERATURES[0], training[key]), (TEMPERATURES[-1], training[key])]
         path = folder / f"figure_{number}.png"
-        drawn(path, newest, lambda at, named=named, label=label: kinds.lines(named, "temperature", label, at))
-        images = next(iter(found.values()))["images"]
-        figures.append(Figure(number, f"{caption} {images} of each.", path, [], "make reproduce-thesis", NOT_FID))
+        kinds.lines(named, "temperature", label, path)
+        figures.append(Figure(number, f"{caption} {images} of each.", path, [], MAKE, NOT_FID))
     return figures
 
 
-def _walks(found: dict[str, Any], folder: Path, newest: Run) -> list[Figure]:
+def _walks(found: dict[str, Any], folder: Path) -> list[Figure]:
     shares = [step / (WAY - 1) for step in range(WAY)]
     middles = [(one + other) / 2 for one, other in pairwise(shares)]
-    walks = {name: judged_["walk"] for name, judged_ in found.items()}
-    pixels = next(iter(walks.values()))["pixel_steps"]
+    walks = {name: judged["walk"] for name, judged in found.items()}
+    some = next(iter(walks.values()))
     steps = {name: list(zip(middles, walk["steps"], strict=True)) for name, walk in walks.items()}
-    steps["pixels"] = list(zip(middles, pixels, strict=True))
+    steps["pixels"] = list(zip(middles, some["pixel_steps"], strict=True))
     bits = {name: list(zip(shares, walk["bits"], strict=True)) for name, walk in walks.items()}
     bits |= {f"pixels, by {name}": list(zip(shares, walk["pixel_bits"], strict=True)) for name, walk in walks.items()}
     paths = folder / "figure_C.6.png", folder / "figure_C.7.png"
-    drawn(paths[0], newest, lambda at: kinds.lines(steps, "place on the way", "change of the pixels, root mean square", at))
-    drawn(paths[1], newest, lambda at: kinds.lines(bits, "place on the way", "bits/dim of the picture there", at))
-    how = f"mean over {PAIRS} pairs of test images, {WAY} pictures each"
-    by_eye = "The original compares by eye."
+    kinds.lines(steps, "place on the way", "change of the pixels, root mean square", paths[0])
+    kinds.lines(bits, "place on the way", "bits/dim of the picture there", paths[1])
+    how = f"mean over {len(some['unevenness'])} pairs of test images, {WAY} pictures each"
     return [
-        Figure("C.6", f"Smoothness: how much changes from each picture to the next; {how}.", paths[0], [], MAKE, by_eye),
-        Figure("C.7", f"How likely the pictures on the way are; {how}.", paths[1], [], MAKE, by_eye),
+        Figure("C.6", f"Smoothness: how much changes from each picture to the next; {how}.", paths[0], [], MAKE, BY_EYE),
+        Figure("C.7", f"How likely the pictures on the way are; {how}.", paths[1], [], MAKE, BY_EYE),
     ]
-
-
-MAKE = "make reproduce-thesis"
 
 
 def _table(runs: dict[str, Run], data: Images) -> list[list[str]]:
-    head = [
-        "",
-        "test bits/dim",
-        "thesis' convention",
-        "draws",
-        "test images",
-        "parameters, millions",
-        "steps",
-        "images/s",
-        "hours",
-        "memory, GiB",
-    ]
-    rows = [head]
+    size = ["parameters, millions", "steps", "images/s", "hours", "memory, GiB"]
+    head = ["test bits/dim", "thesis' convention", "draws", "test images", *size]
+    rows = [["", *head]]
     for name, run in runs.items():
         figures, train = figures_of(run), [row for row in run.read_metrics() if row["split"] == "train"]
         speeds = sorted(row["images_per_second"] for row in train)
         millions = sum(parameter.numel() for parameter in flowgen.load(run.folder).parameters()) / 1e6
+        bits = figures["bits_per_dim"]
         rows.append(
             [
                 name,
-                f"{figures['bits_per_dim']:.3f} ± {figures['bits_per_dim_error']:.3f} at {data.bits} bits",
-                f"{figures['bits_per_dim'] + 8 - data.bits:.3f}",
+                "not finite" if bits is None else f"{bits:.3f} ± {figures['bits_per_dim_error']:.3f} at {data.bits} bits",
+                "not finite" if bits is None else f"{bits + 8 - data.bits:.3f}",
                 str(figures["draws"]),
                 f"{figures['images']:,}",
                 f"{millions:.2f}",
@@ -153,29 +152,53 @@ def _table(runs: dict[str, Run], data: Images) -> list[list[str]]:
     return rows
 
 
-def _sentences(found: dict[str, Any]) -> list[str]:
-    """What the thesis claims, and what these runs say to it."""
+def _sentences(found: dict[str, Any], bits: int) -> list[str]:
+    """What the thesis claims, and what these runs say to it: a difference counts from two standard errors on."""
     one, two = found.values()
-    warmest = {name: [each["likeness"][-1][name] for each in (one, two)] for name in ("recall", "spread")}
-    uneven, errors = ([each["walk"][key] for each in (one, two)] for key in ("unevenness", "unevenness_error"))
-    diverse = warmest["spread"][1] > warmest["spread"][0] and warmest["recall"][1] > warmest["recall"][0]
-    smoother = uneven[0] - uneven[1] > 2 * math.hypot(*errors)
-    distances = " and ".join(f"{each['likeness'][0]['frechet']:.2f}" for each in (one, two))
-    fids = [each["fid"] for each in (one, two)]
+    distances = " and ".join(f"{each['likeness'][0]['frechet']:.1f}" for each in (one, two))
+    recalls, spreads = ([_mean_and_error([part[key] for part in each["parts"]]) for each in (one, two)] for key in ("recall", "spread"))
+    diverse = all(_larger(larger, smaller) for smaller, larger in (recalls, spreads))
+    uneven = [_mean_and_error(each["walk"]["unevenness"]) for each in (one, two)]
+    paired = _mean_and_error([a - b for a, b in zip(one["walk"]["unevenness"], two["walk"]["unevenness"], strict=True)])
     said = [
-        "The thesis finds one neutral face at temperature 0, in both experiments: to be seen in figures 3.10 and 3.28. No figure here "
-        f"measures neutrality; the Fréchet distance of that one face to the test images is {distances}, of experiment 1 and 2.",
-        f"The thesis finds the samples of experiment 2 more diverse. At temperature 1 recall is {warmest['recall'][0]:.2f} and "
-        f"{warmest['recall'][1]:.2f}, the samples' mean distance {warmest['spread'][0]:.2f} and {warmest['spread'][1]:.2f} of the test "
-        f"images': {'found' if diverse else 'not found in both'} here.",
-        f"The thesis finds the interpolations of experiment 2 smoother. The largest step of a way is {uneven[0]:.2f} ± {errors[0]:.2f} "
-        f"and {uneven[1]:.2f} ± {errors[1]:.2f} times the mean one: {'found' if smoother else 'not found'} here, by two standard errors.",
-        "The thesis' loss adds 8 bits to data of fewer: its figures are too high by the difference, which the right-hand axes show.",
+        "The thesis finds a neutral face at temperature 0 in experiment 2; figures 3.10 and 3.28 show what these runs give. Neutrality is "
+        f"not measured here; the Fréchet distance of that one picture to the test images is {distances}, of experiment 1 and 2.",
+        "The thesis finds the samples of experiment 2 more diverse. At temperature 1 recall is "
+        f"{_said(recalls)}, the samples' mean distance {_said(spreads)} of the test images', each over {PARTS} parts: "
+        f"{'found' if diverse else 'not found in both figures'}.",
+        f"The thesis finds the interpolations of experiment 2 smoother. The largest step of a way is {_said(uneven)} times the mean one, "
+        f"over the same pairs of images: {'found' if _larger(paired, (0.0, 0.0)) else 'not found'}.",
     ]
-    if fids[0][0] is None:
-        return [
-            *said,
-            "FID is left out: set FID_WEIGHTS to the file of torch-fidelity's network, and install flowgen[fidelity], to have it.",
-        ]
-    told = "; ".join(f"T = {t:g}: {a:.1f} and {b:.1f}" for t, a, b in zip(TEMPERATURES, *fids, strict=True))
-    return [*said, f"FID by torch-fidelity, of experiment 1 and 2: {told}."]
+    if bits < 8:
+        said.append(
+            f"The thesis' loss adds 8 bits to data of {bits}: its figures are too high by {8 - bits}, which the right-hand axes show."
+        )
+    return said
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float]:
+    numbers = torch.tensor(values, dtype=torch.double)
+    return numbers.mean().item(), numbers.std().item() / math.sqrt(len(numbers))
+
+
+def _larger(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] - other[0] > 2 * math.hypot(one[1], other[1])
+
+
+def _said(pair: list[tuple[float, float]]) -> str:
+    return " and ".join(f"{mean:.2f} ± {error:.2f}" for mean, error in pair)
+
+
+def _fid(runs: dict[str, Run], data: Images, count: int) -> str:
+    """FID of both experiments at every temperature, as a sentence; kept once it has been found."""
+    if not os.environ.get("FID_WEIGHTS"):
+        return "FID is left out: set FID_WEIGHTS to the file of torch-fidelity's network, and install flowgen[fidelity], to have it."
+    test = torch.cat(list(data.batches("test", 500, count))).cpu() << (8 - data.bits)
+
+    def find(run: Run) -> list[float]:
+        model = flowgen.load(run.folder, "auto")
+        return [judge.fid(draw(model, len(test), each, 0)[0].cpu() << (8 - data.bits), test) for each in TEMPERATURES]
+
+    one, two = (_kept(run, "fid.json", lambda run=run: find(run)) for run in runs.values())
+    told = "; ".join(f"T = {t:g}: {a:.1f} and {b:.1f}" for t, a, b in zip(TEMPERATURES, one, two, strict=True))
+    return f"FID by torch-fidelity, of experiment 1 and 2, {len(test)} samples and as many test images: {told}."

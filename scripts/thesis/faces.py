@@ -7,7 +7,7 @@ from pathlib import Path
 import kinds
 import torch
 import yaml
-from figure import Figure, drawn, to_pil, unit
+from figure import MAKE, Figure, drawn, to_pil, unit
 from torch import Tensor
 
 import flowgen
@@ -26,7 +26,7 @@ AS_ABOVE = "Settings: see the head of this section."
 
 
 def changes(run: Run, experiment: str) -> str:
-    """Where a run's configuration departs from the experiment's file, which holds the original's settings."""
+    """Where a run's configuration departs from the experiment's file, which holds the original's settings, and what is never the same."""
     original = yaml.safe_load((conf_folder() / "experiment" / f"{experiment}.yaml").read_text())
     config = read_config(run.config)
     told = [
@@ -39,7 +39,10 @@ def changes(run: Run, experiment: str) -> str:
     source = yaml.safe_load((conf_folder() / "data" / f"{wanted}.yaml").read_text())
     if any(config["data"].get(key) != source[key] for key in ("_target_", "names") if key in source):
         told.insert(0, f"other data than {wanted}")
-    return f"Against the original: {'; '.join(told)}." if told else "Settings as in the original."
+    settings = f"Against the experiment's file: {'; '.join(told)}." if told else "Settings as in the experiment's file."
+    return (
+        f"{settings} Always unlike the thesis: averaged weights in samples and test figures, bounded log-scales, P L U in 1x1 convolutions."
+    )
 
 
 def of_data(folder: Path, data: Images, originals: Tensor, name: str) -> list[Figure]:
@@ -52,19 +55,19 @@ def of_data(folder: Path, data: Images, originals: Tensor, name: str) -> list[Fi
     kinds.tiles(noisy, [""] * count, 8, paths[1])
     shape = "x".join(map(str, data.train.shape[2:]))
     return [
-        Figure("3.1", f"Training images of {name}.", paths[0], [], "make reproduce-thesis", "Other images than in the thesis."),
+        Figure("3.1", f"Training images of {name}.", paths[0], [], MAKE, "Other images than in the thesis."),
         Figure(
             "3.2",
             f"The same cropped, resized to {shape}, in {data.bits} bits, with noise u ~ U[0, 1) within the levels.",
             paths[1],
             [],
-            "make reproduce-thesis",
+            MAKE,
             "The thesis' text adds Gaussian noise, its code uniform noise, as here.",
         ),
     ]
 
 
-def of_training(run: Run, folder: Path, numbers: tuple[str, ...], command: str, images: int, first: bool) -> list[Figure]:
+def of_training(run: Run, folder: Path, numbers: tuple[str, ...], images: int, first: bool) -> list[Figure]:
     """The learning rate, the smoothed loss, the raw loss; before the first experiment, figure 3.3, the warm-up."""
     rows, config = run.read_metrics(), read_config(run.config)
     train = [row for row in rows if row["split"] == "train" and row["loss"] is not None]
@@ -74,7 +77,7 @@ def of_training(run: Run, folder: Path, numbers: tuple[str, ...], command: str, 
         steps = warmup_steps(trainer["warmup"], images, trainer["batch_size"])
         factors = [(step, learning_rate_factor(step, 0.0, steps, 0.0)) for step in range(0, 2 * steps + 1, max(1, steps // 100))]
         path = drawn(folder / "figure_3.3.png", run, lambda at: kinds.lines({"warm-up": factors}, "step", "share of the learning rate", at))
-        found.append(Figure("3.3", f"The warm-up: {steps} steps, then constant.", path, [run.folder], command, AS_ABOVE))
+        found.append(Figure("3.3", f"The warm-up: {steps} steps, then constant.", path, [run.folder], MAKE, AS_ABOVE))
     rate = [(row["step"], row["lr"]) for row in train]
     raw = [(row["step"], row["loss"]) for row in train]
     test = [(row["step"], row["bits_per_dim"]) for row in rows if row["split"] == "test"]
@@ -82,14 +85,17 @@ def of_training(run: Run, folder: Path, numbers: tuple[str, ...], command: str, 
     drawings: list[tuple[str, Callable[[Path], object]]] = [
         ("The learning rate.", lambda at: kinds.lines({"learning rate": rate}, "step", "learning rate", at)),
         (
-            "The loss, smoothed by a moving average over 2 % of the training, and the test split's.",
-            lambda at: kinds.lines({"training": kinds.moving_average(raw), "test": test}, "step", label, at, offset=offset),
+            "The loss, smoothed by a moving average over 2 % of the training, and the test split's; the first steps lie above the frame.",
+            lambda at: kinds.lines({"training": kinds.moving_average(raw), "test": test}, "step", label, at, offset=offset, skip=0.03),
         ),
-        ("The loss, raw.", lambda at: kinds.lines({"training": raw}, "step", label, at, thin="training", offset=offset)),
+        (
+            "The loss, raw; the first steps lie above the frame.",
+            lambda at: kinds.lines({"training": raw}, "step", label, at, thin=True, offset=offset, skip=0.03),
+        ),
     ]
     for number, (caption, draw_it) in zip(numbers, drawings, strict=True):
         path = drawn(folder / f"figure_{number}.png", run, draw_it)
-        found.append(Figure(number, caption, path, [run.folder], command, AS_ABOVE))
+        found.append(Figure(number, caption, path, [run.folder], MAKE, AS_ABOVE))
     return found
 
 
@@ -175,32 +181,31 @@ def of_interpolations(run: Run, folder: Path, numbers: tuple[str, ...], data: Im
     for number, (pair, latent, shares, caption) in zip(numbers, jobs, strict=True):
         path = drawn(folder / f"figure_{number}.png", run, way(pair, latent, shares))
         start = folder / ("train_0.png" if pair is within else "test_0.png")
-        command = f"flowgen interpolate {start} {folder / 'train_1.png'} --steps {WAY} --run {run.folder}"
+        steps = WAY if len(shares) == WAY else 21  # of which 0.45, 0.5 and 0.75 are three
+        command = f"flowgen interpolate {start} {folder / 'train_1.png'} --steps {steps} --run {run.folder}"
         found.append(Figure(number, caption, path, [run.folder], command, f"Other images. {AS_ABOVE}"))
     return found
 
 
 def of_outlook(runs: dict[str, Run], folder: Path) -> list[Figure]:
     """The test figures of all flows by images seen, and samples of each."""
-    newest = max(runs.values(), key=lambda run: run.last.stat().st_mtime)
-    named = {}
+    named, grids = {}, {}
     for name, run in runs.items():
-        batch = read_config(run.config)["trainer"]["batch_size"]
-        named[name] = [(batch * row["step"] / 1000, row["bits_per_dim"]) for row in run.read_metrics() if row["split"] == "test"]
-
-    def samples(at: Path) -> None:
-        loaded = {name: flowgen.load(run.folder, "auto") for name, run in runs.items()}
-        grids = {name: flowgen.figures.to_image(draw(model, 12, 0.7, 0)[0], model.bits, 12) for name, model in loaded.items()}
-        kinds.page_of(grids, at)
-
-    bits = read_config(newest.config)["data"]["bits"]
-    label, folders = f"test bits/dim at {bits} bits", [run.folder for run in runs.values()]
-    paths = [
-        drawn(folder / "figure_O.1.png", newest, lambda at: kinds.lines(named, "thousands of training images seen", label, at)),
-        drawn(folder / "figure_O.2.png", newest, samples),
-    ]
-    own = "The thesis names these networks and trains none of them."
+        config, model = read_config(run.config), flowgen.load(run.folder, "auto")
+        rows = run.read_metrics()
+        named[name] = [
+            (config["trainer"]["batch_size"] * row["step"] / 1000, row["bits_per_dim"]) for row in rows if row["split"] == "test"
+        ]
+        levels = draw(model, 12, 0.7, 0)[0]
+        grids[f"{name}\n{rows[-1]['step']:,} steps"] = flowgen.figures.to_image(levels, model.bits, 12)
+    paths, folders = (folder / "figure_O.1.png", folder / "figure_O.2.png"), [run.folder for run in runs.values()]
+    kinds.lines(named, "thousands of training images seen", f"test bits/dim at {config['data']['bits']} bits", paths[0], skip=0.03)
+    kinds.page_of(grids, paths[1])
+    own = "The thesis only names these networks, but for those of its two experiments."
+    samples = "flowgen sample --temperature 0.7 --count 12 --run RUN"
     return [
-        Figure("O.1", "Test bits/dim of every network by the images seen.", paths[0], folders, "flowgen train experiment=thesis/NAME", own),
-        Figure("O.2", "Samples of each at temperature 0.7.", paths[1], folders, "flowgen sample --temperature 0.7 --run RUN", own),
+        Figure(
+            "O.1", "Test bits/dim of every network by the images seen; the first steps lie above the frame.", paths[0], folders, MAKE, own
+        ),
+        Figure("O.2", "Samples of each at temperature 0.7, at the end of their trainings, which differ.", paths[1], folders, samples, own),
     ]

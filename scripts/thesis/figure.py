@@ -12,6 +12,8 @@ from torch import Tensor
 from flowgen.commands.evaluate import evaluate
 from flowgen.training.run import Run
 
+MAKE = "make reproduce-thesis"  # the page puts in what it was called with
+
 
 class Figure(NamedTuple):
     """One figure of the page: `command` makes it, `runs` are what it is drawn from, `difference` is from the original."""

@@ -1,17 +1,20 @@
 """How close samples come to images, how diverse they are, and how smoothly an interpolation runs: without a network's weights.
 
-Everything is measured in the space of the training images' leading principal components, whose names the figures bear: a Fréchet
-distance there is no FID, whose features no part of flowgen ships.
+Closeness and diversity are measured among the leading principal components of training images: a Fréchet distance there is no FID, whose
+network flowgen does not ship.
 """
 
 import math
 import os
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowgen.errors import FlowgenError
 from flowgen.models import Flow
 
 COMPONENTS, NEIGHBOURS = 64, 3
@@ -23,14 +26,16 @@ class Space:
     def __init__(self, images: Tensor):
         flat = images.flatten(1)
         self.mean = flat.mean(0)
-        self.basis = torch.pca_lowrank(flat - self.mean, min(COMPONENTS, *flat.shape), center=False, niter=4)[2]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # so that every model is judged in the same space
+            self.basis = torch.pca_lowrank(flat - self.mean, min(COMPONENTS, *flat.shape), center=False, niter=4)[2]
 
     def __call__(self, images: Tensor) -> Tensor:
         return (images.flatten(1) - self.mean) @ self.basis
 
 
 class Likeness(NamedTuple):
-    """Samples beside real images; each figure's own words are in `likeness`."""
+    """Samples beside real images, see `likeness`."""
 
     frechet: float
     precision: float
@@ -78,27 +83,33 @@ class Pictures(Dataset[Tensor]):
         return self.images[place]
 
 
-def fid(samples: Tensor, real: Tensor) -> float | None:
-    """FID by torch-fidelity, of uint8 images, where that package is installed and FID_WEIGHTS names its network's file; else None."""
+def check_fid() -> None:
+    """Raises FlowgenError where FID is asked for and cannot be had."""
     weights = os.environ.get("FID_WEIGHTS")
-    if not weights:
-        return None
+    if weights and not Path(weights).is_file():
+        raise FlowgenError(f"FID_WEIGHTS={weights} is no file: name that of torch-fidelity's network, or leave it out")
+    if weights and find_spec("torch_fidelity") is None:
+        raise FlowgenError("FID_WEIGHTS is set, but torch-fidelity is not installed: pip install -e '.[fidelity]'")
+
+
+def fid(samples: Tensor, real: Tensor) -> float:
+    """FID by torch-fidelity of uint8 images (N, channels, height, width), with the network of FID_WEIGHTS."""
     from torch_fidelity import calculate_metrics
 
+    weights = os.environ["FID_WEIGHTS"]
     sets = [Pictures(images.expand(-1, 3, -1, -1)) for images in (samples, real)]
     how = {"fid": True, "cuda": torch.cuda.is_available(), "verbose": False, "save_cpu_ram": True}
     return calculate_metrics(input1=sets[0], input2=sets[1], feature_extractor_weights_path=weights, **how)["frechet_inception_distance"]
 
 
 class Walk(NamedTuple):
-    """Means over pairs of images, at every place of the way."""
+    """Means over pairs of images, at every place of the way, but for the last."""
 
     steps: list[float]  # root mean square change of the pixels from each picture to the next, of the whole range
     pixel_steps: list[float]
     bits: list[float]  # bits/dim of the pictures along the latents
     pixel_bits: list[float]
-    unevenness: float  # the largest step over the mean step; 1 is perfectly even
-    unevenness_error: float
+    unevenness: list[float]  # of every pair: the largest step over the mean step; 1 is perfectly even
 
 
 @torch.no_grad()
@@ -115,8 +126,7 @@ def walk(model: Flow, first: Tensor, second: Tensor, steps: int) -> Walk:
         _changes(pixels, model.bins).mean(1).tolist(),
         [_bits(model, picture) for picture in latent],
         [_bits(model, picture) for picture in pixels],
-        uneven.mean().item(),
-        uneven.std().item() / math.sqrt(len(uneven)),
+        uneven.tolist(),
     )
 
 

@@ -1,5 +1,6 @@
 """The kinds of figures, one function each; all write a PNG with a white ground and colours for colour-blind eyes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,29 @@ def tiles(images: Tensor, titles: Sequence[str], columns: int, path: Path) -> No
     page.savefig(path, dpi=150)
 
 
-def lines(named: Mapping[str, Points], xlabel: str, ylabel: str, path: Path, thin: str | None = None, offset: float = 0.0) -> None:
-    """Lines through (x, y), told apart by colour, dash and mark; `thin` names a raw one. `offset` adds a second axis, y + offset."""
+def lines(
+    named: Mapping[str, Points], xlabel: str, ylabel: str, path: Path, thin: bool = False, offset: float = 0.0, skip: float = 0.0
+) -> None:
+    """Lines through the finite (x, y), told apart by colour, dash and mark. `offset` adds a second axis, y + offset.
+
+    The highest `skip` of the values may leave the frame above, as the first steps of a training, which would flatten all the rest.
+    """
+    finite = {name: [(x, y) for x, y in points if y is not None and math.isfinite(y)] for name, points in named.items()}
+    named = {name: points for name, points in finite.items() if points}
     page = Figure(figsize=(8, 4.2), layout="constrained")
     axes = page.subplots()
     for number, (name, points) in enumerate(named.items()):
         x, y = zip(*points, strict=True)
         style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": name}
         few = {"marker": MARKS[number % len(MARKS)], "markersize": 4} if len(x) <= 40 else {}
-        axes.plot(x, y, linewidth=0.6 if name == thin else 1.6, **style, **few)
+        axes.plot(x, y, linewidth=0.6 if thin else 1.6, **style, **few)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
-    low, high = _range([y for points in named.values() for _, y in points])
-    axes.set_ylim(low, high)
+    values = sorted(y for points in named.values() for _, y in points)
+    if values:
+        low, high = values[0], values[int((1 - skip) * (len(values) - 1))]
+        margin = 0.06 * (high - low) + 1e-6 + 1e-3 * abs(high)
+        axes.set_ylim(low - margin, high + margin)
     if offset:
         second = axes.secondary_yaxis("right", functions=(lambda y: y + offset, lambda y: y - offset))
         second.set_ylabel(f"the thesis' convention: {offset:g} more")
@@ -50,8 +61,8 @@ def lines(named: Mapping[str, Points], xlabel: str, ylabel: str, path: Path, thi
     page.savefig(path, dpi=120)
 
 
-def bars(named: dict[str, tuple[float, float]], label: str, path: Path) -> None:
-    """A bar with its error for each name, and its figure beside it."""
+def dots(named: Mapping[str, tuple[float, float]], label: str, path: Path) -> None:
+    """A dot with its error for each name, and its figure above it."""
     page = Figure(figsize=(8, 1.2 + 0.3 * len(named)), layout="constrained")
     axes = page.subplots()
     names = list(reversed(named))
@@ -88,11 +99,3 @@ def moving_average(points: Points, share: float = 0.02) -> list[tuple[float, flo
     values = torch.tensor([y for _, y in points], dtype=torch.double)
     means = [values[max(0, place - half) : place + half + 1].mean().item() for place in range(len(values))]
     return [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
-
-
-def _range(values: list[float]) -> tuple[float, float]:
-    """Of all values but the highest thirtieth, since the first steps of a training would flatten all the rest."""
-    values = sorted(values)
-    low, high = values[0], values[int(0.97 * (len(values) - 1))] if len(values) > 60 else values[-1]
-    margin = 0.06 * (high - low) + 1e-6 + 1e-3 * abs(high)
-    return low - margin, high + margin

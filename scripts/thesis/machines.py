@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import kinds
-from figure import Figure, drawn
+from figure import MAKE, Figure, drawn
 from PIL import Image
 from torch import Tensor
 
@@ -25,9 +25,8 @@ def of_toy(run: Run, folder: Path) -> Figure:
 
 def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list[Figure]:
     """Filters, samples and likelihoods of the machines; half 6, digits from noise and films of the last one."""
-    names, folders = [run.folder.name for run in runs], [run.folder for run in runs]
+    folders = [run.folder for run in runs]
     newest = max(runs, key=lambda run: run.last.stat().st_mtime)
-    command = "flowgen train -m experiment=" + ",".join(sorted({f"slides/{name.rpartition('_')[0]}" for name in names}))
     settings = "The slides name neither training times nor learning rates."
 
     def filters(at: Path) -> None:
@@ -42,7 +41,7 @@ def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list
     tests = {run.folder.name: [row for row in run.read_metrics() if row["split"] == "test"][-1] for run in (*runs, half_six)}
     likelihoods = {name: (row["log_likelihood"], row["log_likelihood_error"]) for name, row in tests.items()}
     likelihood_path = drawn(
-        folder / "figure_S.3.png", newest, lambda at: kinds.bars(likelihoods, "test log-likelihood, nats (the higher the better)", at)
+        folder / "figure_S.3.png", newest, lambda at: kinds.dots(likelihoods, "test log-likelihood, nats (the higher the better)", at)
     )
     image = folder / "six.png"
     Image.fromarray(255 * six[0].numpy()).save(image)
@@ -56,10 +55,10 @@ def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list
     found = [
         Figure(
             "S.1",
-            "The 40 largest filters of each machine: orange above zero, blue below. The name: experiment and hidden units.",
+            "The 40 largest filters of each machine: orange above zero, blue below. The name: the experiment and its hidden units.",
             drawn(folder / "figure_S.1.png", newest, filters),
             folders,
-            command,
+            MAKE,
             settings,
         ),
         Figure(
@@ -76,7 +75,7 @@ def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list
             "flatter; `flowgen evaluate --run RUN` has both directions.",
             likelihood_path,
             folders,
-            command,
+            MAKE,
             "The slides judge by the reconstruction error, which is no likelihood.",
         ),
         Figure(

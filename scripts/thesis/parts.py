@@ -1,5 +1,7 @@
 """What is trained for the thesis and the slides, at each scale, and training it to its end however often it was stopped."""
 
+import contextlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +58,7 @@ FLOWS = [
     thesis(
         "glow_conv",
         "glow_conv",
-        "model.width=64 model.steps_per_level=4 trainer.steps=6000 trainer.keep_at=[1600,2160,6000]",
+        "model.width=64 model.steps_per_level=4 trainer.steps=6000 trainer.warmup=565 trainer.keep_at=[1600,2160,6000]",
         "trainer.keep_at=[2,3,6]",
     ),
     thesis(
@@ -68,11 +70,11 @@ FLOWS = [
 ]
 TOY = Part("toy", "thesis/toy", {"smoke": "trainer.minutes=null trainer.steps=20"}, "toy")
 OUTLOOK = [
-    thesis("glow_conv_32", "outlook", "model.width=64 model.steps_per_level=16 trainer.steps=400"),
-    thesis("glow_resnet_blocks", "outlook", "model.width=32 model.steps_per_level=8 trainer.steps=400 trainer.warmup=275"),
-    thesis("glow_gated", "outlook", "model.width=24 model.steps_per_level=8 trainer.steps=400 trainer.warmup=275"),
+    thesis("glow_conv_32", "outlook", "model.width=64 model.steps_per_level=16 trainer.steps=400 trainer.warmup=150"),
+    thesis("glow_resnet_blocks", "outlook", "model.width=32 model.steps_per_level=8 trainer.steps=400 trainer.warmup=150"),
+    thesis("glow_gated", "outlook", "model.width=24 model.steps_per_level=8 trainer.steps=400 trainer.warmup=150"),
 ]
-HALF_SIX = slides("half_six", 500, "trainer.minutes=3")
+HALF_SIX = slides("half_six", 500, "trainer.minutes=3")._replace(folder="half_six")
 
 
 def parts(scale: str, groups: list[str]) -> list[Part]:
@@ -81,7 +83,7 @@ def parts(scale: str, groups: list[str]) -> list[Part]:
     machines = {
         "full": [slides(name, hidden) for name in names for hidden in (50, 100, 300)],
         "small": [slides(name, hidden) for name in names for hidden in ((50, 100, 300) if name == "filters" else (100,))],
-        "smoke": [slides(name, 100) for name in ("filters", "l1_1e3", "cd10")],
+        "smoke": [slides(name, 16) for name in ("filters", "l1_1e3", "cd10")],
     }
     return [part for part in (*FLOWS, TOY, *machines[scale], HALF_SIX, *OUTLOOK) if part.group in groups]
 
@@ -93,15 +95,19 @@ def train(part: Part, scale: str, data: list[str], out: Path) -> None:
         return
     words = ["resume", str(out)] if run.config.exists() else ["train", *part.command(scale, data, out)]
     print(f"\n$ flowgen {' '.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, "-m", "flowgen", *words], check=False).returncode
-    if status:
-        raise FlowgenError(f"{out} ended with status {status}, see above: the same command goes on from here")
-    _mark(run).touch()
+    process = subprocess.Popen([sys.executable, "-m", "flowgen", *words])
+    signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    while process.returncode is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the training has heard of it too: it saves, and ends
+            process.wait()
+    if process.returncode:
+        raise FlowgenError(f"{out} ended with status {process.returncode}, see above: the same command goes on from here")
+    (out / "done").touch()
 
 
 def is_finished(run: Run) -> bool:
     """Whether the run has come to its end, even where it was killed before that could be noted."""
-    if _mark(run).exists():
+    if (run.folder / "done").exists():
         return True
     if not run.config.exists() or not run.last.exists():
         return False
@@ -112,7 +118,3 @@ def is_finished(run: Run) -> bool:
         return False
     by_steps = ends["steps"] is not None and last["step"] >= ends["steps"]
     return by_steps or (ends["minutes"] is not None and last["metrics"]["seconds"] >= 60 * ends["minutes"])
-
-
-def _mark(run: Run) -> Path:
-    return run.folder / "done"
