@@ -64,7 +64,10 @@ class NormalizedConv2d(Network):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, padding="same", dilation=self.dilation)
+        if self.dilation == 1:
+            return F.conv2d(x, self.weight, self.bias, padding="same")
+        # Channels-last, the CPU's bfloat16 gradient for the weights of a dilated convolution is NaN from 32x32 on (torch 2.13).
+        return F.conv2d(x.contiguous(), self.weight.contiguous(), self.bias, padding="same", dilation=self.dilation)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
