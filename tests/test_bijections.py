@@ -272,8 +272,8 @@ def test_batch_normalisation_of_one_number_a_channel_says_what_to_do():
 
 def test_gradients_of_a_dilated_convolution_are_finite_in_bfloat16():
     """As the trainer runs it: channels-last, on images large enough for the kernel that fails."""
-    network = GatedNetwork(3, 8, 4, blocks=3).to(memory_format=torch.channels_last)
-    x = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    network = GatedNetwork(6, 24, 12, blocks=3).to(memory_format=torch.channels_last)
+    x = torch.randn(12, 6, 32, 32).to(memory_format=torch.channels_last)
     network.initialize(x)
     with torch.autocast("cpu", torch.bfloat16):
         torch.nn.init.normal_(network.layers[-1].weight)
