@@ -33,7 +33,7 @@ def changes(run: Run, experiment: str) -> str:
         f"{section}.{key}={config[section].get(key)} for {value}"
         for section in ("data", "model", "trainer")
         for key, value in (original.get(section) or {}).items()
-        if config[section].get(key) != value and key != "keep_at"
+        if config[section].get(key) != value and key not in ("keep_at", "keep_every")
     ]
     wanted = next(str(word["override /data"]) for word in original["defaults"] if "override /data" in word)
     source = yaml.safe_load((conf_folder() / "data" / f"{wanted}.yaml").read_text())

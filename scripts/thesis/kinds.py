@@ -81,14 +81,14 @@ def page_of(pictures: dict[str, Image.Image], path: Path) -> None:
     """Pictures one above the other, each beside its name."""
     width = max(picture.width for picture in pictures.values()) / 110
     heights = [picture.height / 110 for picture in pictures.values()]
-    page = Figure(figsize=(width + 2.0, sum(heights) + 0.1 * len(heights)), layout="constrained")
+    page = Figure(figsize=(width + 1.4, sum(heights) + 0.1 * len(heights)), layout="constrained")
     axes = page.subplots(len(pictures), 1, squeeze=False, height_ratios=heights).flatten()
     for each, (name, picture) in zip(axes, pictures.items(), strict=True):
         each.imshow(picture, interpolation="nearest")
         each.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         each.set(xticks=[], yticks=[])
         each.spines[:].set_visible(False)
-    page.savefig(path, dpi=110)
+    page.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def moving_average(points: Points, share: float = 0.02) -> list[tuple[float, float]]:
