@@ -53,21 +53,21 @@ class Flow(GenerativeModel):
 
     def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
         """Mean bits per dimension of a batch under one draw of the noise, given their classes where the flow has any."""
-        x, log_q = self._dequantise(levels)
-        return self._bits_per_dim(self.log_density(x, labels) - log_q - self.dimensions * math.log(self.bins)).mean()
+        return self._bits_per_dim(self.log_prob(levels, labels=labels)).mean()
 
     @torch.no_grad()
     def initialize(self, levels: Tensor) -> None:
         self.dequantiser.initialize(levels, self.dtype)
         self.bijection.initialize(self._dequantise(levels)[0])
 
-    def log_prob(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """log p(x) - log q(u) - D log 2^bits in nats, (batch,): on average over u a lower bound on the images' log-probability.
+    def log_prob(self, levels: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
+        """log p(x) - log q(u) - D log 2^bits in nats, (batch,), or with p(x | labels) in place of p(x).
 
-        Theis, van den Oord and Bethge (1511.01844), section 3.1; Flow++ (1902.00275), section 3.1.
+        On average over u it is a lower bound on the images' log-probability. Theis, van den Oord and Bethge (1511.01844),
+        section 3.1; Flow++ (1902.00275), section 3.1.
         """
         x, log_q = self._dequantise(levels, generator)
-        return self.log_density(x) - log_q - self.dimensions * math.log(self.bins)
+        return self.log_density(x, labels) - log_q - self.dimensions * math.log(self.bins)
 
     def log_density(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """log p(x), or log p(x | labels), in nats of points x in [0, 1)^D, in the shape of images: (batch,)."""
@@ -135,14 +135,14 @@ class Flow(GenerativeModel):
 
     def _log_base(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         if self.means is None:
-            return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
+            return _log_normal(z)
         if labels is None:
             return self._log_base_of_classes(z, self.means).logsumexp(1) - math.log(len(self.means))
-        return -0.5 * ((z - self.means[labels]).square() + math.log(2 * math.pi)).sum(1)
+        return _log_normal(z - self.means[labels])
 
     @staticmethod
     def _log_base_of_classes(z: Tensor, means: Tensor) -> Tensor:
-        return torch.stack([-0.5 * ((z - mean).square() + math.log(2 * math.pi)).sum(1) for mean in means], 1)
+        return torch.stack([_log_normal(z - mean) for mean in means], 1)
 
     def _class_means(self) -> Tensor:
         if self.means is None:
@@ -151,3 +151,8 @@ class Flow(GenerativeModel):
 
     def _bits_per_dim(self, log_prob: Tensor) -> Tensor:
         return -log_prob / (self.dimensions * math.log(2))
+
+
+def _log_normal(z: Tensor) -> Tensor:
+    """log N(z; 0, I) in nats of z (batch, D): (batch,)."""
+    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)

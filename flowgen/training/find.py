@@ -31,9 +31,9 @@ def find_run(name: str) -> Run:
 
 
 def find_checkpoint(name: str | None, wanted: type | None = None, with_classes: bool = False) -> tuple[Run, dict[str, Any]]:
-    """The checkpoint file `name`, else the last good checkpoint of the run `name`, else of the newest run, of a `wanted` model.
+    """The checkpoint file `name`, else the last good checkpoint of the run `name`, else of the newest run.
 
-    Raises FlowgenError where there is none.
+    It is of a `wanted` model, or of one with classes, where that is asked for. Raises FlowgenError where there is none.
     """
     kind = f"run of an {wanted.__name__}" if wanted else "run with model.classes" if with_classes else "run"
     if name is None:

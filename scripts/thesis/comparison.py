@@ -1,6 +1,5 @@
 """The comparison that the thesis draws between its two experiments, in figures and in words that follow from them."""
 
-import json
 import math
 import os
 from itertools import pairwise
@@ -11,7 +10,7 @@ import judge
 import kinds
 import torch
 from faces import TEMPERATURES
-from figure import MAKE, Figure, drawn, figures_of, unit
+from figure import MAKE, Figure, figures_of, kept, unit
 from torch import Tensor
 
 import flowgen
@@ -36,17 +35,10 @@ class Comparison(NamedTuple):
 
 def compare(runs: dict[str, Run], data: Images, folder: Path, count: int) -> Comparison:
     """Of the two experiments, by name; `count` samples and as many test images, at most."""
-    found = {name: _kept(run, "judged.json", lambda run=run: _judge(run, data, count)) for name, run in runs.items()}
+    found = {name: kept(run, "judged.json", lambda run=run: _judge(run, data, count)) for name, run in runs.items()}
     figures = [_curves(runs, data, folder), *_likeness(found, folder), *_walks(found, folder)]
     figures = [figure._replace(runs=[run.folder for run in runs.values()]) for figure in figures]
     return Comparison(figures, _table(runs, data), [*_sentences(found, data.bits), _fid(runs, data, count)])
-
-
-def _kept(run: Run, name: str, find: Any) -> Any:
-    """What `find` returns, kept beside the run."""
-    path = run.folder / name
-    drawn(path, run, lambda aside: aside.write_text(json.dumps(find())))
-    return json.loads(path.read_text())
 
 
 def _judge(run: Run, data: Images, count: int) -> dict[str, Any]:
@@ -199,6 +191,6 @@ def _fid(runs: dict[str, Run], data: Images, count: int) -> str:
         model = flowgen.load(run.folder, "auto")
         return [judge.fid(draw(model, len(test), each, 0)[0].cpu() << (8 - data.bits), test) for each in TEMPERATURES]
 
-    one, two = (_kept(run, "fid.json", lambda run=run: find(run)) for run in runs.values())
+    one, two = (kept(run, "fid.json", lambda run=run: find(run)) for run in runs.values())
     told = "; ".join(f"T = {t:g}: {a:.1f} and {b:.1f}" for t, a, b in zip(TEMPERATURES, one, two, strict=True))
     return f"FID by torch-fidelity, of experiment 1 and 2, {len(test)} samples and as many test images: {told}."

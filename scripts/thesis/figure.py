@@ -36,11 +36,15 @@ def drawn(path: Path, run: Run, draw_it: Callable[[Path], object]) -> Path:
     return path
 
 
-def figures_of(run: Run) -> dict[str, Any]:
-    """What `flowgen evaluate --json` says of a run, kept beside it."""
-    path = run.folder / "evaluate.json"
-    drawn(path, run, lambda aside: aside.write_text(json.dumps(evaluate(str(run.folder), [], "auto"))))
+def kept(run: Run, name: str, find: Callable[[], Any]) -> Any:
+    """What `find` returns, kept beside the run as JSON."""
+    path = drawn(run.folder / name, run, lambda aside: aside.write_text(json.dumps(find())))
     return json.loads(path.read_text())
+
+
+def figures_of(run: Run) -> dict[str, Any]:
+    """What `flowgen evaluate --json` says of a run."""
+    return kept(run, "evaluate.json", lambda: evaluate(str(run.folder), [], "auto"))
 
 
 def unit(levels: Tensor, bits: int) -> Tensor:
