@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,17 @@ def test_a_damaged_last_checkpoint_is_passed_over(images, tmp_path, command):
     last.write_bytes(last.read_bytes()[:1000])
     assert command("resume", tmp_path / "run")[0] == 0
     assert same(read_checkpoint(last)["model"], whole["model"])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_training_goes_like_the_eager_one(images, tmp_path, command):
+    words = [*SMALL, "model.levels=1", "model.steps_per_level=1", f"data.root={images}", "trainer.batch_size=32", "trainer.steps=3"]
+    for compiled in (True, False):
+        assert command("train", *words, f"trainer.compile={compiled}", f"out={tmp_path / str(compiled)}")[0] == 0
+    losses = [[row["loss"] for row in rows(tmp_path / name) if row["split"] == "train"] for name in ("True", "False")]
+    assert losses[0] == pytest.approx(losses[1], abs=0.03)  # the compiler draws other noise
+    states = [read_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("True", "False")]
+    assert states[0].keys() == states[1].keys()
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(images, tmp_path, command):
