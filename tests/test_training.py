@@ -22,6 +22,7 @@ from flowgen.bijections import Affine
 from flowgen.errors import FlowgenError
 from flowgen.models import Glow
 from flowgen.training.checkpoint import KEYS, read_checkpoint, write_checkpoint
+from flowgen.training.device import choose_device
 from flowgen.training.run import Run
 from flowgen.training.schedule import learning_rate_factor, warmup_steps
 
@@ -165,6 +166,12 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(images, tmp_path, co
         assert command("train", *words, f"trainer.accumulate={parts}", f"out={tmp_path / str(parts)}")[0] == 0
     one, two = (rows(tmp_path / str(parts))[0]["grad_norm"] for parts in (1, 2))
     assert one == pytest.approx(two, rel=0.2)  # the noise within the bins differs, nothing else does
+
+
+def test_float32_convolutions_stay_float32_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    choose_device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> list[int]:

@@ -10,7 +10,11 @@ from flowgen.errors import FlowgenError, check_choice
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU. Raises FlowgenError for a device that is not there."""
+    """`auto` is the first GPU, else the CPU. Raises FlowgenError for a device that is not there.
+
+    From then on float32 convolutions are float32: cuDNN's TF32 would round what a bijection has to give back.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
