@@ -1,8 +1,6 @@
 """Every figure of the thesis and of the slides, in one page: `make reproduce-thesis` runs this, from where it was stopped."""
 
 import argparse
-import contextlib
-import io
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -10,29 +8,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import faces as of_faces
+import images
 import judge
 import machines as of_digits
-import torch
-import yaml
+from claims import best_of_prior
 from comparison import compare
 from figure import MAKE, Figure
 from jinja2 import Environment, FileSystemLoader
-from parts import FACED, GROUPS, SCALES, is_finished, parts, train
-from PIL import Image, ImageOps
-from torch import Tensor
+from outlook import of_outlook
+from parts import FACED, GROUPS, SCALES, command_of, is_finished, parts, train
 
 import flowgen.commands.report
 from flowgen.commands.report import data_url
-from flowgen.config import build_data, conf_folder, read_config
+from flowgen.config import read_config
 from flowgen.data import Images
-from flowgen.data.folder import hashed_split, official_split, open_source
-from flowgen.data.locate import locate
 from flowgen.errors import FlowgenError
-from flowgen.messages import one_sentence, show_messages
+from flowgen.messages import show_messages
 from flowgen.training.run import Run
 
 FACES = ("celeba_hq", "celeba", "folder")
-SHOWN = 16  # training images in figures 3.1 and 3.2
 JUDGED = {"full": 2000, "small": 400, "smoke": 32}  # samples and test images of the comparison, at most
 EXPERIMENTS = {
     "glow_conv": ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9", "3.10-3.14", "3.15", "3.16", "3.17", "3.18", "3.19", "3.20"),
@@ -51,7 +45,7 @@ class Section(NamedTuple):
     anchor: str
     title: str
     figures: list[Figure]
-    command: str = ""
+    trained: Sequence[tuple[str, str]] = ()  # a run's command, and what is to be said of it
     sentences: Sequence[str] = ()
     table: Sequence[Sequence[str]] = ()
 
@@ -65,7 +59,7 @@ class Reproduction:
         self.data_name, self.root = data, None if root is None else str(Path(root).expanduser().resolve())
         self.words = [f"data={self.data_name}"]
         self.folder = Path("outputs/thesis") / f"{scale}_{self.data_name}"
-        self.config = yaml.safe_load((conf_folder() / "data" / f"{self.data_name}.yaml").read_text())
+        self.config = images.config_of(self.data_name)
         if self.root is not None:
             self.config["root"] = self.root
             quoted = self.root.replace("\\", "\\\\").replace("'", "\\'")  # Hydra's grammar gives commas and brackets a meaning
@@ -85,69 +79,51 @@ class Reproduction:
                     f"{run.folder} was trained on {used or 'images found in FLOWGEN_DATA'}: give ROOT={used or ''} as then, or move "
                     f"{self.folder} away to begin anew"
                 )
-        return self._faces() if FACED & shown else None, self._digits() if "slides" in shown else None
+        return (
+            images.faces(self.config, self.scale) if FACED & shown else None,
+            images.digits(self.scale) if "slides" in shown else None,
+        )
 
     def finished(self) -> list[str]:
         """The groups whose every part has come to its end."""
         return [group for group in GROUPS if all(is_finished(Run(self.folder / part.folder)) for part in parts(self.scale, [group]))]
 
-    def _faces(self) -> Images:
-        if self.scale == "full" and not torch.cuda.is_available():
-            raise FlowgenError("SCALE=full trains for days on one GPU, and this machine has none: SCALE=small takes an hour on two cores")
-        if self.config.get("root", "") == "???":
-            raise FlowgenError("DATA=folder needs ROOT=, a folder or a zip of images: make reproduce-thesis DATA=folder ROOT=~/faces")
-        try:
-            return build_data({"data": self.config})
-        except FlowgenError as error:
-            raise FlowgenError(
-                f"{one_sentence(error).removesuffix('.')}. Give its place as ROOT=FOLDER, or take a substitute: "
-                "DATA=celeba ROOT=FOLDER, or DATA=folder ROOT=FOLDER with images of your own"
-            ) from error
-
-    def _digits(self) -> Images:
-        name = "mnist_sample" if self.scale == "smoke" else "mnist"
-        return build_data({"data": yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text()) | {"bits": 1}})
-
-    def originals(self, faces: Images) -> Tensor:
-        """The first training images as they are before they are prepared, each in a white square."""
-        if "names" not in self.config or self.data_name == "mnist_sample":
-            return faces.train[:SHOWN].float() / 255
-        place = locate(self.config["root"], self.config["names"], self.config["cure"])
-        source = open_source(place)
-        names = (official_split(place, list(source.stamps)) or hashed_split(list(source.stamps)))[0]
-        readable: list[Tensor] = []
-        for name in names:
-            with contextlib.suppress(OSError):  # such a file is left out of the training images too
-                readable.append(_padded(Image.open(io.BytesIO(source.read(name))).convert("RGB")))
-            if len(readable) == SHOWN:
-                break
-        return torch.cat(readable)
-
-    def sections(self, faces: Images | None, digits: Images | None) -> list[Section]:
-        runs = {group: [Run(self.folder / part.folder) for part in parts(self.scale, [group])] for group in self.finished()}
+    def sections(self, faces: Images | None, digits: Images | None, finished: list[str]) -> list[Section]:
+        runs = {group: [Run(self.folder / part.folder) for part in parts(self.scale, [group])] for group in finished}
         drawings = self.folder / "figures"
         drawings.mkdir(parents=True, exist_ok=True)
         found = []
         if faces is not None:
-            found.append(Section("data", "Data", of_faces.of_data(drawings, faces, self.originals(faces), self.data_name)))
+            shown = of_faces.of_data(drawings, faces, images.originals(self.config, faces), self.data_name, self.config.get("crop"))
+            found.append(Section("data", "Data", shown))
             for name in [name for name in EXPERIMENTS if name in runs]:
-                command = f"flowgen train {' '.join(parts(self.scale, [name])[0].command(self.scale, self.words, runs[name][0].folder))}"
-                told = [f"By {runs[name][0].environment()}.", of_faces.changes(runs[name][0], f"thesis/{name}")]
-                found.append(Section(name, TITLES[name], self._experiment(runs[name][0], drawings, faces), command, told))
+                found.append(Section(name, TITLES[name], self._experiment(runs[name][0], drawings, faces), self._trained(runs[name])))
         if faces is not None and set(EXPERIMENTS) <= set(runs):
             both = {f"experiment {number}": runs[name][0] for number, name in enumerate(EXPERIMENTS, 1)}
             figures, table, sentences = compare(both, faces, drawings, JUDGED[self.scale])
-            found.append(Section("comparison", "The comparison", figures, "", sentences, table))
+            found.append(Section("comparison", "The comparison", figures, (), sentences, table))
         if "toy" in runs:
-            found.append(Section("toy", TITLES["toy"], [of_digits.of_toy(runs["toy"][0], drawings)]))
+            found.append(Section("toy", TITLES["toy"], [of_digits.of_toy(runs["toy"][0], drawings)], self._trained(runs["toy"])))
         if "slides" in runs and digits is not None and digits.labels is not None:
             *machines, half_six = runs["slides"]
             six = (digits.test >> 7)[digits.labels[1] == 6][0]
-            found.append(Section("slides", TITLES["slides"], of_digits.of_slides(machines, half_six, drawings, six)))
+            figures, table = of_digits.of_slides(machines, half_six, drawings, six), of_digits.table(runs["slides"])
+            claim = best_of_prior({name: row["log_likelihood"] for name, row in of_digits.last_tests(machines).items()})
+            found.append(Section("slides", TITLES["slides"], figures, self._trained(runs["slides"]), [claim], table))
         if faces is not None and "outlook" in runs:
             named = {run.folder.name: run for name in ("glow_conv", "glow_resnet", "outlook") for run in runs.get(name, [])}
-            found.append(Section("outlook", TITLES["outlook"], of_faces.of_outlook(named, drawings)))
+            found.append(Section("outlook", TITLES["outlook"], of_outlook(named, drawings), self._trained(runs["outlook"])))
         return found
+
+    def _trained(self, runs: list[Run]) -> list[tuple[str, str]]:
+        """The command of every run, and, of a flow of faces, where it departs from the original."""
+        experiments = {part.folder: part.experiment for part in parts(self.scale, list(GROUPS))}
+        told = []
+        for run in runs:
+            experiment = experiments[run.folder.name]
+            departs = of_faces.changes(run, experiment) if experiment.startswith("thesis/glow") else ""
+            told.append((command_of(run), f"{run.environment()}. {departs}"))
+        return told
 
     def _experiment(self, run: Run, drawings: Path, faces: Images) -> list[Figure]:
         numbers = EXPERIMENTS[run.folder.name]
@@ -163,7 +139,8 @@ class Reproduction:
         """The page of all that has been trained."""
         target = self.folder / "thesis.html"
         shown: list[dict[str, Any]] = []
-        for section in self.sections(faces, digits):
+        finished = self.finished()
+        for section in self.sections(faces, digits, finished):
             pictures = [self._shown(figure) for figure in section.figures]
             shown.append(section._asdict() | {"figures": pictures})
         folders = [Path(__file__).parent, Path(flowgen.commands.report.__file__).parent]
@@ -173,7 +150,7 @@ class Reproduction:
             scale=self.scale,
             data=self.data_name,
             command=self.command,
-            missing=[TITLES[group] for group in GROUPS if group not in self.finished()],
+            missing=[TITLES[group] for group in GROUPS if group not in finished],
             sections=shown,
         )
         aside = target.with_suffix(".part")
@@ -185,12 +162,6 @@ class Reproduction:
         command = figure.command.replace(MAKE, self.command)
         runs = [str(run.relative_to(self.folder)) for run in figure.runs]
         return figure._asdict() | {"source": data_url(figure.path), "command": command, "runs": runs}
-
-
-def _padded(image: Image.Image, size: int = 128) -> Tensor:
-    """The image at its own proportions in the middle of a white square: (1, 3, size, size) in [0, 1]."""
-    square = ImageOps.pad(image, (size, size), color="white")
-    return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(1, size, size, 3).permute(0, 3, 1, 2) / 255
 
 
 def main() -> None:
@@ -205,9 +176,9 @@ def main() -> None:
         wanted = Reproduction(given.scale, given.data, given.root, given.parts or list(GROUPS))
         faces, digits = wanted.check()
         for group in wanted.groups:
-            for part in parts(wanted.scale, [group]):
-                train(part, wanted.scale, wanted.words, wanted.folder / part.folder)
-            print(wanted.write(faces, digits), flush=True)
+            new = [train(part, wanted.scale, wanted.words, wanted.folder / part.folder) for part in parts(wanted.scale, [group])]
+            if any(new) or group == wanted.groups[-1]:
+                print(wanted.write(faces, digits), flush=True)
     except FlowgenError as error:
         sys.exit(f"make reproduce-thesis: {error}")
 

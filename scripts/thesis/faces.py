@@ -1,4 +1,4 @@
-"""The figures of the data, of the two experiments, and of the networks that the thesis only names."""
+"""The figures of the data and of the two experiments."""
 
 import math
 from collections.abc import Callable
@@ -23,6 +23,11 @@ TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 WAY = 11  # pictures of an interpolation
 PLACES = (0.45, 0.5, 0.75)
 AS_ABOVE = "Settings: see the head of this section."
+ALWAYS = (
+    "Always unlike the thesis: averaged weights in samples and test figures; bounded log-scales, and exp(3 parameter) where the coupling "
+    "networks end; 1x1 convolutions as P L U, which start at the principal axes; ActNorm started from several batches, and, inside the "
+    "networks, folded into the convolutions from then on, those of residual blocks too."
+)
 
 
 def changes(run: Run, experiment: str) -> str:
@@ -40,12 +45,10 @@ def changes(run: Run, experiment: str) -> str:
     if any(config["data"].get(key) != source[key] for key in ("_target_", "names") if key in source):
         told.insert(0, f"other data than {wanted}")
     settings = f"Against the experiment's file: {'; '.join(told)}." if told else "Settings as in the experiment's file."
-    return (
-        f"{settings} Always unlike the thesis: averaged weights in samples and test figures, bounded log-scales, P L U in 1x1 convolutions."
-    )
+    return f"{settings} {ALWAYS}"
 
 
-def of_data(folder: Path, data: Images, originals: Tensor, name: str) -> list[Figure]:
+def of_data(folder: Path, data: Images, originals: Tensor, name: str, crop: int | None) -> list[Figure]:
     """Figures 3.1 and 3.2: training images as they are, and as the model sees them."""
     count = len(originals)
     levels = (data.train[:count] >> (8 - data.bits)).float()
@@ -55,10 +58,11 @@ def of_data(folder: Path, data: Images, originals: Tensor, name: str) -> list[Fi
     kinds.tiles(noisy, [""] * count, 8, paths[1])
     shape = "x".join(map(str, data.train.shape[2:]))
     return [
-        Figure("3.1", f"Training images of {name}.", paths[0], [], MAKE, "Other images than in the thesis."),
+        Figure("3.1", f"Training images of {name}.", paths[0], [], MAKE, "The thesis: other images, cut to 148x148."),
         Figure(
             "3.2",
-            f"The same cropped, resized to {shape}, in {data.bits} bits, with noise u ~ U[0, 1) within the levels.",
+            f"The same {f'cut to {crop}x{crop} where they are larger' if crop else 'cut to a square'}, resized to {shape}, in {data.bits} "
+            "bits, with noise u ~ U[0, 1) within the levels.",
             paths[1],
             [],
             MAKE,
@@ -77,7 +81,8 @@ def of_training(run: Run, folder: Path, numbers: tuple[str, ...], images: int, f
         steps = warmup_steps(trainer["warmup"], images, trainer["batch_size"])
         factors = [(step, learning_rate_factor(step, 0.0, steps, 0.0)) for step in range(0, 2 * steps + 1, max(1, steps // 100))]
         path = drawn(folder / "figure_3.3.png", run, lambda at: kinds.lines({"warm-up": factors}, "step", "share of the learning rate", at))
-        found.append(Figure("3.3", f"The warm-up: {steps} steps, then constant.", path, [run.folder], MAKE, AS_ABOVE))
+        caption = f"The warm-up: {steps:,} steps, then constant."
+        found.append(Figure("3.3", caption, path, [run.folder], MAKE, f"The thesis: 1,500 steps. {AS_ABOVE}"))
     rate = [(row["step"], row["lr"]) for row in train]
     raw = [(row["step"], row["loss"]) for row in train]
     test = [(row["step"], row["bits_per_dim"]) for row in rows if row["split"] == "test"]
@@ -85,11 +90,12 @@ def of_training(run: Run, folder: Path, numbers: tuple[str, ...], images: int, f
     drawings: list[tuple[str, Callable[[Path], object]]] = [
         ("The learning rate.", lambda at: kinds.lines({"learning rate": rate}, "step", "learning rate", at)),
         (
-            "The loss, smoothed by a moving average over 2 % of the training, and the test split's; the first steps lie above the frame.",
+            "The loss of single batches, smoothed by a moving average; and that of some test images, by the averaged weights. The first "
+            "steps lie above the frame.",
             lambda at: kinds.lines({"training": kinds.moving_average(raw), "test": test}, "step", label, at, offset=offset, skip=0.03),
         ),
         (
-            "The loss, raw; the first steps lie above the frame.",
+            "The loss of single batches, raw; the first steps lie above the frame.",
             lambda at: kinds.lines({"training": raw}, "step", label, at, thin=True, offset=offset, skip=0.03),
         ),
     ]
@@ -185,27 +191,3 @@ def of_interpolations(run: Run, folder: Path, numbers: tuple[str, ...], data: Im
         command = f"flowgen interpolate {start} {folder / 'train_1.png'} --steps {steps} --run {run.folder}"
         found.append(Figure(number, caption, path, [run.folder], command, f"Other images. {AS_ABOVE}"))
     return found
-
-
-def of_outlook(runs: dict[str, Run], folder: Path) -> list[Figure]:
-    """The test figures of all flows by images seen, and samples of each."""
-    named, grids = {}, {}
-    for name, run in runs.items():
-        config, model = read_config(run.config), flowgen.load(run.folder, "auto")
-        rows = run.read_metrics()
-        named[name] = [
-            (config["trainer"]["batch_size"] * row["step"] / 1000, row["bits_per_dim"]) for row in rows if row["split"] == "test"
-        ]
-        levels = draw(model, 12, 0.7, 0)[0]
-        grids[f"{name}\n{rows[-1]['step']:,} steps"] = flowgen.figures.to_image(levels, model.bits, 12)
-    paths, folders = (folder / "figure_O.1.png", folder / "figure_O.2.png"), [run.folder for run in runs.values()]
-    kinds.lines(named, "thousands of training images seen", f"test bits/dim at {config['data']['bits']} bits", paths[0], skip=0.03)
-    kinds.page_of(grids, paths[1])
-    own = "The thesis only names these networks, but for those of its two experiments."
-    samples = "flowgen sample --temperature 0.7 --count 12 --run RUN"
-    return [
-        Figure(
-            "O.1", "Test bits/dim of every network by the images seen; the first steps lie above the frame.", paths[0], folders, MAKE, own
-        ),
-        Figure("O.2", "Samples of each at temperature 0.7, at the end of their trainings, which differ.", paths[1], folders, samples, own),
-    ]

@@ -6,6 +6,7 @@ network flowgen does not ship.
 
 import math
 import os
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from flowgen.errors import FlowgenError
 from flowgen.models import Flow
 
-COMPONENTS, NEIGHBOURS = 64, 3
+COMPONENTS, NEIGHBOURS = 64, 5
 
 
 class Space:
@@ -38,8 +39,7 @@ class Likeness(NamedTuple):
     """Samples beside real images, see `likeness`."""
 
     frechet: float
-    precision: float
-    recall: float
+    coverage: float
     spread: float
 
 
@@ -47,15 +47,21 @@ def likeness(samples: Tensor, real: Tensor) -> Likeness:
     """Of points (N, d) to real points (M, d).
 
     frechet: |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of the Gaussians that fit them. Heusel et al. (1706.08500), section 2.
-    precision: the share of samples that lie within a real point's distance to its third neighbour; recall: the reverse.
-    Kynkäänniemi et al. (1904.06991), section 2. spread: the mean distance of two samples over that of two real points.
+    coverage: the share of real points with a sample within the distance to their fifth real neighbour; outliers, in whose reach
+    even a blank picture lies, count once each. Naeem et al. (2002.09797), section 3.
+    spread: the mean distance of two samples over that of two real points.
     """
     return Likeness(
         _frechet(samples.double(), real.double()),
-        _covered(samples, real),
-        _covered(real, samples),
+        _coverage(samples, real),
         (torch.pdist(samples).mean() / torch.pdist(real).mean()).item(),
     )
+
+
+def offset(point: Tensor, real: Tensor) -> float:
+    """How far a point (d,) lies from the mean of real points (M, d), a real point's own mean distance from it being 1."""
+    middle = real.mean(0)
+    return ((point - middle).norm() / (real - middle).norm(dim=1).mean()).item()
 
 
 def _frechet(one: Tensor, other: Tensor) -> float:
@@ -64,10 +70,9 @@ def _frechet(one: Tensor, other: Tensor) -> float:
     return ((one.mean(0) - other.mean(0)).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()).item()
 
 
-def _covered(points: Tensor, of: Tensor) -> float:
-    """The share of `points` within reach of at least one point of `of`, whose reach is its distance to its third neighbour."""
-    reach = torch.cdist(of, of).kthvalue(min(NEIGHBOURS + 1, len(of)), dim=1).values
-    return (torch.cdist(points, of) <= reach).any(1).float().mean().item()
+def _coverage(samples: Tensor, real: Tensor) -> float:
+    reach = torch.cdist(real, real).kthvalue(min(NEIGHBOURS + 1, len(real)), dim=1).values
+    return (torch.cdist(samples, real) <= reach).any(0).float().mean().item()
 
 
 class Pictures(Dataset[Tensor]):
@@ -92,14 +97,15 @@ def check_fid() -> None:
         raise FlowgenError("FID_WEIGHTS is set, but torch-fidelity is not installed: pip install -e '.[fidelity]'")
 
 
-def fid(samples: Tensor, real: Tensor) -> float:
-    """FID by torch-fidelity of uint8 images (N, channels, height, width), with the network of FID_WEIGHTS."""
+def fidelity(samples: Tensor, real: Tensor) -> dict[str, float]:
+    """FID, precision and recall by torch-fidelity of uint8 images (N, channels, height, width), with the network of FID_WEIGHTS."""
     from torch_fidelity import calculate_metrics
 
-    weights = os.environ["FID_WEIGHTS"]
     sets = [Pictures(images.expand(-1, 3, -1, -1)) for images in (samples, real)]
-    how = {"fid": True, "cuda": torch.cuda.is_available(), "verbose": False, "save_cpu_ram": True}
-    return calculate_metrics(input1=sets[0], input2=sets[1], feature_extractor_weights_path=weights, **how)["frechet_inception_distance"]
+    network = {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": os.environ["FID_WEIGHTS"]}
+    how = {"fid": True, "prc": True, "cuda": torch.cuda.is_available(), "verbose": False, "save_cpu_ram": True}
+    found = calculate_metrics(input1=sets[0], input2=sets[1], **network, **how)
+    return {"fid": found["frechet_inception_distance"], "precision": found["precision"], "recall": found["recall"]}
 
 
 class Walk(NamedTuple):
@@ -118,14 +124,14 @@ def walk(model: Flow, first: Tensor, second: Tensor, steps: int) -> Walk:
     share = torch.linspace(0, 1, steps, device=model.device)
     ends = model.encode(first.to(model.device)), model.encode(second.to(model.device))
     latent = torch.stack([model.decode((1 - a) * ends[0] + a * ends[1]) for a in share])
-    pixels = torch.stack([((1 - a) * first.to(model.device) + a * second.to(model.device)).round().to(torch.uint8) for a in share])
+    pixels = torch.stack([(1 - a) * first.to(model.device) + a * second.to(model.device) for a in share])
     changes = _changes(latent, model.bins)
     uneven = changes.max(0).values / changes.mean(0)
     return Walk(
         changes.mean(1).tolist(),
         _changes(pixels, model.bins).mean(1).tolist(),
-        [_bits(model, picture) for picture in latent],
-        [_bits(model, picture) for picture in pixels],
+        [_mean_bits(model, picture) for picture in latent],
+        [_mean_bits(model, picture.round().to(torch.uint8)) for picture in pixels],
         uneven.tolist(),
     )
 
@@ -135,6 +141,13 @@ def _changes(way: Tensor, bins: int) -> Tensor:
     return (way.float() / (bins - 1)).diff(dim=0).square().flatten(2).mean(2).sqrt()
 
 
-def _bits(model: Flow, levels: Tensor) -> float:
+def _mean_bits(model: Flow, levels: Tensor) -> float:
+    return bits_per_image(model, [levels]).mean().item()
+
+
+@torch.no_grad()
+def bits_per_image(model: Flow, batches: Iterable[Tensor]) -> Tensor:
+    """Bits/dim of every image, (N,), under one draw of a noise that is the same at every call, for the same batches."""
     generator = torch.Generator(model.device).manual_seed(0)
-    return (-model.log_prob(levels, generator).mean() / (model.dimensions * math.log(2))).item()
+    found = [-model.log_prob(levels.to(model.device), generator).cpu() for levels in batches]
+    return torch.cat(found).double() / (model.dimensions * math.log(2))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 from flowgen.figures import COLOURS, DASHES, MARKS
 
 Points = Sequence[tuple[float, float]]
+SMOOTHED = 11
 
 
 def tiles(images: Tensor, titles: Sequence[str], columns: int, path: Path) -> None:
     """Images (N, channels, height, width) in [0, 1], `columns` in a row, each under its title, enlarged without smoothing."""
     rows = -(-len(images) // columns)
-    high = 1.35 if any(titles) else 1.12
+    high = 1.12 + 0.12 * max((title.count("\n") + 1 for title in titles if title), default=0)
     page = Figure(figsize=(1.1 * columns, 1.1 * high * rows), layout="constrained")
     axes = page.subplots(rows, columns, squeeze=False).flatten()
     for each in axes:
@@ -26,12 +28,19 @@ def tiles(images: Tensor, titles: Sequence[str], columns: int, path: Path) -> No
     pixels = images.clamp(0, 1).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
     for each, picture, title in zip(axes, pixels, titles, strict=False):
         each.imshow(picture, interpolation="nearest")
-        each.set_title(title, fontsize=8)
+        each.set_title(title, fontsize=8 if columns < 9 else 11)
     page.savefig(path, dpi=150)
 
 
 def lines(
-    named: Mapping[str, Points], xlabel: str, ylabel: str, path: Path, thin: bool = False, offset: float = 0.0, skip: float = 0.0
+    named: Mapping[str, Points],
+    xlabel: str,
+    ylabel: str,
+    path: Path,
+    thin: bool = False,
+    offset: float = 0.0,
+    skip: float = 0.0,
+    errors: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> None:
     """Lines through the finite (x, y), told apart by colour, dash and mark. `offset` adds a second axis, y + offset.
 
@@ -45,7 +54,7 @@ def lines(
         x, y = zip(*points, strict=True)
         style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "label": name}
         few = {"marker": MARKS[number % len(MARKS)], "markersize": 4} if len(x) <= 40 else {}
-        axes.plot(x, y, linewidth=0.6 if thin else 1.6, **style, **few)
+        axes.errorbar(x, y, errors.get(name), linewidth=0.6 if thin else 1.6, capsize=3, **style, **few)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     values = sorted(y for points in named.values() for _, y in points)
@@ -92,10 +101,10 @@ def page_of(pictures: dict[str, Image.Image], path: Path) -> None:
 
 
 def moving_average(points: Points, share: float = 0.02) -> list[tuple[float, float]]:
-    """The mean over a window of `share` of all points around each."""
+    """The mean over a window of `share` of all points around each, of `SMOOTHED` points at least."""
     if not points:
         return []
-    half = max(1, int(share * len(points) / 2))
+    half = max(SMOOTHED // 2, int(share * len(points) / 2))
     values = torch.tensor([y for _, y in points], dtype=torch.double)
     means = [values[max(0, place - half) : place + half + 1].mean().item() for place in range(len(values))]
     return [(x, mean) for (x, _), mean in zip(points, means, strict=True)]

@@ -1,6 +1,7 @@
 """The toy figure, and the figures of the slides on Boltzmann machines."""
 
 from pathlib import Path
+from typing import Any
 
 import kinds
 from figure import MAKE, Figure, drawn
@@ -13,6 +14,7 @@ from flowgen.commands.chain import chain
 from flowgen.commands.complete import complete
 from flowgen.commands.sample import draw
 from flowgen.commands.sample import sample as sample_command
+from flowgen.config import read_config
 from flowgen.training.run import Run
 
 
@@ -23,10 +25,26 @@ def of_toy(run: Run, folder: Path) -> Figure:
     return Figure("B.1", caption, path, [run.folder], command, "The original's flow is not given; it shows no density.")
 
 
+def last_tests(runs: list[Run]) -> dict[str, dict[str, Any]]:
+    """The last test figures of each run, by its folder's name."""
+    return {run.folder.name: [row for row in run.read_metrics() if row["split"] == "test"][-1] for run in runs}
+
+
+def table(runs: list[Run]) -> list[list[str]]:
+    """A row for each machine: what it is, how long it was trained, and how well it does."""
+    rows = [["", "hidden units", "steps", "minutes", "test log-likelihood, nats", "reconstruction error per pixel"]]
+    for run, (name, row) in zip(runs, last_tests(runs).items(), strict=True):
+        minutes = max(each.get("seconds", 0.0) for each in run.read_metrics()) / 60
+        likelihood = f"{row['log_likelihood']:.2f} ± {row['log_likelihood_error']:.2f}"
+        hidden = str(read_config(run.config)["model"]["hidden"])
+        rows.append([name, hidden, f"{row['step']:,}", f"{minutes:.1f}", likelihood, f"{row['reconstruction_error']:.4f}"])
+    return rows
+
+
 def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list[Figure]:
     """Filters, samples and likelihoods of the machines; half 6, digits from noise and films of the last one."""
     folders = [run.folder for run in runs]
-    newest = max(runs, key=lambda run: run.last.stat().st_mtime)
+    newest = max((*runs, half_six), key=lambda run: run.last.stat().st_mtime)
     settings = "The slides name neither training times nor learning rates."
 
     def filters(at: Path) -> None:
@@ -38,8 +56,8 @@ def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list
         drawn_ = {name: draw(model, 20, 1.0, 0)[0] for name, model in loaded.items()}
         kinds.page_of({name: flowgen.figures.to_image(levels, 1, 20) for name, levels in drawn_.items()}, at)
 
-    tests = {run.folder.name: [row for row in run.read_metrics() if row["split"] == "test"][-1] for run in (*runs, half_six)}
-    likelihoods = {name: (row["log_likelihood"], row["log_likelihood_error"]) for name, row in tests.items()}
+    tests = last_tests([*runs, half_six])
+    likelihoods = {f"{name}, {row['step']:,} steps": (row["log_likelihood"], row["log_likelihood_error"]) for name, row in tests.items()}
     likelihood_path = drawn(
         folder / "figure_S.3.png", newest, lambda at: kinds.dots(likelihoods, "test log-likelihood, nats (the higher the better)", at)
     )
@@ -71,10 +89,11 @@ def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list
         ),
         Figure(
             "S.3",
-            "Test log-likelihood as training left it: by a short forward run of annealed importance sampling, which tends to "
-            "flatter; `flowgen evaluate --run RUN` has both directions.",
+            "Test log-likelihood as training left it: by a short forward run of annealed importance sampling, which tends to flatter; "
+            "`flowgen evaluate --run RUN` has both directions. The errors are over images and chains; the clock ended the trainings, after "
+            "different numbers of steps, which matters as much.",
             likelihood_path,
-            folders,
+            [*folders, half_six.folder],
             MAKE,
             "The slides judge by the reconstruction error, which is no likelihood.",
         ),

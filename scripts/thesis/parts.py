@@ -12,6 +12,7 @@ from flowgen.errors import FlowgenError
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.run import Run
 
+COMMAND, DONE = "command.txt", "done"  # in the folder of a part: what it was trained by, and that it has come to its end
 SCALES = ("full", "small", "smoke")
 GROUPS = ("glow_conv", "glow_resnet", "toy", "slides", "outlook")
 FACED = {"glow_conv", "glow_resnet", "outlook"}  # groups that train on faces
@@ -88,33 +89,52 @@ def parts(scale: str, groups: list[str]) -> list[Part]:
     return [part for part in (*FLOWS, TOY, *machines[scale], HALF_SIX, *OUTLOOK) if part.group in groups]
 
 
-def train(part: Part, scale: str, data: list[str], out: Path) -> None:
-    """Train a part to its end, from where it was stopped; what is finished is left alone. Raises FlowgenError where it fails."""
+def train(part: Part, scale: str, data: list[str], out: Path) -> bool:
+    """Train a part to its end, from where it was stopped; whether there was anything to do. Raises FlowgenError where it fails."""
     run = Run(out)
     if is_finished(run):
-        return
+        return False
     words = ["resume", str(out)] if run.config.exists() else ["train", *part.command(scale, data, out)]
     print(f"\n$ flowgen {' '.join(words)}", flush=True)
+    if words[0] == "train":
+        out.mkdir(parents=True, exist_ok=True)
+        (out / COMMAND).write_text(f"flowgen {' '.join(words)}\n")
     process = subprocess.Popen([sys.executable, "-m", "flowgen", *words])
-    signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
-    while process.returncode is None:
-        with contextlib.suppress(KeyboardInterrupt):  # the training has heard of it too: it saves, and ends
-            process.wait()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    try:
+        while process.returncode is None:
+            with contextlib.suppress(KeyboardInterrupt):  # the training has heard of it too: it saves, and ends
+                process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if process.returncode:
         raise FlowgenError(f"{out} ended with status {process.returncode}, see above: the same command goes on from here")
-    (out / "done").touch()
+    (out / DONE).touch()
+    return True
+
+
+def command_of(run: Run) -> str:
+    """What a part was trained by, as it was noted then."""
+    noted = run.folder / COMMAND
+    return noted.read_text().strip() if noted.exists() else f"a command that was not noted; its settings: {run.config}"
 
 
 def is_finished(run: Run) -> bool:
     """Whether the run has come to its end, even where it was killed before that could be noted."""
-    if (run.folder / "done").exists():
+    if (run.folder / DONE).exists():
         return True
-    if not run.config.exists() or not run.last.exists():
-        return False
-    ends = read_config(run.config)["trainer"]
+    rows = run.read_metrics() if run.config.exists() and run.last.exists() else []
+    if not rows or not _at_its_end(run, rows[-1]["step"], max(row.get("seconds", 0.0) for row in rows)):
+        return False  # without a look at the checkpoint, which may be large
     try:
         last = read_checkpoint(run.last)
     except FlowgenError:
         return False
-    by_steps = ends["steps"] is not None and last["step"] >= ends["steps"]
-    return by_steps or (ends["minutes"] is not None and last["metrics"]["seconds"] >= 60 * ends["minutes"])
+    if ended := _at_its_end(run, last["step"], last["metrics"]["seconds"]):
+        (run.folder / DONE).touch()
+    return ended
+
+
+def _at_its_end(run: Run, step: int, seconds: float) -> bool:
+    ends = read_config(run.config)["trainer"]
+    return (ends["steps"] is not None and step >= ends["steps"]) or (ends["minutes"] is not None and seconds >= 60 * ends["minutes"])
