@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from flowgen.config import options
+from flowgen.config import options, settings
 from flowgen.messages import one_sentence, show_messages
 
 HYDRA_FLAGS = {"-m", "--multirun", "--help", "-h", "--cfg", "-c", "--resolve", "--info", "-i", "--package", "-p", "--version"}
@@ -46,23 +46,24 @@ def readable(value: Any) -> str:
 
 
 def complete_override(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """`model=gl` to `model=glow`, and so for every group of the configuration."""
+    """`model=gl` to `model=glow`, and so for every group of the configuration; `trainer.st` to `trainer.steps=`."""
     group, equals, _ = incomplete.partition("=")
     if equals:
         return [f"{group}={name}" for name in options(group) if f"{group}={name}".startswith(incomplete)]
-    groups = ["data=", "experiment=", "model=", "trainer=", "trainer.minutes=", "trainer.steps=", "out=", "seed=", "data.root="]
-    return [name for name in groups if name.startswith(incomplete)]
+    return [f"{name}=" for name in settings() if name.startswith(incomplete)]
 
 
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     from flowgen.training.find import list_runs
 
-    return [str(run.folder) for run in list_runs() if str(run.folder).startswith(incomplete)]
+    names = [str(run.folder if incomplete.startswith("outputs") else run.folder.relative_to("outputs")) for run in list_runs()]
+    return [name for name in names if name.startswith(incomplete)]
 
 
 run_option = click.option(
     "--run", "name", metavar="RUN", shell_complete=complete_run, help="Run folder, checkpoint, or name under outputs/."
 )
+seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, metavar="N", show_default=True)
 device_option = click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu or cuda.")
 out_option = click.option(
     "--out",
@@ -99,7 +100,7 @@ def train(words: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("name", metavar="RUN", shell_complete=complete_run)
-@click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...")
+@click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
 def resume(name: str, overrides: tuple[str, ...]) -> None:
     """Go on from RUN's last good checkpoint, with its own configuration but for each KEY=VALUE."""
     _command("train").resume(name, list(overrides))
@@ -110,8 +111,8 @@ def resume(name: str, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--temperature", "temperatures", type=Temperature(), multiple=True, help="May be repeated; by default the run's, 0.7 for flows."
 )
-@click.option("--count", type=click.IntRange(1), default=32, show_default=True, help="Samples for each temperature.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--count", type=click.IntRange(1), help="Samples for each temperature; by default 32, and 10,000 points in the plane.")
+@seed_option
 @click.option(
     "--label", type=click.IntRange(0), metavar="N", help="Class to draw, of a flow trained with model.classes; by default each in turn."
 )
@@ -145,7 +146,7 @@ def interpolate(first: Path, second: Path, name: str | None, steps: int, spheric
 )
 @run_option
 @click.option("--sweeps", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@seed_option
 @device_option
 @out_option
 def complete(
@@ -161,7 +162,7 @@ def complete(
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Chains side by side.")
 @click.option("--frames", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--sweeps", type=click.IntRange(1), default=1, show_default=True, help="From frame to frame.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@seed_option
 @device_option
 @out_option
 def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, seed: int, device: str, out: Path | None) -> None:
@@ -175,7 +176,7 @@ def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, s
 @run_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @device_option
-@click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...")
+@click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
 def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
     """Measure a model on the whole test split, as in `flowgen evaluate model.draws=8`."""
     figures = _command("evaluate").evaluate(name, list(overrides), device)
@@ -193,6 +194,8 @@ def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str,
 @click.option("--out", type=PATH, metavar="FILE.html", help="Where to write; by default report.html here, or in the run's folder.")
 def report(names: tuple[str, ...], out: Path | None) -> None:
     """Show runs, or all below a folder, in one page: curves, samples, differences, configuration."""
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise click.UsageError(f"{out} is no name of a page: let it end in .html")
     click.echo(_command("report").report(list(names), out))
 
 

@@ -1,7 +1,10 @@
 """Finding `conf/`, reading configurations, and building what they describe."""
 
+import difflib
 import importlib
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,34 @@ def options(group: str) -> list[str]:
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in paths)
 
 
+def settings() -> list[str]:
+    """Everything that `flowgen train KEY=VALUE` can set, as trainer.steps, and every group, as model."""
+    from yaml import safe_load
+
+    groups = ("data", "model", "trainer")
+    files = [(group, safe_load((conf_folder() / group / f"{name}.yaml").read_text())) for group in groups for name in options(group)]
+    inside = {f"{group}.{key}" for group, file in files for key in file.get(group, file) if key not in ("defaults", "_target_", *groups)}
+    return sorted({"out", "seed", "experiment", "model/negative_phase", *groups, *inside})
+
+
+def no_such_setting(name: str, known: Iterable[str]) -> FlowgenError:
+    """What is said of a setting that does not exist, with the likeliest that does."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return FlowgenError(f"there is no setting {name}{f', did you mean {close[0]}?' if close else ''}: `flowgen train --help` lists them")
+
+
+def check_words(words: list[str]) -> None:
+    """Raises FlowgenError for what is no KEY=VALUE, and for folders without a name, which would be the one that the user is in."""
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word.startswith(("+", "~")):
+            raise FlowgenError(f"{word}: settings can be changed, but none can be added or removed: write KEY=VALUE")
+        if not equals or not key:
+            raise FlowgenError(f"{word!r} is no override: write KEY=VALUE, as in trainer.steps=2000")
+        if key in ("out", "data.root") and not value.strip("'\""):
+            raise FlowgenError(f"{word} is empty: name a folder, or leave it out")
+
+
 def save_config(config: dict[str, Any], path: Path) -> None:
     from omegaconf import OmegaConf
 
@@ -43,7 +74,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise FlowgenError(f"{path} cannot be read as a configuration") from error
+        raise FlowgenError(f"{path} cannot be read as a configuration: mend it, or name another run") from error
     if not isinstance(config, dict) or not config.keys() >= {"model", "data", "trainer"}:
         raise FlowgenError(f"{path} is no configuration of a run")
     return {str(key): value for key, value in config.items()}
@@ -63,12 +94,11 @@ def plain(cfg: Any) -> dict[str, Any]:
 def override(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """`config` with KEY=VALUE words applied. Raises FlowgenError for a key that it lacks."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
     from yaml import YAMLError
 
+    check_words(overrides)
     for word in overrides:
-        if "=" not in word:
-            raise FlowgenError(f"{word!r} is no override: write KEY=VALUE, as in trainer.steps=2000")
         group = config.get(word.partition("=")[0])
         if isinstance(group, dict):
             raise FlowgenError(f"{word} would replace a whole section of the run: set its values one by one, as in trainer.device=cuda")
@@ -76,8 +106,11 @@ def override(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     OmegaConf.set_struct(tree, True)
     try:
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
+    except ConfigKeyError as error:
+        known = [f"{section}.{key}" for section, group in config.items() if isinstance(group, dict) for key in group]
+        raise no_such_setting(str(error.full_key), known) from error
     except OmegaConfBaseException as error:
-        raise FlowgenError(f"the run has no such setting: {one_line(error)}") from error
+        raise FlowgenError(one_line(error)) from error
     except YAMLError as error:
         raise FlowgenError(f"a value cannot be read: {one_line(error)}") from error
     return OmegaConf.to_container(tree)  # type: ignore[return-value]
@@ -88,6 +121,15 @@ def one_end(words: list[str]) -> list[str]:
     given = [limit for limit in ("steps", "minutes") if any(word.lstrip("+").startswith(f"trainer.{limit}=") for word in words)]
     other = {"steps": "minutes", "minutes": "steps"}
     return [*words, f"trainer.{other[given[0]]}=null"] if len(given) == 1 else words
+
+
+def plain_error(error: BaseException) -> FlowgenError:
+    """What Hydra or OmegaConf object to, in flowgen's words."""
+    if found := re.search(r"Could not override '([^']+)'", str(error)):
+        return no_such_setting(found[1], settings())
+    if found := re.search(r"Could not find '([^/']+)/([^']+)'", str(error)):
+        return FlowgenError(f"there is no {found[1]}={found[2]}: choose one of {', '.join(options(found[1]))}")
+    return FlowgenError(one_line(error))
 
 
 def one_line(error: BaseException) -> str:
@@ -175,4 +217,6 @@ def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise FlowgenError("the checkpoint's weights are not those of the model that its configuration describes") from error
+        raise FlowgenError(
+            "the checkpoint's weights are not those of the model that its configuration describes: leave what shapes the model as it was"
+        ) from error

@@ -8,11 +8,11 @@ class FlowgenError(ValueError):
     """A mistake that its message, one plain sentence, tells the user how to mend."""
 
 
-def check_whole(**values: object) -> None:
-    """Raise `FlowgenError` unless every value is a whole number of at least 1."""
+def check_whole(low: int = 1, **values: object) -> None:
+    """Raise `FlowgenError` unless every value is a whole number of at least `low`."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise FlowgenError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise FlowgenError(f"{name} must be a whole number of at least {low}, not {value!r}")
 
 
 def check_number(low: float = 0.0, **values: object) -> None:
@@ -28,4 +28,4 @@ def check_choice(choices: Iterable[object], **values: object) -> None:
     choices = list(choices)
     for name, value in values.items():
         if value not in choices:
-            raise FlowgenError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
+            raise FlowgenError(f"{name} must be {'one of ' * (len(choices) > 1)}{', '.join(map(str, choices))}, not {value!r}")

@@ -1,6 +1,7 @@
 """Pictures of levels and of figures: grids, strips, films, curves."""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,8 +40,8 @@ def _scatter(points: Tensor, end: float) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def plane(target: Tensor, latent: Tensor, carried: Tensor, density: Tensor, path: Path) -> None:
-    """Four pictures of a flow of the plane: the target's points, N(0, I), what the flow makes of it, and its density.
+def plane(target: Tensor, latent: Tensor, carried: Tensor, density: Tensor, temperature: float, path: Path) -> None:
+    """Four pictures of a flow of the plane: the target's points, N(0, temperature^2 I), what the flow makes of it, and its density.
 
     Points are (N, 2); those of the target and the carried ones lie in the unit square, as does the density (height, width). The latent
     points' colour is the direction that they lie in, and they keep it where they are carried to.
@@ -57,7 +58,8 @@ def plane(target: Tensor, latent: Tensor, carried: Tensor, density: Tensor, path
     picture = axes[3].imshow(density.numpy(), origin="lower", extent=(0, 1, 0, 1), cmap="magma", vmax=density.quantile(0.998).item())
     page.colorbar(picture, ax=axes[3], label="density")
     axes[1].set(xlim=(-4, 4), ylim=(-4, 4))
-    for each, title in zip(axes, ("the target", "N(0, I)", "carried into the data", "the density"), strict=True):
+    base = "N(0, I)" if temperature == 1 else f"N(0, {temperature:g}² I)"
+    for each, title in zip(axes, ("the target", base, "carried into the data", "the density"), strict=True):
         each.set(title=title, aspect="equal")
         each.tick_params(labelsize=8)
     for each in (axes[0], axes[2]):
@@ -80,7 +82,8 @@ def blocks(titled: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Ima
     font = ImageFont.load_default(14)
     grids = [to_image(levels, bits, columns) for _, levels in titled]
     bar = 24
-    page = Image.new("RGB", (max(grid.width for grid in grids), sum(grid.height + bar for grid in grids)), "white")
+    width = max(grid.width for grid in grids), *(math.ceil(font.getlength(title)) + 8 for title, _ in titled)
+    page = Image.new("RGB", (max(width), sum(grid.height + bar for grid in grids)), "white")
     draw, top = ImageDraw.Draw(page), 0
     for (title, _), grid in zip(titled, grids, strict=True):
         draw.text((4, top + 4), title, fill="black", font=font)
@@ -103,19 +106,22 @@ def curves(rows: Sequence[dict[str, Any]], figure: str, path: Path) -> None:
     test = [row for row in rows if row["split"] == "test" and row.get(figure) is not None]
     if not train and not test:
         return
-    page = Figure(figsize=(8, 7), layout="constrained")
-    above, below = page.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    is_figure = not train or figure in train[0]  # the loss of an RBM is no likelihood, and gets a panel of its own
+    page = Figure(figsize=(8, 7 if is_figure else 9), layout="constrained")
+    *panels, below = page.subplots(2 if is_figure else 3, 1, sharex=True, height_ratios=(2, 1) if is_figure else (2, 2, 1))
+    above, of_loss = panels[0], panels[-1]
     steps = [row["step"] for row in train]
     losses = [row["loss"] for row in train]
-    above.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training loss")
-    above.plot(steps, _moving_average(losses), color="#08519c", label="training loss, moving average")
+    of_loss.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training loss")
+    of_loss.plot(steps, _moving_average(losses), color="#08519c", label="training loss, moving average")
     above.plot([row["step"] for row in test], [row[figure] for row in test], "o-", color="#d95f02", label=f"test {figure}")
-    values = sorted([row[figure] for row in test] + losses)
-    if values:
-        low, high = values[0], values[int(0.97 * (len(values) - 1))]  # the first steps would flatten all the rest
-        above.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-    above.set_ylabel(figure.replace("_", " "))
-    above.legend()
+    for panel, label in zip(panels, (figure.replace("_", " "), "loss"), strict=False):
+        values = sorted(value for line in panel.lines for value in line.get_ydata())
+        if values:
+            low, high = values[0], values[int(0.97 * (len(values) - 1))]  # the first steps would flatten all the rest
+            panel.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+        panel.set_ylabel(label)
+        panel.legend()
     below.plot(steps, [row.get("lr") for row in train], color="#08519c", label="learning rate")
     below.set_ylabel("learning rate")
     below.set_xlabel("step")

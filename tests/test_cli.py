@@ -168,7 +168,15 @@ def test_a_folder_that_holds_a_run_is_refused(tiny_run, images, command):
         (["train", "model.width=five"], "whole number", 1),
         (["train", "trainer.lr=-1"], "lr must be a number", 1),
         (["train", "trainer.steps=null", "trainer.minutes=null"], "trainer.steps or trainer.minutes", 1),
-        (["train", "trainer.device=cuda:99"], "choose auto, cpu or cuda", 1),
+        (["train", "trainer.device=cuda:99"], "choose auto", 1),
+        (["train", "trainer.stepz=3"], "did you mean trainer.steps?", 1),
+        (["train", "experiment=nope"], "thesis/toy", 1),
+        (["train", "+more=3"], "none can be added", 1),
+        (["train", "out="], "name a folder", 1),
+        (["train", "data=folder", "data.root="], "name a folder", 1),
+        (["train", "trainer.minutes=0"], "minutes must be a number", 1),
+        (["sample", "--seed", str(10**25)], "--seed", 2),
+        (["report", "x", "--out", "page.pdf"], "end in .html", 2),
         (["train", "trainer.warmup=soon"], "1 epoch", 1),
         (["train", "--frobnicate"], "--frobnicate", 2),
         (["train", "data=folder"], "data.root is not set", 1),
@@ -225,7 +233,7 @@ def test_images_that_are_none_get_one_line(tiny_run, images, command, tmp_path):
     assert_plain(interpolate(tmp_path / "text.png"), "is not an image")
     assert_plain(interpolate(save_image(tmp_path / "dot.png", (1, 1, 3))), "1x1 pixels")
     assert_plain(interpolate(tmp_path / "nowhere.png"), "does not exist")
-    assert_plain(interpolate(tmp_path), "does not exist")
+    assert_plain(interpolate(tmp_path), "is a folder")
 
 
 def test_checkpoints_that_are_none_get_one_line(tiny_run, command, tmp_path):

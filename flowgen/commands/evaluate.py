@@ -1,5 +1,6 @@
 """`flowgen evaluate`."""
 
+import logging
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from flowgen.config import build_model_and_data, model_of, override
 from flowgen.training.find import find_checkpoint
 
 BATCH = 64
+log = logging.getLogger("flowgen")
 
 
 def evaluate(name: str | None, overrides: list[str], device: str) -> dict[str, Any]:
@@ -20,6 +22,8 @@ def evaluate(name: str | None, overrides: list[str], device: str) -> dict[str, A
     data.to(model.device)
     batches = tqdm(data.batches("test", BATCH), total=-(-len(data.test) // BATCH), unit="batch", disable=None, leave=False)
     figures = model.evaluate(batches, data.batches("train", BATCH, len(data.test)), thorough=True)
+    if not math.isfinite(figures[model.figure]):
+        log.warning("%s is not finite: for some of these images the model gives no likelihood that float32 holds", model.figure)
     figures = {name: None if value != value or value in (math.inf, -math.inf) else value for name, value in figures.items()}
     binarise = {"binarise": checkpoint["config"]["data"]["binarise"]} if data.bits == 1 else {}
     return {"run": str(run.folder), "step": checkpoint["step"], "split": "test", **binarise, **figures}

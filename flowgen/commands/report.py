@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader
 
 from flowgen import figures
+from flowgen.commands.runs import readable_runs
 from flowgen.config import read_config
 from flowgen.errors import FlowgenError
-from flowgen.training.find import OUTPUTS, find_run, list_runs
-from flowgen.training.run import Run
+from flowgen.training.find import OUTPUTS, find_run
+from flowgen.training.run import BETTER, Run, best_figure
 
-BETTER = {"bits_per_dim": min, "log_likelihood": max}  # the figures by which runs are compared, and which of two is better
 UNITS = {"bits_per_dim": "bits/dim", "log_likelihood": "nats"}
 CAPTIONS = {
     "curves.png": "Training loss, test figure, learning rate and gradient norm (flowgen train).",
@@ -44,6 +44,8 @@ class Section(NamedTuple):
 
 def report(names: list[str], out: Path | None) -> Path:
     """Write one HTML page about the runs `names`, or those below a folder of that name. Raises FlowgenError."""
+    if out is not None and not out.absolute().parent.is_dir():
+        raise FlowgenError(f"the folder of {out} does not exist: make it, or name another")
     runs = [run for name in names for run in _runs(name)]
     configs = [_flat(read_config(run.config)) for run in runs]
     rows = [run.read_metrics() for run in runs]
@@ -65,7 +67,7 @@ def _runs(name: str) -> list[Run]:
     if not any((folder / name).is_dir() for folder in (Path(), OUTPUTS)):
         return [find_run(name)]
     folders = {(folder / name).resolve() for folder in (Path(), OUTPUTS) if (folder / name).is_dir()}
-    below = [run for run in list_runs(*folders) if run.config.parent.resolve() not in folders]
+    below = [run for run in readable_runs(*folders) if run.config.parent.resolve() not in folders]
     return below if below and not any((folder / "config.yaml").exists() for folder in folders) else [find_run(name)]
 
 
@@ -75,7 +77,7 @@ def _short(folders: list[str]) -> list[str]:
         return folders
     parts = [Path(folder).parts for folder in folders]
     shared = next((place for place, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), 0)
-    return ["/".join(each[shared:]) or each[-1] for each in parts]
+    return [str(Path(*each[shared:])) if each[shared:] else each[-1] for each in parts]
 
 
 def _section(name: str, run: Run, rows: list[dict[str, Any]], config: dict[str, Any]) -> Section:
@@ -88,26 +90,19 @@ def _section(name: str, run: Run, rows: list[dict[str, Any]], config: dict[str, 
     )
 
 
-def best_figure(rows: list[dict[str, Any]]) -> str | None:
-    """The best test figure among a run's metrics, with its error."""
-    for figure, better in BETTER.items():
-        tests = [row for row in rows if row["split"] == "test" and row.get(figure) is not None]
-        if tests:
-            best = better(tests, key=lambda row: row[figure])
-            error = f" ± {best[f'{figure}_error']:.3f}" if best.get(f"{figure}_error") else ""
-            return f"{figure} {best[figure]:.3f}{error}"
-    return None
-
-
 def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]:
+    """A picture for each figure and number of bits, since figures at different bits do not compare."""
+    lines: dict[tuple[str, int], dict[str, list[tuple[int, float]]]] = {}
+    for name, each in zip(names, rows, strict=True):
+        for row in each:
+            for figure in BETTER:
+                if row["split"] == "test" and row.get(figure) is not None:
+                    lines.setdefault((figure, row.get("bits", 1)), {}).setdefault(name, []).append((row["step"], row[figure]))
     pictures = []
-    for figure in BETTER:
-        tests = [[(row["step"], row[figure]) for row in each if row["split"] == "test" and row.get(figure) is not None] for each in rows]
-        lines = {name: points for name, points in zip(names, tests, strict=True) if points}
-        if lines:
-            file = io.BytesIO()
-            figures.compare(lines, f"test {figure.replace('_', ' ')}, {UNITS[figure]}", file)
-            pictures.append(Picture(f"Test {figure.replace('_', ' ')} of every run against the step.", encoded(file.getvalue(), "png")))
+    for (figure, bits), of_runs in sorted(lines.items()):
+        file, at = io.BytesIO(), f" at {bits} bits" if figure == "bits_per_dim" else ""
+        figures.compare(of_runs, f"test {figure.replace('_', ' ')}{at}, {UNITS[figure]}", file)
+        pictures.append(Picture(f"Test {figure.replace('_', ' ')}{at} against the step.", encoded(file.getvalue(), "png")))
     return pictures
 
 

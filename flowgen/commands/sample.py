@@ -1,5 +1,6 @@
 """`flowgen sample`."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from flowgen.models import RBM, Flow, GenerativeModel
 from flowgen.training.find import find_checkpoint
 
 BATCH = 64
-POINTS, GRID = 10000, 300  # of a flow of the plane, and the side of its density's picture
+IMAGES, POINTS = 32, 10000  # samples where no number is given: of images, and of a flow of the plane
+GRID = 300  # the side of the picture of its density
+log = logging.getLogger("flowgen")
 
 
 def sample(
     name: str | None,
     temperatures: Sequence[float],
-    count: int,
+    count: int | None,
     seed: int,
     label: int | None,
     method: str | None,
@@ -30,7 +33,7 @@ def sample(
     """Save `count` samples for each temperature, a block of rows each, from high to low log-probability. Raises FlowgenError.
 
     Without temperatures, at the one that the run's own samples had. `label` is the class to draw, of a flow that knows any; `method`
-    and `sweeps` choose an RBM's sampler. A flow of the plane is drawn as a whole instead, at the first temperature or 1.
+    and `sweeps` choose an RBM's sampler. A flow of the plane is drawn as a whole instead, at one temperature, by default 1.
     """
     if label is not None and (method or sweeps):
         raise FlowgenError("--label is for flows, --method and --sweeps are for RBMs: leave out the one or the others")
@@ -39,13 +42,17 @@ def sample(
     model = model_of(checkpoint, device)
     path = out or run.folder / "sample.png"
     if isinstance(model, Flow) and model.shape == (2, 1, 1):
-        temperature = temperatures[0] if temperatures else 1.0
+        if len(temperatures) > 1:
+            raise FlowgenError("a flow of the plane is drawn at one temperature: call this once for each, with an --out of its own")
         target = torch.cat(list(build_data(checkpoint["config"]).batches("test", POINTS, POINTS)))
-        plane(model, target, temperature, seed, path)
+        temperature = temperatures[0] if temperatures else 1.0
+        plane(model, target, temperature, count or POINTS, seed, path)
         return path
-    titled = []
+    titled, count = [], count or IMAGES
     for temperature in temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]]:
         levels, worth = draw(model, count, temperature, seed, **how)
+        if broken := int((~worth.isfinite()).sum()):
+            log.warning("%d of %d samples at temperature %g are beyond what float32 holds: try a lower one", broken, count, temperature)
         said = [f"class {label}"] * (label is not None) + [str(method)] * bool(method) + [f"temperature {temperature:g}"]
         titled.append((", ".join(said), levels[worth.argsort(descending=True)]))
     figures.blocks(titled, model.bits, columns=min(count, 8)).save(path)
@@ -61,10 +68,10 @@ def draw(model: GenerativeModel, count: int, temperature: float, seed: int, **ho
 
 
 @torch.no_grad()
-def plane(model: Flow, target: torch.Tensor, temperature: float, seed: int, path: Path) -> None:
+def plane(model: Flow, target: torch.Tensor, temperature: float, count: int, seed: int, path: Path) -> None:
     """A flow of the plane in four pictures: the target, N(0, I), the one carried into the other, and the density."""
     generator = torch.Generator(model.device).manual_seed(seed)
-    latent = temperature * torch.randn(POINTS, 2, generator=generator, device=model.device)
+    latent = temperature * torch.randn(count, 2, generator=generator, device=model.device)
     carried = model.bijection.inverse(latent)[0].flatten(1)
     side = (torch.arange(GRID, device=model.device) + 0.5) / GRID
     x, y = torch.meshgrid(side, side, indexing="xy")
@@ -72,4 +79,4 @@ def plane(model: Flow, target: torch.Tensor, temperature: float, seed: int, path
     density = torch.cat([model.log_density(part).exp() for part in grid.split(10000)]).view(GRID, GRID)
     noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
     target = ((target.cpu() + noise) / model.bins).flatten(1)
-    figures.plane(target, latent.cpu(), carried.cpu(), density.cpu(), path)
+    figures.plane(target, latent.cpu(), carried.cpu(), density.cpu(), temperature, path)

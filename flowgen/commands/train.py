@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -20,28 +20,33 @@ from omegaconf.errors import OmegaConfBaseException
 from flowgen.config import (
     build,
     build_model_and_data,
+    check_words,
     conf_folder,
     load_weights,
     one_end,
     one_line,
     override,
     plain,
+    plain_error,
     read_config,
     save_config,
 )
 from flowgen.errors import FlowgenError, check_whole
 from flowgen.training.checkpoint import read_checkpoint
-from flowgen.training.device import environment
 from flowgen.training.find import find_run
 from flowgen.training.run import Run
-from flowgen.training.trainer import Trainer
 
+if TYPE_CHECKING:  # training imports torch, which help, completion and mistakes need not wait for
+    from flowgen.training.trainer import Trainer
+
+WITH_A_VALUE = {"--cfg", "-c", "--info", "-i", "--package", "-p"}  # flags of Hydra
 log = logging.getLogger("flowgen")
 
 
 def train(words: list[str]) -> None:
     """Hand `words` to Hydra and train what they describe; several runs where they sweep. Raises FlowgenError."""
     sweep = [word for word in words if word in ("-m", "--multirun")]
+    check_words([word for before, word in pairwise(["", *words]) if not word.startswith("-") and before not in WITH_A_VALUE])
     sys.argv = ["flowgen train", *sweep[:1], *one_end([word for word in words if word not in sweep])]  # Hydra wants its flag in front
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come up here, where they become one line
     failures: list[Exception] = []
@@ -60,7 +65,7 @@ def train(words: list[str]) -> None:
     try:
         hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise FlowgenError(one_line(error)) from error
+        raise plain_error(error) from error
     if failures and sweep:
         raise FlowgenError(f"{len(failures)} runs of the sweep failed, the first: {one_line(failures[0])}") from failures[0]
     if failures:
@@ -99,12 +104,12 @@ def resume(name: str, overrides: list[str]) -> None:
         _train(run, config, trainer, model, data, checkpoint)
 
 
-def _check_unfinished(run: Run, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def _check_unfinished(run: Run, trainer: "Trainer", checkpoint: dict[str, Any]) -> None:
     step, minutes = checkpoint["step"], checkpoint["metrics"]["seconds"] / 60
     if trainer.minutes and minutes >= trainer.minutes:
-        more = f"trainer.minutes={2 * trainer.minutes:g}"
+        more = f"trainer.minutes={2 * max(minutes, trainer.minutes):.2g}"
     elif trainer.steps and step >= trainer.steps:
-        more = f"trainer.steps={2 * trainer.steps}"
+        more = f"trainer.steps={2 * step}"
     else:
         return
     raise FlowgenError(f"{run.folder} has ended, at step {step}: give it more, as in `flowgen resume {run.folder} {more}`")
@@ -115,14 +120,19 @@ def _absolute(root: Any) -> str:
     return str(Path(str(root)).expanduser().resolve())
 
 
-def _build(config: dict[str, Any]) -> tuple[Trainer, Any, Any]:
-    if config["seed"] != 0:
-        check_whole(seed=config["seed"])
+def _build(config: dict[str, Any]) -> tuple["Trainer", Any, Any]:
+    import torch
+
+    check_whole(0, seed=config["seed"])
     torch.manual_seed(config["seed"])
     return (build("trainer", config["trainer"]), *build_model_and_data(config))
 
 
-def _train(run: Run, config: dict[str, Any], trainer: Trainer, model: Any, data: Any, checkpoint: dict[str, Any] | None) -> None:
+def _train(run: Run, config: dict[str, Any], trainer: "Trainer", model: Any, data: Any, checkpoint: dict[str, Any] | None) -> None:
+    import torch
+
+    from flowgen.training.device import environment
+
     with _logging(run):
         parameters = sum(parameter.numel() for parameter in model.parameters())
         log.info(

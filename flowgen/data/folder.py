@@ -66,7 +66,7 @@ def _open_zip(path: Path) -> Source:
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise FlowgenError(f"{path} is cut short or no zip: get it again, or point data.root at a folder of images") from error
+        raise FlowgenError(f"{path} is no zip, or is cut short: get it again, or point data.root at a folder of images") from error
     infos = sorted((info for info in archive.infolist() if _is_image(info.filename)), key=lambda info: info.filename)
     if not infos:
         raise FlowgenError(f"{path} holds no image: point data.root at a folder or a zip of images")

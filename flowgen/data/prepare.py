@@ -39,6 +39,8 @@ def read_levels(path: str | Path, size: int, channels: int, crop: int | None, bi
     path = Path(path)
     if channels not in MODES:
         raise FlowgenError("this model is of points in the plane, not of images: name another with --run")
+    if path.is_dir():
+        raise FlowgenError(f"{path} is a folder: name an image file")
     if not path.is_file():
         raise FlowgenError(f"{path} does not exist: name an image file")
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from flowgen.errors import FlowgenError, check_choice, check_whole
 
@@ -124,7 +125,7 @@ class Ladder(nn.Module):
     def allocate(self, hidden: int) -> None:
         self.register_buffer("hidden", torch.zeros(*self.place.shape, hidden))
 
-    @torch.compiler.disable  # the swaps' bookkeeping is no work for a compiler
+    @_disable_dynamo  # the swaps' bookkeeping is no work for a compiler; torch.compiler.disable would import one, a second long
     def sweep(
         self,
         rbm: "RBM",

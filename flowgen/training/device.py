@@ -21,7 +21,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise FlowgenError(f"device {name!r} is not on this machine: choose auto, cpu or cuda") from error
+        others = "auto, cuda or cpu" if torch.cuda.is_available() else "auto or cpu"
+        raise FlowgenError(f"device {name!r} is not on this machine: choose {others}") from error
     return device
 
 
@@ -46,5 +47,7 @@ def peak_memory(device: torch.device) -> float:
 
 def environment(device: torch.device) -> str:
     """What a run ran on, for its log."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return f"flowgen {version('flowgen')}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {where}"

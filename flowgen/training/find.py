@@ -27,7 +27,7 @@ def find_run(name: str) -> Run:
     matches = [run for run in list_runs() if parts and run.folder.parts[-len(parts) :] == parts]
     if len(matches) == 1:
         return matches[0]
-    raise FlowgenError(f"{name} is {'several runs' if matches else 'no run'}: `flowgen runs` lists them")
+    raise FlowgenError(f"{name or 'an empty name'} is {'several runs' if matches else 'no run'}: `flowgen runs` lists them")
 
 
 def find_checkpoint(name: str | None, wanted: type | None = None, with_classes: bool = False) -> tuple[Run, dict[str, Any]]:

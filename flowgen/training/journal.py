@@ -45,9 +45,8 @@ class Journal:
         self.run.write_metrics(step, split, row)
         for name, value in row.items():
             self.board.add_scalar(f"{split}/{name}", value, step)
-        words = "  ".join(
-            f"{name} {value:.4g}" for name, value in row.items() if not name.endswith(("bits", "draws", "seconds", "memory_gib"))
-        )
+        shown = {name: value for name, value in row.items() if not name.endswith(("bits", "draws", "seconds", "memory_gib"))}
+        words = "  ".join(f"{name} {value if isinstance(value, int) else f'{value:.4g}'}" for name, value in shown.items())
         if split == "test":
             log.info("step %d  test  %s", step, words)
         elif self.terminal:

@@ -9,11 +9,12 @@ from typing import Any
 from flowgen.errors import FlowgenError
 from flowgen.training.checkpoint import read_checkpoint, write_checkpoint
 
+BETTER = {"bits_per_dim": min, "log_likelihood": max}  # the figures by which runs are compared, and which of two is better
 log = logging.getLogger("flowgen")
 
 
 class Run:
-    """The files of one run, by name; see DESIGN for what each holds."""
+    """The files of one run, by name; README says what each holds."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -87,3 +88,14 @@ class Run:
         aside = self.metrics.with_name("metrics.jsonl.part")
         aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         aside.replace(self.metrics)
+
+
+def best_figure(rows: list[dict[str, Any]]) -> str | None:
+    """The best test figure among a run's metrics, with its error."""
+    for figure, better in BETTER.items():
+        tests = [row for row in rows if row["split"] == "test" and row.get(figure) is not None]
+        if tests:
+            best = better(tests, key=lambda row: row[figure])
+            error = f" ± {best[f'{figure}_error']:.3f}" if best.get(f"{figure}_error") else ""
+            return f"{figure} {best[figure]:.3f}{error}"
+    return None

@@ -19,6 +19,7 @@ from flowgen.training.schedule import learning_rate_factor, warmup_steps
 from flowgen.training.state import State
 from flowgen.training.stop import StopRequest
 
+SHORTEST = 0.001  # minutes
 PATIENCE = 5  # steps in a row that may fail before training goes back
 REWINDS = 3  # times that training goes back before it gives up
 HELPED = 1000  # steps past a failure after which a return has helped
@@ -60,7 +61,9 @@ class Trainer:
         check_whole(batch_size=batch_size, accumulate=accumulate, initial_images=initial_images, log_every=log_every)
         check_whole(evaluate_every=evaluate_every, sample_every=sample_every, save_every=save_every, keep_every=keep_every)
         check_whole(**{name: value for name, value in {"steps": steps, "evaluate_images": evaluate_images}.items() if value is not None})
-        check_number(lr=lr, decay=decay, clip=clip, ema=ema, sample_temperature=sample_temperature, minutes=minutes or 0.0)
+        check_number(lr=lr, decay=decay, clip=clip, ema=ema, sample_temperature=sample_temperature)
+        if minutes is not None:
+            check_number(SHORTEST, minutes=minutes)
         check_choice((True, False), compile=compile)
         if not isinstance(keep_at, list):
             raise FlowgenError(f"keep_at must be a list of steps, as in trainer.keep_at=[1000,5000], not {keep_at!r}")

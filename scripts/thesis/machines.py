@@ -19,7 +19,7 @@ from flowgen.training.run import Run
 
 
 def of_toy(run: Run, folder: Path) -> Figure:
-    path = drawn(folder / "figure_B.1.png", run, lambda at: sample_command(str(run.folder), [], 1, 0, None, None, None, "auto", at))
+    path = drawn(folder / "figure_B.1.png", run, lambda at: sample_command(str(run.folder), [], None, 0, None, None, None, "auto", at))
     caption = "The target, N(0, I), the one carried into the other, and the density; colours keep the direction in the latent plane."
     command = f"flowgen sample --run {run.folder}"
     return Figure("B.1", caption, path, [run.folder], command, "The original's flow is not given; it shows no density.")
