@@ -15,6 +15,7 @@ from conftest import SMALL, save_image
 from PIL import Image
 
 import flowgen
+from flowgen import figures
 from flowgen.commands.interpolate import great_circle, line
 from flowgen.data import read_levels
 
@@ -118,6 +119,17 @@ def test_interpolation_as_a_film(tiny_run, images, command, tmp_path):
     film = tmp_path / "film.gif"
     assert command("interpolate", images / "000.png", images / "001.png", "--run", tiny_run, "--steps", 4, "--out", film)[0] == 0
     assert Image.open(film).n_frames == 6
+
+
+def test_samples_beyond_float32_are_counted(tiny_run, command, tmp_path):
+    status, _, error = command("sample", "--run", tiny_run, "--temperature", "1e38", "--count", 4, "--out", tmp_path / "a.png")
+    assert status == 0 and "4 of 4 samples at temperature 1e+38" in error
+
+
+def test_a_title_is_never_cut():
+    one = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    narrow, wide = (figures.blocks([(title, one)], 5, 1) for title in ("a", "a title that is longer than its grid is wide"))
+    assert narrow.width < 100 < wide.width
 
 
 def test_great_circle_keeps_the_length_and_the_ends():

@@ -60,6 +60,21 @@ def test_a_report_of_one_run_lies_in_its_folder(tiny_run, command):
     assert (tiny_run / "report.html").exists()
 
 
+def test_figures_at_different_bits_do_not_share_a_plot_and_a_broken_run_spoils_nothing(images, command):
+    for bits in (5, 8):
+        words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"data.bits={bits}", f"out=outputs/all/at{bits}"]
+        assert command("train", *words)[0] == 0
+    broken = Path("outputs/all/broken/config.yaml")
+    broken.parent.mkdir()
+    broken.write_text("{")
+    status, output, error = command("report", "all")
+    assert status == 0 and "left out" in error and "broken" in error
+    text = Path(output.strip()).read_text()
+    assert "Test bits per dim at 5 bits" in text and "Test bits per dim at 8 bits" in text
+    listed = command("runs")[1]
+    assert listed.count("Glow") == 2 and "images" in listed
+
+
 def test_names_are_escaped(images, command):
     words = [*SMALL, f"data.root={images}", "trainer.steps=1", "out='outputs/<b>'"]
     assert command("train", *words)[0] == 0
