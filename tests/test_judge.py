@@ -53,7 +53,7 @@ def test_a_claim_is_found_only_beyond_two_errors_and_its_opposite_too():
 def test_the_best_machine_is_named_where_all_were_trained():
     trained = {"filters_100": -90.0, **{f"l2_1e3_{hidden}": -100.0 + hidden / 100 for hidden in (50, 100, 300)}, "l1_1e6_100": -80.0}
     said = claims.best_of_prior(trained)
-    assert "by likelihood it is l2_1e3_300" in said and "L1 prior 300 hidden units at 1e-6: not all" in said
+    assert "is that of l2_1e3_300" in said and "L1 prior 300 hidden units at 1e-6: not all" in said
 
 
 def test_the_space_keeps_what_varies_most():

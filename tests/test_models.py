@@ -112,6 +112,8 @@ def test_temperature_scales_every_latent(model):
     z = torch.randn(4, 192, dtype=torch.float64)
     x, _ = model.bijection.inverse(0.5 * z)
     assert torch.allclose(model.bijection(x)[0], 0.5 * z, atol=1e-8)
+    drawn = torch.randn(4, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model.sample(4, 0.5, torch.Generator().manual_seed(1))[0], model.decode(0.5 * drawn))
 
 
 def test_log_prob_of_samples_is_the_density_that_the_inverse_carried(model):
@@ -147,7 +149,7 @@ def test_no_model_scores_below_the_entropy_of_uniform_levels(name, bits):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    figures = model.evaluate([noise(bits, 256)])
+    figures = model.eval().evaluate([noise(bits, 256)])
     assert figures["bits_per_dim"] > bits - 3 * figures["bits_per_dim_error"]
     assert figures["bits_per_dim"] < bits + 0.6
 

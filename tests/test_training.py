@@ -18,7 +18,7 @@ import torch
 from conftest import SMALL
 
 import flowgen
-from flowgen.bijections import Affine
+from flowgen.bijections import Affine, BatchNorm
 from flowgen.errors import FlowgenError
 from flowgen.models import Glow
 from flowgen.training.checkpoint import KEYS, read_checkpoint, write_checkpoint
@@ -193,6 +193,43 @@ def test_a_bad_step_is_skipped_and_counted(images, tmp_path, command, monkeypatc
     assert state["metrics"]["skipped"] == 2 and state["metrics"]["rewinds"] == 0 and state["optimizer"]["state"][0]["step"] == 4
     assert all(torch.isfinite(value).all() for value in state["model"].values())
     assert rows(tmp_path / "run")[2]["loss"] is None
+
+
+def test_a_bad_step_that_spoils_running_statistics_goes_back(images, tmp_path, command, monkeypatch):
+    forward, calls = BatchNorm.forward, [0]
+
+    def overflow(self, x):
+        calls[0] += self.training
+        return forward(self, x / 0 if self.training and calls[0] == 40 else x)
+
+    monkeypatch.setattr(BatchNorm, "forward", overflow)
+    words = ["model=maf", "model.width=16", *[word for word in SMALL if not word.startswith("model.")], f"data.root={images}"]
+    status, _, error = command("train", *words, "trainer.steps=12", "trainer.evaluate_every=12", f"out={tmp_path / 'run'}")
+    assert status == 0 and "back to step" in error
+    last = [row for row in rows(tmp_path / "run") if row["split"] == "test"][-1]
+    assert last["bits_per_dim"] is not None
+
+
+def test_the_parameter_whose_gradient_is_bad_is_named(images, tmp_path, command, monkeypatch):
+    backward = torch.Tensor.backward
+
+    def spoil(self):
+        backward(self)
+        [*model.parameters()][-1].grad.fill_(math.nan)
+
+    model = Glow.__new__(Glow)
+    forward = Glow.forward
+
+    def remember(self, *arguments):
+        nonlocal model
+        model = self if self.training else model
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Glow, "forward", remember)
+    monkeypatch.setattr(torch.Tensor, "backward", spoil)
+    status, _, error = command("train", *SMALL, f"data.root={images}", "trainer.steps=90", f"out={tmp_path / 'run'}")
+    last = [name for name, _ in model.named_parameters()][-1]
+    assert status == 1 and f"the gradient of {last}" in error
 
 
 def test_several_bad_steps_go_back_with_half_the_learning_rate(images, tmp_path, command, monkeypatch):

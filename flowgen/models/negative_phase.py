@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flowgen.errors import check_whole
 from flowgen.models.chains import Ladder, draw_bits, mean_field
@@ -69,12 +70,11 @@ class PCD(NegativePhase):
         for _ in range(self.sweeps):
             negative = draw_bits(rbm.visible_input(self.hidden_units))
             inputs = rbm.hidden_input(negative)
-            self.hidden_units = draw_bits(inputs)
+            self.hidden_units.copy_(draw_bits(inputs))  # in place, as a captured CUDA graph needs it
         return negative, inputs
 
     def health(self, rbm: "RBM") -> dict[str, float]:
-        negative = draw_bits(rbm.visible_input(self.hidden_units), _aside(rbm))
-        return {"autocorrelation": _autocorrelation(rbm, negative, self.last_free_energy)}
+        return {"autocorrelation": _autocorrelation(rbm, self.hidden_units, self.last_free_energy)}
 
 
 class Tempering(NegativePhase):
@@ -102,9 +102,8 @@ class Tempering(NegativePhase):
 
     def health(self, rbm: "RBM") -> dict[str, float]:
         rates = self.ladder.swap_rates()
-        negative = draw_bits(rbm.visible_input(self.ladder.top(self.ladder.hidden)), _aside(rbm))
         return {
-            "autocorrelation": _autocorrelation(rbm, negative, self.last_free_energy),
+            "autocorrelation": _autocorrelation(rbm, self.ladder.top(self.ladder.hidden), self.last_free_energy),
             "swap_rate": rates.mean().item(),
             "swap_rate_lowest": rates.min().item(),
             "round_trips": self.ladder.round_trips.item(),
@@ -124,14 +123,10 @@ class MeanField(NegativePhase):
         return negative, rbm.hidden_input(negative)
 
 
-def _aside(rbm: "RBM") -> torch.Generator:
-    """A source of its own, so that a look at the chains changes nothing."""
-    return torch.Generator(rbm.device).manual_seed(0)
-
-
-def _autocorrelation(rbm: "RBM", negative: Tensor, last: Tensor) -> float:
-    """Over the chains, the correlation of their free energy with that at the last call; near 1 where they hardly move."""
-    free = rbm.free_energy(negative)
+@torch.no_grad()
+def _autocorrelation(rbm: "RBM", hidden: Tensor, last: Tensor) -> float:
+    """Over the chains, the correlation of their hidden units' free energy with that at the last call; near 1 where they hardly move."""
+    free = -(hidden @ rbm.hidden_bias) - F.softplus(rbm.visible_input(hidden)).sum(-1)
     correlation = torch.corrcoef(torch.stack((free, last)))[0, 1].nan_to_num(0.0).item() if len(free) > 1 else 0.0
     last.copy_(free)
     return correlation

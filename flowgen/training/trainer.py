@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class Trainer:
                     state.failed = 0
                 else:
                     state.failed, state.skipped = state.failed + 1, state.skipped + 1
-                    if state.failed == PATIENCE:
+                    if state.failed == PATIENCE or not _are_finite(model.buffers()):
                         self._rewind(state, run, levels)
                         busy, logged = 0.0, state.step
                         continue
@@ -169,8 +170,11 @@ class Trainer:
                 loss = model(part, its_labels) / self.accumulate
             loss.backward()
             losses.append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(model.parameters(), self.clip or math.inf)
-        loss, norm = torch.stack([torch.stack(losses).sum(), norm]).tolist()  # one wait for the device, not two
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        total_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        loss, norm = torch.stack([torch.stack(losses).sum(), total_norm]).tolist()  # one wait for the device, not two
+        if self.clip and math.isfinite(norm):  # by what is not finite every gradient would become so, the culprit's among them
+            nn.utils.clip_grads_with_norm_(parameters, self.clip, total_norm)
         return loss, norm
 
     def _progress(self, state: State) -> float:
@@ -228,3 +232,8 @@ class Trainer:
             state.step,
             self.lr * state.lr_scale,
         )
+
+
+def _are_finite(buffers: Iterable[Tensor]) -> bool:
+    """Whether a bad step spared what a forward pass itself changes, as running statistics."""
+    return all(bool(buffer.isfinite().all()) for buffer in buffers)

@@ -1,4 +1,4 @@
-"""What the thesis and the slides claim, and what the runs say to it; a difference counts from two standard errors on."""
+"""What the thesis and the slides claim, and what the runs say to it; a claim of the thesis counts from two standard errors on."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -37,10 +37,10 @@ def best_of_prior(likelihoods: Mapping[str, float]) -> str:
     said = []
     for prior, claim in (("l2", "300 hidden units"), ("l1", "300 hidden units at 1e-6")):
         names = [name for name in likelihoods if name.startswith(prior)]
-        if {name.rpartition("_")[2] for name in names} < {"50", "100", "300"}:
+        if not {name.rpartition("_")[2] for name in names} >= {"50", "100", "300"}:
             found = "not all of these were trained at this scale"
         else:
-            found = f"by likelihood it is {max(names, key=lambda name: likelihoods[name])}"
+            found = f"the highest likelihood, whatever its error, is that of {max(names, key=lambda name: likelihoods[name])}"
         said.append(f"with an {prior.upper()} prior {claim}: {found}")
     return f"The slides find best {'; '.join(said)}."
 
