@@ -15,7 +15,7 @@ from conftest import SMALL, save_image
 from PIL import Image
 
 import flowgen
-from flowgen import figures
+from flowgen import pictures
 from flowgen.commands.interpolate import great_circle, line
 from flowgen.data import read_levels
 
@@ -94,7 +94,7 @@ def test_samples_are_sorted_by_log_probability(tiny_run, monkeypatch, command):
         drawn.update(titled)
         return Image.new("L", (1, 1))
 
-    monkeypatch.setattr(sample.figures, "blocks", blocks)
+    monkeypatch.setattr(sample.pictures, "blocks", blocks)
     assert command("sample", "--run", tiny_run, "--count", 6)[0] == 0
     model = flowgen.load(tiny_run)
     levels, worth = sample.draw(model, 6, 0.7, 0)
@@ -106,7 +106,7 @@ def test_interpolation_ends_at_the_images(tiny_run, images, command, tmp_path, m
     from flowgen.commands import interpolate
 
     rows = []
-    monkeypatch.setattr(interpolate.figures, "blocks", lambda titled, bits, columns: rows.extend(titled) or Image.new("L", (1, 1)))
+    monkeypatch.setattr(interpolate.pictures, "blocks", lambda titled, bits, columns: rows.extend(titled) or Image.new("L", (1, 1)))
     ends = [images / "000.png", save_image(tmp_path / "other.png", (20, 30))]  # grey, and of another size
     status, _, error = command("interpolate", *ends, "--run", tiny_run, "--steps", 5, *way)
     assert status == 0 and "differ" not in error
@@ -128,7 +128,7 @@ def test_samples_beyond_float32_are_counted(tiny_run, command, tmp_path):
 
 def test_a_title_is_never_cut():
     one = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    narrow, wide = (figures.blocks([(title, one)], 5, 1) for title in ("a", "a title that is longer than its grid is wide"))
+    narrow, wide = (pictures.blocks([(title, one)], 5, 1) for title in ("a", "a title that is longer than its grid is wide"))
     assert narrow.width < 100 < wide.width
 
 

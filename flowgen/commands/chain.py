@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flowgen import figures
+from flowgen import pictures
 from flowgen.commands.complete import grey
 from flowgen.config import model_of
 from flowgen.models import RBM
@@ -23,8 +23,8 @@ def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, s
     generator = torch.Generator(model.device).manual_seed(seed)
     noise = white_noise(model, count, generator)
     states = tqdm(METHODS[method](model, noise, generator=generator), total=sweeps * frames, unit="sweep", disable=None, leave=False)
-    pictures = [noise] + [expected for _, expected in islice(states, sweeps - 1, sweeps * frames, sweeps)]
+    shown = [noise] + [expected for _, expected in islice(states, sweeps - 1, sweeps * frames, sweeps)]
     target = out or run.folder / f"chain_{method}.gif"
     columns = max(1, round(count**0.5))
-    figures.film([grey(picture, model.shape) for picture in pictures], 8, columns, target)
+    pictures.film([grey(picture, model.shape) for picture in shown], 8, columns, target)
     return target

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flowgen import figures
+from flowgen import pictures
 from flowgen.config import model_of
 from flowgen.data import read_exactly
 from flowgen.errors import FlowgenError
@@ -29,10 +29,10 @@ def complete(image: Path, keep: str, methods: list[str], name: str | None, sweep
     for method in methods:
         draws, mean = restore(model, levels.to(model.device), known, method, sweeps, seed)
         given = torch.where(known, model.units(levels.to(model.device)), 0.5)
-        pictures = torch.cat((model.units(levels.to(model.device)), given, mean[None], draws[:DRAWS]))
-        rows.append((f"{method}: image, kept, mean, draws", grey(pictures, model.shape)))
+        shown = torch.cat((model.units(levels.to(model.device)), given, mean[None], draws[:DRAWS]))
+        rows.append((f"{method}: image, kept, mean, draws", grey(shown, model.shape)))
     target = out or run.folder / "completion.png"
-    figures.blocks(rows, 8, columns=3 + DRAWS).save(target)
+    pictures.blocks(rows, 8, columns=3 + DRAWS).save(target)
     return target
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowgen import figures
+from flowgen import pictures
 from flowgen.config import model_of
 from flowgen.data import read_levels
 from flowgen.training.find import find_checkpoint
@@ -34,10 +34,10 @@ def interpolate(first: Path, second: Path, name: str | None, steps: int, spheric
     target = out or run.folder / "interpolation.png"
     if target.suffix.lower() == ".gif":
         frames = [torch.stack(pair) for pair in zip(latent, pixels, strict=True)]
-        figures.film([*frames, *frames[-2:0:-1]], bits, 2, target)
+        pictures.film([*frames, *frames[-2:0:-1]], bits, 2, target)
     else:
         rows = [(f"{'great circle' if spherical else 'line'} in the latents", latent), ("line in the pixels", pixels)]
-        figures.blocks(rows, bits, columns=steps).save(target)
+        pictures.blocks(rows, bits, columns=steps).save(target)
     return target
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 
-from flowgen import figures
+from flowgen import pictures
 from flowgen.commands.runs import readable_runs
 from flowgen.config import read_config
 from flowgen.errors import FlowgenError
@@ -83,10 +83,10 @@ def _short(folders: list[str]) -> list[str]:
 def _section(name: str, run: Run, rows: list[dict[str, Any]], config: dict[str, Any]) -> Section:
     samples = sorted(run.folder.glob("samples/step_????????.png"))[-1:]
     own = [run.folder / file for file in CAPTIONS if (run.folder / file).exists()]
-    pictures = [Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", data_url(path)) for path in samples]
-    pictures += [Picture(CAPTIONS[path.name], data_url(path)) for path in own]
+    shown = [Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", data_url(path)) for path in samples]
+    shown += [Picture(CAPTIONS[path.name], data_url(path)) for path in own]
     return Section(
-        name, best_figure(rows) or "not evaluated yet", max((row["step"] for row in rows), default=0), run.environment(), pictures, config
+        name, best_figure(rows) or "not evaluated yet", max((row["step"] for row in rows), default=0), run.environment(), shown, config
     )
 
 
@@ -98,12 +98,12 @@ def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]
             for figure in BETTER:
                 if row["split"] == "test" and row.get(figure) is not None:
                     lines.setdefault((figure, row.get("bits", 1)), {}).setdefault(name, []).append((row["step"], row[figure]))
-    pictures = []
+    plots = []
     for (figure, bits), of_runs in sorted(lines.items()):
         file, at = io.BytesIO(), f" at {bits} bits" if figure == "bits_per_dim" else ""
-        figures.compare(of_runs, f"test {figure.replace('_', ' ')}{at}, {UNITS[figure]}", file)
-        pictures.append(Picture(f"Test {figure.replace('_', ' ')}{at} against the step.", encoded(file.getvalue(), "png")))
-    return pictures
+        pictures.compare(of_runs, f"test {figure.replace('_', ' ')}{at}, {UNITS[figure]}", file)
+        plots.append(Picture(f"Test {figure.replace('_', ' ')}{at} against the step.", encoded(file.getvalue(), "png")))
+    return plots
 
 
 def _differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:

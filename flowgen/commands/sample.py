@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowgen import figures
+from flowgen import pictures
 from flowgen.config import build_data, model_of
 from flowgen.errors import FlowgenError
 from flowgen.models import RBM, Flow, GenerativeModel
@@ -55,7 +55,7 @@ def sample(
             log.warning("%d of %d samples at temperature %g are beyond what float32 holds: try a lower one", broken, count, temperature)
         said = [f"class {label}"] * (label is not None) + [str(method)] * bool(method) + [f"temperature {temperature:g}"]
         titled.append((", ".join(said), levels[worth.argsort(descending=True)]))
-    figures.blocks(titled, model.bits, columns=min(count, 8)).save(path)
+    pictures.blocks(titled, model.bits, columns=min(count, 8)).save(path)
     return path
 
 
@@ -79,4 +79,4 @@ def plane(model: Flow, target: torch.Tensor, temperature: float, count: int, see
     density = torch.cat([model.log_density(part).exp() for part in grid.split(10000)]).view(GRID, GRID)
     noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
     target = ((target.cpu() + noise) / model.bins).flatten(1)
-    figures.plane(target, latent.cpu(), carried.cpu(), density.cpu(), temperature, path)
+    pictures.plane(target, latent.cpu(), carried.cpu(), density.cpu(), temperature, path)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from flowgen import figures
+from flowgen import pictures
 from flowgen.models import GenerativeModel
 from flowgen.training.run import Run
 
@@ -57,7 +57,7 @@ class Journal:
 
     def samples(self, step: int, levels: torch.Tensor, bits: int) -> None:
         """A grid of samples, as a file and for TensorBoard."""
-        image = figures.to_image(levels, bits, columns=8)
+        image = pictures.to_image(levels, bits, columns=8)
         image.save(self.run.sample_grid(step))
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, -1)
         self.board.add_image("samples", pixels, step, dataformats="HWC")
@@ -65,7 +65,7 @@ class Journal:
     def features(self, features: torch.Tensor | None) -> None:
         """What the model looks for, where it can be drawn."""
         if features is not None:
-            figures.signed(features).save(self.run.features)
+            pictures.signed(features).save(self.run.features)
 
     def curves(self) -> None:
-        figures.curves(self.run.read_metrics(), self.model.figure, self.run.curves)
+        pictures.curves(self.run.read_metrics(), self.model.figure, self.run.curves)

@@ -11,7 +11,7 @@ from figure import MAKE, Figure, drawn, to_pil, unit
 from torch import Tensor
 
 import flowgen
-import flowgen.figures
+import flowgen.pictures
 from flowgen.commands.sample import draw
 from flowgen.config import conf_folder, read_config
 from flowgen.data import Images

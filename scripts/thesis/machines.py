@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 import flowgen
-import flowgen.figures
+import flowgen.pictures
 from flowgen.commands.chain import chain
 from flowgen.commands.complete import complete
 from flowgen.commands.sample import draw
@@ -49,12 +49,12 @@ def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list
 
     def filters(at: Path) -> None:
         loaded = {run.folder.name: flowgen.load(run.folder) for run in runs}
-        kinds.page_of({name: flowgen.figures.signed(model.features(), 20, 40) for name, model in loaded.items()}, at)
+        kinds.page_of({name: flowgen.pictures.signed(model.features(), 20, 40) for name, model in loaded.items()}, at)
 
     def samples(at: Path) -> None:
         loaded = {run.folder.name: flowgen.load(run.folder) for run in runs}
         drawn_ = {name: draw(model, 20, 1.0, 0)[0] for name, model in loaded.items()}
-        kinds.page_of({name: flowgen.figures.to_image(levels, 1, 20) for name, levels in drawn_.items()}, at)
+        kinds.page_of({name: flowgen.pictures.to_image(levels, 1, 20) for name, levels in drawn_.items()}, at)
 
     tests = last_tests([*runs, half_six])
     likelihoods = {f"{name}, {row['step']:,} steps": (row["log_likelihood"], row["log_likelihood_error"]) for name, row in tests.items()}

@@ -6,7 +6,7 @@ import kinds
 from figure import MAKE, Figure, drawn
 
 import flowgen
-import flowgen.figures
+import flowgen.pictures
 from flowgen.commands.sample import draw
 from flowgen.config import read_config
 from flowgen.training.run import Run
@@ -27,7 +27,7 @@ def of_outlook(runs: dict[str, Run], folder: Path) -> list[Figure]:
         grids = {}
         for name, run in runs.items():
             model = flowgen.load(run.folder, "auto")
-            grids[f"{name}\n{rows[name][-1]['step']:,} steps"] = flowgen.figures.to_image(draw(model, 12, 0.7, 0)[0], model.bits, 12)
+            grids[f"{name}\n{rows[name][-1]['step']:,} steps"] = flowgen.pictures.to_image(draw(model, 12, 0.7, 0)[0], model.bits, 12)
         kinds.page_of(grids, at)
 
     label = f"test bits/dim at {configs[next(iter(runs))]['data']['bits']} bits"

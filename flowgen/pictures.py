@@ -1,4 +1,4 @@
-"""Pictures of levels and of figures: grids, strips, films, curves."""
+"""Pictures of levels and of measured values: grids, strips, films, curves."""
 
 import io
 import math
