@@ -29,8 +29,8 @@ MAY_IMPORT = {
     "__init__": {"config", "models"},
 }
 ONLY_IN = {
-    "hydra": {"cli.py", "config.py", "commands/train.py"},
-    "omegaconf": {"cli.py", "config.py", "commands/train.py"},
+    "hydra": {"config/words.py", "commands/train.py"},
+    "omegaconf": {"config/files.py", "config/words.py", "commands/train.py"},
     "click": {"cli.py"},
     "torchvision": {"vision.py"},
 }

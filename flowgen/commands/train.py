@@ -22,6 +22,7 @@ from flowgen.config import (
     build_model_and_data,
     check_words,
     conf_folder,
+    in_grammar,
     load_weights,
     one_end,
     one_line,
@@ -47,7 +48,8 @@ def train(words: list[str]) -> None:
     """Hand `words` to Hydra and train what they describe; several runs where they sweep. Raises FlowgenError."""
     sweep = [word for word in words if word in ("-m", "--multirun")]
     check_words([word for before, word in pairwise(["", *words]) if not word.startswith("-") and before not in WITH_A_VALUE])
-    sys.argv = ["flowgen train", *sweep[:1], *one_end([word for word in words if word not in sweep])]  # Hydra wants its flag in front
+    rest = one_end(in_grammar([word for word in words if word not in sweep]))
+    sys.argv = ["flowgen train", *sweep[:1], *rest]  # Hydra wants its flag in front
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come up here, where they become one line
     failures: list[Exception] = []
 

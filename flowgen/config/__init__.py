@@ -1,0 +1,30 @@
+"""From words and YAML files to models and data: files, the grammar of overrides, plain sentences, building, loading."""
+
+from flowgen.config.building import build, build_data, build_model, build_model_and_data
+from flowgen.config.files import conf_folder, options, read_config, save_config, settings
+from flowgen.config.loading import load_model, load_weights, model_of
+from flowgen.config.sentences import no_such_setting, one_line, plain_error
+from flowgen.config.words import check_words, in_grammar, one_end, override, plain
+
+__all__ = [
+    "build",
+    "build_data",
+    "build_model",
+    "build_model_and_data",
+    "check_words",
+    "conf_folder",
+    "in_grammar",
+    "load_model",
+    "load_weights",
+    "model_of",
+    "no_such_setting",
+    "one_end",
+    "one_line",
+    "options",
+    "override",
+    "plain",
+    "plain_error",
+    "read_config",
+    "save_config",
+    "settings",
+]

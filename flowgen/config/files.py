@@ -1,0 +1,53 @@
+"""The YAML files: where `conf/` is, what it offers, and the configuration that a run leaves."""
+
+from pathlib import Path
+from typing import Any
+
+from flowgen.errors import FlowgenError
+
+
+def conf_folder() -> Path:
+    """The YAML files: inside the installed package, or at the top of the repository."""
+    package = Path(__file__).parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def options(group: str) -> list[str]:
+    """What `group=` can be, as in options("model")."""
+    folder = conf_folder() / group
+    nested = group == "experiment"  # elsewhere a folder is a group of its own, as model/negative_phase is
+    paths = folder.rglob("*.yaml") if nested else folder.glob("*.yaml")
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in paths)
+
+
+def settings() -> list[str]:
+    """Everything that `flowgen train KEY=VALUE` can set, as trainer.steps, and every group, as model."""
+    from yaml import safe_load
+
+    groups = ("data", "model", "trainer")
+    files = [(group, safe_load((conf_folder() / group / f"{name}.yaml").read_text())) for group in groups for name in options(group)]
+    inside = {f"{group}.{key}" for group, file in files for key in file.get(group, file) if key not in ("defaults", "_target_", *groups)}
+    return sorted({"out", "seed", "experiment", "model/negative_phase", *groups, *inside})
+
+
+def save_config(config: dict[str, Any], path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    aside = path.with_name(path.name + ".part")
+    OmegaConf.save(OmegaConf.create(config), aside)
+    aside.replace(path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Raises FlowgenError where the file is none of flowgen's."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise FlowgenError(f"{path} cannot be read as a configuration: mend it, or name another run") from error
+    if not isinstance(config, dict) or not config.keys() >= {"model", "data", "trainer"}:
+        raise FlowgenError(f"{path} is no configuration of a run")
+    return {str(key): value for key, value in config.items()}

@@ -1,0 +1,39 @@
+"""Models out of checkpoints."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from flowgen.config.building import build_model
+from flowgen.errors import FlowgenError
+
+if TYPE_CHECKING:
+    from flowgen.models import GenerativeModel
+
+
+def load_model(run: str | os.PathLike[str], device: str = "cpu") -> "GenerativeModel":
+    """See `flowgen.load`."""
+    from flowgen.training.find import find_checkpoint
+
+    return model_of(find_checkpoint(str(run))[1], device)
+
+
+def model_of(checkpoint: dict[str, Any], device: str = "cpu") -> "GenerativeModel":
+    """The model of a checkpoint that has been read, with its averaged weights where there are any."""
+    from flowgen.training.device import choose_device
+
+    model = build_model(checkpoint["config"])
+    weights = checkpoint["model"]
+    if checkpoint["ema"] is not None:
+        weights = {name.removeprefix("module."): value for name, value in checkpoint["ema"].items() if name.startswith("module.")}
+    load_weights(model, weights)
+    return model.to(choose_device(device)).eval()
+
+
+def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
+    """Raises FlowgenError where they are another model's."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise FlowgenError(
+            "the checkpoint's weights are not those of the model that its configuration describes: leave what shapes the model as it was"
+        ) from error

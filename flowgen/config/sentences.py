@@ -1,0 +1,31 @@
+"""What is wrong with a word or a configuration, in one plain sentence."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from flowgen.config.files import options, settings
+from flowgen.errors import FlowgenError
+
+
+def no_such_setting(name: str, known: Iterable[str]) -> FlowgenError:
+    """What is said of a setting that does not exist, with the likeliest that does."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return FlowgenError(f"there is no setting {name}{f', did you mean {close[0]}?' if close else ''}: `flowgen train --help` lists them")
+
+
+def plain_error(error: BaseException) -> FlowgenError:
+    """What Hydra or OmegaConf object to, in flowgen's words."""
+    if found := re.search(r"Could not override '([^']+)'", str(error)):
+        return no_such_setting(found[1], settings())
+    if found := re.search(r"Could not find '([^/']+)/([^']+)'", str(error)):
+        return FlowgenError(f"there is no {found[1]}={found[2]}: choose one of {', '.join(options(found[1]))}")
+    return FlowgenError(one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without the line breaks and the tree that Hydra and OmegaConf print below it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    noise = ("full_key:", "object_type=", "reference_type=", "See https", "Config search path", "provider=")
+    lines = [line for line in lines if line and not line.startswith(noise)]
+    return " ".join(lines) or type(error).__name__
