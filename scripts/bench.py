@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from flowgen.config import conf_folder
 from flowgen.models import RBM, Glow
-from flowgen.models.chains import Ladder, gibbs, white_noise
-from flowgen.models.negative_phase import PCD
+from flowgen.models.rbm.gibbs import gibbs, white_noise
+from flowgen.models.rbm.negative_phase import PCD
+from flowgen.models.rbm.tempering import Ladder
 from flowgen.training.device import autocast_dtype
 
 SIZE, LEVELS, STEPS, WIDTH, BATCH = 64, 4, 8, 128, 8

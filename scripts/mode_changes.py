@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from flowgen.config import build_data, model_of
 from flowgen.data import Images
-from flowgen.models import RBM
-from flowgen.models.chains import METHODS
+from flowgen.models.rbm import METHODS, RBM
 from flowgen.training.find import find_checkpoint
 
 SURE = 0.9

@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, how long files get, what every configuration must do."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ MAY_IMPORT = {
     "errors": set(),
     "messages": {"errors"},
     "vision": set(),
-    "bijections": {"errors"},
-    "models": {"bijections", "errors"},
+    "progress": set(),
+    "bijections": {"errors", "progress"},
+    "models": {"bijections", "errors", "progress"},
     "data": {"errors", "vision"},
     "pictures": {"vision"},
     "training": {"models", "data", "pictures", "errors"},
     "config": {"models", "data", "training", "errors"},
-    "commands": {"training", "pictures", "config", "models", "data", "errors"},
+    "commands": {"training", "pictures", "config", "models", "data", "errors", "progress"},
     "cli": {"commands", "config", "training", "messages"},
     "__main__": {"cli"},
     "__init__": {"config", "models"},
@@ -33,6 +35,7 @@ ONLY_IN = {
     "omegaconf": {"config/files.py", "config/words.py", "commands/train.py"},
     "click": {"cli.py"},
     "torchvision": {"vision.py"},
+    "tqdm": {"progress.py", "messages.py", "training/journal.py", "data/cache.py"},
 }
 
 
@@ -56,6 +59,30 @@ def test_imports_go_downwards(path):
             assert rest.split(".")[0] in MAY_IMPORT[floor] | {floor}, f"{relative} imports {name}"
         if first in ONLY_IN:
             assert str(relative) in ONLY_IN[first], f"{relative} imports {name}"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("flowgen", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, modules: set[str]) -> set[str]:
+    """The modules of flowgen that a file imports anywhere in it, under TYPE_CHECKING and inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {name if (name := f"{node.module}.{alias.name}") in modules else str(node.module) for alias in node.names}
+    return found & modules
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    modules = {module_of(path): path for path in FILES}
+    graph = {name: imported_modules(path, set(modules)) for name, path in modules.items()}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

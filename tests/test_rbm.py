@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowgen.config import build
 from flowgen.errors import FlowgenError
-from flowgen.models import RBM, partition
-from flowgen.models.chains import METHODS, Ladder, draw_bits, elbo, gibbs, mean_field, tempering, white_noise
-from flowgen.models.contrast import Contrast
-from flowgen.models.negative_phase import CD, PCD, MeanField, NegativePhase, Tempering
-from flowgen.models.partition import ais, bridge, exact_log_z, log_likelihood, reverse_ais
+from flowgen.models.partition import ais, bridge, exact_log_z, reverse_ais
+from flowgen.models.rbm import METHODS, RBM, likelihood
+from flowgen.models.rbm.contrast import Contrast
+from flowgen.models.rbm.gibbs import draw_bits, elbo, gibbs, mean_field, white_noise
+from flowgen.models.rbm.likelihood import log_likelihood
+from flowgen.models.rbm.negative_phase import CD, PCD, MeanField, NegativePhase, Tempering
+from flowgen.models.rbm.tempering import Ladder, tempering
 
 CHAINS = 40_000
 SAMPLERS = METHODS | {"tempering": partial(tempering, temperatures=4)}
@@ -244,6 +247,13 @@ def test_clamped_chains_reach_the_exact_conditional(method):
     assert distance(visible, conditional) < 1.8 * floor(conditional)
 
 
+@pytest.mark.parametrize("name", ["flowgen.models.negative_phase.PCD", "flowgen.models.rbm.negative_phase.PCD"])
+def test_negative_phases_are_built_by_the_names_that_checkpoints_hold(name):
+    phase = {"_target_": name, "sweeps": 1, "chains": 3}
+    rbm = build("model", {"_target_": "flowgen.models.RBM", "visible": 4, "hidden": 3, "negative_phase": phase})
+    assert isinstance(rbm.negative_phase, PCD) and rbm.negative_phase.chains == 3
+
+
 def test_the_chains_of_a_batch_are_independent():
     """One uniform vector for all of them would make them equal from the same start."""
     rbm = machine(8, 6, scale=0.1)
@@ -294,23 +304,23 @@ def test_errors_of_the_estimates_are_their_spread():
 
 
 def test_the_sandwich_says_whether_it_may_be_quoted(monkeypatch):
-    rbm = machine(30, 24, scale=0.3, betas=300, chains=100)
-    monkeypatch.setattr(partition, "LADDER", {"temperatures": 10, "burn_in": 200, "sweeps": 200})
+    rbm = machine(30, 24, scale=0.3)
+    monkeypatch.setattr(likelihood, "LADDER", {"temperatures": 10, "burn_in": 200, "sweeps": 200})
     generator = torch.Generator().manual_seed(0)
-    figures = log_likelihood(rbm, rbm.free_energy(white_noise(rbm, 50)).detach(), generator, thorough=True)
+    figures = log_likelihood(rbm, rbm.free_energy(white_noise(rbm, 50)).detach(), generator, thorough=True, betas=300, chains=100)
     assert figures["quotable"] and figures["verdict"].startswith("quotable")
     assert figures["log_likelihood_forward"] + 1 > figures["log_likelihood"] > figures["log_likelihood_reverse"] - 1
-    hard = machine(30, 24, scale=6.0, betas=2, chains=100)
-    figures = log_likelihood(hard, hard.free_energy(white_noise(hard, 50)).detach(), generator, thorough=True)
+    hard = machine(30, 24, scale=6.0)
+    figures = log_likelihood(hard, hard.free_energy(white_noise(hard, 50)).detach(), generator, thorough=True, betas=2, chains=100)
     assert not figures["quotable"] and figures["verdict"].startswith("do not quote")
 
 
 def test_a_machine_that_diverged_is_not_quotable(monkeypatch):
-    monkeypatch.setattr(partition, "LADDER", {"temperatures": 4, "burn_in": 10, "sweeps": 10})
-    rbm = machine(30, 24, betas=5, chains=10)
+    monkeypatch.setattr(likelihood, "LADDER", {"temperatures": 4, "burn_in": 10, "sweeps": 10})
+    rbm = machine(30, 24)
     rbm.weight.data[:] = float("nan")
     free = rbm.free_energy(white_noise(rbm, 20)).detach()
-    figures = log_likelihood(rbm, free, torch.Generator().manual_seed(0), thorough=True)
+    figures = log_likelihood(rbm, free, torch.Generator().manual_seed(0), thorough=True, betas=5, chains=10)
     assert not figures["quotable"] and "diverged" in figures["verdict"]
 
 

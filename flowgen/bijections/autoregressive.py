@@ -5,12 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.transforms import Transform
-
-LONG = 100  # numbers from which on the slow direction shows its progress
+from flowgen.progress import Progress, unseen
 
 
 class MaskedLinear(nn.Linear):
@@ -52,7 +50,7 @@ class MADE(nn.Module):
             x = layer(x.relu())
         return self.last(x.relu())
 
-    def one_by_one(self, choose: Callable[[int, Tensor], Tensor], batch: int) -> Tensor:
+    def one_by_one(self, choose: Callable[[int, Tensor], Tensor], batch: int, progress: Progress = unseen) -> Tensor:
         """The numbers (batch, size) of which each is `choose(t, parameters)`, of shape (batch, 1), by its own (batch, count).
 
         The first layer's sums grow by one number at a time, and the last layer gives the parameters of that number alone.
@@ -60,7 +58,7 @@ class MADE(nn.Module):
         first, last = self.first.seen(), self.last.seen().view(self.count, self.size, -1)
         middle: list[tuple[Tensor, Tensor]] = [(layer.seen(), layer.bias) for layer in self.middle]  # type: ignore[operator, misc]
         sums, bias, numbers = self.first.bias.expand(batch, -1), self.last.bias.view(self.count, self.size), []
-        for t in range(self.size):
+        for t in progress(range(self.size), "one number after the other"):
             x = sums.relu()
             for weight, shift in middle:
                 x = F.linear(x, weight, shift).relu()
@@ -71,6 +69,8 @@ class MADE(nn.Module):
 
 class Autoregressive(Bijection):
     """z_t = h(x_t; network(x_<t)): all at once from data to latent, one after the other back. MAF (1705.07057), section 3.1."""
+
+    progress: Progress = staticmethod(unseen)
 
     def __init__(self, network: MADE, transform: Transform):
         super().__init__()
@@ -83,16 +83,13 @@ class Autoregressive(Bijection):
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         log_slopes = []
-        hidden = z.shape[1] < LONG or torch.is_grad_enabled() or None
-        with tqdm(total=z.shape[1], desc="one number after the other", unit="", leave=False, disable=hidden) as bar:
 
-            def choose(t: int, parameters: Tensor) -> Tensor:
-                x, log_slope = self.transform.inverse(z[:, t : t + 1], parameters.to(z.dtype))
-                log_slopes.append(log_slope)
-                bar.update()
-                return x
+        def choose(t: int, parameters: Tensor) -> Tensor:
+            x, log_slope = self.transform.inverse(z[:, t : t + 1], parameters.to(z.dtype))
+            log_slopes.append(log_slope)
+            return x
 
-            x = self.network.one_by_one(choose, len(z))
+        x = self.network.one_by_one(choose, len(z), self.progress)
         return x, torch.cat(log_slopes, 1).sum(1)
 
 

@@ -4,13 +4,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from flowgen import pictures
 from flowgen.commands.complete import grey
 from flowgen.config import model_of
-from flowgen.models import RBM
-from flowgen.models.chains import METHODS, white_noise
+from flowgen.models.rbm import METHODS, RBM
+from flowgen.models.rbm.gibbs import white_noise
+from flowgen.progress import bar
 from flowgen.training.find import find_checkpoint
 
 
@@ -22,8 +22,8 @@ def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, s
     assert isinstance(model, RBM)
     generator = torch.Generator(model.device).manual_seed(seed)
     noise = white_noise(model, count, generator)
-    states = tqdm(METHODS[method](model, noise, generator=generator), total=sweeps * frames, unit="sweep", disable=None, leave=False)
-    shown = [noise] + [expected for _, expected in islice(states, sweeps - 1, sweeps * frames, sweeps)]
+    states = islice(METHODS[method](model, noise, generator=generator), sweeps * frames)
+    shown = [noise] + [expected for _, expected in islice(bar(states, method, sweeps * frames), sweeps - 1, None, sweeps)]
     target = out or run.folder / f"chain_{method}.gif"
     columns = max(1, round(count**0.5))
     pictures.film([grey(picture, model.shape) for picture in shown], 8, columns, target)

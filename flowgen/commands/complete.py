@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from flowgen import pictures
 from flowgen.config import model_of
 from flowgen.data import read_exactly
 from flowgen.errors import FlowgenError
-from flowgen.models import RBM
-from flowgen.models.chains import METHODS, white_noise
+from flowgen.models.rbm import METHODS, RBM
+from flowgen.models.rbm.gibbs import white_noise
+from flowgen.progress import bar
 from flowgen.training.find import find_checkpoint
 
 CHAINS, DRAWS = 64, 5
@@ -46,7 +46,7 @@ def restore(model: RBM, levels: Tensor, known: Tensor, method: str, sweeps: int,
     start = torch.where(known, model.units(levels), white_noise(model, CHAINS, generator))
     total, count = torch.zeros_like(start[0]), 0
     states = islice(METHODS[method](model, start, known=known, generator=generator), sweeps)
-    for sweep, (_, expected) in enumerate(tqdm(states, total=sweeps, desc=method, unit="sweep", disable=None, leave=False)):
+    for sweep, (_, expected) in enumerate(bar(states, method, sweeps)):
         if sweep >= sweeps // 2:
             total, count = total + expected.mean(0), count + 1
     return expected, total / count

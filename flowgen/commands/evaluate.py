@@ -4,9 +4,8 @@ import logging
 import math
 from typing import Any
 
-from tqdm import tqdm
-
 from flowgen.config import build_model_and_data, model_of, override
+from flowgen.progress import bar
 from flowgen.training.find import find_checkpoint
 
 BATCH = 64
@@ -20,7 +19,8 @@ def evaluate(name: str | None, overrides: list[str], device: str) -> dict[str, A
     _, data = build_model_and_data(checkpoint["config"])
     model = model_of(checkpoint, device)
     data.to(model.device)
-    batches = tqdm(data.batches("test", BATCH), total=-(-len(data.test) // BATCH), unit="batch", disable=None, leave=False)
+    model.watch(bar)
+    batches = bar(data.batches("test", BATCH), "images", -(-len(data.test) // BATCH))
     figures = model.evaluate(batches, data.batches("train", BATCH, len(data.test)), thorough=True)
     if not math.isfinite(figures[model.figure]):
         log.warning("%s is not finite: for some of these images the model gives no likelihood that float32 holds", model.figure)

@@ -9,6 +9,7 @@ from torch import Tensor
 from flowgen import pictures
 from flowgen.config import model_of
 from flowgen.data import read_levels
+from flowgen.progress import bar
 from flowgen.training.find import find_checkpoint
 
 log = logging.getLogger("flowgen")
@@ -24,6 +25,7 @@ def interpolate(first: Path, second: Path, name: str | None, steps: int, spheric
     size, channels, bits = data["size"], data["channels"], data["bits"]
     ends = torch.cat([read_levels(path, size, channels, data.get("crop"), bits) for path in (first, second)])
     model = model_of(checkpoint, device)
+    model.watch(bar)
     start, end = model.encode(ends.to(model.device))
     share = torch.linspace(0, 1, steps, device=model.device)[:, None]
     path_of = great_circle if spherical else line

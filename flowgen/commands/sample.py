@@ -11,6 +11,7 @@ from flowgen import pictures
 from flowgen.config import build_data, model_of
 from flowgen.errors import FlowgenError
 from flowgen.models import RBM, Flow, GenerativeModel
+from flowgen.progress import bar
 from flowgen.training.find import find_checkpoint
 
 BATCH = 64
@@ -40,6 +41,7 @@ def sample(
     how = {key: value for key, value in {"label": label, "method": method, "sweeps": sweeps}.items() if value is not None}
     run, checkpoint = find_checkpoint(name, wanted=RBM if method or sweeps else None, with_classes=label is not None)
     model = model_of(checkpoint, device)
+    model.watch(bar)
     path = out or run.folder / "sample.png"
     if isinstance(model, Flow) and model.shape == (2, 1, 1):
         if len(temperatures) > 1:

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from flowgen.progress import Progress, unseen
+
 
 class GenerativeModel(nn.Module, ABC):
     """A distribution over images of levels: uint8 tensors of shape (batch, channels, height, width), values 0..2^bits-1."""
@@ -17,6 +19,7 @@ class GenerativeModel(nn.Module, ABC):
     bits: int
     classes: int | None = None  # that labels tell apart, where the model learns one distribution for each
     loss_figure: str | None = None  # the figure that the training loss is, where it is one
+    progress: Progress = staticmethod(unseen)
 
     @abstractmethod
     def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -47,6 +50,12 @@ class GenerativeModel(nn.Module, ABC):
     @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
         """The levels of the images with these latents."""
+
+    def watch(self, progress: Progress) -> None:
+        """Hand the steps of whatever takes long, in this model and its parts, to `progress`."""
+        for module in self.modules():
+            if hasattr(module, "progress"):
+                setattr(module, "progress", progress)  # noqa: B010  # in nn.Module only parts and tensors have types
 
     def health(self) -> dict[str, float]:
         """What tells how training fares, beside the loss."""

@@ -6,31 +6,36 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
 from flowgen.models.base import GenerativeModel
-from flowgen.models.chains import METHODS, draw_bits, white_noise
-from flowgen.models.contrast import Contrast
-from flowgen.models.negative_phase import CD, NegativePhase
-from flowgen.models.partition import log_likelihood
+from flowgen.models.rbm.contrast import Contrast
+from flowgen.models.rbm.gibbs import Sampler, draw_bits, gibbs, mean_field, white_noise
+from flowgen.models.rbm.likelihood import log_likelihood
+from flowgen.models.rbm.machine import Machine
+from flowgen.models.rbm.negative_phase import CD, NegativePhase
+from flowgen.models.rbm.tempering import tempering
 
+METHODS: dict[str, Sampler] = {"gibbs": gibbs, "tempering": tempering, "mean-field": mean_field}
 BASE_RATE_IMAGES = 0.5  # images of either colour, added to the counts of every pixel, so that its log-odds stay finite
 OFFSET_MEMORY = 0.99  # of the running means by which the gradient is centred
 
 
-class RBM(GenerativeModel):
-    """P(v, h) = exp(-E(v, h)) / Z over binary v and h, with E(v, h) = -visible_bias.v - hidden_bias.h - v' weight h.
+class RBM(Machine, GenerativeModel):
+    """A machine over binary images, whose `base` are the log-odds of the data's pixels.
 
-    `visible` is a number of units or the shape (channels, height, width) of an image; `weight` is (visible, hidden). The gradient
-    of the loss is the one that `negative_phase` estimates, with both layers centred where `centred` is set (Montavon and Mueller
-    2012; Melchior, Fischer and Wiskott, 1311.1354). `l1` and `l2` are priors on the weights alone; `sparsity` pulls the mean
-    activity of every hidden unit towards `activity`. `conf/model/rbm.yaml` says what each argument means.
+    `visible` is a number of units or the shape (channels, height, width) of an image. The gradient of the loss is the one that
+    `negative_phase` estimates, with both layers centred where `centred` is set (Montavon and Mueller 2012; Melchior, Fischer and
+    Wiskott, 1311.1354). `l1` and `l2` are priors on the weights alone; `sparsity` pulls the mean activity of every hidden unit towards
+    `activity`. `conf/model/rbm.yaml` says what each argument means.
     """
 
     figure = "log_likelihood"
     higher_is_better = True
+    visible_offset: Tensor
+    hidden_offset: Tensor
 
     def __init__(
         self,
@@ -47,7 +52,6 @@ class RBM(GenerativeModel):
         betas: int = 10000,
         chains: int = 256,
     ):
-        super().__init__()
         shape = (1, 1, visible) if isinstance(visible, int) else tuple(visible)
         if len(shape) != 3:
             raise FlowgenError(f"visible must be a number of units, or channels, height and width, not {visible!r}")
@@ -58,47 +62,17 @@ class RBM(GenerativeModel):
         check_number(l1=l1, l2=l2, sparsity=sparsity, activity=activity)
         if sparsity and not 0 < activity < 1:
             raise FlowgenError(f"activity must lie between 0 and 1, not at {activity}")
+        units = math.prod(shape)
+        super().__init__(units, hidden)
         self.shape, self.bits = (shape[0], shape[1], shape[2]), bits
         self.centred, self.l1, self.l2, self.sparsity, self.activity = centred, l1, l2, sparsity, activity
         self.betas, self.chains = betas, chains
-        units = math.prod(shape)
-        self.weight = nn.Parameter(0.01 * torch.randn(units, hidden))
-        self.visible_bias = nn.Parameter(torch.zeros(units))
-        self.hidden_bias = nn.Parameter(torch.zeros(hidden))
-        self.base: Tensor  # log-odds of the data's pixels: where annealing and tempering start
-        self.visible_offset: Tensor
-        self.hidden_offset: Tensor
-        self.register_buffer("base", torch.zeros(units))
         self.register_buffer("visible_offset", torch.full((units,), 0.5))
         self.register_buffer("hidden_offset", torch.full((hidden,), 0.5))
         if not isinstance(negative_phase, NegativePhase | None):
             raise FlowgenError(f"write model/negative_phase={negative_phase}, with a slash, when training begins")
         self.negative_phase = negative_phase or CD(sweeps=1)
         self.negative_phase.allocate(units, hidden)
-
-    @property
-    def visible(self) -> int:
-        return len(self.weight)
-
-    @property
-    def hidden(self) -> int:
-        return self.weight.shape[1]
-
-    def energy(self, v: Tensor, h: Tensor) -> Tensor:
-        """E(v, h) in nats, (batch,), of v (batch, visible) and h (batch, hidden)."""
-        return -(v @ self.visible_bias) - (self.hidden_input(v) * h).sum(-1)
-
-    def free_energy(self, v: Tensor) -> Tensor:
-        """F(v) = -visible_bias.v - sum_j softplus(hidden_bias + weight' v)_j in nats, (batch,); log P(v) = -F(v) - log Z."""
-        return -(v @ self.visible_bias) - F.softplus(self.hidden_input(v)).sum(-1)
-
-    def hidden_input(self, v: Tensor) -> Tensor:
-        """The log-odds of every hidden unit given v: weight' v + hidden_bias."""
-        return torch.addmm(self.hidden_bias, v.reshape(-1, self.visible), self.weight).view(*v.shape[:-1], self.hidden)
-
-    def visible_input(self, h: Tensor) -> Tensor:
-        """The log-odds of every visible unit given h: weight h + visible_bias."""
-        return torch.addmm(self.visible_bias, h.reshape(-1, self.hidden), self.weight.T).view(*h.shape[:-1], self.visible)
 
     def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
         """F(data).mean() - F(negative).mean(), and the priors: its gradient is the negative phase's estimate for -log P(data)."""
@@ -145,7 +119,7 @@ class RBM(GenerativeModel):
         other = self.free_energy(data.scatter(1, flipped, 1 - data.gather(1, flipped)))
         log_odds = self.visible_input(draw_bits(self.hidden_input(data), generator))
         return {
-            **log_likelihood(self, free, generator, thorough),
+            **log_likelihood(self, free, generator, thorough, self.betas, self.chains, self.progress),
             "pseudo_log_likelihood": self.visible * F.logsigmoid(other - free).mean().item(),
             "reconstruction_error": (data - draw_bits(log_odds, generator)).square().mean().item(),
             "reconstruction_error_expected": (data - log_odds.sigmoid()).square().mean().item(),

@@ -1,72 +1,21 @@
-"""Markov chains and mean field of an RBM: block Gibbs sampling and parallel tempering, each on a whole batch at once.
+"""Parallel tempering of an RBM: ensembles of replicas along the ladder of inverse temperatures from `Machine.base` to the machine."""
 
-Along the ladder, inverse temperature beta in [0, 1], the energy is beta E(v, h) - (1 - beta) base.v: from independent pixels at the
-data's base rates (at 1/2 where `base` is zero) to the machine itself.
-"""
-
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from flowgen.errors import FlowgenError, check_choice, check_whole
-
-if TYPE_CHECKING:
-    from flowgen.models.rbm import RBM
+from flowgen.models.rbm.gibbs import State, draw_bits, hold
+from flowgen.models.rbm.machine import Machine
 
 ADAPT_EVERY = 100  # sweeps over which swaps are counted before the ladder is spaced anew
 LEAST_REJECTION = 1e-3  # so that two neighbours never fall into one
-State = tuple[Tensor, Tensor]  # visible units, and the probabilities that they were drawn with: both (batch, visible)
-
-
-def draw_bits(log_odds: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Independent binary units with these log-odds."""
-    uniform = torch.rand(log_odds.shape, generator=generator, device=log_odds.device, dtype=log_odds.dtype)
-    return uniform.lt_(log_odds.sigmoid())  # 0 or 1 in place: half the cost of a comparison that is then converted
-
-
-def white_noise(rbm: "RBM", count: int, generator: torch.Generator | None = None) -> Tensor:
-    return draw_bits(rbm.visible_bias.new_zeros(count, rbm.visible), generator)
-
-
-def _hold(visible: Tensor, start: Tensor, known: Tensor | None) -> Tensor:
-    return visible if known is None else torch.where(known, start, visible)
-
-
-def gibbs(
-    rbm: "RBM", start: Tensor, *, beta: float = 1.0, known: Tensor | None = None, generator: torch.Generator | None = None
-) -> Iterator[State]:
-    """h ~ P(h|v), v ~ P(v|h), from `start` (batch, visible), at inverse temperature `beta`; pixels where `known` stay as they are."""
-    visible = start
-    while True:
-        hidden = draw_bits(beta * rbm.hidden_input(visible), generator)
-        log_odds = beta * rbm.visible_input(hidden)
-        visible = _hold(draw_bits(log_odds, generator), start, known)
-        yield visible, _hold(log_odds.sigmoid(), start, known)
-
-
-def mean_field(
-    rbm: "RBM", start: Tensor, *, beta: float = 1.0, known: Tensor | None = None, generator: torch.Generator | None = None
-) -> Iterator[State]:
-    """lambda = sigmoid(beta (c + W'mu)), mu = sigmoid(beta (b + W lambda)): coordinate ascent on the ELBO of log Z."""
-    visible = start
-    while True:
-        visible = _hold((beta * rbm.visible_input((beta * rbm.hidden_input(visible)).sigmoid())).sigmoid(), start, known)
-        yield visible, visible
-
-
-def elbo(rbm: "RBM", visible: Tensor) -> Tensor:
-    """Mean field's lower bound of log Z in nats, (batch,), where the hidden units are at their best for `visible`."""
-    inputs = rbm.hidden_input(visible)
-    hidden = inputs.sigmoid()
-    entropies = [torch.special.entr(p) + torch.special.entr(1 - p) for p in (visible, hidden)]
-    return visible @ rbm.visible_bias + (inputs * hidden).sum(1) + entropies[0].sum(1) + entropies[1].sum(1)
 
 
 def tempering(
-    rbm: "RBM",
+    machine: Machine,
     start: Tensor,
     *,
     beta: float = 1.0,
@@ -76,17 +25,13 @@ def tempering(
 ) -> Iterator[State]:
     """The machine's own rung of a ladder that adapts; every rung begins at `start`."""
     ladder = Ladder(temperatures, len(start), adapt=True)
-    ladder.allocate(rbm.hidden)
+    ladder.allocate(machine.hidden)
     ladder.to(start)
-    ladder.hidden.copy_(draw_bits(beta * rbm.hidden_input(start), generator))
+    ladder.hidden.copy_(draw_bits(beta * machine.hidden_input(start), generator))
     while True:
-        visible, _ = ladder.sweep(rbm, beta, start, known, generator)
-        log_odds = beta * rbm.visible_input(ladder.top(ladder.hidden))
-        yield ladder.top(visible), _hold(log_odds.sigmoid(), start, known)
-
-
-Sampler = Callable[..., Iterator[State]]
-METHODS: dict[str, Sampler] = {"gibbs": gibbs, "tempering": tempering, "mean-field": mean_field}
+        visible, _ = ladder.sweep(machine, beta, start, known, generator)
+        log_odds = beta * machine.visible_input(ladder.top(ladder.hidden))
+        yield ladder.top(visible), hold(log_odds.sigmoid(), start, known)
 
 
 class Ladder(nn.Module):
@@ -128,7 +73,7 @@ class Ladder(nn.Module):
     @_disable_dynamo  # the swaps' bookkeeping is no work for a compiler; torch.compiler.disable would import one, a second long
     def sweep(
         self,
-        rbm: "RBM",
+        machine: Machine,
         beta: float = 1.0,
         start: Tensor | None = None,
         known: Tensor | None = None,
@@ -139,12 +84,12 @@ class Ladder(nn.Module):
         `beta` scales the machine at the top: 1 is the machine itself.
         """
         rung = self.betas[self.place][..., None]
-        visible = draw_bits(rbm.visible_input(self.hidden).mul_(rung * beta).addcmul_(1 - rung, rbm.base), generator)
+        visible = draw_bits(machine.visible_input(self.hidden).mul_(rung * beta).addcmul_(1 - rung, machine.base), generator)
         if start is not None:
-            visible = _hold(visible, start, known)
-        inputs = rbm.hidden_input(visible)
+            visible = hold(visible, start, known)
+        inputs = machine.hidden_input(visible)
         self.hidden = draw_bits(inputs * (rung * beta), generator)
-        slope = visible @ (rbm.base - beta * rbm.visible_bias) - beta * torch.linalg.vecdot(inputs, self.hidden)
+        slope = visible @ (machine.base - beta * machine.visible_bias) - beta * torch.linalg.vecdot(inputs, self.hidden)
         self._swap(slope, generator)
         return visible, inputs
 

@@ -1,0 +1,130 @@
+"""Where the negatives of an RBM's gradient come from."""
+
+from abc import ABC, abstractmethod
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowgen.errors import check_whole
+from flowgen.models.rbm.gibbs import draw_bits, mean_field
+from flowgen.models.rbm.machine import Machine
+from flowgen.models.rbm.tempering import Ladder
+
+
+class NegativePhase(nn.Module, ABC):
+    """Draws negatives without gradient; what it keeps between updates are buffers, so that a checkpoint holds them."""
+
+    def allocate(self, visible: int, hidden: int) -> None:
+        """Make room for chains of a machine of this size."""
+
+    def start(self, machine: Machine) -> None:
+        """Begin the chains anew."""
+
+    @abstractmethod
+    def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Negatives (batch, visible) and their hidden inputs (batch, hidden), given the data and theirs."""
+
+    def health(self, machine: Machine) -> dict[str, float]:
+        """How well the chains mix."""
+        return {}
+
+
+class CD(NegativePhase):
+    """Contrastive divergence: `sweeps` of Gibbs sampling from the data. Hinton (2002)."""
+
+    def __init__(self, *, sweeps: int):
+        super().__init__()
+        check_whole(sweeps=sweeps)
+        self.sweeps = sweeps
+
+    def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(self.sweeps):
+            data = draw_bits(machine.visible_input(draw_bits(inputs)))
+            inputs = machine.hidden_input(data)
+        return data, inputs
+
+
+class PCD(NegativePhase):
+    """Persistent contrastive divergence: `chains` that go on where the last update left them. Tieleman (2008)."""
+
+    hidden_units: Tensor
+    last_free_energy: Tensor
+
+    def __init__(self, *, sweeps: int, chains: int):
+        super().__init__()
+        check_whole(sweeps=sweeps, chains=chains)
+        self.sweeps, self.chains = sweeps, chains
+
+    def allocate(self, visible: int, hidden: int) -> None:
+        self.register_buffer("hidden_units", torch.zeros(self.chains, hidden))
+        self.register_buffer("last_free_energy", torch.zeros(self.chains))
+
+    def start(self, machine: Machine) -> None:
+        self.hidden_units.copy_(draw_bits(machine.hidden_bias.expand_as(self.hidden_units)))
+
+    def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(self.sweeps):
+            negative = draw_bits(machine.visible_input(self.hidden_units))
+            inputs = machine.hidden_input(negative)
+            self.hidden_units.copy_(draw_bits(inputs))  # in place, as a captured CUDA graph needs it
+        return negative, inputs
+
+    def health(self, machine: Machine) -> dict[str, float]:
+        return {"autocorrelation": _autocorrelation(machine, self.hidden_units, self.last_free_energy)}
+
+
+class Tempering(NegativePhase):
+    """The rung at beta = 1 of a ladder of parallel tempering that persists. Desjardins et al. (2010); Cho, Raiko and Ilin (2010)."""
+
+    last_free_energy: Tensor
+
+    def __init__(self, *, sweeps: int, chains: int, temperatures: int, adapt: bool):
+        super().__init__()
+        check_whole(sweeps=sweeps)
+        self.sweeps = sweeps
+        self.ladder = Ladder(temperatures, chains, adapt)
+        self.register_buffer("last_free_energy", torch.zeros(chains))
+
+    def allocate(self, visible: int, hidden: int) -> None:
+        self.ladder.allocate(hidden)
+
+    def start(self, machine: Machine) -> None:
+        self.ladder.hidden.copy_(draw_bits(machine.hidden_bias.expand_as(self.ladder.hidden)))
+
+    def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(self.sweeps):
+            negative, inputs = self.ladder.sweep(machine)
+        return self.ladder.top(negative), self.ladder.top(inputs)
+
+    def health(self, machine: Machine) -> dict[str, float]:
+        rates = self.ladder.swap_rates()
+        return {
+            "autocorrelation": _autocorrelation(machine, self.ladder.top(self.ladder.hidden), self.last_free_energy),
+            "swap_rate": rates.mean().item(),
+            "swap_rate_lowest": rates.min().item(),
+            "round_trips": self.ladder.round_trips.item(),
+        }
+
+
+class MeanField(NegativePhase):
+    """`sweeps` of mean field from the data. Welling and Hinton (2002)."""
+
+    def __init__(self, *, sweeps: int):
+        super().__init__()
+        check_whole(sweeps=sweeps)
+        self.sweeps = sweeps
+
+    def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        negative, _ = next(islice(mean_field(machine, data), self.sweeps - 1, None))
+        return negative, machine.hidden_input(negative)
+
+
+@torch.no_grad()
+def _autocorrelation(machine: Machine, hidden: Tensor, last: Tensor) -> float:
+    """Over the chains, the correlation of their hidden units' free energy with that at the last call; near 1 where they hardly move."""
+    free = -(hidden @ machine.hidden_bias) - F.softplus(machine.visible_input(hidden)).sum(-1)
+    correlation = torch.corrcoef(torch.stack((free, last)))[0, 1].nan_to_num(0.0).item() if len(free) > 1 else 0.0
+    last.copy_(free)
+    return correlation
