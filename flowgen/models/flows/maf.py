@@ -14,7 +14,7 @@ from flowgen.bijections import (
     Standardize,
 )
 from flowgen.errors import check_choice, check_whole
-from flowgen.models.flow import Flow
+from flowgen.models.flows.flow import Flow
 
 
 class MAF(Flow):

@@ -21,7 +21,7 @@ from flowgen.bijections import (
     ZeroConv2d,
 )
 from flowgen.errors import FlowgenError, check_choice, check_whole
-from flowgen.models.flow import Flow, largest_levels
+from flowgen.models.flows.flow import Flow, largest_levels
 
 
 class Glow(Flow):

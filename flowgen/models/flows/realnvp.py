@@ -18,7 +18,7 @@ from flowgen.bijections import (
     checkerboard,
 )
 from flowgen.errors import check_choice, check_number, check_whole
-from flowgen.models.flow import Flow, largest_levels
+from flowgen.models.flows.flow import Flow, largest_levels
 
 
 class RealNVP(Flow):

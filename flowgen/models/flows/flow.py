@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flowgen.bijections import Bijection
 from flowgen.errors import FlowgenError, check_whole
 from flowgen.models.base import GenerativeModel
-from flowgen.models.dequantise import dequantiser
+from flowgen.models.flows.dequantise import dequantiser
 
 CLASS_DISTANCE = 0.3  # deviation of the means of the classes at the start, in every latent
 
