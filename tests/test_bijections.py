@@ -67,6 +67,27 @@ def autoregress(name: str) -> Bijection:
     return Autoregressive(MADE(6, 16, 2, transform.count), transform)
 
 
+class Given(Bijection):
+    """A bijection under one condition, by default that of class 1 of 3."""
+
+    def __init__(self, bijection: Bijection, condition: torch.Tensor | None = None):
+        super().__init__()
+        self.bijection = bijection
+        self.register_buffer("condition", torch.eye(3)[1:2] if condition is None else condition)
+
+    def _of(self, x: torch.Tensor) -> torch.Tensor:
+        return self.condition.expand(len(x), *self.condition.shape[1:])
+
+    def forward(self, x, condition=None):
+        return self.bijection(x, self._of(x) if condition is None else condition)
+
+    def inverse(self, z, condition=None):
+        return self.bijection.inverse(z, self._of(z) if condition is None else condition)
+
+    def initialize(self, x, condition=None):
+        return self.bijection.initialize(x, self._of(x))
+
+
 TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callable[[], Bijection], tuple[int, ...], str]] = {
     "squeeze": (Squeeze, IMAGE),
     "flatten": (lambda: Flatten(*IMAGE), IMAGE),
@@ -99,6 +120,19 @@ TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callabl
     "equalize": (lambda: Equalize(4, 32), IMAGE, "unit"),
     "gaussianize": (lambda: Gaussianize(4, 4), IMAGE, "dark"),
     "standardize": (lambda: Standardize(6), (6,)),
+    "coupling, given a class": (lambda: Given(Coupling(ConvNetwork(2 + 3, 5, 4), Affine())), IMAGE),
+    "coupling of vectors, given a class": (lambda: Given(Coupling(DenseNetwork(3 + 3, 8, 3, layers=2), Additive())), (6,)),
+    "masked coupling, given an image": (
+        lambda: Given(MaskedCoupling(ConvNetwork(4 + 2, 5, 8), Affine(), checkerboard(4, 4, 2, odd=True)), torch.randn(1, 2, 4, 2)),
+        IMAGE,
+    ),
+    "autoregressive, given a class": (lambda: Given(Autoregressive(MADE(6, 16, 2, 2, seen_by_all=3), Affine())), (6,)),
+    "inverse, given a class": (lambda: Given(Inverse(Autoregressive(MADE(6, 16, 2, 2, seen_by_all=3), Affine()))), (6,)),
+    "factor out, given a class": (lambda: Given(FactorOut(Flatten(2, 4, 2), ZeroConv2d(2 + 3, 4, 3))), IMAGE),
+    "chain, given a class": (
+        lambda: Given(Chain(Squeeze(), FactorOut(Chain(Coupling(ConvNetwork(4 + 3, 5, 8), Affine()), Flatten(8, 2, 1))))),
+        IMAGE,
+    ),
     "chain": (lambda: Chain(Squeeze(), ActNorm(16), FactorOut(Flatten(8, 2, 1))), IMAGE),
 }
 
@@ -151,6 +185,13 @@ def test_initialize_hands_on_the_output(case):
     bijection, x = case
     output = bijection.initialize(x)
     assert torch.allclose(output, bijection(x)[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if "given" in name])
+def test_the_condition_decides(name):
+    bijection, x = make(name)
+    other = bijection.condition.roll(1, 1).expand(len(x), *bijection.condition.shape[1:])
+    assert (bijection(x, other)[0] - bijection(x)[0]).abs().flatten(1).amax(1).min() > 1e-3
 
 
 def test_actnorm_starts_with_zero_mean_and_unit_variance():

@@ -22,11 +22,11 @@ def stripes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return levels.to(torch.uint8), labels
 
 
-@pytest.fixture(scope="module")
-def trained() -> Flow:
+@pytest.fixture(scope="module", params=[True, False], ids=["networks", "base"])
+def trained(request) -> Flow:
     torch.manual_seed(0)
-    model = model_of("glow", classes=3, steps_per_level=2, width=16, levels=1)
-    model.initialize(stripes(300)[0])
+    model = model_of("glow", classes=3, class_networks=request.param, steps_per_level=2, width=16, levels=1)
+    model.initialize(*stripes(300))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(150):
         optimizer.zero_grad()
@@ -35,14 +35,32 @@ def trained() -> Flow:
     return model.eval()
 
 
-def test_the_density_is_the_mean_over_the_classes():
-    model = glow(classes=3).double()
+@pytest.mark.parametrize("networks", [True, False])
+def test_the_density_is_the_mean_over_the_classes(networks):
+    model = glow(classes=3, class_networks=networks).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
     x = torch.rand(5, 3, 8, 8, dtype=torch.double)
     of_class = torch.stack([model.log_density(x, torch.full((5,), label)) for label in range(3)])
     assert torch.allclose(model.log_density(x), of_class.logsumexp(0) - math.log(3), atol=1e-9)
-    z, log_det = model.bijection(x)
+    z, log_det = model.bijection(x, torch.eye(3, dtype=torch.double)[[1] * 5] if networks else None)
     expected = torch.distributions.Normal(model.means[1], 1.0).log_prob(z).sum(1) + log_det
     assert torch.allclose(of_class[1], expected, atol=1e-9)
+
+
+@torch.no_grad()
+def test_the_class_is_a_latent_like_the_others_where_the_networks_see_it():
+    model = glow(classes=3)
+    model.initialize(*stripes(64))
+    for parameter in model.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    levels, _ = stripes(6)
+    latent = model.encode(levels)
+    assert latent.shape == (6, 3 * 8 * 8 + 3) and torch.equal(model.decode(latent), levels)
+    assert torch.equal(latent[:, -3:].argmax(1), model.classify(levels).argmax(1))
+    other = torch.cat((latent[:, :-3], latent[:, -3:].roll(1, 1)), 1)
+    assert not torch.equal(model.decode(other), levels)
 
 
 def test_labels_go_with_their_images():
@@ -65,7 +83,7 @@ def test_a_trained_flow_tells_classes_apart_and_draws_the_one_asked_for(trained)
 
 def test_the_figure_needs_no_labels_and_stays_above_the_entropy():
     model = glow(classes=3)
-    model.initialize(noise(5, 256))
+    model.initialize(noise(5, 256), torch.arange(256) % 3)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(20):
         optimizer.zero_grad()
@@ -77,7 +95,9 @@ def test_the_figure_needs_no_labels_and_stays_above_the_entropy():
 
 def test_temperature_zero_is_the_middle_of_the_class(trained):
     drawn, worth = trained.sample(2, 0.0, label=2)
-    assert torch.equal(drawn[:1], trained.decode(trained.means[2:3])) and torch.equal(drawn[0], drawn[1])
+    assert torch.equal(
+        drawn[:1], trained.decode(torch.cat((trained.means[2:3], torch.eye(3)[2:]), 1)[:, : 192 + 3 * trained.class_networks])
+    ) and torch.equal(drawn[0], drawn[1])
     assert torch.isfinite(worth).all()
 
 

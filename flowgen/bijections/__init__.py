@@ -1,7 +1,7 @@
 """Invertible maps with tractable Jacobians: floor 1, which knows torch and nothing else."""
 
 from flowgen.bijections.autoregressive import MADE, Autoregressive, Inverse, Reverse
-from flowgen.bijections.base import Bijection, Chain
+from flowgen.bijections.base import Bijection, Chain, beside
 from flowgen.bijections.coupling import Coupling, MaskedCoupling, channelwise, checkerboard
 from flowgen.bijections.elementwise import Equalize, Gaussianize, LogisticToNormal, Logit, Standardize
 from flowgen.bijections.factor_out import FactorOut
@@ -58,6 +58,7 @@ __all__ = [
     "Standardize",
     "Transform",
     "ZeroConv2d",
+    "beside",
     "channelwise",
     "checkerboard",
 ]

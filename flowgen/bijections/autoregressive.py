@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowgen.bijections.base import Bijection
+from flowgen.bijections.base import Bijection, beside
 from flowgen.bijections.transforms import Transform
 from flowgen.progress import Progress, unseen
 
@@ -30,15 +30,15 @@ class MaskedLinear(nn.Linear):
 class MADE(nn.Module):
     """(batch, size) -> (batch, count * size), the parameters of number t from numbers before t alone. Germain et al. (1502.03509).
 
-    The last layer starts at zero.
+    All of them see the `seen_by_all` numbers of a condition, which stand behind the others. The last layer starts at zero.
     """
 
-    def __init__(self, size: int, width: int, layers: int, count: int):
+    def __init__(self, size: int, width: int, layers: int, count: int, seen_by_all: int = 0):
         super().__init__()
         self.size, self.count = size, count
         numbers = torch.arange(size)
         hidden = torch.linspace(0, max(size - 2, 0), width).round().long()  # spread over all numbers, however few the units
-        self.first = MaskedLinear(hidden[:, None] >= numbers)
+        self.first = MaskedLinear(F.pad(hidden[:, None] >= numbers, (0, seen_by_all), value=True))
         self.middle = nn.ModuleList(MaskedLinear(hidden[:, None] >= hidden) for _ in range(layers - 1))
         self.last = MaskedLinear((numbers[:, None] > hidden).repeat(count, 1))
         nn.init.zeros_(self.last.weight)
@@ -50,7 +50,13 @@ class MADE(nn.Module):
             x = layer(x.relu())
         return self.last(x.relu())
 
-    def one_by_one(self, choose: Callable[[int, Tensor], Tensor], batch: int, progress: Progress = unseen) -> Tensor:
+    def one_by_one(
+        self,
+        choose: Callable[[int, Tensor], Tensor],
+        batch: int,
+        condition: Tensor | None = None,
+        progress: Progress = unseen,
+    ) -> Tensor:
         """The numbers (batch, size) of which each is `choose(t, parameters)`, of shape (batch, 1), by its own (batch, count).
 
         The first layer's sums grow by one number at a time, and the last layer gives the parameters of that number alone.
@@ -58,6 +64,8 @@ class MADE(nn.Module):
         first, last = self.first.seen(), self.last.seen().view(self.count, self.size, -1)
         middle: list[tuple[Tensor, Tensor]] = [(layer.seen(), layer.bias) for layer in self.middle]  # type: ignore[operator, misc]
         sums, bias, numbers = self.first.bias.expand(batch, -1), self.last.bias.view(self.count, self.size), []
+        if condition is not None:
+            sums = sums + F.linear(condition.to(sums.dtype), first[:, self.size :])
         for t in progress(range(self.size), "one number after the other"):
             x = sums.relu()
             for weight, shift in middle:
@@ -68,7 +76,7 @@ class MADE(nn.Module):
 
 
 class Autoregressive(Bijection):
-    """z_t = h(x_t; network(x_<t)): all at once from data to latent, one after the other back. MAF (1705.07057), section 3.1."""
+    """z_t = h(x_t; network(x_<t, condition)): all at once from data to latent, one after the other back. MAF (1705.07057), section 3.1."""
 
     progress: Progress = staticmethod(unseen)
 
@@ -77,11 +85,11 @@ class Autoregressive(Bijection):
         self.network = network
         self.transform = transform
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_slope = self.transform.forward(x, self.network(x).to(x.dtype))
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, log_slope = self.transform.forward(x, self.network(beside(x, condition)).to(x.dtype))
         return z, log_slope.sum(1)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_slopes = []
 
         def choose(t: int, parameters: Tensor) -> Tensor:
@@ -89,17 +97,17 @@ class Autoregressive(Bijection):
             log_slopes.append(log_slope)
             return x
 
-        x = self.network.one_by_one(choose, len(z), self.progress)
+        x = self.network.one_by_one(choose, len(z), condition, self.progress)
         return x, torch.cat(log_slopes, 1).sum(1)
 
 
 class Reverse(Bijection):
     """Numbers, or channels, in reverse order."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x.flip(1), x.new_zeros(len(x))
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self(z)
 
 
@@ -110,8 +118,8 @@ class Inverse(Bijection):
         super().__init__()
         self.bijection = bijection
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.bijection.inverse(x)
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection.inverse(x, condition)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.bijection(z)
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection(z, condition)

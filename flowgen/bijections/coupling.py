@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from flowgen.bijections.base import Bijection
+from flowgen.bijections.base import Bijection, beside
 from flowgen.bijections.networks import Network
 from flowgen.bijections.transforms import Transform
 
 
 class Coupling(Bijection):
-    """y_a = h(x_a; network(x_b)), y_b = x_b, where a is the first half of the channels and b the second.
+    """y_a = h(x_a; network(x_b, condition)), y_b = x_b, where a is the first half of the channels and b the second.
 
     The network returns `transform.count` times as many channels as a has. Real NVP (1605.08803), section 3.2.
     """
@@ -19,24 +19,24 @@ class Coupling(Bijection):
         self.network = network
         self.transform = transform
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, b = x.chunk(2, dim=1)
-        a, log_slope = self.transform.forward(a, self.network(b).to(x.dtype))
+        a, log_slope = self.transform.forward(a, self.network(beside(b, condition)).to(x.dtype))
         return torch.cat([a, b], dim=1), log_slope.flatten(1).sum(1)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, b = z.chunk(2, dim=1)
-        a, log_slope = self.transform.inverse(a, self.network(b).to(z.dtype))
+        a, log_slope = self.transform.inverse(a, self.network(beside(b, condition)).to(z.dtype))
         return torch.cat([a, b], dim=1), log_slope.flatten(1).sum(1)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
-        self.network.initialize(x.chunk(2, dim=1)[1])
-        return self(x)[0]
+    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        self.network.initialize(beside(x.chunk(2, dim=1)[1], condition))
+        return self(x, condition)[0]
 
 
 class MaskedCoupling(Bijection):
-    """y = h(x; network(mask x)) where the mask is 0, y = x where it is 1. Real NVP (1605.08803), sections 3.4 and 3.5.
+    """y = h(x; network(mask x, condition)) where the mask is 0, y = x where it is 1. Real NVP (1605.08803), sections 3.4 and 3.5.
 
     `mask` is (channels, height, width); the network returns `transform.count` times as many channels as x has.
     """
@@ -49,21 +49,21 @@ class MaskedCoupling(Bijection):
         self.transform = transform
         self.register_buffer("mask", mask.bool().contiguous(), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_slope = self.transform.forward(x, self._read_off(x))
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, log_slope = self.transform.forward(x, self._read_off(x, condition))
         return torch.where(self.mask, x, y), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(1)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x, log_slope = self.transform.inverse(z, self._read_off(z))
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_slope = self.transform.inverse(z, self._read_off(z, condition))
         return torch.where(self.mask, z, x), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(1)
 
-    def _read_off(self, x: Tensor) -> Tensor:
-        return self.network(torch.where(self.mask, x, 0.0)).to(x.dtype)
+    def _read_off(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        return self.network(beside(torch.where(self.mask, x, 0.0), condition)).to(x.dtype)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
-        self.network.initialize(torch.where(self.mask, x, 0.0))
-        return self(x)[0]
+    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        self.network.initialize(beside(torch.where(self.mask, x, 0.0), condition))
+        return self(x, condition)[0]
 
 
 def checkerboard(channels: int, height: int, width: int, odd: bool) -> Tensor:

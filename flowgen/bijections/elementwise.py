@@ -24,11 +24,11 @@ class Logit(Bijection):
             raise FlowgenError(f"alpha must lie between 0 and 0.5, not {alpha!r}")
         self.alpha = alpha
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
         return y, self._log_det(y)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha), -self._log_det(z)
 
     def _log_det(self, y: Tensor) -> Tensor:
@@ -51,12 +51,12 @@ class Equalize(Bijection):
         self.bins = bins
         self.register_buffer("share", torch.full((channels, bins), 1 / bins))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         level = (x * self.bins).floor().clamp(0, self.bins - 1).long()
         share, below = self._look_up(level)
         return below + (x * self.bins - level) * share, self._log_det(share)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         edges = self.share.cumsum(1)
         flat = z.transpose(0, 1).flatten(1).contiguous()
         level = torch.searchsorted(edges, flat, right=True).clamp(max=self.bins - 1)
@@ -65,7 +65,7 @@ class Equalize(Bijection):
         return (level + (z - below) / share) / self.bins, -self._log_det(share)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
+    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         level = (x * self.bins).floor().clamp(0, self.bins - 1).long().transpose(0, 1).flatten(1)
         counts = torch.stack([torch.bincount(channel, minlength=self.bins) for channel in level]).to(self.share)
         observed = counts / counts.sum(1, keepdim=True)
@@ -99,18 +99,18 @@ class Gaussianize(Bijection):
         self.equalize, self.logit = Equalize(channels, bins), Logit(1e-3)
         self.register_buffer("active", torch.tensor(False))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         uniform, stretch = self.equalize(x)
         z, log_det = self.logit(uniform)
         return torch.where(self.active, z, x), torch.where(self.active, stretch + log_det, 0.0)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         uniform, log_det = self.logit.inverse(z)
         x, stretch = self.equalize.inverse(uniform)
         return torch.where(self.active, x, z), torch.where(self.active, stretch + log_det, 0.0)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
+    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         self.equalize.initialize(x)
         saved = self.equalize(x)[1].mean() / (x[0].numel() * math.log(2))
         enough = x.transpose(0, 1).flatten(1).shape[1] >= self.numbers_per_bin * self.equalize.bins  # else it would fit the noise
@@ -126,14 +126,14 @@ class Standardize(Bijection):
         self.mean = nn.Parameter(torch.zeros(size))
         self.log_deviation = nn.Parameter(torch.zeros(size))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (x - self.mean) * (-self.log_deviation).exp(), -self.log_deviation.sum().expand(len(x))
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return torch.addcmul(self.mean, z, self.log_deviation.exp()), self.log_deviation.sum().expand(len(z))
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
+    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         deviation, mean = torch.std_mean(x, dim=0, correction=0)
         self.mean.copy_(mean)
         self.log_deviation.copy_(deviation.clamp(min=0.1 * deviation.mean() + 1e-6).log())  # one batch says little about a quiet pixel
@@ -147,14 +147,14 @@ class LogisticToNormal(Bijection):
     beyond |x| = `FAR`, where they end, |z| = sqrt(edge^2 + 2 (|x| - FAR)), as the normal's tail goes on.
     """
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         distance = x.abs()
         near = self._quantile(distance.clamp(max=FAR))
         far = (self._edge(x).square() + 2 * (distance - FAR).clamp(min=0)).sqrt()
         z = torch.where(distance < FAR, near, far) * x.sign()
         return z, self._log_det(x, z)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         edge = self._edge(z)
         near = z.clamp(-edge, edge)
         far = (FAR + (z.square() - edge.square()) / 2) * z.sign()

@@ -19,12 +19,12 @@ class ChannelAffine(Bijection):
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
         """M of shape (C, C), c of shape (C,), and the scalar log|det M|."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
             matrix, shift, log_det = self.affine()
             return _apply(x, matrix, shift), (log_det * x[0, 0].numel()).expand(len(x))
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
             matrix, shift, log_det = self.affine()
             inverse = torch.linalg.inv(matrix.double())  # in float64: this error would be multiplied by every later layer
@@ -47,7 +47,7 @@ class Folded(ChannelAffine):
         return matrix, shift, log_det
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
+    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         for bijection in self.bijections:
             x = bijection.initialize(x)  # type: ignore[operator]
         return x
@@ -71,7 +71,7 @@ class Rotation(ChannelAffine):
         """Start from this orthogonal matrix, (C, C)."""
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
+    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         pixels = x.transpose(0, 1).flatten(1).double()  # (C, B*H*W)
         if pixels.shape[1] >= 16 * len(pixels):  # fewer would show variances of zero where there are none
             axes = torch.linalg.eigh(torch.cov(pixels)).eigenvectors.T

@@ -24,7 +24,7 @@ class ActNorm(ChannelAffine):
         return torch.diag(self.log_scale.exp()), self.shift, self.log_scale.sum()
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
+    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         deviation, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1)
         self.log_scale.copy_(-deviation.clamp(min=1e-6).log())  # a channel that never varies must not blow up
         self.shift.copy_(-mean * self.log_scale.exp())
@@ -47,7 +47,7 @@ class BatchNorm(Bijection):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("variance", torch.ones(channels))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.training:
             return self._map(x, self.mean, self.variance)
         check_can_be_normalised(x)
@@ -57,13 +57,13 @@ class BatchNorm(Bijection):
             self.variance.lerp_(variance, self.momentum)
         return self._map(x, mean, variance)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean, log_deviation = self.mean, 0.5 * (self.variance + self.eps).log()
         x = torch.addcmul(self._spread(mean, z), z, self._spread(log_deviation.exp(), z))
         return x, (log_deviation.sum() * z[0, 0].numel()).expand(len(z))
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
+    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         variance, mean = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
         self.mean.copy_(mean)
         self.variance.copy_(variance)

@@ -29,8 +29,8 @@ class GenerativeModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def initialize(self, levels: Tensor) -> None:
-        """Start from one batch of a few hundred images, once, before anything wraps the model."""
+    def initialize(self, levels: Tensor, labels: Tensor | None = None) -> None:
+        """Start from one batch of a few hundred images, and their classes where there are any, once, before anything wraps the model."""
 
     @abstractmethod
     def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), thorough: bool = False) -> dict[str, Any]:

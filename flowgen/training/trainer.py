@@ -98,7 +98,7 @@ class Trainer:
         data.to(self.device)
         model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is None:
-            model.initialize(data.draw(0, self.initial_images, seed)[0])
+            model.initialize(*data.draw(0, self.initial_images, seed))
         state = State(model, self._optimizer(model), self.ema, config)
         if checkpoint is None:
             run.save(state.capture())

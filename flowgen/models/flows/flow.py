@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flowgen.bijections import Bijection
 from flowgen.errors import FlowgenError, check_whole
@@ -34,13 +35,22 @@ class Flow(GenerativeModel):
     Shapes: `shape` is (channels, height, width), D their product, latents are (batch, D). The noise u is `uniform` or `variational`;
     when the flow is evaluated, p(x) / q(u) is averaged over `draws` of it, which tightens the bound (Burda et al., 1509.00519).
     With `classes` the latents of class y are under N(means[y], I), the images' p(x) is the mean of their p(x | y), and a class can be
-    told from an image by Bayes' rule. Izmailov et al. (1912.13025), section 3.
+    told from an image by Bayes' rule. Izmailov et al. (1912.13025), section 3. With `class_networks` the class, one-hot, is the
+    condition of every network in the bijection too; then the class is a latent like the others, and the vector that `encode` returns
+    ends with it: (batch, D + classes).
     """
 
     figure = "bits_per_dim"
 
     def __init__(
-        self, bijection: Bijection, shape: tuple[int, int, int], bits: int, draws: int, dequantisation: str, classes: int | None = None
+        self,
+        bijection: Bijection,
+        shape: tuple[int, int, int],
+        bits: int,
+        draws: int,
+        dequantisation: str,
+        classes: int | None = None,
+        class_networks: bool = False,
     ):
         super().__init__()
         check_whole(bits=bits, draws=draws, **({} if classes is None else {"classes": classes}))
@@ -49,6 +59,7 @@ class Flow(GenerativeModel):
         self.shape, self.dimensions = shape, math.prod(shape)
         self.bits, self.bins, self.draws, self.classes = bits, 2**bits, draws, classes
         self.loss_figure = "bits_per_dim" if classes is None else None  # with classes the loss is that of p(x | y)
+        self.class_networks = class_networks and classes is not None
         self.means = None if classes is None else nn.Parameter(CLASS_DISTANCE * torch.randn(classes, self.dimensions))
 
     def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -56,9 +67,11 @@ class Flow(GenerativeModel):
         return self._bits_per_dim(self.log_prob(levels, labels=labels)).mean()
 
     @torch.no_grad()
-    def initialize(self, levels: Tensor) -> None:
+    def initialize(self, levels: Tensor, labels: Tensor | None = None) -> None:
         self.dequantiser.initialize(levels, self.dtype)
-        self.bijection.initialize(self._dequantise(levels)[0])
+        if labels is None and self.classes is not None:
+            labels = torch.arange(len(levels), device=levels.device) % self.classes
+        self.bijection.initialize(self._dequantise(levels)[0], self._condition(self._one_hot(labels)))
 
     def log_prob(self, levels: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
         """log p(x) - log q(u) - D log 2^bits in nats, (batch,), or with p(x | labels) in place of p(x).
@@ -69,25 +82,31 @@ class Flow(GenerativeModel):
         x, log_q = self._dequantise(levels, generator)
         return self.log_density(x, labels) - log_q - self.dimensions * math.log(self.bins)
 
+    def score(self, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """log p(x) of each image in nats, (batch,): the log of the mean of `draws` importance weights p(x + u) / q(u)."""
+        each = torch.stack([self.log_prob(levels, generator, labels) for _ in range(draws)])
+        return each.logsumexp(0) - math.log(draws)
+
     def log_density(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """log p(x), or log p(x | labels), in nats of points x in [0, 1)^D, in the shape of images: (batch,)."""
-        z, log_det = self.bijection(x)
-        return self._log_base(z, labels) + log_det
+        if labels is None and self.means is not None:
+            return self._log_density_of_classes(x).logsumexp(1) - math.log(len(self.means))
+        one_hot = self._one_hot(labels)
+        z, log_det = self.bijection(x, self._condition(one_hot))
+        return self._log_base(z, one_hot) + log_det
 
     @torch.no_grad()
     def classify(self, levels: Tensor) -> Tensor:
         """log p(y | x), (batch, classes), the classes being equally likely beforehand. Raises FlowgenError for a flow without classes."""
-        return self._log_base_of_classes(self.encode(levels), self._class_means()).log_softmax(1)
+        return self._log_density_of_classes(self._centres(levels)).log_softmax(1)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), thorough: bool = False) -> dict[str, Any]:
         """Bits per dimension over `batches`, with the standard error over images; the noise is the same at every call."""
         generator = torch.Generator(self.device).manual_seed(0)
-        figures = []
-        for levels in batches:
-            draws = torch.stack([self.log_prob(levels, generator) for _ in range(self.draws)])
-            figures.append(self._bits_per_dim(draws.logsumexp(0) - math.log(self.draws)).double())
-        per_image = torch.cat(figures)
+        per_image = torch.cat(
+            [self._bits_per_dim(self.score(levels, draws=self.draws, generator=generator)).double() for levels in batches]
+        )
         error = per_image.std().item() / math.sqrt(len(per_image)) if len(per_image) > 1 else math.inf
         return {
             "bits_per_dim": per_image.mean().item(),
@@ -106,24 +125,36 @@ class Flow(GenerativeModel):
         All are of class `label`, else of classes in turn. Raises FlowgenError for a class that the flow has not.
         """
         z = temperature * torch.randn(count, self.dimensions, generator=generator, device=self.device, dtype=self.dtype)
+        labels = None
         if label is not None:
-            means = self._class_means()
-            if not 0 <= label < len(means):
-                raise FlowgenError(f"label {label} is none of the model's {len(means)} classes: give a number from 0 to {len(means) - 1}")
-            z = z + means[label]
-        elif self.means is not None:
-            z = z + self.means[torch.arange(count, device=self.device) % len(self.means)]
-        x, log_det = self.bijection.inverse(z)
-        return self._quantise(x), self._log_base(z) - log_det - self.dimensions * math.log(self.bins)
+            classes = len(self._class_means())
+            if not 0 <= label < classes:
+                raise FlowgenError(f"label {label} is none of the model's {classes} classes: give a number from 0 to {classes - 1}")
+            labels = torch.full((count,), label, device=self.device)
+        elif self.classes is not None:
+            labels = torch.arange(count, device=self.device) % self.classes
+        one_hot = self._one_hot(labels)
+        z = z if one_hot is None else z + one_hot @ self._class_means()
+        x, log_det = self.bijection.inverse(z, self._condition(one_hot))
+        log_base = self._log_base(z, one_hot) if self.class_networks else self._log_base(z)
+        return self._quantise(x), log_base - log_det - self.dimensions * math.log(self.bins)
 
     @torch.no_grad()
     def encode(self, levels: Tensor) -> Tensor:
         """The latents of the bins' centres, so that decoding has half a bin to spare on either side."""
-        return self.bijection((levels + 0.5) / self.bins)[0]
+        if not self.class_networks:
+            return self.bijection(self._centres(levels))[0]
+        one_hot = self._one_hot(self.classify(levels).argmax(1))
+        assert one_hot is not None
+        return torch.cat((self.bijection(self._centres(levels), one_hot)[0], one_hot), 1)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        return self._quantise(self.bijection.inverse(latent)[0])
+        z, one_hot = latent[:, : self.dimensions], latent[:, self.dimensions :]
+        return self._quantise(self.bijection.inverse(z, self._condition(one_hot))[0])
+
+    def _centres(self, levels: Tensor) -> Tensor:
+        return (levels + 0.5) / self.bins
 
     def _dequantise(self, levels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """The images in [0, 1), and log q(u) in nats, (batch,)."""
@@ -133,16 +164,33 @@ class Flow(GenerativeModel):
     def _quantise(self, x: Tensor) -> Tensor:
         return (x * self.bins).floor().nan_to_num(0.0).clamp(0, self.bins - 1).to(torch.uint8)
 
-    def _log_base(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+    def _one_hot(self, labels: Tensor | None) -> Tensor | None:
+        """(batch, classes), for a flow that has any and is told them."""
+        if labels is None or self.classes is None:
+            return None
+        return F.one_hot(labels, self.classes).to(self.dtype)
+
+    def _condition(self, one_hot: Tensor | None) -> Tensor | None:
+        return one_hot if self.class_networks else None
+
+    def _log_base(self, z: Tensor, one_hot: Tensor | None = None) -> Tensor:
+        """log p(z | class), or, where no class is given, the log of its mean over the classes: (batch,)."""
         if self.means is None:
             return _log_normal(z)
-        if labels is None:
-            return self._log_base_of_classes(z, self.means).logsumexp(1) - math.log(len(self.means))
-        return _log_normal(z - self.means[labels])
+        if one_hot is None:
+            return self._log_base_of_classes(z).logsumexp(1) - math.log(len(self.means))
+        return _log_normal(z - one_hot @ self.means)
 
-    @staticmethod
-    def _log_base_of_classes(z: Tensor, means: Tensor) -> Tensor:
-        return torch.stack([_log_normal(z - mean) for mean in means], 1)
+    def _log_base_of_classes(self, z: Tensor) -> Tensor:
+        return torch.stack([_log_normal(z - mean) for mean in self._class_means()], 1)
+
+    def _log_density_of_classes(self, x: Tensor) -> Tensor:
+        """log p(x | y) in nats for every class y: (batch, classes)."""
+        classes = len(self._class_means())
+        if self.class_networks:
+            return torch.stack([self.log_density(x, x.new_full((len(x),), label, dtype=torch.long)) for label in range(classes)], 1)
+        z, log_det = self.bijection(x)
+        return self._log_base_of_classes(z) + log_det[:, None]
 
     def _class_means(self) -> Tensor:
         if self.means is None:

@@ -51,6 +51,7 @@ class Glow(Flow):
         draws: int,
         dequantisation: str,
         classes: int | None,
+        class_networks: bool = False,
     ):
         check_whole(channels=channels, size=size, bits=bits, steps_per_level=steps_per_level, width=width, blocks=blocks)
         check_choice(("conv", "resnet", "gated"), network=network)
@@ -58,7 +59,7 @@ class Glow(Flow):
         check_choice(("plu", "plain"), convolution=convolution)
         check_choice(("predicted", "standard"), prior=prior)
         check_choice(("learned", "standard"), base=base)
-        check_choice((True, False), final_actnorm=final_actnorm, gaussianize=gaussianize)
+        check_choice((True, False), final_actnorm=final_actnorm, gaussianize=gaussianize, class_networks=class_networks)
         levels = largest_levels(size, levels)
         if levels == 0 and channels < 2:
             raise FlowgenError(f"grey images of size={size} cannot be halved, which Glow needs: give data.size an even value")
@@ -75,7 +76,10 @@ class Glow(Flow):
             transform = TRANSFORMS[coupling](scale)
             return Coupling(inner_network(channels // 2, transform.count * (channels - channels // 2)), transform)
 
+        seen = classes if classes is not None and class_networks else 0  # channels of the condition
+
         def inner_network(in_channels: int, out_channels: int) -> Network:
+            in_channels += seen
             if network == "conv":
                 return ConvNetwork(in_channels, width, out_channels)
             return (ResNetwork if network == "resnet" else GatedNetwork)(in_channels, width, out_channels, blocks)
@@ -88,7 +92,7 @@ class Glow(Flow):
             here = [Squeeze(), *steps(channels)]
             if number == levels:
                 return Chain(*here, *top(channels, size))
-            predict = ZeroConv2d(channels // 2, channels, 3) if prior == "predicted" else None
+            predict = ZeroConv2d(channels // 2 + seen, channels, 3) if prior == "predicted" else None
             return Chain(*here, FactorOut(level(number + 1, channels // 2, size), predict))
 
         def top(channels: int, size: int) -> list[Bijection]:
@@ -98,4 +102,4 @@ class Glow(Flow):
 
         pixelwise = [Gaussianize(channels, 2**bits)] if gaussianize else []
         bijection = Chain(*pixelwise, level(1, channels, size))
-        super().__init__(bijection, (channels, size, size), bits, draws, dequantisation, classes)
+        super().__init__(bijection, (channels, size, size), bits, draws, dequantisation, classes, class_networks)

@@ -97,7 +97,7 @@ class RBM(Machine, GenerativeModel):
             return loss
 
     @torch.no_grad()
-    def initialize(self, levels: Tensor) -> None:
+    def initialize(self, levels: Tensor, labels: Tensor | None = None) -> None:
         """Start the visible biases at the base rates, and the chains there too. Hinton, A practical guide to training RBMs, section 8."""
         data = self.units(levels)
         rate = (data.sum(0) + BASE_RATE_IMAGES) / (len(data) + 2 * BASE_RATE_IMAGES)
