@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("numbers", type=int, nargs="*", default=[110, 370], help="places in the test split, 0 to 499; 50 of each digit")
     options = parser.parse_args()
-    data = MNISTSample(channels=1, size=28, bits=8, flip=False)
+    data = MNISTSample(bits=8, flip=False)
     options.folder.mkdir(parents=True, exist_ok=True)
     for number in options.numbers:
         to_pil_image(data.test[number]).save(options.folder / f"digit_{number // 50}.png")

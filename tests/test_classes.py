@@ -64,7 +64,7 @@ def test_the_class_is_a_latent_like_the_others_where_the_networks_see_it():
 
 
 def test_labels_go_with_their_images():
-    data = MNISTSample(channels=1, size=28, bits=8, flip=False)
+    data = MNISTSample(bits=8, flip=False)
     levels, labels = data.draw(4490, 20, seed=3)
     place = [next(n for n in range(len(data.train)) if torch.equal(data.train[n], image)) for image in levels]
     assert torch.equal(labels, data.labels[0][place].long()) and labels.dtype == torch.long

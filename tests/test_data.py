@@ -4,6 +4,7 @@ import gzip
 import io
 import logging
 import os
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from conftest import save_image
 from PIL import Image
 
+import flowgen
+from flowgen.config import build_data, read_config
 from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, prepare
 from flowgen.errors import FlowgenError
 
@@ -143,7 +146,7 @@ def test_idx_files(tmp_path, suffix):
         if not suffix:
             path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
             path.unlink()
-    arguments = {"name": "MNIST", "root": str(tmp_path), "names": ["mnist"], "channels": 1, "bits": 8, "flip": False}
+    arguments = {"name": "MNIST", "root": str(tmp_path), "names": ["mnist"], "bits": 8, "flip": False}
     data = MNIST(**arguments, size=28)
     assert torch.equal(data.train[:, 0], images)
     assert MNIST(**arguments, size=32).train.shape == (7, 1, 32, 32)
@@ -155,7 +158,7 @@ def test_an_idx_file_cut_short_is_named(tmp_path):
         write_idx(path, torch.zeros(7, 28, 28, dtype=torch.uint8))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(FlowgenError, match=r"t10k-images-idx3-ubyte.gz is cut short"):
-        MNIST(name="MNIST", root=str(tmp_path), names=["mnist"], channels=1, size=28, bits=8, flip=False)
+        MNIST(name="MNIST", root=str(tmp_path), names=["mnist"], size=28, bits=8, flip=False)
 
 
 def test_mnist_beside_another_set_is_told_from_it(tmp_path):
@@ -163,7 +166,7 @@ def test_mnist_beside_another_set_is_told_from_it(tmp_path):
         (tmp_path / name / "raw").mkdir(parents=True)
         for split in ("train", "t10k"):
             write_idx(tmp_path / name / "raw" / f"{split}-images-idx3-ubyte.gz", torch.full((2, 28, 28), shade, dtype=torch.uint8))
-    arguments = {"root": str(tmp_path), "channels": 1, "size": 28, "bits": 8, "flip": False}
+    arguments = {"root": str(tmp_path), "size": 28, "bits": 8, "flip": False}
     assert (MNIST(name="MNIST", names=["mnist", "MNIST"], **arguments).train == 1).all()
     with pytest.raises(FlowgenError, match="several sets"):
         MNIST(name="KMNIST", names=["kmnist"], **arguments)
@@ -214,13 +217,30 @@ def test_bits_shift_levels_and_batches_keep_the_ragged_end():
 
 
 def test_embedded_digits():
-    data = MNISTSample(channels=1, size=28, bits=8, flip=False)
+    data = MNISTSample(bits=8, flip=False)
     assert data.train.shape == (4500, 1, 28, 28) and data.test.shape == (500, 1, 28, 28) and data.train.max() == 255
+    assert data.shape == (1, 28, 28) and data.bits == 8 and data.classes == 10
 
 
 @needs_shared
 def test_real_mnist_and_faces():
-    mnist = MNIST(name="MNIST", root=str(SHARED / "mnist"), names=[], channels=1, size=28, bits=8, flip=False)
+    mnist = MNIST(name="MNIST", root=str(SHARED / "mnist"), names=[], size=28, bits=8, flip=False)
     assert len(mnist.train) == 60_000 and len(mnist.test) == 10_000
     faces = folder(SHARED / "celebahq64", size=64)
     assert len(faces.train) + len(faces.test) == 1002 and 60 < len(faces.test) < 140
+
+
+def test_a_run_keeps_what_images_it_is_of(tiny_run, images, command):
+    assert read_config(tiny_run / "config.yaml")["model"].items() >= {"channels": 3, "size": 8, "bits": 5}.items()
+    status, _, error = command("resume", tiny_run, "data.bits=8", "trainer.steps=9")
+    assert status == 1 and "bits=5 does not fit data of bits=8" in error
+    shutil.rmtree(images)
+    assert flowgen.load(tiny_run).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["moons", "rings"])
+def test_a_configuration_that_repeats_what_its_data_says_still_builds_it(name):
+    data = build_data(
+        {"data": {"_target_": "flowgen.data.Toy", "name": name, "count": 5, "channels": 2, "size": 1, "bits": 8, "flip": False}}
+    )
+    assert data.shape == (2, 1, 1) and data.bits == 8 and data.classes is None

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from flowgen.config import build_model, conf_folder, options, plain
+from flowgen.config import build_model, conf_folder, model_for, options, plain
 
 PACKAGE = Path(__file__).parents[1] / "flowgen"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -97,19 +97,26 @@ def compose_config(*overrides: str) -> dict:
         return plain(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
 
 
+def shape_of(data: dict) -> tuple[int, int, int]:
+    """What the data would say of its images if it lay here."""
+    side = data.get("size", 28)
+    return (2, 1, 1) if data["_target_"].endswith("Toy") else (data.get("channels", 1), side, side)
+
+
 @pytest.mark.parametrize("name", options("experiment"))
 def test_every_experiment_composes_and_builds_its_model(name):
     text = (conf_folder() / "experiment" / f"{name}.yaml").read_text()
     assert text.startswith("# @package _global_\n# "), "the first comment says which figure, and what to expect"
     config = compose_config(f"experiment={name}")
     config["model"] |= {"width": 4} if "width" in config["model"] else {}
-    build_model(config)
+    build_model(model_for(config, shape_of(config["data"]), config["data"]["bits"]))
 
 
 @pytest.mark.parametrize("name", options("model"))
 @pytest.mark.parametrize("data", sorted(set(options("data")) - {"folder"}))
 def test_every_model_fits_every_data_set(name, data):
-    build_model(compose_config(f"model={name}", f"data={data}"))
+    config = compose_config(f"model={name}", f"data={data}")
+    build_model(model_for(config, shape_of(config["data"]), config["data"]["bits"]))
 
 
 @pytest.mark.parametrize("path", sorted(conf_folder().rglob("*.yaml")), ids=lambda path: path.stem)

@@ -28,7 +28,7 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     """A flow that has learnt a set a little, the set, and its figure before that."""
     torch.manual_seed(0)
     flow, name = request.param
-    model, data = FLOWS[flow](), Toy(name=name, count=5000, bits=8, flip=False, channels=2, size=1)
+    model, data = FLOWS[flow](), Toy(name=name, count=5000, bits=8, flip=False)
     model.initialize(data.draw(0, 1000, 0)[0])
     start = model.eval().evaluate(data.batches("test", 1000))["bits_per_dim"]
     model.train()

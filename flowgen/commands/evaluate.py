@@ -16,7 +16,7 @@ def evaluate(name: str | None, overrides: list[str], device: str) -> dict[str, A
     """The figures of the whole test split, as `flowgen evaluate --json` prints them. Raises FlowgenError."""
     run, checkpoint = find_checkpoint(name)
     checkpoint["config"] = override(checkpoint["config"], overrides)
-    _, data = build_model_and_data(checkpoint["config"])
+    _, data, _ = build_model_and_data(checkpoint["config"])
     model = model_of(checkpoint, device)
     data.to(model.device)
     model.watch(bar)

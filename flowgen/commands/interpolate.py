@@ -21,10 +21,9 @@ def interpolate(first: Path, second: Path, name: str | None, steps: int, spheric
     Both are cropped, resized and quantised like the data of the run. A path that ends in .gif becomes a film there and back.
     """
     run, checkpoint = find_checkpoint(name)
-    data = checkpoint["config"]["data"]
-    size, channels, bits = data["size"], data["channels"], data["bits"]
-    ends = torch.cat([read_levels(path, size, channels, data.get("crop"), bits) for path in (first, second)])
-    model = model_of(checkpoint, device)
+    model, crop = model_of(checkpoint, device), checkpoint["config"]["data"].get("crop")
+    channels, size, _ = model.shape
+    ends = torch.cat([read_levels(path, size, channels, crop, model.bits) for path in (first, second)])
     model.watch(bar)
     start, end = model.encode(ends.to(model.device))
     share = torch.linspace(0, 1, steps, device=model.device)[:, None]
@@ -36,10 +35,10 @@ def interpolate(first: Path, second: Path, name: str | None, steps: int, spheric
     target = out or run.folder / "interpolation.png"
     if target.suffix.lower() == ".gif":
         frames = [torch.stack(pair) for pair in zip(latent, pixels, strict=True)]
-        pictures.film([*frames, *frames[-2:0:-1]], bits, 2, target)
+        pictures.film([*frames, *frames[-2:0:-1]], model.bits, 2, target)
     else:
         rows = [(f"{'great circle' if spherical else 'line'} in the latents", latent), ("line in the pixels", pixels)]
-        pictures.blocks(rows, bits, columns=steps).save(target)
+        pictures.blocks(rows, model.bits, columns=steps).save(target)
     return target
 
 

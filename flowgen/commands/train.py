@@ -82,7 +82,7 @@ def _start(cfg: DictConfig, folder: Path) -> None:
     with _sole_trainer_of(run):
         if run.config.exists() or run.metrics.exists():
             raise FlowgenError(f"{folder} holds a run already: go on with `flowgen resume {folder}`, or choose another out=")
-        trainer, model, data = _build(config)
+        trainer, model, data, config = _build(config)
         save_config(config, run.config)
         _train(run, config, trainer, model, data, None)
 
@@ -98,7 +98,7 @@ def resume(name: str, overrides: list[str]) -> None:
         config = override(read_config(run.config) if checkpoint is None else checkpoint["config"], one_end(overrides))
         if config["data"].get("root") is not None:
             config["data"]["root"] = _absolute(config["data"]["root"])
-        trainer, model, data = _build(config)
+        trainer, model, data, config = _build(config)
         if checkpoint is not None:
             load_weights(model, checkpoint["model"])
             _check_unfinished(run, trainer, checkpoint)
@@ -122,7 +122,7 @@ def _absolute(root: Any) -> str:
     return str(Path(str(root)).expanduser().resolve())
 
 
-def _build(config: dict[str, Any]) -> tuple["Trainer", Any, Any]:
+def _build(config: dict[str, Any]) -> tuple["Trainer", Any, Any, dict[str, Any]]:
     import torch
 
     check_whole(0, seed=config["seed"])

@@ -1,6 +1,6 @@
 """From words and YAML files to models and data: files, the grammar of overrides, plain sentences, building, loading."""
 
-from flowgen.config.building import build, build_data, build_model, build_model_and_data
+from flowgen.config.building import build, build_data, build_model, build_model_and_data, model_for
 from flowgen.config.files import conf_folder, options, read_config, save_config, settings
 from flowgen.config.loading import load_model, load_weights, model_of
 from flowgen.config.sentences import no_such_setting, one_line, plain_error
@@ -16,6 +16,7 @@ __all__ = [
     "in_grammar",
     "load_model",
     "load_weights",
+    "model_for",
     "model_of",
     "no_such_setting",
     "one_end",

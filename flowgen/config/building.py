@@ -9,6 +9,12 @@ if TYPE_CHECKING:
     from flowgen.data import Images
     from flowgen.models import GenerativeModel
 
+REPEATED = {  # what older configurations say of data that has but one value for it
+    "flowgen.data.MNIST": ("channels",),
+    "flowgen.data.MNISTSample": ("channels", "size"),
+    "flowgen.data.Toy": ("channels", "size"),
+}
+
 
 def build(section: str, config: dict[str, Any]) -> Any:
     """The object that a section of a configuration describes: `_target_`, a class of flowgen, called with all the rest.
@@ -17,15 +23,7 @@ def build(section: str, config: dict[str, Any]) -> Any:
     arguments that the class refuses.
     """
     arguments = {key: build(key, value) if _is_node(value) else value for key, value in config.items() if key != "_target_"}
-    module, _, name = str(config.get("_target_")).rpartition(".")
-    if not module.startswith("flowgen."):
-        raise FlowgenError(f"{section}._target_={config.get('_target_')} is not part of flowgen")
-    try:
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise FlowgenError(f"{section}._target_={module}.{name} does not exist") from error
-    if not isinstance(target, type) or not target.__module__.startswith("flowgen."):
-        raise FlowgenError(f"{section}._target_={module}.{name} is not a class of flowgen")
+    target = _class_of(section, config)
     try:
         return target(**arguments)
     except FlowgenError as error:
@@ -35,29 +33,54 @@ def build(section: str, config: dict[str, Any]) -> Any:
         raise FlowgenError(f"{section}: {error}") from error
 
 
+def _class_of(section: str, config: dict[str, Any]) -> type[Any]:
+    module, _, name = str(config.get("_target_")).rpartition(".")
+    if not module.startswith("flowgen."):
+        raise FlowgenError(f"{section}._target_={config.get('_target_')} is not part of flowgen")
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise FlowgenError(f"{section}._target_={module}.{name} does not exist") from error
+    if not isinstance(target, type) or not target.__module__.startswith("flowgen."):
+        raise FlowgenError(f"{section}._target_={module}.{name} is not a class of flowgen")
+    return target
+
+
 def _is_node(value: object) -> bool:
     return isinstance(value, dict) and "_target_" in value
 
 
 def build_data(config: dict[str, Any]) -> "Images":
-    return build("data", config["data"])
+    section = config["data"]
+    repeated = REPEATED.get(str(section.get("_target_")), ())
+    return build("data", {key: value for key, value in section.items() if key not in repeated})
+
+
+def model_for(config: dict[str, Any], shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
+    """`config` with a model section that says what images the model is of, as a run keeps it: all that `build_model` needs."""
+    stated = _class_of("model", config["model"]).arguments_for(shape, bits)
+    return config | {"model": stated | config["model"]}
 
 
 def build_model(config: dict[str, Any]) -> "GenerativeModel":
-    """The untrained model; its weights depend on torch's random state."""
+    """The untrained model of a configuration from `model_for`; its weights depend on torch's random state."""
     return build("model", config["model"])
 
 
-def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Images"]:
-    """Raises FlowgenError where the two do not speak of the same images: every figure would be wrong."""
-    model = build_model(config)
-    of_data = (*(config["data"].get(key) for key in ("channels", "size", "size")), config["data"].get("bits"))
-    for key, of_model, wanted in zip(("channels", "size", "size", "bits"), (*model.shape, model.bits), of_data, strict=True):
-        if of_model != wanted:
-            raise FlowgenError(f"a model of {key}={of_model} does not fit data.{key}={wanted}: give them the same value, or train another")
+def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Images", dict[str, Any]]:
+    """The model, its data, and the configuration from `model_for`.
+
+    Raises FlowgenError where a trained model is of other images than the data: every figure would be wrong.
+    """
     data = build_data(config)
-    if model.classes is not None and data.labels is None:
+    config = model_for(config, data.shape, data.bits)
+    model = build_model(config)
+    pairs = zip(("channels", "height", "width", "bits"), (*model.shape, model.bits), (*data.shape, data.bits), strict=True)
+    for name, of_model, of_data in pairs:
+        if of_model != of_data:
+            raise FlowgenError(f"a model of {name}={of_model} does not fit data of {name}={of_data}: leave it as it was, or train another")
+    if model.classes is not None and data.classes is None:
         raise FlowgenError(f"model.classes={model.classes} needs labels, which this data has not: leave it out, or take data=mnist")
-    if model.classes is not None and data.labels is not None and (most := int(data.labels[0].max())) != model.classes - 1:
-        raise FlowgenError(f"model.classes={model.classes} does not fit labels from 0 to {most}: set it to {most + 1}")
-    return model, data
+    if model.classes not in (None, data.classes):
+        raise FlowgenError(f"model.classes={model.classes} does not fit the {data.classes} classes of the data: set it to {data.classes}")
+    return model, data, config

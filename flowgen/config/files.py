@@ -20,14 +20,18 @@ def options(group: str) -> list[str]:
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in paths)
 
 
-def settings() -> list[str]:
-    """Everything that `flowgen train KEY=VALUE` can set, as trainer.steps, and every group, as model."""
+def settings() -> dict[str, list[str]]:
+    """Everything that `flowgen train KEY=VALUE` can set, as model.width and model, and the choices that it comes with, as model=glow."""
     from yaml import safe_load
 
     groups = ("data", "model", "trainer")
-    files = [(group, safe_load((conf_folder() / group / f"{name}.yaml").read_text())) for group in groups for name in options(group)]
-    inside = {f"{group}.{key}" for group, file in files for key in file.get(group, file) if key not in ("defaults", "_target_", *groups)}
-    return sorted({"out", "seed", "experiment", "model/negative_phase", *groups, *inside})
+    found: dict[str, list[str]] = {name: [] for name in ("out", "seed", "experiment", "model/negative_phase", *groups)}
+    for section in groups:
+        for name in options(section):
+            file = safe_load((conf_folder() / section / f"{name}.yaml").read_text())
+            for key in file.get(section, file).keys() - {"defaults", "_target_", *groups}:
+                found.setdefault(f"{section}.{key}", []).append(f"{section}={name}")
+    return dict(sorted(found.items()))
 
 
 def save_config(config: dict[str, Any], path: Path) -> None:

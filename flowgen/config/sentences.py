@@ -9,15 +9,21 @@ from flowgen.errors import FlowgenError
 
 
 def no_such_setting(name: str, known: Iterable[str]) -> FlowgenError:
-    """What is said of a setting that does not exist, with the likeliest that does."""
-    close = difflib.get_close_matches(name, list(known), 1)
+    """What is said of a setting that does not exist, with the likeliest that does: one of the same name elsewhere, or of a name like it."""
+    known = list(known)
+    close = [other for other in known if other.partition(".")[2] == name.partition(".")[2] != ""] or difflib.get_close_matches(
+        name, known, 1
+    )
     return FlowgenError(f"there is no setting {name}{f', did you mean {close[0]}?' if close else ''}: `flowgen train --help` lists them")
 
 
 def plain_error(error: BaseException) -> FlowgenError:
     """What Hydra or OmegaConf object to, in flowgen's words."""
     if found := re.search(r"Could not override '([^']+)'", str(error)):
-        return no_such_setting(found[1], settings())
+        known = settings()
+        if choices := known.get(found[1]):
+            return FlowgenError(f"{found[1]} is a setting of {' and '.join(choices)} alone: take one of them, or leave it out")
+        return no_such_setting(found[1], known)
     if found := re.search(r"Could not find '([^/']+)/([^']+)'", str(error)):
         return FlowgenError(f"there is no {found[1]}={found[2]}: choose one of {', '.join(options(found[1]))}")
     return FlowgenError(one_line(error))

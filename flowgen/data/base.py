@@ -44,6 +44,17 @@ class Images:
         self.device = torch.device("cpu")
         self._order_of, self._order = (-1, 0), torch.empty(0)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        channels, height, width = self.train.shape[1:]
+        return channels, height, width
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the labels tell apart, where there are any."""
+        return None if self.labels is None else 1 + max(int(labels.max()) for labels in self.labels)
+
     def to(self, device: torch.device) -> "Images":
         """Hand out batches on `device`, and keep the images there where they fill at most half of its free memory."""
         self.device = device

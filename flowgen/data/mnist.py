@@ -19,11 +19,8 @@ SPLITS = ("train", "t10k")
 class MNIST(Images):
     """MNIST, FashionMNIST or KMNIST, as torchvision calls them; downloaded where it is missing and `root` is not given."""
 
-    def __init__(
-        self, *, name: str, root: str | None, names: list[str], channels: int, size: int, bits: int, flip: bool, binarise: str = "threshold"
-    ):
+    def __init__(self, *, name: str, root: str | None, names: list[str], size: int, bits: int, flip: bool, binarise: str = "threshold"):
         check_choice(("MNIST", "FashionMNIST", "KMNIST"), name=name)
-        check_choice((1,), channels=channels)
         check_whole(size=size)
         if root is None and not any(_find(data_folder() / folder, names, "train") for folder in names):
             _download(name, data_folder() / names[0])

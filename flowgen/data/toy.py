@@ -15,11 +15,9 @@ SPAN = 4.0  # the square [-4, 4] x [-4, 4] is what the levels divide
 class Toy(Images):
     """`count` training and as many test points, drawn with a seed of their own: uint8 of shape (count, 2, 1, 1)."""
 
-    def __init__(self, *, name: str, count: int, channels: int, size: int, bits: int, flip: bool, binarise: str = "threshold"):
+    def __init__(self, *, name: str, count: int, bits: int, flip: bool, binarise: str = "threshold"):
         check_choice(SETS, name=name)
         check_whole(count=count)
-        check_choice((2,), channels=channels)
-        check_choice((1,), size=size)
         generator = torch.Generator().manual_seed(0)
         points = [SETS[name](count, generator) for _ in ("train", "test")]
         train, test = (((point + SPAN) * (256 / (2 * SPAN))).floor().clamp(0, 255).to(torch.uint8)[:, :, None, None] for point in points)

@@ -21,6 +21,11 @@ class GenerativeModel(nn.Module, ABC):
     loss_figure: str | None = None  # the figure that the training loss is, where it is one
     progress: Progress = staticmethod(unseen)
 
+    @classmethod
+    def arguments_for(cls, shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
+        """What the constructor is told of the images: of their shape (channels, height, width) and bits."""
+        return {"channels": shape[0], "size": shape[1], "bits": bits}
+
     @abstractmethod
     def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
         """The training loss, a scalar. It comes out of `forward` so that a wrapper around the model sees it.

@@ -74,6 +74,10 @@ class RBM(Machine, GenerativeModel):
         self.negative_phase = negative_phase or CD(sweeps=1)
         self.negative_phase.allocate(units, hidden)
 
+    @classmethod
+    def arguments_for(cls, shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
+        return {"visible": list(shape), "bits": bits}
+
     def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
         """F(data).mean() - F(negative).mean(), and the priors: its gradient is the negative phase's estimate for -log P(data)."""
         with torch.autocast(levels.device.type, enabled=False):
