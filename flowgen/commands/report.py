@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 
-from flowgen import pictures
+from flowgen import plots
 from flowgen.commands.runs import readable_runs
 from flowgen.config import read_config
 from flowgen.errors import FlowgenError
@@ -98,12 +98,13 @@ def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]
             for figure in BETTER:
                 if row["split"] == "test" and row.get(figure) is not None:
                     lines.setdefault((figure, row.get("bits", 1)), {}).setdefault(name, []).append((row["step"], row[figure]))
-    plots = []
+    found = []
     for (figure, bits), of_runs in sorted(lines.items()):
         file, at = io.BytesIO(), f" at {bits} bits" if figure == "bits_per_dim" else ""
-        pictures.compare(of_runs, f"test {figure.replace('_', ' ')}{at}, {UNITS[figure]}", file)
-        plots.append(Picture(f"Test {figure.replace('_', ' ')}{at} against the step.", encoded(file.getvalue(), "png")))
-    return plots
+        label = f"test {figure.replace('_', ' ')}{at}, {UNITS[figure]}"
+        plots.lines(of_runs, xlabel="step", ylabel=label, file=file, beyond=(0.05, 0.05))
+        found.append(Picture(f"Test {figure.replace('_', ' ')}{at} against the step.", encoded(file.getvalue(), "png")))
+    return found
 
 
 def _differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowgen import pictures
+from flowgen import pictures, plots
 from flowgen.config import build_data, model_of
 from flowgen.errors import FlowgenError
 from flowgen.models import RBM, Flow, GenerativeModel
@@ -81,4 +81,4 @@ def plane(model: Flow, target: torch.Tensor, temperature: float, count: int, see
     density = torch.cat([model.log_density(part).exp() for part in grid.split(10000)]).view(GRID, GRID)
     noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
     target = ((target.cpu() + noise) / model.bins).flatten(1)
-    pictures.plane(target, latent.cpu(), carried.cpu(), density.cpu(), temperature, path)
+    plots.plane(target, latent.cpu(), carried.cpu(), density.cpu(), temperature, path)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from flowgen import pictures
+from flowgen import pictures, plots
 from flowgen.models import GenerativeModel
 from flowgen.training.run import Run
 
@@ -68,4 +68,4 @@ class Journal:
             pictures.signed(features).save(self.run.features)
 
     def curves(self) -> None:
-        pictures.curves(self.run.read_metrics(), self.model.figure, self.run.curves)
+        plots.curves(self.run.read_metrics(), self.model.figure, self.run.curves)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from flowgen.pictures import COLOURS, DASHES, MARKS
+from flowgen.plots import COLOURS, DASHES, MARKS
 
 Points = Sequence[tuple[float, float]]
 SMOOTHED = 11
