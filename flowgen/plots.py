@@ -21,7 +21,7 @@ NO_ERRORS: Errors = MappingProxyType({})
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's, safe for colour-blind eyes
 DASHES, MARKS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v")
 MARKED = 40  # points of a line, beyond which marks would hide it
-FIRST_STEPS = 0.03  # share of a training's values that its first steps take, which would flatten all the rest
+FIRST_STEPS = 0.03  # share of a training's worst values that may leave the frame, since they would flatten all the rest
 
 
 def lines(
@@ -73,7 +73,7 @@ def dots(named: Mapping[str, tuple[float, float]], *, label: str, path: Path) ->
     page.savefig(path, dpi=120)
 
 
-def curves(rows: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
+def curves(rows: Sequence[dict[str, Any]], metric: str, path: Path, higher_is_better: bool = False) -> None:
     """The training loss, its moving average, and `metric` of every other split by the step; the learning rate and gradient norm below."""
     from matplotlib.figure import Figure
 
@@ -87,19 +87,22 @@ def curves(rows: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
     if not losses and not held_out:
         return
     in_one = not train or metric in train[0]  # the loss of an RBM is no likelihood, and gets a panel of its own
-    panels = [(metric, loss | held_out)] if in_one else [(metric, held_out), ("loss", loss)]
+    above, below = (0.0, FIRST_STEPS), (FIRST_STEPS, 0.0)
+    panels = (
+        [(metric, loss | held_out, above)] if in_one else [(metric, held_out, below if higher_is_better else above), ("loss", loss, above)]
+    )
     page = Figure(figsize=(8, 3 + 3 * len(panels)), layout="constrained")
-    *above, below = page.subplots(len(panels) + 1, 1, sharex=True, height_ratios=(*(2 for _ in panels), 1))
-    for axes, (label, named) in zip(above, panels, strict=True):
-        _draw(axes, named, thin=("training loss",), beyond=(0.0, FIRST_STEPS))
+    *upper, lower = page.subplots(len(panels) + 1, 1, sharex=True, height_ratios=(*(2 for _ in panels), 1))
+    for axes, (label, named, beyond) in zip(upper, panels, strict=True):
+        _draw(axes, named, thin=("training loss",), beyond=beyond)
         axes.set_ylabel(label.replace("_", " "))
         axes.legend()
-    norms = below.twinx()
-    for axes, key, colour in ((below, "lr", COLOURS[0]), (norms, "grad_norm", COLOURS[1])):
+    norms = lower.twinx()
+    for axes, key, colour in ((lower, "lr", COLOURS[0]), (norms, "grad_norm", COLOURS[1])):
         axes.plot([row["step"] for row in train], [row.get(key) or math.nan for row in train], color=colour, linewidth=0.8)
         axes.set_ylabel({"lr": "learning rate", "grad_norm": "gradient norm"}[key], color=colour)
     norms.set_yscale("log")
-    below.set_xlabel("step")
+    lower.set_xlabel("step")
     page.savefig(path, dpi=120)
 
 
@@ -159,8 +162,8 @@ def limits(values: Iterable[float], beyond: tuple[float, float] = (0.0, 0.0)) ->
     found = sorted(value for value in values if math.isfinite(value))
     if not found:
         return None
-    last = len(found) - 1
-    low, high = found[math.ceil(beyond[0] * last)], found[math.floor((1 - beyond[1]) * last)]
+    below, above = (int(share * len(found)) for share in beyond)
+    low, high = found[below], found[-1 - above]
     margin = 0.06 * (high - low) + 1e-3 * max(abs(low), abs(high)) + 1e-6
     return low - margin, high + margin
 

@@ -28,6 +28,8 @@ def test_limits_leave_out_what_is_beyond_and_what_is_not_finite():
     assert plots.limits([math.nan]) is None
     low, high = plots.limits([2.0, 2.0])
     assert low < 2 < high
+    low, high = plots.limits([1.0, 2.0], (0.05, 0.05))  # of a few values none is left out
+    assert low < 1 and high > 2
 
 
 @pytest.fixture
@@ -66,5 +68,8 @@ def test_tiles_hold_their_titles_and_are_laid_out_in_columns():
     one = pictures.tiles(levels[:1], 5, ["a"], 3)
     five = pictures.tiles(levels, 5, ["a"] * 5, 3)
     assert five.size == (3 * one.width, 2 * one.height)
+    levels[4] = 31
+    inside = (one.width + 60, 2 * one.height - 20)
+    assert pictures.tiles(levels, 5, ["a"] * 5, 3).getpixel(inside) == (255, 255, 255) != five.getpixel(inside)
     assert pictures.tiles(levels[:1], 5, ["a title that is much longer than the tile is wide"], 3).width > one.width
     assert pictures.tiles(levels[:1], 5, ["two\nlines"], 3).height > one.height

@@ -68,4 +68,4 @@ class Journal:
             pictures.signed(features).save(self.run.features)
 
     def curves(self) -> None:
-        plots.curves(self.run.read_metrics(), self.model.figure, self.run.curves)
+        plots.curves(self.run.read_metrics(), self.model.figure, self.run.curves, self.model.higher_is_better)
