@@ -133,9 +133,9 @@ def sample(**options: Any) -> None:
 @click.option("--spherical", is_flag=True, help="Along a great circle rather than a line.")
 @device_option
 @out_option
-def interpolate(first: Path, second: Path, name: str | None, steps: int, spherical: bool, device: str, out: Path | None) -> None:
+def interpolate(**options: Any) -> None:
     """Walk from one image to another: through the latents above, through the pixels below. FILE.gif is a film."""
-    click.echo(_command("interpolate").interpolate(first, second, name, steps, spherical, device, out))
+    click.echo(_command("interpolate").interpolate(**options))
 
 
 @cli.command()
@@ -196,7 +196,7 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
     """Show runs, or all below a folder, in one page: curves, samples, differences, configuration."""
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise click.UsageError(f"{out} is no name of a page: let it end in .html")
-    click.echo(_command("report").report(list(names), out))
+    click.echo(_command("report").report(names=list(names), out=out))
 
 
 @cli.command()

@@ -1,15 +1,21 @@
-"""The offline distances by which `make reproduce-thesis` compares samples, against values that are known."""
+"""The offline distances by which samples are compared, and what is said of differences, against values that are known."""
 
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_models import noise, started
+
+from flowgen import judging
+from flowgen.commands.interpolate import great_circle, walk
+from flowgen.errors import FlowgenError
+from flowgen.judging import fidelity
+from flowgen.judging.likeness import frechet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "thesis"))
 import claims
-import judge
-from test_models import noise, started
 
 
 def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
@@ -18,9 +24,9 @@ def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
     one = scale * torch.randn(200_000, 3)
     two = 1.0 + other * torch.randn(200_000, 3)
     expected = 3.0 + (scale - other).square().sum().item()
-    assert judge.likeness(one[:2000], two[:2000]).frechet == pytest.approx(expected, rel=0.15)
-    assert judge._frechet(one.double(), two.double()) == pytest.approx(expected, rel=0.01)
-    assert judge._frechet(one.double(), one.double()) == pytest.approx(0, abs=1e-6)
+    assert judging.likeness(one[:2000], two[:2000]).frechet == pytest.approx(expected, rel=0.15)
+    assert frechet(one.double(), two.double()) == pytest.approx(expected, rel=0.01)
+    assert frechet(one.double(), one.double()) == pytest.approx(0, abs=1e-6)
 
 
 def test_coverage_falls_with_missing_samples_and_with_blank_ones():
@@ -28,16 +34,71 @@ def test_coverage_falls_with_missing_samples_and_with_blank_ones():
         return torch.cat((torch.randn(300, 2), 20 + torch.randn(300, 2)))
 
     real, one_mode = two_modes(), torch.randn(600, 2)
-    assert judge.likeness(two_modes(), real).coverage > 0.9
-    assert judge.likeness(one_mode, real).coverage == pytest.approx(0.5, abs=0.05) and judge.likeness(one_mode, real).spread < 0.5
+    found = judging.likeness(one_mode, real)
+    assert judging.likeness(two_modes(), real).coverage > 0.9
+    assert found.coverage == pytest.approx(0.5, abs=0.05) and found.spread < 0.5
     like_faces = torch.cat((torch.randn(590, 64), 10 * torch.randn(10, 64))) / torch.arange(1, 65)  # with outliers, which are near all
-    assert judge.likeness(torch.zeros(600, 64), like_faces).coverage < 0.3
+    assert judging.likeness(torch.zeros(600, 64), like_faces).coverage < 0.3
 
 
-def test_the_offset_of_a_real_point_is_one_and_of_their_mean_zero():
+def test_a_real_point_lies_at_distance_one_and_their_mean_at_zero():
     real = 3 + torch.randn(500, 8)
-    assert judge.offset(real.mean(0), real) == pytest.approx(0, abs=1e-5)
-    assert torch.tensor([judge.offset(point, real) for point in real]).mean().item() == pytest.approx(1, abs=1e-4)
+    assert judging.distance_from_mean(real.mean(0), real) == pytest.approx(0, abs=1e-5)
+    assert torch.tensor([judging.distance_from_mean(point, real) for point in real]).mean().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_components_keep_what_varies_most_and_leave_the_random_state_alone():
+    images = torch.rand(500, 1, 4, 4) * torch.tensor([10.0] + 15 * [0.01]).view(1, 4, 4)
+    before = torch.random.get_rng_state()
+    found = judging.PrincipalComponents(images)(images)
+    assert found[:, 0].std().item() == pytest.approx(images[:, 0, 0, 0].std().item(), rel=0.01)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_paired_difference_drops_what_the_images_have_in_common():
+    images = torch.randn(400).mul(10).tolist()
+    shifts = torch.randn(400).mul(0.1).tolist()
+    found = judging.paired_difference([image + 1 + shift for image, shift in zip(images, shifts, strict=True)], images)
+    assert found.value == pytest.approx(1, abs=0.03) and found.error == pytest.approx(0.1 / 20, rel=0.15) and found.count == 400
+    three = judging.mean([1.0, 2.0, 3.0])
+    assert (three.value, three.error) == pytest.approx((2.0, 1 / math.sqrt(3))) and judging.mean([5.0]) == judging.Mean(5.0, 0.0, 1)
+    assert str(judging.Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012" and str(judging.Mean(12.0, 3.4, 9)) == "12.0 ± 3.4"
+
+
+def test_a_walk_through_the_pixels_is_even_and_both_ways_meet_at_the_ends():
+    model = started("glow")
+    first, second = noise(5, 6) // 2, noise(5, 6) // 2
+    latent, pixels = walk(model, first, second, torch.linspace(0, 1, 5))
+    assert latent.shape == pixels.shape == (5, *first.shape)
+    for way in (latent, pixels):
+        assert torch.equal(way[0].float(), first.float()) and torch.equal(way[-1].float(), second.float())
+    assert judging.unevenness(pixels, 5) == pytest.approx(torch.ones(6), abs=1e-3)
+    assert judging.unevenness(latent, 5).min() > 1 and judging.changes(latent, 5).shape == (4, 6)
+    assert judging.changes(torch.stack((torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 31))), 5) == pytest.approx(torch.ones(1, 2))
+
+
+def test_a_walk_goes_the_way_that_it_is_told():
+    model = started("glow")
+    ends = noise(5, 2)[:1] // 2, noise(5, 2)[1:] // 2
+    shares = torch.tensor([0.25, 0.5])
+    encoded = [model.encode(end) for end in ends]
+    wanted = model.decode(great_circle(*encoded, shares[:, None]))
+    assert torch.equal(walk(model, *ends, shares, along=great_circle)[0][:, 0], wanted)
+    assert not torch.equal(walk(model, *ends, shares)[0][:, 0], wanted)
+
+
+def test_fid_without_its_network_or_its_package_is_refused(monkeypatch, tmp_path):
+    monkeypatch.delenv(fidelity.WEIGHTS, raising=False)
+    assert fidelity.network() is None
+    monkeypatch.setenv(fidelity.WEIGHTS, str(tmp_path / "nowhere.pth"))
+    with pytest.raises(FlowgenError, match="no file"):
+        fidelity.network()
+    (tmp_path / "nowhere.pth").touch()
+    monkeypatch.setattr(fidelity, "find_spec", lambda name: None)
+    with pytest.raises(FlowgenError, match="not installed"):
+        fidelity.network()
+    monkeypatch.setattr(fidelity, "find_spec", lambda name: object())
+    assert fidelity.network() == tmp_path / "nowhere.pth"
 
 
 def test_a_claim_is_found_only_beyond_two_errors_and_its_opposite_too():
@@ -54,17 +115,3 @@ def test_the_best_machine_is_named_where_all_were_trained():
     trained = {"filters_100": -90.0, **{f"l2_1e3_{hidden}": -100.0 + hidden / 100 for hidden in (50, 100, 300)}, "l1_1e6_100": -80.0}
     said = claims.best_of_prior(trained)
     assert "is that of l2_1e3_300" in said and "L1 prior 300 hidden units at 1e-6: not all" in said
-
-
-def test_the_space_keeps_what_varies_most():
-    images = torch.rand(500, 1, 4, 4) * torch.tensor([10.0] + 15 * [0.01]).view(1, 4, 4)
-    assert judge.Space(images)(images)[:, 0].std().item() == pytest.approx(images[:, 0, 0, 0].std().item(), rel=0.01)
-
-
-def test_a_walk_through_the_pixels_is_even_and_both_ways_meet_at_the_ends():
-    model = started("glow")
-    first, second = noise(5, 6) // 2, noise(5, 6) // 2
-    walk = judge.walk(model, first, second, 5)
-    assert max(walk.pixel_steps) / min(walk.pixel_steps) < 1.001 and min(walk.unevenness) >= 1 and len(walk.unevenness) == 6
-    assert judge.bits_per_image(model, first.split(4)).mean().item() == pytest.approx(walk.bits[0], rel=0.05)
-    assert walk.bits[0] == pytest.approx(walk.pixel_bits[0]) and walk.bits[-1] == pytest.approx(walk.pixel_bits[-1])

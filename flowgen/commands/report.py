@@ -42,7 +42,7 @@ class Section(NamedTuple):
     config: dict[str, Any]
 
 
-def report(names: list[str], out: Path | None) -> Path:
+def report(*, names: list[str], out: Path | None) -> Path:
     """Write one HTML page about the runs `names`, or those below a folder of that name. Raises FlowgenError."""
     if out is not None and not out.absolute().parent.is_dir():
         raise FlowgenError(f"the folder of {out} does not exist: make it, or name another")
