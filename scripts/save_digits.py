@@ -15,7 +15,7 @@ def main() -> None:
     data = MNISTSample(bits=8, flip=False)
     options.folder.mkdir(parents=True, exist_ok=True)
     for number in options.numbers:
-        to_pil_image(data.test[number]).save(options.folder / f"digit_{number // 50}.png")
+        to_pil_image(data.test.images[number]).save(options.folder / f"digit_{number // 50}.png")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from PIL import Image
 
 import flowgen
 from flowgen.config import build_data, read_config
-from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, prepare
+from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, Split, prepare
 from flowgen.errors import FlowgenError
 
 SHARED = Path(os.environ.get("FLOWGEN_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -26,6 +26,11 @@ needs_shared = pytest.mark.skipif(not (SHARED / "celebahq64").is_dir(), reason="
 def folder(root: Path, **changes: object) -> ImageFolder:
     arguments = {"names": [], "cure": "get it", "channels": 3, "size": 8, "bits": 5, "flip": False, "crop": None} | changes
     return ImageFolder(root=str(root), **arguments)
+
+
+def parts(data: Images) -> list[torch.Tensor]:
+    """The images of every split, at 8 bits."""
+    return [split.images for split in (data.train, data.validation, data.test)]
 
 
 def png(shape: tuple[int, ...] = (8, 8, 3)) -> bytes:
@@ -49,54 +54,25 @@ def test_folder_and_zip_hold_the_same_images(images, tmp_path):
     from_folder = folder(images)
     for root in (tmp_path / "holds" / "images.zip", tmp_path / "holds"):
         from_zip = folder(root)
-        assert torch.equal(from_folder.train, from_zip.train) and torch.equal(from_folder.test, from_zip.test)
-
-
-def test_split_goes_by_name_and_does_not_move_when_images_are_added(images):
-    before = folder(images)
-    first = before.test.clone()
-    assert 0 < len(before.test) < 15 and len(before.train) + len(before.test) == 40
-    for number in range(40, 60):
-        save_image(images / f"{number:03d}.png")
-    after = folder(images)
-    assert len(after.train) + len(after.test) == 60
-    assert all(any(torch.equal(image, other) for other in after.test) for image in first)
-
-
-def test_official_partition_is_followed_where_it_lies(images):
-    lines = [f"{path.name} {index % 3}" for index, path in enumerate(sorted(images.iterdir()))]
-    (images / "list_eval_partition.txt").write_text("\n".join(lines))
-    data = folder(images)
-    assert len(data.train) == 14 and len(data.test) == 13
-    first = prepare((images / "000.png").read_bytes(), 8, 3, None)
-    third = prepare((images / "002.png").read_bytes(), 8, 3, None)
-    assert torch.equal(data.train[0], first) and torch.equal(data.test[0], third)
-
-
-def test_two_images_are_enough_and_one_is_not(tmp_path):
-    save_image(tmp_path / "few" / "a.png")
-    with pytest.raises(FlowgenError, match="too few"):
-        folder(tmp_path / "few")
-    save_image(tmp_path / "few" / "b.png")
-    assert len(folder(tmp_path / "few").train) == len(folder(tmp_path / "few").test) == 1
+        assert all(torch.equal(one, other) for one, other in zip(parts(from_folder), parts(from_zip), strict=True))
 
 
 def test_cache_is_used_and_made_again_when_an_image_changes(images, monkeypatch):
-    before = folder(images).train.clone()
+    before = torch.cat(parts(folder(images)))
     with monkeypatch.context() as patched:
         patched.setattr("flowgen.data.cache.prepare", None)  # nothing may be decoded now
-        assert torch.equal(folder(images).train, before)
+        assert torch.equal(torch.cat(parts(folder(images))), before)
     path = images / "000.png"
     Image.new("RGB", (8, 8), "red").save(path)
     os.utime(path, ns=(1, 1))
     data = folder(images)
-    assert any((image[0] == 255).all() and not image[1].any() for image in torch.cat([data.train, data.test]))
+    assert any((image[0] == 255).all() and not image[1].any() for image in torch.cat(parts(data)))
     assert len(list(Path(os.environ["FLOWGEN_CACHE"]).glob("*.bin"))) == 1
 
 
 def test_cache_depends_on_the_settings(images):
-    assert folder(images, size=4).train.shape[1:] == (3, 4, 4)
-    assert folder(images, channels=1).train.shape[1:] == (1, 8, 8)
+    assert folder(images, size=4).shape == (3, 4, 4)
+    assert folder(images, channels=1).shape == (1, 8, 8)
 
 
 def test_bad_images_are_named_and_counted_but_not_fatal(images, caplog, monkeypatch):
@@ -105,7 +81,7 @@ def test_bad_images_are_named_and_counted_but_not_fatal(images, caplog, monkeypa
     (images / "short.png").write_bytes(png()[:60])
     save_image(images / "dot.png", (1, 1, 3))
     data = folder(images)
-    assert len(data.train) + len(data.test) == 40
+    assert len(torch.cat(parts(data))) == 40
     assert "3 of 43 images left out" in caplog.text and "dot.png is 1x1 pixels" in caplog.text
 
 
@@ -148,8 +124,8 @@ def test_idx_files(tmp_path, suffix):
             path.unlink()
     arguments = {"name": "MNIST", "root": str(tmp_path), "names": ["mnist"], "bits": 8, "flip": False}
     data = MNIST(**arguments, size=28)
-    assert torch.equal(data.train[:, 0], images)
-    assert MNIST(**arguments, size=32).train.shape == (7, 1, 32, 32)
+    assert torch.equal(data.test.images[:, 0], images) and len(data.train) == 6 and len(data.validation) == 1
+    assert MNIST(**arguments, size=32).shape == (1, 32, 32)
 
 
 def test_an_idx_file_cut_short_is_named(tmp_path):
@@ -167,23 +143,23 @@ def test_mnist_beside_another_set_is_told_from_it(tmp_path):
         for split in ("train", "t10k"):
             write_idx(tmp_path / name / "raw" / f"{split}-images-idx3-ubyte.gz", torch.full((2, 28, 28), shade, dtype=torch.uint8))
     arguments = {"root": str(tmp_path), "size": 28, "bits": 8, "flip": False}
-    assert (MNIST(name="MNIST", names=["mnist", "MNIST"], **arguments).train == 1).all()
+    assert (MNIST(name="MNIST", names=["mnist", "MNIST"], **arguments).train.images == 1).all()
     with pytest.raises(FlowgenError, match="several sets"):
         MNIST(name="KMNIST", names=["kmnist"], **arguments)
 
 
 def test_a_broken_link_and_a_lost_cache_are_no_trouble(images):
     (images / "gone.png").symlink_to(images / "nowhere.png")
-    before = folder(images).train.clone()
+    before = torch.cat(parts(folder(images)))
     for path in Path(os.environ["FLOWGEN_CACHE"]).glob("*.bin"):
         path.unlink()
-    assert torch.equal(folder(images).train, before)
+    assert torch.equal(torch.cat(parts(folder(images))), before)
 
 
 def plain_images(count: int = 10, *, flip: bool = False, bits: int = 8) -> Images:
     train = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(count, 1, 2, 2).contiguous()
     train[:, :, :, 1] += 100
-    return Images(train, train[:3], bits=bits, flip=flip)
+    return Images(Split(train), Split(train[:2]), Split(train[:3]), bits=bits, flip=flip)
 
 
 def test_every_epoch_visits_every_image_once_across_ragged_batches():
@@ -218,16 +194,16 @@ def test_bits_shift_levels_and_batches_keep_the_ragged_end():
 
 def test_embedded_digits():
     data = MNISTSample(bits=8, flip=False)
-    assert data.train.shape == (4500, 1, 28, 28) and data.test.shape == (500, 1, 28, 28) and data.train.max() == 255
+    assert data.train.images.shape == (4000, 1, 28, 28) and data.train.images.max() == 255
     assert data.shape == (1, 28, 28) and data.bits == 8 and data.classes == 10
 
 
 @needs_shared
 def test_real_mnist_and_faces():
     mnist = MNIST(name="MNIST", root=str(SHARED / "mnist"), names=[], size=28, bits=8, flip=False)
-    assert len(mnist.train) == 60_000 and len(mnist.test) == 10_000
+    assert len(mnist.train) == 55_000 and len(mnist.validation) == 5_000 and len(mnist.test) == 10_000
     faces = folder(SHARED / "celebahq64", size=64)
-    assert len(faces.train) + len(faces.test) == 1002 and 60 < len(faces.test) < 140
+    assert len(torch.cat(parts(faces))) == 1002 and all(60 < len(split) < 140 for split in (faces.validation, faces.test))
 
 
 def test_a_run_keeps_what_images_it_is_of(tiny_run, images, command):

@@ -70,7 +70,7 @@ def test_figures_at_different_bits_do_not_share_a_plot_and_a_broken_run_spoils_n
     status, output, error = command("report", "all")
     assert status == 0 and "left out" in error and "broken" in error
     text = Path(output.strip()).read_text()
-    assert "Test bits per dim at 5 bits" in text and "Test bits per dim at 8 bits" in text
+    assert "Validation bits per dim at 5 bits" in text and "Validation bits per dim at 8 bits" in text
     listed = command("runs")[1]
     assert listed.count("Glow") == 2 and "images" in listed
 

@@ -19,11 +19,12 @@ from conftest import SMALL
 
 import flowgen
 from flowgen.bijections import Affine, BatchNorm
+from flowgen.data import Images
 from flowgen.errors import FlowgenError
 from flowgen.models import Glow
 from flowgen.training.checkpoint import KEYS, read_checkpoint, write_checkpoint
 from flowgen.training.device import choose_device
-from flowgen.training.run import Run
+from flowgen.training.run import Run, best_figure
 from flowgen.training.schedule import learning_rate_factor, warmup_steps
 
 MEASURED = {"images_per_second", "seconds", "memory_gib"}
@@ -86,7 +87,28 @@ def test_a_run_leaves_what_the_design_names(tiny_run):
     train = [row for row in rows(tiny_run) if row["split"] == "train"]
     assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6]
     assert all(row["bits_per_dim"] == row["loss"] and {"lr", "grad_norm"} <= row.keys() for row in train)
-    assert [row["step"] for row in rows(tiny_run) if row["split"] == "test"] == [6]
+    assert [row["step"] for row in rows(tiny_run) if row["split"] == "validation"] == [6]
+
+
+def test_choices_are_made_on_validation_images_and_the_test_split_is_judged_once(images, tmp_path, command, monkeypatch):
+    seen: list[str] = []
+    batches = Images.batches
+    monkeypatch.setattr(Images, "batches", lambda data, split, *rest: [seen.append(split), batches(data, split, *rest)][1])
+    words = [*SMALL, f"data.root={images}", "trainer.evaluate_every=2", f"out={tmp_path / 'run'}"]
+    assert command("train", *words, "trainer.steps=6")[0] == 0
+    assert [row["step"] for row in rows(tmp_path / "run") if row["split"] == "validation"] == [2, 4, 6]
+    assert [row["step"] for row in rows(tmp_path / "run") if row["split"] == "test"] == [6] and seen.count("test") == 1
+    state = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert state["metrics"]["best"] == min(row["bits_per_dim"] for row in rows(tmp_path / "run") if row["split"] == "validation")
+
+
+def test_a_run_is_known_by_its_test_figure_once_it_has_ended(tmp_path):
+    validation = [{"step": step, "split": "validation", "bits_per_dim": bits} for step, bits in ((1, 3.0), (2, 1.0), (3, 2.0))]
+    test = {"step": 3, "split": "test", "bits_per_dim": 2.5, "bits_per_dim_error": 0.25}
+    assert best_figure(validation) == "validation bits_per_dim 1.000"
+    assert best_figure([*validation, test]) == "test bits_per_dim 2.500 ± 0.250"
+    assert best_figure([*validation, test, {"step": 4, "split": "validation", "bits_per_dim": 4.0}]) == "validation bits_per_dim 1.000"
+    assert best_figure([test | {"step": 1, "bits_per_dim": 1.5}, test]) == "test bits_per_dim 2.500 ± 0.250"
 
 
 def test_load_gives_the_averaged_model_in_evaluation_mode(tiny_run):
@@ -198,9 +220,9 @@ def test_a_bad_step_is_skipped_and_counted(images, tmp_path, command, monkeypatc
 def test_a_bad_step_that_spoils_running_statistics_goes_back(images, tmp_path, command, monkeypatch):
     forward, calls = BatchNorm.forward, [0]
 
-    def overflow(self, x):
+    def overflow(self, x, condition=None):
         calls[0] += self.training
-        return forward(self, x / 0 if self.training and calls[0] == 40 else x)
+        return forward(self, x / 0 if self.training and calls[0] == 40 else x, condition)
 
     monkeypatch.setattr(BatchNorm, "forward", overflow)
     words = ["model=maf", "model.width=16", *[word for word in SMALL if not word.startswith("model.")], f"data.root={images}"]

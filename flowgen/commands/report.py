@@ -13,11 +13,11 @@ from flowgen.commands.runs import readable_runs
 from flowgen.config import read_config
 from flowgen.errors import FlowgenError
 from flowgen.training.find import OUTPUTS, find_run
-from flowgen.training.run import BETTER, Run, best_figure
+from flowgen.training.run import BETTER, Run, best_figure, watched
 
 UNITS = {"bits_per_dim": "bits/dim", "log_likelihood": "nats"}
 CAPTIONS = {
-    "curves.png": "Training loss, test figure, learning rate and gradient norm (flowgen train).",
+    "curves.png": "Training loss, validation figure, learning rate and gradient norm (flowgen train).",
     "features.png": "The weights of the hidden units, the largest first: orange above zero, blue below (flowgen train).",
     "sample.png": "Samples (flowgen sample).",
     "interpolation.png": "From one image to another, through the latents above and the pixels below (flowgen interpolate).",
@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
 class Section(NamedTuple):
     name: str
-    figure: str  # the best test figure with its error
+    figure: str  # the test figure with its error, or, before the end, the best on the validation split
     step: int
     environment: str
     pictures: list[Picture]
@@ -94,16 +94,16 @@ def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]
     """A picture for each figure and number of bits, since figures at different bits do not compare."""
     lines: dict[tuple[str, int], dict[str, list[tuple[int, float]]]] = {}
     for name, each in zip(names, rows, strict=True):
-        for row in each:
+        for row in watched(each):
             for figure in BETTER:
-                if row["split"] == "test" and row.get(figure) is not None:
+                if row.get(figure) is not None:
                     lines.setdefault((figure, row.get("bits", 1)), {}).setdefault(name, []).append((row["step"], row[figure]))
     found = []
     for (figure, bits), of_runs in sorted(lines.items()):
         file, at = io.BytesIO(), f" at {bits} bits" if figure == "bits_per_dim" else ""
-        label = f"test {figure.replace('_', ' ')}{at}, {UNITS[figure]}"
+        label = f"validation {figure.replace('_', ' ')}{at}, {UNITS[figure]}"
         plots.lines(of_runs, xlabel="step", ylabel=label, file=file, beyond=(0.05, 0.05))
-        found.append(Picture(f"Test {figure.replace('_', ' ')}{at} against the step.", encoded(file.getvalue(), "png")))
+        found.append(Picture(f"Validation {figure.replace('_', ' ')}{at} against the step.", encoded(file.getvalue(), "png")))
     return found
 
 

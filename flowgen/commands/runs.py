@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
 
 def runs() -> Iterator[Row]:
-    """The runs under `outputs/`, newest first, each with its last step and its best test figure."""
+    """The runs under `outputs/`, newest first, each with its last step and its test figure, or, before its end, its best one."""
     for run in readable_runs():
         config, rows = read_config(run.config), run.read_metrics()
         model, data = (str(config[section].get("_target_")).rpartition(".")[2] for section in ("model", "data"))

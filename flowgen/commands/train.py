@@ -137,9 +137,8 @@ def _train(run: Run, config: dict[str, Any], trainer: "Trainer", model: Any, dat
 
     with _logging(run):
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        log.info(
-            "%s: %.2f million parameters, %d training and %d test images", run.folder, parameters / 1e6, len(data.train), len(data.test)
-        )
+        counts = len(data.train), len(data.validation), len(data.test)
+        log.info("%s: %.2f million parameters, %d training, %d validation and %d test images", run.folder, parameters / 1e6, *counts)
         log.info("environment: %s", environment(trainer.device))
         if trainer.device.type == "cpu" and torch.cuda.is_available():
             log.warning("this machine has a GPU: trainer=gpu uses it")

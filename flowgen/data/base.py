@@ -1,45 +1,39 @@
 """Images in memory, drawn in batches on the device."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from flowgen.data.splits import Split, part
 from flowgen.errors import FlowgenError, check_choice, check_whole
 
 BINARISE = ("threshold", "once", "anew")
 
 
 class Images:
-    """A training and a test split of uint8 images, (N, channels, height, width), kept at 8 bits and handed out at `bits`.
+    """Three splits of uint8 images, (N, channels, height, width), kept at 8 bits and handed out at `bits`, with classes where known.
 
-    Both stay where they are, in memory or memory-mapped, until `to` moves them to a device that has room. At one bit a pixel is 1
+    They stay where they are, in memory or memory-mapped, until `to` moves them to a device that has room. At one bit a pixel is 1
     where it is at least 128 (`binarise` threshold), or with probability value / 255: drawn once and for all, or anew for every
-    training batch and once for the test images. `labels` are the classes of both splits, (N,), where they are known.
+    training batch and once for the other images.
     """
 
-    def __init__(
-        self,
-        train: Tensor,
-        test: Tensor,
-        *,
-        bits: int,
-        flip: bool,
-        binarise: str = "threshold",
-        labels: tuple[Tensor, Tensor] | None = None,
-    ):
+    def __init__(self, train: Split, validation: Split, test: Split, *, bits: int, flip: bool, binarise: str = "threshold"):
         check_whole(bits=bits)
         check_choice(range(1, 9), bits=bits)
         check_choice((True, False), flip=flip)
         check_choice(BINARISE, binarise=binarise)
-        if not len(train) or not len(test):
-            raise FlowgenError(f"{len(train)} training and {len(test)} test images are too few: at least one of each is needed")
+        if not (len(train) and len(validation) and len(test)):
+            counts = f"{len(train)} training, {len(validation)} validation and {len(test)} test images"
+            raise FlowgenError(f"{counts} are too few: at least one of each is needed")
         self.anew = bits == 1 and binarise == "anew"
         if bits == 1 and binarise != "threshold":
             generator = torch.Generator().manual_seed(0)
-            test = _binarised(test, generator)
-            train = train if self.anew else _binarised(train, generator)
-        self.train, self.test, self.labels = train, test, labels
+            test, validation = (replace(split, images=_binarised(split.images, generator)) for split in (test, validation))
+            train = train if self.anew else replace(train, images=_binarised(train.images, generator))
+        self.train, self.validation, self.test = train, validation, test
         self.bits, self.flip = bits, flip
         self.device = torch.device("cpu")
         self._order_of, self._order = (-1, 0), torch.empty(0)
@@ -47,21 +41,23 @@ class Images:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
-        channels, height, width = self.train.shape[1:]
+        channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
     @property
     def classes(self) -> int | None:
         """How many classes the labels tell apart, where there are any."""
-        return None if self.labels is None else 1 + max(int(labels.max()) for labels in self.labels)
+        labels = [split.labels for split in (self.train, self.validation, self.test) if split.labels is not None]
+        return 1 + int(torch.cat(labels).max()) if labels else None
 
     def to(self, device: torch.device) -> "Images":
         """Hand out batches on `device`, and keep the images there where they fill at most half of its free memory."""
         self.device = device
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            if self.train.nbytes + self.test.nbytes < free // 2:
-                self.train, self.test = self.train.to(device), self.test.to(device)
+            splits = (self.train, self.validation, self.test)
+            if sum(split.images.nbytes for split in splits) < free // 2:
+                self.train, self.validation, self.test = (replace(split, images=split.images.to(device)) for split in splits)
         return self
 
     def draw(self, seen: int, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -75,18 +71,18 @@ class Images:
             pieces.append(self._permutation(epoch, seed)[place : place + wanted])
             seen, wanted = seen + len(pieces[-1]), wanted - len(pieces[-1])
         indices = torch.cat(pieces)
-        levels = self._levels(self.train, indices)
-        labels = None if self.labels is None else self.labels[0][indices].to(self.device, torch.long)
+        levels = self._levels(self.train.images, indices)
+        labels = None if self.train.labels is None else self.train.labels[indices].to(self.device, torch.long)
         if self.flip:
             mirrored = torch.rand(count, 1, 1, 1, device=self.device) < 0.5
             levels = torch.where(mirrored, levels.flip(3), levels)
         return levels, labels
 
     def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Tensor]:
-        """The first `limit` images of a split, in order, never flipped; the last batch may be smaller."""
-        images = {"train": self.train, "test": self.test}[split]
+        """The images of a split, or `limit` of them, the same for ever; never flipped, and the last batch may be smaller."""
+        images = {"train": self.train, "validation": self.validation, "test": self.test}[split].images
         generator = torch.Generator(self.device).manual_seed(0)  # of what is drawn anew elsewhere
-        for indices in torch.arange(min(limit or len(images), len(images))).split(size):
+        for indices in part(len(images), limit).split(size):
             yield self._levels(images, indices, generator)
 
     def _permutation(self, epoch: int, seed: int) -> Tensor:
@@ -97,7 +93,7 @@ class Images:
 
     def _levels(self, images: Tensor, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
         chosen = images[indices.to(images.device)].to(self.device, non_blocking=True)
-        if self.anew and images is self.train:
+        if self.anew and images is self.train.images:
             chosen = _binarised(chosen, generator)
         return chosen >> (8 - self.bits)
 

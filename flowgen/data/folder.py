@@ -1,14 +1,14 @@
 """Any folder or zip of images, the layout of CelebA among them."""
 
-import hashlib
 import logging
-import os
 import zipfile
+from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 
 from flowgen.data.base import Images
 from flowgen.data.cache import Source, prepared
 from flowgen.data.locate import locate
+from flowgen.data.splits import Split, split_by_hash
 from flowgen.errors import FlowgenError, check_choice, check_whole
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -19,8 +19,8 @@ log = logging.getLogger("flowgen")
 class ImageFolder(Images):
     """The images of a folder, of a zip, or of a folder that holds one zip, prepared once and kept in a cache.
 
-    The split is CelebA's official one where its list lies beside the images (its validation images are left out), else a tenth of
-    the names, chosen by their hash, is the test split. `cure` says where the data is to be had. Raises FlowgenError where `root`
+    The splits are CelebA's official ones where its list lies beside the images, else a tenth of the names each, chosen by their
+    hash, is for validation and for the test. `cure` says where the data is to be had. Raises FlowgenError where `root`
     is missing or holds no image.
     """
 
@@ -41,10 +41,12 @@ class ImageFolder(Images):
         check_whole(size=size, **({} if crop is None else {"crop": crop}))
         folder = locate(root, names, cure)
         source = open_source(folder)
-        train, test = official_split(folder, list(source.stamps)) or hashed_split(list(source.stamps))
-        images, kept = prepared(source, train + test, size, channels, crop)
-        boundary = len(set(train).intersection(kept))
-        super().__init__(images[:boundary], images[boundary:], bits=bits, flip=flip, binarise=binarise)
+        splits = split_names(folder, list(source.stamps))
+        images, kept = prepared(source, [name for names in splits for name in names], size, channels, crop)
+        whole = Split(images)
+        ends = [0, *accumulate(len(set(names).intersection(kept)) for names in splits)]
+        train, validation, test = (whole[slice(*ends_of)] for ends_of in pairwise(ends))
+        super().__init__(train, validation, test, bits=bits, flip=flip, binarise=binarise)
 
 
 def open_source(root: Path) -> Source:
@@ -78,30 +80,26 @@ def _is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in SUFFIXES and not any(part.startswith((".", "__MACOSX")) for part in parts)
 
 
-def official_split(root: Path, names: list[str]) -> tuple[list[str], list[str]] | None:
-    """The names that CelebA's list puts into train and test; None where no list lies in `root` or beside it."""
+def split_names(root: Path, names: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Names of training, validation and test images: CelebA's official splits where its list lies in `root` or beside it, else by hash."""
+    return official_split(root, names) or split_by_hash(names)
+
+
+def official_split(root: Path, names: list[str]) -> tuple[list[str], list[str], list[str]] | None:
+    """What CelebA's list says of these names; None, with a warning, where it does not speak of all of them."""
     places = [root.parent] if root.is_file() else [root, *sorted(path for path in root.iterdir() if path.is_dir()), root.parent]
     lists = [path for place in places for path in sorted(place.glob(f"{PARTITION}.*"))]
     if not lists:
         return None
     rows = (line.replace(",", " ").split() for line in lists[0].read_text().splitlines())
-    part = {row[0]: row[1] for row in rows if len(row) == 2}
-    missing = [name for name in names if PurePosixPath(name).name not in part]
+    number = {row[0]: row[1] for row in rows if len(row) == 2}
+    missing = [name for name in names if PurePosixPath(name).name not in number]
     if missing:
         log.warning("%s does not name %s and %d others: the split goes by hash", lists[0], missing[0], len(missing) - 1)
         return None
-    train, test = ([name for name in names if part[PurePosixPath(name).name] == number] for number in ("0", "2"))
-    if not train or not test:
-        log.warning("%s leaves a split of %d and %d images: the split goes by hash", lists[0], len(train), len(test))
+    train, validation, test = ([name for name in names if number[PurePosixPath(name).name] == each] for each in ("0", "1", "2"))
+    if not (train and validation and test):
+        counts = f"{len(train)}, {len(validation)} and {len(test)}"
+        log.warning("%s leaves %s images for training, validation and the test: the split goes by hash", lists[0], counts)
         return None
-    return train, test
-
-
-def hashed_split(names: list[str]) -> tuple[list[str], list[str]]:
-    """One name in ten, decided by its own hash alone, goes to the test split; at least one does."""
-    test = {name for name in names if _digest(name) % 10 == 0} or {min(names, key=_digest)}
-    return [name for name in names if name not in test], [name for name in names if name in test]
-
-
-def _digest(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(os.fsencode(PurePosixPath(name).name)).digest()[:8], "big")
+    return train, validation, test

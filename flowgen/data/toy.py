@@ -7,21 +7,25 @@ import torch
 from torch import Tensor
 
 from flowgen.data.base import Images
+from flowgen.data.splits import SPLITS, Split
 from flowgen.errors import check_choice, check_whole
 
 SPAN = 4.0  # the square [-4, 4] x [-4, 4] is what the levels divide
 
 
 class Toy(Images):
-    """`count` training and as many test points, drawn with a seed of their own: uint8 of shape (count, 2, 1, 1)."""
+    """`count` points for each split, drawn with a seed of their own: uint8 of shape (count, 2, 1, 1)."""
 
     def __init__(self, *, name: str, count: int, bits: int, flip: bool, binarise: str = "threshold"):
         check_choice(SETS, name=name)
         check_whole(count=count)
         generator = torch.Generator().manual_seed(0)
-        points = [SETS[name](count, generator) for _ in ("train", "test")]
-        train, test = (((point + SPAN) * (256 / (2 * SPAN))).floor().clamp(0, 255).to(torch.uint8)[:, :, None, None] for point in points)
-        super().__init__(train, test, bits=bits, flip=flip, binarise=binarise)
+        train, test, validation = (_levels(SETS[name](count, generator)) for _ in SPLITS)
+        super().__init__(train, validation, test, bits=bits, flip=flip, binarise=binarise)
+
+
+def _levels(points: Tensor) -> Split:
+    return Split(((points + SPAN) * (256 / (2 * SPAN))).floor().clamp(0, 255).to(torch.uint8)[:, :, None, None])
 
 
 def moons(count: int, generator: torch.Generator) -> Tensor:

@@ -47,8 +47,8 @@ class Journal:
             self.board.add_scalar(f"{split}/{name}", value, step)
         shown = {name: value for name, value in row.items() if not name.endswith(("bits", "draws", "seconds", "memory_gib"))}
         words = "  ".join(f"{name} {value if isinstance(value, int) else f'{value:.4g}'}" for name, value in shown.items())
-        if split == "test":
-            log.info("step %d  test  %s", step, words)
+        if split != "train":
+            log.info("step %d  %s  %s", step, split, words)
         elif self.terminal:
             self.bar.set_postfix_str(words)
             log.debug("step %d  train  %s", step, words)

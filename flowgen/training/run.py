@@ -90,12 +90,19 @@ class Run:
         aside.replace(self.metrics)
 
 
+def watched(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows by which a training was steered: of the validation split, or of the test split in runs that had no other."""
+    split = "validation" if any(row["split"] == "validation" for row in rows) else "test"
+    return [row for row in rows if row["split"] == split]
+
+
 def best_figure(rows: list[dict[str, Any]]) -> str | None:
-    """The best test figure among a run's metrics, with its error."""
+    """The test figure of a run that has ended, with its error; before that, the best on the validation split."""
     for figure, better in BETTER.items():
-        tests = [row for row in rows if row["split"] == "test" and row.get(figure) is not None]
-        if tests:
-            best = better(tests, key=lambda row: row[figure])
+        steered = [row for row in watched(rows) if row.get(figure) is not None]
+        if steered:
+            ended = [row for row in rows if row["split"] == "test" and row["step"] == steered[-1]["step"] and row.get(figure) is not None]
+            best = ended[-1] if ended else better(steered, key=lambda row: row[figure])
             error = f" ± {best[f'{figure}_error']:.3f}" if best.get(f"{figure}_error") else ""
-            return f"{figure} {best[figure]:.3f}{error}"
+            return f"{best['split']} {figure} {best[figure]:.3f}{error}"
     return None

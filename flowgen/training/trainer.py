@@ -187,12 +187,15 @@ class Trainer:
         return state.step % every == 0 or self._progress(state) >= 1
 
     def _evaluate(self, state: State, data: Images, journal: Journal) -> bool:
-        """Write the test figures of the averaged model; whether they are the best so far."""
+        """Write the validation figures of the averaged model, at the end the test figures too; whether the former are the best so far."""
         model = state.averaged.eval()
-        test, train = (data.batches(split, self.batch_size, self.evaluate_images) for split in ("test", "train"))
-        figures = model.evaluate(test, train)
+        judged = {}
+        for split in ("validation", "test") if self._progress(state) >= 1 else ("validation",):
+            held_out, train = (data.batches(name, self.batch_size, self.evaluate_images) for name in (split, "train"))
+            judged[split] = model.evaluate(held_out, train)
+            journal.write(state.step, split, judged[split])
+        figures = judged["validation"]
         state.model.train()
-        journal.write(state.step, "test", figures)
         journal.curves()
         worth = -figures[model.figure] if model.higher_is_better else figures[model.figure]
         is_best = worth < state.best

@@ -104,9 +104,9 @@ class Reproduction:
             found.append(Section("comparison", "The comparison", figures, (), sentences, table))
         if "toy" in runs:
             found.append(Section("toy", TITLES["toy"], [of_digits.of_toy(runs["toy"][0], drawings)], self._trained(runs["toy"])))
-        if "slides" in runs and digits is not None and digits.labels is not None:
+        if "slides" in runs and digits is not None and digits.test.labels is not None:
             *machines, half_six = runs["slides"]
-            six = (digits.test >> 7)[digits.labels[1] == 6][0]
+            six = (digits.test.images >> 7)[digits.test.labels == 6][0]
             figures, table = of_digits.of_slides(machines, half_six, drawings, six), of_digits.table(runs["slides"])
             claim = best_of_prior({name: row["log_likelihood"] for name, row in of_digits.last_tests(machines).items()})
             found.append(Section("slides", TITLES["slides"], figures, self._trained(runs["slides"]), [claim], table))

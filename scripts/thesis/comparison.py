@@ -70,13 +70,13 @@ def _judge(run: Run, data: Images, count: int) -> dict[str, Any]:
 
 
 def _curves(runs: dict[str, Run], newest: Run, data: Images, folder: Path) -> Figure:
-    tests = {name: [row for row in run.read_metrics() if row["split"] == "test"] for name, run in runs.items()}
+    tests = {name: [row for row in run.read_metrics() if row["split"] == "validation"] for name, run in runs.items()}
     named = {name: [(row["step"], row["bits_per_dim"]) for row in rows] for name, rows in tests.items()}
-    label, offset = f"test bits/dim at {data.bits} bits", 8.0 - data.bits
+    label, offset = f"validation bits/dim at {data.bits} bits", 8.0 - data.bits
     path = drawn(folder / "figure_C.1.png", newest, lambda at: kinds.lines(named, "step", label, at, offset=offset))
     convention = ": left as they are, right in the thesis' convention" if data.bits < 8 else ""
-    images = min(len(data.test), *(rows[-1]["images"] for rows in tests.values()))
-    caption = f"Bits/dim of the first {images:,} test images as training went, by the averaged weights{convention}."
+    images = min(len(data.validation), *(rows[-1]["images"] for rows in tests.values()))
+    caption = f"Bits/dim of {images:,} validation images as training went, by the averaged weights{convention}."
     return Figure("C.1", caption, path, [], MAKE, "The thesis shows training losses alone.")
 
 

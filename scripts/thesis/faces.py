@@ -51,12 +51,12 @@ def changes(run: Run, experiment: str) -> str:
 def of_data(folder: Path, data: Images, originals: Tensor, name: str, crop: int | None) -> list[Figure]:
     """Figures 3.1 and 3.2: training images as they are, and as the model sees them."""
     count = len(originals)
-    levels = (data.train[:count] >> (8 - data.bits)).float()
+    levels = (data.train.images[:count] >> (8 - data.bits)).float()
     noisy = (levels + torch.rand(levels.shape, generator=torch.Generator().manual_seed(0))) / 2**data.bits
     paths = folder / "figure_3.1.png", folder / "figure_3.2.png"
     kinds.tiles(originals, [""] * count, 8, paths[0])
     kinds.tiles(noisy, [""] * count, 8, paths[1])
-    shape = "x".join(map(str, data.train.shape[2:]))
+    shape = "x".join(map(str, data.train.images.shape[2:]))
     return [
         Figure("3.1", f"Training images of {name}.", paths[0], [], MAKE, "The thesis: other images, cut to 148x148."),
         Figure(
@@ -85,14 +85,16 @@ def of_training(run: Run, folder: Path, numbers: tuple[str, ...], images: int, f
         found.append(Figure("3.3", caption, path, [run.folder], MAKE, f"The thesis: 1,500 steps. {AS_ABOVE}"))
     rate = [(row["step"], row["lr"]) for row in train]
     raw = [(row["step"], row["loss"]) for row in train]
-    test = [(row["step"], row["bits_per_dim"]) for row in rows if row["split"] == "test"]
+    held_out = [(row["step"], row["bits_per_dim"]) for row in rows if row["split"] == "validation"]
     label, offset = f"bits/dim at {config['data']['bits']} bits", 8.0 - config["data"]["bits"]
     drawings: list[tuple[str, Callable[[Path], object]]] = [
         ("The learning rate.", lambda at: kinds.lines({"learning rate": rate}, "step", "learning rate", at)),
         (
-            "The loss of single batches, smoothed by a moving average; and that of some test images, by the averaged weights. The first "
+            "The loss of single batches, smoothed by a moving average; and that of validation images, by the averaged weights. The first "
             "steps lie above the frame.",
-            lambda at: kinds.lines({"training": kinds.moving_average(raw), "test": test}, "step", label, at, offset=offset, skip=0.03),
+            lambda at: kinds.lines(
+                {"training": kinds.moving_average(raw), "validation": held_out}, "step", label, at, offset=offset, skip=0.03
+            ),
         ),
         (
             "The loss of single batches, raw; the first steps lie above the frame.",
@@ -151,7 +153,7 @@ def of_temperatures(run: Run, folder: Path, number: str) -> Figure:
 def of_interpolations(run: Run, folder: Path, numbers: tuple[str, ...], data: Images) -> list[Figure]:
     """Latent way and its middle; where six numbers are given, the pixels' way and its middle; from a test image to a training image."""
     bits = data.bits
-    train, test = data.train[:2] >> (8 - bits), data.test[:1] >> (8 - bits)
+    train, test = data.train.images[:2] >> (8 - bits), data.test.images[:1] >> (8 - bits)
     within, outside = (train[0], train[1]), (test[0], train[1])
     ends = {folder / "train_0.png": train[0], folder / "train_1.png": train[1], folder / "test_0.png": test[0]}
     for path, levels in ends.items():

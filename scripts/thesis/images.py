@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowgen.config import build_data, conf_folder
 from flowgen.data import Images
-from flowgen.data.folder import hashed_split, official_split, open_source
+from flowgen.data.folder import open_source, split_names
 from flowgen.data.locate import locate
 from flowgen.errors import FlowgenError
 from flowgen.messages import one_sentence
@@ -46,10 +46,10 @@ def digits(scale: str) -> Images:
 def originals(config: dict[str, Any], prepared: Images) -> Tensor:
     """The first training images as they are before they are prepared, each in a white square: (N, channels, size, size) in [0, 1]."""
     if "names" not in config:
-        return prepared.train[:SHOWN].float() / 255
+        return prepared.train.images[:SHOWN].float() / 255
     place = locate(config["root"], config["names"], config["cure"])
     source = open_source(place)
-    names = (official_split(place, list(source.stamps)) or hashed_split(list(source.stamps)))[0]
+    names = split_names(place, list(source.stamps))[0]
     readable: list[Tensor] = []
     for name in names:
         with contextlib.suppress(OSError):  # such a file is left out of the training images too
