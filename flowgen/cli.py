@@ -12,6 +12,7 @@ import click
 
 from flowgen.config import options, settings
 from flowgen.messages import one_sentence, show_messages
+from flowgen.training.threads import prepare_threads, use_threads
 
 HYDRA_FLAGS = {"-m", "--multirun", "--help", "-h", "--cfg", "-c", "--resolve", "--info", "-i", "--package", "-p", "--version"}
 PATH = click.Path(path_type=Path)
@@ -122,7 +123,7 @@ def resume(name: str, overrides: tuple[str, ...]) -> None:
 @out_option
 def sample(**options: Any) -> None:
     """Draw a grid of samples, a block of rows for each temperature, sorted by log-probability."""
-    click.echo(_command("sample").sample(**options))
+    click.echo(_command("sample", computes=True).sample(**options))
 
 
 @cli.command()
@@ -135,7 +136,7 @@ def sample(**options: Any) -> None:
 @out_option
 def interpolate(**options: Any) -> None:
     """Walk from one image to another: through the latents above, through the pixels below. FILE.gif is a film."""
-    click.echo(_command("interpolate").interpolate(**options))
+    click.echo(_command("interpolate", computes=True).interpolate(**options))
 
 
 @cli.command()
@@ -153,7 +154,7 @@ def complete(
     image: Path, keep: str, methods: tuple[str, ...], name: str | None, sweeps: int, seed: int, device: str, out: Path | None
 ) -> None:
     """Restore the missing part of an image with an RBM: sample what is unknown given what is known."""
-    click.echo(_command("complete").complete(image, keep, list(methods or SAMPLERS), name, sweeps, seed, device, out))
+    click.echo(_command("complete", computes=True).complete(image, keep, list(methods or SAMPLERS), name, sweeps, seed, device, out))
 
 
 @cli.command()
@@ -169,7 +170,7 @@ def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, s
     """Film an RBM's chains growing images from white noise, FILE.gif."""
     if out is not None and out.suffix.lower() != ".gif":
         raise click.UsageError(f"{out} is no name of a film: let it end in .gif")
-    click.echo(_command("chain").chain(method, name, count, frames, sweeps, seed, device, out))
+    click.echo(_command("chain", computes=True).chain(method, name, count, frames, sweeps, seed, device, out))
 
 
 @cli.command()
@@ -179,7 +180,7 @@ def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, s
 @click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
 def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
     """Measure a model on the whole test split, as in `flowgen evaluate model.draws=8`."""
-    figures = _command("evaluate").evaluate(name, list(overrides), device)
+    figures = _command("evaluate", computes=True).evaluate(name, list(overrides), device)
     if as_json:
         click.echo(json.dumps(figures))
         return
@@ -209,16 +210,20 @@ def runs() -> None:
         click.echo(f"{row.name:48}  {row.model:8} {row.data:14} step {row.step:<8} {row.best}")
 
 
-def _command(module: str) -> Any:
-    """A module of `flowgen.commands`, imported when its command runs."""
+def _command(module: str, computes: bool = False) -> Any:
+    """A module of `flowgen.commands`, imported when its command runs; what `computes` with a model does so on the cores that are free."""
     from importlib import import_module
 
     show_messages()
-    return import_module(f"flowgen.commands.{module}")
+    command = import_module(f"flowgen.commands.{module}")
+    if computes:
+        use_threads()
+    return command
 
 
 def main() -> None:
     """Run the command line; every error ends as one line on standard error and an exit status."""
+    prepare_threads()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     if not debug:  # what fails in TensorBoard's thread comes up in this one too, and a log that cannot be written is told by that

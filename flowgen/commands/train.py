@@ -127,7 +127,9 @@ def _build(config: dict[str, Any]) -> tuple["Trainer", Any, Any, dict[str, Any]]
 
     check_whole(0, seed=config["seed"])
     torch.manual_seed(config["seed"])
-    return (build("trainer", config["trainer"]), *build_model_and_data(config))
+    trainer = build("trainer", {"threads": "auto"} | config["trainer"])
+    config["trainer"]["threads"] = trainer.threads  # kept, since a resumed run has the same bits on as many threads alone
+    return (trainer, *build_model_and_data(config))
 
 
 def _train(run: Run, config: dict[str, Any], trainer: "Trainer", model: Any, data: Any, checkpoint: dict[str, Any] | None) -> None:

@@ -1,5 +1,6 @@
 """What the machine can do."""
 
+import os
 import platform
 import resource
 from importlib.metadata import version
@@ -48,6 +49,6 @@ def peak_memory(device: torch.device) -> float:
 def environment(device: torch.device) -> str:
     """What a run ran on, for its log."""
     threads = torch.get_num_threads()
-    cpu = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
+    cpu = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)} on {os.cpu_count()} core{'s' * (os.cpu_count() != 1)}"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return f"flowgen {version('flowgen')}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {where}"

@@ -19,6 +19,7 @@ from flowgen.training.run import Run
 from flowgen.training.schedule import learning_rate_factor, warmup_steps
 from flowgen.training.state import State
 from flowgen.training.stop import StopRequest
+from flowgen.training.threads import use_threads
 
 SHORTEST = 0.001  # minutes
 PATIENCE = 5  # steps in a row that may fail before training goes back
@@ -46,6 +47,7 @@ class Trainer:
         ema: float,
         initial_images: int,
         device: str,
+        threads: int | str,
         precision: str,
         compile: bool,
         log_every: int,
@@ -83,6 +85,7 @@ class Trainer:
         self.lr, self.warmup, self.decay, self.clip, self.ema = lr, warmup, decay, clip, ema
         self.initial_images = initial_images
         self.device, self.precision, self.compile = choose_device(device), precision, compile
+        self.threads = use_threads(threads)
         self.autocast_dtype = autocast_dtype(precision, self.device)
         self.log_every, self.evaluate_every, self.evaluate_images = log_every, evaluate_every, evaluate_images
         self.sample_every, self.sample_temperature = sample_every, sample_temperature
