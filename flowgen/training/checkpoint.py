@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.errors import FlowgenError
+from flowgen.training.formats import renewed
 
 KEYS = {"config", "step", "model", "ema", "optimizer", "random", "metrics", "images_seen"}
 
@@ -57,4 +58,4 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FlowgenError(f"{path} is cut short or no checkpoint of flowgen: name another run or checkpoint") from error
     if not isinstance(state, dict) or not state.keys() >= KEYS or not isinstance(state["config"], dict):
         raise FlowgenError(f"{path} is no checkpoint of flowgen: name another run or checkpoint")
-    return state
+    return renewed(state)

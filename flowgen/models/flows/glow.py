@@ -37,7 +37,7 @@ class Glow(Flow):
         size: int,
         bits: int,
         levels: int | None,
-        steps_per_level: int,
+        steps_per_level: int | list[int],
         width: int,
         network: str,
         blocks: int,
@@ -53,7 +53,7 @@ class Glow(Flow):
         classes: int | None,
         class_networks: bool = False,
     ):
-        check_whole(channels=channels, size=size, bits=bits, steps_per_level=steps_per_level, width=width, blocks=blocks)
+        check_whole(channels=channels, size=size, bits=bits, width=width, blocks=blocks)
         check_choice(("conv", "resnet", "gated"), network=network)
         check_choice(TRANSFORMS, coupling=coupling)
         check_choice(("plu", "plain"), convolution=convolution)
@@ -65,8 +65,14 @@ class Glow(Flow):
             raise FlowgenError(f"grey images of size={size} cannot be halved, which Glow needs: give data.size an even value")
         check_choice(("bounded", "sigmoid", "tanh"), scale=scale)
 
-        def steps(channels: int) -> list[Bijection]:
-            return [bijection for _ in range(steps_per_level) for bijection in step(channels)]
+        depths = steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * max(1, levels)
+        for depth in depths:
+            check_whole(steps_per_level=depth)
+        if len(depths) != max(1, levels):
+            raise FlowgenError(f"steps_per_level={depths} is not a number for each of {levels} levels: give so many, or one for all")
+
+        def steps(number: int, channels: int) -> list[Bijection]:
+            return [bijection for _ in range(depths[number - 1]) for bijection in step(channels)]
 
         def step(channels: int) -> tuple[Bijection, Bijection]:
             mix = PLUConv1x1(channels) if convolution == "plu" else Conv1x1(channels)
@@ -87,9 +93,9 @@ class Glow(Flow):
         def level(number: int, channels: int, size: int) -> Bijection:
             """The flow from the image that enters this level to one vector, built from the top down."""
             if levels == 0:  # a size that cannot be halved
-                return Chain(*steps(channels), *top(channels, size))
+                return Chain(*steps(1, channels), *top(channels, size))
             channels, size = 4 * channels, size // 2
-            here = [Squeeze(), *steps(channels)]
+            here = [Squeeze(), *steps(number, channels)]
             if number == levels:
                 return Chain(*here, *top(channels, size))
             predict = ZeroConv2d(channels // 2 + seen, channels, 3) if prior == "predicted" else None
