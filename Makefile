@@ -6,7 +6,7 @@ DEMO := outputs/demo
 SCALE ?= full
 DATA ?= celeba_hq
 
-.PHONY: help setup demo test lint bench reproduce-thesis
+.PHONY: help setup demo test lint bench zoo reproduce-thesis
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
@@ -37,6 +37,9 @@ lint: $(FLOWGEN) ## style and types
 
 reproduce-thesis: $(FLOWGEN) ## every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
 	.venv/bin/python scripts/thesis --scale $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
+
+zoo: $(FLOWGEN) ## train the models that the package brings: hours
+	.venv/bin/python scripts/zoo.py $(NAMES)
 
 bench: $(FLOWGEN) ## training speed beside other packages
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

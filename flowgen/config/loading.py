@@ -19,13 +19,11 @@ def load_model(run: str | os.PathLike[str], device: str = "cpu") -> "GenerativeM
 
 def model_of(checkpoint: dict[str, Any], device: str = "cpu") -> "GenerativeModel":
     """The model of a checkpoint that has been read, with its averaged weights where there are any."""
+    from flowgen.training.checkpoint import weights_of
     from flowgen.training.device import choose_device
 
     model = build_model(checkpoint["config"])
-    weights = checkpoint["model"]
-    if checkpoint["ema"] is not None:
-        weights = {name.removeprefix("module."): value for name, value in checkpoint["ema"].items() if name.startswith("module.")}
-    load_weights(model, weights)
+    load_weights(model, weights_of(checkpoint))
     return model.to(choose_device(device)).eval()
 
 

@@ -59,3 +59,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not state.keys() >= KEYS or not isinstance(state["config"], dict):
         raise FlowgenError(f"{path} is no checkpoint of flowgen: name another run or checkpoint")
     return renewed(state)
+
+
+def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The averaged weights of a checkpoint, or, where there are none, those that were trained."""
+    if checkpoint["ema"] is None:
+        return checkpoint["model"]
+    return {name.removeprefix("module."): value for name, value in checkpoint["ema"].items() if name.startswith("module.")}

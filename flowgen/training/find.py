@@ -5,6 +5,7 @@ from typing import Any
 
 from flowgen.errors import FlowgenError
 from flowgen.training.checkpoint import read_checkpoint
+from flowgen.training.portable import SUFFIX, ZOO, read_portable, zoo_file
 from flowgen.training.run import Run
 
 OUTPUTS = Path("outputs")
@@ -17,7 +18,12 @@ def list_runs(*folders: Path) -> list[Run]:
 
 
 def find_run(name: str) -> Run:
-    """The run whose folder, checkpoint file or name under `outputs/` this is. Raises FlowgenError where there is none."""
+    """The run whose folder, checkpoint file or name under `outputs/` this is; for a model of the zoo, where its pictures go.
+
+    Raises FlowgenError where there is none.
+    """
+    if name.startswith("zoo/"):
+        return Run(OUTPUTS / zoo_file(name).relative_to(ZOO.parent).with_suffix(""))
     for path in (Path(name), OUTPUTS / name):
         if path.is_file():
             return Run(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
@@ -45,7 +51,13 @@ def find_checkpoint(name: str | None, wanted: type | None = None, with_classes: 
         raise FlowgenError(f"no {kind} under outputs/ has a checkpoint: train one with `flowgen train{how}`, or name one with --run")
     run = find_run(name)
     path = next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
-    checkpoint = read_checkpoint(path) if path else run.last_good()
+    if name.startswith("zoo/"):
+        checkpoint = read_portable(zoo_file(name))
+        run.folder.mkdir(parents=True, exist_ok=True)  # for what the command makes
+    elif path is not None and path.suffix == SUFFIX:
+        checkpoint = read_portable(path)
+    else:
+        checkpoint = read_checkpoint(path) if path else run.last_good()
     if checkpoint is None:
         raise FlowgenError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}` goes on with it")
     if not _is_of(checkpoint, wanted, with_classes):

@@ -1,0 +1,39 @@
+"""Train the models that the package brings, judge them, and put them into flowgen/zoo: `make zoo`, or `python scripts/zoo.py NAME...`.
+
+A training that was stopped goes on. What is kept is the end of it: nothing is chosen on the test images.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+from flowgen.config import options
+from flowgen.training.find import find_checkpoint
+from flowgen.training.portable import SUFFIX, ZOO, write_portable
+
+EXPERIMENTS = "zoo/"
+
+
+def flowgen(*words: str) -> str:
+    return subprocess.run([sys.executable, "-m", "flowgen", *words], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def main() -> None:
+    names = [name.removeprefix(EXPERIMENTS) for name in options("experiment") if name.startswith(EXPERIMENTS)]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", default=names, help=f"by default all: {', '.join(names)}")
+    parser.add_argument("--trained", action="store_true", help="train nothing, but judge and keep the runs that there are")
+    options_ = parser.parse_args()
+    for name in options_.names:
+        run, command = f"outputs/zoo_{name}", ["train", f"experiment=zoo/{name}"]
+        if not options_.trained:
+            flowgen(*command, f"out={run}", "resume=true")
+        figures = json.loads(flowgen("evaluate", "--run", run, "--json"))
+        path = ZOO / f"{name}{SUFFIX}"
+        write_portable(find_checkpoint(run)[1], figures, " ".join(["flowgen", *command]), path)
+        print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB, {figures}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Models to pass on: written, read, used like any run, and refused where they are none."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import flowgen
+from flowgen.training.find import find_checkpoint
+from flowgen.training.portable import SUFFIX, ZOO, read_portable, write_portable, zoo
+
+MODELS = zoo()
+
+
+@pytest.fixture
+def portable(tiny_run, tmp_path):
+    write_portable(find_checkpoint(str(tiny_run))[1], {"bits_per_dim": 5.0}, "flowgen train", tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_a_portable_model_is_the_runs_averaged_one(tiny_run, portable):
+    one, other = flowgen.load(tiny_run), flowgen.load(portable)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    assert not other.training
+
+
+def test_a_portable_model_names_no_folder_of_the_machine(tiny_run, portable, images):
+    assert str(images).encode() not in portable.read_bytes() and str(tiny_run).encode() not in portable.read_bytes()
+
+
+def test_commands_read_a_portable_model_like_a_run(tiny_run, portable, command, tmp_path):
+    for run, name in ((tiny_run, "one.png"), (portable, "other.png")):
+        status, _, error = command("sample", "--run", run, "--count", 4, "--out", tmp_path / name)
+        assert status == 0, error
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+
+
+def test_what_is_no_portable_model_gets_one_line(portable, command, tmp_path):
+    cut = tmp_path / f"cut{SUFFIX}"
+    cut.write_bytes(portable.read_bytes()[:-100])
+    foreign, empty = tmp_path / f"foreign{SUFFIX}", tmp_path / f"empty{SUFFIX}"
+    save_file({"weight": torch.zeros(2)}, foreign)
+    save_file({"weight": torch.zeros(2)}, empty, metadata={"flowgen": json.dumps({"config": {}, "step": "many"})})
+    for path in (cut, foreign, empty):
+        status, _, error = command("sample", "--run", path)
+        assert status == 1 and "model of flowgen" in error and len(error.splitlines()) == 1
+
+
+def test_a_name_that_is_not_in_the_zoo_gets_one_line(command):
+    status, _, error = command("sample", "--run", "zoo/nothing")
+    assert status == 1 and "not in the zoo" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_the_zoo_is_small_and_samples_at_once(name, command, elsewhere):
+    assert (ZOO.parent / f"{name}{SUFFIX}").stat().st_size < 2_000_000
+    status, out, error = command("sample", "--run", name, "--count", 2)
+    assert status == 0, error
+    assert out.strip() == f"outputs/{name}/sample.png" and (elsewhere / "outputs" / name / "sample.png").exists()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_the_zoo_says_how_it_was_made_and_judged(name):
+    about = read_portable(ZOO.parent / f"{name}{SUFFIX}")
+    figures = about["figures"]
+    assert about["command"].startswith("flowgen train experiment=zoo/") and figures["split"] == "test" and figures["images"] == 10_000
+    assert any(math.isfinite(figures.get(name, math.nan)) for name in ("bits_per_dim", "log_likelihood"))
