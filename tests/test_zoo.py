@@ -26,6 +26,16 @@ def test_a_portable_model_is_the_runs_averaged_one(tiny_run, portable):
     assert not other.training
 
 
+def test_half_precision_halves_the_convolutions_alone(tiny_run, tmp_path):
+    checkpoint = find_checkpoint(str(tiny_run))[1]
+    for half in (False, True):
+        write_portable(checkpoint, {}, "flowgen train", tmp_path / f"{half}.safetensors", half=half)
+    whole, halved = (read_portable(tmp_path / f"{half}.safetensors")["model"] for half in (False, True))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor.half() if tensor.dim() == 4 else tensor, halved[name])
+    assert (tmp_path / "True.safetensors").stat().st_size < (tmp_path / "False.safetensors").stat().st_size
+
+
 def test_a_portable_model_names_no_folder_of_the_machine(tiny_run, portable, images):
     assert str(images).encode() not in portable.read_bytes() and str(tiny_run).encode() not in portable.read_bytes()
 

@@ -23,14 +23,21 @@ def zoo_file(name: str) -> Path:
     return ZOO / f"{name.removeprefix('zoo/')}{SUFFIX}"
 
 
-def write_portable(checkpoint: dict[str, Any], figures: dict[str, Any], command: str, path: Path) -> None:
-    """The averaged weights, where there are any, and what says where they come from; nothing of this machine's folders."""
+def write_portable(checkpoint: dict[str, Any], figures: dict[str, Any], command: str, path: Path, half: bool = False) -> None:
+    """The averaged weights, where there are any, and what says where they come from; nothing of this machine's folders.
+
+    `half` stores convolutions in half precision, to be judged as they are read again.
+    """
+    import torch
     from safetensors.torch import save_file
 
     data = {key: None if key == "root" else value for key, value in checkpoint["config"]["data"].items()}
     config = checkpoint["config"] | {"out": None, "data": data}
     about = {"config": config, "step": checkpoint["step"], "images_seen": checkpoint["images_seen"], "figures": figures, "command": command}
-    weights = {name: value.contiguous().clone() for name, value in weights_of(checkpoint).items()}
+    weights = {
+        name: value.to(torch.float16 if half and value.dim() == 4 else value.dtype).contiguous().clone()
+        for name, value in weights_of(checkpoint).items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, path, metadata={"flowgen": json.dumps(about)})
 
