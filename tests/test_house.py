@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "data": {"errors", "vision"},
     "plots": set(),
     "pictures": {"vision", "plots"},
-    "judging": {"errors"},
+    "judging": {"data", "errors"},
     "training": {"models", "data", "pictures", "plots", "errors"},
     "config": {"models", "data", "training", "errors"},
     "commands": {"training", "pictures", "plots", "config", "models", "data", "errors", "progress"},

@@ -1,10 +1,12 @@
 """What judges samples, interpolations and differences, beside a model's own likelihood."""
 
+from flowgen.judging.classifier import Classifier, train_classifier
 from flowgen.judging.differences import Mean, mean, paired_difference
 from flowgen.judging.likeness import Likeness, PrincipalComponents, distance_from_mean, likeness
 from flowgen.judging.walks import changes, unevenness
 
 __all__ = [
+    "Classifier",
     "Likeness",
     "Mean",
     "PrincipalComponents",
@@ -13,5 +15,6 @@ __all__ = [
     "likeness",
     "mean",
     "paired_difference",
+    "train_classifier",
     "unevenness",
 ]
