@@ -11,7 +11,7 @@ import torch
 import flowgen
 from flowgen.commands.sample import draw
 from flowgen.data import MNIST
-from flowgen.judging.classifier import Classifier, train_classifier
+from flowgen.judging import Classifier, train_classifier
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--root", help="the folder with MNIST's idx files; by default looked for, or downloaded")
     parser.add_argument("--keep", type=Path, help="a file that keeps the trained classifier")
     options = parser.parse_args()
-    data = MNIST(name="MNIST", root=options.root, names=["mnist", "MNIST"], channels=1, size=28, bits=8, flip=False)
+    data = MNIST(name="MNIST", root=options.root, names=["mnist", "MNIST"], size=28, bits=8, flip=False)
     if options.keep and options.keep.exists():
         classifier = Classifier((1, 28, 28), 8, 10).eval()
         classifier.load_state_dict(torch.load(options.keep, weights_only=True))
