@@ -30,8 +30,8 @@ def main() -> None:
         classifier = train_classifier(data)
         if options.keep:
             torch.save(classifier.state_dict(), options.keep)
-    label, surety = classifier.surety(data.test)
-    accuracy = (label == data.labels[1]).float().mean().item()
+    label, surety = classifier.surety(data.test.images)
+    accuracy = (label == data.test.labels).float().mean().item()
     print(f"test digits: readable {(surety >= 0.9).float().mean():.3f}, named rightly {accuracy:.4f}")
     for run in options.runs:
         model = flowgen.load(run)

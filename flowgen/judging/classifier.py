@@ -41,10 +41,10 @@ class Classifier(nn.Module):
 
 def train_classifier(data: Images, epochs: int = 3, batch: int = 100, seed: int = 0) -> Classifier:
     """A classifier of the training images' labels. Raises FlowgenError where there are none."""
-    if data.labels is None:
+    if data.train.labels is None or data.classes is None:
         raise FlowgenError("a classifier needs labels: put the labels-idx1 files beside the images")
     torch.manual_seed(seed)
-    model = Classifier((data.train.shape[1], data.train.shape[2], data.train.shape[3]), data.bits, int(data.labels[0].max()) + 1)
+    model = Classifier(data.shape, data.bits, data.classes)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = epochs * len(data.train) // batch
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
