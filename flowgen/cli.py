@@ -179,7 +179,7 @@ def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, s
 @device_option
 @click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
 def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
-    """Measure a model on the whole test split, as in `flowgen evaluate model.draws=8`."""
+    """Measure a model on the whole test split, as in `flowgen evaluate draws=8`."""
     figures = _command("evaluate", computes=True).evaluate(name, list(overrides), device)
     if as_json:
         click.echo(json.dumps(figures))

@@ -146,7 +146,7 @@ def test_evaluate_prints_one_json_object_that_names_its_conditions(tiny_run, com
     figures = json.loads(output)
     assert status == 0 and figures["split"] == "test" and figures["bits"] == 5 and figures["draws"] == 1 and figures["images"] > 0
     assert math.isfinite(figures["bits_per_dim"]) and figures["bits_per_dim_error"] > 0
-    more = json.loads(command("evaluate", "--run", tiny_run, "--json", "model.draws=4")[1])
+    more = json.loads(command("evaluate", "--run", tiny_run, "--json", "draws=4")[1])
     assert more["draws"] == 4 and more["bits_per_dim"] <= figures["bits_per_dim"] + figures["bits_per_dim_error"]
     assert "bits_per_dim" in command("evaluate", "--run", tiny_run)[1]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowgen.config import build
 from flowgen.errors import FlowgenError
+from flowgen.models import Evaluation
 from flowgen.models.partition import ais, bridge, exact_log_z, reverse_ais
 from flowgen.models.rbm import METHODS, RBM, likelihood
 from flowgen.models.rbm.contrast import Contrast
@@ -307,11 +308,15 @@ def test_the_sandwich_says_whether_it_may_be_quoted(monkeypatch):
     rbm = machine(30, 24, scale=0.3)
     monkeypatch.setattr(likelihood, "LADDER", {"temperatures": 10, "burn_in": 200, "sweeps": 200})
     generator = torch.Generator().manual_seed(0)
-    figures = log_likelihood(rbm, rbm.free_energy(white_noise(rbm, 50)).detach(), generator, thorough=True, betas=300, chains=100)
+    figures = log_likelihood(
+        rbm, rbm.free_energy(white_noise(rbm, 50)).detach(), Evaluation(thorough=True, betas=300, chains=100), generator
+    )
     assert figures["quotable"] and figures["verdict"].startswith("quotable")
     assert figures["log_likelihood_forward"] + 1 > figures["log_likelihood"] > figures["log_likelihood_reverse"] - 1
     hard = machine(30, 24, scale=6.0)
-    figures = log_likelihood(hard, hard.free_energy(white_noise(hard, 50)).detach(), generator, thorough=True, betas=2, chains=100)
+    figures = log_likelihood(
+        hard, hard.free_energy(white_noise(hard, 50)).detach(), Evaluation(thorough=True, betas=2, chains=100), generator
+    )
     assert not figures["quotable"] and figures["verdict"].startswith("do not quote")
 
 
@@ -320,7 +325,7 @@ def test_a_machine_that_diverged_is_not_quotable(monkeypatch):
     rbm = machine(30, 24)
     rbm.weight.data[:] = float("nan")
     free = rbm.free_energy(white_noise(rbm, 20)).detach()
-    figures = log_likelihood(rbm, free, torch.Generator().manual_seed(0), thorough=True, betas=5, chains=10)
+    figures = log_likelihood(rbm, free, Evaluation(thorough=True, betas=5, chains=10), torch.Generator().manual_seed(0))
     assert not figures["quotable"] and "diverged" in figures["verdict"]
 
 

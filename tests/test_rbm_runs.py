@@ -78,17 +78,37 @@ def test_evaluate_prints_the_sandwich(images, tmp_path, command):
     words = [
         *TINY,
         "model.hidden=24",
-        "model.betas=50",
-        "model.chains=20",
         f"data.root={images}",
         "trainer.steps=4",
         f"out={tmp_path / 'r'}",
     ]
     assert command("train", *words, f"data.root={images}", f"out={tmp_path / 'r'}")[0] == 0
-    figures = json.loads(command("evaluate", "--run", tmp_path / "r", "--json")[1])
+    figures = json.loads(command("evaluate", "--run", tmp_path / "r", "--json", "betas=50", "evaluation.chains=20")[1])
     for name in ("forward", "reverse", "bridge"):
         assert figures[f"log_z_{name}_error"] > 0 and figures[f"effective_size_{name}"] > 1 and figures[f"log_likelihood_{name}"] < 0
     assert isinstance(figures["quotable"], bool)
+    look = json.loads(command("evaluate", "--run", tmp_path / "r", "--json", "betas=50", "thorough=false")[1])
+    assert look["log_z_error"] > 0 and "quotable" not in look
+
+
+def test_how_to_evaluate_is_no_setting_of_the_model(rbm_run, images, command):
+    words = "model.betas is no setting of the model: write evaluation.betas=50, or `flowgen evaluate betas=50`"
+    assert_plain(command("evaluate", "--run", rbm_run, "model.betas=50"), words)
+    assert_plain(command("train", *TINY, f"data.root={images}", "trainer.steps=1", "model.betas=50"), words)
+    assert_plain(command("evaluate", "--run", rbm_run, "betas=0"), "betas must be a whole number of at least 1")
+
+
+def test_checkpoints_that_say_in_their_model_how_to_evaluate_still_load(tiny_run, command):
+    path = tiny_run / "checkpoints" / "last.pt"
+    state = read_checkpoint(path)
+    del state["config"]["evaluation"]
+    state["config"]["model"]["draws"] = 3
+    torch.save(state, path)
+    assert flowgen.load(tiny_run).classes is None
+    assert json.loads(command("evaluate", "--run", tiny_run, "--json")[1])["draws"] == 3
+    assert json.loads(command("evaluate", "--run", tiny_run, "--json", "draws=2")[1])["draws"] == 2
+    assert command("resume", tiny_run, "trainer.steps=7", "evaluation.draws=4")[0] == 0
+    assert read_checkpoint(path)["config"]["evaluation"]["draws"] == 4
 
 
 @pytest.mark.parametrize("method", ["gibbs", "tempering", "mean-field"])

@@ -23,6 +23,7 @@ from flowgen.config import (
     check_words,
     conf_folder,
     in_grammar,
+    in_todays_words,
     load_weights,
     one_end,
     one_line,
@@ -95,7 +96,8 @@ def resume(name: str, overrides: list[str]) -> None:
     run = find_run(name)
     with _sole_trainer_of(run):
         checkpoint = read_checkpoint(Path(name)) if Path(name).is_file() else run.last_good()
-        config = override(read_config(run.config) if checkpoint is None else checkpoint["config"], one_end(overrides))
+        config = in_todays_words(read_config(run.config) if checkpoint is None else checkpoint["config"])
+        config = override(config, one_end(overrides))
         if config["data"].get("root") is not None:
             config["data"]["root"] = _absolute(config["data"]["root"])
         trainer, model, data, config = _build(config)

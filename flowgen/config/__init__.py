@@ -3,10 +3,12 @@
 from flowgen.config.building import build, build_data, build_model, build_model_and_data, model_for
 from flowgen.config.files import conf_folder, options, read_config, save_config, settings
 from flowgen.config.loading import load_model, load_weights, model_of
+from flowgen.config.older import OF_THE_EVALUATION, in_todays_words
 from flowgen.config.sentences import no_such_setting, one_line, plain_error
 from flowgen.config.words import check_words, in_grammar, one_end, override, plain
 
 __all__ = [
+    "OF_THE_EVALUATION",
     "build",
     "build_data",
     "build_model",
@@ -14,6 +16,7 @@ __all__ = [
     "check_words",
     "conf_folder",
     "in_grammar",
+    "in_todays_words",
     "load_model",
     "load_weights",
     "model_for",

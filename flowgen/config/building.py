@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flowgen.config.older import in_todays_words
 from flowgen.errors import FlowgenError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def model_for(config: dict[str, Any], shape: tuple[int, int, int], bits: int) ->
 
 def build_model(config: dict[str, Any]) -> "GenerativeModel":
     """The untrained model of a configuration from `model_for`; its weights depend on torch's random state."""
-    return build("model", config["model"])
+    return build("model", in_todays_words(config)["model"])
 
 
 def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Images", dict[str, Any]]:

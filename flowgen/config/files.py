@@ -25,13 +25,22 @@ def settings() -> dict[str, list[str]]:
     from yaml import safe_load
 
     groups = ("data", "model", "trainer")
-    found: dict[str, list[str]] = {name: [] for name in ("out", "seed", "experiment", "model/negative_phase", *groups)}
+    evaluation = [f"evaluation.{key}" for key in evaluation_defaults() if key != "_target_"]
+    found: dict[str, list[str]] = {name: [] for name in ("out", "seed", "experiment", "model/negative_phase", *evaluation, *groups)}
     for section in groups:
         for name in options(section):
             file = safe_load((conf_folder() / section / f"{name}.yaml").read_text())
             for key in file.get(section, file).keys() - {"defaults", "_target_", *groups}:
                 found.setdefault(f"{section}.{key}", []).append(f"{section}={name}")
     return dict(sorted(found.items()))
+
+
+def evaluation_defaults() -> dict[str, Any]:
+    """How `flowgen evaluate` judges where a run does not say it."""
+    from yaml import safe_load
+
+    defaults: dict[str, Any] = safe_load((conf_folder() / "train.yaml").read_text())["evaluation"]
+    return defaults
 
 
 def save_config(config: dict[str, Any], path: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from flowgen.config.older import OF_THE_EVALUATION
 from flowgen.config.sentences import no_such_setting, one_line
 from flowgen.errors import FlowgenError
 
@@ -19,6 +20,9 @@ def check_words(words: list[str]) -> None:
             raise FlowgenError(f"{word!r} is no override: write KEY=VALUE, as in trainer.steps=2000")
         if key in FOLDERS and not value.strip("'\""):
             raise FlowgenError(f"{word} is empty: name a folder, or leave it out")
+        section, _, name = key.partition(".")
+        if section == "model" and name in OF_THE_EVALUATION:
+            raise FlowgenError(f"{key} is no setting of the model: write evaluation.{name}={value}, or `flowgen evaluate {name}={value}`")
 
 
 def in_grammar(words: list[str]) -> list[str]:

@@ -2,12 +2,35 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from flowgen.errors import check_choice, check_whole
 from flowgen.progress import Progress, unseen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How a model is judged, apart from what it is; by default a short `LOOK`, as training takes it.
+
+    A flow averages `draws` of its noise. An RBM estimates log Z by annealing in steps of `betas`, with so many `chains`; if `thorough`,
+    which may take minutes, in several ways that check one another.
+    """
+
+    draws: int = 1
+    betas: int = 1000
+    chains: int = 100
+    thorough: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole(draws=self.draws, betas=self.betas, chains=self.chains)
+        check_choice((True, False), thorough=self.thorough)
+
+
+LOOK = Evaluation()
 
 
 class GenerativeModel(nn.Module, ABC):
@@ -38,10 +61,10 @@ class GenerativeModel(nn.Module, ABC):
         """Start from one batch of a few hundred images, and their classes where there are any, once, before anything wraps the model."""
 
     @abstractmethod
-    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), thorough: bool = False) -> dict[str, Any]:
+    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> dict[str, Any]:
         """The figures of the images in `batches`, each with its standard error as NAME_error.
 
-        `reference` are as many training images, for figures that compare the two. `thorough` may take minutes.
+        `reference` are as many training images, for figures that compare the two.
         """
 
     @abstractmethod

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from flowgen.bijections import Bijection
 from flowgen.errors import FlowgenError, check_whole
-from flowgen.models.base import GenerativeModel
+from flowgen.models.base import LOOK, Evaluation, GenerativeModel
 from flowgen.models.flows.dequantise import dequantiser
 
 CLASS_DISTANCE = 0.3  # deviation of the means of the classes at the start, in every latent
@@ -33,7 +33,7 @@ class Flow(GenerativeModel):
     """A bijection from images in [0, 1) to vectors under N(0, I), of dequantised levels: x = (levels + u) / 2^bits.
 
     Shapes: `shape` is (channels, height, width), D their product, latents are (batch, D). The noise u is `uniform` or `variational`;
-    when the flow is evaluated, p(x) / q(u) is averaged over `draws` of it, which tightens the bound (Burda et al., 1509.00519).
+    where p(x) / q(u) is averaged over more draws of it, the bound is tighter (Burda et al., 1509.00519).
     With `classes` the latents of class y are under N(means[y], I), the images' p(x) is the mean of their p(x | y), and a class can be
     told from an image by Bayes' rule. Izmailov et al. (1912.13025), section 3. With `class_networks` the class, one-hot, is the
     condition of every network in the bijection too; then the class is a latent like the others, and the vector that `encode` returns
@@ -47,17 +47,16 @@ class Flow(GenerativeModel):
         bijection: Bijection,
         shape: tuple[int, int, int],
         bits: int,
-        draws: int,
         dequantisation: str,
         classes: int | None = None,
         class_networks: bool = False,
     ):
         super().__init__()
-        check_whole(bits=bits, draws=draws, **({} if classes is None else {"classes": classes}))
+        check_whole(bits=bits, **({} if classes is None else {"classes": classes}))
         self.bijection = bijection
         self.dequantiser = dequantiser(dequantisation, shape, bits)
         self.shape, self.dimensions = shape, math.prod(shape)
-        self.bits, self.bins, self.draws, self.classes = bits, 2**bits, draws, classes
+        self.bits, self.bins, self.classes = bits, 2**bits, classes
         self.loss_figure = "bits_per_dim" if classes is None else None  # with classes the loss is that of p(x | y)
         self.class_networks = class_networks and classes is not None
         self.means = None if classes is None else nn.Parameter(CLASS_DISTANCE * torch.randn(classes, self.dimensions))
@@ -101,18 +100,16 @@ class Flow(GenerativeModel):
         return self._log_density_of_classes(self._centres(levels)).log_softmax(1)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), thorough: bool = False) -> dict[str, Any]:
+    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> dict[str, Any]:
         """Bits per dimension over `batches`, with the standard error over images; the noise is the same at every call."""
         generator = torch.Generator(self.device).manual_seed(0)
-        per_image = torch.cat(
-            [self._bits_per_dim(self.score(levels, draws=self.draws, generator=generator)).double() for levels in batches]
-        )
+        per_image = torch.cat([self._bits_per_dim(self.score(levels, draws=how.draws, generator=generator)).double() for levels in batches])
         error = per_image.std().item() / math.sqrt(len(per_image)) if len(per_image) > 1 else math.inf
         return {
             "bits_per_dim": per_image.mean().item(),
             "bits_per_dim_error": error,
             "bits": self.bits,
-            "draws": self.draws,
+            "draws": how.draws,
             "images": len(per_image),
         }
 

@@ -48,7 +48,6 @@ class Glow(Flow):
         base: str,
         final_actnorm: bool,
         gaussianize: bool,
-        draws: int,
         dequantisation: str,
         classes: int | None,
         class_networks: bool = False,
@@ -108,4 +107,4 @@ class Glow(Flow):
 
         pixelwise = [Gaussianize(channels, 2**bits)] if gaussianize else []
         bijection = Chain(*pixelwise, level(1, channels, size))
-        super().__init__(bijection, (channels, size, size), bits, draws, dequantisation, classes, class_networks)
+        super().__init__(bijection, (channels, size, size), bits, dequantisation, classes, class_networks)

@@ -34,7 +34,6 @@ class MAF(Flow):
         layers: int,
         transform: str,
         gaussianize: bool,
-        draws: int,
         dequantisation: str,
     ):
         check_whole(channels=channels, size=size, bits=bits, flows=flows, width=width, layers=layers)
@@ -46,7 +45,7 @@ class MAF(Flow):
         for _ in range(flows):
             how = TRANSFORMS[transform]("bounded")
             bijections += [self.direct(Autoregressive(MADE(numbers, width, layers, how.count), how)), BatchNorm(numbers), Reverse()]
-        super().__init__(Chain(*bijections, Standardize(numbers)), (channels, size, size), bits, draws, dequantisation)
+        super().__init__(Chain(*bijections, Standardize(numbers)), (channels, size, size), bits, dequantisation)
 
     @staticmethod
     def direct(autoregressive: Bijection) -> Bijection:

@@ -34,7 +34,6 @@ class NICE(Flow):
         layers: int,
         coupling: str,
         gaussianize: bool,
-        draws: int,
         dequantisation: str,
     ):
         check_whole(channels=channels, size=size, bits=bits, couplings=couplings, width=width, layers=layers)
@@ -47,4 +46,4 @@ class NICE(Flow):
         for _ in range(couplings):
             first, second = numbers - numbers // 2, numbers // 2
             bijections += [Coupling(DenseNetwork(second, width, transform.count * first, layers), transform), Reverse()]
-        super().__init__(Chain(*bijections, Standardize(numbers), LogisticToNormal()), (channels, size, size), bits, draws, dequantisation)
+        super().__init__(Chain(*bijections, Standardize(numbers), LogisticToNormal()), (channels, size, size), bits, dequantisation)

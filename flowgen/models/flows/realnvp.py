@@ -38,7 +38,6 @@ class RealNVP(Flow):
         blocks: int,
         coupling: str,
         alpha: float,
-        draws: int,
         dequantisation: str,
     ):
         check_whole(channels=channels, size=size, width=width, blocks=blocks, bits=bits)
@@ -67,4 +66,4 @@ class RealNVP(Flow):
             here = [*couplings(channels, size, True, 3), Squeeze(), *couplings(4 * channels, size // 2, False, 3)]
             return Chain(*here, FactorOut(level(number + 1, 2 * channels, size // 2)))
 
-        super().__init__(Chain(Logit(alpha), level(0, channels, size)), (channels, size, size), bits, draws, dequantisation)
+        super().__init__(Chain(Logit(alpha), level(0, channels, size)), (channels, size, size), bits, dequantisation)

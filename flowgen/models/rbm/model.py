@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
-from flowgen.models.base import GenerativeModel
+from flowgen.models.base import LOOK, Evaluation, GenerativeModel
 from flowgen.models.rbm.contrast import Contrast
 from flowgen.models.rbm.gibbs import Sampler, draw_bits, gibbs, mean_field, white_noise
 from flowgen.models.rbm.likelihood import log_likelihood
@@ -49,13 +49,11 @@ class RBM(Machine, GenerativeModel):
         l2: float = 0.0,
         sparsity: float = 0.0,
         activity: float = 0.1,
-        betas: int = 10000,
-        chains: int = 256,
     ):
         shape = (1, 1, visible) if isinstance(visible, int) else tuple(visible)
         if len(shape) != 3:
             raise FlowgenError(f"visible must be a number of units, or channels, height and width, not {visible!r}")
-        check_whole(**dict(zip(("channels", "height", "width"), shape, strict=True)), hidden=hidden, betas=betas, chains=chains)
+        check_whole(**dict(zip(("channels", "height", "width"), shape, strict=True)), hidden=hidden)
         if bits != 1:
             raise FlowgenError(f"an RBM is of binary pixels, not of bits={bits}: leave data.bits at 1")
         check_choice((True, False), centred=centred)
@@ -66,7 +64,6 @@ class RBM(Machine, GenerativeModel):
         super().__init__(units, hidden)
         self.shape, self.bits = (shape[0], shape[1], shape[2]), bits
         self.centred, self.l1, self.l2, self.sparsity, self.activity = centred, l1, l2, sparsity, activity
-        self.betas, self.chains = betas, chains
         self.register_buffer("visible_offset", torch.full((units,), 0.5))
         self.register_buffer("hidden_offset", torch.full((hidden,), 0.5))
         if not isinstance(negative_phase, NegativePhase | None):
@@ -111,8 +108,8 @@ class RBM(Machine, GenerativeModel):
         self.negative_phase.start(self)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), thorough: bool = False) -> dict[str, Any]:
-        """The log-likelihood in nats, see `partition.log_likelihood`, and beside it figures that are none.
+    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> dict[str, Any]:
+        """The log-likelihood in nats, see `likelihood.log_likelihood`, and beside it figures that are none.
 
         `free_energy_gap` is the mean F of `batches` less that of `reference`, training images: above 0 it tells of over-fitting.
         """
@@ -123,7 +120,7 @@ class RBM(Machine, GenerativeModel):
         other = self.free_energy(data.scatter(1, flipped, 1 - data.gather(1, flipped)))
         log_odds = self.visible_input(draw_bits(self.hidden_input(data), generator))
         return {
-            **log_likelihood(self, free, generator, thorough, self.betas, self.chains, self.progress),
+            **log_likelihood(self, free, how, generator, self.progress),
             "pseudo_log_likelihood": self.visible * F.logsigmoid(other - free).mean().item(),
             "reconstruction_error": (data - draw_bits(log_odds, generator)).square().mean().item(),
             "reconstruction_error_expected": (data - log_odds.sigmoid()).square().mean().item(),
