@@ -1,6 +1,8 @@
 """The rules of the house: who may import whom, how long files get, what every configuration must do."""
 
 import ast
+import sys
+import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from packaging.requirements import Requirement
 
 from flowgen.config import build_model, conf_folder, model_for, options, plain
 
@@ -25,9 +28,10 @@ MAY_IMPORT = {
     "plots": set(),
     "pictures": {"vision", "plots"},
     "judging": {"data", "errors"},
+    "document": {"errors"},
     "training": {"models", "data", "pictures", "plots", "errors"},
     "config": {"models", "data", "training", "errors"},
-    "commands": {"training", "pictures", "plots", "config", "models", "data", "errors", "progress"},
+    "commands": {"training", "pictures", "plots", "document", "config", "models", "data", "errors", "progress"},
     "cli": {"commands", "config", "training", "messages"},
     "__main__": {"cli"},
     "__init__": {"config", "models"},
@@ -125,3 +129,16 @@ def test_every_model_fits_every_data_set(name, data):
 def test_every_configuration_says_what_it_is(path):
     assert path.read_text().startswith("# ")
     yaml.safe_load(path.read_text())
+
+
+def test_every_import_is_declared_and_every_requirement_has_a_floor_that_the_pins_meet():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = [word for words in project["optional-dependencies"].values() for word in words]
+    required = {each.name.lower(): each.specifier for each in map(Requirement, project["dependencies"] + extras) if each.name != "flowgen"}
+    names = {"PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity"}
+    found = {name.partition(".")[0] for path in FILES for name in imports(path)} - set(sys.stdlib_module_names) - {"flowgen"}
+    assert {names.get(name, name) for name in found} <= set(required)
+    pinned = dict(line.lower().split("==") for line in (PACKAGE.parent / "constraints.txt").read_text().splitlines())
+    for name, specifier in required.items():
+        assert any(each.operator == ">=" for each in specifier), f"{name} has no floor"
+        assert specifier.contains(pinned[name]), f"{name} is pinned below its floor, or not at all"
