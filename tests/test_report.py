@@ -51,7 +51,7 @@ def test_a_report_of_several_runs_holds_all_its_pictures(images, tmp_path, comma
         assert head == "data:image/png;base64"
         Image.open(io.BytesIO(base64.b64decode(data))).verify()
     assert set(page.links) == {"#run1", "#run2"} <= {f"#{name}" for name in page.ids}
-    assert re.search(r"<td>model.width</td><td>(8</td><td>12|12</td><td>8)</td>", text) and "<td>model.levels" not in text
+    assert re.search(r"<th>model.width</th><td>(8</td><td>12|12</td><td>8)</td>", text) and "<th>model.levels" not in text
     assert "bits_per_dim" in text and "torch 2." in text
 
 

@@ -1,16 +1,16 @@
 """`flowgen report`: runs as one page that needs nothing but itself."""
 
-import base64
 import io
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 
 from flowgen import plots
 from flowgen.commands.runs import readable_runs
 from flowgen.config import read_config
+from flowgen.document import Picture, Section, data_url, encoded, write_document
 from flowgen.errors import FlowgenError
 from flowgen.training.find import OUTPUTS, find_run
 from flowgen.training.run import BETTER, Run, best_figure, watched
@@ -28,39 +28,39 @@ CAPTIONS = {
 }
 
 
-class Picture(NamedTuple):
-    caption: str
-    source: str  # a data URL
-
-
-class Section(NamedTuple):
-    name: str
-    figure: str  # the test figure with its error, or, before the end, the best on the validation split
-    step: int
-    environment: str
-    pictures: list[Picture]
-    config: dict[str, Any]
-
-
 def report(*, names: list[str], out: Path | None) -> Path:
     """Write one HTML page about the runs `names`, or those below a folder of that name. Raises FlowgenError."""
     if out is not None and not out.absolute().parent.is_dir():
         raise FlowgenError(f"the folder of {out} does not exist: make it, or name another")
     runs = [run for name in names for run in _runs(name)]
+    target = out or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
+    how_many = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    lead = [f"{datetime.now(UTC):%Y-%m-%d}, {how_many}. Errors are standard errors."]
+    write_document(target, "flowgen report", lead, sections_of(runs))
+    return target
+
+
+def sections_of(runs: list[Run]) -> list[Section]:
+    """All runs side by side, where their configurations differ, and each by itself."""
     configs = [_flat(read_config(run.config)) for run in runs]
     rows = [run.read_metrics() for run in runs]
-    short = _short([str(run.folder) for run in runs])
-    sections = [_section(*each) for each in zip(short, runs, rows, configs, strict=True)]
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = pages.get_template("report.html").render(
-        date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        sections=sections,
-        curves=_curves(short, rows),
-        differences={key: values for key, values in _differences(configs).items() if key != "out"},
-    )
-    target = out or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
-    target.write_text(page)
-    return target
+    names = _short([str(run.folder) for run in runs])
+    anchors = [f"run{number}" for number in range(1, len(runs) + 1)]
+    overview = [("run", "model", "data", "figure", "step")]
+    for name, anchor, config, each in zip(names, anchors, configs, rows, strict=True):
+        link = Markup('<a href="#{}">{}</a>').format(anchor, name)
+        model, data = (str(config.get(f"{section}._target_", "")).rpartition(".")[2] for section in ("model", "data"))
+        overview.append((link, model, config.get("data.name") or data, *_reached(each)))
+    found = [Section("runs", "", table=overview, pictures=_curves(names, rows))]
+    if differences := {key: values for key, values in _differences(configs).items() if key != "out"}:
+        table = [["setting", *names], *([key, *map(str, values)] for key, values in differences.items())]
+        found.append(Section("differences", "Where the configurations differ", table=table))
+    return found + [_section(*each) for each in zip(anchors, names, runs, rows, configs, strict=True)]
+
+
+def _reached(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """The test figure with its error, or, before the end, the best on the validation split; and the last step."""
+    return best_figure(rows) or "not evaluated yet", f"{max((row['step'] for row in rows), default=0):,}"
 
 
 def _runs(name: str) -> list[Run]:
@@ -80,14 +80,14 @@ def _short(folders: list[str]) -> list[str]:
     return [str(Path(*each[shared:])) if each[shared:] else each[-1] for each in parts]
 
 
-def _section(name: str, run: Run, rows: list[dict[str, Any]], config: dict[str, Any]) -> Section:
+def _section(anchor: str, name: str, run: Run, rows: list[dict[str, Any]], config: dict[str, Any]) -> Section:
     samples = sorted(run.folder.glob("samples/step_????????.png"))[-1:]
     own = [run.folder / file for file in CAPTIONS if (run.folder / file).exists()]
     shown = [Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", data_url(path)) for path in samples]
     shown += [Picture(CAPTIONS[path.name], data_url(path)) for path in own]
-    return Section(
-        name, best_figure(rows) or "not evaluated yet", max((row["step"] for row in rows), default=0), run.environment(), shown, config
-    )
+    best, step = _reached(rows)
+    settings = "\n".join(f"{key}: {value}" for key, value in config.items())
+    return Section(anchor, name, [f"{best}, step {step}. {run.environment()}"], pictures=shown, details=("Configuration", settings))
 
 
 def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]:
@@ -118,14 +118,3 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def data_url(path: Path) -> str:
-    try:
-        return encoded(path.read_bytes(), path.suffix[1:])
-    except OSError as error:
-        raise FlowgenError(f"{path} cannot be read ({error.strerror}): make it again") from error
-
-
-def encoded(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import faces as of_faces
 import images
@@ -14,14 +14,14 @@ import machines as of_digits
 from claims import best_of_prior
 from comparison import compare
 from figure import MAKE, Figure
-from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 from outlook import of_outlook
 from parts import FACED, GROUPS, SCALES, command_of, is_finished, parts, train
 
-import flowgen.commands.report
-from flowgen.commands.report import data_url
+from flowgen import document
 from flowgen.config import read_config
 from flowgen.data import Images
+from flowgen.document import write_document
 from flowgen.errors import FlowgenError
 from flowgen.messages import show_messages
 from flowgen.training.run import Run
@@ -39,6 +39,11 @@ TITLES = {
     "slides": "The slides' restricted Boltzmann machines",
     "outlook": "The outlook: other networks, and the other reading of 32 steps",
 }
+SOURCES = (
+    "every figure names the command that makes it, the runs that it is drawn from, and how it differs from the original. Errors are "
+    "standard errors. V. Sydorskyi, bachelor thesis (Kyiv Polytechnic Institute, 2020); N. Khomutov, slides on restricted Boltzmann "
+    "machines (Moscow State University, 2014)."
+)
 
 
 class Section(NamedTuple):
@@ -138,30 +143,28 @@ class Reproduction:
     def write(self, faces: Images | None, digits: Images | None) -> Path:
         """The page of all that has been trained."""
         target = self.folder / "thesis.html"
-        shown: list[dict[str, Any]] = []
         finished = self.finished()
-        for section in self.sections(faces, digits, finished):
-            pictures = [self._shown(figure) for figure in section.figures]
-            shown.append(section._asdict() | {"figures": pictures})
-        folders = [Path(__file__).parent, Path(flowgen.commands.report.__file__).parent]
-        pages = Environment(loader=FileSystemLoader(folders), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        page = pages.get_template("page.html").render(
-            date=datetime.now(UTC).strftime("%Y-%m-%d"),
-            scale=self.scale,
-            data=self.data_name,
-            command=self.command,
-            missing=[TITLES[group] for group in GROUPS if group not in finished],
-            sections=shown,
-        )
-        aside = target.with_suffix(".part")
-        aside.write_text(page)
-        aside.replace(target)
+        missing = "; ".join(TITLES[group] for group in GROUPS if group not in finished)
+        lead = [
+            Markup("{}. Scale: {}, data: {}. Made by <code>{}</code>; {}").format(
+                f"{datetime.now(UTC):%Y-%m-%d}", self.scale, self.data_name, self.command, SOURCES
+            ),
+            *([f"Not there yet: {missing}. The same command goes on with that."] if missing else []),
+        ]
+        sections = [self._shown(section) for section in self.sections(faces, digits, finished)]
+        write_document(target, "The thesis and the slides, reproduced", lead, sections, contents=True)
         return target
 
-    def _shown(self, figure: Figure) -> dict[str, Any]:
-        command = figure.command.replace(MAKE, self.command)
-        runs = [str(run.relative_to(self.folder)) for run in figure.runs]
-        return figure._asdict() | {"source": data_url(figure.path), "command": command, "runs": runs}
+    def _shown(self, section: Section) -> document.Section:
+        trained = [Markup("Trained by <code>{}</code>; {}").format(command, told) for command, told in section.trained]
+        pictures = [self._picture(figure) for figure in section.figures]
+        return document.Section(section.anchor, section.title, [*trained, *section.sentences], section.table, pictures)
+
+    def _picture(self, figure: Figure) -> document.Picture:
+        command, names = figure.command.replace(MAKE, self.command), [str(run.relative_to(self.folder)) for run in figure.runs]
+        links = Markup("").join(Markup(', run <a href="{0}">{0}</a>').format(name) for name in names)
+        caption = Markup("{}<br>\n<code>{}</code>{}. {}").format(figure.caption, command, links, figure.difference)
+        return document.Picture(caption, document.data_url(figure.path), figure.number)
 
 
 def main() -> None:
