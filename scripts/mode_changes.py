@@ -23,18 +23,18 @@ SURE = 0.9
 
 def classifier(data: Images, epochs: int = 4, batch: int = 100) -> tuple[nn.Module, float]:
     """The classifier, and its accuracy on the test images."""
-    if data.labels is None:
+    if data.train.labels is None or data.test.labels is None:
         raise SystemExit("the labels are not beside the images: put the labels-idx1 files there")
     images = torch.cat(list(data.batches("train", 1000))).flatten(1).float()
     network = nn.Sequential(nn.Linear(images.shape[1], 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 10))
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     for indices in torch.cat([torch.randperm(len(images)) for _ in range(epochs)]).split(batch):
         optimizer.zero_grad()
-        F.cross_entropy(network(images[indices]), data.labels[0][indices].long()).backward()
+        F.cross_entropy(network(images[indices]), data.train.labels[indices].long()).backward()
         optimizer.step()
     network.eval()
     test = torch.cat(list(data.batches("test", 1000))).flatten(1).float()
-    return network, (network(test).argmax(1) == data.labels[1]).float().mean().item()
+    return network, (network(test).argmax(1) == data.test.labels).float().mean().item()
 
 
 @torch.no_grad()

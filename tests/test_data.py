@@ -19,8 +19,10 @@ from flowgen.config import build_data, read_config
 from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, Split, prepare
 from flowgen.errors import FlowgenError
 
-SHARED = Path(os.environ.get("FLOWGEN_DATA", Path(__file__).parents[2] / "shared" / "data"))
-needs_shared = pytest.mark.skipif(not (SHARED / "celebahq64").is_dir(), reason="needs FLOWGEN_DATA with mnist/ and celebahq64/")
+SHARED = Path(os.environ.get("FLOWGEN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "celebahq64").is_dir(), reason="needs FLOWGEN_TEST_DATA, a folder with mnist/, celeba64/ and celebahq64/"
+)
 
 
 def folder(root: Path, **changes: object) -> ImageFolder:

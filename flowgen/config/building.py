@@ -81,7 +81,9 @@ def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Im
         if of_model != of_data:
             raise FlowgenError(f"a model of {name}={of_model} does not fit data of {name}={of_data}: leave it as it was, or train another")
     if model.classes is not None and data.classes is None:
-        raise FlowgenError(f"model.classes={model.classes} needs labels, which this data has not: leave it out, or take data=mnist")
+        raise FlowgenError(
+            f"model.classes={model.classes} needs labels, which this data has not: leave it out, or give every class a folder"
+        )
     if model.classes not in (None, data.classes):
         raise FlowgenError(f"model.classes={model.classes} does not fit the {data.classes} classes of the data: set it to {data.classes}")
     return model, data, config

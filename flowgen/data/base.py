@@ -17,10 +17,20 @@ class Images:
 
     They stay where they are, in memory or memory-mapped, until `to` moves them to a device that has room. At one bit a pixel is 1
     where it is at least 128 (`binarise` threshold), or with probability value / 255: drawn once and for all, or anew for every
-    training batch and once for the other images.
+    training batch and once for the other images. `attributes` are the names of the splits' attributes.
     """
 
-    def __init__(self, train: Split, validation: Split, test: Split, *, bits: int, flip: bool, binarise: str = "threshold"):
+    def __init__(
+        self,
+        train: Split,
+        validation: Split,
+        test: Split,
+        *,
+        bits: int,
+        flip: bool,
+        binarise: str = "threshold",
+        attributes: tuple[str, ...] = (),
+    ):
         check_whole(bits=bits)
         check_choice(range(1, 9), bits=bits)
         check_choice((True, False), flip=flip)
@@ -34,7 +44,7 @@ class Images:
             test, validation = (replace(split, images=_binarised(split.images, generator)) for split in (test, validation))
             train = train if self.anew else replace(train, images=_binarised(train.images, generator))
         self.train, self.validation, self.test = train, validation, test
-        self.bits, self.flip = bits, flip
+        self.bits, self.flip, self.attributes = bits, flip, attributes
         self.device = torch.device("cpu")
         self._order_of, self._order = (-1, 0), torch.empty(0)
 

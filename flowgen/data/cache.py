@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from flowgen.data.prepare import prepare
+from flowgen.data.source import Source
 from flowgen.errors import FlowgenError
 
 VERSION = 1  # of `prepare`: what it made before is made again
@@ -22,20 +22,12 @@ CHUNK = 2048  # images decoded ahead of the writer
 log = logging.getLogger("flowgen")
 
 
-class Source(NamedTuple):
-    """Image files by name: what changes when a file changes, and how to read one."""
-
-    path: Path
-    stamps: dict[str, list[int]]
-    read: Callable[[str], bytes]
-
-
 def cache_folder() -> Path:
     """`FLOWGEN_CACHE`, else `~/.cache/flowgen`."""
     return Path(os.environ.get("FLOWGEN_CACHE", "~/.cache/flowgen")).expanduser()
 
 
-def prepared(source: Source, names: list[str], size: int, channels: int, crop: int | None) -> tuple[Tensor, list[str]]:
+def prepared(source: Source, names: list[str], size: int, channels: int, crop: int | None) -> tuple[Tensor, set[str]]:
     """The images `names`, prepared and memory-mapped, (N, channels, size, size) at 8 bits, and the names that could be used.
 
     What cannot be read is named and counted. Raises FlowgenError where nothing can. The file is made again when `source`, the
@@ -57,7 +49,7 @@ def prepared(source: Source, names: list[str], size: int, channels: int, crop: i
     if not kept:
         raise FlowgenError(f"none of the {len(names)} images of {source.path} can be used: {refused[0]}")
     shape = (len(kept), channels, size, size)
-    return torch.from_file(str(index.with_suffix(".bin")), size=torch.Size(shape).numel(), dtype=torch.uint8).view(shape), kept
+    return torch.from_file(str(index.with_suffix(".bin")), size=torch.Size(shape).numel(), dtype=torch.uint8).view(shape), set(kept)
 
 
 def _is_whole(index: Path, size: int) -> bool:

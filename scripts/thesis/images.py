@@ -11,8 +11,9 @@ from torch import Tensor
 
 from flowgen.config import build_data, conf_folder
 from flowgen.data import Images
-from flowgen.data.folder import open_source, split_names
+from flowgen.data.lists import split_names
 from flowgen.data.locate import locate
+from flowgen.data.source import open_source
 from flowgen.errors import FlowgenError
 from flowgen.messages import one_sentence
 
@@ -47,9 +48,8 @@ def originals(config: dict[str, Any], prepared: Images) -> Tensor:
     """The first training images as they are before they are prepared, each in a white square: (N, channels, size, size) in [0, 1]."""
     if "names" not in config:
         return prepared.train.images[:SHOWN].float() / 255
-    place = locate(config["root"], config["names"], config["cure"])
-    source = open_source(place)
-    names = split_names(place, list(source.stamps))[0]
+    source = open_source(locate(config["root"], config["names"], config["cure"]))
+    names = split_names(source)[0]
     readable: list[Tensor] = []
     for name in names:
         with contextlib.suppress(OSError):  # such a file is left out of the training images too
