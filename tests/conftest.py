@@ -1,4 +1,4 @@
-"""What the tests share: one thread each, a tiny data set and a tiny run."""
+"""What the tests share: one thread each, unless OMP_NUM_THREADS says otherwise, a tiny data set, a tiny run, a short training."""
 
 import os
 import sys
@@ -10,9 +10,13 @@ import torch
 from PIL import Image
 
 from flowgen import cli
+from flowgen.bijections import estimate_statistics
+from flowgen.models import GenerativeModel
+from flowgen.training.device import autocast_dtype
+from flowgen.training.schedule import learning_rate_factor
+from flowgen.training.trainer import STATISTICS
 
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 SMALL = [
     "data=folder",
@@ -42,6 +46,22 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def fit(model: GenerativeModel, batch: Callable[[int], tuple], steps: int, lr: float, decay: float = 0.0) -> None:
+    """Train an initialised model on batch(0), batch(1), ... as the trainer does: in its precision, with batch statistics of the end."""
+    model.train()
+    optimizer, dtype = torch.optim.Adam(model.parameters(), lr), autocast_dtype("auto", torch.device("cpu"))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(step, step / steps, 0, decay)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(*batch(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 50.0)
+        optimizer.step()
+    estimate_statistics(model, (batch(steps + number) for number in range(STATISTICS)))
+    model.eval()
 
 
 def save_image(path: Path, shape: tuple[int, ...] = (8, 8, 3)) -> Path:

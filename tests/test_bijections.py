@@ -1,5 +1,6 @@
 """One table of bijections, four claims for each: shape, inverse, log-det against autograd, the inverse's log-det."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -40,6 +41,7 @@ from flowgen.bijections import (
     ZeroConv2d,
     channelwise,
     checkerboard,
+    estimate_statistics,
 )
 from flowgen.errors import FlowgenError
 
@@ -320,3 +322,22 @@ def test_gradients_of_a_dilated_convolution_are_finite_in_bfloat16():
         torch.nn.init.normal_(network.layers[-1].weight)
         network(x).float().square().mean().backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters())
+
+
+def test_estimated_statistics_are_the_means_over_the_batches_at_weights_that_stand_still():
+    """Each of several layers sees what the one before it gives in training; torch's own layers get what torch gives them."""
+    batches = [(3 * torch.randn(5, 4, 2, 2) + number,) for number in range(7)]
+    chain = Chain(BatchNorm(4), BatchNorm(4)).eval()
+    estimate_statistics(chain, batches)
+    numbers = torch.stack([x.transpose(0, 1).flatten(1) for (x,) in batches])
+    first, second = chain.bijections
+    assert torch.allclose(first.mean, numbers.mean((0, 2)), atol=1e-6) and torch.allclose(first.variance, numbers.var(2).mean(0))
+    assert torch.allclose(second.mean, torch.zeros(4), atol=1e-6) and torch.allclose(second.variance, torch.full((4,), 20 / 19), atol=1e-4)
+    assert not first.training and first.momentum == 0.1
+
+    network = RealNVPNetwork(4, 8, 8, blocks=1)
+    twin = copy.deepcopy(network)
+    estimate_statistics(network, batches)
+    torch.optim.swa_utils.update_bn(batches, twin)
+    assert all(torch.equal(one, other) for one, other in zip(network.buffers(), twin.buffers(), strict=True))
+    estimate_statistics(ActNorm(4), None)  # where there is nothing to estimate no batch is drawn

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, fit
 from test_models import glow, model_of, noise
 
 from flowgen.data import Images, MNISTSample, Split
@@ -27,12 +27,8 @@ def trained(request) -> Flow:
     torch.manual_seed(0)
     model = model_of("glow", classes=3, class_networks=request.param, steps_per_level=2, width=16, levels=1)
     model.initialize(*stripes(300))
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        model(*stripes(48)).backward()
-        optimizer.step()
-    return model.eval()
+    fit(model, lambda _: stripes(48), steps=150, lr=3e-3)
+    return model
 
 
 @pytest.mark.parametrize("networks", [True, False])
@@ -84,11 +80,7 @@ def test_a_trained_flow_tells_classes_apart_and_draws_the_one_asked_for(trained)
 def test_the_figure_needs_no_labels_and_stays_above_the_entropy():
     model = glow(classes=3)
     model.initialize(noise(5, 256), torch.arange(256) % 3)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in range(20):
-        optimizer.zero_grad()
-        model(noise(5, 30), torch.arange(30) % 3).backward()
-        optimizer.step()
+    fit(model, lambda _: (noise(5, 30), torch.arange(30) % 3), steps=20, lr=1e-3)
     figures = model.evaluate([noise(5, 256)])
     assert figures["bits_per_dim"] > 5 - 3 * figures["bits_per_dim_error"]
 

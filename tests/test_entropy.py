@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import fit
 from test_models import MODELS, model_of
 from torch import Tensor
 
@@ -14,14 +15,8 @@ SIDE, DIMENSIONS = 8, 192
 
 def train(model: Flow, levels: Tensor, steps: int, lr: float = 1e-3, batch: int = 128) -> Flow:
     model.initialize(levels[:1024])
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - step / steps))
-        optimizer.zero_grad()
-        model(levels[torch.randint(len(levels), (batch,))]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 50.0)
-        optimizer.step()
-    return model.eval()
+    fit(model, lambda _: (levels[torch.randint(len(levels), (batch,))],), steps, lr, decay=0.5)
+    return model
 
 
 def gaussian_field(count: int, channels: int = 1, deviation: float = 24.0, neighbour: float = 0.8) -> tuple[Tensor, float]:

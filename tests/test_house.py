@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "pictures": {"vision", "plots"},
     "judging": {"data", "errors"},
     "document": {"errors"},
-    "training": {"models", "data", "pictures", "plots", "errors"},
+    "training": {"bijections", "models", "data", "pictures", "plots", "errors"},
     "config": {"models", "data", "training", "errors"},
     "commands": {"training", "pictures", "plots", "document", "config", "models", "data", "errors", "progress"},
     "cli": {"commands", "config", "training", "messages"},

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import yaml
+from conftest import fit
 
 import flowgen.models
 from flowgen.config import build, conf_folder, options
@@ -143,13 +144,8 @@ def test_no_model_scores_below_the_entropy_of_uniform_levels(name, bits):
     """iid uniform levels cost exactly `bits` each: less would mean that the figure is no likelihood."""
     model = MODELS[name](bits=bits)
     model.initialize(noise(bits, 256))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in range(20):
-        loss = model(noise(bits, 32))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    figures = model.eval().evaluate([noise(bits, 256)])
+    fit(model, lambda _: (noise(bits, 32),), steps=20, lr=1e-3)
+    figures = model.evaluate([noise(bits, 256)])
     assert figures["bits_per_dim"] > bits - 3 * figures["bits_per_dim_error"]
     assert figures["bits_per_dim"] < bits + 0.6
 

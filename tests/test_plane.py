@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import fit
 from test_models import glow, model_of
 
 from flowgen.data import Toy
@@ -31,14 +32,8 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     model, data = FLOWS[flow](), Toy(name=name, count=5000, bits=8, flip=False)
     model.initialize(data.draw(0, 1000, 0)[0])
     start = model.eval().evaluate(data.batches("test", 1000))["bits_per_dim"]
-    model.train()
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for step in range(150):
-        optimizer.zero_grad()
-        model(*data.draw(256 * step, 256, 0)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 50.0)
-        optimizer.step()
-    return model.eval(), data, start
+    fit(model, lambda step: data.draw(256 * step, 256, 0), steps=150, lr=3e-3)
+    return model, data, start
 
 
 @torch.no_grad()

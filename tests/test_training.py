@@ -18,7 +18,8 @@ import torch
 from conftest import SMALL
 
 import flowgen
-from flowgen.bijections import Affine, BatchNorm
+from flowgen.bijections import Affine, BatchNorm, estimate_statistics
+from flowgen.config import build_data
 from flowgen.data import Images
 from flowgen.errors import FlowgenError
 from flowgen.models import Glow
@@ -27,6 +28,7 @@ from flowgen.training.device import choose_device
 from flowgen.training.run import Run, best_figure
 from flowgen.training.schedule import learning_rate_factor, warmup_steps
 
+NORMALISED = ["model=realnvp", "model.blocks=1", "model.levels=1", *[word for word in SMALL if "steps_per_level" not in word]]
 MEASURED = {"images_per_second", "seconds", "memory_gib"}
 
 
@@ -119,9 +121,32 @@ def test_load_gives_the_averaged_model_in_evaluation_mode(tiny_run):
     assert same(dict(model.state_dict()), averages) and not same(dict(model.state_dict()), dict(state["model"]))
 
 
-@pytest.mark.parametrize("kill_at", [0, 3, 11])
-def test_killed_and_resumed_equals_never_stopped(images, tmp_path, command, kill_at):
-    words = [*SMALL, f"data.root={images}", "data.flip=true", "trainer.steps=14", "trainer.save_every=5", "trainer.evaluate_every=4"]
+@pytest.mark.parametrize("ema", [0.99, 0])
+def test_batch_statistics_are_those_of_the_weights_that_are_judged(images, tmp_path, command, ema):
+    """What was judged, what the checkpoint holds and what fresh training batches say agree; the last batches' statistics do not."""
+    words = [*NORMALISED, f"data.root={images}", "trainer.steps=30", "trainer.lr=1e-2", f"trainer.ema={ema}"]
+    run = tmp_path / "run"
+    status, _, error = command("train", *words, "trainer.warmup=0", "trainer.decay=0", "trainer.evaluate_every=30", f"out={run}")
+    assert status == 0, error
+    config = read_checkpoint(Run(run).last)["config"]
+    data, model = build_data(config), flowgen.load(run)
+    judged = rows(run)[-1]["bits_per_dim"]
+    assert judged == pytest.approx(model.evaluate(data.batches("test", 4, 8))["bits_per_dim"], rel=1e-6)
+
+    def deviations() -> list[torch.Tensor]:
+        return [value.clone() for name, value in model.named_buffers() if name.endswith("var")]
+
+    kept = deviations()
+    estimate_statistics(model, (data.draw(4 * number, 4, 1) for number in range(200)))
+    fresh = deviations()
+    model.load_state_dict(read_checkpoint(Run(run).last)["model"])
+    apart = [sum((one - other).abs().sum() for one, other in zip(fresh, others, strict=True)) for others in (kept, deviations())]
+    assert apart[0] < apart[1] / 2
+
+
+@pytest.mark.parametrize(("model", "kill_at"), [(SMALL, 0), (SMALL, 3), (SMALL, 11), (NORMALISED, 11)])
+def test_killed_and_resumed_equals_never_stopped(images, tmp_path, command, model, kill_at):
+    words = [*model, f"data.root={images}", "data.flip=true", "trainer.steps=14", "trainer.save_every=5", "trainer.evaluate_every=4"]
     assert command("train", *words, f"out={tmp_path / 'whole'}")[0] == 0
     killed = tmp_path / "killed"
     process = spawn("train", *words, f"out={killed}")
@@ -221,8 +246,8 @@ def test_a_bad_step_that_spoils_running_statistics_goes_back(images, tmp_path, c
     forward, calls = BatchNorm.forward, [0]
 
     def overflow(self, x, condition=None):
-        calls[0] += self.training
-        return forward(self, x / 0 if self.training and calls[0] == 40 else x, condition)
+        calls[0] += torch.is_grad_enabled()
+        return forward(self, x / 0 if torch.is_grad_enabled() and calls[0] == 40 else x, condition)
 
     monkeypatch.setattr(BatchNorm, "forward", overflow)
     words = ["model=maf", "model.width=16", *[word for word in SMALL if not word.startswith("model.")], f"data.root={images}"]

@@ -7,7 +7,7 @@ from flowgen.bijections.elementwise import Equalize, Gaussianize, LogisticToNorm
 from flowgen.bijections.factor_out import FactorOut
 from flowgen.bijections.linear import ChannelAffine, Conv1x1, Folded, PLUConv1x1
 from flowgen.bijections.networks import ConvNetwork, DenseNetwork, GatedNetwork, Network, RealNVPNetwork, ResNetwork, ZeroConv2d
-from flowgen.bijections.normalize import ActNorm, BatchNorm
+from flowgen.bijections.normalize import ActNorm, BatchNorm, batch_normalisations, estimate_statistics
 from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.bijections.transforms import (
     LOG_SCALES,
@@ -58,7 +58,9 @@ __all__ = [
     "Standardize",
     "Transform",
     "ZeroConv2d",
+    "batch_normalisations",
     "beside",
     "channelwise",
     "checkerboard",
+    "estimate_statistics",
 ]

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import random
 import resource
 from importlib.metadata import version
 
@@ -28,14 +29,26 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The number format of the networks inside couplings; `auto` is bfloat16 where the hardware multiplies it."""
-    check_choice(("auto", "float32", "bfloat16"), precision=precision)
+    """The number format of the networks inside couplings; `auto` is FLOWGEN_PRECISION, or bfloat16 where the hardware multiplies it."""
+    forced = os.environ.get("FLOWGEN_PRECISION", "auto")
+    check_choice(("auto", "float32", "bfloat16"), precision=precision, FLOWGEN_PRECISION=forced)
+    if precision == "auto":
+        precision = forced
     if precision == "auto":
         if device.type == "cuda":
             precision = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         else:
             precision = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"  # no public name in torch 2.11
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def seed_step(device: torch.device, seed: int, step: int) -> None:
+    """Make all that `step` draws a function of it and of `seed`, whatever was drawn before."""
+    number = random.Random(f"{seed} {step}").getrandbits(63)
+    torch.default_generator.manual_seed(number)  # torch.manual_seed would walk through every back end
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(number)
 
 
 def peak_memory(device: torch.device) -> float:

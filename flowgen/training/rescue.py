@@ -1,6 +1,6 @@
 """Finding where numbers stopped being numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -33,3 +33,8 @@ def first_bad_module(model: nn.Module, levels: Tensor) -> str:
             bad.append(f"the gradient of {name}")
             break
     return bad[0] if bad else "the loss"
+
+
+def are_finite(buffers: Iterable[Tensor]) -> bool:
+    """Whether a bad step spared what a forward pass itself changes, as running statistics."""
+    return all(bool(buffer.isfinite().all()) for buffer in buffers)

@@ -1,13 +1,14 @@
 """All that a run is at one moment, captured into a checkpoint and restored from it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from flowgen.bijections import batch_normalisations, estimate_statistics
 from flowgen.errors import FlowgenError
 from flowgen.models import GenerativeModel
 
@@ -21,7 +22,9 @@ class State:
 
     def __init__(self, model: GenerativeModel, optimizer: torch.optim.Optimizer, ema: float, config: dict[str, Any]):
         self.model, self.optimizer, self.config = model, optimizer, config
-        self.average = AveragedModel(model, multi_avg_fn=_warm_average(ema)) if ema else None
+        # Statistics of batch normalisation are estimated on a copy, so that a look at the model leaves its training alone.
+        self.average = AveragedModel(model, multi_avg_fn=_warm_average(ema)) if ema or batch_normalisations(model) else None
+        self.estimated_at = -1
         self.step = self.images_seen = 0
         self.failed = self.skipped = self.rewinds = 0  # steps in a row; steps in all; returns since the last that helped
         self.failed_at = self.rewound_to = -1
@@ -43,6 +46,12 @@ class State:
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
+
+    def estimate(self, batches: Iterable[tuple[Any, ...]]) -> None:
+        """Give the averaged weights batch statistics of their own, once a step."""
+        if self.average is not None and self.estimated_at != self.step:
+            estimate_statistics(self.averaged, batches)
+            self.estimated_at = self.step
 
     def capture(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from flowgen.data import Images
 from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
 from flowgen.models import GenerativeModel
-from flowgen.training.device import autocast_dtype, choose_device, peak_memory
+from flowgen.training.device import autocast_dtype, choose_device, peak_memory, seed_step
 from flowgen.training.journal import Journal
-from flowgen.training.rescue import first_bad_module
+from flowgen.training.rescue import are_finite, first_bad_module
 from flowgen.training.run import Run
 from flowgen.training.schedule import learning_rate_factor, warmup_steps
 from flowgen.training.state import State
@@ -24,6 +23,7 @@ from flowgen.training.threads import use_threads
 SHORTEST = 0.001  # minutes
 PATIENCE = 5  # steps in a row that may fail before training goes back
 REWINDS = 3  # times that training goes back before it gives up
+STATISTICS = 40  # batches of training images that the statistics of batch normalisation are estimated over
 HELPED = 1000  # steps past a failure after which a return has helped
 log = logging.getLogger("flowgen")
 
@@ -104,7 +104,7 @@ class Trainer:
             model.initialize(*data.draw(0, self.initial_images, seed))
         state = State(model, self._optimizer(model), self.ema, config)
         if checkpoint is None:
-            run.save(state.capture())
+            run.save(self._capture(state, data, seed))
         else:
             state.restore(checkpoint)
             run.forget_after(state.step)
@@ -118,6 +118,7 @@ class Trainer:
             while self._progress(state) < 1 and stop.signal is None:
                 began = time.monotonic()
                 rate = self.lr * state.lr_scale * learning_rate_factor(state.step, self._progress(state), warmup, self.decay)
+                seed_step(self.device, seed, state.step)
                 levels, labels = data.draw(state.images_seen, self.batch_size, seed)
                 loss, grad_norm = self._gradients(model, levels, labels)
                 state.step, state.images_seen = state.step + 1, state.images_seen + self.batch_size
@@ -126,7 +127,7 @@ class Trainer:
                     state.failed = 0
                 else:
                     state.failed, state.skipped = state.failed + 1, state.skipped + 1
-                    if state.failed == PATIENCE or not _are_finite(model.buffers()):
+                    if state.failed == PATIENCE or not are_finite(model.buffers()):
                         self._rewind(state, run, levels)
                         busy, logged = 0.0, state.step
                         continue
@@ -140,15 +141,15 @@ class Trainer:
                     used = {"seconds": state.seconds, "memory_gib": peak_memory(self.device)}
                     journal.write(state.step, "train", row | model.health() | used)
                     busy, logged = 0.0, state.step
-                best = self._due(self.evaluate_every, state) and self._evaluate(state, data, journal)
+                best = self._due(self.evaluate_every, state) and self._evaluate(state, data, journal, seed)
                 if self._due(self.sample_every, state):
-                    self._sample(state, journal, data.bits, seed)
+                    self._sample(state, data, journal, seed)
                 keep = state.step % self.keep_every == 0 or state.step in self.keep_at
                 if best or keep or (self._due(self.save_every, state) and not state.failed):
-                    run.save(state.capture(), best=best, keep=keep)
+                    run.save(self._capture(state, data, seed), best=best, keep=keep)
                     saved = state.step
             if saved != state.step:
-                run.save(state.capture())
+                run.save(self._capture(state, data, seed))
             journal.curves()
         return stop.signal
 
@@ -189,9 +190,22 @@ class Trainer:
     def _due(self, every: int, state: State) -> bool:
         return state.step % every == 0 or self._progress(state) >= 1
 
-    def _evaluate(self, state: State, data: Images, journal: Journal) -> bool:
+    def _judged(self, state: State, data: Images, seed: int) -> GenerativeModel:
+        """The averaged model in evaluation mode, its batch statistics a function of `seed` and the state alone."""
+        seed_step(self.device, seed, state.step)
+        size = self.batch_size // self.accumulate
+        state.estimate(data.draw(state.images_seen + size * number, size, seed) for number in range(STATISTICS))
+        return state.averaged.eval()
+
+    def _capture(self, state: State, data: Images, seed: int) -> dict[str, Any]:
+        """What a checkpoint holds: the averaged model is the one that is judged."""
+        self._judged(state, data, seed)
+        state.model.train()
+        return state.capture()
+
+    def _evaluate(self, state: State, data: Images, journal: Journal, seed: int) -> bool:
         """Write the validation figures of the averaged model, at the end the test figures too; whether the former are the best so far."""
-        model = state.averaged.eval()
+        model = self._judged(state, data, seed)
         judged = {}
         for split in ("validation", "test") if self._progress(state) >= 1 else ("validation",):
             held_out, train = (data.batches(name, self.batch_size, self.evaluate_images) for name in (split, "train"))
@@ -205,11 +219,11 @@ class Trainer:
         state.best = worth if is_best else state.best
         return is_best
 
-    def _sample(self, state: State, journal: Journal, bits: int, seed: int) -> None:
-        generator = torch.Generator(self.device).manual_seed(seed)  # its own, so that a look at the samples changes nothing
-        levels, _ = state.averaged.eval().sample(32, self.sample_temperature, generator)
+    def _sample(self, state: State, data: Images, journal: Journal, seed: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(seed)  # the same latents at every look
+        levels, _ = self._judged(state, data, seed).sample(32, self.sample_temperature, generator)
         state.model.train()
-        journal.samples(state.step, levels, bits)
+        journal.samples(state.step, levels, data.bits)
         journal.features(state.averaged.features())
 
     def _rewind(self, state: State, run: Run, levels: Tensor) -> None:
@@ -231,15 +245,5 @@ class Trainer:
         for name, value in kept.items():
             setattr(state, name, value)
         state.failed, state.lr_scale, state.rewound_to = 0, lr_scale, state.step
-        log.warning(
-            "step %d: the loss is not finite, first at %s: back to step %d with a learning rate of %.2g",
-            failed_at,
-            culprit,
-            state.step,
-            self.lr * state.lr_scale,
-        )
-
-
-def _are_finite(buffers: Iterable[Tensor]) -> bool:
-    """Whether a bad step spared what a forward pass itself changes, as running statistics."""
-    return all(bool(buffer.isfinite().all()) for buffer in buffers)
+        what = "step %d: the loss is not finite, first at %s: back to step %d with a learning rate of %.2g"
+        log.warning(what, failed_at, culprit, state.step, self.lr * state.lr_scale)
