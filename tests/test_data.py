@@ -1,11 +1,9 @@
-"""Data sets: formats, splits, the cache, and batches."""
+"""Data sets: images of every format, and batches."""
 
-import gzip
 import io
 import logging
 import os
 import shutil
-import struct
 import zipfile
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from PIL import Image
 import flowgen
 from flowgen.config import build_data, read_config
 from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, Split, prepare
-from flowgen.errors import FlowgenError
 
 SHARED = Path(os.environ.get("FLOWGEN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared = pytest.mark.skipif(
@@ -41,11 +38,6 @@ def png(shape: tuple[int, ...] = (8, 8, 3)) -> bytes:
     return file.getvalue()
 
 
-def write_idx(path: Path, images: torch.Tensor) -> None:
-    header = struct.pack(">4i", 0x803, len(images), *images.shape[-2:])
-    path.write_bytes(gzip.compress(header + images.numpy().tobytes()))
-
-
 def test_folder_and_zip_hold_the_same_images(images, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for path in images.iterdir():
@@ -57,24 +49,6 @@ def test_folder_and_zip_hold_the_same_images(images, tmp_path):
     for root in (tmp_path / "holds" / "images.zip", tmp_path / "holds"):
         from_zip = folder(root)
         assert all(torch.equal(one, other) for one, other in zip(parts(from_folder), parts(from_zip), strict=True))
-
-
-def test_cache_is_used_and_made_again_when_an_image_changes(images, monkeypatch):
-    before = torch.cat(parts(folder(images)))
-    with monkeypatch.context() as patched:
-        patched.setattr("flowgen.data.cache.prepare", None)  # nothing may be decoded now
-        assert torch.equal(torch.cat(parts(folder(images))), before)
-    path = images / "000.png"
-    Image.new("RGB", (8, 8), "red").save(path)
-    os.utime(path, ns=(1, 1))
-    data = folder(images)
-    assert any((image[0] == 255).all() and not image[1].any() for image in torch.cat(parts(data)))
-    assert len(list(Path(os.environ["FLOWGEN_CACHE"]).glob("*.bin"))) == 1
-
-
-def test_cache_depends_on_the_settings(images):
-    assert folder(images, size=4).shape == (3, 4, 4)
-    assert folder(images, channels=1).shape == (1, 8, 8)
 
 
 def test_bad_images_are_named_and_counted_but_not_fatal(images, caplog, monkeypatch):
@@ -113,49 +87,6 @@ def test_crop_takes_the_centre(tmp_path):
     image.save(tmp_path / "face.png")
     assert (prepare((tmp_path / "face.png").read_bytes(), 64, 3, 148) == 255).all()
     assert (prepare((tmp_path / "face.png").read_bytes(), 64, 3, None) == 0).any()
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_idx_files(tmp_path, suffix):
-    images = torch.randint(0, 256, (7, 28, 28), dtype=torch.uint8)
-    for split in ("train", "t10k"):
-        path = tmp_path / f"{split}-images-idx3-ubyte.gz"
-        write_idx(path, images)
-        if not suffix:
-            path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
-            path.unlink()
-    arguments = {"name": "MNIST", "root": str(tmp_path), "names": ["mnist"], "bits": 8, "flip": False}
-    data = MNIST(**arguments, size=28)
-    assert torch.equal(data.test.images[:, 0], images) and len(data.train) == 6 and len(data.validation) == 1
-    assert MNIST(**arguments, size=32).shape == (1, 32, 32)
-
-
-def test_an_idx_file_cut_short_is_named(tmp_path):
-    for split in ("train", "t10k"):
-        path = tmp_path / f"{split}-images-idx3-ubyte.gz"
-        write_idx(path, torch.zeros(7, 28, 28, dtype=torch.uint8))
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(FlowgenError, match=r"t10k-images-idx3-ubyte.gz is cut short"):
-        MNIST(name="MNIST", root=str(tmp_path), names=["mnist"], size=28, bits=8, flip=False)
-
-
-def test_mnist_beside_another_set_is_told_from_it(tmp_path):
-    for shade, name in enumerate(("FashionMNIST", "MNIST")):
-        (tmp_path / name / "raw").mkdir(parents=True)
-        for split in ("train", "t10k"):
-            write_idx(tmp_path / name / "raw" / f"{split}-images-idx3-ubyte.gz", torch.full((2, 28, 28), shade, dtype=torch.uint8))
-    arguments = {"root": str(tmp_path), "size": 28, "bits": 8, "flip": False}
-    assert (MNIST(name="MNIST", names=["mnist", "MNIST"], **arguments).train.images == 1).all()
-    with pytest.raises(FlowgenError, match="several sets"):
-        MNIST(name="KMNIST", names=["kmnist"], **arguments)
-
-
-def test_a_broken_link_and_a_lost_cache_are_no_trouble(images):
-    (images / "gone.png").symlink_to(images / "nowhere.png")
-    before = torch.cat(parts(folder(images)))
-    for path in Path(os.environ["FLOWGEN_CACHE"]).glob("*.bin"):
-        path.unlink()
-    assert torch.equal(torch.cat(parts(folder(images))), before)
 
 
 def plain_images(count: int = 10, *, flip: bool = False, bits: int = 8) -> Images:

@@ -1,13 +1,12 @@
 """Training, validation and test images: which are which is fixed for ever, and parts of them are no easier than the whole."""
 
 import hashlib
-import struct
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_image
-from test_data import folder, plain_images, write_idx
+from test_data import folder, plain_images
+from test_idx import write_mnist
 
 from flowgen.data import MNIST, Images, MNISTSample, Split, Toy, prepare
 from flowgen.data.splits import hashed_order, part, split_by_hash
@@ -20,12 +19,6 @@ def digest(*tensors: torch.Tensor) -> str:
 
 def fingerprints(data: Images) -> list[str]:
     return [digest(split.images) for split in (data.train, data.validation, data.test)]
-
-
-def write_mnist(root: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
-    for split in ("train", "t10k"):
-        write_idx(root / f"{split}-images-idx3-ubyte.gz", images)
-        (root / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, len(labels)) + labels.numpy().tobytes())
 
 
 def test_names_are_split_eight_one_one_by_hash_and_never_otherwise():

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,50 +32,56 @@ def prepared(source: Source, names: list[str], size: int, channels: int, crop: i
     """The images `names`, prepared and memory-mapped, (N, channels, size, size) at 8 bits, and the names that could be used.
 
     What cannot be read is named and counted. Raises FlowgenError where nothing can. The file is made again when `source`, the
-    settings or the choice of names change.
+    settings or the choice of names change; of several processes that want it one makes it, and the others wait.
     """
     settings = _hash([VERSION, str(source.path.resolve()), size, channels, crop])
     contents = _hash([[name, source.stamps[name]] for name in names])
-    index = cache_folder() / f"{source.path.stem}-{settings}-{contents}.json"
-    if not _is_whole(index, channels * size**2):
-        index.parent.mkdir(parents=True, exist_ok=True)
-        for stale in index.parent.glob(f"*-{settings}-*"):
-            if stale.suffix in (".bin", ".json"):
-                stale.unlink(missing_ok=True)
-        _write(index, source, names, partial(prepare, size=size, channels=channels, crop=crop))
-    entry = json.loads(index.read_text())
-    kept, refused = entry["kept"], entry["refused"]
-    if refused:
-        log.warning("%d of %d images left out: %s", len(refused), len(names), "; ".join(refused[:3]) + "; ..." * (len(refused) > 3))
-    if not kept:
-        raise FlowgenError(f"none of the {len(names)} images of {source.path} can be used: {refused[0]}")
-    shape = (len(kept), channels, size, size)
-    return torch.from_file(str(index.with_suffix(".bin")), size=torch.Size(shape).numel(), dtype=torch.uint8).view(shape), set(kept)
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    index = folder / f"{source.path.stem}-{settings}-{contents}.json"
+    with FileLock(folder / f"{settings}.lock"):
+        entry = _read(index, channels * size**2)
+        if entry is None:
+            for stale in folder.glob(f"*-{settings}-*"):  # the lock says that nobody is about to read them
+                stale.unlink()
+            entry = _write(index, source, names, partial(prepare, size=size, channels=channels, crop=crop))
+        kept, refused = entry["kept"], entry["refused"]
+        if refused:
+            log.warning("%d of %d images left out: %s", len(refused), len(names), "; ".join(refused[:3]) + "; ..." * (len(refused) > 3))
+        if not kept:
+            raise FlowgenError(f"none of the {len(names)} images of {source.path} can be used: {refused[0]}")
+        shape = torch.Size((len(kept), channels, size, size))
+        return torch.from_file(str(index.with_suffix(".bin")), size=shape.numel(), dtype=torch.uint8).view(shape), set(kept)
 
 
-def _is_whole(index: Path, size: int) -> bool:
-    """Whether both files are there, with as many images of `size` bytes as the index names."""
-    images = index.with_suffix(".bin")
-    return index.exists() and images.exists() and images.stat().st_size == size * len(json.loads(index.read_text())["kept"])
+def _read(index: Path, size: int) -> dict[str, list[str]] | None:
+    """What the index says, where both files are whole: as many images of `size` bytes as it names."""
+    try:
+        entry = json.loads(index.read_text())
+        found = {key: [str(line) for line in entry[key]] for key in ("kept", "refused")}
+        return found if index.with_suffix(".bin").stat().st_size == size * len(found["kept"]) else None
+    except (OSError, ValueError, KeyError, TypeError):  # lost, cut short, or no index
+        return None
 
 
-def _write(index: Path, source: Source, names: list[str], make: Callable[[bytes], Tensor]) -> None:
+def _write(index: Path, source: Source, names: list[str], make: Callable[[bytes], Tensor]) -> dict[str, list[str]]:
     """The images one after the other, then the index, whose presence says that both are whole."""
-    kept, refused = [], []
-    aside = index.with_suffix(f".{os.getpid()}")
+    entry: dict[str, list[str]] = {"kept": [], "refused": []}
+    aside = index.with_suffix(".part")
     try:
         with open(aside, "wb") as file:
             for name, image in _decode(source, names, make):
                 if isinstance(image, FlowgenError):
-                    refused.append(f"{name} {image}")
+                    entry["refused"].append(f"{name} {image}")
                 else:
-                    kept.append(name)
+                    entry["kept"].append(name)
                     file.write(image.contiguous().numpy().tobytes())
         aside.replace(index.with_suffix(".bin"))
-        aside.write_text(json.dumps({"kept": kept, "refused": refused}))
+        aside.write_text(json.dumps(entry))
         aside.replace(index)
     finally:
         aside.unlink(missing_ok=True)
+    return entry
 
 
 def _decode(source: Source, names: list[str], make: Callable[[bytes], Tensor]) -> Iterator[tuple[str, Tensor | FlowgenError]]:

@@ -27,8 +27,7 @@ class MNIST(Images):
         if root is None and not any(_find(data_folder() / folder, names, "train") for folder in names):
             _download(name, data_folder() / names[0])
         folder = locate(root, names, f"point data.root at a folder with the idx files of {name}, or leave it out to download them")
-        images, labels = [_resize(read_idx(folder, names, file), size) for file in FILES], read_labels(folder, names)
-        train, test = (Split(*each) for each in zip(images, labels, strict=True))
+        train, test = (read_split(folder, names, file, size) for file in FILES)
         held_out = torch.zeros(len(train), dtype=torch.bool)
         held_out[hashed_order(len(train))[: max(1, len(train) // HELD_OUT)]] = True
         super().__init__(train[~held_out], train[held_out], test, bits=bits, flip=flip, binarise=binarise)
@@ -37,7 +36,7 @@ class MNIST(Images):
 def _find(root: Path, names: list[str], split: str, kind: str = "images-idx3") -> list[Path]:
     """The idx files of a split below `root`, or below the first of `names` in it, where several sets lie side by side."""
     folder = next((root / name for name in names if (root / name).is_dir()), root)
-    return sorted(path for path in folder.rglob(f"{split}-{kind}-ubyte*") if path.suffix in ("", ".gz"))
+    return sorted(path for path in folder.rglob(f"{split}-{kind}-ubyte*") if path.suffix in ("", ".gz") and path.is_file())
 
 
 def read_idx(root: Path, names: list[str], split: str) -> Tensor:
@@ -54,10 +53,14 @@ def read_idx(root: Path, names: list[str], split: str) -> Tensor:
     return _read(files[0], dimensions=3)[:, None]
 
 
-def read_labels(root: Path, names: list[str]) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The classes of training and test images, uint8 of shape (N,), where their files lie there."""
-    files = [_find(root, names, file, "labels-idx1") for file in FILES]
-    return (_read(files[0][0], dimensions=1), _read(files[1][0], dimensions=1)) if all(files) else (None, None)
+def read_split(root: Path, names: list[str], split: str, size: int) -> Split:
+    """The images of a split, resized, and their classes where these lie with them. Raises FlowgenError where they are not as many."""
+    images = _resize(read_idx(root, names, split), size)
+    files = _find(root, names, split, "labels-idx1")
+    labels = _read(files[0], dimensions=1) if files else None
+    if labels is not None and len(labels) != len(images):
+        raise FlowgenError(f"{files[0]} holds {len(labels)} labels for {len(images)} images: get both files again")
+    return Split(images, labels)
 
 
 def _read(path: Path, dimensions: int) -> Tensor:
@@ -65,10 +68,10 @@ def _read(path: Path, dimensions: int) -> Tensor:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         magic, *shape = (int.from_bytes(data[place : place + 4], "big") for place in range(0, 4 * (dimensions + 1), 4))
         start = 4 * (dimensions + 1)
-        if magic != 0x800 + dimensions or len(data) != start + math.prod(shape):
+        if magic != 0x800 + dimensions or len(data) != start + math.prod(shape) or not math.prod(shape):
             raise ValueError
     except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise FlowgenError(f"{path} is cut short or no idx file: delete it and get it again") from error
+        raise FlowgenError(f"{path} is empty, cut short or no idx file: delete it and get it again") from error
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=start).view(shape)
 
 

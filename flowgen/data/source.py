@@ -27,7 +27,7 @@ class Source(NamedTuple):
     def find_list(self, stem: str) -> tuple[str, list[list[str]]] | None:
         """The place of the list STEM.txt or STEM.csv and the words of its lines, where there is one. Raises FlowgenError for no UTF-8."""
         inside = [name for name in self.lists if PurePosixPath(name).stem == stem]
-        outside = [path for folder in self.beside for path in sorted(folder.glob(f"{stem}.*")) if path.suffix in LISTS]
+        outside = [path for folder in self.beside for path in sorted(folder.glob(f"{stem}.*")) if path.suffix in LISTS and path.is_file()]
         if not inside and not outside:
             return None
         place = f"{self.path}/{inside[0]}" if inside else str(outside[0])
