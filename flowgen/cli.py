@@ -56,13 +56,14 @@ def complete_override(ctx: click.Context, param: click.Parameter, incomplete: st
 
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     from flowgen.training.find import list_runs
+    from flowgen.training.portable import zoo
 
     names = [str(run.folder if incomplete.startswith("outputs") else run.folder.relative_to("outputs")) for run in list_runs()]
-    return [name for name in names if name.startswith(incomplete)]
+    return [name for name in [*names, *zoo()] if name.startswith(incomplete)]
 
 
 run_option = click.option(
-    "--run", "name", metavar="RUN", shell_complete=complete_run, help="Run folder, checkpoint, or name under outputs/."
+    "--run", "name", metavar="RUN", shell_complete=complete_run, help="Run folder, checkpoint, name under outputs/, or zoo/NAME."
 )
 seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, metavar="N", show_default=True)
 device_option = click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu or cuda.")
@@ -82,7 +83,8 @@ out_option = click.option(
 def cli(ctx: click.Context, debug: bool) -> None:
     """Train, judge and use likelihood-based image models.
 
-    RUN is a run's folder, a checkpoint file, or a name under outputs/; without it, the newest run that fits.
+    RUN is a run's folder, a checkpoint file, a name under outputs/, or zoo/NAME, a model that the package brings; without it, the newest
+    run that fits.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -202,9 +204,9 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
 
 @cli.command()
 def runs() -> None:
-    """List the runs under outputs/, newest first, with their best figure."""
+    """List the runs under outputs/, newest first, and the models of the zoo, with their figures."""
     rows = list(_command("runs").runs())
-    if not rows:
+    if all(row.name.startswith("zoo/") for row in rows):
         click.echo("no runs under outputs/ yet: train one with `flowgen train`")
     for row in rows:
         click.echo(f"{row.name:48}  {row.model:8} {row.data:14} step {row.step:<8} {row.best}")

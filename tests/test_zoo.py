@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,6 +71,13 @@ def test_a_model_of_the_zoo_is_small_and_samples_at_once(name, command, elsewher
     status, out, error = command("sample", "--run", name, "--count", 2)
     assert status == 0, error
     assert out.strip() == f"outputs/{name}/sample.png" and (elsewhere / "outputs" / name / "sample.png").exists()
+
+
+@pytest.mark.skipif(not MODELS, reason="the zoo is empty")
+def test_runs_lists_the_zoo_without_torch(elsewhere):
+    code = "import sys; from flowgen.commands.runs import runs; print(*(row.name for row in runs())); print('torch' in sys.modules)"
+    names, torch_too = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert names.split() == MODELS and torch_too == "False"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flowgen.config import read_config
 from flowgen.errors import FlowgenError
 from flowgen.training.find import list_runs
+from flowgen.training.portable import about_portable, zoo, zoo_file
 from flowgen.training.run import Run, best_figure
 
 log = logging.getLogger("flowgen")
@@ -22,12 +23,21 @@ class Row(NamedTuple):
 
 
 def runs() -> Iterator[Row]:
-    """The runs under `outputs/`, newest first, each with its last step and its test figure, or, before its end, its best one."""
+    """The runs under `outputs/`, newest first, then the models that the package brings, each with its last step and its test figure.
+
+    Before a run's end it is the best validation figure.
+    """
     for run in readable_runs():
-        config, rows = read_config(run.config), run.read_metrics()
-        model, data = (str(config[section].get("_target_")).rpartition(".")[2] for section in ("model", "data"))
-        source = config["data"].get("name") or Path(config["data"].get("root") or data).name
-        yield Row(str(run.folder), model, source, max((row["step"] for row in rows), default=0), best_figure(rows) or "not evaluated yet")
+        yield _row(str(run.folder), read_config(run.config), run.read_metrics())
+    for name in zoo():
+        about = about_portable(zoo_file(name))
+        yield _row(name, about["config"], [{"split": "test", "step": about["step"], **about["figures"]}])
+
+
+def _row(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> Row:
+    model, data = (str(config[section].get("_target_")).rpartition(".")[2] for section in ("model", "data"))
+    source = config["data"].get("name") or Path(config["data"].get("root") or data).name
+    return Row(name, model, source, max((row["step"] for row in metrics), default=0), best_figure(metrics) or "not evaluated yet")
 
 
 def readable_runs(*folders: Path) -> list[Run]:

@@ -44,12 +44,22 @@ def write_portable(checkpoint: dict[str, Any], figures: dict[str, Any], command:
 
 def read_portable(path: Path) -> dict[str, Any]:
     """A checkpoint to use, though none to go on from: it holds no optimiser. Raises FlowgenError for what is none; no code can run."""
+    about, weights = _read(path, weights=True)
+    return about | {"model": weights, "ema": None}
+
+
+def about_portable(path: Path) -> dict[str, Any]:
+    """Its config, step, images_seen, figures and command, without its weights. Raises FlowgenError for what is none."""
+    return _read(path, weights=False)[0]
+
+
+def _read(path: Path, weights: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt" if weights else "np") as file:  # "pt" imports torch at once
             about = json.loads((file.metadata() or {})["flowgen"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118, it is no dict
     except FileNotFoundError as error:
         raise FlowgenError(f"{path} does not exist: `flowgen runs` lists the runs") from error
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
@@ -57,4 +67,4 @@ def read_portable(path: Path) -> dict[str, Any]:
     known = {"config": dict, "step": int, "images_seen": int, "figures": dict, "command": str}
     if not isinstance(about, dict) or any(not isinstance(about.get(key), kind) for key, kind in known.items()):
         raise FlowgenError(f"{path} is no model of flowgen: name another run or file")
-    return about | {"model": weights, "ema": None}
+    return about, tensors
