@@ -16,19 +16,6 @@ from flowgen.models.flows.dequantise import dequantiser
 CLASS_DISTANCE = 0.3  # deviation of the means of the classes at the start, in every latent
 
 
-def largest_levels(size: int, levels: int | None) -> int:
-    """`levels`, or, where that is None, as many halvings as images of this size allow, at most 4 and none for an odd size.
-
-    Raises FlowgenError where they are too many.
-    """
-    if levels is None:
-        return next(levels for levels in (4, 3, 2, 1, 0) if size % 2**levels == 0)
-    check_whole(levels=levels)
-    if size % 2**levels:
-        raise FlowgenError(f"levels={levels} needs images whose size is a multiple of {2**levels}, not {size}: choose fewer levels")
-    return levels
-
-
 class Flow(GenerativeModel):
     """A bijection from images in [0, 1) to vectors under N(0, I), of dequantised levels: x = (levels + u) / 2^bits.
 

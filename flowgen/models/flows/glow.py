@@ -8,7 +8,6 @@ from flowgen.bijections import (
     Conv1x1,
     ConvNetwork,
     Coupling,
-    FactorOut,
     Flatten,
     Folded,
     GatedNetwork,
@@ -21,7 +20,8 @@ from flowgen.bijections import (
     ZeroConv2d,
 )
 from flowgen.errors import FlowgenError, check_choice, check_whole
-from flowgen.models.flows.flow import Flow, largest_levels
+from flowgen.models.flows.flow import Flow
+from flowgen.models.flows.multiscale import largest_levels, multi_scale
 
 
 class Glow(Flow):
@@ -70,41 +70,36 @@ class Glow(Flow):
         if len(depths) != max(1, levels):
             raise FlowgenError(f"steps_per_level={depths} is not a number for each of {levels} levels: give so many, or one for all")
 
-        def steps(number: int, channels: int) -> list[Bijection]:
-            return [bijection for _ in range(depths[number - 1]) for bijection in step(channels)]
+        seen = classes if classes is not None and class_networks else 0  # channels of the condition
+
+        def inner_network(reads: int, gives: int) -> Network:
+            if network == "conv":
+                return ConvNetwork(reads + seen, width, gives)
+            return (ResNetwork if network == "resnet" else GatedNetwork)(reads + seen, width, gives, blocks)
 
         def step(channels: int) -> tuple[Bijection, Bijection]:
             mix = PLUConv1x1(channels) if convolution == "plu" else Conv1x1(channels)
-            return Folded(ActNorm(channels), mix), couple(channels)
-
-        def couple(channels: int) -> Coupling:
             transform = TRANSFORMS[coupling](scale)
-            return Coupling(inner_network(channels // 2, transform.count * (channels - channels // 2)), transform)
+            couple = Coupling(inner_network(channels // 2, transform.count * (channels - channels // 2)), transform)
+            return Folded(ActNorm(channels), mix), couple
 
-        seen = classes if classes is not None and class_networks else 0  # channels of the condition
+        def steps(number: int, channels: int) -> list[Bijection]:
+            return [bijection for _ in range(depths[number - 1]) for bijection in step(channels)]
 
-        def inner_network(in_channels: int, out_channels: int) -> Network:
-            in_channels += seen
-            if network == "conv":
-                return ConvNetwork(in_channels, width, out_channels)
-            return (ResNetwork if network == "resnet" else GatedNetwork)(in_channels, width, out_channels, blocks)
-
-        def level(number: int, channels: int, size: int) -> Bijection:
-            """The flow from the image that enters this level to one vector, built from the top down."""
-            if levels == 0:  # a size that cannot be halved
-                return Chain(*steps(1, channels), *top(channels, size))
-            channels, size = 4 * channels, size // 2
-            here = [Squeeze(), *steps(number, channels)]
-            if number == levels:
-                return Chain(*here, *top(channels, size))
-            predict = ZeroConv2d(channels // 2 + seen, channels, 3) if prior == "predicted" else None
-            return Chain(*here, FactorOut(level(number + 1, channels // 2, size), predict))
+        def level(number: int, channels: int, size: int) -> list[Bijection]:
+            return [Squeeze(), *steps(number, 4 * channels)]
 
         def top(channels: int, size: int) -> list[Bijection]:
+            """The last level, which nothing leaves; without a squeeze where the size cannot be halved."""
+            last = [*level(levels, channels, size)] if levels else steps(1, channels)
+            channels, size = (4 * channels, size // 2) if levels else (channels, size)
             norm = [ActNorm(channels)] if final_actnorm else []
             learned = [Standardize(channels * size**2)] if base == "learned" else []
-            return [*norm, Flatten(channels, size, size), *learned]
+            return [*last, *norm, Flatten(channels, size, size), *learned]
+
+        def predicted(channels: int) -> Network | None:
+            return ZeroConv2d(channels // 2 + seen, channels, 3) if prior == "predicted" else None
 
         pixelwise = [Gaussianize(channels, 2**bits)] if gaussianize else []
-        bijection = Chain(*pixelwise, level(1, channels, size))
+        bijection = Chain(*pixelwise, multi_scale(levels - 1, channels, size, level, top, predicted))
         super().__init__(bijection, (channels, size, size), bits, dequantisation, classes, class_networks)

@@ -7,7 +7,6 @@ from flowgen.bijections import (
     BatchNorm,
     Bijection,
     Chain,
-    FactorOut,
     Flatten,
     Logit,
     MaskedCoupling,
@@ -18,7 +17,8 @@ from flowgen.bijections import (
     checkerboard,
 )
 from flowgen.errors import check_choice, check_number, check_whole
-from flowgen.models.flows.flow import Flow, largest_levels
+from flowgen.models.flows.flow import Flow
+from flowgen.models.flows.multiscale import largest_levels, multi_scale
 
 
 class RealNVP(Flow):
@@ -59,11 +59,11 @@ class RealNVP(Flow):
             transform = TRANSFORMS[coupling]("bounded")
             return MaskedCoupling(ResNetwork(channels, width, transform.count * channels, blocks), transform, mask)
 
-        def level(number: int, channels: int, size: int) -> Bijection:
-            """The flow from the image that enters this level to one vector."""
-            if number == levels:
-                return Chain(*couplings(channels, size, True, 4), Flatten(channels, size, size))
-            here = [*couplings(channels, size, True, 3), Squeeze(), *couplings(4 * channels, size // 2, False, 3)]
-            return Chain(*here, FactorOut(level(number + 1, 2 * channels, size // 2)))
+        def level(number: int, channels: int, size: int) -> list[Bijection]:
+            return [*couplings(channels, size, True, 3), Squeeze(), *couplings(4 * channels, size // 2, False, 3)]
 
-        super().__init__(Chain(Logit(alpha), level(0, channels, size)), (channels, size, size), bits, dequantisation)
+        def top(channels: int, size: int) -> list[Bijection]:
+            return [*couplings(channels, size, True, 4), Flatten(channels, size, size)]
+
+        multi = multi_scale(levels, channels, size, level, top, prior=lambda channels: None)
+        super().__init__(Chain(Logit(alpha), multi), (channels, size, size), bits, dequantisation)
