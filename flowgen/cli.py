@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import sys
 import threading
 from pathlib import Path
@@ -10,70 +9,25 @@ from typing import Any
 
 import click
 
-from flowgen.config import options, settings
+from flowgen.arguments import (
+    PATH,
+    SAMPLERS,
+    Temperature,
+    complete_override,
+    complete_run,
+    device_option,
+    out_option,
+    run_option,
+    seed_option,
+)
 from flowgen.messages import one_sentence, show_messages
 from flowgen.training.threads import prepare_threads, use_threads
 
 HYDRA_FLAGS = {"-m", "--multirun", "--help", "-h", "--cfg", "-c", "--resolve", "--info", "-i", "--package", "-p", "--version"}
-PATH = click.Path(path_type=Path)
-SAMPLERS = ("gibbs", "tempering", "mean-field")
-PICTURES = {".gif", ".jpg", ".png", ".webp"}
-
-
-class Temperature(click.ParamType):
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number) or number < 0:
-            self.fail(f"{value!r} is no temperature: give a number of at least 0, such as 0.7", param, ctx)
-        return number
-
-
-def check_picture(path: Path | None) -> Path | None:
-    """Before the work is done, not after it."""
-    if path is not None and path.suffix.lower() not in PICTURES:
-        raise click.UsageError(f"{path} is no name of a picture: let it end in one of {', '.join(sorted(PICTURES))}")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise click.UsageError(f"the folder of {path} does not exist: make it, or name another")
-    return path
 
 
 def readable(value: Any) -> str:
     return "unknown" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def complete_override(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """`model=gl` to `model=glow`, and so for every group of the configuration; `trainer.st` to `trainer.steps=`."""
-    group, equals, _ = incomplete.partition("=")
-    if equals:
-        return [f"{group}={name}" for name in options(group) if f"{group}={name}".startswith(incomplete)]
-    return [f"{name}=" for name in settings() if name.startswith(incomplete)]
-
-
-def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    from flowgen.training.find import list_runs
-    from flowgen.training.portable import zoo
-
-    names = [str(run.folder if incomplete.startswith("outputs") else run.folder.relative_to("outputs")) for run in list_runs()]
-    return [name for name in [*names, *zoo()] if name.startswith(incomplete)]
-
-
-run_option = click.option(
-    "--run", "name", metavar="RUN", shell_complete=complete_run, help="Run folder, checkpoint, name under outputs/, or zoo/NAME."
-)
-seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, metavar="N", show_default=True)
-device_option = click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu or cuda.")
-out_option = click.option(
-    "--out",
-    type=PATH,
-    metavar="FILE",
-    callback=lambda ctx, param, path: check_picture(path),
-    help="Where to write; by default into the run's folder.",
-)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

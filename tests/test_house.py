@@ -32,14 +32,15 @@ MAY_IMPORT = {
     "training": {"bijections", "models", "data", "pictures", "plots", "errors"},
     "config": {"models", "data", "training", "errors"},
     "commands": {"training", "pictures", "plots", "document", "config", "models", "data", "errors", "progress"},
-    "cli": {"commands", "config", "training", "messages"},
+    "arguments": {"config", "training"},
+    "cli": {"arguments", "commands", "config", "training", "messages"},
     "__main__": {"cli"},
     "__init__": {"config", "models"},
 }
 ONLY_IN = {
     "hydra": {"config/words.py", "commands/train.py"},
     "omegaconf": {"config/files.py", "config/words.py", "commands/train.py"},
-    "click": {"cli.py"},
+    "click": {"arguments.py", "cli.py"},
     "torchvision": {"vision.py"},
     "tqdm": {"progress.py", "messages.py", "training/journal.py", "data/cache.py"},
 }
