@@ -60,7 +60,7 @@ def train(words: tuple[str, ...]) -> None:
 @click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
 def resume(name: str, overrides: tuple[str, ...]) -> None:
     """Go on from RUN's last good checkpoint, with its own configuration but for each KEY=VALUE."""
-    _command("train").resume(name, list(overrides))
+    _command("resume").resume(name, list(overrides))
 
 
 @cli.command()

@@ -161,7 +161,7 @@ def test_sweep_lays_its_runs_side_by_side(images, command, tmp_path):
 def test_a_failing_job_of_a_sweep_is_named_and_the_others_run(images, command, tmp_path):
     words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path / 'sweep'}", "model.width=zero,8", "-m"]
     status, _, error = command("train", *words)
-    assert status == 1 and "1 runs of the sweep failed" in error and "width must be a whole number" in error
+    assert status == 1 and "1 of 2 runs of the sweep failed" in error and "width must be a whole number" in error
     assert len(list((tmp_path / "sweep").glob("*/checkpoints/last.pt"))) == 1
 
 

@@ -13,12 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
-from flowgen.config import build_model, conf_folder, model_for, options, plain
+from flowgen.config import build_model, conf_folder, model_for, options, plain, register_resolvers
 
 PACKAGE = Path(__file__).parents[1] / "flowgen"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "errors": set(),
+    "targets": {"errors"},
     "messages": {"errors"},
     "vision": set(),
     "progress": set(),
@@ -29,17 +30,17 @@ MAY_IMPORT = {
     "pictures": {"vision", "plots"},
     "judging": {"data", "errors"},
     "document": {"errors"},
-    "training": {"bijections", "models", "data", "pictures", "plots", "errors"},
-    "config": {"models", "data", "training", "errors"},
-    "commands": {"training", "pictures", "plots", "document", "config", "models", "data", "errors", "progress"},
+    "training": {"targets", "bijections", "models", "data", "pictures", "plots", "errors"},
+    "config": {"targets", "models", "data", "training", "errors"},
+    "commands": {"messages", "training", "pictures", "plots", "document", "config", "models", "data", "errors", "progress"},
     "arguments": {"config", "training"},
     "cli": {"arguments", "commands", "config", "training", "messages"},
     "__main__": {"cli"},
     "__init__": {"config", "models"},
 }
 ONLY_IN = {
-    "hydra": {"config/words.py", "commands/train.py"},
-    "omegaconf": {"config/files.py", "config/words.py", "commands/train.py"},
+    "hydra": {"config/resolvers.py", "config/words.py", "commands/train.py"},
+    "omegaconf": {"config/resolvers.py", "config/files.py", "config/words.py", "commands/train.py"},
     "click": {"arguments.py", "cli.py"},
     "torchvision": {"vision.py"},
     "tqdm": {"progress.py", "messages.py", "training/journal.py", "data/cache.py"},
@@ -98,6 +99,7 @@ def test_files_stay_short(path):
 
 
 def compose_config(*overrides: str) -> dict:
+    register_resolvers()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("train", [*overrides, "out=somewhere", "hydra.runtime.output_dir=somewhere"], return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)

@@ -4,8 +4,9 @@ from flowgen.config.building import build, build_data, build_model, build_model_
 from flowgen.config.files import conf_folder, options, read_config, save_config, settings
 from flowgen.config.loading import load_model, load_weights, model_of
 from flowgen.config.older import OF_THE_EVALUATION, in_todays_words
+from flowgen.config.resolvers import register_resolvers, trainer_here
 from flowgen.config.sentences import no_such_setting, one_line, plain_error
-from flowgen.config.words import check_words, in_grammar, one_end, override, plain
+from flowgen.config.words import check_words, in_grammar, name_folders, one_end, override, plain
 
 __all__ = [
     "OF_THE_EVALUATION",
@@ -21,6 +22,7 @@ __all__ = [
     "load_weights",
     "model_for",
     "model_of",
+    "name_folders",
     "no_such_setting",
     "one_end",
     "one_line",
@@ -29,6 +31,8 @@ __all__ = [
     "plain",
     "plain_error",
     "read_config",
+    "register_resolvers",
     "save_config",
     "settings",
+    "trainer_here",
 ]

@@ -60,6 +60,14 @@ def one_end(words: list[str]) -> list[str]:
     return [*words, f"trainer.{other[given[0]]}=null"] if len(given) == 1 else words
 
 
+def name_folders(words: list[str]) -> str:
+    """The word by which Hydra names the folders of a sweep's runs."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    swept = [word.key_or_group for word in OverridesParser.create().parse_overrides(words) if word.is_sweep_override()]
+    return f"hydra.sweep.subdir=${{flowgen.folder:[{','.join(swept)}]}}"
+
+
 def override(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """`config` with KEY=VALUE words applied, in Hydra's grammar. Raises FlowgenError for a key that it lacks, or a list to sweep over."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
