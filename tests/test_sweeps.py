@@ -1,5 +1,6 @@
 """How trainings start: overrides, the trainer of the machine, sweeps, going on with what is there."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, save_image
 from hydra.core.hydra_config import HydraConfig
 
 from flowgen.commands import train
-from flowgen.config import in_grammar, override, read_config, resolvers
+from flowgen.config import in_grammar, override, read_config, resolvers, save_config
 from flowgen.errors import FlowgenError
+from flowgen.models import RBM, Flow, Glow, RealNVP
+from flowgen.training import run as run_module
 from flowgen.training.checkpoint import read_checkpoint
+from flowgen.training.find import find_checkpoint
 from flowgen.training.journal import Journal
 
 RUN = {"trainer": {"steps": 5, "lr": 0.1, "keep_at": []}, "data": {"root": None}, "seed": 0}
@@ -163,19 +167,27 @@ def test_a_failing_job_in_another_process_fails_the_sweep(images, command, tmp_p
 
 def test_a_job_that_is_queued_again_goes_on(images, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
-    words = [*SMALL, f"data.root={images}", "trainer.steps=200", "trainer.save_every=100000", "seed=range(1,2)", f"out={tmp_path}", "-m"]
+    words = [
+        *SMALL,
+        f"data.root={images}",
+        "trainer.minutes=0.15",
+        "trainer.save_every=100000",
+        "seed=range(1,2)",
+        f"out={tmp_path}",
+        "-m",
+    ]
     sweep = subprocess.Popen([sys.executable, "-m", "flowgen", "train", *words, "hydra/launcher=submitit_local"])
     while sweep.poll() is None and not list(tmp_path.glob("*/metrics.jsonl")):
-        time.sleep(0.1)
-    (metrics,) = tmp_path.glob("*/metrics.jsonl")
+        time.sleep(0.05)
     (controller,) = (path.name for path in (tmp_path / ".submitit").glob("[0-9]*"))
     job = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()[0]
     os.kill(int(job), signal.SIGUSR2)  # what SLURM sends before a job's time is up
     assert sweep.wait() == 0
-    log = (metrics.parent / "train.log").read_text()
+    (run,) = (path.parent for path in tmp_path.glob("*/metrics.jsonl"))
+    log = (run / "train.log").read_text()
     (gone_on,) = (int(line.split()[-1]) for line in log.splitlines() if "going on from step" in line)
-    assert "stopped by SIGUSR2 and saved" in log and gone_on > 0
-    assert read_checkpoint(metrics.parent / "checkpoints" / "last.pt")["step"] == 200
+    assert "stopped by SIGUSR2 and saved" in log and "done: " in log
+    assert 0 < gone_on < read_checkpoint(run / "checkpoints" / "last.pt")["step"]
 
 
 def test_resume_true_ends_with_the_same_bits(images, command, tmp_path):
@@ -215,3 +227,42 @@ def test_a_signal_of_a_launchers_is_passed_on_once_the_run_is_saved(images, comm
         signal.signal(signal.SIGUSR2, before)
     assert status == 3 and "stopped by SIGUSR2 and saved" in error
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
+
+
+def test_init_starts_from_a_runs_averaged_weights(tiny_run, command, tmp_path):
+    for number in range(20):
+        save_image(tmp_path / "others" / f"{number}.png")
+    words = [*SMALL, f"data.root={tmp_path / 'others'}", "trainer.steps=1", "trainer.lr=0", f"out={tmp_path / 'new'}", "trainer.ema=0.5"]
+    assert command("train", *words, f"init={os.path.relpath(tiny_run)}")[0] == 0
+    assert read_config(tmp_path / "new" / "config.yaml")["init"] == str(tiny_run)
+    figures = [
+        json.loads(command("evaluate", "--run", run, "--json", f"data.root={tmp_path / 'images'}")[1])
+        for run in (tiny_run, tmp_path / "new")
+    ]
+    assert figures[0]["bits_per_dim"] == figures[1]["bits_per_dim"]
+
+
+def test_init_says_what_does_not_fit(tiny_run, images, command, tmp_path):
+    words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path / 'new'}"]
+    status, _, error = command("train", *words, f"init={tiny_run}", "model.width=4")
+    assert status == 1 and "do not fit, model.width=8 there and 4 here" in error.splitlines()[-1]
+    assert command("train", *words, "init=nowhere")[2].splitlines()[-1].startswith("flowgen: nowhere is no run")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_newest_run_that_fits_is_found_by_its_configuration(tiny_run, elsewhere, monkeypatch):
+    runs = [shutil.copytree(tiny_run, elsewhere / "outputs" / name) for name in ("flow", "rbm", "classes")]
+    for age, (run, model) in enumerate(zip(runs, ({}, {"_target_": "flowgen.models.RBM"}, {"classes": 10}), strict=True)):
+        config = read_config(run / "config.yaml")
+        save_config(config | {"model": config["model"] | model}, run / "config.yaml")
+        os.utime(run / "config.yaml", (age, age))
+    (runs[1] / "config.yaml").touch()
+    read = []
+    monkeypatch.setattr(run_module, "read_checkpoint", lambda path: read.append(path) or read_checkpoint(path))
+    assert find_checkpoint(None, wanted=Flow)[0].folder.name == "classes" and len(read) == 1
+    assert find_checkpoint(None, wanted=Glow)[0].folder.name == "classes" and len(read) == 2
+    with pytest.raises(FlowgenError, match=r"no run of a RealNVP .* model=realnvp"):
+        find_checkpoint(None, wanted=RealNVP)
+    with pytest.raises(FlowgenError, match="is no run of an RBM"):
+        find_checkpoint(str(runs[0]), wanted=RBM)
+    assert len(read) == 3

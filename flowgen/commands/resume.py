@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from flowgen.config import build, build_model_and_data, in_todays_words, load_weights, one_end, override, read_config, save_config
 from flowgen.errors import FlowgenError, check_whole
-from flowgen.training.checkpoint import read_checkpoint
-from flowgen.training.find import find_run
+from flowgen.training.checkpoint import read_checkpoint, weights_of
+from flowgen.training.find import find_checkpoint, find_run
 from flowgen.training.run import Run
 from flowgen.training.stop import pass_on
 
@@ -74,8 +74,11 @@ def _train(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None, 
         _check_unfinished(run, trainer, checkpoint)
     torch.manual_seed(config["seed"])
     model, data, config = build_model_and_data(config)
+    source = config.get("init")
     if checkpoint is not None:
         load_weights(model, checkpoint["model"])
+    elif source is not None:
+        _take_weights(model, config, source)
     save_config(config, run.config)
     with _logging(run):
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -86,11 +89,21 @@ def _train(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None, 
             log.info("%s", remark)
         if checkpoint is not None:
             log.info("going on from step %d", checkpoint["step"])
-        stopped = trainer.train(model, data, run, config, config["seed"], checkpoint)
+        stopped = trainer.train(model, data, run, config, config["seed"], checkpoint, trained=source is not None)
         if stopped is not None:
             log.info("stopped by %s and saved: go on with `flowgen resume %s`", signal.Signals(stopped).name, run.folder)
             pass_on(stopped)
         log.info("done: %s", run.folder)
+
+
+def _take_weights(model: Any, config: dict[str, Any], source: str) -> None:
+    """Those of the run `source`, averaged if it has averaged any. Raises FlowgenError where they are of another kind of model."""
+    _, checkpoint = find_checkpoint(source)
+    try:
+        load_weights(model, weights_of(checkpoint))
+    except FlowgenError as error:
+        other = _differences(_flat({"model": config["model"]}), _flat(checkpoint["config"])) or ["of another shape"]
+        raise FlowgenError(f"the weights of init={source} do not fit, {', '.join(other)}: train a model of the same settings") from error
 
 
 def _check_unfinished(run: Run, trainer: "Trainer", checkpoint: dict[str, Any]) -> None:
@@ -106,12 +119,15 @@ def _check_unfinished(run: Run, trainer: "Trainer", checkpoint: dict[str, Any]) 
 
 def _check_same(run: Run, config: dict[str, Any]) -> None:
     """Raises FlowgenError where the run's configuration is another one; it may say more: its images, what auto was."""
-    there = _flat(in_todays_words(read_config(run.config)))
     here = {key: value for key, value in _flat(config).items() if key != "out" and value != "auto"}
-    other = [f"{key}={there.get(key, 'nothing')} there and {value} here" for key, value in here.items() if there.get(key) != value]
+    other = _differences(here, _flat(in_todays_words(read_config(run.config))))
     if other:
         cure = f"go on with it as it is by `flowgen resume {run.folder}`, or choose another out="
         raise FlowgenError(f"{run.folder} holds a run of another configuration, {', '.join(other)}: {cure}")
+
+
+def _differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    return [f"{key}={there.get(key, 'nothing')} there and {value} here" for key, value in here.items() if there.get(key) != value]
 
 
 def _flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -95,6 +95,8 @@ def _job(cfg: DictConfig, go_on: bool = False) -> Exception | None:
         cfg.out = str(folder)  # before it is read: the default refers to Hydra's section, which a job is not given
         if not OmegaConf.is_missing(cfg.data, "root") and cfg.data.get("root") is not None:
             cfg.data.root = absolute(cfg.data.root)
+        if cfg.init is not None and Path(str(cfg.init)).expanduser().exists():
+            cfg.init = absolute(cfg.init)
         config = plain(cfg)
         go_on |= bool(config.pop("resume"))
         auto = HydraConfig.get().runtime.choices["trainer"] == "auto"

@@ -1,10 +1,10 @@
 """Building what a configuration describes."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from flowgen.config.older import in_todays_words
 from flowgen.errors import FlowgenError
+from flowgen.targets import class_of
 
 if TYPE_CHECKING:
     from flowgen.data import Images
@@ -20,11 +20,10 @@ REPEATED = {  # what older configurations say of data that has but one value for
 def build(section: str, config: dict[str, Any]) -> Any:
     """The object that a section of a configuration describes: `_target_`, a class of flowgen, called with all the rest.
 
-    Raises FlowgenError for any other target, so that a configuration from a stranger's checkpoint can run no code, and for
-    arguments that the class refuses.
+    Raises FlowgenError for any other target, and for arguments that the class refuses.
     """
     arguments = {key: build(key, value) if _is_node(value) else value for key, value in config.items() if key != "_target_"}
-    target = _class_of(section, config)
+    target = class_of(section, config)
     try:
         return target(**arguments)
     except FlowgenError as error:
@@ -32,19 +31,6 @@ def build(section: str, config: dict[str, Any]) -> Any:
         raise FlowgenError(message if f"{section}." in message else f"{section}: {message}") from error
     except TypeError as error:
         raise FlowgenError(f"{section}: {error}") from error
-
-
-def _class_of(section: str, config: dict[str, Any]) -> type[Any]:
-    module, _, name = str(config.get("_target_")).rpartition(".")
-    if not module.startswith("flowgen."):
-        raise FlowgenError(f"{section}._target_={config.get('_target_')} is not part of flowgen")
-    try:
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise FlowgenError(f"{section}._target_={module}.{name} does not exist") from error
-    if not isinstance(target, type) or not target.__module__.startswith("flowgen."):
-        raise FlowgenError(f"{section}._target_={module}.{name} is not a class of flowgen")
-    return target
 
 
 def _is_node(value: object) -> bool:
@@ -59,7 +45,7 @@ def build_data(config: dict[str, Any]) -> "Images":
 
 def model_for(config: dict[str, Any], shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
     """`config` with a model section that says what images the model is of, as a run keeps it: all that `build_model` needs."""
-    stated = _class_of("model", config["model"]).arguments_for(shape, bits)
+    stated = class_of("model", config["model"]).arguments_for(shape, bits)
     return config | {"model": stated | config["model"]}
 
 

@@ -26,9 +26,8 @@ def settings() -> dict[str, list[str]]:
 
     groups = ("data", "model", "trainer")
     evaluation = [f"evaluation.{key}" for key in evaluation_defaults() if key != "_target_"]
-    found: dict[str, list[str]] = {
-        name: [] for name in ("out", "resume", "seed", "experiment", "model/negative_phase", *evaluation, *groups)
-    }
+    top = ("out", "resume", "init", "seed", "experiment", "model/negative_phase")
+    found: dict[str, list[str]] = {name: [] for name in (*top, *evaluation, *groups)}
     for section in groups:
         for name in options(section):
             file = safe_load((conf_folder() / section / f"{name}.yaml").read_text())

@@ -7,7 +7,7 @@ from flowgen.config.older import OF_THE_EVALUATION
 from flowgen.config.sentences import no_such_setting, one_line
 from flowgen.errors import FlowgenError
 
-FOLDERS = ("out", "data.root")
+FOLDERS = ("out", "data.root", "init")
 
 
 def check_words(words: list[str]) -> None:

@@ -1,9 +1,13 @@
 """Runs by name: a folder, a checkpoint file, or a name under `outputs/`."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError, safe_load
+
 from flowgen.errors import FlowgenError
+from flowgen.targets import class_of
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.portable import SUFFIX, ZOO, read_portable, zoo_file
 from flowgen.training.run import Run
@@ -41,14 +45,13 @@ def find_checkpoint(name: str | None, wanted: type | None = None, with_classes: 
 
     It is of a `wanted` model, or of one with classes, where that is asked for. Raises FlowgenError where there is none.
     """
-    kind = f"run of an {wanted.__name__}" if wanted else "run with model.classes" if with_classes else "run"
+    kind = f"run of {_with_article(wanted.__name__)}" if wanted else "run with model.classes" if with_classes else "run"
     if name is None:
         for run in list_runs():
-            checkpoint = run.last_good()
-            if checkpoint is not None and _is_of(checkpoint, wanted, with_classes):
+            if _is_of(_written_config(run), wanted, with_classes) and (checkpoint := run.last_good()) is not None:
                 return run, checkpoint
-        how = f" model={wanted.__name__.lower()}" if wanted else " model.classes=10 data=mnist" if with_classes else ""
-        raise FlowgenError(f"no {kind} under outputs/ has a checkpoint: train one with `flowgen train{how}`, or name one with --run")
+        how = f"train one with `flowgen train{_words_for(wanted, with_classes)}`, or name one with --run"
+        raise FlowgenError(f"no {kind} under outputs/ has a checkpoint: {how}")
     run = find_run(name)
     path = next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
     if name.startswith("zoo/"):
@@ -60,12 +63,36 @@ def find_checkpoint(name: str | None, wanted: type | None = None, with_classes: 
         checkpoint = read_checkpoint(path) if path else run.last_good()
     if checkpoint is None:
         raise FlowgenError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}` goes on with it")
-    if not _is_of(checkpoint, wanted, with_classes):
+    if not _is_of(checkpoint["config"], wanted, with_classes):
         raise FlowgenError(f"{name} is no {kind}, which this command needs: name another with --run")
     return run, checkpoint
 
 
-def _is_of(checkpoint: dict[str, Any], wanted: type | None, with_classes: bool) -> bool:
-    model = checkpoint["config"].get("model", {})
-    right_class = wanted is None or str(model.get("_target_")).rpartition(".")[2] == wanted.__name__
-    return right_class and (not with_classes or model.get("classes") is not None)
+def _written_config(run: Run) -> dict[str, Any]:
+    """What the run's folder says of it, which is read sooner than a checkpoint; {} where it cannot be read."""
+    with contextlib.suppress(OSError, YAMLError, UnicodeDecodeError):
+        config = safe_load(run.config.read_text())
+        return config if isinstance(config, dict) else {}
+    return {}
+
+
+def _is_of(config: dict[str, Any], wanted: type | None, with_classes: bool) -> bool:
+    """Whether it describes a `wanted` model, by class, and one with classes where that is asked for."""
+    model = config.get("model") or {}
+    try:
+        return (wanted is None or issubclass(class_of("model", model), wanted)) and (not with_classes or model.get("classes") is not None)
+    except FlowgenError:
+        return False
+
+
+def _words_for(wanted: type | None, with_classes: bool) -> str:
+    """What trains such a model, if not `flowgen train` alone."""
+    from flowgen.models import Glow
+
+    if wanted is None or issubclass(Glow, wanted):
+        return " model.classes=10 data=mnist" * with_classes
+    return f" model={wanted.__name__.lower()}"
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name.isupper() else 'a'} {name}"

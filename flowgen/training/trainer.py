@@ -92,15 +92,16 @@ class Trainer:
         self.save_every, self.keep_every, self.keep_at = save_every, keep_every, keep_at
 
     def train(
-        self, model: GenerativeModel, data: Images, run: Run, config: dict[str, Any], seed: int, checkpoint: dict[str, Any] | None
+        self, model: GenerativeModel, data: Images, run: Run, config: dict, seed: int, checkpoint: dict | None, trained: bool = False
     ) -> int | None:
         """Train to the end, from the start or from `checkpoint`; a signal that asked to stop is returned once the run is saved.
 
+        A model that is `trained` already keeps its weights at the start; any other looks at some images first.
         Raises FlowgenError where losses stay non-finite after `REWINDS` returns to the last good checkpoint.
         """
         data.to(self.device)
         model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if checkpoint is None:
+        if checkpoint is None and not trained:
             model.initialize(*data.draw(0, self.initial_images, seed))
         state = State(model, self._optimizer(model), self.ema, config)
         if checkpoint is None:
