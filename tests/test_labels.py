@@ -59,6 +59,8 @@ def each(data: ImageFolder) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def test_subfolders_are_classes_in_sorted_order(tmp_path):
+    labels = folder_labels(["top/dog/1.png", "top/cat/1.png", "top/dog/2.png", "top/ant/deep/1.png"])
+    assert labels is not None and labels.tolist() == [2, 1, 2, 0]
     for number in range(40):
         save_grey(tmp_path / "animals" / ("dog", "cat", "emu/young")[number % 3] / f"{number:03d}.png", number)
     for root in (tmp_path / "animals", zipped(tmp_path / "animals", "deep/down/")):
