@@ -13,8 +13,8 @@ from flowgen import cli
 from flowgen.bijections import estimate_statistics
 from flowgen.models import GenerativeModel
 from flowgen.training.device import autocast_dtype
+from flowgen.training.loop import STATISTICS
 from flowgen.training.schedule import learning_rate_factor
-from flowgen.training.trainer import STATISTICS
 
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 

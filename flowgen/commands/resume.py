@@ -69,7 +69,7 @@ def _train(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None, 
 
     check_whole(0, seed=config["seed"])
     trainer: Trainer = build("trainer", {"threads": "auto"} | config["trainer"])
-    config["trainer"]["threads"] = trainer.threads  # kept, since a resumed run has the same bits on as many threads alone
+    config["trainer"]["threads"] = trainer.machine.threads  # kept, since a resumed run has the same bits on as many threads alone
     if checkpoint is not None:
         _check_unfinished(run, trainer, checkpoint)
     torch.manual_seed(config["seed"])
@@ -84,12 +84,12 @@ def _train(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None, 
         parameters = sum(parameter.numel() for parameter in model.parameters())
         counts = len(data.train), len(data.validation), len(data.test)
         log.info("%s: %.2f million parameters, %d training, %d validation and %d test images", run.folder, parameters / 1e6, *counts)
-        log.info("environment: %s", environment(trainer.device))
+        log.info("environment: %s", environment(trainer.machine.device))
         if remark:
             log.info("%s", remark)
         if checkpoint is not None:
             log.info("going on from step %d", checkpoint["step"])
-        stopped = trainer.train(model, data, run, config, config["seed"], checkpoint, trained=source is not None)
+        stopped = trainer.train(model, data, run, config, checkpoint, trained=source is not None)
         if stopped is not None:
             log.info("stopped by %s and saved: go on with `flowgen resume %s`", signal.Signals(stopped).name, run.folder)
             pass_on(stopped)
@@ -107,10 +107,10 @@ def _take_weights(model: Any, config: dict[str, Any], source: str) -> None:
 
 
 def _check_unfinished(run: Run, trainer: "Trainer", checkpoint: dict[str, Any]) -> None:
-    step, minutes = checkpoint["step"], checkpoint["metrics"]["seconds"] / 60
-    if trainer.minutes and minutes >= trainer.minutes:
-        more = f"trainer.minutes={2 * max(minutes, trainer.minutes):.2g}"
-    elif trainer.steps and step >= trainer.steps:
+    step, minutes, cadence = checkpoint["step"], checkpoint["metrics"]["seconds"] / 60, trainer.cadence
+    if cadence.minutes and minutes >= cadence.minutes:
+        more = f"trainer.minutes={2 * max(minutes, cadence.minutes):.2g}"
+    elif cadence.steps and step >= cadence.steps:
         more = f"trainer.steps={2 * step}"
     else:
         return

@@ -28,7 +28,12 @@ def model_of(checkpoint: dict[str, Any], device: str = "cpu") -> "GenerativeMode
 
 
 def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
-    """Raises FlowgenError where they are another model's."""
+    """Raises FlowgenError where they are another model's, or no numbers."""
+    spoilt = [name for name, value in weights.items() if not value.isfinite().all()]
+    if spoilt:
+        raise FlowgenError(
+            f"the checkpoint's {spoilt[0]} is not finite: name an earlier checkpoint, or train again with a lower trainer.lr"
+        )
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.errors import FlowgenError
-from flowgen.training.formats import renewed
+from flowgen.training.formats import FORMAT, renewed
 
-KEYS = {"config", "step", "model", "ema", "optimizer", "random", "metrics", "images_seen"}
+KEYS = {"config", "step", "images_seen", "model", "ema", "optimizer", "metrics"}
 
 
 def write_checkpoint(state: dict[str, Any], path: Path, others: Iterable[Path] = ()) -> None:
@@ -23,7 +23,7 @@ def write_checkpoint(state: dict[str, Any], path: Path, others: Iterable[Path] =
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
-            torch.save(state, file)
+            torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         for other in others:
@@ -58,6 +58,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FlowgenError(f"{path} is cut short or no checkpoint of flowgen: name another run or checkpoint") from error
     if not isinstance(state, dict) or not state.keys() >= KEYS or not isinstance(state["config"], dict):
         raise FlowgenError(f"{path} is no checkpoint of flowgen: name another run or checkpoint")
+    if state.get("format", FORMAT) not in range(FORMAT + 1):
+        raise FlowgenError(f"{path} is a checkpoint of a later flowgen: update with `pip install -U flowgen`")
     return renewed(state)
 
 

@@ -22,7 +22,7 @@ class Journal:
     `start` and `total` are where training stands and ends in `unit`s, steps or seconds, for the bar.
     """
 
-    def __init__(self, run: Run, step: int, start: float, total: float, unit: str, model: GenerativeModel):
+    def __init__(self, run: Run, model: GenerativeModel, step: int, start: float, total: float, unit: str):
         self.run, self.model = run, model
         self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1 if step else None)
         self.terminal = sys.stderr.isatty()

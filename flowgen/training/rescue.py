@@ -1,14 +1,68 @@
-"""Finding where numbers stopped being numbers."""
+"""What is done where numbers stop being numbers: steps are skipped, training goes back, and the culprit is named."""
 
+import logging
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowgen.errors import FlowgenError
+from flowgen.training.run import Run
+
+PATIENCE = 5  # steps in a row that may fail before training goes back
+REWINDS = 3  # times that training goes back before it gives up
+HELPED = 1000  # steps past a failure after which a return has helped
+log = logging.getLogger("flowgen")
+
+
+@dataclass
+class Rescue:
+    """The failures of a training: `failed` steps in a row, `skipped` ones in all, `rewinds` since the last that helped.
+
+    The learning rate is to be multiplied by `lr_scale`, which every return halves.
+    """
+
+    failed: int = 0
+    skipped: int = 0
+    rewinds: int = 0
+    failed_at: int = -1
+    rewound_to: int = -1
+    lr_scale: float = 1.0
+
+    def note(self, finite: bool, buffers: Iterable[Tensor]) -> bool:
+        """Count a step; whether training must go back: after `PATIENCE` failures, or one that spoilt what a forward pass itself changes."""
+        if finite:
+            self.failed = 0
+            return False
+        self.failed, self.skipped = self.failed + 1, self.skipped + 1
+        return self.failed == PATIENCE or not all(bool(buffer.isfinite().all()) for buffer in buffers)
+
+    def rewind(self, run: Run, step: int, culprit: str, lr: float) -> dict[str, Any]:
+        """The checkpoint to go back to from `step`, trained at `lr` times `lr_scale`: the last good one, at a second return an older one.
+
+        Raises FlowgenError where `REWINDS` returns did not help.
+        """
+        again = step <= self.failed_at + HELPED
+        if again and self.rewinds == REWINDS:
+            raise FlowgenError(
+                f"the loss is not finite, first at {culprit}, and {REWINDS} returns with half the learning rate each did not help: "
+                f"train again with trainer.lr below {lr * self.lr_scale:.2g}, or a smaller trainer.clip"
+            )
+        self.rewinds = self.rewinds + 1 if again else 1
+        checkpoint = run.last_good(before=self.rewound_to if self.rewinds > 1 else math.inf)
+        assert checkpoint is not None  # one is written before the first step
+        self.failed, self.failed_at, self.rewound_to, self.lr_scale = 0, step, checkpoint["step"], self.lr_scale / 2
+        where = "step %d: the loss is not finite, first at %s: back to step %d with a learning rate of %.2g"
+        log.warning(where, step, culprit, self.rewound_to, lr * self.lr_scale)
+        return checkpoint
+
 
 @torch.no_grad()
-def first_bad_module(model: nn.Module, levels: Tensor) -> str:
-    """The name of the first module whose output is not finite for this batch; else the parameter whose gradient is not.
+def first_bad_module(model: nn.Module, replay: Callable[[], object]) -> str:
+    """The name of the first module whose output is not finite in `replay`, the failed step; else the parameter whose gradient is not.
 
     Gradients are read off the parameters as the failed step left them.
     """
@@ -24,7 +78,7 @@ def first_bad_module(model: nn.Module, levels: Tensor) -> str:
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        model.forward(levels)  # not what was compiled: that calls no hooks
+        replay()
     finally:
         for handle in handles:
             handle.remove()
@@ -33,8 +87,3 @@ def first_bad_module(model: nn.Module, levels: Tensor) -> str:
             bad.append(f"the gradient of {name}")
             break
     return bad[0] if bad else "the loss"
-
-
-def are_finite(buffers: Iterable[Tensor]) -> bool:
-    """Whether a bad step spared what a forward pass itself changes, as running statistics."""
-    return all(bool(buffer.isfinite().all()) for buffer in buffers)

@@ -1,5 +1,6 @@
 """All that a run is at one moment, captured into a checkpoint and restored from it."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,26 +12,23 @@ from torch.optim.swa_utils import AveragedModel
 from flowgen.bijections import batch_normalisations, estimate_statistics
 from flowgen.errors import FlowgenError
 from flowgen.models import GenerativeModel
+from flowgen.training.optimisation import Optimisation
+from flowgen.training.rescue import Rescue
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
-COUNTERS = ("best", "seconds", "failed", "skipped", "rewinds", "failed_at", "rewound_to", "lr_scale")
-
 
 class State:
-    """The model, its average, its optimiser, and the counters of a run."""
+    """The model, its average, its optimiser, and how far they are; beside it what never goes back: time, the best figure, failures."""
 
-    def __init__(self, model: GenerativeModel, optimizer: torch.optim.Optimizer, ema: float, config: dict[str, Any]):
-        self.model, self.optimizer, self.config = model, optimizer, config
+    def __init__(self, model: GenerativeModel, optimisation: Optimisation):
+        self.model, self.optimizer, self.kind = model, optimisation.build(model), optimisation.optimizer
         # Statistics of batch normalisation are estimated on a copy, so that a look at the model leaves its training alone.
-        self.average = AveragedModel(model, multi_avg_fn=_warm_average(ema)) if ema or batch_normalisations(model) else None
+        averaged = optimisation.ema or batch_normalisations(model)
+        self.average = AveragedModel(model, multi_avg_fn=_warm_average(optimisation.ema)) if averaged else None
         self.estimated_at = -1
         self.step = self.images_seen = 0
-        self.failed = self.skipped = self.rewinds = 0  # steps in a row; steps in all; returns since the last that helped
-        self.failed_at = self.rewound_to = -1
-        self.seconds = 0.0
-        self.lr_scale = 1.0
-        self.best = math.inf
+        self.seconds, self.best, self.rescue = 0.0, math.inf, Rescue()
 
     @property
     def averaged(self) -> GenerativeModel:
@@ -54,33 +52,37 @@ class State:
             self.estimated_at = self.step
 
     def capture(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
-            "config": self.config,
             "step": self.step,
             "images_seen": self.images_seen,
             "model": self.model.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            "metrics": {name: getattr(self, name) for name in COUNTERS},
+            "metrics": {"best": self.best, "seconds": self.seconds},
+            "rescue": dataclasses.asdict(self.rescue),
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Raises FlowgenError where the checkpoint is of another model."""
+        """Take up a run where its checkpoint left it. Raises FlowgenError where that is of another model."""
+        self.go_back(checkpoint)
+        self.best, self.seconds = checkpoint["metrics"]["best"], checkpoint["metrics"]["seconds"]
+        self.rescue = Rescue(**checkpoint["rescue"])
+
+    def go_back(self, checkpoint: dict[str, Any]) -> None:
+        """Take up its weights, the optimiser's moments and the place in the data; the optimiser's settings stay those of today."""
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(checkpoint["model"])
             if self.average is not None and checkpoint["ema"] is not None:
                 self.average.load_state_dict(checkpoint["ema"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            if self.kind == checkpoint["config"]["trainer"]["optimizer"]:  # moments of another kind would be of no use
+                self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise FlowgenError("the checkpoint is of another model than its configuration says: name another one") from error
-        torch.set_rng_state(checkpoint["random"]["cpu"])
-        if torch.cuda.is_available() and len(checkpoint["random"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(checkpoint["random"]["cuda"])
+        for group, its_settings in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(its_settings)
         self.step, self.images_seen = checkpoint["step"], checkpoint["images_seen"]
-        for name in COUNTERS:
-            setattr(self, name, checkpoint["metrics"][name])
+        self.estimated_at = -1
 
 
 def _warm_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowgen.bijections import Bijection
+from flowgen.bijections import Bijection, batch_normalisations
 from flowgen.errors import FlowgenError, check_whole
 from flowgen.models.base import LOOK, Evaluation, GenerativeModel
 from flowgen.models.flows.dequantise import dequantiser
@@ -44,7 +44,8 @@ class Flow(GenerativeModel):
         self.dequantiser = dequantiser(dequantisation, shape, bits)
         self.shape, self.dimensions = shape, math.prod(shape)
         self.bits, self.bins, self.classes = bits, 2**bits, classes
-        self.loss_figure = "bits_per_dim" if classes is None else None  # with classes the loss is that of p(x | y)
+        # With classes the loss is that of p(x | y), and under batch normalisation it is no likelihood.
+        self.loss_figure = "bits_per_dim" if classes is None and not batch_normalisations(bijection) else None
         self.class_networks = class_networks and classes is not None
         self.means = None if classes is None else nn.Parameter(CLASS_DISTANCE * torch.randn(classes, self.dimensions))
 

@@ -1,0 +1,63 @@
+"""How one batch moves the weights."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
+from flowgen.training.schedule import learning_rate_factor, warmup_steps
+
+OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """Adam, or descent with momentum: linear warm-up, clipped gradients, averaged weights; `conf/trainer/` explains the fields.
+
+    Raises FlowgenError for values that make no sense.
+    """
+
+    batch_size: int
+    accumulate: int
+    optimizer: str
+    momentum: float
+    lr: float
+    warmup: int | str
+    decay: float
+    clip: float
+    ema: float
+    initial_images: int
+
+    def __post_init__(self) -> None:
+        check_whole(batch_size=self.batch_size, accumulate=self.accumulate, initial_images=self.initial_images)
+        check_choice(OPTIMIZERS, optimizer=self.optimizer)
+        check_number(lr=self.lr, decay=self.decay, clip=self.clip, ema=self.ema, momentum=self.momentum)
+        if self.decay > 1 or self.ema >= 1 or self.momentum >= 1:
+            raise FlowgenError(f"decay must be at most 1, ema and momentum below 1, not {self.decay}, {self.ema} and {self.momentum}")
+        if self.batch_size % self.accumulate:
+            raise FlowgenError(f"batch_size={self.batch_size} cannot be split into accumulate={self.accumulate} equal parts")
+        warmup_steps(self.warmup, 1, 1)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, fused=True)
+        return torch.optim.Adam(model.parameters(), lr=self.lr, fused=True)
+
+    def rate(self, step: int, progress: float, images: int) -> float:
+        """The learning rate of update `step` (from 0) at this share of the training, over so many images."""
+        return self.lr * learning_rate_factor(step, progress, warmup_steps(self.warmup, images, self.batch_size), self.decay)
+
+    def parts(self, levels: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """A batch in the parts that go through the model one after the other."""
+        pieces = levels.chunk(self.accumulate)
+        return list(zip(pieces, [None] * len(pieces) if labels is None else labels.chunk(self.accumulate), strict=True))
+
+    def clip_gradients(self, model: nn.Module, norm: Tensor) -> None:
+        """Scale all gradients, whose norm this is, so that it is at most `clip`."""
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(model.parameters(), self.clip, norm)
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    return nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])

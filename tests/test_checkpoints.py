@@ -1,0 +1,150 @@
+"""Checkpoints: whole or not there, harmless, and readable for ever."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from test_training import same
+
+import flowgen
+from flowgen.errors import FlowgenError
+from flowgen.training.checkpoint import KEYS, read_checkpoint, write_checkpoint
+from flowgen.training.formats import FORMAT
+from flowgen.training.run import Run
+
+
+def test_a_damaged_last_checkpoint_is_passed_over(images, tmp_path, command):
+    words = [*SMALL, f"data.root={images}", "trainer.steps=6", "trainer.keep_every=4"]
+    assert command("train", *words, f"out={tmp_path / 'run'}")[0] == 0
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    whole = read_checkpoint(last)
+    last.write_bytes(last.read_bytes()[:1000])
+    assert command("resume", tmp_path / "run")[0] == 0
+    assert same(read_checkpoint(last)["model"], whole["model"])
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    state = dict.fromkeys(KEYS, 1) | {"format": FORMAT, "config": {}, "model": {"weight": torch.rand(1000)}}
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    write_checkpoint(state, path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(FlowgenError, match="could not save") as error:
+            write_checkpoint(state | {"model": {"weight": torch.rand(100_000)}}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "flowgen resume" in str(error.value)
+    assert same(read_checkpoint(path), state) and [file.name for file in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_a_kill_between_the_names_of_a_checkpoint_loses_no_best(tmp_path, monkeypatch):
+    run, state = Run(tmp_path), dict.fromkeys(KEYS, 1) | {"config": {}}
+    run.save(state | {"step": 1}, best=True)
+    replace = Path.replace
+
+    def killed(self, target):
+        if target == run.last:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.save(state | {"step": 2}, best=True)
+    assert read_checkpoint(run.best)["step"] == 2 and read_checkpoint(run.last)["step"] == 1
+
+
+def test_a_named_checkpoint_does_not_change_with_the_last(tmp_path):
+    run = Run(tmp_path)
+    state = dict.fromkeys(KEYS, 1) | {"config": {}, "step": 5}
+    run.save(state, best=True, keep=True)
+    run.save(state | {"step": 6})
+    assert read_checkpoint(run.best)["step"] == read_checkpoint(run.numbered(5))["step"] == 5
+    assert read_checkpoint(run.last)["step"] == 6
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_a_pickle_that_is_no_checkpoint_does_not_run(tmp_path, command):
+    path = tmp_path / "bomb.pt"
+    path.write_bytes(pickle.dumps(Bomb()))
+    torch.save(Bomb(), tmp_path / "bomb2.pt")
+    for name in ("bomb.pt", "bomb2.pt"):
+        status, _, error = command("sample", "--run", tmp_path / name)
+        assert status == 1 and error.count("\n") == 1 and "no checkpoint of flowgen" in error
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("target", ["os.system", "flowgen.cli.main", "flowgen.config.importlib.import_module", "flowgen.nothing.Here"])
+def test_a_checkpoint_cannot_call_anything_but_classes_of_flowgen(tiny_run, command, target):
+    path = tiny_run / "checkpoints" / "last.pt"
+    state = read_checkpoint(path)
+    state["config"]["model"] = {"_target_": target, "command": "touch exploded"}
+    write_checkpoint(state, path)
+    status, _, error = command("sample", "--run", path)
+    assert status == 1 and "model._target_" in error and not Path("exploded").exists()
+
+
+def test_a_checkpoint_names_its_format_and_holds_no_random_state(tiny_run, command):
+    path = Run(tiny_run).last
+    state = read_checkpoint(path)
+    assert state["format"] == FORMAT and "random" not in state
+    write_checkpoint(state | {"format": FORMAT + 1}, path)
+    status, _, error = command("sample", "--run", path)
+    assert status == 1 and "a later flowgen" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(tiny_run, command, value):
+    path = Run(tiny_run).last
+    state = read_checkpoint(path)
+    name = list(state["model"])[3]
+    for weights in (state["model"][name], state["ema"][f"module.{name}"]):
+        weights.view(-1)[-1] = value
+    write_checkpoint(state, path)
+    for words in (["sample", "--run", path], ["resume", tiny_run, "trainer.steps=8"]):
+        status, _, error = command(*words)
+        assert status == 1 and name in error and len(error.splitlines()) == 1
+
+
+@pytest.fixture(params=["glow", "realnvp", "pcd", "tempering"])
+def of_the_first_format(request, tmp_path) -> tuple[Path, dict]:
+    """A run with a checkpoint that names no format, and what the code that wrote it gave for it."""
+    kept = Path(__file__).parent / "checkpoints" / request.param
+    path = tmp_path / request.param / "checkpoints" / "last.pt"
+    path.parent.mkdir(parents=True)
+    shutil.copy(kept.with_suffix(".pt"), path)
+    return path, json.loads(kept.with_suffix(".json").read_text())
+
+
+def test_the_first_format_keeps_its_figures_and_samples(of_the_first_format, command):
+    path, expected = of_the_first_format
+    status, output, error = command("evaluate", "--run", path, "--json")
+    assert status == 0, error
+    figures = json.loads(output)
+    assert {name: figures[name] for name in expected["figures"]} == pytest.approx(expected["figures"], rel=1e-6)
+    wanted = torch.tensor([list(bytes.fromhex(image)) for image in expected["levels"]])
+    drawn, _ = flowgen.load(path).sample(len(wanted), generator=torch.Generator().manual_seed(expected["seed"]), **expected["sample"])
+    apart = (drawn.flatten(1).int() - wanted).abs()
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01  # what other processors may round otherwise
+
+
+def test_the_first_format_can_be_gone_on_with(of_the_first_format, command):
+    path, _ = of_the_first_format
+    before = read_checkpoint(path)
+    end = before["step"] + 2
+    status, _, error = command("resume", path, f"trainer.steps={end}", "trainer.evaluate_every=1000", "trainer.sample_every=1000")
+    assert status == 0, error
+    after = read_checkpoint(path)
+    assert after["step"] == end and after["format"] == FORMAT and after["metrics"]["seconds"] > before["metrics"]["seconds"]
+    moments = after["optimizer"]["state"].get(0, {})
+    assert moments.get("step", end) == end and moments.keys() == before["optimizer"]["state"].get(0, {}).keys()
