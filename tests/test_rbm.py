@@ -306,7 +306,7 @@ def test_errors_of_the_estimates_are_their_spread():
 
 def test_the_sandwich_says_whether_it_may_be_quoted(monkeypatch):
     rbm = machine(30, 24, scale=0.3)
-    monkeypatch.setattr(likelihood, "LADDER", {"temperatures": 10, "burn_in": 200, "sweeps": 200})
+    monkeypatch.setattr(likelihood, "LADDER", {"burn_in": 200, "sweeps": 200})
     generator = torch.Generator().manual_seed(0)
     figures = log_likelihood(
         rbm, rbm.free_energy(white_noise(rbm, 50)).detach(), Evaluation(thorough=True, betas=300, chains=100), generator
@@ -321,7 +321,7 @@ def test_the_sandwich_says_whether_it_may_be_quoted(monkeypatch):
 
 
 def test_a_machine_that_diverged_is_not_quotable(monkeypatch):
-    monkeypatch.setattr(likelihood, "LADDER", {"temperatures": 4, "burn_in": 10, "sweeps": 10})
+    monkeypatch.setattr(likelihood, "LADDER", {"burn_in": 10, "sweeps": 10})
     rbm = machine(30, 24)
     rbm.weight.data[:] = float("nan")
     free = rbm.free_energy(white_noise(rbm, 20)).detach()

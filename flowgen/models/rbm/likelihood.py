@@ -6,11 +6,13 @@ from typing import Any
 from torch import Generator, Tensor
 
 from flowgen.models.base import Evaluation
+from flowgen.models.rbm.annealing import ais, reverse_ais, scout
+from flowgen.models.rbm.bridge import bridge
 from flowgen.models.rbm.machine import Machine
-from flowgen.models.rbm.partition import ENUMERABLE, Estimate, ais, bridge, exact_log_z, reverse_ais
+from flowgen.models.rbm.partition import ENUMERABLE, Estimate, exact_log_z
 from flowgen.progress import Progress, unseen
 
-LADDER = {"temperatures": 30, "burn_in": 1000, "sweeps": 1000}  # of the ladder between base rates and machine
+LADDER = {"burn_in": 100, "sweeps": 200}  # of the ladder between base rates and machine
 FAR_APART, FEW = 1.0, 10  # nats between the two directions of AIS, and effective samples, beyond which nothing is quoted
 
 
@@ -28,12 +30,15 @@ def log_likelihood(machine: Machine, free: Tensor, how: Evaluation, generator: G
         why = "quotable: log Z is exact, by enumeration" if fine else "do not quote: the machine has diverged"
         verdict = {"quotable": fine, "verdict": why} if how.thorough else {}
         return {"log_likelihood": mean - log_z, "log_likelihood_error": spread, "log_z": log_z, "log_z_error": 0.0, **verdict}
-    forward = ais(machine, betas=how.betas, chains=how.chains, generator=generator, progress=progress)
     if not how.thorough:
+        forward = ais(machine, betas=how.betas, chains=how.chains, generator=generator, progress=progress)
         error = math.hypot(spread, forward.error)
         return {"log_likelihood": mean - forward.log_z, "log_likelihood_error": error, "log_z": forward.log_z, "log_z_error": forward.error}
-    by_bridge, samples = bridge(machine, **LADDER, chains=how.chains, generator=generator, progress=progress)
-    reverse = reverse_ais(machine, samples, betas=how.betas, generator=generator, progress=progress)
+    found = scout(machine, how.chains, generator, progress)
+    way = found.way(how.betas)
+    forward = ais(machine, betas=way, chains=how.chains, generator=generator, progress=progress)
+    by_bridge, samples = bridge(machine, **LADDER, chains=how.chains, start=found, generator=generator, progress=progress)
+    reverse = reverse_ais(machine, samples, betas=way, generator=generator, progress=progress)
     estimates = {"forward": forward, "reverse": reverse, "bridge": by_bridge}
     log_z, half = (forward.log_z + reverse.log_z) / 2, abs(forward.log_z - reverse.log_z) / 2
     log_z_error = math.hypot(half, forward.error / 2, reverse.error / 2)
