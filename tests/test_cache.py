@@ -1,5 +1,6 @@
 """Prepared images on disk: used, made again, shared by several processes."""
 
+import logging
 import os
 import threading
 import time
@@ -62,7 +63,9 @@ def test_what_a_killed_process_left_is_cleared(images):
     assert sorted(path.suffix for path in index.parent.iterdir()) == [".bin", ".json", ".lock"]
 
 
-def test_of_several_that_want_the_same_images_one_prepares_them(images, monkeypatch):
+def test_of_several_that_want_the_same_images_one_prepares_them(images, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
+    caplog.set_level(logging.INFO, "flowgen")
     write, calls = cache._write, []
 
     def slow(*arguments):
@@ -78,6 +81,7 @@ def test_of_several_that_want_the_same_images_one_prepares_them(images, monkeypa
     for thread in threads:
         thread.join()
     assert len(calls) == 1 and len(found) == 3 and all(torch.equal(each, found[0]) for each in found)
+    assert caplog.text.count("waiting for another process") == 2
 
 
 def test_images_are_not_cleared_away_while_another_opens_them(images, monkeypatch):

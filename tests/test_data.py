@@ -15,6 +15,7 @@ from PIL import Image
 import flowgen
 from flowgen.config import build_data, read_config
 from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, Split, prepare
+from flowgen.errors import FlowgenError
 
 SHARED = Path(os.environ.get("FLOWGEN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared = pytest.mark.skipif(
@@ -79,6 +80,12 @@ def test_images_of_every_kind_become_the_same_square(tmp_path):
             if name in ("grey.png", "colour.png", "alpha.png"):
                 assert (levels == 100).all()
     assert prepare((tmp_path / "sixteen.png").read_bytes(), 8, 1, None).max() > 200
+
+
+def test_a_named_pipe_is_no_zip(tmp_path):
+    os.mkfifo(tmp_path / "images.zip")
+    with pytest.raises(FlowgenError, match="holds no image and 0 zips"):
+        folder(tmp_path)
 
 
 def test_crop_takes_the_centre(tmp_path):

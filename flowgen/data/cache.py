@@ -1,5 +1,6 @@
 """Prepared images on disk, so that a set is decoded once and may be larger than memory."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ def prepared(source: Source, names: list[str], size: int, channels: int, crop: i
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / f"{source.path.stem}-{settings}-{contents}.json"
-    with FileLock(folder / f"{settings}.lock"):
+    with _held(folder / f"{settings}.lock", source.path):
         entry = _read(index, channels * size**2)
         if entry is None:
             for stale in folder.glob(f"*-{settings}-*"):  # the lock says that nobody is about to read them
@@ -52,6 +53,21 @@ def prepared(source: Source, names: list[str], size: int, channels: int, crop: i
             raise FlowgenError(f"none of the {len(names)} images of {source.path} can be used: {refused[0]}")
         shape = torch.Size((len(kept), channels, size, size))
         return torch.from_file(str(index.with_suffix(".bin")), size=shape.numel(), dtype=torch.uint8).view(shape), set(kept)
+
+
+@contextlib.contextmanager
+def _held(path: Path, images: Path) -> Iterator[None]:
+    """The lock, after whoever has it; a process that dies lets it go."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("waiting for another process that prepares %s", images)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(index: Path, size: int) -> dict[str, list[str]] | None:

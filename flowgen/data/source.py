@@ -49,7 +49,7 @@ def open_source(root: Path) -> Source:
         stats = {str(path.relative_to(root)): path.stat() for path in files}
         stamps = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
         return Source(root, stamps, lambda name: (root / name).read_bytes(), (), beside)
-    archives = sorted(root.rglob("*.zip"))
+    archives = sorted(path for path in root.rglob("*.zip") if path.is_file())
     if len(archives) == 1:
         return _open_zip(archives[0], beside)
     raise FlowgenError(f"{root} holds no image and {len(archives)} zips: point data.root at a folder of images or at one zip")
