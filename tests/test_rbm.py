@@ -12,12 +12,9 @@ from flowgen.errors import FlowgenError
 from flowgen.models import Evaluation
 from flowgen.models.partition import ais, bridge, exact_log_z, reverse_ais
 from flowgen.models.rbm import METHODS, RBM, likelihood
-from flowgen.models.rbm.annealing import States, scout
-from flowgen.models.rbm.bridge import _sweep
 from flowgen.models.rbm.contrast import Contrast
-from flowgen.models.rbm.exchange import Rungs, equal_parts
 from flowgen.models.rbm.gibbs import draw_bits, elbo, gibbs, mean_field, white_noise
-from flowgen.models.rbm.likelihood import estimate_log_z, log_likelihood
+from flowgen.models.rbm.likelihood import log_likelihood
 from flowgen.models.rbm.negative_phase import CD, PCD, MeanField, NegativePhase, Tempering
 from flowgen.models.rbm.tempering import Ladder, tempering
 
@@ -202,20 +199,6 @@ def test_tempering_keeps_the_law_of_every_rung():
         assert distance(found, law(rbm, rung=float(beta))) < 1.8 * floor(law(rbm, rung=float(beta)))
 
 
-def test_swaps_by_free_energies_keep_the_law_of_every_rung():
-    """A swap by beta times the free energy, rather than by that of the scaled machine, fails here."""
-    rbm = machine(5, 4, scale=1.5)
-    rungs = Rungs(4, CHAINS, adapt=False).double()
-    starts = torch.stack([draw(law(rbm, rung=float(beta))) for beta in rungs.betas])
-    chains = States(rbm, starts.flatten(0, 1), None)
-    for _ in range(20):
-        before = rungs.place.clone()
-        _sweep(chains, rungs)
-    assert not torch.equal(before, rungs.place)
-    for beta, found in zip(rungs.betas, rungs.at(chains.visible.view_as(starts)), strict=True):
-        assert distance(found, law(rbm, rung=float(beta))) < 1.8 * floor(law(rbm, rung=float(beta)))
-
-
 def test_tempering_swaps_whole_states():
     """Visible units and hidden inputs of a replica stay together, so that the next sweep starts from its own hidden units."""
     rbm = machine(5, 4)
@@ -226,11 +209,6 @@ def test_tempering_swaps_whole_states():
         visible, inputs = ladder.sweep(rbm)
         assert torch.allclose(ladder.top(inputs), rbm.hidden_input(ladder.top(visible)))
         assert torch.equal(ladder.place.sort(0).values, torch.arange(6)[:, None].expand(6, 50))
-
-
-def test_the_way_is_cut_in_equal_parts():
-    cuts = equal_parts(torch.tensor([0.0, 0.2, 1.0]), torch.tensor([3.0, 1.0]), 8)
-    assert torch.allclose(cuts, torch.tensor([0, 1 / 30, 2 / 30, 0.1, 4 / 30, 5 / 30, 0.2, 0.6, 1.0]))
 
 
 def test_an_adapted_ladder_swaps_evenly_and_counts_round_trips():
@@ -315,25 +293,6 @@ def test_importance_weights_are_unbiased_however_short_the_annealing():
         assert estimate.error < 0.02 and abs(estimate.log_z - exact) < 4 * estimate.error
 
 
-def test_betas_may_stand_anywhere_on_the_way():
-    rbm = machine(scale=0.7)
-    exact, betas = exact_log_z(rbm), [0.0, 0.1, 0.75, 1.0]
-    for estimate in (ais(rbm, betas=betas, chains=CHAINS), reverse_ais(rbm, draw(law(rbm)), betas=betas)):
-        assert estimate.error < 0.02 and abs(estimate.log_z - exact) < 4 * estimate.error
-
-
-def test_a_scout_puts_betas_where_annealing_errs():
-    """Independent pixels that freeze early: dF/dbeta has deviation 6 sech(6 beta) a pixel, so equal steps err 1.5 times as far at least."""
-    rbm = machine(30, 4, scale=0.0)
-    rbm.visible_bias.data[:] = 12.0
-    found = scout(rbm, 400)
-    where = found.betas[:-1] + found.betas.diff() / 2
-    for lengths in (found.barrier, found.friction):
-        assert torch.allclose(lengths / lengths.max(), 1 / torch.cosh(6 * where), atol=0.2)
-    equal, spaced = (ais(rbm, betas=betas, chains=4000).error for betas in (100, found.way(100)))
-    assert equal > 1.4 * spaced
-
-
 def test_errors_of_the_estimates_are_their_spread():
     rbm = machine(8, 6, scale=1.5)
     for estimates in (
@@ -345,28 +304,29 @@ def test_errors_of_the_estimates_are_their_spread():
         assert 0.6 < spread / stated < 1.6
 
 
-def judged(rbm: RBM, betas: int, chains: int) -> dict[str, object]:
-    how = Evaluation(thorough=True, betas=betas, chains=chains)
-    log_z = estimate_log_z(rbm, how, torch.Generator().manual_seed(0))
-    return log_likelihood(rbm.free_energy(white_noise(rbm, 50)).detach(), log_z)
-
-
 def test_the_sandwich_says_whether_it_may_be_quoted(monkeypatch):
+    rbm = machine(30, 24, scale=0.3)
     monkeypatch.setattr(likelihood, "LADDER", {"burn_in": 200, "sweeps": 200})
-    figures = judged(machine(30, 24, scale=0.3), betas=300, chains=100)
+    generator = torch.Generator().manual_seed(0)
+    figures = log_likelihood(
+        rbm, rbm.free_energy(white_noise(rbm, 50)).detach(), Evaluation(thorough=True, betas=300, chains=100), generator
+    )
     assert figures["quotable"] and figures["verdict"].startswith("quotable")
     assert figures["log_likelihood_forward"] + 1 > figures["log_likelihood"] > figures["log_likelihood_reverse"] - 1
-    figures = judged(machine(30, 24, scale=6.0), betas=2, chains=100)
+    hard = machine(30, 24, scale=6.0)
+    figures = log_likelihood(
+        hard, hard.free_energy(white_noise(hard, 50)).detach(), Evaluation(thorough=True, betas=2, chains=100), generator
+    )
     assert not figures["quotable"] and figures["verdict"].startswith("do not quote")
 
 
 def test_a_machine_that_diverged_is_not_quotable(monkeypatch):
     monkeypatch.setattr(likelihood, "LADDER", {"burn_in": 10, "sweeps": 10})
-    for hidden in (24, 3):
-        rbm = machine(30, hidden)
-        rbm.weight.data[:] = float("nan")
-        figures = judged(rbm, betas=5, chains=10)
-        assert not figures["quotable"] and "diverged" in figures["verdict"]
+    rbm = machine(30, 24)
+    rbm.weight.data[:] = float("nan")
+    free = rbm.free_energy(white_noise(rbm, 20)).detach()
+    figures = log_likelihood(rbm, free, Evaluation(thorough=True, betas=5, chains=10), torch.Generator().manual_seed(0))
+    assert not figures["quotable"] and "diverged" in figures["verdict"]
 
 
 def trained(negative_phase: NegativePhase, steps: int = 20, **arguments: object) -> RBM:

@@ -86,7 +86,7 @@ def reverse_ais(
     states = States(machine, start, generator)
     log_weights = torch.zeros(len(start), dtype=torch.double, device=machine.base.device)
     for before, beta in progress(list(pairwise(reversed(_way(betas)))), "reverse AIS"):
-        states.move(1.0)
+        states.move(before)
         log_weights += states.free_energy(before) - states.free_energy(beta)
     return _estimate(log_weights, log_base(machine), -1)
 
