@@ -90,7 +90,7 @@ def test_samples_are_sorted_by_log_probability(tiny_run, monkeypatch, command):
 
     drawn = {}
 
-    def blocks(titled, bits, columns, across):
+    def blocks(titled, bits, columns):
         drawn.update(titled)
         return Image.new("L", (1, 1))
 

@@ -15,7 +15,6 @@ from flowgen.progress import bar
 from flowgen.training.find import find_checkpoint
 
 BATCH = 64
-COLUMNS = 8  # images in a row
 IMAGES, POINTS = 32, 10000  # samples where no number is given: of images, and of a flow of the plane
 GRID = 300  # the side of the picture of its density
 log = logging.getLogger("flowgen")
@@ -58,7 +57,7 @@ def sample(
             log.warning("%d of %d samples at temperature %g are beyond what float32 holds: try a lower one", broken, count, temperature)
         said = [f"class {label}"] * (label is not None) + [str(method)] * bool(method) + [f"temperature {temperature:g}"]
         titled.append((", ".join(said), levels[worth.argsort(descending=True)]))
-    pictures.blocks(titled, model.bits, columns=min(count, COLUMNS), across=max(1, COLUMNS // count)).save(path)
+    pictures.blocks(titled, model.bits, columns=min(count, 8)).save(path)
     return path
 
 
