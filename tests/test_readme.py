@@ -5,6 +5,7 @@ import shlex
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,4 +85,4 @@ def test_every_command_runs_as_printed(newcomer, command):
 
 def test_scripts_that_the_readme_names_are_there():
     for script in re.findall(r"python (scripts/[a-z_./]+)", README):
-        assert subprocess.run(["python", REPOSITORY / script, "--help"], capture_output=True, check=False).returncode == 0
+        assert subprocess.run([sys.executable, REPOSITORY / script, "--help"], capture_output=True, check=False).returncode == 0
