@@ -176,6 +176,8 @@ def test_a_folder_that_holds_a_run_is_refused(tiny_run, images, command):
     [
         (["train", "model=glw"], "glow", 1),
         (["train", "data=celebs"], "celeba", 1),
+        (["train", "model=rbm", "model/negative_phase=cdd"], "no model/negative_phase=cdd: choose one of cd, mean_field", 1),
+        (["train", "hydra/launcher=cluster", "-m"], "flowgen[slurm]", 1),
         (["train", "model.wdith=3"], "model.wdith", 1),
         (["train", "model.width=five"], "whole number", 1),
         (["train", "trainer.lr=-1"], "lr must be a number", 1),

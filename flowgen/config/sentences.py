@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from flowgen.config.files import options, settings
 from flowgen.errors import FlowgenError
 
+LAUNCHERS = "pip install 'flowgen[slurm]' for submitit_slurm and submitit_local, hydra-joblib-launcher for joblib"
+
 
 def no_such_setting(name: str, known: Iterable[str]) -> FlowgenError:
     """What is said of a setting that does not exist, with the likeliest that does: one of the same name elsewhere, or of a name like it."""
@@ -24,8 +26,11 @@ def plain_error(error: BaseException) -> FlowgenError:
         if choices := known.get(found[1]):
             return FlowgenError(f"{found[1]} is a setting of {' and '.join(choices)} alone: take one of them, or leave it out")
         return no_such_setting(found[1], known)
-    if found := re.search(r"Could not find '([^/']+)/([^']+)'", str(error)):
-        return FlowgenError(f"there is no {found[1]}={found[2]}: choose one of {', '.join(options(found[1]))}")
+    if found := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\n((?:\t.*\n)*)", str(error)):
+        path, group, offered = found.groups()
+        more = f", or install what brings it: {LAUNCHERS}" * (group == "hydra/launcher")
+        name = path.removeprefix(f"{group}/")
+        return FlowgenError(f"there is no {group}={name}: choose one of {', '.join(options(group) or offered.split())}{more}")
     return FlowgenError(one_line(error))
 
 
