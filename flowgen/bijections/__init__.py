@@ -5,8 +5,9 @@ from flowgen.bijections.base import Bijection, Chain, beside
 from flowgen.bijections.coupling import Coupling, MaskedCoupling, channelwise, checkerboard
 from flowgen.bijections.elementwise import Equalize, Gaussianize, LogisticToNormal, Logit, Standardize
 from flowgen.bijections.factor_out import FactorOut
+from flowgen.bijections.layers import Network, ZeroConv2d
 from flowgen.bijections.linear import ChannelAffine, Conv1x1, Folded, PLUConv1x1
-from flowgen.bijections.networks import ConvNetwork, DenseNetwork, GatedNetwork, Network, RealNVPNetwork, ResNetwork, ZeroConv2d
+from flowgen.bijections.networks import ConvNetwork, DenseNetwork, GatedNetwork, RealNVPNetwork, ResNetwork
 from flowgen.bijections.normalize import ActNorm, BatchNorm, batch_normalisations, estimate_statistics
 from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.bijections.transforms import (

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection, beside
-from flowgen.bijections.transforms import Transform
+from flowgen.bijections.transforms.base import Transform
 from flowgen.progress import Progress, unseen
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from flowgen.bijections.base import Bijection, beside
-from flowgen.bijections.networks import Network
-from flowgen.bijections.transforms import Transform
+from flowgen.bijections.layers import Network
+from flowgen.bijections.transforms.base import Transform
 
 
 class Coupling(Bijection):

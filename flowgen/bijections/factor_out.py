@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowgen.bijections.base import Bijection, beside
-from flowgen.bijections.networks import Network
+from flowgen.bijections.layers import Network
 
 
 class FactorOut(Bijection):

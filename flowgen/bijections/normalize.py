@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
+from flowgen.bijections.layers import check_can_be_normalised
 from flowgen.bijections.linear import ChannelAffine
-from flowgen.bijections.networks import check_can_be_normalised
 
 
 class ActNorm(ChannelAffine):

@@ -1,12 +1,15 @@
-"""What the commands share on the command line: kinds of values, options, and their completion."""
+"""What the commands share on the command line: kinds of values, options, their completion, and how a command is called."""
 
 import math
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
 from flowgen.config import options, settings
+from flowgen.messages import show_messages
+from flowgen.training.threads import use_threads
 
 PATH = click.Path(path_type=Path)
 SAMPLERS = ("gibbs", "tempering", "mean-field")
@@ -49,6 +52,15 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 
     names = [str(run.folder if incomplete.startswith("outputs") else run.folder.relative_to("outputs")) for run in list_runs()]
     return [name for name in [*names, *zoo()] if name.startswith(incomplete)]
+
+
+def command(module: str, computes: bool = False) -> Any:
+    """A module of `flowgen.commands`, imported when its command runs; what `computes` with a model does so on the cores that are free."""
+    show_messages()
+    imported = import_module(f"flowgen.commands.{module}")
+    if computes:
+        use_threads()
+    return imported
 
 
 run_option = click.option(

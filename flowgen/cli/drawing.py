@@ -1,0 +1,74 @@
+"""Commands that draw pictures with a model: sample, interpolate, complete, chain."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flowgen.cli.arguments import PATH, SAMPLERS, Temperature, command, device_option, out_option, run_option, seed_option
+
+
+@click.command()
+@run_option
+@click.option(
+    "--temperature", "temperatures", type=Temperature(), multiple=True, help="May be repeated; by default the run's, 0.7 for flows."
+)
+@click.option("--count", type=click.IntRange(1), help="Samples for each temperature; by default 32, and 10,000 points in the plane.")
+@seed_option
+@click.option(
+    "--label", type=click.IntRange(0), metavar="N", help="Class to draw, of a flow trained with model.classes; by default each in turn."
+)
+@click.option("--method", type=click.Choice(SAMPLERS), help="Sampler of an RBM; by default tempering.")
+@click.option("--sweeps", type=click.IntRange(1), help="Of it, from white noise; by default 500.")
+@device_option
+@out_option
+def sample(**options: Any) -> None:
+    """Draw a grid of samples, a block of rows for each temperature, sorted by log-probability."""
+    click.echo(command("sample", computes=True).sample(**options))
+
+
+@click.command()
+@click.argument("first", type=PATH, metavar="IMG1")
+@click.argument("second", type=PATH, metavar="IMG2")
+@run_option
+@click.option("--steps", type=click.IntRange(2), default=9, show_default=True, help="Pictures in a row, both ends among them.")
+@click.option("--spherical", is_flag=True, help="Along a great circle rather than a line.")
+@device_option
+@out_option
+def interpolate(**options: Any) -> None:
+    """Walk from one image to another: through the latents above, through the pixels below. FILE.gif is a film."""
+    click.echo(command("interpolate", computes=True).interpolate(**options))
+
+
+@click.command()
+@click.argument("image", type=PATH, metavar="IMG")
+@click.option("--keep", required=True, metavar="SIDE|MASK", help="What is known: left, right, top, bottom, or an image, white where known.")
+@click.option(
+    "--method", "methods", type=click.Choice(SAMPLERS), multiple=True, help="May be repeated; by default all, one below the other."
+)
+@run_option
+@click.option("--sweeps", type=click.IntRange(1), default=1000, show_default=True)
+@seed_option
+@device_option
+@out_option
+def complete(
+    image: Path, keep: str, methods: tuple[str, ...], name: str | None, sweeps: int, seed: int, device: str, out: Path | None
+) -> None:
+    """Restore the missing part of an image with an RBM: sample what is unknown given what is known."""
+    click.echo(command("complete", computes=True).complete(image, keep, list(methods or SAMPLERS), name, sweeps, seed, device, out))
+
+
+@click.command()
+@click.option("--method", type=click.Choice(SAMPLERS), default="tempering", show_default=True)
+@run_option
+@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Chains side by side.")
+@click.option("--frames", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--sweeps", type=click.IntRange(1), default=1, show_default=True, help="From frame to frame.")
+@seed_option
+@device_option
+@out_option
+def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, seed: int, device: str, out: Path | None) -> None:
+    """Film an RBM's chains growing images from white noise, FILE.gif."""
+    if out is not None and out.suffix.lower() != ".gif":
+        raise click.UsageError(f"{out} is no name of a film: let it end in .gif")
+    click.echo(command("chain", computes=True).chain(method, name, count, frames, sweeps, seed, device, out))

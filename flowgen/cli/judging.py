@@ -1,0 +1,50 @@
+"""Commands that tell how good models are: evaluate, report, runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flowgen.cli.arguments import PATH, command, complete_override, complete_run, device_option, run_option
+
+
+@click.command()
+@run_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@device_option
+@click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
+def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
+    """Measure a model on the whole test split, as in `flowgen evaluate draws=8`."""
+    figures = command("evaluate", computes=True).evaluate(name, list(overrides), device)
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    for key, value in figures.items():
+        if key.removesuffix("_error") not in figures or not key.endswith("_error"):
+            error = f" +- {_readable(figures[f'{key}_error'])}" if f"{key}_error" in figures else ""
+            click.echo(f"{key:32} {_readable(value)}{error}")
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="RUN...", shell_complete=complete_run)
+@click.option("--out", type=PATH, metavar="FILE.html", help="Where to write; by default report.html here, or in the run's folder.")
+def report(names: tuple[str, ...], out: Path | None) -> None:
+    """Show runs, or all below a folder, in one page: curves, samples, differences, configuration."""
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise click.UsageError(f"{out} is no name of a page: let it end in .html")
+    click.echo(command("report").report(names=list(names), out=out))
+
+
+@click.command()
+def runs() -> None:
+    """List the runs under outputs/, newest first, and the models of the zoo, with their figures."""
+    rows = list(command("runs").runs())
+    if all(row.name.startswith("zoo/") for row in rows):
+        click.echo("no runs under outputs/ yet: train one with `flowgen train`")
+    for row in rows:
+        click.echo(f"{row.name:48}  {row.model:8} {row.data:14} step {row.step:<8} {row.best}")
+
+
+def _readable(value: Any) -> str:
+    return "unknown" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

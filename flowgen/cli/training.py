@@ -1,0 +1,26 @@
+"""Commands that train: train, resume."""
+
+import click
+
+from flowgen.cli.arguments import command, complete_override, complete_run
+
+HYDRA_FLAGS = {"-m", "--multirun", "--help", "-h", "--cfg", "-c", "--resolve", "--info", "-i", "--package", "-p", "--version"}
+
+
+@click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[OVERRIDE]...", shell_complete=complete_override)
+def train(words: tuple[str, ...]) -> None:
+    """Train a model: model=glow data=celeba trainer.steps=2000 out=DIR; train --help lists what there is."""
+    words = tuple("--help" if word == "-h" else word for word in words)
+    unknown = [word for word in words if word.startswith("-") and word.partition("=")[0] not in HYDRA_FLAGS]
+    if unknown:
+        raise click.UsageError(f"no such option: {unknown[0]}; what to train is said as KEY=VALUE, see `flowgen train --help`")
+    command("train").train(list(words))
+
+
+@click.command()
+@click.argument("name", metavar="RUN", shell_complete=complete_run)
+@click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
+def resume(name: str, overrides: tuple[str, ...]) -> None:
+    """Go on from RUN's last good checkpoint, with its own configuration but for each KEY=VALUE."""
+    command("resume").resume(name, list(overrides))
