@@ -1,6 +1,7 @@
 """The mean log-likelihood of images under an RBM: which estimate of log Z, with which error, and whether it may be quoted."""
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Generator, Tensor
@@ -12,49 +13,41 @@ from flowgen.models.rbm.machine import Machine
 from flowgen.models.rbm.partition import ENUMERABLE, Estimate, exact_log_z
 from flowgen.progress import Progress, unseen
 
-LADDER = {"burn_in": 100, "sweeps": 200}  # of the ladder between base rates and machine
-FAR_APART, FEW = 1.0, 10  # nats between the two directions of AIS, and effective samples, beyond which nothing is quoted
+LADDER = {"burn_in": 200, "sweeps": 400}  # of the ladder between base rates and machine
+FAR_APART, FEW = 1.0, 10  # nats between estimates, and effective samples, beyond which nothing is quoted
 
 
-def log_likelihood(machine: Machine, free: Tensor, how: Evaluation, generator: Generator, progress: Progress = unseen) -> dict[str, Any]:
-    """Mean log P(v) in nats of images with these free energies, and the errors of the mean and of log Z together.
+@dataclass(frozen=True)
+class LogZ:
+    """log Z in nats with its standard error, the estimates that it is made of, and whether it may be quoted, where that was judged."""
 
-    Where a layer can be enumerated, log Z is exact. Else a short look is at forward AIS alone, and a thorough one at the whole sandwich:
-    forward AIS tends to err on one side, reverse AIS on the other, their middle is quoted with half their distance as
-    an error, and a verdict says whether it may be.
+    value: float
+    error: float
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    quotable: bool | None = None
+    verdict: str = ""
+
+
+def estimate_log_z(machine: Machine, how: Evaluation, generator: Generator, progress: Progress = unseen) -> LogZ:
+    """Exact where a layer can be enumerated; else a short look is at forward AIS alone, a thorough one at the whole sandwich.
+
+    Forward AIS tends to err on one side, reverse AIS on the other: the middle is taken, with half their distance as an error.
     """
-    mean, spread = -free.double().mean().item(), (free.double().std() / math.sqrt(len(free))).item()
     if min(machine.visible, machine.hidden) <= ENUMERABLE - (0 if how.thorough else 4):
-        log_z = exact_log_z(machine)
-        fine = math.isfinite(mean - log_z)
-        why = "quotable: log Z is exact, by enumeration" if fine else "do not quote: the machine has diverged"
-        verdict = {"quotable": fine, "verdict": why} if how.thorough else {}
-        return {"log_likelihood": mean - log_z, "log_likelihood_error": spread, "log_z": log_z, "log_z_error": 0.0, **verdict}
+        exact = exact_log_z(machine)
+        return LogZ(exact, 0.0, {}, math.isfinite(exact) if how.thorough else None, "log Z is exact, by enumeration")
     if not how.thorough:
-        forward = ais(machine, betas=how.betas, chains=how.chains, generator=generator, progress=progress)
-        error = math.hypot(spread, forward.error)
-        return {"log_likelihood": mean - forward.log_z, "log_likelihood_error": error, "log_z": forward.log_z, "log_z_error": forward.error}
+        look = ais(machine, betas=how.betas, chains=how.chains, generator=generator, progress=progress)
+        return LogZ(look.log_z, look.error)
     found = scout(machine, how.chains, generator, progress)
     way = found.way(how.betas)
     forward = ais(machine, betas=way, chains=how.chains, generator=generator, progress=progress)
     by_bridge, samples = bridge(machine, **LADDER, chains=how.chains, start=found, generator=generator, progress=progress)
     reverse = reverse_ais(machine, samples, betas=way, generator=generator, progress=progress)
+    middle, half = (forward.log_z + reverse.log_z) / 2, abs(forward.log_z - reverse.log_z) / 2
+    error = math.hypot(half, forward.error / 2, reverse.error / 2)
     estimates = {"forward": forward, "reverse": reverse, "bridge": by_bridge}
-    log_z, half = (forward.log_z + reverse.log_z) / 2, abs(forward.log_z - reverse.log_z) / 2
-    log_z_error = math.hypot(half, forward.error / 2, reverse.error / 2)
-    figures: dict[str, Any] = {
-        "log_likelihood": mean - log_z,
-        "log_likelihood_error": math.hypot(spread, log_z_error),
-        "log_z": log_z,
-        "log_z_error": log_z_error,
-    }
-    for name, estimate in estimates.items():
-        figures[f"log_likelihood_{name}"] = mean - estimate.log_z
-        figures[f"log_likelihood_{name}_error"] = math.hypot(spread, estimate.error)
-        figures[f"log_z_{name}"], figures[f"log_z_{name}_error"] = estimate.log_z, estimate.error
-        figures[f"effective_size_{name}"] = estimate.effective_size
-    quotable, why = _verdict(**estimates)
-    return figures | {"quotable": quotable, "verdict": ("quotable: " if quotable else "do not quote: ") + why}
+    return LogZ(middle, error, estimates, *_verdict(**estimates))
 
 
 def _verdict(forward: Estimate, reverse: Estimate, bridge: Estimate) -> tuple[bool, str]:
@@ -67,6 +60,27 @@ def _verdict(forward: Estimate, reverse: Estimate, bridge: Estimate) -> tuple[bo
         return False, f"forward and reverse AIS are {apart:.1f} nats apart, give them more betas"
     if smallest < FEW:
         return False, f"the effective sample size is only {smallest:.1f}, give them more betas or chains"
-    if beside > FAR_APART + 3 * bridge.error:
+    if beside > max(FAR_APART, 3 * bridge.error):
         return False, f"bridge sampling lies {beside:.1f} nats from AIS: the chains do not mix"
     return True, f"forward and reverse AIS are {apart:.2f} nats apart, and effective sample sizes are {smallest:.0f} or more"
+
+
+def log_likelihood(free: Tensor, log_z: LogZ) -> dict[str, Any]:
+    """Mean log P(v) in nats of images with these free energies, with the errors of the mean and of log Z together."""
+    mean, spread = -free.double().mean().item(), (free.double().std() / math.sqrt(len(free))).item()
+    figures: dict[str, Any] = {
+        "log_likelihood": mean - log_z.value,
+        "log_likelihood_error": math.hypot(spread, log_z.error),
+        "log_z": log_z.value,
+        "log_z_error": log_z.error,
+    }
+    for name, estimate in log_z.estimates.items():
+        figures[f"log_likelihood_{name}"] = mean - estimate.log_z
+        figures[f"log_likelihood_{name}_error"] = math.hypot(spread, estimate.error)
+        figures[f"log_z_{name}"], figures[f"log_z_{name}_error"] = estimate.log_z, estimate.error
+        figures[f"effective_size_{name}"] = estimate.effective_size
+    if log_z.quotable is None:
+        return figures
+    if not math.isfinite(mean - log_z.value):
+        return figures | {"quotable": False, "verdict": "do not quote: the machine has diverged"}
+    return figures | {"quotable": log_z.quotable, "verdict": f"{'quotable' if log_z.quotable else 'do not quote'}: {log_z.verdict}"}

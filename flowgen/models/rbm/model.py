@@ -13,7 +13,7 @@ from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
 from flowgen.models.base import LOOK, Evaluation, GenerativeModel
 from flowgen.models.rbm.contrast import Contrast
 from flowgen.models.rbm.gibbs import Sampler, draw_bits, gibbs, mean_field, white_noise
-from flowgen.models.rbm.likelihood import log_likelihood
+from flowgen.models.rbm.likelihood import estimate_log_z, log_likelihood
 from flowgen.models.rbm.machine import Machine
 from flowgen.models.rbm.negative_phase import CD, NegativePhase
 from flowgen.models.rbm.tempering import tempering
@@ -120,7 +120,7 @@ class RBM(Machine, GenerativeModel):
         other = self.free_energy(data.scatter(1, flipped, 1 - data.gather(1, flipped)))
         log_odds = self.visible_input(draw_bits(self.hidden_input(data), generator))
         return {
-            **log_likelihood(self, free, how, generator, self.progress),
+            **log_likelihood(free, estimate_log_z(self, how, generator, self.progress)),
             "pseudo_log_likelihood": self.visible * F.logsigmoid(other - free).mean().item(),
             "reconstruction_error": (data - draw_bits(log_odds, generator)).square().mean().item(),
             "reconstruction_error_expected": (data - log_odds.sigmoid()).square().mean().item(),
