@@ -161,9 +161,12 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
     assert_plain(command(*complete, wrong), "resize it first")
     assert_plain(command(*complete, "middle"), "--keep is left, right, top, bottom, or an image")
     assert_plain(command(*complete, tmp_path / "lost.png"), "does not exist")
-    assert_plain(command("chain", "--run", tiny_run), "is no run of an RBM")
-    assert_plain(command("complete", images / "000.png", "--keep", "left", "--run", tiny_run), "is no run of an RBM")
-    assert_plain(command("sample", "--run", tiny_run, "--method", "gibbs"), "is no run of an RBM")
+    assert_plain(command(*complete, "left", "--method", "magic"), "method must be one of gibbs, tempering, mean-field, not 'magic'")
+    assert_plain(command("chain", "--run", tiny_run), "is no run of a model that draws by Markov chains")
+    assert_plain(
+        command("complete", images / "000.png", "--keep", "left", "--run", tiny_run), "is no run of a model that restores missing pixels"
+    )
+    assert_plain(command("sample", "--run", tiny_run, "--method", "gibbs"), "is no run of a model that draws by Markov chains")
     assert_plain(command("chain", "--run", rbm_run, "--out", "film.png"), "let it end in .gif", 2)
     assert_plain(command("chain", "--run", rbm_run, "--method", "magic"), "magic", 2)
     assert_plain(command("train", *TINY, f"data.root={images}", "data.bits=8", "trainer.steps=1"), "leave data.bits at 1")

@@ -44,18 +44,21 @@ def interpolate(**options: Any) -> None:
 @click.argument("image", type=PATH, metavar="IMG")
 @click.option("--keep", required=True, metavar="SIDE|MASK", help="What is known: left, right, top, bottom, or an image, white where known.")
 @click.option(
-    "--method", "methods", type=click.Choice(SAMPLERS), multiple=True, help="May be repeated; by default all, one below the other."
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=lambda ctx, param, incomplete: [name for name in SAMPLERS if name.startswith(incomplete)],
+    help="Of an RBM gibbs, tempering or mean-field. May be repeated; by default all, one below the other.",
 )
 @run_option
-@click.option("--sweeps", type=click.IntRange(1), default=1000, show_default=True)
+@click.option("--sweeps", type=click.IntRange(1), help="Steps of the method; by default as many as suit it, 1000 of an RBM's.")
 @seed_option
 @device_option
 @out_option
-def complete(
-    image: Path, keep: str, methods: tuple[str, ...], name: str | None, sweeps: int, seed: int, device: str, out: Path | None
-) -> None:
-    """Restore the missing part of an image with an RBM: sample what is unknown given what is known."""
-    click.echo(command("complete", computes=True).complete(image, keep, list(methods or SAMPLERS), name, sweeps, seed, device, out))
+def complete(**options: Any) -> None:
+    """Restore the missing part of an image: sample what is unknown given what is known."""
+    click.echo(command("complete", computes=True).complete(**options))
 
 
 @click.command()

@@ -1,55 +1,39 @@
 """`flowgen complete`."""
 
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flowgen import pictures
-from flowgen.config import model_of
+from flowgen.config import find_model
 from flowgen.data import read_exactly
 from flowgen.errors import FlowgenError
-from flowgen.models.rbm import METHODS, RBM
-from flowgen.models.rbm.gibbs import white_noise
+from flowgen.models import Completes
 from flowgen.progress import bar
-from flowgen.training.find import find_checkpoint
 
-CHAINS, DRAWS = 64, 5
+DRAWS = 5  # that are shown
 
 
-def complete(image: Path, keep: str, methods: list[str], name: str | None, sweeps: int, seed: int, device: str, out: Path | None) -> Path:
-    """Save, for each sampler, the image, what is kept of it, the mean of the restored ones, and some of them. Raises FlowgenError."""
-    run, checkpoint = find_checkpoint(name, wanted=RBM)
-    model = model_of(checkpoint, device)
-    assert isinstance(model, RBM)
-    levels = read_exactly(image, model.shape, model.bits)
-    known = mask(keep, model.shape).flatten().to(model.device)
+def complete(
+    image: Path, keep: str, methods: Sequence[str], name: str | None, sweeps: int | None, seed: int, device: str, out: Path | None
+) -> Path:
+    """Save, for each method, the image, what is kept of it, the mean of the restored ones, and some of them. Raises FlowgenError."""
+    run, _, model = find_model(name, device, Completes)
+    model.watch(bar)
+    levels = read_exactly(image, model.shape, model.bits).to(model.device)
+    known = mask(keep, model.shape).to(model.device)
+    whole = levels / (2**model.bits - 1)
     rows = []
-    for method in methods:
-        draws, mean = restore(model, levels.to(model.device), known, method, sweeps, seed)
-        given = torch.where(known, model.units(levels.to(model.device)), 0.5)
-        shown = torch.cat((model.units(levels.to(model.device)), given, mean[None], draws[:DRAWS]))
-        rows.append((f"{method}: image, kept, mean, draws", grey(shown, model.shape)))
+    for method in methods or model.completions:
+        generator = torch.Generator(model.device).manual_seed(seed)
+        draws, mean = model.complete(levels, known, method=method, sweeps=sweeps, generator=generator)
+        shown = torch.cat((whole, torch.where(known, whole, 0.5), mean[None], draws[:DRAWS]))
+        rows.append((f"{method}: image, kept, mean, draws", grey(shown)))
     target = out or run.folder / "completion.png"
     pictures.blocks(rows, 8, columns=3 + DRAWS).save(target)
     return target
-
-
-@torch.no_grad()
-def restore(model: RBM, levels: Tensor, known: Tensor, method: str, sweeps: int, seed: int) -> tuple[Tensor, Tensor]:
-    """P(v = 1) of every chain at its end, (chains, visible), and their mean over all chains and the second half of the sweeps.
-
-    The chains begin with white noise where pixels are not `known` (visible,).
-    """
-    generator = torch.Generator(model.device).manual_seed(seed)
-    start = torch.where(known, model.units(levels), white_noise(model, CHAINS, generator))
-    total, count = torch.zeros_like(start[0]), 0
-    states = islice(METHODS[method](model, start, known=known, generator=generator), sweeps)
-    for sweep, (_, expected) in enumerate(bar(states, method, sweeps)):
-        if sweep >= sweeps // 2:
-            total, count = total + expected.mean(0), count + 1
-    return expected, total / count
 
 
 def mask(keep: str, shape: tuple[int, int, int]) -> Tensor:
@@ -75,6 +59,6 @@ def mask(keep: str, shape: tuple[int, int, int]) -> Tensor:
     return known
 
 
-def grey(probabilities: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Probabilities (count, visible) as images of 8 bits."""
-    return (255 * probabilities).round().to(torch.uint8).view(-1, *shape).cpu()
+def grey(brightness: Tensor) -> Tensor:
+    """Brightness from 0 to 1, of pixels or probabilities, as levels of 8 bits."""
+    return (255 * brightness).round().to(torch.uint8).cpu()

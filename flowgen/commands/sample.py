@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from flowgen import pictures, plots
-from flowgen.config import build_data, model_of
+from flowgen.config import build_data, find_model
 from flowgen.errors import FlowgenError
-from flowgen.models import RBM, Flow, GenerativeModel
+from flowgen.models import Classifies, Flow, GenerativeModel, RunsChains
 from flowgen.progress import bar
-from flowgen.training.find import find_checkpoint
 
 BATCH = 64
 IMAGES, POINTS = 32, 10000  # samples where no number is given: of images, and of a flow of the plane
@@ -39,8 +38,8 @@ def sample(
     if label is not None and (method or sweeps):
         raise FlowgenError("--label is for flows, --method and --sweeps are for RBMs: leave out the one or the others")
     how = {key: value for key, value in {"label": label, "method": method, "sweeps": sweeps}.items() if value is not None}
-    run, checkpoint = find_checkpoint(name, wanted=RBM if method or sweeps else None, with_classes=label is not None)
-    model = model_of(checkpoint, device)
+    ability = RunsChains if method or sweeps else Classifies if label is not None else GenerativeModel
+    run, checkpoint, model = find_model(name, device, ability)
     model.watch(bar)
     path = out or run.folder / "sample.png"
     if isinstance(model, Flow) and model.shape == (2, 1, 1):

@@ -2,7 +2,7 @@
 
 from flowgen.config.building import build, build_data, build_model, build_model_and_data, model_for
 from flowgen.config.files import conf_folder, options, read_config, save_config, settings
-from flowgen.config.loading import load_model, load_weights, model_of
+from flowgen.config.loading import find_model, load_model, load_weights, model_of
 from flowgen.config.older import OF_THE_EVALUATION, in_todays_words
 from flowgen.config.resolvers import register_resolvers, trainer_here
 from flowgen.config.sentences import no_such_setting, one_line, plain_error
@@ -16,6 +16,7 @@ __all__ = [
     "build_model_and_data",
     "check_words",
     "conf_folder",
+    "find_model",
     "in_grammar",
     "in_todays_words",
     "load_model",

@@ -1,13 +1,17 @@
 """Models out of checkpoints."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowgen.config.building import build_model
 from flowgen.errors import FlowgenError
 
 if TYPE_CHECKING:
     from flowgen.models import GenerativeModel
+    from flowgen.training.run import Run
+
+
+Able = TypeVar("Able", bound="GenerativeModel")
 
 
 def load_model(run: str | os.PathLike[str], device: str = "cpu") -> "GenerativeModel":
@@ -15,6 +19,14 @@ def load_model(run: str | os.PathLike[str], device: str = "cpu") -> "GenerativeM
     from flowgen.training.find import find_checkpoint
 
     return model_of(find_checkpoint(str(run))[1], device)
+
+
+def find_model(name: str | None, device: str, ability: type[Able]) -> tuple["Run", dict[str, Any], Able]:
+    """The run of `find_checkpoint`, its checkpoint and its model, which has this ability. Raises FlowgenError where there is none."""
+    from flowgen.training.find import find_checkpoint
+
+    run, checkpoint = find_checkpoint(name, ability)
+    return run, checkpoint, model_of(checkpoint, device)  # type: ignore[return-value]
 
 
 def model_of(checkpoint: dict[str, Any], device: str = "cpu") -> "GenerativeModel":

@@ -1,7 +1,23 @@
 """Likelihood-based models of images: floor 2."""
 
+from flowgen.models.abilities import Ability, Classifies, Completes, Completion, RunsChains
 from flowgen.models.base import Evaluation, GenerativeModel
 from flowgen.models.flows import IAF, MAF, NICE, Flow, Glow, RealNVP
 from flowgen.models.rbm import RBM
 
-__all__ = ["IAF", "MAF", "NICE", "RBM", "Evaluation", "Flow", "GenerativeModel", "Glow", "RealNVP"]
+__all__ = [
+    "IAF",
+    "MAF",
+    "NICE",
+    "RBM",
+    "Ability",
+    "Classifies",
+    "Completes",
+    "Completion",
+    "Evaluation",
+    "Flow",
+    "GenerativeModel",
+    "Glow",
+    "RealNVP",
+    "RunsChains",
+]

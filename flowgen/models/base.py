@@ -1,7 +1,7 @@
 """The contract of every model: all that the trainer and the commands know."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,6 +48,11 @@ class GenerativeModel(nn.Module, ABC):
     def arguments_for(cls, shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
         """What the constructor is told of the images: of their shape (channels, height, width) and bits."""
         return {"channels": shape[0], "size": shape[1], "bits": bits}
+
+    @classmethod
+    def is_able(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
+        """Whether a model built from these arguments has this ability, a class of `flowgen.models.abilities`."""
+        return issubclass(cls, ability)
 
     @abstractmethod
     def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from yaml import YAMLError, safe_load
 
@@ -11,6 +11,9 @@ from flowgen.targets import class_of
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.portable import SUFFIX, ZOO, read_portable, zoo_file
 from flowgen.training.run import Run
+
+if TYPE_CHECKING:
+    from flowgen.models import Ability
 
 OUTPUTS = Path("outputs")
 
@@ -40,18 +43,16 @@ def find_run(name: str) -> Run:
     raise FlowgenError(f"{name or 'an empty name'} is {'several runs' if matches else 'no run'}: `flowgen runs` lists them")
 
 
-def find_checkpoint(name: str | None, wanted: type | None = None, with_classes: bool = False) -> tuple[Run, dict[str, Any]]:
+def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, dict[str, Any]]:
     """The checkpoint file `name`, else the last good checkpoint of the run `name`, else of the newest run.
 
-    It is of a `wanted` model, or of one with classes, where that is asked for. Raises FlowgenError where there is none.
+    It is of a `wanted` model, named by its class or by an ability of `flowgen.models.abilities`. Raises FlowgenError where there is none.
     """
-    kind = f"run of {_with_article(wanted.__name__)}" if wanted else "run with model.classes" if with_classes else "run"
     if name is None:
         for run in list_runs():
-            if _is_of(_written_config(run), wanted, with_classes) and (checkpoint := run.last_good()) is not None:
+            if _is_of(_written_config(run), wanted) and (checkpoint := run.last_good()) is not None:
                 return run, checkpoint
-        how = f"train one with `flowgen train{_words_for(wanted, with_classes)}`, or name one with --run"
-        raise FlowgenError(f"no {kind} under outputs/ has a checkpoint: {how}")
+        raise FlowgenError(f"no {_kind(wanted)} under outputs/ has a checkpoint: {_how_to_train(wanted)}, or name one with --run")
     run = find_run(name)
     path = next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
     if name.startswith("zoo/"):
@@ -63,8 +64,8 @@ def find_checkpoint(name: str | None, wanted: type | None = None, with_classes: 
         checkpoint = read_checkpoint(path) if path else run.last_good()
     if checkpoint is None:
         raise FlowgenError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}` goes on with it")
-    if not _is_of(checkpoint["config"], wanted, with_classes):
-        raise FlowgenError(f"{name} is no {kind}, which this command needs: name another with --run")
+    if not _is_of(checkpoint["config"], wanted):
+        raise FlowgenError(f"{name} is no {_kind(wanted)}, which this command needs: name another with --run, or {_how_to_train(wanted)}")
     return run, checkpoint
 
 
@@ -76,23 +77,40 @@ def _written_config(run: Run) -> dict[str, Any]:
     return {}
 
 
-def _is_of(config: dict[str, Any], wanted: type | None, with_classes: bool) -> bool:
-    """Whether it describes a `wanted` model, by class, and one with classes where that is asked for."""
-    model = config.get("model") or {}
+def _is_of(config: dict[str, Any], wanted: type | None) -> bool:
+    """Whether it describes a `wanted` model."""
+    if wanted is None:
+        return True
+    from flowgen.models import GenerativeModel
+
     try:
-        return (wanted is None or issubclass(class_of("model", model), wanted)) and (not with_classes or model.get("classes") is not None)
+        model = class_of("model", config.get("model") or {})
     except FlowgenError:
         return False
+    return issubclass(model, GenerativeModel) and model.is_able(wanted, config["model"])
 
 
-def _words_for(wanted: type | None, with_classes: bool) -> str:
-    """What trains such a model, if not `flowgen train` alone."""
+def _is_ability(wanted: type) -> TypeGuard[type["Ability"]]:
+    from flowgen.models import Ability
+
+    return Ability in wanted.__bases__
+
+
+def _kind(wanted: type | None) -> str:
+    from flowgen.models import GenerativeModel
+
+    if wanted in (None, GenerativeModel):
+        return "run"
+    if _is_ability(wanted):
+        return f"run of a model that {wanted.does}"
+    return f"run of {'an' if wanted.__name__.isupper() else 'a'} {wanted.__name__}"
+
+
+def _how_to_train(wanted: type | None) -> str:
     from flowgen.models import Glow
 
-    if wanted is None or issubclass(Glow, wanted):
-        return " model.classes=10 data=mnist" * with_classes
-    return f" model={wanted.__name__.lower()}"
-
-
-def _with_article(name: str) -> str:
-    return f"{'an' if name.isupper() else 'a'} {name}"
+    if wanted is None or (issubclass(Glow, wanted) and not _is_ability(wanted)):
+        words = ""
+    else:
+        words = f" {wanted.example}" if _is_ability(wanted) else f" model={wanted.__name__.lower()}"
+    return f"train one with `flowgen train{words}`"

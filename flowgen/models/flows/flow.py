@@ -1,7 +1,7 @@
 """A normalizing flow over images: a bijection to N(0, I) and the levels around it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,13 +10,14 @@ from torch.nn import functional as F
 
 from flowgen.bijections import Bijection, batch_normalisations
 from flowgen.errors import FlowgenError, check_whole
-from flowgen.models.base import LOOK, Evaluation, GenerativeModel
+from flowgen.models.abilities import Classifies
+from flowgen.models.base import LOOK, Evaluation
 from flowgen.models.flows.dequantise import dequantiser
 
 CLASS_DISTANCE = 0.3  # deviation of the means of the classes at the start, in every latent
 
 
-class Flow(GenerativeModel):
+class Flow(Classifies):
     """A bijection from images in [0, 1) to vectors under N(0, I), of dequantised levels: x = (levels + u) / 2^bits.
 
     Shapes: `shape` is (channels, height, width), D their product, latents are (batch, D). The noise u is `uniform` or `variational`;
@@ -48,6 +49,10 @@ class Flow(GenerativeModel):
         self.loss_figure = "bits_per_dim" if classes is None and not batch_normalisations(bijection) else None
         self.class_networks = class_networks and classes is not None
         self.means = None if classes is None else nn.Parameter(CLASS_DISTANCE * torch.randn(classes, self.dimensions))
+
+    @classmethod
+    def is_able(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
+        return super().is_able(ability, arguments) and (ability is not Classifies or arguments.get("classes") is not None)
 
     def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
         """Mean bits per dimension of a batch under one draw of the noise, given their classes where the flow has any."""

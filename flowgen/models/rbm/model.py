@@ -1,7 +1,7 @@
 """Restricted Boltzmann machines over binary images."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
-from flowgen.models.base import LOOK, Evaluation, GenerativeModel
+from flowgen.models.abilities import Completes, Completion, RunsChains
+from flowgen.models.base import LOOK, Evaluation
+from flowgen.models.rbm.completion import SWEEPS, restore
 from flowgen.models.rbm.contrast import Contrast
 from flowgen.models.rbm.gibbs import Sampler, draw_bits, gibbs, mean_field, white_noise
 from flowgen.models.rbm.likelihood import estimate_log_z, log_likelihood
@@ -23,7 +25,7 @@ BASE_RATE_IMAGES = 0.5  # images of either colour, added to the counts of every 
 OFFSET_MEMORY = 0.99  # of the running means by which the gradient is centred
 
 
-class RBM(Machine, GenerativeModel):
+class RBM(Machine, Completes, RunsChains):
     """A machine over binary images, whose `base` are the log-odds of the data's pixels.
 
     `visible` is a number of units or the shape (channels, height, width) of an image. The gradient of the loss is the one that
@@ -34,6 +36,7 @@ class RBM(Machine, GenerativeModel):
 
     figure = "log_likelihood"
     higher_is_better = True
+    completions = tuple(METHODS)
     visible_offset: Tensor
     hidden_offset: Tensor
 
@@ -152,6 +155,24 @@ class RBM(Machine, GenerativeModel):
         visible, _ = next(islice(states, sweeps - 1, None))
         visible = visible.round()  # mean field's are probabilities
         return self.levels(visible), -self.free_energy(visible)
+
+    @torch.no_grad()
+    def film(self, count: int, method: str, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """White noise, then P(v = 1) after every sweep."""
+        check_choice(METHODS, method=method)
+        noise = white_noise(self, count, generator)
+        yield noise.view(-1, *self.shape)
+        for _, expected in METHODS[method](self, noise, generator=generator):
+            yield expected.view(-1, *self.shape)
+
+    def complete(
+        self, levels: Tensor, known: Tensor, *, method: str, sweeps: int | None = None, generator: torch.Generator | None = None
+    ) -> Completion:
+        """P(v = 1) of clamped chains, see `completion.restore`."""
+        check_choice(METHODS, method=method)
+        image, sampler = self.units(levels), METHODS[method]
+        draws, mean = restore(self, image, known.flatten(), sampler, sweeps or SWEEPS, generator, self.progress)
+        return Completion(draws.view(-1, *self.shape), mean.view(self.shape))
 
     @torch.no_grad()
     def encode(self, levels: Tensor) -> Tensor:
