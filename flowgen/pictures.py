@@ -1,7 +1,8 @@
-"""Pictures of levels: grids, titled blocks and tiles, signed weights, films."""
+"""Pictures of levels: grids, titled blocks, signed weights, films."""
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from flowgen import plots
 from flowgen.vision import make_grid, to_pil_image
 
+BAR = 24  # pixels above a picture, for its title
 SMALLEST_SIDE = 56  # pixels on the page; smaller images are enlarged by a whole factor
 
 
@@ -38,34 +40,23 @@ def signed(weights: Tensor, columns: int = 20, most: int = 400) -> Image.Image:
     return to_image(colours.round().to(torch.uint8).permute(0, 3, 1, 2), 8, columns=min(columns, len(scaled)))
 
 
-def blocks(titled: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Image.Image:
-    """Grids one above the other, each under its title."""
-    return stack([(title, to_image(levels, bits, columns)) for title, levels in titled])
+def blocks(titled: Sequence[tuple[str, Tensor]], bits: int, columns: int, across: int = 1) -> Image.Image:
+    """Grids, each under its title, `across` in a row."""
+    return stack([(title, to_image(levels, bits, columns)) for title, levels in titled], across)
 
 
-def stack(titled: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures one above the other, each under its title of one line or more."""
+def stack(titled: Sequence[tuple[str, Image.Image]], across: int = 1) -> Image.Image:
+    """Pictures, each under its title, `across` in a row."""
     font = ImageFont.load_default(14)
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    boxes = [measure.multiline_textbbox((4, 4), title, font) for title, _ in titled]
-    bars = [math.ceil(box[3]) + 4 for box in boxes]
-    width = max(*(picture.width for _, picture in titled), *(math.ceil(box[2]) + 4 for box in boxes))
-    page = Image.new("RGB", (width, sum(bars) + sum(picture.height for _, picture in titled)), "white")
-    draw, top = ImageDraw.Draw(page), 0
-    for (title, picture), bar in zip(titled, bars, strict=True):
-        draw.multiline_text((4, top + 4), title, fill="black", font=font)
-        page.paste(picture, (0, top + bar))
-        top += picture.height + bar
-    return page
-
-
-def tiles(levels: Tensor, bits: int, titles: Sequence[str], columns: int, side: int = 112) -> Image.Image:
-    """Images (N, channels, height, width), `columns` in a row, each under its own title."""
-    cells = [stack([(title, to_image(each[None], bits, 1, side))]) for each, title in zip(levels, titles, strict=True)]
-    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
-    page = Image.new("RGB", (width * min(columns, len(cells)), height * -(-len(cells) // columns)), "white")
-    for place, cell in enumerate(cells):
-        page.paste(cell, (place % columns * width, place // columns * height))
+    width = max(*(picture.width for _, picture in titled), *(math.ceil(font.getlength(title)) + 8 for title, _ in titled))
+    rows = [titled[place : place + across] for place in range(0, len(titled), across)]
+    heights = [BAR + max(picture.height for _, picture in row) for row in rows]
+    page = Image.new("RGB", (width * min(across, len(titled)), sum(heights)), "white")
+    draw = ImageDraw.Draw(page)
+    for top, row in zip(accumulate(heights, initial=0), rows, strict=False):
+        for place, (title, picture) in enumerate(row):
+            draw.text((place * width + 4, top + 4), title, fill="black", font=font)
+            page.paste(picture, (place * width, top + BAR))
     return page
 
 

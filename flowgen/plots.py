@@ -26,10 +26,10 @@ FIRST_STEPS = 0.03  # share of a training's worst values that may leave the fram
 
 def lines(
     named: Mapping[str, Points],
+    file: Path | BinaryIO,
     *,
     xlabel: str,
     ylabel: str,
-    file: Path | BinaryIO,
     errors: Errors = NO_ERRORS,
     thin: Collection[str] = (),
     beyond: tuple[float, float] = (0.0, 0.0),
@@ -55,7 +55,7 @@ def lines(
     page.savefig(file, dpi=120, format="png")
 
 
-def dots(named: Mapping[str, tuple[float, float]], *, label: str, path: Path) -> None:
+def dots(named: Mapping[str, tuple[float, float]], label: str, path: Path) -> None:
     """A dot for each name, at its value with its standard error, which are written above it."""
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """How many digits do the chains of an RBM visit? Gibbs sampling and parallel tempering from the same start, in a figure.
 
-A classifier with one hidden layer, trained on the run's training images, names the digit of every state; a mode change is a state
+A classifier, trained on the run's training images, names the digit of every state; a mode change is a state
 whose digit it is sure of (`SURE`) and which is not the last one that it was sure of.
 """
 
@@ -10,42 +10,25 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.config import build_data, model_of
-from flowgen.data import Images
+from flowgen.judging import Classifier, train_classifier
+from flowgen.judging.classifier import SURE
 from flowgen.models.rbm import METHODS, RBM
 from flowgen.training.find import find_checkpoint
 
-SURE = 0.9
-
-
-def classifier(data: Images, epochs: int = 4, batch: int = 100) -> tuple[nn.Module, float]:
-    """The classifier, and its accuracy on the test images."""
-    if data.train.labels is None or data.test.labels is None:
-        raise SystemExit("the labels are not beside the images: put the labels-idx1 files there")
-    images = torch.cat(list(data.batches("train", 1000))).flatten(1).float()
-    network = nn.Sequential(nn.Linear(images.shape[1], 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 10))
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
-    for indices in torch.cat([torch.randperm(len(images)) for _ in range(epochs)]).split(batch):
-        optimizer.zero_grad()
-        F.cross_entropy(network(images[indices]), data.train.labels[indices].long()).backward()
-        optimizer.step()
-    network.eval()
-    test = torch.cat(list(data.batches("test", 1000))).flatten(1).float()
-    return network, (network(test).argmax(1) == data.test.labels).float().mean().item()
-
 
 @torch.no_grad()
-def visits(rbm: RBM, network: nn.Module, start: Tensor, method: str, sweeps: int) -> tuple[Tensor, Tensor]:
+def visits(rbm: RBM, classifier: Classifier, start: Tensor, method: str, sweeps: int) -> tuple[Tensor, Tensor]:
     """Mode changes and different digits so far, on average over the chains: (sweeps,) each."""
     generator = torch.Generator().manual_seed(0)
-    last = network(start).argmax(1)
+    last = classifier.surety(start.view(-1, *rbm.shape))[0]
     seen = F.one_hot(last, 10).bool()
     changes, totals, digits = torch.zeros(len(start)), [], []
     for visible, _ in islice(METHODS[method](rbm, start, generator=generator), sweeps):
-        surety, digit = network(visible).softmax(1).max(1)
+        digit, surety = classifier.surety(visible.view(-1, *rbm.shape))
         now = torch.where(surety >= SURE, digit, last)
         changes += now != last
         seen |= F.one_hot(now, 10).bool()
@@ -66,13 +49,15 @@ def main() -> None:
     run, checkpoint = find_checkpoint(options.run, wanted=RBM)
     rbm, data = model_of(checkpoint), build_data(checkpoint["config"])
     assert isinstance(rbm, RBM)
-    network, accuracy = classifier(data)
-    print(f"{run.folder}: the classifier names {100 * accuracy:.1f} % of the test digits rightly")
+    classifier = train_classifier(data)
+    assert data.test.labels is not None
+    named = classifier.surety(torch.cat(list(data.batches("test", 1000))))[0]
+    print(f"{run.folder}: the classifier names {100 * named.eq(data.test.labels).float().mean():.1f} % of the test digits rightly")
     start = rbm.units(next(data.batches("test", options.chains)))
     page = Figure(figsize=(9, 4), layout="constrained")
     left, right = page.subplots(1, 2)
     for method, style in (("gibbs", "--"), ("tempering", "-")):
-        changes, digits = visits(rbm, network, start, method, options.sweeps)
+        changes, digits = visits(rbm, classifier, start, method, options.sweeps)
         colour = {"gibbs": "#d55e00", "tempering": "#0072b2"}[method]
         left.plot(range(1, options.sweeps + 1), changes, style, color=colour, label=method)
         right.plot(range(1, options.sweeps + 1), digits, style, color=colour, label=method)

@@ -1,21 +1,17 @@
 """The offline distances by which samples are compared, and what is said of differences, against values that are known."""
 
+import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from test_models import noise, started
+from test_models import glow, noise, started
 
 from flowgen import judging
-from flowgen.commands.interpolate import great_circle, walk
+from flowgen.data import MNISTSample
 from flowgen.errors import FlowgenError
-from flowgen.judging import fidelity
+from flowgen.judging import fidelity, great_circle, walk
 from flowgen.judging.likeness import frechet
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "thesis"))
-import claims
 
 
 def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
@@ -74,6 +70,8 @@ def test_a_walk_through_the_pixels_is_even_and_both_ways_meet_at_the_ends():
         assert torch.equal(way[0].float(), first.float()) and torch.equal(way[-1].float(), second.float())
     assert judging.unevenness(pixels, 5) == pytest.approx(torch.ones(6), abs=1e-3)
     assert judging.unevenness(latent, 5).min() > 1 and judging.changes(latent, 5).shape == (4, 6)
+    uneven = torch.tensor([0, 1, 4]).view(3, 1, 1, 1, 1).expand(3, 2, 1, 4, 4)
+    assert judging.unevenness(uneven, 5) == pytest.approx(torch.full((2,), 1.5))
     assert judging.changes(torch.stack((torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 31))), 5) == pytest.approx(torch.ones(1, 2))
 
 
@@ -101,17 +99,16 @@ def test_fid_without_its_network_or_its_package_is_refused(monkeypatch, tmp_path
     assert fidelity.network() == tmp_path / "nowhere.pth"
 
 
-def test_a_claim_is_found_only_beyond_two_errors_and_its_opposite_too():
-    assert claims.mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / 3**0.5))
-    assert [claims._verdict((mean, 0.1)) for mean in (0.21, 0.19, -0.19, -0.21)] == [
-        "found",
-        "no difference found",
-        "no difference found",
-        "the opposite is found",
-    ]
-
-
-def test_the_best_machine_is_named_where_all_were_trained():
-    trained = {"filters_100": -90.0, **{f"l2_1e3_{hidden}": -100.0 + hidden / 100 for hidden in (50, 100, 300)}, "l1_1e6_100": -80.0}
-    said = claims.best_of_prior(trained)
-    assert "is that of l2_1e3_300" in said and "L1 prior 300 hidden units at 1e-6: not all" in said
+def test_a_flow_is_judged_by_samples_that_are_its_data():
+    """Test images as samples: covered, as far apart as they are, at no distance; grey ones are none of that."""
+    data, model = MNISTSample(bits=5, flip=False), glow(channels=1, size=28, levels=2)
+    test = torch.cat(list(data.batches("test", 100, 60)))
+    model.initialize(test)
+    found = judging.judge_flow(model, data, {0.0: [torch.full_like(test, 4)], 1.0: [test, test]}, pairs=4, steps=6)
+    grey, same = found["samples"][0][0], found["samples"][1][0]
+    assert same["coverage"] == 1 and same["spread"] == pytest.approx(1) and same["frechet"] == pytest.approx(0, abs=1e-3)
+    assert grey["coverage"] < 0.75 and grey["spread"] == 0 and grey["frechet"] > found["training"]["frechet"]
+    assert found["images"] == len(found["bits"]) == 60 and found["mean_sample"] > 0
+    assert judging.bits_per_image(model, test).mean().item() == pytest.approx(found["bits"] and sum(found["bits"]) / 60)
+    assert len(found["walk"]["unevenness"]) == 4 and [len(each) for each in found["walk"]["bits"]] == [6, 6]
+    assert found == json.loads(json.dumps(found))

@@ -63,13 +63,11 @@ def test_curves_of_nothing_draw_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_tiles_hold_their_titles_and_are_laid_out_in_columns():
-    levels = torch.zeros(5, 1, 8, 8, dtype=torch.uint8)
-    one = pictures.tiles(levels[:1], 5, ["a"], 3)
-    five = pictures.tiles(levels, 5, ["a"] * 5, 3)
-    assert five.size == (3 * one.width, 2 * one.height)
-    levels[4] = 31
-    inside = (one.width + 60, 2 * one.height - 20)
-    assert pictures.tiles(levels, 5, ["a"] * 5, 3).getpixel(inside) == (255, 255, 255) != five.getpixel(inside)
-    assert pictures.tiles(levels[:1], 5, ["a title that is much longer than the tile is wide"], 3).width > one.width
-    assert pictures.tiles(levels[:1], 5, ["two\nlines"], 3).height > one.height
+def test_blocks_lie_side_by_side_each_under_its_title():
+    dark, bright = torch.zeros(2, 1, 64, 64, dtype=torch.uint8), torch.full((2, 1, 64, 64), 31, dtype=torch.uint8)
+    one, four = (pictures.blocks([("a", dark)] * count, 5, 8, across=4) for count in (1, 4))
+    assert four.size == (4 * one.width, one.height)
+    five = pictures.blocks([("a", dark)] * 4 + [("b", bright)], 5, 8, across=4)
+    assert five.size == (4 * one.width, 2 * one.height)
+    assert five.getpixel((20, one.height + 60)) == (255, 255, 255) != five.getpixel((one.width + 20, 60))
+    assert pictures.blocks([("a", dark), ("b", bright)], 5, 8).size == (one.width, 2 * one.height)

@@ -10,9 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import comparison
+import machines
+import parts
 import pytest
+import torch
 from PIL import Image
+from test_house import compose_config, shape_of
 from test_report import Page
+
+from flowgen.config import build_model, model_for, options
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "thesis"
 NUMBERED = {f"3.{number}" for number in range(1, 37)}
@@ -37,17 +44,17 @@ def test_every_figure_is_made_and_a_killed_reproduction_goes_on(tmp_path):
         [sys.executable, str(SCRIPT), "--scale", "smoke"], cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True
     )
     folder = tmp_path / "outputs" / "thesis" / "smoke_mnist_sample"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (folder / "glow_resnet" / "config.yaml").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    noted = (folder / "glow_conv" / "done").stat().st_mtime_ns
+    noted = (folder / "glow_conv" / "metrics.jsonl").stat().st_mtime_ns
     again = reproduce("--scale", "smoke", folder=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-1] == "outputs/thesis/smoke_mnist_sample/thesis.html"
-    assert "$ flowgen resume outputs/thesis/smoke_mnist_sample/glow_resnet" in again.stdout
-    assert (folder / "glow_conv" / "done").stat().st_mtime_ns == noted and "glow_conv " not in again.stdout
+    assert "out=outputs/thesis/smoke_mnist_sample/glow_resnet resume=true" in again.stdout
+    assert (folder / "glow_conv" / "metrics.jsonl").stat().st_mtime_ns == noted and "smoke_mnist_sample/glow_conv " not in again.stdout
     text = (folder / "thesis.html").read_text()
     page = Page(text)
     assert page.open == [] and not re.search(r"https?://|<script", text)
@@ -60,7 +67,7 @@ def test_every_figure_is_made_and_a_killed_reproduction_goes_on(tmp_path):
     assert text.count("<code>") > len(page.sources), "every figure names its command"
     for link in page.links:
         assert link[1:] in page.ids if link.startswith("#") else (folder / link).is_dir()
-    assert text.count("Trained by <code>flowgen train experiment=") == len(list(folder.glob("*/done")))
+    assert text.count("Trained by <code>flowgen train experiment=") == len(list(folder.glob("*/metrics.jsonl")))
     assert "model.width=8 for 512" in text and "other data than celeba_hq" in text
 
 
@@ -91,3 +98,45 @@ def test_what_is_missing_is_said_before_anything_is_trained(words, said, tmp_pat
     ended = reproduce(*words, folder=tmp_path)
     assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1 and all(word in ended.stderr for word in said)
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("scale", parts.SCALES)
+def test_every_training_of_a_scale_composes_and_every_settings_file_is_of_use(scale):
+    used = set()
+    for part in (part for group in parts.GROUPS for part in parts.parts(scale, group)):
+        words = [word for word in part.command(scale, ["data=celeba"], Path("here"))[1:] if word.partition("=")[0] not in ("out", "resume")]
+        used |= {word.partition("=")[2] for word in words if word.startswith("scale=")}
+        config = compose_config(*words)
+        config["model"] |= {"width": 4} if "width" in config["model"] else {}
+        build_model(model_for(config, shape_of(config["data"]), config["data"]["bits"]))
+    assert used == {name for name in options("scale") if name.startswith(f"{scale}/") and name != "small/faces"}
+
+
+def test_no_difference_is_rarely_found_and_a_clear_one_is():
+    """Two standard errors over four draws would be exceeded in 9 % of the cases."""
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(2000):
+        one, two = torch.randn(2, 4, generator=random).tolist()
+        likeness = [{"samples": [[{"coverage": value} for value in values]]} for values in (one, two)]
+        found.append(comparison._more(*likeness, "coverage", "").rpartition(": ")[2])
+    assert found.count("no difference found") / 2000 == pytest.approx(1 - comparison.LEVEL, abs=0.015)
+    assert found.count("found") > 10 and found.count("the opposite is found") > 10
+    low, high = ({"samples": [[{"coverage": start + step / 100} for step in range(4)]]} for start in (0.2, 0.4))
+    assert comparison._more(low, high, "coverage", "").endswith(": found")
+    assert comparison._more(high, low, "coverage", "").endswith(": the opposite is found")
+
+
+def test_what_never_varies_is_no_finding():
+    same = {"samples": [[{"coverage": 0.5}] * 4]}
+    assert comparison._more(same, same, "coverage", "").endswith(": no difference found")
+
+
+def test_the_best_machine_is_named_where_all_were_trained():
+    trained = {"filters_100": -90.0, **{f"l2_1e3_{hidden}": -100.0 + hidden / 100 for hidden in (50, 100, 300)}, "l1_1e6_100": -80.0}
+    said = machines.best_of_prior({name: (value, 0.1) for name, value in trained.items()})
+    assert "is that of l2_1e3_300" in said and "L1 prior 300 hidden units at 1e-6: not all" in said
+
+
+def test_the_reproduction_stays_short():
+    assert sum(len(path.read_text().splitlines()) for path in SCRIPT.iterdir() if path.is_file()) <= 600

@@ -3,13 +3,14 @@
 import io
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from markupsafe import Markup
 
 from flowgen import plots
 from flowgen.commands.runs import readable_runs
-from flowgen.config import read_config
+from flowgen.config import flat, read_config
 from flowgen.document import Picture, Section, data_url, encoded, write_document
 from flowgen.errors import FlowgenError
 from flowgen.training.find import OUTPUTS, find_run
@@ -42,25 +43,40 @@ def report(*, names: list[str], out: Path | None) -> Path:
 
 def sections_of(runs: list[Run]) -> list[Section]:
     """All runs side by side, where their configurations differ, and each by itself."""
-    configs = [_flat(read_config(run.config)) for run in runs]
-    rows = [run.read_metrics() for run in runs]
-    names = _short([str(run.folder) for run in runs])
+    configs = [flat(read_config(run.config)) for run in runs]
+    head, *table = overview(runs)
+    names = [row[0] for row in table]
     anchors = [f"run{number}" for number in range(1, len(runs) + 1)]
-    overview = [("run", "model", "data", "figure", "step")]
-    for name, anchor, config, each in zip(names, anchors, configs, rows, strict=True):
-        link = Markup('<a href="#{}">{}</a>').format(anchor, name)
-        model, data = (str(config.get(f"{section}._target_", "")).rpartition(".")[2] for section in ("model", "data"))
-        overview.append((link, model, config.get("data.name") or data, *_reached(each)))
-    found = [Section("runs", "", table=overview, pictures=_curves(names, rows))]
+    linked = [[Markup('<a href="#{}">{}</a>').format(anchor, row[0]), *row[1:]] for anchor, row in zip(anchors, table, strict=True)]
+    found = [Section("runs", "", table=[head, *linked], pictures=_curves(names, [run.read_metrics() for run in runs]))]
     if differences := {key: values for key, values in _differences(configs).items() if key != "out"}:
         table = [["setting", *names], *([key, *map(str, values)] for key, values in differences.items())]
         found.append(Section("differences", "Where the configurations differ", table=table))
-    return found + [_section(*each) for each in zip(anchors, names, runs, rows, configs, strict=True)]
+    return found + [_section(*each) for each in zip(anchors, names, runs, configs, strict=True)]
+
+
+def overview(runs: list[Run]) -> list[list[str]]:
+    """A table with a row for each run: its name, without the folder that all share, what it is, its figure, and what it has cost."""
+    table = [["run", "model", "data", "figure", "step", "images/s", "hours", "memory, GiB"]]
+    for name, run in zip(_short([str(run.folder) for run in runs]), runs, strict=True):
+        config, rows = flat(read_config(run.config)), run.read_metrics()
+        model, data = (str(config.get(f"{section}._target_", "")).rpartition(".")[2] for section in ("model", "data"))
+        table.append([name, model, config.get("data.name") or data, *_reached(rows), *_costs(rows)])
+    return table
 
 
 def _reached(rows: list[dict[str, Any]]) -> tuple[str, str]:
     """The test figure with its error, or, before the end, the best on the validation split; and the last step."""
     return best_figure(rows) or "not evaluated yet", f"{max((row['step'] for row in rows), default=0):,}"
+
+
+def _costs(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
+    """The median speed, the hours with evaluation and samples, and the most memory, of the GPU or else of the process."""
+    train = [row for row in rows if row["split"] == "train" and row.get("images_per_second")]
+    if not train:
+        return "", "", ""
+    speed, memory = median(row["images_per_second"] for row in train), max(row.get("memory_gib") or 0.0 for row in train)
+    return f"{speed:,.1f}", f"{train[-1].get('seconds', 0.0) / 3600:.2f}", f"{memory:.2f}"
 
 
 def _runs(name: str) -> list[Run]:
@@ -80,12 +96,12 @@ def _short(folders: list[str]) -> list[str]:
     return [str(Path(*each[shared:])) if each[shared:] else each[-1] for each in parts]
 
 
-def _section(anchor: str, name: str, run: Run, rows: list[dict[str, Any]], config: dict[str, Any]) -> Section:
+def _section(anchor: str, name: str, run: Run, config: dict[str, Any]) -> Section:
     samples = sorted(run.folder.glob("samples/step_????????.png"))[-1:]
     own = [run.folder / file for file in CAPTIONS if (run.folder / file).exists()]
     shown = [Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", data_url(path)) for path in samples]
     shown += [Picture(CAPTIONS[path.name], data_url(path)) for path in own]
-    best, step = _reached(rows)
+    best, step = _reached(run.read_metrics())
     settings = "\n".join(f"{key}: {value}" for key, value in config.items())
     return Section(anchor, name, [f"{best}, step {step}. {run.environment()}"], pictures=shown, details=("Configuration", settings))
 
@@ -102,7 +118,7 @@ def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]
     for (figure, bits), of_runs in sorted(lines.items()):
         file, at = io.BytesIO(), f" at {bits} bits" if figure == "bits_per_dim" else ""
         label = f"validation {figure.replace('_', ' ')}{at}, {UNITS[figure]}"
-        plots.lines(of_runs, xlabel="step", ylabel=label, file=file, beyond=(0.05, 0.05))
+        plots.lines(of_runs, file, xlabel="step", ylabel=label, beyond=(0.05, 0.05))
         found.append(Picture(f"Validation {figure.replace('_', ' ')}{at} against the step.", encoded(file.getvalue(), "png")))
     return found
 
@@ -111,10 +127,3 @@ def _differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:
     keys = sorted({key for config in configs for key in config})
     table = {key: [config.get(key, "") for config in configs] for key in keys}
     return {key: values for key, values in table.items() if any(value != values[0] for value in values)}
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowgen.config import build, build_model_and_data, in_todays_words, load_weights, one_end, override, read_config, save_config
+from flowgen.config import build, build_model_and_data, flat, in_todays_words, load_weights, one_end, override, read_config, save_config
 from flowgen.errors import FlowgenError, check_whole
 from flowgen.training.checkpoint import read_checkpoint, weights_of
 from flowgen.training.find import find_checkpoint, find_run
@@ -102,7 +102,7 @@ def _take_weights(model: Any, config: dict[str, Any], source: str) -> None:
     try:
         load_weights(model, weights_of(checkpoint))
     except FlowgenError as error:
-        other = _differences(_flat({"model": config["model"]}), _flat(checkpoint["config"])) or ["of another shape"]
+        other = _differences(flat({"model": config["model"]}), flat(checkpoint["config"])) or ["of another shape"]
         raise FlowgenError(f"the weights of init={source} do not fit, {', '.join(other)}: train a model of the same settings") from error
 
 
@@ -119,8 +119,8 @@ def _check_unfinished(run: Run, trainer: "Trainer", checkpoint: dict[str, Any]) 
 
 def _check_same(run: Run, config: dict[str, Any]) -> None:
     """Raises FlowgenError where the run's configuration is another one; it may say more: its images, what auto was."""
-    here = {key: value for key, value in _flat(config).items() if key != "out" and value != "auto"}
-    other = _differences(here, _flat(in_todays_words(read_config(run.config))))
+    here = {key: value for key, value in flat(config).items() if key != "out" and value != "auto"}
+    other = _differences(here, flat(in_todays_words(read_config(run.config))))
     if other:
         cure = f"go on with it as it is by `flowgen resume {run.folder}`, or choose another out="
         raise FlowgenError(f"{run.folder} holds a run of another configuration, {', '.join(other)}: {cure}")
@@ -128,14 +128,6 @@ def _check_same(run: Run, config: dict[str, Any]) -> None:
 
 def _differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
     return [f"{key}={there.get(key, 'nothing')} there and {value} here" for key, value in here.items() if there.get(key) != value]
-
-
-def _flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """{"model": {"width": 8}} as {"model.width": 8}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return flat
 
 
 @contextlib.contextmanager

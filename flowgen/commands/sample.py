@@ -14,6 +14,7 @@ from flowgen.models import Classifies, Flow, GenerativeModel, RunsChains
 from flowgen.progress import bar
 
 BATCH = 64
+COLUMNS = 8  # images in a row
 IMAGES, POINTS = 32, 10000  # samples where no number is given: of images, and of a flow of the plane
 GRID = 300  # the side of the picture of its density
 log = logging.getLogger("flowgen")
@@ -56,7 +57,7 @@ def sample(
             log.warning("%d of %d samples at temperature %g are beyond what float32 holds: try a lower one", broken, count, temperature)
         said = [f"class {label}"] * (label is not None) + [str(method)] * bool(method) + [f"temperature {temperature:g}"]
         titled.append((", ".join(said), levels[worth.argsort(descending=True)]))
-    pictures.blocks(titled, model.bits, columns=min(count, 8)).save(path)
+    pictures.blocks(titled, model.bits, columns=min(count, COLUMNS)).save(path)
     return path
 
 

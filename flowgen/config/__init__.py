@@ -1,7 +1,7 @@
 """From words and YAML files to models and data: files, the grammar of overrides, plain sentences, building, loading."""
 
 from flowgen.config.building import build, build_data, build_model, build_model_and_data, model_for
-from flowgen.config.files import conf_folder, options, read_config, save_config, settings
+from flowgen.config.files import conf_folder, flat, options, read_config, save_config, settings
 from flowgen.config.loading import find_model, load_model, load_weights, model_of
 from flowgen.config.older import OF_THE_EVALUATION, in_todays_words
 from flowgen.config.resolvers import register_resolvers, trainer_here
@@ -17,6 +17,7 @@ __all__ = [
     "check_words",
     "conf_folder",
     "find_model",
+    "flat",
     "in_grammar",
     "in_todays_words",
     "load_model",

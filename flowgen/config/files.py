@@ -15,7 +15,7 @@ def conf_folder() -> Path:
 def options(group: str) -> list[str]:
     """What `group=` can be, as in options("model")."""
     folder = conf_folder() / group
-    nested = group == "experiment"  # elsewhere a folder is a group of its own, as model/negative_phase is
+    nested = group in ("experiment", "scale")  # elsewhere a folder is a group of its own, as model/negative_phase is
     paths = folder.rglob("*.yaml") if nested else folder.glob("*.yaml")
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in paths)
 
@@ -26,7 +26,7 @@ def settings() -> dict[str, list[str]]:
 
     groups = ("data", "model", "trainer")
     evaluation = [f"evaluation.{key}" for key in evaluation_defaults() if key != "_target_"]
-    top = ("out", "resume", "init", "seed", "experiment", "model/negative_phase")
+    top = ("out", "resume", "init", "seed", "experiment", "scale", "model/negative_phase")
     found: dict[str, list[str]] = {name: [] for name in (*top, *evaluation, *groups)}
     for section in groups:
         for name in options(section):
@@ -50,6 +50,14 @@ def save_config(config: dict[str, Any], path: Path) -> None:
     aside = path.with_name(path.name + ".part")
     OmegaConf.save(OmegaConf.create(config), aside)
     aside.replace(path)
+
+
+def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """{"model": {"width": 8}} as {"model.width": 8}."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return found
 
 
 def read_config(path: Path) -> dict[str, Any]:

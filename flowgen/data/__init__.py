@@ -4,8 +4,9 @@ from flowgen.data.base import Images
 from flowgen.data.folder import ImageFolder
 from flowgen.data.mnist import MNIST
 from flowgen.data.mnist_sample import MNISTSample
+from flowgen.data.originals import originals
 from flowgen.data.prepare import prepare, read_exactly, read_levels
 from flowgen.data.splits import Split
 from flowgen.data.toy import Toy
 
-__all__ = ["MNIST", "ImageFolder", "Images", "MNISTSample", "Split", "Toy", "prepare", "read_exactly", "read_levels"]
+__all__ = ["MNIST", "ImageFolder", "Images", "MNISTSample", "Split", "Toy", "originals", "prepare", "read_exactly", "read_levels"]

@@ -77,6 +77,10 @@ class Run:
                 log.warning("%s: a line was cut short and is left out", self.metrics)
         return rows
 
+    def has_ended(self) -> bool:
+        """Whether its training has come to its end, which is where the test split is judged."""
+        return any(row["split"] == "test" for row in self.read_metrics())
+
     def environment(self) -> str:
         """What it was trained on, as its log has it."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []

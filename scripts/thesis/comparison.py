@@ -1,176 +1,119 @@
-"""The comparison that the thesis draws between its two experiments: what is measured, its figures and its table."""
+"""The comparison that the thesis draws between its two experiments: what is measured, its figures, and what is to be said of its claims."""
 
-import os
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
-import claims
-import judge
-import kinds
 import torch
 from faces import TEMPERATURES
-from figure import MAKE, Figure, drawn, figures_of, kept, unit
-from torch import Tensor
+from figure import Figure, kept
+from scipy.stats import ttest_ind, ttest_rel
 
 import flowgen
+from flowgen import judging, plots
 from flowgen.commands.sample import draw
 from flowgen.data import Images
-from flowgen.models import Flow
-from flowgen.training.run import Run
+from flowgen.judging import fidelity
+from flowgen.training.run import Run, watched
 
-PAIRS, WAY = 16, 18  # an even number of pictures, since half-way between two images rounding favours the even levels
 REPEATS = 4  # draws of as many samples as there are test images, for the error of a figure
-NOT_FID = "The original compares by eye. Measured among the 64 leading principal components of training images, which is no FID."
+SPACE = "among the 64 leading principal components of training images, but for what torch-fidelity measures"
 BY_EYE = "The original compares by eye."
+LIKENESS = {
+    "C.2": ("frechet", "Fréchet distance", "Closeness: the Fréchet distance of samples and test images, which is no FID."),
+    "C.3": ("coverage", "coverage", "Diversity: the share of test images with a sample as near as their fifth neighbour among them."),
+    "C.4": ("spread", "mean distance of samples / of test images", "Diversity: how far apart two samples lie."),
+    **{f"C.{number}": (key, key, f"By torch-fidelity: {key}.") for number, key in ((7, "fid"), (8, "precision"), (9, "recall"))},
+}
+
+LEVEL = 0.05  # share of claims that count as found, or their opposite, where there is no difference
+ONE_TRAINING = (
+    f"Found, or its opposite: at a level of {100 * LEVEL:g} % by a t test over draws of samples, or pairs of images, of these weights. "
+    "Each experiment was trained once, and what another seed would have given is unknown: none of this is a statement about the method."
+)
 
 
-class Comparison(NamedTuple):
-    """Figures, a table (its head and rows), and sentences."""
+def judged(run: Run, data: Images, count: int) -> dict[str, Any]:
+    """All that the comparison needs of one experiment, of `count` test images and as many samples at most; kept beside the run."""
 
-    figures: list[Figure]
-    table: list[list[str]]
-    sentences: list[str]
+    weights = fidelity.network()
 
+    def find() -> dict[str, Any]:
+        model: Any = flowgen.load(run.folder, "auto")
+        most, seeds = min(count, len(data.test)), {each: range(REPEATS if each else 1) for each in TEMPERATURES}  # at 0 all samples are one
+        samples = {each: [draw(model, most, each, seed)[0] for seed in seeds[each]] for each in TEMPERATURES}
+        return judging.judge_flow(model, data, samples, weights=weights)
 
-def compare(runs: dict[str, Run], data: Images, folder: Path, count: int) -> Comparison:
-    """Of the two experiments, by name; `count` samples and as many test images, at most."""
-    found = {name: kept(run, "judged.json", lambda run=run: _judge(run, data, count)) for name, run in runs.items()}
-    newest = max(runs.values(), key=lambda run: run.last.stat().st_mtime)
-    figures = [_curves(runs, newest, data, folder), *_likeness(found, newest, folder), *_walks(found, newest, folder)]
-    figures = [figure._replace(runs=[run.folder for run in runs.values()]) for figure in figures]
-    return Comparison(figures, _table(runs, found, data), [*claims.sentences(found, data.bits), _fidelity(runs, data, count)])
+    return kept(run, "judged_with_fid.json" if weights else "judged.json", find)
 
 
-def _judge(run: Run, data: Images, count: int) -> dict[str, Any]:
-    """All that the comparison needs of one experiment, as JSON keeps it."""
-    model = flowgen.load(run.folder, "auto")
-    assert isinstance(model, Flow)
-    train, test = (torch.cat(list(data.batches(split, 500, most))) for split, most in (("train", 5 * count), ("test", count)))
-    held, others = train[: len(test)], train[len(test) :]  # what is judged is not what the components are found from
-    space = judge.Space(unit(others, data.bits))
-    real = space(unit(test, data.bits))
-    half = min(PAIRS, len(test) // 2)
-
-    def samples(temperature: float) -> list[Tensor]:
-        seeds = range(REPEATS if temperature else 1)  # at temperature 0 all samples are one
-        return [space(unit(draw(model, len(test), temperature, seed)[0], data.bits)) for seed in seeds]
-
-    points = {temperature: samples(temperature) for temperature in TEMPERATURES}
-    return {
-        "likeness": [[judge.likeness(each, real)._asdict() for each in drawn_] for drawn_ in points.values()],
-        "training": judge.likeness(space(unit(held, data.bits)), real)._asdict(),
-        "neutral": judge.offset(points[0.0][0][0], real),
-        "bits": judge.bits_per_image(model, test.split(64)).tolist(),
-        "walk": judge.walk(model, test[:half], test[half : 2 * half], WAY)._asdict(),
-        "images": len(test),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
-def _curves(runs: dict[str, Run], newest: Run, data: Images, folder: Path) -> Figure:
-    tests = {name: [row for row in run.read_metrics() if row["split"] == "validation"] for name, run in runs.items()}
-    named = {name: [(row["step"], row["bits_per_dim"]) for row in rows] for name, rows in tests.items()}
-    label, offset = f"validation bits/dim at {data.bits} bits", 8.0 - data.bits
-    path = drawn(folder / "figure_C.1.png", newest, lambda at: kinds.lines(named, "step", label, at, offset=offset))
-    convention = ": left as they are, right in the thesis' convention" if data.bits < 8 else ""
-    images = min(len(data.validation), *(rows[-1]["images"] for rows in tests.values()))
-    caption = f"Bits/dim of {images:,} validation images as training went, by the averaged weights{convention}."
-    return Figure("C.1", caption, path, [], MAKE, "The thesis shows training losses alone.")
-
-
-def _likeness(found: dict[str, Any], newest: Run, folder: Path) -> list[Figure]:
-    wanted = {
-        "C.2": ("frechet", "Fréchet distance", "Closeness: the Fréchet distance of samples and test images, by temperature."),
-        "C.3": ("coverage", "coverage", "Diversity: the share of test images with a sample as near as their fifth neighbour among them."),
-        "C.4": ("spread", "mean distance of samples / of test images", "Diversity: how far apart two samples lie."),
-    }
-    images, training = (next(iter(found.values()))[key] for key in ("images", "training"))
-    how = f"{images} of each; error bars over {REPEATS} draws of the samples."
-    figures = []
-    for number, (key, label, caption) in wanted.items():
-        named, errors = {}, {}
-        for name, judged in found.items():
-            values = [claims.mean_and_error([one[key] for one in repeats]) for repeats in judged["likeness"]]
-            named[name] = [(temperature, mean) for temperature, (mean, _) in zip(TEMPERATURES, values, strict=True)]
-            errors[name] = [error for _, error in values]
-        named["training images"] = [(TEMPERATURES[0], training[key]), (TEMPERATURES[-1], training[key])]
-        path = drawn(
-            folder / f"figure_{number}.png",
-            newest,
-            lambda at, named=named, errors=errors, label=label: kinds.lines(named, "temperature", label, at, errors=errors),
-        )
-        figures.append(Figure(number, f"{caption} {how}", path, [], MAKE, NOT_FID))
-    return figures
-
-
-def _walks(found: dict[str, Any], newest: Run, folder: Path) -> list[Figure]:
-    shares = [step / (WAY - 1) for step in range(WAY)]
+def figures(runs: dict[str, Run], found: dict[str, Any], data: Images) -> Iterator[Figure]:
+    """Bits/dim as training went; closeness and diversity by temperature; smoothness of the interpolations."""
+    some, all_runs = next(iter(found.values())), list(runs.values())
+    rows = {name: watched(run.read_metrics()) for name, run in runs.items()}
+    curves = {name: [(row["step"], row["bits_per_dim"]) for row in each] for name, each in rows.items()}
+    images = min(len(data.validation), *(each[-1]["images"] for each in rows.values()))
+    right = (f"the thesis' convention: {8 - data.bits} more", 8.0 - data.bits) if data.bits < 8 else None
+    caption = f"Bits/dim of {images:,} validation images as training went, by the averaged weights."
+    draw_it = partial(plots.lines, curves, xlabel="step", ylabel=f"validation bits/dim at {data.bits} bits", right=right)
+    yield Figure("C.1", caption, draw_it, all_runs, difference="The thesis shows training losses alone.")
+    for number, (key, label, caption) in ((number, each) for number, each in LIKENESS.items() if each[0] in some["samples"][0][0]):
+        means = {name: [judging.mean([one[key] for one in draws]) for draws in found[name]["samples"]] for name in found}
+        named = {name: list(zip(TEMPERATURES, (each.value for each in means[name]), strict=True)) for name in found}
+        named["training images"] = [(temperature, some["training"].get(key, math.nan)) for temperature in (0.0, 1.0)]
+        errors = {name: [each.error for each in means[name]] for name in found}
+        draw_it = partial(plots.lines, named, xlabel="temperature", ylabel=label, errors=errors)
+        told = f"{caption} {some['images']} of each, {SPACE}; error bars over {REPEATS} draws of the samples."
+        yield Figure(number, told, draw_it, all_runs, difference=BY_EYE)
+    shares = torch.linspace(0, 1, len(some["walk"]["bits"][0])).tolist()
     middles = [(one + other) / 2 for one, other in pairwise(shares)]
-    walks = {name: judged["walk"] for name, judged in found.items()}
-    some = next(iter(walks.values()))
-    steps = {name: list(zip(middles, walk["steps"], strict=True)) for name, walk in walks.items()}
-    steps["pixels"] = list(zip(middles, some["pixel_steps"], strict=True))
-    bits = {name: list(zip(shares, walk["bits"], strict=True)) for name, walk in walks.items()}
-    bits |= {f"pixels, by {name}": list(zip(shares, walk["pixel_bits"], strict=True)) for name, walk in walks.items()}
-    change = "change of the pixels, root mean square"
-    paths = (
-        drawn(folder / "figure_C.5.png", newest, lambda at: kinds.lines(steps, "place on the way", change, at)),
-        drawn(folder / "figure_C.6.png", newest, lambda at: kinds.lines(bits, "place on the way", "bits/dim of the picture there", at)),
-    )
-    how = f"mean over {len(some['unevenness'])} pairs of test images, {WAY} pictures each"
-    return [
-        Figure("C.5", f"Smoothness: how much changes from each picture to the next; {how}.", paths[0], [], MAKE, BY_EYE),
-        Figure("C.6", f"How likely the pictures on the way are; {how}.", paths[1], [], MAKE, BY_EYE),
+    changes = {name: found[name]["walk"]["changes"][0] for name in found} | {"pixels": some["walk"]["changes"][1]}
+    steps = {name: list(zip(middles, each, strict=True)) for name, each in changes.items()}
+    spaces = [(place, name) for place in (0, 1) for name in found]
+    bits = {("", "pixels, by ")[place] + name: list(zip(shares, found[name]["walk"]["bits"][place], strict=True)) for place, name in spaces}
+    pairs = f"mean over {len(some['walk']['unevenness'])} pairs of test images, {len(shares)} pictures each"
+    for number, caption, named, label in (
+        ("C.5", "Smoothness: how much changes from each picture to the next", steps, "change of the pixels, root mean square"),
+        ("C.6", "How likely the pictures on the way are", bits, "bits/dim of the picture there"),
+    ):
+        draw_it = partial(plots.lines, named, xlabel="place on the way", ylabel=label)
+        yield Figure(number, f"{caption}; {pairs}.", draw_it, all_runs, difference=BY_EYE)
+
+
+def sentences(found: Mapping[str, Any], bits: int) -> list[str]:
+    """Of what was measured of experiment 1 and 2, see `comparison`."""
+    one, two = found.values()
+    uneven = one["walk"]["unevenness"], two["walk"]["unevenness"]
+    said = [
+        f"Over the same {one['images']} test images experiment 1 has {judging.mean(one['bits'])} bits/dim at {bits} bits, experiment 2 "
+        f"{judging.mean(two['bits'])}, under one draw of the noise: a difference of {judging.paired_difference(one['bits'], two['bits'])} "
+        f"over the same images. Their parameters: {one['parameters']:,} and {two['parameters']:,}.",
+        "The thesis finds a neutral face at temperature 0 in experiment 2. Whether it is one is for the eye: figures 3.10 and 3.28. The "
+        f"distance of that picture from the mean test image is {one['mean_sample']:.2f} of a test image's in experiment 1, "
+        f"{two['mean_sample']:.2f} in experiment 2.",
+        "The thesis finds the samples of experiment 2 more diverse. At temperature 1, "
+        f"{_more(one, two, 'coverage', 'the share of test images that are covered')}; "
+        f"{_more(one, two, 'spread', 'the mean distance of two samples over that of two test images')}.",
+        "The thesis finds the interpolations of experiment 2 smoother. The largest step of a way is "
+        f"{judging.mean(uneven[0])} times the mean one in experiment 1, {judging.mean(uneven[1])} in experiment 2; over "
+        f"the same pairs of images the difference is {judging.paired_difference(*uneven)}: {verdict(ttest_rel(*uneven))}.",
+        ONE_TRAINING,
     ]
+    shift = f"The thesis' loss adds 8 bits to data of {bits}: its figures are too high by {8 - bits}, which the right-hand axes show."
+    left_out = "FID is left out: set FID_WEIGHTS to the file of torch-fidelity's network, and install flowgen[fidelity], to have it."
+    return [*said, *([shift] if bits < 8 else []), *([left_out] if "fid" not in one["samples"][0][0] else [])]
 
 
-def _table(runs: dict[str, Run], found: dict[str, Any], data: Images) -> list[list[str]]:
-    """A row for each measure: its name, both experiments, and what the thesis gives."""
-    rows = [
-        ("", "the thesis"),
-        (f"test bits/dim at {data.bits} bits", "-"),
-        ("the same in the thesis' convention", "-"),
-        ("test images, draws of the noise", "-"),
-        ("parameters, millions", "-"),
-        ("steps", "168,800 and 185,800"),
-        ("images/s while training", "-"),
-        ("hours, with test figures and samples", "72, from 12 to 144"),
-        ("memory of the GPU, or of the process on a CPU, GiB", "12"),
-    ]
-    columns = [[name, *_costs(run, found[name], data)] for name, run in runs.items()]
-    return [[name, *values, told] for (name, told), *values in zip(rows, *columns, strict=True)]
+def verdict(test: Any) -> str:
+    """Of a claim that a difference is above 0, by scipy's result of a two-sided t test."""
+    found = test.pvalue < LEVEL  # not where it is none, since nothing varies
+    return "no difference found" if not found else "found" if test.statistic > 0 else "the opposite is found"
 
 
-def _costs(run: Run, judged: dict[str, Any], data: Images) -> list[str]:
-    figures, train = figures_of(run), [row for row in run.read_metrics() if row["split"] == "train"]
-    bits = figures["bits_per_dim"]
-    return [
-        "not finite" if bits is None else f"{bits:.3f} ± {figures['bits_per_dim_error']:.3f}",
-        "not finite" if bits is None else f"{bits + 8 - data.bits:.3f}",
-        f"{figures['images']:,}, {figures['draws']}",
-        f"{judged['parameters'] / 1e6:.2f}",
-        f"{figures['step']:,}",
-        f"{median(row['images_per_second'] for row in train):.1f}",
-        f"{train[-1]['seconds'] / 3600:.2f}",
-        f"{max(row['memory_gib'] for row in train):.2f}",
-    ]
-
-
-def _fidelity(runs: dict[str, Run], data: Images, count: int) -> str:
-    """FID, precision and recall of both experiments at every temperature, as a sentence; kept once they have been found."""
-    if not os.environ.get("FID_WEIGHTS"):
-        return "FID is left out: set FID_WEIGHTS to the file of torch-fidelity's network, and install flowgen[fidelity], to have it."
-    test = torch.cat(list(data.batches("test", 500, count))).cpu() << (8 - data.bits)
-
-    def find(run: Run) -> list[dict[str, float]]:
-        model = flowgen.load(run.folder, "auto")
-        return [judge.fidelity(draw(model, len(test), each, 0)[0].cpu() << (8 - data.bits), test) for each in TEMPERATURES]
-
-    one, two = (kept(run, "fidelity.json", lambda run=run: find(run)) for run in runs.values())
-    told = "; ".join(
-        f"T = {temperature:g}: " + ", ".join(f"{key} {a[key]:.3g} and {b[key]:.3g}" for key in a)
-        for temperature, a, b in zip(TEMPERATURES, one, two, strict=True)
-    )
-    return f"By torch-fidelity, of experiment 1 and 2, {len(test)} samples and as many test images: {told}."
+def _more(one: Mapping[str, Any], two: Mapping[str, Any], key: str, what: str) -> str:
+    """Whether experiment 2 has more of `key` at temperature 1, by Welch's test of independent draws."""
+    first, second = ([repeat[key] for repeat in each["samples"][-1]] for each in (one, two))
+    found = verdict(ttest_ind(second, first, equal_var=False))
+    return f"{what} is {judging.mean(first)} in experiment 1, {judging.mean(second)} in experiment 2: {found}"

@@ -1,121 +1,70 @@
 """The toy figure, and the figures of the slides on Boltzmann machines."""
 
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import kinds
-from figure import MAKE, Figure, drawn
+from figure import Figure, by_command
 from PIL import Image
-from torch import Tensor
 
 import flowgen
-import flowgen.pictures
-from flowgen.commands.chain import chain
-from flowgen.commands.complete import complete
+from flowgen import pictures, plots
 from flowgen.commands.sample import draw
-from flowgen.commands.sample import sample as sample_command
-from flowgen.config import read_config
+from flowgen.data import Images
 from flowgen.training.run import Run
+from flowgen.vision import to_pil_image
+
+SETTINGS = "The slides name neither training times nor learning rates."
 
 
-def of_toy(run: Run, folder: Path) -> Figure:
-    path = drawn(folder / "figure_B.1.png", run, lambda at: sample_command(str(run.folder), [], None, 0, None, None, None, "auto", at))
+def of_toy(run: Run) -> Figure:
     caption = "The target, N(0, I), the one carried into the other, and the density; colours keep the direction in the latent plane."
-    command = f"flowgen sample --run {run.folder}"
-    return Figure("B.1", caption, path, [run.folder], command, "The original's flow is not given; it shows no density.")
+    return by_command("B.1", caption, run, f"sample --run {run.folder}", "The original's flow is not given; it shows no density.")
 
 
-def last_tests(runs: list[Run]) -> dict[str, dict[str, Any]]:
-    """The last test figures of each run, by its folder's name."""
-    return {run.folder.name: [row for row in run.read_metrics() if row["split"] == "test"][-1] for run in runs}
+def likelihoods(runs: list[Run]) -> dict[str, tuple[float, float]]:
+    """The test log-likelihood of each run, as training left it, and its error."""
+    rows = {run.folder.name: [row for row in run.read_metrics() if row["split"] == "test"][-1] for run in runs}
+    return {name: (row["log_likelihood"], row["log_likelihood_error"]) for name, row in rows.items()}
 
 
-def table(runs: list[Run]) -> list[list[str]]:
-    """A row for each machine: what it is, how long it was trained, and how well it does."""
-    rows = [["", "hidden units", "steps", "minutes", "test log-likelihood, nats", "reconstruction error per pixel"]]
-    for run, (name, row) in zip(runs, last_tests(runs).items(), strict=True):
-        minutes = max(each.get("seconds", 0.0) for each in run.read_metrics()) / 60
-        likelihood = f"{row['log_likelihood']:.2f} ± {row['log_likelihood_error']:.2f}"
-        hidden = str(read_config(run.config)["model"]["hidden"])
-        rows.append([name, hidden, f"{row['step']:,}", f"{minutes:.1f}", likelihood, f"{row['reconstruction_error']:.4f}"])
-    return rows
+def best_of_prior(likelihoods: Mapping[str, tuple[float, float]]) -> str:
+    """The slides' claim about priors on the weights, of the likelihoods, with their errors, of machines by name, as l2_1e3_100."""
+    said = []
+    for prior, claim in (("l2", "300 hidden units"), ("l1", "300 hidden units at 1e-6")):
+        names = [name for name in likelihoods if name.startswith(prior)]
+        if not {name.rpartition("_")[2] for name in names} >= {"50", "100", "300"}:
+            found = "not all of these were trained at this scale"
+        else:
+            found = f"the highest likelihood, whatever its error, is that of {max(names, key=lambda name: likelihoods[name])}"
+        said.append(f"with an {prior.upper()} prior {claim}: {found}")
+    return f"The slides find best {'; '.join(said)}."
 
 
-def of_slides(runs: list[Run], half_six: Run, folder: Path, six: Tensor) -> list[Figure]:
+def of_slides(runs: list[Run], folder: Path, digits: Images) -> Iterator[Figure]:
     """Filters, samples and likelihoods of the machines; half 6, digits from noise and films of the last one."""
-    folders = [run.folder for run in runs]
-    newest = max((*runs, half_six), key=lambda run: run.last.stat().st_mtime)
-    settings = "The slides name neither training times nor learning rates."
+    *machines, half_six = runs
 
-    def filters(at: Path) -> None:
-        loaded = {run.folder.name: flowgen.load(run.folder) for run in runs}
-        kinds.page_of({name: flowgen.pictures.signed(model.features(), 20, 40) for name, model in loaded.items()}, at)
+    def each(shown: Callable[[Any], Image.Image]) -> Callable[[Path], None]:
+        return lambda at: pictures.stack([(run.folder.name, shown(flowgen.load(run.folder))) for run in machines]).save(at)
 
-    def samples(at: Path) -> None:
-        loaded = {run.folder.name: flowgen.load(run.folder) for run in runs}
-        drawn_ = {name: draw(model, 20, 1.0, 0)[0] for name, model in loaded.items()}
-        kinds.page_of({name: flowgen.pictures.to_image(levels, 1, 20) for name, levels in drawn_.items()}, at)
-
-    tests = last_tests([*runs, half_six])
-    likelihoods = {f"{name}, {row['step']:,} steps": (row["log_likelihood"], row["log_likelihood_error"]) for name, row in tests.items()}
-    likelihood_path = drawn(
-        folder / "figure_S.3.png", newest, lambda at: kinds.dots(likelihoods, "test log-likelihood, nats (the higher the better)", at)
+    caption = "The 40 largest filters of each machine: orange above zero, blue below. The name: the experiment and its hidden units."
+    yield Figure("S.1", caption, each(lambda model: pictures.signed(model.features(), 20, 40)), machines, difference=SETTINGS)
+    caption, command = "Samples of each machine: tempering from white noise, 500 sweeps.", "flowgen sample --count 20 --run RUN"
+    yield Figure("S.2", caption, each(lambda model: pictures.to_image(draw(model, 20, 1.0, 0)[0], 1, 20)), machines, command, SETTINGS)
+    caption = (
+        "Test log-likelihood as training left it, by a short forward run of annealed importance sampling, which tends to flatter: `flowgen "
+        "evaluate` has both directions. Errors are over images and chains; the clock ended the trainings, after different numbers of steps."
     )
-    image = folder / "six.png"
-    Image.fromarray(255 * six[0].numpy()).save(image)
-    name = str(half_six.folder)
-    half = drawn(
-        folder / "figure_S.4.png",
-        half_six,
-        lambda at: complete(image, "left", ["gibbs", "tempering", "mean-field"], name, 500, 0, "auto", at),
-    )
-    noise = drawn(folder / "figure_S.5.png", half_six, lambda at: sample_command(name, [1.0], 32, 0, None, "tempering", 500, "auto", at))
-    found = [
-        Figure(
-            "S.1",
-            "The 40 largest filters of each machine: orange above zero, blue below. The name: the experiment and its hidden units.",
-            drawn(folder / "figure_S.1.png", newest, filters),
-            folders,
-            MAKE,
-            settings,
-        ),
-        Figure(
-            "S.2",
-            "Samples of each machine: tempering from white noise, 500 sweeps.",
-            drawn(folder / "figure_S.2.png", newest, samples),
-            folders,
-            "flowgen sample --count 20 --method tempering --run RUN",
-            settings,
-        ),
-        Figure(
-            "S.3",
-            "Test log-likelihood as training left it: by a short forward run of annealed importance sampling, which tends to flatter; "
-            "`flowgen evaluate --run RUN` has both directions. The errors are over images and chains; the clock ended the trainings, after "
-            "different numbers of steps, which matters as much.",
-            likelihood_path,
-            [*folders, half_six.folder],
-            MAKE,
-            "The slides judge by the reconstruction error, which is no likelihood.",
-        ),
-        Figure(
-            "S.4",
-            "A digit 6 of the test set, its left half, and what each sampler restores from it.",
-            half,
-            [half_six.folder],
-            f"flowgen complete {image} --keep left --run {name} --sweeps 500",
-            "The slides show clamped Gibbs alone.",
-        ),
-        Figure(
-            "S.5",
-            "New digits grown from white noise.",
-            noise,
-            [half_six.folder],
-            f"flowgen sample --run {name} --method tempering",
-            settings,
-        ),
-    ]
+    draw_it = partial(plots.dots, likelihoods(runs), "test log-likelihood, nats (the higher the better)")
+    yield Figure("S.3", caption, draw_it, runs, difference="The slides judge by the reconstruction error, which is no likelihood.")
+    if digits.test.labels is not None:
+        to_pil_image(digits.test.images[digits.test.labels == 6][0]).save(folder / "six.png")
+    command = f"complete {folder / 'six.png'} --keep left --run {half_six.folder} --sweeps 500"
+    caption = "A digit 6 of the test set, its left half, and what each sampler restores from it."
+    yield by_command("S.4", caption, half_six, command, "The slides show clamped Gibbs alone.")
+    yield by_command("S.5", "New digits grown from white noise.", half_six, f"sample --run {half_six.folder} --method tempering", SETTINGS)
     for number, method in (("S.6", "tempering"), ("S.7", "gibbs"), ("S.8", "mean-field")):
-        film = drawn(folder / f"figure_{number}.gif", half_six, lambda at, method=method: chain(method, name, 36, 60, 2, 0, "auto", at))
-        command = f"flowgen chain --method {method} --run {name} --count 36 --frames 60 --sweeps 2"
-        found.append(Figure(number, f"A film of 36 chains from white noise: {method}.", film, [half_six.folder], command, settings))
-    return found
+        command = f"chain --method {method} --run {half_six.folder} --count 36 --frames 60 --sweeps 2"
+        yield by_command(number, f"A film of 36 chains from white noise: {method}.", half_six, command, SETTINGS, ".gif")
