@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -40,23 +39,21 @@ def signed(weights: Tensor, columns: int = 20, most: int = 400) -> Image.Image:
     return to_image(colours.round().to(torch.uint8).permute(0, 3, 1, 2), 8, columns=min(columns, len(scaled)))
 
 
-def blocks(titled: Sequence[tuple[str, Tensor]], bits: int, columns: int, across: int = 1) -> Image.Image:
-    """Grids, each under its title, `across` in a row."""
-    return stack([(title, to_image(levels, bits, columns)) for title, levels in titled], across)
+def blocks(titled: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Image.Image:
+    """Grids one above the other, each under its title."""
+    return stack([(title, to_image(levels, bits, columns)) for title, levels in titled])
 
 
-def stack(titled: Sequence[tuple[str, Image.Image]], across: int = 1) -> Image.Image:
-    """Pictures, each under its title, `across` in a row."""
+def stack(titled: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures one above the other, each under its title."""
     font = ImageFont.load_default(14)
     width = max(*(picture.width for _, picture in titled), *(math.ceil(font.getlength(title)) + 8 for title, _ in titled))
-    rows = [titled[place : place + across] for place in range(0, len(titled), across)]
-    heights = [BAR + max(picture.height for _, picture in row) for row in rows]
-    page = Image.new("RGB", (width * min(across, len(titled)), sum(heights)), "white")
-    draw = ImageDraw.Draw(page)
-    for top, row in zip(accumulate(heights, initial=0), rows, strict=False):
-        for place, (title, picture) in enumerate(row):
-            draw.text((place * width + 4, top + 4), title, fill="black", font=font)
-            page.paste(picture, (place * width, top + BAR))
+    page = Image.new("RGB", (width, sum(BAR + picture.height for _, picture in titled)), "white")
+    draw, top = ImageDraw.Draw(page), 0
+    for title, picture in titled:
+        draw.text((4, top + 4), title, fill="black", font=font)
+        page.paste(picture, (0, top + BAR))
+        top += BAR + picture.height
     return page
 
 
