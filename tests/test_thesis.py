@@ -15,11 +15,15 @@ import machines
 import parts
 import pytest
 import torch
+from conftest import save_image
 from PIL import Image
 from test_house import compose_config, shape_of
 from test_report import Page
 
 from flowgen.config import build_model, model_for, options
+from flowgen.data import originals
+from flowgen.data.lists import split_names
+from flowgen.data.source import open_source
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "thesis"
 NUMBERED = {f"3.{number}" for number in range(1, 37)}
@@ -77,6 +81,18 @@ def test_runs_of_other_images_are_not_mixed_in(tmp_path, images):
     (folder / "config.yaml").write_text("{data: {root: /elsewhere}, model: {}, trainer: {steps: 1, minutes: null}}")
     ended = reproduce("--scale", "small", "--data", "folder", "--root", str(images), folder=tmp_path)
     assert ended.returncode == 1 and "/elsewhere" in ended.stderr and len(ended.stderr.splitlines()) == 1
+
+
+def test_originals_are_shown_before_they_are_cut_and_broken_files_are_passed_over(tmp_path):
+    for number in range(40):
+        save_image(tmp_path / f"{number:02}.png", (20, 10, 3))
+    config = {"root": str(tmp_path), "names": [], "cure": ""}
+    train = split_names(open_source(tmp_path))[0]
+    (tmp_path / train[0]).write_bytes(b"no image")
+    found = originals(config, 3, side=40)
+    assert found.shape == (3, 3, 40, 40) and (found[:, :, :, :10] == 255).all() and (found[:, :, :, 30:] == 255).all()
+    first = torch.frombuffer(bytearray(Image.open(tmp_path / train[1]).tobytes()), dtype=torch.uint8).view(20, 10, 3)
+    assert (found[0, :, ::2, 10:30:2].permute(1, 2, 0).int() - first.int()).abs().max() < 30
 
 
 def test_fid_without_its_network_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
