@@ -2,7 +2,8 @@
 
 All run on the same threads: normflows as its documentation shows it (`GlowBlock`, `MultiscaleFlow`), forward, backward and Adam;
 scikit-learn by `partial_fit`, learnergy by `fit`. Each is in a process of its own; they take turns, and each one's best round counts,
-since a shared machine slows whichever runs at the wrong moment.
+since a shared machine slows whichever runs at the wrong moment. Behind each speed stands its share of the machine's rate of float32
+matrix products: the arithmetic of flowgen's convolutions and matrix products, counted by torch, for everybody's time.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowgen.config import conf_folder
 from flowgen.models import RBM, Glow
@@ -160,6 +162,7 @@ class Contest(NamedTuple):
     repeats: int
     levels: Callable[[], Tensor]
     programs: list[Program]
+    counted: int  # the program whose arithmetic is counted
 
 
 CONTESTS = [
@@ -175,6 +178,7 @@ CONTESTS = [
             Program("flowgen", lambda: flowgen_step(compiled=False)),
             Program("flowgen, trainer.compile=true", lambda: flowgen_step(compiled=True)),
         ],
+        1,
     ),
     Contest(
         f"RBM, PCD-1, {SIDE**2} visible and {HIDDEN} hidden units, batch {RBM_BATCH}, float32 (learnergy: its CD-1)",
@@ -188,6 +192,7 @@ CONTESTS = [
             Program("learnergy RBM", learnergy_step, LEARNERGY_BATCHES),
             Program("flowgen RBM", rbm_step),
         ],
+        2,
     ),
     Contest(
         f"{RBM_BATCH} chains of that RBM",
@@ -200,50 +205,86 @@ CONTESTS = [
             Program(f"{TEMPERATURES} Gibbs sweeps", gibbs_sweeps),
             Program(f"1 tempering sweep of {TEMPERATURES} temperatures", tempering_sweep),
         ],
+        0,
     ),
 ]
 
 
-def measure(contest: Contest, program: Program, rounds: int) -> list[float]:
-    """Units per second in each of some rounds, in this process."""
+class Measured(NamedTuple):
+    speeds: list[float]  # units per second, a round each
+    flops: float  # of a unit; 0 where they are not counted
+    flops_per_second: float  # of float32 matrix products here, on as many threads
+
+
+def measure(contest: Contest, program: Program, rounds: int) -> Measured:
+    """How fast a program is in this process."""
     torch.set_num_threads(contest.threads)
     torch.manual_seed(0)
-    levels, step = contest.levels(), program.make()
+    levels, step, flops = contest.levels(), program.make(), 0.0
     calls = max(1, contest.repeats // program.updates)
+    if program is contest.programs[contest.counted]:
+        with FlopCounterMode(display=False) as counter:
+            step(levels)
+        flops = counter.get_total_flops() / contest.per_update
 
     def once(calls: int) -> float:
-        began = time.perf_counter()
-        for _ in range(calls):
-            step(levels)
-        return calls * program.updates * contest.per_update / (time.perf_counter() - began)
+        return calls * program.updates * contest.per_update / seconds(lambda: [step(levels) for _ in range(calls)])
 
     once(min(calls, 3))  # the first steps compile and allocate
-    return [once(calls) for _ in range(rounds)]
+    speeds = [once(calls) for _ in range(rounds)]
+    square = torch.randn(2048, 2048)
+    return Measured(speeds, flops, 2 * 2048**3 / min(seconds(lambda: square @ square) for _ in range(2 * rounds)))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def compare(contest: Contest, number: int, rounds: int, turns: int) -> None:
+    """Let the programs of a contest take turns, each in a process of its own, and print what they reached."""
+    found: list[list[Measured]] = [[] for _ in contest.programs]
+    for _ in range(turns):
+        for place in range(len(contest.programs)):
+            words = [sys.executable, __file__, "--only", f"{number} {place}", "--rounds", str(rounds)]
+            threads = {name: str(contest.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+            out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | threads).stdout
+            found[place].append(Measured(*json.loads(out.splitlines()[-1])))
+    everything = [measured for turns_ in found for measured in turns_]
+    rate, flops = max(measured.flops_per_second for measured in everything), max(measured.flops for measured in everything)
+    print(f"{contest.title}, {contest.threads} threads; matrix products {rate / 1e9:.0f} GFLOP/s")
+    first = max(speed for measured in found[0] for speed in measured.speeds)
+    for program, turns_ in zip(contest.programs, found, strict=True):
+        speeds = [speed for measured in turns_ for speed in measured.speeds]
+        best, share = max(speeds), max(speeds) * flops / rate
+        print(
+            f"  {program.name:40} {best:7.1f} {contest.unit}, slowest round {min(speeds):.1f}  {best / first:.2f}x  {share:.0%} of that rate",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument(
+        "--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of flowgen's networks inside couplings"
+    )
+    parser.add_argument("--contest", type=int, action="append", choices=range(len(CONTESTS)), help="by default all")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # contest and program, in a process of its own
     options = parser.parse_args()
     if options.only:
         contest, program = map(int, options.only.split())
         print(json.dumps(measure(CONTESTS[contest], CONTESTS[contest].programs[program], options.rounds)))
         return
-    print(f"{datetime.now(UTC):%Y-%m-%d}  {platform.machine()}  torch {torch.__version__}")
-    for number, contest in enumerate(CONTESTS):
-        speeds: list[list[float]] = [[] for _ in contest.programs]
-        for _ in range(options.turns):
-            for place, found in enumerate(speeds):
-                words = [sys.executable, __file__, "--only", f"{number} {place}", "--rounds", str(options.rounds)]
-                threads = {name: str(contest.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-                environment = os.environ | threads
-                found += json.loads(subprocess.run(words, check=True, capture_output=True, text=True, env=environment).stdout)
-        print(f"{contest.title}, {contest.threads} threads")
-        for program, found in zip(contest.programs, speeds, strict=True):
-            ratio = max(found) / max(speeds[0])
-            print(f"  {program.name:40} {max(found):7.1f} {contest.unit}, slowest round {min(found):.1f}  {ratio:.2f}x", flush=True)
+    if options.precision != "auto":
+        os.environ["FLOWGEN_PRECISION"] = options.precision
+    dtype = str(autocast_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    kernels = f"{torch.backends.cpu.get_cpu_capability()} kernels, oneDNN {'on' if torch.backends.mkldnn.is_available() else 'off'}"
+    print(f"{datetime.now(UTC):%Y-%m-%d}  {platform.machine()}  torch {torch.__version__}  {kernels}, flowgen's networks in {dtype}")
+    for number in options.contest or range(len(CONTESTS)):
+        compare(CONTESTS[number], number, options.rounds, options.turns)
 
 
 if __name__ == "__main__":
