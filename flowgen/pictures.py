@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flowgen import plots
+from flowgen.plane import is_plane
 from flowgen.vision import make_grid, to_pil_image
 
 BAR = 24  # pixels above a picture, for its title
@@ -16,11 +17,11 @@ SMALLEST_SIDE = 56  # pixels on the page; smaller images are enlarged by a whole
 
 
 def to_image(levels: Tensor, bits: int, columns: int, side: int = SMALLEST_SIDE) -> Image.Image:
-    """A grid of images, (N, channels, height, width) levels, `columns` in a row; images of two numbers are points in the plane.
+    """A grid of images, (N, channels, height, width) levels, `columns` in a row, or a plot of points of the plane.
 
     Images smaller than `side` pixels are enlarged.
     """
-    if levels.shape[1:] == (2, 1, 1):
+    if is_plane(levels.shape[1:]):
         return plots.scatter(levels.flatten(1).cpu(), 2**bits)
     pixels = levels.cpu().int() * 255 // (2**bits - 1)
     factor = -(-side // min(levels.shape[-2:]))

@@ -118,6 +118,18 @@ def test_the_place_in_the_data_is_all_that_decides_a_batch():
     assert not torch.equal(one.draw(0, 10, seed=1)[0], one.draw(0, 10, seed=2)[0])
 
 
+@pytest.mark.parametrize("arguments", [{"bits": 8, "flip": True}, {"bits": 1, "flip": False, "binarise": "anew"}], ids=str)
+def test_what_a_batch_draws_is_a_function_of_the_seed_and_the_place_alone(arguments):
+    """And leaves the random state of the step that asks for it alone."""
+    split = Split(torch.arange(0, 256, 16, dtype=torch.uint8).view(1, 4, 4).repeat(100, 1, 1, 1))  # alike, but for what is drawn
+    data, before = Images(split, split, split, **arguments), torch.get_rng_state()
+    found = data.draw(10, 50, seed=1)[0]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    assert torch.equal(found, data.draw(10, 50, seed=1)[0])
+    assert not torch.equal(found, data.draw(110, 50, seed=1)[0]) and not torch.equal(found, data.draw(10, 50, seed=2)[0])
+
+
 def test_flips_mirror_about_half_of_the_training_images_and_no_test_image():
     data = plain_images(100, flip=True)
     mirrored = data.draw(0, 100, seed=0)[0][:, 0, 0, 0] >= 100

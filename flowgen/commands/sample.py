@@ -11,6 +11,7 @@ from flowgen import pictures, plots
 from flowgen.config import build_data, find_model
 from flowgen.errors import FlowgenError
 from flowgen.models import Classifies, Flow, GenerativeModel, RunsChains
+from flowgen.plane import SHAPE, is_plane
 from flowgen.progress import bar
 
 BATCH = 64
@@ -43,7 +44,7 @@ def sample(
     run, checkpoint, model = find_model(name, device, ability)
     model.watch(bar)
     path = out or run.folder / "sample.png"
-    if isinstance(model, Flow) and model.shape == (2, 1, 1):
+    if is_plane(model.shape) and isinstance(model, Flow):
         if len(temperatures) > 1:
             raise FlowgenError("a flow of the plane is drawn at one temperature: call this once for each, with an --out of its own")
         target = torch.cat(list(build_data(checkpoint["config"]).batches("test", POINTS, POINTS)))
@@ -77,7 +78,7 @@ def plane(model: Flow, target: torch.Tensor, temperature: float, count: int, see
     carried = model.bijection.inverse(latent)[0].flatten(1)
     side = (torch.arange(GRID, device=model.device) + 0.5) / GRID
     x, y = torch.meshgrid(side, side, indexing="xy")
-    grid = torch.stack((x, y), -1).view(-1, 2, 1, 1)
+    grid = torch.stack((x, y), -1).view(-1, *SHAPE)
     density = torch.cat([model.log_density(part).exp() for part in grid.split(10000)]).view(GRID, GRID)
     noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
     target = ((target.cpu() + noise) / model.bins).flatten(1)

@@ -1,5 +1,6 @@
 """Images in memory, drawn in batches on the device."""
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -73,18 +74,20 @@ class Images:
     def draw(self, seen: int, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
         """The next `count` training images after `seen` of them, flipped at random where `flip` is set, and their labels, if there are any.
 
-        Every epoch is a permutation that `seed` and its number alone decide, so `seen` is the whole place in the data.
+        Every epoch is a permutation that `seed` and its number alone decide, and flips and bits that are drawn anew are those of `seed` and
+        `seen`: the whole place in the data.
         """
+        generator = torch.Generator(self.device).manual_seed(random.Random(f"{seed} {seen}").getrandbits(63))
         pieces, wanted = [], count
         while wanted:
             epoch, place = divmod(seen, len(self.train))
             pieces.append(self._permutation(epoch, seed)[place : place + wanted])
             seen, wanted = seen + len(pieces[-1]), wanted - len(pieces[-1])
         indices = torch.cat(pieces)
-        levels = self._levels(self.train.images, indices)
+        levels = self._levels(self.train.images, indices, generator)
         labels = None if self.train.labels is None else self.train.labels[indices].to(self.device, torch.long)
         if self.flip:
-            mirrored = torch.rand(count, 1, 1, 1, device=self.device) < 0.5
+            mirrored = torch.rand(count, 1, 1, 1, generator=generator, device=self.device) < 0.5
             levels = torch.where(mirrored, levels.flip(3), levels)
         return levels, labels
 
@@ -101,7 +104,7 @@ class Images:
             self._order_of, self._order = (epoch, seed), torch.randperm(len(self.train), generator=generator)
         return self._order
 
-    def _levels(self, images: Tensor, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def _levels(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
         chosen = images[indices.to(images.device)].to(self.device, non_blocking=True)
         if self.anew and images is self.train.images:
             chosen = _binarised(chosen, generator)

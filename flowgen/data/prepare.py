@@ -38,7 +38,7 @@ def read_levels(path: str | Path, size: int, channels: int, crop: int | None, bi
     """The levels of one image file, prepared like the data: (1, channels, size, size)."""
     path = Path(path)
     if channels not in MODES:
-        raise FlowgenError("this model is of points in the plane, not of images: name another with --run")
+        raise FlowgenError(f"this model is of {channels} channels, and an image file has 1 or 3: name another with --run")
     if path.is_dir():
         raise FlowgenError(f"{path} is a folder: name an image file")
     if not path.is_file():

@@ -9,6 +9,7 @@ from torch import Tensor
 from flowgen.data.base import Images
 from flowgen.data.splits import SPLITS, Split
 from flowgen.errors import check_choice, check_whole
+from flowgen.plane import SHAPE
 
 SPAN = 4.0  # the square [-4, 4] x [-4, 4] is what the levels divide
 
@@ -25,7 +26,7 @@ class Toy(Images):
 
 
 def _levels(points: Tensor) -> Split:
-    return Split(((points + SPAN) * (256 / (2 * SPAN))).floor().clamp(0, 255).to(torch.uint8)[:, :, None, None])
+    return Split(((points + SPAN) * (256 / (2 * SPAN))).floor().clamp(0, 255).to(torch.uint8).view(-1, *SHAPE))
 
 
 def moons(count: int, generator: torch.Generator) -> Tensor:
