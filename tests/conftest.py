@@ -28,7 +28,6 @@ SMALL = [
     "trainer.initial_images=16",
     "trainer.evaluate_images=8",
     "trainer.log_every=1",
-    "trainer.precision=float32",
     "trainer.lr=1e-3",
 ]
 

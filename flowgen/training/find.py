@@ -50,7 +50,7 @@ def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, 
     """
     if name is None:
         for run in list_runs():
-            if _is_of(_written_config(run), wanted) and (checkpoint := run.last_good()) is not None:
+            if _says_it_is_of(run, wanted) and (checkpoint := run.last_good()) is not None:
                 return run, checkpoint
         raise FlowgenError(f"no {_kind(wanted)} under outputs/ has a checkpoint: {_how_to_train(wanted)}, or name one with --run")
     run = find_run(name)
@@ -69,24 +69,21 @@ def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, 
     return run, checkpoint
 
 
-def _written_config(run: Run) -> dict[str, Any]:
-    """What the run's folder says of it, which is read sooner than a checkpoint; {} where it cannot be read."""
-    with contextlib.suppress(OSError, YAMLError, UnicodeDecodeError):
+def _says_it_is_of(run: Run, wanted: type | None) -> bool:
+    """Whether the run's folder describes a `wanted` model: it is read sooner than a checkpoint."""
+    with contextlib.suppress(OSError, YAMLError, UnicodeDecodeError, FlowgenError):
         config = safe_load(run.config.read_text())
-        return config if isinstance(config, dict) else {}
-    return {}
+        return isinstance(config, dict) and _is_of(config, wanted)
+    return False
 
 
 def _is_of(config: dict[str, Any], wanted: type | None) -> bool:
-    """Whether it describes a `wanted` model."""
+    """Whether it describes a `wanted` model. Raises FlowgenError where its model is none of flowgen's classes."""
     if wanted is None:
         return True
     from flowgen.models import GenerativeModel
 
-    try:
-        model = class_of("model", config.get("model") or {})
-    except FlowgenError:
-        return False
+    model = class_of("model", config.get("model") or {})
     return issubclass(model, GenerativeModel) and model.is_able(wanted, config["model"])
 
 
