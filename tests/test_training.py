@@ -25,6 +25,13 @@ from flowgen.training.run import Run, best_figure
 from flowgen.training.schedule import learning_rate_factor, warmup_steps
 
 NORMALISED = ["model=realnvp", "model.blocks=1", "model.levels=1", *[word for word in SMALL if "steps_per_level" not in word]]
+PERSISTENT = [  # chains that go on from step to step
+    "model=rbm",
+    "model/negative_phase=pcd",
+    "model.hidden=6",
+    "data.channels=1",
+    *[word for word in SMALL if not word.startswith(("model.", "trainer.lr"))],
+]
 MEASURED = {"images_per_second", "seconds", "memory_gib"}
 
 
@@ -141,8 +148,9 @@ def test_batch_statistics_are_those_of_the_weights_that_are_judged(images, tmp_p
     assert apart[0] < apart[1] / 2
 
 
-@pytest.mark.parametrize(("model", "kill_at"), [(SMALL, 0), (SMALL, 3), (SMALL, 11), (NORMALISED, 11)])
+@pytest.mark.parametrize(("model", "kill_at"), [(SMALL, 0), (SMALL, 3), (SMALL, 11), (NORMALISED, 11), (PERSISTENT, 11)])
 def test_killed_and_resumed_equals_never_stopped(images, tmp_path, command, model, kill_at):
+    """Killed at the first moment, before and after a step that saves, wherever in the next one the signal finds it."""
     words = [*model, f"data.root={images}", "data.flip=true", "trainer.steps=14", "trainer.save_every=5", "trainer.evaluate_every=4"]
     assert command("train", *words, f"out={tmp_path / 'whole'}")[0] == 0
     killed = tmp_path / "killed"
