@@ -9,9 +9,9 @@ import torch
 import yaml
 from conftest import fit
 
-import flowgen.models
 from flowgen.config import build, conf_folder, options
 from flowgen.models import Evaluation, GenerativeModel, Glow
+from flowgen.targets import class_of
 
 
 def read_config_of(name: str) -> dict:
@@ -206,7 +206,7 @@ def test_arguments_are_checked(changes, words):
 @pytest.mark.parametrize("name", options("model"))
 def test_every_argument_stands_in_the_configuration(name):
     config = read_config_of(name)
-    target = getattr(flowgen.models, config["_target_"].rpartition(".")[2])
+    target = class_of("model", config)
     of_the_images = target.arguments_for((1, 8, 8), 1).keys()
     assert inspect.signature(target.__init__).parameters.keys() - {"self", *of_the_images} == config.keys() - {"_target_"}
 
