@@ -12,7 +12,6 @@ from flowgen import plots
 from flowgen.plane import is_plane
 from flowgen.vision import make_grid, to_pil_image
 
-BAR = 24  # pixels above a picture, for its title
 SMALLEST_SIDE = 56  # pixels on the page; smaller images are enlarged by a whole factor
 
 
@@ -46,15 +45,28 @@ def blocks(titled: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Ima
 
 
 def stack(titled: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures one above the other, each under its title."""
+    """Pictures one above the other, each under its title of one line or more."""
     font = ImageFont.load_default(14)
-    width = max(*(picture.width for _, picture in titled), *(math.ceil(font.getlength(title)) + 8 for title, _ in titled))
-    page = Image.new("RGB", (width, sum(BAR + picture.height for _, picture in titled)), "white")
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [measure.multiline_textbbox((4, 4), title, font) for title, _ in titled]
+    bars = [math.ceil(box[3]) + 4 for box in boxes]
+    width = max(*(picture.width for _, picture in titled), *(math.ceil(box[2]) + 4 for box in boxes))
+    page = Image.new("RGB", (width, sum(bars) + sum(picture.height for _, picture in titled)), "white")
     draw, top = ImageDraw.Draw(page), 0
-    for title, picture in titled:
-        draw.text((4, top + 4), title, fill="black", font=font)
-        page.paste(picture, (0, top + BAR))
-        top += BAR + picture.height
+    for (title, picture), bar in zip(titled, bars, strict=True):
+        draw.multiline_text((4, top + 4), title, fill="black", font=font)
+        page.paste(picture, (0, top + bar))
+        top += picture.height + bar
+    return page
+
+
+def tiles(levels: Tensor, bits: int, titles: Sequence[str], columns: int, side: int = 112) -> Image.Image:
+    """Images (N, channels, height, width), `columns` in a row, each under its own title."""
+    cells = [stack([(title, to_image(each[None], bits, 1, side))]) for each, title in zip(levels, titles, strict=True)]
+    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
+    page = Image.new("RGB", (width * min(columns, len(cells)), height * -(-len(cells) // columns)), "white")
+    for place, cell in enumerate(cells):
+        page.paste(cell, (place % columns * width, place // columns * height))
     return page
 
 

@@ -28,7 +28,7 @@ SMALL = [
     "trainer.evaluate_images=8",
     "trainer.device=cpu",
 ]
-LESS = {"complete": ["--sweeps", "5"], "chain": ["--frames", "3"]}
+LESS = {"score": ["--count", "10"], "complete": ["--sweeps", "5"], "chain": ["--frames", "3"]}
 SHRUNK = {"model.width": "8", "model.hidden": "8", "model.steps_per_level": "1"}
 
 
@@ -52,7 +52,7 @@ def test_make_has_what_the_readme_types():
 def newcomer(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the README's user has: faces at home, digits in place of all of MNIST, pictures here."""
     monkeypatch.setenv("HOME", str(elsewhere))
-    for number in range(20):
+    for number in range(60):
         save_image(elsewhere / "faces" / f"{number:06d}.png", (218, 178, 3))
     for name in ("one", "another", "six"):
         save_image(elsewhere / f"{name}.png", (28, 28))

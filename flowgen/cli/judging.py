@@ -1,4 +1,4 @@
-"""Commands that tell how good models are: evaluate, report, runs."""
+"""Commands that tell how good models are: evaluate, score, report, runs."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
-from flowgen.cli.arguments import PATH, command, complete_override, complete_run, device_option, run_option
+from flowgen.cli.arguments import PATH, command, complete_override, complete_run, device_option, out_option, run_option, seed_option
+
+OUTLIER_SCORES = ("likelihood", "typicality", "complexity", "combined", "last_level", "density_of_states")
 
 
 @click.command()
@@ -24,6 +26,30 @@ def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str,
         if key.removesuffix("_error") not in figures or not key.endswith("_error"):
             error = f" +- {_readable(figures[f'{key}_error'])}" if f"{key}_error" in figures else ""
             click.echo(f"{key:32} {_readable(value)}{error}")
+
+
+@click.command()
+@click.argument("paths", nargs=-1, type=PATH, metavar="[IMG|FOLDER|ZIP]...")
+@run_option
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="data=NAME|RUN",
+    shell_complete=complete_override,
+    help="How well each score tells the test images of the run from those of other data, and back; data.root= may be added.",
+)
+@click.option("--by", type=click.Choice(OUTLIER_SCORES), help="Score that tells which are the strangest.")
+@click.option("--count", type=click.IntRange(2), default=1000, show_default=True, help="Validation images, and test images of --against.")
+@click.option("--csv", "table", type=PATH, metavar="FILE", help="Write every score of every image here.")
+@seed_option
+@device_option
+@out_option
+def score(paths: tuple[Path, ...], against: tuple[str, ...], **options: Any) -> None:
+    """Tell how likely and how strange images are: bits/dim, percentile among validation images, scores, p-values."""
+    if not paths and not against:
+        raise click.UsageError("nothing to score: name images, a folder or a zip of them, or compare data by --against data=NAME")
+    for line in command("score", computes=True).score(paths=list(paths), against=list(against), **options):
+        click.echo(line)
 
 
 @click.command()

@@ -1,6 +1,7 @@
 """From words and YAML files to models and data: files, the grammar of overrides, plain sentences, building, loading."""
 
 from flowgen.config.building import build, build_data, build_model, build_model_and_data, model_for
+from flowgen.config.comparing import data_section, in_shape, of_the_same_images
 from flowgen.config.files import conf_folder, flat, options, read_config, save_config, settings
 from flowgen.config.loading import find_model, load_model, load_weights, model_of
 from flowgen.config.older import OF_THE_EVALUATION, in_todays_words
@@ -16,9 +17,11 @@ __all__ = [
     "build_model_and_data",
     "check_words",
     "conf_folder",
+    "data_section",
     "find_model",
     "flat",
     "in_grammar",
+    "in_shape",
     "in_todays_words",
     "load_model",
     "load_weights",
@@ -26,6 +29,7 @@ __all__ = [
     "model_of",
     "name_folders",
     "no_such_setting",
+    "of_the_same_images",
     "one_end",
     "one_line",
     "options",

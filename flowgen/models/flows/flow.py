@@ -13,6 +13,7 @@ from flowgen.errors import FlowgenError, check_whole
 from flowgen.models.abilities import Classifies
 from flowgen.models.base import LOOK, Evaluation
 from flowgen.models.flows.dequantise import dequantiser
+from flowgen.models.flows.statistics import log_normal, statistics
 
 CLASS_DISTANCE = 0.3  # deviation of the means of the classes at the start, in every latent
 
@@ -78,6 +79,13 @@ class Flow(Classifies):
         """log p(x) of each image in nats, (batch,): the log of the mean of `draws` importance weights p(x + u) / q(u)."""
         each = torch.stack([self.log_prob(levels, generator, labels) for _ in range(draws)])
         return each.logsumexp(0) - math.log(draws)
+
+    @torch.no_grad()
+    def statistics(self, levels: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Beside log p(x) its terms log N(z) and log|det dz/dx|, and those of the last level; over classes as they are likely."""
+        x, log_q = self._dequantise(levels, generator)
+        log_density, found = statistics(self.bijection, x, self.means, self.class_networks)
+        return {"log_prob": log_density - log_q - self.dimensions * math.log(self.bins), **found}
 
     def log_density(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """log p(x), or log p(x | labels), in nats of points x in [0, 1)^D, in the shape of images: (batch,)."""
@@ -166,13 +174,13 @@ class Flow(Classifies):
     def _log_base(self, z: Tensor, one_hot: Tensor | None = None) -> Tensor:
         """log p(z | class), or, where no class is given, the log of its mean over the classes: (batch,)."""
         if self.means is None:
-            return _log_normal(z)
+            return log_normal(z)
         if one_hot is None:
             return self._log_base_of_classes(z).logsumexp(1) - math.log(len(self.means))
-        return _log_normal(z - one_hot @ self.means)
+        return log_normal(z - one_hot @ self.means)
 
     def _log_base_of_classes(self, z: Tensor) -> Tensor:
-        return torch.stack([_log_normal(z - mean) for mean in self._class_means()], 1)
+        return torch.stack([log_normal(z - mean) for mean in self._class_means()], 1)
 
     def _log_density_of_classes(self, x: Tensor) -> Tensor:
         """log p(x | y) in nats for every class y: (batch, classes)."""
@@ -189,8 +197,3 @@ class Flow(Classifies):
 
     def _bits_per_dim(self, log_prob: Tensor) -> Tensor:
         return -log_prob / (self.dimensions * math.log(2))
-
-
-def _log_normal(z: Tensor) -> Tensor:
-    """log N(z; 0, I) in nats of z (batch, D): (batch,)."""
-    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)

@@ -1,0 +1,98 @@
+"""How well the scores of a model tell other data from its own: `flowgen score --against`."""
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from flowgen.commands.judge import BATCH, Judge, judge_of, statistics_of_all
+from flowgen.commands.runs import readable_runs
+from flowgen.config import build, data_section, in_shape, of_the_same_images, read_config
+from flowgen.errors import FlowgenError
+from flowgen.judging import AUROC, auroc
+from flowgen.training.find import find_checkpoint
+from flowgen.training.portable import about_portable, zoo, zoo_file
+
+RATES = (0.01, 0.05, 0.1)  # of false alarms
+log = logging.getLogger("flowgen")
+
+
+class Way(NamedTuple):
+    """From the test images of a run to others: AUROC by score, and the false alarms by score at each of `RATES`.
+
+    The error of the latter is that of `images`, the harmonic sum of the test images and of those that calibrate.
+    """
+
+    title: str
+    found: dict[str, AUROC]
+    alarms: dict[str, list[float]]
+    images: float
+
+
+def compare(judge: Judge, words: list[str], count: int, seed: int, device: str) -> Iterator[str]:
+    """AUROC of every score, `count` test images of the run against as many of other data, and back; and the p-values' false alarms.
+
+    `words` are a data set as for training, or the run of a model of it. Without a run the way back is that of the newest model of those
+    images. Raises FlowgenError for a data set or a run that there is not.
+    """
+    if any("=" in word for word in words):
+        section = data_section(words)
+        name = _model_of(section, judge.figure)
+    else:
+        if len(words) > 1:
+            raise FlowgenError("--against names several runs: name one, or compare one after the other")
+        name = words[0]
+        section = find_checkpoint(name)[1]["config"]["data"]
+    ways = [one_way(judge, section, count, seed)]
+    if name is None:
+        log.warning("the way back needs a model of %s: train one, or name its run by --against RUN", _title(section))
+    else:
+        ways.append(one_way(judge_of(name, count, seed, device), judge.config["data"], count, seed))
+    yield from _table(ways)
+
+
+def one_way(judge: Judge, section: dict[str, Any], count: int, seed: int) -> Way:
+    """From the run's test images to those of another data section, at most `count` of each. Raises FlowgenError where these do not fit."""
+    other = build("data", in_shape(section, judge.model.shape, judge.model.bits)).to(judge.model.device)
+    if (other.shape, other.bits) != (judge.model.shape, judge.model.bits):
+        raise FlowgenError(f"images of {other.shape} do not fit a model of {judge.model.shape}: compare data of the same shape")
+    sides = []
+    for data in (judge.data, other):
+        batches = data.batches("test", BATCH, count)
+        sides.append(judge.outliers.scores(statistics_of_all(judge.model, batches, min(count, len(data.test)), seed)))
+    own, others = sides
+    p_values = judge.outliers.p_values(own)
+    alarms = {name: [(p <= rate).double().mean().item() for rate in RATES] for name, p in p_values.items()}
+    title = f"{_title(judge.config['data'])} -> {_title(section)}"
+    independent = 1 / (1 / len(own["likelihood"]) + 1 / len(judge.outliers.calibration["log_prob"]))
+    return Way(title, {name: auroc(own[name], others[name]) for name in own}, alarms, independent)
+
+
+def _table(ways: list[Way]) -> Iterator[str]:
+    width = max(len(way.title) for way in ways)
+    yield f"{'AUROC':18} " + "  ".join(f"{way.title:>{width}}" for way in ways)
+    for name in dict.fromkeys(name for way in ways for name in way.found):
+        yield f"{name:18} " + "  ".join(f"{way.found.get(name, '')!s:>{width}}" for way in ways)
+    for way in ways:
+        yield f"\n{'false alarms, %':18} " + "  ".join(
+            f"at {100 * rate:2.0f} ± {100 * math.sqrt(rate * (1 - rate) / way.images):.1f}" for rate in RATES
+        )
+        for name, rates in way.alarms.items():
+            yield f"{name:18} " + "  ".join(f"{100 * rate:11.1f}" for rate in rates)
+
+
+def _model_of(section: dict[str, Any], figure: str) -> str | None:
+    """The newest run, else the model of the zoo, that was trained on these images and is judged by the same figure."""
+    configs = [(str(run.folder), read_config(run.config)) for run in readable_runs() if run.checkpoints()]
+    configs += [(name, about_portable(zoo_file(name))["config"]) for name in zoo()]
+    kinds = {"bits_per_dim": False, "log_likelihood": True}
+    fitting = [
+        name
+        for name, config in configs
+        if of_the_same_images(config["data"], section) and str(config["model"]["_target_"]).endswith("RBM") == kinds[figure]
+    ]
+    return fitting[0] if fitting else None
+
+
+def _title(section: dict[str, Any]) -> str:
+    return str(section.get("name") or (section.get("names") or [section.get("root") or "mnist_sample"])[0])

@@ -1,0 +1,234 @@
+"""How strange images are: the scores, what they are worth, and `flowgen score`."""
+
+import csv
+import math
+import zipfile
+
+import pytest
+import torch
+from conftest import SMALL, save_image
+from PIL import Image
+from test_cli import assert_plain
+from test_models import MODELS, noise, started
+
+import flowgen
+from flowgen.bijections import FactorOut
+from flowgen.data import Stream
+from flowgen.errors import FlowgenError
+from flowgen.judging import Outliers, auroc, complexity
+from flowgen.judging.outliers import log_kernel_density
+from flowgen.models import Flow
+
+FLOWS = [name for name in MODELS if name not in ("iaf",)]
+
+
+def held_out(count: int, **changes: float) -> dict[str, torch.Tensor]:
+    """Statistics of a made-up flow: independent normals of deviation 10 about a mean."""
+    means = {"log_prob": -500.0, "log_base": -1000.0, "log_det": 500.0, "last_level": -100.0, "complexity": 900.0} | changes
+    return {name: mean + 10 * torch.randn(count) for name, mean in means.items()}
+
+
+def test_auroc_of_two_gaussians_is_the_closed_form_within_its_error():
+    """Phi(d / sqrt 2) for unit Gaussians at a distance d."""
+    for distance in (0.0, 1.0, 2.5):
+        found = auroc(torch.randn(2000).double(), distance + torch.randn(2000).double())
+        expected = 0.5 * (1 + math.erf(distance / 2))
+        assert abs(found.value - expected) < 4 * found.error and 0 < found.error < 0.02
+    assert auroc(torch.zeros(50), torch.zeros(50)).value == 0.5
+    assert auroc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0])).value == 0.875  # one tie among four pairs
+
+
+def test_the_error_of_auroc_is_that_of_new_images():
+    found = [auroc(torch.randn(300), 1 + torch.randn(300), resamples=100, seed=seed) for seed in range(100)]
+    spread = torch.tensor([each.value for each in found]).std().item()
+    assert found[0].error == pytest.approx(spread, rel=0.3)
+
+
+def test_p_values_raise_the_false_alarms_that_they_promise():
+    outliers, own = Outliers(held_out(4000)), held_out(4000)
+    for name, p in outliers.p_values(outliers.scores(own)).items():
+        for rate in (0.01, 0.05, 0.1):
+            error = math.sqrt(rate * (1 - rate) * (1 / 4000 + 1 / 2000))
+            assert abs((p <= rate).double().mean().item() - rate) < 4 * error, name
+    few = Outliers(held_out(18))
+    assert min(p.min().item() for p in few.p_values(few.scores(held_out(500))).values()) == pytest.approx(1 / 10)  # 9 calibrate
+
+
+@pytest.mark.parametrize(
+    ("changes", "blind", "seeing"),
+    [
+        ({"log_prob": -300.0, "complexity": 300.0}, ["likelihood"], ["complexity", "typicality", "combined", "density_of_states"]),
+        ({"log_prob": -700.0, "complexity": 1500.0}, ["complexity"], ["likelihood", "typicality", "combined", "density_of_states"]),
+        ({"last_level": -200.0}, ["likelihood", "complexity"], ["last_level", "density_of_states"]),
+    ],
+)
+def test_each_score_sees_what_it_is_for(changes, blind, seeing):
+    outliers = Outliers(held_out(1000))
+    own, others = (outliers.scores(held_out(200, **each)) for each in ({}, changes))
+    found = {name: auroc(own[name], others[name]).value for name in own}
+    assert all(found[name] > 0.99 for name in seeing) and all(found[name] < 0.6 for name in blind), found
+
+
+def test_what_is_usual_needs_four_images():
+    with pytest.raises(FlowgenError, match="fewer than 4"):
+        Outliers(held_out(3))
+    assert all(scores.isfinite().all() for scores in Outliers(held_out(4)).scores(held_out(2)).values())
+
+
+def test_percentile_is_the_share_of_likelier_images():
+    outliers = Outliers(held_out(10) | {"log_prob": torch.arange(10.0)})
+    assert outliers.percentile(torch.tensor([-1.0, 0.0, 4.5, 9.0, 10.0])).tolist() == [100, 90, 50, 0, 0]
+
+
+def test_the_kernel_density_is_that_of_the_points():
+    found = log_kernel_density(torch.linspace(-2, 2, 5).double(), torch.randn(20_000).double())
+    assert found == pytest.approx((-0.5 * torch.linspace(-2, 2, 5).square() - 0.5 * math.log(2 * math.pi)).double(), abs=0.3)
+
+
+def test_a_lossless_code_is_short_for_what_is_simple():
+    ramp = torch.arange(0, 224, 8, dtype=torch.uint8)
+    flat, slope, random = torch.zeros(28, 28), (ramp[:, None] + ramp).float(), torch.randint(0, 256, (28, 28)).float()
+    images = torch.stack((flat, slope, slope.T.roll(1), random)).to(torch.uint8)[:, None]
+    found = complexity(images) / 784
+    assert found[0] < 0.2 and found[1] < 0.6 and found[2] < 0.8 and 8 <= found[3] < 8.2
+    surface = (128 + 100 * torch.sin(torch.arange(28.0)[:, None] / 5) * torch.cos(torch.arange(28.0) / 4)).to(torch.uint8)
+    assert complexity(surface[None, None]) < 8 * len(png_of(surface))
+
+
+def png_of(levels: torch.Tensor) -> bytes:
+    import io
+
+    file = io.BytesIO()
+    Image.fromarray(levels.numpy()).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_terms_of_a_flow_add_up(name):
+    model, levels = started(name), noise(5, 4)
+    assert isinstance(model, Flow)
+    found = model.statistics(levels, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    assert torch.allclose(found["log_prob"], model.score(levels, generator=generator), rtol=1e-4)
+    x, _ = model._dequantise(levels, torch.Generator().manual_seed(0))
+    assert torch.allclose(found["log_base"] + found["log_det"], model.log_density(x), rtol=1e-4)
+    splits = [module for module in model.bijection.modules() if isinstance(module, FactorOut)]
+    if not splits:
+        assert torch.allclose(found["last_level"], model.log_density(x), rtol=1e-4)
+        return
+    given = []
+    splits[-1].inner.register_forward_pre_hook(lambda module, arguments: given.append(arguments[0]))
+    model.log_density(x)
+    z, log_det = splits[-1].inner(given[0])
+    assert z.shape[1] < model.dimensions and torch.allclose(found["last_level"], flow_log_normal(z) + log_det, rtol=1e-4)
+
+
+def flow_log_normal(z: torch.Tensor) -> torch.Tensor:
+    return torch.distributions.Normal(0, 1).log_prob(z).sum(1)
+
+
+@pytest.mark.parametrize("networks", [True, False])
+def test_the_terms_of_a_flow_with_classes_are_means_over_its_posterior(networks):
+    model, levels = MODELS["glow"](bits=5, classes=3, class_networks=networks), noise(5, 4)
+    model.initialize(noise(5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    found = model.statistics(levels, torch.Generator().manual_seed(0))
+    assert torch.allclose(found["log_prob"], model.score(levels, generator=torch.Generator().manual_seed(0)), rtol=1e-5)
+    x, _ = model._dequantise(levels, torch.Generator().manual_seed(0))
+    of_classes = model._log_density_of_classes(x)
+    expected = (of_classes.softmax(1) * of_classes).sum(1)
+    assert torch.allclose(found["log_base"] + found["log_det"], expected, rtol=1e-5)
+
+
+def test_a_stream_reads_images_folders_and_zips_and_counts_what_it_cannot(tmp_path, images, caplog):
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        archive.write(images / "000.png", "a.png")
+        archive.writestr("b.png", "words")
+    stream = Stream([images / "001.png", images, tmp_path / "some.zip"], size=8, channels=3, crop=None, bits=5)
+    batches = list(stream.batches(16))
+    assert len(stream) == 43 and [len(names) for names, _ in batches] == [16, 16, 10]
+    assert batches[0][1].shape == (16, 3, 8, 8) and batches[0][1].max() < 32
+    assert torch.equal(batches[0][1][0], batches[0][1][2]) and batches[2][0][-1].endswith("some.zip/a.png")
+    assert "1 of 43 images left out: b.png" in caplog.text
+    for path in (tmp_path / "nowhere", tmp_path / "nowhere.zip"):
+        with pytest.raises(FlowgenError, match="does not exist"):
+            Stream([path], size=8, channels=3, crop=None, bits=5)
+
+
+def test_score_lists_the_strangest_first_and_writes_all(tiny_run, images, command, tmp_path):
+    torch.manual_seed(1)
+    Image.fromarray(torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()).save(images / "noise.png")
+    words = ["score", images, images / "noise.png", "--run", tiny_run, "--csv", tmp_path / "all.csv", "--out", tmp_path / "score.png"]
+    status, output, error = command(*words)
+    assert status == 0, error
+    lines = output.splitlines()
+    assert "noise.png" in lines[1] and len(lines) == 1 + 20 + 1 + 2 and "42" not in lines[1] and "and 22 more" in output
+    rows = list(csv.DictReader((tmp_path / "all.csv").open()))
+    assert len(rows) == 42 and {"bits_per_dim", "percentile", "combined", "combined_p", "last_level_p"} <= rows[0].keys()
+    strange = max(rows, key=lambda row: float(row["bits_per_dim"]))
+    assert strange["image"].endswith("noise.png") and float(strange["percentile"]) == 100
+    picture = (tmp_path / "score.png").read_bytes()
+    assert command(*words)[1] == output and (tmp_path / "score.png").read_bytes() == picture  # the second time from what was kept
+    assert len(list(tiny_run.glob("validation_*.pt"))) == 1
+
+
+def test_the_bits_per_dim_of_score_are_the_models(tiny_run, images, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWGEN_PRECISION", "float32")
+    assert command("score", images / "000.png", "--run", tiny_run, "--csv", tmp_path / "all.csv")[0] == 0
+    model = flowgen.load(tiny_run)
+    from flowgen.data import read_levels
+
+    levels = read_levels(images / "000.png", 8, 3, None, 5)
+    expected = -model.score(levels, generator=torch.Generator().manual_seed(0)).item() / (192 * math.log(2))
+    assert float(next(csv.DictReader((tmp_path / "all.csv").open()))["bits_per_dim"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_against_prints_both_ways_where_a_run_of_the_other_data_is_there(tiny_run, command, tmp_path, monkeypatch):
+    other = tmp_path / "others"
+    for number in range(80):
+        pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8)
+        other.mkdir(exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(other / f"{number}.png")
+    words = ["score", "--run", tiny_run, "--against", "data=folder", "--against", f"data.root={other}"]
+    status, output, error = command(*words)
+    assert status == 0 and "train one" in error, error
+    rows = {line.split()[0]: line.split() for line in output.splitlines() if "±" in line}
+    assert float(rows["likelihood"][1]) > 0.9 and len(rows["likelihood"]) == 4
+    assert command("train", *SMALL, f"data.root={other}", "trainer.steps=2", "out=outputs/back")[0] == 0
+    both = command(*words)[1]
+    assert len({line.split()[0]: line.split() for line in both.splitlines() if "±" in line}["likelihood"]) == 7
+    assert command("score", "--run", tiny_run, "--against", "outputs/back")[1] == both
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "status"),
+    [
+        ([], "nothing to score", 2),
+        (["nowhere.png"], "does not exist", 1),
+        (["nowhere"], "does not exist: name images", 1),
+        (["text.png"], "is not an image", 1),
+        (["empty"], "holds no image: name images", 1),
+        (["a.png", "--by", "beauty"], "beauty", 2),
+        (["a.png", "--csv", "nowhere/all.csv"], "does not exist: make it", 1),
+        (["a.png", "--out", "page.html"], "no name of a picture", 2),
+        (["a.png", "--count", "1"], "--count", 2),
+        (["--against", "data=cats"], "names no data", 1),
+        (["--against", "data=folder"], "data.root", 1),
+        (["--against", "data=folder", "--against", "data.colour=3"], "data.colour", 1),
+        (["--against", "data=mnist"], "torchvision", 1),
+        (["--against", "nowhere"], "flowgen runs", 1),
+        (["--against", "a", "--against", "b"], "several runs", 1),
+    ],
+)
+def test_what_cannot_be_scored_gets_one_line(tiny_run, command, elsewhere, monkeypatch, words, answer, status):
+    save_image(elsewhere / "a.png")
+    (elsewhere / "text.png").write_text("words")
+    (elsewhere / "empty").mkdir()
+    monkeypatch.setattr("flowgen.data.mnist._download", refuse)
+    assert_plain(command("score", *words, "--run", tiny_run), answer, status)
+
+
+def refuse(name, folder):
+    raise FlowgenError("torchvision could not download it: get it")
