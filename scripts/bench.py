@@ -258,10 +258,8 @@ def compare(contest: Contest, number: int, rounds: int, turns: int) -> None:
     for program, turns_ in zip(contest.programs, found, strict=True):
         speeds = [speed for measured in turns_ for speed in measured.speeds]
         best, share = max(speeds), max(speeds) * flops / rate
-        print(
-            f"  {program.name:40} {best:7.1f} {contest.unit}, slowest round {min(speeds):.1f}  {best / first:.2f}x  {share:.0%} of that rate",
-            flush=True,
-        )
+        reached = f"{best:7.1f} {contest.unit}, slowest round {min(speeds):.1f}"
+        print(f"  {program.name:40} {reached}  {best / first:.2f}x  {share:.0%} of that rate", flush=True)
 
 
 def main() -> None:
