@@ -70,8 +70,8 @@ def complete(**options: Any) -> None:
 @seed_option
 @device_option
 @out_option
-def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, seed: int, device: str, out: Path | None) -> None:
+def chain(out: Path | None, **options: Any) -> None:
     """Film an RBM's chains growing images from white noise, FILE.gif."""
     if out is not None and out.suffix.lower() != ".gif":
         raise click.UsageError(f"{out} is no name of a film: let it end in .gif")
-    click.echo(command("chain", computes=True).chain(method, name, count, frames, sweeps, seed, device, out))
+    click.echo(command("chain", computes=True).chain(out=out, **options))

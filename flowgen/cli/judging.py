@@ -18,7 +18,7 @@ OUTLIER_SCORES = ("likelihood", "typicality", "complexity", "combined", "last_le
 @click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
 def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
     """Measure a model on the whole test split, as in `flowgen evaluate draws=8`."""
-    figures = command("evaluate", computes=True).evaluate(name, list(overrides), device)
+    figures = command("evaluate", computes=True).evaluate(name=name, overrides=list(overrides), device=device)
     if as_json:
         click.echo(json.dumps(figures))
         return

@@ -13,7 +13,7 @@ from flowgen.progress import bar
 
 
 @torch.no_grad()
-def chain(method: str, name: str | None, count: int, frames: int, sweeps: int, seed: int, device: str, out: Path | None) -> Path:
+def chain(*, method: str, name: str | None, count: int, frames: int, sweeps: int, seed: int, device: str, out: Path | None) -> Path:
     """Save a film of `count` chains from white noise: P(v = 1) after every `sweeps` sweeps. Raises FlowgenError."""
     run, _, model = find_model(name, device, RunsChains)
     states = model.film(count, method, torch.Generator(model.device).manual_seed(seed))

@@ -12,7 +12,7 @@ BATCH = 64
 log = logging.getLogger("flowgen")
 
 
-def evaluate(name: str | None, overrides: list[str], device: str) -> dict[str, Any]:
+def evaluate(*, name: str | None, overrides: list[str], device: str) -> dict[str, Any]:
     """The figures of the whole test split, as `flowgen evaluate --json` prints them. Raises FlowgenError."""
     run, checkpoint = find_checkpoint(name)
     config = in_todays_words(checkpoint["config"])

@@ -22,6 +22,7 @@ log = logging.getLogger("flowgen")
 
 
 def sample(
+    *,
     name: str | None,
     temperatures: Sequence[float],
     count: int | None,
@@ -53,11 +54,11 @@ def sample(
         return path
     titled, count = [], count or IMAGES
     for temperature in temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]]:
-        levels, worth = draw(model, count, temperature, seed, **how)
-        if broken := int((~worth.isfinite()).sum()):
+        levels, scores = draw(model, count, temperature, seed, **how)
+        if broken := int((~scores.isfinite()).sum()):
             log.warning("%d of %d samples at temperature %g are beyond what float32 holds: try a lower one", broken, count, temperature)
         said = [f"class {label}"] * (label is not None) + [str(method)] * bool(method) + [f"temperature {temperature:g}"]
-        titled.append((", ".join(said), levels[worth.argsort(descending=True)]))
+        titled.append((", ".join(said), levels[scores.argsort(descending=True)]))
     pictures.blocks(titled, model.bits, columns=min(count, COLUMNS)).save(path)
     return path
 
@@ -66,8 +67,8 @@ def draw(model: GenerativeModel, count: int, temperature: float, seed: int, **ho
     """`count` samples in batches; the same latents at every temperature, since each starts from the same seed."""
     generator = torch.Generator(model.device).manual_seed(seed)
     sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
-    levels, worth = zip(*(model.sample(size, temperature, generator, **how) for size in sizes), strict=True)
-    return torch.cat(levels), torch.cat(worth)
+    levels, scores = zip(*(model.sample(size, temperature, generator, **how) for size in sizes), strict=True)
+    return torch.cat(levels), torch.cat(scores)
 
 
 @torch.no_grad()

@@ -77,28 +77,28 @@ class Glow(Flow):
                 return ConvNetwork(reads + seen, width, gives)
             return (ResNetwork if network == "resnet" else GatedNetwork)(reads + seen, width, gives, blocks)
 
-        def step(channels: int) -> tuple[Bijection, Bijection]:
-            mix = PLUConv1x1(channels) if convolution == "plu" else Conv1x1(channels)
+        def step(maps: int) -> tuple[Bijection, Bijection]:
+            mix = PLUConv1x1(maps) if convolution == "plu" else Conv1x1(maps)
             transform = TRANSFORMS[coupling](scale)
-            couple = Coupling(inner_network(channels // 2, transform.count * (channels - channels // 2)), transform)
-            return Folded(ActNorm(channels), mix), couple
+            couple = Coupling(inner_network(maps // 2, transform.count * (maps - maps // 2)), transform)
+            return Folded(ActNorm(maps), mix), couple
 
-        def steps(number: int, channels: int) -> list[Bijection]:
-            return [bijection for _ in range(depths[number - 1]) for bijection in step(channels)]
+        def steps(number: int, maps: int) -> list[Bijection]:
+            return [bijection for _ in range(depths[number - 1]) for bijection in step(maps)]
 
-        def level(number: int, channels: int, size: int) -> list[Bijection]:
-            return [Squeeze(), *steps(number, 4 * channels)]
+        def level(number: int, maps: int, side: int) -> list[Bijection]:
+            return [Squeeze(), *steps(number, 4 * maps)]
 
-        def top(channels: int, size: int) -> list[Bijection]:
+        def top(maps: int, side: int) -> list[Bijection]:
             """The last level, which nothing leaves; without a squeeze where the size cannot be halved."""
-            last = [*level(levels, channels, size)] if levels else steps(1, channels)
-            channels, size = (4 * channels, size // 2) if levels else (channels, size)
-            norm = [ActNorm(channels)] if final_actnorm else []
-            learned = [Standardize(channels * size**2)] if base == "learned" else []
-            return [*last, *norm, Flatten(channels, size, size), *learned]
+            last = [*level(levels, maps, side)] if levels else steps(1, maps)
+            maps, side = (4 * maps, side // 2) if levels else (maps, side)
+            norm = [ActNorm(maps)] if final_actnorm else []
+            learned = [Standardize(maps * side**2)] if base == "learned" else []
+            return [*last, *norm, Flatten(maps, side, side), *learned]
 
-        def predicted(channels: int) -> Network | None:
-            return ZeroConv2d(channels // 2 + seen, channels, 3) if prior == "predicted" else None
+        def predicted(maps: int) -> Network | None:
+            return ZeroConv2d(maps // 2 + seen, maps, 3) if prior == "predicted" else None
 
         pixelwise = [Gaussianize(channels, 2**bits)] if gaussianize else []
         bijection = Chain(*pixelwise, multi_scale(levels - 1, channels, size, level, top, predicted))

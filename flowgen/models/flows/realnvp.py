@@ -45,25 +45,25 @@ class RealNVP(Flow):
         check_number(alpha=alpha)
         levels = largest_levels(size, levels)
 
-        def couplings(channels: int, size: int, board: bool, count: int) -> list[Bijection]:
+        def couplings(maps: int, side: int, board: bool, count: int) -> list[Bijection]:
             """Couplings whose masks take turns, each followed by batch normalisation."""
             chain: list[Bijection] = []
             for number in range(count):
-                kind = checkerboard if board and size > 1 else channelwise
-                chain += [couple(channels, kind(channels, size, size, number % 2 == 1)), BatchNorm(channels)]
+                kind = checkerboard if board and side > 1 else channelwise
+                chain += [couple(maps, kind(maps, side, side, number % 2 == 1)), BatchNorm(maps)]
             return chain
 
-        def couple(channels: int, mask: Tensor) -> MaskedCoupling:
+        def couple(maps: int, mask: Tensor) -> MaskedCoupling:
             if coupling == "affine":  # as in the paper
-                return MaskedCoupling(RealNVPNetwork(channels, width, 2 * channels, blocks), TRANSFORMS["affine"]("plain"), mask)
+                return MaskedCoupling(RealNVPNetwork(maps, width, 2 * maps, blocks), TRANSFORMS["affine"]("plain"), mask)
             transform = TRANSFORMS[coupling]("bounded")
-            return MaskedCoupling(ResNetwork(channels, width, transform.count * channels, blocks), transform, mask)
+            return MaskedCoupling(ResNetwork(maps, width, transform.count * maps, blocks), transform, mask)
 
-        def level(number: int, channels: int, size: int) -> list[Bijection]:
-            return [*couplings(channels, size, True, 3), Squeeze(), *couplings(4 * channels, size // 2, False, 3)]
+        def level(number: int, maps: int, side: int) -> list[Bijection]:
+            return [*couplings(maps, side, True, 3), Squeeze(), *couplings(4 * maps, side // 2, False, 3)]
 
-        def top(channels: int, size: int) -> list[Bijection]:
-            return [*couplings(channels, size, True, 4), Flatten(channels, size, size)]
+        def top(maps: int, side: int) -> list[Bijection]:
+            return [*couplings(maps, side, True, 4), Flatten(maps, side, side)]
 
-        multi = multi_scale(levels, channels, size, level, top, prior=lambda channels: None)
+        multi = multi_scale(levels, channels, size, level, top, prior=lambda maps: None)
         super().__init__(Chain(Logit(alpha), multi), (channels, size, size), bits, dequantisation)
