@@ -88,9 +88,8 @@ def curves(rows: Sequence[dict[str, Any]], metric: str, path: Path, higher_is_be
         return
     in_one = not train or metric in train[0]  # the loss of an RBM is no likelihood, and gets a panel of its own
     above, below = (0.0, FIRST_STEPS), (FIRST_STEPS, 0.0)
-    panels = (
-        [(metric, loss | held_out, above)] if in_one else [(metric, held_out, below if higher_is_better else above), ("loss", loss, above)]
-    )
+    judged = [(metric, held_out, below if higher_is_better else above)] if held_out else []
+    panels = [(metric, loss | held_out, above)] if in_one else [*judged, ("loss", loss, above)]
     page = Figure(figsize=(8, 3 + 3 * len(panels)), layout="constrained")
     *upper, lower = page.subplots(len(panels) + 1, 1, sharex=True, height_ratios=(*(2 for _ in panels), 1))
     for axes, (label, named, beyond) in zip(upper, panels, strict=True):

@@ -58,6 +58,12 @@ def test_curves_show_every_split_and_survive_what_is_not_finite(loss_is_metric, 
     Image.open(tmp_path / "curves.png").verify()
 
 
+@pytest.mark.filterwarnings("error")
+def test_before_anything_is_judged_the_loss_stands_alone(drawn, tmp_path):
+    plots.curves([{"step": step, "split": "train", "loss": 9 / step} for step in (1, 2, 3)], "bits_per_dim", tmp_path / "curves.png")
+    assert drawn.keys() == {"training loss", "training loss, moving average"}
+
+
 def test_curves_of_nothing_draw_nothing(tmp_path):
     plots.curves([], "bits_per_dim", tmp_path / "curves.png")
     assert not list(tmp_path.iterdir())
