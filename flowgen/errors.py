@@ -8,11 +8,12 @@ class FlowgenError(ValueError):
     """A mistake that its message, one plain sentence, tells the user how to mend."""
 
 
-def check_whole(low: int = 1, **values: object) -> None:
-    """Raise `FlowgenError` unless every value is a whole number of at least `low`."""
+def check_whole(low: int = 1, high: float = math.inf, **values: object) -> None:
+    """Raise `FlowgenError` unless every value is a whole number from `low` to `high`."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise FlowgenError(f"{name} must be a whole number of at least {low}, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            most = "" if high == math.inf else f" and at most {high}"
+            raise FlowgenError(f"{name} must be a whole number of at least {low}{most}, not {value!r}")
 
 
 def check_number(low: float = 0.0, **values: object) -> None:

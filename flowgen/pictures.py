@@ -1,7 +1,9 @@
 """Pictures of levels: grids, titled blocks, signed weights, films."""
 
+import io
 import math
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +29,19 @@ def to_image(levels: Tensor, bits: int, columns: int, side: int = SMALLEST_SIDE)
     pixels = pixels.to(torch.uint8).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
     return to_pil_image(grid)
+
+
+def archive(batches: Iterable[Tensor], bits: int, path: Path) -> None:
+    """A zip of images, 0000000.png and so on, each as large as it is, written as they come."""
+    part, place = path.with_name(f"{path.name}.part"), 0
+    with zipfile.ZipFile(part, "w") as target:
+        for levels in batches:
+            for pixels in (levels.cpu().int() * 255 // (2**bits - 1)).to(torch.uint8):
+                file = io.BytesIO()
+                to_pil_image(pixels).save(file, "PNG")
+                target.writestr(f"{place:07d}.png", file.getvalue())
+                place += 1
+    part.replace(path)
 
 
 def signed(weights: Tensor, columns: int = 20, most: int = 400) -> Image.Image:

@@ -17,6 +17,7 @@ from PIL import Image
 import flowgen
 from flowgen import pictures
 from flowgen.commands.interpolate import great_circle, line
+from flowgen.commands.sample import draw
 from flowgen.data import read_levels
 
 
@@ -209,10 +210,40 @@ def test_a_folder_that_holds_a_run_is_refused(tiny_run, images, command):
         (["sample", "--count", "0"], "0", 2),
         (["interpolate", "one.png"], "IMG2", 2),
         (["evaluate", "--run", "nowhere"], "flowgen runs", 1),
+        (["train", "data=null"], "data=null chooses nothing: write data=NAME, one of celeba", 1),
+        (["train", "data=folder", "data.root=null"], "data.root does not exist", 1),
+        (["train", "out=' '"], "name a folder", 1),
+        (["train", "--cfg", "nope"], "--cfg must be one of job, hydra, all", 1),
+        (["train", "--cfg=nope"], "--cfg must be one of job, hydra, all", 1),
+        (["train", f"seed={2**63}"], f"at most {2**63 - 1}", 1),
+        (["train", "trainer.device=meta"], "choose auto", 1),
+        (["train", "trainer.batch_size=1000000000000"], "at most", 1),
+        (["train", "trainer.initial_images=1000000000000"], "trainer.initial_images=1000000000000 needs", 1),
+        (["report", " "], "an empty name is no run", 1),
+        (["chain", "--sweeps", "1" + 30 * "0"], "--sweeps", 2),
     ],
 )
 def test_mistakes_get_one_line(command, words, answer, status):
     assert_plain(command(*words), answer, status)
+
+
+def test_what_cannot_fit_is_refused_with_the_most_that_does(tiny_run, command, tmp_path):
+    assert_plain(command("sample", "--run", tiny_run, "--count", 10**9), "any number in --out FILE.zip")
+    assert_plain(command("evaluate", "--run", tiny_run, f"draws={10**12}"), "at most 100000")
+    words = ["sample", "--run", tiny_run, "--temperature", 1, "--temperature", 0.5, "--out", tmp_path / "a.zip"]
+    assert_plain(command(*words), "one temperature")
+
+
+def test_a_zip_of_samples_holds_them_one_by_one(tiny_run, command, tmp_path):
+    assert command("sample", "--run", tiny_run, "--count", 67, "--out", tmp_path / "samples.zip")[0] == 0
+    model = flowgen.load(tiny_run)
+    levels, _ = draw(model, 67, 0.7, 0)
+    with zipfile.ZipFile(tmp_path / "samples.zip") as archive:
+        assert archive.namelist() == [f"{place:07d}.png" for place in range(67)]
+        with archive.open("0000066.png") as file:
+            pixels = torch.tensor(list(Image.open(file).tobytes())).view(8, 8, 3).permute(2, 0, 1)
+    assert torch.equal(pixels, levels[66].int() * 255 // (2**model.bits - 1))
+    assert [path.name for path in tmp_path.glob("samples*")] == ["samples.zip"]
 
 
 def test_data_that_is_none_gets_one_line(command, tmp_path):

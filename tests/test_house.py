@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "flowgen"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "errors": set(),
+    "costs": {"errors"},
     "targets": {"errors"},
     "messages": {"errors"},
     "vision": set(),
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "pictures": {"vision", "plots", "plane"},
     "judging": {"data", "errors", "models"},
     "document": {"errors"},
-    "training": {"targets", "bijections", "models", "data", "pictures", "plots", "errors"},
+    "training": {"targets", "bijections", "models", "data", "pictures", "plots", "errors", "costs"},
     "config": {"targets", "models", "data", "training", "errors"},
     "commands": {
         "messages",
@@ -45,6 +46,7 @@ MAY_IMPORT = {
         "models",
         "data",
         "errors",
+        "costs",
         "plane",
         "progress",
     },

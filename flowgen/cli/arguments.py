@@ -1,6 +1,7 @@
 """What the commands share on the command line: kinds of values, options, their completion, and how a command is called."""
 
 import math
+from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ class Temperature(click.ParamType):
         return number
 
 
-def check_picture(path: Path | None) -> Path | None:
+def check_picture(path: Path | None, more: Collection[str] = ()) -> Path | None:
     """Before the work is done, not after it."""
-    if path is not None and path.suffix.lower() not in PICTURES:
-        raise click.UsageError(f"{path} is no name of a picture: let it end in one of {', '.join(sorted(PICTURES))}")
+    endings = sorted({*PICTURES, *more})
+    if path is not None and path.suffix.lower() not in endings:
+        raise click.UsageError(f"{path} is no name of a picture: let it end in one of {', '.join(endings)}")
     if path is not None and not path.absolute().parent.is_dir():
         raise click.UsageError(f"the folder of {path} does not exist: make it, or name another")
     return path

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from flowgen.cli.arguments import PATH, SAMPLERS, Temperature, command, device_option, out_option, run_option, seed_option
+from flowgen.cli.arguments import PATH, SAMPLERS, Temperature, check_picture, command, device_option, out_option, run_option, seed_option
 
 
 @click.command()
@@ -13,15 +13,21 @@ from flowgen.cli.arguments import PATH, SAMPLERS, Temperature, command, device_o
 @click.option(
     "--temperature", "temperatures", type=Temperature(), multiple=True, help="May be repeated; by default the run's, 0.7 for flows."
 )
-@click.option("--count", type=click.IntRange(1), help="Samples for each temperature; by default 32, and 10,000 points in the plane.")
+@click.option("--count", type=click.IntRange(1, 10**9), help="Samples for each temperature; by default 32, and 10,000 points in the plane.")
 @seed_option
 @click.option(
     "--label", type=click.IntRange(0), metavar="N", help="Class to draw, of a flow trained with model.classes; by default each in turn."
 )
 @click.option("--method", type=click.Choice(SAMPLERS), help="Sampler of an RBM; by default tempering.")
-@click.option("--sweeps", type=click.IntRange(1), help="Of it, from white noise; by default 500.")
+@click.option("--sweeps", type=click.IntRange(1, 10**9), help="Of it, from white noise; by default 500.")
 @device_option
-@out_option
+@click.option(
+    "--out",
+    type=PATH,
+    metavar="FILE|FILE.zip",
+    callback=lambda ctx, param, path: check_picture(path, more={".zip"}),
+    help="Where to write; by default into the run's folder. A zip holds each sample by itself.",
+)
 def sample(**options: Any) -> None:
     """Draw a grid of samples, a block of rows for each temperature, sorted by log-probability."""
     click.echo(command("sample", computes=True).sample(**options))
@@ -31,7 +37,7 @@ def sample(**options: Any) -> None:
 @click.argument("first", type=PATH, metavar="IMG1")
 @click.argument("second", type=PATH, metavar="IMG2")
 @run_option
-@click.option("--steps", type=click.IntRange(2), default=9, show_default=True, help="Pictures in a row, both ends among them.")
+@click.option("--steps", type=click.IntRange(2, 10**6), default=9, show_default=True, help="Pictures in a row, both ends among them.")
 @click.option("--spherical", is_flag=True, help="Along a great circle rather than a line.")
 @device_option
 @out_option
@@ -52,7 +58,7 @@ def interpolate(**options: Any) -> None:
     help="Of an RBM gibbs, tempering or mean-field. May be repeated; by default all, one below the other.",
 )
 @run_option
-@click.option("--sweeps", type=click.IntRange(1), help="Steps of the method; by default as many as suit it, 1000 of an RBM's.")
+@click.option("--sweeps", type=click.IntRange(1, 10**9), help="Steps of the method; by default as many as suit it, 1000 of an RBM's.")
 @seed_option
 @device_option
 @out_option
@@ -64,9 +70,9 @@ def complete(**options: Any) -> None:
 @click.command()
 @click.option("--method", type=click.Choice(SAMPLERS), default="tempering", show_default=True)
 @run_option
-@click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Chains side by side.")
-@click.option("--frames", type=click.IntRange(1), default=100, show_default=True)
-@click.option("--sweeps", type=click.IntRange(1), default=1, show_default=True, help="From frame to frame.")
+@click.option("--count", type=click.IntRange(1, 10**9), default=64, show_default=True, help="Chains side by side.")
+@click.option("--frames", type=click.IntRange(1, 10**9), default=100, show_default=True)
+@click.option("--sweeps", type=click.IntRange(1, 10**9), default=1, show_default=True, help="From frame to frame.")
 @seed_option
 @device_option
 @out_option

@@ -80,6 +80,8 @@ def _costs(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
 
 
 def _runs(name: str) -> list[Run]:
+    if not name.strip():
+        raise FlowgenError("an empty name is no run: name one, or a folder of runs such as outputs")
     if not any((folder / name).is_dir() for folder in (Path(), OUTPUTS)):
         return [find_run(name)]
     folders = {(folder / name).resolve() for folder in (Path(), OUTPUTS) if (folder / name).is_dir()}

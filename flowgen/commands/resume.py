@@ -67,7 +67,7 @@ def _train(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None, 
 
     from flowgen.training.device import environment
 
-    check_whole(0, seed=config["seed"])
+    check_whole(0, 2**63 - 1, seed=config["seed"])
     trainer: Trainer = build("trainer", {"threads": "auto"} | config["trainer"])
     config["trainer"]["threads"] = trainer.machine.threads  # kept, since a resumed run has the same bits on as many threads alone
     if checkpoint is not None:

@@ -1,7 +1,7 @@
 """`flowgen sample`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from flowgen import pictures, plots
 from flowgen.config import build_data, find_model
+from flowgen.costs import check_fits
 from flowgen.errors import FlowgenError
 from flowgen.models import Classifies, Flow, GenerativeModel, RunsChains
 from flowgen.plane import SHAPE, is_plane
@@ -35,8 +36,9 @@ def sample(
 ) -> Path:
     """Save `count` samples for each temperature, a block of rows each, from high to low log-probability. Raises FlowgenError.
 
-    Without temperatures, at the one that the run's own samples had. `label` is the class to draw, of a flow that knows any; `method`
-    and `sweeps` choose an RBM's sampler. A flow of the plane is drawn as a whole instead, at one temperature, by default 1.
+    Without temperatures, at the one that the run's own samples had. A zip takes any number, each an image of its own. `label` is the
+    class to draw, of a flow that knows any; `method` and `sweeps` choose an RBM's sampler. A flow of the plane is drawn as a whole
+    instead, at one temperature, by default 1.
     """
     if label is not None and (method or sweeps):
         raise FlowgenError("--label is for flows, --method and --sweeps are for RBMs: leave out the one or the others")
@@ -52,8 +54,16 @@ def sample(
         temperature = temperatures[0] if temperatures else 1.0
         plane(model, target, temperature, count or POINTS, seed, path)
         return path
-    titled, count = [], count or IMAGES
-    for temperature in temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]]:
+    titled, count, temperatures = [], count or IMAGES, temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]]
+    if path.suffix.lower() == ".zip":
+        if len(temperatures) > 1:
+            raise FlowgenError("a zip holds the samples of one temperature: call this once for each, with an --out of its own")
+        batches = draws(model, count, temperatures[0], seed, **how)
+        pictures.archive((levels for levels, _ in bar(batches, "samples", -(-count // BATCH))), model.bits, path)
+        return path
+    side = max(pictures.SMALLEST_SIDE, *model.shape[1:])
+    check_fits("--count", count, 4 * side**2 * len(temperatures), cure=" in a picture, and any number in --out FILE.zip")
+    for temperature in temperatures:
         levels, scores = draw(model, count, temperature, seed, **how)
         if broken := int((~scores.isfinite()).sum()):
             log.warning("%d of %d samples at temperature %g are beyond what float32 holds: try a lower one", broken, count, temperature)
@@ -64,11 +74,16 @@ def sample(
 
 
 def draw(model: GenerativeModel, count: int, temperature: float, seed: int, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` samples in batches; the same latents at every temperature, since each starts from the same seed."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-    sizes = [min(BATCH, count - start) for start in range(0, count, BATCH)]
-    levels, scores = zip(*(model.sample(size, temperature, generator, **how) for size in sizes), strict=True)
+    """`count` samples and how probable they are; the same latents at every temperature, since each starts from the same seed."""
+    levels, scores = zip(*bar(draws(model, count, temperature, seed, **how), "samples", -(-count // BATCH)), strict=True)
     return torch.cat(levels), torch.cat(scores)
+
+
+def draws(model: GenerativeModel, count: int, temperature: float, seed: int, **how: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same in batches."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    for start in range(0, count, BATCH):
+        yield model.sample(min(BATCH, count - start), temperature, generator, **how)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from flowgen.config import (
     register_resolvers,
     trainer_here,
 )
-from flowgen.errors import FlowgenError
+from flowgen.errors import FlowgenError, check_choice
 from flowgen.messages import one_sentence, show_messages
 
 SWEEP = {"-m", "--multirun"}
@@ -62,6 +62,9 @@ def _show(words: list[str], flags: set[str]) -> None:
         raise FlowgenError("what is shown is one configuration: leave -m out, and give each setting one value")
     if not SHOW & flags:
         raise FlowgenError("--resolve and --package say how a configuration is shown: add --cfg job")
+    for flag, value in pairwise([piece for word in words for piece in word.split("=", 1 if word.startswith("--") else 0)] + [""]):
+        if flag in ("--cfg", "-c"):
+            check_choice(("job", "hydra", "all"), **{flag: value})
     sys.argv = ["flowgen train", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come up here, where they become one line
     hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(lambda cfg: None)()

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from flowgen.config.files import options
 from flowgen.config.older import OF_THE_EVALUATION
 from flowgen.config.sentences import no_such_setting, one_line
 from flowgen.errors import FlowgenError
 
 FOLDERS = ("out", "data.root", "init")
+GROUPS = ("data", "model", "trainer")  # of which every run has one
 
 
 def check_words(words: list[str]) -> None:
@@ -18,7 +20,9 @@ def check_words(words: list[str]) -> None:
             raise FlowgenError(f"{word}: settings can be changed, but none can be added or removed: write KEY=VALUE")
         if not equals or not key:
             raise FlowgenError(f"{word!r} is no override: write KEY=VALUE, as in trainer.steps=2000")
-        if key in FOLDERS and not value.strip("'\""):
+        if key in GROUPS and value.strip() in ("", "null"):
+            raise FlowgenError(f"{word} chooses nothing: write {key}=NAME, one of {', '.join(options(key))}")
+        if key in FOLDERS and not value.strip("'\" "):
             raise FlowgenError(f"{word} is empty: name a folder, or leave it out")
         section, _, name = key.partition(".")
         if section == "model" and name in OF_THE_EVALUATION:

@@ -100,7 +100,7 @@ class Images:
 
     def _permutation(self, epoch: int, seed: int) -> Tensor:
         if self._order_of != (epoch, seed):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
             self._order_of, self._order = (epoch, seed), torch.randperm(len(self.train), generator=generator)
         return self._order
 

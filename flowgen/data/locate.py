@@ -24,4 +24,5 @@ def locate(root: str | None, names: list[str], cure: str) -> Path:
     for name in names:
         if (data_folder() / name).exists():
             return data_folder() / name
-    raise FlowgenError(f"{data_folder() / names[0]} does not exist: {cure}")
+    place = data_folder() / names[0] if names else "data.root"
+    raise FlowgenError(f"{place} does not exist: {cure}")

@@ -26,7 +26,9 @@ class Evaluation:
     thorough: bool = False
 
     def __post_init__(self) -> None:
-        check_whole(draws=self.draws, betas=self.betas, chains=self.chains)
+        check_whole(high=10**5, draws=self.draws)  # a figure to one in three hundred of the noise's own error; more would take days
+        check_whole(high=10**8, betas=self.betas)
+        check_whole(high=10**6, chains=self.chains)
         check_choice((True, False), thorough=self.thorough)
 
 

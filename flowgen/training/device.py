@@ -21,7 +21,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # `meta` has tensors, but no numbers in them
     except (RuntimeError, AssertionError) as error:
         others = "auto, cuda or cpu" if torch.cuda.is_available() else "auto or cpu"
         raise FlowgenError(f"device {name!r} is not on this machine: choose {others}") from error

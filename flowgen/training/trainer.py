@@ -1,10 +1,12 @@
 """How to train, for every model."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
 import torch
 
+from flowgen.costs import check_fits
 from flowgen.data import Images
 from flowgen.models import GenerativeModel
 from flowgen.training.cadence import Cadence
@@ -39,8 +41,11 @@ class Trainer:
         """Train to the end, from the start or from `checkpoint`; a signal that asked to stop is returned once the run is saved.
 
         A model that is `trained` already keeps its weights at the start; any other looks at some images first.
-        Raises FlowgenError where losses stay non-finite after several returns to the last good checkpoint.
+        Raises FlowgenError where a batch does not fit into memory, and where losses stay non-finite after several returns to the last
+        good checkpoint.
         """
+        for name in ("batch_size", "initial_images"):
+            check_fits(f"trainer.{name}", getattr(self.optimisation, name), 5 * math.prod(data.shape))  # a byte and a float32 a number
         data.to(self.machine.device)
         model.to(self.machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is None and not trained:
