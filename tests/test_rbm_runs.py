@@ -122,7 +122,7 @@ def test_sample_and_chain_by_every_method(rbm_run, command, method):
     assert len(frames) > 1 and frames[0].width == frames[0].height
 
 
-@pytest.mark.parametrize("keep", ["left", "right", "top", "bottom", "mask"])
+@pytest.mark.parametrize("keep", ["left", "right", "top", "bottom", "border", "random:40", "mask"])
 def test_complete_keeps_what_is_known(rbm_run, images, command, tmp_path, keep):
     mask = Image.new("L", (8, 8))
     mask.paste(255, (0, 0, 3, 5))
@@ -159,13 +159,13 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
     assert_plain(command(*complete, tmp_path / "all.png"), "keeps every pixel")
     assert_plain(command(*complete, tmp_path / "none.png"), "keeps no pixel")
     assert_plain(command(*complete, wrong), "resize it first")
-    assert_plain(command(*complete, "middle"), "--keep is left, right, top, bottom, or an image")
+    assert_plain(command(*complete, "middle"), "--keep is left, right, top, bottom, border, random:PERCENT, or an image")
     assert_plain(command(*complete, tmp_path / "lost.png"), "does not exist")
     assert_plain(command(*complete, "left", "--method", "magic"), "method must be one of gibbs, tempering, mean-field, not 'magic'")
     assert_plain(command("chain", "--run", tiny_run), "is no run of a model that draws by Markov chains")
-    assert_plain(
-        command("complete", images / "000.png", "--keep", "left", "--run", tiny_run), "is no run of a model that restores missing pixels"
-    )
+    assert_plain(command("complete", images / "000.png", "--keep", "left", "--run", tiny_run, "--method", "gibbs"), "must be langevin")
+    for share in ("0", "100", "half"):
+        assert_plain(command(*complete, f"random:{share}"), "random:PERCENT")
     assert_plain(command("sample", "--run", tiny_run, "--method", "gibbs"), "is no run of a model that draws by Markov chains")
     assert_plain(command("chain", "--run", rbm_run, "--out", "film.png"), "let it end in .gif", 2)
     assert_plain(command("chain", "--run", rbm_run, "--method", "magic"), "magic", 2)

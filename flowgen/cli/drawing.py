@@ -48,17 +48,22 @@ def interpolate(**options: Any) -> None:
 
 @click.command()
 @click.argument("image", type=PATH, metavar="IMG")
-@click.option("--keep", required=True, metavar="SIDE|MASK", help="What is known: left, right, top, bottom, or an image, white where known.")
+@click.option(
+    "--keep",
+    required=True,
+    metavar="SIDE|MASK",
+    help="What is known: left, right, top, bottom, border, random:PERCENT, or an image, white where known.",
+)
 @click.option(
     "--method",
     "methods",
     multiple=True,
     metavar="NAME",
     shell_complete=lambda ctx, param, incomplete: [name for name in SAMPLERS if name.startswith(incomplete)],
-    help="Of an RBM gibbs, tempering or mean-field. May be repeated; by default all, one below the other.",
+    help="Of an RBM gibbs, tempering or mean-field; a flow has langevin alone. May be repeated; by default all, one below the other.",
 )
 @run_option
-@click.option("--sweeps", type=click.IntRange(1, 10**9), help="Steps of the method; by default as many as suit it, 1000 of an RBM's.")
+@click.option("--sweeps", type=click.IntRange(1, 10**9), help="Steps of the method; by default 1000 of an RBM's, 400 of a flow's.")
 @seed_option
 @device_option
 @out_option

@@ -1,7 +1,8 @@
 """What some models can do and others cannot: a model has an ability by inheriting it, and a command asks for the one that it needs."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class Completion(NamedTuple):
 
     draws: Tensor
     mean: Tensor  # (channels, height, width)
+    figures: Mapping[str, float] = MappingProxyType({})  # what tells how the method fared
 
 
 class Completes(Ability):

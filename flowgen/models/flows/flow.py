@@ -12,13 +12,14 @@ from flowgen.bijections import Bijection, batch_normalisations
 from flowgen.errors import FlowgenError, check_whole
 from flowgen.models.abilities import Classifies
 from flowgen.models.base import LOOK, Evaluation
+from flowgen.models.flows.completion import CompletesByLangevin
 from flowgen.models.flows.dequantise import dequantiser
 from flowgen.models.flows.statistics import log_normal, statistics
 
 CLASS_DISTANCE = 0.3  # deviation of the means of the classes at the start, in every latent
 
 
-class Flow(Classifies):
+class Flow(Classifies, CompletesByLangevin):
     """A bijection from images in [0, 1) to vectors under N(0, I), of dequantised levels: x = (levels + u) / 2^bits.
 
     Shapes: `shape` is (channels, height, width), D their product, latents are (batch, D). The noise u is `uniform` or `variational`;

@@ -1,0 +1,75 @@
+"""Metropolis-adjusted Langevin dynamics, many chains side by side."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LogDensity = Callable[[Tensor], Tensor]  # of states (chains, D), up to a constant, in nats: (chains,)
+BEST = 0.65  # acceptance at which trajectories are cheapest: Beskos et al. (1001.4460), section 1
+FIRST_STEP, EAGERNESS = 0.1, 0.3
+FAR = 1e6
+
+
+class State(NamedTuple):
+    """Where the chains are, (chains, D), with the log-density there and its gradient, and which of them have just moved."""
+
+    place: Tensor
+    value: Tensor
+    gradient: Tensor
+    moved: Tensor
+
+
+class Step:
+    """The length of a chain's steps, learnt while the chains are under way and then held, so that they leave the density invariant."""
+
+    def __init__(self, length: float = FIRST_STEP):
+        self.length = length
+
+    def learn(self, accepted: float) -> None:
+        self.length *= math.exp(EAGERNESS * (accepted - BEST))
+
+
+def at(place: Tensor, density: LogDensity) -> State:
+    value, gradient = _look(place, density)
+    return State(place, value, gradient, torch.ones_like(value, dtype=torch.bool))
+
+
+def langevin(state: State, density: LogDensity, step: Step, leaps: int, learn: bool, generator: torch.Generator | None = None) -> State:
+    """One trajectory under Langevin's equation with momentum, accepted so that the density goes invariant.
+
+    m ~ N(0, I), then `leaps` times m += e/2 grad log p(x), x += e m, m += e/2 grad log p(x); with one leap that is x + e^2/2 grad log p(x)
+    + e N(0, I). Neal, MCMC using Hamiltonian dynamics (1206.1901), sections 3 and 5.2. What is not finite is rejected.
+    """
+    e = step.length
+    momentum = torch.randn(state.place.shape, generator=generator, device=state.place.device, dtype=state.place.dtype)
+    before = state.value - 0.5 * momentum.square().sum(1)
+    place, gradient = state.place, state.gradient
+    for _ in range(leaps):
+        momentum = momentum + 0.5 * e * gradient
+        place = place + e * momentum
+        value, gradient = _look(place, density)
+        momentum = momentum + 0.5 * e * gradient
+    log_ratio = (value - 0.5 * momentum.square().sum(1) - before).nan_to_num(-torch.inf)
+    accepted = torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype).log() < log_ratio
+    if learn:
+        step.learn(log_ratio.exp().clamp(max=1).mean().item())
+    goes = accepted[:, None]
+    return State(
+        torch.where(goes, place, state.place),
+        torch.where(accepted, value, state.value),
+        torch.where(goes, gradient, state.gradient),
+        accepted,
+    )
+
+
+@torch.enable_grad()
+def _look(place: Tensor, density: LogDensity) -> tuple[Tensor, Tensor]:
+    """The log-density and its gradient; -inf where a trajectory has left what floats hold."""
+    lost = ~(place.abs().amax(1) < FAR)
+    place = place.detach().masked_fill(lost[:, None], 0.0).requires_grad_(True)
+    value = density(place)
+    (gradient,) = torch.autograd.grad(value.sum(), place)
+    return value.detach().masked_fill(lost, -torch.inf), gradient.nan_to_num(0.0, 0.0, 0.0)
