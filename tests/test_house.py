@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "__init__": {"config", "models"},
 }
+SCREEN = 60  # lines below the first
 ONLY_IN = {
     "hydra": {"config/resolvers.py", "config/words.py", "commands/train.py"},
     "omegaconf": {"config/resolvers.py", "config/files.py", "config/words.py", "commands/train.py"},
@@ -122,6 +123,13 @@ def test_half_of_the_files_are_read_at_a_glance():
     assert median(map(length, FILES)) < 90
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_functions_fit_a_screen(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno <= SCREEN, node.name
+
+
 def test_the_training_loop_and_its_step_are_read_on_one_screen():
     tree = ast.parse((PACKAGE / "training" / "loop.py").read_text())
     training = next(node for node in tree.body if isinstance(node, ast.ClassDef))
@@ -129,7 +137,7 @@ def test_the_training_loop_and_its_step_are_read_on_one_screen():
     first = [node.name for node in methods].index("loop")
     loop, step, losses = methods[first : first + 3]
     assert (loop.name, step.name, losses.name) == ("loop", "step", "losses")
-    assert (losses.end_lineno or 0) - loop.lineno < 60
+    assert (losses.end_lineno or 0) - loop.lineno <= SCREEN
 
 
 def compose_config(*overrides: str) -> dict:

@@ -55,6 +55,7 @@ class Glow(Flow):
         check_whole(channels=channels, size=size, bits=bits, width=width, blocks=blocks)
         check_choice(("conv", "resnet", "gated"), network=network)
         check_choice(TRANSFORMS, coupling=coupling)
+        check_choice(("bounded", "sigmoid", "tanh"), scale=scale)
         check_choice(("plu", "plain"), convolution=convolution)
         check_choice(("predicted", "standard"), prior=prior)
         check_choice(("learned", "standard"), base=base)
@@ -62,26 +63,14 @@ class Glow(Flow):
         levels = largest_levels(size, levels)
         if levels == 0 and channels < 2:
             raise FlowgenError(f"grey images of size={size} cannot be halved, which Glow needs: give data.size an even value")
-        check_choice(("bounded", "sigmoid", "tanh"), scale=scale)
-
-        depths = steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * max(1, levels)
-        for depth in depths:
-            check_whole(steps_per_level=depth)
-        if len(depths) != max(1, levels):
-            raise FlowgenError(f"steps_per_level={depths} is not a number for each of {levels} levels: give so many, or one for all")
-
+        depths = _depths(steps_per_level, max(1, levels))
         seen = classes if classes is not None and class_networks else 0  # channels of the condition
-
-        def inner_network(reads: int, gives: int) -> Network:
-            if network == "conv":
-                return ConvNetwork(reads + seen, width, gives)
-            return (ResNetwork if network == "resnet" else GatedNetwork)(reads + seen, width, gives, blocks)
 
         def step(maps: int) -> tuple[Bijection, Bijection]:
             mix = PLUConv1x1(maps) if convolution == "plu" else Conv1x1(maps)
             transform = TRANSFORMS[coupling](scale)
-            couple = Coupling(inner_network(maps // 2, transform.count * (maps - maps // 2)), transform)
-            return Folded(ActNorm(maps), mix), couple
+            inside = _network(network, blocks, maps // 2 + seen, width, transform.count * (maps - maps // 2))
+            return Folded(ActNorm(maps), mix), Coupling(inside, transform)
 
         def steps(number: int, maps: int) -> list[Bijection]:
             return [bijection for _ in range(depths[number - 1]) for bijection in step(maps)]
@@ -91,11 +80,10 @@ class Glow(Flow):
 
         def top(maps: int, side: int) -> list[Bijection]:
             """The last level, which nothing leaves; without a squeeze where the size cannot be halved."""
-            last = [*level(levels, maps, side)] if levels else steps(1, maps)
+            last = level(levels, maps, side) if levels else steps(1, maps)
             maps, side = (4 * maps, side // 2) if levels else (maps, side)
-            norm = [ActNorm(maps)] if final_actnorm else []
-            learned = [Standardize(maps * side**2)] if base == "learned" else []
-            return [*last, *norm, Flatten(maps, side, side), *learned]
+            last += [ActNorm(maps)] if final_actnorm else []
+            return [*last, Flatten(maps, side, side), *([Standardize(maps * side**2)] if base == "learned" else [])]
 
         def predicted(maps: int) -> Network | None:
             return ZeroConv2d(maps // 2 + seen, maps, 3) if prior == "predicted" else None
@@ -103,3 +91,20 @@ class Glow(Flow):
         pixelwise = [Gaussianize(channels, 2**bits)] if gaussianize else []
         bijection = Chain(*pixelwise, multi_scale(levels - 1, channels, size, level, top, predicted))
         super().__init__(bijection, (channels, size, size), bits, dequantisation, classes, class_networks)
+
+
+def _depths(steps_per_level: int | list[int], levels: int) -> list[int]:
+    """The steps of each level. Raises FlowgenError where they are not as many as levels."""
+    depths = steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * levels
+    for depth in depths:
+        check_whole(steps_per_level=depth)
+    if len(depths) != levels:
+        raise FlowgenError(f"steps_per_level={depths} is not a number for each of {levels} levels: give so many, or one for all")
+    return depths
+
+
+def _network(kind: str, blocks: int, reads: int, width: int, gives: int) -> Network:
+    """The network of a coupling, from `reads` channels to `gives`."""
+    if kind == "conv":
+        return ConvNetwork(reads, width, gives)
+    return (ResNetwork if kind == "resnet" else GatedNetwork)(reads, width, gives, blocks)
