@@ -14,9 +14,21 @@ from test_training import same
 
 import flowgen
 from flowgen.errors import FlowgenError
-from flowgen.training.checkpoint import KEYS, read_checkpoint, write_checkpoint
+from flowgen.training.checkpoint import read_checkpoint, write_checkpoint
 from flowgen.training.formats import FORMAT
 from flowgen.training.run import Run
+
+STATE = {  # the least that is a checkpoint
+    "format": FORMAT,
+    "config": {"model": {}, "data": {}, "trainer": {}, "seed": 0},
+    "step": 1,
+    "images_seen": 1,
+    "model": {},
+    "ema": None,
+    "optimizer": {},
+    "metrics": {"best": 0.0, "seconds": 0.0},
+    "rescue": {},
+}
 
 
 def test_a_damaged_last_checkpoint_is_passed_over(images, tmp_path, command):
@@ -30,7 +42,7 @@ def test_a_damaged_last_checkpoint_is_passed_over(images, tmp_path, command):
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
-    state = dict.fromkeys(KEYS, 1) | {"format": FORMAT, "config": {}, "model": {"weight": torch.rand(1000)}}
+    state = STATE | {"model": {"weight": torch.rand(1000)}}
     path = tmp_path / "run" / "checkpoints" / "last.pt"
     write_checkpoint(state, path)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -45,7 +57,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 
 
 def test_a_kill_between_the_names_of_a_checkpoint_loses_no_best(tmp_path, monkeypatch):
-    run, state = Run(tmp_path), dict.fromkeys(KEYS, 1) | {"config": {}}
+    run, state = Run(tmp_path), STATE
     run.save(state | {"step": 1}, best=True)
     replace = Path.replace
 
@@ -62,7 +74,7 @@ def test_a_kill_between_the_names_of_a_checkpoint_loses_no_best(tmp_path, monkey
 
 def test_a_named_checkpoint_does_not_change_with_the_last(tmp_path):
     run = Run(tmp_path)
-    state = dict.fromkeys(KEYS, 1) | {"config": {}, "step": 5}
+    state = STATE | {"step": 5}
     run.save(state, best=True, keep=True)
     run.save(state | {"step": 6})
     assert read_checkpoint(run.best)["step"] == read_checkpoint(run.numbered(5))["step"] == 5
@@ -82,6 +94,69 @@ def test_a_pickle_that_is_no_checkpoint_does_not_run(tmp_path, command):
         status, _, error = command("sample", "--run", tmp_path / name)
         assert status == 1 and error.count("\n") == 1 and "no checkpoint of flowgen" in error
     assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"config": {}},
+        {"config": {"model": [], "data": {}, "trainer": {}, "seed": 0}},
+        {"config": {"model": {}, "data": "x", "trainer": {}, "seed": 0}},
+        {"config": {"model": {}, "data": {}, "trainer": None, "seed": 0}},
+        {"config": {"model": {}, "data": {}, "trainer": {}, "seed": "0"}},
+        {"step": 1.5},
+        {"step": -1},
+        {"images_seen": -1},
+        {"images_seen": 2**70},
+        {"model": [1]},
+        {"model": {"a": 1}},
+        {"ema": {"a": "b"}},
+        {"optimizer": 3},
+        {"metrics": None},
+        {"metrics": {"best": "x", "seconds": 0.0}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_the_wrong_parts_gets_one_line(tiny_run, command, part):
+    path = Run(tiny_run).last
+    write_checkpoint(read_checkpoint(path) | part, path)
+    for words in (["sample", "--run", path], ["resume", path]):
+        status, _, error = command(*words)
+        assert status == 1 and str(path) in error and len(error.splitlines()) == 1 and "fault of flowgen" not in error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\nmodel: {}\ndata: {}\ntrainer: {}\n",
+        "model: &m {next: *m}\n",
+        "[" * 3000,
+        "model: " + "9" * 5000 + "\ndata: {}\ntrainer: {}\n",
+        'model: {name: "\\ud800"}\ndata: {}\ntrainer: {}\nseed: 0\n',
+        "model: {}\ndata: {}\ntrainer: {}\n",
+        "model: {}\n" + "#" * 2**20,
+        "- a list",
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_configuration_from_elsewhere_gets_one_line(tiny_run, command, text):
+    config = Run(tiny_run).config
+    config.write_text(text)
+    Run(tiny_run).last.unlink()
+    Run(tiny_run).best.unlink(missing_ok=True)
+    status, _, error = command("resume", tiny_run)
+    assert status == 1 and str(config) in error and len(error.splitlines()) == 1 and "fault of flowgen" not in error
+    status, _, error = command("report", tiny_run)
+    assert status == 1 and "fault of flowgen" not in error and len(error.splitlines()) <= 2
+
+
+def test_pipes_are_not_waited_for(tiny_run, command):
+    config, last = Run(tiny_run).config, Run(tiny_run).last
+    for path in (config, last):
+        path.unlink()
+        os.mkfifo(path)
+    assert command("report", tiny_run)[0] == 1
+    assert command("sample", "--run", last)[0] == 1
 
 
 @pytest.mark.parametrize("target", ["os.system", "flowgen.cli.main", "flowgen.config.importlib.import_module", "flowgen.nothing.Here"])

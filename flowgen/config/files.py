@@ -1,9 +1,13 @@
 """The YAML files: where `conf/` is, what it offers, and the configuration that a run leaves."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from flowgen.errors import FlowgenError
+
+SECTIONS = ("model", "data", "trainer")
+MOST_BYTES = 2**20  # of a configuration
 
 
 def conf_folder() -> Path:
@@ -24,14 +28,13 @@ def settings() -> dict[str, list[str]]:
     """Everything that `flowgen train KEY=VALUE` can set, as model.width and model, and the choices that it comes with, as model=glow."""
     from yaml import safe_load
 
-    groups = ("data", "model", "trainer")
     evaluation = [f"evaluation.{key}" for key in evaluation_defaults() if key != "_target_"]
     top = ("out", "resume", "init", "seed", "experiment", "scale", "model/negative_phase")
-    found: dict[str, list[str]] = {name: [] for name in (*top, *evaluation, *groups)}
-    for section in groups:
+    found: dict[str, list[str]] = {name: [] for name in (*top, *evaluation, *SECTIONS)}
+    for section in SECTIONS:
         for name in options(section):
             file = safe_load((conf_folder() / section / f"{name}.yaml").read_text())
-            for key in file.get(section, file).keys() - {"defaults", "_target_", *groups}:
+            for key in file.get(section, file).keys() - {"defaults", "_target_", *SECTIONS}:
                 found.setdefault(f"{section}.{key}", []).append(f"{section}={name}")
     return dict(sorted(found.items()))
 
@@ -61,15 +64,21 @@ def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Raises FlowgenError where the file is none of flowgen's."""
+    """Raises FlowgenError where the file is none of flowgen's, which are short, and where nothing stands for something else."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import AliasEvent, YAMLError, parse
 
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            raise ValueError("a pipe would be waited for, and a huge file read for minutes")
+        text = path.read_text()
+        if any(isinstance(event, AliasEvent) for event in parse(text)):
+            raise ValueError("a few aliases of aliases make a configuration of gigabytes")
+        config = OmegaConf.to_container(OmegaConf.create(text))
+        json.dumps(config, ensure_ascii=False, default=str).encode()  # half a character could be neither shown nor saved
+    except (OSError, OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise FlowgenError(f"{path} cannot be read as a configuration: mend it, or name another run") from error
-    if not isinstance(config, dict) or not config.keys() >= {"model", "data", "trainer"}:
+    if not isinstance(config, dict) or "seed" not in config or not all(isinstance(config.get(name), dict) for name in SECTIONS):
         raise FlowgenError(f"{path} is no configuration of a run")
     return {str(key): value for key, value in config.items()}

@@ -50,17 +50,46 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Raises FlowgenError for what is none, or is cut short; pickled code never runs."""
     import torch
 
+    if not path.exists():
+        raise FlowgenError(f"{path} does not exist: `flowgen runs` lists the runs")
     try:
+        if not path.is_file():
+            raise OSError("a pipe would be waited for")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise FlowgenError(f"{path} does not exist: `flowgen runs` lists the runs") from error
     except Exception as error:  # a damaged file raises whatever the unpickler stumbles over
         raise FlowgenError(f"{path} is cut short or no checkpoint of flowgen: name another run or checkpoint") from error
     if not isinstance(state, dict) or not state.keys() >= KEYS or not isinstance(state["config"], dict):
         raise FlowgenError(f"{path} is no checkpoint of flowgen: name another run or checkpoint")
     if state.get("format", FORMAT) not in range(FORMAT + 1):
         raise FlowgenError(f"{path} is a checkpoint of a later flowgen: update with `pip install -U flowgen`")
-    return renewed(state)
+    state = renewed(state)
+    if not _is_sound(state):
+        raise FlowgenError(f"{path} holds values that no training writes: name another run or checkpoint")
+    return state
+
+
+def _is_sound(state: dict[str, Any]) -> bool:
+    """Whether every part is of the kind that a training writes."""
+    from torch import Tensor
+
+    def of_tensors(value: Any) -> bool:
+        return isinstance(value, dict) and all(isinstance(key, str) and isinstance(each, Tensor) for key, each in value.items())
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**63
+
+    config, metrics, optimizer = state["config"], state["metrics"], state["optimizer"]
+    return (
+        all(isinstance(config.get(section), dict) for section in ("model", "data", "trainer"))
+        and is_count(config.get("seed"))
+        and is_count(state["step"])
+        and is_count(state["images_seen"])
+        and of_tensors(state["model"])
+        and (state["ema"] is None or of_tensors(state["ema"]))
+        and isinstance(optimizer, dict)
+        and isinstance(metrics, dict)
+        and all(type(metrics.get(name)) in (int, float) for name in ("best", "seconds"))
+    )
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
