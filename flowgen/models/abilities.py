@@ -30,7 +30,7 @@ class Completes(Ability):
     """Draws what is missing of an image given what is known: P(unknown | known)."""
 
     does = "restores missing pixels"
-    example = "model=rbm"
+    example = "model=glow"
     completions: ClassVar[tuple[str, ...]]  # the methods by which it can
 
     @abstractmethod
