@@ -86,3 +86,32 @@ def test_a_model_of_the_zoo_says_how_it_was_made_and_judged(name):
     figures = about["figures"]
     assert about["command"].startswith("flowgen train experiment=zoo/") and figures["split"] == "test" and figures["images"] == 10_000
     assert any(math.isfinite(figures.get(name, math.nan)) for name in ("bits_per_dim", "log_likelihood"))
+
+
+def test_an_exported_model_is_the_run_with_its_card_and_samples(tiny_run, command, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    status, out, error = command("export", tiny_run, path)
+    assert status == 0 and out.split() == [str(path), str(path.with_suffix(".md")), str(path.with_suffix(".png"))], error
+    one, other = flowgen.load(tiny_run), flowgen.load(path)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    card, figures = path.with_suffix(".md").read_text(), read_portable(path)["figures"]
+    assert figures["split"] == "test" and str(figures["bits_per_dim"]) in card and "steps_per_level: 2" in card
+    assert "ask whoever made them" in card and str(tmp_path) not in card
+    assert command("export", path, tmp_path / "again.safetensors")[0] == 0
+    assert read_portable(tmp_path / "again.safetensors")["figures"] == figures
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["mine.pt"], "let it end in .safetensors"),
+        (["nowhere/mine.safetensors"], "does not exist: make it"),
+        (["there.safetensors"], "there.md is there already"),
+    ],
+)
+def test_what_cannot_be_exported_gets_one_line(tiny_run, command, elsewhere, words, answer):
+    (elsewhere / "there.md").write_text("mine")
+    status, _, error = command("export", tiny_run, *words)
+    assert status == 1 and answer in error and len(error.splitlines()) == 1
+    assert not list(elsewhere.glob("*.safetensors"))
+    assert "flowgen runs" in command("export", "nowhere", "mine.safetensors")[2]

@@ -1,8 +1,10 @@
-"""Commands that train: train, resume."""
+"""Commands that train, and that pass on what was trained: train, resume, export."""
+
+from pathlib import Path
 
 import click
 
-from flowgen.cli.arguments import command, complete_override, complete_run
+from flowgen.cli.arguments import PATH, command, complete_override, complete_run
 
 HYDRA_FLAGS = {"-m", "--multirun", "--help", "-h", "--cfg", "-c", "--resolve", "--info", "-i", "--package", "-p", "--version"}
 
@@ -24,3 +26,12 @@ def train(words: tuple[str, ...]) -> None:
 def resume(name: str, overrides: tuple[str, ...]) -> None:
     """Go on from RUN's last good checkpoint, with its own configuration but for each KEY=VALUE."""
     command("resume").resume(name, list(overrides))
+
+
+@click.command()
+@click.argument("name", metavar="RUN", shell_complete=complete_run)
+@click.argument("path", type=PATH, metavar="FILE.safetensors")
+def export(name: str, path: Path) -> None:
+    """Write RUN's model into one file that --run reads, with a card and samples beside it."""
+    for file in command("export", computes=True).export(name=name, path=path):
+        click.echo(file)
