@@ -29,4 +29,7 @@ def evaluate(*, name: str | None, overrides: list[str], device: str) -> dict[str
         log.warning("%s is not finite: for some of these images the model gives no likelihood that float32 holds", model.figure)
     figures = {name: None if value != value or value in (math.inf, -math.inf) else value for name, value in figures.items()}
     binarise = {"binarise": config["data"]["binarise"]} if data.bits == 1 else {}
-    return {"run": str(run.folder), "step": checkpoint["step"], "split": "test", **binarise, **figures}
+    found = {"step": checkpoint["step"], "split": "test", **binarise, **figures}
+    if model.recall(found):
+        run.keep_evaluation(checkpoint, found)
+    return {"run": str(run.folder), **found}

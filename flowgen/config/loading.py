@@ -30,12 +30,13 @@ def find_model(name: str | None, device: str, ability: type[Able]) -> tuple["Run
 
 
 def model_of(checkpoint: dict[str, Any], device: str = "cpu") -> "GenerativeModel":
-    """The model of a checkpoint that has been read, with its averaged weights where there are any."""
+    """The model of a checkpoint that has been read, with its averaged weights where there are any, and what was found of them."""
     from flowgen.training.checkpoint import weights_of
     from flowgen.training.device import choose_device
 
     model = build_model(checkpoint["config"])
     load_weights(model, weights_of(checkpoint))
+    model.recall(checkpoint.get("figures", {}))
     return model.to(choose_device(device)).eval()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.errors import check_choice, check_whole
+from flowgen.measures import LOG_PROBABILITY, Metric
 from flowgen.progress import Progress, unseen
 
 
@@ -73,6 +74,22 @@ class GenerativeModel(nn.Module, ABC):
 
         `reference` are as many training images, for figures that compare the two.
         """
+
+    @abstractmethod
+    def score(self, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """The `score_metric` of each image in nats, (batch,), given their classes where `labels` says so.
+
+        Where the model has noise within its levels, it is averaged over `draws` of `generator`.
+        """
+
+    @property
+    def score_metric(self) -> Metric:
+        """What `score` is: a log-probability, unless that lacks its normaliser."""
+        return LOG_PROBABILITY
+
+    def recall(self, figures: Mapping[str, Any]) -> bool:
+        """Take over what an evaluation has found about these very weights; whether it was anything."""
+        return False
 
     @abstractmethod
     def sample(self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Checkpoints: dicts of plain data, written so that a crash leaves the old one whole, read so that no code can run."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -90,6 +91,17 @@ def _is_sound(state: dict[str, Any]) -> bool:
         and isinstance(metrics, dict)
         and all(type(metrics.get(name)) in (int, float) for name in ("best", "seconds"))
     )
+
+
+def digest_of(checkpoint: dict[str, Any]) -> str:
+    """A short name of the weights of a checkpoint, the same for the same weights alone."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, value in sorted(weights_of(checkpoint).items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -46,12 +46,13 @@ def find_run(name: str) -> Run:
 def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, dict[str, Any]]:
     """The checkpoint file `name`, else the last good checkpoint of the run `name`, else of the newest run.
 
-    It is of a `wanted` model, named by its class or by an ability of `flowgen.models.abilities`. Raises FlowgenError where there is none.
+    It is of a `wanted` model, named by its class or by an ability of `flowgen.models.abilities`, and comes with the `figures` that an
+    evaluation has found for these weights. Raises FlowgenError where there is none.
     """
     if name is None:
         for run in list_runs():
             if _says_it_is_of(run, wanted) and (checkpoint := run.last_good()) is not None:
-                return run, checkpoint
+                return run, _evaluated(run, checkpoint)
         raise FlowgenError(f"no {_kind(wanted)} under outputs/ has a checkpoint: {_how_to_train(wanted)}, or name one with --run")
     run = find_run(name)
     path = next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
@@ -66,7 +67,12 @@ def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, 
         raise FlowgenError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}` goes on with it")
     if not _is_of(checkpoint["config"], wanted):
         raise FlowgenError(f"{name} is no {_kind(wanted)}, which this command needs: name another with --run, or {_how_to_train(wanted)}")
-    return run, checkpoint
+    return run, _evaluated(run, checkpoint)
+
+
+def _evaluated(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """With the `figures` that an evaluation found for these weights: a portable file brings its own."""
+    return checkpoint | {"figures": checkpoint.get("figures", {}) | run.evaluation_of(checkpoint)}
 
 
 def _says_it_is_of(run: Run, wanted: type | None) -> bool:

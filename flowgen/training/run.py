@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.errors import FlowgenError
-from flowgen.training.checkpoint import read_checkpoint, write_checkpoint
+from flowgen.training.checkpoint import digest_of, read_checkpoint, write_checkpoint
 
 BETTER = {"bits_per_dim": min, "log_likelihood": max}  # the figures by which runs are compared, and which of two is better
 log = logging.getLogger("flowgen")
@@ -20,6 +20,7 @@ class Run:
         self.folder = folder
         self.config = folder / "config.yaml"
         self.metrics = folder / "metrics.jsonl"
+        self.evaluation = folder / "evaluation.json"
         self.log = folder / "train.log"
         self.tensorboard = folder / "tensorboard"
         self.curves = folder / "curves.png"
@@ -81,6 +82,18 @@ class Run:
         """Whether its training has come to its end, which is where the test split is judged."""
         return any(row["split"] == "test" for row in self.read_metrics())
 
+    def keep_evaluation(self, checkpoint: dict[str, Any], figures: dict[str, Any]) -> None:
+        """Keep what an evaluation of these weights has found, for whoever loads them again."""
+        write_aside(self.evaluation, json.dumps({"weights": digest_of(checkpoint), **figures}) + "\n")
+
+    def evaluation_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """What `keep_evaluation` was given of these weights, {} where it was not."""
+        try:
+            kept = json.loads(self.evaluation.read_text())
+        except (OSError, ValueError):
+            return {}
+        return kept if isinstance(kept, dict) and kept.get("weights") == digest_of(checkpoint) else {}
+
     def environment(self) -> str:
         """What it was trained on, as its log has it."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
@@ -89,9 +102,14 @@ class Run:
     def forget_after(self, step: int) -> None:
         """Drop the metrics later than `step`, which a resumed run writes again."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
-        aside = self.metrics.with_name("metrics.jsonl.part")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        aside.replace(self.metrics)
+        write_aside(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_aside(path: Path, text: str) -> None:
+    """So that a crash leaves the old file whole."""
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def watched(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

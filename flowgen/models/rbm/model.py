@@ -1,7 +1,7 @@
 """Restricted Boltzmann machines over binary images."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
+from flowgen.measures import LOG_PROBABILITY, UNNORMALISED, Metric
 from flowgen.models.abilities import Completes, Completion, RunsChains
 from flowgen.models.base import LOOK, Evaluation
 from flowgen.models.rbm.completion import SWEEPS, restore
 from flowgen.models.rbm.contrast import Contrast
-from flowgen.models.rbm.gibbs import Sampler, draw_bits, gibbs, mean_field, white_noise
-from flowgen.models.rbm.likelihood import estimate_log_z, log_likelihood
+from flowgen.models.rbm.evaluation import figures_of
+from flowgen.models.rbm.gibbs import Sampler, gibbs, mean_field, white_noise
 from flowgen.models.rbm.machine import Machine
 from flowgen.models.rbm.negative_phase import CD, NegativePhase
 from flowgen.models.rbm.tempering import tempering
@@ -67,6 +68,7 @@ class RBM(Machine, Completes, RunsChains):
         super().__init__(units, hidden)
         self.shape, self.bits = (shape[0], shape[1], shape[2]), bits
         self.centred, self.l1, self.l2, self.sparsity, self.activity = centred, l1, l2, sparsity, activity
+        self.log_z: float | None = None  # in nats, of `score`
         self.register_buffer("visible_offset", torch.full((units,), 0.5))
         self.register_buffer("hidden_offset", torch.full((hidden,), 0.5))
         if not isinstance(negative_phase, NegativePhase | None):
@@ -112,32 +114,28 @@ class RBM(Machine, Completes, RunsChains):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> dict[str, Any]:
-        """The log-likelihood in nats, see `likelihood.log_likelihood`, and beside it figures that are none.
-
-        `free_energy_gap` is the mean F of `batches` less that of `reference`, training images: above 0 it tells of over-fitting.
-        """
+        """The log-likelihood in nats and what is measured beside it, see `evaluation.figures_of`."""
         data = torch.cat([self.units(levels) for levels in batches])
-        generator = torch.Generator(self.device).manual_seed(0)
-        flipped = torch.randint(self.visible, (len(data), 1), generator=generator, device=self.device)
-        free = self.free_energy(data)
-        other = self.free_energy(data.scatter(1, flipped, 1 - data.gather(1, flipped)))
-        log_odds = self.visible_input(draw_bits(self.hidden_input(data), generator))
-        return {
-            **log_likelihood(free, estimate_log_z(self, how, generator, self.progress)),
-            "pseudo_log_likelihood": self.visible * F.logsigmoid(other - free).mean().item(),
-            "reconstruction_error": (data - draw_bits(log_odds, generator)).square().mean().item(),
-            "reconstruction_error_expected": (data - log_odds.sigmoid()).square().mean().item(),
-            **self._free_energy_gap(free, reference),
-            "images": len(data),
-        }
+        trained = [self.units(levels) for levels in reference]
+        return figures_of(self, data, torch.cat(trained) if trained else None, how, self.progress)
 
-    def _free_energy_gap(self, free: Tensor, reference: Iterable[Tensor]) -> dict[str, float]:
-        trained = [self.free_energy(self.units(levels)) for levels in reference]
-        if not trained:
-            return {}
-        gap = free.mean() - torch.cat(trained).mean()
-        error = (free.var() / len(free) + torch.cat(trained).var() / len(torch.cat(trained))).sqrt()
-        return {"free_energy_gap": gap.item(), "free_energy_gap_error": error.item()}
+    def score(self, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """-F(v) - log Z; without log Z where no evaluation has found a quotable one. Nothing is drawn."""
+        return -self.free_energy(self.units(levels)) - (self.log_z or 0.0)
+
+    @property
+    def score_metric(self) -> Metric:
+        return UNNORMALISED if self.log_z is None else LOG_PROBABILITY
+
+    def recall(self, figures: Mapping[str, Any]) -> bool:
+        """log Z, where it may be quoted."""
+        self.log_z = figures["log_z"] if figures.get("quotable") else None
+        return self.log_z is not None
+
+    def train(self, mode: bool = True) -> "RBM":
+        """Training changes log Z, so that none is kept."""
+        self.log_z = None if mode else self.log_z
+        return super().train(mode)
 
     @torch.no_grad()
     def sample(

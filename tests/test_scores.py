@@ -1,0 +1,67 @@
+"""The score of each image, of every model: its log-probability in nats, or what is known of it."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from enumeration import machine, states
+from test_models import glow, noise
+from test_rbm_runs import TINY
+
+import flowgen
+from flowgen.measures import LOG_PROBABILITY, UNNORMALISED
+from flowgen.models import Evaluation
+from flowgen.training.find import find_checkpoint
+from flowgen.training.portable import about_portable, write_portable, zoo, zoo_file
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def test_the_scores_of_an_rbm_are_its_exact_log_probabilities_once_it_is_evaluated():
+    rbm, levels = machine(6, 4), states(6).view(-1, 1, 1, 6).to(torch.uint8)
+    assert rbm.eval().score_metric == UNNORMALISED and torch.equal(rbm.score(levels), -rbm.free_energy(states(6)))
+    assert rbm.recall(rbm.evaluate([levels], how=Evaluation(thorough=True)))
+    assert rbm.score_metric == LOG_PROBABILITY and rbm.score(levels).exp().sum().item() == pytest.approx(1, abs=1e-10)
+    assert rbm.train().score_metric == UNNORMALISED, "training changes log Z"
+
+
+def test_log_z_that_may_not_be_quoted_is_not_taken():
+    rbm = machine(6, 4)
+    assert not rbm.recall({}) and not rbm.recall({"log_z": 3.0}) and not rbm.recall({"log_z": 3.0, "quotable": False})
+
+
+def test_the_scores_of_a_flow_are_what_evaluation_sums_up():
+    model, levels = glow(), noise(5, 10)
+    model.initialize(levels)
+    score = model.score(levels, draws=3, generator=torch.Generator().manual_seed(0))
+    assert score.shape == (10,) and model.score_metric == LOG_PROBABILITY
+    bits = model.evaluate([levels], how=Evaluation(draws=3))["bits_per_dim"]
+    assert -score.mean().item() / (192 * math.log(2)) == pytest.approx(bits, rel=1e-5)
+
+
+def test_log_z_is_kept_with_the_weights_that_were_evaluated(images: Path, tmp_path: Path, command: Command):
+    run = tmp_path / "rbm"
+    assert command("train", *TINY, f"data.root={images}", "trainer.steps=4", f"out={run}")[0] == 0
+    assert flowgen.load(run).score_metric == UNNORMALISED
+    figures = json.loads(command("evaluate", "--run", run, "--json")[1])
+    model, levels = flowgen.load(run), states(8)[:, None].repeat(1, 8, 1).view(-1, 1, 8, 8).to(torch.uint8)
+    assert model.score_metric == LOG_PROBABILITY
+    assert torch.allclose(model.score(levels), -model.free_energy(model.units(levels)) - figures["log_z"])
+    command("evaluate", "--run", run, "--json", "thorough=false")
+    assert flowgen.load(run).score_metric == LOG_PROBABILITY, "a short look takes nothing away"
+
+    write_portable(find_checkpoint(str(run))[1], figures, "flowgen train", tmp_path / "rbm.safetensors")
+    assert flowgen.load(tmp_path / "rbm.safetensors").log_z == figures["log_z"]
+
+    assert command("resume", run, "trainer.steps=6")[0] == 0
+    assert flowgen.load(run).score_metric == UNNORMALISED, "other weights"
+    (run / "evaluation.json").write_text("{")
+    assert flowgen.load(run).score_metric == UNNORMALISED
+
+
+@pytest.mark.skipif("zoo/rbm_mnist" not in zoo(), reason="not in the zoo")
+def test_the_zoos_rbm_brings_its_log_z():
+    assert flowgen.load("zoo/rbm_mnist").log_z == about_portable(zoo_file("zoo/rbm_mnist"))["figures"]["log_z"]
