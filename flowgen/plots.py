@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowgen.measures import Metric, read_measured
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -73,7 +75,7 @@ def dots(named: Mapping[str, tuple[float, float]], label: str, path: Path) -> No
     page.savefig(path, dpi=120)
 
 
-def curves(rows: Sequence[dict[str, Any]], metric: str, path: Path, higher_is_better: bool = False) -> None:
+def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
     """The training loss, its moving average, and `metric` of every other split by the step; the learning rate and gradient norm below."""
     from matplotlib.figure import Figure
 
@@ -82,14 +84,14 @@ def curves(rows: Sequence[dict[str, Any]], metric: str, path: Path, higher_is_be
     loss = {"training loss": losses, "training loss, moving average": moving_average(losses)}
     held_out: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row["split"] != "train" and row.get(metric) is not None:
-            held_out.setdefault(f"{row['split']} {metric}", []).append((row["step"], row[metric]))
+        if row["split"] != "train" and (measured := read_measured(row, metric)):
+            held_out.setdefault(f"{row['split']} {metric.name}", []).append((row["step"], measured.value))
     if not losses and not held_out:
         return
-    in_one = not train or metric in train[0]  # the loss of an RBM is no likelihood, and gets a panel of its own
+    in_one = not train or metric.name in train[0]  # the loss of an RBM is no likelihood, and gets a panel of its own
     above, below = (0.0, FIRST_STEPS), (FIRST_STEPS, 0.0)
-    judged = [(metric, held_out, below if higher_is_better else above)] if held_out else []
-    panels = [(metric, loss | held_out, above)] if in_one else [*judged, ("loss", loss, above)]
+    judged = [(metric.name, held_out, below if metric.higher_is_better else above)] if held_out else []
+    panels = [(metric.name, loss | held_out, above)] if in_one else [*judged, ("loss", loss, above)]
     page = Figure(figsize=(8, 3 + 3 * len(panels)), layout="constrained")
     *upper, lower = page.subplots(len(panels) + 1, 1, sharex=True, height_ratios=(*(2 for _ in panels), 1))
     for axes, (label, named, beyond) in zip(upper, panels, strict=True):

@@ -65,7 +65,7 @@ def test_errors_of_the_estimates_are_their_spread():
 def judged(rbm: RBM, betas: int, chains: int) -> dict[str, object]:
     how = Evaluation(thorough=True, betas=betas, chains=chains)
     log_z = estimate_log_z(rbm, how, torch.Generator().manual_seed(0))
-    return log_likelihood(rbm.free_energy(white_noise(rbm, 50)).detach(), log_z)
+    return log_likelihood(rbm.free_energy(white_noise(rbm, 50)).detach(), log_z).row()
 
 
 def test_the_sandwich_says_whether_it_may_be_quoted(monkeypatch):

@@ -73,11 +73,12 @@ def test_loss_is_a_finite_scalar_with_gradients_for_every_parameter(model):
     assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-def test_evaluation_names_its_figure_error_bits_and_draws_and_repeats_itself(model):
+def test_evaluation_names_its_metric_error_bits_and_draws_and_repeats_itself(model):
     batches = noise(5, 10).split(4)
-    figures = model.evaluate(batches)
-    assert figures == model.evaluate(batches)
-    assert figures[f"{model.figure}_error"] > 0 and figures["bits"] == 5 and figures["draws"] == 1 and figures["images"] == 10
+    found = model.evaluate(batches)
+    assert found == model.evaluate(batches)
+    assert next(iter(found.measured)) == model.metric.name and found[model.metric.name].error > 0
+    assert found.facts == {"bits": 5, "draws": 1, "images": 10}
 
 
 def test_evaluation_leaves_the_random_state_of_training_alone(model):
@@ -145,16 +146,16 @@ def test_no_model_scores_below_the_entropy_of_uniform_levels(name, bits):
     model = MODELS[name](bits=bits)
     model.initialize(noise(bits, 256))
     fit(model, lambda _: (noise(bits, 32),), steps=20, lr=1e-3)
-    figures = model.evaluate([noise(bits, 256)])
-    assert figures["bits_per_dim"] > bits - 3 * figures["bits_per_dim_error"]
-    assert figures["bits_per_dim"] < bits + 0.6
+    found = model.evaluate([noise(bits, 256)])["bits_per_dim"]
+    assert bits - 3 * found.error < found.value < bits + 0.6
 
 
 def test_more_draws_tighten_the_bound():
     model = glow()
     model.initialize(noise(5))
     levels = noise(5, 200) // 8  # an eighth of the levels, so that the noise within a bin matters
-    assert model.evaluate([levels], how=Evaluation(draws=8))["bits_per_dim"] < model.evaluate([levels])["bits_per_dim"]
+    once, often = (model.evaluate([levels], how=Evaluation(draws=draws))["bits_per_dim"].value for draws in (1, 8))
+    assert often < once
 
 
 def test_variational_noise_starts_uniform():

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from flowgen import pictures, plots
+from flowgen.measures import BITS_PER_DIM
 
 
 def test_a_moving_average_forgets_its_first_value():
@@ -52,7 +53,7 @@ def test_curves_show_every_split_and_survive_what_is_not_finite(loss_is_metric, 
     if loss_is_metric:
         train = [row | {"bits_per_dim": row["loss"]} for row in train]
     held_out = [{"step": 10, "split": split, "bits_per_dim": 2.0} for split in ("validation", "test")]
-    plots.curves([*train, *held_out], "bits_per_dim", tmp_path / "curves.png")
+    plots.curves([*train, *held_out], BITS_PER_DIM, tmp_path / "curves.png")
     assert drawn.keys() == {"training loss", "training loss, moving average", "validation bits_per_dim", "test bits_per_dim"}
     assert len(drawn["training loss"]) == 48 and drawn["test bits_per_dim"] == [2.0]
     Image.open(tmp_path / "curves.png").verify()
@@ -60,12 +61,12 @@ def test_curves_show_every_split_and_survive_what_is_not_finite(loss_is_metric, 
 
 @pytest.mark.filterwarnings("error")
 def test_before_anything_is_judged_the_loss_stands_alone(drawn, tmp_path):
-    plots.curves([{"step": step, "split": "train", "loss": 9 / step} for step in (1, 2, 3)], "bits_per_dim", tmp_path / "curves.png")
+    plots.curves([{"step": step, "split": "train", "loss": 9 / step} for step in (1, 2, 3)], BITS_PER_DIM, tmp_path / "curves.png")
     assert drawn.keys() == {"training loss", "training loss, moving average"}
 
 
 def test_curves_of_nothing_draw_nothing(tmp_path):
-    plots.curves([], "bits_per_dim", tmp_path / "curves.png")
+    plots.curves([], BITS_PER_DIM, tmp_path / "curves.png")
     assert not list(tmp_path.iterdir())
 
 

@@ -23,7 +23,7 @@ Command = Callable[..., tuple[int, str, str]]
 def test_the_scores_of_an_rbm_are_its_exact_log_probabilities_once_it_is_evaluated():
     rbm, levels = machine(6, 4), states(6).view(-1, 1, 1, 6).to(torch.uint8)
     assert rbm.eval().score_metric == UNNORMALISED and torch.equal(rbm.score(levels), -rbm.free_energy(states(6)))
-    assert rbm.recall(rbm.evaluate([levels], how=Evaluation(thorough=True)))
+    assert rbm.recall(rbm.evaluate([levels], how=Evaluation(thorough=True)).row())
     assert rbm.score_metric == LOG_PROBABILITY and rbm.score(levels).exp().sum().item() == pytest.approx(1, abs=1e-10)
     assert rbm.train().score_metric == UNNORMALISED, "training changes log Z"
 
@@ -38,7 +38,7 @@ def test_the_scores_of_a_flow_are_what_evaluation_sums_up():
     model.initialize(levels)
     score = model.score(levels, draws=3, generator=torch.Generator().manual_seed(0))
     assert score.shape == (10,) and model.score_metric == LOG_PROBABILITY
-    bits = model.evaluate([levels], how=Evaluation(draws=3))["bits_per_dim"]
+    bits = model.evaluate([levels], how=Evaluation(draws=3))["bits_per_dim"].value
     assert -score.mean().item() / (192 * math.log(2)) == pytest.approx(bits, rel=1e-5)
 
 

@@ -21,7 +21,7 @@ from flowgen.errors import FlowgenError
 from flowgen.models import Glow
 from flowgen.training.checkpoint import KEYS, read_checkpoint
 from flowgen.training.device import choose_device
-from flowgen.training.run import Run, best_figure
+from flowgen.training.run import Run, best_measured
 from flowgen.training.schedule import learning_rate_factor, warmup_steps
 
 NORMALISED = ["model=realnvp", "model.blocks=1", "model.levels=1", *[word for word in SMALL if "steps_per_level" not in word]]
@@ -110,10 +110,12 @@ def test_choices_are_made_on_validation_images_and_the_test_split_is_judged_once
 def test_a_run_is_known_by_its_test_figure_once_it_has_ended(tmp_path):
     validation = [{"step": step, "split": "validation", "bits_per_dim": bits} for step, bits in ((1, 3.0), (2, 1.0), (3, 2.0))]
     test = {"step": 3, "split": "test", "bits_per_dim": 2.5, "bits_per_dim_error": 0.25}
-    assert best_figure(validation) == "validation bits_per_dim 1.000"
-    assert best_figure([*validation, test]) == "test bits_per_dim 2.500 ± 0.250"
-    assert best_figure([*validation, test, {"step": 4, "split": "validation", "bits_per_dim": 4.0}]) == "validation bits_per_dim 1.000"
-    assert best_figure([test | {"step": 1, "bits_per_dim": 1.5}, test]) == "test bits_per_dim 2.500 ± 0.250"
+    assert str(best_measured(validation)) == "validation bits_per_dim 1.000"
+    assert str(best_measured([*validation, test])) == "test bits_per_dim 2.500 ± 0.250"
+    assert (
+        str(best_measured([*validation, test, {"step": 4, "split": "validation", "bits_per_dim": 4.0}])) == "validation bits_per_dim 1.000"
+    )
+    assert str(best_measured([test | {"step": 1, "bits_per_dim": 1.5}, test])) == "test bits_per_dim 2.500 ± 0.250"
 
 
 def test_load_gives_the_averaged_model_in_evaluation_mode(tiny_run):
@@ -135,7 +137,7 @@ def test_batch_statistics_are_those_of_the_weights_that_are_judged(images, tmp_p
     data, model = build_data(config), flowgen.load(run)
     judged = rows(run)[-1]["bits_per_dim"]
     assert all("bits_per_dim" not in row for row in rows(run) if row["split"] == "train")  # it is no likelihood there
-    assert judged == pytest.approx(model.evaluate(data.batches("test", 4, 8))["bits_per_dim"], rel=1e-6)
+    assert judged == pytest.approx(model.evaluate(data.batches("test", 4, 8))["bits_per_dim"].value, rel=1e-6)
 
     def deviations() -> list[torch.Tensor]:
         return [value.clone() for name, value in model.named_buffers() if name.endswith("var")]

@@ -1,6 +1,7 @@
 """Commands that tell how good models are: evaluate, score, report, runs."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ OUTLIER_SCORES = ("likelihood", "typicality", "complexity", "combined", "last_le
 @click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
 def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
     """Measure a model on the whole test split, as in `flowgen evaluate draws=8`."""
-    figures = command("evaluate", computes=True).evaluate(name=name, overrides=list(overrides), device=device)
+    found = command("evaluate", computes=True).evaluate(name=name, overrides=list(overrides), device=device)
     if as_json:
-        click.echo(json.dumps(figures))
+        click.echo(json.dumps(found.row()))
         return
-    for key, value in figures.items():
-        if key.removesuffix("_error") not in figures or not key.endswith("_error"):
-            error = f" +- {_readable(figures[f'{key}_error'])}" if f"{key}_error" in figures else ""
-            click.echo(f"{key:32} {_readable(value)}{error}")
+    for key, fact in found.of.items():
+        click.echo(f"{key:32} {fact}")
+    for key, each in found.judgement.measured.items():
+        error = "" if each.error is None else f" +- {_readable(each.error)}"
+        click.echo(f"{key:32} {_readable(each.value)}{error} {each.metric.unit}".rstrip())
+    for key, fact in found.judgement.facts.items():
+        click.echo(f"{key:32} {fact}")
 
 
 @click.command()
@@ -72,5 +76,5 @@ def runs() -> None:
         click.echo(f"{row.name:48}  {row.model:8} {row.data:14} step {row.step:<8} {row.best}")
 
 
-def _readable(value: Any) -> str:
-    return "unknown" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+def _readable(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "unknown"

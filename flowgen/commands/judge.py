@@ -34,7 +34,7 @@ class Judge:
 
     @property
     def figure(self) -> str:
-        return self.model.figure
+        return self.model.metric.name
 
     def figures(self, levels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The likelihood in the model's unit, its percentile, and every score with its p-value: (batch,) each."""

@@ -13,10 +13,10 @@ from flowgen.commands.runs import readable_runs
 from flowgen.config import flat, read_config
 from flowgen.document import Picture, Section, data_url, encoded, write_document
 from flowgen.errors import FlowgenError
+from flowgen.measures import BITS_PER_DIM, COMPARED, Metric, read_measured
 from flowgen.training.find import OUTPUTS, find_run
-from flowgen.training.run import BETTER, Run, best_figure, watched
+from flowgen.training.run import Run, best_measured, watched
 
-UNITS = {"bits_per_dim": "bits/dim", "log_likelihood": "nats"}
 CAPTIONS = {
     "curves.png": "Training loss, validation figure, learning rate and gradient norm (flowgen train).",
     "features.png": "The weights of the hidden units, the largest first: orange above zero, blue below (flowgen train).",
@@ -67,7 +67,7 @@ def overview(runs: list[Run]) -> list[list[str]]:
 
 def _reached(rows: list[dict[str, Any]]) -> tuple[str, str]:
     """The test figure with its error, or, before the end, the best on the validation split; and the last step."""
-    return best_figure(rows) or "not evaluated yet", f"{max((row['step'] for row in rows), default=0):,}"
+    return str(best_measured(rows) or "not evaluated yet"), f"{max((row['step'] for row in rows), default=0):,}"
 
 
 def _costs(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
@@ -109,19 +109,19 @@ def _section(anchor: str, name: str, run: Run, config: dict[str, Any]) -> Sectio
 
 
 def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]:
-    """A picture for each figure and number of bits, since figures at different bits do not compare."""
-    lines: dict[tuple[str, int], dict[str, list[tuple[int, float]]]] = {}
+    """A picture for each metric and number of bits, since values at different bits do not compare."""
+    lines: dict[tuple[Metric, int], dict[str, list[tuple[int, float]]]] = {}
     for name, each in zip(names, rows, strict=True):
         for row in watched(each):
-            for figure in BETTER:
-                if row.get(figure) is not None:
-                    lines.setdefault((figure, row.get("bits", 1)), {}).setdefault(name, []).append((row["step"], row[figure]))
+            for metric in COMPARED:
+                if measured := read_measured(row, metric):
+                    lines.setdefault((metric, row.get("bits", 1)), {}).setdefault(name, []).append((row["step"], measured.value))
     found = []
-    for (figure, bits), of_runs in sorted(lines.items()):
-        file, at = io.BytesIO(), f" at {bits} bits" if figure == "bits_per_dim" else ""
-        label = f"validation {figure.replace('_', ' ')}{at}, {UNITS[figure]}"
+    for (metric, bits), of_runs in sorted(lines.items(), key=lambda line: (line[0][0].name, line[0][1])):
+        file, words = io.BytesIO(), metric.name.replace("_", " ") + f" at {bits} bits" * (metric == BITS_PER_DIM)
+        label = f"validation {words}, {metric.unit}"
         plots.lines(of_runs, file, xlabel="step", ylabel=label, beyond=(0.05, 0.05))
-        found.append(Picture(f"Validation {figure.replace('_', ' ')}{at} against the step.", encoded(file.getvalue(), "png")))
+        found.append(Picture(f"Validation {words} against the step.", encoded(file.getvalue(), "png")))
     return found
 
 

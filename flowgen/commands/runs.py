@@ -9,7 +9,7 @@ from flowgen.config import read_config
 from flowgen.errors import FlowgenError
 from flowgen.training.find import list_runs
 from flowgen.training.portable import about_portable, zoo, zoo_file
-from flowgen.training.run import Run, best_figure
+from flowgen.training.run import Run, best_measured
 
 log = logging.getLogger("flowgen")
 
@@ -37,7 +37,7 @@ def runs() -> Iterator[Row]:
 def _row(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> Row:
     model, data = (str(config[section].get("_target_")).rpartition(".")[2] for section in ("model", "data"))
     source = config["data"].get("name") or Path(config["data"].get("root") or data).name
-    return Row(name, model, source, max((row["step"] for row in metrics), default=0), best_figure(metrics) or "not evaluated yet")
+    return Row(name, model, source, max((row["step"] for row in metrics), default=0), str(best_measured(metrics) or "not evaluated yet"))
 
 
 def readable_runs(*folders: Path) -> list[Run]:

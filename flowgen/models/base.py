@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.errors import check_choice, check_whole
-from flowgen.measures import LOG_PROBABILITY, Metric
+from flowgen.measures import LOG_PROBABILITY, Judgement, Metric
 from flowgen.progress import Progress, unseen
 
 
@@ -39,12 +39,11 @@ LOOK = Evaluation()
 class GenerativeModel(nn.Module, ABC):
     """A distribution over images of levels: uint8 tensors of shape (batch, channels, height, width), values 0..2^bits-1."""
 
-    figure: ClassVar[str]  # the test figure by which two models are compared
-    higher_is_better: ClassVar[bool] = False
+    metric: ClassVar[Metric]  # by which two models are compared
     shape: tuple[int, int, int]  # channels, height, width
     bits: int
     classes: int | None = None  # that labels tell apart, where the model learns one distribution for each
-    loss_figure: str | None = None  # the figure that the training loss is, where it is one
+    loss_metric: Metric | None = None  # that the training loss is, where it is one
     progress: Progress = staticmethod(unseen)
 
     @classmethod
@@ -69,10 +68,10 @@ class GenerativeModel(nn.Module, ABC):
         """Start from one batch of a few hundred images, and their classes where there are any, once, before anything wraps the model."""
 
     @abstractmethod
-    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> dict[str, Any]:
-        """The figures of the images in `batches`, each with its standard error as NAME_error.
+    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> Judgement:
+        """What is measured on the images in `batches`: the `metric`, and what else tells of the model.
 
-        `reference` are as many training images, for figures that compare the two.
+        `reference` are as many training images, for what compares the two.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Where a run's figures go as they arise: metrics.jsonl, TensorBoard, train.log, and the screen."""
+"""Where what a run measures goes as it arises: metrics.jsonl, TensorBoard, train.log, and the screen."""
 
 import logging
 import math
@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from flowgen import pictures, plots
+from flowgen.measures import Judgement, Measured
 from flowgen.models import GenerativeModel
 from flowgen.training.run import Run
 
@@ -38,15 +39,13 @@ class Journal:
     def advance(self, place: float) -> None:
         self.bar.update(min(place, self.bar.total) - self.bar.n)
 
-    def write(self, step: int, split: str, row: dict[str, float]) -> None:
-        """One line of figures of one split; the training loss goes by its own name too, where it has one."""
-        if split == "train" and self.model.loss_figure:
-            row = {self.model.loss_figure: row["loss"], **row}
+    def write(self, step: int, split: str, judgement: Judgement) -> None:
+        """One line of what was measured on one split; the facts about how are for files alone."""
+        row = judgement.row()
         self.run.write_metrics(step, split, row)
         for name, value in row.items():
             self.board.add_scalar(f"{split}/{name}", value, step)
-        shown = {name: value for name, value in row.items() if not name.endswith(("bits", "draws", "seconds", "memory_gib"))}
-        words = "  ".join(f"{name} {value if isinstance(value, int) else f'{value:.4g}'}" for name, value in shown.items())
+        words = "  ".join(map(_in_words, judgement.measured.values()))
         if split != "train":
             log.info("step %d  %s  %s", step, split, words)
         elif self.terminal:
@@ -68,4 +67,10 @@ class Journal:
             pictures.signed(features).save(self.run.features)
 
     def curves(self) -> None:
-        plots.curves(self.run.read_metrics(), self.model.figure, self.run.curves, self.model.higher_is_better)
+        plots.curves(self.run.read_metrics(), self.model.metric, self.run.curves)
+
+
+def _in_words(measured: Measured) -> str:
+    value, error = measured.value, measured.error
+    number = str(value) if isinstance(value, int) else f"{value:.4g}"
+    return f"{measured.metric.name} {number}" + (f" ± {error:.2g}" if error else "")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgen.data import Images
+from flowgen.measures import Judgement, Measured, Metric
 from flowgen.models import GenerativeModel
 from flowgen.training.cadence import Cadence
 from flowgen.training.device import peak_memory
@@ -136,7 +137,11 @@ class Training:
         state = self.state
         speed = (state.step - self.logged) * self.optimisation.batch_size / self.busy
         row = row | {"images_per_second": speed, "skipped": state.rescue.skipped} | state.model.health()
-        self.journal.write(state.step, "train", row | {"seconds": state.seconds, "memory_gib": peak_memory(self.machine.device)})
+        measured = [Measured(Metric(name), value) for name, value in row.items()]
+        if state.model.loss_metric is not None:
+            measured.insert(0, Measured(state.model.loss_metric, row["loss"]))
+        facts = {"seconds": state.seconds, "memory_gib": peak_memory(self.machine.device)}
+        self.journal.write(state.step, "train", Judgement.of(*measured, **facts))
         self.busy, self.logged = 0.0, state.step
 
     def judged(self) -> GenerativeModel:
@@ -148,19 +153,19 @@ class Training:
         return self.state.averaged.eval()
 
     def evaluate(self, split: str) -> bool:
-        """Write the figures of a split; whether they are the best so far of those by which training is steered, the validation split's."""
+        """Write what is measured on a split; whether it is the best so far on the validation split, by which training is steered."""
         model = self.judged()
         images, reference = (
             self.data.batches(name, self.optimisation.batch_size, self.cadence.evaluate_images) for name in (split, "train")
         )
-        figures = model.evaluate(images, reference)
+        judgement = model.evaluate(images, reference).on(split)
         self.state.model.train()
-        self.journal.write(self.state.step, split, figures)
+        self.journal.write(self.state.step, split, judgement)
         self.journal.curves()
-        worth = -figures[model.figure] if model.higher_is_better else figures[model.figure]
-        if split == "test" or worth >= self.state.best:
+        cost = model.metric.cost(judgement[model.metric.name].value)
+        if split == "test" or cost >= self.state.best:
             return False
-        self.state.best = worth
+        self.state.best = cost
         return True
 
     def sample(self) -> None:

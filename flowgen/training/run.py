@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.errors import FlowgenError
+from flowgen.measures import COMPARED, Measured, finite, read_measured
 from flowgen.training.checkpoint import digest_of, read_checkpoint, write_checkpoint
 
-BETTER = {"bits_per_dim": min, "log_likelihood": max}  # the figures by which runs are compared, and which of two is better
 log = logging.getLogger("flowgen")
 
 
@@ -62,11 +62,10 @@ class Run:
             raise FlowgenError(f"no checkpoint of {self.folder} can be read: train anew into another folder")
         return max(good, key=lambda state: (state["step"] < before, state["step"]), default=None)
 
-    def write_metrics(self, step: int, split: str, figures: dict[str, float]) -> None:
-        """Append one line; what is not finite becomes null, since JSON has no word for it."""
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    def write_metrics(self, step: int, split: str, row: dict[str, Any]) -> None:
+        """Append one line; what is not finite becomes null."""
         with open(self.metrics, "a") as file:
-            file.write(json.dumps({"step": step, "split": split, **finite}) + "\n")
+            file.write(json.dumps({"step": step, "split": split, **finite(row)}) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines but one that a crash cut short."""
@@ -118,13 +117,12 @@ def watched(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["split"] == split]
 
 
-def best_figure(rows: list[dict[str, Any]]) -> str | None:
-    """The test figure of a run that has ended, with its error; before that, the best on the validation split."""
-    for figure, better in BETTER.items():
-        steered = [row for row in watched(rows) if row.get(figure) is not None]
+def best_measured(rows: list[dict[str, Any]]) -> Measured | None:
+    """Of a run that has ended what was measured on the test split; before that, the best on the validation split."""
+    for metric in COMPARED:
+        steered = [(row["step"], found) for row in watched(rows) if (found := read_measured(row, metric))]
         if steered:
-            ended = [row for row in rows if row["split"] == "test" and row["step"] == steered[-1]["step"] and row.get(figure) is not None]
-            best = ended[-1] if ended else better(steered, key=lambda row: row[figure])
-            error = f" ± {best[f'{figure}_error']:.3f}" if best.get(f"{figure}_error") else ""
-            return f"{best['split']} {figure} {best[figure]:.3f}{error}"
+            last = [row for row in rows if row["split"] == "test" and row["step"] == steered[-1][0]]
+            ended = [found for row in last if (found := read_measured(row, metric))]
+            return ended[-1] if ended else min((found for _, found in steered), key=lambda found: metric.cost(found.value))
     return None

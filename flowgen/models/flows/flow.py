@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from flowgen.bijections import Bijection, batch_normalisations
 from flowgen.errors import FlowgenError, check_whole
+from flowgen.measures import BITS_PER_DIM, Judgement, Measured
 from flowgen.models.abilities import Classifies
 from flowgen.models.base import LOOK, Evaluation
 from flowgen.models.flows.completion import CompletesByLangevin
@@ -30,7 +31,7 @@ class Flow(Classifies, CompletesByLangevin):
     ends with it: (batch, D + classes).
     """
 
-    figure = "bits_per_dim"
+    metric = BITS_PER_DIM
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class Flow(Classifies, CompletesByLangevin):
         self.shape, self.dimensions = shape, math.prod(shape)
         self.bits, self.bins, self.classes = bits, 2**bits, classes
         # With classes the loss is that of p(x | y), and under batch normalisation it is no likelihood.
-        self.loss_figure = "bits_per_dim" if classes is None and not batch_normalisations(bijection) else None
+        self.loss_metric = BITS_PER_DIM if classes is None and not batch_normalisations(bijection) else None
         self.class_networks = class_networks and classes is not None
         self.means = None if classes is None else nn.Parameter(CLASS_DISTANCE * torch.randn(classes, self.dimensions))
 
@@ -102,18 +103,13 @@ class Flow(Classifies, CompletesByLangevin):
         return self._log_density_of_classes(self._centres(levels)).log_softmax(1)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> dict[str, Any]:
+    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> Judgement:
         """Bits per dimension over `batches`, with the standard error over images; the noise is the same at every call."""
         generator = torch.Generator(self.device).manual_seed(0)
         per_image = torch.cat([self._bits_per_dim(self.score(levels, draws=how.draws, generator=generator)).double() for levels in batches])
         error = per_image.std().item() / math.sqrt(len(per_image)) if len(per_image) > 1 else math.inf
-        return {
-            "bits_per_dim": per_image.mean().item(),
-            "bits_per_dim_error": error,
-            "bits": self.bits,
-            "draws": how.draws,
-            "images": len(per_image),
-        }
+        measured = Measured(BITS_PER_DIM, per_image.mean().item(), error)
+        return Judgement.of(measured, bits=self.bits, draws=how.draws, images=len(per_image))
 
     @torch.no_grad()
     def sample(

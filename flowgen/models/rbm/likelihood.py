@@ -1,11 +1,11 @@
 """The mean log-likelihood of images under an RBM: which estimate of log Z, with which error, and whether it may be quoted."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from torch import Generator, Tensor
 
+from flowgen.measures import LOG_LIKELIHOOD, Judgement, Measured, Metric
 from flowgen.models.base import Evaluation
 from flowgen.models.rbm.annealing import ais, reverse_ais, scout
 from flowgen.models.rbm.bridge import bridge
@@ -14,6 +14,7 @@ from flowgen.models.rbm.partition import ENUMERABLE, Estimate, exact_log_z
 from flowgen.progress import Progress, unseen
 
 LADDER = {"burn_in": 200, "sweeps": 400}  # of the ladder between base rates and machine
+LOG_Z, EFFECTIVE_SIZE = Metric("log_z", "nats"), Metric("effective_size", "samples", higher_is_better=True)
 FAR_APART, FEW = 1.0, 10  # nats between estimates, and effective samples, beyond which nothing is quoted
 
 
@@ -65,22 +66,24 @@ def _verdict(forward: Estimate, reverse: Estimate, bridge: Estimate) -> tuple[bo
     return True, f"forward and reverse AIS are {apart:.2f} nats apart, and effective sample sizes are {smallest:.0f} or more"
 
 
-def log_likelihood(free: Tensor, log_z: LogZ) -> dict[str, Any]:
+def log_likelihood(free: Tensor, log_z: LogZ) -> Judgement:
     """Mean log P(v) in nats of images with these free energies, with the errors of the mean and of log Z together."""
     mean, spread = -free.double().mean().item(), (free.double().std() / math.sqrt(len(free))).item()
-    figures: dict[str, Any] = {
-        "log_likelihood": mean - log_z.value,
-        "log_likelihood_error": math.hypot(spread, log_z.error),
-        "log_z": log_z.value,
-        "log_z_error": log_z.error,
-    }
+    measured = [Measured(LOG_LIKELIHOOD, mean - log_z.value, math.hypot(spread, log_z.error)), Measured(LOG_Z, log_z.value, log_z.error)]
     for name, estimate in log_z.estimates.items():
-        figures[f"log_likelihood_{name}"] = mean - estimate.log_z
-        figures[f"log_likelihood_{name}_error"] = math.hypot(spread, estimate.error)
-        figures[f"log_z_{name}"], figures[f"log_z_{name}_error"] = estimate.log_z, estimate.error
-        figures[f"effective_size_{name}"] = estimate.effective_size
+        measured += [
+            Measured(named(LOG_LIKELIHOOD, name), mean - estimate.log_z, math.hypot(spread, estimate.error)),
+            Measured(named(LOG_Z, name), estimate.log_z, estimate.error),
+            Measured(named(EFFECTIVE_SIZE, name), estimate.effective_size),
+        ]
     if log_z.quotable is None:
-        return figures
+        return Judgement.of(*measured)
+    quotable, why = log_z.quotable, log_z.verdict
     if not math.isfinite(mean - log_z.value):
-        return figures | {"quotable": False, "verdict": "do not quote: the machine has diverged"}
-    return figures | {"quotable": log_z.quotable, "verdict": f"{'quotable' if log_z.quotable else 'do not quote'}: {log_z.verdict}"}
+        quotable, why = False, "the machine has diverged"
+    return Judgement.of(*measured, quotable=quotable, verdict=f"{'quotable' if quotable else 'do not quote'}: {why}")
+
+
+def named(metric: Metric, estimator: str) -> Metric:
+    """The same by one estimator of several."""
+    return replace(metric, name=f"{metric.name}_{estimator}")

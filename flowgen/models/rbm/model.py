@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
-from flowgen.measures import LOG_PROBABILITY, UNNORMALISED, Metric
+from flowgen.measures import LOG_LIKELIHOOD, LOG_PROBABILITY, UNNORMALISED, Judgement, Metric
 from flowgen.models.abilities import Completes, Completion, RunsChains
 from flowgen.models.base import LOOK, Evaluation
 from flowgen.models.rbm.completion import SWEEPS, restore
 from flowgen.models.rbm.contrast import Contrast
-from flowgen.models.rbm.evaluation import figures_of
+from flowgen.models.rbm.evaluation import judge
 from flowgen.models.rbm.gibbs import Sampler, gibbs, mean_field, white_noise
 from flowgen.models.rbm.machine import Machine
 from flowgen.models.rbm.negative_phase import CD, NegativePhase
@@ -35,8 +35,7 @@ class RBM(Machine, Completes, RunsChains):
     `activity`. `conf/model/rbm.yaml` says what each argument means.
     """
 
-    figure = "log_likelihood"
-    higher_is_better = True
+    metric = LOG_LIKELIHOOD
     completions = tuple(METHODS)
     visible_offset: Tensor
     hidden_offset: Tensor
@@ -113,11 +112,11 @@ class RBM(Machine, Completes, RunsChains):
         self.negative_phase.start(self)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> dict[str, Any]:
-        """The log-likelihood in nats and what is measured beside it, see `evaluation.figures_of`."""
+    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> Judgement:
+        """The log-likelihood in nats and what is measured beside it, see `evaluation.judge`."""
         data = torch.cat([self.units(levels) for levels in batches])
         trained = [self.units(levels) for levels in reference]
-        return figures_of(self, data, torch.cat(trained) if trained else None, how, self.progress)
+        return judge(self, data, torch.cat(trained) if trained else None, how, self.progress)
 
     def score(self, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """-F(v) - log Z; without log Z where no evaluation has found a quotable one. Nothing is drawn."""
