@@ -14,7 +14,7 @@ from PIL import Image
 
 import flowgen
 from flowgen.config import build_data, read_config
-from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, Split, prepare
+from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, Split, Toy, prepare, read_levels
 from flowgen.errors import FlowgenError
 
 SHARED = Path(os.environ.get("FLOWGEN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -172,3 +172,10 @@ def test_a_configuration_that_repeats_what_its_data_says_still_builds_it(name):
         {"data": {"_target_": "flowgen.data.Toy", "name": name, "count": 5, "channels": 2, "size": 1, "bits": 8, "flip": False}}
     )
     assert data.shape == (2, 1, 1) and data.bits == 8 and data.classes is None
+
+
+def test_a_file_holds_no_point_of_the_plane(tmp_path):
+    path = save_image(tmp_path / "image.png", (8, 8, 3))
+    channels, size, _ = Toy(name="moons", count=5, bits=8, flip=False).shape
+    with pytest.raises(FlowgenError, match="2 channels, and an image file has 1 or 3"):
+        read_levels(path, size, channels, None, 8)

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowgen import pictures
 from flowgen.commands.against import compare
 from flowgen.commands.judge import BATCH, Judge, judge_of
-from flowgen.data import Stream
+from flowgen.data import Stream, check_pictures
 from flowgen.errors import FlowgenError
 from flowgen.judging.outliers import DEFAULT
 from flowgen.progress import bar
@@ -57,8 +57,7 @@ def score(
 
 def _images(judge: Judge, paths: list[Path], by: str, table: Path | None, seed: int, out: Path | None) -> Iterator[str]:
     channels, size, _ = judge.model.shape
-    if channels not in (1, 3):
-        raise FlowgenError("this model is of points in the plane, not of images: name another with --run")
+    check_pictures(channels)
     stream = Stream(paths, size=size, channels=channels, crop=judge.config["data"].get("crop"), bits=judge.model.bits)
     strangest: list[Scored] = []
     typical: list[Scored] = []

@@ -5,9 +5,22 @@ from flowgen.data.folder import ImageFolder
 from flowgen.data.mnist import MNIST
 from flowgen.data.mnist_sample import MNISTSample
 from flowgen.data.originals import originals
-from flowgen.data.prepare import prepare, read_exactly, read_levels
+from flowgen.data.prepare import check_pictures, prepare, read_exactly, read_levels
 from flowgen.data.splits import Split
 from flowgen.data.stream import Stream
 from flowgen.data.toy import Toy
 
-__all__ = ["MNIST", "ImageFolder", "Images", "MNISTSample", "Split", "Stream", "Toy", "originals", "prepare", "read_exactly", "read_levels"]
+__all__ = [
+    "MNIST",
+    "ImageFolder",
+    "Images",
+    "MNISTSample",
+    "Split",
+    "Stream",
+    "Toy",
+    "check_pictures",
+    "originals",
+    "prepare",
+    "read_exactly",
+    "read_levels",
+]

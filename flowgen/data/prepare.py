@@ -34,11 +34,16 @@ def prepare(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, channels).permute(2, 0, 1)
 
 
+def check_pictures(channels: int) -> None:
+    """Raise `FlowgenError` where images of so many channels are none that a file holds, such as points of the plane."""
+    if channels not in MODES:
+        raise FlowgenError(f"this model is of {channels} channels, and an image file has 1 or 3: name another with --run")
+
+
 def read_levels(path: str | Path, size: int, channels: int, crop: int | None, bits: int) -> Tensor:
     """The levels of one image file, prepared like the data: (1, channels, size, size)."""
     path = Path(path)
-    if channels not in MODES:
-        raise FlowgenError(f"this model is of {channels} channels, and an image file has 1 or 3: name another with --run")
+    check_pictures(channels)
     if path.is_dir():
         raise FlowgenError(f"{path} is a folder: name an image file")
     if not path.is_file():
