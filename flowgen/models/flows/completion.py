@@ -122,7 +122,8 @@ class CompletesByLangevin(Completes):
         chains = self.restore(levels, known, CHAINS, sweeps or SWEEPS, generator)
         found = (chains.points * self.bins).floor().clamp(0, self.bins - 1)
         missing = found.std(0)[~known.to(found.device)].mean().item() / (self.bins - 1)
-        bits = -self.log_density(chains.points).mean().item() / (levels[0].numel() * math.log(2)) + math.log2(self.bins)
+        with torch.no_grad():
+            bits = -self.score(found.to(torch.uint8), generator=generator).mean().item() / (levels[0].numel() * math.log(2))
         figures = {"acceptance": chains.acceptance, "spread": missing, "bits_per_dim": bits}
         brightness = found / (self.bins - 1)
         return Completion(brightness, brightness.mean(0), figures)
@@ -151,8 +152,8 @@ class CompletesByLangevin(Completes):
         return found
 
     @abstractmethod
-    def log_density(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """log p(x) in nats of points x in [0, 1)^D: (batch,)."""
+    def score(self, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """log p(x) of each image in nats, (batch,)."""
 
     @abstractmethod
     def _log_density_of_classes(self, x: Tensor) -> Tensor:
