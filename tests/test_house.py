@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "training": {"measures", "targets", "bijections", "models", "data", "pictures", "plots", "errors", "costs"},
     "config": {"targets", "models", "data", "training", "errors"},
     "commands": {
+        "targets",
         "measures",
         "messages",
         "training",

@@ -232,3 +232,17 @@ def test_what_cannot_be_scored_gets_one_line(tiny_run, command, elsewhere, monke
 
 def refuse(name, folder):
     raise FlowgenError("torchvision could not download it: get it")
+
+
+def test_an_rbm_scores_in_nats_images_whose_bits_are_drawn_like_its_own(command, elsewhere, images, monkeypatch):
+    words = ["model=rbm", "data=folder", f"data.root={images}", "data.size=8", "model.hidden=4", "trainer.steps=3", "trainer.minutes=null"]
+    assert command("train", *words, "out=outputs/rbm")[0] == 0
+    status, _, error = command("score", images, "--csv", "all.csv")
+    assert status == 0, error
+    rows = list(csv.DictReader((elsewhere / "all.csv").open()))
+    assert len(rows) == 40 and "bits_per_dim" not in rows[0] and "last_level" not in rows[0] and math.isfinite(float(rows[0]["combined"]))
+    assert_plain(command("score", images, "--by", "last_level"), "choose one of likelihood, complexity, combined, typicality")
+    grey = Stream([images], size=8, channels=1, crop=None, bits=1, binarise="anew")
+    shares = torch.stack([levels for _, levels in grey.batches(40)][:1]).float().mean()
+    exact = torch.stack([levels for _, levels in Stream([images], size=8, channels=1, crop=None, bits=8).batches(40)]).float().mean() / 255
+    assert shares == pytest.approx(exact.item(), abs=0.05)

@@ -10,6 +10,8 @@ from flowgen.commands.runs import readable_runs
 from flowgen.config import build, data_section, in_shape, of_the_same_images, read_config
 from flowgen.errors import FlowgenError
 from flowgen.judging import AUROC, auroc
+from flowgen.models import Flow, GenerativeModel
+from flowgen.targets import class_of
 from flowgen.training.find import find_checkpoint
 from flowgen.training.portable import about_portable, zoo, zoo_file
 
@@ -37,7 +39,7 @@ def compare(judge: Judge, words: list[str], count: int, seed: int, device: str) 
     """
     if any("=" in word for word in words):
         section = data_section(words)
-        name = _model_of(section, judge.figure)
+        name = _model_of(section, Flow if isinstance(judge.model, Flow) else type(judge.model))
     else:
         if len(words) > 1:
             raise FlowgenError("--against names several runs: name one, or compare one after the other")
@@ -53,7 +55,7 @@ def compare(judge: Judge, words: list[str], count: int, seed: int, device: str) 
 
 def one_way(judge: Judge, section: dict[str, Any], count: int, seed: int) -> Way:
     """From the run's test images to those of another data section, at most `count` of each. Raises FlowgenError where these do not fit."""
-    other = build("data", in_shape(section, judge.model.shape, judge.model.bits)).to(judge.model.device)
+    other = build("data", in_shape(section, judge.config["data"], judge.model.shape, judge.model.bits)).to(judge.model.device)
     if (other.shape, other.bits) != (judge.model.shape, judge.model.bits):
         raise FlowgenError(f"images of {other.shape} do not fit a model of {judge.model.shape}: compare data of the same shape")
     sides = []
@@ -81,17 +83,12 @@ def _table(ways: list[Way]) -> Iterator[str]:
             yield f"{name:18} " + "  ".join(f"{100 * rate:11.1f}" for rate in rates)
 
 
-def _model_of(section: dict[str, Any], figure: str) -> str | None:
-    """The newest run, else the model of the zoo, that was trained on these images and is judged by the same figure."""
+def _model_of(section: dict[str, Any], kind: type[GenerativeModel]) -> str | None:
+    """The newest run, else the model of the zoo, that was trained on these images and is of this kind."""
     configs = [(str(run.folder), read_config(run.config)) for run in readable_runs() if run.checkpoints()]
     configs += [(name, about_portable(zoo_file(name))["config"]) for name in zoo()]
-    kinds = {"bits_per_dim": False, "log_likelihood": True}
-    fitting = [
-        name
-        for name, config in configs
-        if of_the_same_images(config["data"], section) and str(config["model"]["_target_"]).endswith("RBM") == kinds[figure]
-    ]
-    return fitting[0] if fitting else None
+    of_it = [(name, config) for name, config in configs if of_the_same_images(config["data"], section)]
+    return next((name for name, config in of_it if issubclass(class_of("model", config["model"]), kind)), None)
 
 
 def _title(section: dict[str, Any]) -> str:

@@ -14,19 +14,18 @@ from torch import Tensor
 from flowgen.config import build_data, find_model, in_todays_words
 from flowgen.data import Images
 from flowgen.judging import Outliers, complexity
-from flowgen.models import Flow
+from flowgen.models import Flow, GenerativeModel
 from flowgen.progress import bar
 from flowgen.training.device import autocast_dtype
 
 BATCH = 50
-UNITS = {"bits_per_dim": -math.log(2), "log_likelihood": 1.0}  # of log p, in nats
 
 
 @dataclass(frozen=True)
 class Judge:
     """A model, its configuration and data, where its pictures go, and the outliers among its images."""
 
-    model: Flow
+    model: GenerativeModel
     config: dict[str, Any]
     data: Images
     folder: Path
@@ -34,14 +33,15 @@ class Judge:
 
     @property
     def figure(self) -> str:
-        return self.model.metric.name
+        """bits/dim of a flow, nats of an RBM: the name of the column that says so."""
+        return self.model.metric.name if isinstance(self.model, Flow) else self.model.score_metric.name
 
     def figures(self, levels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The likelihood in the model's unit, its percentile, and every score with its p-value: (batch,) each."""
         found = statistics_of(self.model, levels, generator)
         scores = self.outliers.scores(found)
-        numbers = math.prod(self.model.shape) if self.figure == "bits_per_dim" else 1
-        named = {self.figure: found["log_prob"] / (UNITS[self.figure] * numbers), "percentile": self.outliers.percentile(found["log_prob"])}
+        unit = -math.log(2) * math.prod(self.model.shape) if isinstance(self.model, Flow) else 1.0
+        named = {self.figure: found["log_prob"] / unit, "percentile": self.outliers.percentile(found["log_prob"])}
         for name, p in self.outliers.p_values(scores).items():
             named |= {name: scores[name], f"{name}_p": p}
         return named
@@ -49,7 +49,7 @@ class Judge:
 
 def judge_of(name: str | None, count: int, seed: int, device: str) -> Judge:
     """The run's model, with `count` of its validation images judged beforehand. Raises FlowgenError."""
-    run, checkpoint, model = find_model(name, device, Flow)
+    run, checkpoint, model = find_model(name, device, GenerativeModel)
     config = in_todays_words(checkpoint["config"])
     data = build_data(config)
     data.to(model.device)
@@ -66,7 +66,7 @@ def judge_of(name: str | None, count: int, seed: int, device: str) -> Judge:
     return Judge(model, config, data, run.folder, Outliers(held_out))
 
 
-def statistics_of_all(model: Flow, batches: Iterable[Tensor], count: int, seed: int) -> dict[str, Tensor]:
+def statistics_of_all(model: GenerativeModel, batches: Iterable[Tensor], count: int, seed: int) -> dict[str, Tensor]:
     """See `statistics_of`, of `count` images in batches: (count,) each."""
     generator = torch.Generator(model.device).manual_seed(seed)
     found = [statistics_of(model, levels, generator) for levels in bar(batches, "held-out images", -(-count // BATCH))]
@@ -74,15 +74,15 @@ def statistics_of_all(model: Flow, batches: Iterable[Tensor], count: int, seed: 
 
 
 @torch.no_grad()
-def statistics_of(model: Flow, levels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def statistics_of(model: GenerativeModel, levels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """What the model says of images and how complex they are, (batch,) each, on the CPU; networks in the precision of training."""
     dtype = autocast_dtype("auto", model.device)
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(model.device.type, dtype, enabled=isinstance(model, Flow) and dtype != torch.float32):
         found = model.statistics(levels.to(model.device), generator)
     return {name: values.cpu() for name, values in found.items()} | {"complexity": complexity(levels.cpu())}
 
 
-def _digest(model: Flow, data: dict[str, Any], count: int, seed: int) -> str:
+def _digest(model: GenerativeModel, data: dict[str, Any], count: int, seed: int) -> str:
     """What the statistics of validation images depend on, in eight letters."""
     digest = hashlib.blake2s(repr((sorted(data.items(), key=str), count, seed)).encode(), digest_size=4)
     for name, values in model.state_dict().items():

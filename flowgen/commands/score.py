@@ -58,7 +58,8 @@ def score(
 def _images(judge: Judge, paths: list[Path], by: str, table: Path | None, seed: int, out: Path | None) -> Iterator[str]:
     channels, size, _ = judge.model.shape
     check_pictures(channels)
-    stream = Stream(paths, size=size, channels=channels, crop=judge.config["data"].get("crop"), bits=judge.model.bits)
+    how = {key: judge.config["data"].get(key) for key in ("crop", "binarise")}
+    stream = Stream(paths, size=size, channels=channels, bits=judge.model.bits, seed=seed, **how)
     strangest: list[Scored] = []
     typical: list[Scored] = []
     seen = 0

@@ -24,9 +24,9 @@ def data_section(words: list[str]) -> dict[str, Any]:
     return section
 
 
-def in_shape(section: dict[str, Any], shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
-    """The section with its images made into those that a model of `shape` (channels, height, width) and `bits` takes."""
-    wanted = {"channels": shape[0], "size": shape[1], "bits": bits}
+def in_shape(section: dict[str, Any], own: dict[str, Any], shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
+    """The section with its images made into those that a model of `shape` (channels, height, width) and `bits` takes, as its `own` were."""
+    wanted = {"channels": shape[0], "size": shape[1], "bits": bits, "binarise": own.get("binarise", "threshold")}
     return section | {key: value for key, value in wanted.items() if key in section}
 
 

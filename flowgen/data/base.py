@@ -42,8 +42,8 @@ class Images:
         self.anew = bits == 1 and binarise == "anew"
         if bits == 1 and binarise != "threshold":
             generator = torch.Generator().manual_seed(0)
-            test, validation = (replace(split, images=_binarised(split.images, generator)) for split in (test, validation))
-            train = train if self.anew else replace(train, images=_binarised(train.images, generator))
+            test, validation = (replace(split, images=binarised(split.images, generator)) for split in (test, validation))
+            train = train if self.anew else replace(train, images=binarised(train.images, generator))
         self.train, self.validation, self.test = train, validation, test
         self.bits, self.flip, self.attributes = bits, flip, attributes
         self.device = torch.device("cpu")
@@ -107,11 +107,11 @@ class Images:
     def _levels(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
         chosen = images[indices.to(images.device)].to(self.device, non_blocking=True)
         if self.anew and images is self.train.images:
-            chosen = _binarised(chosen, generator)
+            chosen = binarised(chosen, generator)
         return chosen >> (8 - self.bits)
 
 
-def _binarised(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def binarised(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """255 with probability value / 255, else 0."""
     uniform = torch.randint(255, images.shape, generator=generator, device=images.device, dtype=torch.uint8)
     return (images > uniform).to(torch.uint8) * 255

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowgen.data.base import binarised
 from flowgen.data.prepare import prepare, read_levels
 from flowgen.data.source import SUFFIXES, Source, open_source
 from flowgen.errors import FlowgenError
@@ -18,12 +19,24 @@ log = logging.getLogger("flowgen")
 class Stream:
     """The images of files, folders and zips, prepared like the data of a model: names, levels (batch, channels, size, size).
 
-    What lies in a folder or a zip and cannot be read is left out and counted. Raises FlowgenError for a path that holds no image.
+    Where `binarise` is not threshold, pixels of one bit are drawn, with `seed`, as `Images` draws them. What lies in a folder or a zip
+    and cannot be read is left out and counted. Raises FlowgenError for a path that holds no image.
     """
 
-    def __init__(self, paths: Sequence[Path], *, size: int, channels: int, crop: int | None, bits: int):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        size: int,
+        channels: int,
+        crop: int | None,
+        bits: int,
+        binarise: str | None = "threshold",
+        seed: int = 0,
+    ):
         self.how = (size, channels, crop)
-        self.bits = bits
+        self.bits, self.draws = bits, bits == 1 and binarise not in (None, "threshold")
+        self.generator = torch.Generator().manual_seed(seed)
         paths = [path.expanduser() for path in paths]
         self.parts = [path if path.suffix.lower() in SUFFIXES and not path.is_dir() else _open(path) for path in paths]
         self.left_out: list[str] = []
@@ -37,22 +50,26 @@ class Stream:
         for name, image in self._images():
             names, images = [*names, name], [*images, image]
             if len(names) == count:
-                yield names, torch.stack(images)
+                yield names, self._levels(images)
                 names, images = [], []
         if names:
-            yield names, torch.stack(images)
+            yield names, self._levels(images)
         if self.left_out:
             more = "; ..." * (len(self.left_out) > 3)
             log.warning("%d of %d images left out: %s", len(self.left_out), len(self), "; ".join(self.left_out[:3]) + more)
 
+    def _levels(self, images: list[Tensor]) -> Tensor:
+        stacked = torch.stack(images)
+        return (binarised(stacked, self.generator) if self.draws else stacked) >> (8 - self.bits)
+
     def _images(self) -> Iterator[tuple[str, Tensor]]:
         for part in self.parts:
             if isinstance(part, Path):
-                yield str(part), read_levels(part, *self.how, self.bits)[0]
+                yield str(part), read_levels(part, *self.how, 8)[0]
                 continue
             for name in part.names:
                 try:
-                    yield f"{part.path}/{name}", prepare(part.read(name), *self.how) >> (8 - self.bits)
+                    yield f"{part.path}/{name}", prepare(part.read(name), *self.how)
                 except FlowgenError as error:
                     self.left_out.append(f"{name} {error}")
                 except Exception as error:  # a damaged archive raises whatever its decompressor does

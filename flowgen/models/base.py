@@ -81,6 +81,10 @@ class GenerativeModel(nn.Module, ABC):
         Where the model has noise within its levels, it is averaged over `draws` of `generator`.
         """
 
+    def statistics(self, levels: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """What tells how usual images are, (batch,) each: the `score` as `log_prob`, and what else the model can say of them."""
+        return {"log_prob": self.score(levels, generator=generator)}
+
     @property
     def score_metric(self) -> Metric:
         """What `score` is: a log-probability, unless that lacks its normaliser."""
