@@ -13,6 +13,7 @@ from flowgen import cli
 from flowgen.bijections import estimate_statistics
 from flowgen.models import GenerativeModel
 from flowgen.training.device import autocast_dtype
+from flowgen.training.formats import FORMAT
 from flowgen.training.loop import STATISTICS
 from flowgen.training.schedule import learning_rate_factor
 
@@ -30,6 +31,18 @@ SMALL = [
     "trainer.log_every=1",
     "trainer.lr=1e-3",
 ]
+
+CHECKPOINT = {  # the least that is a checkpoint
+    "format": FORMAT,
+    "config": {"model": {}, "data": {}, "trainer": {}, "seed": 0},
+    "step": 1,
+    "images_seen": 1,
+    "model": {},
+    "ema": None,
+    "optimizer": {},
+    "metrics": {"best": 0.0, "seconds": 0.0},
+    "rescue": {},
+}
 
 
 @pytest.fixture(autouse=True)

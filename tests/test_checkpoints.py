@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import CHECKPOINT, SMALL
 from test_training import same
 
 import flowgen
@@ -17,18 +17,6 @@ from flowgen.errors import FlowgenError
 from flowgen.training.checkpoint import read_checkpoint, write_checkpoint
 from flowgen.training.formats import FORMAT
 from flowgen.training.run import Run
-
-STATE = {  # the least that is a checkpoint
-    "format": FORMAT,
-    "config": {"model": {}, "data": {}, "trainer": {}, "seed": 0},
-    "step": 1,
-    "images_seen": 1,
-    "model": {},
-    "ema": None,
-    "optimizer": {},
-    "metrics": {"best": 0.0, "seconds": 0.0},
-    "rescue": {},
-}
 
 
 def test_a_damaged_last_checkpoint_is_passed_over(images, tmp_path, command):
@@ -42,7 +30,7 @@ def test_a_damaged_last_checkpoint_is_passed_over(images, tmp_path, command):
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
-    state = STATE | {"model": {"weight": torch.rand(1000)}}
+    state = CHECKPOINT | {"model": {"weight": torch.rand(1000)}}
     path = tmp_path / "run" / "checkpoints" / "last.pt"
     write_checkpoint(state, path)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -57,7 +45,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 
 
 def test_a_kill_between_the_names_of_a_checkpoint_loses_no_best(tmp_path, monkeypatch):
-    run, state = Run(tmp_path), STATE
+    run, state = Run(tmp_path), CHECKPOINT
     run.save(state | {"step": 1}, best=True)
     replace = Path.replace
 
@@ -74,7 +62,7 @@ def test_a_kill_between_the_names_of_a_checkpoint_loses_no_best(tmp_path, monkey
 
 def test_a_named_checkpoint_does_not_change_with_the_last(tmp_path):
     run = Run(tmp_path)
-    state = STATE | {"step": 5}
+    state = CHECKPOINT | {"step": 5}
     run.save(state, best=True, keep=True)
     run.save(state | {"step": 6})
     assert read_checkpoint(run.best)["step"] == read_checkpoint(run.numbered(5))["step"] == 5

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import CHECKPOINT, SMALL
 from test_training import rows
 
 from flowgen.bijections import Affine, BatchNorm
 from flowgen.models import Glow
-from flowgen.training.checkpoint import KEYS, read_checkpoint
+from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.run import Run
 
 
@@ -97,7 +97,7 @@ def test_a_run_that_ends_on_a_bad_step_is_saved(images, tmp_path, command, monke
 
 
 def test_a_second_return_goes_further_back(tmp_path):
-    run, state = Run(tmp_path), dict.fromkeys(KEYS, 1) | {"config": {}}
+    run, state = Run(tmp_path), CHECKPOINT
     for step in (4, 8):
         run.save(state | {"step": step}, keep=True)
     assert run.last_good()["step"] == 8 and run.last_good(before=8)["step"] == 4 and run.last_good(before=4)["step"] == 8

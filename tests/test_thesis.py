@@ -78,7 +78,7 @@ def test_every_figure_is_made_and_a_killed_reproduction_goes_on(tmp_path):
 def test_runs_of_other_images_are_not_mixed_in(tmp_path, images):
     folder = tmp_path / "outputs" / "thesis" / "small_folder" / "glow_conv"
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("{data: {root: /elsewhere}, model: {}, trainer: {steps: 1, minutes: null}}")
+    (folder / "config.yaml").write_text("{data: {root: /elsewhere}, model: {}, trainer: {steps: 1, minutes: null}, seed: 0}")
     ended = reproduce("--scale", "small", "--data", "folder", "--root", str(images), folder=tmp_path)
     assert ended.returncode == 1 and "/elsewhere" in ended.stderr and len(ended.stderr.splitlines()) == 1
 
