@@ -24,9 +24,8 @@ def to_image(levels: Tensor, bits: int, columns: int, side: int = SMALLEST_SIDE)
     """
     if is_plane(levels.shape[1:]):
         return plots.scatter(levels.flatten(1).cpu(), 2**bits)
-    pixels = levels.cpu().int() * 255 // (2**bits - 1)
     factor = -(-side // min(levels.shape[-2:]))
-    pixels = pixels.to(torch.uint8).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    pixels = _bytes(levels, bits).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
     return to_pil_image(grid)
 
@@ -34,14 +33,22 @@ def to_image(levels: Tensor, bits: int, columns: int, side: int = SMALLEST_SIDE)
 def archive(batches: Iterable[Tensor], bits: int, path: Path) -> None:
     """A zip of images, 0000000.png and so on, each as large as it is, written as they come."""
     part, place = path.with_name(f"{path.name}.part"), 0
-    with zipfile.ZipFile(part, "w") as target:
-        for levels in batches:
-            for pixels in (levels.cpu().int() * 255 // (2**bits - 1)).to(torch.uint8):
-                file = io.BytesIO()
-                to_pil_image(pixels).save(file, "PNG")
-                target.writestr(f"{place:07d}.png", file.getvalue())
-                place += 1
-    part.replace(path)
+    try:
+        with zipfile.ZipFile(part, "w") as target:
+            for levels in batches:
+                for pixels in _bytes(levels, bits):
+                    file = io.BytesIO()
+                    to_pil_image(pixels).save(file, "PNG")
+                    target.writestr(f"{place:07d}.png", file.getvalue())
+                    place += 1
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _bytes(levels: Tensor, bits: int) -> Tensor:
+    """Levels as brightness from 0 to 255."""
+    return (levels.cpu().int() * 255 // (2**bits - 1)).to(torch.uint8)
 
 
 def signed(weights: Tensor, columns: int = 20, most: int = 400) -> Image.Image:

@@ -145,6 +145,9 @@ def test_pipes_are_not_waited_for(tiny_run, command):
         os.mkfifo(path)
     assert command("report", tiny_run)[0] == 1
     assert command("sample", "--run", last)[0] == 1
+    Path("outputs").mkdir()
+    os.mkfifo("outputs/config.yaml")
+    assert command("runs")[0] == 0 and command("sample")[0] == 1
 
 
 @pytest.mark.parametrize("target", ["os.system", "flowgen.cli.main", "flowgen.config.importlib.import_module", "flowgen.nothing.Here"])

@@ -174,8 +174,7 @@ def test_score_lists_the_strangest_first_and_writes_all(tiny_run, images, comman
     assert len(list(tiny_run.glob("validation_*.pt"))) == 1
 
 
-def test_the_bits_per_dim_of_score_are_the_models(tiny_run, images, command, tmp_path, monkeypatch):
-    monkeypatch.setenv("FLOWGEN_PRECISION", "float32")
+def test_the_bits_per_dim_of_score_are_the_models(tiny_run, images, command, tmp_path):
     assert command("score", images / "000.png", "--run", tiny_run, "--csv", tmp_path / "all.csv")[0] == 0
     model = flowgen.load(tiny_run)
     from flowgen.data import read_levels
@@ -246,3 +245,20 @@ def test_an_rbm_scores_in_nats_images_whose_bits_are_drawn_like_its_own(command,
     shares = torch.stack([levels for _, levels in grey.batches(40)][:1]).float().mean()
     exact = torch.stack([levels for _, levels in Stream([images], size=8, channels=1, crop=None, bits=8).batches(40)]).float().mean() / 255
     assert shares == pytest.approx(exact.item(), abs=0.05)
+
+
+def test_what_is_usual_is_found_anew_where_log_z_is(command, images):
+    words = ["model=rbm", "data=folder", f"data.root={images}", "data.size=8", "model.hidden=4", "trainer.steps=3", "trainer.minutes=null"]
+    assert command("train", *words, "out=outputs/rbm")[0] == 0
+
+    def scored() -> list[dict[str, str]]:
+        assert command("score", images, "--csv", "all.csv")[0] == 0
+        with open("all.csv") as file:
+            return list(csv.DictReader(file))
+
+    before = scored()
+    assert command("evaluate")[0] == 0
+    after = scored()
+    assert "unnormalised_log_probability" in before[0] and "log_probability" in after[0]
+    for name in ("percentile", "likelihood_p"):
+        assert [row[name] for row in after] == [row[name] for row in before]

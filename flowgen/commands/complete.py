@@ -11,9 +11,8 @@ from flowgen import pictures
 from flowgen.config import find_model
 from flowgen.data import read_exactly
 from flowgen.errors import FlowgenError
-from flowgen.models import Completes, Flow
+from flowgen.models import Completes
 from flowgen.progress import bar
-from flowgen.training.device import autocast_dtype
 
 DRAWS = 5  # that are shown
 SHARES = [str(percent) for percent in range(1, 100)]
@@ -29,11 +28,10 @@ def complete(
     levels = read_exactly(image, model.shape, model.bits).to(model.device)
     known = mask(keep, model.shape, seed).to(model.device)
     whole = levels / (2**model.bits - 1)
-    rows, dtype = [], autocast_dtype("auto", model.device)
+    rows = []
     for method in methods or model.completions:
         generator = torch.Generator(model.device).manual_seed(seed)
-        with torch.autocast(model.device.type, dtype, enabled=isinstance(model, Flow) and dtype != torch.float32):
-            draws, mean, figures = model.complete(levels, known, method=method, sweeps=sweeps, generator=generator)
+        draws, mean, figures = model.complete(levels, known, method=method, sweeps=sweeps, generator=generator)
         for figure, value in figures.items():
             log.info("%s: %s %.3f", method, figure.replace("_", " "), value)
         spread = 2 * draws.std(0, correction=0)  # at most 1, where one half is black and the other white

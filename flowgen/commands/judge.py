@@ -16,7 +16,7 @@ from flowgen.data import Images
 from flowgen.judging import Outliers, complexity
 from flowgen.models import Flow, GenerativeModel
 from flowgen.progress import bar
-from flowgen.training.device import autocast_dtype
+from flowgen.training.checkpoint import digest_of
 
 BATCH = 50
 
@@ -53,9 +53,10 @@ def judge_of(name: str | None, count: int, seed: int, device: str) -> Judge:
     config = in_todays_words(checkpoint["config"])
     data = build_data(config)
     data.to(model.device)
-    kept = run.folder / f"validation_{_digest(model, config['data'], count, seed)}.pt"
+    settings = repr((sorted(config["data"].items(), key=str), checkpoint["figures"].get("log_z"), count, seed)).encode()
+    kept = run.folder / f"validation_{digest_of(checkpoint)}_{hashlib.blake2s(settings, digest_size=4).hexdigest()}.pt"
     held_out = None
-    with suppress(OSError, RuntimeError, ValueError):  # none kept yet, or one that a crash cut short
+    with suppress(Exception):  # none kept yet, or one that a crash cut short, over which the unpickler may stumble in any way
         held_out = torch.load(kept, weights_only=True)
     if held_out is None:
         held_out = statistics_of_all(model, data.batches("validation", BATCH, count), min(count, len(data.validation)), seed)
@@ -75,16 +76,6 @@ def statistics_of_all(model: GenerativeModel, batches: Iterable[Tensor], count: 
 
 @torch.no_grad()
 def statistics_of(model: GenerativeModel, levels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """What the model says of images and how complex they are, (batch,) each, on the CPU; networks in the precision of training."""
-    dtype = autocast_dtype("auto", model.device)
-    with torch.autocast(model.device.type, dtype, enabled=isinstance(model, Flow) and dtype != torch.float32):
-        found = model.statistics(levels.to(model.device), generator)
+    """What the model says of images and how complex they are, (batch,) each, on the CPU; in float32, as `flowgen evaluate`."""
+    found = model.statistics(levels.to(model.device), generator)
     return {name: values.cpu() for name, values in found.items()} | {"complexity": complexity(levels.cpu())}
-
-
-def _digest(model: GenerativeModel, data: dict[str, Any], count: int, seed: int) -> str:
-    """What the statistics of validation images depend on, in eight letters."""
-    digest = hashlib.blake2s(repr((sorted(data.items(), key=str), count, seed)).encode(), digest_size=4)
-    for name, values in model.state_dict().items():
-        digest.update(name.encode() + values.cpu().double().numpy().tobytes())
-    return digest.hexdigest()

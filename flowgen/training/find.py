@@ -20,7 +20,7 @@ OUTPUTS = Path("outputs")
 
 def list_runs(*folders: Path) -> list[Run]:
     """Every run under these folders, by default under `outputs/`, the newest first."""
-    configs = [path for folder in folders or (OUTPUTS,) if folder.is_dir() for path in folder.rglob("config.yaml")]
+    configs = [path for folder in folders or (OUTPUTS,) if folder.is_dir() for path in folder.rglob("config.yaml") if path.is_file()]
     return [Run(path.parent) for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
