@@ -6,13 +6,13 @@ import threading
 
 import click
 
-from flowgen.cli.drawing import chain, complete, interpolate, sample
+from flowgen.cli.drawing import chain, complete, edit, interpolate, sample
 from flowgen.cli.judging import evaluate, report, runs, score
 from flowgen.cli.training import export, resume, train
 from flowgen.messages import one_sentence
 from flowgen.training.threads import prepare_threads
 
-COMMANDS = (train, resume, sample, interpolate, complete, chain, evaluate, score, report, runs, export)
+COMMANDS = (train, resume, sample, interpolate, edit, complete, chain, evaluate, score, report, runs, export)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

@@ -17,16 +17,22 @@ SAMPLERS = ("gibbs", "tempering", "mean-field")
 PICTURES = {".gif", ".jpg", ".png", ".webp"}
 
 
-class Temperature(click.ParamType):
+class Number(click.ParamType):
+    """A finite number of at least `least`: `what` it is, and an example."""
+
     name = "number"
+
+    def __init__(self, what: str, example: str, least: float = -math.inf):
+        self.what, self.example, self.least = what, example, least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
             number = float(value)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number) or number < 0:
-            self.fail(f"{value!r} is no temperature: give a number of at least 0, such as 0.7", param, ctx)
+        if not math.isfinite(number) or number < self.least:
+            least = "" if self.least == -math.inf else f" of at least {self.least:g}"
+            self.fail(f"{value!r} is no {self.what}: give a number{least}, such as {self.example}", param, ctx)
         return number
 
 

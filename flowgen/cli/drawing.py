@@ -1,17 +1,31 @@
-"""Commands that draw pictures with a model: sample, interpolate, complete, chain."""
+"""Commands that draw pictures with a model: sample, interpolate, edit, complete, chain."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from flowgen.cli.arguments import PATH, SAMPLERS, Temperature, check_picture, command, device_option, out_option, run_option, seed_option
+from flowgen.cli.arguments import (
+    PATH,
+    SAMPLERS,
+    Number,
+    check_picture,
+    command,
+    device_option,
+    out_option,
+    run_option,
+    seed_option,
+)
 
 
 @click.command()
 @run_option
 @click.option(
-    "--temperature", "temperatures", type=Temperature(), multiple=True, help="May be repeated; by default the run's, 0.7 for flows."
+    "--temperature",
+    "temperatures",
+    type=Number("temperature", "0.7", least=0),
+    multiple=True,
+    help="May be repeated; by default the run's, 0.7 for flows.",
 )
 @click.option("--count", type=click.IntRange(1, 10**9), help="Samples for each temperature; by default 32, and 10,000 points in the plane.")
 @seed_option
@@ -44,6 +58,41 @@ def sample(**options: Any) -> None:
 def interpolate(**options: Any) -> None:
     """Walk from one image to another: through the latents above, through the pixels below. FILE.gif is a film."""
     click.echo(command("interpolate", computes=True).interpolate(**options))
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="IMG...")
+@click.option(
+    "--attribute",
+    "attributes",
+    multiple=True,
+    required=True,
+    metavar="NAME",
+    help="As CelebA's list has it, of a table's column, or a class: 8. May be repeated.",
+)
+@click.option(
+    "--by",
+    "amounts",
+    multiple=True,
+    type=Number("amount", "1 or -0.5"),
+    metavar="A",
+    help="1: as far as from images without it to those with it. By default from -2 to 2.",
+)
+@run_option
+@click.option("--labels", "table", type=PATH, metavar="FILE.csv", help="Attributes of your own: lines of an image's file and numbers.")
+@click.option(
+    "--method",
+    type=click.Choice(("ridge", "difference")),
+    default="ridge",
+    show_default=True,
+    help="How directions are found: freed of the other attributes, or the plain difference of means.",
+)
+@click.option("--count", type=click.IntRange(2, 10**9), default=10_000, show_default=True, help="Labelled images that they are found from.")
+@device_option
+@out_option
+def edit(**options: Any) -> None:
+    """Move images along attributes in the latents: a strip, or, with --by, each image beside what becomes of it. FILE.gif is a film."""
+    click.echo(command("edit", computes=True).edit(**options))
 
 
 @click.command()

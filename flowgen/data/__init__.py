@@ -6,8 +6,9 @@ from flowgen.data.mnist import MNIST
 from flowgen.data.mnist_sample import MNISTSample
 from flowgen.data.originals import originals
 from flowgen.data.prepare import check_pictures, prepare, read_exactly, read_levels
-from flowgen.data.splits import Split
+from flowgen.data.splits import Split, part
 from flowgen.data.stream import Stream
+from flowgen.data.table import Table, read_table
 from flowgen.data.toy import Toy
 
 __all__ = [
@@ -17,10 +18,13 @@ __all__ = [
     "MNISTSample",
     "Split",
     "Stream",
+    "Table",
     "Toy",
     "check_pictures",
     "originals",
+    "part",
     "prepare",
     "read_exactly",
     "read_levels",
+    "read_table",
 ]

@@ -55,6 +55,10 @@ class Classifies(Ability):
         """log p(y | x), (batch, classes)."""
 
     @abstractmethod
+    def class_latents(self) -> Tensor:
+        """The middle of each class among the latents of `encode`: (classes, latent)."""
+
+    @abstractmethod
     def sample(
         self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None, label: int | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -137,16 +137,18 @@ class Flow(Classifies, CompletesByLangevin):
     @torch.no_grad()
     def encode(self, levels: Tensor) -> Tensor:
         """The latents of the bins' centres, so that decoding has half a bin to spare on either side."""
-        if not self.class_networks:
-            return self.bijection(self._centres(levels))[0]
-        one_hot = self._one_hot(self.classify(levels).argmax(1))
-        assert one_hot is not None
-        return torch.cat((self.bijection(self._centres(levels), one_hot)[0], one_hot), 1)
+        one_hot = self._one_hot(self.classify(levels).argmax(1)) if self.class_networks else None
+        z, _ = self.bijection(self._centres(levels), one_hot)
+        return z if one_hot is None else torch.cat((z, one_hot), 1)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        z, one_hot = latent[:, : self.dimensions], latent[:, self.dimensions :]
+        z, one_hot = latent[:, : self.dimensions], latent[:, self.dimensions :].clamp(0, 1)
         return self._quantise(self.bijection.inverse(z, self._condition(one_hot))[0])
+
+    def class_latents(self) -> Tensor:
+        means = self._class_means()
+        return torch.cat((means, torch.eye(len(means)).to(means)), 1) if self.class_networks else means
 
     def _centres(self, levels: Tensor) -> Tensor:
         return (levels + 0.5) / self.bins

@@ -1,0 +1,87 @@
+"""The directions of attributes in a run's latents, found once and kept with the run."""
+
+import hashlib
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowgen.config import build_data, in_todays_words
+from flowgen.data import Stream, part, read_table
+from flowgen.directions import BATCH, Directions, Moments, class_directions, directions_from, moments, one_hot
+from flowgen.errors import FlowgenError
+from flowgen.models import Classifies, GenerativeModel
+from flowgen.progress import bar
+from flowgen.training.checkpoint import digest_of
+from flowgen.training.run import Run
+
+COUNT = 10_000  # images at most that they are found from
+log = logging.getLogger("flowgen")
+
+
+def directions_of(
+    run: Run,
+    checkpoint: dict[str, Any],
+    model: GenerativeModel,
+    *,
+    wanted: Collection[str] = (),
+    table: Path | None = None,
+    count: int = COUNT,
+    method: str = "ridge",
+) -> Directions:
+    """Of the attributes in `table`, a CSV file, else of what the training images are known to have: CelebA's attributes, or classes.
+
+    A model that knows classes itself needs no images for them, unless it is something else that is `wanted`. Raises FlowgenError where no
+    attribute is known.
+    """
+    if isinstance(model, Classifies) and model.classes is not None and table is None and set(wanted) <= set(map(str, range(model.classes))):
+        return class_directions(model)
+    config = in_todays_words(checkpoint["config"])
+    of_images = hashlib.sha256(table.read_bytes()).hexdigest() if table and table.is_file() else sorted(config["data"].items(), key=str)
+    settings = hashlib.blake2s(repr((of_images, table and str(table.resolve()), count)).encode(), digest_size=4).hexdigest()
+    path = run.folder / f"directions_{digest_of(checkpoint)}_{settings}.pt"
+    kept = None
+    with suppress(Exception):  # none kept yet, or one that a crash cut short, over which the unpickler may stumble in any way
+        kept = torch.load(path, weights_only=True)
+    if kept is None:
+        names, classes, images, total = _from_table(model, config, table, count) if table else _from_training(config, count)
+        found = moments(model, bar(images, "latents", -(-total // BATCH)))
+        kept = {"names": list(names), "classes": classes, **found._asdict()}
+        with suppress(OSError):  # a folder that is not ours to write to
+            torch.save(kept, path)
+        log.info("directions of %d %s from %d images", len(names), "classes" if classes else "attributes", total)
+    found = Moments(*(kept[name] for name in Moments._fields))
+    directions = directions_from(found, tuple(kept["names"]), kept["classes"], method)
+    return Directions(directions.names, directions.changes.to(model.device, model.dtype), directions.classes)
+
+
+Labelled = tuple[tuple[str, ...], bool, Iterator[tuple[Tensor, Tensor]], int]
+
+
+def _from_training(config: dict[str, Any], count: int) -> Labelled:
+    data = build_data(config)
+    train = data.train
+    if train.attributes is not None:
+        names, classes, attributes = data.attributes, False, train.attributes
+    elif train.labels is not None and data.classes is not None:
+        names, classes, attributes = tuple(map(str, range(data.classes))), True, one_hot(train.labels, data.classes)
+    else:
+        raise FlowgenError(
+            "nothing is known of this run's images: put CelebA's list beside them, sort them into folders, or name a table with --labels"
+        )
+    chosen = attributes[part(len(train), count)]
+    return names, classes, zip(data.batches("train", BATCH, count), chosen.split(BATCH), strict=True), len(chosen)
+
+
+def _from_table(model: GenerativeModel, config: dict[str, Any], path: Path, count: int) -> Labelled:
+    table = read_table(path)
+    chosen = part(len(table.files), count)
+    how = {key: config["data"].get(key) for key in ("crop", "binarise")}
+    channels, size, _ = model.shape
+    stream = Stream([table.files[place] for place in chosen.tolist()], size=size, channels=channels, bits=model.bits, **how)
+    pairs = zip((levels for _, levels in stream.batches(BATCH)), table.values[chosen].split(BATCH), strict=True)
+    return table.names, False, pairs, len(chosen)
