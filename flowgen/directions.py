@@ -28,9 +28,10 @@ class Moments(NamedTuple):
 @torch.no_grad()
 def moments(model: GenerativeModel, images: Iterable[tuple[Tensor, Tensor]]) -> Moments:
     """Of batches of levels and attributes (batch, K), in double precision on the CPU."""
+    generator = torch.Generator(model.device).manual_seed(0)
     sums: list[Tensor] = []
     for levels, attributes in images:
-        a, z = attributes.double().cpu(), model.encode(levels.to(model.device)).double().cpu()
+        a, z = attributes.double().cpu(), model.encode(levels.to(model.device), generator).double().cpu()
         batch = [torch.tensor(len(a), dtype=torch.double), z.sum(0), a.sum(0), a.T @ a, a.T @ z]
         sums = [one + other for one, other in zip(sums, batch, strict=True)] if sums else batch
     count, z_mean, a_mean, among, across = sums[0], *(each / sums[0] for each in sums[1:])
@@ -89,8 +90,13 @@ class Directions:
 
 
 def directions_from(found: Moments, names: tuple[str, ...], classes: bool, method: str = "ridge") -> Directions:
-    """By the method of that name for attributes; classes have their means. Attributes that tell no images apart are left out."""
+    """By the method of that name for attributes; classes have their means. Attributes that tell no images apart are left out.
+
+    Raises FlowgenError where none is left.
+    """
     kept = (found.among.diagonal() > 1e-12).nonzero().flatten()
+    if not len(kept):
+        raise FlowgenError("no attribute tells these images apart: label some that have one and some that have not")
     found = found._replace(attributes=found.attributes[kept], among=found.among[kept][:, kept], across=found.across[kept])
     changes = class_means(found) if classes else METHODS[method](found)
     return Directions(tuple(names[place] for place in kept), changes.float(), classes)
@@ -106,9 +112,9 @@ def class_directions(model: Classifies) -> Directions:
 def edit(model: GenerativeModel, directions: Directions, levels: Tensor, amounts: Mapping[str, float], shares: Tensor) -> Tensor:
     """Images of `levels` (N, channels, height, width) moved by each of `shares` (steps,) of `amounts`: (steps, N, ...), on the CPU.
 
-    Raises FlowgenError for an attribute that there is not.
+    The noise within their levels is drawn, the same at every call. Raises FlowgenError for an attribute that there is not.
     """
-    latent = model.encode(levels.to(model.device))
+    latent = model.encode(levels.to(model.device), torch.Generator(model.device).manual_seed(0))
     own = None
     if directions.classes:
         if isinstance(model, Classifies) and model.classes is not None:

@@ -99,8 +99,12 @@ class GenerativeModel(nn.Module, ABC):
         """Draw `count` images: their levels, and what sorts them, of shape (count,)."""
 
     @abstractmethod
-    def encode(self, levels: Tensor) -> Tensor:
-        """Every latent of every image: (batch, latent)."""
+    def encode(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Every latent of every image: (batch, latent).
+
+        Where the model has noise within its levels, its middle is taken, or, by `generator`, it is drawn: then latents are as the model
+        has them, N(0, I) of a flow, whereas those of many equal levels all have one and the same value, which is far from usual.
+        """
 
     @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:

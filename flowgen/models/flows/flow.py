@@ -135,10 +135,11 @@ class Flow(Classifies, CompletesByLangevin):
         return self._quantise(x), log_base - log_det - self.dimensions * math.log(self.bins)
 
     @torch.no_grad()
-    def encode(self, levels: Tensor) -> Tensor:
-        """The latents of the bins' centres, so that decoding has half a bin to spare on either side."""
+    def encode(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The latents of the bins' centres, so that decoding has half a bin to spare on either side, or of noise drawn in the bins."""
+        x = self._centres(levels) if generator is None else self._dequantise(levels, generator)[0]
         one_hot = self._one_hot(self.classify(levels).argmax(1)) if self.class_networks else None
-        z, _ = self.bijection(self._centres(levels), one_hot)
+        z, _ = self.bijection(x, one_hot)
         return z if one_hot is None else torch.cat((z, one_hot), 1)
 
     @torch.no_grad()

@@ -172,7 +172,7 @@ class RBM(Machine, Completes, RunsChains):
         return Completion(draws.view(-1, *self.shape), mean.view(self.shape))
 
     @torch.no_grad()
-    def encode(self, levels: Tensor) -> Tensor:
+    def encode(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """P(h = 1 | v) of every hidden unit."""
         return self.hidden_input(self.units(levels)).sigmoid()
 
