@@ -17,6 +17,7 @@ from flowgen.bijections import (
     Autoregressive,
     BatchNorm,
     Bijection,
+    CausalTransformer,
     Chain,
     Conv1x1,
     ConvNetwork,
@@ -28,20 +29,27 @@ from flowgen.bijections import (
     Folded,
     GatedNetwork,
     Gaussianize,
+    Head,
     Inverse,
     LogisticToNormal,
     Logit,
     MaskedCoupling,
+    Permute,
     PLUConv1x1,
     RealNVPNetwork,
     ResNetwork,
     Reverse,
+    Roll,
     Squeeze,
     Standardize,
+    TokenAutoregressive,
+    Transformer,
     ZeroConv2d,
     channelwise,
     checkerboard,
     estimate_statistics,
+    local_head,
+    stripes,
 )
 from flowgen.errors import FlowgenError
 
@@ -69,6 +77,11 @@ def autoregress(name: str) -> Bijection:
     return Autoregressive(MADE(6, 16, 2, transform.count), transform)
 
 
+def tokens(name: str = "affine", local: bool = True, backwards: bool = False, seen: int = 0) -> TokenAutoregressive:
+    head = (local_head if local else Head)(4, 8, TRANSFORMS[name]("bounded"))
+    return TokenAutoregressive(CausalTransformer(8, 4, 8, heads=2, layers=2, seen=seen), head, backwards)
+
+
 class Given(Bijection):
     """A bijection under one condition, by default that of class 1 of 3."""
 
@@ -92,6 +105,9 @@ class Given(Bijection):
 
 TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callable[[], Bijection], tuple[int, ...], str]] = {
     "squeeze": (Squeeze, IMAGE),
+    "squeeze by 3": (lambda: Squeeze(3), (2, 3, 6)),
+    "permute": (lambda: Permute(4), IMAGE),
+    "roll": (lambda: Roll(1), IMAGE),
     "flatten": (lambda: Flatten(*IMAGE), IMAGE),
     "actnorm": (lambda: ActNorm(4), IMAGE),
     "actnorm of vectors": (lambda: ActNorm(6), (6,)),
@@ -102,6 +118,11 @@ TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callabl
     **{f"affine {scale}": (lambda scale=scale: couple("affine", scale), IMAGE) for scale in LOG_SCALES},
     "resnet": (lambda: Coupling(ResNetwork(2, 5, 4, blocks=2), Affine()), IMAGE),
     "gated": (lambda: Coupling(GatedNetwork(2, 5, 4, blocks=2), Affine()), IMAGE),
+    "transformer": (lambda: Coupling(Transformer(8, 2, 8, 4, heads=2, layers=2), Affine()), IMAGE),
+    "transformer of some tokens": (
+        lambda: MaskedCoupling(Transformer(8, 4, 8, 8, heads=2, layers=1), Affine(), stripes(4, 4, 2, odd=True)),
+        IMAGE,
+    ),
     "odd channels": (lambda: Coupling(ConvNetwork(2, 5, 6), Affine()), (5, 2, 2)),
     **{f"masked {name}": (lambda name=name: masked(name), IMAGE) for name in TRANSFORMS},
     "real nvp": (
@@ -110,6 +131,9 @@ TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callabl
     ),
     "dense": (lambda: Coupling(DenseNetwork(3, 8, 3, layers=2), Additive()), (6,)),
     **{f"autoregressive {name}": (lambda name=name: autoregress(name), (6,)) for name in TRANSFORMS},
+    **{f"tokens {name}": (lambda name=name: tokens(name), IMAGE) for name in TRANSFORMS},
+    "tokens backwards": (lambda: tokens(backwards=True), IMAGE),
+    "tokens of independent numbers": (lambda: tokens(local=False), IMAGE),
     "inverse autoregressive": (lambda: Inverse(autoregress("affine")), (6,)),
     "reverse": (Reverse, IMAGE),
     "batch norm": (lambda: BatchNorm(4), IMAGE),
@@ -123,12 +147,15 @@ TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callabl
     "gaussianize": (lambda: Gaussianize(4, 4), IMAGE, "dark"),
     "standardize": (lambda: Standardize(6), (6,)),
     "coupling, given a class": (lambda: Given(Coupling(ConvNetwork(2 + 3, 5, 4), Affine())), IMAGE),
+    "transformer, given a class": (lambda: Given(Coupling(Transformer(8, 2 + 3, 8, 4, heads=2, layers=1), Affine())), IMAGE),
     "coupling of vectors, given a class": (lambda: Given(Coupling(DenseNetwork(3 + 3, 8, 3, layers=2), Additive())), (6,)),
     "masked coupling, given an image": (
         lambda: Given(MaskedCoupling(ConvNetwork(4 + 2, 5, 8), Affine(), checkerboard(4, 4, 2, odd=True)), torch.randn(1, 2, 4, 2)),
         IMAGE,
     ),
     "autoregressive, given a class": (lambda: Given(Autoregressive(MADE(6, 16, 2, 2, seen_by_all=3), Affine())), (6,)),
+    "tokens, given a class": (lambda: Given(tokens(seen=3)), IMAGE),
+    "tokens, given an image": (lambda: Given(tokens(seen=2), torch.randn(1, 2, 4, 2)), IMAGE),
     "inverse, given a class": (lambda: Given(Inverse(Autoregressive(MADE(6, 16, 2, 2, seen_by_all=3), Affine()))), (6,)),
     "factor out, given a class": (lambda: Given(FactorOut(Flatten(2, 4, 2), ZeroConv2d(2 + 3, 4, 3))), IMAGE),
     "chain, given a class": (
@@ -299,6 +326,16 @@ def test_made_sees_every_number_before_and_none_after_however_narrow_it_is():
         assert not slope[0, t:].any()
     seen = slope[0, : size - 1] != 0  # by the last number, through a tenth as many units
     assert seen[0] and seen[-1] and seen.float().mean() > 0.9
+
+
+def test_made_shows_the_condition_to_every_number():
+    network = MADE(4, 10, 2, 2, seen_by_all=3)
+    torch.nn.init.normal_(network.last.weight)
+    torch.nn.init.constant_(network.first.bias, 5.0)
+    x = torch.rand(1, 7, requires_grad=True)
+    for t in range(4):
+        (slope,) = torch.autograd.grad(network(x).unflatten(1, (2, 4))[0, :, t].square().sum(), x)
+        assert slope[0, 4:].all() and not slope[0, t:4].any()
 
 
 def test_normal_tail_of_the_logistic_is_finite_in_float32():

@@ -43,6 +43,13 @@ MODELS: dict[str, Callable[..., GenerativeModel]] = {
     "maf": lambda **changes: model_of("maf", flows=2, **changes),
     "maf spline": lambda **changes: model_of("maf", flows=1, transform="spline", **changes),
     "iaf": lambda **changes: model_of("iaf", flows=1, **changes),
+    "tarflow": lambda **changes: model_of("tarflow", layers=[1, 1], transform="affine", **changes),
+    "tarflow mixture": lambda **changes: model_of("tarflow", patch=2, layers=[1], local=False, roll=True, mixing="plu", **changes),
+    "tarflow of the paper": lambda **changes: model_of(
+        "tarflow", layers=[1, 1], transform="affine", local=False, mixing="none", gaussianize=False, **changes
+    ),
+    "jet": lambda **changes: model_of("jet", couplings=5, **changes),
+    "jet of the paper": lambda **changes: model_of("jet", patch=2, couplings=5, mixing="permutation", gaussianize=False, **changes),
     "glow with learned base": lambda **changes: glow(base="learned", levels=1, **changes),
 }
 

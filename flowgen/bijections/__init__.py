@@ -2,14 +2,16 @@
 
 from flowgen.bijections.autoregressive import MADE, Autoregressive, Inverse, Reverse
 from flowgen.bijections.base import Bijection, Chain, beside
-from flowgen.bijections.coupling import Coupling, MaskedCoupling, channelwise, checkerboard
+from flowgen.bijections.coupling import Coupling, MaskedCoupling, channelwise, checkerboard, stripes
 from flowgen.bijections.elementwise import Equalize, Gaussianize, LogisticToNormal, Logit, Standardize
 from flowgen.bijections.factor_out import FactorOut
 from flowgen.bijections.layers import Network, ZeroConv2d
 from flowgen.bijections.linear import ChannelAffine, Conv1x1, Folded, PLUConv1x1
 from flowgen.bijections.networks import ConvNetwork, DenseNetwork, GatedNetwork, RealNVPNetwork, ResNetwork
 from flowgen.bijections.normalize import ActNorm, BatchNorm, batch_normalisations, estimate_statistics
-from flowgen.bijections.reshape import Flatten, Squeeze
+from flowgen.bijections.reshape import Flatten, Permute, Roll, Squeeze
+from flowgen.bijections.tokens import Head, TokenAutoregressive, local_head
+from flowgen.bijections.transformers import CausalTransformer, Transformer
 from flowgen.bijections.transforms import (
     LOG_SCALES,
     TRANSFORMS,
@@ -31,6 +33,7 @@ __all__ = [
     "Autoregressive",
     "BatchNorm",
     "Bijection",
+    "CausalTransformer",
     "Chain",
     "ChannelAffine",
     "Conv1x1",
@@ -43,6 +46,7 @@ __all__ = [
     "Folded",
     "GatedNetwork",
     "Gaussianize",
+    "Head",
     "Inverse",
     "LogisticToNormal",
     "Logit",
@@ -51,17 +55,23 @@ __all__ = [
     "Multiplicative",
     "Network",
     "PLUConv1x1",
+    "Permute",
     "RealNVPNetwork",
     "ResNetwork",
     "Reverse",
+    "Roll",
     "Spline",
     "Squeeze",
     "Standardize",
+    "TokenAutoregressive",
     "Transform",
+    "Transformer",
     "ZeroConv2d",
     "batch_normalisations",
     "beside",
     "channelwise",
     "checkerboard",
     "estimate_statistics",
+    "local_head",
+    "stripes",
 ]

@@ -37,7 +37,8 @@ class MADE(nn.Module):
         super().__init__()
         self.size, self.count = size, count
         numbers = torch.arange(size)
-        hidden = torch.linspace(0, max(size - 2, 0), width).round().long()  # spread over all numbers, however few the units
+        first = -1 if seen_by_all else 0  # units of -1 see the condition alone, for the first number
+        hidden = torch.linspace(first, max(size - 2, first), width).round().long()  # spread over all numbers, however few the units
         self.first = MaskedLinear(F.pad(hidden[:, None] >= numbers, (0, seen_by_all), value=True))
         self.middle = nn.ModuleList(MaskedLinear(hidden[:, None] >= hidden) for _ in range(layers - 1))
         self.last = MaskedLinear((numbers[:, None] > hidden).repeat(count, 1))

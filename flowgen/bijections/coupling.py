@@ -75,3 +75,8 @@ def channelwise(channels: int, height: int, width: int, second: bool) -> Tensor:
     """1 in the first half of the channels, or in the second."""
     half = torch.arange(channels) < channels // 2
     return (~half if second else half)[:, None, None].expand(-1, height, width)
+
+
+def stripes(channels: int, height: int, width: int, odd: bool) -> Tensor:
+    """1 in even columns, or in odd ones; in every channel."""
+    return (torch.arange(width) % 2 == int(odd)).expand(channels, height, -1)

@@ -2,7 +2,7 @@
 
 from flowgen.models.abilities import Ability, Classifies, Completes, Completion, RunsChains
 from flowgen.models.base import Evaluation, GenerativeModel
-from flowgen.models.flows import IAF, MAF, NICE, Flow, Glow, RealNVP
+from flowgen.models.flows import IAF, MAF, NICE, Flow, Glow, Jet, RealNVP, TarFlow
 from flowgen.models.rbm import RBM
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "Flow",
     "GenerativeModel",
     "Glow",
+    "Jet",
     "RealNVP",
     "RunsChains",
+    "TarFlow",
 ]

@@ -1,0 +1,88 @@
+"""Jet: Kolesnikov, Susano Pinto and Tschannen, A Modern Transformer-Based Normalizing Flow (2412.15129)."""
+
+from itertools import cycle
+
+from torch import Tensor
+
+from flowgen.bijections import (
+    TRANSFORMS,
+    ActNorm,
+    Bijection,
+    Chain,
+    Coupling,
+    Flatten,
+    Folded,
+    Gaussianize,
+    MaskedCoupling,
+    Permute,
+    PLUConv1x1,
+    Squeeze,
+    Standardize,
+    Transformer,
+    checkerboard,
+    stripes,
+)
+from flowgen.errors import FlowgenError, check_choice, check_whole
+from flowgen.models.flows.flow import Flow
+from flowgen.models.flows.patches import check_transformers, patch_size
+
+SPATIAL = 5  # one coupling in so many transforms half of the patches, the others half of every patch
+
+
+class Jet(Flow):
+    """Patches, then couplings whose networks are transformers without a mask; as quick to sample as to score.
+
+    `conf/model/jet.yaml` says what each argument means.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        size: int,
+        bits: int,
+        patch: int | None,
+        couplings: int,
+        layers: int,
+        width: int,
+        heads: int,
+        dropout: float,
+        coupling: str,
+        mixing: str,
+        gaussianize: bool,
+        dequantisation: str,
+        classes: int | None,
+        class_networks: bool,
+    ):
+        check_whole(channels=channels, size=size, bits=bits, couplings=couplings)
+        check_transformers([layers], width, heads, dropout)
+        check_choice(TRANSFORMS, coupling=coupling)
+        check_choice(("permutation", "plu"), mixing=mixing)
+        check_choice((True, False), gaussianize=gaussianize, class_networks=class_networks)
+        patch = patch_size(size, patch)
+        maps, side = channels * patch**2, size // patch
+        if maps < 2:
+            raise FlowgenError(f"patches of one number cannot be halved, which Jet needs: choose another patch for images of size={size}")
+        seen = classes if classes is not None and class_networks else 0
+        transform = TRANSFORMS[coupling]("bounded")
+        masks = cycle(token_masks(maps, side) if side > 1 else [])
+
+        def network(reads: int, transformed: int) -> Transformer:
+            return Transformer(side**2, reads + seen, width, transform.count * transformed, heads, layers, dropout)
+
+        def step(number: int) -> list[Bijection]:
+            if side > 1 and number % SPATIAL == SPATIAL - 1:
+                return [MaskedCoupling(network(maps, maps), transform, next(masks))]
+            mix = Permute(maps) if mixing == "permutation" else Folded(ActNorm(maps), PLUConv1x1(maps))
+            return [mix, Coupling(network(maps // 2, maps - maps // 2), transform)]
+
+        bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
+        bijections += [Squeeze(patch), ActNorm(maps), *(bijection for number in range(couplings) for bijection in step(number))]
+        bijections += [Flatten(maps, side, side), Standardize(channels * size**2)]
+        super().__init__(Chain(*bijections), (channels, size, size), bits, dequantisation, classes, class_networks)
+
+
+def token_masks(maps: int, side: int) -> list[Tensor]:
+    """Halves of the patches: a checkerboard, columns and rows, each with its inverse."""
+    columns = [stripes(maps, side, side, odd) for odd in (False, True)]
+    return [*(checkerboard(maps, side, side, odd) for odd in (False, True)), *columns, *(mask.transpose(1, 2) for mask in columns)]
