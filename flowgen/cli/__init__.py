@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import warnings
 
 import click
 
@@ -41,6 +42,8 @@ def main() -> None:
     if not debug:  # what fails in TensorBoard's thread comes up in this one too, and a log that cannot be written is told by that
         threading.excepthook = lambda failure: None
         logging.raiseExceptions = False
+        logging.lastResort = None  # what Python, torch and Pillow think of a file is no business of the user's
+        warnings.simplefilter("ignore")
     try:
         cli.main([word for word in arguments if word != "--debug"], prog_name="flowgen", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):

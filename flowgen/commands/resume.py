@@ -134,6 +134,7 @@ def _differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
 def _sole_trainer_of(run: Run) -> Iterator[None]:
     """Hold the run's folder, which two processes would spoil for one another. Raises FlowgenError where another one has it."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    run.check_place()
     with open(run.log, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

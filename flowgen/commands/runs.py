@@ -45,6 +45,7 @@ def readable_runs(*folders: Path) -> list[Run]:
     readable = []
     for run in list_runs(*folders):
         try:
+            run.check_place()
             read_config(run.config)
         except FlowgenError as error:
             log.warning("left out: %s", error)

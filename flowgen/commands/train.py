@@ -12,7 +12,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from flowgen.commands.resume import EndedError, absolute, start
@@ -96,11 +96,11 @@ def _job(cfg: DictConfig, go_on: bool = False) -> Exception | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         cfg.out = str(folder)  # before it is read: the default refers to Hydra's section, which a job is not given
-        if not OmegaConf.is_missing(cfg.data, "root") and cfg.data.get("root") is not None:
-            cfg.data.root = absolute(cfg.data.root)
-        if cfg.init is not None and Path(str(cfg.init)).expanduser().exists():
-            cfg.init = absolute(cfg.init)
         config = plain(cfg)
+        if config["data"].get("root") is not None:
+            config["data"]["root"] = absolute(config["data"]["root"])
+        if config["init"] is not None and Path(str(config["init"])).expanduser().exists():
+            config["init"] = absolute(config["init"])
         go_on |= bool(config.pop("resume"))
         auto = HydraConfig.get().runtime.choices["trainer"] == "auto"
         start(config, folder, go_on, f"trainer=auto is trainer={trainer_here()} on this machine" if auto else "")

@@ -85,6 +85,10 @@ def override(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
         for word in OverridesParser.create().parse_overrides(in_grammar(overrides)):
             if word.is_sweep_override():
                 raise FlowgenError(f"{word.input_line} names several values: give one, or sweep with `flowgen train -m`")
+            if "${" in str(word.value()):
+                raise FlowgenError(
+                    f"{word.input_line} refers by ${{...}} to something else, which is for `flowgen train` alone: write the value"
+                )
             if isinstance(config.get(word.key_or_group), dict):
                 raise FlowgenError(
                     f"{word.input_line} would replace a whole section of the run: set its values one by one, as in trainer.device=cuda"
@@ -99,11 +103,14 @@ def override(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 
 def plain(cfg: Any) -> dict[str, Any]:
-    """A configuration as dicts and lists, every reference resolved. Raises FlowgenError for a value that is missing."""
+    """A configuration as dicts and lists, every reference resolved. Raises FlowgenError for a value that is missing, or refers to none."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except MissingMandatoryValue as error:
         raise FlowgenError(f"{error.full_key} is not set: set it, as in {error.full_key}=...") from error
+    except (OmegaConfBaseException, RecursionError) as error:
+        key = getattr(error, "full_key", None) or "a value"
+        raise FlowgenError(f"{key} refers by ${{...}} to what there is not, or to itself: write its value") from error

@@ -1,6 +1,7 @@
 """Checkpoints: dicts of plain data, written so that a crash leaves the old one whole, read so that no code can run."""
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from flowgen.errors import FlowgenError
 from flowgen.training.formats import FORMAT, renewed
 
 KEYS = {"config", "step", "images_seen", "model", "ema", "optimizer", "metrics"}
+COUNTERS = {"failed", "skipped", "rewinds", "failed_at", "rewound_to", "lr_scale"}  # of failures
 
 
 def write_checkpoint(state: dict[str, Any], path: Path, others: Iterable[Path] = ()) -> None:
@@ -63,8 +65,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FlowgenError(f"{path} is no checkpoint of flowgen: name another run or checkpoint")
     if state.get("format", FORMAT) not in range(FORMAT + 1):
         raise FlowgenError(f"{path} is a checkpoint of a later flowgen: update with `pip install -U flowgen`")
-    state = renewed(state)
-    if not _is_sound(state):
+    try:
+        state = renewed(state)
+        sound = _is_sound(state)
+    except (AttributeError, KeyError, RecursionError, TypeError):
+        sound = False
+    if not sound:
         raise FlowgenError(f"{path} holds values that no training writes: name another run or checkpoint")
     return state
 
@@ -79,7 +85,10 @@ def _is_sound(state: dict[str, Any]) -> bool:
     def is_count(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**63
 
-    config, metrics, optimizer = state["config"], state["metrics"], state["optimizer"]
+    def of_numbers(value: Any, names: set[str]) -> bool:
+        return isinstance(value, dict) and value.keys() <= names and all(type(each) in (int, float) for each in value.values())
+
+    config, metrics = state["config"], state["metrics"]
     return (
         all(isinstance(config.get(section), dict) for section in ("model", "data", "trainer"))
         and is_count(config.get("seed"))
@@ -87,9 +96,11 @@ def _is_sound(state: dict[str, Any]) -> bool:
         and is_count(state["images_seen"])
         and of_tensors(state["model"])
         and (state["ema"] is None or of_tensors(state["ema"]))
-        and isinstance(optimizer, dict)
-        and isinstance(metrics, dict)
-        and all(type(metrics.get(name)) in (int, float) for name in ("best", "seconds"))
+        and isinstance(state["optimizer"], dict)
+        and of_numbers(metrics, {"best", "seconds"})
+        and not math.isnan(metrics["best"])
+        and 0 <= metrics["seconds"] < math.inf
+        and of_numbers(state["rescue"], COUNTERS)
     )
 
 

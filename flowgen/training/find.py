@@ -27,8 +27,14 @@ def list_runs(*folders: Path) -> list[Run]:
 def find_run(name: str) -> Run:
     """The run whose folder, checkpoint file or name under `outputs/` this is; for a model of the zoo, where its pictures go.
 
-    Raises FlowgenError where there is none.
+    Raises FlowgenError where there is none, and where its files lead elsewhere.
     """
+    run = _named(name)
+    run.check_place()
+    return run
+
+
+def _named(name: str) -> Run:
     if name.startswith("zoo/"):
         return Run(OUTPUTS / zoo_file(name).relative_to(ZOO.parent).with_suffix(""))
     for path in (Path(name), OUTPUTS / name):
@@ -77,7 +83,8 @@ def _evaluated(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _says_it_is_of(run: Run, wanted: type | None) -> bool:
     """Whether the run's folder describes a `wanted` model: it is read sooner than a checkpoint."""
-    with contextlib.suppress(OSError, YAMLError, UnicodeDecodeError, FlowgenError):
+    with contextlib.suppress(OSError, YAMLError, ValueError, RecursionError):
+        run.check_place()
         config = safe_load(run.config.read_text())
         return isinstance(config, dict) and _is_of(config, wanted)
     return False

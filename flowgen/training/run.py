@@ -9,7 +9,10 @@ from typing import Any
 from flowgen.errors import FlowgenError
 from flowgen.measures import COMPARED, Measured, finite, read_measured
 from flowgen.training.checkpoint import digest_of, read_checkpoint, write_checkpoint
+from flowgen.training.rows import read_rows
 
+FOLDERS = {"checkpoints", "samples", "tensorboard"}
+SUFFIXES = {".gif", ".html", ".json", ".jsonl", ".log", ".part", ".png", ".pt", ".yaml"}
 log = logging.getLogger("flowgen")
 
 
@@ -27,6 +30,15 @@ class Run:
         self.features = folder / "features.png"
         self.last = folder / "checkpoints" / "last.pt"
         self.best = folder / "checkpoints" / "best.pt"
+
+    def check_place(self) -> None:
+        """Raise `FlowgenError` where one of its files is a pipe, or a link by which files elsewhere would be read or written."""
+        place, files = self.folder.resolve(), [path for path in _entries(self.folder) if path.name in FOLDERS or path.suffix in SUFFIXES]
+        for path in [*files, *(below for folder in files if folder.name in FOLDERS for below in _entries(folder))]:
+            if not path.resolve().is_relative_to(place):
+                raise FlowgenError(f"{path} is a link that leads out of the run's folder: put there what it leads to, or delete it")
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise FlowgenError(f"{path} is no file, but a pipe or the like: delete it")
 
     def sample_grid(self, step: int) -> Path:
         path = self.folder / "samples" / f"step_{step:08d}.png"
@@ -68,14 +80,8 @@ class Run:
             file.write(json.dumps({"step": step, "split": split, **finite(row)}) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines but one that a crash cut short."""
-        rows = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                log.warning("%s: a line was cut short and is left out", self.metrics)
-        return rows
+        """All rows but what no training has written, such as one that a crash cut short."""
+        return read_rows(self.metrics)
 
     def has_ended(self) -> bool:
         """Whether its training has come to its end, which is where the test split is judged."""
@@ -88,20 +94,24 @@ class Run:
     def evaluation_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """What `keep_evaluation` was given of these weights, {} where it was not."""
         try:
-            kept = json.loads(self.evaluation.read_text())
-        except (OSError, ValueError):
+            kept = json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
+        except (OSError, ValueError, RecursionError):
             return {}
         return kept if isinstance(kept, dict) and kept.get("weights") == digest_of(checkpoint) else {}
 
     def environment(self) -> str:
         """What it was trained on, as its log has it."""
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
         return next((line.partition("environment: ")[2] for line in reversed(lines) if "environment: " in line), "")
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics later than `step`, which a resumed run writes again."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         write_aside(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def write_aside(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from flowgen.models import GenerativeModel
 from flowgen.training.optimisation import Optimisation
 from flowgen.training.rescue import Rescue
 
+MOMENTS = {"adam": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}  # of every parameter
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
@@ -77,12 +78,24 @@ class State:
                 self.average.load_state_dict(checkpoint["ema"])
             if self.kind == checkpoint["config"]["trainer"]["optimizer"]:  # moments of another kind would be of no use
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+                self._check_moments()
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise FlowgenError("the checkpoint is of another model than its configuration says: name another one") from error
         for group, its_settings in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(its_settings)
         self.step, self.images_seen = checkpoint["step"], checkpoint["images_seen"]
         self.estimated_at = -1
+
+    def _check_moments(self) -> None:
+        """Raise ValueError where the optimiser could not take its next step with them."""
+        known = MOMENTS[self.kind]
+        for parameter, moments in self.optimizer.state.items():
+            if moments.keys() != known:
+                raise ValueError("other moments")
+            for name, value in moments.items():
+                shape = () if name == "step" else parameter.shape
+                if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
+                    raise ValueError(f"{name} is of another shape")
 
 
 def _warm_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:

@@ -1,0 +1,162 @@
+"""Files from elsewhere: what no flowgen wrote gets a plain sentence, or is left out and counted; nothing of it runs, none leads outside."""
+
+import math
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, save_image
+from PIL import Image
+
+from flowgen.training.checkpoint import read_checkpoint
+from flowgen.training.run import Run
+
+FOREIGN_ROWS = [
+    b'{"step": 7, "split": "train", "loss": \xff}',
+    b"[1, 2]",
+    b"7",
+    b"{}",
+    b'{"step": 7}',
+    b'{"split": "test"}',
+    b'{"step": -1, "split": "test"}',
+    b'{"step": true, "split": "test"}',
+    b'{"step": 1e3, "split": "test"}',
+    b'{"step": 1' + 400 * b"0" + b', "split": "test"}',
+    b'{"step": 1' + 5000 * b"0" + b', "split": "test"}',
+    b'{"step": 7, "split": 3}',
+    b'{"step": 7, "split": "test", "bits_per_dim": "low"}',
+    b'{"step": 7, "split": "test", "bits_per_dim": 3, "bits_per_dim_error": []}',
+    b'{"step": 7, "split": "validation", "bits_per_dim": Infinity}',
+    b'{"step": 7, "split": "validation", "bits_per_dim": -1e308}',
+    b'{"step": 7, "split": "train", "loss": NaN}',
+    b'{"step": 7, "split": "train", "loss": true}',
+    b'{"step": 7, "split": "train", "seconds": "long", "images_per_second": 3}',
+    b'{"step": 7, "split": "train", "more": {"a": 1}}',
+    b"[" * 100_000,
+    b'{"step": 7, "split": "tr',
+]
+
+
+def test_rows_that_no_training_writes_are_left_out_and_counted(tiny_run, command):
+    metrics = Run(tiny_run).metrics
+    good = Run(tiny_run).read_metrics()
+    metrics.write_bytes(metrics.read_bytes() + b"\n".join(FOREIGN_ROWS) + b"\n")
+    assert Run(tiny_run).read_metrics() == good
+    status, _, error = command("report", tiny_run)
+    assert status == 0 and f"{len(FOREIGN_ROWS)} of {len(FOREIGN_ROWS) + len(good)} lines" in error and "fault" not in error
+    assert command("resume", tiny_run, "trainer.steps=7")[0] == 0
+    assert [row["step"] for row in Run(tiny_run).read_metrics() if row["split"] == "train"] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_run_folder_of_other_things_is_reported_without_them(tiny_run, command):
+    run = Run(tiny_run)
+    run.log.write_bytes(b"\xff environment: \xfe\n")
+    run.evaluation.write_text("[" * 100_000)
+    assert command("report", tiny_run)[0] == 0 and command("sample", "--run", tiny_run)[0] == 0
+
+
+NAMES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "evaluation.json",
+    "train.log",
+    "sample.png",
+    "checkpoints/last.pt",
+    "checkpoints/last.pt.part",
+    "samples",
+)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_run_folder_reads_and_writes_nothing_outside_itself(tiny_run, command, tmp_path, kind):
+    def state_of(path: Path) -> list[tuple[str, int]]:
+        return sorted((each.name, each.stat().st_mtime_ns) for each in (path, *path.rglob("*")))
+
+    for name in NAMES:
+        path, secret, aside = tiny_run / name, tmp_path / f"secret of {name.replace('/', ' ')}", tmp_path / "aside"
+        shutil.copytree(path, secret) if path.is_dir() else secret.write_text("secret")
+        before = state_of(secret)
+        if path.exists():
+            path.rename(aside)
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to(secret)
+        for words in (["resume", tiny_run, "trainer.steps=7"], ["sample", "--run", tiny_run], ["report", tiny_run]):
+            status, _, error = command(*words)
+            assert status == 1 and error.count("flowgen: ") == 1 and str(path) in error and "fault" not in error, (name, error)
+        assert state_of(secret) == before
+        path.unlink()
+        if aside.exists():
+            aside.rename(path)
+
+
+PARTS = (
+    {"images_seen": -1},
+    {"step": True},
+    {"rescue": {"failed": "often"}},
+    {"rescue": {"nonsense": 1}},
+    {"rescue": None},
+    {"metrics": {"best": math.nan, "seconds": 1.0}},
+    {"metrics": {"best": 1.0, "seconds": -1.0}},
+    {"metrics": {"best": 1.0, "seconds": math.inf}},
+    {"metrics": {"best": 1.0}},
+    {"optimizer": {}},
+    {"optimizer": {"state": {0: {"exp_avg": 1}}, "param_groups": []}},
+    "moments",
+    "shapes",
+    "words",
+    "first format",
+)
+
+
+def test_counters_and_moments_of_no_training_get_one_line(tiny_run, command):
+    path = Run(tiny_run).last
+    for part in PARTS:
+        state = read_checkpoint(path)
+        moments = state["optimizer"]["state"][0]
+        if part == "moments":
+            del moments["exp_avg"]
+        elif part == "shapes":
+            moments["exp_avg"] = moments["exp_avg"][:0]
+        elif part == "words":
+            moments["exp_avg"] = "large"
+        elif part == "first format":
+            state = {key: value for key, value in state.items() if key != "format"} | {"model": {3: state["model"]}}
+        torch.save(state | part if isinstance(part, dict) else state, path.with_name("other.pt"))
+        status, _, error = command("resume", path.with_name("other.pt"), "trainer.steps=8")
+        assert status == 1 and error.count("flowgen: ") == 1 and "checkpoint" in error and "fault" not in error, (part, error)
+
+
+WORDS = (
+    ("model.width=${nope}", "model.width"),
+    ("model.width=${oc.env:FLOWGEN_NOTHING}", "model.width"),
+    ("model.width=${model.width}", "model.width"),
+    ("model.width=${", "model.width"),
+    ("model.width=${nope:3}", "model.width"),
+    ("data.root=${nope}", "data.root"),
+)
+
+
+def test_references_that_lead_nowhere_get_one_line(images, tiny_run, command, tmp_path):
+    train = ["train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path / 'other'}"]
+    for word, said in WORDS:
+        for words in ([*train, word], ["resume", tiny_run, word], ["evaluate", "--run", tiny_run, word]):
+            status, _, error = command(*words)
+            assert status == 1 and error.count("flowgen: ") == 1 and said in error and "fault" not in error, (words, error)
+
+
+def test_what_libraries_think_of_a_file_stays_untold(tiny_run, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # beyond which Pillow warns, and beyond twice as many refuses
+    picture = save_image(tmp_path / "bomb.png", (70, 70, 3))
+    broken = tmp_path / "exif.jpg"
+    Image.open(picture).save(broken, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x63\x01\x12")
+    status, _, error = command("interpolate", picture, picture, "--run", tiny_run)
+    assert status == 0 and error == "", error
+    status, _, error = command("score", broken, picture, "--run", tiny_run)
+    assert status == 0 and error == "", error
+    status, _, error = command("interpolate", save_image(tmp_path / "huge.png", (100, 100, 3)), picture, "--run", tiny_run)
+    assert status == 1 and len(error.splitlines()) == 1
+    (tmp_path / "old.pt").write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    status, _, error = command("sample", "--run", tmp_path / "old.pt")
+    assert status == 1 and len(error.splitlines()) == 1
