@@ -74,6 +74,14 @@ def read_measured(row: Mapping[str, Any], metric: Metric) -> Measured | None:
     return None if value is None else Measured(metric, value, row.get(f"{metric.name}_error"), row.get("split"))
 
 
+def too_good(measured: Measured, entropy: float, dimensions: int) -> bool:
+    """Whether a likelihood of images, whose `entropy` is in bits an image, is better by three errors than that of any distribution."""
+    margin = 3 * (measured.error or 0.0)
+    if measured.metric == BITS_PER_DIM:
+        return dimensions * (measured.value + margin) < entropy
+    return measured.metric == LOG_LIKELIHOOD and margin - measured.value < entropy * math.log(2)
+
+
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
     """With None for what is not finite, since JSON has no word for it."""
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}

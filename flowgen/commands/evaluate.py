@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from flowgen.config import build, build_model_and_data, in_todays_words, model_of, override
 from flowgen.measures import Judgement, finite
 from flowgen.progress import bar
+from flowgen.training.doubts import doubt_likelihood, doubt_split
 from flowgen.training.find import find_checkpoint
 
 BATCH = 64
@@ -33,6 +34,7 @@ def evaluate(*, name: str | None, overrides: list[str], device: str) -> Evaluate
     how = build("evaluation", config["evaluation"])
     _, data, _ = build_model_and_data(config)
     model = model_of(checkpoint, device)
+    doubt_split(data)
     data.to(model.device)
     model.watch(bar)
     batches = bar(data.batches("test", BATCH), "images", -(-len(data.test) // BATCH))
@@ -40,6 +42,7 @@ def evaluate(*, name: str | None, overrides: list[str], device: str) -> Evaluate
     name = model.metric.name
     if not math.isfinite(judgement[name].value):
         log.warning("%s is not finite: for some of these images the model gives no likelihood that float32 holds", name)
+    doubt_likelihood(judgement[name], data, data.batches("test", BATCH))
     binarise = {"binarise": config["data"]["binarise"]} if data.bits == 1 else {}
     found = Evaluated({"run": str(run.folder), "step": checkpoint["step"], "split": "test", **binarise}, judgement)
     if model.recall(judgement.row()):

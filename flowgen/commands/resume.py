@@ -66,6 +66,7 @@ def _train(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None, 
     import torch
 
     from flowgen.training.device import environment
+    from flowgen.training.doubts import doubt_split
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
     trainer: Trainer = build("trainer", {"threads": "auto"} | config["trainer"])
@@ -87,6 +88,7 @@ def _train(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None, 
         log.info("environment: %s", environment(trainer.machine.device))
         if remark:
             log.info("%s", remark)
+        doubt_split(data)
         if checkpoint is not None:
             log.info("going on from step %d", checkpoint["step"])
         stopped = trainer.train(model, data, run, config, checkpoint, trained=source is not None)

@@ -6,6 +6,7 @@ from flowgen.data.mnist import MNIST
 from flowgen.data.mnist_sample import MNISTSample
 from flowgen.data.originals import originals
 from flowgen.data.prepare import check_pictures, prepare, read_exactly, read_levels
+from flowgen.data.repeats import entropy, shared
 from flowgen.data.splits import Split, part
 from flowgen.data.stream import Stream
 from flowgen.data.table import Table, read_table
@@ -21,10 +22,12 @@ __all__ = [
     "Table",
     "Toy",
     "check_pictures",
+    "entropy",
     "originals",
     "part",
     "prepare",
     "read_exactly",
     "read_levels",
     "read_table",
+    "shared",
 ]

@@ -13,6 +13,7 @@ from flowgen.measures import Judgement, Measured, Metric
 from flowgen.models import GenerativeModel
 from flowgen.training.cadence import Cadence
 from flowgen.training.device import peak_memory
+from flowgen.training.doubts import doubt_likelihood
 from flowgen.training.journal import Journal
 from flowgen.training.machine import Machine
 from flowgen.training.optimisation import Optimisation, gradient_norm
@@ -159,10 +160,14 @@ class Training:
             self.data.batches(name, self.optimisation.batch_size, self.cadence.evaluate_images) for name in (split, "train")
         )
         judgement = model.evaluate(images, reference).on(split)
+        measured = judgement[model.metric.name]
         self.state.model.train()
         self.journal.write(self.state.step, split, judgement)
         self.journal.curves()
-        cost = model.metric.cost(judgement[model.metric.name].value)
+        if split == "test":
+            again = self.data.batches(split, self.optimisation.batch_size, self.cadence.evaluate_images)
+            doubt_likelihood(measured, self.data, again)
+        cost = model.metric.cost(measured.value)
         if split == "test" or cost >= self.state.best:
             return False
         self.state.best = cost

@@ -1,0 +1,29 @@
+"""What makes figures doubtful: a likelihood that no model can have, test images that were trained on."""
+
+import logging
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from flowgen.data import Images, entropy, shared
+from flowgen.measures import Measured, too_good
+
+NAMED = 3
+log = logging.getLogger("flowgen")
+
+
+def doubt_likelihood(measured: Measured, data: Images, batches: Iterable[Tensor]) -> None:
+    """Warn where the likelihood of these images is better than their entropy allows."""
+    bits = entropy(batches)
+    if too_good(measured, bits, math.prod(data.shape)):
+        least = f"the entropy of these images is {bits:.2f} bits each, {bits / math.prod(data.shape):.4f} bits/dim"
+        log.warning("%s cannot be: %s, and no model is below; the checkpoint or the model's code is wrong", measured, least)
+
+
+def doubt_split(data: Images) -> None:
+    """Warn of test images that are training images too."""
+    if places := shared(data.train.images, data.test.images):
+        named = ", ".join(map(str, places[:NAMED])) + ", ..." * (len(places) > NAMED)
+        words = "%d of %d test images are training images too, pixel for pixel (numbers %s): test figures are flattered"
+        log.warning(words, len(places), len(data.test), named)
