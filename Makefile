@@ -6,7 +6,9 @@ DEMO := outputs/demo
 SCALE ?= full
 DATA ?= celeba_hq
 
-.PHONY: help setup demo test lint bench zoo reproduce-thesis
+FAULTS ?= 20
+
+.PHONY: help setup demo test lint faults bench zoo reproduce-thesis
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
@@ -46,6 +48,9 @@ lint: $(FLOWGEN) ## style and types
 
 reproduce-thesis: $(FLOWGEN) ## every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
 	.venv/bin/python scripts/thesis --scale $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
+
+faults: $(FLOWGEN) ## kills, full disks, foreign files and odd command lines, minutes: FAULTS=1000 for as many kills, hours
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 .venv/bin/python scripts/faults/faults.py --count $(FAULTS)
 
 zoo: $(FLOWGEN) ## train the models that the package brings: hours
 	.venv/bin/python scripts/zoo.py $(NAMES)

@@ -179,3 +179,15 @@ def test_a_file_holds_no_point_of_the_plane(tmp_path):
     channels, size, _ = Toy(name="moons", count=5, bits=8, flip=False).shape
     with pytest.raises(FlowgenError, match="2 channels, and an image file has 1 or 3"):
         read_levels(path, size, channels, None, 8)
+
+
+def test_a_file_in_a_zip_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowgen.data.source.LARGEST", 1000)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(10**6))
+    with pytest.raises(FlowgenError, match="it unpacks to more than"):
+        folder(tmp_path / "bomb.zip")
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("list_eval_partition.txt", bytes(10**6))
+    with pytest.raises(FlowgenError, match=r"list_eval_partition.txt cannot be read"):
+        folder(tmp_path / "bomb.zip")

@@ -9,6 +9,7 @@ from flowgen.config.sentences import no_such_setting, one_line
 from flowgen.errors import FlowgenError
 
 FOLDERS = ("out", "data.root", "init")
+SHOWN = 100  # characters of a word that cannot be read
 GROUPS = ("data", "model", "trainer")  # of which every run has one
 
 
@@ -45,12 +46,13 @@ def in_grammar(words: list[str]) -> list[str]:
             return word
         try:
             parser.parse_override(word)
-        except HydraException as error:
+        except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
             if key in FOLDERS:
                 value = str(Path(value).expanduser()).replace("'", r"\'")
                 return f"{key}='{value}'"
+            shown = word if len(word) < SHOWN else f"{word[:SHOWN]}..."
             raise FlowgenError(
-                f"{word} cannot be read: close its brackets, and put quotes around odd characters, as in \"{key}='...'\""
+                f"{shown} cannot be read: close its brackets, and put quotes around odd characters, as in \"{key}='...'\""
             ) from error
         return word
 

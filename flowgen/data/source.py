@@ -8,6 +8,7 @@ from typing import NamedTuple
 from flowgen.errors import FlowgenError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+LARGEST = 2**28  # bytes of a file in a zip
 LISTS = {".csv", ".txt"}
 
 
@@ -31,11 +32,13 @@ class Source(NamedTuple):
         if not inside and not outside:
             return None
         place = f"{self.path}/{inside[0]}" if inside else str(outside[0])
-        data = self.read(inside[0]) if inside else outside[0].read_bytes()
         try:
+            data = self.read(inside[0]) if inside else outside[0].read_bytes()
             lines = data.decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise FlowgenError(f"{place} is no text in UTF-8: get it again, or move it away") from error
+        except Exception as error:  # a damaged archive raises whatever its decompressor does
+            raise FlowgenError(f"{place} cannot be read: get it again, or move it away") from error
         return place, [words for line in lines if (words := line.replace(",", " ").split())]
 
 
@@ -58,13 +61,18 @@ def open_source(root: Path) -> Source:
 def _open_zip(path: Path, beside: Sequence[Path]) -> Source:
     try:
         archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of any kind, as said above
         raise FlowgenError(f"{path} is no zip, or is cut short: get it again, or point data.root at a folder of images") from error
     infos = sorted((info for info in archive.infolist() if _is_image(info.filename)), key=lambda info: info.filename)
     if not infos:
         raise FlowgenError(f"{path} holds no image: point data.root at a folder or a zip of images")
+    def read(name: str) -> bytes:
+        if archive.getinfo(name).file_size > LARGEST:
+            raise OSError(f"it unpacks to more than {LARGEST >> 20} MiB")
+        return archive.read(name)
+
     lists = [name for name in archive.namelist() if PurePosixPath(name).suffix in LISTS and not _is_hidden(name)]
-    return Source(path, {info.filename: [info.CRC, info.file_size] for info in infos}, archive.read, lists, beside)
+    return Source(path, {info.filename: [info.CRC, info.file_size] for info in infos}, read, lists, beside)
 
 
 def _is_image(name: str) -> bool:

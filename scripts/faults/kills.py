@@ -1,0 +1,104 @@
+"""SIGKILL at random moments and inside every write; gone on with, each run must end with the bits of one that was left alone."""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from points import count_into, drawn, kill_at, send_after
+from trainings import TRAININGS, make_images, same, state_of, words_of
+from zygote import KILLED, Outcome, flowgen
+
+AGAIN = 0.7  # of those that go on are killed once more
+FRESH = 0.1  # have a cache of images of their own
+
+
+class Result(NamedTuple):
+    """One run: what it is of, how often it was killed, what was wrong with it at the end, "" for nothing."""
+
+    kind: str
+    what: str
+    hits: int
+    fault: str
+
+
+class Alone(NamedTuple):
+    """A training that was left alone: how it ended, how long that took, and how many points it came by."""
+
+    state: dict[str, Any]
+    seconds: float
+    points: int
+
+
+class Ground:
+    """Where the trainings of one session are: images, a cache that is shared, and what each ends with when it is left alone."""
+
+    def __init__(self, folder: Path, mounts: bool = False):
+        self.folder, self.images, self.mounts = folder, make_images(folder / "images"), mounts
+        os.environ["FLOWGEN_CACHE"] = str(folder / "cache")
+        self.alone: dict[str, Alone] = {}
+
+    def left_alone(self, name: str) -> Alone:
+        if name not in self.alone:
+            folder = self.folder / "alone" / name.replace(", ", "-")
+            folder.mkdir(parents=True)
+            counted = flowgen(words_of(name, self.images, folder / "run"), folder, prepare=count_into(folder / "points"))
+            assert not counted.status, counted.error
+            self.alone[name] = Alone(state_of(folder / "run"), counted.seconds, int((folder / "points").read_text()))
+        return self.alone[name]
+
+
+def go_on(name: str, ground: Ground, folder: Path, **how: Any) -> Outcome:
+    """As a user would: by `resume` where the run has a configuration, else by training again in the same folder."""
+    run = folder / "run"
+    words = ["resume", run] if (run / "config.yaml").exists() else words_of(name, ground.images, run)
+    return flowgen(words, folder, **how)
+
+
+def difference(ground: Ground, name: str, run: Path) -> str:
+    """In what a run ended otherwise than the one that was left alone."""
+    wanted, found = ground.left_alone(name).state, state_of(run)
+    return ", ".join(key for key in sorted({*wanted, *found}) if not same(wanted.get(key), found.get(key)))
+
+
+def kill(ground: Ground, seed: int, number: int, folder: Path) -> Result:
+    """Training `number`: killed, gone on with, perhaps killed again, gone on with to the end, and compared."""
+    random = drawn(seed, "kill", number)
+    name = list(TRAININGS)[number % len(TRAININGS)]
+    alone, hits = ground.left_alone(name), 0
+    kind = ("in a write", "at a moment")[number // len(TRAININGS) % 2]
+    if random.random() < FRESH:
+        os.environ["FLOWGEN_CACHE"] = str(folder / "cache")
+    for turn in range(9):
+        if turn and random.random() >= AGAIN:
+            break
+        how: dict[str, Any] = {"prepare": kill_at(random.randint(1, alone.points), random.random())}
+        if kind == "at a moment":
+            how = {"then": send_after(random.uniform(0, 1.1 * alone.seconds), signal.SIGKILL)}
+        ended = go_on(name, ground, folder, **how)
+        hits += ended.status == KILLED
+        if ended.status == 0:
+            break
+        if ended.status != KILLED:
+            return Result(f"kill {kind}", name, hits, ended.fault or ended.last)
+    ended = go_on(name, ground, folder)
+    if ended.status and "has ended" not in ended.error:
+        return Result(f"kill {kind}", name, hits, ended.fault or ended.last)
+    return Result(f"kill {kind}", name, hits, difference(ground, name, folder / "run"))
+
+
+def kills(ground: Ground, seed: int, count: int) -> Iterator[Result]:
+    """Runs until so many kills have hit."""
+    hits, number = 0, 0
+    shared = os.environ["FLOWGEN_CACHE"]
+    while hits < count:
+        folder = ground.folder / "kills" / str(number)
+        folder.mkdir(parents=True)
+        result = kill(ground, seed, number, folder)
+        os.environ["FLOWGEN_CACHE"] = shared
+        if not result.fault:
+            shutil.rmtree(folder)
+        yield result
+        hits, number = hits + result.hits, number + 1
