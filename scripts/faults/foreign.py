@@ -28,7 +28,7 @@ IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte", "t10k-images-idx
 
 def bound() -> None:
     """In the child: so much time of a core and so much memory; what takes more hangs, or does not fit."""
-    resource.setrlimit(resource.RLIMIT_CPU, (int(HANGS), int(HANGS) + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (HANGS, HANGS + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 

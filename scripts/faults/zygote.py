@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-HANGS = 60.0  # seconds after which a command counts as hung
+HANGS = 60  # seconds of computing after which a command counts as hung
+WAITS = 600  # seconds by the clock likewise: other work on the machine may slow it down
 KILLED = -signal.SIGKILL
 
 
@@ -33,7 +34,7 @@ class Outcome(NamedTuple):
     def fault(self) -> str:
         """What is wrong with this end, "" where it worked, or said in one sentence why not."""
         if self.status is None:
-            return f"hung for {HANGS:.0f} s"
+            return f"hung for {WAITS} s"
         if "Traceback" in self.error or "Traceback" in self.output:
             return "a traceback"
         if "fault of flowgen" in self.error:
@@ -83,7 +84,7 @@ def flowgen(
     handle = os.pidfd_open(pid)
     try:
         then(pid)
-        ready, _, _ = select.select([handle], [], [], max(0.0, HANGS - (time.monotonic() - began)))
+        ready, _, _ = select.select([handle], [], [], max(0.0, WAITS - (time.monotonic() - began)))
         if not ready:
             signal.pidfd_send_signal(handle, signal.SIGKILL)
     finally:
