@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "judging": {"data", "errors", "models"},
     "directions": {"errors", "models"},
     "document": {"errors"},
-    "training": {"measures", "targets", "bijections", "models", "data", "pictures", "plots", "errors", "costs"},
+    "training": {"progress", "measures", "targets", "bijections", "models", "data", "pictures", "plots", "errors", "costs"},
     "config": {"targets", "models", "data", "training", "errors"},
     "commands": {
         "targets",

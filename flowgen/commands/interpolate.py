@@ -7,6 +7,7 @@ import torch
 
 from flowgen import pictures
 from flowgen.config import model_of
+from flowgen.costs import check_fits
 from flowgen.data import read_levels
 from flowgen.judging import great_circle, line, walk
 from flowgen.progress import bar
@@ -24,6 +25,8 @@ def interpolate(*, first: Path, second: Path, name: str | None, steps: int, sphe
     model, crop = model_of(checkpoint, device), checkpoint["config"]["data"].get("crop")
     channels, size, _ = model.shape
     start, end = (read_levels(path, size, channels, crop, model.bits) for path in (first, second))
+    side = max(pictures.SMALLEST_SIDE, size)
+    check_fits("--steps", steps, 8 * side**2)
     model.watch(bar)
     ways = walk(model, start, end, torch.linspace(0, 1, steps), great_circle if spherical else line)
     latent, pixels = ways[0][:, 0], ways[1][:, 0].round().to(torch.uint8)

@@ -66,6 +66,7 @@ def _open_zip(path: Path, beside: Sequence[Path]) -> Source:
     infos = sorted((info for info in archive.infolist() if _is_image(info.filename)), key=lambda info: info.filename)
     if not infos:
         raise FlowgenError(f"{path} holds no image: point data.root at a folder or a zip of images")
+
     def read(name: str) -> bytes:
         if archive.getinfo(name).file_size > LARGEST:
             raise OSError(f"it unpacks to more than {LARGEST >> 20} MiB")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from flowgen import pictures, plots
 from flowgen.measures import Judgement, Measured
 from flowgen.models import GenerativeModel
+from flowgen.progress import Outlook
 from flowgen.training.run import Run
 
 log = logging.getLogger("flowgen")
@@ -28,6 +29,7 @@ class Journal:
         self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1 if step else None)
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=math.ceil(total), initial=math.floor(start), unit=unit, disable=not self.terminal, dynamic_ncols=True)
+        self.outlook = Outlook(f"{unit}s" if unit == "step" else "seconds", start, total)
 
     def __enter__(self) -> "Journal":
         return self
@@ -38,6 +40,8 @@ class Journal:
 
     def advance(self, place: float) -> None:
         self.bar.update(min(place, self.bar.total) - self.bar.n)
+        if not self.terminal:
+            self.outlook.at(place)
 
     def write(self, step: int, split: str, judgement: Judgement) -> None:
         """One line of what was measured on one split; the facts about how are for files alone."""

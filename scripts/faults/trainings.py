@@ -15,6 +15,8 @@ TRAININGS = {
     "glow": (*FLOW, "model=glow", "model.steps_per_level=1", "model.levels=1"),
     "iaf": (*FLOW, "model=iaf", "model.flows=2", "model.layers=1"),
     "maf": (*FLOW, "model=maf", "model.flows=2", "model.layers=1"),
+    "tarflow": (*FLOW, "model=tarflow", "model.layers=[1,1]", "model.heads=1"),
+    "jet": (*FLOW, "model=jet", "model.couplings=2", "model.heads=1"),
     "rbm, pcd": (*RBM, "model/negative_phase=pcd"),
     "rbm, tempering": (*RBM, "model/negative_phase=tempering"),
 }
