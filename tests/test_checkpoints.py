@@ -54,10 +54,20 @@ def test_a_kill_between_the_names_of_a_checkpoint_loses_no_best(tmp_path, monkey
             raise KeyboardInterrupt
         return replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", killed)
         run.save(state | {"step": 2}, best=True)
     assert read_checkpoint(run.best)["step"] == 2 and read_checkpoint(run.last)["step"] == 1
+
+    def killed_in_a_write(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch, "save", killed_in_a_write)
+        run.save(state | {"step": 2}, best=True)
+    assert read_checkpoint(run.best)["step"] == 2 and read_checkpoint(run.last)["step"] == 1
+    run.save(state | {"step": 2}, best=True)
+    assert sorted(path.name for path in run.last.parent.iterdir()) == ["best.pt", "last.pt"]
 
 
 def test_a_named_checkpoint_does_not_change_with_the_last(tmp_path):

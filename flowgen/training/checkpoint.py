@@ -25,6 +25,7 @@ def write_checkpoint(state: dict[str, Any], path: Path, others: Iterable[Path] =
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        aside.unlink(missing_ok=True)  # where a kill left it, it may be one of `others` by a second name
         with open(aside, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
