@@ -79,7 +79,7 @@ def kill(ground: Ground, seed: int, number: int, folder: Path) -> Result:
             how = {"then": send_after(random.uniform(0, 1.1 * alone.seconds), signal.SIGKILL)}
         ended = go_on(name, ground, folder, **how)
         hits += ended.status == KILLED
-        if ended.status == 0:
+        if ended.status == 0 or "has ended" in ended.error:
             break
         if ended.status != KILLED:
             return Result(f"kill {kind}", name, hits, ended.fault or ended.last)
