@@ -4,29 +4,34 @@ import math
 
 import pytest
 import torch
+from PIL import Image
+from test_abilities import COMPLETE
+from test_cli import assert_plain
 from test_models import MODELS, noise, started
 from torch import Tensor
 
 from flowgen.bijections import Bijection
+from flowgen.commands.complete import linear
+from flowgen.errors import FlowgenError
 from flowgen.models import Flow
 
 DRAWS = 1500
 
 
 class Field(Bijection):
-    """A Gaussian field: x = mean + root z of images (batch, 1, size, size)."""
+    """A Gaussian field: x = mean + root z of images (batch, *shape), by default of one channel and square."""
 
-    def __init__(self, mean: Tensor, root: Tensor):
+    def __init__(self, mean: Tensor, root: Tensor, shape: tuple[int, int, int] | None = None):
         super().__init__()
-        self.mean, self.root = mean, root
+        side = math.isqrt(len(mean))
+        self.mean, self.root, self.shape = mean, root, shape or (1, side, side)
 
     def forward(self, x, condition=None):
         z = torch.linalg.solve_triangular(self.root, (x.flatten(1) - self.mean).T, upper=False).T
         return z, -self.root.diagonal().log().sum().expand(len(x))
 
     def inverse(self, z, condition=None):
-        side = math.isqrt(len(self.mean))
-        return (self.mean + z @ self.root.T).view(-1, 1, side, side), self.root.diagonal().log().sum().expand(len(z))
+        return (self.mean + z @ self.root.T).view(-1, *self.shape), self.root.diagonal().log().sum().expand(len(z))
 
 
 class Bent(Bijection):
@@ -82,6 +87,26 @@ def test_a_gaussian_field_is_completed_by_its_conditional():
     )
 
 
+@pytest.mark.parametrize("keep", ["smaller:2", "grey"])
+def test_a_gaussian_field_is_restored_from_sums_by_its_posterior(keep):
+    """Given y = A x + N(0, s^2) with s half a level: mean + K (y - A mean), C - K A C, with K = C A^T (A C A^T + s^2)^-1."""
+    shape = (1, 4, 4) if keep == "smaller:2" else (3, 2, 2)
+    places = torch.cartesian_prod(*(torch.arange(float(side)) for side in shape)).double()
+    covariance = 0.1**2 * torch.exp(-torch.cdist(places, places) / 3)
+    mean = 0.5 + 0.02 * (places[:, 1] - places[:, 2])
+    flow = flow_of(Field(mean, torch.linalg.cholesky(covariance), shape), shape)
+    known = linear(keep, shape)
+    levels = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
+    draws = flow.restore(levels, known, DRAWS, 600, torch.Generator().manual_seed(0)).points.flatten(1)
+    each = known.of(torch.eye(len(mean)).double().view(-1, *shape)).flatten(1).T  # a row for every pixel, alike within a group
+    rows = torch.stack(sorted({tuple(row.tolist()): row for row in each}.values(), key=lambda row: row.tolist()))
+    assert torch.allclose(rows.sum(1), torch.ones(4).double())
+    noise = (0.5 / 256) ** 2 * torch.eye(4).double()
+    gain = covariance @ rows.T @ torch.linalg.inv(rows @ covariance @ rows.T + noise)
+    y = rows @ ((levels.flatten().double() + 0.5) / 256)
+    assert_moments(draws, mean + gain @ (y - rows @ mean), (covariance - gain @ rows @ covariance).diagonal())
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_crescent_in_the_plane_is_completed_by_its_conditional(which):
     """By x1 the height is a Gaussian; by the height x1 has two modes, whose law is had from the density on a fine grid."""
@@ -133,3 +158,28 @@ def test_complete_shows_a_flows_answers(tiny_run, images, command, tmp_path):
         status, _, error = command(*words, tmp_path / name)
         assert status == 0 and "acceptance" in error and "bits per dim" in error, error
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+
+
+def test_complete_colours_and_enlarges(tiny_run, images, command, tmp_path):
+    whole, small = Image.open(images / "000.png"), tmp_path / "small.png"
+    whole.resize((4, 4), Image.Resampling.BOX).save(small)
+    whole.convert("L").save(tmp_path / "grey.png")
+    for path, keep in ((small, "smaller:2"), (images / "000.png", "smaller:4"), (tmp_path / "grey.png", "grey")):
+        status, output, error = command("complete", path, "--keep", keep, "--run", tiny_run, "--sweeps", 20)
+        assert status == 0 and "acceptance" in error and Image.open(output.strip()).width > 500, error
+    words = ["complete", images / "000.png", "--run", tiny_run, "--keep"]
+    assert_plain(command(*words, "smaller:3"), "one of 2, 4, 8, not '3'")
+    assert_plain(command(*words, "smaller"), "one of 2, 4, 8, not ''")
+    assert_plain(command("complete", small, "--run", tiny_run, "--keep", "smaller:4"), "4x4 pixels")
+
+
+def test_what_is_kept_of_sums_is_what_is_shown_of_them():
+    images = torch.rand(2, 3, 4, 4)
+    grey, smaller = linear("grey", (3, 4, 4)).of(images), linear("smaller:2", (3, 4, 4)).of(images)
+    assert torch.allclose(grey, (0.299 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2])[:, None].expand(-1, 3, -1, -1))
+    assert torch.allclose(smaller[:, :, 1, 3], images[:, :, :2, 2:].mean((2, 3)))
+    with pytest.raises(FlowgenError, match="colour images"):
+        linear("grey", (1, 28, 28))
+    machine = COMPLETE["rbm"]()
+    with pytest.raises(FlowgenError, match="an RBM restores pixels"):
+        machine.complete(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), linear("smaller:2", (1, 8, 8)), method="gibbs")

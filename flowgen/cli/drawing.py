@@ -101,7 +101,7 @@ def edit(**options: Any) -> None:
     "--keep",
     required=True,
     metavar="SIDE|MASK",
-    help="What is known: left, right, top, bottom, border, random:PERCENT, or an image, white where known.",
+    help="What is known: left, right, top, bottom, border, random:PERCENT, grey, smaller:FACTOR, or an image, white where known.",
 )
 @click.option(
     "--method",

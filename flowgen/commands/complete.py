@@ -9,12 +9,13 @@ from torch import Tensor
 
 from flowgen import pictures
 from flowgen.config import find_model
-from flowgen.data import read_exactly
+from flowgen.data import read_exactly, size_of
 from flowgen.errors import FlowgenError
-from flowgen.models import Completes
+from flowgen.models import Completes, GenerativeModel, Linear
 from flowgen.progress import bar
 
 DRAWS = 5  # that are shown
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey: ITU-R BT.601, as Pillow converts
 SHARES = [str(percent) for percent in range(1, 100)]
 log = logging.getLogger("flowgen")
 
@@ -25,9 +26,11 @@ def complete(
     """Save, for each method, the image, what is kept of it, the restored ones' mean and spread, and some of them. Raises FlowgenError."""
     run, _, model = find_model(name, device, Completes)
     model.watch(bar)
-    levels = read_exactly(image, model.shape, model.bits).to(model.device)
-    known = mask(keep, model.shape, seed).to(model.device)
+    sums = linear(keep, model.shape)
+    levels = _read(image, model, sums).to(model.device)
+    known = sums or mask(keep, model.shape, seed).to(model.device)
     whole = levels / (2**model.bits - 1)
+    kept = known.of(whole) if isinstance(known, Linear) else torch.where(known, whole, 0.5)
     rows = []
     for method in methods or model.completions:
         generator = torch.Generator(model.device).manual_seed(seed)
@@ -35,11 +38,36 @@ def complete(
         for figure, value in figures.items():
             log.info("%s: %s %.3f", method, figure.replace("_", " "), value)
         spread = 2 * draws.std(0, correction=0)  # at most 1, where one half is black and the other white
-        shown = torch.cat((whole, torch.where(known, whole, 0.5), mean[None], spread[None], draws[:DRAWS]))
+        shown = torch.cat((whole, kept, mean[None], spread[None], draws[:DRAWS]))
         rows.append((f"{method}: image, kept, mean, spread, draws", grey(shown)))
     target = out or run.folder / "completion.png"
     pictures.blocks(rows, 8, columns=4 + DRAWS).save(target)
     return target
+
+
+def linear(keep: str, shape: tuple[int, int, int]) -> Linear | None:
+    """The sums of pixels that `--keep grey` or `--keep smaller:FACTOR` keep, None of other words. Raises FlowgenError where none fit."""
+    channels, height, width = shape
+    word, _, factor = keep.partition(":")
+    if keep == "grey":
+        if channels != len(LUMA):
+            raise FlowgenError("--keep grey is for models of colour images, which this is none of: name another with --run")
+        return Linear(torch.tensor(LUMA)[:, None, None], colours=True)
+    if word != "smaller":
+        return None
+    factors = [str(side) for side in range(2, min(height, width) + 1) if height % side == width % side == 0]
+    if factor not in factors:
+        raise FlowgenError(f"--keep smaller:FACTOR wants a factor of the size, one of {', '.join(factors)}, not {factor!r}")
+    return Linear(torch.full((channels, 1, 1), 1 / int(factor) ** 2), side=int(factor))
+
+
+def _read(image: Path, model: GenerativeModel, sums: Linear | None) -> Tensor:
+    """The image; one that is smaller already is read as it is and enlarged, each pixel to a block."""
+    channels, height, width = model.shape
+    if sums is not None and sums.side > 1 and (size := size_of(image)) == (height // sums.side, width // sums.side):
+        small = read_exactly(image, (channels, *size), model.bits)
+        return small.repeat_interleave(sums.side, 2).repeat_interleave(sums.side, 3)
+    return read_exactly(image, model.shape, model.bits)
 
 
 def mask(keep: str, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
@@ -64,7 +92,7 @@ def mask(keep: str, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     elif Path(keep).suffix:
         known[:] = read_exactly(Path(keep), (1, height, width), 1)[0] == 1
     else:
-        words = "left, right, top, bottom, border, random:PERCENT, or an image that is white where pixels are known"
+        words = "left, right, top, bottom, border, random:PERCENT, grey, smaller:FACTOR, or an image that is white where pixels are known"
         raise FlowgenError(f"--keep is {words}, not {keep!r}")
     if known.all():
         raise FlowgenError(f"{keep} keeps every pixel, so that none is left to restore: make what is missing black")

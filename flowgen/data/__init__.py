@@ -5,7 +5,7 @@ from flowgen.data.folder import ImageFolder
 from flowgen.data.mnist import MNIST
 from flowgen.data.mnist_sample import MNISTSample
 from flowgen.data.originals import originals
-from flowgen.data.prepare import check_pictures, prepare, read_exactly, read_levels
+from flowgen.data.prepare import check_pictures, prepare, read_exactly, read_levels, size_of
 from flowgen.data.repeats import entropy, shared
 from flowgen.data.splits import Split, part
 from flowgen.data.stream import Stream
@@ -30,4 +30,5 @@ __all__ = [
     "read_levels",
     "read_table",
     "shared",
+    "size_of",
 ]

@@ -59,13 +59,20 @@ def read_exactly(path: str | Path, shape: tuple[int, int, int], bits: int) -> Te
 
     Raises FlowgenError for any other, since pixels that a mask speaks of must stay where they are.
     """
-    path = Path(path)
     levels = read_levels(path, shape[1], shape[0], None, bits)
-    with Image.open(path, formats=FORMATS) as image:
-        width, height = image.size
+    height, width = size_of(path)
     if (height, width) != shape[1:]:
         raise FlowgenError(f"{path} is {width}x{height} pixels, and the images of this model are {shape[2]}x{shape[1]}: resize it first")
     return levels
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image file, (0, 0) of what is none."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.height, image.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return 0, 0
 
 
 def _centre(image: Image.Image, side: int) -> Image.Image:

@@ -3,6 +3,7 @@
 from flowgen.models.abilities import Ability, Classifies, Completes, Completion, RunsChains
 from flowgen.models.base import Evaluation, GenerativeModel
 from flowgen.models.flows import IAF, MAF, NICE, Flow, Glow, Jet, RealNVP, TarFlow
+from flowgen.models.linear import Known, Linear
 from flowgen.models.rbm import RBM
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "GenerativeModel",
     "Glow",
     "Jet",
+    "Known",
+    "Linear",
     "RealNVP",
     "RunsChains",
     "TarFlow",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgen.models.base import GenerativeModel
+from flowgen.models.linear import Known
 
 
 class Ability(GenerativeModel):
@@ -35,12 +36,13 @@ class Completes(Ability):
 
     @abstractmethod
     def complete(
-        self, levels: Tensor, known: Tensor, *, method: str, sweeps: int | None = None, generator: torch.Generator | None = None
+        self, levels: Tensor, known: Known, *, method: str, sweeps: int | None = None, generator: torch.Generator | None = None
     ) -> Completion:
         """Restore one image, levels (1, channels, height, width), where it is not `known`, true or false (channels, height, width).
 
-        `sweeps` are how many steps the method takes, by default as many as suit it; of the levels that are not known nothing is looked at.
-        Raises FlowgenError for a method that is none of `completions`.
+        Where `known` are sums of pixels, a flow restores what these leave open. `sweeps` are how many steps the method takes, by default
+        as many as suit it; of the levels that are not known nothing is looked at.
+        Raises FlowgenError for a method that is none of `completions`, and for sums where the model wants pixels.
         """
 
 

@@ -11,8 +11,9 @@ from flowgen.bijections import Bijection, Chain, Equalize, Gaussianize, Logit
 from flowgen.errors import check_choice
 from flowgen.models.abilities import Completes, Completion
 from flowgen.models.flows.langevin import LogDensity, Step, at, langevin
-from flowgen.models.flows.posterior import Classes, Pixels
+from flowgen.models.flows.posterior import Classes, Pixels, Sums
 from flowgen.models.flows.statistics import log_normal
+from flowgen.models.linear import Known, Linear
 from flowgen.progress import Progress
 
 CHAINS, SWEEPS = 20, 400
@@ -25,12 +26,14 @@ EVERY = 4  # trajectories between two draws of the class
 class Chains:
     """Chains that restore the images of `target`, one each, in the classes `labels`."""
 
-    def __init__(self, target: Pixels, classes: Classes | None, labels: Tensor, generator: torch.Generator | None, progress: Progress):
+    def __init__(
+        self, target: Pixels | Sums, classes: Classes | None, labels: Tensor, generator: torch.Generator | None, progress: Progress
+    ):
         self.target, self.classes, self.labels = target, classes, labels
         self.generator, self.progress = generator, progress
-        self.place = target.low.flatten(1).mul(0)  # in the latents, from their mean on, until `anneal` has come to an end
+        self.place = torch.zeros_like(target.levels).flatten(1)  # in the latents, from their mean on, until `anneal` has come to an end
         with torch.no_grad():
-            self.spread = self._decode(self._noise()).std().item()  # of the pixels, in the head's space
+            self.spread = target.spread(self._decode(self._noise()))
         self.acceptance = 0.0
 
     @property
@@ -67,7 +70,7 @@ class Chains:
 
     @torch.no_grad()
     def settle(self, trajectories: int) -> None:
-        """Under the posterior itself, with what is known known exactly. Classes are drawn from p(y | x) in between.
+        """Under the posterior itself. Classes are drawn from p(y | x) in between.
 
         The steps' length is learnt in the first half, so that the second half leaves the posterior invariant.
         """
@@ -115,21 +118,21 @@ class CompletesByLangevin(Completes):
     class_networks: bool
 
     def complete(
-        self, levels: Tensor, known: Tensor, *, method: str, sweeps: int | None = None, generator: torch.Generator | None = None
+        self, levels: Tensor, known: Known, *, method: str, sweeps: int | None = None, generator: torch.Generator | None = None
     ) -> Completion:
         """Chains' ends, half of the `sweeps`, gradients a chain, spent in the latents and half on exact steps."""
         check_choice(self.completions, method=method)
         chains = self.restore(levels, known, CHAINS, sweeps or SWEEPS, generator)
         found = (chains.points * self.bins).floor().clamp(0, self.bins - 1)
-        missing = found.std(0)[~known.to(found.device)].mean().item() / (self.bins - 1)
+        spread = found.std(0) if isinstance(known, Linear) else found.std(0)[~known.to(found.device)]
         with torch.no_grad():
             bits = -self.score(found.to(torch.uint8), generator=generator).mean().item() / (levels[0].numel() * math.log(2))
-        figures = {"acceptance": chains.acceptance, "spread": missing, "bits_per_dim": bits}
+        figures = {"acceptance": chains.acceptance, "spread": spread.mean().item() / (self.bins - 1), "bits_per_dim": bits}
         brightness = found / (self.bins - 1)
         return Completion(brightness, brightness.mean(0), figures)
 
     @torch.no_grad()
-    def restore(self, levels: Tensor, known: Tensor, chains: int, steps: int, generator: torch.Generator | None = None) -> Chains:
+    def restore(self, levels: Tensor, known: Known, chains: int, steps: int, generator: torch.Generator | None = None) -> Chains:
         """So many chains for each image of levels (batch, channels, height, width), after `steps` gradients each."""
         parts = list(self.bijection.bijections) if isinstance(self.bijection, Chain) else [self.bijection]
         pixelwise = isinstance(parts[0], Equalize | Gaussianize | Logit)
@@ -137,7 +140,9 @@ class CompletesByLangevin(Completes):
         classes = None if self.means is None else Classes(self.means, self.class_networks, self._log_density_of_classes)
 
         def start(repeats: int, labels: Tensor) -> Chains:
-            target = Pixels(head, body, levels.repeat_interleave(repeats, 0).to(self.dtype), known, self.bins)
+            images = levels.repeat_interleave(repeats, 0).to(self.dtype)
+            of = (head, body, images)
+            target = Sums(*of, known, self.bins) if isinstance(known, Linear) else Pixels(*of, known, self.bins)
             return Chains(target, classes, labels, generator, self.progress)
 
         count = len(self.means) if self.means is not None else 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 LogDensity = Callable[[Tensor], Tensor]  # of states (chains, D), up to a constant, in nats: (chains,)
 BEST = 0.65  # acceptance at which trajectories are cheapest: Beskos et al. (1001.4460), section 1
-FIRST_STEP, EAGERNESS = 0.1, 0.3
+FIRST_STEP = 0.1
 FAR = 1e6
 
 
@@ -23,13 +23,17 @@ class State(NamedTuple):
 
 
 class Step:
-    """The length of a chain's steps, learnt while the chains are under way and then held, so that they leave the density invariant."""
+    """The length of a chain's steps, learnt while the chains are under way and then held, so that they leave the density invariant.
+
+    The n-th lesson changes its logarithm by (accepted - `BEST`) / sqrt n: Robbins and Monro (1951), steps n^(-1/2) to forget the start.
+    """
 
     def __init__(self, length: float = FIRST_STEP):
-        self.length = length
+        self.length, self.lessons = length, 0
 
     def learn(self, accepted: float) -> None:
-        self.length *= math.exp(EAGERNESS * (accepted - BEST))
+        self.lessons += 1
+        self.length *= math.exp((accepted - BEST) / math.sqrt(self.lessons))
 
 
 def at(place: Tensor, density: LogDensity) -> State:

@@ -1,4 +1,4 @@
-"""The law of an image's pixels given some of them."""
+"""The law of an image's pixels given some of them, or sums of them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,6 +9,11 @@ from torch.nn import functional as F
 
 from flowgen.bijections import Bijection
 from flowgen.models.flows.statistics import log_normal
+from flowgen.models.linear import Linear
+
+EDGE = 1e-3  # of a level, so that rounding does not lead into the next
+TOLERANCE = 0.5  # levels, the deviation to which sums of pixels are known: they are rounded, and so are the pixels
+FREEDOM = 0.1  # about the deviation of a pixel given the others, over that of all pixels
 
 
 class Classes(NamedTuple):
@@ -32,8 +37,11 @@ class Pixels:
     def __init__(self, head: Bijection, body: Bijection, levels: Tensor, known: Tensor, bins: int):
         self.head, self.body, self.known, self.bins = head, body, known, bins
         self.levels = levels
-        edge = 1e-3  # of a level, so that rounding does not lead into the next
-        self.low, self.high = (head((levels + u) / bins)[0] for u in (edge, 1 - edge))
+        self.low, self.high = (head((levels + u) / bins)[0] for u in (EDGE, 1 - EDGE))
+
+    def spread(self, h: Tensor) -> float:
+        """Over which what is known spreads among images."""
+        return h.std().item()
 
     def violation(self, h: Tensor) -> Tensor:
         """The squared distance of h from the known levels' intervals: (batch,)."""
@@ -60,3 +68,54 @@ class Pixels:
         z, log_det = self.body(torch.where(self.known, h, place), condition)
         uniform = (F.logsigmoid(place) + F.logsigmoid(-place)) * self.known
         return log_normal(z - mean) + log_det + stretch + uniform.flatten(1).sum(1)
+
+
+class Sums:
+    """The posterior of images x given y = `known.of(x)` + N(0, s^2); y is what is known of the middles of `levels`, s `TOLERANCE` levels.
+
+    Chains live in the head's space, h = q - (1 - t) d <d, q> within each group of pixels. d is the direction in which its sum grows where
+    the chain starts, and t makes the posterior about as wide along it as across: it is far narrower in h.
+    """
+
+    def __init__(self, head: Bijection, body: Bijection, levels: Tensor, known: Linear, bins: int):
+        self.head, self.body, self.known, self.bins = head, body, known, bins
+        self.levels = levels
+        self.value = known.of((levels + 0.5) / bins)
+        self.direction, self.narrow = torch.zeros_like(levels), torch.ones_like(levels)
+
+    def spread(self, h: Tensor) -> float:
+        return self.known.of(self.head.inverse(h)[0]).std().item()
+
+    def violation(self, h: Tensor) -> Tensor:
+        """The squared distance of the sums from what is known: (batch,)."""
+        return self.known.once((self.known.of(self.head.inverse(h)[0]) - self.value).square())
+
+    def start(self, h: Tensor) -> Tensor:
+        """The chains' coordinates at h, brought to what is known: (batch, D)."""
+        x = self.head.inverse(h)[0]
+        x = (x + self.value - self.known.of(x)).clamp(EDGE / self.bins, 1 - EDGE / self.bins)
+        with torch.enable_grad():
+            h = self.head(x)[0].detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(self.known.once(self.known.of(self.head.inverse(h)[0])).sum(), h)
+        h = h.detach()
+        length = self.known.pool(gradient.square()).sqrt().clamp(min=1e-12)
+        self.direction = gradient / length
+        self.narrow = (1 + (length * FREEDOM * h.std() * self.bins / TOLERANCE).square()).rsqrt()
+        return (h + (1 / self.narrow - 1) * self._along(h)).flatten(1)
+
+    def points(self, place: Tensor) -> Tensor:
+        """x of chains."""
+        return self.head.inverse(self._wide(place))[0]
+
+    def log_density(self, place: Tensor, mean: Tensor, condition: Tensor | None) -> Tensor:
+        """log p(h) p(y | h), up to a constant: (batch,)."""
+        h = self._wide(place)
+        z, log_det = self.body(h, condition)
+        return log_normal(z - mean) + log_det - 0.5 * self.violation(h) * (self.bins / TOLERANCE) ** 2
+
+    def _wide(self, place: Tensor) -> Tensor:
+        place = place.view(self.levels.shape)
+        return place - (1 - self.narrow) * self._along(place)
+
+    def _along(self, place: Tensor) -> Tensor:
+        return self.direction * self.known.pool(self.direction * place)

@@ -13,6 +13,7 @@ from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
 from flowgen.measures import LOG_LIKELIHOOD, LOG_PROBABILITY, UNNORMALISED, Judgement, Metric
 from flowgen.models.abilities import Completes, Completion, RunsChains
 from flowgen.models.base import LOOK, Evaluation
+from flowgen.models.linear import Known, Linear
 from flowgen.models.rbm.completion import SWEEPS, restore
 from flowgen.models.rbm.contrast import Contrast
 from flowgen.models.rbm.evaluation import judge
@@ -163,10 +164,12 @@ class RBM(Machine, Completes, RunsChains):
             yield expected.view(-1, *self.shape)
 
     def complete(
-        self, levels: Tensor, known: Tensor, *, method: str, sweeps: int | None = None, generator: torch.Generator | None = None
+        self, levels: Tensor, known: Known, *, method: str, sweeps: int | None = None, generator: torch.Generator | None = None
     ) -> Completion:
         """P(v = 1) of clamped chains, see `completion.restore`."""
         check_choice(METHODS, method=method)
+        if isinstance(known, Linear):
+            raise FlowgenError("an RBM restores pixels where others are known: leave whole pixels out, or name a flow with --run")
         image, sampler = self.units(levels), METHODS[method]
         draws, mean = restore(self, image, known.flatten(), sampler, sweeps or SWEEPS, generator, self.progress)
         return Completion(draws.view(-1, *self.shape), mean.view(self.shape))
