@@ -5,6 +5,7 @@ import logging
 import sys
 
 from flowgen.errors import FlowgenError
+from flowgen.launcher import follows
 
 
 def show_messages() -> None:
@@ -19,7 +20,7 @@ def show_messages() -> None:
     log.setLevel(logging.DEBUG)
     log.propagate = False
     if not log.handlers:
-        screen = Screen(logging.INFO)
+        screen = Screen(logging.ERROR if follows() else logging.INFO)
         log.addHandler(screen)
 
 

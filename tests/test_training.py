@@ -219,9 +219,9 @@ def test_float32_convolutions_stay_float32_on_a_gpu(monkeypatch):
 
 
 def test_a_run_is_trained_by_one_process_alone(tiny_run, command):
-    from flowgen.commands.resume import _sole_trainer_of
+    from flowgen.commands.holding import sole_trainer_of
 
-    with _sole_trainer_of(Run(tiny_run)):
+    with sole_trainer_of(Run(tiny_run)):
         status, _, error = command("resume", tiny_run, "trainer.steps=9")
     assert status == 1 and "another process" in error
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.errors import FlowgenError
+from flowgen.shares import of_batch, total
 
 
 class Network(nn.Module, ABC):
@@ -114,5 +115,32 @@ class Normalize(Network):
 
 def check_can_be_normalised(x: Tensor) -> None:
     """Raises FlowgenError for a batch of one number a channel, which has no variance."""
-    if x[:, 0].numel() < 2:
+    if of_batch().size * x[:, 0].numel() < 2:
         raise FlowgenError("batch normalisation needs more than one image at a time: give trainer.batch_size at least 2 a part")
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and variance of every channel, (C,) each, over the whole batch, and over how many numbers a channel."""
+    numbers, size = x.transpose(0, 1).flatten(1), of_batch().size
+    count = size * numbers.shape[1]
+    if size == 1:
+        variance, mean = torch.var_mean(numbers, dim=1, correction=0)
+        return mean, variance, count
+    mean = total(numbers.sum(1)) / count
+    return mean, total((numbers - mean[:, None]).square().sum(1)) / count, count
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's own, over the whole batch where several processes share one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or of_batch().size == 1:
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        mean, variance, count = batch_moments(x.to(self.weight.dtype))
+        weight = self.momentum or 0.0
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.detach(), weight)
+        self.running_var.lerp_(variance.detach() * (count / (count - 1)), weight)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return torch.addcmul((self.bias - mean * scale)[:, None, None], x, scale[:, None, None]).to(x.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from flowgen.bijections.layers import Layers, Network, Normalize, NormalizedConv2d, Relu, ZeroConv2d, check_can_be_normalised
+from flowgen.bijections.layers import BatchNorm2d, Layers, Network, Normalize, NormalizedConv2d, Relu, ZeroConv2d, check_can_be_normalised
 
 
 class ResidualBlock(Network):
@@ -123,7 +123,7 @@ class RealNVPNetwork(Network):
     @staticmethod
     def _normalised(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
         convolution = weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, padding="same"))
-        return [nn.BatchNorm2d(in_channels), nn.ReLU(), convolution]
+        return [BatchNorm2d(in_channels), nn.ReLU(), convolution]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:

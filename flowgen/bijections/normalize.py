@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.layers import check_can_be_normalised
+from flowgen.bijections.layers import batch_moments, check_can_be_normalised
 from flowgen.bijections.linear import ChannelAffine
 
 
@@ -57,9 +57,8 @@ class BatchNorm(Bijection):
         if not self.training:
             return self._map(x, self.mean, self.variance)
         check_can_be_normalised(x)
-        numbers = x.transpose(0, 1).flatten(1)
-        variance, mean = torch.var_mean(numbers, dim=1, correction=0)
-        self._remember(mean.detach(), variance.detach() * (numbers.shape[1] / (numbers.shape[1] - 1)))
+        mean, variance, count = batch_moments(x)
+        self._remember(mean.detach(), variance.detach() * (count / (count - 1)))
         return self._map(x, mean, variance)
 
     def reset_running_stats(self) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from flowgen.cli.arguments import PATH, command, complete_override, complete_run
+from flowgen.launcher import follows
 
 HYDRA_FLAGS = {"-m", "--multirun", "--help", "-h", "--cfg", "-c", "--resolve", "--info", "-i", "--package", "-p", "--version"}
 
@@ -25,7 +26,8 @@ def train(words: tuple[str, ...]) -> None:
 @click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
 def resume(name: str, overrides: tuple[str, ...]) -> None:
     """Go on from RUN's last good checkpoint, with its own configuration but for each KEY=VALUE."""
-    command("resume").resume(name, list(overrides))
+    module = command("resume")
+    module.follow() if follows() else module.resume(name, list(overrides))
 
 
 @click.command()

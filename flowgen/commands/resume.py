@@ -1,21 +1,22 @@
 """One training in its folder: started by `flowgen train`, or gone on with by `flowgen resume`."""
 
 import contextlib
-import fcntl
 import logging
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowgen.commands.holding import logging_to, sole_trainer_of
 from flowgen.config import build, build_model_and_data, flat, in_todays_words, load_weights, one_end, override, read_config, save_config
 from flowgen.errors import FlowgenError, check_whole
+from flowgen.launcher import launch, to_launch
 from flowgen.training.checkpoint import read_checkpoint, weights_of
 from flowgen.training.find import find_checkpoint, find_run
-from flowgen.training.run import Run
+from flowgen.training.run import NoRun, Run
 from flowgen.training.stop import pass_on
 
 if TYPE_CHECKING:  # training imports torch, which help, completion and mistakes need not wait for
+    from flowgen.training.team import Team
     from flowgen.training.trainer import Trainer
 
 log = logging.getLogger("flowgen")
@@ -31,15 +32,21 @@ def start(config: dict[str, Any], folder: Path, go_on: bool = False, remark: str
     Raises FlowgenError where it holds a run that is not to be gone on with, `EndedError` where that is finished.
     """
     run = Run(folder)
-    with _sole_trainer_of(run):
+    with sole_trainer_of(run):
         checkpoint = None
+        processes = to_launch(config["trainer"].get("devices"))
         if run.config.exists() or run.metrics.exists():
             if not go_on:
                 raise FlowgenError(f"{folder} holds a run already: go on with `flowgen resume {folder}`, or choose another out=")
             _check_same(run, config)
             checkpoint = run.last_good()
             config = in_todays_words(read_config(run.config) if checkpoint is None else checkpoint["config"])
-        _train(run, config, checkpoint, remark)
+        elif processes:
+            save_config(config, run.config)  # for them to read
+        if not processes:
+            _train(run, config, checkpoint, remark)
+    if processes:
+        _launch(run, processes, [], go_on)
 
 
 def resume(name: str, overrides: list[str]) -> None:
@@ -48,13 +55,22 @@ def resume(name: str, overrides: list[str]) -> None:
     Raises FlowgenError.
     """
     run = find_run(name)
-    with _sole_trainer_of(run):
+    with sole_trainer_of(run):
         checkpoint = read_checkpoint(Path(name)) if Path(name).is_file() else run.last_good()
         config = in_todays_words(read_config(run.config) if checkpoint is None else checkpoint["config"])
         config = override(config, one_end(overrides))
         if config["data"].get("root") is not None:
             config["data"]["root"] = absolute(config["data"]["root"])
-        _train(run, config, checkpoint)
+        processes = to_launch(config["trainer"].get("devices"))
+        if not processes:
+            _train(run, config, checkpoint)
+    if processes:
+        _launch(run, processes, overrides, True)
+
+
+def follow() -> None:
+    """Train with the process that has the run. Raises FlowgenError."""
+    _train(None, {}, None)
 
 
 def absolute(root: Any) -> str:
@@ -62,15 +78,38 @@ def absolute(root: Any) -> str:
     return str(Path(str(root)).expanduser().resolve())
 
 
-def _train(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None, remark: str = "") -> None:
+def _launch(run: Run, processes: int, overrides: list[str], keep: bool) -> None:
+    """Go on with `run` in so many processes; where nothing came of it its folder is free again, unless it is one to `keep`."""
+    log.info("%s: %d processes", run.folder, processes)
+    try:
+        launch(processes, ["resume", str(run.folder), *overrides], f"go on with `flowgen resume {run.folder}`")
+    except SystemExit:
+        if not keep and not run.checkpoints():
+            run.config.unlink(missing_ok=True)
+            run.log.unlink(missing_ok=True)
+        raise
+
+
+def _train(run: Run | None, config: dict[str, Any], checkpoint: dict[str, Any] | None, remark: str = "") -> None:
+    """To the end, or to a signal; a process that has no run follows one that has."""
+    from flowgen.training.team import join
+
+    with join() as team:
+        folder, config, checkpoint = team.ask(lambda: (run.folder if run else Path(), config, checkpoint))
+        train_in(team, run or NoRun(folder), config, checkpoint, remark)
+
+
+def train_in(team: "Team", run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None, remark: str) -> None:
     import torch
 
     from flowgen.training.device import environment
     from flowgen.training.doubts import doubt_split
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
-    trainer: Trainer = build("trainer", {"threads": "auto"} | config["trainer"])
-    config["trainer"]["threads"] = trainer.machine.threads  # kept, since a resumed run has the same bits on as many threads alone
+    threads = {"threads": "auto"} if team.size > 1 or "threads" not in config["trainer"] else {}  # each process has cores of its own
+    trainer: Trainer = build("trainer", {key: value for key, value in config["trainer"].items() if key != "devices"} | threads)
+    if team.size == 1:
+        config["trainer"]["threads"] = trainer.machine.threads  # kept, since a resumed run has the same bits on as many threads alone
     if checkpoint is not None:
         _check_unfinished(run, trainer, checkpoint)
     torch.manual_seed(config["seed"])
@@ -78,20 +117,21 @@ def _train(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None, 
     source = config.get("init")
     if checkpoint is not None:
         load_weights(model, checkpoint["model"])
-    elif source is not None:
+    elif source is not None and team.leads:
         _take_weights(model, config, source)
-    save_config(config, run.config)
-    with _logging(run):
+    if team.leads:
+        save_config(config, run.config)
+    with logging_to(run) if team.leads else contextlib.nullcontext():
         parameters = sum(parameter.numel() for parameter in model.parameters())
         counts = len(data.train), len(data.validation), len(data.test)
         log.info("%s: %.2f million parameters, %d training, %d validation and %d test images", run.folder, parameters / 1e6, *counts)
-        log.info("environment: %s", environment(trainer.machine.device))
+        log.info("environment: %s", environment(trainer.machine.device, team.size))
         if remark:
             log.info("%s", remark)
         doubt_split(data)
         if checkpoint is not None:
             log.info("going on from step %d", checkpoint["step"])
-        stopped = trainer.train(model, data, run, config, checkpoint, trained=source is not None)
+        stopped = trainer.train(model, data, run, config, checkpoint, trained=source is not None, team=team)
         if stopped is not None:
             log.info("stopped by %s and saved: go on with `flowgen resume %s`", signal.Signals(stopped).name, run.folder)
             pass_on(stopped)
@@ -121,7 +161,7 @@ def _check_unfinished(run: Run, trainer: "Trainer", checkpoint: dict[str, Any]) 
 
 def _check_same(run: Run, config: dict[str, Any]) -> None:
     """Raises FlowgenError where the run's configuration is another one; it may say more: its images, what auto was."""
-    here = {key: value for key, value in flat(config).items() if key != "out" and value != "auto"}
+    here = {key: value for key, value in flat(config).items() if key not in ("out", "trainer.devices") and value != "auto"}
     other = _differences(here, flat(in_todays_words(read_config(run.config))))
     if other:
         cure = f"go on with it as it is by `flowgen resume {run.folder}`, or choose another out="
@@ -130,36 +170,3 @@ def _check_same(run: Run, config: dict[str, Any]) -> None:
 
 def _differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
     return [f"{key}={there.get(key, 'nothing')} there and {value} here" for key, value in here.items() if there.get(key) != value]
-
-
-@contextlib.contextmanager
-def _sole_trainer_of(run: Run) -> Iterator[None]:
-    """Hold the run's folder, which two processes would spoil for one another. Raises FlowgenError where another one has it."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    run.check_place()
-    with open(run.log, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FlowgenError(f"{run.folder} is being trained by another process: wait for it, or choose another out=") from error
-        try:
-            yield
-        finally:
-            if not run.config.exists():
-                run.log.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _logging(run: Run) -> Iterator[None]:
-    """Messages go to the screen, above the progress bar, and with the time to `train.log`, where an error leaves its traceback."""
-    file = logging.FileHandler(run.log)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(file)
-    try:
-        yield
-    except Exception:
-        log.debug("training ended with an error", exc_info=True)
-        raise
-    finally:
-        log.removeHandler(file)
-        file.close()

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from flowgen.commands.resume import EndedError, absolute, start
+from flowgen.commands.resume import EndedError, absolute, follow, start
 from flowgen.config import (
     check_words,
     conf_folder,
@@ -29,6 +29,7 @@ from flowgen.config import (
     trainer_here,
 )
 from flowgen.errors import FlowgenError, check_choice
+from flowgen.launcher import follows, started_together
 from flowgen.messages import one_sentence, show_messages
 
 SWEEP = {"-m", "--multirun"}
@@ -42,6 +43,8 @@ register_resolvers()  # here, since a sweep's jobs may run in processes of their
 def train(words: list[str]) -> None:
     """Hand `words` to Hydra and train what they describe; several runs where they sweep. Raises FlowgenError."""
     flags = {word.partition("=")[0] for word in words if word.startswith("-")}
+    if follows():
+        return None if flags else follow()
     check_words([word for before, word in pairwise(["", *words]) if not word.startswith("-") and before not in WITH_A_VALUE])
     words = one_end(in_grammar([word for word in words if word not in SWEEP]))
     try:
@@ -49,6 +52,8 @@ def train(words: list[str]) -> None:
             _show(words, flags)
         else:
             with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="train"):
+                if flags and started_together():
+                    raise FlowgenError("a sweep is of runs of their own: start it without torchrun, or with trainer.devices=N in each")
                 app = GlobalHydra.instance().hydra
                 assert app is not None
                 _sweep(app, words) if flags else _train(app, words)

@@ -71,11 +71,11 @@ class Images:
                 self.train, self.validation, self.test = (replace(split, images=split.images.to(device)) for split in splits)
         return self
 
-    def draw(self, seen: int, count: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    def draw(self, seen: int, count: int, seed: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The next `count` training images after `seen` of them, flipped at random where `flip` is set, and their labels, if there are any.
 
         Every epoch is a permutation that `seed` and its number alone decide, and flips and bits that are drawn anew are those of `seed` and
-        `seen`: the whole place in the data.
+        `seen`: the whole place in the data. Of all these images those at the places `rows` are handed out.
         """
         generator = torch.Generator(self.device).manual_seed(random.Random(f"{seed} {seen}").getrandbits(63))
         pieces, wanted = [], count
@@ -84,11 +84,14 @@ class Images:
             pieces.append(self._permutation(epoch, seed)[place : place + wanted])
             seen, wanted = seen + len(pieces[-1]), wanted - len(pieces[-1])
         indices = torch.cat(pieces)
-        levels = self._levels(self.train.images, indices, generator)
-        labels = None if self.train.labels is None else self.train.labels[indices].to(self.device, torch.long)
+        mine = slice(None) if rows is None else rows
+        early = slice(None) if self.anew else mine  # bits that are drawn anew are drawn of all
+        levels = self._levels(self.train.images, indices[early], generator)
+        levels = levels[mine] if self.anew else levels
+        labels = None if self.train.labels is None else self.train.labels[indices[mine]].to(self.device, torch.long)
         if self.flip:
             mirrored = torch.rand(count, 1, 1, 1, generator=generator, device=self.device) < 0.5
-            levels = torch.where(mirrored, levels.flip(3), levels)
+            levels = torch.where(mirrored[mine], levels.flip(3), levels)
         return levels, labels
 
     def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Tensor]:

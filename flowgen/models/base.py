@@ -43,6 +43,7 @@ class GenerativeModel(nn.Module, ABC):
     shape: tuple[int, int, int]  # channels, height, width
     bits: int
     classes: int | None = None  # that labels tell apart, where the model learns one distribution for each
+    shares_batches: ClassVar[bool] = True  # whether several processes may train it, each on its rows of every batch
     loss_metric: Metric | None = None  # that the training loss is, where it is one
     progress: Progress = staticmethod(unseen)
 

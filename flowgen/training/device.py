@@ -59,9 +59,10 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def environment(device: torch.device) -> str:
+def environment(device: torch.device, processes: int = 1) -> str:
     """What a run ran on, for its log."""
     threads = torch.get_num_threads()
     cpu = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)} on {os.cpu_count()} core{'s' * (os.cpu_count() != 1)}"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    where = f"{processes} processes, each on {where}" if processes > 1 else where
     return f"flowgen {version('flowgen')}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {where}"

@@ -74,6 +74,31 @@ class Journal:
         plots.curves(self.run.read_metrics(), self.model.metric, self.run.curves)
 
 
+class NoJournal(Journal):
+    """Of a process that leaves the files and the screen to another one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def advance(self, place: float) -> None:
+        pass
+
+    def write(self, step: int, split: str, judgement: Judgement) -> None:
+        pass
+
+    def samples(self, step: int, levels: torch.Tensor, bits: int) -> None:
+        pass
+
+    def features(self, features: torch.Tensor | None) -> None:
+        pass
+
+    def curves(self) -> None:
+        pass
+
+
 def _in_words(measured: Measured) -> str:
     value, error = measured.value, measured.error
     number = str(value) if isinstance(value, int) else f"{value:.4g}"

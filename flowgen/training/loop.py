@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +12,18 @@ from torch import Tensor
 from flowgen.data import Images
 from flowgen.measures import Judgement, Measured, Metric
 from flowgen.models import GenerativeModel
+from flowgen.shares import split
 from flowgen.training.cadence import Cadence
 from flowgen.training.device import peak_memory
 from flowgen.training.doubts import doubt_likelihood
-from flowgen.training.journal import Journal
+from flowgen.training.journal import Journal, NoJournal
 from flowgen.training.machine import Machine
 from flowgen.training.optimisation import Optimisation, gradient_norm
 from flowgen.training.rescue import first_bad_module
 from flowgen.training.run import Run
 from flowgen.training.state import State
 from flowgen.training.stop import StopRequest
+from flowgen.training.team import Team
 
 STATISTICS = 40  # batches of training images that the statistics of batch normalisation are estimated over
 
@@ -37,21 +40,23 @@ class Training:
         data: Images,
         run: Run,
         config: dict[str, Any],
+        team: Team,
     ):
+        self.team, self.rows = team, team.rows(optimisation.batch_size, optimisation.accumulate) if team.size > 1 else None
         self.cadence, self.optimisation, self.machine = cadence, optimisation, machine
         self.state, self.data, self.run, self.config, self.seed = state, data, run, config, config["seed"]
         self.done = {"save": state.step}  # the step at which each thing was last done
         self.busy, self.logged = 0.0, state.step  # seconds of computing since this step
         in_steps = self.cadence.steps is not None
         at, total, unit = (state.step, self.cadence.steps, "step") if in_steps else (state.seconds, 60 * (self.cadence.minutes or 0.0), "s")
-        self.journal = Journal(run, state.model, state.step, at, total or 0, unit)
+        self.journal = Journal(run, state.model, state.step, at, total or 0, unit) if team.leads else NoJournal()
 
     def loop(self) -> int | None:
         """Step after step to the end, or to a signal, which is returned."""
         state, row = self.state, {}
-        started = time.monotonic() - state.seconds
+        started, stopped = time.monotonic() - state.seconds, None
         with StopRequest() as stop, self.journal:
-            while not self.over and stop.signal is None:
+            while not self.over and stopped is None:
                 began = time.monotonic()
                 row = self.step()
                 if state.rescue.note(is_good(row), state.model.buffers()):
@@ -60,15 +65,15 @@ class Training:
                     continue
                 state.step, state.images_seen = state.step + 1, state.images_seen + self.optimisation.batch_size
                 self.busy += time.monotonic() - began
-                state.seconds = time.monotonic() - started
+                state.seconds, _ = self.team.agree(time.monotonic() - started, None)
                 self.report(row)
-                state.seconds = time.monotonic() - started
+                state.seconds, stopped = self.team.agree(time.monotonic() - started, stop.signal)
             if self.over and row:
                 self.report(row)  # what the last step has not been followed by yet
             if self.done["save"] != state.step:
                 self.save()
             self.journal.curves()
-        return stop.signal
+        return stopped
 
     def step(self) -> dict[str, float]:
         """Fill the gradients of one batch, and move the weights where all is finite."""
@@ -79,8 +84,9 @@ class Training:
         for loss in self.losses(state.model):
             loss.backward()
             losses.append(loss.detach())
+        mean = self.team.average(state.model, torch.stack(losses).sum())
         norm = gradient_norm(state.model)
-        numbers = torch.stack([torch.stack(losses).sum(), norm]).tolist()  # one wait for the device, not two
+        numbers = torch.stack([mean, norm]).tolist()  # one wait for the device, not two
         row = {"loss": numbers[0], "lr": rate, "grad_norm": numbers[1]}
         if is_good(row):
             self.optimisation.clip_gradients(state.model, norm)
@@ -90,9 +96,9 @@ class Training:
     def losses(self, model: Callable[..., Tensor]) -> Iterator[Tensor]:
         """The shares of this step's loss, of one part of its batch after the other; the same whenever the step is taken again."""
         self.machine.seed(self.seed, self.state.step)
-        parts = self.optimisation.parts(*self.data.draw(self.state.images_seen, self.optimisation.batch_size, self.seed))
+        parts = self.optimisation.parts(*self.data.draw(self.state.images_seen, self.optimisation.batch_size, self.seed, self.rows))
         for levels, labels in parts:
-            with self.machine.autocast():
+            with self.machine.autocast(), split(self.team):
                 loss = model(levels, labels) / len(parts)
             yield loss
 
@@ -100,7 +106,8 @@ class Training:
         """To a good checkpoint, which the data and the random numbers follow; what was not compiled calls the hooks of the diagnosis."""
         state = self.state
         culprit = first_bad_module(state.model, lambda: list(self.losses(state.model.forward)))
-        state.go_back(state.rescue.rewind(self.run, state.step + 1, culprit, self.optimisation.lr))
+        last_good = partial(self.team.ask, self.run.last_good)
+        state.go_back(state.rescue.rewind(last_good, state.step + 1, culprit, self.optimisation.lr))
         self.run.forget_after(state.step)
         self.busy, self.logged = 0.0, state.step
 

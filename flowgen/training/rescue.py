@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.errors import FlowgenError
-from flowgen.training.run import Run
 
 PATIENCE = 5  # steps in a row that may fail before training goes back
 REWINDS = 3  # times that training goes back before it gives up
@@ -40,9 +39,10 @@ class Rescue:
         self.failed, self.skipped = self.failed + 1, self.skipped + 1
         return self.failed == PATIENCE or not all(bool(buffer.isfinite().all()) for buffer in buffers)
 
-    def rewind(self, run: Run, step: int, culprit: str, lr: float) -> dict[str, Any]:
+    def rewind(self, last_good: Callable[[float], dict[str, Any] | None], step: int, culprit: str, lr: float) -> dict[str, Any]:
         """The checkpoint to go back to from `step`, trained at `lr` times `lr_scale`: the last good one, at a second return an older one.
 
+        `last_good` is that of a `Run`.
         Raises FlowgenError where `REWINDS` returns did not help.
         """
         again = step <= self.failed_at + HELPED
@@ -52,7 +52,7 @@ class Rescue:
                 f"train again with trainer.lr below {lr * self.lr_scale:.2g}, or a smaller trainer.clip"
             )
         self.rewinds = self.rewinds + 1 if again else 1
-        checkpoint = run.last_good(before=self.rewound_to if self.rewinds > 1 else math.inf)
+        checkpoint = last_good(self.rewound_to if self.rewinds > 1 else math.inf)
         assert checkpoint is not None  # one is written before the first step
         self.failed, self.failed_at, self.rewound_to, self.lr_scale = 0, step, checkpoint["step"], self.lr_scale / 2
         where = "step %d: the loss is not finite, first at %s: back to step %d with a learning rate of %.2g"

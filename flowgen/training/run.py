@@ -114,6 +114,16 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
+class NoRun(Run):
+    """Of a process that leaves the files to another one."""
+
+    def save(self, state: dict[str, Any], *, best: bool = False, keep: bool = False) -> None:
+        pass
+
+    def forget_after(self, step: int) -> None:
+        pass
+
+
 def write_aside(path: Path, text: str) -> None:
     """So that a crash leaves the old file whole."""
     aside = path.with_name(f"{path.name}.part")

@@ -8,6 +8,7 @@ import torch
 
 from flowgen.costs import check_fits
 from flowgen.data import Images
+from flowgen.errors import FlowgenError
 from flowgen.models import GenerativeModel
 from flowgen.training.cadence import Cadence
 from flowgen.training.loop import Training
@@ -15,6 +16,7 @@ from flowgen.training.machine import Machine
 from flowgen.training.optimisation import Optimisation
 from flowgen.training.run import Run
 from flowgen.training.state import State
+from flowgen.training.team import ALONE, Team
 
 
 class Trainer:
@@ -37,26 +39,35 @@ class Trainer:
         config: dict[str, Any],
         checkpoint: dict[str, Any] | None,
         trained: bool = False,
+        team: Team = ALONE,
     ) -> int | None:
         """Train to the end, from the start or from `checkpoint`; a signal that asked to stop is returned once the run is saved.
+
+        Every process of the `team` is to call this, and ends when the run is saved.
 
         A model that is `trained` already keeps its weights at the start; any other looks at some images first.
         Raises FlowgenError where a batch does not fit into memory, and where losses stay non-finite after several returns to the last
         good checkpoint.
         """
+        if team.size > 1 and not model.shares_batches:
+            raise FlowgenError("this model trains in one process alone: leave trainer.devices and torchrun out, and give each device a run")
+        team.check_divides(self.optimisation.batch_size, self.optimisation.accumulate)
         for name in ("batch_size", "initial_images"):
             check_fits(f"trainer.{name}", getattr(self.optimisation, name), 5 * math.prod(data.shape))  # a byte and a float32 a number
         data.to(self.machine.device)
         model.to(self.machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is None and not trained:
             model.initialize(*data.draw(0, self.optimisation.initial_images, config["seed"]))
+        team.same_weights(model)
         state = State(model, self.optimisation)
         if checkpoint is not None:
             state.restore(checkpoint)
             run.forget_after(state.step)
         if self.machine.compile:  # CUDA graphs spare a GPU its thousand launches a step, but overwrite gradients that accumulate
             model.compile(mode="reduce-overhead" if self.optimisation.accumulate == 1 else "default")
-        training = Training(self.cadence, self.optimisation, self.machine, state, data, run, config)
+        training = Training(self.cadence, self.optimisation, self.machine, state, data, run, config, team)
         if checkpoint is None:
             training.save()
-        return training.loop()
+        stopped = training.loop()
+        team.ask(lambda: None)  # a launcher would end the one that saves when another has ended
+        return stopped

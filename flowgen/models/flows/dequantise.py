@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flowgen.bijections import Affine, Chain, ConvNetwork, MaskedCoupling, channelwise, checkerboard
 from flowgen.errors import check_choice
+from flowgen.shares import draw
 
 STEPS, WIDTH = 4, 32
 END = 1 - 2**-16  # where a level of 8 bits and its noise still stay below the next level in float32
@@ -17,8 +18,13 @@ class Uniform(nn.Module):
 
     def forward(self, levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """u in the shape of `levels`, and log q(u | levels) in nats, (batch,)."""
-        noise = torch.rand(levels.shape, generator=generator, device=levels.device, dtype=dtype)
+        noise = self.start(levels, dtype, generator)
         return noise, noise.new_zeros(len(levels))
+
+    @staticmethod
+    def start(levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+        """All that is drawn for these levels."""
+        return draw(torch.rand, levels.shape, generator, device=levels.device, dtype=dtype)
 
     def initialize(self, levels: Tensor, dtype: torch.dtype) -> None:
         """Uniform noise has nothing to learn."""
@@ -39,20 +45,21 @@ class Variational(nn.Module):
 
     def forward(self, levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """u in the shape of `levels`, and log q(u | levels) in nats, (batch,)."""
-        e = self._start(levels, dtype, generator)
+        e = self.start(levels, dtype, generator)
         g, log_det = self.bijection(e, self._image(levels, dtype))
         log_q = 0.5 * (g.square() - e.square()).flatten(1).sum(1) - log_det  # the constants of the two Gaussians cancel
         return END * torch.special.ndtr(g), log_q - g[0].numel() * math.log(END)
 
     def initialize(self, levels: Tensor, dtype: torch.dtype) -> None:
-        self.bijection.initialize(self._start(levels, dtype), self._image(levels, dtype))
+        self.bijection.initialize(self.start(levels, dtype), self._image(levels, dtype))
 
     def _image(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
         return 2 * (levels + 0.5).to(dtype) / self.bins - 1
 
     @staticmethod
-    def _start(levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-        return torch.randn(levels.shape, generator=generator, device=levels.device, dtype=dtype)
+    def start(levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+        """All that is drawn for these levels."""
+        return draw(torch.randn, levels.shape, generator, device=levels.device, dtype=dtype)
 
 
 def dequantiser(dequantisation: str, shape: tuple[int, int, int], bits: int) -> Uniform | Variational:

@@ -16,6 +16,7 @@ from flowgen.models.base import LOOK, Evaluation
 from flowgen.models.flows.completion import CompletesByLangevin
 from flowgen.models.flows.dequantise import dequantiser
 from flowgen.models.flows.statistics import log_normal, statistics
+from flowgen.shares import in_turn
 
 CLASS_DISTANCE = 0.3  # deviation of the means of the classes at the start, in every latent
 
@@ -44,8 +45,7 @@ class Flow(Classifies, CompletesByLangevin):
     ):
         super().__init__()
         check_whole(bits=bits, **({} if classes is None else {"classes": classes}))
-        self.bijection = bijection
-        self.dequantiser = dequantiser(dequantisation, shape, bits)
+        self.bijection, self.dequantiser = bijection, dequantiser(dequantisation, shape, bits)
         self.shape, self.dimensions = shape, math.prod(shape)
         self.bits, self.bins, self.classes = bits, 2**bits, classes
         # With classes the loss is that of p(x | y), and under batch normalisation it is no likelihood.
@@ -106,10 +106,13 @@ class Flow(Classifies, CompletesByLangevin):
     def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> Judgement:
         """Bits per dimension over `batches`, with the standard error over images; the noise is the same at every call."""
         generator = torch.Generator(self.device).manual_seed(0)
-        per_image = torch.cat([self._bits_per_dim(self.score(levels, draws=how.draws, generator=generator)).double() for levels in batches])
+        per_image = in_turn(
+            batches,
+            lambda levels: self._bits_per_dim(self.score(levels, draws=how.draws, generator=generator)),
+            lambda levels: [self.dequantiser.start(levels, self.dtype, generator) for _ in range(how.draws)],
+        )
         error = per_image.std().item() / math.sqrt(len(per_image)) if len(per_image) > 1 else math.inf
-        measured = Measured(BITS_PER_DIM, per_image.mean().item(), error)
-        return Judgement.of(measured, bits=self.bits, draws=how.draws, images=len(per_image))
+        return Judgement.of(Measured(BITS_PER_DIM, per_image.mean().item(), error), bits=self.bits, draws=how.draws, images=len(per_image))
 
     @torch.no_grad()
     def sample(
@@ -164,9 +167,7 @@ class Flow(Classifies, CompletesByLangevin):
 
     def _one_hot(self, labels: Tensor | None) -> Tensor | None:
         """(batch, classes), for a flow that has any and is told them."""
-        if labels is None or self.classes is None:
-            return None
-        return F.one_hot(labels, self.classes).to(self.dtype)
+        return None if labels is None or self.classes is None else F.one_hot(labels, self.classes).to(self.dtype)
 
     def _condition(self, one_hot: Tensor | None) -> Tensor | None:
         return one_hot if self.class_networks else None

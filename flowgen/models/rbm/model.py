@@ -37,6 +37,7 @@ class RBM(Machine, Completes, RunsChains):
     """
 
     metric = LOG_LIKELIHOOD
+    shares_batches = False  # its chains go on from step to step as one
     completions = tuple(METHODS)
     visible_offset: Tensor
     hidden_offset: Tensor

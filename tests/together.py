@@ -1,0 +1,65 @@
+"""What `test_team.py` has several processes do: train each configuration of a file, and judge what came of the first.
+
+    torchrun --nproc-per-node N tests/together.py CONFIGS.json
+
+Each entry of the file is a folder and a configuration, or nothing where the run that the folder holds is to be gone on with.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowgen.commands.holding import sole_trainer_of
+from flowgen.commands.resume import train_in
+from flowgen.config import build_model_and_data, load_weights
+from flowgen.models import Evaluation
+from flowgen.training.run import NoRun, Run
+from flowgen.training.team import Team, join
+
+
+def train(team: Team, folder: Path, config: dict[str, Any] | None) -> None:
+    checkpoint = None
+    if config is None:
+        checkpoint = team.ask(Run(folder).last_good)
+        config = checkpoint["config"]
+    if not team.leads:
+        return train_in(team, NoRun(folder), config, checkpoint, "")
+    with sole_trainer_of(Run(folder)):
+        return train_in(team, Run(folder), config, checkpoint, "")
+
+
+def judge(team: Team, folder: Path) -> str:
+    """What is measured on ten batches and a half, to the last bit."""
+    checkpoint = team.ask(Run(folder).last_good)
+    model, data, _ = build_model_and_data(checkpoint["config"])
+    load_weights(model, checkpoint["model"])
+    row = model.eval().evaluate(data.batches("train", 3), (), Evaluation(draws=2)).row()
+    return " ".join(float(value).hex() for value in row.values())
+
+
+def work(jobs: list[tuple[str, dict[str, Any] | None]], judgement: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    with join() as team:
+        for folder, config in jobs:
+            train(team, Path(folder), config)
+        found = judge(team, Path(jobs[0][0]))
+        if team.leads:
+            judgement.write_text(found)
+
+
+def note(event: str, arguments: tuple) -> None:
+    """Say what a process that follows opens to write."""
+    if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        sys.stderr.write(f"rank {os.environ['RANK']} writes {arguments[0]}\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if os.environ.get("RANK", "0") != "0":
+        sys.addaudithook(note)
+    path = Path(sys.argv[1])
+    work(json.loads(path.read_text()), path.with_suffix(".judged"))
