@@ -14,7 +14,7 @@ def show_messages() -> None:
 
     class Screen(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(printable(self.format(record)), file=sys.stderr)
 
     log = logging.getLogger("flowgen")
     log.setLevel(logging.DEBUG)
@@ -22,6 +22,11 @@ def show_messages() -> None:
     if not log.handlers:
         screen = Screen(logging.ERROR if follows() else logging.INFO)
         log.addHandler(screen)
+
+
+def printable(text: str) -> str:
+    """With what would move a terminal's cursor or change its colours, or is half a character, spelt out: names may be anybody's."""
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
 
 
 def one_sentence(error: Exception) -> str:

@@ -214,6 +214,8 @@ def test_a_folder_that_holds_a_run_is_refused(tiny_run, images, command):
         (["train", "data=folder", "data.root=null"], "data.root does not exist", 1),
         (["train", "out=' '"], "name a folder", 1),
         (["train", "--cfg", "nope"], "--cfg must be one of job, hydra, all", 1),
+        (["train", "--info", "nope"], "--info must be one of all, config", 1),
+        (["train", "seed=" + 5000 * "9"], "99... cannot be read", 1),
         (["train", "--cfg=nope"], "--cfg must be one of job, hydra, all", 1),
         (["train", f"seed={2**63}"], f"at most {2**63 - 1}", 1),
         (["train", "trainer.device=meta"], "choose auto", 1),

@@ -1,5 +1,6 @@
 """Files from elsewhere: what no flowgen wrote gets a plain sentence, or is left out and counted; nothing of it runs, none leads outside."""
 
+import json
 import math
 import os
 import pickle
@@ -11,6 +12,8 @@ import torch
 from conftest import SMALL, save_image
 from PIL import Image
 
+from flowgen.data import MNIST
+from flowgen.errors import FlowgenError
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.run import Run
 
@@ -160,3 +163,33 @@ def test_what_libraries_think_of_a_file_stays_untold(tiny_run, command, tmp_path
     (tmp_path / "old.pt").write_bytes(pickle.dumps({"a": 1}, protocol=4))
     status, _, error = command("sample", "--run", tmp_path / "old.pt")
     assert status == 1 and len(error.splitlines()) == 1
+
+
+def test_a_report_shows_scripts_and_runs_none(tiny_run, command):
+    run, script = Run(tiny_run), "<script>alert(1)</script>"
+    config = run.config.read_text().replace("flowgen.models.Glow", f"flowgen.models.{script}")
+    run.config.write_text(config + f"'{script}': '{script}'\n")
+    run.log.write_text(f"environment: {script}\n")
+    run.metrics.write_text(json.dumps({"step": 1, "split": script, "bits_per_dim": 3.0}) + "\n" + run.metrics.read_text())
+    other = tiny_run.with_name('x"><img src=x onerror=alert(1)>')
+    tiny_run.rename(other)
+    assert command("report", other, "--out", "page.html")[0] == 0
+    page = Path("page.html").read_text()
+    assert "&lt;script&gt;" in page and "<script" not in page and "<img src=x" not in page and "javascript:" not in page
+
+
+def test_names_from_elsewhere_leave_the_terminal_alone(tiny_run, command):
+    state = read_checkpoint(Run(tiny_run).last)
+    state["config"]["model"]["_target_"] = "os.\x1b[31msystem"
+    torch.save(state, tiny_run / "odd.pt")
+    assert "\x1b" not in command("sample", "--run", tiny_run / "odd.pt")[2]
+    Path("outputs").mkdir()
+    tiny_run.rename(Path("outputs") / "a\x1b[2J")
+    status, output, _ = command("runs")
+    assert status == 0 and "\x1b" not in output and "a\\x1b[2J" in output
+
+
+@pytest.mark.parametrize("names", [["../elsewhere"], ["/tmp/elsewhere"], [""], [3]])
+def test_a_configuration_names_no_folder_outside_the_data_folder(tmp_path, names):
+    with pytest.raises(FlowgenError, match="inside the data folder"):
+        MNIST(name="MNIST", root=None, names=names, size=28, bits=8, flip=False)

@@ -10,7 +10,7 @@ import click
 from flowgen.cli.drawing import chain, complete, edit, interpolate, sample
 from flowgen.cli.judging import evaluate, report, runs, score
 from flowgen.cli.training import export, resume, train
-from flowgen.messages import one_sentence
+from flowgen.messages import one_sentence, printable
 from flowgen.training.threads import prepare_threads
 
 COMMANDS = (train, resume, sample, interpolate, edit, complete, chain, evaluate, score, report, runs, export)
@@ -60,5 +60,5 @@ def main() -> None:
 
 
 def _end(message: str, status: int) -> None:
-    print(f"flowgen: {' '.join(message.split())}", file=sys.stderr)
+    print(f"flowgen: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(status)

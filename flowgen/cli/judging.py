@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from flowgen.cli.arguments import PATH, command, complete_override, complete_run, device_option, out_option, run_option, seed_option
+from flowgen.messages import printable
 
 OUTLIER_SCORES = ("likelihood", "typicality", "complexity", "combined", "last_level", "density_of_states")
 
@@ -73,7 +74,7 @@ def runs() -> None:
     if all(row.name.startswith("zoo/") for row in rows):
         click.echo("no runs under outputs/ yet: train one with `flowgen train`")
     for row in rows:
-        click.echo(f"{row.name:48}  {row.model:8} {row.data:14} step {row.step:<8} {row.best}")
+        click.echo(printable(f"{row.name:48}  {row.model:8} {row.data:14} step {row.step:<8} {row.best}"))
 
 
 def _readable(value: float) -> str:

@@ -5,7 +5,9 @@ import math
 from typing import Any, NamedTuple
 
 from flowgen.config import build, build_model_and_data, in_todays_words, model_of, override
+from flowgen.errors import FlowgenError
 from flowgen.measures import Judgement, finite
+from flowgen.models import Evaluation
 from flowgen.progress import bar
 from flowgen.training.doubts import doubt_likelihood, doubt_split
 from flowgen.training.find import find_checkpoint
@@ -32,6 +34,8 @@ def evaluate(*, name: str | None, overrides: list[str], device: str) -> Evaluate
     words = [f"evaluation.{word}" if word.partition("=")[0] in config["evaluation"] else word for word in overrides]
     checkpoint["config"] = config = override(config, words)
     how = build("evaluation", config["evaluation"])
+    if not isinstance(how, Evaluation):
+        raise FlowgenError("evaluation._target_ is not flowgen.models.Evaluation: leave it as it is")
     _, data, _ = build_model_and_data(config)
     model = model_of(checkpoint, device)
     doubt_split(data)

@@ -34,6 +34,8 @@ from flowgen.messages import one_sentence, show_messages
 
 SWEEP = {"-m", "--multirun"}
 SHOW = {"--help", "--cfg", "-c", "--info", "-i", "--version"}
+WHAT, ABOUT = ("job", "hydra", "all"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath", "")
+SHOWS = {"--cfg": WHAT, "-c": WHAT, "--info": ABOUT, "-i": ABOUT}
 WITH_A_VALUE = {"--cfg", "-c", "--info", "-i", "--package", "-p"}  # flags of Hydra
 SHOWN = 5  # failures of a sweep, at its end
 log = logging.getLogger("flowgen")
@@ -68,8 +70,8 @@ def _show(words: list[str], flags: set[str]) -> None:
     if not SHOW & flags:
         raise FlowgenError("--resolve and --package say how a configuration is shown: add --cfg job")
     for flag, value in pairwise([piece for word in words for piece in word.split("=", 1 if word.startswith("--") else 0)] + [""]):
-        if flag in ("--cfg", "-c"):
-            check_choice(("job", "hydra", "all"), **{flag: value})
+        if flag in SHOWS:
+            check_choice(SHOWS[flag], **{flag: value})
     sys.argv = ["flowgen train", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come up here, where they become one line
     hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(lambda cfg: None)()

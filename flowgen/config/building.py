@@ -38,20 +38,36 @@ def _is_node(value: object) -> bool:
 
 
 def build_data(config: dict[str, Any]) -> "Images":
+    from flowgen.data import Images
+
     section = config["data"]
     repeated = REPEATED.get(str(section.get("_target_")), ())
-    return build("data", {key: value for key, value in section.items() if key not in repeated})
+    data = build("data", {key: value for key, value in section.items() if key not in repeated})
+    if not isinstance(data, Images):
+        raise FlowgenError(f"data._target_={section['_target_']} is no data set")
+    return data
 
 
 def model_for(config: dict[str, Any], shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
     """`config` with a model section that says what images the model is of, as a run keeps it: all that `build_model` needs."""
-    stated = class_of("model", config["model"]).arguments_for(shape, bits)
+    stated = _model_class(config["model"]).arguments_for(shape, bits)
     return config | {"model": stated | config["model"]}
 
 
 def build_model(config: dict[str, Any]) -> "GenerativeModel":
     """The untrained model of a configuration from `model_for`; its weights depend on torch's random state."""
-    return build("model", in_todays_words(config)["model"])
+    section = in_todays_words(config)["model"]
+    _model_class(section)
+    return build("model", section)
+
+
+def _model_class(section: dict[str, Any]) -> type["GenerativeModel"]:
+    from flowgen.models import GenerativeModel
+
+    found = class_of("model", section)
+    if not issubclass(found, GenerativeModel):
+        raise FlowgenError(f"model._target_={section['_target_']} is no model")
+    return found
 
 
 def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Images", dict[str, Any]]:

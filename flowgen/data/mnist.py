@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.data.base import Images
-from flowgen.data.locate import data_folder, locate
+from flowgen.data.locate import check_names, data_folder, locate
 from flowgen.data.splits import Split, hashed_order
 from flowgen.errors import FlowgenError, check_choice, check_whole
 
@@ -24,6 +24,7 @@ class MNIST(Images):
     def __init__(self, *, name: str, root: str | None, names: list[str], size: int, bits: int, flip: bool, binarise: str = "threshold"):
         check_choice(("MNIST", "FashionMNIST", "KMNIST"), name=name)
         check_whole(size=size)
+        check_names(names)
         if root is None and not any(_find(data_folder() / folder, names, "train") for folder in names):
             _download(name, data_folder() / names[0])
         folder = locate(root, names, f"point data.root at a folder with the idx files of {name}, or leave it out to download them")
