@@ -193,3 +193,17 @@ def test_names_from_elsewhere_leave_the_terminal_alone(tiny_run, command):
 def test_a_configuration_names_no_folder_outside_the_data_folder(tmp_path, names):
     with pytest.raises(FlowgenError, match="inside the data folder"):
         MNIST(name="MNIST", root=None, names=names, size=28, bits=8, flip=False)
+
+
+def test_what_a_configuration_refers_to_is_not_looked_up(tiny_run, command, monkeypatch):
+    monkeypatch.setenv("FLOWGEN_SECRET", "the secret")
+    state = read_checkpoint(Run(tiny_run).last)
+    state["config"]["data"] |= {"root": "nowhere", "cure": "${oc.env:FLOWGEN_SECRET}"}
+    torch.save(state, Run(tiny_run).last)
+    for words in (["evaluate", "--run", tiny_run], ["resume", tiny_run, "trainer.steps=8"]):
+        status, _, error = command(*words)
+        assert status == 1 and "${oc.env:FLOWGEN_SECRET}" in error and "the secret" not in error
+    config = Run(tiny_run).config
+    config.write_text(config.read_text() + "more: ${oc.env:FLOWGEN_SECRET}\n")
+    assert command("report", tiny_run)[0] == 0
+    assert "the secret" not in (tiny_run / "report.html").read_text()
