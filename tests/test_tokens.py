@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from conftest import SMALL
 from test_bijections import tokens
-from test_models import MODELS, model_of, started
+from test_models import MODELS, model_of, noise, started
 
-from flowgen.bijections import TokenAutoregressive
+from flowgen.bijections import Affine, Guided, TokenAutoregressive
+from flowgen.models import TarFlow
 
 
 def pushed(bijection: TokenAutoregressive) -> TokenAutoregressive:
@@ -87,3 +89,81 @@ def test_of_a_whole_model_too(name):
 def test_arguments_are_checked(changes, words):
     with pytest.raises(ValueError, match=words):
         model_of("tarflow", **changes)
+
+
+def affine_with_classes() -> TarFlow:
+    model = model_of("tarflow", layers=[1, 1], transform="affine", classes=3)
+    model.initialize(noise(5), torch.arange(64) % 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_a_guided_map_is_that_of_the_gaussian_given_the_class_over_that_without(weight):
+    affine, x = Affine(), torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    given, without = torch.tensor([[0.5, 0.3]], dtype=torch.float64), torch.tensor([[-0.4, -0.2]], dtype=torch.float64)
+
+    def log_density(transform, parameters, x):
+        z, log_slope = transform.forward(x, parameters)
+        return -0.5 * z.square() + log_slope
+
+    both = torch.cat((given.expand(9, -1), without.expand(9, -1)))
+    guided = log_density(Guided(affine, weight), both, x.repeat(2, 1))
+    assert torch.equal(guided[:9], guided[9:])
+    expected = (1 + weight) * log_density(affine, given, x) - weight * log_density(affine, without, x)
+    difference = expected - guided[:9]
+    assert (difference - difference.mean()).abs().max() < 1e-12
+    z = torch.randn(18, 1, dtype=torch.float64)
+    there, _ = Guided(affine, weight).inverse(z, both)
+    assert (Guided(affine, weight).forward(there, both)[0] - z).abs().max() < 1e-12
+
+
+def test_guidance_never_widens_a_gaussian_where_the_class_is_the_vaguer_one():
+    vague, sharp = torch.tensor([[-1.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    _, log_slope = Guided(Affine(), 5.0).forward(torch.zeros(2, 1), torch.cat((vague, sharp)))
+    assert torch.allclose(log_slope[0], Affine().forward(torch.zeros(1, 1), vague)[1])
+
+
+def test_guidance_is_gradual_and_the_same_by_sweeps():
+    model = affine_with_classes()
+
+    def drawn(**how: float) -> torch.Tensor:
+        return model.sample(6, 0.7, torch.Generator().manual_seed(0), label=1, **how)[0].float()
+
+    none, little, much = (drawn(guidance=weight) for weight in (0.0, 1e-9, 3.0))
+    assert torch.equal(none, little) and not torch.equal(none, much)
+    assert torch.equal(drawn(guidance=3.0, jacobi=True), much) and torch.equal(drawn(jacobi=True), none)
+    assert all(1 <= sweeps <= 4 for sweeps in model.sweeps())
+
+
+def test_training_tells_the_networks_no_class_now_and_then_and_judging_always_tells():
+    model, labels = affine_with_classes(), torch.arange(3).repeat(100)
+    assert torch.equal(model._one_hot(labels).argmax(1), labels) and model._one_hot(labels).amax() == 1
+    told = model.train()._one_hot(labels).amax(1)
+    assert 0.03 < (told < 0.5).double().mean() < 0.2
+
+
+@pytest.mark.parametrize("changes", [{"classes": None}, {"classes": 3, "class_networks": False}, {"classes": 3, "transform": "mixture"}])
+def test_guidance_says_what_it_needs(changes):
+    model = model_of("tarflow", **{"layers": [1], "transform": "affine"} | changes)
+    with pytest.raises(ValueError, match="guidance needs classes and affine maps"):
+        model.sample(2, guidance=1.0)
+
+
+def test_sample_tells_how_many_sweeps_it_took(command, images, tmp_path):
+    words = [word for word in SMALL if "steps_per_level" not in word]
+    status, _, error = command("train", "model=tarflow", *words, f"data.root={images}", "trainer.steps=2", f"out={tmp_path / 'run'}")
+    assert status == 0, error
+    status, _, error = command("sample", "--run", tmp_path / "run", "--jacobi", "--count", 2)
+    assert status == 0 and "sweeps of the blocks: " in error
+    status, _, error = command("sample", "--run", tmp_path / "run", "--guidance", 1)
+    assert status == 1 and "model.classes=10" in error and len(error.splitlines()) == 1
+    for words in (["--jacobi", "--sweeps", 3], ["--guidance", 1, "--method", "gibbs"]):
+        assert command("sample", *words)[0] == 1
+
+
+def test_jacobi_is_for_models_of_tokens(tiny_run, command):
+    status, _, error = command("sample", "--run", tiny_run, "--jacobi")
+    assert status == 1 and "model=tarflow" in error and len(error.splitlines()) == 1

@@ -17,10 +17,12 @@ from flowgen.bijections.transforms import (
     TRANSFORMS,
     Additive,
     Affine,
+    Guided,
     MixtureOfLogistics,
     Multiplicative,
     Spline,
     Transform,
+    guided,
 )
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Folded",
     "GatedNetwork",
     "Gaussianize",
+    "Guided",
     "Head",
     "Inverse",
     "LogisticToNormal",
@@ -72,6 +75,7 @@ __all__ = [
     "channelwise",
     "checkerboard",
     "estimate_statistics",
+    "guided",
     "local_head",
     "stripes",
 ]

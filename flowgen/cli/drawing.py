@@ -32,6 +32,8 @@ from flowgen.cli.arguments import (
 @click.option(
     "--label", type=click.IntRange(0), metavar="N", help="Class to draw, of a flow trained with model.classes; by default each in turn."
 )
+@click.option("--guidance", type=click.FloatRange(0), metavar="W", help="Of a tarflow with classes: the more typical of their class.")
+@click.option("--jacobi", is_flag=True, help="Of a tarflow: all patches at once, in sweeps, in place of one after the other.")
 @click.option("--method", type=click.Choice(SAMPLERS), help="Sampler of an RBM; by default tempering.")
 @click.option("--sweeps", type=click.IntRange(1, 10**9), help="Of it, from white noise; by default 500.")
 @device_option

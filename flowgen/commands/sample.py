@@ -11,7 +11,7 @@ from flowgen import pictures, plots
 from flowgen.config import build_data, find_model
 from flowgen.costs import check_fits
 from flowgen.errors import FlowgenError
-from flowgen.models import Classifies, Flow, GenerativeModel, RunsChains
+from flowgen.models import Classifies, DrawsTokens, Flow, GenerativeModel, RunsChains
 from flowgen.plane import SHAPE, is_plane
 from flowgen.progress import bar
 
@@ -29,6 +29,8 @@ def sample(
     count: int | None,
     seed: int,
     label: int | None,
+    guidance: float | None,
+    jacobi: bool,
     method: str | None,
     sweeps: int | None,
     device: str,
@@ -37,13 +39,15 @@ def sample(
     """Save `count` samples for each temperature, a block of rows each, from high to low log-probability. Raises FlowgenError.
 
     Without temperatures, at the one that the run's own samples had. A zip takes any number, each an image of its own. `label` is the
-    class to draw, of a flow that knows any; `method` and `sweeps` choose an RBM's sampler. A flow of the plane is drawn as a whole
-    instead, at one temperature, by default 1.
+    class to draw, of a flow that knows any, `guidance` and `jacobi` are a TarFlow's; `method` and `sweeps` choose an RBM's sampler. A flow
+    of the plane is drawn as a whole instead, at one temperature, by default 1.
     """
-    if label is not None and (method or sweeps):
-        raise FlowgenError("--label is for flows, --method and --sweeps are for RBMs: leave out the one or the others")
-    how = {key: value for key, value in {"label": label, "method": method, "sweeps": sweeps}.items() if value is not None}
-    ability = RunsChains if method or sweeps else Classifies if label is not None else GenerativeModel
+    by_tokens = guidance is not None or jacobi
+    if (label is not None or by_tokens) and (method or sweeps):
+        raise FlowgenError("--label, --guidance and --jacobi are for flows, --method and --sweeps for RBMs: leave out some")
+    options = {"label": label, "guidance": guidance, "jacobi": jacobi or None, "method": method, "sweeps": sweeps}
+    how = {key: value for key, value in options.items() if value is not None}
+    ability = RunsChains if method or sweeps else DrawsTokens if by_tokens else Classifies if label is not None else GenerativeModel
     run, checkpoint, model = find_model(name, device, ability)
     model.watch(bar)
     path = out or run.folder / "sample.png"
@@ -67,6 +71,8 @@ def sample(
         levels, scores = draw(model, count, temperature, seed, **how)
         if broken := int((~scores.isfinite()).sum()):
             log.warning("%d of %d samples at temperature %g are beyond what float32 holds: try a lower one", broken, count, temperature)
+        if jacobi and isinstance(model, DrawsTokens):
+            log.info("sweeps of the blocks: %s", ", ".join(map(str, model.sweeps())))
         said = [f"class {label}"] * (label is not None) + [str(method)] * bool(method) + [f"temperature {temperature:g}"]
         titled.append((", ".join(said), levels[scores.argsort(descending=True)]))
     pictures.blocks(titled, model.bits, columns=min(count, COLUMNS)).save(path)

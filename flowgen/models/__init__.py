@@ -1,6 +1,6 @@
 """Likelihood-based models of images: floor 2."""
 
-from flowgen.models.abilities import Ability, Classifies, Completes, Completion, RunsChains
+from flowgen.models.abilities import Ability, Classifies, Completes, Completion, DrawsTokens, RunsChains
 from flowgen.models.base import Evaluation, GenerativeModel
 from flowgen.models.flows import IAF, MAF, NICE, Flow, Glow, Jet, RealNVP, TarFlow
 from flowgen.models.linear import Known, Linear
@@ -15,6 +15,7 @@ __all__ = [
     "Classifies",
     "Completes",
     "Completion",
+    "DrawsTokens",
     "Evaluation",
     "Flow",
     "GenerativeModel",

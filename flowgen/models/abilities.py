@@ -87,3 +87,29 @@ class RunsChains(Ability):
         sweeps: int = 500,
     ) -> tuple[Tensor, Tensor]:
         """As every model draws images, by `sweeps` of the sampler `method` from white noise."""
+
+
+class DrawsTokens(Ability):
+    """Draws an image token after token, each given those before it."""
+
+    does = "draws an image token after token"
+    example = "model=tarflow"
+
+    @abstractmethod
+    def sample(
+        self,
+        count: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        label: int | None = None,
+        guidance: float = 0.0,
+        jacobi: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As every model draws images; with `jacobi` all tokens at once, in sweeps, with `guidance` the more typical of their class.
+
+        Raises FlowgenError for guidance of a model that it does not fit.
+        """
+
+    @abstractmethod
+    def sweeps(self) -> list[int]:
+        """How many sweeps each block took when images were last drawn by them."""

@@ -13,6 +13,7 @@ from flowgen.errors import FlowgenError, check_whole
 from flowgen.measures import BITS_PER_DIM, Judgement, Measured
 from flowgen.models.abilities import Classifies
 from flowgen.models.base import LOOK, Evaluation
+from flowgen.models.flows.classes import NO_CLASSES, labels_to_draw
 from flowgen.models.flows.completion import CompletesByLangevin
 from flowgen.models.flows.dequantise import dequantiser
 from flowgen.models.flows.statistics import log_normal, statistics
@@ -123,19 +124,15 @@ class Flow(Classifies, CompletesByLangevin):
         All are of class `label`, else of classes in turn. Raises FlowgenError for a class that the flow has not.
         """
         z = temperature * torch.randn(count, self.dimensions, generator=generator, device=self.device, dtype=self.dtype)
-        labels = None
-        if label is not None:
-            classes = len(self._class_means())
-            if not 0 <= label < classes:
-                raise FlowgenError(f"label {label} is none of the model's {classes} classes: give a number from 0 to {classes - 1}")
-            labels = torch.full((count,), label, device=self.device)
-        elif self.classes is not None:
-            labels = torch.arange(count, device=self.device) % self.classes
-        one_hot = self._one_hot(labels)
+        one_hot = self._one_hot(labels_to_draw(count, label, self.classes, self.device))
         z = z if one_hot is None else z + one_hot @ self._class_means()
+        x, log_density = self._carry(z, one_hot)
+        return self._quantise(x), log_density - self.dimensions * math.log(self.bins)
+
+    def _carry(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The points that have these latents, and their log p(x)."""
         x, log_det = self.bijection.inverse(z, self._condition(one_hot))
-        log_base = self._log_base(z, one_hot) if self.class_networks else self._log_base(z)
-        return self._quantise(x), log_base - log_det - self.dimensions * math.log(self.bins)
+        return x, (self._log_base(z, one_hot) if self.class_networks else self._log_base(z)) - log_det
 
     @torch.no_grad()
     def encode(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -193,7 +190,7 @@ class Flow(Classifies, CompletesByLangevin):
 
     def _class_means(self) -> Tensor:
         if self.means is None:
-            raise FlowgenError("this model knows no classes: train one with model.classes=10 on data that has labels")
+            raise FlowgenError(NO_CLASSES)
         return self.means
 
     def _bits_per_dim(self, log_prob: Tensor) -> Tensor:

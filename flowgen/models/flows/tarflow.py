@@ -1,5 +1,8 @@
 """TarFlow: Zhai et al., Normalizing Flows are Capable Generative Models (2412.06329)."""
 
+import torch
+from torch import Tensor
+
 from flowgen.bijections import (
     TRANSFORMS,
     ActNorm,
@@ -16,16 +19,21 @@ from flowgen.bijections import (
     Squeeze,
     Standardize,
     TokenAutoregressive,
+    guided,
     local_head,
 )
-from flowgen.errors import check_choice, check_whole
+from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
+from flowgen.models.abilities import DrawsTokens
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.patches import check_transformers, patch_size
 
+UNTOLD = 0.1  # share of the training images whose class the networks are not told, for guidance
 
-class TarFlow(Flow):
+
+class TarFlow(Flow, DrawsTokens):
     """Patches as tokens, then blocks that are autoregressive in the tokens, in turn from the first to the last and back.
 
+    Networks that see classes are told none, the mean of all, of a few training images, so that they know p(x) for guidance too.
     `conf/model/tarflow.yaml` says what each argument means.
     """
 
@@ -78,3 +86,50 @@ class TarFlow(Flow):
             bijections += [*rolled(number), *block(number, depth)]
         bijections += [Flatten(maps, side, side), Standardize(channels * size**2)]
         super().__init__(Chain(*bijections), (channels, size, size), bits, dequantisation, classes, class_networks)
+        self.affine, self.guidance = transform == "affine", 0.0
+
+    @torch.no_grad()
+    def sample(
+        self,
+        count: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        label: int | None = None,
+        guidance: float = 0.0,
+        jacobi: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Flow.sample`; with guidance w each number is under p(x | class)^(1 + w) / p(x)^w, and log p(x | class) is returned."""
+        check_number(guidance=guidance)
+        blocks = self._blocks()
+        for block in blocks:
+            block.jacobi = jacobi
+        try:
+            self.guidance = guidance
+            return super().sample(count, temperature, generator, label)
+        finally:
+            self.guidance = 0.0
+            for block in blocks:
+                block.jacobi = False
+
+    def _carry(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self.guidance:
+            return super()._carry(z, one_hot)
+        if one_hot is None or not self.affine or not self.class_networks:
+            raise FlowgenError("guidance needs classes and affine maps: train with model.classes=10 model.transform=affine")
+        conditions = torch.cat((one_hot, torch.full_like(one_hot, 1 / one_hot.shape[1])))
+        with guided([block.head for block in self._blocks()], self.guidance):  # type: ignore[misc]
+            x = self.bijection.inverse(z.repeat(2, 1), conditions)[0][: len(z)]
+        return x, self.log_density(x, one_hot.argmax(1))
+
+    def sweeps(self) -> list[int]:
+        return [block.sweeps for block in self._blocks()]
+
+    def _blocks(self) -> list[TokenAutoregressive]:
+        return [module for module in self.modules() if isinstance(module, TokenAutoregressive)]
+
+    def _one_hot(self, labels: Tensor | None) -> Tensor | None:
+        one_hot = super()._one_hot(labels)
+        if one_hot is None or not self.training or not self.class_networks:
+            return one_hot
+        untold = torch.rand(len(one_hot), 1, device=one_hot.device) < UNTOLD
+        return torch.where(untold, 1 / one_hot.shape[1], one_hot)
