@@ -118,7 +118,7 @@ def test_the_place_in_the_data_is_all_that_decides_a_batch():
     assert not torch.equal(one.draw(0, 10, seed=1)[0], one.draw(0, 10, seed=2)[0])
 
 
-@pytest.mark.parametrize("arguments", [{"bits": 8, "flip": True}, {"bits": 1, "flip": False, "binarise": "anew"}], ids=str)
+@pytest.mark.parametrize("arguments", [{"bits": 8, "flip": True, "shift": 1}, {"bits": 1, "flip": False, "binarise": "anew"}], ids=str)
 def test_what_a_batch_draws_is_a_function_of_the_seed_and_the_place_alone(arguments):
     """And leaves the random state of the step that asks for it alone."""
     split = Split(torch.arange(0, 256, 16, dtype=torch.uint8).view(1, 4, 4).repeat(100, 1, 1, 1))  # alike, but for what is drawn
@@ -135,6 +135,18 @@ def test_flips_mirror_about_half_of_the_training_images_and_no_test_image():
     mirrored = data.draw(0, 100, seed=0)[0][:, 0, 0, 0] >= 100
     assert 25 < mirrored.sum() < 75
     assert all((batch[:, 0, 0, 0] < 100).all() for batch in data.batches("test", 2))
+
+
+def test_training_images_are_moved_by_every_distance_up_to_the_shift_and_repeat_their_border():
+    image = torch.arange(20, dtype=torch.uint8).view(1, 1, 4, 5)
+    split = Split(image.repeat(300, 1, 1, 1))
+    data = Images(split, split, split, bits=8, flip=False, shift=1)
+    padded = torch.nn.functional.pad(image.double(), (1, 1, 1, 1), mode="replicate").to(torch.uint8)
+    expected = {(row, column): padded[0, :, 1 - row : 5 - row, 1 - column : 6 - column] for row in (-1, 0, 1) for column in (-1, 0, 1)}
+    seen = {place for moved in data.draw(0, 300, seed=0)[0] for place, one in expected.items() if torch.equal(one, moved)}
+    assert seen == set(expected)
+    assert all(any(torch.equal(one, moved) for one in expected.values()) for moved in data.draw(0, 300, seed=0)[0])
+    assert all(torch.equal(batch, image.expand(batch.shape)) for name in ("train", "test") for batch in data.batches(name, 100))
 
 
 def test_bits_shift_levels_and_batches_keep_the_ragged_end():

@@ -107,6 +107,20 @@ def test_choices_are_made_on_validation_images_and_the_test_split_is_judged_once
     assert state["metrics"]["best"] == min(row["bits_per_dim"] for row in rows(tmp_path / "run") if row["split"] == "validation")
 
 
+def test_training_ends_early_where_validation_shows_no_gain(images, tmp_path, command):
+    """A learning rate of nothing never gains: the second evaluation after the best is the last, and the run has ended."""
+    words = [*SMALL, f"data.root={images}", "trainer.evaluate_every=2", "trainer.patience=2", f"out={tmp_path / 'run'}"]
+    assert command("train", *words, "trainer.steps=40", "trainer.lr=0", "trainer.ema=0")[0] == 0
+    assert [(row["step"], row["split"]) for row in rows(tmp_path / "run") if row["split"] != "train"] == [
+        *((step, "validation") for step in (2, 4, 6)),
+        (6, "test"),
+    ]
+    status, _, error = command("resume", tmp_path / "run")
+    assert status == 1 and "trainer.patience=4" in error
+    assert command("resume", tmp_path / "run", "trainer.patience=3")[0] == 0
+    assert read_checkpoint(Run(tmp_path / "run").last)["step"] == 8
+
+
 def test_a_run_is_known_by_its_test_figure_once_it_has_ended(tmp_path):
     validation = [{"step": step, "split": "validation", "bits_per_dim": bits} for step, bits in ((1, 3.0), (2, 1.0), (3, 2.0))]
     test = {"step": 3, "split": "test", "bits_per_dim": 2.5, "bits_per_dim_error": 0.25}
@@ -258,6 +272,8 @@ def test_what_a_step_draws_depends_on_seed_and_step_alone(images, tmp_path, comm
         (["trainer.optimizer=sgd", "trainer.momentum=0.9"], ["trainer.momentum=0.5"], ("momentum", 0.5)),
         ([], ["trainer.optimizer=sgd", "trainer.momentum=0.5"], ("momentum", 0.5)),
         (["trainer.optimizer=sgd"], ["trainer.optimizer=adam"], ("amsgrad", False)),
+        ([], ["trainer.weight_decay=0.1"], ("weight_decay", 0.1)),
+        ([], ["trainer.betas=[0.8,0.95]"], ("betas", (0.8, 0.95))),
     ],
 )
 def test_a_resumed_run_takes_the_settings_of_the_optimiser_that_are_given(images, tmp_path, command, first, then, setting):

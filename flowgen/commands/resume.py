@@ -154,6 +154,8 @@ def _check_unfinished(run: Run, trainer: "Trainer", checkpoint: dict[str, Any]) 
         more = f"trainer.minutes={2 * max(minutes, cadence.minutes):.2g}"
     elif cadence.steps and step >= cadence.steps:
         more = f"trainer.steps={2 * step}"
+    elif cadence.patience and checkpoint["metrics"].get("without_gain", 0) >= cadence.patience:
+        more = f"trainer.patience={2 * cadence.patience}"
     else:
         return
     raise EndedError(f"{run.folder} has ended, at step {step}: give it more, as in `flowgen resume {run.folder} {more}`")

@@ -31,8 +31,10 @@ class Images:
         flip: bool,
         binarise: str = "threshold",
         attributes: tuple[str, ...] = (),
+        shift: int = 0,
     ):
         check_whole(bits=bits)
+        check_whole(0, train.images.shape[-1] - 1, shift=shift)
         check_choice(range(1, 9), bits=bits)
         check_choice((True, False), flip=flip)
         check_choice(BINARISE, binarise=binarise)
@@ -45,7 +47,7 @@ class Images:
             test, validation = (replace(split, images=binarised(split.images, generator)) for split in (test, validation))
             train = train if self.anew else replace(train, images=binarised(train.images, generator))
         self.train, self.validation, self.test = train, validation, test
-        self.bits, self.flip, self.attributes = bits, flip, attributes
+        self.bits, self.flip, self.attributes, self.shift = bits, flip, attributes, shift
         self.device = torch.device("cpu")
         self._order_of, self._order = (-1, 0), torch.empty(0)
 
@@ -74,8 +76,9 @@ class Images:
     def draw(self, seen: int, count: int, seed: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The next `count` training images after `seen` of them, flipped at random where `flip` is set, and their labels, if there are any.
 
-        Every epoch is a permutation that `seed` and its number alone decide, and flips and bits that are drawn anew are those of `seed` and
-        `seen`: the whole place in the data. Of all these images those at the places `rows` are handed out.
+        They are moved at random by up to `shift` pixels each way, and their borders repeated. Every epoch is a permutation that `seed` and
+        its number alone decide, and flips, moves and bits that are drawn anew are those of `seed` and `seen`: the whole place in the data.
+        Of all these images those at the places `rows` are handed out.
         """
         generator = torch.Generator(self.device).manual_seed(random.Random(f"{seed} {seen}").getrandbits(63))
         pieces, wanted = [], count
@@ -92,6 +95,9 @@ class Images:
         if self.flip:
             mirrored = torch.rand(count, 1, 1, 1, generator=generator, device=self.device) < 0.5
             levels = torch.where(mirrored[mine], levels.flip(3), levels)
+        if self.shift:
+            by = torch.randint(-self.shift, self.shift + 1, (count, 2), generator=generator, device=self.device)
+            levels = moved(levels, by[mine])
         return levels, labels
 
     def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Tensor]:
@@ -118,3 +124,11 @@ def binarised(images: Tensor, generator: torch.Generator | None = None) -> Tenso
     """255 with probability value / 255, else 0."""
     uniform = torch.randint(255, images.shape, generator=generator, device=images.device, dtype=torch.uint8)
     return (images > uniform).to(torch.uint8) * 255
+
+
+def moved(images: Tensor, by: Tensor) -> Tensor:
+    """Each image (N, C, H, W) moved down and to the right by its own `by` (N, 2) pixels; what comes in repeats the border."""
+    height, width = images.shape[2:]
+    rows = (torch.arange(height, device=images.device) - by[:, :1]).clamp(0, height - 1)[:, None, :, None].expand(images.shape)
+    columns = (torch.arange(width, device=images.device) - by[:, 1:]).clamp(0, width - 1)[:, None, None].expand(images.shape)
+    return images.gather(2, rows).gather(3, columns)

@@ -38,6 +38,7 @@ class ImageFolder(Images):
         crop: int | None,
         binarise: str = "threshold",
         attribute: str | None = None,
+        shift: int = 0,
     ):
         check_choice((1, 3), channels=channels)
         check_whole(size=size, **({} if crop is None else {"crop": crop}))
@@ -51,7 +52,8 @@ class ImageFolder(Images):
         whole = Split(images, *(None if values is None else values[usable] for values in (labels, known and known.values)))
         ends = [0, *accumulate(int(part.sum()) for part in usable.split([len(split) for split in splits]))]
         train, validation, test = (whole[slice(*ends_of)] for ends_of in pairwise(ends))
-        super().__init__(train, validation, test, bits=bits, flip=flip, binarise=binarise, attributes=known.names if known else ())
+        names_known = known.names if known else ()
+        super().__init__(train, validation, test, bits=bits, flip=flip, binarise=binarise, attributes=names_known, shift=shift)
 
 
 def attributes_of(source: Source, names: list[str], wanted: str | None) -> Attributes | None:

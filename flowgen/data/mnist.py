@@ -21,7 +21,18 @@ HELD_OUT = 12  # one training image in so many, chosen by its place, is for vali
 class MNIST(Images):
     """MNIST, FashionMNIST or KMNIST, as torchvision calls them; downloaded where it is missing and `root` is not given."""
 
-    def __init__(self, *, name: str, root: str | None, names: list[str], size: int, bits: int, flip: bool, binarise: str = "threshold"):
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str | None,
+        names: list[str],
+        size: int,
+        bits: int,
+        flip: bool,
+        binarise: str = "threshold",
+        shift: int = 0,
+    ):
         check_choice(("MNIST", "FashionMNIST", "KMNIST"), name=name)
         check_whole(size=size)
         check_names(names)
@@ -31,7 +42,7 @@ class MNIST(Images):
         train, test = (read_split(folder, names, file, size) for file in FILES)
         held_out = torch.zeros(len(train), dtype=torch.bool)
         held_out[hashed_order(len(train))[: max(1, len(train) // HELD_OUT)]] = True
-        super().__init__(train[~held_out], train[held_out], test, bits=bits, flip=flip, binarise=binarise)
+        super().__init__(train[~held_out], train[held_out], test, bits=bits, flip=flip, binarise=binarise, shift=shift)
 
 
 def _find(root: Path, names: list[str], split: str, kind: str = "images-idx3") -> list[Path]:

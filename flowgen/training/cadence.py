@@ -10,9 +10,9 @@ SHORTEST = 0.001  # minutes
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """Training ends after `steps` or `minutes`, whichever comes first; intervals are in steps, `conf/trainer/` says of what.
+    """Training ends after `steps` or `minutes`, whichever comes first, or after `patience` evaluations in a row without a better figure.
 
-    Raises FlowgenError for what is no such thing.
+    Intervals are in steps, `conf/trainer/` says of what. Raises FlowgenError for what is no such thing.
     """
 
     steps: int | None
@@ -25,6 +25,7 @@ class Cadence:
     save_every: int
     keep_every: int
     keep_at: list[int]
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -36,6 +37,8 @@ class Cadence:
         check_whole(log_every=self.log_every, evaluate_every=self.evaluate_every, sample_every=self.sample_every)
         check_whole(save_every=self.save_every, keep_every=self.keep_every)
         check_number(sample_temperature=self.sample_temperature)
+        if self.patience is not None:
+            check_whole(patience=self.patience)
         if self.evaluate_images is not None:
             check_whole(evaluate_images=self.evaluate_images)
         if not isinstance(self.keep_at, list):

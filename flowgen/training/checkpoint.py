@@ -98,7 +98,8 @@ def _is_sound(state: dict[str, Any]) -> bool:
         and of_tensors(state["model"])
         and (state["ema"] is None or of_tensors(state["ema"]))
         and isinstance(state["optimizer"], dict)
-        and of_numbers(metrics, {"best", "seconds"})
+        and of_numbers(metrics, {"best", "seconds", "without_gain"})
+        and is_count(metrics.get("without_gain", 0))
         and not math.isnan(metrics["best"])
         and 0 <= metrics["seconds"] < math.inf
         and of_numbers(state["rescue"], COUNTERS)

@@ -117,7 +117,8 @@ class Training:
 
     @property
     def over(self) -> bool:
-        return self.progress >= 1
+        patience = self.cadence.patience
+        return self.progress >= 1 or (patience is not None and self.state.without_gain >= patience)
 
     def due(self, what: str) -> bool:
         """Whether to do this after this step: at its time, or at the end, but once."""
@@ -174,11 +175,11 @@ class Training:
         if split == "test":
             again = self.data.batches(split, self.optimisation.batch_size, self.cadence.evaluate_images)
             doubt_likelihood(measured, self.data, again)
-        cost = model.metric.cost(measured.value)
-        if split == "test" or cost >= self.state.best:
             return False
-        self.state.best = cost
-        return True
+        cost = model.metric.cost(measured.value)
+        better = cost < self.state.best
+        self.state.best, self.state.without_gain = min(cost, self.state.best), 0 if better else self.state.without_gain + 1
+        return better
 
     def sample(self) -> None:
         generator = torch.Generator(self.machine.device).manual_seed(self.seed)  # the same latents at every look

@@ -1,5 +1,6 @@
 """How one batch moves the weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,9 @@ OPTIMIZERS = ("adam", "sgd")
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
-    """Adam, or descent with momentum: linear warm-up, clipped gradients, averaged weights; `conf/trainer/` explains the fields.
+    """Adam with decoupled weight decay, or descent with momentum: linear warm-up, clipped gradients, averaged weights.
 
-    Raises FlowgenError for values that make no sense.
+    `conf/trainer/` explains the fields. Raises FlowgenError for values that make no sense.
     """
 
     batch_size: int
@@ -28,13 +29,20 @@ class Optimisation:
     clip: float
     ema: float
     initial_images: int
+    betas: Sequence[float] = (0.9, 0.999)
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         check_whole(batch_size=self.batch_size, accumulate=self.accumulate, initial_images=self.initial_images)
         check_choice(OPTIMIZERS, optimizer=self.optimizer)
-        check_number(lr=self.lr, decay=self.decay, clip=self.clip, ema=self.ema, momentum=self.momentum)
-        if self.decay > 1 or self.ema >= 1 or self.momentum >= 1:
-            raise FlowgenError(f"decay must be at most 1, ema and momentum below 1, not {self.decay}, {self.ema} and {self.momentum}")
+        check_number(lr=self.lr, decay=self.decay, clip=self.clip, ema=self.ema, momentum=self.momentum, weight_decay=self.weight_decay)
+        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
+            raise FlowgenError(f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}")
+        for beta in self.betas:
+            check_number(betas=beta)
+        if self.decay > 1 or max(self.ema, self.momentum, *self.betas) >= 1:
+            below = f"{self.ema}, {self.momentum} and {self.betas}"
+            raise FlowgenError(f"decay must be at most 1, not {self.decay}, and ema, momentum and betas below 1, not {below}")
         if self.batch_size % self.accumulate:
             raise FlowgenError(f"batch_size={self.batch_size} cannot be split into accumulate={self.accumulate} equal parts")
         warmup_steps(self.warmup, 1, 1)
@@ -42,7 +50,8 @@ class Optimisation:
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
             return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, fused=True)
-        return torch.optim.Adam(model.parameters(), lr=self.lr, fused=True)
+        first, second = self.betas
+        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(first, second), weight_decay=self.weight_decay, fused=True)
 
     def rate(self, step: int, progress: float, images: int) -> float:
         """The learning rate of update `step` (from 0) at this share of the training, over so many images."""

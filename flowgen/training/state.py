@@ -30,6 +30,7 @@ class State:
         self.estimated_at = -1
         self.step = self.images_seen = 0
         self.seconds, self.best, self.rescue = 0.0, math.inf, Rescue()
+        self.without_gain = 0  # evaluations since the best one
 
     @property
     def averaged(self) -> GenerativeModel:
@@ -59,14 +60,15 @@ class State:
             "model": self.model.state_dict(),
             "ema": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "metrics": {"best": self.best, "seconds": self.seconds},
+            "metrics": {"best": self.best, "seconds": self.seconds, "without_gain": self.without_gain},
             "rescue": dataclasses.asdict(self.rescue),
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Take up a run where its checkpoint left it. Raises FlowgenError where that is of another model."""
         self.go_back(checkpoint)
-        self.best, self.seconds = checkpoint["metrics"]["best"], checkpoint["metrics"]["seconds"]
+        metrics = checkpoint["metrics"]
+        self.best, self.seconds, self.without_gain = metrics["best"], metrics["seconds"], metrics.get("without_gain", 0)
         self.rescue = Rescue(**checkpoint["rescue"])
 
     def go_back(self, checkpoint: dict[str, Any]) -> None:
