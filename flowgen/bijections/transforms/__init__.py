@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from flowgen.bijections.transforms.affine import Additive, Affine, Multiplicative
 from flowgen.bijections.transforms.base import LOG_SCALES, Transform
-from flowgen.bijections.transforms.guided import Guided, guided
+from flowgen.bijections.transforms.guidance import Guided, guided
 from flowgen.bijections.transforms.mixture import MixtureOfLogistics
 from flowgen.bijections.transforms.spline import Spline
 
