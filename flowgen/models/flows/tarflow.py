@@ -26,6 +26,7 @@ from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
 from flowgen.models.abilities import DrawsTokens
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.patches import check_transformers, patch_size
+from flowgen.shares import draw
 
 UNTOLD = 0.1  # share of the training images whose class the networks are not told, for guidance
 
@@ -131,5 +132,5 @@ class TarFlow(Flow, DrawsTokens):
         one_hot = super()._one_hot(labels)
         if one_hot is None or not self.training or not self.class_networks:
             return one_hot
-        untold = torch.rand(len(one_hot), 1, device=one_hot.device) < UNTOLD
+        untold = draw(torch.rand, torch.Size((len(one_hot), 1)), device=one_hot.device) < UNTOLD
         return torch.where(untold, 1 / one_hot.shape[1], one_hot)
