@@ -2,11 +2,12 @@
 
 `python scripts/attributes.py RUN`: a run on CelebA's faces with list_attr_celeba.txt beside them. A small classifier of all attributes,
 trained on the same training images, judges the faces before and after; each goes away from what it shows, by 1 and by 2, along either
-kind of direction.
+kind of direction. `python scripts/attributes.py zoo/glow_mnist --classes 3 8`: threes on their way to eights.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,16 @@ from torch.nn import functional as F
 from flowgen.commands.directions import directions_of
 from flowgen.config import build_data, find_model
 from flowgen.data import Images
-from flowgen.directions import METHODS, edit
-from flowgen.judging import Classifier, mean
+from flowgen.directions import METHODS, class_directions, edit
+from flowgen.judging import Classifier, mean, train_classifier
+from flowgen.judging.classifier import SURE
 from flowgen.models import Flow
 from flowgen.progress import bar
+from flowgen.training.run import Run
 
 BATCH, EPOCHS = 64, 6
 AMOUNTS = (1.0, 2.0)
+Found = tuple[Run, dict[str, Any], Flow]
 
 
 def train(data: Images) -> Classifier:
@@ -50,35 +54,29 @@ def seen(classifier: Classifier, levels: Tensor) -> Tensor:
     return torch.cat([classifier(each) for each in levels.split(500)]) > 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--attributes", nargs="+", default=["Smiling", "Eyeglasses", "Male", "Blond_Hair"], metavar="NAME")
-    parser.add_argument("--count", type=int, default=200, metavar="N", help="test images")
-    parser.add_argument("--classifier", type=Path, metavar="FILE", help="its weights: read where they are, else trained and written")
-    options = parser.parse_args()
-    run, checkpoint, model = find_model(options.run, "cpu", Flow)
-    data: Images = build_data(checkpoint["config"])
+def of_faces(found: Found, data: Images, attributes: list[str], count: int, file: Path | None) -> None:
+    """Flips of each attribute and changes of the others, along either kind of direction."""
+    run, checkpoint, model = found
     names = data.attributes
-    if options.classifier and options.classifier.exists():
+    if file and file.exists():
         classifier = Classifier(data.shape, data.bits, len(names))
-        classifier.load_state_dict(torch.load(options.classifier, weights_only=True))
+        classifier.load_state_dict(torch.load(file, weights_only=True))
         classifier.eval()
     else:
         classifier = train(data)
-        if options.classifier:
-            torch.save(classifier.state_dict(), options.classifier)
+        if file:
+            torch.save(classifier.state_dict(), file)
 
     truth = data.test.attributes
     right = seen(classifier, torch.cat(list(data.batches("test", 500)))) == truth
-    for name in options.attributes:
+    for name in attributes:
         place = names.index(name)
         sides = [100 * right[truth[:, place] == has][:, place].float().mean().item() for has in (False, True)]
         print(f"{name}: of test faces without it {sides[0]:.1f} % are told rightly, of those with it {sides[1]:.1f} %")
-    levels = torch.cat(list(data.batches("test", BATCH, options.count)))
+    levels = torch.cat(list(data.batches("test", BATCH, count)))
     before = seen(classifier, levels)
     print(f"{len(levels)} test faces\n{'attribute':12} {'direction':10} {'by':>3}  {'flips, %':16} {'each other attribute, %':24} most, %")
-    for name in options.attributes:
+    for name in attributes:
         place = names.index(name)
         for method in METHODS:
             directions = directions_of(run, checkpoint, model, method=method)
@@ -91,9 +89,37 @@ def main() -> None:
                 others = [number for number in range(len(names)) if number != place]
                 most = max(others, key=lambda number: changed[:, number].mean().item())
                 flips, side = (mean(each.tolist()) for each in (changed[:, place], changed[:, others].mean(1)))
-                print(
-                    f"{name:12} {method:10} {by:3g}  {flips!s:16} {side!s:24} {names[most]} {mean(changed[:, most].tolist())}", flush=True
-                )
+                worst = f"{names[most]} {mean(changed[:, most].tolist())}"
+                print(f"{name:12} {method:10} {by:3g}  {flips!s:16} {side!s:24} {worst}", flush=True)
+
+
+def of_digits(model: Flow, data: Images, classes: list[int], count: int) -> None:
+    """What a classifier of digits names those of the first class that go to the second, and how sure it is."""
+    start, end = classes
+    classifier = train_classifier(data)
+    levels = data.test.images[data.test.labels == start][:count] >> (8 - data.bits)
+    amounts = (0.0, 0.5, 1.0, 1.5, 2.0)
+    print(f"{len(levels)} test digits of class {start}\n{'by':>3}  {f'is a {end}, %':16} {f'is still a {start}, %':18} sure, %")
+    for by, images in zip(amounts, edit(model, class_directions(model), levels, {str(end): 1.0}, torch.tensor(amounts)), strict=True):
+        label, surety = classifier.surety(images)
+        shares = [mean((100 * each.double()).tolist()) for each in (label == end, label == start, surety >= SURE)]
+        print(f"{by:3g}  {shares[0]!s:16} {shares[1]!s:18} {shares[2]}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--attributes", nargs="+", default=["Smiling", "Eyeglasses", "Male", "Blond_Hair"], metavar="NAME")
+    parser.add_argument("--classes", nargs=2, type=int, metavar="CLASS", help="of digits, from the first to the second")
+    parser.add_argument("--count", type=int, default=200, metavar="N", help="test images")
+    parser.add_argument("--classifier", type=Path, metavar="FILE", help="that of attributes: read where it is, else trained and written")
+    options = parser.parse_args()
+    found = find_model(options.run, "cpu", Flow)
+    data: Images = build_data(found[1]["config"])
+    if options.classes:
+        of_digits(found[2], data, options.classes, options.count)
+    else:
+        of_faces(found, data, options.attributes, options.count, options.classifier)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,9 @@ def test_a_flow_of_classes_moves_by_what_parts_their_means():
 def test_where_networks_see_the_class_it_changes_with_the_latents_but_no_further_than_to_the_other():
     model = MODELS["glow"](bits=5, classes=2)
     model.initialize(noise(5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
     model.eval()
     levels, directions = noise(5, 3), class_directions(model)
     own = model.classify(levels).argmax(1)

@@ -9,11 +9,11 @@ import click
 
 from flowgen.cli.drawing import chain, complete, edit, interpolate, sample
 from flowgen.cli.judging import evaluate, report, runs, score
-from flowgen.cli.training import export, resume, train
+from flowgen.cli.training import export, push, resume, train
 from flowgen.messages import one_sentence, printable
 from flowgen.training.threads import prepare_threads
 
-COMMANDS = (train, resume, sample, interpolate, edit, complete, chain, evaluate, score, report, runs, export)
+COMMANDS = (train, resume, sample, interpolate, edit, complete, chain, evaluate, score, report, runs, export, push)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,8 +23,8 @@ COMMANDS = (train, resume, sample, interpolate, edit, complete, chain, evaluate,
 def cli(ctx: click.Context, debug: bool) -> None:
     """Train, judge and use likelihood-based image models.
 
-    RUN is a run's folder, a checkpoint file, a name under outputs/, or zoo/NAME, a model that the package brings; without it, the newest
-    run that fits.
+    RUN is a run's folder, a checkpoint file, a name under outputs/, zoo/NAME, a model that the package brings, or hf:OWNER/NAME, one on the
+    Hugging Face Hub; without it, the newest run that fits.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

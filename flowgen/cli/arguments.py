@@ -72,7 +72,11 @@ def command(module: str, computes: bool = False) -> Any:
 
 
 run_option = click.option(
-    "--run", "name", metavar="RUN", shell_complete=complete_run, help="Run folder, checkpoint, name under outputs/, or zoo/NAME."
+    "--run",
+    "name",
+    metavar="RUN",
+    shell_complete=complete_run,
+    help="Run folder, checkpoint, name under outputs/, zoo/NAME, or hf:OWNER/NAME.",
 )
 seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, metavar="N", show_default=True)
 device_option = click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu or cuda.")

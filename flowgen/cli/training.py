@@ -1,6 +1,7 @@
-"""Commands that train, and that pass on what was trained: train, resume, export."""
+"""Commands that train, and that pass on what was trained: train, resume, export, push."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -37,3 +38,14 @@ def export(name: str, path: Path) -> None:
     """Write RUN's model into one file that --run reads, with a card and samples beside it."""
     for file in command("export", computes=True).export(name=name, path=path):
         click.echo(file)
+
+
+@click.command()
+@click.argument("name", metavar="RUN", shell_complete=complete_run)
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--licence", metavar="NAME", help="Of a model of images whose terms flowgen does not know, as the Hub spells it: cc-by-4.0.")
+@click.option("--private", is_flag=True, help="For nobody's eyes but yours, where the repository is new.")
+def push(**options: Any) -> None:
+    """Put RUN's model on the Hugging Face Hub, with a card and samples; --run hf:OWNER/NAME reads it from there."""
+    for line in command("push", computes=True).push(**options):
+        click.echo(line)

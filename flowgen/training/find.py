@@ -9,6 +9,7 @@ from yaml import YAMLError, safe_load
 from flowgen.errors import FlowgenError
 from flowgen.targets import class_of
 from flowgen.training.checkpoint import read_checkpoint
+from flowgen.training.hub import PREFIX, check_name, download
 from flowgen.training.portable import SUFFIX, ZOO, read_portable, zoo_file
 from flowgen.training.run import Run
 
@@ -25,7 +26,7 @@ def list_runs(*folders: Path) -> list[Run]:
 
 
 def find_run(name: str) -> Run:
-    """The run whose folder, checkpoint file or name under `outputs/` this is; for a model of the zoo, where its pictures go.
+    """The run whose folder, checkpoint file or name under `outputs/` this is; of a model of the zoo or the Hub, where its pictures go.
 
     Raises FlowgenError where there is none, and where its files lead elsewhere.
     """
@@ -35,6 +36,8 @@ def find_run(name: str) -> Run:
 
 
 def _named(name: str) -> Run:
+    if name.startswith(PREFIX):
+        return Run(OUTPUTS / "hf" / check_name(name.removeprefix(PREFIX)))
     if name.startswith("zoo/"):
         return Run(OUTPUTS / zoo_file(name).relative_to(ZOO.parent).with_suffix(""))
     for path in (Path(name), OUTPUTS / name):
@@ -62,8 +65,8 @@ def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, 
         raise FlowgenError(f"no {_kind(wanted)} under outputs/ has a checkpoint: {_how_to_train(wanted)}, or name one with --run")
     run = find_run(name)
     path = next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
-    if name.startswith("zoo/"):
-        checkpoint = read_portable(zoo_file(name))
+    if name.startswith(("zoo/", PREFIX)):
+        checkpoint = read_portable(download(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else zoo_file(name))
         run.folder.mkdir(parents=True, exist_ok=True)  # for what the command makes
     elif path is not None and path.suffix == SUFFIX:
         checkpoint = read_portable(path)
