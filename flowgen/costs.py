@@ -15,9 +15,9 @@ def free_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_fits(name: str, count: int, each: int, cure: str = "") -> None:
-    """Raise `FlowgenError`, with the largest number that fits, where `count` times `each` bytes are more than the memory that is free."""
-    free = free_memory()
+def check_fits(name: str, count: int, each: int, cure: str = "", free: int | None = None) -> None:
+    """Raise `FlowgenError`, with the largest number that fits, where `count` times `each` bytes are more than is free, of main memory."""
+    free = free_memory() if free is None else free
     if count * each > free:
         needed = f"{name}={count} needs {count * each / 2**30:,.0f} GiB of memory at the least, and {free / 2**30:,.1f} GiB are free"
         raise FlowgenError(f"{needed}: at most {free // each} fit{cure}")

@@ -1,12 +1,14 @@
 """Invertible maps with tractable Jacobians: floor 1, which knows torch and nothing else."""
 
 from flowgen.bijections.autoregressive import MADE, Autoregressive, Inverse, Reverse
-from flowgen.bijections.base import Bijection, Chain, beside
+from flowgen.bijections.base import Bijection, beside
+from flowgen.bijections.chain import Chain, inversion_error, save_memory
 from flowgen.bijections.coupling import Coupling, MaskedCoupling, channelwise, checkerboard, stripes
 from flowgen.bijections.elementwise import Equalize, Gaussianize, LogisticToNormal, Logit, Standardize
 from flowgen.bijections.factor_out import FactorOut
 from flowgen.bijections.layers import Network, ZeroConv2d
 from flowgen.bijections.linear import ChannelAffine, Conv1x1, Folded, PLUConv1x1
+from flowgen.bijections.memory import MEMORY
 from flowgen.bijections.networks import ConvNetwork, DenseNetwork, GatedNetwork, RealNVPNetwork, ResNetwork
 from flowgen.bijections.normalize import ActNorm, BatchNorm, batch_normalisations, estimate_statistics
 from flowgen.bijections.reshape import Flatten, Permute, Roll, Squeeze
@@ -28,6 +30,7 @@ from flowgen.bijections.transforms import (
 __all__ = [
     "LOG_SCALES",
     "MADE",
+    "MEMORY",
     "TRANSFORMS",
     "ActNorm",
     "Additive",
@@ -76,6 +79,8 @@ __all__ = [
     "checkerboard",
     "estimate_statistics",
     "guided",
+    "inversion_error",
     "local_head",
+    "save_memory",
     "stripes",
 ]

@@ -105,6 +105,8 @@ class Autoregressive(Bijection):
 class Reverse(Bijection):
     """Numbers, or channels, in reverse order."""
 
+    recoverable = True
+
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x.flip(1), x.new_zeros(len(x))
 

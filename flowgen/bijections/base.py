@@ -1,4 +1,4 @@
-"""What a bijection is, and how bijections compose."""
+"""What a bijection is."""
 
 from abc import ABC, abstractmethod
 
@@ -27,6 +27,18 @@ class Bijection(nn.Module, ABC):
         """Look at one batch `x` before training and hand on the output for it."""
         return self(x, condition)[0]
 
+    @property
+    def recoverable(self) -> bool:
+        """Whether its input comes back from its output at little cost, and close enough to be differentiated at."""
+        return False
+
+    def retrace(self, z: Tensor, condition: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The input that `z` came of, in leaves that lie one after the other in dimension 1, and `forward` of it, to be differentiated."""
+        with torch.no_grad():
+            x, _ = self.inverse(z, condition)
+        x.requires_grad_()
+        return (x,), *self(x, condition)
+
 
 def beside(x: Tensor, condition: Tensor | None) -> Tensor:
     """What a network reads: x (B, C, ...), and the condition as further channels, alike at every pixel where it has none of its own."""
@@ -35,31 +47,3 @@ def beside(x: Tensor, condition: Tensor | None) -> Tensor:
     if condition.dim() < x.dim():
         condition = condition.view(*condition.shape, *[1] * (x.dim() - condition.dim())).expand(-1, -1, *x.shape[2:])
     return torch.cat((x, condition.to(x.dtype)), 1)
-
-
-class Chain(Bijection):
-    """Bijections one after the other; the log-dets add up."""
-
-    def __init__(self, *bijections: Bijection):
-        super().__init__()
-        self.bijections = nn.ModuleList(bijections)
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = x.new_zeros(len(x))
-        for bijection in self.bijections:
-            x, change = bijection(x, condition)
-            log_det = log_det + change
-        return x, log_det
-
-    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = z.new_zeros(len(z))
-        for bijection in reversed(self.bijections):
-            z, change = bijection.inverse(z, condition)  # type: ignore[operator]
-            log_det = log_det + change
-        return z, log_det
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        for bijection in self.bijections:
-            x = bijection.initialize(x, condition)  # type: ignore[operator]
-        return x

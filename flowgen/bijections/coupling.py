@@ -5,6 +5,7 @@ from torch import Tensor
 
 from flowgen.bijections.base import Bijection, beside
 from flowgen.bijections.layers import Network
+from flowgen.bijections.normalize import batch_normalisations
 from flowgen.bijections.transforms.base import Transform
 
 
@@ -28,6 +29,21 @@ class Coupling(Bijection):
         a, b = z.chunk(2, dim=1)
         a, log_slope = self.transform.inverse(a, self.network(beside(b, condition)).to(z.dtype))
         return torch.cat([a, b], dim=1), log_slope.flatten(1).sum(1)
+
+    @property
+    def recoverable(self) -> bool:
+        return self.transform.recoverable and not batch_normalisations(self.network)
+
+    def retrace(self, z: Tensor, condition: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """By one pass of the network, whose input comes out as it went in."""
+        a, b = z.detach().chunk(2, dim=1)
+        b.requires_grad_()
+        parameters = self.network(beside(b, condition)).to(z.dtype)
+        with torch.no_grad():
+            a, _ = self.transform.inverse(a, parameters)
+        a.requires_grad_()
+        y, log_slope = self.transform.forward(a, parameters)
+        return (a, b), torch.cat([y, b], dim=1), log_slope.flatten(1).sum(1)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:

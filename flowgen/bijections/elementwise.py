@@ -121,6 +121,8 @@ class Gaussianize(Bijection):
 class Standardize(Bijection):
     """z = (x - mean) exp(-log_deviation), learnt for each of the `size` numbers of a vector: a learned Gaussian base."""
 
+    recoverable = True
+
     def __init__(self, size: int):
         super().__init__()
         self.mean = nn.Parameter(torch.zeros(size))

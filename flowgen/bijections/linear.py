@@ -15,21 +15,26 @@ class ChannelAffine(Bijection):
     Subclasses say what M and c are. Everything here stays out of autocast: a log-det in bfloat16 is no log-det.
     """
 
+    recoverable = True
+
     @abstractmethod
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
         """M of shape (C, C), c of shape (C,), and the scalar log|det M|."""
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            matrix, shift, log_det = self.affine()
-            return _apply(x, matrix, shift), (log_det * x[0, 0].numel()).expand(len(x))
+            return _forward(x, *self.affine())
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
             matrix, shift, log_det = self.affine()
-            inverse = torch.linalg.inv(matrix.double())  # in float64: this error would be multiplied by every later layer
-            shift = -(inverse @ shift.double())
-            return _apply(z, inverse.to(z.dtype), shift.to(z.dtype)), (-log_det * z[0, 0].numel()).expand(len(z))
+            return _undo(z, matrix, shift), (-log_det * z[0, 0].numel()).expand(len(z))
+
+    def retrace(self, z: Tensor, condition: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        with torch.autocast(z.device.type, enabled=False):
+            matrix, shift, log_det = self.affine()
+            x = _undo(z, matrix.detach(), shift.detach()).requires_grad_()
+            return (x,), *_forward(x, matrix, shift, log_det)
 
 
 class Folded(ChannelAffine):
@@ -128,6 +133,15 @@ class PLUConv1x1(Rotation):
         lower = self.lower.tril(-1) + self.identity
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_s.exp())
         return self.permutation @ lower @ upper, self.shift, self.log_s.sum()
+
+
+def _forward(x: Tensor, matrix: Tensor, shift: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+    return _apply(x, matrix, shift), (log_det * x[0, 0].numel()).expand(len(x))
+
+
+def _undo(z: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
+    inverse = torch.linalg.inv(matrix.double())  # in float64: this error would be multiplied by every later layer
+    return _apply(z, inverse.to(z.dtype), -(inverse @ shift.double()).to(z.dtype))
 
 
 def _apply(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ class Squeeze(Bijection):
     The output is laid out channels-last, which the convolutions behind it run fastest on. Real NVP (1605.08803), section 3.6.
     """
 
+    recoverable = True
+
     def __init__(self, factor: int = 2):
         super().__init__()
         self.factor = factor

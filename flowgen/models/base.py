@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from flowgen.bijections import inversion_error
 from flowgen.errors import check_choice, check_whole
 from flowgen.measures import LOG_PROBABILITY, Judgement, Metric
 from flowgen.progress import Progress, unseen
@@ -118,8 +119,9 @@ class GenerativeModel(nn.Module, ABC):
                 setattr(module, "progress", progress)  # noqa: B010  # in nn.Module only parts and tensors have types
 
     def health(self) -> dict[str, float]:
-        """What tells how training fares, beside the loss."""
-        return {}
+        """What tells how training fares, beside the loss: how far off were activations that the backward pass recovered."""
+        error = inversion_error(self)
+        return {} if error is None else {"inversion_error": error}
 
     def features(self) -> Tensor | None:
         """What the model looks for, as signed images (count, channels, height, width), where it can be drawn."""

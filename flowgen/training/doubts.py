@@ -10,6 +10,7 @@ from flowgen.data import Images, entropy, shared
 from flowgen.measures import Measured, too_good
 
 NAMED = 3
+FAR_OFF = 1e-3  # of the largest activation: gradients are about as far off
 log = logging.getLogger("flowgen")
 
 
@@ -27,3 +28,11 @@ def doubt_split(data: Images) -> None:
         named = ", ".join(map(str, places[:NAMED])) + ", ..." * (len(places) > NAMED)
         words = "%d of %d test images are training images too, pixel for pixel (numbers %s): test figures are flattered"
         log.warning(words, len(places), len(data.test), named)
+
+
+def doubt_recovery(health: dict[str, float]) -> dict[str, float]:
+    """The same figures, with a word where activations that `trainer.memory=invert` recovered are too far off to differentiate at."""
+    error = health.get("inversion_error", 0.0)
+    if not error <= FAR_OFF:
+        log.warning("trainer.memory=invert recovers activations to %.1g of the largest only: go on with trainer.memory=checkpoint", error)
+    return health

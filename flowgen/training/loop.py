@@ -15,7 +15,7 @@ from flowgen.models import GenerativeModel
 from flowgen.shares import split
 from flowgen.training.cadence import Cadence
 from flowgen.training.device import peak_memory
-from flowgen.training.doubts import doubt_likelihood
+from flowgen.training.doubts import doubt_likelihood, doubt_recovery
 from flowgen.training.journal import Journal, NoJournal
 from flowgen.training.machine import Machine
 from flowgen.training.optimisation import Optimisation, gradient_norm
@@ -145,7 +145,7 @@ class Training:
     def log(self, row: dict[str, float]) -> None:
         state = self.state
         speed = (state.step - self.logged) * self.optimisation.batch_size / self.busy
-        row = row | {"images_per_second": speed, "skipped": state.rescue.skipped} | state.model.health()
+        row = row | {"images_per_second": speed, "skipped": state.rescue.skipped} | doubt_recovery(state.model.health())
         measured = [Measured(Metric(name), value) for name, value in row.items()]
         if state.model.loss_metric is not None:
             measured.insert(0, Measured(state.model.loss_metric, row["loss"]))

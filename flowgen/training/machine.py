@@ -2,7 +2,8 @@
 
 import torch
 
-from flowgen.errors import check_choice
+from flowgen.bijections import MEMORY
+from flowgen.errors import FlowgenError, check_choice
 from flowgen.training.device import autocast_dtype, choose_device, seed_step
 from flowgen.training.threads import use_threads
 
@@ -13,8 +14,12 @@ class Machine:
     Raises FlowgenError for what this machine has not.
     """
 
-    def __init__(self, *, device: str, threads: int | str, precision: str, compile: bool):
+    def __init__(self, *, device: str, threads: int | str, precision: str, compile: bool, memory: str = "keep"):
         check_choice((True, False), compile=compile)
+        check_choice(MEMORY, memory=memory)
+        if compile and memory == "invert":
+            raise FlowgenError("memory=invert cannot be compiled: set trainer.compile=false, or trainer.memory=checkpoint")
+        self.memory = memory
         self.device, self.threads, self.compile = choose_device(device), use_threads(threads), compile
         self.dtype = autocast_dtype(precision, self.device)
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from flowgen.bijections import save_memory
 from flowgen.costs import check_fits
 from flowgen.data import Images
 from flowgen.errors import FlowgenError
 from flowgen.models import GenerativeModel
 from flowgen.training.cadence import Cadence
+from flowgen.training.footprint import check_batch_fits
 from flowgen.training.loop import Training
 from flowgen.training.machine import Machine
 from flowgen.training.optimisation import Optimisation
@@ -25,11 +27,11 @@ class Trainer:
     Raises FlowgenError for settings that make no sense.
     """
 
-    def __init__(self, *, device: str, threads: int | str, precision: str, compile: bool, **settings: Any):
+    def __init__(self, *, device: str, threads: int | str, precision: str, compile: bool, memory: str = "keep", **settings: Any):
         of_cadence = {field.name for field in fields(Cadence)}
         self.cadence = Cadence(**{name: value for name, value in settings.items() if name in of_cadence})
         self.optimisation = Optimisation(**{name: value for name, value in settings.items() if name not in of_cadence})
-        self.machine = Machine(device=device, threads=threads, precision=precision, compile=compile)
+        self.machine = Machine(device=device, threads=threads, precision=precision, compile=compile, memory=memory)
 
     def train(
         self,
@@ -54,10 +56,12 @@ class Trainer:
         team.check_divides(self.optimisation.batch_size, self.optimisation.accumulate)
         for name in ("batch_size", "initial_images"):
             check_fits(f"trainer.{name}", getattr(self.optimisation, name), 5 * math.prod(data.shape))  # a byte and a float32 a number
+        save_memory(model, self.machine.memory)
         data.to(self.machine.device)
         model.to(self.machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is None and not trained:
             model.initialize(*data.draw(0, self.optimisation.initial_images, config["seed"]))
+        check_batch_fits(model, data, self.machine, self.optimisation.batch_size, self.optimisation.accumulate * team.size)
         team.same_weights(model)
         state = State(model, self.optimisation)
         if checkpoint is not None:

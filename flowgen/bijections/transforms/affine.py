@@ -10,6 +10,7 @@ class Additive(Transform):
     """y = x + t. NICE (1410.8516), section 3.2."""
 
     count = 1
+    recoverable = True
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         return x + parameters, torch.zeros_like(x)
@@ -22,6 +23,7 @@ class Multiplicative(Transform):
     """y = exp(l) x. NICE (1410.8516), section 3.2."""
 
     count = 1
+    recoverable = True
 
     def __init__(self, scale: str = "bounded"):
         self.log_scale = LOG_SCALES[scale]
@@ -39,6 +41,7 @@ class Affine(Transform):
     """y = exp(l) x + t; `scale` names the function that turns a raw parameter into l. Real NVP (1605.08803), equation 4."""
 
     count = 2
+    recoverable = True
 
     def __init__(self, scale: str = "bounded"):
         self.log_scale = LOG_SCALES[scale]

@@ -16,6 +16,7 @@ class Transform(ABC):
     """
 
     count: int  # parameters of each number
+    recoverable = False  # whether its inverse is cheap, and close enough to differentiate at
 
     @abstractmethod
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,113 @@
+"""What the backward pass needs is kept, computed again or recovered: with the same gradients, and with less memory."""
+
+import pytest
+import torch
+from conftest import SMALL
+from test_house import compose_config
+from test_training import rows
+
+from flowgen import costs
+from flowgen.bijections import ZeroConv2d, inversion_error, save_memory
+from flowgen.bijections import memory as memory_module
+from flowgen.config import build_model, model_for
+from flowgen.errors import FlowgenError
+from flowgen.models import GenerativeModel
+from flowgen.training.footprint import _kept
+from flowgen.training.machine import Machine
+
+GLOW = ["model=glow", "model.levels=2", "model.width=8", "model.steps_per_level=3"]
+MODELS = {
+    "glow": GLOW,
+    "additive": [*GLOW, "model.coupling=additive", "model.convolution=plain"],
+    "classes": [*GLOW, "model.classes=3", "model.class_networks=true"],
+    "nice": ["model=nice", "model.width=8"],
+}
+
+
+def model_of(words: list[str]) -> tuple[GenerativeModel, tuple]:
+    config = compose_config("data=folder", "data.root=none", "data.bits=5", *words)
+    torch.manual_seed(0)
+    model = build_model(model_for(config, (3, 8, 8), 5))
+    for module in model.modules():
+        if isinstance(module, ZeroConv2d):  # at the start a coupling is the identity
+            torch.nn.init.normal_(module.weight, std=0.05)
+    batch = torch.randint(32, (16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 3
+    model.initialize(*batch)
+    return model.train(), batch
+
+
+def gradients(model: GenerativeModel, batch: tuple, memory: str) -> torch.Tensor:
+    save_memory(model, memory)
+    model.zero_grad()
+    torch.manual_seed(1)
+    model(*batch).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_the_same_however_they_come_about(name, monkeypatch):
+    monkeypatch.setattr(memory_module, "LONGEST", 4)
+    model, batch = model_of(MODELS[name])
+    kept = gradients(model, batch, "keep")
+    assert torch.equal(gradients(model, batch, "checkpoint"), kept) and inversion_error(model) is None
+    recovered = gradients(model, batch, "invert")
+    assert (recovered - kept).norm() < 1e-4 * kept.norm()
+    error = inversion_error(model)
+    assert error is not None and 0 < error < 1e-5 and inversion_error(model) is None
+
+
+def test_batch_statistics_remember_a_batch_once():
+    model, batch = model_of(["model=realnvp", "model.width=4", "model.blocks=1", "model.levels=1"])
+    states = []
+    for memory in ("keep", "checkpoint"):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        found = gradients(model, batch, memory)
+        states.append((found, {name: value.clone() for name, value in model.state_dict().items()}))
+        model.load_state_dict(before)
+    assert torch.allclose(states[0][0], states[1][0], rtol=1e-3, atol=1e-6)
+    for name, value in states[0][1].items():
+        assert torch.equal(value, states[1][1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("words", "memory", "said"),
+    [
+        (["model=realnvp", "model.width=4"], "invert", "MaskedCoupling: set trainer.memory=checkpoint"),
+        (["model=maf", "model.width=8"], "invert", "Autoregressive"),
+        ([*GLOW, "model.coupling=spline"], "invert", "Coupling"),
+        (GLOW, "forget", "one of keep, checkpoint, invert"),
+    ],
+)
+def test_a_model_that_cannot_says_so(words, memory, said):
+    with pytest.raises(FlowgenError, match=said):
+        save_memory(model_of(words)[0], memory)
+
+
+def test_what_is_kept_grows_with_depth_unless_it_is_recovered():
+    machine = Machine(device="cpu", threads=1, precision="float32", compile=False)
+    kept = {}
+    for depth in (2, 16):
+        model, batch = model_of([*GLOW, f"model.steps_per_level={depth}"])
+        for memory in ("keep", "checkpoint", "invert"):
+            save_memory(model, memory)
+            sizes = [_kept(model, machine, *(part[:count] for part in batch)) for count in (2, 4)]
+            kept[depth, memory] = sizes[1] - sizes[0]
+    assert kept[16, "keep"] > 6 * kept[2, "keep"]
+    assert kept[16, "invert"] == kept[2, "invert"] < kept[2, "keep"] / 2
+
+
+def test_a_run_watches_what_it_recovers(images, tmp_path, command, monkeypatch):
+    words = [*SMALL, f"data.root={images}", "trainer.steps=2", "trainer.memory=invert", "trainer.precision=float32"]
+    status, _, error = command("train", *words, f"out={tmp_path / 'run'}")
+    assert status == 0 and "inversion_error" in error, error
+    assert all(0 < row["inversion_error"] < 1e-5 for row in rows(tmp_path / "run") if row["split"] == "train")
+
+
+def test_a_batch_that_does_not_fit_names_the_largest_that_does(images, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("flowgen.training.footprint.free_memory", lambda: 300_000)
+    words = [*SMALL, f"data.root={images}", "trainer.steps=2"]
+    status, _, error = command("train", *words, "trainer.batch_size=64", f"out={tmp_path / 'run'}")
+    assert status == 1 and "at most" in error and "trainer.accumulate=2" in error, error
+    fits = int(error.partition("at most ")[2].split()[0])
+    assert command("train", *words, f"trainer.batch_size={fits}", f"out={tmp_path / 'other'}")[0] == 0
+    assert costs.free_memory() > 300_000
