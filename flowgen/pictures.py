@@ -36,14 +36,24 @@ def archive(batches: Iterable[Tensor], bits: int, path: Path) -> None:
     try:
         with zipfile.ZipFile(part, "w") as target:
             for levels in batches:
-                for pixels in _bytes(levels, bits):
-                    file = io.BytesIO()
-                    to_pil_image(pixels).save(file, "PNG")
-                    target.writestr(f"{place:07d}.png", file.getvalue())
+                for image in levels:
+                    target.writestr(f"{place:07d}.png", png(image, bits))
                     place += 1
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def png(levels: Tensor, bits: int) -> bytes:
+    """One image (channels, height, width), as large as it is."""
+    return file_of(to_pil_image(_bytes(levels, bits)))
+
+
+def file_of(picture: Image.Image) -> bytes:
+    """As a PNG."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 def _bytes(levels: Tensor, bits: int) -> Tensor:

@@ -1,9 +1,10 @@
-"""What the tests share: one thread each, unless OMP_NUM_THREADS says otherwise, a tiny data set, a tiny run, a short training."""
+"""What the tests share: one thread each, unless OMP_NUM_THREADS says otherwise, tiny data sets and runs, a short training."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from flowgen.training.device import autocast_dtype
 from flowgen.training.formats import FORMAT
 from flowgen.training.loop import STATISTICS
 from flowgen.training.schedule import learning_rate_factor
+
+if TYPE_CHECKING:
+    from flowgen.answers import Answers
 
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
@@ -31,6 +35,8 @@ SMALL = [
     "trainer.log_every=1",
     "trainer.lr=1e-3",
 ]
+
+RBM = ["model=rbm", "data=folder", "data.size=8", "model.hidden=4", "trainer.steps=3", "trainer.minutes=null"]
 
 CHECKPOINT = {  # the least that is a checkpoint
     "format": FORMAT,
@@ -118,3 +124,32 @@ def tiny_run(images: Path, tmp_path: Path, command: Callable[..., tuple[int, str
     status, _, error = command("train", *SMALL, f"data.root={images}", "trainer.steps=6", f"out={tmp_path / 'run'}")
     assert status == 0, error
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the runs `glow`, of colour images of two classes, and `rbm`, and the images."""
+    folder = tmp_path_factory.mktemp("runs")
+    for number in range(40):
+        save_image(folder / "images" / "ab"[number % 2] / f"{number:03d}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWGEN_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        for name, words in {"glow": [*SMALL, "model.classes=2", "trainer.steps=6"], "rbm": RBM}.items():
+            patch.setattr(sys, "argv", ["flowgen", "train", *words, f"data.root={folder / 'images'}", f"out={folder / name}"])
+            cli.main()
+    yield folder
+
+
+@pytest.fixture(scope="module")
+def glow(two_runs: Path) -> "Answers":
+    from flowgen.answers import Answers
+
+    return Answers(str(two_runs / "glow"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def rbm(two_runs: Path) -> "Answers":
+    from flowgen.answers import Answers
+
+    return Answers(str(two_runs / "rbm"), "cpu")

@@ -28,6 +28,7 @@ SMALL = [
     "trainer.evaluate_images=8",
     "trainer.device=cpu",
 ]
+SERVE = ("explore", "bot")  # until they are interrupted; what they serve has tests of its own
 LESS = {"score": ["--count", "10"], "complete": ["--sweeps", "5"], "chain": ["--frames", "3"]}
 SHRUNK = {"model.width": "8", "model.hidden": "8", "model.steps_per_level": "1"}
 
@@ -67,7 +68,7 @@ def newcomer(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_command_runs_as_printed(newcomer, command):
-    commands = [words for words in COMMANDS if not any(map(STANDS_FOR.search, words))]
+    commands = [words for words in COMMANDS if not any(map(STANDS_FOR.search, words)) and words[0] not in SERVE]
     assert len(commands) > 15
     for words in commands:
         named = next((word for word in words if word.startswith("outputs/20")), None)

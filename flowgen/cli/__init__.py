@@ -9,11 +9,12 @@ import click
 
 from flowgen.cli.drawing import chain, complete, edit, interpolate, sample
 from flowgen.cli.judging import evaluate, report, runs, score
+from flowgen.cli.serving import bot, explore
 from flowgen.cli.training import export, push, resume, train
 from flowgen.messages import one_sentence, printable
 from flowgen.training.threads import prepare_threads
 
-COMMANDS = (train, resume, sample, interpolate, edit, complete, chain, evaluate, score, report, runs, export, push)
+COMMANDS = (train, resume, sample, interpolate, edit, complete, chain, evaluate, score, explore, bot, report, runs, export, push)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

@@ -62,10 +62,13 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     return [name for name in [*names, *zoo()] if name.startswith(incomplete)]
 
 
-def command(module: str, computes: bool = False) -> Any:
-    """A module of `flowgen.commands`, imported when its command runs; what `computes` with a model does so on the cores that are free."""
+def command(module: str, computes: bool = False, room: str = "commands") -> Any:
+    """A module of `flowgen.commands`, or of another room, imported when its command runs.
+
+    What `computes` with a model does so on the cores that are free.
+    """
     show_messages()
-    imported = import_module(f"flowgen.commands.{module}")
+    imported = import_module(f"flowgen.{room}.{module}")
     if computes:
         use_threads()
     return imported

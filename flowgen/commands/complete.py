@@ -11,7 +11,7 @@ from flowgen import pictures
 from flowgen.config import find_model
 from flowgen.data import read_exactly, size_of
 from flowgen.errors import FlowgenError
-from flowgen.models import Completes, GenerativeModel, Linear
+from flowgen.models import Completes, Completion, GenerativeModel, Linear
 from flowgen.progress import bar
 
 DRAWS = 5  # that are shown
@@ -33,11 +33,9 @@ def complete(
     kept = known.of(whole) if isinstance(known, Linear) else torch.where(known, whole, 0.5)
     rows = []
     for method in methods or model.completions:
-        generator = torch.Generator(model.device).manual_seed(seed)
-        draws, mean, figures = model.complete(levels, known, method=method, sweeps=sweeps, generator=generator)
+        (draws, mean, figures), spread = restore(model, levels, known, method, sweeps, seed)
         for figure, value in figures.items():
             log.info("%s: %s %.3f", method, figure.replace("_", " "), value)
-        spread = 2 * draws.std(0, correction=0)  # at most 1, where one half is black and the other white
         shown = torch.cat((whole, kept, mean[None], spread[None], draws[:DRAWS]))
         rows.append((f"{method}: image, kept, mean, spread, draws", grey(shown)))
     target = out or run.folder / "completion.png"
@@ -70,6 +68,15 @@ def _read(image: Path, model: GenerativeModel, sums: Linear | None) -> Tensor:
     return read_exactly(image, model.shape, model.bits)
 
 
+def restore(
+    model: Completes, levels: Tensor, known: Tensor | Linear, method: str, sweeps: int | None, seed: int
+) -> tuple[Completion, Tensor]:
+    """What the method makes of an image (1, channels, height, width) from this seed on, and the spread of its draws, from 0 to 1."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    completion = model.complete(levels, known, method=method, sweeps=sweeps, generator=generator)
+    return completion, 2 * completion.draws.std(0, correction=0)  # at most 1, where one half is black and the other white
+
+
 def mask(keep: str, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     """What `--keep` names, true where a pixel is known: (channels, height, width). Raises FlowgenError where nothing is left to do."""
     _, height, width = shape
@@ -94,11 +101,16 @@ def mask(keep: str, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     else:
         words = "left, right, top, bottom, border, random:PERCENT, grey, smaller:FACTOR, or an image that is white where pixels are known"
         raise FlowgenError(f"--keep is {words}, not {keep!r}")
+    check_mask(known, keep)
+    return known
+
+
+def check_mask(known: Tensor, keep: str) -> None:
+    """Raise FlowgenError where no pixel is left to restore, or none is known; `keep` names the mask."""
     if known.all():
         raise FlowgenError(f"{keep} keeps every pixel, so that none is left to restore: make what is missing black")
     if not known.any():
         raise FlowgenError(f"{keep} keeps no pixel: make what is known white, or draw whole images with `flowgen sample`")
-    return known
 
 
 def grey(brightness: Tensor) -> Tensor:

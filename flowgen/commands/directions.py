@@ -15,7 +15,7 @@ from flowgen.data import Stream, part, read_table
 from flowgen.directions import BATCH, Directions, Moments, class_directions, directions_from, moments, one_hot
 from flowgen.errors import FlowgenError
 from flowgen.models import Classifies, GenerativeModel
-from flowgen.progress import bar
+from flowgen.progress import Progress, bar
 from flowgen.training.checkpoint import digest_of
 from flowgen.training.run import Run
 
@@ -32,6 +32,7 @@ def directions_of(
     table: Path | None = None,
     count: int = COUNT,
     method: str = "ridge",
+    progress: Progress = bar,
 ) -> Directions:
     """Of the attributes in `table`, a CSV file, else of what the training images are known to have: CelebA's attributes, or classes.
 
@@ -49,7 +50,7 @@ def directions_of(
         kept = torch.load(path, weights_only=True)
     if kept is None:
         names, classes, images, total = _from_table(model, config, table, count) if table else _from_training(config, count)
-        found = moments(model, bar(images, "latents", -(-total // BATCH)))
+        found = moments(model, progress(images, "latents", -(-total // BATCH)))
         kept = {"names": list(names), "classes": classes, **found._asdict()}
         with suppress(OSError):  # a folder that is not ours to write to
             torch.save(kept, path)

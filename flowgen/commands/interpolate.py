@@ -4,12 +4,14 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flowgen import pictures
 from flowgen.config import model_of
 from flowgen.costs import check_fits
 from flowgen.data import read_levels
 from flowgen.judging import great_circle, line, walk
+from flowgen.models import GenerativeModel
 from flowgen.progress import bar
 from flowgen.training.find import find_checkpoint
 
@@ -28,8 +30,7 @@ def interpolate(*, first: Path, second: Path, name: str | None, steps: int, sphe
     side = max(pictures.SMALLEST_SIDE, size)
     check_fits("--steps", steps, 8 * side**2)
     model.watch(bar)
-    ways = walk(model, start, end, torch.linspace(0, 1, steps), great_circle if spherical else line)
-    latent, pixels = ways[0][:, 0], ways[1][:, 0].round().to(torch.uint8)
+    latent, pixels = between(model, start, end, steps, spherical)
     if not torch.equal(latent[[0, -1]], torch.cat((start, end))):
         log.warning("the ends of the latent row differ from the images, which this model does not restore exactly from their latents")
     target = out or run.folder / "interpolation.png"
@@ -40,3 +41,9 @@ def interpolate(*, first: Path, second: Path, name: str | None, steps: int, sphe
         rows = [(f"{'great circle' if spherical else 'line'} in the latents", latent), ("line in the pixels", pixels)]
         pictures.blocks(rows, model.bits, columns=steps).save(target)
     return target
+
+
+def between(model: GenerativeModel, start: Tensor, end: Tensor, steps: int, spherical: bool) -> tuple[Tensor, Tensor]:
+    """From one image (1, channels, height, width) to the other, both ends among the `steps`: levels through the latents, and the pixels."""
+    latent, pixels = walk(model, start, end, torch.linspace(0, 1, steps), great_circle if spherical else line)
+    return latent[:, 0], pixels[:, 0].round().to(torch.uint8)

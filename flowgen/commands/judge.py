@@ -15,8 +15,9 @@ from flowgen.config import build_data, find_model, in_todays_words
 from flowgen.data import Images
 from flowgen.judging import Outliers, complexity
 from flowgen.models import Flow, GenerativeModel
-from flowgen.progress import bar
+from flowgen.progress import Progress, bar
 from flowgen.training.checkpoint import digest_of
+from flowgen.training.run import Run
 
 BATCH = 50
 
@@ -34,22 +35,35 @@ class Judge:
     @property
     def figure(self) -> str:
         """bits/dim of a flow, nats of an RBM: the name of the column that says so."""
-        return self.model.metric.name if isinstance(self.model, Flow) else self.model.score_metric.name
+        return figure_of(self.model)
 
     def figures(self, levels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The likelihood in the model's unit, its percentile, and every score with its p-value: (batch,) each."""
         found = statistics_of(self.model, levels, generator)
         scores = self.outliers.scores(found)
-        unit = -math.log(2) * math.prod(self.model.shape) if isinstance(self.model, Flow) else 1.0
-        named = {self.figure: found["log_prob"] / unit, "percentile": self.outliers.percentile(found["log_prob"])}
+        named = {self.figure: in_unit(self.model, found["log_prob"]), "percentile": self.outliers.percentile(found["log_prob"])}
         for name, p in self.outliers.p_values(scores).items():
             named |= {name: scores[name], f"{name}_p": p}
         return named
 
 
+def figure_of(model: GenerativeModel) -> str:
+    """The name of `in_unit`."""
+    return model.metric.name if isinstance(model, Flow) else model.score_metric.name
+
+
+def in_unit(model: GenerativeModel, log_prob: Tensor) -> Tensor:
+    """A log-probability in nats as bits/dim, where the model is a flow."""
+    return log_prob / (-math.log(2) * math.prod(model.shape)) if isinstance(model, Flow) else log_prob
+
+
 def judge_of(name: str | None, count: int, seed: int, device: str) -> Judge:
     """The run's model, with `count` of its validation images judged beforehand. Raises FlowgenError."""
-    run, checkpoint, model = find_model(name, device, GenerativeModel)
+    return judge_by(*find_model(name, device, GenerativeModel), count, seed)
+
+
+def judge_by(run: Run, checkpoint: dict[str, Any], model: GenerativeModel, count: int, seed: int, progress: Progress = bar) -> Judge:
+    """The same of what `find_model` gives; `progress` is handed the validation images, a batch at a time."""
     config = in_todays_words(checkpoint["config"])
     data = build_data(config)
     data.to(model.device)
@@ -59,7 +73,8 @@ def judge_of(name: str | None, count: int, seed: int, device: str) -> Judge:
     with suppress(Exception):  # none kept yet, or one that a crash cut short, over which the unpickler may stumble in any way
         held_out = torch.load(kept, weights_only=True)
     if held_out is None:
-        held_out = statistics_of_all(model, data.batches("validation", BATCH, count), min(count, len(data.validation)), seed)
+        count = min(count, len(data.validation))
+        held_out = statistics_of_all(model, data.batches("validation", BATCH, count), count, seed, progress)
         with suppress(OSError):  # a folder that is not ours to write to
             for older in run.folder.glob("validation_*.pt"):
                 older.unlink()
@@ -67,10 +82,12 @@ def judge_of(name: str | None, count: int, seed: int, device: str) -> Judge:
     return Judge(model, config, data, run.folder, Outliers(held_out))
 
 
-def statistics_of_all(model: GenerativeModel, batches: Iterable[Tensor], count: int, seed: int) -> dict[str, Tensor]:
+def statistics_of_all(
+    model: GenerativeModel, batches: Iterable[Tensor], count: int, seed: int, progress: Progress = bar
+) -> dict[str, Tensor]:
     """See `statistics_of`, of `count` images in batches: (count,) each."""
     generator = torch.Generator(model.device).manual_seed(seed)
-    found = [statistics_of(model, levels, generator) for levels in bar(batches, "held-out images", -(-count // BATCH))]
+    found = [statistics_of(model, levels, generator) for levels in progress(batches, "held-out images", -(-count // BATCH))]
     return {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
 

@@ -1,0 +1,172 @@
+"""A trained model and what it can be asked."""
+
+import logging
+import shlex
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flowgen import directions, pictures
+from flowgen.answers.outside import read_foreign, read_own
+from flowgen.answers.turns import Turns
+from flowgen.commands.complete import check_mask, grey, restore
+from flowgen.commands.directions import directions_of
+from flowgen.commands.interpolate import between
+from flowgen.commands.judge import Judge, figure_of, in_unit, judge_by, statistics_of
+from flowgen.commands.sample import draw
+from flowgen.config import find_model
+from flowgen.data import check_pictures
+from flowgen.errors import FlowgenError
+from flowgen.judging.outliers import DEFAULT
+from flowgen.models import Classifies, Completes, Flow, GenerativeModel, RunsChains
+
+CHAINS_KEPT = 4
+HELD_OUT, SEED = 1000, 0  # as `flowgen score`, so that figures are the same
+log = logging.getLogger("flowgen")
+
+
+class Answers:
+    """The model of a run, asked by many threads in turn; every answer depends on its question alone.
+
+    Images are levels (batch, channels, height, width). What cannot be answered raises FlowgenError, here and below.
+    """
+
+    def __init__(self, name: str | None, device: str = "auto"):
+        self.run, self.checkpoint, self.model = find_model(name, device, GenerativeModel)
+        self.channels, self.size, _ = self.model.shape
+        check_pictures(self.channels)
+        self.name = name or str(self.run.folder)
+        self.judge: Judge | None = None  # until validation images have been judged
+        self.directions: directions.Directions | None = None  # until they have been asked for
+        self.turns = Turns()
+        self.films: dict[str, Iterator[Tensor]] = {}
+        self.model.watch(self.turns.watched)
+
+    @property
+    def able_to(self) -> dict[str, bool]:
+        """What the model can be asked for, beside samples, scores and walks."""
+        classes = isinstance(self.model, Classifies) and self.model.classes is not None
+        return {"classes": classes, "chains": isinstance(self.model, RunsChains), "complete": isinstance(self.model, Completes)}
+
+    @property
+    def methods(self) -> list[str]:
+        """By which it completes, and an RBM draws."""
+        return list(self.model.completions) if isinstance(self.model, Completes) else []
+
+    @property
+    def unit(self) -> str:
+        return "bits/dim" if isinstance(self.model, Flow) else figure_of(self.model).replace("_", " ") + ", nats"
+
+    def command(self, name: str, *words: str, **options: Any) -> str:
+        """The command line that makes the same picture; options that are None or False are left out, and those that are True bare."""
+        given = {"run": self.name} | {key: value for key, value in options.items() if value is not None and value is not False}
+        line = [word for key, value in given.items() for word in (f"--{key}", str(value))[: 1 + (value is not True)]]
+        return shlex.join(["flowgen", name, *words, *line])
+
+    def read(self, file: bytes) -> Tensor:
+        """An image from outside, prepared like the data of the run."""
+        crop = self.checkpoint["config"]["data"].get("crop")
+        return read_foreign(file, self.size, self.channels, crop) >> (8 - self.model.bits)
+
+    def exactly(self, file: bytes) -> Tensor:
+        """The levels that a picture from here holds."""
+        return read_own(file, self.size, self.channels) >> (8 - self.model.bits)
+
+    def mask(self, file: bytes) -> Tensor:
+        """True where a picture of the model's size is white: (channels, height, width)."""
+        return (read_own(file, self.size, 1)[0] >= 128).expand(self.model.shape)
+
+    def sample(
+        self,
+        *,
+        count: int,
+        temperature: float,
+        seed: int,
+        label: int | None = None,
+        method: str | None = None,
+        sweeps: int | None = None,
+    ) -> Tensor:
+        """As `flowgen sample` draws them, the most probable first."""
+        if label is not None and not self.able_to["classes"]:
+            raise FlowgenError("this model knows no classes: leave label out")
+        if (method or sweeps) and not self.able_to["chains"]:
+            raise FlowgenError("this model draws by no Markov chains: leave method and sweeps out")
+        how = {key: value for key, value in {"label": label, "method": method, "sweeps": sweeps}.items() if value is not None}
+        with self.turns.take("drawing samples"):
+            levels, scores = draw(self.model, count, temperature, seed, **how)
+        return levels[scores.argsort(descending=True)].cpu()
+
+    def figures(self, levels: Tensor) -> tuple[float, float | None, float | None]:
+        """Of one image, as `flowgen score` gives them: its likelihood in `unit`; percentile and p-value, once there is a `judge`."""
+        with self.turns.take("scoring"):
+            found = statistics_of(self.model, levels, torch.Generator(self.model.device).manual_seed(SEED))
+        value = in_unit(self.model, found["log_prob"]).item()
+        if self.judge is None:
+            return value, None, None
+        outliers = self.judge.outliers
+        return value, outliers.percentile(found["log_prob"]).item(), outliers.p_values(outliers.scores(found))[DEFAULT].item()
+
+    def walk(self, first: Tensor, second: Tensor, steps: int, spherical: bool) -> tuple[Tensor, Tensor]:
+        """As `flowgen interpolate`: through the latents, and through the pixels."""
+        with self.turns.take("walking"):
+            return between(self.model, first, second, steps, spherical)
+
+    def attributes(self) -> tuple[str, ...]:
+        """The names along which `edit` moves; at first they may have to be found among the training images, between others' questions."""
+        self.directions = self.directions or directions_of(self.run, self.checkpoint, self.model, progress=self.turns.each)
+        return self.directions.names
+
+    def edit(self, levels: Tensor, amounts: dict[str, float]) -> Tensor:
+        """As `flowgen edit` moves one image along attributes."""
+        self.attributes()
+        assert self.directions is not None
+        with self.turns.take("editing"):
+            return directions.edit(self.model, self.directions, levels, amounts, torch.ones(1))[0]
+
+    def complete(self, levels: Tensor, known: Tensor, *, method: str, sweeps: int, seed: int) -> tuple[Tensor, dict[str, float]]:
+        """As `flowgen complete`, as levels of 8 bits: the mean, the spread, the draws; and what tells how the method fared."""
+        model = self.model
+        if not isinstance(model, Completes):
+            raise FlowgenError("this model restores no pixels: use a run of another")
+        check_mask(known, "the mask")
+        with self.turns.take("completing"):
+            levels, known = levels.to(model.device), known.to(model.device)
+            (draws, mean, figures), spread = restore(model, levels, known, method, sweeps, seed)
+        return grey(torch.cat((mean[None], spread[None], draws))), dict(figures)
+
+    def start_chains(self, *, method: str, seed: int, count: int) -> str:
+        """The name of chains that begin in white noise, see `advance`; the oldest make room for them."""
+        if not isinstance(self.model, RunsChains):
+            raise FlowgenError("this model draws by no Markov chains: use a run of an RBM")
+        with self.turns.take("starting chains"):
+            name = f"{time.monotonic_ns():x}"
+            self.films[name] = self.model.film(count, method, torch.Generator(self.model.device).manual_seed(seed))
+            while len(self.films) > CHAINS_KEPT:
+                del self.films[next(iter(self.films))]
+        return name
+
+    def advance(self, name: str, sweeps: int) -> Tensor:
+        """P(v = 1) of every chain after so many more sweeps, at first the noise itself, as levels of 8 bits."""
+        with self.turns.take("running chains"), torch.no_grad():
+            if name not in self.films:
+                raise FlowgenError("these chains have ended: start new ones")
+            return grey(next(islice(self.films[name], sweeps - 1, None)))
+
+    def filters(self) -> Image.Image:
+        """The weights of hidden units as a grid."""
+        features = self.model.features()
+        if features is None:
+            raise FlowgenError("this model has no filters that can be drawn: use a run of an RBM")
+        return pictures.signed(features, columns=10, most=100)
+
+    def judge_validation_images(self, count: int = HELD_OUT) -> None:
+        """So that percentiles can be told; others are answered between one batch and the next."""
+        try:
+            self.judge = judge_by(self.run, self.checkpoint, self.model, count, SEED, progress=self.turns.each)
+        except FlowgenError as error:
+            log.warning("no percentiles: %s", error)

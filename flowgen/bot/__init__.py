@@ -1,0 +1,1 @@
+"""`flowgen bot`: a trained model that chats on Telegram."""
