@@ -8,6 +8,7 @@ from test_models import MODELS, model_of, noise, started
 
 from flowgen.bijections import Affine, Guided, TokenAutoregressive
 from flowgen.models import TarFlow
+from flowgen.models.flows.jet import token_masks
 
 
 def pushed(bijection: TokenAutoregressive) -> TokenAutoregressive:
@@ -73,6 +74,13 @@ def test_of_a_whole_model_too(name):
         if isinstance(module, TokenAutoregressive):
             module.jacobi = True
     assert (model.bijection.inverse(z)[0] - kept).abs().max() < 1e-4
+
+
+def test_masks_of_jet_are_halves_of_the_patches_each_with_its_inverse():
+    masks = token_masks(3, 4)
+    assert len({tuple(mask[0].flatten().tolist()) for mask in masks}) == 6
+    assert all(mask.shape == (3, 4, 4) and torch.equal(mask[0], mask[2]) and mask[0].sum() == 8 for mask in masks)
+    assert all(torch.equal(one, ~other) for one, other in zip(masks[::2], masks[1::2], strict=True))
 
 
 @pytest.mark.parametrize(
