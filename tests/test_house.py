@@ -174,6 +174,8 @@ def compose_config(*overrides: str) -> dict:
 
 def shape_of(data: dict) -> tuple[int, int, int]:
     """What the data would say of its images if it lay here."""
+    if data["_target_"].rpartition(".")[2] in ("CIFAR10", "SVHN", "DownsampledImageNet"):
+        return 3, data.get("size", 32), data.get("size", 32)
     side = data.get("size", 28)
     return (2, 1, 1) if data["_target_"].endswith("Toy") else (data.get("channels", 1), side, side)
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,24 @@ def prepared(source: Source, names: list[str], size: int, channels: int, crop: i
             raise FlowgenError(f"none of the {len(names)} images of {source.path} can be used: {refused[0]}")
         shape = torch.Size((len(kept), channels, size, size))
         return torch.from_file(str(index.with_suffix(".bin")), size=shape.numel(), dtype=torch.uint8).view(shape), set(kept)
+
+
+def written_once(name: str, stamps: object, chunks: Callable[[], Iterable[Tensor]]) -> Tensor:
+    """All that `chunks` yields, bytes of uint8 tensors one after the other, memory-mapped; written again when `stamps` change."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    path = cache_folder() / f"{name}-{_hash([VERSION, stamps])}.bin"
+    with _held(path.with_suffix(".lock"), path):
+        if not path.exists():
+            aside = path.with_suffix(".part")
+            try:
+                with open(aside, "wb") as file:
+                    for chunk in chunks():
+                        file.write(chunk.contiguous().numpy().tobytes())
+                aside.replace(path)
+            finally:
+                aside.unlink(missing_ok=True)
+        size = path.stat().st_size
+        return torch.from_file(str(path), size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
 
 
 @contextlib.contextmanager

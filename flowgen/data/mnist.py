@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from flowgen.data.base import Images
 from flowgen.data.locate import check_names, data_folder, locate
-from flowgen.data.splits import Split, hashed_order
+from flowgen.data.splits import Split, held_out
 from flowgen.errors import FlowgenError, check_choice, check_whole
 
 FILES = ("train", "t10k")
-HELD_OUT = 12  # one training image in so many, chosen by its place, is for validation: 5,000 of 60,000
 
 
 class MNIST(Images):
@@ -40,9 +39,8 @@ class MNIST(Images):
             _download(name, data_folder() / names[0])
         folder = locate(root, names, f"point data.root at a folder with the idx files of {name}, or leave it out to download them")
         train, test = (read_split(folder, names, file, size) for file in FILES)
-        held_out = torch.zeros(len(train), dtype=torch.bool)
-        held_out[hashed_order(len(train))[: max(1, len(train) // HELD_OUT)]] = True
-        super().__init__(train[~held_out], train[held_out], test, bits=bits, flip=flip, binarise=binarise, shift=shift)
+        apart = held_out(len(train))
+        super().__init__(train[~apart], train[apart], test, bits=bits, flip=flip, binarise=binarise, shift=shift)
 
 
 def _find(root: Path, names: list[str], split: str, kind: str = "images-idx3") -> list[Path]:

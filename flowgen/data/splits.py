@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 import torch
 from torch import Tensor
 
+HELD_OUT = 12
 SPLITS = ("train", "validation", "test")
 
 
@@ -33,6 +34,13 @@ def hashed_order(count: int) -> Tensor:
     """0..count-1 by the SHA-256 of each number: a permutation that no version of a random generator can change."""
     digests = [hashlib.sha256(b"%d" % number).digest() for number in range(count)]
     return torch.tensor(sorted(range(count), key=digests.__getitem__), dtype=torch.long)
+
+
+def held_out(count: int) -> Tensor:
+    """Which of so many training images, chosen by their places, are for validation: one in twelve, 5,000 of 60,000."""
+    apart = torch.zeros(count, dtype=torch.bool)
+    apart[hashed_order(count)[: max(1, count // HELD_OUT)]] = True
+    return apart
 
 
 def part(count: int, limit: int | None) -> Tensor:
