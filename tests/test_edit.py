@@ -75,12 +75,12 @@ def test_where_networks_see_the_class_it_changes_with_the_latents_but_no_further
             parameter += 0.05 * torch.randn_like(parameter)
     model.eval()
     levels, directions = noise(5, 3), class_directions(model)
-    own = model.classify(levels).argmax(1)
     assert directions.changes.shape == (2, 192 + 2)
-    latent, step = model.encode(levels), directions.step({"1": 1.0}, own)
-    assert torch.equal((latent + step)[:, 192:].argmax(1), torch.ones(3, dtype=torch.long))
-    far, farther = (model.decode(torch.cat((latent[:, :192], (latent + by * step)[:, 192:]), 1)) for by in (1, 2))
-    assert torch.equal(far, farther)
+    own = torch.zeros(3, dtype=torch.long)
+    latent = torch.cat((model.encode(levels)[:, :192], one_hot(own, 2)), 1)
+    step = directions.step({"1": 1.0}, own)
+    near, to, beyond = (model.decode(torch.cat((latent[:, :192], (latent + by * step)[:, 192:]), 1)) for by in (0, 1, 2))
+    assert torch.equal(to, beyond) and not torch.equal(near, to)
     assert (edit(model, directions, levels, {"1": 1.0}, torch.zeros(1))[0] == levels).float().mean() > 0.99
 
 
