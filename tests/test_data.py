@@ -203,3 +203,20 @@ def test_a_file_in_a_zip_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, mon
         archive.writestr("list_eval_partition.txt", bytes(10**6))
     with pytest.raises(FlowgenError, match=r"list_eval_partition.txt cannot be read"):
         folder(tmp_path / "bomb.zip")
+
+
+def test_batches_that_are_read_ahead_are_the_same_ones(monkeypatch):
+    """In order, out of order, and where the memory that is free would not hold the set."""
+    images = torch.randint(256, (40, 3, 4, 4), dtype=torch.uint8)
+    splits = [Split(images, torch.arange(40)), Split(images[:2]), Split(images[:2])]
+    whole, ahead = (Images(*splits, bits=5, flip=True, shift=1) for _ in range(2))
+    monkeypatch.setattr("flowgen.data.base.free_memory", lambda: images.nbytes)
+    ahead.to(torch.device("cpu"))
+    calls = []
+    monkeypatch.setattr(ahead._ahead, "draw", lambda *place: [calls.append(place[0]), whole.draw(*place)][1])
+    rows = torch.tensor([0, 3])
+    for seen in (0, 8, 16, 0, 8, 36):
+        for one, other in zip(ahead.next(seen, 8, 3, rows), whole.draw(seen, 8, 3, rows), strict=True):
+            assert torch.equal(one, other)
+    ahead._ahead.pool.shutdown()
+    assert sorted(calls) == [0, 0, 8, 8, 16, 16, 24, 36, 44]  # the batch to come, and what was not foreseen

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "progress": set(),
     "bijections": {"shares", "errors", "progress"},
     "models": {"shares", "measures", "bijections", "errors", "progress"},
-    "data": {"errors", "vision", "plane"},
+    "data": {"costs", "errors", "vision", "plane"},
     "plots": {"measures"},
     "pictures": {"vision", "plots", "plane"},
     "judging": {"data", "errors", "models"},

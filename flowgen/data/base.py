@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flowgen.costs import free_memory
+from flowgen.data.ahead import Ahead
 from flowgen.data.splits import Split, part
 from flowgen.errors import FlowgenError, check_choice, check_whole
 
@@ -49,7 +51,8 @@ class Images:
         self.train, self.validation, self.test = train, validation, test
         self.bits, self.flip, self.attributes, self.shift = bits, flip, attributes, shift
         self.device = torch.device("cpu")
-        self._order_of, self._order = (-1, 0), torch.empty(0)
+        self._order: tuple[tuple[int, int], Tensor] = (-1, 0), torch.empty(0)
+        self._ahead: Ahead | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,14 +67,19 @@ class Images:
         return 1 + int(torch.cat(labels).max()) if labels else None
 
     def to(self, device: torch.device) -> "Images":
-        """Hand out batches on `device`, and keep the images there where they fill at most half of its free memory."""
+        """Hand out batches on `device`, and keep the images there where they fill at most half of its free memory; else read ahead."""
         self.device = device
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            splits = (self.train, self.validation, self.test)
-            if sum(split.images.nbytes for split in splits) < free // 2:
-                self.train, self.validation, self.test = (replace(split, images=split.images.to(device)) for split in splits)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+        splits = (self.train, self.validation, self.test)
+        if sum(split.images.nbytes for split in splits) > free // 2:
+            self._ahead = Ahead(self.draw)
+        elif device.type == "cuda":
+            self.train, self.validation, self.test = (replace(split, images=split.images.to(device)) for split in splits)
         return self
+
+    def next(self, seen: int, count: int, seed: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What `draw` gives, for a training that goes on from there: the batch after it may be read meanwhile."""
+        return (self._ahead or self.draw)(seen, count, seed, rows)
 
     def draw(self, seen: int, count: int, seed: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The next `count` training images after `seen` of them, flipped at random where `flip` is set, and their labels, if there are any.
@@ -108,13 +116,17 @@ class Images:
             yield self._levels(images, indices, generator)
 
     def _permutation(self, epoch: int, seed: int) -> Tensor:
-        if self._order_of != (epoch, seed):
+        known, order = self._order
+        if known != (epoch, seed):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-            self._order_of, self._order = (epoch, seed), torch.randperm(len(self.train), generator=generator)
-        return self._order
+            order = torch.randperm(len(self.train), generator=generator)
+            self._order = (epoch, seed), order  # at once, since two threads may draw
+        return order
 
     def _levels(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
-        chosen = images[indices.to(images.device)].to(self.device, non_blocking=True)
+        chosen = images[indices.to(images.device)]
+        if chosen.device.type != self.device.type:
+            chosen = chosen.pin_memory().to(self.device, non_blocking=True)
         if self.anew and images is self.train.images:
             chosen = binarised(chosen, generator)
         return chosen >> (8 - self.bits)

@@ -96,7 +96,7 @@ class Training:
     def losses(self, model: Callable[..., Tensor]) -> Iterator[Tensor]:
         """The shares of this step's loss, of one part of its batch after the other; the same whenever the step is taken again."""
         self.machine.seed(self.seed, self.state.step)
-        parts = self.optimisation.parts(*self.data.draw(self.state.images_seen, self.optimisation.batch_size, self.seed, self.rows))
+        parts = self.optimisation.parts(*self.data.next(self.state.images_seen, self.optimisation.batch_size, self.seed, self.rows))
         for levels, labels in parts:
             with self.machine.autocast(), split(self.team):
                 loss = model(levels, labels) / len(parts)

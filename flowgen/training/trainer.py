@@ -1,6 +1,8 @@
 """How to train, for every model."""
 
+import logging
 import math
+import time
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +21,8 @@ from flowgen.training.optimisation import Optimisation
 from flowgen.training.run import Run
 from flowgen.training.state import State
 from flowgen.training.team import ALONE, Team
+
+log = logging.getLogger("flowgen")
 
 
 class Trainer:
@@ -72,6 +76,21 @@ class Trainer:
         training = Training(self.cadence, self.optimisation, self.machine, state, data, run, config, team)
         if checkpoint is None:
             training.save()
+        if self.machine.compile:
+            warm_up(training)
         stopped = training.loop()
         team.ask(lambda: None)  # a launcher would end the one that saves when another has ended
         return stopped
+
+
+def warm_up(training: Training) -> None:
+    """Compile on the first batch, and say how long it took; nothing is learnt."""
+    log.info("compiling the model, which may take minutes")
+    began, model = time.monotonic(), training.state.model
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # statistics of batches, and chains
+    for loss in training.losses(model):
+        loss.backward()
+    model.zero_grad()
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    log.info("compiled in %.0f s", time.monotonic() - began)
