@@ -38,7 +38,7 @@ def one_sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the disk'}: {error.strerror}"
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-        return "not enough memory: choose a smaller trainer.batch_size or --count, or set trainer.accumulate=2"
+        return "not enough memory: choose a smaller trainer.batch_size, --count or model.width, or set trainer.accumulate=2"
     if "InvalidCxxCompiler" in str(error):
         return "trainer.compile=true needs a C++ compiler, and there is none: install g++, or leave it at false"
     return f"{type(error).__name__}: {' '.join(str(error).split())} (this is a fault of flowgen: --debug shows where)"

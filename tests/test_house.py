@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "errors",
         "costs",
     },
-    "config": {"targets", "models", "data", "training", "errors"},
+    "config": {"costs", "targets", "models", "data", "training", "errors"},
     "commands": {
         "launcher",
         "targets",

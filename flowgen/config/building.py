@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from flowgen.config.older import in_todays_words
+from flowgen.costs import free_memory
 from flowgen.errors import FlowgenError
 from flowgen.targets import class_of
 
@@ -58,7 +59,23 @@ def build_model(config: dict[str, Any]) -> "GenerativeModel":
     """The untrained model of a configuration from `model_for`; its weights depend on torch's random state."""
     section = in_todays_words(config)["model"]
     _model_class(section)
+    _check_memory(section)
     return build("model", section)
+
+
+def _check_memory(section: dict[str, Any]) -> None:
+    """Raise FlowgenError where its numbers alone are more than the memory that is free: counted on a device that has shapes alone."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            state = build("model", section).state_dict()
+    except (NotImplementedError, RuntimeError):  # a constructor that looks at values
+        return
+    needed, free = sum(value.nbytes for value in state.values()), free_memory()
+    if needed > free:
+        of_it = f"needs {needed / 2**30:,.0f} GiB of memory for its weights alone, and {free / 2**30:,.1f} GiB are free"
+        raise FlowgenError(f"model: it {of_it}: choose a smaller model.width, model.hidden or data.size")
 
 
 def _model_class(section: dict[str, Any]) -> type["GenerativeModel"]:

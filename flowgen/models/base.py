@@ -35,6 +35,7 @@ class Evaluation:
 
 
 LOOK = Evaluation()
+DEEPEST = 1000  # layers, blocks, couplings: more would take hours to build
 
 
 class GenerativeModel(nn.Module, ABC):

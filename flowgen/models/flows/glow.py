@@ -20,6 +20,7 @@ from flowgen.bijections import (
     ZeroConv2d,
 )
 from flowgen.errors import FlowgenError, check_choice, check_whole
+from flowgen.models.base import DEEPEST
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.multiscale import largest_levels, multi_scale
 
@@ -52,7 +53,8 @@ class Glow(Flow):
         classes: int | None,
         class_networks: bool = False,
     ):
-        check_whole(channels=channels, size=size, bits=bits, width=width, blocks=blocks)
+        check_whole(channels=channels, size=size, bits=bits, width=width)
+        check_whole(high=DEEPEST, blocks=blocks)
         check_choice(("conv", "resnet", "gated"), network=network)
         check_choice(TRANSFORMS, coupling=coupling)
         check_choice(("bounded", "sigmoid", "tanh"), scale=scale)
@@ -97,7 +99,7 @@ def _depths(steps_per_level: int | list[int], levels: int) -> list[int]:
     """The steps of each level. Raises FlowgenError where they are not as many as levels."""
     depths = steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * levels
     for depth in depths:
-        check_whole(steps_per_level=depth)
+        check_whole(high=DEEPEST, steps_per_level=depth)
     if len(depths) != levels:
         raise FlowgenError(f"steps_per_level={depths} is not a number for each of {levels} levels: give so many, or one for all")
     return depths

@@ -23,6 +23,7 @@ from flowgen.bijections import (
     stripes,
 )
 from flowgen.errors import FlowgenError, check_choice, check_whole
+from flowgen.models.base import DEEPEST
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.patches import check_transformers, patch_size
 
@@ -54,7 +55,8 @@ class Jet(Flow):
         classes: int | None,
         class_networks: bool,
     ):
-        check_whole(channels=channels, size=size, bits=bits, couplings=couplings)
+        check_whole(channels=channels, size=size, bits=bits)
+        check_whole(high=DEEPEST, couplings=couplings)
         check_transformers([layers], width, heads, dropout)
         check_choice(TRANSFORMS, coupling=coupling)
         check_choice(("permutation", "plu"), mixing=mixing)

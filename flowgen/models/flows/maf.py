@@ -14,6 +14,7 @@ from flowgen.bijections import (
     Standardize,
 )
 from flowgen.errors import check_choice, check_whole
+from flowgen.models.base import DEEPEST
 from flowgen.models.flows.flow import Flow
 
 
@@ -36,7 +37,8 @@ class MAF(Flow):
         gaussianize: bool,
         dequantisation: str,
     ):
-        check_whole(channels=channels, size=size, bits=bits, flows=flows, width=width, layers=layers)
+        check_whole(channels=channels, size=size, bits=bits, width=width)
+        check_whole(high=DEEPEST, flows=flows, layers=layers)
         check_choice(TRANSFORMS, transform=transform)
         check_choice((True, False), gaussianize=gaussianize)
         numbers = channels * size**2

@@ -13,7 +13,7 @@ def largest_levels(size: int, levels: int | None) -> int:
     """
     if levels is None:
         return next(levels for levels in (4, 3, 2, 1, 0) if size % 2**levels == 0)
-    check_whole(levels=levels)
+    check_whole(high=30, levels=levels)
     if size % 2**levels:
         raise FlowgenError(f"levels={levels} needs images whose size is a multiple of {2**levels}, not {size}: choose fewer levels")
     return levels

@@ -13,6 +13,7 @@ from flowgen.bijections import (
     Standardize,
 )
 from flowgen.errors import check_choice, check_whole
+from flowgen.models.base import DEEPEST
 from flowgen.models.flows.flow import Flow
 
 
@@ -36,7 +37,8 @@ class NICE(Flow):
         gaussianize: bool,
         dequantisation: str,
     ):
-        check_whole(channels=channels, size=size, bits=bits, couplings=couplings, width=width, layers=layers)
+        check_whole(channels=channels, size=size, bits=bits, width=width)
+        check_whole(high=DEEPEST, couplings=couplings, layers=layers)
         check_choice(TRANSFORMS, coupling=coupling)
         check_choice((True, False), gaussianize=gaussianize)
         numbers = channels * size**2

@@ -1,6 +1,7 @@
 """What flows of patches share: into how large ones an image is cut, and of what shape their transformers can be."""
 
 from flowgen.errors import FlowgenError, check_number, check_whole
+from flowgen.models.base import DEEPEST
 
 
 def patch_size(size: int, patch: int | None) -> int:
@@ -18,7 +19,7 @@ def check_transformers(layers: list[int], width: int, heads: int, dropout: float
     if not isinstance(layers, list) or not layers:
         raise FlowgenError(f"layers must be a list of numbers, one for each block, as in model.layers=[2,2,4], not {layers!r}")
     for depth in layers:
-        check_whole(layers=depth)
+        check_whole(high=DEEPEST, layers=depth)
     check_whole(width=width, heads=heads)
     check_number(dropout=dropout)
     if dropout >= 1:

@@ -17,6 +17,7 @@ from flowgen.bijections import (
     checkerboard,
 )
 from flowgen.errors import check_choice, check_number, check_whole
+from flowgen.models.base import DEEPEST
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.multiscale import largest_levels, multi_scale
 
@@ -40,7 +41,8 @@ class RealNVP(Flow):
         alpha: float,
         dequantisation: str,
     ):
-        check_whole(channels=channels, size=size, width=width, blocks=blocks, bits=bits)
+        check_whole(channels=channels, size=size, width=width, bits=bits)
+        check_whole(high=DEEPEST, blocks=blocks)
         check_choice(TRANSFORMS, coupling=coupling)
         check_number(alpha=alpha)
         levels = largest_levels(size, levels)

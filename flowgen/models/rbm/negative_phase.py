@@ -12,6 +12,8 @@ from flowgen.models.rbm.gibbs import draw_bits, mean_field
 from flowgen.models.rbm.machine import Machine
 from flowgen.models.rbm.tempering import Ladder
 
+MOST = 10**5  # sweeps of a step, and chains: more would never end
+
 
 class NegativePhase(nn.Module, ABC):
     """Draws negatives without gradient; what it keeps between updates are buffers, so that a checkpoint holds them."""
@@ -36,7 +38,7 @@ class CD(NegativePhase):
 
     def __init__(self, *, sweeps: int):
         super().__init__()
-        check_whole(sweeps=sweeps)
+        check_whole(high=MOST, sweeps=sweeps)
         self.sweeps = sweeps
 
     def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +56,7 @@ class PCD(NegativePhase):
 
     def __init__(self, *, sweeps: int, chains: int):
         super().__init__()
-        check_whole(sweeps=sweeps, chains=chains)
+        check_whole(high=MOST, sweeps=sweeps, chains=chains)
         self.sweeps, self.chains = sweeps, chains
 
     def allocate(self, visible: int, hidden: int) -> None:
@@ -82,7 +84,7 @@ class Tempering(NegativePhase):
 
     def __init__(self, *, sweeps: int, chains: int, temperatures: int, adapt: bool):
         super().__init__()
-        check_whole(sweeps=sweeps)
+        check_whole(high=MOST, sweeps=sweeps)
         self.sweeps = sweeps
         self.ladder = Ladder(temperatures, chains, adapt)
         self.register_buffer("last_free_energy", torch.zeros(chains))
@@ -113,7 +115,7 @@ class MeanField(NegativePhase):
 
     def __init__(self, *, sweeps: int):
         super().__init__()
-        check_whole(sweeps=sweeps)
+        check_whole(high=MOST, sweeps=sweeps)
         self.sweeps = sweeps
 
     def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
