@@ -11,7 +11,7 @@ from points import count_into, drawn, kill_at, send_after
 from trainings import TRAININGS, make_images, same, state_of, words_of
 from zygote import KILLED, Outcome, flowgen
 
-AGAIN = 0.7  # of those that go on are killed once more
+AGAIN = 0.9  # of those that go on are killed once more
 FRESH = 0.1  # have a cache of images of their own
 
 
