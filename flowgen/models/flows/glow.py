@@ -54,7 +54,6 @@ class Glow(Flow):
         class_networks: bool = False,
     ):
         check_whole(channels=channels, size=size, bits=bits, width=width)
-        check_whole(high=DEEPEST, blocks=blocks)
         check_choice(("conv", "resnet", "gated"), network=network)
         check_choice(TRANSFORMS, coupling=coupling)
         check_choice(("bounded", "sigmoid", "tanh"), scale=scale)
@@ -65,7 +64,7 @@ class Glow(Flow):
         levels = largest_levels(size, levels)
         if levels == 0 and channels < 2:
             raise FlowgenError(f"grey images of size={size} cannot be halved, which Glow needs: give data.size an even value")
-        depths = _depths(steps_per_level, max(1, levels))
+        depths = _depths(steps_per_level, max(1, levels), blocks)
         seen = classes if classes is not None and class_networks else 0  # channels of the condition
 
         def step(maps: int) -> tuple[Bijection, Bijection]:
@@ -95,8 +94,9 @@ class Glow(Flow):
         super().__init__(bijection, (channels, size, size), bits, dequantisation, classes, class_networks)
 
 
-def _depths(steps_per_level: int | list[int], levels: int) -> list[int]:
-    """The steps of each level. Raises FlowgenError where they are not as many as levels."""
+def _depths(steps_per_level: int | list[int], levels: int, blocks: int) -> list[int]:
+    """The steps of each level. Raises FlowgenError where they are not as many as levels, or where they or their `blocks` are too many."""
+    check_whole(high=DEEPEST, blocks=blocks)
     depths = steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * levels
     for depth in depths:
         check_whole(high=DEEPEST, steps_per_level=depth)
