@@ -128,7 +128,8 @@ def train_in(team: "Team", run: Run, config: dict[str, Any], checkpoint: dict[st
         log.info("environment: %s", environment(trainer.machine.device, team.size))
         if remark:
             log.info("%s", remark)
-        doubt_split(data)
+        if team.leads:
+            doubt_split(data)
         if checkpoint is not None:
             log.info("going on from step %d", checkpoint["step"])
         stopped = trainer.train(model, data, run, config, checkpoint, trained=source is not None, team=team)
