@@ -198,7 +198,7 @@ def test_an_rbms_chains_run_live_and_its_filters_are_shown(visit):
     seen.slide("chains-sweeps", 3)
     page.fill("#chains-seed", "5")
     page.click("#run-chains")
-    seen.wait_for("#sweep", has_text=re.compile(r"after [1-9]\d* sweeps"))
+    seen.wait_for("#sweep", has_text=re.compile(r"at sweep [1-9]"))
     page.click("#pause")
     seen.wait_for("#chains-tiles .figures", has_text="nats")
     seen.wait_for("#chains-command code", has_text="--method tempering --count 16 --seed 5 --sweeps 3 --frames")

@@ -228,6 +228,7 @@ onSubmit("walk-form", async (button) => {
   $("share").max = way.length - 1;
   $("share").value = (way.length - 1) / 2;
   $("walk-result").hidden = false;
+  $("inexact").hidden = way[0] === hand.A.picture && way.at(-1) === hand.B.picture;
   showMixture();
   fill("latent-tiles", answer.latent.map((picture, place) => tile(picture, `Step ${place} through the latents`)));
   fill("pixels-tiles", answer.pixels.map((picture, place) => tile(picture, `Step ${place} through the pixels`)));
@@ -401,7 +402,7 @@ async function runChains(how, name) {
     const answer = await ask("advance", { ...how, chains: name, frames, sweeps: frames ? how.sweeps : 1 });
     if (!answer || mine !== running) break;
     fill("chains-tiles", answer.pictures.map((picture, place) => tile(picture, `Chain ${place + 1}`, { score: false })));
-    $("sweep").textContent = `P(v = 1) after ${frames * how.sweeps} sweeps.`;
+    $("sweep").textContent = `P(v = 1) at sweep ${frames * how.sweeps}.`;
     showCommand("chains-command", answer.command);
     await new Promise((resolve) => setTimeout(resolve, 120));
   }
@@ -437,6 +438,7 @@ async function begin() {
   $("temperature").value = model.temperature;
   for (let label = 0; label < (model.classes ?? 0); label++) $("label").append(element("option", { value: label, textContent: label }));
   for (const list of document.querySelectorAll("select.methods")) list.append(...model.methods.map((name) => element("option", { textContent: name })));
+  if (model.able_to.chains) $("sampler").value = "tempering"; // as flowgen sample
   for (const each of document.querySelectorAll(".classes")) each.hidden = !model.able_to.classes;
   for (const each of document.querySelectorAll("label.chains, #chains, #filters")) each.hidden = !model.able_to.chains;
   document.querySelector(".methods-label").hidden = model.methods.length < 2;
