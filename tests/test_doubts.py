@@ -10,6 +10,7 @@ from conftest import SMALL
 from flowgen.data import Toy, entropy, shared
 from flowgen.measures import BITS_PER_DIM, LOG_LIKELIHOOD, Measured, too_good
 from flowgen.models import Flow
+from flowgen.training import doubts
 
 
 def test_entropy_is_that_of_the_frequencies():
@@ -47,6 +48,12 @@ def test_test_images_that_were_trained_on_are_named_and_counted(images, command,
     error = command(*words, f"out={tmp_path / 'two'}")[2]
     assert "test images are training images too, pixel for pixel (numbers 0" in error
     assert "test images are training images too" in command("evaluate", "--run", tmp_path / "two")[2]
+
+
+def test_sets_that_take_minutes_to_read_are_not_read_for_it(monkeypatch):
+    monkeypatch.setattr(doubts, "LARGEST", 100)
+    monkeypatch.setattr(doubts, "shared", None)
+    doubts.doubt_split(Toy(name="moons", count=4000, bits=3, flip=False))
 
 
 def test_shared_images_are_found_pixel_for_pixel():

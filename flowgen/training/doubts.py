@@ -10,6 +10,7 @@ from flowgen.data import Images, entropy, shared
 from flowgen.measures import Measured, too_good
 
 NAMED = 3
+LARGEST = 2**33  # bytes of training images that are read for it
 FAR_OFF = 1e-3  # of the largest activation: gradients are about as far off
 log = logging.getLogger("flowgen")
 
@@ -23,7 +24,9 @@ def doubt_likelihood(measured: Measured, data: Images, batches: Iterable[Tensor]
 
 
 def doubt_split(data: Images) -> None:
-    """Warn of test images that are training images too."""
+    """Warn of test images that are training images too, where looking at all of them takes seconds."""
+    if data.train.images.nbytes > LARGEST:
+        return
     if places := shared(data.train.images, data.test.images):
         named = ", ".join(map(str, places[:NAMED])) + ", ..." * (len(places) > NAMED)
         words = "%d of %d test images are training images too, pixel for pixel (numbers %s): test figures are flattered"
