@@ -27,6 +27,7 @@ MODELS = {  # by descent: Adam makes steps of the rounding errors that are the g
     "glow": [*SMALL, "model.dequantisation=variational", "data.flip=true", "trainer.accumulate=2", "trainer.batch_size=8"],
     "realnvp": [*TINY, "model=realnvp", "model.width=4", "model.blocks=1", "model.levels=1", "trainer.optimizer=sgd"],
     "nice": [*TINY, "model=nice", "model.width=8"],
+    "tarflow": [*TINY, "model=tarflow", "model.width=8", "model.layers=[1,1]", "model.dropout=0.2", "trainer.optimizer=sgd"],
     "maf": [*TINY, "model=maf", "model.width=16", "trainer.optimizer=sgd"],
 }
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.errors import FlowgenError
-from flowgen.shares import of_batch, total
+from flowgen.shares import draw, of_batch, total
 
 
 class Network(nn.Module, ABC):
@@ -144,3 +144,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance.detach() * (count / (count - 1)), weight)
         scale = self.weight * (variance + self.eps).rsqrt()
         return torch.addcmul((self.bias - mean * scale)[:, None, None], x, scale[:, None, None]).to(x.dtype)
+
+
+class Dropout(nn.Dropout):
+    """torch's own, but that what is lost of a share of a batch is what the whole one would lose there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        stays = draw(torch.rand, x.shape, device=x.device) >= self.p
+        return x * stays / (1 - self.p)

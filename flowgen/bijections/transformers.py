@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowgen.bijections.layers import Network
+from flowgen.bijections.layers import Dropout, Network
 from flowgen.progress import Progress, unseen
 
 Past = tuple[Tensor, Tensor]  # keys and values of the tokens read so far, (B, heads, tokens, width / heads) each
@@ -20,10 +20,8 @@ class Layer(nn.Module):
         self.heads = heads
         self.norm = nn.LayerNorm(width)
         self.queries_keys_values = nn.Linear(width, 3 * width)
-        self.merge = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
-        )
+        self.merge = nn.Sequential(nn.Linear(width, width), Dropout(dropout))
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), Dropout(dropout))
 
     def forward(self, h: Tensor, causal: bool) -> Tensor:
         queries, keys, values = self._read(h)
