@@ -11,6 +11,7 @@ from flowgen.errors import FlowgenError
 FOLDERS = ("out", "data.root", "init")
 SHOWN = 100  # characters of a word that cannot be read
 GROUPS = ("data", "model", "trainer")  # of which every run has one
+CHOSEN = (*GROUPS, "experiment", "scale", "model/negative_phase")
 
 
 def check_words(words: list[str]) -> None:
@@ -45,7 +46,8 @@ def in_grammar(words: list[str]) -> list[str]:
         if not equals or word.startswith("-"):
             return word
         try:
-            parser.parse_override(word)
+            number = isinstance(parser.parse_override(word).value(), int | float | dict)
+            return f"{key}='{value}'" if number and key in CHOSEN else word  # no choice, as Hydra can say of words alone
         except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
             if key in FOLDERS:
                 value = str(Path(value).expanduser()).replace("'", r"\'")
@@ -54,7 +56,6 @@ def in_grammar(words: list[str]) -> list[str]:
             raise FlowgenError(
                 f"{shown} cannot be read: close its brackets, and put quotes around odd characters, as in \"{key}='...'\""
             ) from error
-        return word
 
     return [read(word) for word in words]
 
