@@ -386,7 +386,7 @@ onSubmit("complete-form", async (button) => {
     ...draws.map((picture, place) => tile(picture, `Completion ${place + 1}`, model.bits > 1 ? {} : still)),
   ]);
   const facts = Object.entries(answer.figures).map(([name, value]) => `${name.replaceAll("_", " ")} ${value.toFixed(3)}`);
-  $("complete-figures").textContent = [`${draws.length} of ${answer.draws.length} draws.`, ...facts].join("  ");
+  $("complete-figures").textContent = `${draws.length} of ${answer.draws.length} draws. ${facts.join(", ")}`;
   showCommand("complete-command", answer.command);
 });
 $("stop").addEventListener("click", () => post("stop", {}));
