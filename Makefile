@@ -39,7 +39,7 @@ demo: $(FLOWGEN) ## what trained models draw, then 1,500 steps of training on em
 	@echo "          flowgen train data=folder data.root=PICTURES data.size=32 data.bits=5 trainer.minutes=30"
 
 test: $(FLOWGEN) ## every test
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --dist worksteal
 
 lint: $(FLOWGEN) ## style and types
 	.venv/bin/ruff check .

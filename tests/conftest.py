@@ -1,6 +1,7 @@
 """What the tests share: one thread each, unless OMP_NUM_THREADS says otherwise, tiny data sets and runs, a short training."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from flowgen.answers import Answers
 
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background; commands under test inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = [
     "data=folder",
