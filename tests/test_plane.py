@@ -20,7 +20,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "nice": lambda: model_of("nice", **PLANE | {"width": 32}, layers=2, couplings=6),
     "maf": lambda: model_of("maf", **PLANE | {"width": 32}),
     "tarflow": lambda: model_of("tarflow", **PLANE | {"width": 32}, layers=[1, 1, 1, 1]),
-    "jet": lambda: model_of("jet", **PLANE | {"width": 32}),
+    "jet": lambda: model_of("jet", **PLANE | {"width": 16}, couplings=5),
     "iaf": lambda: model_of("iaf", **PLANE | {"width": 32}),
 }
 Trained = tuple[Flow, Toy, float]

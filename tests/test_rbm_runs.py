@@ -159,7 +159,7 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
     assert_plain(command(*complete, tmp_path / "all.png"), "keeps every pixel")
     assert_plain(command(*complete, tmp_path / "none.png"), "keeps no pixel")
     assert_plain(command(*complete, wrong), "resize it first")
-    assert_plain(command(*complete, "middle"), "--keep is left, right, top, bottom, border, random:PERCENT, or an image")
+    assert_plain(command(*complete, "middle"), "--keep is left, right, top, bottom, border, random:PERCENT, grey")
     assert_plain(command(*complete, tmp_path / "lost.png"), "does not exist")
     assert_plain(command(*complete, "left", "--method", "magic"), "method must be one of gibbs, tempering, mean-field, not 'magic'")
     assert_plain(command("chain", "--run", tiny_run), "is no run of a model that draws by Markov chains")

@@ -77,7 +77,7 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError("a few aliases of aliases make a configuration of gigabytes")
         config = OmegaConf.to_container(OmegaConf.create(text))
         json.dumps(config, ensure_ascii=False, default=str).encode()  # half a character could be neither shown nor saved
-    except (OSError, OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+    except (OSError, OmegaConfBaseException, YAMLError, ValueError, RecursionError, AssertionError) as error:
         raise FlowgenError(f"{path} cannot be read as a configuration: mend it, or name another run") from error
     if not isinstance(config, dict) or "seed" not in config or not all(isinstance(config.get(name), dict) for name in SECTIONS):
         raise FlowgenError(f"{path} is no configuration of a run")

@@ -27,7 +27,8 @@ class Rungs(nn.Module):
 
     def __init__(self, temperatures: int, chains: int, adapt: bool):
         super().__init__()
-        check_whole(high=10**4, temperatures=temperatures, chains=chains)
+        check_whole(high=10**4, temperatures=temperatures)
+        check_whole(chains=chains)
         check_choice((True, False), adapt=adapt)
         if temperatures < 2:
             raise FlowgenError("a ladder needs temperatures=2 at least: its ends")
