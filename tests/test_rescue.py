@@ -18,11 +18,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> list[int]:
     count, forward = [0], Glow.forward
 
     def bad_at_times(self: Glow, levels: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        step = self.training and len(levels) == 4
-        count[0] += step
-        return forward(self, levels, labels) * (math.nan if count[0] in calls and step else 1.0)
+        count[0] += self.training
+        return forward(self, levels, labels) * (math.nan if count[0] in calls and self.training else 1.0)
 
     monkeypatch.setattr(Glow, "forward", bad_at_times)
+    monkeypatch.setattr("flowgen.training.trainer.check_batch_fits", lambda *_: None)  # which runs the model too
     return count
 
 
