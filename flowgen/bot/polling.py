@@ -23,14 +23,17 @@ def bot(
     token = read_token(token_file)
     answers = Answers(name, device)
     mask_logs(token)
-    builder = ApplicationBuilder().token(token).concurrent_updates(AT_ONCE)
+
+    async def begin(_: object) -> None:  # once Telegram has taken the token: a thread at work would abort a process that ends before
+        threading.Thread(target=answers.judge_validation_images, daemon=True).start()
+
+    builder = ApplicationBuilder().token(token).concurrent_updates(AT_ONCE).post_init(begin)
     if api is not None:
         builder = builder.base_url(f"{api.rstrip('/')}/bot").base_file_url(f"{api.rstrip('/')}/file/bot")
     application = builder.build()
     chat = Chat(answers, allowed)
     application.add_handler(MessageHandler(filters.ALL, chat.hear))
     application.add_error_handler(chat.stumble)
-    threading.Thread(target=answers.judge_validation_images, daemon=True).start()
     say(f"{answers.name} chats until Ctrl-C")
     try:
         application.run_polling(allowed_updates=["message"])
