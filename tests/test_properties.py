@@ -73,6 +73,7 @@ def an_archive() -> bytes:
 @example("model.width", "9" * 5000)
 @example("model.width", "${model.width}")
 @example("data.root", "\udcff")
+@example("-", "")
 def test_words(key, value):
     words = [f"{key}={value}"]
     try:

@@ -20,7 +20,7 @@ def check_words(words: list[str]) -> None:
         key, equals, value = word.partition("=")
         if word.startswith(("+", "~")):
             raise FlowgenError(f"{word}: settings can be changed, but none can be added or removed: write KEY=VALUE")
-        if not equals or not key:
+        if not equals or not key or key.startswith("-"):
             raise FlowgenError(f"{word!r} is no override: write KEY=VALUE, as in trainer.steps=2000")
         if key in GROUPS and value.strip() in ("", "null"):
             raise FlowgenError(f"{word} chooses nothing: write {key}=NAME, one of {', '.join(options(key))}")
@@ -43,7 +43,7 @@ def in_grammar(words: list[str]) -> list[str]:
 
     def read(word: str) -> str:
         key, equals, value = word.partition("=")
-        if not equals or word.startswith("-"):
+        if not equals or word.startswith("-"):  # an option of `train`, which Hydra reads
             return word
         try:
             number = isinstance(parser.parse_override(word).value(), int | float | dict)
