@@ -23,9 +23,7 @@ $(FLOWGEN): pyproject.toml constraints.txt
 demo: $(FLOWGEN) ## what trained models draw, then 1,500 steps of training on embedded digits, about 3 minutes on two cores
 	$(FLOWGEN) sample --run zoo/glow_mnist
 	$(FLOWGEN) sample --run zoo/rbm_mnist
-	test -f $(DEMO)/done || rm -rf $(DEMO)
-	test -f $(DEMO)/done || $(FLOWGEN) train experiment=demo out=$(DEMO)
-	touch $(DEMO)/done
+	$(FLOWGEN) train experiment=demo out=$(DEMO) resume=true
 	$(FLOWGEN) evaluate --run $(DEMO)
 	$(FLOWGEN) sample --run $(DEMO) --temperature 0.5 --temperature 0.7
 	.venv/bin/python scripts/save_digits.py $(DEMO)

@@ -1,6 +1,6 @@
 """How several processes of one training are started, and how each knows that it is one of them; nothing here imports torch at once.
 
-Every launcher sets RANK and WORLD_SIZE: torchrun, SLURM by way of submitit, Kubernetes, Ray.
+Launchers set RANK and WORLD_SIZE: torchrun, Kubernetes, Ray.
 """
 
 import logging
@@ -42,8 +42,9 @@ def launch(processes: int, words: list[str], cure: str) -> None:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says of a failure is said below
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    os.environ[OURS] = "1"
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores // processes)), OURS: "1"}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
@@ -57,4 +58,5 @@ def launch(processes: int, words: list[str], cure: str) -> None:
             raise FlowgenError(f"one of the {processes} processes has died: {cure}") from error
         raise SystemExit(failure.exitcode) from error
     finally:
-        del os.environ[OURS]
+        for name in added:  # a sweep's next run may be of one process
+            del os.environ[name]

@@ -57,7 +57,7 @@ def test_no_model_scores_below_the_entropy(name, kind):
     with torch.no_grad():
         x = (levels[:100] + 0.5) / model.bins
         assert (model.bijection.inverse(model.bijection(x)[0])[0] - x).abs().max() < 1e-4
-        assert torch.isfinite(model.bijection.inverse(torch.randn(10_000, DIMENSIONS))[0]).all()
+        assert torch.isfinite(model.bijection.inverse(torch.randn(1000, DIMENSIONS))[0]).all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Flows of the plane, every one on every toy set: there a density can be integrated."""
+"""Flows of the plane, every one on two of the toy sets, each of which several learn: there a density can be integrated."""
 
 from collections.abc import Callable
 
@@ -23,10 +23,16 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "jet": lambda: model_of("jet", **PLANE | {"width": 16}, couplings=5),
     "iaf": lambda: model_of("iaf", **PLANE | {"width": 32}),
 }
+NAMES = list(SETS)
+CELLS = 300  # a side of the grid
 Trained = tuple[Flow, Toy, float]
 
 
-@pytest.fixture(scope="module", params=[(flow, name) for flow in FLOWS for name in SETS], ids=" on ".join)
+@pytest.fixture(
+    scope="module",
+    params=[(flow, NAMES[place % len(NAMES)]) for number, flow in enumerate(FLOWS) for place in (number + 1, number + 3)],
+    ids=" on ".join,
+)
 def trained(request: pytest.FixtureRequest) -> Trained:
     """A flow that has learnt a set a little, the set, and its figure before that."""
     torch.manual_seed(0)
@@ -44,9 +50,9 @@ def test_the_density_integrates_to_one(trained: Trained):
     model = trained[0]
     alpha = model.bijection.bijections[0].alpha if isinstance(model, RealNVP) else 0.0
     low, width = (-alpha / (1 - 2 * alpha), 1 / (1 - 2 * alpha)) if alpha else (-1.0, 3.0)
-    side = low + width * (torch.arange(1200) + 0.5) / 1200
+    side = low + width * (torch.arange(CELLS) + 0.5) / CELLS
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).view(-1, 2, 1, 1)
-    total = sum(model.log_density(part).double().exp().sum().item() for part in grid.split(100_000)) * (width / 1200) ** 2
+    total = sum(model.log_density(part).double().exp().sum().item() for part in grid.split(100_000)) * (width / CELLS) ** 2
     assert abs(total - 1) < 0.01
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import SMALL, save_image
 from hydra.core.hydra_config import HydraConfig
 
-from flowgen.commands import train
+from flowgen.commands import resume, train
 from flowgen.config import in_grammar, override, read_config, resolvers, save_config
 from flowgen.errors import FlowgenError
 from flowgen.models import RBM, Flow, Glow, RealNVP
@@ -141,10 +141,36 @@ def test_a_sweep_skips_what_has_ended_and_goes_on_with_the_rest(images, command,
     forget_the_end(killed)
     before = (ended / "metrics.jsonl").stat().st_mtime_ns
     status, _, error = command("train", *words, "seed=1,2,3", f"out={tmp_path / 'sweep'}")
-    assert status == 0 and error.count("has ended: skipped") == 1 and f"{ended} has ended: skipped" in error
+    assert status == 0 and error.count("skipped: ") == 1 and f"skipped: {ended} has ended, at step 4" in error
     assert (ended / "metrics.jsonl").stat().st_mtime_ns == before
     assert error.count("going on from step 2") == 1 and len(runs_in(tmp_path / "sweep")) == 3
     assert_same_end(killed, tmp_path / "whole" / killed.name)
+
+
+def test_runs_of_several_processes_fail_and_end_in_a_sweep_as_others_do(images, command, tmp_path, monkeypatch):
+    """Each is left to other processes, which tell what is wrong with it and exit."""
+    handed = []
+
+    def launch(processes, words, cure):
+        handed.append(words[1])
+        raise SystemExit(1)
+
+    monkeypatch.setattr(resume, "launch", launch)
+    words = [*SMALL, f"data.root={images}", "trainer.steps=4", "trainer.devices=2", f"out={tmp_path / 'sweep'}", "-m"]
+    with monkeypatch.context() as alone:
+        alone.setattr(resume, "to_launch", lambda devices: 0)
+        assert command("train", *words, "seed=1,3")[0] == 0
+    status, _, error = command("train", *words, "seed=1,2")
+    assert status == 1 and error.count("skipped: ") == 1 and len(handed) == 1 and Path(handed[0]).name.startswith("seed=2")
+    assert f"1 of 2 runs of the sweep failed: {Path(handed[0]).name}: " in error.splitlines()[-1] and not Path(handed[0]).exists()
+
+
+def test_a_named_checkpoint_is_gone_on_with_by_several_processes_too(tiny_run, command, monkeypatch):
+    handed = []
+    monkeypatch.setattr(resume, "launch", lambda processes, words, cure: handed.append((processes, words)))
+    last = str(tiny_run / "checkpoints" / "last.pt")
+    assert command("resume", last, "trainer.devices=2", "trainer.steps=9")[0] == 0
+    assert handed == [(2, ["resume", last, "trainer.devices=2", "trainer.steps=9"])]
 
 
 def test_a_sweep_does_not_go_on_with_another_configuration(images, command, tmp_path):
@@ -204,12 +230,12 @@ def test_resume_true_ends_with_the_same_bits(images, command, tmp_path):
 def test_resume_true_says_what_stands_against_it(tiny_run, images, command):
     words = [*SMALL, f"data.root={images}", f"out={tiny_run}", "resume=true"]
     before = (tiny_run / "config.yaml").read_text()
-    for more, said in {
-        ("trainer.steps=6",): "has ended, at step 6",
-        ("trainer.steps=9", "model.width=4"): "model.width=8 there and 4 here",
-    }.items():
+    for more, ends, said in (
+        (["trainer.steps=6"], 0, "has ended, at step 6"),
+        (["trainer.steps=9", "model.width=4"], 1, "model.width=8 there and 4 here"),
+    ):
         status, _, error = command("train", *words, *more)
-        assert status == 1 and said in error and "flowgen resume" in error
+        assert status == ends and said in error and "flowgen resume" in error
     assert (tiny_run / "config.yaml").read_text() == before
 
 

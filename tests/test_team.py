@@ -102,19 +102,21 @@ def ranks(launcher: int) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_run_that_loses_a_process_says_how_to_go_on_and_does(images, tmp_path, command, rank):
+def test_a_run_that_loses_a_process_says_how_to_go_on_and_does(images, tmp_path, command):
+    """First the process that writes, then another, then an interrupt, then one process alone."""
     run = tmp_path / "run"
     words = [*SMALL, f"data.root={images}", "trainer.steps=4000", "trainer.decay=0", "trainer.save_every=2"]
     quiet = ["trainer.evaluate_every=10000", "trainer.sample_every=10000"]
-    process = spawn("train", *words, *quiet, "trainer.devices=2", f"out={run}")
-    wait_for_step(run, random.randrange(1, 20))
-    os.kill(ranks(process.pid)[rank], signal.SIGKILL)
-    said, _ = process.communicate()
-    errors = [line for line in said.splitlines() if line.startswith("flowgen: ") or "Error" in line]
-    assert process.returncode == 1 and errors == [f"flowgen: one of the 2 processes has died: go on with `flowgen resume {run}`"], said
-    step = read_checkpoint(Run(run).last)["step"]
-    process = spawn("resume", run)
+    process, step = spawn("train", *words, *quiet, "trainer.devices=2", f"out={run}"), 0
+    for rank in (0, 1):
+        wait_for_step(run, step + random.randrange(1, 20))
+        os.kill(ranks(process.pid)[rank], signal.SIGKILL)
+        said, _ = process.communicate()
+        errors = [line for line in said.splitlines() if line.startswith("flowgen: ") or "Error" in line]
+        assert process.returncode == 1, said
+        assert errors == [f"flowgen: one of the 2 processes has died: go on with `flowgen resume {run}`"], said
+        step = read_checkpoint(Run(run).last)["step"]
+        process = spawn("resume", run)
     wait_for_step(run, step + 3)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate()

@@ -35,18 +35,22 @@ def start(config: dict[str, Any], folder: Path, go_on: bool = False, remark: str
     with sole_trainer_of(run):
         checkpoint = None
         processes = to_launch(config["trainer"].get("devices"))
-        if run.config.exists() or run.metrics.exists():
+        there = run.config.exists() or run.metrics.exists()
+        if there:
             if not go_on:
                 raise FlowgenError(f"{folder} holds a run already: go on with `flowgen resume {folder}`, or choose another out=")
             _check_same(run, config)
             checkpoint = run.last_good()
             config = in_todays_words(read_config(run.config) if checkpoint is None else checkpoint["config"])
+            _check_unfinished(run, config, checkpoint)
         elif processes:
             save_config(config, run.config)  # for them to read
+            with logging_to(run):
+                log.info("%s", remark or f"{processes} processes")
         if not processes:
             _train(run, config, checkpoint, remark)
     if processes:
-        _launch(run, processes, [], go_on)
+        _launch(run, processes, [str(run.folder)], there)
 
 
 def resume(name: str, overrides: list[str]) -> None:
@@ -61,11 +65,12 @@ def resume(name: str, overrides: list[str]) -> None:
         config = override(config, one_end(overrides))
         if config["data"].get("root") is not None:
             config["data"]["root"] = absolute(config["data"]["root"])
+        _check_unfinished(run, config, checkpoint)
         processes = to_launch(config["trainer"].get("devices"))
         if not processes:
             _train(run, config, checkpoint)
     if processes:
-        _launch(run, processes, overrides, True)
+        _launch(run, processes, [name, *overrides], True)
 
 
 def follow() -> None:
@@ -78,11 +83,11 @@ def absolute(root: Any) -> str:
     return str(Path(str(root)).expanduser().resolve())
 
 
-def _launch(run: Run, processes: int, overrides: list[str], keep: bool) -> None:
-    """Go on with `run` in so many processes; where nothing came of it its folder is free again, unless it is one to `keep`."""
+def _launch(run: Run, processes: int, words: list[str], keep: bool) -> None:
+    """`flowgen resume WORDS` in so many processes; where nothing came of it the run's folder is free again, unless it is one to `keep`."""
     log.info("%s: %d processes", run.folder, processes)
     try:
-        launch(processes, ["resume", str(run.folder), *overrides], f"go on with `flowgen resume {run.folder}`")
+        launch(processes, ["resume", *words], f"go on with `flowgen resume {run.folder}`")
     except SystemExit:
         if not keep and not run.checkpoints():
             run.config.unlink(missing_ok=True)
@@ -107,11 +112,9 @@ def train_in(team: "Team", run: Run, config: dict[str, Any], checkpoint: dict[st
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
     threads = {"threads": "auto"} if team.size > 1 or "threads" not in config["trainer"] else {}  # each process has cores of its own
-    trainer: Trainer = build("trainer", {key: value for key, value in config["trainer"].items() if key != "devices"} | threads)
+    trainer = _trainer(config["trainer"] | threads)
     if team.size == 1:
         config["trainer"]["threads"] = trainer.machine.threads  # kept, since a resumed run has the same bits on as many threads alone
-    if checkpoint is not None:
-        _check_unfinished(run, trainer, checkpoint)
     torch.manual_seed(config["seed"])
     model, data, config = build_model_and_data(config)
     source = config.get("init")
@@ -139,6 +142,10 @@ def train_in(team: "Team", run: Run, config: dict[str, Any], checkpoint: dict[st
         log.info("done: %s", run.folder)
 
 
+def _trainer(settings: dict[str, Any]) -> "Trainer":
+    return build("trainer", {key: value for key, value in settings.items() if key != "devices"})
+
+
 def _take_weights(model: Any, config: dict[str, Any], source: str) -> None:
     """Those of the run `source`, averaged if it has averaged any. Raises FlowgenError where they are of another kind of model."""
     _, checkpoint = find_checkpoint(source)
@@ -149,8 +156,10 @@ def _take_weights(model: Any, config: dict[str, Any], source: str) -> None:
         raise FlowgenError(f"the weights of init={source} do not fit, {', '.join(other)}: train a model of the same settings") from error
 
 
-def _check_unfinished(run: Run, trainer: "Trainer", checkpoint: dict[str, Any]) -> None:
-    step, minutes, cadence = checkpoint["step"], checkpoint["metrics"]["seconds"] / 60, trainer.cadence
+def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+    if checkpoint is None:
+        return
+    step, minutes, cadence = checkpoint["step"], checkpoint["metrics"]["seconds"] / 60, _trainer(config["trainer"]).cadence
     if cadence.minutes and minutes >= cadence.minutes:
         more = f"trainer.minutes={2 * max(minutes, cadence.minutes):.2g}"
     elif cadence.steps and step >= cadence.steps:

@@ -98,8 +98,11 @@ def _sweep(app: Any, words: list[str]) -> None:
         raise FlowgenError(f"{len(failed)} of {len(answers)} runs of the sweep failed: {'; '.join(failed[:SHOWN] + more)}")
 
 
-def _job(cfg: DictConfig, go_on: bool = False) -> Exception | None:
-    """Train in the folder that Hydra made, and take it away where nothing came of the run; what went wrong is returned."""
+def _job(cfg: DictConfig, go_on: bool = False) -> Exception | SystemExit | None:
+    """Train in the folder that Hydra made, and take it away where nothing came of the run; what went wrong is returned.
+
+    A run that is to be gone on with, and has ended, is skipped.
+    """
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         cfg.out = str(folder)  # before it is read: the default refers to Hydra's section, which a job is not given
@@ -111,7 +114,9 @@ def _job(cfg: DictConfig, go_on: bool = False) -> Exception | None:
         go_on |= bool(config.pop("resume"))
         auto = HydraConfig.get().runtime.choices["trainer"] == "auto"
         start(config, folder, go_on, f"trainer=auto is trainer={trainer_here()} on this machine" if auto else "")
-    except Exception as error:
+    except EndedError as error:
+        log.info("skipped: %s", error)
+    except (Exception, SystemExit) as error:  # that of several processes, one of which has told what is wrong
         with contextlib.suppress(OSError):
             folder.rmdir()
         return error
@@ -119,14 +124,15 @@ def _job(cfg: DictConfig, go_on: bool = False) -> Exception | None:
 
 
 def _job_of_sweep(cfg: DictConfig) -> str | None:
-    """One run of a sweep: what is there is gone on with, what has ended is skipped. The fault of one that fails is returned."""
+    """One run of a sweep: what is there is gone on with. The fault of one that fails is returned."""
     show_messages()  # the process may be the launcher's
     error = _job(cfg, go_on=True)
     if error is None:
         return None
-    if isinstance(error, EndedError):
-        log.info("%s has ended: skipped", HydraConfig.get().runtime.output_dir)
-        return None
+    if isinstance(error, SystemExit):
+        if not isinstance(error.code, int) or error.code > 128:  # a signal, which ends the sweep too
+            raise error
+        error = FlowgenError("one of its processes has said why")
     fault = f"{Path(HydraConfig.get().runtime.output_dir).name}: {one_sentence(error)}"
     log.error("%s", fault)
     return fault
