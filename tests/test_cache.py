@@ -86,17 +86,29 @@ def test_of_several_that_want_the_same_images_one_prepares_them(images, monkeypa
 
 def test_images_are_not_cleared_away_while_another_opens_them(images, monkeypatch):
     """The other one has seen an image more, so that what the first one made is stale to it."""
-    from_file, others = torch.from_file, []
+    mapped, others = cache._mapped, []
 
-    def open_slowly(*arguments, **options):
-        monkeypatch.setattr(torch, "from_file", from_file)
+    def open_slowly(path):
+        monkeypatch.setattr(cache, "_mapped", mapped)
         save_image(images / "more.png")
         others.append(threading.Thread(target=folder, args=(images,)))
         others[0].start()
         others[0].join(1)
-        return from_file(*arguments, **options)
+        return mapped(path)
 
-    monkeypatch.setattr(torch, "from_file", open_slowly)
+    monkeypatch.setattr(cache, "_mapped", open_slowly)
     assert len(torch.cat(parts(folder(images)))) == 40
     others[0].join()
     assert len(cached(".bin")) == 1
+
+
+def test_a_set_may_be_larger_than_the_memory_that_a_process_may_have(tmp_path):
+    def private() -> int:
+        """MiB that may be written to, which are what a limit or a small machine refuses."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmData:")) // 1024
+
+    chunks = [torch.full((2**20,), number, dtype=torch.uint8) for number in range(64)]
+    before = private()
+    images = cache.written_once("large", "stamps", lambda: iter(chunks))
+    assert images[:: 2**12].long().sum() == 2**8 * sum(range(64)) and private() - before < 16

@@ -1,5 +1,8 @@
 """What the backward pass needs is kept, computed again or recovered: with the same gradients, and with less memory."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import SMALL
@@ -111,3 +114,17 @@ def test_a_batch_that_does_not_fit_names_the_largest_that_does(images, tmp_path,
     fits = int(error.partition("at most ")[2].split()[0])
     assert command("train", *words, f"trainer.batch_size={fits}", f"out={tmp_path / 'other'}")[0] == 0
     assert costs.free_memory() > 300_000
+
+
+def test_what_is_free_is_what_the_limits_of_the_process_leave(monkeypatch, tmp_path):
+    free = costs.free_memory()
+    monkeypatch.setattr(costs, "GROUPS", tmp_path)
+    for name, words in {"max": "8000000", "current": "6000000", "stat": "anon 1\nfile 5000000\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(words)
+    assert costs.free_memory() == 7_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert costs.free_memory() > free / 2
+    used = int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:")))
+    limits = {resource.RLIMIT_DATA: 1024 * used + 50_000_000}
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (limits.get(limit, resource.RLIM_INFINITY), resource.RLIM_INFINITY))
+    assert 40_000_000 < costs.free_memory() <= 50_000_000

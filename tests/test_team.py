@@ -14,13 +14,14 @@ from conftest import SMALL
 from test_house import compose_config
 from test_training import rows, spawn, wait_for_step
 from together import judge, work
+from torch import distributed as dist
 
 from flowgen import shares
 from flowgen.errors import FlowgenError
 from flowgen.shares import Share, split
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.run import Run
-from flowgen.training.team import Team
+from flowgen.training.team import Team, join
 
 TINY = [word for word in SMALL if not word.startswith("model.")]
 MODELS = {  # by descent: Adam makes steps of the rounding errors that are the gradient of a bias before a batch normalisation
@@ -143,6 +144,27 @@ def test_a_batch_that_cannot_be_shared_names_the_next_that_can():
     Team(1, 2).check_divides(8, 4)
     with pytest.raises(FlowgenError, match="batch_size=12"):
         Team(1, 3).check_divides(16, 2)
+
+
+def test_more_processes_than_gpus_train_on_the_cpu(monkeypatch):
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda *way, **how: iter([(dist.HashStore(), int(os.environ["RANK"]), 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *way, **how: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with join() as team:
+            team.check_device(torch.device("cpu"))
+            if rank == "0":
+                team.check_device(torch.device("cuda"))
+    assert chosen == [0]
+    with pytest.raises(FlowgenError, match=r"process 2 of this machine finds 1 GPU: .* trainer\.device=cpu"):
+        team.check_device(torch.device("cuda"))
 
 
 def test_what_several_processes_cannot_do_is_said_at_once(images, tmp_path, command, monkeypatch):

@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -52,7 +54,7 @@ def prepared(source: Source, names: list[str], size: int, channels: int, crop: i
         if not kept:
             raise FlowgenError(f"none of the {len(names)} images of {source.path} can be used: {refused[0]}")
         shape = torch.Size((len(kept), channels, size, size))
-        return torch.from_file(str(index.with_suffix(".bin")), size=shape.numel(), dtype=torch.uint8).view(shape), set(kept)
+        return _mapped(index.with_suffix(".bin")).view(shape), set(kept)
 
 
 def written_once(name: str, stamps: object, chunks: Callable[[], Iterable[Tensor]]) -> Tensor:
@@ -69,8 +71,14 @@ def written_once(name: str, stamps: object, chunks: Callable[[], Iterable[Tensor
                 aside.replace(path)
             finally:
                 aside.unlink(missing_ok=True)
-        size = path.stat().st_size
-        return torch.from_file(str(path), size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+        return _mapped(path) if path.stat().st_size else torch.empty(0, dtype=torch.uint8)
+
+
+def _mapped(path: Path) -> Tensor:
+    """The bytes of a file, to be read only: its pages are the system's to take back, so that a machine may have less memory than that."""
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
 
 
 @contextlib.contextmanager

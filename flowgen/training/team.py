@@ -41,6 +41,13 @@ class Team(Share):
             good = max(least, batch_size // least * least)
             raise FlowgenError(f"batch_size={batch_size} cannot be shared among {parts}: set trainer.batch_size={good}")
 
+    def check_device(self, device: torch.device) -> None:
+        """Raises FlowgenError where each process is to have a GPU of its own, and this machine has fewer."""
+        place, there = _place(), torch.cuda.device_count()
+        if self.size > 1 and device.type == "cuda" and place >= there:
+            cure = "start no more processes than that, or set trainer.device=cpu"
+            raise FlowgenError(f"process {place + 1} of this machine finds {there} GPU{'s' * (there != 1)}: {cure}")
+
     def ask(self, answer: Callable[..., T], *arguments: Any) -> T:
         """What `answer` gives in the first process; it is not called in the others."""
         if self.size == 1:
@@ -77,20 +84,22 @@ class Team(Share):
 ALONE = Team()
 
 
+def _place() -> int:
+    """Which of the processes of this machine this one is, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 @contextmanager
 def join() -> Iterator[Team]:
     """Meet the others, by gloo between CPUs and nccl between GPUs; alone where none were started.
 
-    Of an error that several run into, the first to do so tells. Raises FlowgenError where there are fewer GPUs than processes.
+    Of an error that several run into, the first to do so tells.
     """
     if not started_together():
         yield ALONE
         return
-    if torch.cuda.is_available():
-        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= there:
-            raise FlowgenError(f"process {local + 1} of this machine finds {there} GPUs: start no more processes than that")
-        torch.cuda.set_device(local)
+    if _place() < torch.cuda.device_count():
+        torch.cuda.set_device(_place())
     store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)

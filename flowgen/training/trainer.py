@@ -57,6 +57,7 @@ class Trainer:
         """
         if team.size > 1 and not model.shares_batches:
             raise FlowgenError("this model trains in one process alone: leave trainer.devices and torchrun out, and give each device a run")
+        team.check_device(self.machine.device)
         team.check_divides(self.optimisation.batch_size, self.optimisation.accumulate)
         for name in ("batch_size", "initial_images"):
             check_fits(f"trainer.{name}", getattr(self.optimisation, name), 5 * math.prod(data.shape))  # a byte and a float32 a number
