@@ -94,6 +94,26 @@ def test_a_run_folder_reads_and_writes_nothing_outside_itself(tiny_run, command,
             aside.rename(path)
 
 
+def test_a_file_outside_a_run_leaves_its_folder_alone(tiny_run, command, tmp_path, elsewhere):
+    """A stranger's folder is no run: what a command makes of a model there has a place of its own."""
+    place, secret = tmp_path / "mine", save_image(tmp_path / "secret.png")
+    place.mkdir()
+    assert command("export", tiny_run, place / "one.safetensors")[0] == 0
+    shutil.copy(Run(tiny_run).last, place / "other.pt")
+    (place / "holiday.png").symlink_to(secret)
+    for name in ("validation_mine.pt", "evaluation.json", "sample.png", "score.png", "train.log"):
+        (place / name).write_text("mine")
+    before = {path: path.read_bytes() for path in place.iterdir()}
+    for file in ("one.safetensors", "other.pt"):
+        status, output, error = command("sample", "--run", place / file, "--count", 2)
+        assert status == 0 and output.strip() == f"outputs/files/{Path(file).stem}/sample.png", error
+    assert command("resume", place / "other.pt", "trainer.steps=7")[0] == 0
+    assert Run(elsewhere / "outputs" / "files" / "other").read_metrics()[-1]["step"] == 7
+    status, _, error = command("resume", place / "other.pt", "trainer.steps=8")
+    assert status == 1 and "outputs/files/other holds a run already" in error and len(error.splitlines()) == 1
+    assert {path: path.read_bytes() for path in place.iterdir()} == before
+
+
 PARTS = (
     {"images_seen": -1},
     {"step": True},

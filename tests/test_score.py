@@ -160,6 +160,8 @@ def test_a_stream_reads_images_folders_and_zips_and_counts_what_it_cannot(tmp_pa
 def test_score_lists_the_strangest_first_and_writes_all(tiny_run, images, command, tmp_path):
     torch.manual_seed(1)
     Image.fromarray(torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()).save(images / "noise.png")
+    for name in ("validation_mine.pt", f"validation_{16 * 'a'}_{8 * '1'}.pt"):
+        (tiny_run / name).touch()
     words = ["score", images, images / "noise.png", "--run", tiny_run, "--csv", tmp_path / "all.csv", "--out", tmp_path / "score.png"]
     status, output, error = command(*words)
     assert status == 0, error
@@ -171,7 +173,7 @@ def test_score_lists_the_strangest_first_and_writes_all(tiny_run, images, comman
     assert strange["image"].endswith("noise.png") and float(strange["percentile"]) == 100
     picture = (tmp_path / "score.png").read_bytes()
     assert command(*words)[1] == output and (tmp_path / "score.png").read_bytes() == picture  # the second time from what was kept
-    assert len(list(tiny_run.glob("validation_*.pt"))) == 1
+    assert len(list(tiny_run.glob("validation_*.pt"))) == 2 and (tiny_run / "validation_mine.pt").exists(), "only what it kept itself goes"
 
 
 def test_the_bits_per_dim_of_score_are_the_models(tiny_run, images, command, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from flowgen.training.checkpoint import digest_of
 from flowgen.training.run import Run
 
 BATCH = 50
+KEPT = re.compile(r"validation_[0-9a-f]{16}_[0-9a-f]{8}\.pt")
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ def judge_by(run: Run, checkpoint: dict[str, Any], model: GenerativeModel, count
         count = min(count, len(data.validation))
         held_out = statistics_of_all(model, data.batches("validation", BATCH, count), count, seed, progress)
         with suppress(OSError):  # a folder that is not ours to write to
-            for older in run.folder.glob("validation_*.pt"):
-                older.unlink()
+            for older in run.folder.iterdir():
+                if KEPT.fullmatch(older.name):
+                    older.unlink()
             torch.save(held_out, kept)
     return Judge(model, config, data, run.folder, Outliers(held_out))
 

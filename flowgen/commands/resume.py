@@ -11,7 +11,7 @@ from flowgen.config import build, build_model_and_data, flat, in_todays_words, l
 from flowgen.errors import FlowgenError, check_whole
 from flowgen.launcher import launch, to_launch
 from flowgen.training.checkpoint import read_checkpoint, weights_of
-from flowgen.training.find import find_checkpoint, find_run
+from flowgen.training.find import find_checkpoint, find_file, find_run
 from flowgen.training.run import NoRun, Run
 from flowgen.training.stop import pass_on
 
@@ -58,9 +58,11 @@ def resume(name: str, overrides: list[str]) -> None:
 
     Raises FlowgenError.
     """
-    run = find_run(name)
+    run, file = find_run(name), find_file(name)
+    if file is not None and not file.resolve().is_relative_to(run.folder.resolve()) and run.config.exists():
+        raise FlowgenError(f"{run.folder} holds a run already: go on with `flowgen resume {run.folder}`, or move it away")
     with sole_trainer_of(run):
-        checkpoint = read_checkpoint(Path(name)) if Path(name).is_file() else run.last_good()
+        checkpoint = run.last_good() if file is None else read_checkpoint(file)
         config = in_todays_words(read_config(run.config) if checkpoint is None else checkpoint["config"])
         config = override(config, one_end(overrides))
         if config["data"].get("root") is not None:

@@ -26,7 +26,7 @@ def list_runs(*folders: Path) -> list[Run]:
 
 
 def find_run(name: str) -> Run:
-    """The run whose folder, checkpoint file or name under `outputs/` this is; of a model of the zoo or the Hub, where its pictures go.
+    """The run whose folder, checkpoint or name under `outputs/` this is; of a file elsewhere and of zoo and Hub, where its pictures go.
 
     Raises FlowgenError where there is none, and where its files lead elsewhere.
     """
@@ -40,9 +40,10 @@ def _named(name: str) -> Run:
         return Run(OUTPUTS / "hf" / check_name(name.removeprefix(PREFIX)))
     if name.startswith("zoo/"):
         return Run(OUTPUTS / zoo_file(name).relative_to(ZOO.parent).with_suffix(""))
+    file = find_file(name)
+    if file is not None:
+        return Run(file.parent.parent if _lies_in_a_run(file) else OUTPUTS / "files" / file.stem)
     for path in (Path(name), OUTPUTS / name):
-        if path.is_file():
-            return Run(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
         if path.is_dir() and (path / "config.yaml").exists():
             return Run(path)
     parts = Path(name).parts
@@ -50,6 +51,15 @@ def _named(name: str) -> Run:
     if len(matches) == 1:
         return matches[0]
     raise FlowgenError(f"{name or 'an empty name'} is {'several runs' if matches else 'no run'}: `flowgen runs` lists them")
+
+
+def find_file(name: str) -> Path | None:
+    """The file that this names, here or under `outputs/`, None of a run by another name."""
+    return next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
+
+
+def _lies_in_a_run(file: Path) -> bool:
+    return file.parent.name == "checkpoints" and file.suffix != SUFFIX
 
 
 def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, dict[str, Any]]:
@@ -64,10 +74,9 @@ def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, 
                 return run, _evaluated(run, checkpoint)
         raise FlowgenError(f"no {_kind(wanted)} under outputs/ has a checkpoint: {_how_to_train(wanted)}, or name one with --run")
     run = find_run(name)
-    path = next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
+    path = find_file(name)
     if name.startswith(("zoo/", PREFIX)):
         checkpoint = read_portable(download(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else zoo_file(name))
-        run.folder.mkdir(parents=True, exist_ok=True)  # for what the command makes
     elif path is not None and path.suffix == SUFFIX:
         checkpoint = read_portable(path)
     else:
@@ -76,6 +85,8 @@ def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, 
         raise FlowgenError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}` goes on with it")
     if not _is_of(checkpoint["config"], wanted):
         raise FlowgenError(f"{name} is no {_kind(wanted)}, which this command needs: name another with --run, or {_how_to_train(wanted)}")
+    with contextlib.suppress(OSError):  # of a file elsewhere, for what the command makes, unless --out says where
+        run.folder.mkdir(parents=True, exist_ok=True)
     return run, _evaluated(run, checkpoint)
 
 
