@@ -71,7 +71,7 @@ MAY_IMPORT = {
         "plane",
         "progress",
     },
-    "answers": {"commands", "config", "data", "directions", "errors", "judging", "models", "pictures"},
+    "answers": {"commands", "config", "data", "directions", "errors", "judging", "measures", "messages", "models", "pictures"},
     "page": {"answers", "document", "errors", "messages", "pictures"},
     "bot": {"answers", "errors", "messages", "pictures"},
     "cli": {"launcher", "commands", "page", "bot", "errors", "config", "training", "messages"},

@@ -14,7 +14,8 @@ from flowgen.bijections import ZeroConv2d, inversion_error, save_memory
 from flowgen.bijections import memory as memory_module
 from flowgen.config import build_model, model_for
 from flowgen.errors import FlowgenError
-from flowgen.models import GenerativeModel
+from flowgen.models import RBM, GenerativeModel
+from flowgen.models.rbm.negative_phase import PCD, Tempering
 from flowgen.training.footprint import _kept
 from flowgen.training.machine import Machine
 
@@ -97,6 +98,16 @@ def test_what_is_kept_grows_with_depth_unless_it_is_recovered():
             kept[depth, memory] = sizes[1] - sizes[0]
     assert kept[16, "keep"] > 6 * kept[2, "keep"]
     assert kept[16, "invert"] == kept[2, "invert"] < kept[2, "keep"] / 2
+
+
+@pytest.mark.parametrize("phase", [PCD(sweeps=1, chains=5), Tempering(sweeps=1, chains=5, temperatures=3, adapt=True)])
+def test_a_look_at_the_memory_leaves_chains_and_statistics_as_they_were(phase):
+    rbm = RBM([1, 4, 4], 6, negative_phase=phase)
+    levels = torch.randint(2, (8, 1, 4, 4), dtype=torch.uint8)
+    rbm.initialize(levels)
+    before = {name: value.clone() for name, value in rbm.state_dict().items()}
+    _kept(rbm, Machine(device="cpu", threads=1, precision="float32", compile=False), levels, None)
+    assert [name for name, value in rbm.state_dict().items() if not torch.equal(value, before[name])] == []
 
 
 def test_a_run_watches_what_it_recovers(images, tmp_path, command, monkeypatch):

@@ -2,17 +2,23 @@
 
 import csv
 import math
+import os
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, save_image
 from PIL import Image
 from test_cli import assert_plain
-from test_models import MODELS, noise, started
+from test_models import MODELS, glow, noise, started
 
 import flowgen
 from flowgen.bijections import FactorOut
+from flowgen.commands import against
+from flowgen.commands.against import images_for
+from flowgen.commands.judge import Judge
+from flowgen.config import build_data
 from flowgen.data import Stream
 from flowgen.errors import FlowgenError
 from flowgen.judging import Outliers, auroc, complexity
@@ -78,6 +84,22 @@ def test_what_is_usual_needs_four_images():
 def test_percentile_is_the_share_of_likelier_images():
     outliers = Outliers(held_out(10) | {"log_prob": torch.arange(10.0)})
     assert outliers.percentile(torch.tensor([-1.0, 0.0, 4.5, 9.0, 10.0])).tolist() == [100, 90, 50, 0, 0]
+    assert outliers.percentile(torch.tensor([math.nan, -math.inf])).tolist() == [100, 100], "all others are likelier"
+
+
+@pytest.mark.parametrize("broken", [math.nan, -math.inf])
+def test_a_held_out_image_beyond_floats_is_the_strangest_and_leaves_the_others_their_p_values(broken, caplog):
+    usual = held_out(40)
+    usual["log_prob"][[0, 1]] = broken  # one of those that fit, one of those that calibrate
+    outliers = Outliers(usual)
+    assert "2 of 40 validation images are beyond what float32 holds" in caplog.text
+    strange = held_out(1, log_prob=-900.0)
+    p_values = outliers.p_values(outliers.scores(strange))
+    for name in ("likelihood", "complexity", "combined", "typicality", "density_of_states"):
+        assert p_values[name].item() == pytest.approx(2 / 21), name
+    assert outliers.percentile(strange["log_prob"]).item() == 95
+    with pytest.raises(FlowgenError, match="nearly all"):
+        Outliers(usual | {"log_prob": torch.full((40,), broken)})
 
 
 def test_the_kernel_density_is_that_of_the_points():
@@ -192,15 +214,33 @@ def test_against_prints_both_ways_where_a_run_of_the_other_data_is_there(tiny_ru
         pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8)
         other.mkdir(exist_ok=True)
         Image.fromarray(pixels.numpy()).save(other / f"{number}.png")
-    words = ["score", "--run", tiny_run, "--against", "data=folder", "--against", f"data.root={other}"]
+    words = ["score", "--run", tiny_run, "--against", "data=folder", "--against", f"data.root={os.path.relpath(other)}"]
     status, output, error = command(*words)
     assert status == 0 and "train one" in error, error
     rows = {line.split()[0]: line.split() for line in output.splitlines() if "±" in line}
     assert float(rows["likelihood"][1]) > 0.9 and len(rows["likelihood"]) == 4
-    assert command("train", *SMALL, f"data.root={other}", "trainer.steps=2", "out=outputs/back")[0] == 0
+    assert command("train", *SMALL, f"data.root={other}", "trainer.steps=2", "out=outputs/model.width=8")[0] == 0
     both = command(*words)[1]
     assert len({line.split()[0]: line.split() for line in both.splitlines() if "±" in line}["likelihood"]) == 7
-    assert command("score", "--run", tiny_run, "--against", "outputs/back")[1] == both
+    assert command("score", "--run", tiny_run, "--against", "outputs/model.width=8")[1] == both, "a run of a sweep"
+
+
+TOY = {"_target_": "flowgen.data.Toy", "name": "moons", "count": 8, "bits": 8, "flip": False}
+
+
+def judge_with(model: Flow) -> Judge:
+    return Judge(model, {"data": TOY}, build_data({"data": TOY}), Path(), Outliers(held_out(4)))
+
+
+def test_data_of_older_runs_is_compared_and_data_that_does_not_fit_fails_before_any_is_scored(monkeypatch):
+    """Older configurations repeat what the data itself says: its channels and size."""
+    judge = judge_with(glow(channels=2, size=1, bits=8))
+    assert images_for(judge, TOY | {"channels": 2, "size": 1}).shape == (2, 1, 1)
+    monkeypatch.setattr(against, "find_checkpoint", lambda name: (None, {"config": {"data": TOY}}))
+    monkeypatch.setattr(against, "judge_of", lambda *given: judge_with(glow()))
+    monkeypatch.setattr(against, "one_way", lambda *given: pytest.fail("scored"))
+    with pytest.raises(FlowgenError, match="do not fit"):
+        list(against.compare(judge, ["run"], 8, 0, "cpu"))
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ from flowgen.answers.turns import Turns
 from flowgen.commands.complete import check_mask, grey, restore
 from flowgen.commands.directions import directions_of
 from flowgen.commands.interpolate import between
-from flowgen.commands.judge import Judge, figure_of, in_unit, judge_by, statistics_of
+from flowgen.commands.judge import Judge, in_unit, judge_by, likelihood_of, statistics_of
 from flowgen.commands.sample import draw
 from flowgen.config import find_model
 from flowgen.data import check_pictures
 from flowgen.errors import FlowgenError
 from flowgen.judging.outliers import DEFAULT
-from flowgen.models import Classifies, Completes, Flow, GenerativeModel, RunsChains
+from flowgen.measures import BITS_PER_DIM
+from flowgen.models import Classifies, Completes, GenerativeModel, RunsChains
 
 CHAINS_KEPT = 4
 HELD_OUT, SEED = 1000, 0  # as `flowgen score`, so that figures are the same
@@ -60,7 +61,8 @@ class Answers:
 
     @property
     def unit(self) -> str:
-        return "bits/dim" if isinstance(self.model, Flow) else figure_of(self.model).replace("_", " ") + ", nats"
+        metric = likelihood_of(self.model)
+        return metric.unit if metric == BITS_PER_DIM else f"{metric.name.replace('_', ' ')}, {metric.unit}"
 
     def command(self, name: str, *words: str, **options: Any) -> str:
         """The command line that makes the same picture; options that are None or False are left out, and those that are True bare."""

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from flowgen.commands.judge import BATCH, Judge, judge_of, statistics_of_all
 from flowgen.commands.runs import readable_runs
-from flowgen.config import build, data_section, in_shape, of_the_same_images, read_config
+from flowgen.config import build_data, data_section, in_shape, of_the_same_images, read_config
+from flowgen.data import Images
 from flowgen.errors import FlowgenError
 from flowgen.judging import AUROC, auroc
-from flowgen.models import Flow, GenerativeModel
+from flowgen.measures import Metric
 from flowgen.targets import class_of
 from flowgen.training.find import find_checkpoint
 from flowgen.training.portable import about_portable, zoo, zoo_file
@@ -37,27 +38,34 @@ def compare(judge: Judge, words: list[str], count: int, seed: int, device: str) 
     `words` are a data set as for training, or the run of a model of it. Without a run the way back is that of the newest model of those
     images. Raises FlowgenError for a data set or a run that there is not.
     """
-    if any("=" in word for word in words):
+    if any(word.startswith("data=") for word in words):
         section = data_section(words)
-        name = _model_of(section, Flow if isinstance(judge.model, Flow) else type(judge.model))
+        name = _model_of(section, judge.model.metric)
     else:
         if len(words) > 1:
             raise FlowgenError("--against names several runs: name one, or compare one after the other")
         name = words[0]
         section = find_checkpoint(name)[1]["config"]["data"]
-    ways = [one_way(judge, section, count, seed)]
+    ways = [(judge, section, images_for(judge, section))]
     if name is None:
         log.warning("the way back needs a model of %s: train one, or name its run by --against RUN", _title(section))
     else:
-        ways.append(one_way(judge_of(name, count, seed, device), judge.config["data"], count, seed))
-    yield from _table(ways)
+        back = judge_of(name, count, seed, device)
+        ways.append((back, judge.config["data"], images_for(back, judge.config["data"])))
+    yield from _table([one_way(*way, count, seed) for way in ways])
 
 
-def one_way(judge: Judge, section: dict[str, Any], count: int, seed: int) -> Way:
-    """From the run's test images to those of another data section, at most `count` of each. Raises FlowgenError where these do not fit."""
-    other = build("data", in_shape(section, judge.config["data"], judge.model.shape, judge.model.bits)).to(judge.model.device)
+def images_for(judge: Judge, section: dict[str, Any]) -> Images:
+    """The images of another data section, made into those that the run's model takes. Raises FlowgenError where these do not fit."""
+    other = build_data({"data": in_shape(section, judge.config["data"], judge.model.shape, judge.model.bits)})
     if (other.shape, other.bits) != (judge.model.shape, judge.model.bits):
         raise FlowgenError(f"images of {other.shape} do not fit a model of {judge.model.shape}: compare data of the same shape")
+    return other
+
+
+def one_way(judge: Judge, section: dict[str, Any], other: Images, count: int, seed: int) -> Way:
+    """From the run's test images to the `other` ones of a data section, at most `count` of each."""
+    other.to(judge.model.device)
     sides = []
     for data in (judge.data, other):
         batches = data.batches("test", BATCH, count)
@@ -83,12 +91,12 @@ def _table(ways: list[Way]) -> Iterator[str]:
             yield f"{name:18} " + "  ".join(f"{100 * rate:11.1f}" for rate in rates)
 
 
-def _model_of(section: dict[str, Any], kind: type[GenerativeModel]) -> str | None:
-    """The newest run, else the model of the zoo, that was trained on these images and is of this kind."""
+def _model_of(section: dict[str, Any], metric: Metric) -> str | None:
+    """The newest run, else the model of the zoo, that was trained on these images and is compared by this metric."""
     configs = [(str(run.folder), read_config(run.config)) for run in readable_runs() if run.checkpoints()]
     configs += [(name, about_portable(zoo_file(name))["config"]) for name in zoo()]
     of_it = [(name, config) for name, config in configs if of_the_same_images(config["data"], section)]
-    return next((name for name, config in of_it if issubclass(class_of("model", config["model"]), kind)), None)
+    return next((name for name, config in of_it if getattr(class_of("model", config["model"]), "metric", None) == metric), None)
 
 
 def _title(section: dict[str, Any]) -> str:

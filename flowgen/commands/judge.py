@@ -15,7 +15,8 @@ from torch import Tensor
 from flowgen.config import build_data, find_model, in_todays_words
 from flowgen.data import Images
 from flowgen.judging import Outliers, complexity
-from flowgen.models import Flow, GenerativeModel
+from flowgen.measures import BITS_PER_DIM, Metric
+from flowgen.models import GenerativeModel
 from flowgen.progress import Progress, bar
 from flowgen.training.checkpoint import digest_of
 from flowgen.training.run import Run
@@ -36,8 +37,8 @@ class Judge:
 
     @property
     def figure(self) -> str:
-        """bits/dim of a flow, nats of an RBM: the name of the column that says so."""
-        return figure_of(self.model)
+        """The name of the column that says how likely images are: bits/dim, or nats."""
+        return likelihood_of(self.model).name
 
     def figures(self, levels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The likelihood in the model's unit, its percentile, and every score with its p-value: (batch,) each."""
@@ -49,14 +50,14 @@ class Judge:
         return named
 
 
-def figure_of(model: GenerativeModel) -> str:
-    """The name of `in_unit`."""
-    return model.metric.name if isinstance(model, Flow) else model.score_metric.name
+def likelihood_of(model: GenerativeModel) -> Metric:
+    """What `in_unit` is."""
+    return model.metric if model.metric == BITS_PER_DIM else model.score_metric
 
 
 def in_unit(model: GenerativeModel, log_prob: Tensor) -> Tensor:
-    """A log-probability in nats as bits/dim, where the model is a flow."""
-    return log_prob / (-math.log(2) * math.prod(model.shape)) if isinstance(model, Flow) else log_prob
+    """A log-probability in nats as bits/dim, where the model is compared by these."""
+    return log_prob / (-math.log(2) * math.prod(model.shape)) if model.metric == BITS_PER_DIM else log_prob
 
 
 def judge_of(name: str | None, count: int, seed: int, device: str) -> Judge:

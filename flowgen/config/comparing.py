@@ -1,5 +1,6 @@
 """Other data for a trained model: the same shape and bits, another set."""
 
+from pathlib import Path
 from typing import Any
 
 from flowgen.config.files import conf_folder, options
@@ -21,6 +22,8 @@ def data_section(words: list[str]) -> dict[str, Any]:
     section = override({"data": section}, [word for word in words if not word.startswith("data=")])["data"]
     if section.get("root") == "???":
         raise FlowgenError(f"data={named[0]} needs data.root: add data.root=FOLDER")
+    if section.get("root") is not None:
+        section["root"] = str(Path(str(section["root"])).expanduser().resolve())
     return section
 
 

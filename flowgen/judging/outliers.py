@@ -1,5 +1,6 @@
 """How strange images are to a model: scores that grow with strangeness, and what they are worth."""
 
+import logging
 import math
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from flowgen.errors import FlowgenError
 
 DEFAULT = "combined"  # right in both directions where each of its parts fails in one
 FEWEST = 4  # two to fit a deviation, two to calibrate
+log = logging.getLogger("flowgen")
 Statistics = dict[str, Tensor]  # see `GenerativeModel.statistics`, with the images' `complexity` in bits
 
 
@@ -19,13 +21,22 @@ class Outliers:
     likelihood: -log p(x). typicality: |log p(x) - its mean|, Nalisnick et al. (1906.02994), section 3. complexity: -log p(x) less the bits
     of a lossless code, Serra et al. (1909.11480), equation 2. last_level: minus the density of a flow's last level, Schirrmeister et al.
     (2006.10848). density_of_states: the sum of -log of the kernel densities of a flow's statistics, Morningstar et al. (2006.09273).
-    combined: the larger of likelihood and complexity, each in deviations from its mean. Raises FlowgenError for fewer than four images.
+    combined: the larger of likelihood and complexity, each in deviations from its mean. A score that is not finite is the strangest of all.
+    Raises FlowgenError for fewer than four images, or where hardly any has finite statistics.
     """
 
     def __init__(self, held_out: Statistics):
-        if len(held_out["log_prob"]) < FEWEST:
+        count = len(held_out["log_prob"])
+        if count < FEWEST:
             raise FlowgenError(f"what is usual cannot be told from fewer than {FEWEST} validation images: use a run of more data")
-        self.fitted, self.calibration = ({name: values[half::2].double() for name, values in held_out.items()} for half in (0, 1))
+        fitted, self.calibration = ({name: values[half::2].double() for name, values in held_out.items()} for half in (0, 1))
+        if broken := int((~_finite(held_out)).sum()):
+            log.warning("%d of %d validation images are beyond what float32 holds: they count as the strangest", broken, count)
+        finite = _finite(fitted)
+        if finite.sum() < FEWEST // 2:
+            raise FlowgenError("nearly all validation images are beyond what float32 holds: name another run, or an earlier checkpoint")
+        self.fitted = {name: values[finite] for name, values in fitted.items()}
+        self.log_probs = _or_impossible(held_out["log_prob"]).sort().values
         self.moments = {name: (values.mean(), values.std()) for name, values in _one_sided(self.fitted).items()}
         self.usual = {name: scores.sort().values for name, scores in self.scores(self.calibration).items()}
 
@@ -57,9 +68,18 @@ class Outliers:
 
     def percentile(self, log_prob: Tensor) -> Tensor:
         """The share of all held-out images that are likelier, in percent."""
-        held_out = torch.cat((self.fitted["log_prob"], self.calibration["log_prob"])).sort().values
-        likelier = len(held_out) - torch.searchsorted(held_out, log_prob.double(), right=True)
-        return 100 * likelier / len(held_out)
+        likelier = len(self.log_probs) - torch.searchsorted(self.log_probs, _or_impossible(log_prob), right=True)
+        return 100 * likelier / len(self.log_probs)
+
+
+def _finite(found: Statistics) -> Tensor:
+    """Which images have statistics that are all finite, (batch,)."""
+    return torch.stack([values.isfinite() for values in found.values()]).all(0)
+
+
+def _or_impossible(log_prob: Tensor) -> Tensor:
+    """With log 0 for what is no number."""
+    return log_prob.double().nan_to_num(-math.inf, math.inf, -math.inf)
 
 
 def _one_sided(found: Statistics) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ class Ladder(Rungs):
         if start is not None:
             visible = hold(visible, start, known)
         inputs = machine.hidden_input(visible)
-        self.hidden = draw_bits(inputs * (rung * beta), generator)
+        self.hidden.copy_(draw_bits(inputs * (rung * beta), generator))  # in place, so that what restores buffers restores it
         slope = visible @ (machine.base - beta * machine.visible_bias) - beta * torch.linalg.vecdot(inputs, self.hidden)
         lower, slopes = self.lower(), self.at(slope)
         odds = (self.betas[lower + 1] - self.betas[lower])[:, None] * (slopes[lower + 1] - slopes[lower])
