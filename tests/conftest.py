@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +85,17 @@ def fit(model: GenerativeModel, batch: Callable[[int], tuple], steps: int, lr: f
         optimizer.step()
     estimate_statistics(model, (batch(steps + number) for number in range(STATISTICS)))
     model.eval()
+
+
+@contextmanager
+def started(*words: object) -> Iterator[subprocess.Popen[str]]:
+    """`flowgen WORDS` in a process of its own, which is gone afterwards, however the test ends."""
+    command = [sys.executable, "-m", "flowgen", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # or the end of the block would wait for it
 
 
 def save_image(path: Path, shape: tuple[int, ...] = (8, 8, 3)) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import save_image
+from conftest import save_image, started
 from PIL import Image
 from test_cli import assert_plain
 from werkzeug.serving import make_server
@@ -112,14 +112,13 @@ def words_of(telegram: Telegram, two_runs: Path, token: str = TOKEN) -> list[str
     file = two_runs / "token"
     file.touch(0o600)
     file.write_text(token + "\n")
-    return [sys.executable, "-m", "flowgen", "bot", str(two_runs / "glow"), "--token-file", str(file), "--api", telegram.url]
+    return ["bot", str(two_runs / "glow"), "--token-file", str(file), "--api", telegram.url]
 
 
 @pytest.fixture(scope="module")
 def bot(telegram: Telegram, two_runs: Path) -> Iterator[Telegram]:
     """At work; in the end it stops when it is interrupted, and the token was in nothing that it said."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(words_of(telegram, two_runs), text=True, **pipes) as process:
+    with started(*words_of(telegram, two_runs)) as process:
         yield telegram
         process.send_signal(signal.SIGINT)
         output, error = process.communicate(timeout=30)
@@ -198,7 +197,7 @@ def test_the_token_is_in_no_output_when_telegram_refuses_it_or_is_not_there(tele
         free.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
     for address, answer, words in ((telegram.url, "refuses the token", ["--debug"]), (nowhere, "cannot be reached", [])):
-        line = [*words_of(telegram, two_runs, OTHER)[:-1], address, *words]
+        line = [sys.executable, "-m", "flowgen", *words_of(telegram, two_runs, OTHER)[:-1], address, *words]
         done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 1 and answer in done.stderr and "REVOKED" not in done.stdout + done.stderr
 

@@ -8,8 +8,6 @@ import os
 import random
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_image
+from conftest import save_image, started
 from PIL import Image
 from test_cli import assert_plain
 from werkzeug.test import Client
@@ -400,8 +398,7 @@ def test_many_requests_at_once_are_neither_lost_nor_mixed_up(glow):
 
 
 def test_explore_serves_until_it_is_interrupted(two_runs):
-    words = [sys.executable, "-m", "flowgen", "explore", two_runs / "glow", "--port", "0"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started("explore", two_runs / "glow", "--port", "0") as process:
         address = next(word for word in process.stdout.readline().split() if word.startswith("http://127.0.0.1:"))
         with urllib.request.urlopen(address, timeout=20) as response:
             assert b"flowgen" in response.read()

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from flowgen import progress
-from flowgen.progress import bar, in_words
+from flowgen.progress import bar, in_words, unseen
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,18 @@ def test_a_training_without_a_terminal_says_how_long_it_will_take(tiny_run, comm
     monkeypatch.setattr(progress, "ENOUGH", 0.0)
     monkeypatch.setattr(progress, "LONG", 0.0)
     assert "steps: 7 of 9, about" in command("resume", tiny_run, "trainer.steps=9")[2]
+
+
+def test_what_a_model_does_many_times_is_shown(glow, rbm):
+    shown = []
+
+    def note(steps, what, total=None):
+        shown.append((what, total))
+        return steps
+
+    for answers in (glow, rbm):
+        answers.model.watch(note)
+        levels, _ = answers.model.sample(2, **({"method": "gibbs", "sweeps": 4} if answers is rbm else {}))
+        answers.model.score(levels, draws=3)
+        answers.model.watch(unseen)
+    assert shown == [("draws", 3), ("gibbs", 4)]

@@ -80,7 +80,7 @@ class Flow(Classifies, CompletesByLangevin):
 
     def score(self, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """log p(x) of each image in nats, (batch,): the log of the mean of `draws` importance weights p(x + u) / q(u)."""
-        each = torch.stack([self.log_prob(levels, generator, labels) for _ in range(draws)])
+        each = torch.stack([self.log_prob(levels, generator, labels) for _ in self.progress(range(draws), "draws", draws)])
         return each.logsumexp(0) - math.log(draws)
 
     @torch.no_grad()

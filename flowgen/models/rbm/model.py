@@ -1,6 +1,7 @@
 """Restricted Boltzmann machines over binary images."""
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -151,8 +152,7 @@ class RBM(Machine, Completes, RunsChains):
         check_choice(METHODS, method=method)
         noise = white_noise(self, count, generator)
         states = METHODS[method](self, noise, beta=1 / max(temperature, 1e-6), generator=generator)
-        visible, _ = next(islice(states, sweeps - 1, None))
-        visible = visible.round()  # mean field's are probabilities
+        visible = deque(self.progress(islice(states, sweeps), method, sweeps), maxlen=1)[0][0].round()  # mean field's are probabilities
         return self.levels(visible), -self.free_energy(visible)
 
     @torch.no_grad()
