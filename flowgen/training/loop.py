@@ -171,13 +171,13 @@ class Training:
         measured = judgement[model.metric.name]
         self.state.model.train()
         self.journal.write(self.state.step, split, judgement)
-        self.journal.curves()
+        if not self.over:  # then they are drawn once, at the end
+            self.journal.curves()
         if split == "test":
             again = self.data.batches(split, self.optimisation.batch_size, self.cadence.evaluate_images)
             doubt_likelihood(measured, self.data, again)
             return False
-        cost = model.metric.cost(measured.value)
-        better = cost < self.state.best
+        better = (cost := model.metric.cost(measured.value)) < self.state.best
         self.state.best, self.state.without_gain = min(cost, self.state.best), 0 if better else self.state.without_gain + 1
         return better
 
