@@ -1,6 +1,7 @@
-"""How often the truth lies in a completion's 90 % intervals: held-out images of MNIST, one half of each kept.
+"""How often the truth lies in a completion's 90 % intervals: held-out images, one half of each kept.
 
-`python scripts/coverage.py --count 200`: a Glow's Langevin chains, an RBM's Gibbs chains on binary pixels, and training images at random.
+`python scripts/coverage.py --count 200`: a Glow's Langevin chains, training images at random, and an RBM's Gibbs chains on binary pixels where
+it is of such images.
 """
 
 import argparse
@@ -8,7 +9,6 @@ import argparse
 import torch
 from torch import Tensor
 
-import flowgen
 from flowgen.commands.complete import mask
 from flowgen.config import build_data, find_model
 from flowgen.data import Images
@@ -32,7 +32,7 @@ def report(name: str, draws: Tensor, truth: Tensor) -> None:
     over = [((each * some).sum() / some.sum()).item() for each, some in zip(inside, varied, strict=True) if some.any()]
     absolute = (draws.mean(1) - truth).abs().mean(1)
     print(
-        f"{name:24} {mean(inside.mean(1).tolist())!s:18} {mean([value.item() for value in over])!s:18} {mean(absolute.tolist())}",
+        f"{name:24} {mean(inside.mean(1).tolist())!s:18} {mean(over)!s:18} {mean(absolute.tolist())}",
         flush=True,
     )
 
@@ -82,8 +82,9 @@ def main() -> None:
     report(
         "training images", missing(data.train.images[chosen.flatten()] >> (8 - data.bits)).view(len(levels), CHAINS, -1), missing(levels)
     )
-    machine = flowgen.load(options.machine)
-    assert isinstance(machine, RBM)
+    _, _, machine = find_model(options.machine, "cpu", RBM)
+    if machine.shape != data.shape:
+        return
     bits = (levels >= 2 ** (data.bits - 1)).to(torch.uint8)
     report("RBM, binary pixels", of_machine(machine, bits, known), bits.flatten(1)[:, ~known.flatten()].float())
 
