@@ -1,7 +1,7 @@
 """How often the truth lies in a completion's 90 % intervals: held-out images, one half of each kept.
 
-`python scripts/coverage.py --count 200`: a Glow's Langevin chains, training images at random, and an RBM's Gibbs chains on binary pixels where
-it is of such images.
+`python scripts/coverage.py --count 200`: a Glow's Langevin chains, training images at random, and, where it is of
+such images, an RBM's Gibbs chains on binary pixels.
 """
 
 import argparse
