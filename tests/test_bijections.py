@@ -35,6 +35,7 @@ from flowgen.bijections import (
     Logit,
     MaskedCoupling,
     Permute,
+    Planar,
     PLUConv1x1,
     RealNVPNetwork,
     ResNetwork,
@@ -42,6 +43,7 @@ from flowgen.bijections import (
     Roll,
     Squeeze,
     Standardize,
+    Sylvester,
     TokenAutoregressive,
     Transformer,
     ZeroConv2d,
@@ -146,6 +148,9 @@ TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callabl
     "equalize": (lambda: Equalize(4, 32), IMAGE, "unit"),
     "gaussianize": (lambda: Gaussianize(4, 4), IMAGE, "dark"),
     "standardize": (lambda: Standardize(6), (6,)),
+    "planar": (lambda: Planar(6), (6,)),
+    "sylvester": (lambda: Sylvester(6, 3), (6,)),
+    "sylvester of all directions": (lambda: Sylvester(6, 6), (6,)),
     "coupling, given a class": (lambda: Given(Coupling(ConvNetwork(2 + 3, 5, 4), Affine())), IMAGE),
     "transformer, given a class": (lambda: Given(Coupling(Transformer(8, 2 + 3, 8, 4, heads=2, layers=1), Affine())), IMAGE),
     "coupling of vectors, given a class": (lambda: Given(Coupling(DenseNetwork(3 + 3, 8, 3, layers=2), Additive())), (6,)),
@@ -292,8 +297,24 @@ def test_squeeze_keeps_each_block_of_four_together():
     assert Squeeze()(x)[0][0, :, 0, 1].tolist() == [2, 3, 6, 7]
 
 
+@pytest.mark.parametrize("name", ["planar", "sylvester"])
+@pytest.mark.parametrize("push", [-100.0, 100.0])
+def test_residual_layers_invert_however_far_their_parameters_are_pushed(name, push):
+    bijection, x = make(name)
+    with torch.no_grad():
+        if name == "planar":
+            bijection.push.copy_(push * bijection.direction)  # for -100 the layer would turn back along its direction, were it let
+        else:
+            bijection.outer.fill_(push)
+    z, log_det = bijection(x)
+    assert (bijection.inverse(z)[0] - x).abs().max() < 1e-9 and torch.isfinite(log_det).all()
+
+
 def test_only_networks_run_in_bfloat16():
     flow = Chain(Folded(ActNorm(4), PLUConv1x1(4)), Coupling(ConvNetwork(2, 8, 4), Affine()))
+    layers = Chain(Planar(6), Sylvester(6, 3))
+    for parameter in layers.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
     dtypes = []
     flow.bijections[1].network.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     x = torch.randn(4, 4, 4, 4)
@@ -303,8 +324,9 @@ def test_only_networks_run_in_bfloat16():
         z, log_det = flow(x)
         assert torch.equal(split(x)[0], split.float()(x)[0].float()) and split.network(x[:, :2]).dtype == torch.bfloat16
         folded = flow.bijections[0](x)[0]
+        bent = layers(x[:, 0, 0, :3].repeat(1, 2))[0]
     assert dtypes == [torch.bfloat16] and z.dtype == log_det.dtype == torch.float32
-    assert torch.equal(folded, flow.bijections[0](x)[0])
+    assert torch.equal(folded, flow.bijections[0](x)[0]) and torch.equal(bent, layers(x[:, 0, 0, :3].repeat(1, 2))[0])
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

@@ -22,7 +22,8 @@ def read_config_of(name: str) -> dict:
 
 def model_of(name: str, **changes: object) -> GenerativeModel:
     """The model of `conf/model/NAME.yaml` for images of 3x8x8 at 5 bits, but for `changes`."""
-    return build("model", read_config_of(name) | {"channels": 3, "size": 8, "bits": 5, "width": 8} | changes)
+    config = read_config_of(name)
+    return build("model", config | {"channels": 3, "size": 8, "bits": 5} | ({"width": 8} if "width" in config else {}) | changes)
 
 
 def glow(**changes: object) -> Glow:
@@ -50,6 +51,8 @@ MODELS: dict[str, Callable[..., GenerativeModel]] = {
     ),
     "jet": lambda **changes: model_of("jet", couplings=5, **changes),
     "jet of the paper": lambda **changes: model_of("jet", patch=2, couplings=5, mixing="permutation", gaussianize=False, **changes),
+    "planar": lambda **changes: model_of("planar", flows=3, **changes),
+    "sylvester": lambda **changes: model_of("sylvester", flows=3, **changes),
     "glow with learned base": lambda **changes: glow(base="learned", levels=1, **changes),
 }
 

@@ -21,6 +21,8 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "maf": lambda: model_of("maf", **PLANE | {"width": 32}),
     "tarflow": lambda: model_of("tarflow", **PLANE | {"width": 32}, layers=[1, 1, 1, 1]),
     "jet": lambda: model_of("jet", **PLANE | {"width": 16}, couplings=5),
+    "planar": lambda: model_of("planar", **PLANE, flows=16),
+    "sylvester": lambda: model_of("sylvester", **PLANE),
     "iaf": lambda: model_of("iaf", **PLANE | {"width": 32}),
 }
 NAMES = list(SETS)

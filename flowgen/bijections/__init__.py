@@ -12,6 +12,7 @@ from flowgen.bijections.memory import MEMORY
 from flowgen.bijections.networks import ConvNetwork, DenseNetwork, GatedNetwork, RealNVPNetwork, ResNetwork
 from flowgen.bijections.normalize import ActNorm, BatchNorm, batch_normalisations, estimate_statistics
 from flowgen.bijections.reshape import Flatten, Permute, Roll, Squeeze
+from flowgen.bijections.residual import Planar, Sylvester
 from flowgen.bijections.tokens import Head, TokenAutoregressive, local_head
 from flowgen.bijections.transformers import CausalTransformer, Transformer
 from flowgen.bijections.transforms import (
@@ -62,6 +63,7 @@ __all__ = [
     "Network",
     "PLUConv1x1",
     "Permute",
+    "Planar",
     "RealNVPNetwork",
     "ResNetwork",
     "Reverse",
@@ -69,6 +71,7 @@ __all__ = [
     "Spline",
     "Squeeze",
     "Standardize",
+    "Sylvester",
     "TokenAutoregressive",
     "Transform",
     "Transformer",

@@ -4,16 +4,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowgen.bijections.roots import root
 from flowgen.bijections.transforms.base import LOG_SCALES, Transform, bounded
 
 
 class MixtureOfLogistics(Transform):
     """y = exp(l) logit(sum_k pi_k sigmoid((x - mu_k) / s_k)) + t. Flow++ (1902.00275), section 3.2.
 
-    The inverse is found between the smallest and the largest of the components' own solutions, by Newton's method or by bisection.
+    The inverse is found between the smallest and the largest of the components' own solutions.
     """
-
-    most = 64  # steps: as many halve the range down to rounding
 
     def __init__(self, components: int = 4, scale: str = "bounded"):
         self.components = components
@@ -30,28 +29,8 @@ class MixtureOfLogistics(Transform):
         target = (y - shift) * (-log_scale).exp()
         _, means, log_deviations = mixture
         ends = means + log_deviations.exp() * target
-        with torch.no_grad():
-            x = self._solve(target, ends.amin(0), ends.amax(0), mixture)
-            slope = self._log_odds(x, *mixture)[1].exp().clamp(min=torch.finfo(x.dtype).tiny)
-        step = (target - self._log_odds(x, *mixture)[0]) / slope
-        x = x + (step - step.detach())  # nothing but the gradient of one more of Newton's steps
+        x = root(lambda x: self._log_odds(x, *mixture), target, ends.amin(0), ends.amax(0))
         return x, -(self._log_odds(x, *mixture)[1] + log_scale)
-
-    def _solve(self, target: Tensor, low: Tensor, high: Tensor, mixture: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """The x from `low` to `high` where the log-odds are `target`: a step of Newton's where it stays inside and halves the last one."""
-        x, last, rounding = (low + high) / 2, high - low, 2 * torch.finfo(low.dtype).eps
-        for _ in range(self.most):
-            log_odds, log_slope = self._log_odds(x, *mixture)
-            low, high = torch.where(log_odds > target, low, x), torch.where(log_odds > target, x, high)
-            error = target - log_odds
-            step = error * (-log_slope).exp()
-            there = (step.abs() <= rounding * x.abs().clamp(min=1)) | (error.abs() <= rounding * target.abs().clamp(min=1))
-            if there.all():
-                break
-            fast = (x + step > low) & (x + step < high) & (step.abs() <= last / 2)
-            before, x = x, torch.where(there, x, torch.where(fast, x + step, (low + high) / 2))
-            last = (x - before).abs()
-        return x
 
     def _read(self, parameters: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         raw, shift, *rest = self.split(parameters).split((1, 1, *[self.components] * 3))

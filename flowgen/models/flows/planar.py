@@ -1,0 +1,38 @@
+"""Planar flows: Rezende and Mohamed (1505.05770); Sylvester flows: van den Berg, Hasenclever, Tomczak and Welling (1803.05649)."""
+
+from collections.abc import Callable
+
+from flowgen.bijections import Bijection, Chain, Flatten, Gaussianize, Planar, Standardize, Sylvester
+from flowgen.errors import check_choice, check_whole
+from flowgen.models.base import DEEPEST
+from flowgen.models.flows.flow import Flow
+
+
+class PlanarFlow(Flow):
+    """`flows` maps of the flattened image, each of which bends it along one direction; quick to score, its samples by a root each.
+
+    The papers' flows lead from noise to latents; this one learns densities, and so has its closed form from the image to the noise.
+    `conf/model/planar.yaml` says what each argument means.
+    """
+
+    def __init__(self, *, channels: int, size: int, bits: int, flows: int, gaussianize: bool, dequantisation: str):
+        super().__init__(_chain(channels, size, bits, flows, gaussianize, Planar), (channels, size, size), bits, dequantisation)
+
+
+class SylvesterFlow(Flow):
+    """As PlanarFlow, but each map bends along `width` orthogonal directions. `conf/model/sylvester.yaml` says what each argument means."""
+
+    def __init__(self, *, channels: int, size: int, bits: int, flows: int, width: int, gaussianize: bool, dequantisation: str):
+        check_whole(width=width)
+        chain = _chain(channels, size, bits, flows, gaussianize, lambda numbers: Sylvester(numbers, min(width, numbers)))
+        super().__init__(chain, (channels, size, size), bits, dequantisation)
+
+
+def _chain(channels: int, size: int, bits: int, flows: int, gaussianize: bool, layer: Callable[[int], Bijection]) -> Chain:
+    check_whole(channels=channels, size=size, bits=bits)
+    check_whole(high=DEEPEST, flows=flows)
+    check_choice((True, False), gaussianize=gaussianize)
+    numbers = channels * size**2
+    bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
+    bijections += [Flatten(channels, size, size), Standardize(numbers), *(layer(numbers) for _ in range(flows)), Standardize(numbers)]
+    return Chain(*bijections)
