@@ -47,8 +47,9 @@ lint: $(FLOWGEN) ## style and types
 reproduce-thesis: $(FLOWGEN) ## every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
 	.venv/bin/python scripts/thesis --scale $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
 
-faults: $(FLOWGEN) ## kills, full disks, foreign files and odd command lines, minutes: FAULTS=1000 for as many kills, hours
+faults: $(FLOWGEN) ## kills, full disks, foreign files, odd command lines and properties, minutes: FAULTS=1000 for as many kills, hours
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 .venv/bin/python scripts/faults/faults.py --count $(FAULTS)
+	FLOWGEN_EXAMPLES=$$((10 * $(FAULTS))) .venv/bin/pytest -n 2 tests/test_properties.py
 
 zoo: $(FLOWGEN) ## train the models that the package brings: hours
 	.venv/bin/python scripts/zoo.py $(NAMES)
