@@ -5,14 +5,18 @@ import os
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import save_image
+from conftest import SMALL, save_image
 from PIL import Image
 from test_data import folder, parts
+from trainings import same
 
 from flowgen.data import cache
+from flowgen.data.ahead import Ahead
+from flowgen.training.checkpoint import read_checkpoint
 
 
 def cached(suffix: str) -> list[Path]:
@@ -112,3 +116,16 @@ def test_a_set_may_be_larger_than_the_memory_that_a_process_may_have(tmp_path):
     before = private()
     images = cache.written_once("large", "stamps", lambda: iter(chunks))
     assert images[:: 2**12].long().sum() == 2**8 * sum(range(64)) and private() - before < 16
+
+
+def test_a_set_that_does_not_fit_into_memory_trains_to_the_same_bits(images, command, monkeypatch):
+    words = [*SMALL, f"data.root={images}", "trainer.decay=0", "data.flip=true"]
+    assert command("train", *words, "trainer.steps=4", "out=whole")[0] == 0
+    monkeypatch.setattr("flowgen.data.base.free_memory", lambda: 1)
+    assert command("train", *words, "trainer.steps=2", "out=ahead")[0] == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("flowgen.data.base.Ahead", read_ahead := Mock(side_effect=Ahead))
+        assert command("resume", "ahead", "trainer.steps=4")[0] == 0
+    assert read_ahead.call_count == 1
+    states = [read_checkpoint(Path(name) / "checkpoints" / "last.pt") for name in ("whole", "ahead")]
+    assert all(same(states[0][key], states[1][key]) for key in ("step", "images_seen", "model", "ema", "optimizer"))

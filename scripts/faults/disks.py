@@ -1,7 +1,6 @@
 """Disks that fill up at a random byte or take nothing, signals, and clocks that jump."""
 
 import contextlib
-import os
 import resource
 import shutil
 import signal
@@ -70,7 +69,7 @@ def _compare(kind: str, ground: Ground, name: str, folder: Path, ended: Outcome)
     again = go_on(name, ground, folder) if hit else ended
     if again.status and "has ended" not in again.error:
         return Result(kind, name, hit, again.fault or again.last)
-    return Result(kind, name, hit, difference(ground, name, folder / "run"))
+    return Result(kind, name, hit, difference(ground.left_alone(name), folder / "run"))
 
 
 def read_only(ground: Ground, seed: int, number: int) -> Result:
@@ -91,7 +90,7 @@ def signalled(ground: Ground, seed: int, number: int) -> Result:
     """SIGTERM and its like at a random moment: saved or not, the run goes on to the same end."""
     random = drawn(seed, "signal", number)
     name = list(TRAININGS)[number % len(TRAININGS)]
-    alone, sent = ground.left_alone(name), SIGNALS[number // len(TRAININGS) % len(SIGNALS)]
+    alone, sent = ground.left_alone(name), SIGNALS[number % len(SIGNALS)]
     folder = ground.folder / "signals" / str(number)
     folder.mkdir(parents=True)
     ended = go_on(name, ground, folder, then=send_after(random.uniform(0, alone.seconds), sent))
@@ -101,7 +100,7 @@ def signalled(ground: Ground, seed: int, number: int) -> Result:
     again = go_on(name, ground, folder) if ended.status else ended
     if again.status and "has ended" not in again.error:
         return Result(kind, name, 1, again.fault or again.last)
-    return Result(kind, name, int(ended.status != 0), difference(ground, name, folder / "run"))
+    return Result(kind, name, int(ended.status != 0), difference(alone, folder / "run"))
 
 
 def clock(ground: Ground, seed: int, number: int) -> Result:
@@ -122,16 +121,16 @@ def clock(ground: Ground, seed: int, number: int) -> Result:
         time.monotonic = monotonic
 
     ended = go_on(name, ground, folder, prepare=jump)
-    return Result("clock jumps", name, 1, ended.fault or difference(ground, name, folder / "run"))
+    return Result("clock jumps", name, 1, ended.fault or difference(ground.left_alone(name), folder / "run"))
 
 
-def others(ground: Ground, seed: int, count: int, disks: int) -> Iterator[Result]:
-    for number in range(disks):
+def others(ground: Ground, seed: int, count: int) -> Iterator[Result]:
+    """So many full disks, as many signals, and for four of them a clock that jumps and a folder that is read-only."""
+    for number in range(count):
         yield full_disk(ground, seed, number)
     for number in range(count):
         yield signalled(ground, seed, number)
-        if number % 4 == 0:
-            yield clock(ground, seed, number // 4)
-            if ground.mounts:
-                yield read_only(ground, seed, number // 4)
-        os.sync() if number == count - 1 else None
+    for number in range(-(-count // 4)):
+        yield clock(ground, seed, number)
+        if ground.mounts:
+            yield read_only(ground, seed, number)

@@ -12,10 +12,11 @@ from pathlib import Path
 import disks
 import foreign
 import kills
+import ranks
 import zygote
 from kills import Ground, Result
 
-PARTS = ("kills", "disks", "files", "lines")
+PARTS = ("kills", "ranks", "disks", "files", "lines")
 
 
 def make_quick() -> None:
@@ -30,18 +31,26 @@ def make_quick() -> None:
 
 
 def results(ground: Ground, seed: int, count: int, parts: list[str]) -> Iterator[Result]:
-    if "kills" in parts:
-        yield from kills.kills(ground, seed, count)
-    if "disks" in parts:
-        yield from disks.others(ground, seed, count=max(4, count // 10), disks=max(2, count // 5))
-    if {"files", "lines"} & set(parts):
-        folder = ground.folder / "whole" / "folder"
-        folder.mkdir(parents=True)
-        prepared = foreign.Folder(ground, folder)
-        if "files" in parts:
-            yield from foreign.foreign_files(prepared, seed, 2 * count)
-        if "lines" in parts:
-            yield from foreign.odd_lines(prepared, seed, 2 * count)
+    """Of all parts at the same pace, so that each has come as far as the others whenever this is stopped."""
+    few, many, of_ranks = max(1, count // 5), 2 * count, max(1, count // 50)
+    folder = foreign.Folder(ground, ground.folder / "whole" / "folder") if {"files", "lines"} & set(parts) else None
+    each: dict[str, tuple[int, Iterator[Result]]] = {
+        "kills": (count, kills.kills(ground, seed, count)),
+        "ranks": (of_ranks, ranks.kills_of_ranks(ground, seed, of_ranks)),
+        "disks": (2 * few, disks.others(ground, seed, few)),
+    }
+    if folder:
+        each |= {"files": (many, foreign.foreign_files(folder, seed, many)), "lines": (many, foreign.odd_lines(folder, seed, many))}
+    done = dict.fromkeys(parts, 0.0)
+    while done:
+        part = min(done, key=lambda name: done[name])
+        wanted, coming = each[part]
+        ground.share_cache()  # which some of them leave for one of their own
+        if (result := next(coming, None)) is None:
+            del done[part]
+        else:
+            done[part] += (result.hits if part in ("kills", "ranks") else 1) / wanted
+            yield result
 
 
 def table(found: list[Result]) -> str:
@@ -55,7 +64,12 @@ def table(found: list[Result]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=20, help="kills; a fifth as many full disks, twice as many files and lines")
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=20,
+        help="kills; a fiftieth of it of ranks, a fifth of it full disks, twice as many files and lines",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--at", type=Path, help="an empty folder to work in, which is kept; by default one under /tmp that is deleted")

@@ -39,6 +39,7 @@ class Folder:
         self.path, self.home = path, ground.folder / "home"
         self.home.mkdir()
         os.environ["HOME"] = str(self.home)
+        path.mkdir(parents=True)
         images = path / "images"
         shutil.copytree(ground.images, images)
         for name, short in zip(MODELS, ("flow", "rbm"), strict=True):
@@ -110,7 +111,7 @@ def _around(folder: Folder) -> Iterator[str]:
 
 def foreign_files(folder: Folder, seed: int, count: int) -> Iterator[Result]:
     """A file is spoilt and used, `count` times, each in a fresh copy of the folder."""
-    whole, work = folder.path, folder.path.parent / "work"
+    whole, work = folder.path, folder.path.parent / "files"
     files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.suffix not in (".part", ".md"))
     files = [path for path in files if "tensorboard" not in path.parts]
     for number in range(count):
@@ -134,7 +135,7 @@ def foreign_files(folder: Folder, seed: int, count: int) -> Iterator[Result]:
 
 def odd_lines(folder: Folder, seed: int, count: int) -> Iterator[Result]:
     """Command lines drawn from all commands, options, settings and odd values."""
-    whole, work = folder.path, folder.path.parent / "work"
+    whole, work = folder.path, folder.path.parent / "lines"
     for number in range(count):
         draw = drawn(seed, "line", number)
         if number % 20 == 0:

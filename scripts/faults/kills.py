@@ -37,8 +37,12 @@ class Ground:
 
     def __init__(self, folder: Path, mounts: bool = False):
         self.folder, self.images, self.mounts = folder, make_images(folder / "images"), mounts
-        os.environ["FLOWGEN_CACHE"] = str(folder / "cache")
         self.alone: dict[str, Alone] = {}
+        self.share_cache()
+
+    def share_cache(self) -> None:
+        """Have commands take prepared images from where the others do."""
+        os.environ["FLOWGEN_CACHE"] = str(self.folder / "cache")
 
     def left_alone(self, name: str) -> Alone:
         if name not in self.alone:
@@ -57,9 +61,9 @@ def go_on(name: str, ground: Ground, folder: Path, **how: Any) -> Outcome:
     return flowgen(words, folder, **how)
 
 
-def difference(ground: Ground, name: str, run: Path) -> str:
+def difference(alone: Alone, run: Path) -> str:
     """In what a run ended otherwise than the one that was left alone."""
-    wanted, found = ground.left_alone(name).state, state_of(run)
+    wanted, found = alone.state, state_of(run)
     return ", ".join(key for key in sorted({*wanted, *found}) if not same(wanted.get(key), found.get(key)))
 
 
@@ -86,18 +90,16 @@ def kill(ground: Ground, seed: int, number: int, folder: Path) -> Result:
     ended = go_on(name, ground, folder)
     if ended.status and "has ended" not in ended.error:
         return Result(f"kill {kind}", name, hits, ended.fault or ended.last)
-    return Result(f"kill {kind}", name, hits, difference(ground, name, folder / "run"))
+    return Result(f"kill {kind}", name, hits, difference(alone, folder / "run"))
 
 
 def kills(ground: Ground, seed: int, count: int) -> Iterator[Result]:
     """Runs until so many kills have hit."""
     hits, number = 0, 0
-    shared = os.environ["FLOWGEN_CACHE"]
     while hits < count:
         folder = ground.folder / "kills" / str(number)
         folder.mkdir(parents=True)
         result = kill(ground, seed, number, folder)
-        os.environ["FLOWGEN_CACHE"] = shared
         if not result.fault:
             shutil.rmtree(folder)
         yield result

@@ -49,6 +49,8 @@ class Outcome(NamedTuple):
 
 def warm() -> None:
     """Import everything that a command may need; no thread may run when the first child is forked."""
+    import gc
+
     import torch
 
     os.environ["OMP_NUM_THREADS"] = "1"  # of the children
@@ -62,6 +64,8 @@ def warm() -> None:
         importlib.import_module(name)
     if len(list(Path("/proc/self/task").iterdir())) > 1:
         raise SystemExit("a process of several threads cannot be forked: set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1")
+    gc.collect()
+    gc.freeze()  # or every child would copy all objects when it looks for what is garbage
 
 
 def flowgen(
