@@ -1,4 +1,4 @@
-"""A small share of `make faults`, and whether it sees what is at fault."""
+"""The smallest share of `make faults`, of which `.ci/run` holds a larger one, and whether it sees what is at fault."""
 
 import os
 import subprocess
@@ -16,11 +16,11 @@ SCRIPTS = Path(__file__).parents[1] / "scripts" / "faults"
 
 
 def test_a_small_share_ends_well():
-    words = [sys.executable, SCRIPTS / "faults.py", "--count", "1", "--seed", "7", "--parts", "kills", "disks", "files", "lines"]
+    words = [sys.executable, SCRIPTS / "faults.py", "--count", "1", "--seed", "7", "--parts", "kills", "disks"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     ended = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900, check=False)
     assert ended.returncode == 0 and "AT FAULT" not in ended.stdout, ended.stdout + ended.stderr
-    for kind in ("kill in a write", "full disk", "SIGTERM at a moment", "clock jumps", "foreign file", "command line"):
+    for kind in ("kill in a write", "full disk", "SIGTERM at a moment", "clock jumps"):
         assert f"| {kind}" in ended.stdout
 
 
