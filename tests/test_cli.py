@@ -19,6 +19,7 @@ from flowgen import pictures
 from flowgen.commands.interpolate import great_circle, line
 from flowgen.commands.sample import draw
 from flowgen.data import read_levels
+from flowgen.models import Flow
 
 
 def assert_plain(result: tuple[int, str, str], words: str, status: int = 1) -> None:
@@ -140,6 +141,17 @@ def test_great_circle_keeps_the_length_and_the_ends():
     assert torch.equal(path[0], start) and torch.equal(path[-1], end)
     assert torch.allclose(path.norm(dim=1), torch.linspace(2, 4, 5)) and torch.allclose(path[2], torch.tensor([1.0, 1.0]) * 3 / 2**0.5)
     assert torch.equal(line(start, end, share)[[0, -1]], torch.stack([start, end]))
+
+
+def test_evaluate_builds_the_model_once_and_beforehand_as_shapes_alone(tiny_run, command, monkeypatch):
+    built, init = [], Flow.__init__
+
+    def watched(flow: Flow, *args: object, **settings: object) -> None:
+        built.append(torch.empty(0).device.type)
+        init(flow, *args, **settings)
+
+    monkeypatch.setattr(Flow, "__init__", watched)
+    assert command("evaluate", "--run", tiny_run)[0] == 0 and built == ["meta", "cpu"]
 
 
 def test_evaluate_prints_one_json_object_that_names_its_conditions(tiny_run, command):

@@ -1,6 +1,8 @@
 """The rules of the house: who may import whom, how long files get, what every configuration must do."""
 
 import ast
+import importlib
+import inspect
 import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
@@ -14,7 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
+from flowgen.cli import COMMANDS
 from flowgen.config import build_model, conf_folder, model_for, options, plain, register_resolvers
+from flowgen.targets import class_of
 
 PACKAGE = Path(__file__).parents[1] / "flowgen"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -194,6 +198,18 @@ def test_every_experiment_composes_and_builds_its_model(name):
 def test_every_model_fits_every_data_set(name, data):
     config = compose_config(f"model={name}", f"data={data}")
     build_model(model_for(config, shape_of(config["data"]), config["data"]["bits"]))
+
+
+@pytest.mark.parametrize("name", options("data"))
+def test_every_setting_of_a_data_set_can_be_set(name):
+    section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
+    assert set(inspect.signature(class_of("data", section)).parameters) == section.keys() - {"_target_"}
+
+
+@pytest.mark.parametrize("name", sorted(each.name for each in COMMANDS if (PACKAGE / "commands" / f"{each.name}.py").exists()))
+def test_the_function_of_a_command_takes_keywords_alone(name):
+    function = getattr(importlib.import_module(f"flowgen.commands.{name}"), name)
+    assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(function).parameters.values())
 
 
 @pytest.mark.parametrize("path", sorted(conf_folder().rglob("*.yaml")), ids=lambda path: path.stem)

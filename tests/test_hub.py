@@ -18,9 +18,11 @@ from test_cli import assert_plain
 from flowgen.commands.cards import licence_of
 from flowgen.config import data_section
 from flowgen.errors import FlowgenError
+from flowgen.training.checkpoint import read_checkpoint, write_checkpoint
 from flowgen.training.find import find_checkpoint
 from flowgen.training.hub import FILE
 from flowgen.training.portable import write_portable
+from flowgen.training.run import Run
 
 TOKEN = "hf_told_to_nobody"
 
@@ -147,6 +149,17 @@ def test_faces_are_refused_before_anything_is_sent(tiny_run, command, tmp_path):
     data = checkpoint["config"]["data"] | {"names": ["celeba"]}
     write_portable(checkpoint | {"config": checkpoint["config"] | {"data": data}}, {}, "flowgen train", tmp_path / "faces.safetensors")
     assert_plain(command("push", tmp_path / "faces.safetensors", "me/faces", "--licence", "mit"), "non-commercial research alone")
+
+
+def test_terms_that_a_folders_name_tells_go_with_the_exported_model(tiny_run, command, tmp_path):
+    path = Run(tiny_run).last
+    state = read_checkpoint(path)
+    state["config"]["data"]["root"] = "/home/me/FFHQ64"
+    write_checkpoint(state, path)
+    for source, target in ((tiny_run, "faces"), (tmp_path / "faces.safetensors", "again")):
+        assert command("export", source, tmp_path / f"{target}.safetensors")[0] == 0
+        assert_plain(command("push", tmp_path / f"{target}.safetensors", "me/faces", "--licence", "mit"), "this model is not for everybody")
+        assert "FFHQ (NVIDIA) is under" in (tmp_path / f"{target}.md").read_text()
 
 
 def test_licences_are_those_of_the_images():

@@ -88,7 +88,7 @@ def test_a_model_that_cannot_says_so(words, memory, said):
 
 
 def test_what_is_kept_grows_with_depth_unless_it_is_recovered():
-    machine = Machine(device="cpu", threads=1, precision="float32", compile=False)
+    machine = Machine(device="cpu", threads=1, precision="float32", compile=False, memory="keep")
     kept = {}
     for depth in (2, 16):
         model, batch = model_of([*GLOW, f"model.steps_per_level={depth}"])

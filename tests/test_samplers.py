@@ -11,9 +11,10 @@ from flowgen.models.partition import exact_log_z
 from flowgen.models.rbm.annealing import States
 from flowgen.models.rbm.bridge import _sweep
 from flowgen.models.rbm.exchange import Rungs, equal_parts
-from flowgen.models.rbm.gibbs import draw_bits, elbo, gibbs, mean_field, white_noise
+from flowgen.models.rbm.gibbs import draw_bits, gibbs, mean_field, white_noise
 from flowgen.models.rbm.negative_phase import PCD
 from flowgen.models.rbm.tempering import Ladder
+from flowgen.training.formats import in_todays_words
 
 
 @pytest.mark.parametrize("method", ["gibbs", "tempering"])
@@ -119,8 +120,8 @@ def test_clamped_chains_reach_the_exact_conditional(method):
 
 @pytest.mark.parametrize("name", ["flowgen.models.negative_phase.PCD", "flowgen.models.rbm.negative_phase.PCD"])
 def test_negative_phases_are_built_by_the_names_that_checkpoints_hold(name):
-    phase = {"_target_": name, "sweeps": 1, "chains": 3}
-    rbm = build("model", {"_target_": "flowgen.models.RBM", "visible": 4, "hidden": 3, "negative_phase": phase})
+    model = {"_target_": "flowgen.models.RBM", "visible": 4, "hidden": 3, "negative_phase": {"_target_": name, "sweeps": 1, "chains": 3}}
+    rbm = build("model", in_todays_words({"model": model, "data": {}, "trainer": {}})["model"])
     assert isinstance(rbm.negative_phase, PCD) and rbm.negative_phase.chains == 3
 
 
@@ -130,6 +131,14 @@ def test_the_chains_of_a_batch_are_independent():
     visible, _ = next(gibbs(rbm, torch.zeros(2000, 8).double()))
     pairs = torch.stack((visible[:1000].flatten(), visible[1000:].flatten()))
     assert torch.corrcoef(pairs)[0, 1].abs() < 0.05
+
+
+def elbo(machine, visible):
+    """The bound in nats, (batch,), where the hidden units are at their best for `visible`."""
+    inputs = machine.hidden_input(visible)
+    hidden = inputs.sigmoid()
+    entropies = [torch.special.entr(p) + torch.special.entr(1 - p) for p in (visible, hidden)]
+    return visible @ machine.visible_bias + (inputs * hidden).sum(1) + entropies[0].sum(1) + entropies[1].sum(1)
 
 
 def test_mean_field_climbs_to_a_bound_below_log_z():

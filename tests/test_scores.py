@@ -12,6 +12,7 @@ from test_models import glow, noise
 from test_rbm_runs import TINY
 
 import flowgen
+from flowgen.commands.evaluate import OF_LOG_Z, merged
 from flowgen.measures import LOG_PROBABILITY, UNNORMALISED
 from flowgen.models import Evaluation
 from flowgen.training.find import find_checkpoint
@@ -46,12 +47,15 @@ def test_log_z_is_kept_with_the_weights_that_were_evaluated(images: Path, tmp_pa
     run = tmp_path / "rbm"
     assert command("train", *TINY, f"data.root={images}", "trainer.steps=4", f"out={run}")[0] == 0
     assert flowgen.load(run).score_metric == UNNORMALISED
+    assert command("evaluate", "--run", run, "data.binarise=threshold")[0] == 0
+    assert set(find_checkpoint(str(run))[1]["figures"]) == set(OF_LOG_Z), "other images have the same log Z"
     figures = json.loads(command("evaluate", "--run", run, "--json")[1])
     model, levels = flowgen.load(run), states(8)[:, None].repeat(1, 8, 1).view(-1, 1, 8, 8).to(torch.uint8)
     assert model.score_metric == LOG_PROBABILITY
     assert torch.allclose(model.score(levels), -model.free_energy(model.units(levels)) - figures["log_z"])
     command("evaluate", "--run", run, "--json", "thorough=false")
     assert flowgen.load(run).score_metric == LOG_PROBABILITY, "a short look takes nothing away"
+    assert find_checkpoint(str(run))[1]["figures"] == figures
 
     write_portable(find_checkpoint(str(run))[1], figures, "flowgen train", tmp_path / "rbm.safetensors")
     assert flowgen.load(tmp_path / "rbm.safetensors").log_z == figures["log_z"]
@@ -60,6 +64,22 @@ def test_log_z_is_kept_with_the_weights_that_were_evaluated(images: Path, tmp_pa
     assert flowgen.load(run).score_metric == UNNORMALISED, "other weights"
     (run / "evaluation.json").write_text("{")
     assert flowgen.load(run).score_metric == UNNORMALISED
+
+
+def test_of_two_evaluations_the_surer_log_z_is_kept_and_figures_of_the_runs_own_images():
+    def found(name: str, error: float, quotable: bool = True) -> dict[str, object]:
+        return {"log_likelihood": name, "images": 9, "log_z": name, "log_z_error": error, "quotable": quotable, "verdict": name}
+
+    fine, coarse = found("fine", 0.1), found("coarse", 0.5)
+    of_fine = {key: fine[key] for key in OF_LOG_Z}
+    assert merged({}, coarse, own=True) == merged(coarse | {"log_likelihood": 3}, coarse, own=True) == coarse
+    assert merged(coarse, fine, own=True) == merged(fine, coarse, own=True) == merged(fine, coarse, own=False) == fine
+    assert merged({}, fine, own=False) == of_fine and merged(coarse, fine, own=False) == coarse | of_fine
+    assert merged(of_fine, coarse, own=True) == coarse | of_fine
+    doubtful = found("doubtful", 0.01, quotable=False)
+    assert merged(fine, doubtful, own=True) == fine and merged({}, doubtful, own=True) == doubtful
+    flow, again = {"bits_per_dim": 2.0, "images": 9}, {"bits_per_dim": 1.0, "images": 9, "draws": 8}
+    assert merged(flow, again, own=True) == again and merged(flow, again, own=False) == flow and merged({}, again, own=False) == {}
 
 
 @pytest.mark.skipif("zoo/rbm_mnist" not in zoo(), reason="not in the zoo")

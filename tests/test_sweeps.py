@@ -98,7 +98,7 @@ def test_the_trainer_suits_the_machine(command, monkeypatch, tmp_path, here, dev
 
 def test_help_asks_torch_only_where_there_is_a_driver(monkeypatch, tmp_path):
     code = "import sys; from flowgen.config import resolvers; resolvers.DRIVERS = (); from flowgen.commands.train import train\n"
-    code += "try: train(['--help'])\nfinally: print('torch' in sys.modules)"
+    code += "try: train(words=['--help'])\nfinally: print('torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
     assert output.splitlines()[-1] == "False" and "trainer=auto is trainer=cpu" in output
 

@@ -20,7 +20,7 @@ from flowgen.data import Images
 from flowgen.errors import FlowgenError
 from flowgen.models import Glow
 from flowgen.training.checkpoint import KEYS, read_checkpoint
-from flowgen.training.device import choose_device
+from flowgen.training.device import choose_device, peak_memory, reset_peak_memory
 from flowgen.training.run import Run, best_measured
 from flowgen.training.schedule import learning_rate_factor, warmup_steps
 
@@ -131,6 +131,25 @@ def test_a_run_is_known_by_its_test_figure_once_it_has_ended(tmp_path):
         str(best_measured([*validation, test, {"step": 4, "split": "validation", "bits_per_dim": 4.0}])) == "validation bits_per_dim 1.000"
     )
     assert str(best_measured([test | {"step": 1, "bits_per_dim": 1.5}, test])) == "test bits_per_dim 2.500 ± 0.250"
+
+
+def test_a_run_that_is_given_more_has_not_ended(tmp_path):
+    run = Run(tmp_path)
+    for step, split in ((1, "train"), (2, "train"), (2, "validation"), (2, "test")):
+        assert not run.has_ended()
+        run.write_metrics(step, split, {})
+    assert run.has_ended()
+    run.write_metrics(3, "train", {})
+    assert not run.has_ended()
+
+
+def test_the_memory_of_a_training_is_its_own():
+    """Not that of what the process has held before."""
+    held, device = torch.ones(2**26), torch.device("cpu")
+    before = peak_memory(device)
+    del held
+    reset_peak_memory(device)
+    assert sys.platform != "linux" or peak_memory(device) < before - 0.2
 
 
 def test_load_gives_the_averaged_model_in_evaluation_mode(tiny_run):

@@ -7,18 +7,21 @@ import sys
 
 import pytest
 import torch
+from enumeration import machine
 from safetensors.torch import save_file
 
 import flowgen
 from flowgen.training.find import find_checkpoint
-from flowgen.training.portable import SUFFIX, ZOO, read_portable, write_portable, zoo
+from flowgen.training.portable import SUFFIX, ZOO, about_portable, read_portable, write_portable, zoo
 
 MODELS = zoo()
 
 
 @pytest.fixture
 def portable(tiny_run, tmp_path):
-    write_portable(find_checkpoint(str(tiny_run))[1], {"bits_per_dim": 5.0}, "flowgen train", tmp_path / "model.safetensors")
+    checkpoint = find_checkpoint(str(tiny_run))[1]
+    checkpoint["config"] |= {"init": str(tiny_run)}
+    write_portable(checkpoint, {"bits_per_dim": 5.0, "run": str(tiny_run)}, "flowgen train", tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
@@ -60,6 +63,41 @@ def test_what_is_no_portable_model_gets_one_line(portable, command, tmp_path):
         assert status == 1 and "model of flowgen" in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda about: about["config"].pop("trainer"),
+        lambda about: about["config"]["trainer"].update(sample_temperature="hot"),
+        lambda about: about["config"].update(seed="0"),
+        lambda about: about["config"].update(evaluation=3),
+        lambda about: about["config"]["data"].update({"_target_": []}) or about["config"]["model"].update({"_target_": [1]}),
+        lambda about: about.update(figures={"bits_per_dim": "low"}),
+        lambda about: about.update(figures={"log_z": [1]}),
+        lambda about: about.update(images_seen=-1),
+        lambda about: about.update(format=99),
+    ],
+)
+def test_a_model_to_pass_on_is_checked_like_a_checkpoint(portable, command, tmp_path, spoil):
+    about, path = about_portable(portable), tmp_path / f"spoilt{SUFFIX}"
+    spoil(about)
+    save_file(read_portable(portable)["model"], path, metadata={"flowgen": json.dumps(about)})
+    for words in (["sample", "--run", path, "--count", 1], ["export", path, tmp_path / f"x{SUFFIX}"]):
+        status, _, error = command(*words)
+        assert status == 1 and str(path) in error and len(error.splitlines()) == 1 and "fault" not in error
+
+
+def test_a_model_to_pass_on_says_as_little_as_it_may(portable):
+    """What an older file leaves out is as it was then; a verdict without its log Z is none."""
+    about, path = about_portable(portable), portable.with_name(f"old{SUFFIX}")
+    for key in ("sample_temperature", "memory", "betas"):
+        del about["config"]["trainer"][key]
+    about = {key: value for key, value in about.items() if key != "format"} | {"figures": {"quotable": True}}
+    save_file(read_portable(portable)["model"], path, metadata={"flowgen": json.dumps(about)})
+    checkpoint = read_portable(path)
+    assert checkpoint["config"]["trainer"]["sample_temperature"] == 1.0 and checkpoint["config"]["trainer"]["memory"] == "keep"
+    assert isinstance(flowgen.load(path), flowgen.models.Glow) and not machine(6, 4).recall(checkpoint["figures"])
+
+
 def test_a_name_that_is_not_in_the_zoo_gets_one_line(command):
     status, _, error = command("sample", "--run", "zoo/nothing")
     assert status == 1 and "not in the zoo" in error and len(error.splitlines()) == 1
@@ -97,8 +135,19 @@ def test_an_exported_model_is_the_run_with_its_card_and_samples(tiny_run, comman
     card, figures = path.with_suffix(".md").read_text(), read_portable(path)["figures"]
     assert figures["split"] == "test" and str(figures["bits_per_dim"]) in card and "steps_per_level: 2" in card
     assert "ask whoever made them" in card and str(tmp_path) not in card
+    assert f"On {figures['images']} images of the test split" in card
     assert command("export", path, tmp_path / "again.safetensors")[0] == 0
     assert read_portable(tmp_path / "again.safetensors")["figures"] == figures
+
+
+def test_an_exported_model_says_what_its_evaluation_found(tiny_run, images, command, tmp_path):
+    """That of the run's own images, if there was any: another's is not the run's."""
+    status, output, error = command("evaluate", "--run", tiny_run, "--json", "draws=2")
+    assert status == 0, error
+    assert command("evaluate", "--run", tiny_run, "data.flip=false")[0] == 0
+    assert command("export", tiny_run, tmp_path / "mine.safetensors")[0] == 0
+    found = {key: value for key, value in json.loads(output).items() if key != "run"}
+    assert read_portable(tmp_path / "mine.safetensors")["figures"] == found and found["draws"] == 2
 
 
 @pytest.mark.parametrize(

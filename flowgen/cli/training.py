@@ -19,7 +19,7 @@ def train(words: tuple[str, ...]) -> None:
     unknown = [word for word in words if word.startswith("-") and word.partition("=")[0] not in HYDRA_FLAGS]
     if unknown:
         raise click.UsageError(f"no such option: {unknown[0]}; what to train is said as KEY=VALUE, see `flowgen train --help`")
-    command("train").train(list(words))
+    command("train").train(words=list(words))
 
 
 @click.command()
@@ -28,7 +28,7 @@ def train(words: tuple[str, ...]) -> None:
 def resume(name: str, overrides: tuple[str, ...]) -> None:
     """Go on from RUN's last good checkpoint, with its own configuration but for each KEY=VALUE."""
     module = command("resume")
-    module.follow() if follows() else module.resume(name, list(overrides))
+    module.follow() if follows() else module.resume(name=name, overrides=list(overrides))
 
 
 @click.command()

@@ -26,26 +26,31 @@ TERMS = {  # by the names that data sections give images
     "Toy": Terms("The points were drawn by flowgen.", "mit"),
     "celeba": FACES,
     "celeba_hq": FACES,
-}
-RESEARCH = {  # what folders of such images are called
     "celeb": FACES,
     "ffhq": Terms(
         "FFHQ (NVIDIA) is under CC BY-NC-SA 4.0, its photographs under terms of their own; do not tell who somebody is by it.", None
     ),
 }
+FOLDERS = ("celeb", "ffhq")  # what is in the names of folders of faces for research
 
 
 def images_of(data: dict[str, Any]) -> str:
-    """What the images of a data section are called."""
+    """What the images of a data section are called: those of a folder as faces for research where its path says so."""
     kind = str(data["_target_"]).rpartition(".")[2]
-    named = data.get("name") if kind == "MNIST" else next(iter(data.get("names") or []), None)
-    return str(named or kind)
+    named = str((data.get("name") if kind == "MNIST" else next(iter(data.get("names") or []), None)) or kind)
+    where = str(data.get("root") or "").lower()
+    return named if named in TERMS else next((word for word in FOLDERS if word in where), named)
+
+
+def under_its_name(data: dict[str, Any]) -> dict[str, Any]:
+    """The section with the name of its images where the path alone says it, which is not passed on: their terms go with it."""
+    images = images_of(data)
+    return data | {"names": [images, *data["names"]]} if images in FOLDERS and images not in data["names"] else data
 
 
 def terms_of(data: dict[str, Any]) -> Terms | None:
-    """What is known of the terms of a data section's images: of a folder nothing, unless it is called as faces for research are."""
-    where = str(data.get("root") or "").lower()
-    return TERMS.get(images_of(data)) or next((terms for word, terms in RESEARCH.items() if word in where), None)
+    """What is known of the terms of a data section's images."""
+    return TERMS.get(images_of(data))
 
 
 def licence_of(data: dict[str, Any], given: str | None) -> str:
@@ -81,6 +86,7 @@ def card(title: str, run: str, picture: str, about: dict[str, Any], parameters: 
     config, figures = about["config"], about["figures"]
     model = str(config["model"]["_target_"]).rpartition(".")[2]
     judged = json.dumps(figures, indent=1) if figures else "Not judged yet."
+    some = f"{figures['images']:,} images of " if "images" in figures else ""
     return f"""# {title}
 
 A {model} of {images_of(config["data"])}, {config["data"].get("bits")} bits, {parameters:,} parameters, trained by flowgen
@@ -95,7 +101,7 @@ flowgen evaluate --run {run} --json
 
 ## Figures
 
-On the test split, as the second command prints them:
+On {some}the test split:
 
 ```
 {judged}

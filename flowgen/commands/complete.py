@@ -21,7 +21,7 @@ log = logging.getLogger("flowgen")
 
 
 def complete(
-    image: Path, keep: str, methods: Sequence[str], name: str | None, sweeps: int | None, seed: int, device: str, out: Path | None
+    *, image: Path, keep: str, methods: Sequence[str], name: str | None, sweeps: int | None, seed: int, device: str, out: Path | None
 ) -> Path:
     """Save, for each method, the image, what is kept of it, the restored ones' mean and spread, and some of them. Raises FlowgenError."""
     run, _, model = find_model(name, device, Completes)

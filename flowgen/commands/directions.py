@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.config import build_data, in_todays_words
+from flowgen.config import build_data
 from flowgen.data import Stream, part, read_table
 from flowgen.directions import BATCH, Directions, Moments, class_directions, directions_from, moments, one_hot
 from flowgen.errors import FlowgenError
@@ -41,7 +41,7 @@ def directions_of(
     """
     if isinstance(model, Classifies) and model.classes is not None and table is None and set(wanted) <= set(map(str, range(model.classes))):
         return class_directions(model)
-    config = in_todays_words(checkpoint["config"])
+    config = checkpoint["config"]
     of_images = hashlib.sha256(table.read_bytes()).hexdigest() if table and table.is_file() else sorted(config["data"].items(), key=str)
     settings = hashlib.blake2s(repr((of_images, table and str(table.resolve()), count)).encode(), digest_size=4).hexdigest()
     path = run.folder / f"directions_{digest_of(checkpoint)}_{settings}.pt"

@@ -4,7 +4,7 @@ import logging
 import math
 from typing import Any, NamedTuple
 
-from flowgen.config import build, build_model_and_data, in_todays_words, model_of, override
+from flowgen.config import build, build_data, check_fits_data, model_of, override
 from flowgen.errors import FlowgenError
 from flowgen.measures import Judgement, finite
 from flowgen.models import Evaluation
@@ -13,6 +13,7 @@ from flowgen.training.doubts import doubt_likelihood, doubt_split
 from flowgen.training.find import find_checkpoint
 
 BATCH = 64
+OF_LOG_Z = ("log_z", "log_z_error", "quotable", "verdict")
 log = logging.getLogger("flowgen")
 
 
@@ -30,14 +31,14 @@ class Evaluated(NamedTuple):
 def evaluate(*, name: str | None, overrides: list[str], device: str) -> Evaluated:
     """Measure a model on the whole test split. Raises FlowgenError."""
     run, checkpoint = find_checkpoint(name)
-    config = in_todays_words(checkpoint["config"])
-    words = [f"evaluation.{word}" if word.partition("=")[0] in config["evaluation"] else word for word in overrides]
-    checkpoint["config"] = config = override(config, words)
+    trained = checkpoint["config"]
+    config = override(trained, [f"evaluation.{word}" if word.partition("=")[0] in trained["evaluation"] else word for word in overrides])
     how = build("evaluation", config["evaluation"])
     if not isinstance(how, Evaluation):
         raise FlowgenError("evaluation._target_ is not flowgen.models.Evaluation: leave it as it is")
-    _, data, _ = build_model_and_data(config)
-    model = model_of(checkpoint, device)
+    data = build_data(config)
+    model = model_of(checkpoint | {"config": config}, device)
+    check_fits_data(model, data)
     doubt_split(data)
     data.to(model.device)
     model.watch(bar)
@@ -49,6 +50,14 @@ def evaluate(*, name: str | None, overrides: list[str], device: str) -> Evaluate
     doubt_likelihood(judgement[name], data, data.batches("test", BATCH))
     binarise = {"binarise": config["data"]["binarise"]} if data.bits == 1 else {}
     found = Evaluated({"run": str(run.folder), "step": checkpoint["step"], "split": "test", **binarise}, judgement)
-    if model.recall(judgement.row()):
-        run.keep_evaluation(checkpoint, found.row())
+    own = all(config[section] == trained[section] for section in ("model", "data"))
+    if kept := merged(checkpoint["figures"], found.row(), own):
+        run.keep_evaluation(checkpoint, kept)
     return found
+
+
+def merged(kept: dict[str, Any], found: dict[str, Any], own: bool) -> dict[str, Any]:
+    """What is kept of two evaluations of the same weights: figures of the run's `own` images alone, and the log Z of the smaller error."""
+    surest = min((found, kept), key=lambda row: row["log_z_error"] if row.get("quotable") and "log_z_error" in row else math.inf)
+    of_images = found if own and (surest is found or "images" not in kept) else kept
+    return of_images | {key: surest[key] for key in OF_LOG_Z if key in surest}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgen import pictures
-from flowgen.commands.cards import card, terms_of
+from flowgen.commands.cards import card, terms_of, under_its_name
 from flowgen.commands.sample import draw
 from flowgen.config import model_of
 from flowgen.errors import FlowgenError
@@ -30,13 +30,15 @@ def export(*, name: str, path: Path, called: str | None = None) -> list[Path]:
         if file.exists():
             raise FlowgenError(f"{file} is there already: name another, or move it away")
     run, checkpoint = find_checkpoint(name)
-    figures = checkpoint.get("figures") or _test_figures(run, checkpoint["step"])
+    data = under_its_name(checkpoint["config"]["data"])
+    checkpoint["config"] |= {"data": data}
+    figures = checkpoint["figures"] or _test_figures(run, checkpoint["step"])
     write_portable(checkpoint, figures, checkpoint.get("command") or "flowgen train", path)
     model = model_of(checkpoint)
     levels, _ = draw(model, SAMPLES, checkpoint["config"]["trainer"]["sample_temperature"], seed=0)
     pictures.to_image(levels, model.bits, COLUMNS).save(files[2])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    terms = terms_of(checkpoint["config"]["data"])
+    terms = terms_of(data)
     said = terms.said if terms else UNKNOWN
     files[1].write_text(card(called or path.stem, called or path.name, files[2].name, about_portable(path), parameters, said))
     return files

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.config import build_data, find_model, in_todays_words
+from flowgen.config import build_data, find_model
 from flowgen.data import Images
 from flowgen.judging import Outliers, complexity
 from flowgen.measures import BITS_PER_DIM, Metric
@@ -67,7 +67,7 @@ def judge_of(name: str | None, count: int, seed: int, device: str) -> Judge:
 
 def judge_by(run: Run, checkpoint: dict[str, Any], model: GenerativeModel, count: int, seed: int, progress: Progress = bar) -> Judge:
     """The same of what `find_model` gives; `progress` is handed the validation images, a batch at a time."""
-    config = in_todays_words(checkpoint["config"])
+    config = checkpoint["config"]
     data = build_data(config)
     data.to(model.device)
     settings = repr((sorted(config["data"].items(), key=str), checkpoint["figures"].get("log_z"), count, seed)).encode()

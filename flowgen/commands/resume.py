@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgen.commands.holding import logging_to, sole_trainer_of
-from flowgen.config import build, build_model_and_data, flat, in_todays_words, load_weights, one_end, override, read_config, save_config
+from flowgen.config import build, build_model_and_data, flat, load_weights, one_end, override, read_config, save_config
 from flowgen.errors import FlowgenError, check_whole
 from flowgen.launcher import launch, to_launch
 from flowgen.training.checkpoint import read_checkpoint, weights_of
@@ -41,7 +41,7 @@ def start(config: dict[str, Any], folder: Path, go_on: bool = False, remark: str
                 raise FlowgenError(f"{folder} holds a run already: go on with `flowgen resume {folder}`, or choose another out=")
             _check_same(run, config)
             checkpoint = run.last_good()
-            config = in_todays_words(read_config(run.config) if checkpoint is None else checkpoint["config"])
+            config = read_config(run.config) if checkpoint is None else checkpoint["config"]
             _check_unfinished(run, config, checkpoint)
         elif processes:
             save_config(config, run.config)  # for them to read
@@ -53,7 +53,7 @@ def start(config: dict[str, Any], folder: Path, go_on: bool = False, remark: str
         _launch(run, processes, [str(run.folder)], there)
 
 
-def resume(name: str, overrides: list[str]) -> None:
+def resume(*, name: str, overrides: list[str]) -> None:
     """Go on from a checkpoint file, or from a run's last good checkpoint, with its own configuration but for `overrides`.
 
     Raises FlowgenError.
@@ -63,7 +63,7 @@ def resume(name: str, overrides: list[str]) -> None:
         raise FlowgenError(f"{run.folder} holds a run already: go on with `flowgen resume {run.folder}`, or move it away")
     with sole_trainer_of(run):
         checkpoint = run.last_good() if file is None else read_checkpoint(file)
-        config = in_todays_words(read_config(run.config) if checkpoint is None else checkpoint["config"])
+        config = read_config(run.config) if checkpoint is None else checkpoint["config"]
         config = override(config, one_end(overrides))
         if config["data"].get("root") is not None:
             config["data"]["root"] = absolute(config["data"]["root"])
@@ -176,7 +176,7 @@ def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, An
 def _check_same(run: Run, config: dict[str, Any]) -> None:
     """Raises FlowgenError where the run's configuration is another one; it may say more: its images, what auto was."""
     here = {key: value for key, value in flat(config).items() if key not in ("out", "trainer.devices") and value != "auto"}
-    other = _differences(here, flat(in_todays_words(read_config(run.config))))
+    other = _differences(here, flat(read_config(run.config)))
     if other:
         cure = f"go on with it as it is by `flowgen resume {run.folder}`, or choose another out="
         raise FlowgenError(f"{run.folder} holds a run of another configuration, {', '.join(other)}: {cure}")

@@ -42,7 +42,7 @@ log = logging.getLogger("flowgen")
 register_resolvers()  # here, since a sweep's jobs may run in processes of their own, which import this file
 
 
-def train(words: list[str]) -> None:
+def train(*, words: list[str]) -> None:
     """Hand `words` to Hydra and train what they describe; several runs where they sweep. Raises FlowgenError."""
     flags = {word.partition("=")[0] for word in words if word.startswith("-")}
     if follows():

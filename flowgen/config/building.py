@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from flowgen.config.older import in_todays_words
 from flowgen.costs import free_memory
 from flowgen.errors import FlowgenError
 from flowgen.targets import class_of
@@ -10,12 +9,6 @@ from flowgen.targets import class_of
 if TYPE_CHECKING:
     from flowgen.data import Images
     from flowgen.models import GenerativeModel
-
-REPEATED = {  # what older configurations say of data that has but one value for it
-    "flowgen.data.MNIST": ("channels",),
-    "flowgen.data.MNISTSample": ("channels", "size"),
-    "flowgen.data.Toy": ("channels", "size"),
-}
 
 
 def build(section: str, config: dict[str, Any]) -> Any:
@@ -42,8 +35,7 @@ def build_data(config: dict[str, Any]) -> "Images":
     from flowgen.data import Images
 
     section = config["data"]
-    repeated = REPEATED.get(str(section.get("_target_")), ())
-    data = build("data", {key: value for key, value in section.items() if key not in repeated})
+    data = build("data", section)
     if not isinstance(data, Images):
         raise FlowgenError(f"data._target_={section['_target_']} is no data set")
     return data
@@ -57,7 +49,7 @@ def model_for(config: dict[str, Any], shape: tuple[int, int, int], bits: int) ->
 
 def build_model(config: dict[str, Any]) -> "GenerativeModel":
     """The untrained model of a configuration from `model_for`; its weights depend on torch's random state."""
-    section = in_todays_words(config)["model"]
+    section = config["model"]
     _model_class(section)
     _check_memory(section)
     return build("model", section)
@@ -95,6 +87,12 @@ def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Im
     data = build_data(config)
     config = model_for(config, data.shape, data.bits)
     model = build_model(config)
+    check_fits_data(model, data)
+    return model, data, config
+
+
+def check_fits_data(model: "GenerativeModel", data: "Images") -> None:
+    """Raise FlowgenError where a model is of other images than the data."""
     pairs = zip(("channels", "height", "width", "bits"), (*model.shape, model.bits), (*data.shape, data.bits), strict=True)
     for name, of_model, of_data in pairs:
         if of_model != of_data:
@@ -105,4 +103,3 @@ def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Im
         )
     if model.classes not in (None, data.classes):
         raise FlowgenError(f"model.classes={model.classes} does not fit the {data.classes} classes of the data: set it to {data.classes}")
-    return model, data, config

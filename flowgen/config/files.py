@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.errors import FlowgenError
+from flowgen.training.formats import in_todays_words
 
 SECTIONS = ("model", "data", "trainer")
 MOST_BYTES = 2**20  # of a configuration
@@ -28,7 +29,7 @@ def settings() -> dict[str, list[str]]:
     """Everything that `flowgen train KEY=VALUE` can set, as model.width and model, and the choices that it comes with, as model=glow."""
     from yaml import safe_load
 
-    evaluation = [f"evaluation.{key}" for key in evaluation_defaults() if key != "_target_"]
+    evaluation = [f"evaluation.{key}" for key in safe_load((conf_folder() / "train.yaml").read_text())["evaluation"] if key != "_target_"]
     top = ("out", "resume", "init", "seed", "experiment", "scale", "model/negative_phase")
     found: dict[str, list[str]] = {name: [] for name in (*top, *evaluation, *SECTIONS)}
     for section in SECTIONS:
@@ -37,14 +38,6 @@ def settings() -> dict[str, list[str]]:
             for key in file.get(section, file).keys() - {"defaults", "_target_", *SECTIONS}:
                 found.setdefault(f"{section}.{key}", []).append(f"{section}={name}")
     return dict(sorted(found.items()))
-
-
-def evaluation_defaults() -> dict[str, Any]:
-    """How `flowgen evaluate` judges where a run does not say it."""
-    from yaml import safe_load
-
-    defaults: dict[str, Any] = safe_load((conf_folder() / "train.yaml").read_text())["evaluation"]
-    return defaults
 
 
 def save_config(config: dict[str, Any], path: Path) -> None:
@@ -67,7 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Raises FlowgenError where the file is none of flowgen's, which are short, and where nothing stands for something else."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import AliasEvent, YAMLError, parse
+    from yaml import AliasEvent, MappingNode, YAMLError, compose, parse
 
     try:
         if not path.is_file() or path.stat().st_size > MOST_BYTES:
@@ -75,10 +68,15 @@ def read_config(path: Path) -> dict[str, Any]:
         text = path.read_text()
         if "*" in text and any(isinstance(event, AliasEvent) for event in parse(text)):
             raise ValueError("a few aliases of aliases make a configuration of gigabytes")
+        if not isinstance(compose(text), MappingNode):
+            raise ValueError("a number or a list is none")
         config = OmegaConf.to_container(OmegaConf.create(text))
         json.dumps(config, ensure_ascii=False, default=str).encode()  # half a character could be neither shown nor saved
-    except (OSError, OmegaConfBaseException, YAMLError, ValueError, RecursionError, AssertionError) as error:
+    except (OSError, OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise FlowgenError(f"{path} cannot be read as a configuration: mend it, or name another run") from error
     if not isinstance(config, dict) or "seed" not in config or not all(isinstance(config.get(name), dict) for name in SECTIONS):
         raise FlowgenError(f"{path} is no configuration of a run")
-    return {str(key): value for key, value in config.items()}
+    try:
+        return in_todays_words({str(key): value for key, value in config.items()})
+    except TypeError as error:
+        raise FlowgenError(f"{path} is no configuration of a run") from error

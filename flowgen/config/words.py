@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.config.files import options
-from flowgen.config.older import OF_THE_EVALUATION
 from flowgen.config.sentences import no_such_setting, one_line
 from flowgen.errors import FlowgenError
+from flowgen.training.formats import OF_THE_EVALUATION
 
 FOLDERS = ("out", "data.root", "init")
 SHOWN = 100  # characters of a word that cannot be read

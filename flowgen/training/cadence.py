@@ -25,7 +25,7 @@ class Cadence:
     save_every: int
     keep_every: int
     keep_at: list[int]
-    patience: int | None = None
+    patience: int | None
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:

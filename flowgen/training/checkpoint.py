@@ -10,6 +10,7 @@ from typing import Any
 
 from flowgen.errors import FlowgenError
 from flowgen.training.formats import FORMAT, renewed
+from flowgen.training.rows import is_number, is_row
 
 KEYS = {"config", "step", "images_seen", "model", "ema", "optimizer", "metrics"}
 COUNTERS = {"failed", "skipped", "rewinds", "failed_at", "rewound_to", "lr_scale"}  # of failures
@@ -64,8 +65,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FlowgenError(f"{path} is cut short or no checkpoint of flowgen: name another run or checkpoint") from error
     if not isinstance(state, dict) or not state.keys() >= KEYS or not isinstance(state["config"], dict):
         raise FlowgenError(f"{path} is no checkpoint of flowgen: name another run or checkpoint")
+    return checked(state, path)
+
+
+def checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint in today's words. Raises FlowgenError where it is of a later format, or holds what no training writes."""
     if state.get("format", FORMAT) not in range(FORMAT + 1):
-        raise FlowgenError(f"{path} is a checkpoint of a later flowgen: update with `pip install -U flowgen`")
+        raise FlowgenError(f"{path} is of a later flowgen: update with `pip install -U flowgen`")
     try:
         state = renewed(state)
         sound = _is_sound(state)
@@ -77,11 +83,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _is_sound(state: dict[str, Any]) -> bool:
-    """Whether every part is of the kind that a training writes."""
-    from torch import Tensor
+    """Whether every part is of the kind that a training writes, or, of its figures, an evaluation."""
+
+    def is_tensor(value: Any) -> bool:
+        from torch import Tensor  # here, so that models without their weights are listed without it
+
+        return isinstance(value, Tensor)
 
     def of_tensors(value: Any) -> bool:
-        return isinstance(value, dict) and all(isinstance(key, str) and isinstance(each, Tensor) for key, each in value.items())
+        return isinstance(value, dict) and all(isinstance(key, str) and is_tensor(each) for key, each in value.items())
 
     def is_count(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**63
@@ -93,6 +103,7 @@ def _is_sound(state: dict[str, Any]) -> bool:
     return (
         all(isinstance(config.get(section), dict) for section in ("model", "data", "trainer"))
         and is_count(config.get("seed"))
+        and is_number(config["trainer"]["sample_temperature"])
         and is_count(state["step"])
         and is_count(state["images_seen"])
         and of_tensors(state["model"])
@@ -103,6 +114,7 @@ def _is_sound(state: dict[str, Any]) -> bool:
         and not math.isnan(metrics["best"])
         and 0 <= metrics["seconds"] < math.inf
         and of_numbers(state["rescue"], COUNTERS)
+        and is_row(state.get("figures", {}) | {"step": state["step"], "split": "test"})
     )
 
 

@@ -4,7 +4,9 @@ import os
 import platform
 import random
 import resource
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -51,10 +53,23 @@ def seed_step(device: torch.device, seed: int, step: int) -> None:
             torch.cuda.manual_seed(number)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """So that `peak_memory` is of what follows; not of main memory where the system cannot tell it, as on macOS."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # which is what proc(5) has for it
+
+
 def peak_memory(device: torch.device) -> float:
-    """GiB that this process has held at once: of the GPU, or else of main memory."""
+    """GiB that this process has held at once since `reset_peak_memory`: of the GPU, or else of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with suppress(OSError):
+        peak = next((line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if peak is not None:
+            return int(peak.split()[1]) / 2**20  # KiB
     unit = 1 if platform.system() == "Darwin" else 1024  # of ru_maxrss, by getrusage(2)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -14,7 +14,7 @@ class Machine:
     Raises FlowgenError for what this machine has not.
     """
 
-    def __init__(self, *, device: str, threads: int | str, precision: str, compile: bool, memory: str = "keep"):
+    def __init__(self, *, device: str, threads: int | str, precision: str, compile: bool, memory: str):
         check_choice((True, False), compile=compile)
         check_choice(MEMORY, memory=memory)
         if compile and memory == "invert":

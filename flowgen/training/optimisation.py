@@ -29,8 +29,8 @@ class Optimisation:
     clip: float
     ema: float
     initial_images: int
-    betas: Sequence[float] = (0.9, 0.999)
-    weight_decay: float = 0.0
+    betas: Sequence[float]
+    weight_decay: float
 
     def __post_init__(self) -> None:
         check_whole(batch_size=self.batch_size, accumulate=self.accumulate, initial_images=self.initial_images)

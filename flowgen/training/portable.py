@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.errors import FlowgenError
-from flowgen.training.checkpoint import weights_of
+from flowgen.training.checkpoint import checked, weights_of
+from flowgen.training.formats import FORMAT
 
 SUFFIX = ".safetensors"
 ZOO = Path(__file__).parents[1] / "zoo"  # the models that the package brings
@@ -32,8 +33,14 @@ def write_portable(checkpoint: dict[str, Any], figures: dict[str, Any], command:
     from safetensors.torch import save_file
 
     data = {key: None if key == "root" else value for key, value in checkpoint["config"]["data"].items()}
-    config = checkpoint["config"] | {"out": None, "data": data}
-    about = {"config": config, "step": checkpoint["step"], "images_seen": checkpoint["images_seen"], "figures": figures, "command": command}
+    about = {
+        "format": FORMAT,
+        "config": checkpoint["config"] | {"out": None, "init": None, "data": data},
+        "step": checkpoint["step"],
+        "images_seen": checkpoint["images_seen"],
+        "figures": {key: value for key, value in figures.items() if key != "run"},
+        "command": command,
+    }
     weights = {
         name: value.to(torch.float16 if half and value.dim() == 4 else value.dtype).contiguous().clone()
         for name, value in weights_of(checkpoint).items()
@@ -44,16 +51,15 @@ def write_portable(checkpoint: dict[str, Any], figures: dict[str, Any], command:
 
 def read_portable(path: Path) -> dict[str, Any]:
     """A checkpoint to use, though none to go on from: it holds no optimiser. Raises FlowgenError for what is none; no code can run."""
-    about, weights = _read(path, weights=True)
-    return about | {"model": weights, "ema": None}
+    return _read(path, weights=True)
 
 
 def about_portable(path: Path) -> dict[str, Any]:
     """Its config, step, images_seen, figures and command, without its weights. Raises FlowgenError for what is none."""
-    return _read(path, weights=False)[0]
+    return _read(path, weights=False)
 
 
-def _read(path: Path, weights: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(path: Path, weights: bool) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -67,4 +73,5 @@ def _read(path: Path, weights: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     known = {"config": dict, "step": int, "images_seen": int, "figures": dict, "command": str}
     if not isinstance(about, dict) or any(not isinstance(about.get(key), kind) for key, kind in known.items()):
         raise FlowgenError(f"{path} is no model of flowgen: name another run or file")
-    return about, tensors
+    untold = {"optimizer": {}, "metrics": {"best": 0.0, "seconds": 0.0}, "rescue": {}}
+    return checked(about | untold | {"model": tensors, "ema": None}, path)

@@ -8,7 +8,9 @@ from typing import Any
 from flowgen.measures import COMPARED
 
 OF_TRAINING = ("loss", "lr", "grad_norm", "images_per_second", "seconds", "memory_gib", "bits")
-NUMBERS = {*OF_TRAINING, *(metric.name + ending for metric in COMPARED for ending in ("", "_error"))}  # that others compute with
+OF_IMAGES = ("images", "log_z", "log_z_error")
+FIGURES = tuple(metric.name + ending for metric in COMPARED for ending in ("", "_error"))
+NUMBERS = {*OF_TRAINING, *OF_IMAGES, *FIGURES}  # that others compute with
 LARGEST = 1e100  # beyond which no axis can be drawn
 log = logging.getLogger("flowgen")
 
@@ -29,10 +31,11 @@ def _read(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and _is_sound(row) else None
+    return row if isinstance(row, dict) and is_row(row) else None
 
 
-def _is_sound(row: dict[str, Any]) -> bool:
+def is_row(row: dict[str, Any]) -> bool:
+    """Whether a training could have written it."""
     step, split = row.get("step"), row.get("split")
     scalars = all(value is None or isinstance(value, bool | str) or is_number(value) for value in row.values())
     numbers = all(value is None or is_number(value) for name, value in row.items() if name in NUMBERS)

@@ -9,7 +9,7 @@ from typing import Any
 from flowgen.errors import FlowgenError
 from flowgen.measures import COMPARED, Measured, finite, read_measured
 from flowgen.training.checkpoint import digest_of, read_checkpoint, write_checkpoint
-from flowgen.training.rows import read_rows
+from flowgen.training.rows import is_row, read_rows
 
 FOLDERS = {"checkpoints", "samples", "tensorboard"}
 SUFFIXES = {".gif", ".html", ".json", ".jsonl", ".log", ".part", ".png", ".pt", ".yaml"}
@@ -84,8 +84,9 @@ class Run:
         return read_rows(self.metrics)
 
     def has_ended(self) -> bool:
-        """Whether its training has come to its end, which is where the test split is judged."""
-        return any(row["split"] == "test" for row in self.read_metrics())
+        """Whether its training has come to its end, where the test split is judged, and has not been given more since."""
+        rows = self.read_metrics()
+        return any(row["split"] == "test" and row["step"] == max(each["step"] for each in rows) for row in rows)
 
     def keep_evaluation(self, checkpoint: dict[str, Any], figures: dict[str, Any]) -> None:
         """Keep what an evaluation of these weights has found, for whoever loads them again."""
@@ -97,7 +98,8 @@ class Run:
             kept = json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
         except (OSError, ValueError, RecursionError):
             return {}
-        return kept if isinstance(kept, dict) and kept.get("weights") == digest_of(checkpoint) else {}
+        sound = isinstance(kept, dict) and is_row(kept | {"step": checkpoint["step"], "split": "test"})
+        return kept if sound and kept.pop("weights", None) == digest_of(checkpoint) else {}
 
     def environment(self) -> str:
         """What it was trained on, as its log has it."""

@@ -14,6 +14,7 @@ from flowgen.data import Images
 from flowgen.errors import FlowgenError
 from flowgen.models import GenerativeModel
 from flowgen.training.cadence import Cadence
+from flowgen.training.device import reset_peak_memory
 from flowgen.training.footprint import check_batch_fits
 from flowgen.training.loop import Training
 from flowgen.training.machine import Machine
@@ -31,7 +32,7 @@ class Trainer:
     Raises FlowgenError for settings that make no sense.
     """
 
-    def __init__(self, *, device: str, threads: int | str, precision: str, compile: bool, memory: str = "keep", **settings: Any):
+    def __init__(self, *, device: str, threads: int | str, precision: str, compile: bool, memory: str, **settings: Any):
         of_cadence = {field.name for field in fields(Cadence)}
         self.cadence = Cadence(**{name: value for name, value in settings.items() if name in of_cadence})
         self.optimisation = Optimisation(**{name: value for name, value in settings.items() if name not in of_cadence})
@@ -62,6 +63,7 @@ class Trainer:
         for name in ("batch_size", "initial_images"):
             check_fits(f"trainer.{name}", getattr(self.optimisation, name), 5 * math.prod(data.shape))  # a byte and a float32 a number
         save_memory(model, self.machine.memory)
+        reset_peak_memory(self.machine.device)
         data.to(self.machine.device)
         model.to(self.machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is None and not trained:

@@ -45,11 +45,3 @@ def mean_field(
     while True:
         visible = hold((beta * machine.visible_input((beta * machine.hidden_input(visible)).sigmoid())).sigmoid(), start, known)
         yield visible, visible
-
-
-def elbo(machine: Machine, visible: Tensor) -> Tensor:
-    """Mean field's lower bound of log Z in nats, (batch,), where the hidden units are at their best for `visible`."""
-    inputs = machine.hidden_input(visible)
-    hidden = inputs.sigmoid()
-    entropies = [torch.special.entr(p) + torch.special.entr(1 - p) for p in (visible, hidden)]
-    return visible @ machine.visible_bias + (inputs * hidden).sum(1) + entropies[0].sum(1) + entropies[1].sum(1)

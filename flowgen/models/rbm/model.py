@@ -131,7 +131,8 @@ class RBM(Machine, Completes, RunsChains):
 
     def recall(self, figures: Mapping[str, Any]) -> bool:
         """log Z, where it may be quoted."""
-        self.log_z = figures["log_z"] if figures.get("quotable") else None
+        log_z = figures.get("log_z")
+        self.log_z = log_z if figures.get("quotable") is True and isinstance(log_z, int | float) else None
         return self.log_z is not None
 
     def train(self, mode: bool = True) -> "RBM":
