@@ -93,9 +93,8 @@ class GenerativeModel(nn.Module, ABC):
         """What `score` is: a log-probability, unless that lacks its normaliser."""
         return LOG_PROBABILITY
 
-    def recall(self, figures: Mapping[str, Any]) -> bool:
-        """Take over what an evaluation has found about these very weights; whether it was anything."""
-        return False
+    def recall(self, figures: Mapping[str, Any]) -> None:
+        """Take over what an evaluation has found about these very weights."""
 
     @abstractmethod
     def sample(self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

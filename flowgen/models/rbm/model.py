@@ -129,11 +129,10 @@ class RBM(Machine, Completes, RunsChains):
     def score_metric(self) -> Metric:
         return UNNORMALISED if self.log_z is None else LOG_PROBABILITY
 
-    def recall(self, figures: Mapping[str, Any]) -> bool:
+    def recall(self, figures: Mapping[str, Any]) -> None:
         """log Z, where it may be quoted."""
         log_z = figures.get("log_z")
         self.log_z = log_z if figures.get("quotable") is True and isinstance(log_z, int | float) else None
-        return self.log_z is not None
 
     def train(self, mode: bool = True) -> "RBM":
         """Training changes log Z, so that none is kept."""
