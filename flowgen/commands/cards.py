@@ -44,8 +44,8 @@ def images_of(data: dict[str, Any]) -> str:
 
 def under_its_name(data: dict[str, Any]) -> dict[str, Any]:
     """The section with the name of its images where the path alone says it, which is not passed on: their terms go with it."""
-    images = images_of(data)
-    return data | {"names": [images, *data["names"]]} if images in FOLDERS and images not in data["names"] else data
+    images, names = images_of(data), data.get("names") or []
+    return data | {"names": [images, *names]} if images in FOLDERS and images not in names else data
 
 
 def terms_of(data: dict[str, Any]) -> Terms | None:
@@ -86,7 +86,7 @@ def card(title: str, run: str, picture: str, about: dict[str, Any], parameters: 
     config, figures = about["config"], about["figures"]
     model = str(config["model"]["_target_"]).rpartition(".")[2]
     judged = json.dumps(figures, indent=1) if figures else "Not judged yet."
-    some = f"{figures['images']:,} images of " if "images" in figures else ""
+    some = f"{count:,} images of " if (count := figures.get("images")) else ""
     return f"""# {title}
 
 A {model} of {images_of(config["data"])}, {config["data"].get("bits")} bits, {parameters:,} parameters, trained by flowgen

@@ -58,6 +58,11 @@ def evaluate(*, name: str | None, overrides: list[str], device: str) -> Evaluate
 
 def merged(kept: dict[str, Any], found: dict[str, Any], own: bool) -> dict[str, Any]:
     """What is kept of two evaluations of the same weights: figures of the run's `own` images alone, and the log Z of the smaller error."""
-    surest = min((found, kept), key=lambda row: row["log_z_error"] if row.get("quotable") and "log_z_error" in row else math.inf)
+    surest = min((found, kept), key=_doubt)
     of_images = found if own and (surest is found or "images" not in kept) else kept
     return of_images | {key: surest[key] for key in OF_LOG_Z if key in surest}
+
+
+def _doubt(figures: dict[str, Any]) -> float:
+    error = figures.get("log_z_error")
+    return error if error is not None and figures.get("quotable") else math.inf
