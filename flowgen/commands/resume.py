@@ -113,8 +113,7 @@ def train_in(team: "Team", run: Run, config: dict[str, Any], checkpoint: dict[st
     from flowgen.training.doubts import doubt_split
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
-    threads = {"threads": "auto"} if team.size > 1 or "threads" not in config["trainer"] else {}  # each process has cores of its own
-    trainer = _trainer(config["trainer"] | threads)
+    trainer = _trainer(config["trainer"] | ({"threads": "auto"} if team.size > 1 else {}))  # each process has cores of its own
     if team.size == 1:
         config["trainer"]["threads"] = trainer.machine.threads  # kept, since a resumed run has the same bits on as many threads alone
     torch.manual_seed(config["seed"])

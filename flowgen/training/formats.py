@@ -18,6 +18,7 @@ AS_IT_WAS: dict[str, dict[str, Any]] = {  # where a configuration does not say i
     "data": {"binarise": "threshold"},
     "trainer": {
         "devices": None,
+        "threads": "auto",
         "memory": "keep",
         "betas": [0.9, 0.999],
         "weight_decay": 0.0,
