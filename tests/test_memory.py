@@ -106,7 +106,7 @@ def test_a_look_at_the_memory_leaves_chains_and_statistics_as_they_were(phase):
     levels = torch.randint(2, (8, 1, 4, 4), dtype=torch.uint8)
     rbm.initialize(levels)
     before = {name: value.clone() for name, value in rbm.state_dict().items()}
-    _kept(rbm, Machine(device="cpu", threads=1, precision="float32", compile=False), levels, None)
+    _kept(rbm, Machine(device="cpu", threads=1, precision="float32", compile=False, memory="keep"), levels, None)
     assert [name for name, value in rbm.state_dict().items() if not torch.equal(value, before[name])] == []
 
 
