@@ -109,16 +109,17 @@ def class_directions(model: Classifies) -> Directions:
 
 
 @torch.no_grad()
-def edit(model: GenerativeModel, directions: Directions, levels: Tensor, amounts: Mapping[str, float], shares: Tensor) -> Tensor:
+def move_along(model: GenerativeModel, directions: Directions, levels: Tensor, amounts: Mapping[str, float], shares: Tensor) -> Tensor:
     """Images of `levels` (N, channels, height, width) moved by each of `shares` (steps,) of `amounts`: (steps, N, ...), on the CPU.
 
     The noise within their levels is drawn, the same at every call. Raises FlowgenError for an attribute that there is not.
     """
-    latent = model.encode(levels.to(model.device), torch.Generator(model.device).manual_seed(0))
+    generator, batches = torch.Generator(model.device).manual_seed(0), levels.to(model.device).split(BATCH)
+    latent = torch.cat([model.encode(batch, generator) for batch in batches])
     own = None
     if directions.classes:
         if isinstance(model, Classifies) and model.classes is not None:
-            own = model.classify(levels.to(model.device)).argmax(1)
+            own = torch.cat([model.classify(batch) for batch in batches]).argmax(1)
         else:
             own = directions.nearest(latent)
     step = directions.step(amounts, own)

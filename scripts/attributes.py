@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from flowgen.commands.directions import directions_of
 from flowgen.config import build_data, find_model
 from flowgen.data import Images
-from flowgen.directions import METHODS, class_directions, edit
+from flowgen.directions import METHODS, class_directions, move_along
 from flowgen.judging import Classifier, mean, train_classifier
 from flowgen.judging.classifier import SURE
 from flowgen.models import Flow
@@ -83,7 +83,7 @@ def of_faces(found: Found, data: Images, attributes: list[str], count: int, file
             moved = torch.empty(len(AMOUNTS), *levels.shape, dtype=torch.uint8)
             for sign, group in ((1.0, ~before[:, place]), (-1.0, before[:, place])):
                 if group.any():
-                    moved[:, group] = edit(model, directions, levels[group], {name: sign}, torch.tensor(AMOUNTS))
+                    moved[:, group] = move_along(model, directions, levels[group], {name: sign}, torch.tensor(AMOUNTS))
             for by, images in zip(AMOUNTS, moved, strict=True):
                 changed = (seen(classifier, images) != before).double() * 100
                 others = [number for number in range(len(names)) if number != place]
@@ -100,7 +100,7 @@ def of_digits(model: Flow, data: Images, classes: list[int], count: int) -> None
     levels = data.test.images[data.test.labels == start][:count] >> (8 - data.bits)
     amounts = (0.0, 0.5, 1.0, 1.5, 2.0)
     print(f"{len(levels)} test digits of class {start}\n{'by':>3}  {f'is a {end}, %':16} {f'is still a {start}, %':18} sure, %")
-    for by, images in zip(amounts, edit(model, class_directions(model), levels, {str(end): 1.0}, torch.tensor(amounts)), strict=True):
+    for by, images in zip(amounts, move_along(model, class_directions(model), levels, {str(end): 1.0}, torch.tensor(amounts)), strict=True):
         label, surety = classifier.surety(images)
         shares = [mean((100 * each.double()).tolist()) for each in (label == end, label == start, surety >= SURE)]
         print(f"{by:3g}  {shares[0]!s:16} {shares[1]!s:18} {shares[2]}", flush=True)

@@ -40,7 +40,7 @@ def main() -> None:
             levels = levels.cpu() * 255 if model.bits == 1 else levels.cpu()
             right = ""
             if model.classes:
-                asked = torch.cat([torch.arange(len(part)) % model.classes for part in levels.split(64)])
+                asked = torch.arange(len(levels)) % model.classes
                 right = f", of the class asked for {(classifier.surety(levels)[0] == asked).float().mean():.3f}"
             first = int(32 * classifier.readable(levels[:32]))
             print(f"{run} at temperature {temperature:g}: readable {classifier.readable(levels):.3f}, {first} of the first 32{right}")

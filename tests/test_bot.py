@@ -1,5 +1,6 @@
 """`flowgen bot`, end to end against a server of the Bot API on loopback."""
 
+import asyncio
 import io
 import json
 import queue
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import save_image, started
@@ -23,6 +25,8 @@ from flowgen.bot.token import read_token
 from flowgen.errors import FlowgenError
 
 pytest.importorskip("telegram", reason="needs python-telegram-bot: pip install 'flowgen[bot]'")
+from flowgen.bot.chat import Chat
+
 TOKEN = "123456:SECRET-of-the-bot_xyz"
 OTHER = "654321:REVOKED-of-the-bot_xyz"
 
@@ -190,6 +194,25 @@ def test_a_chat_has_one_request_at_a_time_and_others_do_not_wait_for_it(bot):
     of = {chat: sorted(text.split()[0] for who, text, _ in heard if who == chat) for chat in (7, 8)}
     assert of == {7: ["One", "Temperature"], 8: ["Temperature"]}
     assert bot.ask("/generate")[1] is not None
+
+
+def test_a_photo_that_comes_too_early_leaves_what_was_asked():
+    chat, said = Chat(None), []
+
+    async def reply(text):
+        said.append(text)
+
+    def message(name, caption=None):
+        photo = [SimpleNamespace(file_id=name, file_size=1)]
+        return SimpleNamespace(chat_id=7, text=None, caption=caption, document=None, photo=photo, media_group_id="album", reply_text=reply)
+
+    chat.busy.add(7)
+    for each in (message("a", "/walk"), message("b")):
+        asyncio.run(chat.hear(SimpleNamespace(message=each), None))
+    assert said == ["One thing at a time: I am still at your last request. Send me this photo again after that."]
+    chat.busy.clear()
+    request = chat.requests[7]
+    assert callable(chat._answer(message("b"))) and request.photos == ["a", "b"] and not chat.requests
 
 
 def test_the_token_is_in_no_output_when_telegram_refuses_it_or_is_not_there(telegram, two_runs):

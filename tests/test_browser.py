@@ -171,8 +171,10 @@ def test_every_control_has_a_name_for_screen_readers(visit):
         assert page.locator("[aria-live=polite]").count() == 2 and page.locator("html[lang=en]").count() == 1
 
 
-def test_mistakes_are_said_and_a_file_that_is_no_image_changes_nothing(visit, tmp_path):
+def test_mistakes_are_said_and_a_file_that_is_no_image_changes_nothing(visit, tmp_path, glow, monkeypatch):
+    monkeypatch.setattr(glow, "no_judge", "out of luck")
     seen = visit("glow")
+    seen.wait_for("#percentile-hint", has_text="No percentiles: out of luck.")
     seen.page.click("#walk-form button")
     seen.wait_for("#said.wrong", has_text="A and B")
     seen.page.click("#complete-form button")
@@ -184,6 +186,12 @@ def test_mistakes_are_said_and_a_file_that_is_no_image_changes_nothing(visit, tm
     seen.page.set_input_files("#slot-A input", tmp_path / "large.png")
     seen.wait_for("#said.wrong", has_text="larger than 5.5 MB")
     assert seen.page.locator("#slot-A .empty").count() == 1
+    seen.tiles("#sample-tiles").nth(0).click()
+    seen.page.select_option("#keep", "left")
+    seen.slide("sweeps", 1000)
+    seen.page.click("#complete-form button")
+    seen.page.click("#stop")
+    seen.wait_for("#said.wrong", has_text="stopped")
     seen.complaints = [each for each in seen.complaints if "400 (BAD REQUEST)" not in each]  # what the browser itself notes of a refusal
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import SMALL, fit
 from test_models import glow, model_of, noise
 
+from flowgen.commands.sample import draw
 from flowgen.data import Images, MNISTSample, Split
 from flowgen.models import Flow
 
@@ -91,6 +92,17 @@ def test_temperature_zero_is_the_middle_of_the_class(trained):
         drawn[:1], trained.decode(torch.cat((trained.means[2:3], torch.eye(3)[2:]), 1)[:, : 192 + 3 * trained.class_networks])
     ) and torch.equal(drawn[0], drawn[1])
     assert torch.isfinite(worth).all()
+
+
+def test_many_samples_are_of_each_class_in_turn_from_batch_to_batch(monkeypatch):
+    """At temperature 0 a sample is the middle of its class."""
+    model = glow(classes=3).eval()
+    model.initialize(*stripes(30))
+    whole, _ = draw(model, 8, 0.0, seed=0)
+    monkeypatch.setattr("flowgen.commands.sample.BATCH", 4)
+    split, _ = draw(model, 8, 0.0, seed=0)
+    assert torch.equal(split, whole) and torch.equal(whole, whole[torch.arange(8) % 3])
+    assert not torch.equal(whole[0], whole[1])
 
 
 def test_sample_draws_a_class_by_its_label(command, tmp_path):

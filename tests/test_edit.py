@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,21 @@ from test_labels import attribute_list
 from test_models import MODELS, noise
 
 import flowgen
+from flowgen.commands.kept import kept
 from flowgen.data import read_table
-from flowgen.directions import Directions, class_directions, class_means, directions_from, edit, mean_difference, moments, one_hot, ridge
+from flowgen.directions import (
+    Directions,
+    class_directions,
+    class_means,
+    directions_from,
+    mean_difference,
+    moments,
+    move_along,
+    one_hot,
+    ridge,
+)
 from flowgen.errors import FlowgenError
+from flowgen.training.run import Run
 
 IMAGES = 4000
 
@@ -59,7 +72,7 @@ def test_a_flow_of_classes_moves_by_what_parts_their_means():
     with_classes = flow_of(flow.bijection, (1, 4, 4), classes=2)
     with_classes.means.data = torch.stack((torch.zeros(16), 0.5 * torch.ones(16))).double()
     levels = flow.sample(20, generator=torch.Generator().manual_seed(1))[0]
-    zero, one = edit(with_classes, class_directions(with_classes), levels, {"1": 1.0}, torch.tensor([0.0, 1.0]))
+    zero, one = move_along(with_classes, class_directions(with_classes), levels, {"1": 1.0}, torch.tensor([0.0, 1.0]))
     assert (zero.int() - levels.int()).abs().max() <= 1
     shift = 256 * (flow.bijection.inverse(with_classes.means[1:])[0] - flow.bijection.mean.view(1, 1, 4, 4))
     leaves = (with_classes.classify(levels).argmax(1) == 0).view(-1, 1, 1, 1)
@@ -81,7 +94,20 @@ def test_where_networks_see_the_class_it_changes_with_the_latents_but_no_further
     step = directions.step({"1": 1.0}, own)
     near, to, beyond = (model.decode(torch.cat((latent[:, :192], (latent + by * step)[:, 192:]), 1)) for by in (0, 1, 2))
     assert torch.equal(to, beyond) and not torch.equal(near, to)
-    assert (edit(model, directions, levels, {"1": 1.0}, torch.zeros(1))[0] == levels).float().mean() > 0.99
+    assert (move_along(model, directions, levels, {"1": 1.0}, torch.zeros(1))[0] == levels).float().mean() > 0.99
+
+
+def test_images_are_encoded_once_in_batches_and_each_moves_as_it_would_alone(monkeypatch):
+    model, levels = MODELS["glow"](bits=5, classes=2, class_networks=False), noise(5, 7)
+    model.initialize(noise(5))
+    model.eval()
+    whole = move_along(model, class_directions(model), levels, {"1": 0.5}, torch.tensor([0.0, 1.0]))
+    sizes = []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda batch, generator: sizes.append(len(batch)) or encode(batch, generator))
+    monkeypatch.setattr("flowgen.directions.BATCH", 3)
+    split = move_along(model, class_directions(model), levels, {"1": 0.5}, torch.tensor([0.0, 1.0]))
+    assert sizes == [3, 3, 1] and (split == whole).float().mean() > 0.99
 
 
 def test_several_attributes_add_up_and_unknown_ones_are_named():
@@ -103,14 +129,16 @@ def test_edit_shows_a_strip_a_pair_and_a_film_and_finds_directions_once(labelled
     assert status == 0 and "directions of 4 attributes" in error, error
     strip = Image.open(output.strip())
     assert output.strip() == str(tiny_run / "edit.png") and strip.width > 3 * strip.height
-    kept = list(tiny_run.glob("directions_*.pt"))
-    assert len(kept) == 1
+    files = list(tiny_run.glob("directions_*.pt"))
+    assert len(files) == 1
     monkeypatch.setattr("flowgen.commands.directions.moments", lambda *given: pytest.fail("found anew"))
+    moved: list[tuple] = []
+    monkeypatch.setattr("flowgen.commands.edit.move_along", lambda *given: moved.append(given) or move_along(*given))
     assert command(*words, "--attribute", "Smiling", "--by", 1, "--attribute", "Bald", "--by", -0.5)[0] == 0
     assert Image.open(tiny_run / "edit.png").width < strip.width
     assert command(*words, "--attribute", "Smiling", "--method", "difference", "--out", tiny_run / "film.gif")[0] == 0
-    assert Image.open(tiny_run / "film.gif").n_frames == 2 * 25 - 2
-    kept[0].write_bytes(kept[0].read_bytes()[:100])
+    assert Image.open(tiny_run / "film.gif").n_frames == 2 * 25 - 2 and len(moved) == 2, "once a command"
+    files[0].write_bytes(files[0].read_bytes()[:100])
     with pytest.raises(pytest.fail.Exception, match="found anew"):
         command("--debug", *words, "--attribute", "Smiling")
 
@@ -119,7 +147,27 @@ def test_directions_are_those_of_the_weights(labelled, tiny_run, command):
     words = ["edit", labelled / "000.png", "--run", tiny_run, "--attribute", "Smiling"]
     assert command(*words)[0] == 0 and command("resume", tiny_run, "trainer.steps=7")[0] == 0
     status, _, error = command(*words)
-    assert status == 0 and "directions of" in error and len(list(tiny_run.glob("directions_*.pt"))) == 2
+    assert status == 0 and "directions of" in error and len(list(tiny_run.glob("directions_*.pt"))) == 1
+
+
+def test_what_was_found_of_weights_is_kept_whole_and_makes_room_for_what_is_found_of_others(tmp_path, monkeypatch):
+    def find(weight: float, settings: object, found: dict | None) -> dict:
+        checkpoint = {"ema": None, "model": {"weight": torch.tensor([weight])}}
+        return kept(Run(tmp_path), checkpoint, "latents", settings, lambda: found or pytest.fail("found anew"))
+
+    def full(value: object, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise RuntimeError("no space left")
+
+    (tmp_path / "latents_mine.pt").touch()
+    assert find(1.0, "a", {"found": 1}) == {"found": 1} == find(1.0, "a", None)
+    assert find(1.0, "b", {"found": 2}) == {"found": 2} and find(1.0, "a", None) == {"found": 1}
+    assert len(list(tmp_path.iterdir())) == 3
+    assert find(2.0, "a", {"found": 3}) == {"found": 3}
+    before = sorted(tmp_path.iterdir())
+    assert len(before) == 2 and tmp_path / "latents_mine.pt" in before, "what is not its own stays"
+    monkeypatch.setattr(torch, "save", full)
+    assert find(3.0, "a", {"found": 4}) == {"found": 4} and sorted(tmp_path.iterdir()) == before
 
 
 def test_edit_moves_along_a_table_of_ones_own(tiny_run, images, command, tmp_path):

@@ -4,11 +4,13 @@ import base64
 import http.client
 import io
 import json
+import logging
 import os
 import random
 import shlex
 import signal
 import threading
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,6 +173,17 @@ def test_scores_are_those_of_the_command_with_percentiles_once_there_are_any(two
     assert status == 0, error
     value, percentile, p, _ = output.splitlines()[1].split()
     assert (value, percentile, p) == (f"{found['value']:.3f}", f"{found['percentile']:.1f}", f"{found['p']:.4f}")
+
+
+def test_percentiles_that_cannot_be_had_have_a_reason(two_runs, monkeypatch, caplog):
+    def fault(*arguments, **options):
+        raise RuntimeError("out of luck")
+
+    answers = Answers(str(two_runs / "glow"), "cpu")
+    monkeypatch.setattr("flowgen.answers.answers.judge_by", fault)
+    monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
+    answers.judge_validation_images()
+    assert "out of luck" in Asker(answers)("doing")["no_percentiles"] and "no percentiles: RuntimeError: out of luck" in caplog.text
 
 
 def test_the_command_completes_alike(ask, command, tmp_path):
@@ -362,13 +375,29 @@ def test_a_fault_of_ours_is_told_and_the_page_goes_on(ask, glow, monkeypatch):
 def test_work_can_be_stopped(ask, glow):
     picture = two_samples(ask)[0]
     with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(ask.post, "complete", {"image": picture, "mask": mask(HALF), "method": "langevin", "sweeps": 2000, "seed": 0})
+        asked = {"image": picture, "mask": mask(HALF), "method": "langevin", "sweeps": 2000, "seed": 0, "question": "mine"}
+        long = pool.submit(ask.post, "complete", asked)
         while "annealing" not in ask("doing")["doing"]:
             pass
-        ask("stop")
+        ask("stop", question="mine")
         response = long.result(20)
     assert response.status_code == 400 and response.json["error"] == "stopped"
     assert len(two_samples(ask)) == 2 and ask("doing")["doing"] == ""
+
+
+def test_stop_ends_the_question_that_it_names_before_its_turn_and_no_other(ask, glow):
+    picture, turns = two_samples(ask)[0], glow.turns
+    asked = {"image": picture, "mask": mask(HALF), "method": "langevin", "sweeps": 5, "seed": 0}
+    with ThreadPoolExecutor(2) as pool, turns.take("judging"):
+        waiting = [pool.submit(ask.post, "complete", asked | {"question": name}) for name in ("mine", "another")]
+        while not {"mine", "another"} <= turns._asked.keys():
+            time.sleep(0.01)
+        ask("stop", question="mine")
+        ask("stop")
+        assert list(turns.watched(range(3), "validation images")) == [0, 1, 2], "who has the turn goes on"
+    mine, another = (each.result(20) for each in waiting)
+    assert mine.status_code == 400 and mine.json["error"] == "stopped" and another.status_code == 200
+    assert not turns._asked
 
 
 def test_many_requests_at_once_are_neither_lost_nor_mixed_up(glow):

@@ -1,6 +1,7 @@
 """How strange images are: the scores, what they are worth, and `flowgen score`."""
 
 import csv
+import logging
 import math
 import os
 import zipfile
@@ -16,7 +17,6 @@ from test_models import MODELS, glow, noise, started
 import flowgen
 from flowgen.bijections import FactorOut
 from flowgen.commands import against
-from flowgen.commands.against import images_for
 from flowgen.commands.judge import Judge
 from flowgen.config import build_data
 from flowgen.data import Stream
@@ -88,7 +88,8 @@ def test_percentile_is_the_share_of_likelier_images():
 
 
 @pytest.mark.parametrize("broken", [math.nan, -math.inf])
-def test_a_held_out_image_beyond_floats_is_the_strangest_and_leaves_the_others_their_p_values(broken, caplog):
+def test_a_held_out_image_beyond_floats_is_the_strangest_and_leaves_the_others_their_p_values(broken, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
     usual = held_out(40)
     usual["log_prob"][[0, 1]] = broken  # one of those that fit, one of those that calibrate
     outliers = Outliers(usual)
@@ -232,15 +233,12 @@ def judge_with(model: Flow) -> Judge:
     return Judge(model, {"data": TOY}, build_data({"data": TOY}), Path(), Outliers(held_out(4)))
 
 
-def test_data_of_older_runs_is_compared_and_data_that_does_not_fit_fails_before_any_is_scored(monkeypatch):
-    """Older configurations repeat what the data itself says: its channels and size."""
-    judge = judge_with(glow(channels=2, size=1, bits=8))
-    assert images_for(judge, TOY | {"channels": 2, "size": 1}).shape == (2, 1, 1)
+def test_data_that_does_not_fit_either_way_fails_before_any_is_scored(monkeypatch):
     monkeypatch.setattr(against, "find_checkpoint", lambda name: (None, {"config": {"data": TOY}}))
     monkeypatch.setattr(against, "judge_of", lambda *given: judge_with(glow()))
     monkeypatch.setattr(against, "one_way", lambda *given: pytest.fail("scored"))
     with pytest.raises(FlowgenError, match="do not fit"):
-        list(against.compare(judge, ["run"], 8, 0, "cpu"))
+        list(against.compare(judge_with(glow(channels=2, size=1, bits=8)), ["run"], 8, 0, "cpu"))
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgen import directions, pictures
+from flowgen import pictures
 from flowgen.answers.outside import read_foreign, read_own
 from flowgen.answers.turns import Turns
-from flowgen.commands.complete import check_mask, grey, restore
+from flowgen.commands.complete import check_mask, completion_of, grey
 from flowgen.commands.directions import directions_of
 from flowgen.commands.interpolate import between
 from flowgen.commands.judge import Judge, in_unit, judge_by, likelihood_of, statistics_of
 from flowgen.commands.sample import draw
 from flowgen.config import find_model
 from flowgen.data import check_pictures
+from flowgen.directions import Directions, move_along
 from flowgen.errors import FlowgenError
 from flowgen.judging.outliers import DEFAULT
 from flowgen.measures import BITS_PER_DIM
+from flowgen.messages import one_sentence
 from flowgen.models import Classifies, Completes, GenerativeModel, RunsChains
 
 CHAINS_KEPT = 4
@@ -43,7 +45,8 @@ class Answers:
         check_pictures(self.channels)
         self.name = name or str(self.run.folder)
         self.judge: Judge | None = None  # until validation images have been judged
-        self.directions: directions.Directions | None = None  # until they have been asked for
+        self.no_judge = ""  # why there will be none
+        self.directions: Directions | None = None  # until they have been asked for
         self.turns = Turns()
         self.films: dict[str, Iterator[Tensor]] = {}
         self.model.watch(self.turns.watched)
@@ -128,17 +131,22 @@ class Answers:
         self.attributes()
         assert self.directions is not None
         with self.turns.take("editing"):
-            return directions.edit(self.model, self.directions, levels, amounts, torch.ones(1))[0]
+            return move_along(self.model, self.directions, levels, amounts, torch.ones(1))[0]
 
-    def complete(self, levels: Tensor, known: Tensor, *, method: str, sweeps: int, seed: int) -> tuple[Tensor, dict[str, float]]:
-        """As `flowgen complete`, as levels of 8 bits: the mean, the spread, the draws; and what tells how the method fared."""
+    def complete(
+        self, levels: Tensor, known: Tensor, *, method: str, sweeps: int, seed: int, question: str | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """As `flowgen complete`, as levels of 8 bits: the mean, the spread, the draws; and what tells how the method fared.
+
+        `turns.stop` ends it by the name of the question.
+        """
         model = self.model
         if not isinstance(model, Completes):
             raise FlowgenError("this model restores no pixels: use a run of another")
         check_mask(known, "the mask")
-        with self.turns.take("completing"):
+        with self.turns.take("completing", question):
             levels, known = levels.to(model.device), known.to(model.device)
-            (draws, mean, figures), spread = restore(model, levels, known, method, sweeps, seed)
+            (draws, mean, figures), spread = completion_of(model, levels, known, method, sweeps, seed)
         return grey(torch.cat((mean[None], spread[None], draws))), dict(figures)
 
     def start_chains(self, *, method: str, seed: int, count: int) -> str:
@@ -170,5 +178,6 @@ class Answers:
         """So that percentiles can be told; others are answered between one batch and the next."""
         try:
             self.judge = judge_by(self.run, self.checkpoint, self.model, count, SEED, progress=self.turns.each)
-        except FlowgenError as error:
-            log.warning("no percentiles: %s", error)
+        except Exception as error:  # in a thread of its own, where nobody else would hear of it
+            self.no_judge = one_sentence(error)
+            log.error("no percentiles: %s", self.no_judge)

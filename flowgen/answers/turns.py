@@ -26,26 +26,32 @@ class Turns:
     def __init__(self) -> None:
         self.doing = ""
         self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._asked: dict[str | None, threading.Event] = {}  # what stops each question that waits or is answered
 
     @contextmanager
-    def take(self, doing: str) -> Iterator[None]:
-        with self._lock:
-            self._stopped.clear()
-            self.doing = doing
-            try:
-                yield
-            finally:
-                self.doing = ""
+    def take(self, doing: str, question: str | None = None) -> Iterator[None]:
+        """Wait for the turn and take it. Raises FlowgenError where the `question` that it is for has been stopped."""
+        stopped = self._asked[question] = threading.Event()
+        try:
+            with self._lock:
+                _check(stopped)
+                self.doing, self._stopped = doing, stopped
+                try:
+                    yield
+                finally:
+                    self.doing = ""
+        finally:
+            self._asked.pop(question, None)
 
-    def stop(self) -> None:
-        """End the turn that is taken, where its work goes by `watched` steps: it raises FlowgenError."""
-        self._stopped.set()
+    def stop(self, question: str) -> None:
+        """End the work on a question, where it waits for its turn or goes by `watched` steps: it raises FlowgenError."""
+        if stopped := self._asked.get(question):
+            stopped.set()
 
     def watched(self, steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         """A `Progress` for work within a turn."""
         for number, step in enumerate(steps):
-            if self._stopped.is_set():
-                raise FlowgenError("stopped")
+            _check(self._stopped)
             self.doing = f"{what}: {number} of {total}"
             yield step
 
@@ -55,3 +61,8 @@ class Turns:
             with self.take(what):
                 yield step
             time.sleep(0.01)  # in which another thread takes the lock
+
+
+def _check(stopped: threading.Event) -> None:
+    if stopped.is_set():
+        raise FlowgenError("stopped")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.memory import MEMORY, Step, recomputed, recovered
+from flowgen.bijections.memory import MEMORY, Forward, recomputed, recovered
 from flowgen.errors import FlowgenError, check_choice
 
 
@@ -30,7 +30,7 @@ class Chain(Bijection):
             log_det = log_det + change
         return x, log_det
 
-    def _sparing(self) -> Iterator[Step]:
+    def _sparing(self) -> Iterator[Forward]:
         """The bijections in steps that keep little for the backward pass; one that holds another chain leaves that to it."""
         each: Any = self.bijections
         for sparing, group in groupby(each, self._spares):

@@ -17,12 +17,12 @@ from flowgen.bijections.base import Bijection
 from flowgen.bijections.normalize import batch_normalisations
 from flowgen.shares import Share, of_batch, split
 
-Step = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Forward = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 MEMORY = ("keep", "checkpoint", "invert")
 LONGEST = 128  # bijections that are recovered from one output, since rounding errors grow on the way
 
 
-def recomputed(bijection: Bijection) -> Step:
+def recomputed(bijection: Bijection) -> Forward:
     """`bijection`, computed again in the backward pass."""
     draws = any(isinstance(module, nn.Dropout) for module in bijection.modules())
 
@@ -46,7 +46,7 @@ def _again(bijection: Bijection, share: Share) -> Iterator[None]:
             buffer.data.copy_(before)  # which the backward pass does not notice
 
 
-def recovered(bijections: Sequence[Bijection], errors: list[Tensor]) -> Iterator[Step]:
+def recovered(bijections: Sequence[Bijection], errors: list[Tensor]) -> Iterator[Forward]:
     """`bijections` one after the other, whose inputs are recovered in the backward pass; `errors` holds how far off the first ever was.
 
     That is the largest difference over the largest number. The condition is not differentiated.

@@ -25,6 +25,7 @@ HELP = f"""/generate sends a picture at temperature 1.
 /generate 0.678 sends one at that temperature, from 0 to {HOTTEST:g}: low is typical, high is varied.
 /walk and two photos: the way from one to the other, through the latents and through the pixels.
 /score and a photo: how likely it is."""
+BUSY = "One thing at a time: I am still at your last request."
 Work = Callable[[], Awaitable[None]]
 log = logging.getLogger("flowgen")
 
@@ -57,7 +58,7 @@ class Chat:
         if isinstance(answer, str):
             await message.reply_text(answer)
         elif answer is not None and message.chat_id in self.busy:
-            await message.reply_text("One thing at a time: I am still at your last request.")
+            await message.reply_text(BUSY)
         elif answer is not None:
             self.busy.add(message.chat_id)
             try:
@@ -105,8 +106,11 @@ class Chat:
             return "What shall I do with it? Say /score or /walk first."
         if photo[1] > MOST_BYTES:
             return f"A photo may have {MOST_BYTES // 2**20} MiB at most."
+        last = len(request.photos) + 1 == NEEDS[request.about]
+        if last and message.chat_id in self.busy:  # the request stays as it is
+            return f"{BUSY} Send me this photo again after that."
         request.photos.append(photo[0])
-        if len(request.photos) < NEEDS[request.about]:
+        if not last:
             return None if message.media_group_id else "And the other one?"
         del self.requests[message.chat_id]
         return lambda: self._look(message, request)

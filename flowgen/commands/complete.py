@@ -33,7 +33,7 @@ def complete(
     kept = known.of(whole) if isinstance(known, Linear) else torch.where(known, whole, 0.5)
     rows = []
     for method in methods or model.completions:
-        (draws, mean, figures), spread = restore(model, levels, known, method, sweeps, seed)
+        (draws, mean, figures), spread = completion_of(model, levels, known, method, sweeps, seed)
         for figure, value in figures.items():
             log.info("%s: %s %.3f", method, figure.replace("_", " "), value)
         shown = torch.cat((whole, kept, mean[None], spread[None], draws[:DRAWS]))
@@ -68,7 +68,7 @@ def _read(image: Path, model: GenerativeModel, sums: Linear | None) -> Tensor:
     return read_exactly(image, model.shape, model.bits)
 
 
-def restore(
+def completion_of(
     model: Completes, levels: Tensor, known: Tensor | Linear, method: str, sweeps: int | None, seed: int
 ) -> tuple[Completion, Tensor]:
     """What the method makes of an image (1, channels, height, width) from this seed on, and the spread of its draws, from 0 to 1."""

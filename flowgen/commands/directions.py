@@ -3,20 +3,18 @@
 import hashlib
 import logging
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from flowgen.commands.kept import kept
 from flowgen.config import build_data
 from flowgen.data import Stream, part, read_table
 from flowgen.directions import BATCH, Directions, Moments, class_directions, directions_from, moments, one_hot
 from flowgen.errors import FlowgenError
 from flowgen.models import Classifies, GenerativeModel
 from flowgen.progress import Progress, bar
-from flowgen.training.checkpoint import digest_of
 from flowgen.training.run import Run
 
 COUNT = 10_000  # images at most that they are found from
@@ -43,20 +41,16 @@ def directions_of(
         return class_directions(model)
     config = checkpoint["config"]
     of_images = hashlib.sha256(table.read_bytes()).hexdigest() if table and table.is_file() else sorted(config["data"].items(), key=str)
-    settings = hashlib.blake2s(repr((of_images, table and str(table.resolve()), count)).encode(), digest_size=4).hexdigest()
-    path = run.folder / f"directions_{digest_of(checkpoint)}_{settings}.pt"
-    kept = None
-    with suppress(Exception):  # none kept yet, or one that a crash cut short, over which the unpickler may stumble in any way
-        kept = torch.load(path, weights_only=True)
-    if kept is None:
+
+    def find() -> dict[str, Any]:
         names, classes, images, total = _from_table(model, config, table, count) if table else _from_training(config, count)
         found = moments(model, progress(images, "latents", -(-total // BATCH)))
-        kept = {"names": list(names), "classes": classes, **found._asdict()}
-        with suppress(OSError):  # a folder that is not ours to write to
-            torch.save(kept, path)
         log.info("directions of %d %s from %d images", len(names), "classes" if classes else "attributes", total)
-    found = Moments(*(kept[name] for name in Moments._fields))
-    directions = directions_from(found, tuple(kept["names"]), kept["classes"], method)
+        return {"names": list(names), "classes": classes, **found._asdict()}
+
+    found = kept(run, checkpoint, "directions", (of_images, table and str(table.resolve()), count), find)
+    of_latents = Moments(*(found[name] for name in Moments._fields))
+    directions = directions_from(of_latents, tuple(found["names"]), found["classes"], method)
     return Directions(directions.names, directions.changes.to(model.device, model.dtype), directions.classes)
 
 

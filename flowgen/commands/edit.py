@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from flowgen import directions, pictures
+from flowgen import pictures
 from flowgen.commands.directions import directions_of
 from flowgen.config import find_model
 from flowgen.data import read_levels
+from flowgen.directions import move_along
 from flowgen.errors import FlowgenError
 from flowgen.models import GenerativeModel
 from flowgen.progress import bar
@@ -51,9 +52,8 @@ def edit(
     film = target.suffix.lower() == ".gif"
     start, end = (0.0, 1.0) if amounts else (-FARTHEST, FARTHEST)
     shares = torch.linspace(start, end, FRAMES if film else 2 if amounts else STEPS)
-    rows = directions.edit(model, found, levels, per, shares)
-    restored = directions.edit(model, found, levels, per, torch.zeros(1))[0]
-    if (restored != levels).float().mean() > ALIKE:
+    rows = move_along(model, found, levels, per, shares)
+    if (rows[shares.abs().argmin()] != levels).float().mean() > ALIKE:  # at share 0
         log.warning("this model does not restore the images from their latents: what changes is not the attributes alone")
     if film:
         frames = list(rows)

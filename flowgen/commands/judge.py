@@ -1,10 +1,7 @@
 """A model with what is usual among its validation images, by which other images are judged."""
 
-import hashlib
 import math
-import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowgen.commands.kept import kept
 from flowgen.config import build_data, find_model
 from flowgen.data import Images
 from flowgen.judging import Outliers, complexity
 from flowgen.measures import BITS_PER_DIM, Metric
 from flowgen.models import GenerativeModel
 from flowgen.progress import Progress, bar
-from flowgen.training.checkpoint import digest_of
 from flowgen.training.run import Run
 
 BATCH = 50
-KEPT = re.compile(r"validation_[0-9a-f]{16}_[0-9a-f]{8}\.pt")
 
 
 @dataclass(frozen=True)
@@ -70,20 +66,13 @@ def judge_by(run: Run, checkpoint: dict[str, Any], model: GenerativeModel, count
     config = checkpoint["config"]
     data = build_data(config)
     data.to(model.device)
-    settings = repr((sorted(config["data"].items(), key=str), checkpoint["figures"].get("log_z"), count, seed)).encode()
-    kept = run.folder / f"validation_{digest_of(checkpoint)}_{hashlib.blake2s(settings, digest_size=4).hexdigest()}.pt"
-    held_out = None
-    with suppress(Exception):  # none kept yet, or one that a crash cut short, over which the unpickler may stumble in any way
-        held_out = torch.load(kept, weights_only=True)
-    if held_out is None:
-        count = min(count, len(data.validation))
-        held_out = statistics_of_all(model, data.batches("validation", BATCH, count), count, seed, progress)
-        with suppress(OSError):  # a folder that is not ours to write to
-            for older in run.folder.iterdir():
-                if KEPT.fullmatch(older.name):
-                    older.unlink()
-            torch.save(held_out, kept)
-    return Judge(model, config, data, run.folder, Outliers(held_out))
+
+    def judged() -> dict[str, Tensor]:
+        held_out = min(count, len(data.validation))
+        return statistics_of_all(model, data.batches("validation", BATCH, held_out), held_out, seed, progress)
+
+    settings = sorted(config["data"].items(), key=str), checkpoint["figures"].get("log_z"), count, seed
+    return Judge(model, config, data, run.folder, Outliers(kept(run, checkpoint, "validation", settings, judged)))
 
 
 def statistics_of_all(

@@ -86,10 +86,11 @@ def draw(model: GenerativeModel, count: int, temperature: float, seed: int, **ho
 
 
 def draws(model: GenerativeModel, count: int, temperature: float, seed: int, **how: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same in batches."""
+    """The same in batches, which go on with the classes where the one before ended."""
     generator = torch.Generator(model.device).manual_seed(seed)
     for start in range(0, count, BATCH):
-        yield model.sample(min(BATCH, count - start), temperature, generator, **how)
+        place = {"first": start} if isinstance(model, Classifies) and model.classes is not None else {}
+        yield model.sample(min(BATCH, count - start), temperature, generator, **place, **how)
 
 
 @torch.no_grad()

@@ -62,9 +62,12 @@ class Classifies(Ability):
 
     @abstractmethod
     def sample(
-        self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None, label: int | None = None
+        self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None, label: int | None = None, first: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """As every model draws images, but of class `label` where one is given. Raises FlowgenError for a class that there is not."""
+        """As every model draws images, of class `label`, or of each class in turn: of many the next `count` from number `first` on.
+
+        Raises FlowgenError for a class that there is not.
+        """
 
 
 class RunsChains(Ability):
@@ -102,6 +105,7 @@ class DrawsTokens(Ability):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         label: int | None = None,
+        first: int = 0,
         guidance: float = 0.0,
         jacobi: bool = False,
     ) -> tuple[Tensor, Tensor]:

@@ -37,11 +37,11 @@ def about(answers: Answers, asked: Asked) -> dict[str, Any]:
 
 
 def doing(answers: Answers, asked: Asked) -> dict[str, Any]:
-    return {"doing": answers.turns.doing, "percentiles": answers.judge is not None}
+    return {"doing": answers.turns.doing, "percentiles": answers.judge is not None, "no_percentiles": answers.no_judge}
 
 
 def stop(answers: Answers, asked: Asked) -> dict[str, Any]:
-    answers.turns.stop()
+    answers.turns.stop(str(asked.get("question")))
     return {}
 
 
@@ -94,7 +94,8 @@ def complete(answers: Answers, asked: Asked) -> dict[str, Any]:
         "sweeps": _whole(asked, "sweeps", 1, 2000),
         "seed": _whole(asked, "seed", 0, MOST_SEED),
     }
-    shown, figures = answers.complete(levels, known, **how)
+    question = str(asked["question"]) if "question" in asked else None
+    shown, figures = answers.complete(levels, known, **how, question=question)
     mean, spread, *draws = [encoded(pictures.png(image, 8), "png") for image in shown]
     command = answers.command("complete", "a.png", keep="mask.png", **how)
     return {"mean": mean, "spread": spread, "draws": draws, "figures": figures, "command": command}

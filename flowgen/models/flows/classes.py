@@ -8,13 +8,13 @@ from flowgen.errors import FlowgenError
 NO_CLASSES = "this model knows no classes: train one with model.classes=10 on data that has labels"
 
 
-def labels_to_draw(count: int, label: int | None, classes: int | None, device: torch.device) -> Tensor | None:
-    """Those of `count` samples: `label`, or each class in turn, or None where there are no classes.
+def labels_to_draw(count: int, label: int | None, first: int, classes: int | None, device: torch.device) -> Tensor | None:
+    """Those of `count` samples: `label`, or each class in turn as from sample number `first` on, or None where there are no classes.
 
     Raises FlowgenError for a class that there is not.
     """
     if label is None:
-        return None if classes is None else torch.arange(count, device=device) % classes
+        return None if classes is None else torch.arange(first, first + count, device=device) % classes
     if classes is None:
         raise FlowgenError(NO_CLASSES)
     if not 0 <= label < classes:

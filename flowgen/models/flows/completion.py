@@ -10,7 +10,7 @@ from torch import Tensor
 from flowgen.bijections import Bijection, Chain, Equalize, Gaussianize, Logit
 from flowgen.errors import check_choice
 from flowgen.models.abilities import Completes, Completion
-from flowgen.models.flows.langevin import LogDensity, Step, at, langevin
+from flowgen.models.flows.langevin import LogDensity, StepSize, at, langevin
 from flowgen.models.flows.posterior import Classes, Pixels, Sums
 from flowgen.models.flows.statistics import log_normal
 from flowgen.models.linear import Known, Linear
@@ -61,7 +61,7 @@ class Chains:
     @torch.no_grad()
     def anneal(self, trajectories: int) -> None:
         """In the latents, while the tolerance s of what is known shrinks from one spread to `COOLEST`."""
-        step = Step()
+        step = StepSize()
         scales = [self.spread * COOLEST ** (number / max(1, trajectories - 1)) for number in range(trajectories)]
         for scale in self.progress(scales, "annealing", trajectories):
             density = self._latents(scale)
@@ -74,17 +74,17 @@ class Chains:
 
         The steps' length is learnt in the first half, so that the second half leaves the posterior invariant.
         """
-        step, accepted = Step(), []
-        state = at(self.place, self._pixels())
+        step, accepted = StepSize(), []
+        position = at(self.place, self._pixels())
         for number in self.progress(range(trajectories), "exact steps", trajectories):
             if self.classes and number % EVERY == 0:
                 share = self.classes.posterior(self.points).softmax(1)
                 self.labels = torch.multinomial(share, 1, generator=self.generator)[:, 0]
-                state = at(self.place, self._pixels())
+                position = at(self.place, self._pixels())
             learn = number < trajectories // 2
-            state = langevin(state, self._pixels(), step, LEAPS, learn, self.generator)
-            self.place = state.place
-            accepted += [] if learn else [state.moved.float().mean().item()]
+            position = langevin(position, self._pixels(), step, LEAPS, learn, self.generator)
+            self.place = position.place
+            accepted += [] if learn else [position.moved.float().mean().item()]
         self.acceptance = math.fsum(accepted) / len(accepted)
 
     def _noise(self) -> Tensor:

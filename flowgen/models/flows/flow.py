@@ -117,14 +117,14 @@ class Flow(Classifies, CompletesByLangevin):
 
     @torch.no_grad()
     def sample(
-        self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None, label: int | None = None
+        self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None, label: int | None = None, first: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Images whose every latent has standard deviation `temperature`, and their log p(x) in nats, carried by the inverse.
 
-        All are of class `label`, else of classes in turn. Raises FlowgenError for a class that the flow has not.
+        All are of class `label`, else of each class in turn, as from number `first` on. Raises FlowgenError for a class that it has not.
         """
         z = temperature * torch.randn(count, self.dimensions, generator=generator, device=self.device, dtype=self.dtype)
-        one_hot = self._one_hot(labels_to_draw(count, label, self.classes, self.device))
+        one_hot = self._one_hot(labels_to_draw(count, label, first, self.classes, self.device))
         z = z if one_hot is None else z + one_hot @ self._class_means()
         x, log_density = self._carry(z, one_hot)
         return self._quantise(x), log_density - self.dimensions * math.log(self.bins)

@@ -13,7 +13,7 @@ FIRST_STEP = 0.1
 FAR = 1e6
 
 
-class State(NamedTuple):
+class Position(NamedTuple):
     """Where the chains are, (chains, D), with the log-density there and its gradient, and which of them have just moved."""
 
     place: Tensor
@@ -22,7 +22,7 @@ class State(NamedTuple):
     moved: Tensor
 
 
-class Step:
+class StepSize:
     """The length of a chain's steps, learnt while the chains are under way and then held, so that they leave the density invariant.
 
     The n-th lesson changes its logarithm by (accepted - `BEST`) / sqrt n: Robbins and Monro (1951), steps n^(-1/2) to forget the start.
@@ -36,21 +36,23 @@ class Step:
         self.length *= math.exp((accepted - BEST) / math.sqrt(self.lessons))
 
 
-def at(place: Tensor, density: LogDensity) -> State:
+def at(place: Tensor, density: LogDensity) -> Position:
     value, gradient = _look(place, density)
-    return State(place, value, gradient, torch.ones_like(value, dtype=torch.bool))
+    return Position(place, value, gradient, torch.ones_like(value, dtype=torch.bool))
 
 
-def langevin(state: State, density: LogDensity, step: Step, leaps: int, learn: bool, generator: torch.Generator | None = None) -> State:
+def langevin(
+    position: Position, density: LogDensity, step: StepSize, leaps: int, learn: bool, generator: torch.Generator | None = None
+) -> Position:
     """One trajectory under Langevin's equation with momentum, accepted so that the density goes invariant.
 
     m ~ N(0, I), then `leaps` times m += e/2 grad log p(x), x += e m, m += e/2 grad log p(x); with one leap that is x + e^2/2 grad log p(x)
     + e N(0, I). Neal, MCMC using Hamiltonian dynamics (1206.1901), sections 3 and 5.2. What is not finite is rejected.
     """
     e = step.length
-    momentum = torch.randn(state.place.shape, generator=generator, device=state.place.device, dtype=state.place.dtype)
-    before = state.value - 0.5 * momentum.square().sum(1)
-    place, gradient = state.place, state.gradient
+    momentum = torch.randn(position.place.shape, generator=generator, device=position.place.device, dtype=position.place.dtype)
+    before = position.value - 0.5 * momentum.square().sum(1)
+    place, gradient = position.place, position.gradient
     for _ in range(leaps):
         momentum = momentum + 0.5 * e * gradient
         place = place + e * momentum
@@ -61,10 +63,10 @@ def langevin(state: State, density: LogDensity, step: Step, leaps: int, learn: b
     if learn:
         step.learn(log_ratio.exp().clamp(max=1).mean().item())
     goes = accepted[:, None]
-    return State(
-        torch.where(goes, place, state.place),
-        torch.where(accepted, value, state.value),
-        torch.where(goes, gradient, state.gradient),
+    return Position(
+        torch.where(goes, place, position.place),
+        torch.where(accepted, value, position.value),
+        torch.where(goes, gradient, position.gradient),
         accepted,
     )
 

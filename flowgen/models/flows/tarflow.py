@@ -96,6 +96,7 @@ class TarFlow(Flow, DrawsTokens):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         label: int | None = None,
+        first: int = 0,
         guidance: float = 0.0,
         jacobi: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ class TarFlow(Flow, DrawsTokens):
             block.jacobi = jacobi
         try:
             self.guidance = guidance
-            return super().sample(count, temperature, generator, label)
+            return super().sample(count, temperature, generator, label, first)
         finally:
             self.guidance = 0.0
             for block in blocks:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from flowgen.models.rbm.machine import Machine
 
-State = tuple[Tensor, Tensor]  # visible units, and the probabilities that they were drawn with: both (batch, visible)
-Sampler = Callable[..., Iterator[State]]
+Visible = tuple[Tensor, Tensor]  # visible units, and the probabilities that they were drawn with: both (batch, visible)
+Sampler = Callable[..., Iterator[Visible]]
 
 
 def draw_bits(log_odds: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -27,7 +27,7 @@ def hold(visible: Tensor, start: Tensor, known: Tensor | None) -> Tensor:
 
 def gibbs(
     machine: Machine, start: Tensor, *, beta: float = 1.0, known: Tensor | None = None, generator: torch.Generator | None = None
-) -> Iterator[State]:
+) -> Iterator[Visible]:
     """h ~ P(h|v), v ~ P(v|h), from `start` (batch, visible), at inverse temperature `beta`; pixels where `known` stay as they are."""
     visible = start
     while True:
@@ -39,7 +39,7 @@ def gibbs(
 
 def mean_field(
     machine: Machine, start: Tensor, *, beta: float = 1.0, known: Tensor | None = None, generator: torch.Generator | None = None
-) -> Iterator[State]:
+) -> Iterator[Visible]:
     """lambda = sigmoid(beta (c + W'mu)), mu = sigmoid(beta (b + W lambda)): coordinate ascent on the ELBO of log Z."""
     visible = start
     while True:

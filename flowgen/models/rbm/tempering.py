@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from flowgen.models.rbm.exchange import Rungs
-from flowgen.models.rbm.gibbs import State, draw_bits, hold
+from flowgen.models.rbm.gibbs import Visible, draw_bits, hold
 from flowgen.models.rbm.machine import Machine
 
 BURN_IN = 400  # sweeps of `tempering` in which the ladder adapts
@@ -21,7 +21,7 @@ def tempering(
     known: Tensor | None = None,
     generator: torch.Generator | None = None,
     temperatures: int = 20,
-) -> Iterator[State]:
+) -> Iterator[Visible]:
     """The machine's own rung of a ladder that adapts to begin with; every rung begins at `start`.
 
     A ladder that went on to adapt to its own chains would not keep their law.

@@ -32,7 +32,7 @@ async function ask(name, asked, button = null) {
     const { doing } = await post("doing", {}).catch(() => ({ doing: "" }));
     if (answered) return;
     if (doing) say(`${doing} …`);
-    $("stop").hidden = name !== "complete";
+    if (asked.question) $("stop").hidden = false;
   }, 1000);
   try {
     const answer = await post(name, asked);
@@ -44,7 +44,7 @@ async function ask(name, asked, button = null) {
   } finally {
     answered = true;
     clearInterval(timer);
-    $("stop").hidden = true;
+    if (asked.question) $("stop").hidden = true;
     if (button) button.disabled = false;
   }
 }
@@ -53,7 +53,6 @@ async function ask(name, asked, button = null) {
 
 const waiting = [];
 let scoring = false;
-let percentiles = false;
 
 async function scoreWaiting() {
   if (scoring) return;
@@ -372,10 +371,13 @@ $("keep").addEventListener("change", () => {
   brush.erased = brush.erased.map((_, place) => (keeps[$("keep").value](place % width, Math.floor(place / width)) ? 0 : 1));
   showBrush();
 });
+let completion = ""; // the question that Stop ends
+
 onSubmit("complete-form", async (button) => {
   if (!hand.A) return say("Take a picture in hand first, as A.", true);
+  completion = crypto.randomUUID();
   const asked = { image: hand.A.picture, mask: $("save-mask").href, method: $("method").value, sweeps: whole("sweeps"), seed: whole("complete-seed") };
-  const answer = await ask("complete", asked, button);
+  const answer = await ask("complete", { ...asked, question: completion }, button);
   if (!answer) return;
   $("complete-result").hidden = false;
   const draws = answer.draws.slice(0, 10);
@@ -389,7 +391,7 @@ onSubmit("complete-form", async (button) => {
   $("complete-figures").textContent = `${draws.length} of ${answer.draws.length} draws. ${facts.join(", ")}`;
   showCommand("complete-command", answer.command);
 });
-$("stop").addEventListener("click", () => post("stop", {}));
+$("stop").addEventListener("click", () => post("stop", { question: completion }));
 
 // Chains that run while they are watched.
 
@@ -452,9 +454,10 @@ async function begin() {
 
 async function watchPercentiles() {
   const hint = $("percentile-hint");
-  const { percentiles } = await post("doing", {}).catch(() => ({ percentiles: false }));
-  hint.textContent = percentiles ? "Percentile: so many of a hundred validation images are likelier." : "Percentiles come as soon as validation images have been scored.";
+  const { percentiles, no_percentiles: reason } = await post("doing", {}).catch(() => ({}));
+  if (percentiles) hint.textContent = "Percentile: so many of a hundred validation images are likelier.";
+  else hint.textContent = reason ? `No percentiles: ${reason}.` : "Percentiles come as soon as validation images have been scored.";
   if (percentiles) scoreAgain();
-  else setTimeout(watchPercentiles, 3000);
+  else if (!reason) setTimeout(watchPercentiles, 3000);
 }
 begin();
