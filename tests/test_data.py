@@ -16,6 +16,7 @@ import flowgen
 from flowgen.config import build_data, read_config
 from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, Split, Toy, prepare, read_levels
 from flowgen.errors import FlowgenError
+from flowgen.training.formats import in_todays_words
 
 SHARED = Path(os.environ.get("FLOWGEN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared = pytest.mark.skipif(
@@ -180,9 +181,8 @@ def test_a_run_keeps_what_images_it_is_of(tiny_run, images, command):
 
 @pytest.mark.parametrize("name", ["moons", "rings"])
 def test_a_configuration_that_repeats_what_its_data_says_still_builds_it(name):
-    data = build_data(
-        {"data": {"_target_": "flowgen.data.Toy", "name": name, "count": 5, "channels": 2, "size": 1, "bits": 8, "flip": False}}
-    )
+    section = {"_target_": "flowgen.data.Toy", "name": name, "count": 5, "channels": 2, "size": 1, "bits": 8, "flip": False}
+    data = build_data(in_todays_words({"model": {}, "data": section, "trainer": {}}))
     assert data.shape == (2, 1, 1) and data.bits == 8 and data.classes is None
 
 
