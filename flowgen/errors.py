@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
+
+DEVICES = ("/dev", "/proc", "/sys")  # folders in which a new file is none
 
 
 class FlowgenError(ValueError):
@@ -30,3 +33,12 @@ def check_choice(choices: Iterable[object], **values: object) -> None:
     for name, value in values.items():
         if value not in choices:
             raise FlowgenError(f"{name} must be {'one of ' * (len(choices) > 1)}{', '.join(map(str, choices))}, not {value!r}")
+
+
+def check_folder_of(path: Path) -> None:
+    """Raise `FlowgenError` where no file can be written to `path`, before the work is done."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FlowgenError(f"the folder of {path} does not exist: make it, or name another")
+    if str(folder.resolve()) in DEVICES:
+        raise FlowgenError(f"{path} would lie among the machine's devices: name another folder")

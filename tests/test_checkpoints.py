@@ -123,6 +123,28 @@ def test_a_checkpoint_of_the_wrong_parts_gets_one_line(tiny_run, command, part):
         assert status == 1 and str(path) in error and len(error.splitlines()) == 1 and "fault of flowgen" not in error
 
 
+ODD = ([], "x", None, 3, "missing")
+
+
+@pytest.mark.parametrize("place", ["model", "data", "trainer", "seed", "data.size", "model.steps_per_level"])
+def test_a_configuration_in_a_checkpoint_without_a_part_gets_one_line(tiny_run, command, place):
+    path = Run(tiny_run).last
+    for value in (*ODD, 10**9) if place == "model.steps_per_level" else ODD:
+        if (place, value) == ("seed", 3):
+            continue
+        state = read_checkpoint(path)
+        section, _, key = place.rpartition(".")
+        part = state["config"][section] if section else state["config"]
+        part |= {key: value}
+        if value == "missing":
+            del part[key]
+        write_checkpoint(state, other := path.with_name("other.pt"))
+        for words in (["sample", "--run", other], ["evaluate", "--run", other], ["resume", other, "trainer.steps=8"]):
+            status, _, error = command(*words)
+            ends_well = status == 0 and place == "data.size" and words[0] == "sample"  # for which the model knows its images
+            assert ends_well or (status == 1 and error.count("flowgen: ") == 1 and "fault of flowgen" not in error), (value, words, error)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -242,6 +242,13 @@ def test_a_folder_that_holds_a_run_is_refused(tiny_run, images, command):
         (["train", "trainer.initial_images=1000000000000"], "trainer.initial_images=1000000000000 needs", 1),
         (["report", " "], "an empty name is no run", 1),
         (["chain", "--sweeps", "1" + 30 * "0"], "--sweeps", 2),
+        (["chain", "--frames", "1" + 30 * "0"], "--frames", 2),
+        (["interpolate", "a.png", "b.png", "--steps", "1" + 30 * "0"], "--steps", 2),
+        (["report", ""], "an empty name is no run", 1),
+        (["report", "x", "--out", "/dev/full.html"], "the machine's devices", 1),
+        (["sample", "--out", "/dev/full.png"], "the machine's devices", 2),
+        *((["train", f"data={name}", "data.root=null", "data.names=[]"], "data.root does not exist", 1) for name in ("mnist", "svhn")),
+        (["train", "data=cifar10", "data.root=null", "data.names=[]"], "data.root does not exist", 1),
     ],
 )
 def test_mistakes_get_one_line(command, words, answer, status):
@@ -250,7 +257,9 @@ def test_mistakes_get_one_line(command, words, answer, status):
 
 def test_what_cannot_fit_is_refused_with_the_most_that_does(tiny_run, command, tmp_path):
     assert_plain(command("sample", "--run", tiny_run, "--count", 10**9), "any number in --out FILE.zip")
+    assert_plain(command("interpolate", "a.png", "b.png", "--run", tiny_run, "--steps", 10**6 + 1), "--steps", 2)
     assert_plain(command("evaluate", "--run", tiny_run, f"draws={10**12}"), "at most 100000")
+    assert_plain(command("sample", "--run", tiny_run, "--device", "meta"), "choose auto")
     words = ["sample", "--run", tiny_run, "--temperature", 1, "--temperature", 0.5, "--out", tmp_path / "a.zip"]
     assert_plain(command(*words), "one temperature")
 

@@ -49,6 +49,8 @@ def test_the_same_is_the_same_bit_by_bit():
     assert not same(torch.tensor([0.0]), torch.tensor([-0.0]))
 
 
-def test_the_table_counts_what_is_at_fault():
-    rows = faults.table([Result("kill", "glow", 2, ""), Result("kill", "maf", 1, "rows"), Result("disk", "maf", 1, "")]).splitlines()
-    assert rows[2:] == ["| kill | 2 | 3 | 1 |", "| disk | 1 | 1 | 0 |"]
+def test_the_table_counts_what_is_at_fault(tmp_path):
+    for seed, result in ((3, Result("kill", "glow", 2, "")), (1, Result("kill", "maf", 1, "rows")), (1, Result("disk", "\udcff", 1, ""))):
+        faults.keep(seed, result, tmp_path / "results")
+    rows = faults.table(faults.kept(tmp_path / "results")).splitlines()
+    assert rows[2:] == ["| kill | 1, 3 | 2 | 3 | 1 |", "| disk | 1 | 1 | 1 | 0 |"]

@@ -169,6 +169,7 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
     assert_plain(command("sample", "--run", tiny_run, "--method", "gibbs"), "is no run of a model that draws by Markov chains")
     assert_plain(command("chain", "--run", rbm_run, "--out", "film.png"), "let it end in .gif", 2)
     assert_plain(command("chain", "--run", rbm_run, "--method", "magic"), "magic", 2)
+    assert_plain(command("chain", "--run", rbm_run, "--frames", 10**9), "--frames=1000000000 needs")
     assert_plain(command("train", *TINY, f"data.root={images}", "data.bits=8", "trainer.steps=1"), "leave data.bits at 1")
     assert_plain(command("train", *TINY, f"data.root={images}", "model.negative_phase=cd", "trainer.steps=1"), "with a slash")
     assert_plain(command("evaluate", "--run", rbm_run, "model.hidden=[8"), "cannot be read")

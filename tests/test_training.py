@@ -312,3 +312,11 @@ def test_a_run_whose_time_ends_while_it_is_judged_is_not_judged_again(images, tm
     assert command("train", *words, f"out={tmp_path / 'run'}")[0] == 0
     assert [(row["step"], row["split"]) for row in rows(tmp_path / "run")] == [(1, "validation"), (1, "train"), (1, "test")]
     assert read_checkpoint(Run(tmp_path / "run").last)["step"] == 1
+
+
+def test_the_largest_seed_is_as_good_as_any(images, tmp_path, command):
+    words = [*SMALL, f"data.root={images}", f"seed={2**63 - 1}", "data.flip=true", "trainer.steps=11"]  # more than an epoch
+    assert command("train", *words, f"out={tmp_path / 'run'}")[0] == 0
+    for words in (["resume", tmp_path / "run", "trainer.steps=12"], ["sample", "--run", tmp_path / "run", "--seed", 2**63 - 1]):
+        status, _, error = command(*words)
+        assert status == 0, error

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from flowgen.config import options, settings
+from flowgen.errors import FlowgenError, check_folder_of
 from flowgen.messages import show_messages
 from flowgen.training.threads import use_threads
 
@@ -41,8 +42,11 @@ def check_picture(path: Path | None, more: Collection[str] = ()) -> Path | None:
     endings = sorted({*PICTURES, *more})
     if path is not None and path.suffix.lower() not in endings:
         raise click.UsageError(f"{path} is no name of a picture: let it end in one of {', '.join(endings)}")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise click.UsageError(f"the folder of {path} does not exist: make it, or name another")
+    try:
+        if path is not None:
+            check_folder_of(path)
+    except FlowgenError as error:
+        raise click.UsageError(str(error)) from error
     return path
 
 

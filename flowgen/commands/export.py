@@ -7,7 +7,7 @@ from flowgen import pictures
 from flowgen.commands.cards import card, terms_of, under_its_name
 from flowgen.commands.sample import draw
 from flowgen.config import model_of
-from flowgen.errors import FlowgenError
+from flowgen.errors import FlowgenError, check_folder_of
 from flowgen.training.find import find_checkpoint
 from flowgen.training.portable import SUFFIX, about_portable, write_portable
 from flowgen.training.run import Run
@@ -23,8 +23,7 @@ def export(*, name: str, path: Path, called: str | None = None) -> list[Path]:
     """
     if path.suffix != SUFFIX:
         raise FlowgenError(f"{path} is no name of a model to pass on: let it end in {SUFFIX}")
-    if not path.absolute().parent.is_dir():
-        raise FlowgenError(f"the folder of {path} does not exist: make it, or name another")
+    check_folder_of(path)
     files = [path, path.with_suffix(".md"), path.with_suffix(".png")]
     for file in files:
         if file.exists():

@@ -12,7 +12,7 @@ from flowgen import plots
 from flowgen.commands.runs import readable_runs
 from flowgen.config import flat, read_config
 from flowgen.document import Picture, Section, data_url, encoded, write_document
-from flowgen.errors import FlowgenError
+from flowgen.errors import FlowgenError, check_folder_of
 from flowgen.measures import BITS_PER_DIM, COMPARED, Metric, read_measured
 from flowgen.training.find import OUTPUTS, find_run
 from flowgen.training.run import Run, best_measured, watched
@@ -31,8 +31,8 @@ CAPTIONS = {
 
 def report(*, names: list[str], out: Path | None) -> Path:
     """Write one HTML page about the runs `names`, or those below a folder of that name. Raises FlowgenError."""
-    if out is not None and not out.absolute().parent.is_dir():
-        raise FlowgenError(f"the folder of {out} does not exist: make it, or name another")
+    if out is not None:
+        check_folder_of(out)
     runs = [run for name in names for run in _runs(name)]
     target = out or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
     how_many = "1 run" if len(runs) == 1 else f"{len(runs)} runs"

@@ -13,7 +13,7 @@ from flowgen import pictures
 from flowgen.commands.against import compare
 from flowgen.commands.judge import BATCH, Judge, judge_of
 from flowgen.data import Stream, check_pictures
-from flowgen.errors import FlowgenError
+from flowgen.errors import FlowgenError, check_folder_of
 from flowgen.judging.outliers import DEFAULT
 from flowgen.progress import bar
 
@@ -44,8 +44,8 @@ def score(
 
     The strangest and the most typical go into a picture, all into `table`, a CSV file. Raises FlowgenError.
     """
-    if table is not None and not table.absolute().parent.is_dir():
-        raise FlowgenError(f"the folder of {table} does not exist: make it, or name another")
+    if table is not None:
+        check_folder_of(table)
     judge = judge_of(name, count, seed, device)
     if by is not None and by not in judge.outliers.names:
         raise FlowgenError(f"--by {by} needs a flow, which this model is none: choose one of {', '.join(judge.outliers.names)}")

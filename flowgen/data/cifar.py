@@ -23,7 +23,7 @@ class CIFAR10(Images):
 
     def __init__(self, *, root: str | None, names: list[str], bits: int, flip: bool, binarise: str = "threshold"):
         check_names(names)
-        if root is None and not any((data_folder() / name).exists() for name in names):
+        if root is None and names and not any((data_folder() / name).exists() for name in names):
             download(URL, MD5, data_folder() / names[0])
         files = _files(locate(root, names, CURE))
         train, test = (_read(files, wanted) for wanted in (TRAIN, TEST))

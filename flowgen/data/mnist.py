@@ -35,7 +35,7 @@ class MNIST(Images):
         check_choice(("MNIST", "FashionMNIST", "KMNIST"), name=name)
         check_whole(size=size)
         check_names(names)
-        if root is None and not any(_find(data_folder() / folder, names, "train") for folder in names):
+        if root is None and names and not any(_find(data_folder() / folder, names, "train") for folder in names):
             _download(name, data_folder() / names[0])
         folder = locate(root, names, f"point data.root at a folder with the idx files of {name}, or leave it out to download them")
         train, test = (read_split(folder, names, file, size) for file in FILES)

@@ -26,7 +26,7 @@ class SVHN(Images):
 
     def __init__(self, *, root: str | None, names: list[str], bits: int, flip: bool, binarise: str = "threshold"):
         check_names(names)
-        if root is None and not any((data_folder() / name).exists() for name in names):
+        if root is None and names and not any((data_folder() / name).exists() for name in names):
             for file, md5 in MD5.items():
                 download(URL + file, md5, data_folder() / names[0])
         folder = locate(root, names, f"point data.root at the folder with train_32x32.mat and test_32x32.mat, from {URL}")

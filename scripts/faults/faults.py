@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import signal
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import zygote
 from kills import Ground, Result
 
 PARTS = ("kills", "ranks", "disks", "files", "lines")
+MEMORY = Path("/dev/shm")  # where a thousand trainings spare the disk
 
 
 def make_quick() -> None:
@@ -53,12 +55,26 @@ def results(ground: Ground, seed: int, count: int, parts: list[str]) -> Iterator
             yield result
 
 
-def table(found: list[Result]) -> str:
-    """A row for each kind: how many runs, how many of them were hit how often, and how many were at fault."""
-    rows = ["| what | runs | hits | at fault |", "| --- | --- | --- | --- |"]
-    for kind in dict.fromkeys(result.kind for result in found):
-        mine = [result for result in found if result.kind == kind]
-        rows.append(f"| {kind} | {len(mine)} | {sum(result.hits for result in mine)} | {sum(bool(result.fault) for result in mine)} |")
+def keep(seed: int, result: Result, path: Path) -> None:
+    """A line of JSON more, so that what is stopped counts as far as it has come."""
+    with path.open("a") as file:
+        file.write(json.dumps({"seed": seed, **result._asdict()}) + "\n")
+
+
+def kept(path: Path) -> list[tuple[int, Result]]:
+    """All that runs of any seed have left there."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(line.pop("seed"), Result(**line)) for line in lines]
+
+
+def table(found: list[tuple[int, Result]]) -> str:
+    """A row for each kind: of which seeds, how many runs, how many of them were hit how often, and how many were at fault."""
+    rows = ["| what | seeds | runs | hits | at fault |", "| --- | --- | --- | --- | --- |"]
+    for kind in dict.fromkeys(result.kind for _, result in found):
+        mine = [result for _, result in found if result.kind == kind]
+        seeds = ", ".join(map(str, sorted({seed for seed, result in found if result.kind == kind})))
+        hits, faults = sum(result.hits for result in mine), sum(bool(result.fault) for result in mine)
+        rows.append(f"| {kind} | {seeds} | {len(mine)} | {hits} | {faults} |")
     return "\n".join(rows)
 
 
@@ -72,23 +88,24 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--at", type=Path, help="an empty folder to work in, which is kept; by default one under /tmp that is deleted")
+    parser.add_argument("--at", type=Path, help="an empty folder to work in, which is kept; by default one in memory that is deleted")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines, one for each result; the table is of all that it holds")
     options = parser.parse_args()
     zygote.warm()
     make_quick()
-    found, began = [], time.monotonic()
+    began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="faults-") as temporary, contextlib.suppress(KeyboardInterrupt):
-        at = options.at or Path(temporary)
-        ground = Ground(at, disks.can_mount(at))
-        for result in results(ground, options.seed, options.count, list(options.parts)):
-            found.append(result)
-            if result.fault:
-                print(f"AT FAULT: {result.kind}, {result.what}: {result.fault}", flush=True)
-            if len(found) % 100 == 0:
-                print(f"{len(found)} after {(time.monotonic() - began) / 60:.0f} min", flush=True)
-    print(f"\nseed {options.seed}, {options.count} kills asked for, {(time.monotonic() - began) / 60:.0f} min\n\n{table(found)}")
-    sys.exit(any(result.fault for result in found))
+    with tempfile.TemporaryDirectory(prefix="faults-", dir=MEMORY if MEMORY.is_dir() else None) as temporary:
+        at, path = options.at or Path(temporary) / "ground", options.results or Path(temporary) / "results"
+        path.touch()
+        with contextlib.suppress(KeyboardInterrupt):
+            for result in results(Ground(at, disks.can_mount(at)), options.seed, options.count, list(options.parts)):
+                keep(options.seed, result, path)
+                if result.fault:
+                    print(f"AT FAULT: {result.kind}, {result.what}: {result.fault}", flush=True)
+        found = kept(path)
+    print(f"\n{options.count} kills asked for, {(time.monotonic() - began) / 60:.0f} min\n\n{table(found)}")
+    sys.exit(any(result.fault for _, result in found))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import resource
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from kills import Ground, Result
 from lines import odd_line
@@ -19,6 +21,9 @@ from trainings import words_of
 from zygote import HANGS, Outcome, flowgen
 
 MEMORY = 6 * 2**30  # bytes that a command may ask for
+WRITES = os.O_WRONLY | os.O_RDWR
+ELSEWHERE = "written elsewhere:"
+NAMES_PATHS = {"os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.remove": 1, "os.rmdir": 1}  # events that name so many
 MODELS = ("glow", "rbm, pcd")
 ONE, OTHER = "images/00.png", "images/01.png"
 SHORT = "trainer=cpu trainer.minutes=null trainer.steps=1 trainer.initial_images=8 trainer.batch_size=4"
@@ -30,6 +35,24 @@ def bound() -> None:
     """In the child: so much time of a core and so much memory; what takes more hangs, or does not fit."""
     resource.setrlimit(resource.RLIMIT_CPU, (HANGS, HANGS + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def confined(place: Path) -> Callable[[], None]:
+    """What bounds a child, and has it tell of every file and folder elsewhere that it is about to write."""
+
+    allowed = (f"{place.resolve()}/", os.devnull, "/proc/")
+
+    def look(event: str, about: tuple[Any, ...]) -> None:
+        named = about[2] & WRITES != 0 if event == "open" else NAMES_PATHS.get(event, 0)
+        for path in about[:named]:
+            if not isinstance(path, int) and not os.path.realpath(os.fsdecode(path)).startswith(allowed):
+                os.write(2, f"{ELSEWHERE} {path!r}\n".encode())
+
+    def prepare() -> None:
+        bound()
+        sys.addaudithook(look)
+
+    return prepare
 
 
 class Folder:
@@ -98,13 +121,14 @@ def commands_for(folder: Path, file: Path) -> list[str]:
 
 
 def _judge(kind: str, what: str, ended: Outcome, new: set[str]) -> Result:
-    fault = ended.fault or ("hung" if ended.status in (-signal.SIGXCPU, -signal.SIGKILL) else "")
+    elsewhere = [line for line in ended.error.splitlines() if line.startswith(ELSEWHERE)]
+    fault = " ".join(elsewhere[:2]) or ended.fault or ("hung" if ended.status in (-signal.SIGXCPU, -signal.SIGKILL) else "")
     return Result(kind, what, 1, f"{fault}: {ended.last[:300]}" if fault else f"wrote {sorted(new)[:3]}" if new else "")
 
 
 def _around(folder: Folder) -> Iterator[str]:
-    """What lies where no command has anything to write: beside the folder, at home, where odd zips would like to write."""
-    for root in (folder.path.parent, folder.home):
+    """What lies where no command has anything to write: beside the folder and above it, at home, where odd zips would like to write."""
+    for root in (folder.path.parent.parent, folder.path.parent, folder.home):
         yield from (str(path) for path in root.iterdir())
     yield from (str(path) for path in Path(tempfile.gettempdir()).glob("outside*"))
 
@@ -128,7 +152,7 @@ def foreign_files(folder: Folder, seed: int, count: int) -> Iterator[Result]:
         words = draw.choice(commands_for(work, file))
 
         before = set(_around(folder))
-        ended = flowgen(words.split(), work, prepare=bound)
+        ended = flowgen(words.split(), work, prepare=confined(work))
         yield _judge("foreign file", f"{number}: {how} in {file.relative_to(work)}, flowgen {words}", ended, set(_around(folder)) - before)
         shutil.rmtree(work)
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from points import count_into, drawn, kill_at, send_after
-from trainings import TRAININGS, make_images, same, state_of, words_of
+from trainings import STEPS, TRAININGS, make_images, same, state_of, words_of
 from zygote import KILLED, Outcome, flowgen
 
 AGAIN = 0.9  # of those that go on are killed once more
 FRESH = 0.1  # have a cache of images of their own
+MOST = 12  # kills of one training
+START = 0.3  # of what a training does, which one that goes on does too
 
 
 class Result(NamedTuple):
@@ -67,30 +69,37 @@ def difference(alone: Alone, run: Path) -> str:
     return ", ".join(key for key in sorted({*wanted, *found}) if not same(wanted.get(key), found.get(key)))
 
 
+def left(run: Path) -> float:
+    """About what share of a training a run has yet to do, by its rows, one for each step."""
+    rows = run / "metrics.jsonl"
+    return min(1.0, START + 1 - rows.read_bytes().count(b'"train"') / STEPS) if rows.exists() else 1.0
+
+
 def kill(ground: Ground, seed: int, number: int, folder: Path) -> Result:
     """Training `number`: killed, gone on with, perhaps killed again, gone on with to the end, and compared."""
     random = drawn(seed, "kill", number)
     name = list(TRAININGS)[number % len(TRAININGS)]
-    alone, hits = ground.left_alone(name), 0
+    alone, hits, what = ground.left_alone(name), 0, f"{number}: {name}"
     kind = ("in a write", "at a moment")[number // len(TRAININGS) % 2]
     if random.random() < FRESH:
         os.environ["FLOWGEN_CACHE"] = str(folder / "cache")
-    for turn in range(9):
+    for turn in range(MOST):
         if turn and random.random() >= AGAIN:
             break
-        how: dict[str, Any] = {"prepare": kill_at(random.randint(1, alone.points), random.random())}
+        share = random.random() * left(folder / "run")
+        how: dict[str, Any] = {"prepare": kill_at(1 + int(share * alone.points), random.random())}
         if kind == "at a moment":
-            how = {"then": send_after(random.uniform(0, 1.1 * alone.seconds), signal.SIGKILL)}
+            how = {"then": send_after(1.1 * share * alone.seconds, signal.SIGKILL)}
         ended = go_on(name, ground, folder, **how)
         hits += ended.status == KILLED
         if ended.status == 0 or "has ended" in ended.error:
             break
         if ended.status != KILLED:
-            return Result(f"kill {kind}", name, hits, ended.fault or ended.last)
+            return Result(f"kill {kind}", what, hits, ended.fault or ended.last)
     ended = go_on(name, ground, folder)
     if ended.status and "has ended" not in ended.error:
-        return Result(f"kill {kind}", name, hits, ended.fault or ended.last)
-    return Result(f"kill {kind}", name, hits, difference(alone, folder / "run"))
+        return Result(f"kill {kind}", what, hits, ended.fault or ended.last)
+    return Result(f"kill {kind}", what, hits, difference(alone, folder / "run"))
 
 
 def kills(ground: Ground, seed: int, count: int) -> Iterator[Result]:

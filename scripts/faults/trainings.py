@@ -20,8 +20,10 @@ TRAININGS = {
     "rbm, pcd": (*RBM, "model/negative_phase=pcd"),
     "rbm, tempering": (*RBM, "model/negative_phase=tempering"),
 }
-EVERY = ("trainer=cpu", "trainer.minutes=null", "trainer.steps=6", "trainer.batch_size=4", "trainer.initial_images=8", "trainer.lr=1e-3")
-OFTEN = ("trainer.log_every=1", "trainer.evaluate_every=2", "trainer.evaluate_images=4", "trainer.sample_every=6", "trainer.keep_every=3")
+STEPS = 6
+EVERY = f"trainer=cpu trainer.minutes=null trainer.steps={STEPS} trainer.batch_size=4 trainer.initial_images=8 trainer.lr=1e-3".split()
+TIMELY = {"log": 1, "evaluate": 2, "save": 4, "sample": 6, "keep": 3}
+OFTEN = ["trainer.evaluate_images=4", *(f"trainer.{what}_every={steps}" for what, steps in TIMELY.items())]
 TIMES = ("seconds", "images_per_second", "memory_gib")  # which differ from run to run
 
 
@@ -35,8 +37,8 @@ def make_images(folder: Path) -> Path:
 
 
 def words_of(name: str, images: Path, out: Path, *more: str) -> list[str]:
-    start = ["train", "data=folder", f"data.root={images}", "data.size=4", *TRAININGS[name], *EVERY, *OFTEN, "trainer.save_every=4"]
-    return [*start, f"out={out}", "resume=true", *more]
+    here = ["data=folder", f"data.root={images}", "data.size=4", f"out={out}", "resume=true"]
+    return ["train", *here, *TRAININGS[name], *EVERY, *OFTEN, *more]
 
 
 def state_of(run: Path) -> dict[str, Any]:
