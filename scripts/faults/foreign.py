@@ -39,13 +39,12 @@ def bound() -> None:
 
 def confined(place: Path) -> Callable[[], None]:
     """What bounds a child, and has it tell of every file and folder elsewhere that it is about to write."""
-
     allowed = (f"{place.resolve()}/", os.devnull, "/proc/")
 
     def look(event: str, about: tuple[Any, ...]) -> None:
         named = about[2] & WRITES != 0 if event == "open" else NAMES_PATHS.get(event, 0)
         for path in about[:named]:
-            if not isinstance(path, int) and not os.path.realpath(os.fsdecode(path)).startswith(allowed):
+            if not isinstance(path, int) and not f"{os.path.realpath(os.fsdecode(path))}/".startswith(allowed):
                 os.write(2, f"{ELSEWHERE} {path!r}\n".encode())
 
     def prepare() -> None:
