@@ -40,15 +40,15 @@ def spoil_bytes(path: Path, draw: Random) -> str:
     data = bytearray(path.read_bytes())
     place, length = draw.randrange(len(data) + 1), draw.choice((1, 2, 8, 100, 5000))
     kind = draw.choice(("flip", "cut", "double", "put in", "blank", "empty"))
-    if kind == "flip":
+    if kind == "put in" or not data:
+        data[place:place] = draw.randbytes(length)
+    elif kind == "flip":
         for _ in range(draw.choice((1, 1, 10, 100))):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
     elif kind == "cut":
         del data[place:]
     elif kind == "double":
         data[place:place] = data[place : place + length]
-    elif kind == "put in":
-        data[place:place] = draw.randbytes(length)
     elif kind == "blank":
         data[place : place + length] = bytes(length)
     else:
