@@ -1,4 +1,4 @@
-"""The smallest share of `make faults`, of which `.ci/run` holds a larger one, and whether it sees what is at fault."""
+"""Whether `make faults`, of which `.ci/run` holds a small share, sees what is at fault."""
 
 import os
 import subprocess
@@ -6,22 +6,16 @@ import sys
 from pathlib import Path
 
 import faults
+import foreign
 import pytest
 import torch
 from kills import Result
+from mutations import spoil
+from points import drawn
 from trainings import same
 from zygote import Outcome
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "faults"
-
-
-def test_a_small_share_ends_well():
-    words = [sys.executable, SCRIPTS / "faults.py", "--count", "1", "--seed", "7", "--parts", "kills", "disks"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    ended = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=900, check=False)
-    assert ended.returncode == 0 and "AT FAULT" not in ended.stdout, ended.stdout + ended.stderr
-    for kind in ("kill in a write", "full disk", "SIGTERM at a moment", "clock jumps"):
-        assert f"| {kind}" in ended.stdout
 
 
 @pytest.mark.parametrize(
@@ -39,6 +33,20 @@ def test_a_small_share_ends_well():
 )
 def test_only_two_ends_are_good(outcome, fault):
     assert fault in outcome.fault and bool(fault) == bool(outcome.fault)
+
+
+def test_what_is_written_elsewhere_is_seen(tmp_path):
+    code = "import os, foreign; os.chdir('here'); foreign.confined(foreign.Path.cwd())(); open('x', 'w'); os.mkdir('y'); open('../z', 'w')"
+    (tmp_path / "here").mkdir()
+    environment = os.environ | {"PYTHONPATH": f"{SCRIPTS}:{SCRIPTS.parents[1]}"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True)
+    assert ended.stderr == f"{foreign.ELSEWHERE} '../z'\n"
+
+
+def test_an_empty_file_can_be_spoilt(tmp_path):
+    for seed in range(20):
+        (tmp_path / "lock").write_bytes(b"")
+        assert spoil(tmp_path / "lock", drawn(seed))
 
 
 def test_the_same_is_the_same_bit_by_bit():

@@ -125,12 +125,12 @@ def clock(ground: Ground, seed: int, number: int) -> Result:
 
 
 def others(ground: Ground, seed: int, count: int) -> Iterator[Result]:
-    """So many full disks, as many signals, and for four of them a clock that jumps and a folder that is read-only."""
+    """So many full disks, among them half as many signals, and for four of them a clock that jumps and a folder that is read-only."""
     for number in range(count):
         yield full_disk(ground, seed, number)
-    for number in range(count):
-        yield signalled(ground, seed, number)
-    for number in range(-(-count // 4)):
-        yield clock(ground, seed, number)
-        if ground.mounts:
-            yield read_only(ground, seed, number)
+        if number % 2 == 0:
+            yield signalled(ground, seed, number // 2)
+        if number % 4 == 0:
+            yield clock(ground, seed, number // 4)
+        if number % 4 == 0 and ground.mounts:
+            yield read_only(ground, seed, number // 4)

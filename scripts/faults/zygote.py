@@ -62,10 +62,21 @@ def warm() -> None:
                 importlib.import_module(module.name)
     for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "hydra.main", "torch.utils.tensorboard", "PIL.GifImagePlugin"):
         importlib.import_module(name)
+    _compose()
     if len(list(Path("/proc/self/task").iterdir())) > 1:
         raise SystemExit("a process of several threads cannot be forked: set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1")
     gc.collect()
     gc.freeze()  # or every child would copy all objects when it looks for what is garbage
+
+
+def _compose() -> None:
+    """Have Hydra find its plugins and learn its grammar, which takes it as long as a short training."""
+    import hydra
+
+    from flowgen.config import conf_folder
+
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        hydra.compose("train", ["model=rbm", "model.hidden=4", "data=folder", "data.root=/tmp/a-b", "trainer=cpu", "out='a,b'"])
 
 
 def flowgen(
