@@ -12,8 +12,10 @@ import torch
 from kills import Result
 from mutations import spoil
 from points import drawn
-from trainings import same
+from trainings import TRAININGS, same
 from zygote import Outcome
+
+from flowgen.config import options
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "faults"
 
@@ -33,6 +35,10 @@ SCRIPTS = Path(__file__).parents[1] / "scripts" / "faults"
 )
 def test_only_two_ends_are_good(outcome, fault):
     assert fault in outcome.fault and bool(fault) == bool(outcome.fault)
+
+
+def test_every_model_is_trained_and_killed():
+    assert {word for words in TRAININGS.values() for word in words if word.startswith("model=")} == {f"model={name}" for name in options("model")}
 
 
 def test_what_is_written_elsewhere_is_seen(tmp_path):
