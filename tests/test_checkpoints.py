@@ -170,6 +170,15 @@ def test_a_configuration_from_elsewhere_gets_one_line(tiny_run, command, text):
     assert status == 1 and "fault of flowgen" not in error and len(error.splitlines()) <= 2
 
 
+def test_a_huge_configuration_is_not_read_where_no_run_is_named(tiny_run, command):
+    Path("outputs").mkdir()
+    run = Run(tiny_run.rename(Path("outputs") / "run"))
+    assert command("sample", "--count", 1)[0] == 0
+    run.config.write_text(run.config.read_text() + "#" * 2**20)
+    status, _, error = command("sample", "--count", 1)
+    assert status == 1 and "no run under outputs/ has a checkpoint" in error and len(error.splitlines()) == 1
+
+
 def test_pipes_are_not_waited_for(tiny_run, command):
     config, last = Run(tiny_run).config, Run(tiny_run).last
     for path in (config, last):

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.errors import FlowgenError
-from flowgen.training.formats import in_todays_words
+from flowgen.training.formats import MOST_BYTES, in_todays_words
 
 SECTIONS = ("model", "data", "trainer")
-MOST_BYTES = 2**20  # of a configuration
 
 
 def conf_folder() -> Path:

@@ -9,6 +9,7 @@ from yaml import YAMLError, safe_load
 from flowgen.errors import FlowgenError
 from flowgen.targets import class_of
 from flowgen.training.checkpoint import read_checkpoint
+from flowgen.training.formats import MOST_BYTES
 from flowgen.training.hub import PREFIX, check_name, download
 from flowgen.training.portable import SUFFIX, ZOO, read_portable, zoo_file
 from flowgen.training.run import Run
@@ -99,7 +100,7 @@ def _says_it_is_of(run: Run, wanted: type | None) -> bool:
     """Whether the run's folder describes a `wanted` model: it is read sooner than a checkpoint."""
     with contextlib.suppress(OSError, YAMLError, ValueError, RecursionError):
         run.check_place()
-        config = safe_load(run.config.read_text())
+        config = safe_load(run.config.read_text()) if run.config.stat().st_size <= MOST_BYTES else None
         return isinstance(config, dict) and _is_of(config, wanted)
     return False
 

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 FORMAT = 2  # of the checkpoints that are written
+MOST_BYTES = 2**20  # of a configuration, which reading takes seconds of
 NAMES = ((re.compile(r"\bdequantiser\.networks\.(\d+)\."), r"dequantiser.bijection.bijections.\1.network."),)  # of parameters
 TARGETS = {  # classes that have moved
     f"flowgen.models.negative_phase.{name}": f"flowgen.models.rbm.negative_phase.{name}" for name in ("CD", "MeanField", "PCD", "Tempering")

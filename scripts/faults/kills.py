@@ -80,7 +80,7 @@ def kill(ground: Ground, seed: int, number: int, folder: Path) -> Result:
     random = drawn(seed, "kill", number)
     name = list(TRAININGS)[number % len(TRAININGS)]
     alone, hits, what = ground.left_alone(name), 0, f"{number}: {name}"
-    kind = ("in a write", "at a moment")[number // len(TRAININGS) % 2]
+    kind = ("in a write", "at a moment")[(number + number // len(TRAININGS)) % 2]
     if random.random() < FRESH:
         os.environ["FLOWGEN_CACHE"] = str(folder / "cache")
     for turn in range(MOST):

@@ -93,6 +93,8 @@ def flowgen(
     """
     began = time.monotonic()
     output, error = (aside or folder) / ".output", (aside or folder) / ".error"
+    for path in (output, error):
+        path.touch()  # here, since the child may be killed before it has
     pid = os.fork()
     if pid == 0:
         _child([str(word) for word in words], folder, output, error, prepare)
