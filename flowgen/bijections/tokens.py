@@ -1,15 +1,19 @@
 """Token-autoregressive bijections: each token is transformed by what a causal transformer reads off those before it."""
 
+import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgen.bijections.autoregressive import MADE, Autoregressive
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.transformers import CausalTransformer, zero_linear
 from flowgen.bijections.transforms.base import Transform
 from flowgen.progress import Progress, unseen
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 class Head(Bijection):
@@ -39,13 +43,14 @@ class TokenAutoregressive(Bijection):
 
     Tokens x_i are the channels of the pixels of x (B, C, H, W), in raster order, or with `backwards` from the last to the first, their
     numbers too. The inverse goes token by token, with the keys and values of those before kept; or, with `jacobi`, all tokens at once,
-    x <- head^-1(z; contexts of x), until x gives z back to one part in `close`. After k such sweeps the first k tokens are exact, so
-    that there are never more than tokens. `sweeps` is how many the last inverse took.
+    x <- head^-1(z; contexts of x), until none moves by more than `close` of itself. After k such sweeps the first k tokens are exact, so
+    that there are never more than tokens. `sweeps` is how many the last inverse took. Inverses reckon in float64, and so does the way
+    forward where it is to be `exact`: what rounding does to a token it passes on to all after it.
     """
 
     progress: Progress = staticmethod(unseen)
-    jacobi = False
-    close = 1e-5
+    jacobi = exact = False
+    close = 1e-6
 
     def __init__(self, network: CausalTransformer, head: Bijection, backwards: bool = False):
         super().__init__()
@@ -54,40 +59,44 @@ class TokenAutoregressive(Bijection):
         self.sweeps = 0
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        tokens = self._tokens(x)
-        z, log_det = self._each(self.head.forward, tokens, self.network(tokens, condition))
-        return self._image(z, x), log_det
+        network, head, tokens = self.network, self.head, self._tokens(x)
+        if self.exact:
+            network, head, tokens = _in_float64(network), _in_float64(head), tokens.double()
+        z, log_det = self._each(head.forward, tokens, network(tokens, condition))
+        return self._image(z, x).to(x.dtype), log_det.sum(1).to(x.dtype)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        tokens = self._tokens(z)
-        x, log_det = (self._by_sweeps if self.jacobi else self._one_by_one)(tokens, condition)
-        return self._image(x, z), log_det
+        back = self._by_sweeps if self.jacobi else self._one_by_one
+        x, log_det = back(self._tokens(z).double(), condition, _in_float64(self.network), _in_float64(self.head))
+        return self._image(x, z).to(z.dtype), log_det.to(z.dtype)
 
-    def _one_by_one(self, z: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _one_by_one(self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection) -> tuple[Tensor, Tensor]:
         log_dets = []
 
         def choose(i: int, context: Tensor) -> Tensor:
-            x, log_det = self.head.inverse(z[:, i], context)
+            x, log_det = head.inverse(z[:, i], context)
             log_dets.append(log_det)
             return x
 
-        return self.network.one_by_one(choose, len(z), condition, self.progress), torch.stack(log_dets).sum(0)
+        return network.one_by_one(choose, len(z), condition, self.progress), torch.stack(log_dets).sum(0)
 
-    def _by_sweeps(self, z: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        contexts = self.network(z, condition)
+    def _by_sweeps(self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection) -> tuple[Tensor, Tensor]:
+        x, log_det, done = z, z.new_zeros(z.shape[:2]), 0
         for self.sweeps in range(1, z.shape[1] + 1):
-            x, _ = self._each(self.head.inverse, z, contexts)
-            contexts = self.network(x, condition)
-            again, log_det = self._each(self.head.forward, x, contexts)
-            if (again - z).abs().max() <= self.close * z.abs().max().clamp(min=1):
+            before = x[:, done:]
+            after, change = self._each(head.inverse, z[:, done:], network(x, condition)[:, done:])
+            x, log_det = torch.cat((x[:, :done], after), 1), torch.cat((log_det[:, :done], change), 1)
+            moved = ((after - before).abs() > self.close * after.abs().clamp(min=1)).any(2).any(0)
+            if not moved.any():
                 break
-        return x, -log_det
+            done += int(moved.int().argmax()) + 1  # the first that moved has read what none moves any more
+        return x, log_det.sum(1)
 
     @staticmethod
     def _each(head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], tokens: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
-        """The head's map of every token (B, N, C) in its context, and the sum of their log-dets, (B,)."""
+        """The head's map of every token (B, N, C) in its context, and their log-dets, (B, N)."""
         mapped, log_det = head(tokens.flatten(0, 1), contexts.flatten(0, 1))
-        return mapped.view(tokens.shape), log_det.view(tokens.shape[:2]).sum(1)
+        return mapped.view(tokens.shape), log_det.view(tokens.shape[:2])
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H*W, C), in the order in which they are read."""
@@ -97,3 +106,10 @@ class TokenAutoregressive(Bijection):
     def _image(self, tokens: Tensor, like: Tensor) -> Tensor:
         tokens = tokens.flip(1, 2) if self.backwards else tokens
         return tokens.transpose(1, 2).reshape(like.shape)
+
+
+def _in_float64(part: Part) -> Part:
+    """A copy that reckons in float64; gradients of its parameters reach those of `part`."""
+    tensors = [tensor for tensor in (*part.parameters(), *part.buffers()) if tensor.is_floating_point()]
+    watching = [vars(module)["progress"] for module in part.modules() if "progress" in vars(module)]  # which is no part of it
+    return copy.deepcopy(part, {id(tensor): tensor.double() for tensor in tensors} | {id(each): each for each in watching})

@@ -1,5 +1,8 @@
 """TarFlow: Zhai et al., Normalizing Flows are Capable Generative Models (2412.06329)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -102,16 +105,16 @@ class TarFlow(Flow, DrawsTokens):
     ) -> tuple[Tensor, Tensor]:
         """As `Flow.sample`; with guidance w each number is under p(x | class)^(1 + w) / p(x)^w, and log p(x | class) is returned."""
         check_number(guidance=guidance)
-        blocks = self._blocks()
-        for block in blocks:
-            block.jacobi = jacobi
         try:
             self.guidance = guidance
-            return super().sample(count, temperature, generator, label, first)
+            with self._blocks_are(jacobi=jacobi):
+                return super().sample(count, temperature, generator, label, first)
         finally:
             self.guidance = 0.0
-            for block in blocks:
-                block.jacobi = False
+
+    def encode(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        with self._blocks_are(exact=True):
+            return super().encode(levels, generator)
 
     def _carry(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.guidance:
@@ -125,6 +128,17 @@ class TarFlow(Flow, DrawsTokens):
 
     def sweeps(self) -> list[int]:
         return [block.sweeps for block in self._blocks()]
+
+    @contextmanager
+    def _blocks_are(self, **flags: bool) -> Iterator[None]:
+        blocks = self._blocks()
+        try:
+            for block in blocks:
+                vars(block).update(flags)
+            yield
+        finally:
+            for block in blocks:
+                vars(block).update(dict.fromkeys(flags, False))
 
     def _blocks(self) -> list[TokenAutoregressive]:
         return [module for module in self.modules() if isinstance(module, TokenAutoregressive)]
