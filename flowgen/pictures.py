@@ -12,9 +12,9 @@ from torch import Tensor
 
 from flowgen import plots
 from flowgen.plane import is_plane
-from flowgen.vision import make_grid, to_pil_image
 
 SMALLEST_SIDE = 56  # pixels on the page; smaller images are enlarged by a whole factor
+GAP = 2  # pixels between the images of a grid
 
 
 def to_image(levels: Tensor, bits: int, columns: int, side: int = SMALLEST_SIDE) -> Image.Image:
@@ -26,8 +26,23 @@ def to_image(levels: Tensor, bits: int, columns: int, side: int = SMALLEST_SIDE)
         return plots.scatter(levels.flatten(1).cpu(), 2**bits)
     factor = -(-side // min(levels.shape[-2:]))
     pixels = _bytes(levels, bits).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
-    return to_pil_image(grid)
+    return _grid([picture_of(image) for image in pixels], columns)
+
+
+def picture_of(pixels: Tensor) -> Image.Image:
+    """One image of bytes (channels, height, width), grey or in colour. torchvision's takes two seconds to import."""
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
+
+
+def _grid(pictures: list[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size, `columns` in a row on white; one alone has no border."""
+    if len(pictures) == 1:
+        return pictures[0].convert("RGB")
+    width, height = pictures[0].width + GAP, pictures[0].height + GAP
+    page = Image.new("RGB", (width * min(columns, len(pictures)) + GAP, height * -(-len(pictures) // columns) + GAP), "white")
+    for place, picture in enumerate(pictures):
+        page.paste(picture, (place % columns * width + GAP, place // columns * height + GAP))
+    return page
 
 
 def archive(batches: Iterable[Tensor], bits: int, path: Path) -> None:
@@ -46,7 +61,7 @@ def archive(batches: Iterable[Tensor], bits: int, path: Path) -> None:
 
 def png(levels: Tensor, bits: int) -> bytes:
     """One image (channels, height, width), as large as it is."""
-    return file_of(to_pil_image(_bytes(levels, bits)))
+    return file_of(picture_of(_bytes(levels, bits)))
 
 
 def file_of(picture: Image.Image) -> bytes:

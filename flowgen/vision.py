@@ -15,7 +15,5 @@ except RuntimeError:
     import torchvision
 
 from torchvision import datasets
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
-__all__ = ["datasets", "make_grid", "to_pil_image", "torchvision"]
+__all__ = ["datasets", "torchvision"]

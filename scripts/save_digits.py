@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flowgen.data import MNISTSample
-from flowgen.vision import to_pil_image
+from flowgen.pictures import picture_of
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     data = MNISTSample(bits=8, flip=False)
     options.folder.mkdir(parents=True, exist_ok=True)
     for number in options.numbers:
-        to_pil_image(data.test.images[number]).save(options.folder / f"digit_{number // 50}.png")
+        picture_of(data.test.images[number]).save(options.folder / f"digit_{number // 50}.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the tests share: one thread each, unless OMP_NUM_THREADS says otherwise, tiny data sets and runs, a short training."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from PIL import Image
 
 from flowgen import cli
 from flowgen.bijections import estimate_statistics
+from flowgen.config import read_config, save_config
 from flowgen.models import GenerativeModel
+from flowgen.training.checkpoint import write_checkpoint
 from flowgen.training.device import autocast_dtype
 from flowgen.training.formats import FORMAT
 from flowgen.training.loop import STATISTICS
@@ -108,12 +111,17 @@ def save_image(path: Path, shape: tuple[int, ...] = (8, 8, 3)) -> Path:
     return path
 
 
+def save_images(folder: Path) -> Path:
+    """40 small colour images."""
+    torch.manual_seed(0)
+    for number in range(40):
+        save_image(folder / f"{number:03d}.png")
+    return folder
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder of 40 small colour images."""
-    for number in range(40):
-        save_image(tmp_path / "images" / f"{number:03d}.png")
-    return tmp_path / "images"
+    return save_images(tmp_path / "images")
 
 
 @pytest.fixture
@@ -134,27 +142,43 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
+def trained(folder: Path, **runs: list[str]) -> Path:
+    """A folder with runs of these names, each trained as its words say."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWGEN_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        for name, words in runs.items():
+            patch.setattr(sys, "argv", ["flowgen", "train", *words, f"out={folder / name}"])
+            cli.main()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def six_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("six_steps")
+    return trained(folder, run=[*SMALL, f"data.root={save_images(folder / 'images')}", "trainer.steps=6"]) / "run"
+
+
 @pytest.fixture
-def tiny_run(images: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> Path:
+def tiny_run(six_steps: Path, images: Path, tmp_path: Path) -> Path:
     """A Glow trained for six steps."""
-    status, _, error = command("train", *SMALL, f"data.root={images}", "trainer.steps=6", f"out={tmp_path / 'run'}")
-    assert status == 0, error
-    return tmp_path / "run"
+    run = Path(shutil.copytree(six_steps, tmp_path / "run"))
+    config = read_config(run / "config.yaml")
+    config["data"]["root"] = str(images)
+    save_config(config, run / "config.yaml")
+    for path in run.glob("checkpoints/*.pt"):
+        write_checkpoint(torch.load(path, weights_only=True) | {"config": config}, path)
+    return run
 
 
 @pytest.fixture(scope="module")
-def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs `glow`, of colour images of two classes, and `rbm`, and the images."""
     folder = tmp_path_factory.mktemp("runs")
     for number in range(40):
         save_image(folder / "images" / "ab"[number % 2] / f"{number:03d}.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLOWGEN_CACHE", str(folder / "cache"))
-        patch.chdir(folder)
-        for name, words in {"glow": [*SMALL, "model.classes=2", "trainer.steps=6"], "rbm": RBM}.items():
-            patch.setattr(sys, "argv", ["flowgen", "train", *words, f"data.root={folder / 'images'}", f"out={folder / name}"])
-            cli.main()
-    yield folder
+    root = f"data.root={folder / 'images'}"
+    return trained(folder, glow=[*SMALL, root, "model.classes=2", "trainer.steps=6"], rbm=[*RBM, root])
 
 
 @pytest.fixture(scope="module")

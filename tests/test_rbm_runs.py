@@ -1,12 +1,13 @@
 """An RBM through the command line: trained, resumed, sampled from, judged, and asked to complete images."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_image
+from conftest import save_image, save_images, trained
 from PIL import Image, ImageSequence
 from test_training import assert_same_run
 
@@ -28,11 +29,15 @@ TINY = [
 ]
 
 
+@pytest.fixture(scope="module")
+def twenty_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("twenty_steps")
+    return trained(folder, rbm=[*TINY, f"data.root={save_images(folder / 'images')}", "trainer.steps=20"]) / "rbm"
+
+
 @pytest.fixture
-def rbm_run(images: Path, tmp_path: Path, command: Command) -> Path:
-    status, _, error = command("train", *TINY, f"data.root={images}", "trainer.steps=20", f"out={tmp_path / 'rbm'}")
-    assert status == 0, error
-    return tmp_path / "rbm"
+def rbm_run(twenty_steps: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(twenty_steps, tmp_path / "rbm"))
 
 
 def test_a_run_leaves_its_figures_and_a_picture_of_its_weights(rbm_run):

@@ -19,9 +19,9 @@ from flowgen.config import build_data, conf_folder, flat, read_config
 from flowgen.data import Images, originals
 from flowgen.errors import FlowgenError
 from flowgen.messages import one_sentence
+from flowgen.pictures import picture_of
 from flowgen.training.run import Run, watched
 from flowgen.training.schedule import learning_rate_factor, warmup_steps
-from flowgen.vision import to_pil_image
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 EXPERIMENTS = {  # the thesis' figures: of training, of samples, of interpolations
@@ -120,7 +120,7 @@ def _of_interpolations(run: Run, numbers: tuple[str, ...], data: Images, folder:
     """From one training image to another, and from a test image to a training image."""
     ends = {"train_0": data.train.images[0], "train_1": data.train.images[1], "test_0": data.test.images[0]}
     for name, image in ends.items():
-        to_pil_image(image).save(folder / f"{name}.png")
+        picture_of(image).save(folder / f"{name}.png")
     how = "through the latents above and the pixels below, in steps of 0.05: those at 0.45, 0.5 and 0.75 are the 10th, 11th and 16th"
     outside = "from an image that is not in the training set to one that is"
     for number, start, way in zip(numbers, ("train_0", "test_0"), ("from one training image to another", outside), strict=True):

@@ -12,8 +12,8 @@ import flowgen
 from flowgen import pictures, plots
 from flowgen.commands.sample import draw
 from flowgen.data import Images
+from flowgen.pictures import picture_of
 from flowgen.training.run import Run
-from flowgen.vision import to_pil_image
 
 SETTINGS = "The slides name neither training times nor learning rates."
 
@@ -60,7 +60,7 @@ def of_slides(runs: list[Run], folder: Path, digits: Images) -> Iterator[Figure]
     draw_it = partial(plots.dots, likelihoods(runs), "test log-likelihood, nats (the higher the better)")
     yield Figure("S.3", caption, draw_it, runs, difference="The slides judge by the reconstruction error, which is no likelihood.")
     if digits.test.labels is not None:
-        to_pil_image(digits.test.images[digits.test.labels == 6][0]).save(folder / "six.png")
+        picture_of(digits.test.images[digits.test.labels == 6][0]).save(folder / "six.png")
     command = f"complete {folder / 'six.png'} --keep left --run {half_six.folder} --sweeps 500"
     caption = "A digit 6 of the test set, its left half, and what each sampler restores from it."
     yield by_command("S.4", caption, half_six, command, "The slides show clamped Gibbs alone.")
