@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from kills import Ground, Result, difference, go_on
+from kills import Ground, Result, damaged, difference, go_on
 from points import drawn, send_after
 from trainings import TRAININGS
 from zygote import Outcome, flowgen
@@ -64,8 +64,8 @@ def full_disk(ground: Ground, seed: int, number: int) -> Result:
 
 def _compare(kind: str, ground: Ground, name: str, folder: Path, ended: Outcome) -> Result:
     hit = int(ended.status != 0)
-    if ended.fault:
-        return Result(kind, name, hit, f"{ended.fault}: {ended.last}")
+    if fault := ended.fault or damaged(folder / "run"):
+        return Result(kind, name, hit, f"{fault}: {ended.last}")
     again = go_on(name, ground, folder) if hit else ended
     if again.status and "has ended" not in again.error:
         return Result(kind, name, hit, again.fault or again.last)

@@ -11,6 +11,9 @@ from points import count_into, drawn, kill_at, send_after
 from trainings import STEPS, TRAININGS, make_images, same, state_of, words_of
 from zygote import KILLED, Outcome, flowgen
 
+from flowgen.errors import FlowgenError
+from flowgen.training.checkpoint import read_checkpoint
+
 AGAIN = 0.9  # of those that go on are killed once more
 FRESH = 0.1  # have a cache of images of their own
 MOST = 12  # kills of one training
@@ -69,6 +72,17 @@ def difference(alone: Alone, run: Path) -> str:
     return ", ".join(key for key in sorted({*wanted, *found}) if not same(wanted.get(key), found.get(key)))
 
 
+def damaged(run: Path) -> str:
+    """What is wrong with checkpoints that something has stopped the writing of: under their names all must be whole."""
+    files = {path.stat().st_ino: path for path in (run / "checkpoints").glob("*.pt")}  # several names may be of one
+    for path in files.values():
+        try:
+            read_checkpoint(path)
+        except FlowgenError as error:
+            return str(error)
+    return ""
+
+
 def left(run: Path) -> float:
     """About what share of a training a run has yet to do, by its rows, one for each step."""
     rows = run / "metrics.jsonl"
@@ -96,6 +110,8 @@ def kill(ground: Ground, seed: int, number: int, folder: Path) -> Result:
             break
         if ended.status != KILLED:
             return Result(f"kill {kind}", what, hits, ended.fault or ended.last)
+    if fault := damaged(folder / "run"):
+        return Result(f"kill {kind}", what, hits, fault)
     ended = go_on(name, ground, folder)
     if ended.status and "has ended" not in ended.error:
         return Result(f"kill {kind}", what, hits, ended.fault or ended.last)

@@ -46,11 +46,13 @@ def words_of(name: str, images: Path, out: Path, *more: str) -> list[str]:
 def state_of(run: Path) -> dict[str, Any]:
     """All that a training leaves, but for times: checkpoints, rows, pictures; and the names of files that are half written."""
     state: dict[str, Any] = {"half written": sorted(str(path.relative_to(run)) for path in run.rglob("*.part"))}
+    files: dict[int, Any] = {}  # several names may be of one
     for path in sorted((run / "checkpoints").glob("*.pt")):
-        checkpoint = torch.load(path, weights_only=True)
-        checkpoint["metrics"].pop("seconds")
-        checkpoint.pop("config")
-        state[path.name] = checkpoint
+        if (file := path.stat().st_ino) not in files:
+            files[file] = torch.load(path, weights_only=True)
+            files[file]["metrics"].pop("seconds")
+            files[file].pop("config")
+        state[path.name] = files[file]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     state["rows"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
     state["samples"] = {path.name: path.read_bytes() for path in sorted((run / "samples").iterdir())}
