@@ -202,6 +202,7 @@ def test_mistakes_get_one_line(labelled, tiny_run, command):
         (["Smiling", "--by", "1", "--by", "2"], "2 times --by does not fit 1 times --attribute", 1),
         (["Smiling", "--attribute", "Smiling"], "named twice", 1),
         (["Smiling", "--labels", "nowhere.csv"], "cannot be read as a table", 1),
+        (["Smiling", "--labels", "/dev/null"], "cannot be read as a table", 1),  # no file: another of these would be read for ever
         (["Smiling", "--count", "1"], "--count", 2),
         (["Smiling", "--out", "strip"], "no name of a picture", 2),
         (["Smiling", "--run", "nowhere"], "flowgen runs", 1),

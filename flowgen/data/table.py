@@ -25,6 +25,8 @@ def read_table(path: Path) -> Table:
     Columns of -1 and 1 alone are read as 0 and 1. Raises FlowgenError for what is no such table.
     """
     try:
+        if not path.is_file():
+            raise OSError("a pipe would be waited for")
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:

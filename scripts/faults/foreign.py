@@ -55,7 +55,7 @@ def confined(place: Path) -> Callable[[], None]:
 
 
 class Folder:
-    """A folder with a run of each of two models, a model to pass on, images as files, zip and idx, and CelebA's lists."""
+    """A folder with a run of each of two models, a model to pass on, images as files, zip and idx, CelebA's lists, a table."""
 
     def __init__(self, ground: Ground, path: Path):
         self.path, self.home = path, ground.folder / "home"
@@ -79,6 +79,8 @@ class Folder:
         (lists / "list_eval_partition.txt").write_text(partition)
         attributes = "".join(f"{name} {1 - number % 2 * 2} {1 - number % 3 % 2 * 2}\n" for number, name in enumerate(names))
         (lists / "list_attr_celeba.txt").write_text(f"{len(names)}\nSmiling Male\n{attributes}")
+        rows = "".join(f"images/{name},{number % 2 * 2 - 1},{number}\n" for number, name in enumerate(names))
+        (path / "labels.csv").write_text(f"image,smiling,age\n{rows}")
         (path / "idx").mkdir()
         for name in IDX:
             data = (
@@ -113,6 +115,8 @@ def commands_for(folder: Path, file: Path) -> list[str]:
         return [f"{train}folder data.root=lists", f"{train}folder data.root=lists data.attribute=Smiling"]
     if place == "images.zip":
         return [f"{train}folder data.root={name}", f"score {name} --run flow"]
+    if place == "labels.csv":
+        return [f"edit {ONE} --attribute {attribute} --labels {name} --run flow" for attribute in ("smiling", "age")]
     if place == "cache":
         return ["evaluate --run flow", f"{train}folder data.root=images"]
     of_image = (f"interpolate {name} {OTHER} --run flow --steps 3", f"score {name} --run rbm")

@@ -36,9 +36,10 @@ SIGNS = (
     "\\",
 )
 TEXTS = ("", " ", "a\nb", "\x1b[31m", "\u00e9", "\udcff", 5000 * "x", *SIGNS)
-COMMANDS = ("train", "resume", "sample", "interpolate", "complete", "chain", "evaluate", "score", "report", "runs", "export")
+COMMANDS = ("train", "resume", "sample", "interpolate", "complete", "chain", "evaluate", "score", "report", "runs", "export", "edit")
 RUNS = ("flow", "rbm", "outputs/rbm", "outputs/flow/checkpoints/last.pt", "flow.safetensors", "images", "nowhere", "images/00.png")
 OLD = ("images", "images/00.png", "images.zip", "idx", "lists", "flow.safetensors", "outputs/flow", "outputs/rbm/config.yaml", "outputs")
+FILES = ("images/00.png", "images/01.png", "labels.csv", *OLD)
 NEW = ("nowhere", "new.png", "new.gif", "new.zip", "new.html", "images/new.png", "nowhere/new.png", "new.safetensors")
 PATHS = (*OLD, *NEW, "/dev/null", "/dev/full", "/dev/stdin")
 OPTIONS = {
@@ -49,6 +50,7 @@ OPTIONS = {
     "evaluate": ("--run", "--json", "--device"),
     "score": ("--run", "--against", "--by", "--count", "--csv", "--seed", "--device", "--out"),
     "report": ("--out",),
+    "edit": ("--attribute", "--by", "--labels", "--method", "--run", "--count", "--device", "--out"),
     "train": ("-m", "--cfg", "--resolve", "--info", "--package"),
 }
 FLAGS = ("--spherical", "--json", "-m", "--resolve")
@@ -60,8 +62,10 @@ KNOWN = {  # what mostly goes with an option, so that many a line comes far
     "--csv": PATHS,
     "--keep": ("left", "random:50", "images/00.png", "border"),
     "--device": ("cpu", "cuda", "meta"),
-    "--method": ("gibbs", "tempering", "mean-field", "langevin"),
-    "--by": ("likelihood", "combined"),
+    "--method": ("gibbs", "tempering", "mean-field", "langevin", "difference"),
+    "--by": ("likelihood", "combined", "1"),
+    "--attribute": ("smiling", "age", "Male"),
+    "--labels": ("labels.csv", *PATHS),
     "--count": ("2", "4", "70"),
     "--sweeps": ("1", "3"),
     "--steps": ("2", "5"),
@@ -93,8 +97,13 @@ def _setting(draw: Random, model: str) -> str:
 
 
 def _positional(command: str, draw: Random) -> list[str]:
-    if command in ("interpolate", "complete", "score"):
-        return [draw.choice(("images/00.png", "images/01.png", *PATHS[:5])) for _ in range(2 if command == "interpolate" else 1)]
+    image = draw.choice(FILES)
+    if command in ("complete", "score"):
+        return [image]
+    if command == "interpolate":
+        return [image, "images/02.png"]
+    if command == "edit":
+        return [image, "--attribute", "smiling", "--labels", "labels.csv"]
     if command in ("resume", "report", "export"):
         return [draw.choice(RUNS), *(["new.safetensors"] if command == "export" else [])]
     return []
