@@ -19,6 +19,7 @@ from flowgen.bijections import (
     Bijection,
     CausalTransformer,
     Chain,
+    Continuous,
     Conv1x1,
     ConvNetwork,
     Coupling,
@@ -47,6 +48,7 @@ from flowgen.bijections import (
     TokenAutoregressive,
     Transformer,
     ZeroConv2d,
+    beside,
     channelwise,
     checkerboard,
     estimate_statistics,
@@ -82,6 +84,16 @@ def autoregress(name: str) -> Bijection:
 def tokens(name: str = "affine", local: bool = True, backwards: bool = False, seen: int = 0) -> TokenAutoregressive:
     head = (local_head if local else Head)(4, 8, TRANSFORMS[name]("bounded"))
     return TokenAutoregressive(CausalTransformer(8, 4, 8, heads=2, layers=2, seen=seen), head, backwards)
+
+
+class Field(torch.nn.Linear):
+    """v(x, t) = tanh(linear(x, t, condition))."""
+
+    def __init__(self, size: int, seen: int = 0):
+        super().__init__(size + 1 + seen, size)
+
+    def forward(self, x, t, condition=None):
+        return super().forward(beside(torch.cat((x, t.expand(len(x), 1)), 1), condition)).tanh()
 
 
 class Given(Bijection):
@@ -148,6 +160,8 @@ TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callabl
     "equalize": (lambda: Equalize(4, 32), IMAGE, "unit"),
     "gaussianize": (lambda: Gaussianize(4, 4), IMAGE, "dark"),
     "standardize": (lambda: Standardize(6), (6,)),
+    "standardize, not learnt": (lambda: Standardize(6, learnt=False), (6,)),
+    "continuous": (lambda: Continuous(Field(4), 1e-10, exact=4), (4,)),
     "planar": (lambda: Planar(6), (6,)),
     "sylvester": (lambda: Sylvester(6, 3), (6,)),
     "sylvester of all directions": (lambda: Sylvester(6, 6), (6,)),
@@ -163,6 +177,7 @@ TABLE: dict[str, tuple[Callable[[], Bijection], tuple[int, ...]] | tuple[Callabl
     "tokens, given an image": (lambda: Given(tokens(seen=2), torch.randn(1, 2, 4, 2)), IMAGE),
     "inverse, given a class": (lambda: Given(Inverse(Autoregressive(MADE(6, 16, 2, 2, seen_by_all=3), Affine()))), (6,)),
     "factor out, given a class": (lambda: Given(FactorOut(Flatten(2, 4, 2), ZeroConv2d(2 + 3, 4, 3))), IMAGE),
+    "continuous, given a class": (lambda: Given(Continuous(Field(4, seen=3), 1e-10, exact=4)), (4,)),
     "chain, given a class": (
         lambda: Given(Chain(Squeeze(), FactorOut(Chain(Coupling(ConvNetwork(4 + 3, 5, 8), Affine()), Flatten(8, 2, 1))))),
         IMAGE,

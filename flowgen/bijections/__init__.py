@@ -3,6 +3,7 @@
 from flowgen.bijections.autoregressive import MADE, Autoregressive, Inverse, Reverse
 from flowgen.bijections.base import Bijection, beside
 from flowgen.bijections.chain import Chain, inversion_error, save_memory
+from flowgen.bijections.continuous import Continuous, Velocity
 from flowgen.bijections.coupling import Coupling, MaskedCoupling, channelwise, checkerboard, stripes
 from flowgen.bijections.elementwise import Equalize, Gaussianize, LogisticToNormal, Logit, Standardize
 from flowgen.bijections.factor_out import FactorOut
@@ -42,6 +43,7 @@ __all__ = [
     "CausalTransformer",
     "Chain",
     "ChannelAffine",
+    "Continuous",
     "Conv1x1",
     "ConvNetwork",
     "Coupling",
@@ -75,6 +77,7 @@ __all__ = [
     "TokenAutoregressive",
     "Transform",
     "Transformer",
+    "Velocity",
     "ZeroConv2d",
     "batch_normalisations",
     "beside",

@@ -119,14 +119,19 @@ class Gaussianize(Bijection):
 
 
 class Standardize(Bijection):
-    """z = (x - mean) exp(-log_deviation), learnt for each of the `size` numbers of a vector: a learned Gaussian base."""
+    """z = (x - mean) exp(-log_deviation) for each of the `size` numbers of a vector: learnt, as a Gaussian base, or as data started it."""
 
     recoverable = True
+    mean: Tensor
+    log_deviation: Tensor
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, learnt: bool = True):
         super().__init__()
-        self.mean = nn.Parameter(torch.zeros(size))
-        self.log_deviation = nn.Parameter(torch.zeros(size))
+        for name in ("mean", "log_deviation"):
+            if learnt:
+                self.register_parameter(name, nn.Parameter(torch.zeros(size)))
+            else:
+                self.register_buffer(name, torch.zeros(size))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (x - self.mean) * (-self.log_deviation).exp(), -self.log_deviation.sum().expand(len(x))

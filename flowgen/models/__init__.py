@@ -2,7 +2,7 @@
 
 from flowgen.models.abilities import Ability, Classifies, Completes, Completion, DrawsTokens, RunsChains
 from flowgen.models.base import Evaluation, GenerativeModel
-from flowgen.models.flows import IAF, MAF, NICE, Flow, Glow, Jet, PlanarFlow, RealNVP, SylvesterFlow, TarFlow
+from flowgen.models.flows import IAF, MAF, NICE, Flow, FlowMatching, Glow, Jet, PlanarFlow, RealNVP, SylvesterFlow, TarFlow
 from flowgen.models.linear import Known, Linear
 from flowgen.models.rbm import RBM
 
@@ -18,6 +18,7 @@ __all__ = [
     "DrawsTokens",
     "Evaluation",
     "Flow",
+    "FlowMatching",
     "GenerativeModel",
     "Glow",
     "Jet",

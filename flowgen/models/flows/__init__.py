@@ -1,6 +1,7 @@
 """Normalizing flows: recipes of bijections."""
 
 from flowgen.models.flows.flow import Flow
+from flowgen.models.flows.flow_matching import FlowMatching
 from flowgen.models.flows.glow import Glow
 from flowgen.models.flows.jet import Jet
 from flowgen.models.flows.maf import IAF, MAF
@@ -9,4 +10,4 @@ from flowgen.models.flows.planar import PlanarFlow, SylvesterFlow
 from flowgen.models.flows.realnvp import RealNVP
 from flowgen.models.flows.tarflow import TarFlow
 
-__all__ = ["IAF", "MAF", "NICE", "Flow", "Glow", "Jet", "PlanarFlow", "RealNVP", "SylvesterFlow", "TarFlow"]
+__all__ = ["IAF", "MAF", "NICE", "Flow", "FlowMatching", "Glow", "Jet", "PlanarFlow", "RealNVP", "SylvesterFlow", "TarFlow"]

@@ -1,0 +1,97 @@
+"""Flow matching: Lipman, Chen, Ben-Hamu, Nickel and Le (2210.02747)."""
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowgen.bijections import Bijection, Chain, Continuous, Flatten, Gaussianize, Standardize, Velocity
+from flowgen.errors import check_choice, check_number, check_whole
+from flowgen.measures import Judgement, Measured, Metric
+from flowgen.models.abilities import Completes
+from flowgen.models.base import LOOK, Evaluation
+from flowgen.models.flows.flow import Flow
+from flowgen.models.flows.patches import check_transformers, patch_size
+from flowgen.shares import draw
+
+SOLVER = Metric("solver_difference", "bits/dim", higher_is_better=False)
+FINER = 0.1  # of the tolerance, to compare with
+
+
+class FlowMatching(Flow):
+    """A continuous flow whose velocity learns the straight ways from noise to data; its likelihood is found by an ODE's solver.
+
+    The training loss is E|v(x_t, t) - (x - z)|^2 for each number, x_t = (1 - t) z + t x, t ~ U[0, 1), z drawn from the base: section 4.1,
+    example II, with s_min = 0. It is no likelihood. `conf/model/flow_matching.yaml` says what each argument means.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        size: int,
+        bits: int,
+        patch: int | None,
+        layers: int,
+        width: int,
+        heads: int,
+        dropout: float,
+        gaussianize: bool,
+        tolerance: float,
+        exact: int,
+        classes: int | None,
+        class_networks: bool,
+    ):
+        check_whole(channels=channels, size=size, bits=bits)
+        check_transformers([layers], width, heads, dropout)
+        check_choice((True, False), gaussianize=gaussianize, class_networks=class_networks)
+        check_number(tolerance=tolerance)
+        check_whole(low=0, exact=exact)
+        numbers, seen = channels * size**2, classes if classes is not None and class_networks else 0
+        velocity = Velocity(channels, size, patch_size(size, patch), width, heads, layers, dropout, seen)
+        bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
+        bijections += [Flatten(channels, size, size), Standardize(numbers, learnt=False), Continuous(velocity, tolerance, exact)]
+        super().__init__(Chain(*bijections), (channels, size, size), bits, "uniform", classes, class_networks)
+        self.loss_metric, self.exact = None, numbers <= exact
+
+    @classmethod
+    def is_able(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
+        return ability is not Completes and super().is_able(ability, arguments)  # Metropolis' steps want exact densities, and many
+
+    def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
+        *before, flow = self.bijection.bijections  # type: ignore[misc]
+        x, _ = Chain(*before)(self._dequantise(levels)[0])
+        one_hot = self._one_hot(labels)
+        z = draw(torch.randn, x.shape, device=x.device, dtype=x.dtype)
+        z = z if one_hot is None else z + one_hot @ self._class_means()
+        t = draw(torch.rand, x.shape[:1], device=x.device, dtype=x.dtype)
+        v = flow.velocity(torch.lerp(z, x, t[:, None]), t, self._condition(one_hot))
+        return (v - (x - z)).square().mean()
+
+    def score(self, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """log p(x) of each image in nats, (batch,): as of every flow, but where log-dets are estimates the mean over `draws`.
+
+        The mean of importance weights would count the estimates' errors as likelihood: E[exp(error)] > 1.
+        """
+        if self.exact:
+            return super().score(levels, labels, draws=draws, generator=generator)
+        return torch.stack([self.log_prob(levels, generator, labels) for _ in self.progress(range(draws), "draws", draws)]).mean(0)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> Judgement:
+        """As every flow, and how far the bits/dim of the first batch's images lie, on average, from those at a tenth of the tolerance."""
+        each = iter(batches)
+        first = next(each)
+        return super().evaluate(chain((first,), each), reference, how) | Judgement.of(self._solver_difference(first))
+
+    def _solver_difference(self, levels: Tensor) -> Measured:
+        flow: Any = self.bijection.bijections[-1]  # type: ignore[index]
+        tolerance, found = flow.tolerance, []
+        try:
+            for flow.tolerance in (tolerance, FINER * tolerance):
+                found.append(self._bits_per_dim(self.log_prob(levels, torch.Generator(self.device).manual_seed(0))))
+        finally:
+            flow.tolerance = tolerance
+        return Measured(SOLVER, (found[0] - found[1]).abs().mean().item())
