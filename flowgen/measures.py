@@ -20,8 +20,9 @@ class Metric:
 
 
 BITS_PER_DIM = Metric("bits_per_dim", "bits/dim", higher_is_better=False)
+NOISY_BITS_PER_DIM = Metric("noisy_bits_per_dim", "bits/dim of images with noise", higher_is_better=False)  # of images it is none
 LOG_LIKELIHOOD = Metric("log_likelihood", "nats", higher_is_better=True)
-COMPARED = (BITS_PER_DIM, LOG_LIKELIHOOD)  # by which runs are
+COMPARED = (BITS_PER_DIM, NOISY_BITS_PER_DIM, LOG_LIKELIHOOD)  # by which runs are
 LOG_PROBABILITY = Metric("log_probability", "nats", higher_is_better=True)
 UNNORMALISED = Metric("unnormalised_log_probability", "nats", higher_is_better=True)  # log p(x) + log Z, whose log Z is not known
 

@@ -41,7 +41,7 @@ DEEPEST = 1000  # layers, blocks, couplings: more would take hours to build
 class GenerativeModel(nn.Module, ABC):
     """A distribution over images of levels: uint8 tensors of shape (batch, channels, height, width), values 0..2^bits-1."""
 
-    metric: ClassVar[Metric]  # by which two models are compared
+    metric: Metric  # by which two models are compared
     shape: tuple[int, int, int]  # channels, height, width
     bits: int
     classes: int | None = None  # that labels tell apart, where the model learns one distribution for each

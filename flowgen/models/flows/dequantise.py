@@ -21,8 +21,7 @@ class Uniform(nn.Module):
         noise = self.start(levels, dtype, generator)
         return noise, noise.new_zeros(len(levels))
 
-    @staticmethod
-    def start(levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    def start(self, levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
         """All that is drawn for these levels."""
         return draw(torch.rand, levels.shape, generator, device=levels.device, dtype=dtype)
 
@@ -62,7 +61,31 @@ class Variational(nn.Module):
         return draw(torch.randn, levels.shape, generator, device=levels.device, dtype=dtype)
 
 
+class Gaussian(Uniform):
+    """u = 1/2 + deviation 2^bits e, e ~ N(0, I): noise on the images, which leaves their levels behind. TarFlow (2412.06329), section 3."""
+
+    def __init__(self, deviation: float, bins: int):
+        super().__init__()
+        self.deviation, self.bins = deviation, bins
+
+    def start(self, levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+        e = draw(torch.randn, levels.shape, generator, device=levels.device, dtype=dtype)
+        return 0.5 + self.deviation * self.bins * e
+
+
 def dequantiser(dequantisation: str, shape: tuple[int, int, int], bits: int) -> Uniform | Variational:
     """By the name that a configuration gives it. Raises FlowgenError for another."""
-    check_choice(("uniform", "variational"), dequantisation=dequantisation)
+    if (deviation := noise_of(dequantisation)) is not None:
+        return Gaussian(deviation, 2**bits)
+    check_choice(("uniform", "variational", "gaussian:0.05"), dequantisation=dequantisation)
     return Uniform() if dequantisation == "uniform" else Variational(shape[0], shape[1], 2**bits)
+
+
+def noise_of(dequantisation: object) -> float | None:
+    """The deviation, of brightness from 0 to 1, that `gaussian:DEVIATION` names; None for all else."""
+    name, _, number = str(dequantisation).partition(":")
+    try:
+        deviation = float(number)
+    except ValueError:
+        return None
+    return deviation if name == "gaussian" and 0 < deviation < math.inf else None

@@ -1,7 +1,7 @@
 """A normalizing flow over images: a bijection to N(0, I) and the levels around it."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,19 +10,19 @@ from torch.nn import functional as F
 
 from flowgen.bijections import Bijection, batch_normalisations
 from flowgen.errors import FlowgenError, check_whole
-from flowgen.measures import BITS_PER_DIM, Judgement, Measured
-from flowgen.models.abilities import Classifies
-from flowgen.models.base import LOOK, Evaluation
+from flowgen.measures import NOISY_BITS_PER_DIM
+from flowgen.models.abilities import Classifies, Completes
 from flowgen.models.flows.classes import NO_CLASSES, labels_to_draw
 from flowgen.models.flows.completion import CompletesByLangevin
-from flowgen.models.flows.dequantise import dequantiser
-from flowgen.models.flows.statistics import log_normal, statistics
-from flowgen.shares import in_turn
+from flowgen.models.flows.dequantise import Gaussian, dequantiser, noise_of
+from flowgen.models.flows.noisy import check_boundless, denoised
+from flowgen.models.flows.scoring import Scores
+from flowgen.models.flows.statistics import log_normal
 
 CLASS_DISTANCE = 0.3  # deviation of the means of the classes at the start, in every latent
 
 
-class Flow(Classifies, CompletesByLangevin):
+class Flow(Scores, Classifies, CompletesByLangevin):
     """A bijection from images in [0, 1) to vectors under N(0, I), of dequantised levels: x = (levels + u) / 2^bits.
 
     Shapes: `shape` is (channels, height, width), D their product, latents are (batch, D). The noise u is `uniform` or `variational`;
@@ -31,9 +31,8 @@ class Flow(Classifies, CompletesByLangevin):
     told from an image by Bayes' rule. Izmailov et al. (1912.13025), section 3. With `class_networks` the class, one-hot, is the
     condition of every network in the bijection too; then the class is a latent like the others, and the vector that `encode` returns
     ends with it: (batch, D + classes).
+    With noise `gaussian:s` x is (levels + 1/2) / 2^bits + s e: its figures are none of images, and samples are denoised.
     """
-
-    metric = BITS_PER_DIM
 
     def __init__(
         self,
@@ -49,14 +48,21 @@ class Flow(Classifies, CompletesByLangevin):
         self.bijection, self.dequantiser = bijection, dequantiser(dequantisation, shape, bits)
         self.shape, self.dimensions = shape, math.prod(shape)
         self.bits, self.bins, self.classes = bits, 2**bits, classes
+        if isinstance(self.dequantiser, Gaussian):
+            check_boundless(bijection)
+            self.metric, self.averages_logs = NOISY_BITS_PER_DIM, True
         # With classes the loss is that of p(x | y), and under batch normalisation it is no likelihood.
-        self.loss_metric = BITS_PER_DIM if classes is None and not batch_normalisations(bijection) else None
+        self.loss_metric = self.metric if classes is None and not batch_normalisations(bijection) else None
         self.class_networks = class_networks and classes is not None
         self.means = None if classes is None else nn.Parameter(CLASS_DISTANCE * torch.randn(classes, self.dimensions))
 
     @classmethod
     def is_able(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
-        return super().is_able(ability, arguments) and (ability is not Classifies or arguments.get("classes") is not None)
+        lacks: dict[type, bool] = {
+            Classifies: arguments.get("classes") is None,
+            Completes: noise_of(arguments.get("dequantisation")) is not None,
+        }
+        return super().is_able(ability, arguments) and not lacks.get(ability, False)
 
     def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
         """Mean bits per dimension of a batch under one draw of the noise, given their classes where the flow has any."""
@@ -78,18 +84,6 @@ class Flow(Classifies, CompletesByLangevin):
         x, log_q = self._dequantise(levels, generator)
         return self.log_density(x, labels) - log_q - self.dimensions * math.log(self.bins)
 
-    def score(self, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """log p(x) of each image in nats, (batch,): the log of the mean of `draws` importance weights p(x + u) / q(u)."""
-        each = torch.stack([self.log_prob(levels, generator, labels) for _ in self.progress(range(draws), "draws", draws)])
-        return each.logsumexp(0) - math.log(draws)
-
-    @torch.no_grad()
-    def statistics(self, levels: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Beside log p(x) its terms log N(z) and log|det dz/dx|, and those of the last level; over classes as they are likely."""
-        x, log_q = self._dequantise(levels, generator)
-        log_density, found = statistics(self.bijection, x, self.means, self.class_networks)
-        return {"log_prob": log_density - log_q - self.dimensions * math.log(self.bins), **found}
-
     def log_density(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """log p(x), or log p(x | labels), in nats of points x in [0, 1)^D, in the shape of images: (batch,)."""
         if labels is None and self.means is not None:
@@ -104,18 +98,6 @@ class Flow(Classifies, CompletesByLangevin):
         return self._log_density_of_classes(self._centres(levels)).log_softmax(1)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> Judgement:
-        """Bits per dimension over `batches`, with the standard error over images; the noise is the same at every call."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        per_image = in_turn(
-            batches,
-            lambda levels: self._bits_per_dim(self.score(levels, draws=how.draws, generator=generator)),
-            lambda levels: [self.dequantiser.start(levels, self.dtype, generator) for _ in range(how.draws)],
-        )
-        error = per_image.std().item() / math.sqrt(len(per_image)) if len(per_image) > 1 else math.inf
-        return Judgement.of(Measured(BITS_PER_DIM, per_image.mean().item(), error), bits=self.bits, draws=how.draws, images=len(per_image))
-
-    @torch.no_grad()
     def sample(
         self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None, label: int | None = None, first: int = 0
     ) -> tuple[Tensor, Tensor]:
@@ -127,6 +109,9 @@ class Flow(Classifies, CompletesByLangevin):
         one_hot = self._one_hot(labels_to_draw(count, label, first, self.classes, self.device))
         z = z if one_hot is None else z + one_hot @ self._class_means()
         x, log_density = self._carry(z, one_hot)
+        if isinstance(self.dequantiser, Gaussian):
+            labels = None if one_hot is None else one_hot.argmax(1)
+            x = denoised(x, self.dequantiser.deviation, lambda y: self.log_density(y, labels))
         return self._quantise(x), log_density - self.dimensions * math.log(self.bins)
 
     def _carry(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -192,6 +177,3 @@ class Flow(Classifies, CompletesByLangevin):
         if self.means is None:
             raise FlowgenError(NO_CLASSES)
         return self.means
-
-    def _bits_per_dim(self, log_prob: Tensor) -> Tensor:
-        return -log_prob / (self.dimensions * math.log(2))

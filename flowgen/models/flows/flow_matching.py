@@ -54,7 +54,8 @@ class FlowMatching(Flow):
         bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
         bijections += [Flatten(channels, size, size), Standardize(numbers, learnt=False), Continuous(velocity, tolerance, exact)]
         super().__init__(Chain(*bijections), (channels, size, size), bits, "uniform", classes, class_networks)
-        self.loss_metric, self.exact = None, numbers <= exact
+        self.loss_metric = None
+        self.averages_logs = numbers > exact  # the mean of weights would count the estimates' errors as likelihood: E[exp(error)] > 1
 
     @classmethod
     def is_able(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
@@ -69,15 +70,6 @@ class FlowMatching(Flow):
         t = draw(torch.rand, x.shape[:1], device=x.device, dtype=x.dtype)
         v = flow.velocity(torch.lerp(z, x, t[:, None]), t, self._condition(one_hot))
         return (v - (x - z)).square().mean()
-
-    def score(self, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """log p(x) of each image in nats, (batch,): as of every flow, but where log-dets are estimates the mean over `draws`.
-
-        The mean of importance weights would count the estimates' errors as likelihood: E[exp(error)] > 1.
-        """
-        if self.exact:
-            return super().score(levels, labels, draws=draws, generator=generator)
-        return torch.stack([self.log_prob(levels, generator, labels) for _ in self.progress(range(draws), "draws", draws)]).mean(0)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> Judgement:
