@@ -1,0 +1,65 @@
+"""The table of flows at equal cost: that each row costs what it may, is taken up where it was stopped, and is measured once."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, with commands that spend a second of start and a tenth a step, and no model; `table.words` are what it called."""
+    path = Path(__file__).parents[1] / "scripts" / "table.py"
+    spec = importlib.util.spec_from_file_location("table", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.words, module.stopped = [], False
+
+    def called(*words: str, last: object = None) -> tuple[str, float]:
+        module.words.append(words)
+        if words[0] == "train":
+            settings = dict(word.split("=", 1) for word in words[1:])
+            if module.stopped and "resume" in settings:
+                last(3.0)
+                raise SystemExit("stopped")
+            run, steps = Path(settings["out"]), int(settings["trainer.steps"])
+            run.mkdir(parents=True)
+            (run / "config.yaml").write_text(yaml.safe_dump({"trainer": {"batch_size": 16}, "model": {}, "data": {}, "seed": 0}))
+            (run / "metrics.jsonl").write_text(json.dumps({"step": steps, "split": "test"}) + "\n")
+            return "", 1 + 0.1 * steps
+        return json.dumps({"run": "x", "split": "test", "bits_per_dim": 1.25, "bits_per_dim_error": 0.01}), 2.0
+
+    monkeypatch.setattr(module, "called", called)
+    monkeypatch.setattr(module, "parameters", lambda name: 150_000)
+    monkeypatch.setattr(module, "flops", lambda name: 2.5e7)
+    return module
+
+
+def test_a_row_is_trained_for_its_minutes_and_measured_once(table):
+    table.Row("mnist", "glow", 2.0, ["data.root=there"]).fill()
+    row = table.Row("mnist", "glow", 2.0, ["data.root=there"])
+    assert row.found["steps"] == 1200 and row.found["images_seen"] == 19200 and row.found["cpu_seconds"] == 121
+    assert row.line() == "| mnist | `glow` | 1.250 ± 0.010 | 1.250 ± 0.010 | 0.15 | 19,200 | 2.0 | 0.025 |"
+    assert row.line().count("|") == table.HEAD.count("|")
+    count = len(table.words)
+    row.fill()
+    assert len(table.words) == count == 6 and all("data.root=there" in words for words in table.words[:3])
+
+
+def test_what_a_stopped_training_has_cost_is_counted(table):
+    table.stopped = True
+    with pytest.raises(SystemExit):
+        table.Row("mnist", "glow", 1.0, []).fill()
+    table.stopped = False
+    row = table.Row("mnist", "glow", 1.0, [])
+    row.fill()
+    assert row.found["cpu_seconds"] == 3 + 61 and len(table.words) == 2 + 1 + 1 + 3
+
+
+def test_a_row_of_other_words_is_left_alone(table):
+    table.Row("mnist", "glow", 1.0, []).fill()
+    with pytest.raises(SystemExit, match="move it away"):
+        table.Row("mnist", "glow", 1.0, ["trainer.lr=1e-3"])
