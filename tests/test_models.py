@@ -154,7 +154,7 @@ def test_in_float64_a_model_inverts_and_its_log_det_is_that_of_autograd(exact):
     assert abs(torch.linalg.slogdet(jacobian).logabsdet - log_det) < 1e-9
 
 
-@pytest.mark.parametrize("bits", [1, 5, 8])
+@pytest.mark.parametrize("bits", [1, 8])
 @pytest.mark.parametrize("name", MODELS)
 def test_no_model_scores_below_the_entropy_of_uniform_levels(name, bits):
     """iid uniform levels cost exactly `bits` each: less would mean that the figure is no likelihood."""
