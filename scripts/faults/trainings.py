@@ -17,6 +17,7 @@ TRAININGS = {
     "maf": (*FLOW, "model=maf", "model.flows=2", "model.layers=1"),
     "tarflow": (*FLOW, "model=tarflow", "model.layers=[1,1]", "model.heads=1"),
     "jet": (*FLOW, "model=jet", "model.couplings=2", "model.heads=1"),
+    "flow_matching": (*FLOW, "model=flow_matching", "model.layers=1", "model.heads=1", "model.tolerance=0.1"),
     "planar": ("data.bits=5", "model=planar", "model.flows=2"),
     "sylvester": (*FLOW, "model=sylvester", "model.flows=2"),
     "rbm, pcd": (*RBM, "model/negative_phase=pcd"),
