@@ -120,6 +120,7 @@ def _child(words: list[str], folder: Path, output: Path, error: Path, prepare: C
         os.setsid()
         os.chdir(folder)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has what runs in the background ignore
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
         for number, path in ((0, Path(os.devnull)), (1, output), (2, error)):
             file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.dup2(file, number)
