@@ -44,7 +44,7 @@ def shrunk(words: list[str]) -> list[str]:
     kept = [f"{key}={SHRUNK[key]}" if (key := word.split("=")[0]) in SHRUNK and "," not in word else word for word in kept]
     rbm = any(word.startswith(("model=rbm", "experiment=slides")) for word in kept)
     given = {word.split("=")[0] for word in kept}
-    sizes = ["model.hidden"] if rbm else ["model.width", "model.steps_per_level"]
+    sizes = ["model.hidden"] if rbm else ["model.width"] if "experiment=noise" in kept else ["model.width", "model.steps_per_level"]
     return [*kept, *SMALL, *(f"{key}={SHRUNK[key]}" for key in sizes if key not in given)]
 
 

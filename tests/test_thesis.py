@@ -133,7 +133,7 @@ def test_what_is_missing_is_said_before_anything_is_trained(words, said, tmp_pat
 @pytest.mark.parametrize("scale", parts.SCALES)
 def test_every_training_of_a_scale_composes_and_every_settings_file_is_of_use(scale):
     used = set()
-    for part in (part for group in parts.GROUPS for part in parts.parts(scale, group)):
+    for part in {part.experiment: part for group in parts.GROUPS for part in parts.parts(scale, group)}.values():
         words = [word for word in part.command(scale, ["data=celeba"], Path("here"))[1:] if word.partition("=")[0] not in ("out", "resume")]
         used |= {word.partition("=")[2] for word in words if word.startswith("scale=")}
         config = compose_config(*words)
