@@ -1,12 +1,12 @@
 """Peak memory and time of a training step by depth, for the ways of `trainer.memory`: python scripts/memory.py [DEPTH...]
 
-Every figure is of a process of its own. Memory is what its resident memory grew by during a step, less the gradients of the weights, which
-are as large as the weights however they come about; every large tensor is a mapping of its own (MALLOC_MMAP_THRESHOLD_ of glibc), so that
-what is freed is given back at once. Time is measured without that.
+Every figure is of a process of its own. Memory is what its resident memory grew by during a step, beside weights and gradients, which are
+there before; every large tensor is a mapping of its own (mallopt of glibc), so that what is freed is given back at once. Time is
+measured without that.
 """
 
-import os
-import subprocess
+import ctypes
+import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -18,8 +18,8 @@ from flowgen.config import build_model
 from flowgen.models import GenerativeModel
 
 DEPTHS = (8, 16, 32, 64, 128)
-BATCH, SIZE, STEPS = 64, 16, 2
-APART = {"MALLOC_MMAP_THRESHOLD_": "8192", "MALLOC_MMAP_MAX_": "1000000"}
+BATCH, SIZE = 128, 16
+APART = {-3: 8192, -4: 1_000_000}  # M_MMAP_THRESHOLD, M_MMAP_MAX
 GLOW = {
     "_target_": "flowgen.models.flows.glow.Glow", "channels": 3, "size": SIZE, "bits": 5, "levels": 2, "width": 32, "network": "conv",
     "blocks": 1, "coupling": "affine", "scale": "bounded", "convolution": "plu", "prior": "predicted", "base": "learned",
@@ -50,38 +50,31 @@ def weights(model: GenerativeModel) -> float:
 
 def measure(what: str, memory: str, depth: int) -> float:
     """MiB or seconds of processor time, as `what` says, of one step."""
+    for parameter, value in APART.items() if what == "memory" else ():
+        ctypes.CDLL(None).mallopt(parameter, value)
     model = built(depth)
     levels = torch.randint(32, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
     model.initialize(levels)
     save_memory(model, memory)
     model(levels[:2]).backward()
-    model.zero_grad()
-    if what == "seconds":
-        began = time.process_time()
-        for _ in range(STEPS):
-            model(levels).backward()
-            model.zero_grad()
-        return (time.process_time() - began) / STEPS
     Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
-    before = resident("VmRSS")
+    before, began = resident("VmRSS"), time.process_time()
     model(levels).backward()
-    return resident("VmHWM") - before - weights(model)
+    seconds = time.process_time() - began
+    return resident("VmHWM") - before if what == "memory" else seconds
 
 
-def asked(what: str, memory: str, depth: int) -> float:
-    """The same in another process."""
-    environment = os.environ | (APART if what == "memory" else {})
-    return float(subprocess.check_output([sys.executable, __file__, "of", what, memory, str(depth)], env=environment, text=True))
+def apart(what: str, memory: str, depth: int) -> float:
+    """The same in a process of its own."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(measure, (what, memory, depth))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["of"]:
-        print(measure(sys.argv[2], sys.argv[3], int(sys.argv[4])))
-        sys.exit()
     print(f"| steps a level | weights | {' | '.join(MEMORY)} | time beside keep: {' | '.join(MEMORY[1:])} |")
     print(f"|{' ---: |' * (2 * len(MEMORY) + 1)}")
     for depth in map(int, sys.argv[1:] or DEPTHS):
-        sizes = " | ".join(f"{asked('memory', memory, depth):.1f} MiB" for memory in MEMORY)
-        kept, *others = [asked("seconds", memory, depth) for memory in MEMORY]
+        sizes = " | ".join(f"{apart('memory', memory, depth):.1f} MiB" for memory in MEMORY)
+        kept, *others = [apart("seconds", memory, depth) for memory in MEMORY]
         times = " | ".join(f"{seconds / kept:.2f}" for seconds in others)
         print(f"| {depth} | {weights(built(depth)):.1f} MiB | {sizes} | {times} |", flush=True)
