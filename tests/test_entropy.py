@@ -51,7 +51,7 @@ def uniform_levels(count: int, channels: int = 1) -> tuple[Tensor, float]:
 @pytest.mark.parametrize("name", MODELS)
 def test_no_model_scores_below_the_entropy(name, kind):
     levels, entropy = gaussian_field(1500, 3) if kind == "gaussian field" else markov_texture(1500, 3)
-    model = train(MODELS[name](bits=8 if kind == "gaussian field" else 1), levels, 5 if name.startswith("iaf") else 30)
+    model = train(MODELS[name](bits=8 if kind == "gaussian field" else 1), levels, 5 if name.startswith("iaf") else 12)
     figures = model.evaluate([(gaussian_field if kind == "gaussian field" else markov_texture)(500, 3)[0]]).row()
     assert figures["bits_per_dim"] > entropy - 3 * figures["bits_per_dim_error"]
     with torch.no_grad():

@@ -72,6 +72,7 @@ def newcomer(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return elsewhere
 
 
+@pytest.mark.long
 def test_every_command_runs_as_printed(newcomer, command):
     commands = [words for words in COMMANDS if not any(map(STANDS_FOR.search, words)) and words[0] not in SERVE]
     assert len(commands) > 15

@@ -191,6 +191,7 @@ def test_a_failing_job_in_another_process_fails_the_sweep(images, command, tmp_p
     assert len(runs_in(tmp_path / "sweep")) == 1 and len(list((tmp_path / "sweep").iterdir())) == 2
 
 
+@pytest.mark.long
 def test_a_job_that_is_queued_again_goes_on(images, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed")
     words = [

@@ -60,6 +60,7 @@ def apart(one: Path, other: Path) -> float:
     return max((mine.double() - theirs.double()).abs().max().item() for mine, theirs in pairs)
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_does_and_judge_to_the_same_bit(images, tmp_path, double):
     jobs = {
         count: [(str(tmp_path / str(count) / name), config_of(name, images, 20 if name == "glow" else 5)) for name in MODELS]
@@ -75,6 +76,7 @@ def test_two_processes_train_as_one_does_and_judge_to_the_same_bit(images, tmp_p
     assert judge(Team(), Path(jobs[2][0][0])) == (tmp_path / "two.judged").read_text()
 
 
+@pytest.mark.long
 def test_a_run_is_resumed_by_any_number_of_processes(images, tmp_path, double):
     work([(str(tmp_path / "whole"), config_of("glow", images, 15))], tmp_path / "whole.judged")
     changed, config = tmp_path / "changed", config_of("glow", images, 15)
@@ -103,6 +105,7 @@ def ranks(launcher: int) -> dict[int, int]:
     return found
 
 
+@pytest.mark.long
 def test_a_run_that_loses_a_process_says_how_to_go_on_and_does(images, tmp_path, command):
     """First the process that writes, then another, then an interrupt, then one process alone."""
     run = tmp_path / "run"

@@ -59,6 +59,7 @@ def numbers(page: str) -> set[str]:
     return found
 
 
+@pytest.mark.long
 def test_every_figure_is_made_and_a_killed_reproduction_goes_on(tmp_path):
     first = subprocess.Popen(
         [sys.executable, str(SCRIPT), "--scale", "smoke"], cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True
