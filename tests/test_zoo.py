@@ -75,6 +75,7 @@ def test_what_is_no_portable_model_gets_one_line(portable, command, tmp_path):
         lambda about: about.update(figures={"log_z": [1]}),
         lambda about: about.update(images_seen=-1),
         lambda about: about.update(format=99),
+        lambda about: about.update(command="flowgen train \ud800"),
     ],
 )
 def test_a_model_to_pass_on_is_checked_like_a_checkpoint(portable, command, tmp_path, spoil):

@@ -1,6 +1,7 @@
 """Checkpoints: dicts of plain data, written so that a crash leaves the old one whole, read so that no code can run."""
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -75,8 +76,9 @@ def checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
         raise FlowgenError(f"{path} is of a later flowgen: update with `pip install -U flowgen`")
     try:
         state = renewed(state)
+        json.dumps(state["config"], ensure_ascii=False).encode()  # plain data, without half a character, which could not be written
         sound = type(version) is int and version >= 0 and _is_sound(state)
-    except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError):
+    except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError):
         sound = False
     if not sound:
         raise FlowgenError(f"{path} holds values that no training writes: name another run or checkpoint")
@@ -97,17 +99,12 @@ def _is_sound(state: dict[str, Any]) -> bool:
     def is_count(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**63
 
-    def is_plain(value: Any) -> bool:
-        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-        return value is None or (isinstance(value, bool | int | float | str | dict | list) and all(map(is_plain, parts)))
-
     def of_numbers(value: Any, names: set[str]) -> bool:
         return isinstance(value, dict) and value.keys() <= names and all(type(each) in (int, float) for each in value.values())
 
     config, metrics = state["config"], state["metrics"]
     return (
         all(isinstance(config.get(section), dict) for section in ("model", "data", "trainer"))
-        and is_plain(config)
         and is_count(config.get("seed"))
         and is_number(config["trainer"]["sample_temperature"])
         and is_count(state["step"])

@@ -65,6 +65,7 @@ def _read(path: Path, weights: bool) -> dict[str, Any]:
     try:
         with safe_open(path, "pt" if weights else "np") as file:  # "pt" imports torch at once
             about = json.loads((file.metadata() or {})["flowgen"])
+            json.dumps(about, ensure_ascii=False).encode()  # half a character could be neither shown nor passed on
             tensors = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118, it is no dict
     except FileNotFoundError as error:
         raise FlowgenError(f"{path} does not exist: `flowgen runs` lists the runs") from error
