@@ -15,7 +15,9 @@ class Metric:
     higher_is_better: bool | None = None
 
     def cost(self, value: float) -> float:
-        """The lower, the better."""
+        """The lower, the better; what is no number is worst."""
+        if math.isnan(value):
+            return math.inf
         return -value if self.higher_is_better else value
 
 

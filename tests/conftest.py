@@ -21,7 +21,7 @@ from flowgen.models import GenerativeModel
 from flowgen.training.checkpoint import write_checkpoint
 from flowgen.training.device import autocast_dtype
 from flowgen.training.formats import FORMAT
-from flowgen.training.loop import STATISTICS
+from flowgen.training.look import STATISTICS
 from flowgen.training.schedule import learning_rate_factor
 
 if TYPE_CHECKING:

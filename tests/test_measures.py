@@ -27,6 +27,7 @@ def test_what_is_not_finite_is_null_in_files_and_is_not_read(value):
 
 def test_the_better_value_costs_less():
     assert BITS_PER_DIM.cost(1.0) < BITS_PER_DIM.cost(2.0) and LOG_LIKELIHOOD.cost(-1.0) < LOG_LIKELIHOOD.cost(-2.0)
+    assert BITS_PER_DIM.cost(math.nan) == LOG_LIKELIHOOD.cost(math.nan) == math.inf
 
 
 def test_values_are_told_with_split_and_error():

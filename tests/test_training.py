@@ -32,6 +32,7 @@ PERSISTENT = [  # chains that go on from step to step
     "data.channels=1",
     *[word for word in SMALL if not word.startswith(("model.", "trainer.lr"))],
 ]
+AVERAGED = [*SMALL, "trainer.ema=[0,0.9]"]
 MEASURED = {"images_per_second", "seconds", "memory_gib"}
 
 
@@ -54,7 +55,7 @@ def same(one: Any, other: Any) -> bool:
 
 def assert_same_run(one: Path, other: Path) -> None:
     states = [read_checkpoint(run / "checkpoints" / "last.pt") for run in (one, other)]
-    for key in ("step", "images_seen", "model", "ema", "optimizer"):
+    for key in ("step", "images_seen", "model", "ema", "averages", "optimizer"):
         assert same(states[0][key], states[1][key]), key
     assert rows(one) == rows(other)
 
@@ -160,6 +161,22 @@ def test_load_gives_the_averaged_model_in_evaluation_mode(tiny_run):
     assert same(dict(model.state_dict()), averages) and not same(dict(model.state_dict()), dict(state["model"]))
 
 
+def test_of_several_averages_the_best_by_validation_is_judged_and_kept(images, tmp_path, command):
+    run, decays = tmp_path / "run", [0.999, 0.5, 0]
+    words = [*SMALL, f"data.root={images}", "trainer.steps=20", "trainer.warmup=0", "trainer.decay=0", f"trainer.ema={decays}"]
+    status, _, error = command("train", *words, f"out={run}")
+    assert status == 0, error
+    state, judged = read_checkpoint(Run(run).last), {row["split"]: row for row in rows(run) if row["step"] == 20}
+    data, model, found = build_data(state["config"]), flowgen.load(run), []
+    for average in state["averages"]:
+        model.load_state_dict({name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")})
+        found.append([model.evaluate(data.batches(split, 4, 8))["bits_per_dim"].value for split in ("validation", "test")])
+    assert len({validation for validation, _ in found}) == 3
+    assert [judged[split]["bits_per_dim"] for split in ("validation", "test")] == pytest.approx(min(found), rel=1e-6)
+    chosen = found.index(min(found))
+    assert judged["validation"]["ema"] == decays[chosen] and same(state["ema"], state["averages"][chosen])
+
+
 @pytest.mark.parametrize("ema", [0.99, 0])
 def test_batch_statistics_are_those_of_the_weights_that_are_judged(images, tmp_path, command, ema):
     """What was judged, what the checkpoint holds and what fresh training batches say agree; the last batches' statistics do not."""
@@ -184,7 +201,7 @@ def test_batch_statistics_are_those_of_the_weights_that_are_judged(images, tmp_p
     assert apart[0] < apart[1] / 2
 
 
-@pytest.mark.parametrize(("model", "kill_at"), [(SMALL, 0), (SMALL, 3), (SMALL, 11), (NORMALISED, 11), (PERSISTENT, 11)])
+@pytest.mark.parametrize(("model", "kill_at"), [(SMALL, 0), (SMALL, 3), (AVERAGED, 11), (NORMALISED, 11), (PERSISTENT, 11)])
 def test_killed_and_resumed_equals_never_stopped(images, tmp_path, command, model, kill_at):
     """Killed at the first moment, before and after a step that saves, wherever in the next one the signal finds it."""
     words = [*model, f"data.root={images}", "data.flip=true", "trainer.steps=14", "trainer.save_every=5", "trainer.evaluate_every=4"]

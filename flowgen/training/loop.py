@@ -11,12 +11,12 @@ from torch import Tensor
 
 from flowgen.data import Images
 from flowgen.measures import Judgement, Measured, Metric
-from flowgen.models import GenerativeModel
 from flowgen.shares import split
 from flowgen.training.cadence import Cadence
 from flowgen.training.device import peak_memory
-from flowgen.training.doubts import doubt_likelihood, doubt_recovery
+from flowgen.training.doubts import doubt_recovery
 from flowgen.training.journal import Journal, NoJournal
+from flowgen.training.look import Look
 from flowgen.training.machine import Machine
 from flowgen.training.optimisation import Optimisation, gradient_norm
 from flowgen.training.rescue import first_bad_module
@@ -24,8 +24,6 @@ from flowgen.training.run import Run
 from flowgen.training.state import State
 from flowgen.training.stop import StopRequest
 from flowgen.training.team import Team
-
-STATISTICS = 40  # batches of training images that the statistics of batch normalisation are estimated over
 
 
 class Training:
@@ -50,6 +48,7 @@ class Training:
         in_steps = self.cadence.steps is not None
         at, total, unit = (state.step, self.cadence.steps, "step") if in_steps else (state.seconds, 60 * (self.cadence.minutes or 0.0), "s")
         self.journal = Journal(run, state.model, state.step, at, total or 0, unit) if team.leads else NoJournal()
+        self.look = Look(cadence, optimisation, machine, state, data, self.journal, self.seed)
 
     def loop(self) -> int | None:
         """Step after step to the end, or to a signal, which is returned."""
@@ -133,11 +132,13 @@ class Training:
         self.journal.advance(state.step if self.cadence.steps is not None else state.seconds)
         if self.due("log"):
             self.log(row)
-        best = self.due("evaluate") and self.evaluate("validation")
+        best = self.due("evaluate") and self.look.validate()
         if self.due("test"):
-            self.evaluate("test")
+            self.look.test()
+        if self.done.get("evaluate") == state.step and not self.over:  # then they are drawn once, at the end
+            self.journal.curves()
         if self.due("sample"):
-            self.sample()
+            self.look.sample()
         keep = self.cadence.keeps(state.step)
         if best or (keep and self.done["save"] != state.step) or (not state.rescue.failed and self.due("save")):
             self.save(best, keep)
@@ -153,44 +154,9 @@ class Training:
         self.journal.write(state.step, "train", Judgement.of(*measured, **facts))
         self.busy, self.logged = 0.0, state.step
 
-    def judged(self) -> GenerativeModel:
-        """The averaged model in evaluation mode, its batch statistics a function of the seed and the state alone."""
-        self.machine.seed(self.seed, self.state.step)
-        size = self.optimisation.batch_size // self.optimisation.accumulate
-        seen = self.state.images_seen
-        self.state.estimate(self.data.draw(seen + size * number, size, self.seed) for number in range(STATISTICS))
-        return self.state.averaged.eval()
-
-    def evaluate(self, split: str) -> bool:
-        """Write what is measured on a split; whether it is the best so far on the validation split, by which training is steered."""
-        model = self.judged()
-        images, reference = (
-            self.data.batches(name, self.optimisation.batch_size, self.cadence.evaluate_images) for name in (split, "train")
-        )
-        judgement = model.evaluate(images, reference).on(split)
-        measured = judgement[model.metric.name]
-        self.state.model.train()
-        self.journal.write(self.state.step, split, judgement)
-        if not self.over:  # then they are drawn once, at the end
-            self.journal.curves()
-        if split == "test":
-            again = self.data.batches(split, self.optimisation.batch_size, self.cadence.evaluate_images)
-            doubt_likelihood(measured, self.data, again)
-            return False
-        better = (cost := model.metric.cost(measured.value)) < self.state.best
-        self.state.best, self.state.without_gain = min(cost, self.state.best), 0 if better else self.state.without_gain + 1
-        return better
-
-    def sample(self) -> None:
-        generator = torch.Generator(self.machine.device).manual_seed(self.seed)  # the same latents at every look
-        levels, _ = self.judged().sample(32, self.cadence.sample_temperature, generator)
-        self.state.model.train()
-        self.journal.samples(self.state.step, levels, self.data.bits)
-        self.journal.features(self.state.averaged.features())
-
     def save(self, best: bool = False, keep: bool = False) -> None:
         """What was judged is what the checkpoint holds."""
-        self.judged()
+        self.look.judged()
         self.state.model.train()
         self.run.save({"config": self.config, **self.state.capture()}, best=best, keep=keep)
         self.done["save"] = self.state.step

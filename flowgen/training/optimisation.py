@@ -27,7 +27,7 @@ class Optimisation:
     warmup: int | str
     decay: float
     clip: float
-    ema: float
+    ema: float | Sequence[float]
     initial_images: int
     betas: Sequence[float]
     weight_decay: float
@@ -35,17 +35,26 @@ class Optimisation:
     def __post_init__(self) -> None:
         check_whole(batch_size=self.batch_size, accumulate=self.accumulate, initial_images=self.initial_images)
         check_choice(OPTIMIZERS, optimizer=self.optimizer)
-        check_number(lr=self.lr, decay=self.decay, clip=self.clip, ema=self.ema, momentum=self.momentum, weight_decay=self.weight_decay)
+        check_number(lr=self.lr, decay=self.decay, clip=self.clip, momentum=self.momentum, weight_decay=self.weight_decay)
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise FlowgenError(f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}")
+        if not self.averages:
+            raise FlowgenError("ema must be a number, 0 for none, or several, as in trainer.ema=[0.99,0.999], not []")
         for beta in self.betas:
             check_number(betas=beta)
-        if self.decay > 1 or max(self.ema, self.momentum, *self.betas) >= 1:
+        for average in self.averages:
+            check_number(ema=average)
+        if self.decay > 1 or max(*self.averages, self.momentum, *self.betas) >= 1:
             below = f"{self.ema}, {self.momentum} and {self.betas}"
             raise FlowgenError(f"decay must be at most 1, not {self.decay}, and ema, momentum and betas below 1, not {below}")
         if self.batch_size % self.accumulate:
             raise FlowgenError(f"batch_size={self.batch_size} cannot be split into accumulate={self.accumulate} equal parts")
         warmup_steps(self.warmup, 1, 1)
+
+    @property
+    def averages(self) -> list[float]:
+        """How long each average of the weights remembers them."""
+        return list(self.ema) if isinstance(self.ema, Sequence) else [self.ema]
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":

@@ -20,14 +20,16 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class State:
-    """The model, its average, its optimiser, and how far they are; beside it what never goes back: time, the best figure, failures."""
+    """The model, its averages, its optimiser, and how far they are; beside it what never goes back: time, the best figure, failures."""
 
     def __init__(self, model: GenerativeModel, optimisation: Optimisation):
         self.model, self.optimizer, self.kind = model, optimisation.build(model), optimisation.optimizer
         # Statistics of batch normalisation are estimated on a copy, so that a look at the model leaves its training alone.
-        averaged = optimisation.ema or batch_normalisations(model)
-        self.average = AveragedModel(model, multi_avg_fn=_warm_average(optimisation.ema)) if averaged else None
-        self.estimated_at = -1
+        wanted = any(optimisation.averages) or batch_normalisations(model)
+        self.decays = optimisation.averages if wanted else []
+        self.averages = [AveragedModel(model, multi_avg_fn=_warm_average(decay)) for decay in self.decays]
+        self.chosen = 0  # of the averages: the best at the last look at the validation images
+        self.estimated_at: tuple[int, int] | None = None
         self.step = self.images_seen = 0
         self.seconds, self.best, self.rescue = 0.0, math.inf, Rescue()
         self.without_gain = 0  # evaluations since the best one
@@ -35,32 +37,36 @@ class State:
     @property
     def averaged(self) -> GenerativeModel:
         """The model to judge and to sample from."""
-        model = self.average.module if self.average is not None else self.model
+        model = self.averages[self.chosen].module if self.averages else self.model
         assert isinstance(model, GenerativeModel)
         return model
 
     def update(self, rate: float) -> None:
-        """One step of the optimiser at this learning rate, and of the average."""
+        """One step of the optimiser at this learning rate, and of the averages."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        for average in self.averages:
+            average.update_parameters(self.model)
 
     def estimate(self, batches: Iterable[tuple[Any, ...]]) -> None:
-        """Give the averaged weights batch statistics of their own, once a step."""
-        if self.average is not None and self.estimated_at != self.step:
+        """Give the chosen average batch statistics of its own, once a step."""
+        at = self.step, self.chosen
+        if self.averages and self.estimated_at != at:
             estimate_statistics(self.averaged, batches)
-            self.estimated_at = self.step
+            self.estimated_at = at
 
     def capture(self) -> dict[str, Any]:
+        """Of several averages the chosen one is there twice, and written once."""
+        averages = [average.state_dict() for average in self.averages]
         return {
             "step": self.step,
             "images_seen": self.images_seen,
             "model": self.model.state_dict(),
-            "ema": None if self.average is None else self.average.state_dict(),
+            "ema": averages[self.chosen] if averages else None,
+            "averages": averages if len(averages) > 1 else [],
             "optimizer": self.optimizer.state_dict(),
-            "metrics": {"best": self.best, "seconds": self.seconds, "without_gain": self.without_gain},
+            "metrics": {"best": self.best, "seconds": self.seconds, "without_gain": self.without_gain, "chosen": self.chosen},
             "rescue": dataclasses.asdict(self.rescue),
         }
 
@@ -76,8 +82,7 @@ class State:
         settings = [{name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(checkpoint["model"])
-            if self.average is not None and checkpoint["ema"] is not None:
-                self.average.load_state_dict(checkpoint["ema"])
+            self.chosen = self._load_averages(checkpoint)
             if self.kind == checkpoint["config"]["trainer"]["optimizer"]:  # moments of another kind would be of no use
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
                 self._check_moments()
@@ -86,7 +91,16 @@ class State:
         for group, its_settings in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(its_settings)
         self.step, self.images_seen = checkpoint["step"], checkpoint["images_seen"]
-        self.estimated_at = -1
+        self.estimated_at = None
+
+    def _load_averages(self, checkpoint: dict[str, Any]) -> int:
+        """Which was chosen; where there were others, or more, all go on from that one."""
+        kept = checkpoint.get("averages") or [checkpoint["ema"]]
+        alike = len(kept) == len(self.averages)
+        for average, state in zip(self.averages, kept if alike else [checkpoint["ema"]] * len(self.averages), strict=True):
+            if state is not None:
+                average.load_state_dict(state)
+        return min(checkpoint["metrics"].get("chosen", 0), len(self.averages) - 1) if alike else 0
 
     def _check_moments(self) -> None:
         """Raise ValueError where the optimiser could not take its next step with them."""

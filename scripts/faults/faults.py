@@ -28,10 +28,10 @@ def make_quick() -> None:
 
     from flowgen import plots
     from flowgen.models import RBM
-    from flowgen.training import loop
+    from flowgen.training import look
 
     plots.curves = lambda rows, metric, path: Image.new("L", (64, 64)).save(path)
-    loop.STATISTICS = 2
+    look.STATISTICS = 2
     RBM.sample = partialmethod(RBM.sample, sweeps=9)  # type: ignore[assignment]
 
 
