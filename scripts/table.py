@@ -3,8 +3,8 @@
     python scripts/table.py --data mnist --models glow tarflow jet --minutes 15 [WORD...]
 
 WORDs go to every `flowgen train`, as data.root=FOLDER. A row is kept in outputs/table/DATA_MODEL_MINUTES/row.json as it comes about; the
-same command goes on where it was stopped, leaves out what is there, and prints all rows. How many steps the minutes allow is found by two
-short trainings: the clock of a machine that does other work would not be fair.
+same command goes on where it was stopped, leaves out what is there, prints all rows, and shows samples of all models of a data set in one
+picture. How many steps the minutes allow is found by two short trainings: the clock of a machine that does other work would not be fair.
 """
 
 import argparse
@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import flowgen
+from flowgen import pictures
 from flowgen.config import read_config
 from flowgen.training.run import Run, write_aside
 
@@ -74,8 +76,13 @@ class Row:
             self.know(f"draws_{draws}", lambda draws=draws: self.evaluated(draws))
         samples = self.folder / "samples.png"
         self.know(
-            "samples", lambda: called(*f"sample --run {self.run.folder} --temperature {TEMPERATURE} --out {samples}".split())[0].strip()
+            "samples",
+            lambda: called(*f"sample --run {self.run.folder} --count 16 --temperature {TEMPERATURE} --out {samples}".split())[0].strip(),
         )
+
+    def samples(self) -> tuple[str, Image.Image]:
+        """Under their title."""
+        return f"{self.found['model']}, temperature {TEMPERATURE:g}", Image.open(self.found["samples"])
 
     def spend(self, seconds: float) -> None:
         self.keep("cpu_seconds", self.found.get("cpu_seconds", 0.0) + seconds)
@@ -145,6 +152,9 @@ def main() -> None:
     rows = [Row(data, model, given.minutes, words) for data in given.data for model in given.models]
     for row in rows:
         row.fill()
+    for data in given.data:
+        picture = FOLDER / f"{data}_{given.minutes:g}.png"
+        pictures.stack([row.samples() for row in rows if row.found["data"] == data]).save(picture)
     print(HEAD, "|" + " --- |" * HEAD.count(" | ") + " --- |", *(row.line() for row in rows), sep="\n")
 
 
