@@ -61,11 +61,13 @@ class Chains:
     @torch.no_grad()
     def anneal(self, trajectories: int) -> None:
         """In the latents, while the tolerance s of what is known shrinks from one spread to `COOLEST`."""
-        step = StepSize()
         scales = [self.spread * COOLEST ** (number / max(1, trajectories - 1)) for number in range(trajectories)]
+        step = None
         for scale in self.progress(scales, "annealing", trajectories):
             density = self._latents(scale)
-            self.place = langevin(at(self.place, density), density, step, LEAPS, True, self.generator).place
+            position = at(self.place, density)
+            step = step or StepSize.reasonable(position, density, LEAPS, self.generator)
+            self.place = langevin(position, density, step, LEAPS, True, self.generator).place
         self.place = self.target.start(self._decode(self.place))
 
     @torch.no_grad()
@@ -74,8 +76,8 @@ class Chains:
 
         The steps' length is learnt in the first half, so that the second half leaves the posterior invariant.
         """
-        step, accepted = StepSize(), []
-        position = at(self.place, self._pixels())
+        position, accepted = at(self.place, self._pixels()), []
+        step = StepSize.reasonable(position, self._pixels(), LEAPS, self.generator)
         for number in self.progress(range(trajectories), "exact steps", trajectories):
             if self.classes and number % EVERY == 0:
                 share = self.classes.posterior(self.points).softmax(1)

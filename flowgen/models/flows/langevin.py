@@ -9,7 +9,7 @@ from torch import Tensor
 
 LogDensity = Callable[[Tensor], Tensor]  # of states (chains, D), up to a constant, in nats: (chains,)
 BEST = 0.65  # acceptance at which trajectories are cheapest: Beskos et al. (1001.4460), section 1
-FIRST_STEP = 0.1
+FIRST_STEP, SHORTEST = 0.1, 1e-6
 FAR = 1e6
 
 
@@ -23,13 +23,24 @@ class Position(NamedTuple):
 
 
 class StepSize:
-    """The length of a chain's steps, learnt while the chains are under way and then held, so that they leave the density invariant.
+    """The length of the chains' steps, learnt while they are under way and then held, so that they leave the density invariant.
 
     The n-th lesson changes its logarithm by (accepted - `BEST`) / sqrt n: Robbins and Monro (1951), steps n^(-1/2) to forget the start.
     """
 
     def __init__(self, length: float = FIRST_STEP):
         self.length, self.lessons = length, 0
+
+    @classmethod
+    def reasonable(cls, position: Position, density: LogDensity, leaps: int, generator: torch.Generator | None = None) -> "StepSize":
+        """`FIRST_STEP`, halved until half of trajectories are accepted, after Hoffman and Gelman (1111.4246), algorithm 4.
+
+        Unlike theirs it is never doubled: on the way up to the likely, steps far too long are accepted.
+        """
+        step = cls()
+        while step.length > SHORTEST and _acceptance(_trajectory(position, density, step.length, leaps, generator)[1]) < 0.5:
+            step.length *= 0.5
+        return step
 
     def learn(self, accepted: float) -> None:
         self.lessons += 1
@@ -49,7 +60,23 @@ def langevin(
     m ~ N(0, I), then `leaps` times m += e/2 grad log p(x), x += e m, m += e/2 grad log p(x); with one leap that is x + e^2/2 grad log p(x)
     + e N(0, I). Neal, MCMC using Hamiltonian dynamics (1206.1901), sections 3 and 5.2. What is not finite is rejected.
     """
-    e = step.length
+    there, log_ratio = _trajectory(position, density, step.length, leaps, generator)
+    accepted = torch.rand(log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype).log() < log_ratio
+    if learn:
+        step.learn(_acceptance(log_ratio))
+    goes = accepted[:, None]
+    return Position(
+        torch.where(goes, there.place, position.place),
+        torch.where(accepted, there.value, position.value),
+        torch.where(goes, there.gradient, position.gradient),
+        accepted,
+    )
+
+
+def _trajectory(
+    position: Position, density: LogDensity, e: float, leaps: int, generator: torch.Generator | None
+) -> tuple[Position, Tensor]:
+    """Where it leads, and the logarithm of the ratio by which that is accepted."""
     momentum = torch.randn(position.place.shape, generator=generator, device=position.place.device, dtype=position.place.dtype)
     before = position.value - 0.5 * momentum.square().sum(1)
     place, gradient = position.place, position.gradient
@@ -59,16 +86,11 @@ def langevin(
         value, gradient = _look(place, density)
         momentum = momentum + 0.5 * e * gradient
     log_ratio = (value - 0.5 * momentum.square().sum(1) - before).nan_to_num(-torch.inf)
-    accepted = torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype).log() < log_ratio
-    if learn:
-        step.learn(log_ratio.exp().clamp(max=1).mean().item())
-    goes = accepted[:, None]
-    return Position(
-        torch.where(goes, place, position.place),
-        torch.where(accepted, value, position.value),
-        torch.where(goes, gradient, position.gradient),
-        accepted,
-    )
+    return Position(place, value, gradient, torch.ones_like(value, dtype=torch.bool)), log_ratio
+
+
+def _acceptance(log_ratio: Tensor) -> float:
+    return log_ratio.exp().clamp(max=1).mean().item()
 
 
 @torch.enable_grad()
