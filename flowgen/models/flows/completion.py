@@ -19,8 +19,8 @@ from flowgen.progress import Progress
 CHAINS, SWEEPS = 20, 400
 ASCENT, ASCENT_RATE = 20, 0.1  # steps to the most probable latents, and their length
 START, COOLEST = 0.3, 0.25  # tolerances of what is known, over the spread of the pixels
-LEAPS = 5  # of a trajectory
-EVERY = 4  # trajectories between two draws of the class
+HALVINGS, WILD = 5, 4.0  # of noise that leads further from what is known than so many times the usual
+LEAPS = 20  # of a trajectory: many short ones, each with a new momentum, would stay near where they began
 
 
 class Chains:
@@ -59,32 +59,42 @@ class Chains:
         return value.detach()
 
     @torch.no_grad()
-    def anneal(self, trajectories: int) -> None:
+    def scatter(self) -> None:
+        """By N(0, I), so that chains begin as far out as draws are where what is known says nothing; by less where that makes no image."""
+        noise = self._noise()
+        for _ in range(HALVINGS):
+            violation = self.target.violation(self._decode(self.place + noise))
+            wild = ~(violation < WILD * violation.nanmedian())
+            noise = torch.where(wild[:, None], 0.5 * noise, noise)
+        self.place = self.place + noise
+
+    @torch.no_grad()
+    def anneal(self, trajectories: int, leaps: int) -> None:
         """In the latents, while the tolerance s of what is known shrinks from one spread to `COOLEST`."""
         scales = [self.spread * COOLEST ** (number / max(1, trajectories - 1)) for number in range(trajectories)]
         step = None
         for scale in self.progress(scales, "annealing", trajectories):
             density = self._latents(scale)
             position = at(self.place, density)
-            step = step or StepSize.reasonable(position, density, LEAPS, self.generator)
-            self.place = langevin(position, density, step, LEAPS, True, self.generator).place
+            step = step or StepSize.reasonable(position, density, self.generator)
+            self.place = langevin(position, density, step, leaps, True, self.generator).place
         self.place = self.target.start(self._decode(self.place))
 
     @torch.no_grad()
-    def settle(self, trajectories: int) -> None:
-        """Under the posterior itself. Classes are drawn from p(y | x) in between.
+    def settle(self, trajectories: int, leaps: int) -> None:
+        """Under the posterior itself, and before each trajectory a class from p(y | x).
 
         The steps' length is learnt in the first half, so that the second half leaves the posterior invariant.
         """
         position, accepted = at(self.place, self._pixels()), []
-        step = StepSize.reasonable(position, self._pixels(), LEAPS, self.generator)
+        step = StepSize.reasonable(position, self._pixels(), self.generator)
         for number in self.progress(range(trajectories), "exact steps", trajectories):
-            if self.classes and number % EVERY == 0:
+            if self.classes:
                 share = self.classes.posterior(self.points).softmax(1)
                 self.labels = torch.multinomial(share, 1, generator=self.generator)[:, 0]
                 position = at(self.place, self._pixels())
             learn = number < trajectories // 2
-            position = langevin(position, self._pixels(), step, LEAPS, learn, self.generator)
+            position = langevin(position, self._pixels(), step, leaps, learn, self.generator)
             self.place = position.place
             accepted += [] if learn else [position.moved.float().mean().item()]
         self.acceptance = math.fsum(accepted) / len(accepted)
@@ -152,10 +162,13 @@ class CompletesByLangevin(Completes):
         share = tops.ascend().view(len(levels), count).softmax(1)
         labels = torch.multinomial(share, chains, replacement=True, generator=generator)
         found = start(chains, labels.flatten())
-        found.place = tops.place.view(len(levels), count, -1)[torch.arange(len(levels), device=self.device)[:, None], labels].flatten(0, 1)
-        trajectories = max(4, steps // LEAPS)
-        found.anneal(trajectories // 2)
-        found.settle(trajectories - trajectories // 2)
+        tops_of = tops.place.view(len(levels), count, -1)[torch.arange(len(levels), device=self.device)[:, None], labels]
+        found.place = tops_of.flatten(0, 1)
+        found.scatter()
+        leaps = max(1, min(LEAPS, steps // 4))
+        trajectories = max(4, steps // leaps)
+        found.anneal(trajectories // 2, leaps)
+        found.settle(trajectories - trajectories // 2, leaps)
         return found
 
     @abstractmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 
 LogDensity = Callable[[Tensor], Tensor]  # of states (chains, D), up to a constant, in nats: (chains,)
 BEST = 0.65  # acceptance at which trajectories are cheapest: Beskos et al. (1001.4460), section 1
-FIRST_STEP, SHORTEST = 0.1, 1e-6
+FIRST_STEP, SHORTEST, FIRST_LEAPS = 0.1, 1e-6, 5
 FAR = 1e6
 
 
@@ -32,13 +32,13 @@ class StepSize:
         self.length, self.lessons = length, 0
 
     @classmethod
-    def reasonable(cls, position: Position, density: LogDensity, leaps: int, generator: torch.Generator | None = None) -> "StepSize":
-        """`FIRST_STEP`, halved until half of trajectories are accepted, after Hoffman and Gelman (1111.4246), algorithm 4.
+    def reasonable(cls, position: Position, density: LogDensity, generator: torch.Generator | None = None) -> "StepSize":
+        """`FIRST_STEP`, halved until half of short trajectories are accepted, after Hoffman and Gelman (1111.4246), algorithm 4.
 
         Unlike theirs it is never doubled: on the way up to the likely, steps far too long are accepted.
         """
         step = cls()
-        while step.length > SHORTEST and _acceptance(_trajectory(position, density, step.length, leaps, generator)[1]) < 0.5:
+        while step.length > SHORTEST and _acceptance(_trajectory(position, density, step.length, FIRST_LEAPS, generator)[1]) < 0.5:
             step.length *= 0.5
         return step
 
