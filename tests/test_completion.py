@@ -87,6 +87,25 @@ def test_a_gaussian_field_is_completed_by_its_conditional():
     )
 
 
+def test_many_missing_pixels_take_no_more_gradients():
+    """Of 512 the truth lies between the smallest and the largest of nine draws four times in five; their spread is the conditional's."""
+    shape = (1, 32, 32)
+    places = torch.cartesian_prod(*(torch.arange(float(side)) for side in shape)).double()
+    covariance = 0.1**2 * torch.exp(-torch.cdist(places, places) / 8)
+    flow = flow_of(Field(torch.full((1024,), 0.5).double(), torch.linalg.cholesky(covariance), shape), shape)
+    known = torch.zeros(shape, dtype=torch.bool)
+    known[..., :16] = True
+    k, levels = known.flatten(), flow.sample(12, generator=torch.Generator().manual_seed(3))[0]
+    found = flow.restore(levels, known, 9, 80, torch.Generator().manual_seed(0))
+    draws, whole = found.points.flatten(1)[:, ~k].view(12, 9, -1), (levels.flatten(1) + 0.5) / 256
+    below = (draws < whole[:, None, ~k]).sum(1)
+    assert ((below > 0) & (below < 9)).double().mean().item() == pytest.approx(0.8, abs=0.06)
+    weight = covariance[~k][:, k] @ torch.linalg.inv(covariance[k][:, k])
+    deviation = (covariance[~k][:, ~k] - weight @ covariance[k][:, ~k]).diagonal().sqrt()
+    standard = (draws - (0.5 + (whole[:, k].double() - 0.5) @ weight.T)[:, None]) / deviation
+    assert abs(standard.mean()) < 0.1 and standard.std().item() == pytest.approx(1.05, abs=0.1)
+
+
 @pytest.mark.parametrize("keep", ["smaller:2", "grey"])
 def test_a_gaussian_field_is_restored_from_sums_by_its_posterior(keep):
     """Given y = A x + N(0, s^2) with s half a level: mean + K (y - A mean), C - K A C, with K = C A^T (A C A^T + s^2)^-1."""
