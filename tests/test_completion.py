@@ -10,10 +10,11 @@ from test_cli import assert_plain
 from test_models import MODELS, noise, started
 from torch import Tensor
 
-from flowgen.bijections import Bijection
+from flowgen.bijections import Bijection, Chain, Gaussianize
 from flowgen.commands.complete import linear
 from flowgen.errors import FlowgenError
 from flowgen.models import Flow
+from flowgen.models.flows.posterior import Pixels
 
 DRAWS = 1500
 
@@ -202,3 +203,14 @@ def test_what_is_kept_of_sums_is_what_is_shown_of_them():
     machine = COMPLETE["rbm"]()
     with pytest.raises(FlowgenError, match="an RBM restores pixels"):
         machine.complete(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), linear("smaller:2", (1, 8, 8)), method="gibbs")
+
+
+def test_a_chain_far_out_stands_for_an_image():
+    """Where rounding reaches 0 and 1 the head would be infinite, and the classes' probabilities no numbers."""
+    x = torch.rand(9, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    head = Gaussianize(1, 256)
+    head.initialize(x)
+    pixels = Pixels(head, Chain(), torch.zeros_like(x), torch.zeros(1, 2, 2, dtype=torch.bool), 256)
+    for far in (-30.0, 30.0):
+        found = pixels.points(torch.full((9, 4), far))
+        assert ((found > 0) & (found < 1)).all() and head(found)[0].isfinite().all()

@@ -58,7 +58,7 @@ class Pixels:
         """x of chains."""
         place = place.view(self.levels.shape)
         inside = (self.levels + place.sigmoid()) / self.bins
-        return torch.where(self.known, inside, self.head.inverse(place)[0])
+        return torch.where(self.known, inside, _within(self.head.inverse(place)[0], self.bins))
 
     def log_density(self, place: Tensor, mean: Tensor, condition: Tensor | None) -> Tensor:
         """log p(coordinates, what is known), up to a constant: (batch,)."""
@@ -93,7 +93,7 @@ class Sums:
     def start(self, h: Tensor) -> Tensor:
         """The chains' coordinates at h, brought to what is known: (batch, D)."""
         x = self.head.inverse(h)[0]
-        x = (x + self.value - self.known.of(x)).clamp(EDGE / self.bins, 1 - EDGE / self.bins)
+        x = _within(x + self.value - self.known.of(x), self.bins)
         with torch.enable_grad():
             h = self.head(x)[0].detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(self.known.once(self.known.of(self.head.inverse(h)[0])).sum(), h)
@@ -105,7 +105,7 @@ class Sums:
 
     def points(self, place: Tensor) -> Tensor:
         """x of chains."""
-        return self.head.inverse(self._wide(place))[0]
+        return _within(self.head.inverse(self._wide(place))[0], self.bins)
 
     def log_density(self, place: Tensor, mean: Tensor, condition: Tensor | None) -> Tensor:
         """log p(h) p(y | h), up to a constant: (batch,)."""
@@ -119,3 +119,8 @@ class Sums:
 
     def _along(self, place: Tensor) -> Tensor:
         return self.direction * self.known.pool(self.direction * place)
+
+
+def _within(x: Tensor, bins: int) -> Tensor:
+    """Off 0 and 1, which rounding may reach and the head takes to infinity."""
+    return x.clamp(EDGE / bins, 1 - EDGE / bins)
