@@ -14,6 +14,7 @@ from flowgen.bijections import Bijection, Chain, Gaussianize
 from flowgen.commands.complete import linear
 from flowgen.errors import FlowgenError
 from flowgen.models import Flow
+from flowgen.models.flows.langevin import StepSize, at, langevin
 from flowgen.models.flows.posterior import Pixels
 
 DRAWS = 1500
@@ -203,6 +204,18 @@ def test_what_is_kept_of_sums_is_what_is_shown_of_them():
     machine = COMPLETE["rbm"]()
     with pytest.raises(FlowgenError, match="an RBM restores pixels"):
         machine.complete(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), linear("smaller:2", (1, 8, 8)), method="gibbs")
+
+
+def test_a_chain_that_starts_where_there_is_no_density_finds_its_way():
+    generator = torch.Generator().manual_seed(0)
+
+    def density(x: Tensor) -> Tensor:
+        return torch.where(x.abs().amax(1) < 5, -0.5 * x.square().sum(1), torch.nan)
+
+    position, step = at(torch.full((50, 1), 5.5), density), StepSize()
+    for _ in range(200):
+        position = langevin(position, density, step, 5, True, generator)
+    assert (position.place.abs() < 5).all() and position.value.isfinite().all()
 
 
 def test_a_chain_far_out_stands_for_an_image():

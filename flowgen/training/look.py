@@ -1,6 +1,7 @@
 """Looks at a model while it is trained: what is measured of it, and its samples."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,21 +19,17 @@ from flowgen.training.state import State
 STATISTICS = 40  # batches of training images that the statistics of batch normalisation are estimated over
 
 
+@dataclass
 class Look:
-    """At the averaged weights, of which each look leaves the training as it was."""
+    """At the averaged weights; the weights that are trained, their optimiser and their batches stay as they are."""
 
-    def __init__(
-        self,
-        cadence: Cadence,
-        optimisation: Optimisation,
-        machine: Machine,
-        state: State,
-        data: Images,
-        journal: Journal | NoJournal,
-        seed: int,
-    ):
-        self.cadence, self.optimisation, self.machine = cadence, optimisation, machine
-        self.state, self.data, self.journal, self.seed = state, data, journal, seed
+    cadence: Cadence
+    optimisation: Optimisation
+    machine: Machine
+    state: State
+    data: Images
+    journal: Journal | NoJournal
+    seed: int
 
     def judged(self) -> GenerativeModel:
         """The chosen average in evaluation mode, its batch statistics a function of the seed and the state alone."""
@@ -55,6 +52,7 @@ class Look:
         return better
 
     def test(self) -> None:
+        """Measure the chosen average on the test split, by which nothing is steered, and warn of a figure that is too good."""
         judgement, images = self._judgement("test", self.state.chosen), self._images("test")
         self.journal.write(self.state.step, "test", judgement)
         doubt_likelihood(judgement[self.state.model.metric.name], self.data, images)
@@ -70,6 +68,7 @@ class Look:
         return self.data.batches(split, self.optimisation.batch_size, self.cadence.evaluate_images)
 
     def sample(self) -> None:
+        """Show 32 samples of the chosen average, and the features that it has."""
         generator = torch.Generator(self.machine.device).manual_seed(self.seed)  # the same latents at every look
         levels, _ = self.judged().sample(32, self.cadence.sample_temperature, generator)
         self.state.model.train()

@@ -38,13 +38,13 @@ class Optimisation:
         check_number(lr=self.lr, decay=self.decay, clip=self.clip, momentum=self.momentum, weight_decay=self.weight_decay)
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise FlowgenError(f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}")
-        if not self.averages:
+        if not self.ema_decays:
             raise FlowgenError("ema must be a number, 0 for none, or several, as in trainer.ema=[0.99,0.999], not []")
         for beta in self.betas:
             check_number(betas=beta)
-        for average in self.averages:
+        for average in self.ema_decays:
             check_number(ema=average)
-        if self.decay > 1 or max(*self.averages, self.momentum, *self.betas) >= 1:
+        if self.decay > 1 or max(*self.ema_decays, self.momentum, *self.betas) >= 1:
             below = f"{self.ema}, {self.momentum} and {self.betas}"
             raise FlowgenError(f"decay must be at most 1, not {self.decay}, and ema, momentum and betas below 1, not {below}")
         if self.batch_size % self.accumulate:
@@ -52,7 +52,7 @@ class Optimisation:
         warmup_steps(self.warmup, 1, 1)
 
     @property
-    def averages(self) -> list[float]:
+    def ema_decays(self) -> list[float]:
         """How long each average of the weights remembers them."""
         return list(self.ema) if isinstance(self.ema, Sequence) else [self.ema]
 

@@ -25,8 +25,8 @@ class State:
     def __init__(self, model: GenerativeModel, optimisation: Optimisation):
         self.model, self.optimizer, self.kind = model, optimisation.build(model), optimisation.optimizer
         # Statistics of batch normalisation are estimated on a copy, so that a look at the model leaves its training alone.
-        wanted = any(optimisation.averages) or batch_normalisations(model)
-        self.decays = optimisation.averages if wanted else []
+        wanted = any(optimisation.ema_decays) or batch_normalisations(model)
+        self.decays = optimisation.ema_decays if wanted else []
         self.averages = [AveragedModel(model, multi_avg_fn=_warm_average(decay)) for decay in self.decays]
         self.chosen = 0  # of the averages: the best at the last look at the validation images
         self.estimated_at: tuple[int, int] | None = None
@@ -100,7 +100,7 @@ class State:
         for average, state in zip(self.averages, kept if alike else [checkpoint["ema"]] * len(self.averages), strict=True):
             if state is not None:
                 average.load_state_dict(state)
-        return min(checkpoint["metrics"].get("chosen", 0), len(self.averages) - 1) if alike else 0
+        return checkpoint["metrics"].get("chosen", 0) if alike else 0
 
     def _check_moments(self) -> None:
         """Raise ValueError where the optimiser could not take its next step with them."""

@@ -28,8 +28,8 @@ class StepSize:
     The n-th lesson changes its logarithm by (accepted - `BEST`) / sqrt n: Robbins and Monro (1951), steps n^(-1/2) to forget the start.
     """
 
-    def __init__(self, length: float = FIRST_STEP):
-        self.length, self.lessons = length, 0
+    def __init__(self) -> None:
+        self.length, self.lessons = FIRST_STEP, 0
 
     @classmethod
     def reasonable(cls, position: Position, density: LogDensity, generator: torch.Generator | None = None) -> "StepSize":
@@ -76,7 +76,7 @@ def langevin(
 def _trajectory(
     position: Position, density: LogDensity, e: float, leaps: int, generator: torch.Generator | None
 ) -> tuple[Position, Tensor]:
-    """Where it leads, and the logarithm of the ratio by which that is accepted."""
+    """Where `leaps` steps of length e lead, and the logarithm of the ratio by which that is accepted, (chains,)."""
     momentum = torch.randn(position.place.shape, generator=generator, device=position.place.device, dtype=position.place.dtype)
     before = position.value - 0.5 * momentum.square().sum(1)
     place, gradient = position.place, position.gradient
@@ -90,14 +90,15 @@ def _trajectory(
 
 
 def _acceptance(log_ratio: Tensor) -> float:
+    """The mean probability of accepting, of ratios (chains,)."""
     return log_ratio.exp().clamp(max=1).mean().item()
 
 
 @torch.enable_grad()
 def _look(place: Tensor, density: LogDensity) -> tuple[Tensor, Tensor]:
-    """The log-density and its gradient; -inf where a trajectory has left what floats hold."""
+    """The log-density and its gradient; -inf where a trajectory has left what floats hold, from where any other place is better."""
     lost = ~(place.abs().amax(1) < FAR)
     place = place.detach().masked_fill(lost[:, None], 0.0).requires_grad_(True)
     value = density(place)
     (gradient,) = torch.autograd.grad(value.sum(), place)
-    return value.detach().masked_fill(lost, -torch.inf), gradient.nan_to_num(0.0, 0.0, 0.0)
+    return value.detach().masked_fill(lost | value.isnan(), -torch.inf), gradient.nan_to_num(0.0, 0.0, 0.0)
