@@ -38,7 +38,9 @@ class StepSize:
         Unlike theirs it is never doubled: on the way up to the likely, steps far too long are accepted.
         """
         step = cls()
-        while step.length > SHORTEST and _acceptance(_trajectory(position, density, step.length, FIRST_LEAPS, generator)[1]) < 0.5:
+        while (
+            step.length > SHORTEST and _acceptance(position, _trajectory(position, density, step.length, FIRST_LEAPS, generator)[1]) < 0.5
+        ):
             step.length *= 0.5
         return step
 
@@ -63,7 +65,7 @@ def langevin(
     there, log_ratio = _trajectory(position, density, step.length, leaps, generator)
     accepted = torch.rand(log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype).log() < log_ratio
     if learn:
-        step.learn(_acceptance(log_ratio))
+        step.learn(_acceptance(position, log_ratio))
     goes = accepted[:, None]
     return Position(
         torch.where(goes, there.place, position.place),
@@ -89,9 +91,10 @@ def _trajectory(
     return Position(place, value, gradient, torch.ones_like(value, dtype=torch.bool)), log_ratio
 
 
-def _acceptance(log_ratio: Tensor) -> float:
+def _acceptance(position: Position, log_ratio: Tensor) -> float:
     """The mean probability of accepting, of ratios (chains,)."""
-    return log_ratio.exp().clamp(max=1).mean().item()
+    somewhere = position.value.isfinite()  # from where there is no density every step is accepted that leads to one: that teaches no length
+    return torch.where(somewhere, log_ratio.exp().clamp(max=1), 0).sum().item() / max(1, int(somewhere.sum()))
 
 
 @torch.enable_grad()
