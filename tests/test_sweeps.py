@@ -197,7 +197,7 @@ def test_a_job_that_is_queued_again_goes_on(images, tmp_path):
     words = [
         *SMALL,
         f"data.root={images}",
-        "trainer.minutes=0.15",
+        "trainer.minutes=0.1",
         "trainer.save_every=100000",
         "seed=range(1,2)",
         f"out={tmp_path}",

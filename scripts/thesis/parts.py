@@ -43,15 +43,15 @@ def data_section(name: str, root: str | None = None) -> dict[str, Any]:
 
 
 def parts(scale: str, group: str) -> list[Part]:
-    """Everything that a scale trains for a group: of the slides' 24 machines ten at the small scale, three at the smallest."""
+    """What a scale trains for a group: of the slides' 24 machines and the outlook's 3 networks, 3 and 1 at the smallest scale."""
     if group == "slides":
         sizes = {"full": (50, 100, 300), "small": (100,), "smoke": (8,)}[scale]
         names = ("filters", "l1_1e3", "cd10") if scale == "smoke" else MACHINES
         chosen = [(name, size) for name in names for size in ((50, 100, 300) if (scale, name) == ("small", "filters") else sizes)]
         machines = [Part(group, f"slides/{name}", f"{name}_{hidden}", hidden) for name, hidden in chosen]
         return [*machines, Part(group, "slides/half_six", "half_six", 8 if scale == "smoke" else None)]
-    flows = ["glow_conv_32", "glow_resnet_blocks", "glow_gated"] if group == "outlook" else [group]
-    return [Part(group, f"thesis/{name}", name) for name in flows if group in GROUPS]
+    networks = ["glow_gated"] if scale == "smoke" else ["glow_conv_32", "glow_resnet_blocks", "glow_gated"]
+    return [Part(group, f"thesis/{name}", name) for name in (networks if group == "outlook" else [group]) if group in GROUPS]
 
 
 def train(words: list[str]) -> None:
