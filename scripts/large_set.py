@@ -52,7 +52,7 @@ def in_the_systems_cache(folder: Path, wanted: bool) -> None:
                 pass
 
 
-def flowgen(folder: Path, *words: object, limited: bool) -> None:
+def command(folder: Path, *words: object, limited: bool) -> None:
     """A command in a process of its own; one that is limited has no more than `LIMIT` bytes of memory of its own."""
     in_the_systems_cache(folder / "cache", not limited)
     process = multiprocessing.get_context("fork").Process(target=_run, args=(["flowgen", *map(str, words)], folder / "said", limited))
@@ -74,7 +74,7 @@ def _run(words: list[str], said: Path, limited: bool) -> None:
 def train(folder: Path, name: str, steps: int, limited: bool) -> float:
     """Images a second over the second half."""
     out, data = folder / name, [f"data.root={folder / 'images'}", "data=imagenet64", f"trainer.steps={steps}"]
-    flowgen(folder, "train", *data, *MODEL, *TRAINER, *QUIET, f"out={out}", limited=limited)
+    command(folder, "train", *data, *MODEL, *TRAINER, *QUIET, f"out={out}", limited=limited)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["images_per_second"] for row in rows if row["split"] == "train"][-1]
 
@@ -104,7 +104,7 @@ def main(gib: float) -> None:
                 print(f"{where}: {found[-1]:.1f} images/s", flush=True)
         beside = statistics.median(speeds[True]) / statistics.median(speeds[False])
         print(f"medians: {100 * beside:.0f} % of the speed in memory", flush=True)
-        flowgen(folder, "resume", folder / "first", f"trainer.steps={STEPS}", limited=True)
+        command(folder, "resume", folder / "first", f"trainer.steps={STEPS}", limited=True)
         one, other = weights(folder / "first"), weights(folder / "0-False")
         same = all(torch.equal(value, other[key]) for key, value in one.items())
         print(f"stopped, and gone on with, within the limit: {'the same bits' if same else 'OTHER BITS'} as without")

@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import shutil
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,15 @@ def test_a_configuration_from_elsewhere_gets_one_line(tiny_run, command, text):
     assert status == 1 and str(config) in error and len(error.splitlines()) == 1 and "fault of flowgen" not in error
     status, _, error = command("report", tiny_run)
     assert status == 1 and "fault of flowgen" not in error and len(error.splitlines()) <= 2
+
+
+def test_a_configuration_that_repeats_itself_without_end_is_refused(tiny_run, tmp_path):
+    """A few bytes of a file, and four million numbers when they are written out."""
+    more = reduce(lambda inner, _: [inner, inner], range(22), [0])
+    state = read_checkpoint(Run(tiny_run).last)
+    write_checkpoint(state | {"config": state["config"] | {"more": more}}, tmp_path / "it.pt")
+    with pytest.raises(FlowgenError, match="values that no training writes"):
+        read_checkpoint(tmp_path / "it.pt")
 
 
 def test_a_huge_configuration_is_not_read_where_no_run_is_named(tiny_run, command):

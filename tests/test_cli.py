@@ -59,8 +59,10 @@ def test_train_help_lists_what_there_is(command):
 
 
 def test_cfg_job_prints_and_trains_nothing(command, elsewhere):
-    status, output, _ = command("train", "data=mnist", "--cfg", "job")
-    assert status == 0 and "flowgen.data.MNIST" in output and not (elsewhere / "outputs").exists()
+    for words in (["--cfg", "job", "data=mnist", "trainer.minutes=9"], ["data=mnist", "--cfg", "job", "trainer.minutes=9"]):
+        status, output, _ = command("train", *words)
+        assert status == 0 and "flowgen.data.MNIST" in output and "minutes: 9" in output and "steps: null" in output
+    assert not (elsewhere / "outputs").exists()
 
 
 def test_commands_take_the_newest_run_by_default(images, command, elsewhere):
@@ -211,6 +213,7 @@ def test_a_folder_that_holds_a_run_is_refused(tiny_run, images, command):
         (["train", "trainer.ema=[]"], "or several, as in trainer.ema=[0.99,0.999]", 1),
         (["train", "trainer.ema=[0.9,1]"], "ema", 1),
         (["train", "trainer.ema=[0.9,x]"], "ema must be a number", 1),
+        (["train", "trainer.ema=abc"], "ema must be a number of at least 0, not 'abc'", 1),
         (["train", "--frobnicate"], "--frobnicate", 2),
         (["train", "data=folder"], "data.root is not set", 1),
         (["train", "data=folder", "data.root=nowhere"], "does not exist", 1),

@@ -1,6 +1,7 @@
 """Completion by flows: the sampler against conditionals that are known in closed form."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from flowgen.bijections import Bijection, Chain, Gaussianize
 from flowgen.commands.complete import linear
 from flowgen.errors import FlowgenError
 from flowgen.models import Flow
+from flowgen.models.flows.completion import Chains
 from flowgen.models.flows.langevin import StepSize, at, langevin
 from flowgen.models.flows.posterior import Pixels
+from flowgen.progress import unseen
 
 DRAWS = 1500
 
@@ -212,10 +215,29 @@ def test_a_chain_that_starts_where_there_is_no_density_finds_its_way():
     def density(x: Tensor) -> Tensor:
         return torch.where(x.abs().amax(1) < 5, -0.5 * x.square().sum(1), torch.nan)
 
-    position, step = at(torch.full((50, 1), 5.5), density), StepSize()
+    position = at(torch.full((50, 1), 5.5), density)
+    step = StepSize.reasonable(position, density, generator)
     for _ in range(200):
         position = langevin(position, density, step, 5, True, generator)
     assert (position.place.abs() < 5).all() and position.value.isfinite().all()
+
+
+def test_chains_start_as_far_out_as_draws_are_where_that_makes_an_image():
+    """Whether what is known says nothing at all, or more of one image than of its neighbour."""
+    for far in (torch.zeros(6), torch.tensor([1.0, 1, 1, 50, 50, 50]), torch.tensor([1.0, 1, torch.nan, 1, 1, torch.inf])):
+        target = SimpleNamespace(
+            levels=torch.zeros(6, 1, 8, 8), body=Chain(), spread=lambda h: 1.0, violation=lambda h, far=far: far + h.new_zeros(())
+        )
+        chains = Chains(target, None, torch.zeros(6), torch.Generator().manual_seed(0), unseen)
+        chains.scatter(images=2)
+        out = chains.place.square().mean(1).sqrt()
+        assert ((out > 0.7) == far.isfinite()).all() and (out[~far.isfinite()] < 0.1).all()
+
+
+def test_where_the_model_finds_no_image_a_sentence_says_so():
+    flow = flow_of(Field(torch.full((16,), torch.nan).double(), torch.eye(16).double()), (1, 4, 4))
+    with pytest.raises(FlowgenError, match="keep other pixels"):
+        flow.restore(torch.zeros(1, 1, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), 2, 8)
 
 
 def test_a_chain_far_out_stands_for_an_image():

@@ -13,7 +13,7 @@ from conftest import SMALL
 from flowgen.errors import FlowgenError
 from flowgen.training import threads
 from flowgen.training.checkpoint import read_checkpoint
-from flowgen.training.threads import Look, free_cores, quota, use_threads
+from flowgen.training.threads import Reading, free_cores, quota, use_threads
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def test_a_bounded_container_gets_no_more_threads_than_time(eight_cores, monkeyp
 
 
 def test_what_other_processes_do_is_not_free_and_what_this_one_does_is(monkeypatch):
-    looks = [Look(100.0, 500.0, 1.0), Look(102.0, 501.0, 3.0)]  # two seconds: half a core idle, one busy with ourselves
-    monkeypatch.setattr(threads, "_looks", looks[:1])
-    monkeypatch.setattr(threads, "look", lambda: looks[1])
+    readings = [Reading(100.0, 500.0, 1.0), Reading(102.0, 501.0, 3.0)]  # two seconds: half a core idle, one busy with ourselves
+    monkeypatch.setattr(threads, "_readings", readings[:1])
+    monkeypatch.setattr(threads, "read_clocks", lambda: readings[1])
     assert free_cores() == 1.5
 
 

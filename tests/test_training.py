@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from flowgen.errors import FlowgenError
 from flowgen.models import Glow
 from flowgen.training.checkpoint import KEYS, read_checkpoint
 from flowgen.training.device import choose_device, peak_memory, reset_peak_memory
+from flowgen.training.optimisation import Optimisation
 from flowgen.training.run import Run, best_measured
 from flowgen.training.schedule import learning_rate_factor, warmup_steps
+from flowgen.training.state import State
 
 NORMALISED = ["model=realnvp", "model.blocks=1", "model.levels=1", *[word for word in SMALL if "steps_per_level" not in word]]
 PERSISTENT = [  # chains that go on from step to step
@@ -162,7 +165,7 @@ def test_load_gives_the_averaged_model_in_evaluation_mode(tiny_run):
 
 
 def test_of_several_averages_the_best_by_validation_is_judged_and_kept(images, tmp_path, command):
-    run, decays = tmp_path / "run", [0.999, 0.5, 0]
+    run, decays = tmp_path / "run", [0.999, 0, 0.5]
     words = [*SMALL, f"data.root={images}", "trainer.steps=20", "trainer.warmup=0", "trainer.decay=0", f"trainer.ema={decays}"]
     status, _, error = command("train", *words, f"out={run}")
     assert status == 0, error
@@ -175,6 +178,10 @@ def test_of_several_averages_the_best_by_validation_is_judged_and_kept(images, t
     assert [judged[split]["bits_per_dim"] for split in ("validation", "test")] == pytest.approx(min(found), rel=1e-6)
     chosen = found.index(min(found))
     assert judged["validation"]["ema"] == decays[chosen] and same(state["ema"], state["averages"][chosen])
+    settings = {field.name: state["config"]["trainer"][field.name] for field in fields(Optimisation)}
+    other = State(model, Optimisation(**settings | {"ema": decays[::-1]}))
+    other.restore(state)  # averages of other memories all begin at the chosen one
+    assert all(same(dict(average.state_dict()), dict(state["ema"])) for average in other.averages) and other.chosen == 0
 
 
 @pytest.mark.parametrize("ema", [0.99, 0])

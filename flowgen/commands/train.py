@@ -47,11 +47,12 @@ def train(*, words: list[str]) -> None:
     flags = {word.partition("=")[0] for word in words if word.startswith("-")}
     if follows():
         return None if flags else follow()
-    check_words([word for before, word in pairwise(["", *words]) if not word.startswith("-") and before not in WITH_A_VALUE])
-    words = one_end(in_grammar([word for word in words if word not in SWEEP]))
+    options, words = _parted([word for word in words if word not in SWEEP])
+    check_words(words)
+    words = one_end(in_grammar(words))
     try:
         if flags - SWEEP:
-            _show(words, flags)
+            _show(options, words, flags)
         else:
             with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="train"):
                 if flags and started_together():
@@ -63,16 +64,22 @@ def train(*, words: list[str]) -> None:
         raise plain_error(error) from error
 
 
-def _show(words: list[str], flags: set[str]) -> None:
+def _parted(words: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags with their values, and all other words."""
+    marked = [(word.startswith("-") or before in WITH_A_VALUE, word) for before, word in pairwise(["", *words])]
+    return [word for flag, word in marked if flag], [word for flag, word in marked if not flag]
+
+
+def _show(options: list[str], words: list[str], flags: set[str]) -> None:
     """Help, or the configuration: Hydra's own command line."""
     if flags & SWEEP and "--help" not in flags:
         raise FlowgenError("what is shown is one configuration: leave -m out, and give each setting one value")
     if not SHOW & flags:
         raise FlowgenError("--resolve and --package say how a configuration is shown: add --cfg job")
-    for flag, value in pairwise([piece for word in words for piece in word.split("=", 1 if word.startswith("--") else 0)] + [""]):
+    for flag, value in pairwise([piece for word in options for piece in word.split("=", 1 if word.startswith("--") else 0)] + [""]):
         if flag in SHOWS:
             check_choice(SHOWS[flag], **{flag: value})
-    sys.argv = ["flowgen train", *words]
+    sys.argv = ["flowgen train", *options, *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come up here, where they become one line
     hydra.main(config_path=str(conf_folder()), config_name="train", version_base="1.3")(lambda cfg: None)()
 

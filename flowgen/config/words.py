@@ -43,7 +43,7 @@ def in_grammar(words: list[str]) -> list[str]:
 
     def read(word: str) -> str:
         key, equals, value = word.partition("=")
-        if not equals or word.startswith("-"):  # an option of `train`, which Hydra reads
+        if not equals:
             return word
         try:
             number = isinstance(parser.parse_override(word).value(), int | float | dict)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.errors import FlowgenError
-from flowgen.training.formats import FORMAT, renewed
+from flowgen.training.formats import FORMAT, MOST_BYTES, renewed
 from flowgen.training.rows import is_number, is_row
 
 KEYS = {"config", "step", "images_seen", "model", "ema", "optimizer", "metrics"}
@@ -75,14 +75,26 @@ def checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
     if type(version) is int and version > FORMAT:
         raise FlowgenError(f"{path} is of a later flowgen: update with `pip install -U flowgen`")
     try:
+        _check_plain(state["config"])
         state = renewed(state)
-        json.dumps(state["config"], ensure_ascii=False).encode()  # plain data, without half a character, which could not be written
         sound = type(version) is int and version >= 0 and _is_sound(state)
     except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError):
         sound = False
     if not sound:
         raise FlowgenError(f"{path} holds values that no training writes: name another run or checkpoint")
     return state
+
+
+def _check_plain(config: Any) -> None:
+    """Raise ValueError or TypeError where that is no plain data, holds half a character, which could not be written, or is too long.
+
+    What a file says once it may repeat without end: only as much is looked at as a configuration may have.
+    """
+    length = 0
+    for piece in json.JSONEncoder(ensure_ascii=False).iterencode(config):
+        length += len(piece.encode())
+        if length > MOST_BYTES:
+            raise ValueError("too long")
 
 
 def _is_sound(state: dict[str, Any]) -> bool:

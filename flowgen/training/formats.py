@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-FORMAT = 2  # of the checkpoints that are written
+FORMAT = 3  # of the checkpoints that are written
 MOST_BYTES = 2**20  # of a configuration, which reading takes seconds of
 NAMES = ((re.compile(r"\bdequantiser\.networks\.(\d+)\."), r"dequantiser.bijection.bijections.\1.network."),)  # of parameters
 TARGETS = {  # classes that have moved

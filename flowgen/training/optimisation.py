@@ -12,6 +12,11 @@ from flowgen.training.schedule import learning_rate_factor, warmup_steps
 OPTIMIZERS = ("adam", "sgd")
 
 
+def decays(ema: float | Sequence[float]) -> list[float]:
+    """Of each average, where `trainer.ema` is one number or several."""
+    return list(ema) if isinstance(ema, Sequence) and not isinstance(ema, str) else [ema]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
     """Adam with decoupled weight decay, or descent with momentum: linear warm-up, clipped gradients, averaged weights.
@@ -54,7 +59,7 @@ class Optimisation:
     @property
     def ema_decays(self) -> list[float]:
         """How long each average of the weights remembers them."""
-        return list(self.ema) if isinstance(self.ema, Sequence) else [self.ema]
+        return decays(self.ema)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":

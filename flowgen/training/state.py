@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from flowgen.bijections import batch_normalisations, estimate_statistics
 from flowgen.errors import FlowgenError
 from flowgen.models import GenerativeModel
-from flowgen.training.optimisation import Optimisation
+from flowgen.training.optimisation import Optimisation, decays
 from flowgen.training.rescue import Rescue
 
 MOMENTS = {"adam": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}  # of every parameter
@@ -94,9 +94,9 @@ class State:
         self.estimated_at = None
 
     def _load_averages(self, checkpoint: dict[str, Any]) -> int:
-        """Which was chosen; where there were others, or more, all go on from that one."""
+        """Which was chosen; where they remembered otherwise, all go on from that one."""
         kept = checkpoint.get("averages") or [checkpoint["ema"]]
-        alike = len(kept) == len(self.averages)
+        alike = decays(checkpoint["config"]["trainer"]["ema"]) == self.decays
         for average, state in zip(self.averages, kept if alike else [checkpoint["ema"]] * len(self.averages), strict=True):
             if state is not None:
                 average.load_state_dict(state)

@@ -18,14 +18,14 @@ from flowgen.errors import FlowgenError
 
 SPINS = "10000"  # tenths of a millisecond; the 300,000 that libgomp takes by itself gain a few percent on an idle machine
 SHORTEST = 0.5  # seconds of looking at the machine
-LONGEST = 60.0  # seconds after which a look is out of date
+LONGEST = 60.0  # seconds after which a reading is out of date
 ENOUGH = 0.6  # of a core that is free: a thread there does not hold the others up
 CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by the user, for all programs
 CGROUPS = Path("/sys/fs/cgroup")
 log = logging.getLogger("flowgen")
 
 
-class Look(NamedTuple):
+class Reading(NamedTuple):
     """Seconds that have passed, that this process's cores were idle, and that it has computed; each since some beginning."""
 
     clock: float
@@ -33,15 +33,15 @@ class Look(NamedTuple):
     own: float
 
 
-_looks: list[Look] = []  # the last one, which the next is compared with
+_readings: list[Reading] = []  # the last one, which the next is compared with
 
 
 def prepare_threads() -> None:
     """Bound the spinning, unless the user has, and begin to watch the machine; to be called before torch is loaded."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-    if not _looks:
-        _looks.append(look())
+    if not _readings:
+        _readings.append(read_clocks())
 
 
 def use_threads(threads: int | str = "auto") -> int:
@@ -75,19 +75,19 @@ def _all_threads() -> int:
 
 
 def free_cores() -> float:
-    """How many cores other processes leave to this one, on average since the last look, if that was within a minute."""
-    now = look()
-    if not _looks or now.clock - _looks[0].clock > LONGEST:
-        _looks[:] = [now]
-    time.sleep(max(0.0, _looks[0].clock + SHORTEST - now.clock))
-    before, now = _looks[0], look()
-    _looks[:] = [now]
+    """How many cores other processes leave to this one, on average since the last reading, if that was within a minute."""
+    now = read_clocks()
+    if not _readings or now.clock - _readings[0].clock > LONGEST:
+        _readings[:] = [now]
+    time.sleep(max(0.0, _readings[0].clock + SHORTEST - now.clock))
+    before, now = _readings[0], read_clocks()
+    _readings[:] = [now]
     return (now.idle - before.idle + now.own - before.own) / (now.clock - before.clock)
 
 
-def look() -> Look:
+def read_clocks() -> Reading:
     own = os.times()
-    return Look(time.monotonic(), _idle_seconds(), own.user + own.system)
+    return Reading(time.monotonic(), _idle_seconds(), own.user + own.system)
 
 
 def _idle_seconds() -> float:

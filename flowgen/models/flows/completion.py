@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowgen.bijections import Bijection, Chain, Equalize, Gaussianize, Logit
-from flowgen.errors import check_choice
+from flowgen.errors import FlowgenError, check_choice
 from flowgen.models.abilities import Completes, Completion
 from flowgen.models.flows.langevin import LogDensity, StepSize, at, langevin
 from flowgen.models.flows.posterior import Classes, Pixels, Sums
@@ -59,12 +59,16 @@ class Chains:
         return value.detach()
 
     @torch.no_grad()
-    def scatter(self) -> None:
-        """By N(0, I), so that chains begin as far out as draws are where what is known says nothing; by less where that makes no image."""
+    def scatter(self, images: int) -> None:
+        """By N(0, I), so that chains begin as far out as draws are where what is known says nothing; by less where that makes no image.
+
+        Of each image there are as many chains, one after the other.
+        """
         noise = self._noise()
         for _ in range(HALVINGS):
             violation = self.target.violation(self._decode(self.place + noise))
-            wild = ~(violation < WILD * violation.nanmedian())
+            usual = violation.view(images, -1).nanmedian(1, keepdim=True).values.clamp(min=self.spread**2)
+            wild = ~(violation.view(images, -1) < WILD * usual).flatten()
             noise = torch.where(wild[:, None], 0.5 * noise, noise)
         self.place = self.place + noise
 
@@ -78,7 +82,7 @@ class Chains:
             position = at(self.place, density)
             step = step or StepSize.reasonable(position, density, self.generator)
             self.place = langevin(position, density, step, leaps, True, self.generator).place
-        self.place = self.target.start(self._decode(self.place))
+        self.place = self.target.start(self._decode(self.place).nan_to_num(0.0, 0.0, 0.0))
 
     @torch.no_grad()
     def settle(self, trajectories: int, leaps: int) -> None:
@@ -145,7 +149,10 @@ class CompletesByLangevin(Completes):
 
     @torch.no_grad()
     def restore(self, levels: Tensor, known: Known, chains: int, steps: int, generator: torch.Generator | None = None) -> Chains:
-        """So many chains for each image of levels (batch, channels, height, width), after `steps` gradients each."""
+        """So many chains for each image of levels (batch, channels, height, width), after `steps` gradients each.
+
+        Beside them come those that find the most probable latents and the steps' first lengths. Raises FlowgenError where nothing is near.
+        """
         parts = list(self.bijection.bijections) if isinstance(self.bijection, Chain) else [self.bijection]
         pixelwise = isinstance(parts[0], Equalize | Gaussianize | Logit)
         head, body = (Chain(*parts[:pixelwise]), Chain(*parts[pixelwise:]))
@@ -159,12 +166,15 @@ class CompletesByLangevin(Completes):
 
         count = len(self.means) if self.means is not None else 1
         tops = start(count, torch.arange(count, device=self.device).repeat(len(levels)))
-        share = tops.ascend().view(len(levels), count).softmax(1)
+        best = tops.ascend().view(len(levels), count).nan_to_num(nan=-torch.inf)
+        if not best.isfinite().any(1).all():
+            raise FlowgenError("the model finds no image near what is kept: keep other pixels, or take another model")
+        share = best.softmax(1)
         labels = torch.multinomial(share, chains, replacement=True, generator=generator)
         found = start(chains, labels.flatten())
         tops_of = tops.place.view(len(levels), count, -1)[torch.arange(len(levels), device=self.device)[:, None], labels]
         found.place = tops_of.flatten(0, 1)
-        found.scatter()
+        found.scatter(len(levels))
         leaps = max(1, min(LEAPS, steps // 4))
         trajectories = max(4, steps // leaps)
         found.anneal(trajectories // 2, leaps)

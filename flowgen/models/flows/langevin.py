@@ -92,9 +92,9 @@ def _trajectory(
 
 
 def _acceptance(position: Position, log_ratio: Tensor) -> float:
-    """The mean probability of accepting, of ratios (chains,)."""
+    """The mean probability of accepting, of ratios (chains,); where no chain has a density `BEST`, at which a length is left as it is."""
     somewhere = position.value.isfinite()  # from where there is no density every step is accepted that leads to one: that teaches no length
-    return torch.where(somewhere, log_ratio.exp().clamp(max=1), 0).sum().item() / max(1, int(somewhere.sum()))
+    return log_ratio[somewhere].exp().clamp(max=1).mean().item() if somewhere.any() else BEST
 
 
 @torch.enable_grad()

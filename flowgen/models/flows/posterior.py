@@ -55,7 +55,7 @@ class Pixels:
         return torch.where(self.known, u.logit(), h).flatten(1)
 
     def points(self, place: Tensor) -> Tensor:
-        """x of chains."""
+        """x of chains, a thousandth of a level within all brightness."""
         place = place.view(self.levels.shape)
         inside = (self.levels + place.sigmoid()) / self.bins
         return torch.where(self.known, inside, _within(self.head.inverse(place)[0], self.bins))
