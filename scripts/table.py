@@ -81,8 +81,8 @@ class Row:
         )
 
     def samples(self) -> tuple[str, Image.Image]:
-        """Under their title."""
-        return f"{self.found['model']}, temperature {TEMPERATURE:g}", Image.open(self.found["samples"])
+        """Under the model's name; their temperature stands in the picture."""
+        return self.found["model"], Image.open(self.found["samples"])
 
     def spend(self, seconds: float) -> None:
         self.keep("cpu_seconds", self.found.get("cpu_seconds", 0.0) + seconds)
