@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import flowgen
@@ -115,12 +116,15 @@ def called(*words: str, last: Callable[[float], None] | None = None) -> tuple[st
     """What `flowgen WORDS` prints, and the seconds of processor time that it took, told to `last` before a failure ends all."""
     print("$ flowgen", *words, file=sys.stderr, flush=True)
     before = spent()
-    done = subprocess.run([sys.executable, "-m", "flowgen", *words], stdout=subprocess.PIPE, text=True)
-    seconds = spent() - before
-    if done.returncode:
-        if last is not None:
-            last(seconds)
-        sys.exit(f"stopped with status {done.returncode}, see above: the same command goes on from here")
+    status = None
+    try:
+        done = subprocess.run([sys.executable, "-m", "flowgen", *words], stdout=subprocess.PIPE, text=True)
+        status, seconds = done.returncode, spent() - before
+    finally:
+        if status != 0 and last is not None:
+            last(spent() - before)
+    if status:
+        sys.exit(f"stopped with status {status}, see above: the same command goes on from here")
     return done.stdout, seconds
 
 
@@ -135,10 +139,10 @@ def parameters(name: str) -> int:
 
 
 def flops(name: str) -> float:
-    """Of convolutions and matrix products in a training step, for each image."""
+    """Of convolutions and matrix products in a training step, attention's too, for each image."""
     model = flowgen.load(name)
     levels = torch.zeros(2, *model.shape, dtype=torch.uint8)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts no other kernel of attention on a CPU
         model(levels, None if model.classes is None else torch.zeros(2, dtype=torch.long)).backward()
     return counter.get_total_flops() / 2
 

@@ -26,6 +26,7 @@ MODELS = {
     "classes": [*GLOW, "model.classes=3", "model.class_networks=true"],
     "nice": ["model=nice", "model.width=8"],
 }
+JET = ["model=jet", "model.couplings=3", "model.width=8"]
 
 
 def model_of(words: list[str]) -> tuple[GenerativeModel, tuple]:
@@ -60,6 +61,25 @@ def test_gradients_are_the_same_however_they_come_about(name, monkeypatch):
     assert error is not None and 0 < error < 1e-5 and inversion_error(model) is None
 
 
+@pytest.mark.parametrize(
+    "words", [["model=tarflow", "model.layers=[1,1]", "model.width=8", "model.classes=3"], JET], ids=["tarflow", "jet"]
+)
+def test_what_is_lost_by_dropout_is_lost_again(words):
+    model, batch = model_of([*words, "model.dropout=0.3"])
+    kept = gradients(model, batch, "keep")
+    assert torch.equal(gradients(model, batch, "checkpoint"), kept)
+    torch.manual_seed(2)
+    model.zero_grad()
+    model(*batch).backward()
+    assert not torch.equal(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]), kept)
+
+
+def test_without_dropout_jet_is_recovered():
+    model, batch = model_of(JET)
+    kept = gradients(model, batch, "keep")
+    assert (gradients(model, batch, "invert") - kept).norm() < 1e-4 * kept.norm()
+
+
 def test_batch_statistics_remember_a_batch_once():
     model, batch = model_of(["model=realnvp", "model.width=4", "model.blocks=1", "model.levels=1"])
     states = []
@@ -79,6 +99,8 @@ def test_batch_statistics_remember_a_batch_once():
         (["model=realnvp", "model.width=4"], "invert", "MaskedCoupling: set trainer.memory=checkpoint"),
         (["model=maf", "model.width=8"], "invert", "Autoregressive"),
         ([*GLOW, "model.coupling=spline"], "invert", "Coupling"),
+        ([*JET, "model.dropout=0.1"], "invert", "Coupling: set trainer.memory=checkpoint"),
+        (["model=flow_matching", "model.width=8"], "checkpoint", "leave trainer.memory=checkpoint out"),
         (GLOW, "forget", "one of keep, checkpoint, invert"),
     ],
 )

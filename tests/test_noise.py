@@ -12,6 +12,7 @@ from flowgen.errors import FlowgenError
 from flowgen.measures import BITS_PER_DIM, NOISY_BITS_PER_DIM
 from flowgen.models import Completes, Evaluation, TarFlow
 from flowgen.models.flows.noisy import denoised
+from flowgen.training.checkpoint import read_checkpoint
 
 NOISY = {"dequantisation": "gaussian:0.05", "gaussianize": False}
 
@@ -90,3 +91,15 @@ def test_commands_print_no_likelihood_of_images(command, images, tmp_path):
     assert status == 0 and "noisy_bits_per_dim" in json.loads(said) and "bits_per_dim" not in json.loads(said)
     status, _, error = command("score", images / "000.png", "--run", tmp_path / "run")
     assert status == 1 and "knows no likelihood of images" in error and len(error.splitlines()) == 1
+
+
+def test_a_run_that_goes_on_with_other_noise_forgets_its_best_figure(command, images, tmp_path):
+    words = ["model=tarflow", "model.layers=[1]", *[word for word in SMALL if "steps_per_level" not in word], f"data.root={images}"]
+    run = tmp_path / "run"
+    assert command("train", *words, "model.gaussianize=false", "trainer.steps=2", f"out={run}")[0] == 0
+    assert command("resume", run, "trainer.steps=4", "model.dequantisation=gaussian:0.5")[0] == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    noisy = [row["noisy_bits_per_dim"] for row in rows if row["split"] == "validation" and "noisy_bits_per_dim" in row]
+    plain = [row["bits_per_dim"] for row in rows if row["split"] == "validation" and "bits_per_dim" in row]
+    assert min(plain) < min(noisy)
+    assert read_checkpoint(run / "checkpoints" / "last.pt")["metrics"]["best"] == min(noisy)

@@ -6,16 +6,23 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import yaml
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, with commands that spend a second of start and a tenth a step, and no model; `table.words` are what it called."""
+def script() -> ModuleType:
     path = Path(__file__).parents[1] / "scripts" / "table.py"
     spec = importlib.util.spec_from_file_location("table", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def table(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, with commands that spend a second of start and a tenth a step, and no model; `table.words` are what it called."""
+    module = script
     module.words, module.stopped = [], False
 
     def called(*words: str, last: object = None) -> tuple[str, float]:
@@ -63,3 +70,39 @@ def test_a_row_of_other_words_is_left_alone(table):
     table.Row("mnist", "glow", 1.0, []).fill()
     with pytest.raises(SystemExit, match="move it away"):
         table.Row("mnist", "glow", 1.0, ["trainer.lr=1e-3"])
+
+
+def test_what_is_interrupted_is_counted_too(script, monkeypatch):
+    def interrupted(*args: object, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    spent, told = iter([10.0, 13.0]), []
+    monkeypatch.setattr(script, "spent", lambda: next(spent))
+    monkeypatch.setattr(script.subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.called("train", last=told.append)
+    assert told == [3.0]
+
+
+class Attention(torch.nn.Module):
+    """Of images whose rows are tokens."""
+
+    classes = None
+
+    def __init__(self, tokens: int, width: int):
+        super().__init__()
+        self.shape, self.scale = (1, tokens, width), torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, levels: torch.Tensor, labels: None) -> torch.Tensor:
+        x = levels * self.scale
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x).sum()
+
+
+def test_attention_is_among_the_flops(script, monkeypatch):
+    """Of one layer, one head and N tokens of width w, the scores and their sums take 4 N^2 w forwards, and twice that back."""
+    counts = []
+    for tokens in (4, 16):
+        attention = Attention(tokens, width=8)
+        monkeypatch.setattr(script.flowgen, "load", lambda name, attention=attention: attention)
+        counts.append(script.flops("") / (3 * 4 * tokens**2 * 8))
+    assert counts == [1.0, 1.0]

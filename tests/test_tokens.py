@@ -80,7 +80,7 @@ def test_exact_numbers_are_those_of_float64():
 
 
 def test_an_encoded_image_comes_back_nearer_than_by_float32_forward():
-    model = model_of("tarflow", bits=8, layers=[1, 1], width=16)
+    model = model_of("tarflow", bits=8, layers=[1, 1], width=16, mixing="actnorm")
     model.initialize(noise(8, 256))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -177,6 +177,17 @@ def test_guidance_never_widens_a_gaussian_where_the_class_is_the_vaguer_one():
     assert torch.allclose(log_slope[0], Affine().forward(torch.zeros(1, 1), vague)[1])
 
 
+def test_guidance_moves_away_from_the_mean_of_all_classes():
+    """Where maps see no class, p(x | y)^(1 + w) / p(x)^w is the Gaussian about (1 + w) means[y] - w mean(means)."""
+    model = model_of("tarflow", channels=1, size=4, patch=2, layers=[1, 1], classes=3, transform="affine")
+    model.initialize(torch.randint(32, (64, 1, 4, 4), dtype=torch.uint8))
+    model.double().eval().guidance = 2.0
+    z, one_hot = torch.randn(5, 16, dtype=torch.float64), torch.eye(3, dtype=torch.float64)[[0, 1, 2, 0, 1]]
+    x, _ = model._carry(z + one_hot @ model.means, one_hot)
+    found, _ = model.bijection(x, one_hot)
+    assert torch.allclose(found, z + 3 * one_hot @ model.means - 2 * model.means.mean(0), atol=1e-9)
+
+
 def test_guidance_is_gradual_and_the_same_by_sweeps():
     model = affine_with_classes()
 
@@ -209,6 +220,8 @@ def test_sample_tells_how_many_sweeps_it_took(command, images, tmp_path):
     assert status == 0, error
     status, _, error = command("sample", "--run", tmp_path / "run", "--jacobi", "--count", 2)
     assert status == 0 and "sweeps of the blocks: " in error
+    status, _, error = command("sample", "--run", tmp_path / "run", "--jacobi", "--count", 2, "--out", tmp_path / "two.zip")
+    assert status == 0 and error.count("sweeps of the blocks: ") == 1
     status, _, error = command("sample", "--run", tmp_path / "run", "--guidance", 1)
     assert status == 1 and "model.classes=10" in error and len(error.splitlines()) == 1
     for words in (["--jacobi", "--sweeps", 3], ["--guidance", 1, "--method", "gibbs"]):

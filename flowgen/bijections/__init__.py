@@ -2,7 +2,7 @@
 
 from flowgen.bijections.autoregressive import MADE, Autoregressive, Inverse, Reverse
 from flowgen.bijections.base import Bijection, beside
-from flowgen.bijections.chain import Chain, inversion_error, save_memory
+from flowgen.bijections.chain import Chain, can_be_recomputed, inversion_error, save_memory
 from flowgen.bijections.continuous import Continuous, Velocity
 from flowgen.bijections.coupling import Coupling, MaskedCoupling, channelwise, checkerboard, stripes
 from flowgen.bijections.elementwise import Equalize, Gaussianize, LogisticToNormal, Logit, Standardize
@@ -81,6 +81,7 @@ __all__ = [
     "ZeroConv2d",
     "batch_normalisations",
     "beside",
+    "can_be_recomputed",
     "channelwise",
     "checkerboard",
     "estimate_statistics",

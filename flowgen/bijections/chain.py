@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
+from flowgen.bijections.continuous import Continuous
 from flowgen.bijections.memory import MEMORY, Forward, recomputed, recovered
 from flowgen.errors import FlowgenError, check_choice
 
@@ -63,14 +64,20 @@ def _holds_chain(bijection: nn.Module) -> bool:
     return any(isinstance(module, Chain) for module in bijection.modules())
 
 
+def can_be_recomputed(model: nn.Module) -> bool:
+    """Whether it is made of bijections that can be computed again one by one; a continuous one is trained as a whole."""
+    modules = list(model.modules())
+    return any(isinstance(module, Chain) for module in modules) and not any(isinstance(module, Continuous) for module in modules)
+
+
 def save_memory(model: nn.Module, memory: str) -> None:
     """Let every chain of `model` `keep`, `checkpoint` or `invert` for its backward pass.
 
-    Raises FlowgenError for a model that has none, or one with parameters in bijections that cannot be recovered.
+    Raises FlowgenError for a model that cannot be recomputed, or has parameters in bijections that cannot be recovered.
     """
     check_choice(MEMORY, memory=memory)
     chains = [module for module in model.modules() if isinstance(module, Chain)]
-    if memory != "keep" and not chains:
+    if memory != "keep" and not can_be_recomputed(model):
         raise FlowgenError(f"this model keeps nothing that could be computed again: leave trainer.memory={memory} out")
     for bijection in (bijection for chain in chains for bijection in chain.bijections if memory == "invert"):
         if not (_holds_chain(bijection) or bijection.recoverable) and any(True for _ in bijection.parameters()):

@@ -146,6 +146,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         return torch.addcmul((self.bias - mean * scale)[:, None, None], x, scale[:, None, None]).to(x.dtype)
 
 
+def loses(network: nn.Module) -> bool:
+    """Whether dropout makes it another function at every call."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
+
+
 class Dropout(nn.Dropout):
     """torch's own, but that what is lost of a share of a batch is what the whole one would lose there."""
 

@@ -9,11 +9,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from flowgen.bijections.base import Bijection
+from flowgen.bijections.layers import loses
 from flowgen.bijections.normalize import batch_normalisations
 from flowgen.shares import Share, of_batch, split
 
@@ -24,12 +25,13 @@ LONGEST = 128  # bijections that are recovered from one output, since rounding e
 
 def recomputed(bijection: Bijection) -> Forward:
     """`bijection`, computed again in the backward pass."""
-    draws = any(isinstance(module, nn.Dropout) for module in bijection.modules())
 
     def step(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         share = of_batch()
-        contexts = lambda: (nullcontext(), _again(bijection, share))  # noqa: E731
-        return checkpoint(bijection, x, condition, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts)
+        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": loses(bijection)}
+        if share.size > 1 or batch_normalisations(bijection):  # which no compiler takes
+            how["context_fn"] = lambda: (nullcontext(), _again(bijection, share))
+        return checkpoint(bijection, x, condition, **how)
 
     return step
 

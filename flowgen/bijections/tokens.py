@@ -44,8 +44,8 @@ class TokenAutoregressive(Bijection):
     Tokens x_i are the channels of the pixels of x (B, C, H, W), in raster order, or with `backwards` from the last to the first, their
     numbers too. The inverse goes token by token, with the keys and values of those before kept; or, with `jacobi`, all tokens at once,
     x <- head^-1(z; contexts of x), until none moves by more than `close` of itself. After k such sweeps the first k tokens are exact, so
-    that there are never more than tokens. `sweeps` is how many the last inverse took. Inverses reckon in float64, and so does the way
-    forward where it is to be `exact`: what rounding does to a token it passes on to all after it.
+    that there are never more than tokens. `sweeps` is how many the last inverse took, token by token as many as tokens. Inverses reckon
+    in float64, and so does the way forward where it is to be `exact`: what rounding does to a token it passes on to all after it.
     """
 
     progress: Progress = staticmethod(unseen)
@@ -78,6 +78,7 @@ class TokenAutoregressive(Bijection):
             log_dets.append(log_det)
             return x
 
+        self.sweeps = z.shape[1]
         return network.one_by_one(choose, len(z), condition, self.progress), torch.stack(log_dets).sum(0)
 
     def _by_sweeps(self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,10 @@ def sample(
     if is_plane(model.shape) and isinstance(model, Flow):
         if len(temperatures) > 1:
             raise FlowgenError("a flow of the plane is drawn at one temperature: call this once for each, with an --out of its own")
+        if how or path.suffix.lower() == ".zip":
+            raise FlowgenError(
+                "a flow of the plane is drawn as a whole, into one picture: leave out all but --count, --temperature and --out FILE.png"
+            )
         target = torch.cat(list(build_data(checkpoint["config"]).batches("test", POINTS, POINTS)))
         temperature = temperatures[0] if temperatures else 1.0
         plane(model, target, temperature, count or POINTS, seed, path)
@@ -71,8 +75,6 @@ def sample(
         levels, scores = draw(model, count, temperature, seed, **how)
         if broken := int((~scores.isfinite()).sum()):
             log.warning("%d of %d samples at temperature %g are beyond what float32 holds: try a lower one", broken, count, temperature)
-        if jacobi and isinstance(model, DrawsTokens):
-            log.info("sweeps of the blocks: %s", ", ".join(map(str, model.sweeps())))
         said = [f"class {label}"] * (label is not None) + [str(method)] * bool(method) + [f"temperature {temperature:g}"]
         titled.append((", ".join(said), levels[scores.argsort(descending=True)]))
     pictures.blocks(titled, model.bits, columns=min(count, COLUMNS)).save(path)
@@ -88,9 +90,14 @@ def draw(model: GenerativeModel, count: int, temperature: float, seed: int, **ho
 def draws(model: GenerativeModel, count: int, temperature: float, seed: int, **how: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same in batches, which go on with the classes where the one before ended."""
     generator = torch.Generator(model.device).manual_seed(seed)
+    sweeps: list[list[int]] = []
     for start in range(0, count, BATCH):
         place = {"first": start} if isinstance(model, Classifies) and model.classes is not None else {}
         yield model.sample(min(BATCH, count - start), temperature, generator, **place, **how)
+        if isinstance(model, DrawsTokens) and "jacobi" in how:
+            sweeps.append(model.sweeps())
+    if sweeps:
+        log.info("sweeps of the blocks: %s", ", ".join(str(max(each)) for each in zip(*sweeps, strict=True)))
 
 
 @torch.no_grad()
@@ -98,7 +105,7 @@ def plane(model: Flow, target: torch.Tensor, temperature: float, count: int, see
     """A flow of the plane in four pictures: the target, N(0, I), the one carried into the other, and the density."""
     generator = torch.Generator(model.device).manual_seed(seed)
     latent = temperature * torch.randn(count, 2, generator=generator, device=model.device)
-    carried = model.bijection.inverse(latent)[0].flatten(1)
+    carried = model.points(latent).flatten(1)
     side = (torch.arange(GRID, device=model.device) + 0.5) / GRID
     x, y = torch.meshgrid(side, side, indexing="xy")
     grid = torch.stack((x, y), -1).view(-1, *SHAPE)

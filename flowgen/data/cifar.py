@@ -21,14 +21,14 @@ TRAIN, TEST = [f"data_batch_{number}.bin" for number in range(1, 6)], ["test_bat
 class CIFAR10(Images):
     """From the binary archive, which holds no code as the pickled one does; downloaded where it is missing and `root` is not given."""
 
-    def __init__(self, *, root: str | None, names: list[str], bits: int, flip: bool, binarise: str = "threshold"):
+    def __init__(self, *, root: str | None, names: list[str], bits: int, flip: bool, binarise: str = "threshold", shift: int = 0):
         check_names(names)
         if root is None and names and not any((data_folder() / name).exists() for name in names):
             download(URL, MD5, data_folder() / names[0])
         files = _files(locate(root, names, CURE))
         train, test = (_read(files, wanted) for wanted in (TRAIN, TEST))
         apart = held_out(len(train))
-        super().__init__(train[~apart], train[apart], test, bits=bits, flip=flip, binarise=binarise)
+        super().__init__(train[~apart], train[apart], test, bits=bits, flip=flip, binarise=binarise, shift=shift)
 
 
 def _files(root: Path) -> dict[str, bytes]:

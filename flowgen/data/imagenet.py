@@ -34,7 +34,9 @@ class DownsampledImageNet(Images):
     may be more than the memory holds.
     """
 
-    def __init__(self, *, root: str | None, names: list[str], size: int, bits: int, flip: bool, binarise: str = "threshold"):
+    def __init__(
+        self, *, root: str | None, names: list[str], size: int, bits: int, flip: bool, binarise: str = "threshold", shift: int = 0
+    ):
         check_choice((32, 64), size=size)
         check_names(names)
         folder = locate(root, names, CURE)
@@ -44,7 +46,8 @@ class DownsampledImageNet(Images):
             raise FlowgenError(f"{folder} lacks {'val_data.npz' if batches else 'train_data_batch_1.npz'}: {CURE}")
         shape = (3, size, size)
         train, validation = (_split(batches, shape, part) for part in (False, True))
-        super().__init__(train, validation, _split(tests[:1], shape, None), bits=bits, flip=flip, binarise=binarise)
+        test = _split(tests[:1], shape, None)
+        super().__init__(train, validation, test, bits=bits, flip=flip, binarise=binarise, shift=shift)
 
 
 def _split(paths: list[Path], shape: tuple[int, int, int], apart: bool | None) -> Split:

@@ -24,7 +24,7 @@ HEADER = 128
 class SVHN(Images):
     """The cropped digits, of classes 0 to 9; downloaded where they are missing and `root` is not given."""
 
-    def __init__(self, *, root: str | None, names: list[str], bits: int, flip: bool, binarise: str = "threshold"):
+    def __init__(self, *, root: str | None, names: list[str], bits: int, flip: bool, binarise: str = "threshold", shift: int = 0):
         check_names(names)
         if root is None and names and not any((data_folder() / name).exists() for name in names):
             for file, md5 in MD5.items():
@@ -32,7 +32,7 @@ class SVHN(Images):
         folder = locate(root, names, f"point data.root at the folder with train_32x32.mat and test_32x32.mat, from {URL}")
         train, test = (_read(folder / file) for file in MD5)
         apart = held_out(len(train))
-        super().__init__(train[~apart], train[apart], test, bits=bits, flip=flip, binarise=binarise)
+        super().__init__(train[~apart], train[apart], test, bits=bits, flip=flip, binarise=binarise, shift=shift)
 
 
 def _read(path: Path) -> Split:

@@ -126,6 +126,7 @@ def _is_sound(state: dict[str, Any]) -> bool:
         and isinstance(averages := state.get("averages", []), list)
         and all(of_tensors(each) for each in averages)
         and isinstance(state["optimizer"], dict)
+        and isinstance(state.get("metric", ""), str)
         and of_numbers(metrics, {"best", "seconds", "without_gain", "chosen"})
         and is_count(metrics.get("without_gain", 0))
         and is_count(metrics.get("chosen", 0))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flowgen.bijections import can_be_recomputed
 from flowgen.costs import check_fits, free_memory
 from flowgen.data import Images
 from flowgen.models import GenerativeModel
@@ -14,7 +15,8 @@ def check_batch_fits(model: GenerativeModel, data: Images, machine: Machine, bat
     sizes = [_kept(model, machine, *data.draw(0, count, 0)) for count in (2, 4)]
     each = max(0, sizes[1] - sizes[0]) // 2
     free = torch.cuda.mem_get_info(machine.device)[0] if machine.device.type == "cuda" else free_memory()
-    cure = ", more with trainer.accumulate=2" + ", or with trainer.memory=checkpoint" * (machine.memory == "keep")
+    spare = machine.memory == "keep" and can_be_recomputed(model)
+    cure = ", more with trainer.accumulate=2" + ", or with trainer.memory=checkpoint" * spare
     check_fits("trainer.batch_size", batch_size, -(-each // parts), cure, free)
 
 

@@ -67,6 +67,7 @@ class State:
             "averages": averages if len(averages) > 1 else [],
             "optimizer": self.optimizer.state_dict(),
             "metrics": {"best": self.best, "seconds": self.seconds, "without_gain": self.without_gain, "chosen": self.chosen},
+            "metric": self.model.metric.name,
             "rescue": dataclasses.asdict(self.rescue),
         }
 
@@ -74,7 +75,9 @@ class State:
         """Take up a run where its checkpoint left it. Raises FlowgenError where that is of another model."""
         self.go_back(checkpoint)
         metrics = checkpoint["metrics"]
-        self.best, self.seconds, self.without_gain = metrics["best"], metrics["seconds"], metrics.get("without_gain", 0)
+        self.seconds = metrics["seconds"]
+        if checkpoint.get("metric", self.model.metric.name) == self.model.metric.name:  # with other noise it may be another figure
+            self.best, self.without_gain = metrics["best"], metrics.get("without_gain", 0)
         self.rescue = Rescue(**checkpoint["rescue"])
 
     def go_back(self, checkpoint: dict[str, Any]) -> None:

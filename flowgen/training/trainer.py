@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flowgen.bijections import save_memory
+from flowgen.bijections import batch_normalisations, save_memory
 from flowgen.costs import check_fits
 from flowgen.data import Images
 from flowgen.errors import FlowgenError
@@ -62,6 +62,10 @@ class Trainer:
         team.check_divides(self.optimisation.batch_size, self.optimisation.accumulate)
         for name in ("batch_size", "initial_images"):
             check_fits(f"trainer.{name}", getattr(self.optimisation, name), 5 * math.prod(data.shape))  # a byte and a float32 a number
+        if self.machine.compile and self.machine.memory == "checkpoint" and (team.size > 1 or batch_normalisations(model)):
+            raise FlowgenError(
+                "batch normalisation and several processes are compiled with trainer.memory=keep alone: leave out one or the other"
+            )
         save_memory(model, self.machine.memory)
         reset_peak_memory(self.machine.device)
         data.to(self.machine.device)

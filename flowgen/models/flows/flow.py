@@ -109,15 +109,23 @@ class Flow(Scores, Classifies, CompletesByLangevin):
         one_hot = self._one_hot(labels_to_draw(count, label, first, self.classes, self.device))
         z = z if one_hot is None else z + one_hot @ self._class_means()
         x, log_density = self._carry(z, one_hot)
-        if isinstance(self.dequantiser, Gaussian):
-            labels = None if one_hot is None else one_hot.argmax(1)
-            x = denoised(x, self.dequantiser.deviation, lambda y: self.log_density(y, labels))
-        return self._quantise(x), log_density - self.dimensions * math.log(self.bins)
+        return self._quantise(self._without_noise(x, one_hot)), log_density - self.dimensions * math.log(self.bins)
+
+    @torch.no_grad()
+    def points(self, z: Tensor) -> Tensor:
+        """What has these latents (batch, D) of no class: x in [0, 1)^D, before it is levels again, without noise."""
+        return self._without_noise(self._carry(z, None)[0], None)
 
     def _carry(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
         """The points that have these latents, and their log p(x)."""
         x, log_det = self.bijection.inverse(z, self._condition(one_hot))
         return x, (self._log_base(z, one_hot) if self.class_networks else self._log_base(z)) - log_det
+
+    def _without_noise(self, x: Tensor, one_hot: Tensor | None) -> Tensor:
+        if not isinstance(self.dequantiser, Gaussian):
+            return x
+        labels = None if one_hot is None else one_hot.argmax(1)
+        return denoised(x, self.dequantiser.deviation, lambda y: self.log_density(y, labels))
 
     @torch.no_grad()
     def encode(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:

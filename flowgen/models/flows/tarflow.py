@@ -55,7 +55,7 @@ class TarFlow(Flow, DrawsTokens):
         transform: str,
         local: bool,
         roll: bool,
-        mixing: str,
+        mixing: str | None,
         gaussianize: bool,
         dequantisation: str,
         classes: int | None,
@@ -64,6 +64,7 @@ class TarFlow(Flow, DrawsTokens):
         check_whole(channels=channels, size=size, bits=bits)
         check_transformers(layers, width, heads, dropout)
         check_choice(TRANSFORMS, transform=transform)
+        mixing = ("actnorm" if channels == 1 else "plu") if mixing is None else mixing
         check_choice(("none", "actnorm", "plu"), mixing=mixing)
         check_choice((True, False), local=local, roll=roll, gaussianize=gaussianize, class_networks=class_networks)
         patch = patch_size(size, patch)
@@ -103,7 +104,7 @@ class TarFlow(Flow, DrawsTokens):
         guidance: float = 0.0,
         jacobi: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As `Flow.sample`; with guidance w each number is under p(x | class)^(1 + w) / p(x)^w, and log p(x | class) is returned."""
+        """As `Flow.sample`; with guidance w each number of a block is under p(x | class)^(1 + w) / p(x)^w; log p(x | class) is returned."""
         check_number(guidance=guidance)
         try:
             self.guidance = guidance
@@ -122,8 +123,10 @@ class TarFlow(Flow, DrawsTokens):
         if one_hot is None or not self.affine or not self.class_networks:
             raise FlowgenError("guidance needs classes and affine maps: train with model.classes=10 model.transform=affine")
         conditions = torch.cat((one_hot, torch.full_like(one_hot, 1 / one_hot.shape[1])))
+        means = self._class_means()
+        towards = self.guidance * (one_hot @ means - means.mean(0))  # which is guidance wherever the two maps scale alike
         with guided([block.head for block in self._blocks()], self.guidance):  # type: ignore[misc]
-            x = self.bijection.inverse(z.repeat(2, 1), conditions)[0][: len(z)]
+            x = self.bijection.inverse((z + towards).repeat(2, 1), conditions)[0][: len(z)]
         return x, self.log_density(x, one_hot.argmax(1))
 
     def sweeps(self) -> list[int]:
