@@ -52,7 +52,7 @@ class TarFlow(Flow, DrawsTokens):
         width: int,
         heads: int,
         dropout: float,
-        transform: str,
+        transform: str | None,
         local: bool,
         roll: bool,
         mixing: str | None,
@@ -63,8 +63,9 @@ class TarFlow(Flow, DrawsTokens):
     ):
         check_whole(channels=channels, size=size, bits=bits)
         check_transformers(layers, width, heads, dropout)
-        check_choice(TRANSFORMS, transform=transform)
+        transform = ("mixture" if channels == 1 else "affine") if transform is None else transform
         mixing = ("actnorm" if channels == 1 else "plu") if mixing is None else mixing
+        check_choice(TRANSFORMS, transform=transform)
         check_choice(("none", "actnorm", "plu"), mixing=mixing)
         check_choice((True, False), local=local, roll=roll, gaussianize=gaussianize, class_networks=class_networks)
         patch = patch_size(size, patch)
