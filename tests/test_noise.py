@@ -19,7 +19,7 @@ NOISY = {"dequantisation": "gaussian:0.05", "gaussianize": False}
 
 def noisy(**changes: object) -> TarFlow:
     model = model_of("tarflow", **NOISY | {"layers": [1, 1], "transform": "affine", "local": False} | changes)
-    model.initialize(noise(5, 64))
+    model.initialize(torch.randint(32, (64, *model.shape), dtype=torch.uint8))
     return model.eval()
 
 
@@ -50,6 +50,13 @@ def test_samples_are_denoised_where_the_inverse_leads(classes):
     one_hot = model._one_hot(labels)
     x, _ = model.bijection.inverse(z if labels is None else z + one_hot @ model.means, one_hot)
     assert torch.equal(levels, model._quantise(denoised(x, 0.05, lambda y: model.log_density(y, labels))))
+
+
+def test_points_of_the_plane_are_denoised_too():
+    model, z = noisy(channels=2, size=1), torch.randn(9, 2)
+    with torch.no_grad():
+        x, _ = model.bijection.inverse(z)
+    assert torch.equal(model.points(z), denoised(x, 0.05, model.log_density)) and not torch.allclose(model.points(z), x, atol=1e-4)
 
 
 def test_its_figure_is_one_of_images_with_noise_and_it_knows_no_other():

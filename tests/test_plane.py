@@ -74,9 +74,9 @@ def test_a_trained_flow_has_learnt_something(trained: Trained):
 
 
 def test_what_a_flow_of_the_plane_is_not_drawn_by_is_refused(command, tmp_path):
-    words = ["model=glow", "model.steps_per_level=1", "model.width=4", "data=toy", "trainer.steps=1", "trainer.minutes=null"]
+    words = ["model=tarflow", "model.layers=[1]", "model.width=4", "data=toy", "trainer.steps=1", "trainer.minutes=null"]
     status, _, error = command("train", *words, "trainer.initial_images=16", "trainer.evaluate_images=8", f"out={tmp_path / 'run'}")
     assert status == 0, error
-    for how in (["--out", tmp_path / "points.zip"], ["--temperature", 0.5, "--temperature", 1]):
+    for how in (["--jacobi"], ["--out", tmp_path / "points.zip"], ["--temperature", 0.5, "--temperature", 1]):
         status, _, error = command("sample", "--run", tmp_path / "run", *how)
         assert status == 1 and "a flow of the plane is drawn" in error and len(error.splitlines()) == 1

@@ -22,14 +22,13 @@ def script() -> ModuleType:
 @pytest.fixture
 def table(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with commands that spend a second of start and a tenth a step, and no model; `table.words` are what it called."""
-    module = script
-    module.words, module.stopped = [], False
+    script.words, script.stopped = [], False
 
     def called(*words: str, last: object = None) -> tuple[str, float]:
-        module.words.append(words)
+        script.words.append(words)
         if words[0] == "train":
             settings = dict(word.split("=", 1) for word in words[1:])
-            if module.stopped and "resume" in settings:
+            if script.stopped and "resume" in settings:
                 last(3.0)
                 raise SystemExit("stopped")
             run, steps = Path(settings["out"]), int(settings["trainer.steps"])
@@ -39,10 +38,10 @@ def table(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             return "", 1 + 0.1 * steps
         return json.dumps({"run": "x", "split": "test", "bits_per_dim": 1.25, "bits_per_dim_error": 0.01}), 2.0
 
-    monkeypatch.setattr(module, "called", called)
-    monkeypatch.setattr(module, "parameters", lambda name: 150_000)
-    monkeypatch.setattr(module, "flops", lambda name: 2.5e7)
-    return module
+    monkeypatch.setattr(script, "called", called)
+    monkeypatch.setattr(script, "parameters", lambda name: 150_000)
+    monkeypatch.setattr(script, "flops", lambda name: 2.5e7)
+    return script
 
 
 def test_a_row_is_trained_for_its_minutes_and_measured_once(table):

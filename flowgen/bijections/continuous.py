@@ -44,7 +44,9 @@ class Continuous(Bijection):
     log|det dz/dx| is the integral of tr(dv/dx) from 1 to 0 along the way: Chen et al. (1806.07366), theorem 1. With D up to `exact` the
     trace is exact. Beyond it is e^T (dv/dx) e, whose e of numbers -1 and 1 are drawn once for each image: unbiased, and so is the
     log-det. FFJORD (1810.01367), section 3.1. They are drawn from a seed that the image gives, so that the same has the same log-det in
-    any company. Where the solver comes to no end all is NaN. Raises FlowgenError where the package torchdiffeq is missing.
+    any company, but for `tolerance`. Where the solver comes to no end all is NaN.
+
+    Raises FlowgenError where the package torchdiffeq is missing.
     """
 
     def __init__(self, velocity: nn.Module, tolerance: float, exact: int):
@@ -84,7 +86,7 @@ class Continuous(Bijection):
         if x.shape[1] <= self.exact:
             return torch.eye(x.shape[1], device=x.device, dtype=x.dtype)[:, None].expand(-1, len(x), -1)
         generator = torch.Generator()
-        seeds = [hash(total) % 2**63 for total in x.double().sum(1).tolist()]
+        seeds = [hash(tuple(numbers)) % 2**63 for numbers in x.tolist()]
         signs = [torch.randint(2, x.shape[1:], generator=generator.manual_seed(seed)) for seed in seeds]
         return 2 * torch.stack(signs)[None].to(x) - 1
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowgen.bijections.base import Bijection, beside
-from flowgen.bijections.layers import Network, loses
+from flowgen.bijections.layers import Network, has_dropout
 from flowgen.bijections.normalize import batch_normalisations
 from flowgen.bijections.transforms.base import Transform
 
@@ -32,7 +32,7 @@ class Coupling(Bijection):
 
     @property
     def recoverable(self) -> bool:
-        return self.transform.recoverable and not batch_normalisations(self.network) and not loses(self.network)
+        return self.transform.recoverable and not batch_normalisations(self.network) and not has_dropout(self.network)
 
     def retrace(self, z: Tensor, condition: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """By one pass of the network, whose input comes out as it went in."""

@@ -146,8 +146,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         return torch.addcmul((self.bias - mean * scale)[:, None, None], x, scale[:, None, None]).to(x.dtype)
 
 
-def loses(network: nn.Module) -> bool:
-    """Whether dropout makes it another function at every call."""
+def has_dropout(network: nn.Module) -> bool:
+    """Whether dropout makes it another function at every call in training."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
 
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.layers import loses
+from flowgen.bijections.layers import has_dropout
 from flowgen.bijections.normalize import batch_normalisations
 from flowgen.shares import Share, of_batch, split
 
@@ -28,7 +28,7 @@ def recomputed(bijection: Bijection) -> Forward:
 
     def step(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         share = of_batch()
-        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": loses(bijection)}
+        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout(bijection)}
         if share.size > 1 or batch_normalisations(bijection):  # which no compiler takes
             how["context_fn"] = lambda: (nullcontext(), _again(bijection, share))
         return checkpoint(bijection, x, condition, **how)
