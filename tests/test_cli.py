@@ -18,6 +18,7 @@ import flowgen
 from flowgen import pictures
 from flowgen.commands.interpolate import great_circle, line
 from flowgen.commands.sample import draw
+from flowgen.config import read_config
 from flowgen.data import read_levels
 from flowgen.models import Flow
 
@@ -184,6 +185,14 @@ def test_a_folder_that_holds_a_run_is_refused(tiny_run, images, command):
     before = (tiny_run / "metrics.jsonl").read_text()
     assert_plain(command("train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out={tiny_run}"), "flowgen resume")
     assert (tiny_run / "metrics.jsonl").read_text() == before
+
+
+def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, command, tmp_path):
+    words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path}/runs/${{now:%Y}}"]
+    assert [command("train", *words)[0] for _ in range(3)] == [0, 0, 0]
+    names = sorted(folder.name for folder in (tmp_path / "runs").iterdir())
+    assert [name[4:] for name in names] == ["", "_2", "_3"]
+    assert all(read_config(tmp_path / "runs" / name / "config.yaml")["out"].endswith(name) for name in names)
 
 
 @pytest.mark.parametrize(

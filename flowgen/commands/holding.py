@@ -11,16 +11,20 @@ from flowgen.training.run import Run
 log = logging.getLogger("flowgen")
 
 
+class TakenError(FlowgenError):
+    """The folder is another run's."""
+
+
 @contextlib.contextmanager
 def sole_trainer_of(run: Run) -> Iterator[None]:
-    """Hold the run's folder, which two processes would spoil for one another. Raises FlowgenError where another one has it."""
+    """Hold the run's folder, which two processes would spoil for one another. Raises TakenError where another one has it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     run.check_place()
     with open(run.log, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise FlowgenError(f"{run.folder} is being trained by another process: wait for it, or choose another out=") from error
+            raise TakenError(f"{run.folder} is being trained by another process: wait for it, or choose another out=") from error
         try:
             yield
         finally:

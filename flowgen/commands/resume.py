@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowgen.commands.holding import logging_to, sole_trainer_of
+from flowgen.commands.holding import TakenError, logging_to, sole_trainer_of
 from flowgen.config import build, build_model_and_data, flat, load_weights, one_end, override, read_config, save_config
 from flowgen.errors import FlowgenError, check_whole
 from flowgen.launcher import launch, to_launch
@@ -29,7 +29,7 @@ class EndedError(FlowgenError):
 def start(config: dict[str, Any], folder: Path, go_on: bool = False, remark: str = "") -> None:
     """Train what `config` describes in `folder`; `go_on` with the unfinished run of the same configuration that it may hold.
 
-    Raises FlowgenError where it holds a run that is not to be gone on with, `EndedError` where that is finished.
+    Raises TakenError where it holds a run that is not to be gone on with, EndedError where that is finished, FlowgenError.
     """
     run = Run(folder)
     with sole_trainer_of(run):
@@ -38,7 +38,7 @@ def start(config: dict[str, Any], folder: Path, go_on: bool = False, remark: str
         there = run.config.exists() or run.metrics.exists()
         if there:
             if not go_on:
-                raise FlowgenError(f"{folder} holds a run already: go on with `flowgen resume {folder}`, or choose another out=")
+                raise TakenError(f"{folder} holds a run already: go on with `flowgen resume {folder}`, or choose another out=")
             _check_same(run, config)
             checkpoint = run.last_good()
             config = read_config(run.config) if checkpoint is None else checkpoint["config"]

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import sys
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flowgen.commands.holding import TakenError
 from flowgen.commands.resume import EndedError, absolute, follow, start
 from flowgen.config import (
     check_words,
@@ -108,9 +109,10 @@ def _sweep(app: Any, words: list[str]) -> None:
 def _job(cfg: DictConfig, go_on: bool = False) -> Exception | SystemExit | None:
     """Train in the folder that Hydra made, and take it away where nothing came of the run; what went wrong is returned.
 
-    A run that is to be gone on with, and has ended, is skipped.
+    A run that is to be gone on with, and has ended, is skipped. A folder that is named by the time, and taken, stands for one beside it.
     """
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = first = Path(HydraConfig.get().runtime.output_dir)
+    by_time = "${now:" in OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, "out"))
     try:
         cfg.out = str(folder)  # before it is read: the default refers to Hydra's section, which a job is not given
         config = plain(cfg)
@@ -120,7 +122,16 @@ def _job(cfg: DictConfig, go_on: bool = False) -> Exception | SystemExit | None:
             config["init"] = absolute(config["init"])
         go_on |= bool(config.pop("resume"))
         auto = HydraConfig.get().runtime.choices["trainer"] == "auto"
-        start(config, folder, go_on, f"trainer=auto is trainer={trainer_here()} on this machine" if auto else "")
+        remark = f"trainer=auto is trainer={trainer_here()} on this machine" if auto else ""
+        for number in count(2):
+            try:
+                start(config, folder, go_on, remark)
+                break
+            except TakenError:
+                if not by_time:
+                    raise
+                folder = first.with_name(f"{first.name}_{number}")
+                config["out"] = str(folder)
     except EndedError as error:
         log.info("skipped: %s", error)
     except (Exception, SystemExit) as error:  # that of several processes, one of which has told what is wrong
