@@ -5,6 +5,7 @@ at once, from the same numbers.
 """
 
 import contextlib
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -100,6 +101,8 @@ def join() -> Iterator[Team]:
         return
     if _place() < torch.cuda.device_count():
         torch.cuda.set_device(_place())
+    # Imported later, as an optimiser does, it would keep the group's threads into the interpreter's end, which they may then abort
+    importlib.import_module("torch._dynamo")
     store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
