@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from flowgen.models import GenerativeModel
+    from flowgen.models.base import GenerativeModel
 
 __version__ = "0.1.0"
 
@@ -15,7 +15,7 @@ def load(run: "str | Path", device: str = "cpu") -> "GenerativeModel":
 
     It is in evaluation mode, with the averaged (EMA) weights where there are any. Raises `FlowgenError` where `run` is none.
     """
-    from flowgen.config import load_model  # torch takes seconds to import, and `flowgen --help` must not wait for it
+    from flowgen.config.loading import load_model  # torch takes seconds to import, and `flowgen --help` must not wait for it
 
     return load_model(run, device)
 

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.commands.directions import directions_of
-from flowgen.config import build_data, find_model
-from flowgen.data import Images
-from flowgen.directions import METHODS, class_directions, move_along
-from flowgen.judging import Classifier, mean, train_classifier
-from flowgen.judging.classifier import SURE
-from flowgen.models import Flow
-from flowgen.progress import bar
-from flowgen.training.run import Run
+from flowgen.commands.edit import directions_of
+from flowgen.config.instantiate import build_data
+from flowgen.config.loading import find_model
+from flowgen.data.dataset import Images
+from flowgen.evaluation.latent_directions import METHODS, class_directions, move_along
+from flowgen.evaluation.sample_quality import SURE, Classifier, train_classifier
+from flowgen.evaluation.stats import mean
+from flowgen.models.flows.flow import Flow
+from flowgen.training.run_dir import Run
+from flowgen.utils.console import bar
 
 BATCH, EPOCHS = 64, 6
 AMOUNTS = (1.0, 2.0)

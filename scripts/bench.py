@@ -22,11 +22,11 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowgen.config import conf_folder
-from flowgen.models import RBM, Glow
-from flowgen.models.rbm.gibbs import gibbs, white_noise
+from flowgen.config.compose import conf_folder
+from flowgen.models.flows.glow import Glow
 from flowgen.models.rbm.negative_phase import PCD
-from flowgen.models.rbm.tempering import Ladder
+from flowgen.models.rbm.rbm import RBM
+from flowgen.models.rbm.sampling import Ladder, gibbs, white_noise
 from flowgen.training.device import autocast_dtype
 
 SIZE, LEVELS, STEPS, WIDTH, BATCH = 64, 4, 8, 128, 8

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from flowgen.commands.complete import mask
-from flowgen.config import build_data, find_model
-from flowgen.data import Images
-from flowgen.judging import mean
-from flowgen.models import RBM, Flow
+from flowgen.config.instantiate import build_data
+from flowgen.config.loading import find_model
+from flowgen.data.dataset import Images
+from flowgen.evaluation.stats import mean
+from flowgen.models.flows.flow import Flow
+from flowgen.models.rbm.rbm import RBM
 from flowgen.training.device import autocast_dtype
 
 CHAINS, BATCH = 9, 8  # of ten places among nine draws the truth takes each equally often: half of the first and last lie outside

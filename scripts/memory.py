@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
-from flowgen.bijections import MEMORY, ZeroConv2d, save_memory
-from flowgen.config import build_model
-from flowgen.models import GenerativeModel
+from flowgen.bijections.chain import save_memory
+from flowgen.bijections.networks import ZeroConv2d
+from flowgen.bijections.reversible import MEMORY
+from flowgen.config.instantiate import build_model
+from flowgen.models.base import GenerativeModel
 
 DEPTHS = (8, 16, 32, 64, 128)
 BATCH, SIZE = 128, 16

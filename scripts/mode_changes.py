@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.config import build_data, model_of
-from flowgen.judging import Classifier, train_classifier
-from flowgen.judging.classifier import SURE
-from flowgen.models.rbm import METHODS, RBM
-from flowgen.training.find import find_checkpoint
+from flowgen.config.instantiate import build_data
+from flowgen.config.loading import model_of
+from flowgen.config.runs import find_checkpoint
+from flowgen.evaluation.sample_quality import SURE, Classifier, train_classifier
+from flowgen.models.rbm.rbm import METHODS, RBM
 
 
 @torch.no_grad()

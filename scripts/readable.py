@@ -10,8 +10,8 @@ import torch
 
 import flowgen
 from flowgen.commands.sample import draw
-from flowgen.data import MNIST
-from flowgen.judging import Classifier, train_classifier
+from flowgen.data.mnist import MNIST
+from flowgen.evaluation.sample_quality import Classifier, train_classifier
 
 
 def main() -> None:

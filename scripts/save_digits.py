@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from flowgen.data import MNISTSample
-from flowgen.pictures import picture_of
+from flowgen.data.mnist import MNISTSample
+from flowgen.utils.rendering import picture_of
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from flowgen import cli
-from flowgen.data import Images
-from flowgen.training import loop, optimisation
+from flowgen.data.dataset import Images
+from flowgen.training import optim as optimisation
+from flowgen.training import trainer as loop
 from flowgen.training.state import State
 
 WARM, MEASURED = 3, 5  # steps

@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import flowgen
-from flowgen import pictures
-from flowgen.config import read_config
-from flowgen.training.run import Run, write_aside
+from flowgen.config.compose import read_config
+from flowgen.training.run_dir import Run, write_aside
+from flowgen.utils import rendering
 
 FOLDER = Path("outputs/table")
 SHORT, LONG = 10, 60  # steps of the trainings that find what one costs
@@ -158,7 +158,7 @@ def main() -> None:
         row.fill()
     for data in given.data:
         picture = FOLDER / f"{data}_{given.minutes:g}.png"
-        pictures.stack([row.samples() for row in rows if row.found["data"] == data]).save(picture)
+        rendering.stack([row.samples() for row in rows if row.found["data"] == data]).save(picture)
     print(HEAD, "|" + " --- |" * HEAD.count(" | ") + " --- |", *(row.line() for row in rows), sep="\n")
 
 

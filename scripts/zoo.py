@@ -8,9 +8,9 @@ import json
 import subprocess
 import sys
 
-from flowgen.config import options
-from flowgen.training.find import find_checkpoint
-from flowgen.training.portable import SUFFIX, ZOO, write_portable
+from flowgen.config.compose import options
+from flowgen.config.runs import find_checkpoint
+from flowgen.training.checkpoint import SUFFIX, ZOO, write_portable
 
 EXPERIMENTS = "zoo/"
 

@@ -15,17 +15,16 @@ import torch
 from PIL import Image
 
 from flowgen import cli
-from flowgen.bijections import estimate_statistics
-from flowgen.config import read_config, save_config
-from flowgen.models import GenerativeModel
-from flowgen.training.checkpoint import write_checkpoint
+from flowgen.bijections.batchnorm import estimate_statistics
+from flowgen.config.compose import read_config, save_config
+from flowgen.models.base import GenerativeModel
+from flowgen.training.checkpoint import FORMAT, write_checkpoint
 from flowgen.training.device import autocast_dtype
-from flowgen.training.formats import FORMAT
-from flowgen.training.look import STATISTICS
-from flowgen.training.schedule import learning_rate_factor
+from flowgen.training.optim import learning_rate_factor
+from flowgen.training.trainer import STATISTICS
 
 if TYPE_CHECKING:
-    from flowgen.answers import Answers
+    from flowgen.serving.session import Answers
 
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background; commands under test inherit it
@@ -188,13 +187,13 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def glow(two_runs: Path) -> "Answers":
-    from flowgen.answers import Answers
+    from flowgen.serving.session import Answers
 
     return Answers(str(two_runs / "glow"), "cpu")
 
 
 @pytest.fixture(scope="module")
 def rbm(two_runs: Path) -> "Answers":
-    from flowgen.answers import Answers
+    from flowgen.serving.session import Answers
 
     return Answers(str(two_runs / "rbm"), "cpu")

@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flowgen.models.rbm import METHODS, RBM
-from flowgen.models.rbm.tempering import tempering
+from flowgen.models.rbm.rbm import METHODS, RBM
+from flowgen.models.rbm.sampling import tempering
 
 CHAINS = 40_000
 SAMPLERS = METHODS | {"tempering": partial(tempering, temperatures=4)}

@@ -8,10 +8,14 @@ import pytest
 import torch
 from test_models import model_of, read_config_of, started
 
-from flowgen.config import build, find_model, read_config, save_config
-from flowgen.errors import FlowgenError
-from flowgen.models import Classifies, Completes, Flow, Glow, RunsChains
-from flowgen.training.find import find_checkpoint
+from flowgen.config.compose import read_config, save_config
+from flowgen.config.instantiate import build
+from flowgen.config.loading import find_model
+from flowgen.config.runs import find_checkpoint
+from flowgen.models.base import Classifies, Completes, RunsChains
+from flowgen.models.flows.flow import Flow
+from flowgen.models.flows.glow import Glow
+from flowgen.utils.errors import FlowgenError
 
 COMPLETE = {
     "rbm": lambda: build("model", read_config_of("rbm") | {"visible": [1, 8, 8], "bits": 1, "hidden": 6}),

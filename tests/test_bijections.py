@@ -7,55 +7,28 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from flowgen.bijections import (
-    LOG_SCALES,
-    MADE,
-    TRANSFORMS,
-    ActNorm,
-    Additive,
-    Affine,
-    Autoregressive,
-    BatchNorm,
-    Bijection,
+from flowgen.bijections.autoregressive import MADE, Autoregressive, Head, Inverse, Reverse, TokenAutoregressive, local_head
+from flowgen.bijections.base import Bijection, beside
+from flowgen.bijections.batchnorm import ActNorm, BatchNorm, estimate_statistics
+from flowgen.bijections.chain import Chain
+from flowgen.bijections.continuous import Continuous
+from flowgen.bijections.coupling import Coupling, MaskedCoupling, channelwise, checkerboard, stripes
+from flowgen.bijections.elementwise import Equalize, Gaussianize, LogisticToNormal, Logit, Standardize
+from flowgen.bijections.linear import Conv1x1, Folded, PLUConv1x1
+from flowgen.bijections.networks import (
     CausalTransformer,
-    Chain,
-    Continuous,
-    Conv1x1,
     ConvNetwork,
-    Coupling,
     DenseNetwork,
-    Equalize,
-    FactorOut,
-    Flatten,
-    Folded,
     GatedNetwork,
-    Gaussianize,
-    Head,
-    Inverse,
-    LogisticToNormal,
-    Logit,
-    MaskedCoupling,
-    Permute,
-    Planar,
-    PLUConv1x1,
     RealNVPNetwork,
     ResNetwork,
-    Reverse,
-    Roll,
-    Squeeze,
-    Standardize,
-    Sylvester,
-    TokenAutoregressive,
     Transformer,
     ZeroConv2d,
-    beside,
-    channelwise,
-    checkerboard,
-    estimate_statistics,
-    local_head,
-    stripes,
 )
-from flowgen.errors import FlowgenError
+from flowgen.bijections.reshape import FactorOut, Flatten, Permute, Roll, Squeeze
+from flowgen.bijections.residual import Planar, Sylvester
+from flowgen.bijections.univariate import LOG_SCALES, TRANSFORMS, Additive, Affine
+from flowgen.utils.errors import FlowgenError
 
 IMAGE = (4, 4, 2)  # channels, height, width
 DRAW = {

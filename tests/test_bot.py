@@ -21,11 +21,11 @@ from test_cli import assert_plain
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
-from flowgen.bot.token import read_token
-from flowgen.errors import FlowgenError
+from flowgen.serving.telegram import read_token
+from flowgen.utils.errors import FlowgenError
 
 pytest.importorskip("telegram", reason="needs python-telegram-bot: pip install 'flowgen[bot]'")
-from flowgen.bot.chat import Chat
+from flowgen.serving.telegram import Chat
 
 TOKEN = "123456:SECRET-of-the-bot_xyz"
 OTHER = "654321:REVOKED-of-the-bot_xyz"
@@ -255,5 +255,5 @@ def test_wrong_words_of_bot_get_one_line(two_runs, command, tmp_path, monkeypatc
     monkeypatch.setenv("FLOWGEN_BOT_TOKEN", TOKEN)
     assert_plain(command("bot", "nowhere"), "flowgen runs")
     assert_plain(command("bot", run, "--device", "tpu"), "choose auto")
-    monkeypatch.setattr("flowgen.cli.serving.find_spec", lambda name: None)
+    monkeypatch.setattr("flowgen.cli.find_spec", lambda name: None)
     assert_plain(command("bot", run), "flowgen[bot]")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import save_image
 
-from flowgen.answers import Answers
-from flowgen.page import open_server
+from flowgen.serving.session import Answers
+from flowgen.serving.web.app import open_server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -14,10 +14,9 @@ from conftest import CHECKPOINT, SMALL
 from test_training import same
 
 import flowgen
-from flowgen.errors import FlowgenError
-from flowgen.training.checkpoint import read_checkpoint, write_checkpoint
-from flowgen.training.formats import FORMAT
-from flowgen.training.run import Run
+from flowgen.training.checkpoint import FORMAT, read_checkpoint, write_checkpoint
+from flowgen.training.run_dir import Run
+from flowgen.utils.errors import FlowgenError
 
 
 def test_a_damaged_last_checkpoint_is_passed_over(images, tmp_path, command):
@@ -216,9 +215,9 @@ def test_pipes_are_not_waited_for(tiny_run, command):
         "flowgen.cli.main",
         "flowgen.config.importlib.import_module",
         "flowgen.nothing.Here",
-        "flowgen.data.MNIST",
-        "flowgen.models.Evaluation",
-        "flowgen.training.run.Run",
+        "flowgen.data.mnist.MNIST",
+        "flowgen.models.base.Evaluation",
+        "flowgen.training.run_dir.Run",
     ],
 )
 def test_a_checkpoint_cannot_call_anything_but_classes_of_flowgen(tiny_run, command, target):

@@ -8,8 +8,9 @@ from conftest import SMALL, fit
 from test_models import glow, model_of, noise
 
 from flowgen.commands.sample import draw
-from flowgen.data import Images, MNISTSample, Split
-from flowgen.models import Flow
+from flowgen.data.dataset import Images, Split
+from flowgen.data.mnist import MNISTSample
+from flowgen.models.flows.flow import Flow
 
 LABELLED = ["data=mnist_sample", *[word for word in SMALL if not word.startswith("data")], "model.classes=10", "trainer.steps=2"]
 

@@ -15,12 +15,12 @@ from conftest import SMALL, save_image
 from PIL import Image
 
 import flowgen
-from flowgen import pictures
 from flowgen.commands.interpolate import great_circle, line
 from flowgen.commands.sample import draw
-from flowgen.config import read_config
-from flowgen.data import read_levels
-from flowgen.models import Flow
+from flowgen.config.compose import read_config
+from flowgen.data.preprocess import read_levels
+from flowgen.models.flows.flow import Flow
+from flowgen.utils import rendering
 
 
 def assert_plain(result: tuple[int, str, str], words: str, status: int = 1) -> None:
@@ -62,7 +62,7 @@ def test_train_help_lists_what_there_is(command):
 def test_cfg_job_prints_and_trains_nothing(command, elsewhere):
     for words in (["--cfg", "job", "data=mnist", "trainer.minutes=9"], ["data=mnist", "--cfg", "job", "trainer.minutes=9"]):
         status, output, _ = command("train", *words)
-        assert status == 0 and "flowgen.data.MNIST" in output and "minutes: 9" in output and "steps: null" in output
+        assert status == 0 and "flowgen.data.mnist.MNIST" in output and "minutes: 9" in output and "steps: null" in output
     assert not (elsewhere / "outputs").exists()
 
 
@@ -133,7 +133,7 @@ def test_samples_beyond_float32_are_counted(tiny_run, command, tmp_path):
 
 def test_a_title_is_never_cut():
     one = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    narrow, wide = (pictures.blocks([(title, one)], 5, 1) for title in ("a", "a title that is longer than its grid is wide"))
+    narrow, wide = (rendering.blocks([(title, one)], 5, 1) for title in ("a", "a title that is longer than its grid is wide"))
     assert narrow.width < 100 < wide.width
 
 

@@ -11,14 +11,15 @@ from test_cli import assert_plain
 from test_models import MODELS, noise, started
 from torch import Tensor
 
-from flowgen.bijections import Bijection, Chain, Gaussianize
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.chain import Chain
+from flowgen.bijections.elementwise import Gaussianize
 from flowgen.commands.complete import linear
-from flowgen.errors import FlowgenError
-from flowgen.models import Flow
-from flowgen.models.flows.completion import Chains
-from flowgen.models.flows.langevin import StepSize, at, langevin
-from flowgen.models.flows.posterior import Pixels
-from flowgen.progress import unseen
+from flowgen.models.flows.flow import Flow
+from flowgen.models.flows.hmc import StepSize, at, langevin
+from flowgen.models.flows.inpainting import Chains, Pixels
+from flowgen.utils.console import unseen
+from flowgen.utils.errors import FlowgenError
 
 DRAWS = 1500
 

@@ -13,10 +13,15 @@ from conftest import save_image
 from PIL import Image
 
 import flowgen
-from flowgen.config import build_data, read_config
-from flowgen.data import MNIST, ImageFolder, Images, MNISTSample, Split, Toy, prepare, read_levels
-from flowgen.errors import FlowgenError
-from flowgen.training.formats import in_todays_words
+from flowgen.config.compose import read_config
+from flowgen.config.instantiate import build_data
+from flowgen.data.dataset import Images, Split
+from flowgen.data.image_folder import ImageFolder
+from flowgen.data.mnist import MNIST, MNISTSample
+from flowgen.data.preprocess import prepare, read_levels
+from flowgen.data.toy2d import Toy
+from flowgen.training.checkpoint import in_todays_words
+from flowgen.utils.errors import FlowgenError
 
 SHARED = Path(os.environ.get("FLOWGEN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared = pytest.mark.skipif(
@@ -181,7 +186,7 @@ def test_a_run_keeps_what_images_it_is_of(tiny_run, images, command):
 
 @pytest.mark.parametrize("name", ["moons", "rings"])
 def test_a_configuration_that_repeats_what_its_data_says_still_builds_it(name):
-    section = {"_target_": "flowgen.data.Toy", "name": name, "count": 5, "channels": 2, "size": 1, "bits": 8, "flip": False}
+    section = {"_target_": "flowgen.data.toy2d.Toy", "name": name, "count": 5, "channels": 2, "size": 1, "bits": 8, "flip": False}
     data = build_data(in_todays_words({"model": {}, "data": section, "trainer": {}}))
     assert data.shape == (2, 1, 1) and data.bits == 8 and data.classes is None
 
@@ -194,7 +199,7 @@ def test_a_file_holds_no_point_of_the_plane(tmp_path):
 
 
 def test_a_file_in_a_zip_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("flowgen.data.source.LARGEST", 1000)
+    monkeypatch.setattr("flowgen.data.preprocess.LARGEST", 1000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(10**6))
     with pytest.raises(FlowgenError, match="it unpacks to more than"):
@@ -210,7 +215,7 @@ def test_batches_that_are_read_ahead_are_the_same_ones(monkeypatch):
     images = torch.randint(256, (40, 3, 4, 4), dtype=torch.uint8)
     splits = [Split(images, torch.arange(40)), Split(images[:2]), Split(images[:2])]
     whole, ahead = (Images(*splits, bits=5, flip=True, shift=1) for _ in range(2))
-    monkeypatch.setattr("flowgen.data.base.free_memory", lambda: images.nbytes)
+    monkeypatch.setattr("flowgen.data.dataset.free_memory", lambda: images.nbytes)
     ahead.to(torch.device("cpu"))
     calls = []
     monkeypatch.setattr(ahead._ahead, "draw", lambda *place: [calls.append(place[0]), whole.draw(*place)][1])

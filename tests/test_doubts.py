@@ -7,10 +7,11 @@ import time
 import torch
 from conftest import SMALL
 
-from flowgen.data import Toy, entropy, shared
-from flowgen.measures import BITS_PER_DIM, LOG_LIKELIHOOD, Measured, too_good
-from flowgen.models import Flow
-from flowgen.training import doubts
+from flowgen.data.toy2d import Toy
+from flowgen.models.flows.flow import Flow
+from flowgen.training import sanity_checks as doubts
+from flowgen.training.sanity_checks import entropy, shared
+from flowgen.utils.metrics import BITS_PER_DIM, LOG_LIKELIHOOD, Measured, too_good
 
 
 def test_entropy_is_that_of_the_frequencies():

@@ -14,9 +14,8 @@ from test_labels import attribute_list
 from test_models import MODELS, noise
 
 import flowgen
-from flowgen.commands.kept import kept
-from flowgen.data import read_table
-from flowgen.directions import (
+from flowgen.data.attributes import read_table
+from flowgen.evaluation.latent_directions import (
     Directions,
     class_directions,
     class_means,
@@ -27,8 +26,8 @@ from flowgen.directions import (
     one_hot,
     ridge,
 )
-from flowgen.errors import FlowgenError
-from flowgen.training.run import Run
+from flowgen.training.run_dir import Run, kept
+from flowgen.utils.errors import FlowgenError
 
 IMAGES = 4000
 
@@ -105,7 +104,7 @@ def test_images_are_encoded_once_in_batches_and_each_moves_as_it_would_alone(mon
     sizes = []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda batch, generator: sizes.append(len(batch)) or encode(batch, generator))
-    monkeypatch.setattr("flowgen.directions.BATCH", 3)
+    monkeypatch.setattr("flowgen.evaluation.latent_directions.BATCH", 3)
     split = move_along(model, class_directions(model), levels, {"1": 0.5}, torch.tensor([0.0, 1.0]))
     assert sizes == [3, 3, 1] and (split == whole).float().mean() > 0.99
 
@@ -131,7 +130,7 @@ def test_edit_shows_a_strip_a_pair_and_a_film_and_finds_directions_once(labelled
     assert output.strip() == str(tiny_run / "edit.png") and strip.width > 3 * strip.height
     files = list(tiny_run.glob("directions_*.pt"))
     assert len(files) == 1
-    monkeypatch.setattr("flowgen.commands.directions.moments", lambda *given: pytest.fail("found anew"))
+    monkeypatch.setattr("flowgen.commands.edit.moments", lambda *given: pytest.fail("found anew"))
     moved: list[tuple] = []
     monkeypatch.setattr("flowgen.commands.edit.move_along", lambda *given: moved.append(given) or move_along(*given))
     assert command(*words, "--attribute", "Smiling", "--by", 1, "--attribute", "Bald", "--by", -0.5)[0] == 0

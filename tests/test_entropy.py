@@ -8,7 +8,8 @@ from conftest import fit
 from test_models import MODELS, model_of
 from torch import Tensor
 
-from flowgen.models import Evaluation, Flow
+from flowgen.models.base import Evaluation
+from flowgen.models.flows.flow import Flow
 
 SIDE, DIMENSIONS = 8, 192
 

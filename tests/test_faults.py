@@ -15,7 +15,7 @@ from points import drawn
 from trainings import TRAININGS, same
 from zygote import Outcome
 
-from flowgen.config import options
+from flowgen.config.compose import options
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "faults"
 

@@ -8,10 +8,13 @@ import torch
 from conftest import SMALL, fit
 from test_models import model_of
 
-from flowgen.bijections import Continuous, continuous
-from flowgen.data import Toy
-from flowgen.errors import FlowgenError
-from flowgen.models import Completes, Flow, FlowMatching
+from flowgen.bijections import continuous
+from flowgen.bijections.continuous import Continuous
+from flowgen.data.toy2d import Toy
+from flowgen.models.base import Completes
+from flowgen.models.flows.flow import Flow
+from flowgen.models.flows.flow_matching import FlowMatching
+from flowgen.utils.errors import FlowgenError
 
 
 class Linear(torch.nn.Module):

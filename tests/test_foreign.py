@@ -12,10 +12,10 @@ import torch
 from conftest import SMALL, save_image
 from PIL import Image
 
-from flowgen.data import MNIST
-from flowgen.errors import FlowgenError
+from flowgen.data.mnist import MNIST
 from flowgen.training.checkpoint import read_checkpoint
-from flowgen.training.run import Run
+from flowgen.training.run_dir import Run
+from flowgen.utils.errors import FlowgenError
 
 FOREIGN_ROWS = [
     b'{"step": 7, "split": "train", "loss": \xff}',
@@ -187,7 +187,7 @@ def test_what_libraries_think_of_a_file_stays_untold(tiny_run, command, tmp_path
 
 def test_a_report_shows_scripts_and_runs_none(tiny_run, command):
     run, script = Run(tiny_run), "<script>alert(1)</script>"
-    config = run.config.read_text().replace("flowgen.models.Glow", f"flowgen.models.{script}")
+    config = run.config.read_text().replace("flowgen.models.flows.glow.Glow", f"flowgen.models.{script}")
     run.config.write_text(config + f"'{script}': '{script}'\n")
     run.log.write_text(f"environment: {script}\n")
     run.metrics.write_text(json.dumps({"step": 1, "split": script, "bits_per_dim": 3.0}) + "\n" + run.metrics.read_text())

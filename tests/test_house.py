@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
 from flowgen.cli import COMMANDS
-from flowgen.config import build_model, conf_folder, model_for, options, plain, register_resolvers
-from flowgen.targets import class_of
+from flowgen.config.compose import conf_folder, options, plain, register_resolvers
+from flowgen.config.instantiate import build_model, class_of, model_for
 
 PACKAGE = Path(__file__).parents[1] / "flowgen"
 FILES = sorted(PACKAGE.rglob("*.py"))

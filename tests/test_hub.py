@@ -15,14 +15,12 @@ import pytest
 import yaml
 from test_cli import assert_plain
 
-from flowgen.commands.cards import licence_of
-from flowgen.config import data_section
-from flowgen.errors import FlowgenError
-from flowgen.training.checkpoint import read_checkpoint, write_checkpoint
-from flowgen.training.find import find_checkpoint
-from flowgen.training.hub import FILE
-from flowgen.training.portable import write_portable
-from flowgen.training.run import Run
+from flowgen.commands.export import licence_of
+from flowgen.config.loading import data_section
+from flowgen.config.runs import FILE, find_checkpoint
+from flowgen.training.checkpoint import read_checkpoint, write_checkpoint, write_portable
+from flowgen.training.run_dir import Run
+from flowgen.utils.errors import FlowgenError
 
 TOKEN = "hf_told_to_nobody"
 

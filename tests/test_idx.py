@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowgen.data import MNIST
-from flowgen.errors import FlowgenError
+from flowgen.data.mnist import MNIST
+from flowgen.utils.errors import FlowgenError
 
 ZERO = torch.zeros(7, 28, 28, dtype=torch.uint8)
 

@@ -8,10 +8,11 @@ import torch
 from test_models import glow, noise, started
 
 from flowgen import judging
-from flowgen.data import MNISTSample
-from flowgen.errors import FlowgenError
-from flowgen.judging import fidelity, great_circle, walk
-from flowgen.judging.likeness import frechet
+from flowgen.data.mnist import MNISTSample
+from flowgen.evaluation import sample_quality as fidelity
+from flowgen.evaluation.interpolation import great_circle, walk
+from flowgen.evaluation.sample_quality import frechet
+from flowgen.utils.errors import FlowgenError
 
 
 def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():

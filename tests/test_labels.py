@@ -13,9 +13,8 @@ from PIL import Image
 from test_data import SHARED, folder, needs_shared
 from torch import Tensor
 
-from flowgen.data import ImageFolder
-from flowgen.data.lists import folder_labels
-from flowgen.errors import FlowgenError
+from flowgen.data.image_folder import ImageFolder, folder_labels
+from flowgen.utils.errors import FlowgenError
 
 NAMES = ("Bald", "Smiling", "Young", "Human")
 

@@ -3,12 +3,11 @@
 import torch
 from enumeration import CHAINS, draw, law, machine
 
-from flowgen.models import Evaluation
-from flowgen.models.partition import ais, bridge, exact_log_z, reverse_ais
-from flowgen.models.rbm import RBM, likelihood
-from flowgen.models.rbm.annealing import scout
-from flowgen.models.rbm.gibbs import white_noise
-from flowgen.models.rbm.likelihood import estimate_log_z, log_likelihood
+from flowgen.models.base import Evaluation
+from flowgen.models.rbm import log_z as likelihood
+from flowgen.models.rbm.log_z import ais, bridge, estimate_log_z, exact_log_z, log_likelihood, reverse_ais, scout
+from flowgen.models.rbm.rbm import RBM
+from flowgen.models.rbm.sampling import white_noise
 
 
 def test_forward_and_reverse_ais_straddle_the_exact_value():

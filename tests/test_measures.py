@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from flowgen.measures import BITS_PER_DIM, LOG_LIKELIHOOD, Judgement, Measured, Metric, finite, read_measured
+from flowgen.utils.metrics import BITS_PER_DIM, LOG_LIKELIHOOD, Judgement, Measured, Metric, finite, read_measured
 
 ERROR = Metric("reconstruction_error", "squared error per pixel", higher_is_better=False)
 

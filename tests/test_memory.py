@@ -9,15 +9,16 @@ from conftest import SMALL
 from test_house import compose_config
 from test_training import rows
 
-from flowgen import costs
-from flowgen.bijections import ZeroConv2d, inversion_error, save_memory
-from flowgen.bijections import memory as memory_module
-from flowgen.config import build_model, model_for
-from flowgen.errors import FlowgenError
-from flowgen.models import RBM, GenerativeModel
+from flowgen.bijections import reversible as memory_module
+from flowgen.bijections.chain import inversion_error, save_memory
+from flowgen.bijections.networks import ZeroConv2d
+from flowgen.config.instantiate import build_model, model_for
+from flowgen.models.base import GenerativeModel
 from flowgen.models.rbm.negative_phase import PCD, Tempering
-from flowgen.training.footprint import _kept
-from flowgen.training.machine import Machine
+from flowgen.models.rbm.rbm import RBM
+from flowgen.training.device import Machine, _kept
+from flowgen.utils import memory as costs
+from flowgen.utils.errors import FlowgenError
 
 GLOW = ["model=glow", "model.levels=2", "model.width=8", "model.steps_per_level=3"]
 MODELS = {
@@ -140,7 +141,7 @@ def test_a_run_watches_what_it_recovers(images, tmp_path, command, monkeypatch):
 
 
 def test_a_batch_that_does_not_fit_names_the_largest_that_does(images, tmp_path, command, monkeypatch):
-    monkeypatch.setattr("flowgen.training.footprint.free_memory", lambda: 300_000)
+    monkeypatch.setattr("flowgen.training.device.free_memory", lambda: 300_000)
     words = [*SMALL, f"data.root={images}", "trainer.steps=2"]
     status, _, error = command("train", *words, "trainer.batch_size=64", f"out={tmp_path / 'run'}")
     assert status == 1 and "at most" in error and "trainer.accumulate=2" in error, error

@@ -9,9 +9,10 @@ import torch
 import yaml
 from conftest import fit
 
-from flowgen.config import build, conf_folder, options
-from flowgen.models import Evaluation, GenerativeModel, Glow
-from flowgen.targets import class_of
+from flowgen.config.compose import conf_folder, options
+from flowgen.config.instantiate import build, class_of
+from flowgen.models.base import Evaluation, GenerativeModel
+from flowgen.models.flows.glow import Glow
 
 
 def read_config_of(name: str) -> dict:

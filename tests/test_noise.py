@@ -8,11 +8,12 @@ import torch
 from conftest import SMALL
 from test_models import model_of, noise
 
-from flowgen.errors import FlowgenError
-from flowgen.measures import BITS_PER_DIM, NOISY_BITS_PER_DIM
-from flowgen.models import Completes, Evaluation, TarFlow
-from flowgen.models.flows.noisy import denoised
+from flowgen.models.base import Completes, Evaluation
+from flowgen.models.flows.flow import denoised
+from flowgen.models.flows.tarflow import TarFlow
 from flowgen.training.checkpoint import read_checkpoint
+from flowgen.utils.errors import FlowgenError
+from flowgen.utils.metrics import BITS_PER_DIM, NOISY_BITS_PER_DIM
 
 NOISY = {"dequantisation": "gaussian:0.05", "gaussianize": False}
 

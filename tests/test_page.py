@@ -22,11 +22,11 @@ from PIL import Image
 from test_cli import assert_plain
 from werkzeug.test import Client
 
-from flowgen import pictures
-from flowgen.answers import Answers
 from flowgen.commands.sample import draw
-from flowgen.data import read_levels
-from flowgen.page import Page, open_server
+from flowgen.data.preprocess import read_levels
+from flowgen.serving.session import Answers
+from flowgen.serving.web.app import Page, open_server
+from flowgen.utils import rendering
 
 HOST = "http://127.0.0.1:8700"
 MANY = int(os.environ.get("FLOWGEN_REQUESTS", "300"))
@@ -80,7 +80,7 @@ def two_samples(ask: Asker, **more: object) -> list[str]:
 
 
 def mask(known: torch.Tensor) -> str:
-    return url(pictures.png(known[None].to(torch.uint8), 1))
+    return url(rendering.png(known[None].to(torch.uint8), 1))
 
 
 HALF = torch.ones(8, 8, dtype=torch.bool)
@@ -121,7 +121,7 @@ def test_the_command_draws_the_same_samples(ask, command, tmp_path, label):
     assert answer["seed"] == 7 and len(answer["pictures"]) == 5
     made = command_makes(answer["command"], command, tmp_path)
     title = "temperature 0.6" if label is None else "class 1, temperature 0.6"
-    expected = pictures.blocks([(title, grid(answer["pictures"]))], 8, columns=5)
+    expected = rendering.blocks([(title, grid(answer["pictures"]))], 8, columns=5)
     assert made.tobytes() == expected.tobytes()
 
 
@@ -140,7 +140,7 @@ def test_the_command_walks_the_same_way(ask, command, tmp_path):
     assert "--spherical" in answer["command"]
     made = command_makes(answer["command"], command, tmp_path)
     rows = [("great circle in the latents", grid(answer["latent"])), ("line in the pixels", grid(answer["pixels"]))]
-    assert made.tobytes() == pictures.blocks(rows, 8, columns=5).tobytes()
+    assert made.tobytes() == rendering.blocks(rows, 8, columns=5).tobytes()
 
 
 def test_the_command_edits_alike(ask, command, tmp_path):
@@ -150,7 +150,7 @@ def test_the_command_edits_alike(ask, command, tmp_path):
     save(picture, Path("a.png"))
     made = command_makes(answer["command"], command, tmp_path)
     title = "the image, and 1 by 1, 0 by -0.5"
-    assert made.tobytes() == pictures.blocks([(title, grid([picture, answer["picture"]]))], 8, columns=2).tobytes()
+    assert made.tobytes() == rendering.blocks([(title, grid([picture, answer["picture"]]))], 8, columns=2).tobytes()
 
 
 def test_directions_are_found_where_the_model_knows_no_classes(ask_rbm):
@@ -180,7 +180,7 @@ def test_percentiles_that_cannot_be_had_have_a_reason(two_runs, monkeypatch, cap
         raise RuntimeError("out of luck")
 
     answers = Answers(str(two_runs / "glow"), "cpu")
-    monkeypatch.setattr("flowgen.answers.answers.judge_by", fault)
+    monkeypatch.setattr("flowgen.serving.session.judge_by", fault)
     monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
     answers.judge_validation_images()
     assert "out of luck" in Asker(answers)("doing")["no_percentiles"] and "no percentiles: RuntimeError: out of luck" in caplog.text
@@ -194,7 +194,7 @@ def test_the_command_completes_alike(ask, command, tmp_path):
     save(picture, Path("a.png"))
     save(mask(HALF), Path("mask.png"))
     made = command_makes(answer["command"], command, tmp_path)
-    shown = pictures.to_image(grid([answer["mean"], answer["spread"], *answer["draws"][:5]]), 8, columns=7)
+    shown = rendering.to_image(grid([answer["mean"], answer["spread"], *answer["draws"][:5]]), 8, columns=7)
     box = (shown.width - 406, 4, shown.width - 2, 56)
     place = (made.width - 406, made.height - 56, made.width - 2, made.height - 4)
     assert made.crop(place).tobytes() == shown.crop(box).tobytes()
@@ -310,7 +310,7 @@ def test_questions_about_no_pictures_get_one_sentence(ask, ask_rbm):
     picture, other = two_samples(ask)
     whole, none = mask(torch.ones(8, 8)), mask(torch.zeros(8, 8))
     completion = {"image": picture, "method": "langevin", "sweeps": 5, "seed": 0}
-    small = url(pictures.png(torch.zeros(3, 7, 8, dtype=torch.uint8), 5))
+    small = url(rendering.png(torch.zeros(3, 7, 8, dtype=torch.uint8), 5))
     assert "as a data URL" in ask.refuses("score")
     assert "as a data URL" in ask.refuses("score", image=5)
     assert "as a data URL" in ask.refuses("score", image="data:image/png;base64,%%%")
@@ -356,7 +356,7 @@ def test_a_hostile_image_does_nothing(ask, elsewhere):
         if response.status_code == 400:
             assert "\n" not in response.json["error"] and "fault" not in response.json["error"]
     for side, answer in ((8000, "million pixels"), (30_000, "is not an image")):
-        bomb = pictures.file_of(Image.new("1", (side, side)))
+        bomb = rendering.file_of(Image.new("1", (side, side)))
         assert len(bomb) < 200_000 and answer in ask.refuses("read", image=url(bomb))
     assert sorted(Path().rglob("*")) == before
 
@@ -404,7 +404,7 @@ def test_many_requests_at_once_are_neither_lost_nor_mixed_up(glow):
     """`FLOWGEN_REQUESTS=2000` asks as many."""
     expected = {}
     for seed in range(50):
-        expected[seed] = url(pictures.png(draw(glow.model, 1, 0.7, seed)[0][0], 5))
+        expected[seed] = url(rendering.png(draw(glow.model, 1, 0.7, seed)[0][0], 5))
     assert len(set(expected.values())) > 45
     with open_server(glow, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -7,9 +7,9 @@ import torch
 from conftest import fit
 from test_models import glow, model_of
 
-from flowgen.data import Toy
-from flowgen.data.toy import SETS
-from flowgen.models import Flow, RealNVP
+from flowgen.data.toy2d import SETS, Toy
+from flowgen.models.flows.flow import Flow
+from flowgen.models.flows.realnvp import RealNVP
 
 PLANE = {"channels": 2, "size": 1, "bits": 8}
 FLOWS: dict[str, Callable[[], Flow]] = {

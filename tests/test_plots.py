@@ -7,8 +7,8 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from flowgen import pictures, plots
-from flowgen.measures import BITS_PER_DIM
+from flowgen.utils import plots, rendering
+from flowgen.utils.metrics import BITS_PER_DIM
 
 
 def test_a_moving_average_forgets_its_first_value():
@@ -72,6 +72,6 @@ def test_curves_of_nothing_draw_nothing(tmp_path):
 
 def test_blocks_lie_one_above_the_other_each_under_its_title():
     dark, bright = torch.zeros(2, 1, 64, 64, dtype=torch.uint8), torch.full((2, 1, 64, 64), 31, dtype=torch.uint8)
-    one, two = (pictures.blocks([("a", dark), ("b", bright)][:count], 5, 8) for count in (1, 2))
+    one, two = (rendering.blocks([("a", dark), ("b", bright)][:count], 5, 8) for count in (1, 2))
     assert two.size == (one.width, 2 * one.height)
     assert two.getpixel((20, 60)) == (0, 0, 0) and two.getpixel((20, one.height + 60)) == (255, 255, 255)

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from flowgen import progress
-from flowgen.progress import bar, in_words, unseen
+from flowgen.utils import console as progress
+from flowgen.utils.console import bar, in_words, unseen
 
 
 @pytest.mark.parametrize(

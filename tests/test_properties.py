@@ -12,17 +12,20 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flowgen.config import check_words, override, read_config
-from flowgen.data import prepare
-from flowgen.data.folder import ImageFolder
+from flowgen.config.compose import check_words, override, read_config
+from flowgen.data.image_folder import ImageFolder
 from flowgen.data.mnist import _read
-from flowgen.errors import FlowgenError
-from flowgen.training.checkpoint import KEYS, read_checkpoint
-from flowgen.training.portable import read_portable
-from flowgen.training.rows import NUMBERS, read_rows
+from flowgen.data.preprocess import prepare
+from flowgen.training.checkpoint import KEYS, NUMBERS, read_checkpoint, read_portable, read_rows
+from flowgen.utils.errors import FlowgenError
 
 FOLDER = {"names": [], "cure": "", "channels": 3, "size": 4, "bits": 5, "flip": False, "crop": None}
-CONFIG = {"model": {"_target_": "flowgen.models.NICE", "width": 4}, "data": {"root": None, "size": 4}, "trainer": {"steps": 1}, "seed": 0}
+CONFIG = {
+    "model": {"_target_": "flowgen.models.flows.nice.NICE", "width": 4},
+    "data": {"root": None, "size": 4},
+    "trainer": {"steps": 1},
+    "seed": 0,
+}
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 names = st.text(max_size=8)
 trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=8)

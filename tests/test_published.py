@@ -13,9 +13,12 @@ import torch
 from test_house import compose_config
 from torch import Tensor
 
-from flowgen.config import build_data
-from flowgen.data import CIFAR10, SVHN, DownsampledImageNet, Images
-from flowgen.errors import FlowgenError
+from flowgen.config.instantiate import build_data
+from flowgen.data.cifar10 import CIFAR10
+from flowgen.data.dataset import Images
+from flowgen.data.imagenet import DownsampledImageNet
+from flowgen.data.svhn import SVHN
+from flowgen.utils.errors import FlowgenError
 
 HOW = {"names": [], "bits": 8, "flip": False}
 

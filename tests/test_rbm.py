@@ -5,12 +5,12 @@ import torch
 from enumeration import CHAINS, distance, draw, floor, law, machine, states
 from torch import Tensor
 
-from flowgen.errors import FlowgenError
-from flowgen.models.partition import exact_log_z
-from flowgen.models.rbm import RBM
-from flowgen.models.rbm.contrast import Contrast
+from flowgen.models.rbm.energy import Contrast
+from flowgen.models.rbm.log_z import exact_log_z
 from flowgen.models.rbm.negative_phase import CD
-from flowgen.models.rbm.tempering import Ladder
+from flowgen.models.rbm.rbm import RBM
+from flowgen.models.rbm.sampling import Ladder
+from flowgen.utils.errors import FlowgenError
 
 
 def test_energy_free_energy_and_conditionals_are_one_law():

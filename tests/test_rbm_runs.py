@@ -12,7 +12,7 @@ from PIL import Image, ImageSequence
 from test_training import assert_same_run
 
 import flowgen
-from flowgen.models import RBM
+from flowgen.models.rbm.rbm import RBM
 from flowgen.training.checkpoint import read_checkpoint
 
 Command = Callable[..., tuple[int, str, str]]

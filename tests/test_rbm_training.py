@@ -4,8 +4,8 @@ import pytest
 import torch
 from enumeration import draw, law, machine
 
-from flowgen.models.rbm import RBM
 from flowgen.models.rbm.negative_phase import CD, PCD, MeanField, NegativePhase, Tempering
+from flowgen.models.rbm.rbm import RBM
 
 
 def trained(negative_phase: NegativePhase, steps: int = 20, **arguments: object) -> RBM:

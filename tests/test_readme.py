@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import save_image
 
-from flowgen.models.flows import completion
+from flowgen.models.flows import inpainting as completion
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()

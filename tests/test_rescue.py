@@ -7,10 +7,11 @@ import torch
 from conftest import CHECKPOINT, SMALL
 from test_training import rows
 
-from flowgen.bijections import Affine, BatchNorm
-from flowgen.models import Glow
+from flowgen.bijections.batchnorm import BatchNorm
+from flowgen.bijections.univariate import Affine
+from flowgen.models.flows.glow import Glow
 from flowgen.training.checkpoint import read_checkpoint
-from flowgen.training.run import Run
+from flowgen.training.run_dir import Run
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> list[int]:

@@ -6,15 +6,11 @@ import pytest
 import torch
 from enumeration import CHAINS, SAMPLERS, distance, draw, floor, law, machine, states
 
-from flowgen.config import build
-from flowgen.models.partition import exact_log_z
-from flowgen.models.rbm.annealing import States
-from flowgen.models.rbm.bridge import _sweep
-from flowgen.models.rbm.exchange import Rungs, equal_parts
-from flowgen.models.rbm.gibbs import draw_bits, gibbs, mean_field, white_noise
+from flowgen.config.instantiate import build
+from flowgen.models.rbm.log_z import States, _sweep, exact_log_z
 from flowgen.models.rbm.negative_phase import PCD
-from flowgen.models.rbm.tempering import Ladder
-from flowgen.training.formats import in_todays_words
+from flowgen.models.rbm.sampling import Ladder, Rungs, draw_bits, equal_parts, gibbs, mean_field, white_noise
+from flowgen.training.checkpoint import in_todays_words
 
 
 @pytest.mark.parametrize("method", ["gibbs", "tempering"])
@@ -120,7 +116,12 @@ def test_clamped_chains_reach_the_exact_conditional(method):
 
 @pytest.mark.parametrize("name", ["flowgen.models.negative_phase.PCD", "flowgen.models.rbm.negative_phase.PCD"])
 def test_negative_phases_are_built_by_the_names_that_checkpoints_hold(name):
-    model = {"_target_": "flowgen.models.RBM", "visible": 4, "hidden": 3, "negative_phase": {"_target_": name, "sweeps": 1, "chains": 3}}
+    model = {
+        "_target_": "flowgen.models.rbm.rbm.RBM",
+        "visible": 4,
+        "hidden": 3,
+        "negative_phase": {"_target_": name, "sweeps": 1, "chains": 3},
+    }
     rbm = build("model", in_todays_words({"model": model, "data": {}, "trainer": {}})["model"])
     assert isinstance(rbm.negative_phase, PCD) and rbm.negative_phase.chains == 3
 

@@ -15,15 +15,14 @@ from test_cli import assert_plain
 from test_models import MODELS, glow, noise, started
 
 import flowgen
-from flowgen.bijections import FactorOut
-from flowgen.commands import against
-from flowgen.commands.judge import Judge
-from flowgen.config import build_data
-from flowgen.data import Stream
-from flowgen.errors import FlowgenError
-from flowgen.judging import Outliers, auroc, complexity
-from flowgen.judging.outliers import log_kernel_density
-from flowgen.models import Flow
+from flowgen.bijections.reshape import FactorOut
+from flowgen.commands import score as against
+from flowgen.commands.score import Judge
+from flowgen.config.instantiate import build_data
+from flowgen.data.preprocess import Stream
+from flowgen.evaluation.ood import Outliers, auroc, complexity, log_kernel_density
+from flowgen.models.flows.flow import Flow
+from flowgen.utils.errors import FlowgenError
 
 FLOWS = [name for name in MODELS if name not in ("iaf",)]
 
@@ -202,7 +201,7 @@ def test_score_lists_the_strangest_first_and_writes_all(tiny_run, images, comman
 def test_the_bits_per_dim_of_score_are_the_models(tiny_run, images, command, tmp_path):
     assert command("score", images / "000.png", "--run", tiny_run, "--csv", tmp_path / "all.csv")[0] == 0
     model = flowgen.load(tiny_run)
-    from flowgen.data import read_levels
+    from flowgen.data.preprocess import read_levels
 
     levels = read_levels(images / "000.png", 8, 3, None, 5)
     expected = -model.score(levels, generator=torch.Generator().manual_seed(0)).item() / (192 * math.log(2))
@@ -226,7 +225,7 @@ def test_against_prints_both_ways_where_a_run_of_the_other_data_is_there(tiny_ru
     assert command("score", "--run", tiny_run, "--against", "outputs/model.width=8")[1] == both, "a run of a sweep"
 
 
-TOY = {"_target_": "flowgen.data.Toy", "name": "moons", "count": 8, "bits": 8, "flip": False}
+TOY = {"_target_": "flowgen.data.toy2d.Toy", "name": "moons", "count": 8, "bits": 8, "flip": False}
 
 
 def judge_with(model: Flow) -> Judge:

@@ -13,10 +13,10 @@ from test_rbm_runs import TINY
 
 import flowgen
 from flowgen.commands.evaluate import OF_LOG_Z, merged
-from flowgen.measures import LOG_PROBABILITY, UNNORMALISED
-from flowgen.models import Evaluation
-from flowgen.training.find import find_checkpoint
-from flowgen.training.portable import about_portable, write_portable, zoo, zoo_file
+from flowgen.config.runs import find_checkpoint
+from flowgen.models.base import Evaluation
+from flowgen.training.checkpoint import about_portable, write_portable, zoo, zoo_file
+from flowgen.utils.metrics import LOG_PROBABILITY, UNNORMALISED
 
 Command = Callable[..., tuple[int, str, str]]
 

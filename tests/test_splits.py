@@ -8,9 +8,11 @@ from conftest import save_image
 from test_data import folder, plain_images
 from test_idx import write_mnist
 
-from flowgen.data import MNIST, Images, MNISTSample, Split, Toy, prepare
-from flowgen.data.splits import hashed_order, part, split_by_hash
-from flowgen.errors import FlowgenError
+from flowgen.data.dataset import Images, Split, hashed_order, part, split_by_hash
+from flowgen.data.mnist import MNIST, MNISTSample
+from flowgen.data.preprocess import prepare
+from flowgen.data.toy2d import Toy
+from flowgen.utils.errors import FlowgenError
 
 
 def digest(*tensors: torch.Tensor) -> str:

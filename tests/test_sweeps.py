@@ -14,14 +14,19 @@ import torch
 from conftest import SMALL, save_image
 from hydra.core.hydra_config import HydraConfig
 
-from flowgen.commands import resume, train
-from flowgen.config import in_grammar, override, read_config, resolvers, save_config
-from flowgen.errors import FlowgenError
-from flowgen.models import RBM, Flow, Glow, RealNVP
-from flowgen.training import run as run_module
+from flowgen.commands import train
+from flowgen.commands import train as resume
+from flowgen.config import compose as resolvers
+from flowgen.config.compose import in_grammar, override, read_config, save_config
+from flowgen.config.runs import find_checkpoint
+from flowgen.models.flows.flow import Flow
+from flowgen.models.flows.glow import Glow
+from flowgen.models.flows.realnvp import RealNVP
+from flowgen.models.rbm.rbm import RBM
+from flowgen.training import run_dir as run_module
 from flowgen.training.checkpoint import read_checkpoint
-from flowgen.training.find import find_checkpoint
-from flowgen.training.journal import Journal
+from flowgen.training.logger import Journal
+from flowgen.utils.errors import FlowgenError
 
 RUN = {"trainer": {"steps": 5, "lr": 0.1, "keep_at": []}, "data": {"root": None}, "seed": 0}
 
@@ -279,7 +284,7 @@ def test_init_says_what_does_not_fit(tiny_run, images, command, tmp_path):
 
 def test_the_newest_run_that_fits_is_found_by_its_configuration(tiny_run, elsewhere, monkeypatch):
     runs = [shutil.copytree(tiny_run, elsewhere / "outputs" / name) for name in ("flow", "rbm", "classes")]
-    for age, (run, model) in enumerate(zip(runs, ({}, {"_target_": "flowgen.models.RBM"}, {"classes": 10}), strict=True)):
+    for age, (run, model) in enumerate(zip(runs, ({}, {"_target_": "flowgen.models.rbm.rbm.RBM"}, {"classes": 10}), strict=True)):
         config = read_config(run / "config.yaml")
         save_config(config | {"model": config["model"] | model}, run / "config.yaml")
         os.utime(run / "config.yaml", (age, age))

@@ -16,12 +16,12 @@ from test_training import rows, spawn, wait_for_step
 from together import judge, work
 from torch import distributed as dist
 
-from flowgen import shares
-from flowgen.errors import FlowgenError
-from flowgen.shares import Share, split
 from flowgen.training.checkpoint import read_checkpoint
-from flowgen.training.run import Run
-from flowgen.training.team import Team, join
+from flowgen.training.distributed import Team, join
+from flowgen.training.run_dir import Run
+from flowgen.utils import distributed as shares
+from flowgen.utils.distributed import Share, split
+from flowgen.utils.errors import FlowgenError
 
 TINY = [word for word in SMALL if not word.startswith("model.")]
 MODELS = {  # by descent: Adam makes steps of the rounding errors that are the gradient of a bias before a batch normalisation

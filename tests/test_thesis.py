@@ -22,10 +22,11 @@ from PIL import Image
 from test_house import compose_config, shape_of
 from test_report import Page
 
-from flowgen.config import build_model, model_for, options
-from flowgen.data import originals
-from flowgen.data.lists import split_names
-from flowgen.data.source import open_source
+from flowgen.config.compose import options
+from flowgen.config.instantiate import build_model, model_for
+from flowgen.data.image_folder import split_names
+from flowgen.data.originals import originals
+from flowgen.data.preprocess import open_source
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "thesis"
 NUMBERED = {f"3.{number}" for number in range(1, 37)}

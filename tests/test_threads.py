@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import SMALL
 
-from flowgen.errors import FlowgenError
 from flowgen.training import threads
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.threads import Reading, free_cores, quota, use_threads
+from flowgen.utils.errors import FlowgenError
 
 
 @pytest.fixture

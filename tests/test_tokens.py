@@ -6,9 +6,10 @@ from conftest import SMALL
 from test_bijections import tokens
 from test_models import MODELS, model_of, noise, started
 
-from flowgen.bijections import Affine, Guided, TokenAutoregressive
-from flowgen.models import TarFlow
+from flowgen.bijections.autoregressive import TokenAutoregressive
+from flowgen.bijections.univariate import Affine, Guided
 from flowgen.models.flows.jet import token_masks
+from flowgen.models.flows.tarflow import TarFlow
 
 
 def pushed(bijection: TokenAutoregressive) -> TokenAutoregressive:

@@ -15,17 +15,16 @@ import torch
 from conftest import SMALL
 
 import flowgen
-from flowgen.bijections import estimate_statistics
-from flowgen.config import build_data
-from flowgen.data import Images
-from flowgen.errors import FlowgenError
-from flowgen.models import Glow
+from flowgen.bijections.batchnorm import estimate_statistics
+from flowgen.config.instantiate import build_data
+from flowgen.data.dataset import Images
+from flowgen.models.flows.glow import Glow
 from flowgen.training.checkpoint import KEYS, read_checkpoint
 from flowgen.training.device import choose_device, peak_memory, reset_peak_memory
-from flowgen.training.optimisation import Optimisation
-from flowgen.training.run import Run, best_measured
-from flowgen.training.schedule import learning_rate_factor, warmup_steps
+from flowgen.training.optim import Optimisation, learning_rate_factor, warmup_steps
+from flowgen.training.run_dir import Run, best_measured
 from flowgen.training.state import State
+from flowgen.utils.errors import FlowgenError
 
 NORMALISED = ["model=realnvp", "model.blocks=1", "model.levels=1", *[word for word in SMALL if "steps_per_level" not in word]]
 PERSISTENT = [  # chains that go on from step to step
@@ -301,7 +300,7 @@ def test_float32_convolutions_stay_float32_on_a_gpu(monkeypatch):
 
 
 def test_a_run_is_trained_by_one_process_alone(tiny_run, command):
-    from flowgen.commands.holding import sole_trainer_of
+    from flowgen.commands.train import sole_trainer_of
 
     with sole_trainer_of(Run(tiny_run)):
         status, _, error = command("resume", tiny_run, "trainer.steps=9")

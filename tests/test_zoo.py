@@ -11,8 +11,8 @@ from enumeration import machine
 from safetensors.torch import save_file
 
 import flowgen
-from flowgen.training.find import find_checkpoint
-from flowgen.training.portable import SUFFIX, ZOO, about_portable, read_portable, write_portable, zoo
+from flowgen.config.runs import find_checkpoint
+from flowgen.training.checkpoint import SUFFIX, ZOO, about_portable, read_portable, write_portable, zoo
 
 MODELS = zoo()
 

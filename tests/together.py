@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from flowgen.commands.holding import sole_trainer_of
-from flowgen.commands.resume import train_in
-from flowgen.config import build_model_and_data, load_weights
-from flowgen.models import Evaluation
-from flowgen.training.run import NoRun, Run
-from flowgen.training.team import Team, join
+from flowgen.commands.train import sole_trainer_of, train_in
+from flowgen.config.instantiate import build_model_and_data
+from flowgen.config.loading import load_weights
+from flowgen.models.base import Evaluation
+from flowgen.training.distributed import Team, join
+from flowgen.training.run_dir import NoRun, Run
 
 
 def train(team: Team, folder: Path, config: dict[str, Any] | None) -> None:

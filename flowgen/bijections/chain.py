@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.continuous import Continuous
-from flowgen.bijections.memory import MEMORY, Forward, recomputed, recovered
-from flowgen.errors import FlowgenError, check_choice
+from flowgen.bijections.reversible import MEMORY, Forward, recomputed, recovered
+from flowgen.utils.errors import FlowgenError, check_choice
 
 
 class Chain(Bijection):

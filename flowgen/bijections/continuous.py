@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowgen.bijections.base import Bijection, beside
+from flowgen.bijections.networks import Transformer
 from flowgen.bijections.reshape import Squeeze
-from flowgen.bijections.transformers import Transformer
-from flowgen.errors import FlowgenError
+from flowgen.utils.errors import FlowgenError
 
 FREQUENCIES = 2  # of the time that a velocity sees
 FIRST, MOST = 0.1, 2000  # length of the solver's first step, which shrinks where that is too far, and how many it may take

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from flowgen.bijections.base import Bijection, beside
-from flowgen.bijections.layers import Network, has_dropout
-from flowgen.bijections.normalize import batch_normalisations
-from flowgen.bijections.transforms.base import Transform
+from flowgen.bijections.batchnorm import batch_normalisations
+from flowgen.bijections.networks import Network, has_dropout
+from flowgen.bijections.univariate import Transform
 
 
 class Coupling(Bijection):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection
-from flowgen.errors import FlowgenError, check_whole
+from flowgen.utils.errors import FlowgenError, check_whole
 
 FAR = 80.0  # where float32's exp(-x) comes to its end
 

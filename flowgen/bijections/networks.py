@@ -1,12 +1,168 @@
-"""The networks inside couplings: free functions of their input, the only part that may run in bfloat16."""
+"""What the networks inside couplings are made of: layers that may start from data."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from flowgen.bijections.layers import BatchNorm2d, Layers, Network, Normalize, NormalizedConv2d, Relu, ZeroConv2d, check_can_be_normalised
+from flowgen.utils.console import Progress, unseen
+from flowgen.utils.distributed import draw, of_batch, total
+from flowgen.utils.errors import FlowgenError
+
+
+class Network(nn.Module, ABC):
+    """A function of its input that may start from data."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W)."""
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        """Look at one batch before training and hand on the output for it."""
+        return self(x)
+
+
+class Layers(Network):
+    """Networks one after the other."""
+
+    def __init__(self, *layers: Network):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer.initialize(x)  # type: ignore[operator]
+        return x
+
+
+class Relu(Network):
+    """max(x, 0), written over its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu_(x)
+
+
+class NormalizedConv2d(Network):
+    """A same-size convolution with ActNorm behind it, the two folded into one.
+
+    `initialize` scales each output channel to zero mean and unit variance. That start is all that ActNorm adds here: its scale and
+    shift are absorbed by weight and bias, and cost nothing afterwards.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1):
+        super().__init__()
+        self.dilation = dilation
+        self.weight = nn.Parameter(0.05 * torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dilation == 1:
+            return F.conv2d(x, self.weight, self.bias, padding="same")
+        # Channels-last, the CPU's bfloat16 gradient for the weights of a dilated convolution is NaN from 32x32 on (torch 2.13).
+        return F.conv2d(x.contiguous(), self.weight.contiguous(), self.bias, padding="same", dilation=self.dilation)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        deviation, mean = torch.std_mean(self(x).transpose(0, 1).flatten(1), dim=1)
+        deviation = deviation.clamp(min=1e-6)  # a channel that never varies must not blow up
+        self.weight.div_(deviation[:, None, None, None])
+        self.bias.copy_((self.bias - mean) / deviation)
+        return self(x)
+
+
+class ZeroConv2d(Network):
+    """The last convolution, (w * x + b) exp(3 log_scale), zero when training starts: the coupling starts as the identity.
+
+    Glow (1807.03039), section 3.3 and its code.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.log_scale = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = (3 * self.log_scale).exp()  # on the weights rather than the pixels: the same, and free
+        return F.conv2d(x, self.weight * factor[:, None, None, None], self.bias * factor, padding="same")
+
+
+class Normalize(Network):
+    """ActNorm where no convolution stands right before it: y = exp(log_scale) x + shift per channel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(width, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift.to(x.dtype), x, self.log_scale.exp().to(x.dtype))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        deviation, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
+        self.log_scale.copy_(-deviation[0].clamp(min=1e-6).log())
+        self.shift.copy_(-mean[0] * self.log_scale.exp())
+        return self(x)
+
+
+def check_can_be_normalised(x: Tensor) -> None:
+    """Raises FlowgenError for a batch of one number a channel, which has no variance."""
+    if of_batch().size * x[:, 0].numel() < 2:
+        raise FlowgenError("batch normalisation needs more than one image at a time: give trainer.batch_size at least 2 a part")
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and variance of every channel, (C,) each, over the whole batch, and over how many numbers a channel."""
+    numbers, size = x.transpose(0, 1).flatten(1), of_batch().size
+    count = size * numbers.shape[1]
+    if size == 1:
+        variance, mean = torch.var_mean(numbers, dim=1, correction=0)
+        return mean, variance, count
+    mean = total(numbers.sum(1)) / count
+    return mean, total((numbers - mean[:, None]).square().sum(1)) / count, count
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's own, over the whole batch where several processes share one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or of_batch().size == 1:
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        mean, variance, count = batch_moments(x.to(self.weight.dtype))
+        weight = self.momentum or 0.0
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.detach(), weight)
+        self.running_var.lerp_(variance.detach() * (count / (count - 1)), weight)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return torch.addcmul((self.bias - mean * scale)[:, None, None], x, scale[:, None, None]).to(x.dtype)
+
+
+def has_dropout(network: nn.Module) -> bool:
+    """Whether dropout makes it another function at every call in training."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
+
+
+class Dropout(nn.Dropout):
+    """torch's own, but that what is lost of a share of a batch is what the whole one would lose there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        stays = draw(torch.rand, x.shape, device=x.device) >= self.p
+        return x * stays / (1 - self.p)
 
 
 class ResidualBlock(Network):
@@ -133,3 +289,110 @@ class RealNVPNetwork(Network):
             x = x + block(x)
         raw, shift = self.last(x).chunk(2, dim=1)
         return torch.cat((self.scale.to(raw.dtype) * raw.tanh(), shift), dim=1)
+
+
+Past = tuple[Tensor, Tensor]  # keys and values of the tokens read so far, (B, heads, tokens, width / heads) each
+
+
+class Layer(nn.Module):
+    """h + attention(norm(h)), then h + MLP(norm(h)), of tokens (B, N, width). Vaswani et al. (1706.03762); Xiong et al. (2002.04745)."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.queries_keys_values = nn.Linear(width, 3 * width)
+        self.merge = nn.Sequential(nn.Linear(width, width), Dropout(dropout))
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), Dropout(dropout))
+
+    def forward(self, h: Tensor, causal: bool) -> Tensor:
+        queries, keys, values = self._read(h)
+        return self._go_on(h, F.scaled_dot_product_attention(queries, keys, values, is_causal=causal))
+
+    def step(self, h: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+        """What `forward` makes of the next token, h (B, 1, width), after those of `past`, which grows by it."""
+        queries, keys, values = self._read(h)
+        if past is not None:
+            keys, values = torch.cat((past[0], keys), 2), torch.cat((past[1], values), 2)
+        return self._go_on(h, F.scaled_dot_product_attention(queries, keys, values)), (keys, values)
+
+    def _read(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, values = self.queries_keys_values(self.norm(h)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return queries, keys, values
+
+    def _go_on(self, h: Tensor, seen: Tensor) -> Tensor:
+        h = h + self.merge(seen.transpose(1, 2).flatten(2))
+        return h + self.mlp(h)
+
+
+class CausalTransformer(nn.Module):
+    """Contexts of tokens, (B, N, size) -> (B, N, width), each read off the tokens before it; the first off a learned start alone.
+
+    All of them see a condition of `seen` numbers, the same for all or one for each token. TarFlow (2412.06329), section 3.
+    """
+
+    def __init__(self, tokens: int, size: int, width: int, heads: int, layers: int, dropout: float = 0.0, seen: int = 0):
+        super().__init__()
+        self.place = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.embed = nn.Linear(size, width)
+        self.condition = nn.Linear(seen, width, bias=False) if seen else None
+        self.layers = nn.ModuleList(Layer(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
+        h = self._places(len(tokens), condition) + F.pad(self.embed(tokens[:, :-1]), (0, 0, 1, 0))
+        for layer in self.layers:
+            h = layer(h, causal=True)
+        return self.norm(h)
+
+    def one_by_one(
+        self, choose: Callable[[int, Tensor], Tensor], batch: int, condition: Tensor | None = None, progress: Progress = unseen
+    ) -> Tensor:
+        """The tokens (batch, N, size) of which each is `choose(i, context)`, (batch, size), by its own context (batch, width).
+
+        Keys and values of the tokens before are kept, so that every token is read once.
+        """
+        places = self._places(batch, condition)
+        past: list[Past | None] = [None] * len(self.layers)
+        tokens: list[Tensor] = []
+        for i in progress(range(len(self.place)), "one token after the other"):
+            h = places[:, i : i + 1]
+            if tokens:
+                h = h + self.embed(tokens[-1])[:, None]
+            for number, layer in enumerate(self.layers):
+                h, past[number] = layer.step(h, past[number])  # type: ignore[operator]
+            tokens.append(choose(i, self.norm(h)[:, 0]))
+        return torch.stack(tokens, 1)
+
+    def _places(self, batch: int, condition: Tensor | None) -> Tensor:
+        """What is known of every token beforehand: (batch, N, width)."""
+        if condition is None or self.condition is None:
+            return self.place.expand(batch, -1, -1)
+        each = condition[:, None] if condition.dim() == 2 else condition.flatten(2).transpose(1, 2)
+        return self.place + self.condition(each.to(self.place.dtype))
+
+
+class Transformer(Network):
+    """A transformer of the pixels of an image, each of which sees all: (B, C, H, W) -> (B, C', H, W); the last layer starts at zero."""
+
+    def __init__(self, tokens: int, in_channels: int, width: int, out_channels: int, heads: int, layers: int, dropout: float = 0.0):
+        super().__init__()
+        self.place = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.embed = nn.Linear(in_channels, width)
+        self.layers = nn.ModuleList(Layer(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.last = zero_linear(width, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.place + self.embed(x.flatten(2).transpose(1, 2))
+        for layer in self.layers:
+            h = layer(h, causal=False)
+        return self.last(self.norm(h)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer that starts at zero, so that what it parametrises starts where its parameters are zero."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

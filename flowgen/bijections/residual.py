@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.roots import root
+from flowgen.bijections.root_finding import root
 
 LEAST = 0.05  # slope along the direction of a hidden unit: float32 has to find the way back
 

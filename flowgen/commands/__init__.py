@@ -1,1 +1,0 @@
-"""One plain function a command: floor 4."""

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowgen import pictures
-from flowgen.config import find_model
-from flowgen.data import read_exactly, size_of
-from flowgen.errors import FlowgenError
-from flowgen.models import Completes, Completion, GenerativeModel, Linear
-from flowgen.progress import bar
+from flowgen.config.loading import find_model
+from flowgen.data.preprocess import read_exactly, size_of
+from flowgen.models.base import Completes, Completion, GenerativeModel, Linear
+from flowgen.utils import rendering
+from flowgen.utils.console import bar
+from flowgen.utils.errors import FlowgenError
 
 DRAWS = 5  # that are shown
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey: ITU-R BT.601, as Pillow converts
@@ -39,7 +39,7 @@ def complete(
         shown = torch.cat((whole, kept, mean[None], spread[None], draws[:DRAWS]))
         rows.append((f"{method}: image, kept, mean, spread, draws", grey(shown)))
     target = out or run.folder / "completion.png"
-    pictures.blocks(rows, 8, columns=4 + DRAWS).save(target)
+    rendering.blocks(rows, 8, columns=4 + DRAWS).save(target)
     return target
 
 

@@ -1,23 +1,93 @@
-"""`flowgen edit`."""
+"""The directions of attributes in a run's latents, found once and kept with the run."""
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from flowgen import pictures
-from flowgen.commands.directions import directions_of
-from flowgen.config import find_model
-from flowgen.data import read_levels
-from flowgen.directions import move_along
-from flowgen.errors import FlowgenError
-from flowgen.models import GenerativeModel
-from flowgen.progress import bar
+from flowgen.config.instantiate import build_data
+from flowgen.config.loading import find_model
+from flowgen.data.attributes import read_table
+from flowgen.data.dataset import part
+from flowgen.data.preprocess import Stream, read_levels
+from flowgen.evaluation.latent_directions import BATCH, Directions, Moments, class_directions, directions_from, moments, move_along, one_hot
+from flowgen.models.base import Classifies, GenerativeModel
+from flowgen.training.run_dir import Run, kept
+from flowgen.utils import rendering
+from flowgen.utils.console import Progress, bar
+from flowgen.utils.errors import FlowgenError
+
+COUNT = 10_000  # images at most that they are found from
+log = logging.getLogger("flowgen")
+
+
+def directions_of(
+    run: Run,
+    checkpoint: dict[str, Any],
+    model: GenerativeModel,
+    *,
+    wanted: Collection[str] = (),
+    table: Path | None = None,
+    count: int = COUNT,
+    method: str = "ridge",
+    progress: Progress = bar,
+) -> Directions:
+    """Of the attributes in `table`, a CSV file, else of what the training images are known to have: CelebA's attributes, or classes.
+
+    A model that knows classes itself needs no images for them, unless it is something else that is `wanted`. Raises FlowgenError where no
+    attribute is known.
+    """
+    if isinstance(model, Classifies) and model.classes is not None and table is None and set(wanted) <= set(map(str, range(model.classes))):
+        return class_directions(model)
+    config = checkpoint["config"]
+    of_images = hashlib.sha256(table.read_bytes()).hexdigest() if table and table.is_file() else sorted(config["data"].items(), key=str)
+
+    def find() -> dict[str, Any]:
+        names, classes, images, total = _from_table(model, config, table, count) if table else _from_training(config, count)
+        found = moments(model, progress(images, "latents", -(-total // BATCH)))
+        log.info("directions of %d %s from %d images", len(names), "classes" if classes else "attributes", total)
+        return {"names": list(names), "classes": classes, **found._asdict()}
+
+    found = kept(run, checkpoint, "directions", (of_images, table and str(table.resolve()), count), find)
+    of_latents = Moments(*(found[name] for name in Moments._fields))
+    directions = directions_from(of_latents, tuple(found["names"]), found["classes"], method)
+    return Directions(directions.names, directions.changes.to(model.device, model.dtype), directions.classes)
+
+
+Labelled = tuple[tuple[str, ...], bool, Iterator[tuple[Tensor, Tensor]], int]
+
+
+def _from_training(config: dict[str, Any], count: int) -> Labelled:
+    data = build_data(config)
+    train = data.train
+    if train.attributes is not None:
+        names, classes, attributes = data.attributes, False, train.attributes
+    elif train.labels is not None and data.classes is not None:
+        names, classes, attributes = tuple(map(str, range(data.classes))), True, one_hot(train.labels, data.classes)
+    else:
+        raise FlowgenError(
+            "nothing is known of this run's images: put CelebA's list beside them, sort them into folders, or name a table with --labels"
+        )
+    chosen = attributes[part(len(train), count)]
+    return names, classes, zip(data.batches("train", BATCH, count), chosen.split(BATCH), strict=True), len(chosen)
+
+
+def _from_table(model: GenerativeModel, config: dict[str, Any], path: Path, count: int) -> Labelled:
+    table = read_table(path)
+    chosen = part(len(table.files), count)
+    how = {key: config["data"].get(key) for key in ("crop", "binarise")}
+    channels, size, _ = model.shape
+    stream = Stream([table.files[place] for place in chosen.tolist()], size=size, channels=channels, bits=model.bits, **how)
+    pairs = zip((levels for _, levels in stream.batches(BATCH)), table.values[chosen].split(BATCH), strict=True)
+    return table.names, False, pairs, len(chosen)
+
 
 FARTHEST, STEPS, FRAMES = 2.0, 9, 25
 ALIKE = 0.01  # of the pixels may fall into the next level by rounding
-log = logging.getLogger("flowgen")
 
 
 def edit(
@@ -57,9 +127,9 @@ def edit(
         log.warning("this model does not restore the images from their latents: what changes is not the attributes alone")
     if film:
         frames = list(rows)
-        pictures.film([*frames, *frames[-2:0:-1]], model.bits, len(paths), target)
+        rendering.film([*frames, *frames[-2:0:-1]], model.bits, len(paths), target)
     else:
         said = ", ".join(f"{attribute} by {by:g}" if amounts else attribute for attribute, by in per.items())
         title = f"the image, and {said}" if amounts else f"{said}: from {start:g} to {end:g}"
-        pictures.blocks([(title, rows.transpose(0, 1).flatten(0, 1))], model.bits, columns=len(shares)).save(target)
+        rendering.blocks([(title, rows.transpose(0, 1).flatten(0, 1))], model.bits, columns=len(shares)).save(target)
     return target

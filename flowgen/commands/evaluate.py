@@ -4,13 +4,15 @@ import logging
 import math
 from typing import Any, NamedTuple
 
-from flowgen.config import build, build_data, check_fits_data, model_of, override
-from flowgen.errors import FlowgenError
-from flowgen.measures import Judgement, finite
-from flowgen.models import Evaluation
-from flowgen.progress import bar
-from flowgen.training.doubts import doubt_likelihood, doubt_split
-from flowgen.training.find import find_checkpoint
+from flowgen.config.compose import override
+from flowgen.config.instantiate import build, build_data, check_fits_data
+from flowgen.config.loading import model_of
+from flowgen.config.runs import find_checkpoint
+from flowgen.models.base import Evaluation
+from flowgen.training.sanity_checks import doubt_likelihood, doubt_split
+from flowgen.utils.console import bar
+from flowgen.utils.errors import FlowgenError
+from flowgen.utils.metrics import Judgement, finite
 
 BATCH = 64
 OF_LOG_Z = ("log_z", "log_z_error", "quotable", "verdict")

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowgen import pictures
-from flowgen.config import model_of
-from flowgen.costs import check_fits
-from flowgen.data import read_levels
-from flowgen.judging import great_circle, line, walk
-from flowgen.models import GenerativeModel
-from flowgen.progress import bar
-from flowgen.training.find import find_checkpoint
+from flowgen.config.loading import model_of
+from flowgen.config.runs import find_checkpoint
+from flowgen.data.preprocess import read_levels
+from flowgen.evaluation.interpolation import great_circle, line, walk
+from flowgen.models.base import GenerativeModel
+from flowgen.utils import rendering
+from flowgen.utils.console import bar
+from flowgen.utils.memory import check_fits
 
 log = logging.getLogger("flowgen")
 
@@ -27,7 +27,7 @@ def interpolate(*, first: Path, second: Path, name: str | None, steps: int, sphe
     model, crop = model_of(checkpoint, device), checkpoint["config"]["data"].get("crop")
     channels, size, _ = model.shape
     start, end = (read_levels(path, size, channels, crop, model.bits) for path in (first, second))
-    side = max(pictures.SMALLEST_SIDE, size)
+    side = max(rendering.SMALLEST_SIDE, size)
     check_fits("--steps", steps, 8 * side**2)
     model.watch(bar)
     latent, pixels = between(model, start, end, steps, spherical)
@@ -36,10 +36,10 @@ def interpolate(*, first: Path, second: Path, name: str | None, steps: int, sphe
     target = out or run.folder / "interpolation.png"
     if target.suffix.lower() == ".gif":
         frames = [torch.stack(pair) for pair in zip(latent, pixels, strict=True)]
-        pictures.film([*frames, *frames[-2:0:-1]], model.bits, 2, target)
+        rendering.film([*frames, *frames[-2:0:-1]], model.bits, 2, target)
     else:
         rows = [(f"{'great circle' if spherical else 'line'} in the latents", latent), ("line in the pixels", pixels)]
-        pictures.blocks(rows, model.bits, columns=steps).save(target)
+        rendering.blocks(rows, model.bits, columns=steps).save(target)
     return target
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from flowgen import plots
 from flowgen.commands.runs import readable_runs
-from flowgen.config import flat, read_config
-from flowgen.document import Picture, Section, data_url, encoded, write_document
-from flowgen.errors import FlowgenError, check_folder_of
-from flowgen.measures import BITS_PER_DIM, COMPARED, Metric, read_measured
-from flowgen.training.find import OUTPUTS, find_run
-from flowgen.training.run import Run, best_measured, watched
+from flowgen.config.compose import flat, read_config
+from flowgen.config.runs import OUTPUTS, find_run
+from flowgen.training.run_dir import Run, best_measured, watched
+from flowgen.utils import plots
+from flowgen.utils.errors import FlowgenError, check_folder_of
+from flowgen.utils.html import Picture, Section, data_url, encoded, write_document
+from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, Metric, read_measured
 
 CAPTIONS = {
     "curves.png": "Training loss, validation figure, learning rate and gradient norm (flowgen train).",

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowgen.config import read_config
-from flowgen.errors import FlowgenError
-from flowgen.training.find import list_runs
-from flowgen.training.portable import about_portable, zoo, zoo_file
-from flowgen.training.run import Run, best_measured
+from flowgen.config.compose import read_config
+from flowgen.config.runs import list_runs
+from flowgen.training.checkpoint import about_portable, zoo, zoo_file
+from flowgen.training.run_dir import Run, best_measured
+from flowgen.utils.errors import FlowgenError
 
 log = logging.getLogger("flowgen")
 

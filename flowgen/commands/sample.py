@@ -2,18 +2,22 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flowgen import pictures, plots
-from flowgen.config import build_data, find_model
-from flowgen.costs import check_fits
-from flowgen.errors import FlowgenError
-from flowgen.models import Classifies, DrawsTokens, Flow, GenerativeModel, RunsChains
-from flowgen.plane import SHAPE, is_plane
-from flowgen.progress import bar
+from flowgen.commands.complete import grey
+from flowgen.config.instantiate import build_data
+from flowgen.config.loading import find_model
+from flowgen.models.base import Classifies, DrawsTokens, GenerativeModel, RunsChains
+from flowgen.models.flows.flow import Flow
+from flowgen.utils import plots, rendering
+from flowgen.utils.console import bar
+from flowgen.utils.errors import FlowgenError
+from flowgen.utils.memory import check_fits
+from flowgen.utils.rendering import SHAPE, is_plane
 
 BATCH = 64
 COLUMNS = 8  # images in a row
@@ -67,9 +71,9 @@ def sample(
         if len(temperatures) > 1:
             raise FlowgenError("a zip holds the samples of one temperature: call this once for each, with an --out of its own")
         batches = draws(model, count, temperatures[0], seed, **how)
-        pictures.archive((levels for levels, _ in bar(batches, "samples", -(-count // BATCH))), model.bits, path)
+        rendering.archive((levels for levels, _ in bar(batches, "samples", -(-count // BATCH))), model.bits, path)
         return path
-    side = max(pictures.SMALLEST_SIDE, *model.shape[1:])
+    side = max(rendering.SMALLEST_SIDE, *model.shape[1:])
     check_fits("--count", count, 4 * side**2 * len(temperatures), cure=" in a picture, and any number in --out FILE.zip")
     for temperature in temperatures:
         levels, scores = draw(model, count, temperature, seed, **how)
@@ -77,7 +81,7 @@ def sample(
             log.warning("%d of %d samples at temperature %g are beyond what float32 holds: try a lower one", broken, count, temperature)
         said = [f"class {label}"] * (label is not None) + [str(method)] * bool(method) + [f"temperature {temperature:g}"]
         titled.append((", ".join(said), levels[scores.argsort(descending=True)]))
-    pictures.blocks(titled, model.bits, columns=min(count, COLUMNS)).save(path)
+    rendering.blocks(titled, model.bits, columns=min(count, COLUMNS)).save(path)
     return path
 
 
@@ -113,3 +117,17 @@ def plane(model: Flow, target: torch.Tensor, temperature: float, count: int, see
     noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
     target = ((target.cpu() + noise) / model.bins).flatten(1)
     plots.plane(target, latent.cpu(), carried.cpu(), density.cpu(), temperature, path)
+
+
+@torch.no_grad()
+def chain(*, method: str, name: str | None, count: int, frames: int, sweeps: int, seed: int, device: str, out: Path | None) -> Path:
+    """Save a film of `count` chains from white noise: P(v = 1) after every `sweeps` sweeps. Raises FlowgenError."""
+    run, _, model = find_model(name, device, RunsChains)
+    side = max(rendering.SMALLEST_SIDE, *model.shape[1:])
+    check_fits("--frames", frames, 3 * count * side**2)
+    states = model.film(count, method, torch.Generator(model.device).manual_seed(seed))
+    shown = islice(bar(states, method, sweeps * frames), 0, sweeps * frames + 1, sweeps)
+    target = out or run.folder / f"chain_{method}.gif"
+    columns = max(1, round(count**0.5))
+    rendering.film([grey(frame) for frame in shown], 8, columns, target)
+    return target

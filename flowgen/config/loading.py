@@ -1,14 +1,16 @@
 """Models out of checkpoints."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flowgen.config.building import build_model
-from flowgen.errors import FlowgenError
+from flowgen.config.compose import check_words, conf_folder, options, override
+from flowgen.config.instantiate import build_model
+from flowgen.utils.errors import FlowgenError
 
 if TYPE_CHECKING:
-    from flowgen.models import GenerativeModel
-    from flowgen.training.run import Run
+    from flowgen.models.base import GenerativeModel
+    from flowgen.training.run_dir import Run
 
 
 Able = TypeVar("Able", bound="GenerativeModel")
@@ -16,14 +18,14 @@ Able = TypeVar("Able", bound="GenerativeModel")
 
 def load_model(run: str | os.PathLike[str], device: str = "cpu") -> "GenerativeModel":
     """See `flowgen.load`."""
-    from flowgen.training.find import find_checkpoint
+    from flowgen.config.runs import find_checkpoint
 
     return model_of(find_checkpoint(str(run))[1], device)
 
 
 def find_model(name: str | None, device: str, ability: type[Able]) -> tuple["Run", dict[str, Any], Able]:
     """The run of `find_checkpoint`, its checkpoint and its model, which has this ability. Raises FlowgenError where there is none."""
-    from flowgen.training.find import find_checkpoint
+    from flowgen.config.runs import find_checkpoint
 
     run, checkpoint = find_checkpoint(name, ability)
     return run, checkpoint, model_of(checkpoint, device)  # type: ignore[return-value]
@@ -53,3 +55,35 @@ def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
         raise FlowgenError(
             "the checkpoint's weights are not those of the model that its configuration describes: leave what shapes the model as it was"
         ) from error
+
+
+WHICH = ("_target_", "name", "names", "root")  # what says which images a data section is of
+
+
+def data_section(words: list[str]) -> dict[str, Any]:
+    """What `data=NAME data.KEY=VALUE...` describe, as train would. Raises FlowgenError for a set that there is not."""
+    from yaml import safe_load
+
+    check_words(words)
+    named = [word.partition("=")[2] for word in words if word.startswith("data=")]
+    if len(named) != 1 or named[0] not in options("data"):
+        raise FlowgenError(f"{' '.join(words)} names no data: write data= and one of {', '.join(options('data'))}")
+    section = safe_load((conf_folder() / "data" / f"{named[0]}.yaml").read_text())
+    section = override({"data": section}, [word for word in words if not word.startswith("data=")])["data"]
+    if section.get("root") == "???":
+        raise FlowgenError(f"data={named[0]} needs data.root: add data.root=FOLDER")
+    if section.get("root") is not None:
+        section["root"] = str(Path(str(section["root"])).expanduser().resolve())
+    return section
+
+
+def in_shape(section: dict[str, Any], own: dict[str, Any], shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
+    """The section with its images made into those that a model of `shape` (channels, height, width) and `bits` takes, as its `own` were."""
+    wanted = {"channels": shape[0], "size": shape[1], "bits": bits, "binarise": own.get("binarise", "threshold")}
+    return section | {key: value for key, value in wanted.items() if key in section}
+
+
+def of_the_same_images(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two sections are of one set; where it lies counts only for a folder, which has no other name."""
+    keys = WHICH if not one.get("names") and "root" in one else WHICH[:3]
+    return all(one.get(key) == other.get(key) for key in keys)

@@ -17,9 +17,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from flowgen.data.prepare import prepare
-from flowgen.data.source import Source
-from flowgen.errors import FlowgenError
+from flowgen.data.preprocess import Source, prepare
+from flowgen.utils.errors import FlowgenError
 
 VERSION = 1  # of `prepare`: what it made before is made again
 CHUNK = 2048  # images decoded ahead of the writer

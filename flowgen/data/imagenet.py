@@ -13,11 +13,9 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from flowgen.data.base import Images
 from flowgen.data.cache import written_once
-from flowgen.data.locate import check_names, locate
-from flowgen.data.splits import HELD_OUT, Split, digest
-from flowgen.errors import FlowgenError, check_choice
+from flowgen.data.dataset import HELD_OUT, Images, Split, check_names, digest, locate
+from flowgen.utils.errors import FlowgenError, check_choice
 
 CURE = "get the npz files of its size from https://image-net.org/download-images.php (downsampled) and set data.root to their folder"
 CHUNK = 4096  # images read at a time

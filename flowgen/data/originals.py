@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from flowgen.data.lists import split_names
-from flowgen.data.locate import locate
-from flowgen.data.source import open_source
+from flowgen.data.dataset import locate
+from flowgen.data.image_folder import split_names
+from flowgen.data.preprocess import open_source
 
 
 def originals(config: dict[str, Any], count: int, side: int = 128) -> Tensor:

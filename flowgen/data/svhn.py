@@ -8,11 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowgen.data.base import Images
-from flowgen.data.download import download
-from flowgen.data.locate import check_names, data_folder, locate
-from flowgen.data.splits import Split, held_out
-from flowgen.errors import FlowgenError
+from flowgen.data.dataset import Images, Split, check_names, data_folder, download, held_out, locate
+from flowgen.utils.errors import FlowgenError
 
 URL = "http://ufldl.stanford.edu/housenumbers/"
 MD5 = {"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373", "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"}

@@ -1,17 +1,49 @@
-"""The contract of every model: all that the trainer and the commands know."""
+"""What is known of an image where it is no pixel by itself: its grey, or a smaller image."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from flowgen.bijections import inversion_error
-from flowgen.errors import check_choice, check_whole
-from flowgen.measures import LOG_PROBABILITY, Judgement, Metric
-from flowgen.progress import Progress, unseen
+from flowgen.bijections.chain import inversion_error
+from flowgen.utils.console import Progress, unseen
+from flowgen.utils.errors import check_choice, check_whole
+from flowgen.utils.metrics import LOG_PROBABILITY, Judgement, Metric
+
+
+class Linear(NamedTuple):
+    """Weighted sums over groups of pixels, blocks of `side` x `side` and, with `colours`, all channels of them; weights add up to 1.
+
+    Images are (batch, channels, height, width), and so are sums, each at every pixel of its group. `weights` is (channels, 1, 1).
+    """
+
+    weights: Tensor
+    side: int = 1
+    colours: bool = False
+
+    def of(self, x: Tensor) -> Tensor:
+        """What is known of x."""
+        return self.pool(self.weights.to(x) * x)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The sum over each group."""
+        if self.colours:
+            x = x.sum(1, keepdim=True).expand_as(x)
+        if self.side > 1:
+            x = F.interpolate(self.side**2 * F.avg_pool2d(x, self.side), scale_factor=self.side)
+        return x
+
+    def once(self, x: Tensor) -> Tensor:
+        """The sum over the groups of what each of them has at every pixel: (batch,)."""
+        return x.flatten(1).sum(1) / (self.side**2 * (x.shape[1] if self.colours else 1))
+
+
+Known = Tensor | Linear  # true where a pixel is known, (channels, height, width), or sums of pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +88,7 @@ class GenerativeModel(nn.Module, ABC):
 
     @classmethod
     def is_able(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
-        """Whether a model built from these arguments has this ability, a class of `flowgen.models.abilities`."""
+        """Whether a model built from these arguments has this ability, a class of `flowgen.models.base`."""
         return issubclass(cls, ability)
 
     @abstractmethod
@@ -134,3 +166,110 @@ class GenerativeModel(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+
+class Ability(GenerativeModel):
+    """What inherits it directly is an ability: `does` says in sentences what such a model does, `example` which words of train make one."""
+
+    does: ClassVar[str]
+    example: ClassVar[str]
+
+
+class Completion(NamedTuple):
+    """An image restored several times: brightness from 0 to 1, (draws, channels, height, width), and its mean over all that was drawn."""
+
+    draws: Tensor
+    mean: Tensor  # (channels, height, width)
+    figures: Mapping[str, float] = MappingProxyType({})  # what tells how the method fared
+
+
+class Completes(Ability):
+    """Draws what is missing of an image given what is known: P(unknown | known)."""
+
+    does = "restores missing pixels"
+    example = "model=glow"
+    completions: ClassVar[tuple[str, ...]]  # the methods by which it can
+
+    @abstractmethod
+    def complete(
+        self, levels: Tensor, known: Known, *, method: str, sweeps: int | None = None, generator: torch.Generator | None = None
+    ) -> Completion:
+        """Restore one image, levels (1, channels, height, width), where it is not `known`, true or false (channels, height, width).
+
+        Where `known` are sums of pixels, a flow restores what these leave open. `sweeps` are how many steps the method takes, by default
+        as many as suit it; of the levels that are not known nothing is looked at.
+        Raises FlowgenError for a method that is none of `completions`, and for sums where the model wants pixels.
+        """
+
+
+class Classifies(Ability):
+    """Knows a distribution for each class of images."""
+
+    does = "knows classes"
+    example = "model.classes=10 data=mnist"
+
+    @abstractmethod
+    def classify(self, levels: Tensor) -> Tensor:
+        """log p(y | x), (batch, classes)."""
+
+    @abstractmethod
+    def class_latents(self) -> Tensor:
+        """The middle of each class among the latents of `encode`: (classes, latent)."""
+
+    @abstractmethod
+    def sample(
+        self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None, label: int | None = None, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """As every model draws images, of class `label`, or of each class in turn: of many the next `count` from number `first` on.
+
+        Raises FlowgenError for a class that there is not.
+        """
+
+
+class RunsChains(Ability):
+    """Draws by Markov chains, which can be watched."""
+
+    does = "draws by Markov chains"
+    example = "model=rbm"
+
+    @abstractmethod
+    def film(self, count: int, method: str, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """`count` chains in white noise, then after every sweep without end: brightness from 0 to 1, (count, channels, height, width)."""
+
+    @abstractmethod
+    def sample(
+        self,
+        count: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        method: str = "tempering",
+        sweeps: int = 500,
+    ) -> tuple[Tensor, Tensor]:
+        """As every model draws images, by `sweeps` of the sampler `method` from white noise."""
+
+
+class DrawsTokens(Ability):
+    """Draws an image token after token, each given those before it."""
+
+    does = "draws an image token after token"
+    example = "model=tarflow"
+
+    @abstractmethod
+    def sample(
+        self,
+        count: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        label: int | None = None,
+        first: int = 0,
+        guidance: float = 0.0,
+        jacobi: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """As every model draws images; with `jacobi` all tokens at once, in sweeps, with `guidance` the more typical of their class.
+
+        Raises FlowgenError for guidance of a model that it does not fit.
+        """
+
+    @abstractmethod
+    def sweeps(self) -> list[int]:
+        """How many sweeps each block took when images were last drawn by them."""

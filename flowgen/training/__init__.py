@@ -1,1 +1,0 @@
-"""Training and what it leaves behind: floor 3."""

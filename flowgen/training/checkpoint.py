@@ -1,17 +1,130 @@
-"""Checkpoints: dicts of plain data, written so that a crash leaves the old one whole, read so that no code can run."""
+"""What older runs wrote otherwise, put into today's words when they are read."""
 
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flowgen.errors import FlowgenError
-from flowgen.training.formats import FORMAT, MOST_BYTES, renewed
-from flowgen.training.rows import is_number, is_row
+from flowgen.utils.errors import FlowgenError
+from flowgen.utils.metrics import COMPARED
+
+FORMAT = 3  # of the checkpoints that are written
+MOST_BYTES = 2**20  # of a configuration, which reading takes seconds of
+NAMES = ((re.compile(r"\bdequantiser\.networks\.(\d+)\."), r"dequantiser.bijection.bijections.\1.network."),)  # of parameters
+TARGETS = {  # classes that have moved
+    f"flowgen.models.negative_phase.{name}": f"flowgen.models.rbm.negative_phase.{name}" for name in ("CD", "MeanField", "PCD", "Tempering")
+}
+REPEATED = {  # what was said of data that has but one value for it
+    "flowgen.data.mnist.MNIST": {"channels"},
+    "flowgen.data.mnist.MNISTSample": {"channels", "size"},
+    "flowgen.data.toy2d.Toy": {"channels", "size"},
+}
+OF_THE_EVALUATION = ("draws", "betas", "chains")  # once settings of the model
+AS_IT_WAS: dict[str, dict[str, Any]] = {  # where a configuration does not say it yet
+    "data": {"binarise": "threshold"},
+    "trainer": {
+        "devices": None,
+        "threads": "auto",
+        "memory": "keep",
+        "betas": [0.9, 0.999],
+        "weight_decay": 0.0,
+        "patience": None,
+        "sample_temperature": 1.0,
+    },
+    "evaluation": {"_target_": "flowgen.models.base.Evaluation", "draws": 1, "betas": 10000, "chains": 256, "thorough": True},
+}
+
+
+def renewed(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of any format in today's; optimisers count parameters, whose order has not changed.
+
+    The first format kept the state of the random generators, which a step has taken from the seed since, and the counters of failures
+    among the figures. Raises AttributeError, KeyError or TypeError where parts are of another kind.
+    """
+    state = state | {"config": in_todays_words(state["config"])}
+    if "format" in state:
+        return state
+    figures = {name: state["metrics"][name] for name in ("best", "seconds")}
+    failures = {name: value for name, value in state["metrics"].items() if name not in figures}
+    weights = {key: _renamed(state[key]) for key in ("model", "ema")}
+    kept = {key: value for key, value in state.items() if key != "random"}
+    return kept | weights | {"format": FORMAT, "metrics": figures, "rescue": failures}
+
+
+def in_todays_words(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's whole configuration, where it is of any age. Raises AttributeError, KeyError or TypeError where it is none."""
+    config = _retargeted(config)
+    model, repeated = config["model"], REPEATED.get(str(config["data"].get("_target_")), set())
+    moved = {key: model[key] for key in OF_THE_EVALUATION if key in model}
+    said = {
+        "model": {key: value for key, value in model.items() if key not in moved},
+        "data": AS_IT_WAS["data"] | {key: value for key, value in config["data"].items() if key not in repeated},
+        "trainer": AS_IT_WAS["trainer"] | config["trainer"],
+        "evaluation": AS_IT_WAS["evaluation"] | moved | config.get("evaluation", {}),
+    }
+    return config | said
+
+
+def _renamed(weights: dict[str, Any] | None) -> dict[str, Any] | None:
+    if weights is None:
+        return None
+    for pattern, name in NAMES:
+        weights = {pattern.sub(name, key): value for key, value in weights.items()}
+    return weights
+
+
+def _retargeted(config: Any) -> Any:
+    """Every section with its class where it is today."""
+    if not isinstance(config, dict):
+        return config
+    sections = {key: _retargeted(value) for key, value in config.items()}
+    return sections | ({"_target_": TARGETS.get(config["_target_"], config["_target_"])} if "_target_" in config else {})
+
+
+OF_TRAINING = ("loss", "lr", "grad_norm", "images_per_second", "seconds", "memory_gib", "bits")
+OF_IMAGES = ("images", "log_z", "log_z_error")
+FIGURES = tuple(metric.name + ending for metric in COMPARED for ending in ("", "_error"))
+NUMBERS = {*OF_TRAINING, *OF_IMAGES, *FIGURES}  # that others compute with
+LARGEST = 1e100  # beyond which no axis can be drawn
+log = logging.getLogger("flowgen")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every row that a training could have written; the others, such as one that a crash cut short, are counted in a warning."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    rows = [row for line in lines if (row := _parse_row(line)) is not None]
+    if len(rows) < len(lines):
+        log.warning(
+            "%s: %d of %d lines were cut short or are no rows of a training, and are left out", path, len(lines) - len(rows), len(lines)
+        )
+    return rows
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and is_row(row) else None
+
+
+def is_row(row: dict[str, Any]) -> bool:
+    """Whether a training could have written it."""
+    step, split = row.get("step"), row.get("split")
+    scalars = all(value is None or isinstance(value, bool | str) or is_number(value) for value in row.values())
+    numbers = all(value is None or is_number(value) for name, value in row.items() if name in NUMBERS)
+    return type(step) is int and 0 <= step < 2**53 and isinstance(split, str) and scalars and numbers
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST  # type: ignore[arg-type]
+
 
 KEYS = {"config", "step", "images_seen", "model", "ema", "optimizer", "metrics"}
 COUNTERS = {"failed", "skipped", "rewinds", "failed_at", "rewound_to", "lr_scale"}  # of failures
@@ -154,3 +267,73 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     if checkpoint["ema"] is None:
         return checkpoint["model"]
     return {name.removeprefix("module."): value for name, value in checkpoint["ema"].items() if name.startswith("module.")}
+
+
+SUFFIX = ".safetensors"
+ZOO = Path(__file__).parents[1] / "zoo"  # the models that the package brings
+
+
+def zoo() -> list[str]:
+    """What `--run` can name without any training: zoo/glow_mnist and its like."""
+    return sorted(f"zoo/{path.stem}" for path in ZOO.glob(f"*{SUFFIX}"))
+
+
+def zoo_file(name: str) -> Path:
+    """Raises FlowgenError where the zoo has no such model."""
+    if name not in zoo():
+        raise FlowgenError(f"{name} is not in the zoo: choose one of {', '.join(zoo())}")
+    return ZOO / f"{name.removeprefix('zoo/')}{SUFFIX}"
+
+
+def write_portable(checkpoint: dict[str, Any], figures: dict[str, Any], command: str, path: Path, half: bool = False) -> None:
+    """The averaged weights, where there are any, and what says where they come from; nothing of this machine's folders.
+
+    `half` stores convolutions in half precision, to be judged as they are read again.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    data = {key: None if key == "root" else value for key, value in checkpoint["config"]["data"].items()}
+    about = {
+        "format": FORMAT,
+        "config": checkpoint["config"] | {"out": None, "init": None, "data": data},
+        "step": checkpoint["step"],
+        "images_seen": checkpoint["images_seen"],
+        "figures": {key: value for key, value in figures.items() if key != "run"},
+        "command": command,
+    }
+    weights = {
+        name: value.to(torch.float16 if half and value.dim() == 4 else value.dtype).contiguous().clone()
+        for name, value in weights_of(checkpoint).items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path, metadata={"flowgen": json.dumps(about)})
+
+
+def read_portable(path: Path) -> dict[str, Any]:
+    """A checkpoint to use, though none to go on from: it holds no optimiser. Raises FlowgenError for what is none; no code can run."""
+    return _read(path, weights=True)
+
+
+def about_portable(path: Path) -> dict[str, Any]:
+    """Its config, step, images_seen, figures and command, without its weights. Raises FlowgenError for what is none."""
+    return _read(path, weights=False)
+
+
+def _read(path: Path, weights: bool) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt" if weights else "np") as file:  # "pt" imports torch at once
+            about = json.loads((file.metadata() or {})["flowgen"])
+            json.dumps(about, ensure_ascii=False).encode()  # half a character could be neither shown nor passed on
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118, it is no dict
+    except FileNotFoundError as error:
+        raise FlowgenError(f"{path} does not exist: `flowgen runs` lists the runs") from error
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+        raise FlowgenError(f"{path} is cut short or no model of flowgen: name another run or file") from error
+    known = {"config": dict, "step": int, "images_seen": int, "figures": dict, "command": str}
+    if not isinstance(about, dict) or any(not isinstance(about.get(key), kind) for key, kind in known.items()):
+        raise FlowgenError(f"{path} is no model of flowgen: name another run or file")
+    untold = {"optimizer": {}, "metrics": {"best": 0.0, "seconds": 0.0}, "rescue": {}}
+    return checked(about | untold | {"model": tensors, "ema": None}, path)

@@ -9,8 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from flowgen.errors import FlowgenError, check_choice
+from flowgen.bijections.chain import can_be_recomputed
+from flowgen.bijections.reversible import MEMORY
+from flowgen.data.dataset import Images
+from flowgen.models.base import GenerativeModel
+from flowgen.training.threads import use_threads
+from flowgen.utils.errors import FlowgenError, check_choice
+from flowgen.utils.memory import check_fits, free_memory
 
 
 def choose_device(name: str) -> torch.device:
@@ -81,3 +88,54 @@ def environment(device: torch.device, processes: int = 1) -> str:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     where = f"{processes} processes, each on {where}" if processes > 1 else where
     return f"flowgen {version('flowgen')}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {where}"
+
+
+class Machine:
+    """A device, how many threads feed it, the number format of the networks inside couplings, and whether the model is compiled for it.
+
+    Raises FlowgenError for what this machine has not.
+    """
+
+    def __init__(self, *, device: str, threads: int | str, precision: str, compile: bool, memory: str):
+        check_choice((True, False), compile=compile)
+        check_choice(MEMORY, memory=memory)
+        if compile and memory == "invert":
+            raise FlowgenError("memory=invert cannot be compiled: set trainer.compile=false, or trainer.memory=checkpoint")
+        self.memory = memory
+        self.device, self.threads, self.compile = choose_device(device), use_threads(threads), compile
+        self.dtype = autocast_dtype(precision, self.device)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Make all that `step` draws here a function of it and of `seed`."""
+        seed_step(self.device, seed, step)
+
+
+def check_batch_fits(model: GenerativeModel, data: Images, machine: Machine, batch_size: int, parts: int) -> None:
+    """Raises FlowgenError, with the largest batch that fits, where what one of its `parts` keeps for the backward pass does not."""
+    sizes = [_kept(model, machine, *data.draw(0, count, 0)) for count in (2, 4)]
+    each = max(0, sizes[1] - sizes[0]) // 2
+    free = torch.cuda.mem_get_info(machine.device)[0] if machine.device.type == "cuda" else free_memory()
+    spare = machine.memory == "keep" and can_be_recomputed(model)
+    cure = ", more with trainer.accumulate=2" + ", or with trainer.memory=checkpoint" * spare
+    check_fits("trainer.batch_size", batch_size, -(-each // parts), cure, free)
+
+
+def _kept(model: GenerativeModel, machine: Machine, levels: Tensor, labels: Tensor | None) -> int:
+    """Bytes of the tensors that the backward pass of a batch keeps."""
+    kept: dict[int, int] = {}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # statistics of batches, and chains
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), machine.autocast():
+        loss = model.forward(levels, labels)
+        size = sum(kept.values())
+    del loss
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    return size

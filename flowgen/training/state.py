@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from flowgen.bijections import batch_normalisations, estimate_statistics
-from flowgen.errors import FlowgenError
-from flowgen.models import GenerativeModel
-from flowgen.training.optimisation import Optimisation, decays
-from flowgen.training.rescue import Rescue
+from flowgen.bijections.batchnorm import batch_normalisations, estimate_statistics
+from flowgen.models.base import GenerativeModel
+from flowgen.training.nan_recovery import Rescue
+from flowgen.training.optim import Optimisation, decays
+from flowgen.utils.errors import FlowgenError
 
 MOMENTS = {"adam": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}  # of every parameter
 Tensors = tuple[Tensor, ...] | list[Tensor]

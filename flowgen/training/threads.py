@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from flowgen.errors import FlowgenError
+from flowgen.utils.errors import FlowgenError
 
 SPINS = "10000"  # tenths of a millisecond; the 300,000 that libgomp takes by itself gain a few percent on an idle machine
 SHORTEST = 0.5  # seconds of looking at the machine

@@ -1,27 +1,289 @@
-"""How to train, for every model."""
+"""How long training goes on, and how often things happen on the way."""
 
 import logging
 import math
 import time
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from flowgen.bijections import batch_normalisations, save_memory
-from flowgen.costs import check_fits
-from flowgen.data import Images
-from flowgen.errors import FlowgenError
-from flowgen.models import GenerativeModel
-from flowgen.training.cadence import Cadence
-from flowgen.training.device import reset_peak_memory
-from flowgen.training.footprint import check_batch_fits
-from flowgen.training.loop import Training
-from flowgen.training.machine import Machine
-from flowgen.training.optimisation import Optimisation
-from flowgen.training.run import Run
+from flowgen.bijections.batchnorm import batch_normalisations
+from flowgen.bijections.chain import save_memory
+from flowgen.data.dataset import Images
+from flowgen.models.base import GenerativeModel
+from flowgen.training.device import Machine, check_batch_fits, peak_memory, reset_peak_memory
+from flowgen.training.distributed import ALONE, Team
+from flowgen.training.logger import Journal, NoJournal
+from flowgen.training.nan_recovery import first_bad_module
+from flowgen.training.optim import Optimisation, gradient_norm
+from flowgen.training.run_dir import Run
+from flowgen.training.sanity_checks import doubt_likelihood, doubt_recovery
+from flowgen.training.signals import StopRequest
 from flowgen.training.state import State
-from flowgen.training.team import ALONE, Team
+from flowgen.utils.distributed import split
+from flowgen.utils.errors import FlowgenError, check_number, check_whole
+from flowgen.utils.memory import check_fits
+from flowgen.utils.metrics import Judgement, Measured, Metric
+
+SHORTEST = 0.001  # minutes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """Training ends after `steps` or `minutes`, whichever comes first, or after `patience` evaluations in a row without a better figure.
+
+    Intervals are in steps, `conf/trainer/` says of what. Raises FlowgenError for what is no such thing.
+    """
+
+    steps: int | None
+    minutes: float | None
+    log_every: int
+    evaluate_every: int
+    evaluate_images: int | None
+    sample_every: int
+    sample_temperature: float
+    save_every: int
+    keep_every: int
+    keep_at: list[int]
+    patience: int | None
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise FlowgenError("training has no end: set trainer.steps or trainer.minutes")
+        if self.steps is not None:
+            check_whole(steps=self.steps)
+        if self.minutes is not None:
+            check_number(SHORTEST, minutes=self.minutes)
+        check_whole(log_every=self.log_every, evaluate_every=self.evaluate_every, sample_every=self.sample_every)
+        check_whole(save_every=self.save_every, keep_every=self.keep_every)
+        check_number(sample_temperature=self.sample_temperature)
+        if self.patience is not None:
+            check_whole(patience=self.patience)
+        if self.evaluate_images is not None:
+            check_whole(evaluate_images=self.evaluate_images)
+        if not isinstance(self.keep_at, list):
+            raise FlowgenError(f"keep_at must be a list of steps, as in trainer.keep_at=[1000,5000], not {self.keep_at!r}")
+        for step in self.keep_at:
+            check_whole(keep_at=step)
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of the training that is done after so many steps and seconds, from 0 on; at 1 it ends."""
+        by_steps = step / self.steps if self.steps else 0.0
+        by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
+        return max(by_steps, by_time)
+
+    def due(self, what: str, step: int) -> bool:
+        """Whether it is time to `log`, `evaluate`, `sample` or `save`; what has no interval is left to the end."""
+        return step % getattr(self, f"{what}_every", math.inf) == 0
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of this step is kept."""
+        return step % self.keep_every == 0 or step in self.keep_at
+
+
+STATISTICS = 40  # batches of training images that the statistics of batch normalisation are estimated over
+
+
+@dataclass
+class Look:
+    """At the averaged weights; the weights that are trained, their optimiser and their batches stay as they are."""
+
+    cadence: Cadence
+    optimisation: Optimisation
+    machine: Machine
+    state: State
+    data: Images
+    journal: Journal | NoJournal
+    seed: int
+
+    def judged(self) -> GenerativeModel:
+        """The chosen average in evaluation mode, its batch statistics a function of the seed and the state alone."""
+        self.machine.seed(self.seed, self.state.step)
+        size = self.optimisation.batch_size // self.optimisation.accumulate
+        seen = self.state.images_seen
+        self.state.estimate(self.data.draw(seen + size * number, size, self.seed) for number in range(STATISTICS))
+        return self.state.averaged.eval()
+
+    def validate(self) -> bool:
+        """Choose the best of the averages on the validation split; whether it is the best so far, by which training is steered."""
+        state, metric = self.state, self.state.model.metric
+        judgements = [self._judgement("validation", average) for average in range(len(state.averages) or 1)]
+        costs = [metric.cost(each[metric.name].value) for each in judgements]
+        state.chosen = costs.index(min(costs))
+        which = [Measured(Metric("ema"), state.decays[state.chosen], split="validation")] if len(costs) > 1 else []
+        self.journal.write(state.step, "validation", judgements[state.chosen] | Judgement.of(*which))
+        better = min(costs) < state.best
+        state.best, state.without_gain = min(*costs, state.best), 0 if better else state.without_gain + 1
+        return better
+
+    def test(self) -> None:
+        """Measure the chosen average on the test split, by which nothing is steered, and warn of a figure that is too good."""
+        judgement, images = self._judgement("test", self.state.chosen), self._images("test")
+        self.journal.write(self.state.step, "test", judgement)
+        doubt_likelihood(judgement[self.state.model.metric.name], self.data, images)
+
+    def _judgement(self, split: str, average: int) -> Judgement:
+        """What is measured of one of the averages, which is then the chosen one."""
+        self.state.chosen = average
+        judgement = self.judged().evaluate(self._images(split), self._images("train")).on(split)
+        self.state.model.train()
+        return judgement
+
+    def _images(self, split: str) -> Iterator[Tensor]:
+        return self.data.batches(split, self.optimisation.batch_size, self.cadence.evaluate_images)
+
+    def sample(self) -> None:
+        """Show 32 samples of the chosen average, and the features that it has."""
+        generator = torch.Generator(self.machine.device).manual_seed(self.seed)  # the same latents at every look
+        levels, _ = self.judged().sample(32, self.cadence.sample_temperature, generator)
+        self.state.model.train()
+        self.journal.samples(self.state.step, levels, self.data.bits)
+        self.journal.features(self.state.averaged.features())
+
+
+class Training:
+    """One training of one model."""
+
+    def __init__(
+        self,
+        cadence: Cadence,
+        optimisation: Optimisation,
+        machine: Machine,
+        state: State,
+        data: Images,
+        run: Run,
+        config: dict[str, Any],
+        team: Team,
+    ):
+        self.team, self.rows = team, team.rows(optimisation.batch_size, optimisation.accumulate) if team.size > 1 else None
+        self.cadence, self.optimisation, self.machine = cadence, optimisation, machine
+        self.state, self.data, self.run, self.config, self.seed = state, data, run, config, config["seed"]
+        self.done = {"save": state.step}  # the step at which each thing was last done
+        self.busy, self.logged = 0.0, state.step  # seconds of computing since this step
+        in_steps = self.cadence.steps is not None
+        at, total, unit = (state.step, self.cadence.steps, "step") if in_steps else (state.seconds, 60 * (self.cadence.minutes or 0.0), "s")
+        self.journal = Journal(run, state.model, state.step, at, total or 0, unit) if team.leads else NoJournal()
+        self.look = Look(cadence, optimisation, machine, state, data, self.journal, self.seed)
+
+    def loop(self) -> int | None:
+        """Step after step to the end, or to a signal, which is returned."""
+        state, row = self.state, {}
+        started, stopped = time.monotonic() - state.seconds, None
+        with StopRequest() as stop, self.journal:
+            while not self.over and stopped is None:
+                began = time.monotonic()
+                row = self.step()
+                if state.rescue.note(is_good(row), state.model.buffers()):
+                    self.go_back()
+                    row = {}
+                    continue
+                state.step, state.images_seen = state.step + 1, state.images_seen + self.optimisation.batch_size
+                self.busy += time.monotonic() - began
+                state.seconds, _ = self.team.agree(time.monotonic() - started, None)
+                self.report(row)
+                state.seconds, stopped = self.team.agree(time.monotonic() - started, stop.signal)
+            if self.over and row:
+                self.report(row)  # what the last step has not been followed by yet
+            if self.done["save"] != state.step:
+                self.save()
+            self.journal.curves()
+        return stopped
+
+    def step(self) -> dict[str, float]:
+        """Fill the gradients of one batch, and move the weights where all is finite."""
+        state = self.state
+        rate = state.rescue.lr_scale * self.optimisation.rate(state.step, self.progress, len(self.data.train))
+        state.model.zero_grad()
+        losses = []
+        for loss in self.losses(state.model):
+            loss.backward()
+            losses.append(loss.detach())
+        mean = self.team.average(state.model, torch.stack(losses).sum())
+        norm = gradient_norm(state.model)
+        numbers = torch.stack([mean, norm]).tolist()  # one wait for the device, not two
+        row = {"loss": numbers[0], "lr": rate, "grad_norm": numbers[1]}
+        if is_good(row):
+            self.optimisation.clip_gradients(state.model, norm)
+            state.update(rate)
+        return row
+
+    def losses(self, model: Callable[..., Tensor]) -> Iterator[Tensor]:
+        """The shares of this step's loss, of one part of its batch after the other; the same whenever the step is taken again."""
+        self.machine.seed(self.seed, self.state.step)
+        parts = self.optimisation.parts(*self.data.next(self.state.images_seen, self.optimisation.batch_size, self.seed, self.rows))
+        for levels, labels in parts:
+            with self.machine.autocast(), split(self.team):
+                loss = model(levels, labels) / len(parts)
+            yield loss
+
+    def go_back(self) -> None:
+        """To a good checkpoint, which the data and the random numbers follow; what was not compiled calls the hooks of the diagnosis."""
+        state = self.state
+        culprit = first_bad_module(state.model, lambda: list(self.losses(state.model.forward)))
+        last_good = partial(self.team.ask, self.run.last_good)
+        state.go_back(state.rescue.rewind(last_good, state.step + 1, culprit, self.optimisation.lr))
+        self.run.forget_after(state.step)
+        self.busy, self.logged = 0.0, state.step
+
+    @property
+    def progress(self) -> float:
+        return self.cadence.progress(self.state.step, self.state.seconds)
+
+    @property
+    def over(self) -> bool:
+        patience = self.cadence.patience
+        return self.progress >= 1 or (patience is not None and self.state.without_gain >= patience)
+
+    def due(self, what: str) -> bool:
+        """Whether to do this after this step: at its time, or at the end, but once."""
+        due = (self.over or self.cadence.due(what, self.state.step)) and self.done.get(what) != self.state.step
+        if due:
+            self.done[what] = self.state.step
+        return due
+
+    def report(self, row: dict[str, float]) -> None:
+        """Log, judge, sample and save, each at its time."""
+        state = self.state
+        self.journal.advance(state.step if self.cadence.steps is not None else state.seconds)
+        if self.due("log"):
+            self.log(row)
+        best = self.due("evaluate") and self.look.validate()
+        if self.due("test"):
+            self.look.test()
+        if self.done.get("evaluate") == state.step and not self.over:  # then they are drawn once, at the end
+            self.journal.curves()
+        if self.due("sample"):
+            self.look.sample()
+        keep = self.cadence.keeps(state.step)
+        if best or (keep and self.done["save"] != state.step) or (not state.rescue.failed and self.due("save")):
+            self.save(best, keep)
+
+    def log(self, row: dict[str, float]) -> None:
+        state = self.state
+        speed = (state.step - self.logged) * self.optimisation.batch_size / self.busy
+        row = row | {"images_per_second": speed, "skipped": state.rescue.skipped} | doubt_recovery(state.model.health())
+        measured = [Measured(Metric(name), value) for name, value in row.items()]
+        if state.model.loss_metric is not None:
+            measured.insert(0, Measured(state.model.loss_metric, row["loss"]))
+        facts = {"seconds": state.seconds, "memory_gib": peak_memory(self.machine.device)}
+        self.journal.write(state.step, "train", Judgement.of(*measured, **facts))
+        self.busy, self.logged = 0.0, state.step
+
+    def save(self, best: bool = False, keep: bool = False) -> None:
+        """What was judged is what the checkpoint holds."""
+        self.look.judged()
+        self.state.model.train()
+        self.run.save({"config": self.config, **self.state.capture()}, best=best, keep=keep)
+        self.done["save"] = self.state.step
+
+
+def is_good(row: dict[str, float]) -> bool:
+    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+
 
 log = logging.getLogger("flowgen")
 

@@ -26,9 +26,9 @@ def make_quick() -> None:
     """A small curves.png in place of matplotlib's, which would take nine tenths of the time; fewer batches for statistics, fewer sweeps."""
     from PIL import Image
 
-    from flowgen import plots
-    from flowgen.models import RBM
-    from flowgen.training import look
+    from flowgen.models.rbm.rbm import RBM
+    from flowgen.training import trainer as look
+    from flowgen.utils import plots
 
     plots.curves = lambda rows, metric, path: Image.new("L", (64, 64)).save(path)
     look.STATISTICS = 2

@@ -11,8 +11,8 @@ from points import count_into, drawn, kill_at, send_after
 from trainings import STEPS, TRAININGS, make_images, same, state_of, words_of
 from zygote import KILLED, Outcome, flowgen
 
-from flowgen.errors import FlowgenError
 from flowgen.training.checkpoint import read_checkpoint
+from flowgen.utils.errors import FlowgenError
 
 AGAIN = 0.9  # of those that go on are killed once more
 FRESH = 0.1  # have a cache of images of their own

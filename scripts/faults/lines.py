@@ -89,7 +89,7 @@ def _value(draw: Random) -> str:
 
 
 def _setting(draw: Random, model: str) -> str:
-    from flowgen.config import settings
+    from flowgen.config.compose import settings
 
     here = {"trainer=cpu", "data=folder", model}
     mine = [name for name, choices in settings().items() if not choices or here & set(choices)]

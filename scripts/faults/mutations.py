@@ -29,7 +29,16 @@ VALUES: tuple[Any, ...] = (
         "\ud800",
         9999 * "a",
     ),
-    *([], {}, [1, 2, 3], [[]], {"_target_": "os.system"}, {"_target_": "flowgen.models.Glow"}, "flowgen.models.RBM", "flowgen.data.MNIST"),
+    *(
+        [],
+        {},
+        [1, 2, 3],
+        [[]],
+        {"_target_": "os.system"},
+        {"_target_": "flowgen.models.flows.glow.Glow"},
+        "flowgen.models.rbm.rbm.RBM",
+        "flowgen.data.mnist.MNIST",
+    ),
     *(torch.zeros(0), torch.tensor(math.nan), torch.zeros(3, dtype=torch.complex64), torch.zeros(2, 2, dtype=torch.int8)),
 )
 PLAIN = tuple(value for value in VALUES if not isinstance(value, torch.Tensor))

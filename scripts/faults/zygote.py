@@ -73,7 +73,7 @@ def _compose() -> None:
     """Have Hydra find its plugins and learn its grammar, which takes it as long as a short training."""
     import hydra
 
-    from flowgen.config import conf_folder
+    from flowgen.config.compose import conf_folder
 
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
         hydra.compose("train", ["model=rbm", "model.hidden=4", "data=folder", "data.root=/tmp/a-b", "trainer=cpu", "out='a,b'"])

@@ -14,13 +14,14 @@ from markupsafe import Markup
 from parts import DIGITS, FACED, GROUPS, SCALES, data_section, parts, train
 
 from flowgen.commands.report import overview
-from flowgen.config import build_data, read_config
-from flowgen.data import Images
-from flowgen.document import Picture, Section, data_url, write_document
-from flowgen.errors import FlowgenError
-from flowgen.judging import fidelity
-from flowgen.messages import show_messages
-from flowgen.training.run import Run
+from flowgen.config.compose import read_config
+from flowgen.config.instantiate import build_data
+from flowgen.data.dataset import Images
+from flowgen.evaluation import sample_quality as fidelity
+from flowgen.training.run_dir import Run
+from flowgen.utils.console import show_messages
+from flowgen.utils.errors import FlowgenError
+from flowgen.utils.html import Picture, Section, data_url, write_document
 
 FACES = ("celeba_hq", "celeba", "folder")
 JUDGED = {"full": 2000, "small": 400, "smoke": 32}  # samples and test images of the comparison, at most

@@ -12,11 +12,12 @@ from figure import Figure, kept
 from scipy.stats import ttest_ind, ttest_rel
 
 import flowgen
-from flowgen import judging, plots
+from flowgen import judging
 from flowgen.commands.sample import draw
-from flowgen.data import Images
-from flowgen.judging import fidelity
-from flowgen.training.run import Run, watched
+from flowgen.data.dataset import Images
+from flowgen.evaluation import sample_quality as fidelity
+from flowgen.training.run_dir import Run, watched
+from flowgen.utils import plots
 
 REPEATS = 4  # draws of as many samples as there are test images, for the error of a figure
 SPACE = "among the 64 leading principal components of training images, but for what torch-fidelity measures"

@@ -13,15 +13,17 @@ from parts import data_section
 from torch import Tensor
 
 import flowgen
-from flowgen import pictures, plots
 from flowgen.commands.sample import draw
-from flowgen.config import build_data, conf_folder, flat, read_config
-from flowgen.data import Images, originals
-from flowgen.errors import FlowgenError
-from flowgen.messages import one_sentence
-from flowgen.pictures import picture_of
-from flowgen.training.run import Run, watched
-from flowgen.training.schedule import learning_rate_factor, warmup_steps
+from flowgen.config.compose import conf_folder, flat, read_config
+from flowgen.config.instantiate import build_data
+from flowgen.data.dataset import Images
+from flowgen.data.originals import originals
+from flowgen.training.optim import learning_rate_factor, warmup_steps
+from flowgen.training.run_dir import Run, watched
+from flowgen.utils import plots, rendering
+from flowgen.utils.console import one_sentence
+from flowgen.utils.errors import FlowgenError
+from flowgen.utils.rendering import picture_of
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 EXPERIMENTS = {  # the thesis' figures: of training, of samples, of interpolations
@@ -72,7 +74,7 @@ def of_data(data: Images, name: str, root: str | None) -> Iterator[Figure]:
     told = f"The same {cut}, resized to {data.shape[1]}x{data.shape[2]}, in {data.bits} bits, with noise u ~ U[0, 1) within the levels."
 
     def grid(shown: Tensor) -> Callable[[Path], None]:
-        return lambda at: pictures.to_image(shown, 8, 8, 128).save(at)
+        return lambda at: rendering.to_image(shown, 8, 8, 128).save(at)
 
     yield Figure("3.1", f"Training images of {name}.", grid(as_they_are), difference="The thesis: other images, cut to 148x148.")
     yield Figure(
@@ -138,7 +140,7 @@ def of_outlook(flows: list[Run], bits: int) -> Iterator[Figure]:
     def samples(at: Path) -> None:
         titles = [f"{name}, {each[-1]['step']:,} steps" for name, each in rows.items()]
         drawn = [draw(flowgen.load(run.folder, "auto"), 12, 0.7, 0)[0] for run in flows]
-        pictures.blocks(list(zip(titles, drawn, strict=True)), bits, 12).save(at)
+        rendering.blocks(list(zip(titles, drawn, strict=True)), bits, 12).save(at)
 
     caption = "Validation bits/dim of every network by the images seen; the first steps lie above the frame."
     how: Any = {"xlabel": "thousands of training images seen", "ylabel": f"validation bits/dim at {bits} bits", "beyond": (0.0, 0.03)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowgen.cli import cli
-from flowgen.training.run import Run
+from flowgen.training.run_dir import Run
 
 MAKE = "make reproduce-thesis"  # the page puts in what it was called with
 

@@ -9,11 +9,11 @@ from figure import Figure, by_command
 from PIL import Image
 
 import flowgen
-from flowgen import pictures, plots
 from flowgen.commands.sample import draw
-from flowgen.data import Images
-from flowgen.pictures import picture_of
-from flowgen.training.run import Run
+from flowgen.data.dataset import Images
+from flowgen.training.run_dir import Run
+from flowgen.utils import plots, rendering
+from flowgen.utils.rendering import picture_of
 
 SETTINGS = "The slides name neither training times nor learning rates."
 
@@ -47,12 +47,12 @@ def of_slides(runs: list[Run], folder: Path, digits: Images) -> Iterator[Figure]
     *machines, half_six = runs
 
     def each(shown: Callable[[Any], Image.Image]) -> Callable[[Path], None]:
-        return lambda at: pictures.stack([(run.folder.name, shown(flowgen.load(run.folder))) for run in machines]).save(at)
+        return lambda at: rendering.stack([(run.folder.name, shown(flowgen.load(run.folder))) for run in machines]).save(at)
 
     caption = "The 40 largest filters of each machine: orange above zero, blue below. The name: the experiment and its hidden units."
-    yield Figure("S.1", caption, each(lambda model: pictures.signed(model.features(), 20, 40)), machines, difference=SETTINGS)
+    yield Figure("S.1", caption, each(lambda model: rendering.signed(model.features(), 20, 40)), machines, difference=SETTINGS)
     caption, command = "Samples of each machine: tempering from white noise, 500 sweeps.", "flowgen sample --count 20 --run RUN"
-    yield Figure("S.2", caption, each(lambda model: pictures.to_image(draw(model, 20, 1.0, 0)[0], 1, 20)), machines, command, SETTINGS)
+    yield Figure("S.2", caption, each(lambda model: rendering.to_image(draw(model, 20, 1.0, 0)[0], 1, 20)), machines, command, SETTINGS)
     caption = (
         "Test log-likelihood as training left it, by a short forward run of annealed importance sampling, which tends to flatter: `flowgen "
         "evaluate` has both directions. Errors are over images and chains; the clock ended the trainings, after different numbers of steps."

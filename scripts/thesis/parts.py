@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from flowgen.config import conf_folder
-from flowgen.errors import FlowgenError
+from flowgen.config.compose import conf_folder
+from flowgen.utils.errors import FlowgenError
 
 SCALES = ("full", "small", "smoke")
 GROUPS = ("glow_conv", "glow_resnet", "toy", "slides", "outlook")

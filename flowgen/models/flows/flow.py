@@ -1,23 +1,120 @@
-"""A normalizing flow over images: a bijection to N(0, I) and the levels around it."""
+"""Which classes to draw."""
 
 import math
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowgen.bijections import Bijection, batch_normalisations
-from flowgen.errors import FlowgenError, check_whole
-from flowgen.measures import NOISY_BITS_PER_DIM
-from flowgen.models.abilities import Classifies, Completes
-from flowgen.models.flows.classes import NO_CLASSES, labels_to_draw
-from flowgen.models.flows.completion import CompletesByLangevin
-from flowgen.models.flows.dequantise import Gaussian, dequantiser, noise_of
-from flowgen.models.flows.noisy import check_boundless, denoised
-from flowgen.models.flows.scoring import Scores
-from flowgen.models.flows.statistics import log_normal
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.batchnorm import batch_normalisations
+from flowgen.bijections.elementwise import Equalize, Logit
+from flowgen.models.base import LOOK, Classifies, Completes, Evaluation, GenerativeModel
+from flowgen.models.flows.dequantization import Gaussian, Uniform, Variational, dequantiser, noise_of
+from flowgen.models.flows.inpainting import CompletesByLangevin
+from flowgen.models.flows.ood_statistics import log_normal, statistics
+from flowgen.utils.distributed import in_turn
+from flowgen.utils.errors import FlowgenError, check_whole
+from flowgen.utils.metrics import BITS_PER_DIM, NOISY_BITS_PER_DIM, Judgement, Measured
+
+NO_CLASSES = "this model knows no classes: train one with model.classes=10 on data that has labels"
+
+
+def labels_to_draw(count: int, label: int | None, first: int, classes: int | None, device: torch.device) -> Tensor | None:
+    """Those of `count` samples: `label`, or each class in turn as from sample number `first` on, or None where there are no classes.
+
+    Raises FlowgenError for a class that there is not.
+    """
+    if label is None:
+        return None if classes is None else torch.arange(first, first + count, device=device) % classes
+    if classes is None:
+        raise FlowgenError(NO_CLASSES)
+    if not 0 <= label < classes:
+        raise FlowgenError(f"label {label} is none of the model's {classes} classes: give a number from 0 to {classes - 1}")
+    return torch.full((count,), label, device=device)
+
+
+NO_LIKELIHOOD = (
+    "this flow was trained on images with noise (model.dequantisation=gaussian:...) and knows no likelihood of images themselves"
+)
+
+
+def check_boundless(bijection: Bijection) -> None:
+    """Raises FlowgenError for a flow of nothing but what lies in [0, 1), which noise leaves."""
+    if any(isinstance(part, Equalize | Logit) for part in bijection.modules()):
+        raise FlowgenError("model.dequantisation=gaussian:... needs model.gaussianize=false, and another model than realnvp")
+
+
+@torch.enable_grad()
+def denoised(y: Tensor, deviation: float, log_density: Callable[[Tensor], Tensor]) -> Tensor:
+    """E[x | y] = y + s^2 grad log p(y) where y = x + s e, e ~ N(0, I): Tweedie's formula, as Efron (2011), section 2, gives it."""
+    y = y.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(log_density(y).sum(), y)
+    return y.detach() + deviation**2 * gradient
+
+
+class Scores(GenerativeModel):
+    """The scores of a flow, from `log_prob` under one draw of its noise."""
+
+    metric = BITS_PER_DIM
+    averages_logs = False  # over draws, where the mean of importance weights bounds no likelihood
+    bijection: Bijection
+    dequantiser: Uniform | Variational
+    means: Tensor | None
+    bins: int
+    dimensions: int
+    class_networks: bool
+
+    def score(self, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """log p(x) of each image in nats, (batch,): the log of the mean of `draws` importance weights p(x + u) / q(u).
+
+        Raises FlowgenError for a flow of images with noise, as `statistics` does.
+        """
+        self._check_likelihood()
+        return self._over_draws(levels, labels, draws, generator)
+
+    def _over_draws(self, levels: Tensor, labels: Tensor | None, draws: int, generator: torch.Generator | None) -> Tensor:
+        each = torch.stack([self.log_prob(levels, generator, labels) for _ in self.progress(range(draws), "draws", draws)])
+        return each.mean(0) if self.averages_logs else each.logsumexp(0) - math.log(draws)
+
+    def _check_likelihood(self) -> None:
+        if self.metric != BITS_PER_DIM:
+            raise FlowgenError(NO_LIKELIHOOD)
+
+    @torch.no_grad()
+    def statistics(self, levels: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Beside log p(x) its terms log N(z) and log|det dz/dx|, and those of the last level; over classes as they are likely."""
+        self._check_likelihood()
+        x, log_q = self._dequantise(levels, generator)
+        log_density, found = statistics(self.bijection, x, self.means, self.class_networks)
+        return {"log_prob": log_density - log_q - self.dimensions * math.log(self.bins), **found}
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> Judgement:
+        """Bits per dimension over `batches`, with the standard error over images; the noise is the same at every call."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        per_image = in_turn(
+            batches,
+            lambda levels: self._bits_per_dim(self._over_draws(levels, None, how.draws, generator)),
+            lambda levels: [self.dequantiser.start(levels, self.dtype, generator) for _ in range(how.draws)],
+        )
+        error = per_image.std().item() / math.sqrt(len(per_image)) if len(per_image) > 1 else math.inf
+        return Judgement.of(Measured(self.metric, per_image.mean().item(), error), bits=self.bits, draws=how.draws, images=len(per_image))
+
+    def _bits_per_dim(self, log_prob: Tensor) -> Tensor:
+        return -log_prob / (self.dimensions * math.log(2))
+
+    @abstractmethod
+    def log_prob(self, levels: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
+        """log p(x) under one draw of the noise, in nats: (batch,)."""
+
+    @abstractmethod
+    def _dequantise(self, levels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """The images in [0, 1), and log q(u) in nats, (batch,)."""
+
 
 CLASS_DISTANCE = 0.3  # deviation of the means of the classes at the start, in every latent
 

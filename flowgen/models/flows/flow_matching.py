@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.bijections import Bijection, Chain, Continuous, Flatten, Gaussianize, Standardize, Velocity
-from flowgen.errors import check_choice, check_number, check_whole
-from flowgen.measures import Judgement, Measured, Metric
-from flowgen.models.abilities import Completes
-from flowgen.models.base import LOOK, Evaluation
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.chain import Chain
+from flowgen.bijections.continuous import Continuous, Velocity
+from flowgen.bijections.elementwise import Gaussianize, Standardize
+from flowgen.bijections.reshape import Flatten
+from flowgen.models.base import LOOK, Completes, Evaluation
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.patches import check_transformers, patch_size
-from flowgen.shares import draw
+from flowgen.models.flows.tarflow import check_transformers, patch_size
+from flowgen.utils.distributed import draw
+from flowgen.utils.errors import check_choice, check_number, check_whole
+from flowgen.utils.metrics import Judgement, Measured, Metric
 
 SOLVER = Metric("solver_difference", "bits/dim", higher_is_better=False)
 FINER = 0.1  # of the tolerance, to compare with

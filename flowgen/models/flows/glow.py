@@ -1,28 +1,18 @@
 """Glow: Kingma and Dhariwal, Generative Flow with Invertible 1x1 Convolutions (1807.03039)."""
 
-from flowgen.bijections import (
-    TRANSFORMS,
-    ActNorm,
-    Bijection,
-    Chain,
-    Conv1x1,
-    ConvNetwork,
-    Coupling,
-    Flatten,
-    Folded,
-    GatedNetwork,
-    Gaussianize,
-    Network,
-    PLUConv1x1,
-    ResNetwork,
-    Squeeze,
-    Standardize,
-    ZeroConv2d,
-)
-from flowgen.errors import FlowgenError, check_choice, check_whole
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.batchnorm import ActNorm
+from flowgen.bijections.chain import Chain
+from flowgen.bijections.coupling import Coupling
+from flowgen.bijections.elementwise import Gaussianize, Standardize
+from flowgen.bijections.linear import Conv1x1, Folded, PLUConv1x1
+from flowgen.bijections.networks import ConvNetwork, GatedNetwork, Network, ResNetwork, ZeroConv2d
+from flowgen.bijections.reshape import Flatten, Squeeze
+from flowgen.bijections.univariate import TRANSFORMS
 from flowgen.models.base import DEEPEST
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.multiscale import largest_levels, multi_scale
+from flowgen.utils.errors import FlowgenError, check_choice, check_whole
 
 
 class Glow(Flow):

@@ -4,28 +4,19 @@ from itertools import cycle
 
 from torch import Tensor
 
-from flowgen.bijections import (
-    TRANSFORMS,
-    ActNorm,
-    Bijection,
-    Chain,
-    Coupling,
-    Flatten,
-    Folded,
-    Gaussianize,
-    MaskedCoupling,
-    Permute,
-    PLUConv1x1,
-    Squeeze,
-    Standardize,
-    Transformer,
-    checkerboard,
-    stripes,
-)
-from flowgen.errors import FlowgenError, check_choice, check_whole
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.batchnorm import ActNorm
+from flowgen.bijections.chain import Chain
+from flowgen.bijections.coupling import Coupling, MaskedCoupling, checkerboard, stripes
+from flowgen.bijections.elementwise import Gaussianize, Standardize
+from flowgen.bijections.linear import Folded, PLUConv1x1
+from flowgen.bijections.networks import Transformer
+from flowgen.bijections.reshape import Flatten, Permute, Squeeze
+from flowgen.bijections.univariate import TRANSFORMS
 from flowgen.models.base import DEEPEST
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.patches import check_transformers, patch_size
+from flowgen.models.flows.tarflow import check_transformers, patch_size
+from flowgen.utils.errors import FlowgenError, check_choice, check_whole
 
 SPATIAL = 5  # one coupling in so many transforms half of the patches, the others half of every patch
 

@@ -1,21 +1,15 @@
 """Masked autoregressive flow: Papamakarios, Pavlakou and Murray (1705.07057), and its mirror image."""
 
-from flowgen.bijections import (
-    MADE,
-    TRANSFORMS,
-    Autoregressive,
-    BatchNorm,
-    Bijection,
-    Chain,
-    Flatten,
-    Gaussianize,
-    Inverse,
-    Reverse,
-    Standardize,
-)
-from flowgen.errors import check_choice, check_whole
+from flowgen.bijections.autoregressive import MADE, Autoregressive, Inverse, Reverse
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.batchnorm import BatchNorm
+from flowgen.bijections.chain import Chain
+from flowgen.bijections.elementwise import Gaussianize, Standardize
+from flowgen.bijections.reshape import Flatten
+from flowgen.bijections.univariate import TRANSFORMS
 from flowgen.models.base import DEEPEST
 from flowgen.models.flows.flow import Flow
+from flowgen.utils.errors import check_choice, check_whole
 
 
 class MAF(Flow):

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 
-from flowgen.bijections import Bijection, Chain, FactorOut, Network
-from flowgen.errors import FlowgenError, check_whole
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.chain import Chain
+from flowgen.bijections.networks import Network
+from flowgen.bijections.reshape import FactorOut
+from flowgen.utils.errors import FlowgenError, check_whole
 
 
 def largest_levels(size: int, levels: int | None) -> int:

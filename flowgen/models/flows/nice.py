@@ -1,20 +1,16 @@
 """NICE: Dinh, Krueger and Bengio, Non-linear Independent Components Estimation (1410.8516)."""
 
-from flowgen.bijections import (
-    TRANSFORMS,
-    Bijection,
-    Chain,
-    Coupling,
-    DenseNetwork,
-    Flatten,
-    Gaussianize,
-    LogisticToNormal,
-    Reverse,
-    Standardize,
-)
-from flowgen.errors import check_choice, check_whole
+from flowgen.bijections.autoregressive import Reverse
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.chain import Chain
+from flowgen.bijections.coupling import Coupling
+from flowgen.bijections.elementwise import Gaussianize, LogisticToNormal, Standardize
+from flowgen.bijections.networks import DenseNetwork
+from flowgen.bijections.reshape import Flatten
+from flowgen.bijections.univariate import TRANSFORMS
 from flowgen.models.base import DEEPEST
 from flowgen.models.flows.flow import Flow
+from flowgen.utils.errors import check_choice, check_whole
 
 
 class NICE(Flow):

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 
-from flowgen.bijections import Bijection, Chain, Flatten, Gaussianize, Planar, Standardize, Sylvester
-from flowgen.errors import check_choice, check_whole
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.chain import Chain
+from flowgen.bijections.elementwise import Gaussianize, Standardize
+from flowgen.bijections.reshape import Flatten
+from flowgen.bijections.residual import Planar, Sylvester
 from flowgen.models.base import DEEPEST
 from flowgen.models.flows.flow import Flow
+from flowgen.utils.errors import check_choice, check_whole
 
 
 class PlanarFlow(Flow):

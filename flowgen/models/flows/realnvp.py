@@ -2,24 +2,18 @@
 
 from torch import Tensor
 
-from flowgen.bijections import (
-    TRANSFORMS,
-    BatchNorm,
-    Bijection,
-    Chain,
-    Flatten,
-    Logit,
-    MaskedCoupling,
-    RealNVPNetwork,
-    ResNetwork,
-    Squeeze,
-    channelwise,
-    checkerboard,
-)
-from flowgen.errors import check_choice, check_number, check_whole
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.batchnorm import BatchNorm
+from flowgen.bijections.chain import Chain
+from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboard
+from flowgen.bijections.elementwise import Logit
+from flowgen.bijections.networks import RealNVPNetwork, ResNetwork
+from flowgen.bijections.reshape import Flatten, Squeeze
+from flowgen.bijections.univariate import TRANSFORMS
 from flowgen.models.base import DEEPEST
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.multiscale import largest_levels, multi_scale
+from flowgen.utils.errors import check_choice, check_number, check_whole
 
 
 class RealNVP(Flow):

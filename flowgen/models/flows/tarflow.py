@@ -1,4 +1,4 @@
-"""TarFlow: Zhai et al., Normalizing Flows are Capable Generative Models (2412.06329)."""
+"""What flows of patches share: into how large ones an image is cut, and of what shape their transformers can be."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,30 +6,44 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from flowgen.bijections import (
-    TRANSFORMS,
-    ActNorm,
-    Bijection,
-    CausalTransformer,
-    Chain,
-    Flatten,
-    Folded,
-    Gaussianize,
-    Head,
-    Inverse,
-    PLUConv1x1,
-    Roll,
-    Squeeze,
-    Standardize,
-    TokenAutoregressive,
-    guided,
-    local_head,
-)
-from flowgen.errors import FlowgenError, check_choice, check_number, check_whole
-from flowgen.models.abilities import DrawsTokens
+from flowgen.bijections.autoregressive import Head, Inverse, TokenAutoregressive, local_head
+from flowgen.bijections.base import Bijection
+from flowgen.bijections.batchnorm import ActNorm
+from flowgen.bijections.chain import Chain
+from flowgen.bijections.elementwise import Gaussianize, Standardize
+from flowgen.bijections.linear import Folded, PLUConv1x1
+from flowgen.bijections.networks import CausalTransformer
+from flowgen.bijections.reshape import Flatten, Roll, Squeeze
+from flowgen.bijections.univariate import TRANSFORMS, guided
+from flowgen.models.base import DEEPEST, DrawsTokens
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.patches import check_transformers, patch_size
-from flowgen.shares import draw
+from flowgen.utils.distributed import draw
+from flowgen.utils.errors import FlowgenError, check_choice, check_number, check_whole
+
+
+def patch_size(size: int, patch: int | None) -> int:
+    """`patch`, or, where that is None, the largest of 4, 2 and 1 that divides `size`. Raises FlowgenError where it does not divide it."""
+    if patch is None:
+        return next(patch for patch in (4, 2, 1) if size % patch == 0)
+    check_whole(patch=patch)
+    if size % patch:
+        raise FlowgenError(f"patch={patch} does not divide images of size={size}: choose one that does, or null")
+    return patch
+
+
+def check_transformers(layers: list[int], width: int, heads: int, dropout: float) -> None:
+    """Raises FlowgenError where these are no transformers, of so many layers each."""
+    if not isinstance(layers, list) or not layers:
+        raise FlowgenError(f"layers must be a list of numbers, one for each block, as in model.layers=[2,2,4], not {layers!r}")
+    for depth in layers:
+        check_whole(high=DEEPEST, layers=depth)
+    check_whole(width=width, heads=heads)
+    check_number(dropout=dropout)
+    if dropout >= 1:
+        raise FlowgenError(f"dropout must be below 1, not {dropout}")
+    if width % heads:
+        raise FlowgenError(f"width={width} is not a multiple of heads={heads}: choose other numbers")
+
 
 UNTOLD = 0.1  # share of the training images whose class the networks are not told, for guidance
 

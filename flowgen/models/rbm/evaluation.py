@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.measures import Judgement, Measured, Metric
 from flowgen.models.base import Evaluation
-from flowgen.models.rbm.gibbs import draw_bits
-from flowgen.models.rbm.likelihood import estimate_log_z, log_likelihood
-from flowgen.models.rbm.machine import Machine
-from flowgen.progress import Progress
+from flowgen.models.rbm.energy import Machine
+from flowgen.models.rbm.log_z import estimate_log_z, log_likelihood
+from flowgen.models.rbm.sampling import draw_bits
+from flowgen.utils.console import Progress
+from flowgen.utils.metrics import Judgement, Measured, Metric
 
 PSEUDO_LIKELIHOOD = Metric("pseudo_log_likelihood", "nats", higher_is_better=True)
 RECONSTRUCTION = Metric("reconstruction_error", "squared error per pixel", higher_is_better=False)

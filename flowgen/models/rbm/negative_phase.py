@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowgen.errors import check_whole
-from flowgen.models.rbm.gibbs import draw_bits, mean_field
-from flowgen.models.rbm.machine import Machine
-from flowgen.models.rbm.tempering import Ladder
+from flowgen.models.rbm.energy import Machine
+from flowgen.models.rbm.sampling import Ladder, draw_bits, mean_field
+from flowgen.utils.errors import check_whole
 
 MOST = 10**5  # sweeps of a step, and chains: more would never end
 

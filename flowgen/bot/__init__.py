@@ -1,1 +1,0 @@
-"""`flowgen bot`: a trained model that chats on Telegram."""
