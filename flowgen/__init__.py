@@ -15,7 +15,9 @@ def load(run: "str | Path", device: str = "cpu") -> "GenerativeModel":
 
     It is in evaluation mode, with the averaged (EMA) weights where there are any. Raises `FlowgenError` where `run` is none.
     """
-    from flowgen.config.loading import load_model  # torch takes seconds to import, and `flowgen --help` must not wait for it
+    from flowgen.config.loading import (
+        load_model,  # torch takes seconds to import, and `flowgen --help` must not wait for it
+    )
 
     return load_model(run, device)
 

@@ -26,7 +26,7 @@ from flowgen.config.compose import conf_folder
 from flowgen.models.flows.glow import Glow
 from flowgen.models.rbm.negative_phase import PCD
 from flowgen.models.rbm.rbm import RBM
-from flowgen.models.rbm.sampling import Ladder, gibbs, white_noise
+from flowgen.models.rbm.sampling import ParallelTempering, gibbs, white_noise
 from flowgen.training.device import autocast_dtype
 
 SIZE, LEVELS, STEPS, WIDTH, BATCH = 64, 4, 8, 128, 8
@@ -34,7 +34,11 @@ SIDE, HIDDEN, RBM_BATCH, TEMPERATURES, LEARNERGY_BATCHES = 28, 500, 100, 10, 20
 
 
 def flowgen_step(compiled: bool) -> Callable[[Tensor], None]:
-    arguments = yaml.safe_load((conf_folder() / "model" / "glow.yaml").read_text()) | {"channels": 3, "size": SIZE, "bits": 5}
+    arguments = yaml.safe_load((conf_folder() / "model" / "glow.yaml").read_text()) | {
+        "channels": 3,
+        "size": SIZE,
+        "bits": 5,
+    }
     arguments |= {"levels": LEVELS, "steps_per_level": STEPS, "width": WIDTH}
     del arguments["_target_"]
     model = Glow(**arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -44,9 +48,9 @@ def flowgen_step(compiled: bool) -> Callable[[Tensor], None]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     dtype = autocast_dtype("auto", torch.device("cpu"))
 
-    def step(levels: Tensor) -> None:
+    def step(images: Tensor) -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = model(levels)
+            loss = model(images)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 50.0)
@@ -61,7 +65,10 @@ def normflows_step() -> Callable[[Tensor], None]:
     bases, merges, flows = [], [], []
     for level in range(LEVELS):
         channels = 3 * 2 ** (LEVELS + 1 - level)
-        blocks = [normflows.flows.GlowBlock(channels, WIDTH, split_mode="channel", scale=True) for _ in range(STEPS)]
+        blocks = [
+            normflows.flows.GlowBlock(channels, WIDTH, split_mode="channel", scale=True)
+            for _ in range(STEPS)
+        ]
         flows.append([*blocks, normflows.flows.Squeeze()])
         side = SIZE // 2 ** (LEVELS - level)
         if level > 0:
@@ -71,8 +78,8 @@ def normflows_step() -> Callable[[Tensor], None]:
     model = normflows.MultiscaleFlow(bases, flows, merges)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 
-    def step(levels: Tensor) -> None:
-        loss = model.forward_kld((levels + torch.rand(levels.shape)) / 32)
+    def step(images: Tensor) -> None:
+        loss = model.forward_kld((images + torch.rand(images.shape)) / 32)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -85,8 +92,8 @@ def rbm_step() -> Callable[[Tensor], None]:
     rbm.initialize(digits())
     optimizer = torch.optim.SGD(rbm.parameters(), lr=0.01, momentum=0.9, fused=True)
 
-    def step(levels: Tensor) -> None:
-        loss = rbm(levels)
+    def step(images: Tensor) -> None:
+        loss = rbm(images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -97,28 +104,40 @@ def rbm_step() -> Callable[[Tensor], None]:
 def scikit_learn_step() -> Callable[[Tensor], None]:
     from sklearn.neural_network import BernoulliRBM
 
-    rbm = BernoulliRBM(n_components=HIDDEN, learning_rate=0.01, batch_size=RBM_BATCH, random_state=0)
+    rbm = BernoulliRBM(
+        n_components=HIDDEN, learning_rate=0.01, batch_size=RBM_BATCH, random_state=0
+    )
     rows = digits().flatten(1).float().numpy()
     rbm.partial_fit(rows)
-    for name in ("components_", "intercept_visible_", "intercept_hidden_", "h_samples_"):  # it starts in float64
+    for name in (
+        "components_",
+        "intercept_visible_",
+        "intercept_hidden_",
+        "h_samples_",
+    ):  # it starts in float64
         setattr(rbm, name, getattr(rbm, name).astype("float32"))
-    return lambda levels: rbm.partial_fit(rows)
+    return lambda images: rbm.partial_fit(rows)
 
 
 def learnergy_step() -> Callable[[Tensor], None]:
     from learnergy.models import bernoulli
     from torch.utils.data import TensorDataset
 
-    rbm = bernoulli.RBM(n_visible=SIDE**2, n_hidden=HIDDEN, steps=1, learning_rate=0.01, momentum=0.9)
-    rows = TensorDataset(digits().flatten(1).float().repeat(LEARNERGY_BATCHES, 1), torch.zeros(LEARNERGY_BATCHES * RBM_BATCH))
-    return lambda levels: rbm.fit(rows, batch_size=RBM_BATCH, epochs=1)
+    rbm = bernoulli.RBM(
+        n_visible=SIDE**2, n_hidden=HIDDEN, steps=1, learning_rate=0.01, momentum=0.9
+    )
+    rows = TensorDataset(
+        digits().flatten(1).float().repeat(LEARNERGY_BATCHES, 1),
+        torch.zeros(LEARNERGY_BATCHES * RBM_BATCH),
+    )
+    return lambda images: rbm.fit(rows, batch_size=RBM_BATCH, epochs=1)
 
 
 def gibbs_sweeps() -> Callable[[Tensor], None]:
     rbm = RBM(SIDE**2, HIDDEN)
     chain = gibbs(rbm, white_noise(rbm, RBM_BATCH))
 
-    def step(levels: Tensor) -> None:
+    def step(images: Tensor) -> None:
         with torch.no_grad():
             for _ in range(TEMPERATURES):
                 next(chain)
@@ -128,10 +147,10 @@ def gibbs_sweeps() -> Callable[[Tensor], None]:
 
 def tempering_sweep() -> Callable[[Tensor], None]:
     rbm = RBM(SIDE**2, HIDDEN)
-    ladder = Ladder(TEMPERATURES, RBM_BATCH, adapt=True)
+    ladder = ParallelTempering(TEMPERATURES, RBM_BATCH, adapt=True)
     ladder.allocate(HIDDEN)
 
-    def step(levels: Tensor) -> None:
+    def step(images: Tensor) -> None:
         with torch.no_grad():
             ladder.sweep(rbm)
 
@@ -160,7 +179,7 @@ class Contest(NamedTuple):
     per_update: int  # units
     threads: int
     repeats: int
-    levels: Callable[[], Tensor]
+    images: Callable[[], Tensor]
     programs: list[Program]
     counted: int  # the program whose arithmetic is counted
 
@@ -210,30 +229,39 @@ CONTESTS = [
 ]
 
 
-class Measured(NamedTuple):
+class MetricValue(NamedTuple):
     speeds: list[float]  # units per second, a round each
     flops: float  # of a unit; 0 where they are not counted
     flops_per_second: float  # of float32 matrix products here, on as many threads
 
 
-def measure(contest: Contest, program: Program, rounds: int) -> Measured:
+def measure(contest: Contest, program: Program, rounds: int) -> MetricValue:
     """How fast a program is in this process."""
     torch.set_num_threads(contest.threads)
     torch.manual_seed(0)
-    levels, step, flops = contest.levels(), program.make(), 0.0
+    images, step, flops = contest.images(), program.make(), 0.0
     calls = max(1, contest.repeats // program.updates)
     if program is contest.programs[contest.counted]:
         with FlopCounterMode(display=False) as counter:
-            step(levels)
+            step(images)
         flops = counter.get_total_flops() / contest.per_update
 
     def once(calls: int) -> float:
-        return calls * program.updates * contest.per_update / seconds(lambda: [step(levels) for _ in range(calls)])
+        return (
+            calls
+            * program.updates
+            * contest.per_update
+            / seconds(lambda: [step(images) for _ in range(calls)])
+        )
 
     once(min(calls, 3))  # the first steps compile and allocate
     speeds = [once(calls) for _ in range(rounds)]
     square = torch.randn(2048, 2048)
-    return Measured(speeds, flops, 2 * 2048**3 / min(seconds(lambda: square @ square) for _ in range(2 * rounds)))
+    return MetricValue(
+        speeds,
+        flops,
+        2 * 2048**3 / min(seconds(lambda: square @ square) for _ in range(2 * rounds)),
+    )
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -244,22 +272,40 @@ def seconds(work: Callable[[], object]) -> float:
 
 def compare(contest: Contest, number: int, rounds: int, turns: int) -> None:
     """Let the programs of a contest take turns, each in a process of its own, and print what they reached."""
-    found: list[list[Measured]] = [[] for _ in contest.programs]
+    found: list[list[MetricValue]] = [[] for _ in contest.programs]
     for _ in range(turns):
         for place in range(len(contest.programs)):
-            words = [sys.executable, __file__, "--only", f"{number} {place}", "--rounds", str(rounds)]
-            threads = {name: str(contest.threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-            out = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | threads).stdout
-            found[place].append(Measured(*json.loads(out.splitlines()[-1])))
+            words = [
+                sys.executable,
+                __file__,
+                "--only",
+                f"{number} {place}",
+                "--rounds",
+                str(rounds),
+            ]
+            threads = {
+                name: str(contest.threads)
+                for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+            }
+            out = subprocess.run(
+                words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | threads
+            ).stdout
+            found[place].append(MetricValue(*json.loads(out.splitlines()[-1])))
     everything = [measured for turns_ in found for measured in turns_]
-    rate, flops = max(measured.flops_per_second for measured in everything), max(measured.flops for measured in everything)
+    rate, flops = (
+        max(measured.flops_per_second for measured in everything),
+        max(measured.flops for measured in everything),
+    )
     print(f"{contest.title}, {contest.threads} threads; matrix products {rate / 1e9:.0f} GFLOP/s")
     first = max(speed for measured in found[0] for speed in measured.speeds)
     for program, turns_ in zip(contest.programs, found, strict=True):
         speeds = [speed for measured in turns_ for speed in measured.speeds]
         best, share = max(speeds), max(speeds) * flops / rate
         reached = f"{best:7.1f} {contest.unit}, slowest round {min(speeds):.1f}"
-        print(f"  {program.name:40} {reached}  {best / first:.2f}x  {share:.0%} of that rate", flush=True)
+        print(
+            f"  {program.name:40} {reached}  {best / first:.2f}x  {share:.0%} of that rate",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -267,20 +313,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument(
-        "--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of flowgen's networks inside couplings"
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="of flowgen's networks inside couplings",
     )
-    parser.add_argument("--contest", type=int, action="append", choices=range(len(CONTESTS)), help="by default all")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # contest and program, in a process of its own
+    parser.add_argument(
+        "--contest", type=int, action="append", choices=range(len(CONTESTS)), help="by default all"
+    )
+    parser.add_argument(
+        "--only", help=argparse.SUPPRESS
+    )  # contest and program, in a process of its own
     options = parser.parse_args()
     if options.only:
         contest, program = map(int, options.only.split())
-        print(json.dumps(measure(CONTESTS[contest], CONTESTS[contest].programs[program], options.rounds)))
+        print(
+            json.dumps(
+                measure(CONTESTS[contest], CONTESTS[contest].programs[program], options.rounds)
+            )
+        )
         return
     if options.precision != "auto":
         os.environ["FLOWGEN_PRECISION"] = options.precision
     dtype = str(autocast_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     kernels = f"{torch.backends.cpu.get_cpu_capability()} kernels, oneDNN {'on' if torch.backends.mkldnn.is_available() else 'off'}"
-    print(f"{datetime.now(UTC):%Y-%m-%d}  {platform.machine()}  torch {torch.__version__}  {kernels}, flowgen's networks in {dtype}")
+    print(
+        f"{datetime.now(UTC):%Y-%m-%d}  {platform.machine()}  torch {torch.__version__}  {kernels}, flowgen's networks in {dtype}"
+    )
     for number in options.contest or range(len(CONTESTS)):
         compare(CONTESTS[number], number, options.rounds, options.turns)
 

@@ -12,13 +12,16 @@ from torch import Tensor
 from flowgen.commands.complete import mask
 from flowgen.config.instantiate import build_data
 from flowgen.config.loading import find_model
-from flowgen.data.dataset import Images
+from flowgen.data.dataset import ImageDataset
 from flowgen.evaluation.stats import mean
 from flowgen.models.flows.flow import Flow
 from flowgen.models.rbm.rbm import RBM
 from flowgen.training.device import autocast_dtype
 
-CHAINS, BATCH = 9, 8  # of ten places among nine draws the truth takes each equally often: half of the first and last lie outside
+CHAINS, BATCH = (
+    9,
+    8,
+)  # of ten places among nine draws the truth takes each equally often: half of the first and last lie outside
 
 
 def places(draws: Tensor, truth: Tensor) -> Tensor:
@@ -31,7 +34,11 @@ def report(name: str, draws: Tensor, truth: Tensor) -> None:
     """Coverage over all missing numbers and over those that vary among the draws, with the error over images; and the mean's own error."""
     inside = ((places(draws, truth) - 0.5).abs() < 0.45).double()
     varied = (draws.amax(1) > draws.amin(1)).double()
-    over = [((each * some).sum() / some.sum()).item() for each, some in zip(inside, varied, strict=True) if some.any()]
+    over = [
+        ((each * some).sum() / some.sum()).item()
+        for each, some in zip(inside, varied, strict=True)
+        if some.any()
+    ]
     absolute = (draws.mean(1) - truth).abs().mean(1)
     print(
         f"{name:24} {mean(inside.mean(1).tolist())!s:18} {mean(over)!s:18} {mean(absolute.tolist())}",
@@ -39,23 +46,28 @@ def report(name: str, draws: Tensor, truth: Tensor) -> None:
     )
 
 
-def of_flow(flow: Flow, levels: Tensor, known: Tensor, steps: int) -> Tensor:
+def of_flow(flow: Flow, images: Tensor, known: Tensor, steps: int) -> Tensor:
     """Levels of the missing pixels over their largest, (N, chains, P)."""
     dtype, drawn = autocast_dtype("auto", flow.device), []
-    for number, part in enumerate(levels.split(BATCH)):
+    for number, part in enumerate(images.split(BATCH)):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             found = flow.restore(part, known, CHAINS, steps, torch.Generator().manual_seed(number))
         pixels = (found.points * flow.bins).floor().clamp(0, flow.bins - 1) / (flow.bins - 1)
         drawn.append(pixels.view(len(part), CHAINS, -1)[..., ~known.flatten()])
-        print(f"{number * BATCH + len(part)} of {len(levels)} images, acceptance {found.acceptance:.2f}", flush=True)
+        print(
+            f"{number * BATCH + len(part)} of {len(images)} images, acceptance {found.acceptance:.2f}",
+            flush=True,
+        )
     return torch.cat(drawn)
 
 
-def of_machine(machine: RBM, levels: Tensor, known: Tensor) -> Tensor:
+def of_machine(machine: RBM, images: Tensor, known: Tensor) -> Tensor:
     drawn = []
-    for number, image in enumerate(levels):
+    for number, image in enumerate(images):
         generator = torch.Generator().manual_seed(number)
-        chains = machine.complete(image[None], known, method="gibbs", sweeps=500, generator=generator).draws[:CHAINS]
+        chains = machine.inpaint(
+            image[None], known, method="gibbs", sweeps=500, generator=generator
+        ).draws[:CHAINS]
         drawn.append(torch.bernoulli(chains, generator=generator).flatten(1)[:, ~known.flatten()])
     return torch.stack(drawn)
 
@@ -66,29 +78,39 @@ def main() -> None:
     parser.add_argument("--machine", default="zoo/rbm_mnist", metavar="RUN")
     parser.add_argument("--count", type=int, default=200, metavar="N", help="test images")
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="gradients a chain")
-    parser.add_argument("--keep", default="left", metavar="SIDE|MASK", help="as of flowgen complete")
+    parser.add_argument(
+        "--keep", default="left", metavar="SIDE|MASK", help="as of flowgen complete"
+    )
     options = parser.parse_args()
     torch.manual_seed(0)
     _, checkpoint, flow = find_model(options.flow, "cpu", Flow)
-    data: Images = build_data(checkpoint["config"])
-    known = mask(options.keep, data.shape)
-    levels = torch.cat(list(data.batches("test", 100, options.count)))
+    data: ImageDataset = build_data(checkpoint["config"])
+    known = mask(options.keep, data.image_shape)
+    pixels = torch.cat(list(data.batches("test", 100, options.count)))
 
     def missing(images: Tensor) -> Tensor:
         return images.flatten(1)[:, ~known.flatten()].float() / (2**data.bits - 1)
 
-    draws = of_flow(flow, levels, known, options.steps)
+    draws = of_flow(flow, pixels, known, options.steps)
     print(f"{'':24} {'coverage':18} {'where draws vary':18} mean absolute error")
-    report(f"flow, {options.keep} kept", draws, missing(levels))
-    chosen = torch.randint(len(data.train), (len(levels), CHAINS))
+    report(f"flow, {options.keep} kept", draws, missing(pixels))
+    chosen = torch.randint(len(data.train), (len(pixels), CHAINS))
     report(
-        "training images", missing(data.train.images[chosen.flatten()] >> (8 - data.bits)).view(len(levels), CHAINS, -1), missing(levels)
+        "training images",
+        missing(data.train.images[chosen.flatten()] >> (8 - data.bits)).view(
+            len(pixels), CHAINS, -1
+        ),
+        missing(pixels),
     )
     _, _, machine = find_model(options.machine, "cpu", RBM)
-    if machine.shape != data.shape:
+    if machine.image_shape != data.image_shape:
         return
-    bits = (levels >= 2 ** (data.bits - 1)).to(torch.uint8)
-    report("RBM, binary pixels", of_machine(machine, bits, known), bits.flatten(1)[:, ~known.flatten()].float())
+    bits = (pixels >= 2 ** (data.bits - 1)).to(torch.uint8)
+    report(
+        "RBM, binary pixels",
+        of_machine(machine, bits, known),
+        bits.flatten(1)[:, ~known.flatten()].float(),
+    )
 
 
 if __name__ == "__main__":

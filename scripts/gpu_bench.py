@@ -18,7 +18,10 @@ from PIL import Image
 
 GPUS = torch.cuda.device_count()
 SIZE, STEPS, BATCHES = (64, 200, (16, 128)) if GPUS else (8, 6, (4, 8))
-MODEL = ["model=glow", *([] if GPUS else ["model.levels=1", "model.steps_per_level=1", "model.width=8"])]
+MODEL = [
+    "model=glow",
+    *([] if GPUS else ["model.levels=1", "model.steps_per_level=1", "model.width=8"]),
+]
 ENOUGH = 120 if GPUS else 60  # seconds for a row, after which it is given up
 QUIET = ["evaluate_every", "sample_every", "save_every"]
 
@@ -26,7 +29,10 @@ QUIET = ["evaluate_every", "sample_every", "save_every"]
 def rows() -> list[dict[str, object]]:
     """Settings of the trainer, the plainest first."""
     found = [{"batch_size": batch, "precision": "float32"} for batch in BATCHES]
-    found += [{"batch_size": batch, "precision": "bfloat16", "compile": compiled} for batch, compiled in product(BATCHES, (False, True))]
+    found += [
+        {"batch_size": batch, "precision": "bfloat16", "compile": compiled}
+        for batch, compiled in product(BATCHES, (False, True))
+    ]
     found += [{"batch_size": BATCHES[-1], "memory": memory} for memory in ("checkpoint", "invert")]
     return found + [{"batch_size": BATCHES[-1] * GPUS, "devices": GPUS}] * (GPUS > 1)
 
@@ -34,28 +40,55 @@ def rows() -> list[dict[str, object]]:
 def measure(folder: Path, number: int, settings: dict[str, object]) -> str:
     """Images a second, GiB and seconds to begin, as cells; or what went wrong."""
     out = folder / str(number)
-    ends = [f"trainer.{name}=1000000" for name in QUIET] + [f"trainer.steps={STEPS}", f"trainer.log_every={STEPS // 2}"]
+    ends = [f"trainer.{name}=1000000" for name in QUIET] + [
+        f"trainer.steps={STEPS}",
+        f"trainer.log_every={STEPS // 2}",
+    ]
     given = [f"trainer.{name}={value}" for name, value in settings.items()]
     few = ["trainer.evaluate_images=16", "trainer.initial_images=64"]
-    words = [*MODEL, "data=folder", f"data.root={folder / 'images'}", f"data.size={SIZE}", f"trainer={'gpu' if GPUS else 'cpu'}"]
+    words = [
+        *MODEL,
+        "data=folder",
+        f"data.root={folder / 'images'}",
+        f"data.size={SIZE}",
+        f"trainer={'gpu' if GPUS else 'cpu'}",
+    ]
     began = time.monotonic()
     try:
-        command = [sys.executable, "-m", "flowgen", "train", *words, *ends, *few, *given, f"out={out}"]
+        command = [
+            sys.executable,
+            "-m",
+            "flowgen",
+            "train",
+            *words,
+            *ends,
+            *few,
+            *given,
+            f"out={out}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=ENOUGH)
     except subprocess.TimeoutExpired:
         return f"more than {ENOUGH} s | |"
     took = time.monotonic() - began
     if done.returncode:
         return f"{done.stderr.strip().splitlines()[-1]} | |"
-    last = [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["split"] == "train"][-1]
+    last = [
+        row
+        for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        if row["split"] == "train"
+    ][-1]
     computing = STEPS / 2 * int(str(settings["batch_size"])) / last["images_per_second"]
     return f"{last['images_per_second']:.0f} | {last['memory_gib']:.2f} | {took - computing:.0f}"
 
 
 def main() -> None:
     where = torch.cuda.get_device_name() if GPUS else "CPU"
-    print(f"{where}, torch {torch.__version__}, Glow on {SIZE}x{SIZE}x3, {' '.join(MODEL[1:]) or 'its defaults'}, {STEPS} steps\n")
-    print("| trainer | images/s | GiB | seconds to begin |\n| --- | ---: | ---: | ---: |", flush=True)
+    print(
+        f"{where}, torch {torch.__version__}, Glow on {SIZE}x{SIZE}x3, {' '.join(MODEL[1:]) or 'its defaults'}, {STEPS} steps\n"
+    )
+    print(
+        "| trainer | images/s | GiB | seconds to begin |\n| --- | ---: | ---: | ---: |", flush=True
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "images").mkdir()

@@ -25,17 +25,33 @@ from flowgen import cli
 SHAPE, CHUNK, TESTS = (3, 64, 64), 4096, 64
 LIMIT, ROUNDS, STEPS, BATCH = 2**30, 3, 40, 16
 MODEL = ["model=glow", "model.levels=2", "model.steps_per_level=2", "model.width=16"]
-TRAINER = ["trainer=cpu", "trainer.minutes=null", f"trainer.batch_size={BATCH}", "trainer.initial_images=64", "trainer.decay=0"]
-QUIET = ["trainer.evaluate_images=16", "trainer.evaluate_every=1000000", "trainer.sample_every=1000000", f"trainer.log_every={STEPS // 2}"]
+TRAINER = [
+    "trainer=cpu",
+    "trainer.minutes=null",
+    f"trainer.batch_size={BATCH}",
+    "trainer.initial_images=64",
+    "trainer.decay=0",
+]
+QUIET = [
+    "trainer.evaluate_images=16",
+    "trainer.evaluate_every=1000000",
+    "trainer.sample_every=1000000",
+    f"trainer.log_every={STEPS // 2}",
+]
 
 
 def write_npz(path: Path, count: int) -> None:
     """So many images, each another one, and a class for each."""
-    width, pixels = torch.Size(SHAPE).numel(), torch.randint(256, (CHUNK, torch.Size(SHAPE).numel()), dtype=torch.uint8)
+    width, pixels = (
+        torch.Size(SHAPE).numel(),
+        torch.randint(256, (CHUNK, torch.Size(SHAPE).numel()), dtype=torch.uint8),
+    )
     with zipfile.ZipFile(path, "w") as archive:
         for name, shape, dtype in (("data", (count, width), "|u1"), ("labels", (count,), "<i8")):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+                write_array_header_1_0(
+                    file, {"descr": dtype, "fortran_order": False, "shape": shape}
+                )
                 if name == "labels":
                     file.write(torch.ones(count, dtype=torch.long).numpy().tobytes())
                 for number in range(0, count if name == "data" else 0, CHUNK):
@@ -55,7 +71,9 @@ def in_the_systems_cache(folder: Path, wanted: bool) -> None:
 def command(folder: Path, *words: object, limited: bool) -> None:
     """A command in a process of its own; one that is limited has no more than `LIMIT` bytes of memory of its own."""
     in_the_systems_cache(folder / "cache", not limited)
-    process = multiprocessing.get_context("fork").Process(target=_run, args=(["flowgen", *map(str, words)], folder / "said", limited))
+    process = multiprocessing.get_context("fork").Process(
+        target=_run, args=(["flowgen", *map(str, words)], folder / "said", limited)
+    )
     process.start()
     process.join()
     if process.exitcode:
@@ -73,7 +91,10 @@ def _run(words: list[str], said: Path, limited: bool) -> None:
 
 def train(folder: Path, name: str, steps: int, limited: bool) -> float:
     """Images a second over the second half."""
-    out, data = folder / name, [f"data.root={folder / 'images'}", "data=imagenet64", f"trainer.steps={steps}"]
+    out, data = (
+        folder / name,
+        [f"data.root={folder / 'images'}", "data=imagenet64", f"trainer.steps={steps}"],
+    )
     command(folder, "train", *data, *MODEL, *TRAINER, *QUIET, f"out={out}", limited=limited)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["images_per_second"] for row in rows if row["split"] == "train"][-1]
@@ -95,19 +116,24 @@ def main(gib: float) -> None:
         write_npz(folder / "images" / "train_data_batch_1.npz", count)
         write_npz(folder / "images" / "val_data.npz", TESTS)
         train(folder, "first", STEPS // 2, limited=True)  # which prepares the images
-        print(f"{count} images, {sum(path.stat().st_size for path in (folder / 'cache').glob('*.bin')) / 2**30:.2f} GiB", flush=True)
+        print(
+            f"{count} images, {sum(path.stat().st_size for path in (folder / 'cache').glob('*.bin')) / 2**30:.2f} GiB",
+            flush=True,
+        )
         speeds: dict[bool, list[float]] = {True: [], False: []}
         for number in range(ROUNDS):
             for limited, found in speeds.items():
                 found.append(train(folder, f"{number}-{limited}", STEPS, limited))
                 where = f"{LIMIT >> 20} MiB, from the disk" if limited else "no limit, in memory"
                 print(f"{where}: {found[-1]:.1f} images/s", flush=True)
-        beside = statistics.median(speeds[True]) / statistics.median(speeds[False])
-        print(f"medians: {100 * beside:.0f} % of the speed in memory", flush=True)
+        concat_condition = statistics.median(speeds[True]) / statistics.median(speeds[False])
+        print(f"medians: {100 * concat_condition:.0f} % of the speed in memory", flush=True)
         command(folder, "resume", folder / "first", f"trainer.steps={STEPS}", limited=True)
         one, other = weights(folder / "first"), weights(folder / "0-False")
         same = all(torch.equal(value, other[key]) for key, value in one.items())
-        print(f"stopped, and gone on with, within the limit: {'the same bits' if same else 'OTHER BITS'} as without")
+        print(
+            f"stopped, and gone on with, within the limit: {'the same bits' if same else 'OTHER BITS'} as without"
+        )
         sys.exit(not same)
 
 

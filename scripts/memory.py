@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from flowgen.bijections.chain import save_memory
+from flowgen.bijections.chain import set_activation_memory
 from flowgen.bijections.networks import ZeroConv2d
 from flowgen.bijections.reversible import MEMORY
 from flowgen.config.instantiate import build_model
@@ -38,10 +38,14 @@ def resident(key: str) -> float:
 def built(depth: int) -> GenerativeModel:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = build_model({"model": GLOW | {"steps_per_level": depth}}).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_model({"model": GLOW | {"steps_per_level": depth}}).to(
+        memory_format=torch.channels_last
+    )  # type: ignore[call-overload]
     for module in model.modules():
         if isinstance(module, ZeroConv2d):
-            torch.nn.init.normal_(module.weight, std=0.01)  # as of a trained model, not of the identity
+            torch.nn.init.normal_(
+                module.weight, std=0.01
+            )  # as of a trained model, not of the identity
     return model
 
 
@@ -55,13 +59,13 @@ def measure(what: str, memory: str, depth: int) -> float:
     for parameter, value in APART.items() if what == "memory" else ():
         ctypes.CDLL(None).mallopt(parameter, value)
     model = built(depth)
-    levels = torch.randint(32, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
-    model.initialize(levels)
-    save_memory(model, memory)
-    model(levels[:2]).backward()
+    images = torch.randint(32, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
+    model.initialize(images)
+    set_activation_memory(model, memory)
+    model(images[:2]).backward()
     Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
     before, began = resident("VmRSS"), time.process_time()
-    model(levels).backward()
+    model(images).backward()
     seconds = time.process_time() - began
     return resident("VmHWM") - before if what == "memory" else seconds
 
@@ -73,7 +77,9 @@ def apart(what: str, memory: str, depth: int) -> float:
 
 
 if __name__ == "__main__":
-    print(f"| steps a level | weights | {' | '.join(MEMORY)} | time beside keep: {' | '.join(MEMORY[1:])} |")
+    print(
+        f"| steps a level | weights | {' | '.join(MEMORY)} | time beside keep: {' | '.join(MEMORY[1:])} |"
+    )
     print(f"|{' ---: |' * (2 * len(MEMORY) + 1)}")
     for depth in map(int, sys.argv[1:] or DEPTHS):
         sizes = " | ".join(f"{apart('memory', memory, depth):.1f} MiB" for memory in MEMORY)

@@ -19,10 +19,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--temperature", type=float, nargs="*", default=[0.7])
     parser.add_argument("--count", type=int, default=320)
-    parser.add_argument("--root", help="the folder with MNIST's idx files; by default looked for, or downloaded")
+    parser.add_argument(
+        "--root", help="the folder with MNIST's idx files; by default looked for, or downloaded"
+    )
     parser.add_argument("--keep", type=Path, help="a file that keeps the trained classifier")
     options = parser.parse_args()
-    data = MNIST(name="MNIST", root=options.root, names=["mnist", "MNIST"], size=28, bits=8, flip=False)
+    data = MNIST(
+        name="MNIST", root=options.root, names=["mnist", "MNIST"], size=28, bits=8, flip=False
+    )
     if options.keep and options.keep.exists():
         classifier = Classifier((1, 28, 28), 8, 10).eval()
         classifier.load_state_dict(torch.load(options.keep, weights_only=True))
@@ -32,18 +36,22 @@ def main() -> None:
             torch.save(classifier.state_dict(), options.keep)
     label, surety = classifier.surety(data.test.images)
     accuracy = (label == data.test.labels).float().mean().item()
-    print(f"test digits: readable {(surety >= 0.9).float().mean():.3f}, named rightly {accuracy:.4f}")
+    print(
+        f"test digits: readable {(surety >= 0.9).float().mean():.3f}, named rightly {accuracy:.4f}"
+    )
     for run in options.runs:
         model = flowgen.load(run)
         for temperature in options.temperature:
-            levels, _ = draw(model, options.count, temperature, seed=0)
-            levels = levels.cpu() * 255 if model.bits == 1 else levels.cpu()
+            images, _ = draw(model, options.count, temperature, seed=0)
+            images = images.cpu() * 255 if model.bits == 1 else images.cpu()
             right = ""
             if model.classes:
-                asked = torch.arange(len(levels)) % model.classes
-                right = f", of the class asked for {(classifier.surety(levels)[0] == asked).float().mean():.3f}"
-            first = int(32 * classifier.readable(levels[:32]))
-            print(f"{run} at temperature {temperature:g}: readable {classifier.readable(levels):.3f}, {first} of the first 32{right}")
+                payload = torch.arange(len(images)) % model.classes
+                right = f", of the class asked for {(classifier.surety(images)[0] == payload).float().mean():.3f}"
+            first = int(32 * classifier.readable(images[:32]))
+            print(
+                f"{run} at temperature {temperature:g}: readable {classifier.readable(images):.3f}, {first} of the first 32{right}"
+            )
 
 
 if __name__ == "__main__":

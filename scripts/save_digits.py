@@ -10,7 +10,13 @@ from flowgen.utils.rendering import picture_of
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("numbers", type=int, nargs="*", default=[110, 370], help="places in the test split, 0 to 499; 50 of each digit")
+    parser.add_argument(
+        "numbers",
+        type=int,
+        nargs="*",
+        default=[110, 370],
+        help="places in the test split, 0 to 499; 50 of each digit",
+    )
     options = parser.parse_args()
     data = MNISTSample(bits=8, flip=False)
     options.folder.mkdir(parents=True, exist_ok=True)

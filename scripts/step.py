@@ -13,17 +13,36 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from flowgen import cli
-from flowgen.data.dataset import Images
+from flowgen.data.dataset import ImageDataset
 from flowgen.training import optim as optimisation
 from flowgen.training import trainer as loop
-from flowgen.training.state import State
+from flowgen.training.state import TrainState
 
 WARM, MEASURED = 3, 5  # steps
-SETTINGS = ["model=glow", "data=mnist_sample", "trainer=cpu", "trainer.minutes=null", f"trainer.steps={WARM + MEASURED}"]
-QUIET = ["trainer.evaluate_images=16", *(f"trainer.{name}=1000000" for name in ("evaluate_every", "sample_every", "save_every"))]
+SETTINGS = [
+    "model=glow",
+    "data=mnist_sample",
+    "trainer=cpu",
+    "trainer.minutes=null",
+    f"trainer.steps={WARM + MEASURED}",
+]
+QUIET = [
+    "trainer.evaluate_images=16",
+    *(f"trainer.{name}=1000000" for name in ("evaluate_every", "sample_every", "save_every")),
+]
 PHASES = ("the batch", "forward", "backward", "norm and clipping", "optimiser and average")
-KINDS = {"convolution_backward": "convolutions, backward", "convolution": "convolutions, forward", "_fused_adam": "optimiser"}
-KINDS |= {"copy": "copies", "cat": "copies", "clone": "copies", "mm": "matrices", "linalg": "matrices"}
+KINDS = {
+    "convolution_backward": "convolutions, backward",
+    "convolution": "convolutions, forward",
+    "_fused_adam": "optimiser",
+}
+KINDS |= {
+    "copy": "copies",
+    "cat": "copies",
+    "clone": "copies",
+    "mm": "matrices",
+    "linalg": "matrices",
+}
 
 
 def phase(owner: Any, name: str, label: str) -> None:
@@ -39,15 +58,21 @@ def phase(owner: Any, name: str, label: str) -> None:
 
 def kind(operation: str) -> str:
     found = [label for part, label in KINDS.items() if part in operation]
-    return found[0] if found else "other operations, number by number" if operation.startswith("aten::") else "Python and the rest"
+    return (
+        found[0]
+        if found
+        else "other operations, number by number"
+        if operation.startswith("aten::")
+        else "Python and the rest"
+    )
 
 
 def main(words: list[str]) -> None:
-    phase(Images, "next", "the batch")
+    phase(ImageDataset, "next", "the batch")
     phase(torch.Tensor, "backward", "backward")
     phase(loop, "gradient_norm", "norm and clipping")
     phase(optimisation.Optimisation, "clip_gradients", "norm and clipping")
-    phase(State, "update", "optimiser and average")
+    phase(TrainState, "update", "optimiser and average")
     step, done = loop.Training.step, [0]
     profiler = profile(activities=[ProfilerActivity.CPU])
 
@@ -72,7 +97,9 @@ def main(words: list[str]) -> None:
 def table(profiler: profile) -> None:
     events = profiler.key_averages()
     whole = {event.key: event.cpu_time_total for event in events if event.key in (*PHASES, "step")}
-    print(f"a step takes {whole['step'] / MEASURED / 1000:.0f} ms\n\n| phase | share of a step |\n| --- | ---: |")
+    print(
+        f"a step takes {whole['step'] / MEASURED / 1000:.0f} ms\n\n| phase | share of a step |\n| --- | ---: |"
+    )
     for name in PHASES:
         print(f"| {name} | {whole[name] / whole['step']:.0%} |")
     print(

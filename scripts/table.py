@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flowgen
 from flowgen.config.compose import read_config
-from flowgen.training.run_dir import Run, write_aside
+from flowgen.training.run_dir import Run, atomic_write
 from flowgen.utils import rendering
 
 FOLDER = Path("outputs/table")
@@ -43,13 +43,30 @@ class Row:
 
     def __init__(self, data: str, model: str, minutes: float, words: list[str]):
         self.folder = FOLDER / f"{data}_{model}_{minutes:g}"
-        self.run, self.file, self.minutes = Run(self.folder / "run"), self.folder / "row.json", minutes
-        self.words = [f"model={model}", f"data={data}", "trainer.minutes=null", "trainer.threads=1", *words]
-        self.found: dict[str, Any] = {"data": data, "model": model, "minutes": minutes, "words": words}
+        self.run, self.file, self.minutes = (
+            Run(self.folder / "run"),
+            self.folder / "row.json",
+            minutes,
+        )
+        self.words = [
+            f"model={model}",
+            f"data={data}",
+            "trainer.minutes=null",
+            "trainer.threads=1",
+            *words,
+        ]
+        self.found: dict[str, Any] = {
+            "data": data,
+            "model": model,
+            "minutes": minutes,
+            "words": words,
+        }
         if self.file.exists():
             kept = json.loads(self.file.read_text())
             if kept["words"] != words:
-                sys.exit(f"{self.file} is of other words, {kept['words']}: give those, or move it away")
+                sys.exit(
+                    f"{self.file} is of other words, {kept['words']}: give those, or move it away"
+                )
             self.found = kept
 
     def know(self, key: str, find: Callable[[], Any]) -> Any:
@@ -61,16 +78,25 @@ class Row:
     def keep(self, key: str, value: Any) -> None:
         self.found[key] = value
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_aside(self.file, json.dumps(self.found, indent=1) + "\n")
+        atomic_write(self.file, json.dumps(self.found, indent=1) + "\n")
 
     def fill(self) -> None:
         steps = self.know("steps", lambda: max(1, round(60 * self.minutes / self.cost())))
         if not self.run.has_ended():
             every = max(1, steps // 5)
-            words = [f"trainer.steps={steps}", f"trainer.evaluate_every={every}", f"trainer.sample_every={steps}", "resume=true"]
-            _, seconds = called("train", *self.words, *words, f"out={self.run.folder}", last=self.spend)
+            words = [
+                f"trainer.steps={steps}",
+                f"trainer.evaluate_every={every}",
+                f"trainer.sample_every={steps}",
+                "resume=true",
+            ]
+            _, seconds = called(
+                "train", *self.words, *words, f"out={self.run.folder}", last=self.spend
+            )
             self.spend(seconds)
-        self.know("images_seen", lambda: steps * read_config(self.run.config)["trainer"]["batch_size"])
+        self.know(
+            "images_seen", lambda: steps * read_config(self.run.config)["trainer"]["batch_size"]
+        )
         for key, find in {"parameters": parameters, "flops": flops}.items():
             self.know(key, lambda find=find: find(str(self.run.folder)))
         for draws in DRAWS:
@@ -78,7 +104,9 @@ class Row:
         samples = self.folder / "samples.png"
         self.know(
             "samples",
-            lambda: called(*f"sample --run {self.run.folder} --count 16 --temperature {TEMPERATURE} --out {samples}".split())[0].strip(),
+            lambda: called(
+                *f"sample --run {self.run.folder} --count 16 --temperature {TEMPERATURE} --out {samples}".split()
+            )[0].strip(),
         )
 
     def samples(self) -> tuple[str, Image.Image]:
@@ -94,21 +122,42 @@ class Row:
         for steps in (SHORT, LONG):
             out = self.folder / "short"
             shutil.rmtree(out, ignore_errors=True)
-            spent.append(called("train", *self.words, f"trainer.steps={steps}", "trainer.evaluate_images=1", f"out={out}")[1])
+            spent.append(
+                called(
+                    "train",
+                    *self.words,
+                    f"trainer.steps={steps}",
+                    "trainer.evaluate_images=1",
+                    f"out={out}",
+                )[1]
+            )
             shutil.rmtree(out)
         return max(1e-4, (spent[1] - spent[0]) / (LONG - SHORT))
 
     def evaluated(self, draws: int) -> dict[str, float]:
         said, _ = called("evaluate", "--run", str(self.run.folder), "--json", f"draws={draws}")
-        return {key: value for key, value in json.loads(said).items() if key not in ("run", "split")}
+        return {
+            key: value for key, value in json.loads(said).items() if key not in ("run", "split")
+        }
 
     def line(self) -> str:
         """As the table has it."""
         names = [self.found["data"], f"`{self.found['model']}`"]
         figures = [self.found.get(f"draws_{draws}") for draws in DRAWS]
-        bits = [f"{each['bits_per_dim']:.3f} ± {each['bits_per_dim_error']:.3f}" if each else "" for each in figures]
-        numbers = {"parameters": (1e6, ".2f"), "images_seen": (1, ",.0f"), "cpu_seconds": (60, ".1f"), "flops": (1e9, ".3f")}
-        rest = [format(self.found[key] / unit, how) if key in self.found else "" for key, (unit, how) in numbers.items()]
+        bits = [
+            f"{each['bits_per_dim']:.3f} ± {each['bits_per_dim_error']:.3f}" if each else ""
+            for each in figures
+        ]
+        numbers = {
+            "parameters": (1e6, ".2f"),
+            "images_seen": (1, ",.0f"),
+            "cpu_seconds": (60, ".1f"),
+            "flops": (1e9, ".3f"),
+        }
+        rest = [
+            format(self.found[key] / unit, how) if key in self.found else ""
+            for key, (unit, how) in numbers.items()
+        ]
         return f"| {' | '.join([*names, *bits, *rest])} |"
 
 
@@ -118,7 +167,9 @@ def called(*words: str, last: Callable[[float], None] | None = None) -> tuple[st
     before = spent()
     status = None
     try:
-        done = subprocess.run([sys.executable, "-m", "flowgen", *words], stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "flowgen", *words], stdout=subprocess.PIPE, text=True
+        )
         status, seconds = done.returncode, spent() - before
     finally:
         if status != 0 and last is not None:
@@ -141,16 +192,25 @@ def parameters(name: str) -> int:
 def flops(name: str) -> float:
     """Of convolutions and matrix products in a training step, attention's too, for each image."""
     model = flowgen.load(name)
-    levels = torch.zeros(2, *model.shape, dtype=torch.uint8)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts no other kernel of attention on a CPU
-        model(levels, None if model.classes is None else torch.zeros(2, dtype=torch.long)).backward()
+    images = torch.zeros(2, *model.image_shape, dtype=torch.uint8)
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # it counts no other kernel of attention on a CPU
+        model(
+            images, None if model.classes is None else torch.zeros(2, dtype=torch.long)
+        ).backward()
     return counter.get_total_flops() / 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", nargs="*", default=["mnist"])
-    parser.add_argument("--models", nargs="*", default=["glow", "realnvp", "nice", "maf", "tarflow", "jet"])
+    parser.add_argument(
+        "--models", nargs="*", default=["glow", "realnvp", "nice", "maf", "tarflow", "jet"]
+    )
     parser.add_argument("--minutes", type=float, default=15.0)
     given, words = parser.parse_known_args()
     rows = [Row(data, model, given.minutes, words) for data in given.data for model in given.models]
@@ -159,7 +219,9 @@ def main() -> None:
     for data in given.data:
         picture = FOLDER / f"{data}_{given.minutes:g}.png"
         rendering.stack([row.samples() for row in rows if row.found["data"] == data]).save(picture)
-    print(HEAD, "|" + " --- |" * HEAD.count(" | ") + " --- |", *(row.line() for row in rows), sep="\n")
+    print(
+        HEAD, "|" + " --- |" * HEAD.count(" | ") + " --- |", *(row.line() for row in rows), sep="\n"
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from flowgen import cli
-from flowgen.bijections.batchnorm import estimate_statistics
+from flowgen.bijections.batchnorm import update_bn
 from flowgen.config.compose import read_config, save_config
 from flowgen.models.base import GenerativeModel
 from flowgen.training.checkpoint import FORMAT, write_checkpoint
@@ -24,10 +24,12 @@ from flowgen.training.optim import learning_rate_factor
 from flowgen.training.trainer import STATISTICS
 
 if TYPE_CHECKING:
-    from flowgen.serving.session import Answers
+    from flowgen.serving.session import ModelSession
 
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background; commands under test inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell starts what runs in the background; commands under test inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -48,7 +50,14 @@ SMALL = [
     "trainer.lr=1e-3",
 ]
 
-RBM = ["model=rbm", "data=folder", "data.size=8", "model.hidden=4", "trainer.steps=3", "trainer.minutes=null"]
+RBM = [
+    "model=rbm",
+    "data=folder",
+    "data.size=8",
+    "model.hidden=4",
+    "trainer.steps=3",
+    "trainer.minutes=null",
+]
 
 CHECKPOINT = {  # the least that is a checkpoint
     "format": FORMAT,
@@ -78,10 +87,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def fit(model: GenerativeModel, batch: Callable[[int], tuple], steps: int, lr: float, decay: float = 0.0) -> None:
+def fit(
+    model: GenerativeModel, batch: Callable[[int], tuple], steps: int, lr: float, decay: float = 0.0
+) -> None:
     """Train an initialised model on batch(0), batch(1), ... as the trainer does: in its precision, with batch statistics of the end."""
     model.train()
-    optimizer, dtype = torch.optim.Adam(model.parameters(), lr), autocast_dtype("auto", torch.device("cpu"))
+    optimizer, dtype = (
+        torch.optim.Adam(model.parameters(), lr),
+        autocast_dtype("auto", torch.device("cpu")),
+    )
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(step, step / steps, 0, decay)
         optimizer.zero_grad()
@@ -90,7 +104,7 @@ def fit(model: GenerativeModel, batch: Callable[[int], tuple], steps: int, lr: f
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 50.0)
         optimizer.step()
-    estimate_statistics(model, (batch(steps + number) for number in range(STATISTICS)))
+    update_bn(model, (batch(steps + number) for number in range(STATISTICS)))
     model.eval()
 
 
@@ -98,7 +112,9 @@ def fit(model: GenerativeModel, batch: Callable[[int], tuple], steps: int, lr: f
 def started(*words: object) -> Iterator[subprocess.Popen[str]]:
     """`flowgen WORDS` in a process of its own, which is gone afterwards, however the test ends."""
     command = [sys.executable, "-m", "flowgen", *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             yield process
         finally:
@@ -129,7 +145,9 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
     """Run `flowgen ARGUMENTS` in this process: exit status, standard output, standard error."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -160,7 +178,12 @@ def trained(folder: Path, **runs: list[str]) -> Path:
 @pytest.fixture(scope="session")
 def six_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("six_steps")
-    return trained(folder, run=[*SMALL, f"data.root={save_images(folder / 'images')}", "trainer.steps=6"]) / "run"
+    return (
+        trained(
+            folder, run=[*SMALL, f"data.root={save_images(folder / 'images')}", "trainer.steps=6"]
+        )
+        / "run"
+    )
 
 
 @pytest.fixture
@@ -182,18 +205,20 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(40):
         save_image(folder / "images" / "ab"[number % 2] / f"{number:03d}.png")
     root = f"data.root={folder / 'images'}"
-    return trained(folder, glow=[*SMALL, root, "model.classes=2", "trainer.steps=6"], rbm=[*RBM, root])
+    return trained(
+        folder, glow=[*SMALL, root, "model.classes=2", "trainer.steps=6"], rbm=[*RBM, root]
+    )
 
 
 @pytest.fixture(scope="module")
-def glow(two_runs: Path) -> "Answers":
-    from flowgen.serving.session import Answers
+def glow(two_runs: Path) -> "ModelSession":
+    from flowgen.serving.session import ModelSession
 
-    return Answers(str(two_runs / "glow"), "cpu")
+    return ModelSession(str(two_runs / "glow"), "cpu")
 
 
 @pytest.fixture(scope="module")
-def rbm(two_runs: Path) -> "Answers":
-    from flowgen.serving.session import Answers
+def rbm(two_runs: Path) -> "ModelSession":
+    from flowgen.serving.session import ModelSession
 
-    return Answers(str(two_runs / "rbm"), "cpu")
+    return ModelSession(str(two_runs / "rbm"), "cpu")

@@ -29,11 +29,18 @@ def law(rbm: RBM, rung: float = 1.0, beta: float = 1.0) -> Tensor:
     """P(v) of every state at a rung of the ladder, by enumerating both layers."""
     v, h = states(rbm.visible), states(rbm.hidden)
     energy = rbm.energy(v[:, None].expand(-1, len(h), -1), h.expand(len(v), -1, -1))
-    return (-rung * beta * energy + ((1 - rung) * v @ rbm.base)[:, None]).logsumexp(1).softmax(0).detach()
+    return (
+        (-rung * beta * energy + ((1 - rung) * v @ rbm.base)[:, None])
+        .logsumexp(1)
+        .softmax(0)
+        .detach()
+    )
 
 
 def draw(probabilities: Tensor, count: int = CHAINS) -> Tensor:
-    return states(len(probabilities).bit_length() - 1)[torch.multinomial(probabilities, count, replacement=True)]
+    return states(len(probabilities).bit_length() - 1)[
+        torch.multinomial(probabilities, count, replacement=True)
+    ]
 
 
 def distance(visible: Tensor, probabilities: Tensor) -> float:

@@ -6,46 +6,50 @@ import shutil
 
 import pytest
 import torch
-from test_models import model_of, read_config_of, started
+from test_models import load_from_checkpoint, read_config_of, started
 
 from flowgen.config.compose import read_config, save_config
 from flowgen.config.instantiate import build
 from flowgen.config.loading import find_model
 from flowgen.config.runs import find_checkpoint
-from flowgen.models.base import Classifies, Completes, RunsChains
+from flowgen.models.base import ClassConditional, SupportsInpainting, SupportsMCMC
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.glow import Glow
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 COMPLETE = {
-    "rbm": lambda: build("model", read_config_of("rbm") | {"visible": [1, 8, 8], "bits": 1, "hidden": 6}),
+    "rbm": lambda: build(
+        "model", read_config_of("rbm") | {"visible": [1, 8, 8], "bits": 1, "hidden": 6}
+    ),
     "glow": lambda: started("glow"),
 }
 
 
 @pytest.fixture(params=COMPLETE)
-def completing(request: pytest.FixtureRequest) -> Completes:
+def completing(request: pytest.FixtureRequest) -> SupportsInpainting:
     return COMPLETE[request.param]().eval()
 
 
 def test_completion_keeps_what_is_known_never_looks_at_the_rest_and_repeats_itself(completing):
-    shape, known = completing.shape, torch.zeros(completing.shape, dtype=torch.bool)
+    shape, known = completing.image_shape, torch.zeros(completing.image_shape, dtype=torch.bool)
     known[..., : shape[2] // 2] = True
-    levels = torch.randint(2**completing.bits, (1, *shape), dtype=torch.uint8)
-    other = torch.where(known, levels, 2**completing.bits - 1 - levels)
+    images = torch.randint(2**completing.bits, (1, *shape), dtype=torch.uint8)
+    other = torch.where(known, images, 2**completing.bits - 1 - images)
     for method in completing.completions:
         found, again = (
-            completing.complete(image, known, method=method, sweeps=5, generator=torch.Generator().manual_seed(0))
-            for image in (levels, other)
+            completing.inpaint(
+                image, known, method=method, sweeps=5, generator=torch.Generator().manual_seed(0)
+            )
+            for image in (images, other)
         )
         assert found.draws.shape[1:] == found.mean.shape == shape
         for brightness in (found.draws, found.mean[None]):
             assert brightness.min() >= 0 and brightness.max() <= 1
             kept = torch.where(known, brightness, 0) * (2**completing.bits - 1)
-            assert torch.allclose(kept, torch.where(known, levels, 0).float(), atol=0.51)
+            assert torch.allclose(kept, torch.where(known, images, 0).float(), atol=0.51)
         assert torch.equal(found.draws, again.draws) and torch.equal(found.mean, again.mean)
-    with pytest.raises(FlowgenError, match="method must be "):
-        completing.complete(levels, known, method="magic")
+    with pytest.raises(UserError, match="method must be "):
+        completing.inpaint(images, known, method="magic")
 
 
 def test_the_mean_of_a_completion_is_the_exact_conditional():
@@ -53,13 +57,13 @@ def test_the_mean_of_a_completion_is_the_exact_conditional():
     rbm = build("model", read_config_of("rbm") | {"visible": 5, "bits": 1, "hidden": 3})
     for parameter in rbm.parameters():
         parameter.data.normal_()
-    levels = torch.tensor([1, 0, 0, 1, 1], dtype=torch.uint8).view(1, 1, 1, 5)
+    images = torch.tensor([1, 0, 0, 1, 1], dtype=torch.uint8).view(1, 1, 1, 5)
     known = torch.tensor([True, True, False, False, True]).view(1, 1, 5)
     states = torch.tensor(list(itertools.product((0.0, 1.0), repeat=5)))
-    states = states[(states == levels.flatten())[:, known.flatten()].all(1)]
+    states = states[(states == images.flatten())[:, known.flatten()].all(1)]
     exact = (-rbm.free_energy(states)).softmax(0) @ states
     generator = torch.Generator().manual_seed(0)
-    found = rbm.complete(levels, known, method="gibbs", sweeps=400, generator=generator)
+    found = rbm.inpaint(images, known, method="gibbs", sweeps=400, generator=generator)
     assert torch.allclose(found.mean.flatten(), exact, atol=0.02)
 
 
@@ -67,25 +71,37 @@ def test_a_film_begins_with_noise_and_goes_on_for_ever():
     rbm = COMPLETE["rbm"]()
     noise, *frames = itertools.islice(rbm.film(7, "gibbs", torch.Generator().manual_seed(0)), 4)
     assert set(noise.unique().tolist()) == {0.0, 1.0}
-    assert all(frame.shape == (7, 1, 8, 8) and frame.min() > 0 and frame.max() < 1 for frame in frames)
+    assert all(
+        frame.shape == (7, 1, 8, 8) and frame.min() > 0 and frame.max() < 1 for frame in frames
+    )
 
 
 def test_abilities_are_those_of_the_class_and_of_its_arguments():
-    assert Flow.is_able(Classifies, {"classes": 10}) and not Flow.is_able(Classifies, {"classes": None})
-    assert not Flow.is_able(RunsChains, {}) and Glow.is_able(Flow, {})
-    assert isinstance(model_of("glow", classes=3, steps_per_level=1), Classifies)
+    assert Flow.supports(ClassConditional, {"classes": 10}) and not Flow.supports(
+        ClassConditional, {"classes": None}
+    )
+    assert not Flow.supports(SupportsMCMC, {}) and Glow.supports(Flow, {})
+    assert isinstance(load_from_checkpoint("glow", classes=3, steps_per_level=1), ClassConditional)
 
 
 def test_the_newest_run_that_is_able_is_found(tiny_run, elsewhere):
-    for age, (name, model) in enumerate((("plain", {}), ("classes", {"classes": 10}), ("newest", {}))):
+    for age, (name, model) in enumerate(
+        (("plain", {}), ("classes", {"classes": 10}), ("newest", {}))
+    ):
         run = shutil.copytree(tiny_run, elsewhere / "outputs" / name)
         config = read_config(run / "config.yaml")
         save_config(config | {"model": config["model"] | model}, run / "config.yaml")
         os.utime(run / "config.yaml", (age, age))
-    assert find_checkpoint(None, Classifies)[0].folder.name == "classes"
+    assert find_checkpoint(None, ClassConditional)[0].folder.name == "classes"
     assert find_checkpoint(None, Flow)[0].folder.name == "newest"
-    assert find_checkpoint(None, Completes)[0].folder.name == "newest"
-    with pytest.raises(FlowgenError, match=r"no run of a model that draws by Markov chains .* `flowgen train model=rbm`"):
-        find_checkpoint(None, RunsChains)
-    with pytest.raises(FlowgenError, match=r"newest is no run of a model that draws by Markov chains, .* `flowgen train model=rbm`"):
-        find_model("newest", "cpu", RunsChains)
+    assert find_checkpoint(None, SupportsInpainting)[0].folder.name == "newest"
+    with pytest.raises(
+        UserError,
+        match=r"no run of a model that draws by Markov chains .* `flowgen train model=rbm`",
+    ):
+        find_checkpoint(None, SupportsMCMC)
+    with pytest.raises(
+        UserError,
+        match=r"newest is no run of a model that draws by Markov chains, .* `flowgen train model=rbm`",
+    ):
+        find_model("newest", "cpu", SupportsMCMC)

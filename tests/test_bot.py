@@ -22,7 +22,7 @@ from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
 from flowgen.serving.telegram import read_token
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 pytest.importorskip("telegram", reason="needs python-telegram-bot: pip install 'flowgen[bot]'")
 from flowgen.serving.telegram import Chat
@@ -68,7 +68,9 @@ class Telegram:
             return sent | {"text": request.form["text"]}
         if method == "sendPhoto":
             (file,) = request.files.values()
-            self.heard.put((chat, request.form.get("caption", ""), Image.open(io.BytesIO(file.read()))))
+            self.heard.put(
+                (chat, request.form.get("caption", ""), Image.open(io.BytesIO(file.read())))
+            )
             return sent
         return True
 
@@ -85,13 +87,27 @@ class Telegram:
         """All at once."""
         for message in messages:
             self.count += 1
-            who = {"chat": {"id": chat, "type": "private"}, "from": {"id": chat, "is_bot": False, "first_name": "A"}}
-            self.told.put({"update_id": self.count, "message": {"message_id": self.count, "date": 0} | who | message})
+            who = {
+                "chat": {"id": chat, "type": "private"},
+                "from": {"id": chat, "is_bot": False, "first_name": "A"},
+            }
+            self.told.put(
+                {
+                    "update_id": self.count,
+                    "message": {"message_id": self.count, "date": 0} | who | message,
+                }
+            )
 
     def photo(self, file: bytes, size: int | None = None, **more: str) -> dict:
         name = f"file{len(self.files)}"
         self.files[name] = file
-        copy = {"file_id": name, "file_unique_id": name, "width": 8, "height": 8, "file_size": len(file) if size is None else size}
+        copy = {
+            "file_id": name,
+            "file_unique_id": name,
+            "width": 8,
+            "height": 8,
+            "file_size": len(file) if size is None else size,
+        }
         return {"photo": [copy], **more}
 
     def hear(self) -> tuple[int, str, Image.Image | None]:
@@ -99,7 +115,9 @@ class Telegram:
 
     def ask(self, *messages: dict | str) -> tuple[str, Image.Image | None]:
         """The bot's next words after these messages, which one chat sends."""
-        self.tell(*({"text": message} if isinstance(message, str) else message for message in messages))
+        self.tell(
+            *({"text": message} if isinstance(message, str) else message for message in messages)
+        )
         _, text, picture = self.hear()
         return text, picture
 
@@ -135,10 +153,21 @@ def test_the_session_of_the_thesis(bot):
     assert text.startswith("Hello! I draw pictures") and "/generate 0.678" in text
     assert "/walk and two photos" in bot.ask("/help")[0]
     caption, picture = bot.ask("/generate")
-    assert caption.startswith("Temperature 1, seed ") and "bits/dim" in caption and picture.width >= 256
+    assert (
+        caption.startswith("Temperature 1, seed ")
+        and "bits/dim" in caption
+        and picture.width >= 256
+    )
     caption, picture = bot.ask("/generate 0.678")
     assert caption.startswith("Temperature 0.678, seed ") and picture is not None
-    for words in ("/generate 1.5", "/generate -1", "/generate 0,5", "/generate hot", "/generate nan", "/generate 0.5 0.6"):
+    for words in (
+        "/generate 1.5",
+        "/generate -1",
+        "/generate 0,5",
+        "/generate hot",
+        "/generate nan",
+        "/generate 0.5 0.6",
+    ):
         text, picture = bot.ask(words)
         assert "a number from 0 to 1 with a point" in text and picture is None, words
     assert bot.ask("/generate@flowgen_bot 0")[1] is not None, "the bot goes on"
@@ -147,11 +176,24 @@ def test_the_session_of_the_thesis(bot):
 def test_a_generated_picture_is_the_commands(bot, two_runs, command, tmp_path):
     caption, picture = bot.ask("/generate 0.7")
     seed = caption.partition("seed ")[2].partition(".")[0]
-    words = ["--run", two_runs / "glow", "--temperature", 0.7, "--seed", seed, "--count", 1, "--out", tmp_path / "a.png"]
+    words = [
+        "--run",
+        two_runs / "glow",
+        "--temperature",
+        0.7,
+        "--seed",
+        seed,
+        "--count",
+        1,
+        "--out",
+        tmp_path / "a.png",
+    ]
     assert command("sample", *words)[0] == 0
     small = picture.crop((2, 2, 258, 258)).resize((8, 8), Image.Resampling.NEAREST)
     made = Image.open(tmp_path / "a.png").convert("RGB")
-    made = made.crop((2, made.height - 58, 58, made.height - 2)).resize((8, 8), Image.Resampling.NEAREST)
+    made = made.crop((2, made.height - 58, 58, made.height - 2)).resize(
+        (8, 8), Image.Resampling.NEAREST
+    )
     assert small.convert("RGB").tobytes() == made.tobytes()
 
 
@@ -160,7 +202,10 @@ def test_a_walk_takes_two_photos_in_a_row_or_in_an_album(bot, tmp_path):
     assert "two photos" in bot.ask("/walk")[0]
     assert bot.ask(bot.photo(photos[0]))[0] == "And the other one?"
     _, one = bot.ask(bot.photo(photos[1]))
-    first, second = bot.photo(photos[0], caption="/walk", media_group_id="5"), bot.photo(photos[1], media_group_id="5")
+    first, second = (
+        bot.photo(photos[0], caption="/walk", media_group_id="5"),
+        bot.photo(photos[1], media_group_id="5"),
+    )
     _, other = bot.ask(first, second)
     assert one.width > 9 * 56 and one.tobytes() == other.tobytes()
 
@@ -181,7 +226,9 @@ def test_what_cannot_be_answered_gets_a_friendly_sentence(bot, tmp_path):
     assert "is not an image" in bot.ask(bot.photo(b"words", caption="/score"))[0]
     for words in ("hello", "/frobnicate", "/", "1" * 4000):
         assert bot.ask(words)[0].startswith("I do not understand that.")
-    assert bot.ask({"location": {"longitude": 30.5, "latitude": 50.4}})[0].startswith("I do not understand that.")
+    assert bot.ask({"location": {"longitude": 30.5, "latitude": 50.4}})[0].startswith(
+        "I do not understand that."
+    )
     lost = bot.photo(photo, caption="/score")
     del bot.files[lost["photo"][0]["file_id"]]
     assert "Try again" in bot.ask(lost)[0]
@@ -204,25 +251,51 @@ def test_a_photo_that_comes_too_early_leaves_what_was_asked():
 
     def message(name, caption=None):
         photo = [SimpleNamespace(file_id=name, file_size=1)]
-        return SimpleNamespace(chat_id=7, text=None, caption=caption, document=None, photo=photo, media_group_id="album", reply_text=reply)
+        return SimpleNamespace(
+            chat_id=7,
+            text=None,
+            caption=caption,
+            document=None,
+            photo=photo,
+            media_group_id="album",
+            reply_text=reply,
+        )
 
     chat.busy.add(7)
     for each in (message("a", "/walk"), message("b")):
         asyncio.run(chat.hear(SimpleNamespace(message=each), None))
-    assert said == ["One thing at a time: I am still at your last request. Send me this photo again after that."]
+    assert said == [
+        "One thing at a time: I am still at your last request. Send me this photo again after that."
+    ]
     chat.busy.clear()
     request = chat.requests[7]
-    assert callable(chat._answer(message("b"))) and request.photos == ["a", "b"] and not chat.requests
+    assert (
+        callable(chat._answer(message("b"))) and request.photos == ["a", "b"] and not chat.requests
+    )
 
 
 def test_the_token_is_in_no_output_when_telegram_refuses_it_or_is_not_there(telegram, two_runs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
-    for address, answer, words in ((telegram.url, "refuses the token", ["--debug"]), (nowhere, "cannot be reached", [])):
-        line = [sys.executable, "-m", "flowgen", *words_of(telegram, two_runs, OTHER)[:-1], address, *words]
+    for address, answer, words in (
+        (telegram.url, "refuses the token", ["--debug"]),
+        (nowhere, "cannot be reached", []),
+    ):
+        line = [
+            sys.executable,
+            "-m",
+            "flowgen",
+            *words_of(telegram, two_runs, OTHER)[:-1],
+            address,
+            *words,
+        ]
         done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 1 and answer in done.stderr and "REVOKED" not in done.stdout + done.stderr
+        assert (
+            done.returncode == 1
+            and answer in done.stderr
+            and "REVOKED" not in done.stdout + done.stderr
+        )
 
 
 def test_a_token_comes_from_a_file_of_ones_own_or_the_environment(tmp_path, monkeypatch):
@@ -235,7 +308,7 @@ def test_a_token_comes_from_a_file_of_ones_own_or_the_environment(tmp_path, monk
     assert read_token(None) == OTHER and read_token(file) == TOKEN
     for mode in (0o640, 0o604, 0o644):
         file.chmod(mode)
-        with pytest.raises(FlowgenError, match="chmod 600") as caught:
+        with pytest.raises(UserError, match="chmod 600") as caught:
             read_token(file)
         assert "SECRET" not in str(caught.value)
 

@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 from conftest import save_image
 
-from flowgen.serving.session import Answers
+from flowgen.serving.session import ModelSession
 from flowgen.serving.web.app import open_server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-QUIET = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-gpu", "--no-first-run"]
+QUIET = [
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-gpu",
+    "--no-first-run",
+]
 PATIENCE = 60_000  # milliseconds
 
 
@@ -30,16 +36,16 @@ def browser() -> Iterator:
 class Visit:
     """A page of a model in a browser, with every address that it asked for and every complaint that it made."""
 
-    def __init__(self, browser, answers: Answers, **how):
+    def __init__(self, browser, answers: ModelSession, **how):
         self.server = open_server(answers, 0)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.context = browser.new_context(accept_downloads=True, **how)
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         self.page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE)
-        self.asked: list[str] = []
+        self.payload: list[str] = []
         self.complaints: list[str] = []
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("request", lambda request: self.payload.append(request.url))
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.home = f"http://127.0.0.1:{self.server.port}/"
@@ -65,7 +71,9 @@ class Visit:
         self.server.shutdown()
         self.server.server_close()
         assert self.complaints == []
-        assert self.asked and all(url.startswith((self.home, "data:")) for url in self.asked), "requests that leave the machine"
+        assert self.payload and all(url.startswith((self.home, "data:")) for url in self.payload), (
+            "requests that leave the machine"
+        )
 
 
 @pytest.fixture
@@ -132,11 +140,15 @@ def test_a_flow_by_mouse(visit, tmp_path):
     seen.slide("sweeps", 20)
     page.fill("#complete-seed", "3")
     page.click("#complete-form button")
-    seen.wait_for("#complete-command code", has_text="--keep mask.png --method langevin --sweeps 20 --seed 3")
+    seen.wait_for(
+        "#complete-command code", has_text="--keep mask.png --method langevin --sweeps 20 --seed 3"
+    )
     assert seen.tiles("#complete-tiles").count() == 12
     with page.expect_download() as saved:
         page.click("#save-mask")
-    assert saved.value.suggested_filename == "mask.png" and Path(saved.value.path()).read_bytes().startswith(b"\x89PNG")
+    assert saved.value.suggested_filename == "mask.png" and Path(
+        saved.value.path()
+    ).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_flow_by_keyboard_alone(visit):
@@ -163,15 +175,34 @@ def test_a_flow_by_keyboard_alone(visit):
 def test_every_control_has_a_name_for_screen_readers(visit):
     for model in ("glow", "rbm"):
         page = visit(model).page
-        for kind in ("button", "slider", "combobox", "spinbutton", "radio", "checkbox", "link", "application", "img"):
+        for kind in (
+            "button",
+            "slider",
+            "combobox",
+            "spinbutton",
+            "radio",
+            "checkbox",
+            "link",
+            "application",
+            "img",
+        ):
             for each in page.get_by_role(kind).all():
-                named = each.get_attribute("aria-label") or each.get_attribute("alt") or each.inner_text().strip()
+                named = (
+                    each.get_attribute("aria-label")
+                    or each.get_attribute("alt")
+                    or each.inner_text().strip()
+                )
                 named = named or each.locator("xpath=ancestor::label").inner_text().strip()
                 assert named, kind
-        assert page.locator("[aria-live=polite]").count() == 2 and page.locator("html[lang=en]").count() == 1
+        assert (
+            page.locator("[aria-live=polite]").count() == 2
+            and page.locator("html[lang=en]").count() == 1
+        )
 
 
-def test_mistakes_are_said_and_a_file_that_is_no_image_changes_nothing(visit, tmp_path, glow, monkeypatch):
+def test_mistakes_are_said_and_a_file_that_is_no_image_changes_nothing(
+    visit, tmp_path, glow, monkeypatch
+):
     monkeypatch.setattr(glow, "no_judge", "out of luck")
     seen = visit("glow")
     seen.wait_for("#percentile-hint", has_text="No percentiles: out of luck.")
@@ -192,7 +223,9 @@ def test_mistakes_are_said_and_a_file_that_is_no_image_changes_nothing(visit, tm
     seen.page.click("#complete-form button")
     seen.page.click("#stop")
     seen.wait_for("#said.wrong", has_text="stopped")
-    seen.complaints = [each for each in seen.complaints if "400 (BAD REQUEST)" not in each]  # what the browser itself notes of a refusal
+    seen.complaints = [
+        each for each in seen.complaints if "400 (BAD REQUEST)" not in each
+    ]  # what the browser itself notes of a refusal
 
 
 def test_an_rbms_chains_run_live_and_its_filters_are_shown(visit):
@@ -209,7 +242,10 @@ def test_an_rbms_chains_run_live_and_its_filters_are_shown(visit):
     seen.wait_for("#sweep", has_text=re.compile(r"at sweep [1-9]"))
     page.click("#pause")
     seen.wait_for("#chains-tiles .figures", has_text="nats")
-    seen.wait_for("#chains-command code", has_text="--method tempering --count 16 --seed 5 --sweeps 3 --frames")
+    seen.wait_for(
+        "#chains-command code",
+        has_text="--method tempering --count 16 --seed 5 --sweeps 3 --frames",
+    )
     seen.tiles("#chains-tiles").nth(2).click()
     seen.wait_for("#said", has_text="Chain 3 is A.")
     page.click("#show-filters")
@@ -226,7 +262,10 @@ def test_an_rbms_chains_run_live_and_its_filters_are_shown(visit):
 @pytest.mark.parametrize("width", [360, 1240])
 def test_the_page_fits_its_width_in_light_and_in_dark(visit, scheme, width):
     page = visit("glow", viewport={"width": width, "height": 800}, color_scheme=scheme).page
-    boxes = [page.locator(name).bounding_box() for name in ("body", "#samples", "#hand", "#walk", "#sample-command", "#canvas")]
+    boxes = [
+        page.locator(name).bounding_box()
+        for name in ("body", "#samples", "#hand", "#walk", "#sample-command", "#canvas")
+    ]
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
     colour = {"light": "rgb(247, 246, 243)", "dark": "rgb(20, 21, 23)"}[scheme]
     playwright.expect(page.locator("body")).to_have_css("background-color", colour)

@@ -15,7 +15,7 @@ from test_data import folder, parts
 from trainings import same
 
 from flowgen.data import cache
-from flowgen.data.dataset import Ahead
+from flowgen.data.dataset import Prefetcher
 from flowgen.training.checkpoint import read_checkpoint
 
 
@@ -49,7 +49,9 @@ def test_a_broken_link_and_a_lost_cache_are_no_trouble(images):
     assert torch.equal(torch.cat(parts(folder(images))), before)
 
 
-@pytest.mark.parametrize("text", ["", '{"kept": ["000.p', "no index", "[]", '{"kept": 3, "refused": []}', "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", '{"kept": ["000.p', "no index", "[]", '{"kept": 3, "refused": []}', "\udcff"]
+)
 def test_an_index_that_is_damaged_is_made_again(images, text):
     before = torch.cat(parts(folder(images)))
     cached(".json")[0].write_text(text, errors="surrogateescape")
@@ -62,7 +64,9 @@ def test_what_a_killed_process_left_is_cleared(images):
     index = cached(".json")[0]
     index.unlink()
     index.with_suffix(".part").write_bytes(b"half")
-    index.with_name(index.name.rpartition("-")[0] + "-0123456789ab.bin").write_bytes(b"of other images")
+    index.with_name(index.name.rpartition("-")[0] + "-0123456789ab.bin").write_bytes(
+        b"of other images"
+    )
     folder(images)
     assert sorted(path.suffix for path in index.parent.iterdir()) == [".bin", ".json", ".lock"]
 
@@ -79,13 +83,27 @@ def test_of_several_that_want_the_same_images_one_prepares_them(images, monkeypa
 
     monkeypatch.setattr(cache, "_write", slow)
     found: list[torch.Tensor] = []
-    threads = [threading.Thread(target=lambda: found.append(torch.cat(parts(folder(images))))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: found.append(torch.cat(parts(folder(images)))))
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(calls) == 1 and len(found) == 3 and all(torch.equal(each, found[0]) for each in found)
-    assert len({id(record) for record in caplog.records if "waiting for another process" in record.getMessage()}) == 2
+    assert (
+        len(calls) == 1 and len(found) == 3 and all(torch.equal(each, found[0]) for each in found)
+    )
+    assert (
+        len(
+            {
+                id(record)
+                for record in caplog.records
+                if "waiting for another process" in record.getMessage()
+            }
+        )
+        == 2
+    )
 
 
 def test_images_are_not_cleared_away_while_another_opens_them(images, monkeypatch):
@@ -114,7 +132,7 @@ def test_a_set_may_be_larger_than_the_memory_that_a_process_may_have(tmp_path):
 
     chunks = [torch.full((2**20,), number, dtype=torch.uint8) for number in range(64)]
     before = private()
-    images = cache.written_once("large", "stamps", lambda: iter(chunks))
+    images = cache.cached_array("large", "stamps", lambda: iter(chunks))
     assert images[:: 2**12].long().sum() == 2**8 * sum(range(64)) and private() - before < 16
 
 
@@ -124,8 +142,13 @@ def test_a_set_that_does_not_fit_into_memory_trains_to_the_same_bits(images, com
     monkeypatch.setattr("flowgen.data.dataset.free_memory", lambda: 1)
     assert command("train", *words, "trainer.steps=2", "out=ahead")[0] == 0
     with monkeypatch.context() as patched:
-        patched.setattr("flowgen.data.dataset.Ahead", read_ahead := Mock(side_effect=Ahead))
+        patched.setattr("flowgen.data.dataset.Ahead", read_ahead := Mock(side_effect=Prefetcher))
         assert command("resume", "ahead", "trainer.steps=4")[0] == 0
     assert read_ahead.call_count == 1
-    states = [read_checkpoint(Path(name) / "checkpoints" / "last.pt") for name in ("whole", "ahead")]
-    assert all(same(states[0][key], states[1][key]) for key in ("step", "images_seen", "model", "ema", "optimizer"))
+    states = [
+        read_checkpoint(Path(name) / "checkpoints" / "last.pt") for name in ("whole", "ahead")
+    ]
+    assert all(
+        same(states[0][key], states[1][key])
+        for key in ("step", "images_seen", "model", "ema", "optimizer")
+    )

@@ -5,14 +5,19 @@ import math
 import pytest
 import torch
 from conftest import SMALL, fit
-from test_models import glow, model_of, noise
+from test_models import glow, load_from_checkpoint, noise
 
 from flowgen.commands.sample import draw
-from flowgen.data.dataset import Images, Split
+from flowgen.data.dataset import ImageDataset, Split
 from flowgen.data.mnist import MNISTSample
 from flowgen.models.flows.flow import Flow
 
-LABELLED = ["data=mnist_sample", *[word for word in SMALL if not word.startswith("data")], "model.classes=10", "trainer.steps=2"]
+LABELLED = [
+    "data=mnist_sample",
+    *[word for word in SMALL if not word.startswith("data")],
+    "model.classes=10",
+    "trainer.steps=2",
+]
 
 
 def stripes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,14 +25,16 @@ def stripes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     labels = torch.arange(count) % 3
     ramp = torch.arange(8) % 2 * 12
     patterns = torch.stack((ramp[:, None].expand(8, 8), ramp.expand(8, 8), torch.full((8, 8), 6)))
-    levels = patterns[labels][:, None] + 4 + torch.randint(0, 8, (count, 3, 8, 8))
-    return levels.to(torch.uint8), labels
+    images = patterns[labels][:, None] + 4 + torch.randint(0, 8, (count, 3, 8, 8))
+    return images.to(torch.uint8), labels
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["networks", "base"])
 def trained(request) -> Flow:
     torch.manual_seed(0)
-    model = model_of("glow", classes=3, class_networks=request.param, steps_per_level=2, width=16, levels=1)
+    model = load_from_checkpoint(
+        "glow", classes=3, condition_networks=request.param, steps_per_level=2, width=16, levels=1
+    )
     model.initialize(*stripes(300))
     fit(model, lambda _: stripes(48), steps=150, lr=3e-3)
     return model
@@ -35,7 +42,7 @@ def trained(request) -> Flow:
 
 @pytest.mark.parametrize("networks", [True, False])
 def test_the_density_is_the_mean_over_the_classes(networks):
-    model = glow(classes=3, class_networks=networks).double()
+    model = glow(classes=3, condition_networks=networks).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -53,29 +60,37 @@ def test_the_class_is_a_latent_like_the_others_where_the_networks_see_it():
     model.initialize(*stripes(64))
     for parameter in model.parameters():
         parameter += 0.05 * torch.randn_like(parameter)
-    levels, _ = stripes(6)
-    latent = model.encode(levels)
-    assert latent.shape == (6, 3 * 8 * 8 + 3) and torch.equal(model.decode(latent), levels)
-    assert torch.equal(latent[:, -3:].argmax(1), model.classify(levels).argmax(1))
+    images, _ = stripes(6)
+    latent = model.encode(images)
+    assert latent.shape == (6, 3 * 8 * 8 + 3) and torch.equal(model.decode(latent), images)
+    assert torch.equal(latent[:, -3:].argmax(1), model.classify(images).argmax(1))
     other = torch.cat((latent[:, :-3], latent[:, -3:].roll(1, 1)), 1)
-    assert not torch.equal(model.decode(other), levels)
+    assert not torch.equal(model.decode(other), images)
 
 
 def test_labels_go_with_their_images():
     data = MNISTSample(bits=8, flip=False)
-    levels, labels = data.draw(3990, 20, seed=3)
-    place = [next(n for n in range(len(data.train)) if torch.equal(data.train.images[n], image)) for image in levels]
+    images, labels = data.draw(3990, 20, seed=3)
+    place = [
+        next(n for n in range(len(data.train)) if torch.equal(data.train.images[n], image))
+        for image in images
+    ]
     assert torch.equal(labels, data.train.labels[place].long()) and labels.dtype == torch.long
-    assert Images(*[Split(data.train.images)] * 3, bits=8, flip=False).draw(0, 4, 0)[1] is None
+    assert (
+        ImageDataset(*[Split(data.train.images)] * 3, bits=8, flip=False).draw(0, 4, 0)[1] is None
+    )
 
 
 def test_a_trained_flow_tells_classes_apart_and_draws_the_one_asked_for(trained):
-    levels, labels = stripes(300)
-    assert (trained.classify(levels).argmax(1) == labels).float().mean() > 0.97
+    images, labels = stripes(300)
+    assert (trained.classify(images).argmax(1) == labels).float().mean() > 0.97
     for label in range(3):
         drawn, _ = trained.sample(50, 0.7, torch.Generator().manual_seed(0), label=label)
         image = drawn.float().mean((0, 1))
-        across, down = image.mean(0).std(), image.mean(1).std()  # columns show in the first, rows in the second
+        across, down = (
+            image.mean(0).std(),
+            image.mean(1).std(),
+        )  # columns show in the first, rows in the second
         assert [down > 3 * across, across > 3 * down, max(across, down) < 1.5][label]
 
 
@@ -90,7 +105,12 @@ def test_the_figure_needs_no_labels_and_stays_above_the_entropy():
 def test_temperature_zero_is_the_middle_of_the_class(trained):
     drawn, worth = trained.sample(2, 0.0, label=2)
     assert torch.equal(
-        drawn[:1], trained.decode(torch.cat((trained.means[2:3], torch.eye(3)[2:]), 1)[:, : 192 + 3 * trained.class_networks])
+        drawn[:1],
+        trained.decode(
+            torch.cat((trained.means[2:3], torch.eye(3)[2:]), 1)[
+                :, : 192 + 3 * trained.condition_networks
+            ]
+        ),
     ) and torch.equal(drawn[0], drawn[1])
     assert torch.isfinite(worth).all()
 
@@ -123,7 +143,11 @@ def test_a_flow_without_classes_says_how_to_get_one(tiny_run, command):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["model.classes=5"], "set it to 10"), (["model.classes=12"], "set it to 10"), (["model.classes=0"], "whole number")],
+    [
+        (["model.classes=5"], "set it to 10"),
+        (["model.classes=12"], "set it to 10"),
+        (["model.classes=0"], "whole number"),
+    ],
 )
 def test_classes_that_do_not_fit_the_labels_are_refused(command, words, said, tmp_path):
     status, _, error = command("train", *LABELLED, *words, f"out={tmp_path / 'run'}")
@@ -131,6 +155,12 @@ def test_classes_that_do_not_fit_the_labels_are_refused(command, words, said, tm
 
 
 def test_classes_need_labels(command, images, tmp_path):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=2", "model.classes=3", f"out={tmp_path / 'run'}"]
+    words = [
+        *SMALL,
+        f"data.root={images}",
+        "trainer.steps=2",
+        "model.classes=3",
+        f"out={tmp_path / 'run'}",
+    ]
     status, _, error = command("train", *words)
     assert status == 1 and "needs labels" in error

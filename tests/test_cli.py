@@ -18,7 +18,7 @@ import flowgen
 from flowgen.commands.interpolate import great_circle, line
 from flowgen.commands.sample import draw
 from flowgen.config.compose import read_config
-from flowgen.data.preprocess import read_levels
+from flowgen.data.preprocess import read_images
 from flowgen.models.flows.flow import Flow
 from flowgen.utils import rendering
 
@@ -27,11 +27,20 @@ def assert_plain(result: tuple[int, str, str], words: str, status: int = 1) -> N
     code, _, error = result
     last = error.splitlines()[-1]
     assert code == status and last.startswith("flowgen: ") and words in last, result
-    assert "Traceback" not in error and sum(line.startswith("flowgen: ") for line in error.splitlines()) == 1
+    assert (
+        "Traceback" not in error
+        and sum(line.startswith("flowgen: ") for line in error.splitlines()) == 1
+    )
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=os.environ | environment, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
 
 
 def test_help_answers_without_torch():
@@ -45,24 +54,50 @@ def test_help_answers_without_torch():
 
 
 def test_python_m_flowgen_is_flowgen():
-    assert run_python("-m", "flowgen", "--help").stdout == run_python("-c", "from flowgen.cli import main; main()").stdout != ""
+    assert (
+        run_python("-m", "flowgen", "--help").stdout
+        == run_python("-c", "from flowgen.cli import main; main()").stdout
+        != ""
+    )
 
 
-@pytest.mark.parametrize(("typed", "offered"), [("model=gl", "model=glow"), ("data=cel", "data=celeba_hq"), ("mod", "model=")])
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("model=gl", "model=glow"), ("data=cel", "data=celeba_hq"), ("mod", "model=")],
+)
 def test_completion(typed, offered):
-    result = run_python("-m", "flowgen", _FLOWGEN_COMPLETE="bash_complete", COMP_WORDS=f"flowgen train {typed}", COMP_CWORD="2")
+    result = run_python(
+        "-m",
+        "flowgen",
+        _FLOWGEN_COMPLETE="bash_complete",
+        COMP_WORDS=f"flowgen train {typed}",
+        COMP_CWORD="2",
+    )
     assert f"plain,{offered}" in result.stdout.splitlines()
 
 
 def test_train_help_lists_what_there_is(command):
     status, output, _ = command("train", "--help")
-    assert status == 0 and "glow" in output and "mnist_sample" in output and "steps_per_level" in output
+    assert (
+        status == 0
+        and "glow" in output
+        and "mnist_sample" in output
+        and "steps_per_level" in output
+    )
 
 
 def test_cfg_job_prints_and_trains_nothing(command, elsewhere):
-    for words in (["--cfg", "job", "data=mnist", "trainer.minutes=9"], ["data=mnist", "--cfg", "job", "trainer.minutes=9"]):
+    for words in (
+        ["--cfg", "job", "data=mnist", "trainer.minutes=9"],
+        ["data=mnist", "--cfg", "job", "trainer.minutes=9"],
+    ):
         status, output, _ = command("train", *words)
-        assert status == 0 and "flowgen.data.mnist.MNIST" in output and "minutes: 9" in output and "steps: null" in output
+        assert (
+            status == 0
+            and "flowgen.data.mnist.MNIST" in output
+            and "minutes: 9" in output
+            and "steps: null" in output
+        )
     assert not (elsewhere / "outputs").exists()
 
 
@@ -72,21 +107,45 @@ def test_commands_take_the_newest_run_by_default(images, command, elsewhere):
     folders = list((elsewhere / "outputs").glob("*/*_glow_folder"))
     assert len(folders) == 1
     status, output, _ = command("runs")
-    assert status == 0 and folders[0].name in output and "step 2" in output and "bits_per_dim" in output
+    assert (
+        status == 0
+        and folders[0].name in output
+        and "step 2" in output
+        and "bits_per_dim" in output
+    )
     status, output, _ = command("sample", "--count", 5)
     assert status == 0 and Path(output.strip()).resolve() == folders[0] / "sample.png"
-    for name in (folders[0], folders[0].name, folders[0] / "checkpoints" / "best.pt", folders[0].relative_to(elsewhere / "outputs")):
+    for name in (
+        folders[0],
+        folders[0].name,
+        folders[0] / "checkpoints" / "best.pt",
+        folders[0].relative_to(elsewhere / "outputs"),
+    ):
         assert command("evaluate", "--run", name)[0] == 0
 
 
 def test_sample_draws_a_block_for_each_temperature(tiny_run, command, tmp_path):
     out = tmp_path / "grid.png"
-    words = ["--run", tiny_run, "--temperature", 0, "--temperature", 0.7, "--count", 3, "--out", out]
+    words = [
+        "--run",
+        tiny_run,
+        "--temperature",
+        0,
+        "--temperature",
+        0.7,
+        "--count",
+        3,
+        "--out",
+        out,
+    ]
     assert command("sample", *words)[0] == 0
     both = Image.open(out).copy()
     assert command("sample", *words)[0] == 0
     assert Image.open(out).tobytes() == both.tobytes()
-    assert command("sample", "--run", tiny_run, "--temperature", 0.7, "--count", 3, "--out", out)[0] == 0
+    assert (
+        command("sample", "--run", tiny_run, "--temperature", 0.7, "--count", 3, "--out", out)[0]
+        == 0
+    )
     assert both.height == 2 * Image.open(out).height
 
 
@@ -102,8 +161,8 @@ def test_samples_are_sorted_by_log_probability(tiny_run, monkeypatch, command):
     monkeypatch.setattr(sample.pictures, "blocks", blocks)
     assert command("sample", "--run", tiny_run, "--count", 6)[0] == 0
     model = flowgen.load(tiny_run)
-    levels, worth = sample.draw(model, 6, 0.7, 0)
-    assert torch.equal(drawn["temperature 0.7"], levels[worth.argsort(descending=True)])
+    images, worth = sample.draw(model, 6, 0.7, 0)
+    assert torch.equal(drawn["temperature 0.7"], images[worth.argsort(descending=True)])
 
 
 @pytest.mark.parametrize("way", [(), ("--spherical",)])
@@ -111,29 +170,62 @@ def test_interpolation_ends_at_the_images(tiny_run, images, command, tmp_path, m
     from flowgen.commands import interpolate
 
     rows = []
-    monkeypatch.setattr(interpolate.pictures, "blocks", lambda titled, bits, columns: rows.extend(titled) or Image.new("L", (1, 1)))
-    ends = [images / "000.png", save_image(tmp_path / "other.png", (20, 30))]  # grey, and of another size
+    monkeypatch.setattr(
+        interpolate.pictures,
+        "blocks",
+        lambda titled, bits, columns: rows.extend(titled) or Image.new("L", (1, 1)),
+    )
+    ends = [
+        images / "000.png",
+        save_image(tmp_path / "other.png", (20, 30)),
+    ]  # grey, and of another size
     status, _, error = command("interpolate", *ends, "--run", tiny_run, "--steps", 5, *way)
     assert status == 0 and "differ" not in error
-    wanted = torch.cat([read_levels(path, 8, 3, None, 5) for path in ends])
-    for _, levels in rows:
-        assert levels.shape == (5, 3, 8, 8) and torch.equal(levels[[0, -1]], wanted)
+    wanted = torch.cat([read_images(path, 8, 3, None, 5) for path in ends])
+    for _, pixels in rows:
+        assert pixels.shape == (5, 3, 8, 8) and torch.equal(pixels[[0, -1]], wanted)
 
 
 def test_interpolation_as_a_film(tiny_run, images, command, tmp_path):
     film = tmp_path / "film.gif"
-    assert command("interpolate", images / "000.png", images / "001.png", "--run", tiny_run, "--steps", 4, "--out", film)[0] == 0
+    assert (
+        command(
+            "interpolate",
+            images / "000.png",
+            images / "001.png",
+            "--run",
+            tiny_run,
+            "--steps",
+            4,
+            "--out",
+            film,
+        )[0]
+        == 0
+    )
     assert Image.open(film).n_frames == 6
 
 
 def test_samples_beyond_float32_are_counted(tiny_run, command, tmp_path):
-    status, _, error = command("sample", "--run", tiny_run, "--temperature", "1e38", "--count", 4, "--out", tmp_path / "a.png")
+    status, _, error = command(
+        "sample",
+        "--run",
+        tiny_run,
+        "--temperature",
+        "1e38",
+        "--count",
+        4,
+        "--out",
+        tmp_path / "a.png",
+    )
     assert status == 0 and "4 of 4 samples at temperature 1e+38" in error
 
 
 def test_a_title_is_never_cut():
     one = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    narrow, wide = (rendering.blocks([(title, one)], 5, 1) for title in ("a", "a title that is longer than its grid is wide"))
+    narrow, wide = (
+        rendering.blocks([(title, one)], 5, 1)
+        for title in ("a", "a title that is longer than its grid is wide")
+    )
     assert narrow.width < 100 < wide.width
 
 
@@ -142,11 +234,15 @@ def test_great_circle_keeps_the_length_and_the_ends():
     share = torch.linspace(0, 1, 5)[:, None]
     path = great_circle(start, end, share)
     assert torch.equal(path[0], start) and torch.equal(path[-1], end)
-    assert torch.allclose(path.norm(dim=1), torch.linspace(2, 4, 5)) and torch.allclose(path[2], torch.tensor([1.0, 1.0]) * 3 / 2**0.5)
+    assert torch.allclose(path.norm(dim=1), torch.linspace(2, 4, 5)) and torch.allclose(
+        path[2], torch.tensor([1.0, 1.0]) * 3 / 2**0.5
+    )
     assert torch.equal(line(start, end, share)[[0, -1]], torch.stack([start, end]))
 
 
-def test_evaluate_builds_the_model_once_and_beforehand_as_shapes_alone(tiny_run, command, monkeypatch):
+def test_evaluate_builds_the_model_once_and_beforehand_as_shapes_alone(
+    tiny_run, command, monkeypatch
+):
     built, init = [], Flow.__init__
 
     def watched(flow: Flow, *args: object, **settings: object) -> None:
@@ -160,10 +256,19 @@ def test_evaluate_builds_the_model_once_and_beforehand_as_shapes_alone(tiny_run,
 def test_evaluate_prints_one_json_object_that_names_its_conditions(tiny_run, command):
     status, output, _ = command("evaluate", "--run", tiny_run, "--json")
     figures = json.loads(output)
-    assert status == 0 and figures["split"] == "test" and figures["bits"] == 5 and figures["draws"] == 1 and figures["images"] > 0
+    assert (
+        status == 0
+        and figures["split"] == "test"
+        and figures["bits"] == 5
+        and figures["draws"] == 1
+        and figures["images"] > 0
+    )
     assert math.isfinite(figures["bits_per_dim"]) and figures["bits_per_dim_error"] > 0
     more = json.loads(command("evaluate", "--run", tiny_run, "--json", "draws=4")[1])
-    assert more["draws"] == 4 and more["bits_per_dim"] <= figures["bits_per_dim"] + figures["bits_per_dim_error"]
+    assert (
+        more["draws"] == 4
+        and more["bits_per_dim"] <= figures["bits_per_dim"] + figures["bits_per_dim_error"]
+    )
     assert "bits_per_dim" in command("evaluate", "--run", tiny_run)[1]
 
 
@@ -175,15 +280,29 @@ def test_sweep_lays_its_runs_side_by_side(images, command, tmp_path):
 
 
 def test_a_failing_job_of_a_sweep_is_named_and_the_others_run(images, command, tmp_path):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path / 'sweep'}", "model.width=zero,8", "-m"]
+    words = [
+        *SMALL,
+        f"data.root={images}",
+        "trainer.steps=1",
+        f"out={tmp_path / 'sweep'}",
+        "model.width=zero,8",
+        "-m",
+    ]
     status, _, error = command("train", *words)
-    assert status == 1 and "1 of 2 runs of the sweep failed" in error and "width must be a whole number" in error
+    assert (
+        status == 1
+        and "1 of 2 runs of the sweep failed" in error
+        and "width must be a whole number" in error
+    )
     assert len(list((tmp_path / "sweep").glob("*/checkpoints/last.pt"))) == 1
 
 
 def test_a_folder_that_holds_a_run_is_refused(tiny_run, images, command):
     before = (tiny_run / "metrics.jsonl").read_text()
-    assert_plain(command("train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out={tiny_run}"), "flowgen resume")
+    assert_plain(
+        command("train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out={tiny_run}"),
+        "flowgen resume",
+    )
     assert (tiny_run / "metrics.jsonl").read_text() == before
 
 
@@ -192,7 +311,10 @@ def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, comma
     assert [command("train", *words)[0] for _ in range(3)] == [0, 0, 0]
     names = sorted(folder.name for folder in (tmp_path / "runs").iterdir())
     assert [name[4:] for name in names] == ["", "_2", "_3"]
-    assert all(read_config(tmp_path / "runs" / name / "config.yaml")["out"].endswith(name) for name in names)
+    assert all(
+        read_config(tmp_path / "runs" / name / "config.yaml")["out"].endswith(name)
+        for name in names
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,16 +322,28 @@ def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, comma
     [
         (["train", "model=glw"], "glow", 1),
         (["train", "data=celebs"], "celeba", 1),
-        (["train", "model=rbm", "model/negative_phase=cdd"], "no model/negative_phase=cdd: choose one of cd, mean_field", 1),
+        (
+            ["train", "model=rbm", "model/negative_phase=cdd"],
+            "no model/negative_phase=cdd: choose one of cd, mean_field",
+            1,
+        ),
         (["train", "hydra/launcher=cluster", "-m"], "flowgen[slurm]", 1),
         (["train", "model.wdith=3"], "model.wdith", 1),
         (["train", "model.width=five"], "whole number", 1),
         (["train", "trainer.lr=-1"], "lr must be a number", 1),
-        (["train", "trainer.steps=null", "trainer.minutes=null"], "trainer.steps or trainer.minutes", 1),
+        (
+            ["train", "trainer.steps=null", "trainer.minutes=null"],
+            "trainer.steps or trainer.minutes",
+            1,
+        ),
         (["train", "trainer.device=cuda:99"], "choose auto", 1),
         (["train", "trainer.stepz=3"], "did you mean trainer.steps?", 1),
         (["train", "model=1000000"], "no model=1000000: choose one of", 1),
-        (["train", "model=rbm", "model/negative_phase=1.5"], "no model/negative_phase=1.5: choose one of cd", 1),
+        (
+            ["train", "model=rbm", "model/negative_phase=1.5"],
+            "no model/negative_phase=1.5: choose one of cd",
+            1,
+        ),
         (["train", "experiment=true"], "no experiment=", 1),
         (["train", "experiment=nope"], "thesis/toy", 1),
         (["train", "+more=3"], "none can be added", 1),
@@ -229,7 +363,11 @@ def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, comma
         (["train", "data=celeba"], "mmlab", 1),
         (["train", "seed=1.5"], "seed must be a whole number", 1),
         (["train", "model.bits=5"], "did you mean data.bits?", 1),
-        (["train", "data=mnist", "data.channels=3"], "data.channels is a setting of data=celeba", 1),
+        (
+            ["train", "data=mnist", "data.channels=3"],
+            "data.channels is a setting of data=celeba",
+            1,
+        ),
         (["sample", "--out", "grid"], "no name of a picture", 2),
         (["frobnicate"], "frobnicate", 2),
         (["resume", "nowhere"], "flowgen runs", 1),
@@ -253,8 +391,21 @@ def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, comma
         (["train", "model.steps_per_level=1000000000"], "at most 1000", 1),
         (["train", "model.levels=1000000000000"], "at most 30", 1),
         (["train", "model=nice", "model.width=10000000"], "GiB of memory for its weights alone", 1),
-        (["train", "model=rbm", "model/negative_phase=cd", "model.negative_phase.sweeps=1000000000000"], "at most 100000", 1),
-        (["train", "trainer.initial_images=1000000000000"], "trainer.initial_images=1000000000000 needs", 1),
+        (
+            [
+                "train",
+                "model=rbm",
+                "model/negative_phase=cd",
+                "model.negative_phase.sweeps=1000000000000",
+            ],
+            "at most 100000",
+            1,
+        ),
+        (
+            ["train", "trainer.initial_images=1000000000000"],
+            "trainer.initial_images=1000000000000 needs",
+            1,
+        ),
         (["report", " "], "an empty name is no run", 1),
         (["chain", "--sweeps", "1" + 30 * "0"], "--sweeps", 2),
         (["chain", "--frames", "1" + 30 * "0"], "--frames", 2),
@@ -262,8 +413,19 @@ def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, comma
         (["report", ""], "an empty name is no run", 1),
         (["report", "x", "--out", "/dev/full.html"], "the machine's devices", 1),
         (["sample", "--out", "/dev/full.png"], "the machine's devices", 2),
-        *((["train", f"data={name}", "data.root=null", "data.names=[]"], "data.root does not exist", 1) for name in ("mnist", "svhn")),
-        (["train", "data=cifar10", "data.root=null", "data.names=[]"], "data.root does not exist", 1),
+        *(
+            (
+                ["train", f"data={name}", "data.root=null", "data.names=[]"],
+                "data.root does not exist",
+                1,
+            )
+            for name in ("mnist", "svhn")
+        ),
+        (
+            ["train", "data=cifar10", "data.root=null", "data.names=[]"],
+            "data.root does not exist",
+            1,
+        ),
     ],
 )
 def test_mistakes_get_one_line(command, words, answer, status):
@@ -271,29 +433,50 @@ def test_mistakes_get_one_line(command, words, answer, status):
 
 
 def test_what_cannot_fit_is_refused_with_the_most_that_does(tiny_run, command, tmp_path):
-    assert_plain(command("sample", "--run", tiny_run, "--count", 10**9), "any number in --out FILE.zip")
-    assert_plain(command("interpolate", "a.png", "b.png", "--run", tiny_run, "--steps", 10**6 + 1), "--steps", 2)
+    assert_plain(
+        command("sample", "--run", tiny_run, "--count", 10**9), "any number in --out FILE.zip"
+    )
+    assert_plain(
+        command("interpolate", "a.png", "b.png", "--run", tiny_run, "--steps", 10**6 + 1),
+        "--steps",
+        2,
+    )
     assert_plain(command("evaluate", "--run", tiny_run, f"draws={10**12}"), "at most 100000")
     assert_plain(command("sample", "--run", tiny_run, "--device", "meta"), "choose auto")
-    words = ["sample", "--run", tiny_run, "--temperature", 1, "--temperature", 0.5, "--out", tmp_path / "a.zip"]
+    words = [
+        "sample",
+        "--run",
+        tiny_run,
+        "--temperature",
+        1,
+        "--temperature",
+        0.5,
+        "--out",
+        tmp_path / "a.zip",
+    ]
     assert_plain(command(*words), "one temperature")
 
 
 def test_a_zip_of_samples_holds_them_one_by_one(tiny_run, command, tmp_path):
-    assert command("sample", "--run", tiny_run, "--count", 67, "--out", tmp_path / "samples.zip")[0] == 0
+    assert (
+        command("sample", "--run", tiny_run, "--count", 67, "--out", tmp_path / "samples.zip")[0]
+        == 0
+    )
     model = flowgen.load(tiny_run)
-    levels, _ = draw(model, 67, 0.7, 0)
+    images, _ = draw(model, 67, 0.7, 0)
     with zipfile.ZipFile(tmp_path / "samples.zip") as archive:
         assert archive.namelist() == [f"{place:07d}.png" for place in range(67)]
         with archive.open("0000066.png") as file:
             pixels = torch.tensor(list(Image.open(file).tobytes())).view(8, 8, 3).permute(2, 0, 1)
-    assert torch.equal(pixels, levels[66].int() * 255 // (2**model.bits - 1))
+    assert torch.equal(pixels, images[66].int() * 255 // (2**model.bits - 1))
     assert [path.name for path in tmp_path.glob("samples*")] == ["samples.zip"]
 
 
 def test_data_that_is_none_gets_one_line(command, tmp_path):
     def train(root: Path) -> tuple[int, str, str]:
-        return command("train", *SMALL, f"data.root={root}", "trainer.steps=1", f"out={tmp_path / 'run'}")
+        return command(
+            "train", *SMALL, f"data.root={root}", "trainer.steps=1", f"out={tmp_path / 'run'}"
+        )
 
     (tmp_path / "empty").mkdir()
     assert_plain(train(tmp_path / "empty"), "holds no image")
@@ -329,7 +512,11 @@ def test_images_that_are_none_get_one_line(tiny_run, images, command, tmp_path):
 
 def test_checkpoints_that_are_none_get_one_line(tiny_run, command, tmp_path):
     path = tiny_run / "checkpoints" / "last.pt"
-    for name, content in {"short.pt": path.read_bytes()[:5000], "text.pt": b"words", "empty.pt": b""}.items():
+    for name, content in {
+        "short.pt": path.read_bytes()[:5000],
+        "text.pt": b"words",
+        "empty.pt": b"",
+    }.items():
         (tmp_path / name).write_bytes(content)
         assert_plain(command("sample", "--run", tmp_path / name), "no checkpoint of flowgen")
     torch.save({"weights": torch.rand(3)}, tmp_path / "foreign.pt")

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.chain import Chain
-from flowgen.bijections.elementwise import Gaussianize
+from flowgen.bijections.elementwise import MarginalGaussianization
 from flowgen.commands.complete import linear
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.hmc import StepSize, at, langevin
-from flowgen.models.flows.inpainting import Chains, Pixels
-from flowgen.utils.console import unseen
-from flowgen.utils.errors import FlowgenError
+from flowgen.models.flows.hmc import StepSize, evaluate_density, hmc_step
+from flowgen.models.flows.inpainting import InpaintingChains, PixelPosterior
+from flowgen.utils.console import no_progress
+from flowgen.utils.errors import UserError
 
 DRAWS = 1500
 
@@ -37,7 +37,9 @@ class Field(Bijection):
         return z, -self.root.diagonal().log().sum().expand(len(x))
 
     def inverse(self, z, condition=None):
-        return (self.mean + z @ self.root.T).view(-1, *self.shape), self.root.diagonal().log().sum().expand(len(z))
+        return (self.mean + z @ self.root.T).view(
+            -1, *self.shape
+        ), self.root.diagonal().log().sum().expand(len(z))
 
 
 class Bent(Bijection):
@@ -55,7 +57,9 @@ class Bent(Bijection):
 
 def flow_of(bijection: Bijection, shape: tuple[int, int, int], classes: int | None = None) -> Flow:
     flow = Flow(bijection, shape, 8, "uniform", classes)
-    flow.register_parameter("anchor", torch.nn.Parameter(torch.zeros(())))  # what says the device and the precision
+    flow.register_parameter(
+        "anchor", torch.nn.Parameter(torch.zeros(()))
+    )  # what says the device and the precision
     return flow.double().eval()
 
 
@@ -66,15 +70,23 @@ def field() -> tuple[Flow, Tensor, Tensor]:
     return flow_of(Field(mean, torch.linalg.cholesky(covariance)), (1, 4, 4)), mean, covariance
 
 
-def complete(flow: Flow, levels: Tensor, known: Tensor, steps: int) -> Tensor:
+def complete(flow: Flow, images: Tensor, known: Tensor, steps: int) -> Tensor:
     """The missing numbers of so many draws, (DRAWS, missing)."""
-    return flow.restore(levels, known, DRAWS, steps, torch.Generator().manual_seed(0)).points[:, ~known]
+    return flow.restore(images, known, DRAWS, steps, torch.Generator().manual_seed(0)).points[
+        :, ~known
+    ]
 
 
 def assert_moments(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
     """Within four errors of so many independent draws."""
-    assert ((draws.mean(0) - mean).abs() < 4 * (variance / len(draws)).sqrt()).all(), (draws.mean(0), mean)
-    assert ((draws.var(0) / variance - 1).abs() < 4 * math.sqrt(2 / len(draws))).all(), (draws.var(0), variance)
+    assert ((draws.mean(0) - mean).abs() < 4 * (variance / len(draws)).sqrt()).all(), (
+        draws.mean(0),
+        mean,
+    )
+    assert ((draws.var(0) / variance - 1).abs() < 4 * math.sqrt(2 / len(draws))).all(), (
+        draws.var(0),
+        variance,
+    )
 
 
 def test_a_gaussian_field_is_completed_by_its_conditional():
@@ -82,14 +94,16 @@ def test_a_gaussian_field_is_completed_by_its_conditional():
     flow, mean, covariance = field()
     known = torch.zeros(1, 4, 4, dtype=torch.bool)
     known[..., :2] = True
-    levels = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
-    draws = complete(flow, levels, known, 600)
+    images = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
+    draws = complete(flow, images, known, 600)
     k = known.flatten()
     weight = covariance[~k][:, k] @ torch.linalg.inv(covariance[k][:, k])
-    exact = (levels.flatten()[k].double() + 0.5) / 256
+    exact = (images.flatten()[k].double() + 0.5) / 256
     of_level = weight.square().sum(1) / 12 / 256**2
     assert_moments(
-        draws, mean[~k] + weight @ (exact - mean[k]), (covariance[~k][:, ~k] - weight @ covariance[k][:, ~k]).diagonal() + of_level
+        draws,
+        mean[~k] + weight @ (exact - mean[k]),
+        (covariance[~k][:, ~k] - weight @ covariance[k][:, ~k]).diagonal() + of_level,
     )
 
 
@@ -98,12 +112,14 @@ def test_many_missing_pixels_take_no_more_gradients():
     shape = (1, 32, 32)
     places = torch.cartesian_prod(*(torch.arange(float(side)) for side in shape)).double()
     covariance = 0.1**2 * torch.exp(-torch.cdist(places, places) / 8)
-    flow = flow_of(Field(torch.full((1024,), 0.5).double(), torch.linalg.cholesky(covariance), shape), shape)
+    flow = flow_of(
+        Field(torch.full((1024,), 0.5).double(), torch.linalg.cholesky(covariance), shape), shape
+    )
     known = torch.zeros(shape, dtype=torch.bool)
     known[..., :16] = True
-    k, levels = known.flatten(), flow.sample(12, generator=torch.Generator().manual_seed(3))[0]
-    found = flow.restore(levels, known, 9, 80, torch.Generator().manual_seed(0))
-    draws, whole = found.points.flatten(1)[:, ~k].view(12, 9, -1), (levels.flatten(1) + 0.5) / 256
+    k, images = known.flatten(), flow.sample(12, generator=torch.Generator().manual_seed(3))[0]
+    found = flow.restore(images, known, 9, 80, torch.Generator().manual_seed(0))
+    draws, whole = found.points.flatten(1)[:, ~k].view(12, 9, -1), (images.flatten(1) + 0.5) / 256
     below = (draws < whole[:, None, ~k]).sum(1)
     assert ((below > 0) & (below < 9)).double().mean().item() == pytest.approx(0.8, abs=0.06)
     weight = covariance[~k][:, k] @ torch.linalg.inv(covariance[k][:, k])
@@ -121,15 +137,23 @@ def test_a_gaussian_field_is_restored_from_sums_by_its_posterior(keep):
     mean = 0.5 + 0.02 * (places[:, 1] - places[:, 2])
     flow = flow_of(Field(mean, torch.linalg.cholesky(covariance), shape), shape)
     known = linear(keep, shape)
-    levels = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
-    draws = flow.restore(levels, known, DRAWS, 600, torch.Generator().manual_seed(0)).points.flatten(1)
-    each = known.of(torch.eye(len(mean)).double().view(-1, *shape)).flatten(1).T  # a row for every pixel, alike within a group
-    rows = torch.stack(sorted({tuple(row.tolist()): row for row in each}.values(), key=lambda row: row.tolist()))
+    images = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
+    draws = flow.restore(
+        images, known, DRAWS, 600, torch.Generator().manual_seed(0)
+    ).points.flatten(1)
+    each = (
+        known.of(torch.eye(len(mean)).double().view(-1, *shape)).flatten(1).T
+    )  # a row for every pixel, alike within a group
+    rows = torch.stack(
+        sorted({tuple(row.tolist()): row for row in each}.values(), key=lambda row: row.tolist())
+    )
     assert torch.allclose(rows.sum(1), torch.ones(4).double())
     noise = (0.5 / 256) ** 2 * torch.eye(4).double()
     gain = covariance @ rows.T @ torch.linalg.inv(rows @ covariance @ rows.T + noise)
-    y = rows @ ((levels.flatten().double() + 0.5) / 256)
-    assert_moments(draws, mean + gain @ (y - rows @ mean), (covariance - gain @ rows @ covariance).diagonal())
+    y = rows @ ((images.flatten().double() + 0.5) / 256)
+    assert_moments(
+        draws, mean + gain @ (y - rows @ mean), (covariance - gain @ rows @ covariance).diagonal()
+    )
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -137,11 +161,15 @@ def test_a_crescent_in_the_plane_is_completed_by_its_conditional(which):
     """By x1 the height is a Gaussian; by the height x1 has two modes, whose law is had from the density on a fine grid."""
     flow = flow_of(Bent(), (2, 1, 1))
     known = torch.tensor([which == 0, which == 1]).view(2, 1, 1)
-    levels = torch.tensor([200, 90], dtype=torch.uint8).view(1, 2, 1, 1)
-    draws = complete(flow, levels, known, 300)[:, 0]
+    images = torch.tensor([200, 90], dtype=torch.uint8).view(1, 2, 1, 1)
+    draws = complete(flow, images, known, 300)[:, 0]
     grid = (torch.arange(4000).double() + 0.5) / 4000
-    fine = (levels[0, which] + (torch.arange(20).double() + 0.5) / 20) / 256
-    points = torch.cartesian_prod(fine.flatten(), grid).flip(1) if which else torch.cartesian_prod(fine.flatten(), grid)
+    fine = (images[0, which] + (torch.arange(20).double() + 0.5) / 20) / 256
+    points = (
+        torch.cartesian_prod(fine.flatten(), grid).flip(1)
+        if which
+        else torch.cartesian_prod(fine.flatten(), grid)
+    )
     share = flow.log_density(points.view(-1, 2, 1, 1)).view(20, -1).logsumexp(0).softmax(0)
     mean = (share * grid).sum()
     variance = (share * (grid - mean).square()).sum()
@@ -155,13 +183,30 @@ def test_classes_are_drawn_as_what_is_known_says():
     flow, mean, covariance = field()
     with_classes = flow_of(flow.bijection, (1, 4, 4), classes=2)
     root, far = torch.linalg.cholesky(covariance), torch.full((16,), 0.08).double()
-    with_classes.means.data = torch.stack((torch.zeros(16).double(), torch.linalg.solve_triangular(root, far[:, None], upper=False)[:, 0]))
+    with_classes.means.data = torch.stack(
+        (
+            torch.zeros(16).double(),
+            torch.linalg.solve_triangular(root, far[:, None], upper=False)[:, 0],
+        )
+    )
     known = torch.zeros(1, 4, 4, dtype=torch.bool)
     known[..., :2] = True
-    k, levels = known.flatten(), ((mean + 0.035) * 256).to(torch.uint8).view(1, 1, 4, 4)
-    law = [torch.distributions.MultivariateNormal((mean + shift)[k], covariance[k][:, k]) for shift in (0.0, far)]
-    wanted = torch.stack([each.log_prob((levels.flatten()[k] + 0.5) / 256) for each in law]).softmax(0)[1].item()
-    found = with_classes.restore(levels, known, DRAWS, 400, torch.Generator().manual_seed(0)).labels.double().mean().item()
+    k, images = known.flatten(), ((mean + 0.035) * 256).to(torch.uint8).view(1, 1, 4, 4)
+    law = [
+        torch.distributions.MultivariateNormal((mean + shift)[k], covariance[k][:, k])
+        for shift in (0.0, far)
+    ]
+    wanted = (
+        torch.stack([each.log_prob((images.flatten()[k] + 0.5) / 256) for each in law])
+        .softmax(0)[1]
+        .item()
+    )
+    found = (
+        with_classes.restore(images, known, DRAWS, 400, torch.Generator().manual_seed(0))
+        .labels.double()
+        .mean()
+        .item()
+    )
     assert 0.1 < wanted < 0.9 and abs(found - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / DRAWS)
 
 
@@ -170,15 +215,37 @@ def test_what_is_known_stays_and_the_same_seed_draws_the_same(name):
     model = started(name) if name in MODELS else MODELS["glow"](bits=5, classes=2)
     if name not in MODELS:
         model.initialize(noise(5))
-    levels, known = noise(5, 1), torch.rand(3, 8, 8) < 0.4
-    one, other = (model.complete(levels, known, method="langevin", sweeps=40, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    images, known = noise(5, 1), torch.rand(3, 8, 8) < 0.4
+    one, other = (
+        model.inpaint(
+            images, known, method="langevin", sweeps=40, generator=torch.Generator().manual_seed(1)
+        )
+        for _ in range(2)
+    )
     assert torch.equal(one.draws, other.draws) and one.draws.shape[1:] == (3, 8, 8)
-    assert torch.equal((31 * one.draws).round().to(torch.uint8)[:, known], levels[:, known].expand(len(one.draws), -1))
-    assert 0 < one.figures["acceptance"] <= 1 and one.figures["spread"] > 0 and math.isfinite(one.figures["bits_per_dim"])
+    assert torch.equal(
+        (31 * one.draws).round().to(torch.uint8)[:, known],
+        images[:, known].expand(len(one.draws), -1),
+    )
+    assert (
+        0 < one.figures["acceptance"] <= 1
+        and one.figures["spread"] > 0
+        and math.isfinite(one.figures["bits_per_dim"])
+    )
 
 
 def test_complete_shows_a_flows_answers(tiny_run, images, command, tmp_path):
-    words = ["complete", images / "000.png", "--keep", "left", "--run", tiny_run, "--sweeps", 20, "--out"]
+    words = [
+        "complete",
+        images / "000.png",
+        "--keep",
+        "left",
+        "--run",
+        tiny_run,
+        "--sweeps",
+        20,
+        "--out",
+    ]
     for name in ("one.png", "other.png"):
         status, _, error = command(*words, tmp_path / name)
         assert status == 0 and "acceptance" in error and "bits per dim" in error, error
@@ -189,9 +256,17 @@ def test_complete_colours_and_enlarges(tiny_run, images, command, tmp_path):
     whole, small = Image.open(images / "000.png"), tmp_path / "small.png"
     whole.resize((4, 4), Image.Resampling.BOX).save(small)
     whole.convert("L").save(tmp_path / "grey.png")
-    for path, keep in ((small, "smaller:2"), (images / "000.png", "smaller:4"), (tmp_path / "grey.png", "grey")):
-        status, output, error = command("complete", path, "--keep", keep, "--run", tiny_run, "--sweeps", 20)
-        assert status == 0 and "acceptance" in error and Image.open(output.strip()).width > 500, error
+    for path, keep in (
+        (small, "smaller:2"),
+        (images / "000.png", "smaller:4"),
+        (tmp_path / "grey.png", "grey"),
+    ):
+        status, output, error = command(
+            "complete", path, "--keep", keep, "--run", tiny_run, "--sweeps", 20
+        )
+        assert status == 0 and "acceptance" in error and Image.open(output.strip()).width > 500, (
+            error
+        )
     words = ["complete", images / "000.png", "--run", tiny_run, "--keep"]
     assert_plain(command(*words, "smaller:3"), "one of 2, 4, 8, not '3'")
     assert_plain(command(*words, "smaller"), "one of 2, 4, 8, not ''")
@@ -201,13 +276,22 @@ def test_complete_colours_and_enlarges(tiny_run, images, command, tmp_path):
 def test_what_is_kept_of_sums_is_what_is_shown_of_them():
     images = torch.rand(2, 3, 4, 4)
     grey, smaller = linear("grey", (3, 4, 4)).of(images), linear("smaller:2", (3, 4, 4)).of(images)
-    assert torch.allclose(grey, (0.299 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2])[:, None].expand(-1, 3, -1, -1))
+    assert torch.allclose(
+        grey,
+        (0.299 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2])[:, None].expand(
+            -1, 3, -1, -1
+        ),
+    )
     assert torch.allclose(smaller[:, :, 1, 3], images[:, :, :2, 2:].mean((2, 3)))
-    with pytest.raises(FlowgenError, match="colour images"):
+    with pytest.raises(UserError, match="colour images"):
         linear("grey", (1, 28, 28))
     machine = COMPLETE["rbm"]()
-    with pytest.raises(FlowgenError, match="an RBM restores pixels"):
-        machine.complete(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), linear("smaller:2", (1, 8, 8)), method="gibbs")
+    with pytest.raises(UserError, match="an RBM restores pixels"):
+        machine.inpaint(
+            torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
+            linear("smaller:2", (1, 8, 8)),
+            method="gibbs",
+        )
 
 
 def test_a_chain_that_starts_where_there_is_no_density_finds_its_way():
@@ -216,20 +300,29 @@ def test_a_chain_that_starts_where_there_is_no_density_finds_its_way():
     def density(x: Tensor) -> Tensor:
         return torch.where(x.abs().amax(1) < 5, -0.5 * x.square().sum(1), torch.nan)
 
-    position = at(torch.full((50, 1), 5.5), density)
+    position = evaluate_density(torch.full((50, 1), 5.5), density)
     step = StepSize.reasonable(position, density, generator)
     for _ in range(200):
-        position = langevin(position, density, step, 5, True, generator)
+        position = hmc_step(position, density, step, 5, True, generator)
     assert (position.place.abs() < 5).all() and position.value.isfinite().all()
 
 
 def test_chains_start_as_far_out_as_draws_are_where_that_makes_an_image():
     """Whether what is known says nothing at all, or more of one image than of its neighbour."""
-    for far in (torch.zeros(6), torch.tensor([1.0, 1, 1, 50, 50, 50]), torch.tensor([1.0, 1, torch.nan, 1, 1, torch.inf])):
+    for far in (
+        torch.zeros(6),
+        torch.tensor([1.0, 1, 1, 50, 50, 50]),
+        torch.tensor([1.0, 1, torch.nan, 1, 1, torch.inf]),
+    ):
         target = SimpleNamespace(
-            levels=torch.zeros(6, 1, 8, 8), body=Chain(), spread=lambda h: 1.0, violation=lambda h, far=far: far + h.new_zeros(())
+            levels=torch.zeros(6, 1, 8, 8),
+            body=Chain(),
+            spread=lambda h: 1.0,
+            violation=lambda h, far=far: far + h.new_zeros(()),
         )
-        chains = Chains(target, None, torch.zeros(6), torch.Generator().manual_seed(0), unseen)
+        chains = InpaintingChains(
+            target, None, torch.zeros(6), torch.Generator().manual_seed(0), no_progress
+        )
         chains.scatter(images=2)
         out = chains.place.square().mean(1).sqrt()
         assert ((out > 0.7) == far.isfinite()).all() and (out[~far.isfinite()] < 0.1).all()
@@ -237,16 +330,18 @@ def test_chains_start_as_far_out_as_draws_are_where_that_makes_an_image():
 
 def test_where_the_model_finds_no_image_a_sentence_says_so():
     flow = flow_of(Field(torch.full((16,), torch.nan).double(), torch.eye(16).double()), (1, 4, 4))
-    with pytest.raises(FlowgenError, match="keep other pixels"):
+    with pytest.raises(UserError, match="keep other pixels"):
         flow.restore(torch.zeros(1, 1, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), 2, 8)
 
 
 def test_a_chain_far_out_stands_for_an_image():
     """Where rounding reaches 0 and 1 the head would be infinite, and the classes' probabilities no numbers."""
     x = torch.rand(9, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    head = Gaussianize(1, 256)
+    head = MarginalGaussianization(1, 256)
     head.initialize(x)
-    pixels = Pixels(head, Chain(), torch.zeros_like(x), torch.zeros(1, 2, 2, dtype=torch.bool), 256)
+    pixels = PixelPosterior(
+        head, Chain(), torch.zeros_like(x), torch.zeros(1, 2, 2, dtype=torch.bool), 256
+    )
     for far in (-30.0, 30.0):
         found = pixels.points(torch.full((9, 4), far))
         assert ((found > 0) & (found < 1)).all() and head(found)[0].isfinite().all()

@@ -7,11 +7,11 @@ import time
 import torch
 from conftest import SMALL
 
-from flowgen.data.toy2d import Toy
+from flowgen.data.toy2d import Toy2D
 from flowgen.models.flows.flow import Flow
 from flowgen.training import sanity_checks as doubts
-from flowgen.training.sanity_checks import entropy, shared
-from flowgen.utils.metrics import BITS_PER_DIM, LOG_LIKELIHOOD, Measured, too_good
+from flowgen.training.sanity_checks import entropy, find_duplicates
+from flowgen.utils.metrics import BITS_PER_DIM, LOG_LIKELIHOOD, MetricValue, beats_entropy_bound
 
 
 def test_entropy_is_that_of_the_frequencies():
@@ -26,11 +26,15 @@ def test_no_distribution_has_a_likelihood_below_the_entropy():
     images = torch.tensor([0, 0, 1, 2], dtype=torch.uint8).view(4, 1, 1, 1)
     best = -torch.tensor([0.5, 0.5, 0.25, 0.25]).log2().mean().item()
     bits = entropy([images])
-    assert not too_good(Measured(BITS_PER_DIM, best), bits, 1) and too_good(Measured(BITS_PER_DIM, best - 0.01), bits, 1)
-    assert not too_good(Measured(BITS_PER_DIM, best - 0.01, 0.01), bits, 1)
+    assert not beats_entropy_bound(
+        MetricValue(BITS_PER_DIM, best), bits, 1
+    ) and beats_entropy_bound(MetricValue(BITS_PER_DIM, best - 0.01), bits, 1)
+    assert not beats_entropy_bound(MetricValue(BITS_PER_DIM, best - 0.01, 0.01), bits, 1)
     nats = -best * math.log(2)
-    assert not too_good(Measured(LOG_LIKELIHOOD, nats), bits, 1) and too_good(Measured(LOG_LIKELIHOOD, nats + 0.01), bits, 1)
-    assert not too_good(Measured(LOG_LIKELIHOOD, math.nan), bits, 1)
+    assert not beats_entropy_bound(
+        MetricValue(LOG_LIKELIHOOD, nats), bits, 1
+    ) and beats_entropy_bound(MetricValue(LOG_LIKELIHOOD, nats + 0.01), bits, 1)
+    assert not beats_entropy_bound(MetricValue(LOG_LIKELIHOOD, math.nan), bits, 1)
 
 
 def test_a_flow_that_counts_its_volume_wrongly_is_named(tiny_run, command, monkeypatch):
@@ -48,13 +52,15 @@ def test_test_images_that_were_trained_on_are_named_and_counted(images, command,
         shutil.copy(path, path.with_name(f"copy_{path.name}"))
     error = command(*words, f"out={tmp_path / 'two'}")[2]
     assert "test images are training images too, pixel for pixel (numbers 0" in error
-    assert "test images are training images too" in command("evaluate", "--run", tmp_path / "two")[2]
+    assert (
+        "test images are training images too" in command("evaluate", "--run", tmp_path / "two")[2]
+    )
 
 
 def test_sets_that_take_minutes_to_read_are_not_read_for_it(monkeypatch):
-    monkeypatch.setattr(doubts, "LARGEST", 100)
+    monkeypatch.setattr(doubts, "MAX_ABS_VALUE", 100)
     monkeypatch.setattr(doubts, "shared", None)
-    doubts.doubt_split(Toy(name="moons", count=4000, bits=3, flip=False))
+    doubts.warn_test_leakage(Toy2D(name="moons", count=4000, bits=3, flip=False))
 
 
 def test_shared_images_are_found_pixel_for_pixel():
@@ -62,17 +68,20 @@ def test_shared_images_are_found_pixel_for_pixel():
     other = train[7].clone()
     other[0, 0, 1] += 1  # a pixel that the digest does not look at
     test = torch.stack((train[3], other, 255 - train[4], train[499], train[3]))
-    assert shared(train, test) == [0, 3, 4]
+    assert find_duplicates(train, test) == [0, 3, 4]
 
 
 def test_points_of_the_plane_may_agree():
-    data = Toy(name="moons", count=4000, bits=3, flip=False)
-    assert shared(data.train.images, data.test.images) == []
+    data = Toy2D(name="moons", count=4000, bits=3, flip=False)
+    assert find_duplicates(data.train.images, data.test.images) == []
 
 
 def test_sixty_thousand_images_are_compared_in_a_second():
-    train, test = torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8), torch.randint(256, (10_000, 1, 28, 28), dtype=torch.uint8)
+    train, test = (
+        torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8),
+        torch.randint(256, (10_000, 1, 28, 28), dtype=torch.uint8),
+    )
     test[5] = train[59_999]
     began = time.process_time()
-    assert shared(train, test) == [5]
+    assert find_duplicates(train, test) == [5]
     assert time.process_time() - began < 2  # 0.2 s on an idle core

@@ -15,7 +15,7 @@ from PIL import Image
 from flowgen.data.mnist import MNIST
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.run_dir import Run
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 FOREIGN_ROWS = [
     b'{"step": 7, "split": "train", "loss": \xff}',
@@ -49,9 +49,21 @@ def test_rows_that_no_training_writes_are_left_out_and_counted(tiny_run, command
     metrics.write_bytes(metrics.read_bytes() + b"\n".join(FOREIGN_ROWS) + b"\n")
     assert Run(tiny_run).read_metrics() == good
     status, _, error = command("report", tiny_run)
-    assert status == 0 and f"{len(FOREIGN_ROWS)} of {len(FOREIGN_ROWS) + len(good)} lines" in error and "fault" not in error
+    assert (
+        status == 0
+        and f"{len(FOREIGN_ROWS)} of {len(FOREIGN_ROWS) + len(good)} lines" in error
+        and "fault" not in error
+    )
     assert command("resume", tiny_run, "trainer.steps=7")[0] == 0
-    assert [row["step"] for row in Run(tiny_run).read_metrics() if row["split"] == "train"] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["step"] for row in Run(tiny_run).read_metrics() if row["split"] == "train"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]
 
 
 def test_a_run_folder_of_other_things_is_reported_without_them(tiny_run, command):
@@ -79,15 +91,28 @@ def test_a_run_folder_reads_and_writes_nothing_outside_itself(tiny_run, command,
         return sorted((each.name, each.stat().st_mtime_ns) for each in (path, *path.rglob("*")))
 
     for name in NAMES:
-        path, secret, aside = tiny_run / name, tmp_path / f"secret of {name.replace('/', ' ')}", tmp_path / "aside"
+        path, secret, aside = (
+            tiny_run / name,
+            tmp_path / f"secret of {name.replace('/', ' ')}",
+            tmp_path / "aside",
+        )
         shutil.copytree(path, secret) if path.is_dir() else secret.write_text("secret")
         before = state_of(secret)
         if path.exists():
             path.rename(aside)
         os.mkfifo(path) if kind == "pipe" else path.symlink_to(secret)
-        for words in (["resume", tiny_run, "trainer.steps=7"], ["sample", "--run", tiny_run], ["report", tiny_run]):
+        for words in (
+            ["resume", tiny_run, "trainer.steps=7"],
+            ["sample", "--run", tiny_run],
+            ["report", tiny_run],
+        ):
             status, _, error = command(*words)
-            assert status == 1 and error.count("flowgen: ") == 1 and str(path) in error and "fault" not in error, (name, error)
+            assert (
+                status == 1
+                and error.count("flowgen: ") == 1
+                and str(path) in error
+                and "fault" not in error
+            ), (name, error)
         assert state_of(secret) == before
         path.unlink()
         if aside.exists():
@@ -106,11 +131,17 @@ def test_a_file_outside_a_run_leaves_its_folder_alone(tiny_run, command, tmp_pat
     before = {path: path.read_bytes() for path in place.iterdir()}
     for file in ("one.safetensors", "other.pt"):
         status, output, error = command("sample", "--run", place / file, "--count", 2)
-        assert status == 0 and output.strip() == f"outputs/files/{Path(file).stem}/sample.png", error
+        assert status == 0 and output.strip() == f"outputs/files/{Path(file).stem}/sample.png", (
+            error
+        )
     assert command("resume", place / "other.pt", "trainer.steps=7")[0] == 0
     assert Run(elsewhere / "outputs" / "files" / "other").read_metrics()[-1]["step"] == 7
     status, _, error = command("resume", place / "other.pt", "trainer.steps=8")
-    assert status == 1 and "outputs/files/other holds a run already" in error and len(error.splitlines()) == 1
+    assert (
+        status == 1
+        and "outputs/files/other holds a run already" in error
+        and len(error.splitlines()) == 1
+    )
     assert {path: path.read_bytes() for path in place.iterdir()} == before
 
 
@@ -145,10 +176,17 @@ def test_counters_and_moments_of_no_training_get_one_line(tiny_run, command):
         elif part == "words":
             moments["exp_avg"] = "large"
         elif part == "first format":
-            state = {key: value for key, value in state.items() if key != "format"} | {"model": {3: state["model"]}}
+            state = {key: value for key, value in state.items() if key != "format"} | {
+                "model": {3: state["model"]}
+            }
         torch.save(state | part if isinstance(part, dict) else state, path.with_name("other.pt"))
         status, _, error = command("resume", path.with_name("other.pt"), "trainer.steps=8")
-        assert status == 1 and error.count("flowgen: ") == 1 and "checkpoint" in error and "fault" not in error, (part, error)
+        assert (
+            status == 1
+            and error.count("flowgen: ") == 1
+            and "checkpoint" in error
+            and "fault" not in error
+        ), (part, error)
 
 
 WORDS = (
@@ -164,13 +202,24 @@ WORDS = (
 def test_references_that_lead_nowhere_get_one_line(images, tiny_run, command, tmp_path):
     train = ["train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path / 'other'}"]
     for word, said in WORDS:
-        for words in ([*train, word], ["resume", tiny_run, word], ["evaluate", "--run", tiny_run, word]):
+        for words in (
+            [*train, word],
+            ["resume", tiny_run, word],
+            ["evaluate", "--run", tiny_run, word],
+        ):
             status, _, error = command(*words)
-            assert status == 1 and error.count("flowgen: ") == 1 and said in error and "fault" not in error, (words, error)
+            assert (
+                status == 1
+                and error.count("flowgen: ") == 1
+                and said in error
+                and "fault" not in error
+            ), (words, error)
 
 
 def test_what_libraries_think_of_a_file_stays_untold(tiny_run, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # beyond which Pillow warns, and beyond twice as many refuses
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 4000
+    )  # beyond which Pillow warns, and beyond twice as many refuses
     picture = save_image(tmp_path / "bomb.png", (70, 70, 3))
     broken = tmp_path / "exif.jpg"
     Image.open(picture).save(broken, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x63\x01\x12")
@@ -178,7 +227,9 @@ def test_what_libraries_think_of_a_file_stays_untold(tiny_run, command, tmp_path
     assert status == 0 and error == "", error
     status, _, error = command("score", broken, picture, "--run", tiny_run)
     assert status == 0 and error == "", error
-    status, _, error = command("interpolate", save_image(tmp_path / "huge.png", (100, 100, 3)), picture, "--run", tiny_run)
+    status, _, error = command(
+        "interpolate", save_image(tmp_path / "huge.png", (100, 100, 3)), picture, "--run", tiny_run
+    )
     assert status == 1 and len(error.splitlines()) == 1
     (tmp_path / "old.pt").write_bytes(pickle.dumps({"a": 1}, protocol=4))
     status, _, error = command("sample", "--run", tmp_path / "old.pt")
@@ -187,15 +238,26 @@ def test_what_libraries_think_of_a_file_stays_untold(tiny_run, command, tmp_path
 
 def test_a_report_shows_scripts_and_runs_none(tiny_run, command):
     run, script = Run(tiny_run), "<script>alert(1)</script>"
-    config = run.config.read_text().replace("flowgen.models.flows.glow.Glow", f"flowgen.models.{script}")
+    config = run.config.read_text().replace(
+        "flowgen.models.flows.glow.Glow", f"flowgen.models.{script}"
+    )
     run.config.write_text(config + f"'{script}': '{script}'\n")
     run.log.write_text(f"environment: {script}\n")
-    run.metrics.write_text(json.dumps({"step": 1, "split": script, "bits_per_dim": 3.0}) + "\n" + run.metrics.read_text())
+    run.metrics.write_text(
+        json.dumps({"step": 1, "split": script, "bits_per_dim": 3.0})
+        + "\n"
+        + run.metrics.read_text()
+    )
     other = tiny_run.with_name('x"><img src=x onerror=alert(1)>')
     tiny_run.rename(other)
     assert command("report", other, "--out", "page.html")[0] == 0
     page = Path("page.html").read_text()
-    assert "&lt;script&gt;" in page and "<script" not in page and "<img src=x" not in page and "javascript:" not in page
+    assert (
+        "&lt;script&gt;" in page
+        and "<script" not in page
+        and "<img src=x" not in page
+        and "javascript:" not in page
+    )
 
 
 def test_names_from_elsewhere_leave_the_terminal_alone(tiny_run, command):
@@ -211,7 +273,7 @@ def test_names_from_elsewhere_leave_the_terminal_alone(tiny_run, command):
 
 @pytest.mark.parametrize("names", [["../elsewhere"], ["/tmp/elsewhere"], [""], [3]])
 def test_a_configuration_names_no_folder_outside_the_data_folder(tmp_path, names):
-    with pytest.raises(FlowgenError, match="inside the data folder"):
+    with pytest.raises(UserError, match="inside the data folder"):
         MNIST(name="MNIST", root=None, names=names, size=28, bits=8, flip=False)
 
 

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
 from flowgen.cli import COMMANDS
-from flowgen.config.compose import conf_folder, options, plain, register_resolvers
-from flowgen.config.instantiate import build_model, class_of, model_for
+from flowgen.config.compose import conf_folder, group_options, register_resolvers, resolve_config
+from flowgen.config.instantiate import build_model, resolve_target, with_image_shape
 
 PACKAGE = Path(__file__).parents[1] / "flowgen"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -75,7 +75,18 @@ MAY_IMPORT = {
         "plane",
         "progress",
     },
-    "answers": {"commands", "config", "data", "directions", "errors", "judging", "measures", "messages", "models", "pictures"},
+    "answers": {
+        "commands",
+        "config",
+        "data",
+        "directions",
+        "errors",
+        "judging",
+        "measures",
+        "messages",
+        "models",
+        "pictures",
+    },
     "page": {"answers", "document", "errors", "messages", "pictures"},
     "bot": {"answers", "errors", "messages", "pictures"},
     "cli": {"launcher", "commands", "page", "bot", "errors", "config", "training", "messages"},
@@ -98,7 +109,11 @@ def imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names += [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "flowgen" else [node.module or ""]
+            names += (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "flowgen"
+                else [node.module or ""]
+            )
     return names
 
 
@@ -115,7 +130,9 @@ def test_imports_go_downwards(path):
 
 
 def module_of(path: Path) -> str:
-    return ".".join(("flowgen", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    return ".".join(("flowgen", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    )
 
 
 def imported_modules(path: Path, modules: set[str]) -> set[str]:
@@ -125,7 +142,10 @@ def imported_modules(path: Path, modules: set[str]) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {name if (name := f"{node.module}.{alias.name}") in modules else str(node.module) for alias in node.names}
+            found |= {
+                name if (name := f"{node.module}.{alias.name}") in modules else str(node.module)
+                for alias in node.names
+            }
     return found & modules
 
 
@@ -171,9 +191,13 @@ def test_the_training_loop_and_its_step_are_read_on_one_screen():
 def compose_config(*overrides: str) -> dict:
     register_resolvers()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("train", [*overrides, "out=somewhere", "hydra.runtime.output_dir=somewhere"], return_hydra_config=True)
+        cfg = compose(
+            "train",
+            [*overrides, "out=somewhere", "hydra.runtime.output_dir=somewhere"],
+            return_hydra_config=True,
+        )
         HydraConfig.instance().set_config(cfg)
-        return plain(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+        return resolve_config(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
 
 
 def shape_of(data: dict) -> tuple[int, int, int]:
@@ -184,40 +208,53 @@ def shape_of(data: dict) -> tuple[int, int, int]:
     return (2, 1, 1) if data["_target_"].endswith("Toy") else (data.get("channels", 1), side, side)
 
 
-@pytest.mark.parametrize("name", options("experiment"))
+@pytest.mark.parametrize("name", group_options("experiment"))
 def test_every_experiment_composes_and_builds_its_model(name):
     text = (conf_folder() / "experiment" / f"{name}.yaml").read_text()
-    assert text.startswith("# @package _global_\n# "), "the first comment says which figure, and what to expect"
+    assert text.startswith("# @package _global_\n# "), (
+        "the first comment says which figure, and what to expect"
+    )
     config = compose_config(f"experiment={name}")
     config["model"] |= {"width": 4} if "width" in config["model"] else {}
-    build_model(model_for(config, shape_of(config["data"]), config["data"]["bits"]))
+    build_model(with_image_shape(config, shape_of(config["data"]), config["data"]["bits"]))
 
 
 @pytest.fixture(scope="module")
 def kinds() -> list[tuple[tuple[int, int, int], int]]:
     """Shapes and bits of all data sets."""
-    sections = [compose_config(f"data={name}")["data"] for name in options("data") if name != "folder"]
+    sections = [
+        compose_config(f"data={name}")["data"] for name in group_options("data") if name != "folder"
+    ]
     return sorted({(shape_of(section), section["bits"]) for section in sections})
 
 
-@pytest.mark.parametrize("name", options("model"))
+@pytest.mark.parametrize("name", group_options("model"))
 def test_every_model_fits_every_data_set(name, kinds):
     config = compose_config(f"model={name}")
     config["model"] |= {key: 16 for key in ("width", "hidden") if key in config["model"]}
     for shape, bits in kinds:
-        build_model(model_for(config, shape, min(bits, config["data"]["bits"])))  # of an RBM 1
+        build_model(
+            with_image_shape(config, shape, min(bits, config["data"]["bits"]))
+        )  # of an RBM 1
 
 
-@pytest.mark.parametrize("name", options("data"))
+@pytest.mark.parametrize("name", group_options("data"))
 def test_every_setting_of_a_data_set_can_be_set(name):
     section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
-    assert set(inspect.signature(class_of("data", section)).parameters) == section.keys() - {"_target_"}
+    assert set(inspect.signature(resolve_target("data", section)).parameters) == section.keys() - {
+        "_target_"
+    }
 
 
-@pytest.mark.parametrize("name", sorted(each.name for each in COMMANDS if (PACKAGE / "commands" / f"{each.name}.py").exists()))
+@pytest.mark.parametrize(
+    "name",
+    sorted(each.name for each in COMMANDS if (PACKAGE / "commands" / f"{each.name}.py").exists()),
+)
 def test_the_function_of_a_command_takes_keywords_alone(name):
     function = getattr(importlib.import_module(f"flowgen.commands.{name}"), name)
-    assert all(each.kind is each.KEYWORD_ONLY for each in inspect.signature(function).parameters.values())
+    assert all(
+        each.kind is each.KEYWORD_ONLY for each in inspect.signature(function).parameters.values()
+    )
 
 
 @pytest.mark.parametrize("path", sorted(conf_folder().rglob("*.yaml")), ids=lambda path: path.stem)
@@ -229,7 +266,11 @@ def test_every_configuration_says_what_it_is(path):
 def test_every_import_is_declared_and_every_requirement_has_a_floor_that_the_pins_meet():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     extras = [word for words in project["optional-dependencies"].values() for word in words]
-    required = {each.name.lower(): each.specifier for each in map(Requirement, project["dependencies"] + extras) if each.name != "flowgen"}
+    required = {
+        each.name.lower(): each.specifier
+        for each in map(Requirement, project["dependencies"] + extras)
+        if each.name != "flowgen"
+    }
     names = {
         "PIL": "pillow",
         "yaml": "pyyaml",
@@ -237,9 +278,16 @@ def test_every_import_is_declared_and_every_requirement_has_a_floor_that_the_pin
         "torch_fidelity": "torch-fidelity",
         "telegram": "python-telegram-bot",
     }
-    found = {name.partition(".")[0] for path in FILES for name in imports(path)} - set(sys.stdlib_module_names) - {"flowgen"}
+    found = (
+        {name.partition(".")[0] for path in FILES for name in imports(path)}
+        - set(sys.stdlib_module_names)
+        - {"flowgen"}
+    )
     assert {names.get(name, name) for name in found} <= set(required)
-    pinned = dict(line.lower().split("==") for line in (PACKAGE.parent / "constraints.txt").read_text().splitlines())
+    pinned = dict(
+        line.lower().split("==")
+        for line in (PACKAGE.parent / "constraints.txt").read_text().splitlines()
+    )
     for name, specifier in required.items():
         assert any(each.operator == ">=" for each in specifier), f"{name} has no floor"
         assert specifier.contains(pinned[name]), f"{name} is pinned below its floor, or not at all"

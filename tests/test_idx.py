@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowgen.data.mnist import MNIST
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 ZERO = torch.zeros(7, 28, 28, dtype=torch.uint8)
 
@@ -20,7 +20,9 @@ def write_idx(path: Path, images: torch.Tensor) -> None:
 
 
 def write_labels(path: Path, labels: torch.Tensor) -> None:
-    path.write_bytes(struct.pack(">2i", 0x801, len(labels)) + labels.to(torch.uint8).numpy().tobytes())
+    path.write_bytes(
+        struct.pack(">2i", 0x801, len(labels)) + labels.to(torch.uint8).numpy().tobytes()
+    )
 
 
 def write_mnist(root: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -42,9 +44,19 @@ def test_idx_files(tmp_path, suffix):
         if not suffix:
             path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
             path.unlink()
-    arguments = {"name": "MNIST", "root": str(tmp_path), "names": ["mnist"], "bits": 8, "flip": False}
+    arguments = {
+        "name": "MNIST",
+        "root": str(tmp_path),
+        "names": ["mnist"],
+        "bits": 8,
+        "flip": False,
+    }
     data = MNIST(**arguments, size=28)
-    assert torch.equal(data.test.images[:, 0], images) and len(data.train) == 6 and len(data.validation) == 1
+    assert (
+        torch.equal(data.test.images[:, 0], images)
+        and len(data.train) == 6
+        and len(data.validation) == 1
+    )
     assert MNIST(**arguments, size=32).shape == (1, 32, 32)
 
 
@@ -53,7 +65,9 @@ def test_an_idx_file_cut_short_is_named(tmp_path):
         path = tmp_path / f"{split}-images-idx3-ubyte.gz"
         write_idx(path, torch.zeros(7, 28, 28, dtype=torch.uint8))
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(FlowgenError, match=r"t10k-images-idx3-ubyte.gz is empty, cut short or no idx file"):
+    with pytest.raises(
+        UserError, match=r"t10k-images-idx3-ubyte.gz is empty, cut short or no idx file"
+    ):
         MNIST(name="MNIST", root=str(tmp_path), names=["mnist"], size=28, bits=8, flip=False)
 
 
@@ -61,10 +75,13 @@ def test_mnist_beside_another_set_is_told_from_it(tmp_path):
     for shade, name in enumerate(("FashionMNIST", "MNIST")):
         (tmp_path / name / "raw").mkdir(parents=True)
         for split in ("train", "t10k"):
-            write_idx(tmp_path / name / "raw" / f"{split}-images-idx3-ubyte.gz", torch.full((2, 28, 28), shade, dtype=torch.uint8))
+            write_idx(
+                tmp_path / name / "raw" / f"{split}-images-idx3-ubyte.gz",
+                torch.full((2, 28, 28), shade, dtype=torch.uint8),
+            )
     arguments = {"root": str(tmp_path), "size": 28, "bits": 8, "flip": False}
     assert (MNIST(name="MNIST", names=["mnist", "MNIST"], **arguments).train.images == 1).all()
-    with pytest.raises(FlowgenError, match="several sets"):
+    with pytest.raises(UserError, match="several sets"):
         MNIST(name="KMNIST", names=["kmnist"], **arguments)
 
 
@@ -72,17 +89,22 @@ def test_mnist_beside_another_set_is_told_from_it(tmp_path):
 def test_an_idx_file_without_a_pixel_is_named(tmp_path, shape):
     write_mnist(tmp_path, ZERO, torch.arange(7))
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", torch.zeros(shape, dtype=torch.uint8))
-    with pytest.raises(FlowgenError, match=r"train-images-idx3-ubyte.gz is empty"):
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte.gz is empty"):
         mnist(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("count", "said"), [(0, "t10k-labels-idx1-ubyte is empty"), (6, "6 labels for 7 images"), (8, "8 labels for 7 images")]
+    ("count", "said"),
+    [
+        (0, "t10k-labels-idx1-ubyte is empty"),
+        (6, "6 labels for 7 images"),
+        (8, "8 labels for 7 images"),
+    ],
 )
 def test_labels_must_be_as_many_as_images(tmp_path, count, said):
     write_mnist(tmp_path, ZERO, torch.arange(7))
     write_labels(tmp_path / "t10k-labels-idx1-ubyte", torch.arange(count))
-    with pytest.raises(FlowgenError, match=said):
+    with pytest.raises(UserError, match=said):
         mnist(tmp_path)
 
 
@@ -90,5 +112,5 @@ def test_a_named_pipe_is_no_idx_file(tmp_path):
     write_mnist(tmp_path, ZERO, torch.arange(7))
     (tmp_path / "t10k-images-idx3-ubyte.gz").unlink()
     os.mkfifo(tmp_path / "t10k-images-idx3-ubyte.gz")
-    with pytest.raises(FlowgenError, match=r"holds no t10k-images-idx3-ubyte.gz"):
+    with pytest.raises(UserError, match=r"holds no t10k-images-idx3-ubyte.gz"):
         mnist(tmp_path)

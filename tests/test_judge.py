@@ -9,10 +9,10 @@ from test_models import glow, noise, started
 
 from flowgen import judging
 from flowgen.data.mnist import MNISTSample
-from flowgen.evaluation import sample_quality as fidelity
+from flowgen.evaluation import sample_quality as fid_metrics
 from flowgen.evaluation.interpolation import great_circle, walk
 from flowgen.evaluation.sample_quality import frechet
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 
 def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
@@ -34,14 +34,18 @@ def test_coverage_falls_with_missing_samples_and_with_blank_ones():
     found = judging.likeness(one_mode, real)
     assert judging.likeness(two_modes(), real).coverage > 0.9
     assert found.coverage == pytest.approx(0.5, abs=0.05) and found.spread < 0.5
-    like_faces = torch.cat((torch.randn(590, 64), 10 * torch.randn(10, 64))) / torch.arange(1, 65)  # with outliers, which are near all
+    like_faces = torch.cat((torch.randn(590, 64), 10 * torch.randn(10, 64))) / torch.arange(
+        1, 65
+    )  # with outliers, which are near all
     assert judging.likeness(torch.zeros(600, 64), like_faces).coverage < 0.3
 
 
 def test_a_real_point_lies_at_distance_one_and_their_mean_at_zero():
     real = 3 + torch.randn(500, 8)
     assert judging.distance_from_mean(real.mean(0), real) == pytest.approx(0, abs=1e-5)
-    assert torch.tensor([judging.distance_from_mean(point, real) for point in real]).mean().item() == pytest.approx(1, abs=1e-4)
+    assert torch.tensor(
+        [judging.distance_from_mean(point, real) for point in real]
+    ).mean().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_the_components_keep_what_varies_most_and_leave_the_random_state_alone():
@@ -55,11 +59,22 @@ def test_the_components_keep_what_varies_most_and_leave_the_random_state_alone()
 def test_a_paired_difference_drops_what_the_images_have_in_common():
     images = torch.randn(400).mul(10).tolist()
     shifts = torch.randn(400).mul(0.1).tolist()
-    found = judging.paired_difference([image + 1 + shift for image, shift in zip(images, shifts, strict=True)], images)
-    assert found.value == pytest.approx(1, abs=0.03) and found.error == pytest.approx(0.1 / 20, rel=0.15) and found.count == 400
+    found = judging.paired_difference(
+        [image + 1 + shift for image, shift in zip(images, shifts, strict=True)], images
+    )
+    assert (
+        found.value == pytest.approx(1, abs=0.03)
+        and found.error == pytest.approx(0.1 / 20, rel=0.15)
+        and found.count == 400
+    )
     three = judging.mean([1.0, 2.0, 3.0])
-    assert (three.value, three.error) == pytest.approx((2.0, 1 / math.sqrt(3))) and judging.mean([5.0]) == judging.Mean(5.0, 0.0, 1)
-    assert str(judging.Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012" and str(judging.Mean(12.0, 3.4, 9)) == "12.0 ± 3.4"
+    assert (three.value, three.error) == pytest.approx((2.0, 1 / math.sqrt(3))) and judging.mean(
+        [5.0]
+    ) == judging.Mean(5.0, 0.0, 1)
+    assert (
+        str(judging.Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012"
+        and str(judging.Mean(12.0, 3.4, 9)) == "12.0 ± 3.4"
+    )
 
 
 def test_a_walk_through_the_pixels_is_even_and_both_ways_meet_at_the_ends():
@@ -68,12 +83,16 @@ def test_a_walk_through_the_pixels_is_even_and_both_ways_meet_at_the_ends():
     latent, pixels = walk(model, first, second, torch.linspace(0, 1, 5))
     assert latent.shape == pixels.shape == (5, *first.shape)
     for way in (latent, pixels):
-        assert torch.equal(way[0].float(), first.float()) and torch.equal(way[-1].float(), second.float())
+        assert torch.equal(way[0].float(), first.float()) and torch.equal(
+            way[-1].float(), second.float()
+        )
     assert judging.unevenness(pixels, 5) == pytest.approx(torch.ones(6), abs=1e-3)
     assert judging.unevenness(latent, 5).min() > 1 and judging.changes(latent, 5).shape == (4, 6)
     uneven = torch.tensor([0, 1, 4]).view(3, 1, 1, 1, 1).expand(3, 2, 1, 4, 4)
     assert judging.unevenness(uneven, 5) == pytest.approx(torch.full((2,), 1.5))
-    assert judging.changes(torch.stack((torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 31))), 5) == pytest.approx(torch.ones(1, 2))
+    assert judging.changes(
+        torch.stack((torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 31))), 5
+    ) == pytest.approx(torch.ones(1, 2))
 
 
 def test_a_walk_goes_the_way_that_it_is_told():
@@ -87,17 +106,17 @@ def test_a_walk_goes_the_way_that_it_is_told():
 
 
 def test_fid_without_its_network_or_its_package_is_refused(monkeypatch, tmp_path):
-    monkeypatch.delenv(fidelity.WEIGHTS, raising=False)
-    assert fidelity.network() is None
-    monkeypatch.setenv(fidelity.WEIGHTS, str(tmp_path / "nowhere.pth"))
-    with pytest.raises(FlowgenError, match="no file"):
-        fidelity.network()
+    monkeypatch.delenv(fid_metrics.WEIGHTS, raising=False)
+    assert fid_metrics.network() is None
+    monkeypatch.setenv(fid_metrics.WEIGHTS, str(tmp_path / "nowhere.pth"))
+    with pytest.raises(UserError, match="no file"):
+        fid_metrics.network()
     (tmp_path / "nowhere.pth").touch()
-    monkeypatch.setattr(fidelity, "find_spec", lambda name: None)
-    with pytest.raises(FlowgenError, match="not installed"):
-        fidelity.network()
-    monkeypatch.setattr(fidelity, "find_spec", lambda name: object())
-    assert fidelity.network() == tmp_path / "nowhere.pth"
+    monkeypatch.setattr(fid_metrics, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="not installed"):
+        fid_metrics.network()
+    monkeypatch.setattr(fid_metrics, "find_spec", lambda name: object())
+    assert fid_metrics.network() == tmp_path / "nowhere.pth"
 
 
 def test_a_flow_is_judged_by_samples_that_are_its_data():
@@ -105,11 +124,25 @@ def test_a_flow_is_judged_by_samples_that_are_its_data():
     data, model = MNISTSample(bits=5, flip=False), glow(channels=1, size=28, levels=2)
     test = torch.cat(list(data.batches("test", 100, 60)))
     model.initialize(test)
-    found = judging.judge_flow(model, data, {0.0: [torch.full_like(test, 4)], 1.0: [test, test]}, pairs=4, steps=6)
+    found = judging.flow_report(
+        model, data, {0.0: [torch.full_like(test, 4)], 1.0: [test, test]}, pairs=4, steps=6
+    )
     grey, same = found["samples"][0][0], found["samples"][1][0]
-    assert same["coverage"] == 1 and same["spread"] == pytest.approx(1) and same["frechet"] == pytest.approx(0, abs=1e-3)
-    assert grey["coverage"] < 0.75 and grey["spread"] == 0 and grey["frechet"] > found["training"]["frechet"]
+    assert (
+        same["coverage"] == 1
+        and same["spread"] == pytest.approx(1)
+        and same["frechet"] == pytest.approx(0, abs=1e-3)
+    )
+    assert (
+        grey["coverage"] < 0.75
+        and grey["spread"] == 0
+        and grey["frechet"] > found["training"]["frechet"]
+    )
     assert found["images"] == len(found["bits"]) == 60 and found["mean_sample"] > 0
-    assert judging.bits_per_image(model, test).mean().item() == pytest.approx(found["bits"] and sum(found["bits"]) / 60)
-    assert len(found["walk"]["unevenness"]) == 4 and [len(each) for each in found["walk"]["bits"]] == [6, 6]
+    assert judging.bits_per_image(model, test).mean().item() == pytest.approx(
+        found["bits"] and sum(found["bits"]) / 60
+    )
+    assert len(found["walk"]["unevenness"]) == 4 and [
+        len(each) for each in found["walk"]["bits"]
+    ] == [6, 6]
     assert found == json.loads(json.dumps(found))

@@ -9,9 +9,9 @@ import torch
 import yaml
 from conftest import fit
 
-from flowgen.config.compose import conf_folder, options
-from flowgen.config.instantiate import build, class_of
-from flowgen.models.base import Evaluation, GenerativeModel
+from flowgen.config.compose import conf_folder, group_options
+from flowgen.config.instantiate import build, resolve_target
+from flowgen.models.base import EvalConfig, GenerativeModel
 from flowgen.models.flows.glow import Glow
 
 
@@ -21,14 +21,20 @@ def read_config_of(name: str) -> dict:
     return config | ({"negative_phase": None} if name == "rbm" else {})
 
 
-def model_of(name: str, **changes: object) -> GenerativeModel:
+def load_from_checkpoint(name: str, **changes: object) -> GenerativeModel:
     """The model of `conf/model/NAME.yaml` for images of 3x8x8 at 5 bits, but for `changes`."""
     config = read_config_of(name)
-    return build("model", config | {"channels": 3, "size": 8, "bits": 5} | ({"width": 8} if "width" in config else {}) | changes)
+    return build(
+        "model",
+        config
+        | {"channels": 3, "size": 8, "bits": 5}
+        | ({"width": 8} if "width" in config else {})
+        | changes,
+    )
 
 
 def glow(**changes: object) -> Glow:
-    return model_of("glow", **{"steps_per_level": 2} | changes)
+    return load_from_checkpoint("glow", **{"steps_per_level": 2} | changes)
 
 
 MODELS: dict[str, Callable[..., GenerativeModel]] = {
@@ -36,25 +42,48 @@ MODELS: dict[str, Callable[..., GenerativeModel]] = {
     "glow resnet": lambda **changes: glow(network="resnet", **changes),
     "glow gated": lambda **changes: glow(network="gated", blocks=2, **changes),
     "glow additive": lambda **changes: glow(coupling="additive", convolution="plain", **changes),
-    "glow of the thesis": lambda **changes: glow(gaussianize=False, prior="standard", scale="sigmoid", final_actnorm=False, **changes),
-    **{f"glow {name}": lambda name=name, **changes: glow(coupling=name, **changes) for name in ("multiplicative", "spline", "mixture")},
-    "glow variational": lambda **changes: glow(dequantisation="variational", **changes),
-    "realnvp": lambda **changes: model_of("realnvp", blocks=1, **changes),
-    "nice": lambda **changes: model_of("nice", layers=2, **changes),
-    "nice affine": lambda **changes: model_of("nice", layers=2, coupling="affine", **changes),
-    "maf": lambda **changes: model_of("maf", flows=2, **changes),
-    "maf spline": lambda **changes: model_of("maf", flows=1, transform="spline", **changes),
-    "iaf": lambda **changes: model_of("iaf", flows=1, **changes),
-    "tarflow": lambda **changes: model_of("tarflow", layers=[1, 1], transform="affine", **changes),
-    "tarflow mixture": lambda **changes: model_of("tarflow", patch=2, layers=[1], local=False, roll=True, mixing="plu", **changes),
-    "tarflow of the paper": lambda **changes: model_of(
-        "tarflow", layers=[1, 1], transform="affine", local=False, mixing="none", gaussianize=False, **changes
+    "glow of the thesis": lambda **changes: glow(
+        gaussianize=False, prior="standard", scale="sigmoid", final_actnorm=False, **changes
     ),
-    "jet": lambda **changes: model_of("jet", couplings=5, **changes),
-    "jet of the paper": lambda **changes: model_of("jet", patch=2, couplings=5, mixing="permutation", gaussianize=False, **changes),
-    "flow matching": lambda **changes: model_of("flow_matching", **{"layers": 1, "tolerance": 1e-9} | changes),
-    "planar": lambda **changes: model_of("planar", flows=3, **changes),
-    "sylvester": lambda **changes: model_of("sylvester", flows=3, **changes),
+    **{
+        f"glow {name}": lambda name=name, **changes: glow(coupling=name, **changes)
+        for name in ("multiplicative", "spline", "mixture")
+    },
+    "glow variational": lambda **changes: glow(dequantization="variational", **changes),
+    "realnvp": lambda **changes: load_from_checkpoint("realnvp", blocks=1, **changes),
+    "nice": lambda **changes: load_from_checkpoint("nice", layers=2, **changes),
+    "nice affine": lambda **changes: load_from_checkpoint(
+        "nice", layers=2, coupling="affine", **changes
+    ),
+    "maf": lambda **changes: load_from_checkpoint("maf", flows=2, **changes),
+    "maf spline": lambda **changes: load_from_checkpoint(
+        "maf", flows=1, transform="spline", **changes
+    ),
+    "iaf": lambda **changes: load_from_checkpoint("iaf", flows=1, **changes),
+    "tarflow": lambda **changes: load_from_checkpoint(
+        "tarflow", layers=[1, 1], transform="affine", **changes
+    ),
+    "tarflow mixture": lambda **changes: load_from_checkpoint(
+        "tarflow", patch=2, layers=[1], local=False, roll=True, mixing="plu", **changes
+    ),
+    "tarflow of the paper": lambda **changes: load_from_checkpoint(
+        "tarflow",
+        layers=[1, 1],
+        transform="affine",
+        local=False,
+        mixing="none",
+        gaussianize=False,
+        **changes,
+    ),
+    "jet": lambda **changes: load_from_checkpoint("jet", couplings=5, **changes),
+    "jet of the paper": lambda **changes: load_from_checkpoint(
+        "jet", patch=2, couplings=5, mixing="permutation", gaussianize=False, **changes
+    ),
+    "flow matching": lambda **changes: load_from_checkpoint(
+        "flow_matching", **{"layers": 1, "tolerance": 1e-9} | changes
+    ),
+    "planar": lambda **changes: load_from_checkpoint("planar", flows=3, **changes),
+    "sylvester": lambda **changes: load_from_checkpoint("sylvester", flows=3, **changes),
     "glow with learned base": lambda **changes: glow(base="learned", levels=1, **changes),
 }
 
@@ -78,7 +107,9 @@ def model(request: pytest.FixtureRequest) -> GenerativeModel:
     return started(request.param)
 
 
-@pytest.fixture(params=[name for name in MODELS if name != "flow matching"])  # which see test_flow_matching.py
+@pytest.fixture(
+    params=[name for name in MODELS if name != "flow matching"]
+)  # which see test_flow_matching.py
 def exact(request: pytest.FixtureRequest) -> GenerativeModel:
     """The same in float64, where log-dets are no estimates."""
     return started(request.param).double()
@@ -88,7 +119,10 @@ def test_loss_is_a_finite_scalar_with_gradients_for_every_parameter(model):
     loss = model(noise(5, 4))
     assert loss.shape == () and torch.isfinite(loss)
     loss.backward()
-    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and torch.isfinite(parameter.grad).all()
+        for parameter in model.parameters()
+    )
 
 
 def test_evaluation_names_its_metric_error_bits_and_draws_and_repeats_itself(model):
@@ -100,30 +134,30 @@ def test_evaluation_names_its_metric_error_bits_and_draws_and_repeats_itself(mod
 
 
 def test_evaluation_leaves_the_random_state_of_training_alone(model):
-    levels, before = noise(5, 4), torch.get_rng_state()
+    images, before = noise(5, 4), torch.get_rng_state()
     expected = torch.rand(3)
     torch.set_rng_state(before)
-    model.evaluate([levels])
+    model.evaluate([images])
     model.sample(2, generator=torch.Generator())
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_samples_are_levels_sorted_by_something(model):
-    levels, worth = model.sample(5, temperature=0.7, generator=torch.Generator().manual_seed(1))
+    images, worth = model.sample(5, temperature=0.7, generator=torch.Generator().manual_seed(1))
     again, _ = model.sample(5, temperature=0.7, generator=torch.Generator().manual_seed(1))
-    assert levels.shape == (5, 3, 8, 8) and levels.dtype == torch.uint8 and levels.max() < 32
-    assert worth.shape == (5,) and torch.isfinite(worth).all() and torch.equal(levels, again)
+    assert images.shape == (5, 3, 8, 8) and images.dtype == torch.uint8 and images.max() < 32
+    assert worth.shape == (5,) and torch.isfinite(worth).all() and torch.equal(images, again)
 
 
 def test_temperature_zero_leaves_one_image(model):
-    levels, _ = model.sample(3, temperature=0.0)
-    assert (levels == levels[:1]).all()
+    images, _ = model.sample(3, temperature=0.0)
+    assert (images == images[:1]).all()
 
 
 def test_decoding_the_latents_returns_the_levels(model):
-    levels = noise(5, 16)
-    latent = model.encode(levels)
-    assert latent.shape == (16, 3 * 8 * 8) and torch.equal(model.decode(latent), levels)
+    images = noise(5, 16)
+    latent = model.encode(images)
+    assert latent.shape == (16, 3 * 8 * 8) and torch.equal(model.decode(latent), images)
 
 
 def test_temperature_scales_every_latent(model):
@@ -133,7 +167,9 @@ def test_temperature_scales_every_latent(model):
     x, _ = model.bijection.inverse(0.5 * z)
     assert torch.allclose(model.bijection(x)[0], 0.5 * z, atol=1e-8)
     drawn = torch.randn(4, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(model.sample(4, 0.5, torch.Generator().manual_seed(1))[0], model.decode(0.5 * drawn))
+    assert torch.equal(
+        model.sample(4, 0.5, torch.Generator().manual_seed(1))[0], model.decode(0.5 * drawn)
+    )
 
 
 def test_log_prob_of_samples_is_the_density_that_the_inverse_carried(exact):
@@ -169,31 +205,34 @@ def test_no_model_scores_below_the_entropy_of_uniform_levels(name, bits):
 def test_more_draws_tighten_the_bound():
     model = glow()
     model.initialize(noise(5))
-    levels = noise(5, 200) // 8  # an eighth of the levels, so that the noise within a bin matters
-    once, often = (model.evaluate([levels], how=Evaluation(draws=draws))["bits_per_dim"].value for draws in (1, 8))
+    images = noise(5, 200) // 8  # an eighth of the levels, so that the noise within a bin matters
+    once, often = (
+        model.evaluate([images], how=EvalConfig(draws=draws))["bits_per_dim"].value
+        for draws in (1, 8)
+    )
     assert often < once
 
 
 def test_variational_noise_starts_uniform():
-    model = glow(dequantisation="variational")
-    levels = noise(5, 200)
-    model.initialize(levels)
-    u, log_q = model.dequantiser(levels, torch.float32, torch.Generator().manual_seed(0))
+    model = glow(dequantization="variational")
+    images = noise(5, 200)
+    model.initialize(images)
+    u, log_q = model.dequantizer(images, torch.float32, torch.Generator().manual_seed(0))
     assert log_q.abs().max() < 4e-3  # of 192 noises below 1 - 2^-16
     assert (torch.histc(u, 10, 0, 1) / u.numel() - 0.1).abs().max() < 0.01
 
 
 def test_the_density_of_variational_noise_is_that_of_its_draws():
     """One image's u from e by autograd, against the log q that comes with it."""
-    model, levels, seen = glow(dequantisation="variational").double(), noise(5, 1), []
+    model, images, seen = glow(dequantization="variational").double(), noise(5, 1), []
     model.initialize(noise(5))
-    for parameter in model.dequantiser.parameters():
+    for parameter in model.dequantizer.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
 
     def draw(e: torch.Tensor) -> torch.Tensor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "randn", lambda *shape, **how: e.view(1, 3, 8, 8))
-            u, log_q = model.dequantiser(levels, torch.float64, None)
+            u, log_q = model.dequantizer(images, torch.float64, None)
         seen.append(log_q)
         return u.flatten()
 
@@ -217,15 +256,18 @@ def test_arguments_are_checked(changes, words):
     with pytest.raises(ValueError, match=words):
         glow(**changes)
     with pytest.raises(ValueError, match="draws must be a whole number"):
-        Evaluation(draws=0)
+        EvalConfig(draws=0)
 
 
-@pytest.mark.parametrize("name", options("model"))
+@pytest.mark.parametrize("name", group_options("model"))
 def test_every_argument_stands_in_the_configuration(name):
     config = read_config_of(name)
-    target = class_of("model", config)
-    of_the_images = target.arguments_for((1, 8, 8), 1).keys()
-    assert inspect.signature(target.__init__).parameters.keys() - {"self", *of_the_images} == config.keys() - {"_target_"}
+    target = resolve_target("model", config)
+    of_the_images = target.image_kwargs((1, 8, 8), 1).keys()
+    assert inspect.signature(target.__init__).parameters.keys() - {
+        "self",
+        *of_the_images,
+    } == config.keys() - {"_target_"}
 
 
 def test_a_model_can_be_averaged_and_saved(model):
@@ -235,5 +277,5 @@ def test_a_model_can_be_averaged_and_saved(model):
     average.update_parameters(model)
     copy = average.module
     copy.load_state_dict(model.state_dict())
-    levels = noise(5, 4)
-    assert torch.equal(copy.encode(levels), model.encode(levels))
+    images = noise(5, 4)
+    assert torch.equal(copy.encode(images), model.encode(images))

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import fit
-from test_models import glow, model_of
+from test_models import glow, load_from_checkpoint
 
-from flowgen.data.toy2d import SETS, Toy
+from flowgen.data.toy2d import SETS, Toy2D
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.realnvp import RealNVP
 
@@ -16,18 +16,20 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "glow": lambda: glow(**PLANE, width=32, steps_per_level=6),
     "glow spline": lambda: glow(**PLANE, width=32, steps_per_level=4, coupling="spline"),
     "glow mixture": lambda: glow(**PLANE, width=32, steps_per_level=4, coupling="mixture"),
-    "realnvp": lambda: model_of("realnvp", **PLANE | {"width": 16}, blocks=1),
-    "nice": lambda: model_of("nice", **PLANE | {"width": 32}, layers=2, couplings=6),
-    "maf": lambda: model_of("maf", **PLANE | {"width": 32}),
-    "tarflow": lambda: model_of("tarflow", **PLANE | {"width": 32}, layers=[1, 1, 1, 1]),
-    "jet": lambda: model_of("jet", **PLANE | {"width": 16}, couplings=5),
-    "planar": lambda: model_of("planar", **PLANE, flows=16),
-    "sylvester": lambda: model_of("sylvester", **PLANE),
-    "iaf": lambda: model_of("iaf", **PLANE | {"width": 32}),
+    "realnvp": lambda: load_from_checkpoint("realnvp", **PLANE | {"width": 16}, blocks=1),
+    "nice": lambda: load_from_checkpoint("nice", **PLANE | {"width": 32}, layers=2, couplings=6),
+    "maf": lambda: load_from_checkpoint("maf", **PLANE | {"width": 32}),
+    "tarflow": lambda: load_from_checkpoint(
+        "tarflow", **PLANE | {"width": 32}, layers=[1, 1, 1, 1]
+    ),
+    "jet": lambda: load_from_checkpoint("jet", **PLANE | {"width": 16}, couplings=5),
+    "planar": lambda: load_from_checkpoint("planar", **PLANE, flows=16),
+    "sylvester": lambda: load_from_checkpoint("sylvester", **PLANE),
+    "iaf": lambda: load_from_checkpoint("iaf", **PLANE | {"width": 32}),
 }
 NAMES = list(SETS)
 CELLS = 300  # a side of the grid
-Trained = tuple[Flow, Toy, float]
+Trained = tuple[Flow, Toy2D, float]
 
 
 @pytest.fixture(
@@ -39,7 +41,7 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     """A flow that has learnt a set a little, the set, and its figure before that."""
     torch.manual_seed(0)
     flow, name = request.param
-    model, data = FLOWS[flow](), Toy(name=name, count=5000, bits=8, flip=False)
+    model, data = FLOWS[flow](), Toy2D(name=name, count=5000, bits=8, flip=False)
     model.initialize(data.draw(0, 1000, 0)[0])
     start = model.eval().evaluate(data.batches("test", 1000))["bits_per_dim"].value
     fit(model, lambda step: data.draw(256 * step, 256, 0), steps=150, lr=3e-3)
@@ -54,7 +56,10 @@ def test_the_density_integrates_to_one(trained: Trained):
     low, width = (-alpha / (1 - 2 * alpha), 1 / (1 - 2 * alpha)) if alpha else (-1.0, 3.0)
     side = low + width * (torch.arange(CELLS) + 0.5) / CELLS
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).view(-1, 2, 1, 1)
-    total = sum(model.log_density(part).double().exp().sum().item() for part in grid.split(100_000)) * (width / CELLS) ** 2
+    total = (
+        sum(model.log_density(part).double().exp().sum().item() for part in grid.split(100_000))
+        * (width / CELLS) ** 2
+    )
     assert abs(total - 1) < 0.01
 
 
@@ -74,9 +79,28 @@ def test_a_trained_flow_has_learnt_something(trained: Trained):
 
 
 def test_what_a_flow_of_the_plane_is_not_drawn_by_is_refused(command, tmp_path):
-    words = ["model=tarflow", "model.layers=[1]", "model.width=4", "data=toy", "trainer.steps=1", "trainer.minutes=null"]
-    status, _, error = command("train", *words, "trainer.initial_images=16", "trainer.evaluate_images=8", f"out={tmp_path / 'run'}")
+    words = [
+        "model=tarflow",
+        "model.layers=[1]",
+        "model.width=4",
+        "data=toy",
+        "trainer.steps=1",
+        "trainer.minutes=null",
+    ]
+    status, _, error = command(
+        "train",
+        *words,
+        "trainer.initial_images=16",
+        "trainer.evaluate_images=8",
+        f"out={tmp_path / 'run'}",
+    )
     assert status == 0, error
-    for how in (["--jacobi"], ["--out", tmp_path / "points.zip"], ["--temperature", 0.5, "--temperature", 1]):
+    for how in (
+        ["--jacobi"],
+        ["--out", tmp_path / "points.zip"],
+        ["--temperature", 0.5, "--temperature", 1],
+    ):
         status, _, error = command("sample", "--run", tmp_path / "run", *how)
-        assert status == 1 and "a flow of the plane is drawn" in error and len(error.splitlines()) == 1
+        assert (
+            status == 1 and "a flow of the plane is drawn" in error and len(error.splitlines()) == 1
+        )

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flowgen.config.compose import check_words, override, read_config
+from flowgen.config.compose import check_overrides, override, read_config
 from flowgen.data.image_folder import ImageFolder
 from flowgen.data.mnist import _read
-from flowgen.data.preprocess import prepare
-from flowgen.training.checkpoint import KEYS, NUMBERS, read_checkpoint, read_portable, read_rows
-from flowgen.utils.errors import FlowgenError
+from flowgen.data.preprocess import preprocess
+from flowgen.training.checkpoint import KEYS, NUMBERS, read_checkpoint, read_rows, read_safetensors
+from flowgen.utils.errors import UserError
 
 FOLDER = {"names": [], "cure": "", "channels": 3, "size": 4, "bits": 5, "flip": False, "crop": None}
 CONFIG = {
@@ -28,17 +28,32 @@ CONFIG = {
 }
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 names = st.text(max_size=8)
-trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=8)
+trees = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4),
+    max_leaves=8,
+)
 rows = st.dictionaries(st.sampled_from(sorted(NUMBERS)) | names, scalars, max_size=4)
-lines = st.binary(max_size=30) | rows.map(lambda row: json.dumps({"step": 1, "split": "test"} | row).encode())
+lines = st.binary(max_size=30) | rows.map(
+    lambda row: json.dumps({"step": 1, "split": "test"} | row).encode()
+)
 keys = st.sampled_from(("model.width", "data.root", "trainer.steps", "seed", "model", "x")) | names
 kinds = st.sampled_from(("PNG", "GIF", "JPEG", "BMP", "TIFF", "WEBP", "PPM"))
-portable = st.fixed_dictionaries(dict.fromkeys(("config", "step", "images_seen", "figures", "command"), trees))
-MANY = int(os.environ.get("FLOWGEN_EXAMPLES", "0"))  # at random, as `make faults` asks; else the same on every machine
-often = settings(max_examples=MANY or 60, derandomize=not MANY, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+portable = st.fixed_dictionaries(
+    dict.fromkeys(("config", "step", "images_seen", "figures", "command"), trees)
+)
+MANY = int(
+    os.environ.get("FLOWGEN_EXAMPLES", "0")
+)  # at random, as `make faults` asks; else the same on every machine
+often = settings(
+    max_examples=MANY or 60,
+    derandomize=not MANY,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
-def in_one_sentence(error: FlowgenError) -> None:
+def in_one_sentence(error: UserError) -> None:
     assert str(error).strip() and "Traceback" not in str(error)
 
 
@@ -49,7 +64,9 @@ def damaged(data: bytes) -> st.SearchStrategy[bytes]:
         return data[: min(start, end)] + more + data[max(start, end) :]
 
     place = st.integers(0, len(data))
-    return st.builds(replaced, place, place, st.binary(max_size=20)) | st.builds(lambda at: data[:at], place)
+    return st.builds(replaced, place, place, st.binary(max_size=20)) | st.builds(
+        lambda at: data[:at], place
+    )
 
 
 def a_picture(kind: str) -> bytes:
@@ -82,9 +99,9 @@ def an_archive() -> bytes:
 def test_words(key, value):
     words = [f"{key}={value}"]
     try:
-        check_words(words)
+        check_overrides(words)
         assert override(CONFIG, words).keys() == CONFIG.keys()
-    except FlowgenError as error:
+    except UserError as error:
         in_one_sentence(error)
 
 
@@ -92,9 +109,9 @@ def test_words(key, value):
 @given(file=st.binary(max_size=200) | kinds.flatmap(lambda kind: damaged(a_picture(kind))))
 def test_images(file):
     try:
-        image = prepare(file, 4, 3, None)
+        image = preprocess(file, 4, 3, None)
         assert image.shape == (3, 4, 4) and image.dtype == torch.uint8
-    except FlowgenError as error:
+    except UserError as error:
         in_one_sentence(error)
 
 
@@ -105,7 +122,7 @@ def test_archives(tmp_path, data):
     try:
         found = ImageFolder(root=str(tmp_path / "images.zip"), **FOLDER)
         assert len(found.train) and len(found.validation) and len(found.test)
-    except FlowgenError as error:
+    except UserError as error:
         in_one_sentence(error)
 
 
@@ -115,7 +132,7 @@ def test_idx_files(tmp_path, data):
     (tmp_path / "images").write_bytes(data)
     try:
         assert min(_read(tmp_path / "images", 3).shape) > 0
-    except FlowgenError as error:
+    except UserError as error:
         in_one_sentence(error)
 
 
@@ -125,7 +142,7 @@ def test_damaged_checkpoints(tmp_path, data):
     (tmp_path / "last.pt").write_bytes(data)
     try:
         assert read_checkpoint(tmp_path / "last.pt").keys() >= KEYS
-    except FlowgenError as error:
+    except UserError as error:
         in_one_sentence(error)
 
 
@@ -135,8 +152,12 @@ def test_checkpoints_of_other_things(tmp_path, part, value):
     torch.save(CHECKPOINT | {part: value}, tmp_path / "last.pt")
     try:
         state = read_checkpoint(tmp_path / "last.pt")
-        assert state["step"] >= 0 and state["images_seen"] >= 0 and isinstance(state["config"]["model"], dict)
-    except FlowgenError as error:
+        assert (
+            state["step"] >= 0
+            and state["images_seen"] >= 0
+            and isinstance(state["config"]["model"], dict)
+        )
+    except UserError as error:
         in_one_sentence(error)
 
 
@@ -146,8 +167,8 @@ def test_models_to_pass_on(tmp_path, about, data):
     header = json.dumps({"__metadata__": {"flowgen": json.dumps(about)}}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
     try:
-        assert read_portable(tmp_path / "x.safetensors")["model"] == {}
-    except FlowgenError as error:
+        assert read_safetensors(tmp_path / "x.safetensors")["model"] == {}
+    except UserError as error:
         in_one_sentence(error)
 
 
@@ -157,14 +178,26 @@ def test_rows(tmp_path, lines):
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     for row in read_rows(tmp_path / "metrics.jsonl"):
         assert row["step"] >= 0 and isinstance(row["split"], str)
-        assert all(isinstance(row[name], int | float) for name in NUMBERS & row.keys() if row[name] is not None)
+        assert all(
+            isinstance(row[name], int | float)
+            for name in NUMBERS & row.keys()
+            if row[name] is not None
+        )
 
 
 @often
-@given(text=st.text(max_size=80) | (trees | trees.map(lambda tree: CONFIG | {"model": {"x": tree}})).map(json.dumps))
+@given(
+    text=st.text(max_size=80)
+    | (trees | trees.map(lambda tree: CONFIG | {"model": {"x": tree}})).map(json.dumps)
+)
 def test_configurations(tmp_path, text):
     (tmp_path / "config.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
-        assert read_config(Path(tmp_path) / "config.yaml").keys() >= {"model", "data", "trainer", "seed"}
-    except FlowgenError as error:
+        assert read_config(Path(tmp_path) / "config.yaml").keys() >= {
+            "model",
+            "data",
+            "trainer",
+            "seed",
+        }
+    except UserError as error:
         in_one_sentence(error)

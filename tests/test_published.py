@@ -15,26 +15,29 @@ from torch import Tensor
 
 from flowgen.config.instantiate import build_data
 from flowgen.data.cifar10 import CIFAR10
-from flowgen.data.dataset import Images
+from flowgen.data.dataset import ImageDataset
 from flowgen.data.imagenet import DownsampledImageNet
 from flowgen.data.svhn import SVHN
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 HOW = {"names": [], "bits": 8, "flip": False}
 
 
-def images_of(count: int, side: int = 32) -> Tensor:
+def dataset_name(count: int, side: int = 32) -> Tensor:
     return torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
 
 
 def write_cifar(folder: Path, archived: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Five batches and a test batch: a byte of class, then 3072 of image, a record; loose or in the archive."""
-    images, labels = images_of(60), torch.arange(60) % 10
-    parts = {f"data_batch_{number + 1}.bin": slice(10 * number, 10 * number + 10) for number in range(5)} | {
-        "test_batch.bin": slice(50, 60)
-    }
+    images, labels = dataset_name(60), torch.arange(60) % 10
+    parts = {
+        f"data_batch_{number + 1}.bin": slice(10 * number, 10 * number + 10) for number in range(5)
+    } | {"test_batch.bin": slice(50, 60)}
     folder.mkdir(parents=True)
-    files = {name: torch.cat((labels[part, None].to(torch.uint8), images[part].flatten(1)), 1) for name, part in parts.items()}
+    files = {
+        name: torch.cat((labels[part, None].to(torch.uint8), images[part].flatten(1)), 1)
+        for name, part in parts.items()
+    }
     if not archived:
         for name, table in files.items():
             (folder / name).write_bytes(table.numpy().tobytes())
@@ -57,34 +60,59 @@ def element(kind: int, data: bytes) -> bytes:
 def matrix(name: str, values: Tensor, number: int, array: int) -> bytes:
     shape = struct.pack(f"<{values.dim()}i", *values.shape)
     columns_first = values.permute(*reversed(range(values.dim()))).contiguous().numpy().tobytes()
-    parts = [(6, struct.pack("<II", array, 0)), (5, shape), (1, name.encode()), (number, columns_first)]
+    parts = [
+        (6, struct.pack("<II", array, 0)),
+        (5, shape),
+        (1, name.encode()),
+        (number, columns_first),
+    ]
     packed = zlib.compress(element(14, b"".join(element(*part) for part in parts)))
     return struct.pack("<II", 15, len(packed)) + packed
 
 
 def write_svhn(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """X (32, 32, 3, N) of uint8 and y (N, 1) of uint8 or double, compressed, where 10 stands for the digit 0."""
-    images, labels = images_of(40), torch.arange(40) % 10
+    images, labels = dataset_name(40), torch.arange(40) % 10
     folder.mkdir(parents=True)
     header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x0100) + b"IM"
-    for name, part, (number, array) in (("train", slice(30), (2, 9)), ("test", slice(30, 40), (9, 6))):
-        y = torch.where(labels[part] == 0, 10, labels[part])[:, None].to(torch.uint8 if number == 2 else torch.float64)
-        data = header + matrix("X", images[part].permute(2, 3, 1, 0), 2, 9) + matrix("y", y, number, array)
+    for name, part, (number, array) in (
+        ("train", slice(30), (2, 9)),
+        ("test", slice(30, 40), (9, 6)),
+    ):
+        y = torch.where(labels[part] == 0, 10, labels[part])[:, None].to(
+            torch.uint8 if number == 2 else torch.float64
+        )
+        data = (
+            header
+            + matrix("X", images[part].permute(2, 3, 1, 0), 2, 9)
+            + matrix("y", y, number, array)
+        )
         (folder / f"{name}_32x32.mat").write_bytes(data)
     return images[:30], labels[:30], images[30:], labels[30:]
 
 
 def npy(values: Tensor, descr: str) -> bytes:
-    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tuple(values.shape)}, }}".encode()
+    header = (
+        f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tuple(values.shape)}, }}".encode()
+    )
     header += b" " * (-(len(header) + 11) % 64) + b"\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + values.contiguous().numpy().tobytes()
+    return (
+        b"\x93NUMPY\x01\x00"
+        + struct.pack("<H", len(header))
+        + header
+        + values.contiguous().numpy().tobytes()
+    )
 
 
 def write_imagenet(folder: Path, side: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two batches and the validation file: data (N, 3072) of uint8, labels from 1 to 1000, and for the first the mean."""
-    images, labels = images_of(50, side), torch.arange(50) * 20
+    images, labels = dataset_name(50, side), torch.arange(50) * 20
     folder.mkdir(parents=True)
-    for name, part in (("train_data_batch_1", slice(20)), ("train_data_batch_2", slice(20, 40)), ("val_data", slice(40, 50))):
+    for name, part in (
+        ("train_data_batch_1", slice(20)),
+        ("train_data_batch_2", slice(20, 40)),
+        ("val_data", slice(40, 50)),
+    ):
         with zipfile.ZipFile(folder / f"{name}.npz", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("data.npy", npy(images[part].flatten(1), "|u1"))
             archive.writestr("labels.npy", npy(labels[part] + 1, "<i8"))
@@ -92,14 +120,19 @@ def write_imagenet(folder: Path, side: int = 32) -> tuple[Tensor, Tensor, Tensor
     return images[:40], labels[:40], images[40:], labels[40:]
 
 
-SETS: dict[str, tuple[Callable, Callable[[Path], Images]]] = {
+SETS: dict[str, tuple[Callable, Callable[[Path], ImageDataset]]] = {
     "cifar10": (write_cifar, lambda root: CIFAR10(root=str(root), **HOW)),
     "svhn": (write_svhn, lambda root: SVHN(root=str(root), **HOW)),
-    "imagenet32": (write_imagenet, lambda root: DownsampledImageNet(root=str(root), size=32, **HOW)),
+    "imagenet32": (
+        write_imagenet,
+        lambda root: DownsampledImageNet(root=str(root), size=32, **HOW),
+    ),
 }
 
 
-def assert_holds(data: Images, train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> None:
+def assert_holds(
+    data: ImageDataset, train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor
+) -> None:
     assert torch.equal(data.test.images, test) and torch.equal(data.test.labels, test_labels)
     found = torch.cat((data.train.images, data.validation.images)).flatten(1)
     classes = torch.cat((data.train.labels, data.validation.labels))
@@ -115,7 +148,7 @@ def test_a_published_set_is_read_as_it_was_written(name, tmp_path):
     assert_holds(read(tmp_path / "set"), *written)
     assert_holds(read(tmp_path / "set"), *written)  # by way of the cache, where there is one
     data = build_data(compose_config(f"data={name}", f"data.root={tmp_path / 'set'}"))
-    assert data.shape == (3, 32, 32) and data.bits == 8
+    assert data.image_shape == (3, 32, 32) and data.bits == 8
 
 
 def test_cifar_is_read_out_of_its_archive(tmp_path):
@@ -129,22 +162,35 @@ def test_cifar_is_read_out_of_its_archive(tmp_path):
 def test_a_damaged_file_is_named_with_a_cure(name, damage, tmp_path):
     write, read = SETS[name]
     write(tmp_path / "set")
-    victim = {"cifar10": "data_batch_3.bin", "svhn": "test_32x32.mat", "imagenet32": "val_data.npz"}[name]
+    victim = {
+        "cifar10": "data_batch_3.bin",
+        "svhn": "test_32x32.mat",
+        "imagenet32": "val_data.npz",
+    }[name]
     path = tmp_path / "set" / victim
     content = path.read_bytes()
     if damage == "gone":
         path.unlink()
     else:
-        path.write_bytes({"cut": content[: len(content) * 2 // 3], "empty": b"", "foreign": b"PK\x03\x04 no such thing" * 9}[damage])
-    with pytest.raises(FlowgenError, match=victim):
+        path.write_bytes(
+            {
+                "cut": content[: len(content) * 2 // 3],
+                "empty": b"",
+                "foreign": b"PK\x03\x04 no such thing" * 9,
+            }[damage]
+        )
+    with pytest.raises(UserError, match=victim):
         read(tmp_path / "set")
 
 
 def test_objects_in_an_npz_are_not_loaded(tmp_path):
     write_imagenet(tmp_path / "set")
     with zipfile.ZipFile(tmp_path / "set" / "train_data_batch_1.npz", "w") as archive:
-        archive.writestr("data.npy", npy(torch.zeros(3, dtype=torch.uint8), "|O") + b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(FlowgenError, match="is cut short or no batch"):
+        archive.writestr(
+            "data.npy",
+            npy(torch.zeros(3, dtype=torch.uint8), "|O") + b"cos\nsystem\n(S'false'\ntR.",
+        )
+    with pytest.raises(UserError, match="is cut short or no batch"):
         DownsampledImageNet(root=str(tmp_path / "set"), size=32, **HOW)
 
 
@@ -152,8 +198,8 @@ def test_classes_and_sizes_that_the_set_has_not_are_refused(tmp_path):
     write_cifar(tmp_path / "cifar")
     path = tmp_path / "cifar" / "test_batch.bin"
     path.write_bytes(b"\x0b" + path.read_bytes()[1:])
-    with pytest.raises(FlowgenError, match="beyond the ten"):
+    with pytest.raises(UserError, match="beyond the ten"):
         CIFAR10(root=str(tmp_path / "cifar"), **HOW)
     write_imagenet(tmp_path / "imagenet")
-    with pytest.raises(FlowgenError, match="another size than 64x64"):
+    with pytest.raises(UserError, match="another size than 64x64"):
         DownsampledImageNet(root=str(tmp_path / "imagenet"), size=64, **HOW)

@@ -5,19 +5,21 @@ import torch
 from enumeration import CHAINS, distance, draw, floor, law, machine, states
 from torch import Tensor
 
-from flowgen.models.rbm.energy import Contrast
+from flowgen.models.rbm.energy import ContrastiveLoss
 from flowgen.models.rbm.log_z import exact_log_z
 from flowgen.models.rbm.negative_phase import CD
 from flowgen.models.rbm.rbm import RBM
-from flowgen.models.rbm.sampling import Ladder
-from flowgen.utils.errors import FlowgenError
+from flowgen.models.rbm.sampling import ParallelTempering
+from flowgen.utils.errors import UserError
 
 
 def test_energy_free_energy_and_conditionals_are_one_law():
     rbm = machine()
     v, h = states(4), states(3)
     energy = rbm.energy(v[:, None].expand(-1, 8, -1), h.expand(16, -1, -1))
-    direct = torch.stack([-(a @ rbm.visible_bias) - b @ rbm.hidden_bias - a @ rbm.weight @ b for a in v for b in h]).view(16, 8)
+    direct = torch.stack(
+        [-(a @ rbm.visible_bias) - b @ rbm.hidden_bias - a @ rbm.weight @ b for a in v for b in h]
+    ).view(16, 8)
     assert torch.allclose(energy, direct)
     assert torch.allclose(rbm.free_energy(v), -(-direct).logsumexp(1))
     joint = (-direct).flatten().softmax(0).view(16, 8)
@@ -29,17 +31,23 @@ def test_energy_free_energy_and_conditionals_are_one_law():
 def test_log_z_is_the_same_by_either_layer(visible, hidden):
     rbm = machine(visible, hidden)
     exact = exact_log_z(rbm)
-    assert exact == pytest.approx(exact_log_z(rbm, "visible"), abs=1e-10) == exact_log_z(rbm, "hidden")
-    assert exact == pytest.approx((-rbm.free_energy(states(visible))).logsumexp(0).item(), abs=1e-10)
+    assert (
+        exact == pytest.approx(exact_log_z(rbm, "visible"), abs=1e-10) == exact_log_z(rbm, "hidden")
+    )
+    assert exact == pytest.approx(
+        (-rbm.free_energy(states(visible))).logsumexp(0).item(), abs=1e-10
+    )
 
 
 def test_layers_too_large_to_enumerate_are_refused():
-    with pytest.raises(FlowgenError, match="ais"):
+    with pytest.raises(UserError, match="ais"):
         exact_log_z(RBM(30, 25))
 
 
-def contrast_gradient(rbm: RBM, data: Tensor, negative: Tensor, offsets: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
-    loss = Contrast.apply(
+def contrast_gradient(
+    rbm: RBM, data: Tensor, negative: Tensor, offsets: tuple[Tensor, Tensor] | None = None
+) -> list[Tensor]:
+    loss = ContrastiveLoss.apply(
         rbm.weight,
         rbm.visible_bias,
         rbm.hidden_bias,
@@ -57,7 +65,9 @@ def test_loss_and_gradient_by_hand_are_those_of_autograd():
     data, negative = torch.rand(7, 6).double().round(), torch.rand(4, 6).double().round()
     plain = rbm.free_energy(data).mean() - rbm.free_energy(negative).mean()
     inputs = rbm.hidden_input(data).detach(), rbm.hidden_input(negative).detach()
-    loss = Contrast.apply(rbm.weight, rbm.visible_bias, rbm.hidden_bias, data, inputs[0], negative, inputs[1], None)
+    loss = ContrastiveLoss.apply(
+        rbm.weight, rbm.visible_bias, rbm.hidden_bias, data, inputs[0], negative, inputs[1], None
+    )
     assert torch.allclose(loss, plain)
     expected = torch.autograd.grad(plain, list(rbm.parameters()))
     for found, wanted in zip(contrast_gradient(rbm, data, negative), expected, strict=True):
@@ -133,7 +143,7 @@ def test_the_bias_of_cd_falls_with_its_sweeps_and_its_draws_follow_the_exact_ker
     ],
 )
 def test_arguments_are_checked(arguments, words):
-    with pytest.raises(FlowgenError, match=words):
+    with pytest.raises(UserError, match=words):
         RBM(**{"visible": 4, "hidden": 3} | arguments)
-    with pytest.raises(FlowgenError, match="temperatures=2"):
-        Ladder(1, 10, adapt=True)
+    with pytest.raises(UserError, match="temperatures=2"):
+        ParallelTempering(1, 10, adapt=True)

@@ -32,7 +32,12 @@ TINY = [
 @pytest.fixture(scope="module")
 def twenty_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("twenty_steps")
-    return trained(folder, rbm=[*TINY, f"data.root={save_images(folder / 'images')}", "trainer.steps=20"]) / "rbm"
+    return (
+        trained(
+            folder, rbm=[*TINY, f"data.root={save_images(folder / 'images')}", "trainer.steps=20"]
+        )
+        / "rbm"
+    )
 
 
 @pytest.fixture
@@ -43,22 +48,48 @@ def rbm_run(twenty_steps: Path, tmp_path: Path) -> Path:
 def test_a_run_leaves_its_figures_and_a_picture_of_its_weights(rbm_run):
     rows = [json.loads(line) for line in (rbm_run / "metrics.jsonl").read_text().splitlines()]
     test = next(row for row in rows if row["split"] == "test")
-    assert {"log_likelihood", "log_likelihood_error", "reconstruction_error", "pseudo_log_likelihood", "free_energy_gap"} <= test.keys()
+    assert {
+        "log_likelihood",
+        "log_likelihood_error",
+        "reconstruction_error",
+        "pseudo_log_likelihood",
+        "free_energy_gap",
+    } <= test.keys()
     assert "autocorrelation" in next(row for row in rows if row["split"] == "train")
-    assert Image.open(rbm_run / "features.png").width > 100 and (rbm_run / "samples" / "step_00000020.png").exists()
+    assert (
+        Image.open(rbm_run / "features.png").width > 100
+        and (rbm_run / "samples" / "step_00000020.png").exists()
+    )
 
 
 @pytest.mark.parametrize(
-    ("phase", "binarise"), [("cd", "once"), ("cd", "anew"), ("pcd", "anew"), ("tempering", "anew"), ("mean_field", "anew")]
+    ("phase", "binarise"),
+    [
+        ("cd", "once"),
+        ("cd", "anew"),
+        ("pcd", "anew"),
+        ("tempering", "anew"),
+        ("mean_field", "anew"),
+    ],
 )
-def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, command, phase, binarise):
+def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, command, phase, binarization):
     """Chains, ladder, offsets, momentum and random states included."""
-    words = [*TINY, f"data.root={images}", f"model/negative_phase={phase}", f"data.binarise={binarise}", "trainer.decay=0"]
+    words = [
+        *TINY,
+        f"data.root={images}",
+        f"model/negative_phase={phase}",
+        f"data.binarise={binarization}",
+        "trainer.decay=0",
+    ]
     for name, steps in (("whole", 110), ("stopped", 56)):
         assert command("train", *words, f"trainer.steps={steps}", f"out={tmp_path / name}")[0] == 0
     metrics = tmp_path / "stopped" / "metrics.jsonl"
-    kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["split"] == "train"]
-    metrics.write_text("\n".join(kept) + "\n")  # the end of a run is judged, which the longer run did not do there
+    kept = [
+        line for line in metrics.read_text().splitlines() if json.loads(line)["split"] == "train"
+    ]
+    metrics.write_text(
+        "\n".join(kept) + "\n"
+    )  # the end of a run is judged, which the longer run did not do there
     state = read_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.pt")
     state["metrics"]["best"] = float("inf")
     torch.save(state, tmp_path / "stopped" / "checkpoints" / "last.pt")
@@ -68,14 +99,23 @@ def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, command, phase,
 
 def test_what_the_checkpoint_holds_is_an_rbm(rbm_run):
     rbm = flowgen.load(rbm_run)
-    assert isinstance(rbm, RBM) and rbm.weight.shape == (64, 6) and rbm.visible_bias.shape == (64,) and rbm.hidden_bias.shape == (6,)
+    assert (
+        isinstance(rbm, RBM)
+        and rbm.weight.shape == (64, 6)
+        and rbm.visible_bias.shape == (64,)
+        and rbm.hidden_bias.shape == (6,)
+    )
 
 
 def test_evaluate_is_exact_where_it_can_be_and_names_the_binarisation(rbm_run, command):
     status, out, error = command("evaluate", "--run", rbm_run, "--json")
     assert status == 0, error
     figures = json.loads(out)
-    assert figures["quotable"] is True and "exact" in figures["verdict"] and figures["binarise"] == "anew"
+    assert (
+        figures["quotable"] is True
+        and "exact" in figures["verdict"]
+        and figures["binarise"] == "anew"
+    )
     assert figures["log_likelihood"] < 0 and figures["log_likelihood_error"] > 0
     assert "log_likelihood" in command("evaluate", "--run", rbm_run)[1]
 
@@ -89,19 +129,34 @@ def test_evaluate_prints_the_sandwich(images, tmp_path, command):
         f"out={tmp_path / 'r'}",
     ]
     assert command("train", *words, f"data.root={images}", f"out={tmp_path / 'r'}")[0] == 0
-    figures = json.loads(command("evaluate", "--run", tmp_path / "r", "--json", "betas=50", "evaluation.chains=20")[1])
+    figures = json.loads(
+        command("evaluate", "--run", tmp_path / "r", "--json", "betas=50", "evaluation.chains=20")[
+            1
+        ]
+    )
     for name in ("forward", "reverse", "bridge"):
-        assert figures[f"log_z_{name}_error"] > 0 and figures[f"effective_size_{name}"] > 1 and figures[f"log_likelihood_{name}"] < 0
+        assert (
+            figures[f"log_z_{name}_error"] > 0
+            and figures[f"effective_size_{name}"] > 1
+            and figures[f"log_likelihood_{name}"] < 0
+        )
     assert isinstance(figures["quotable"], bool)
-    look = json.loads(command("evaluate", "--run", tmp_path / "r", "--json", "betas=50", "thorough=false")[1])
+    look = json.loads(
+        command("evaluate", "--run", tmp_path / "r", "--json", "betas=50", "thorough=false")[1]
+    )
     assert look["log_z_error"] > 0 and "quotable" not in look
 
 
 def test_how_to_evaluate_is_no_setting_of_the_model(rbm_run, images, command):
     words = "model.betas is no setting of the model: write evaluation.betas=50, or `flowgen evaluate betas=50`"
     assert_plain(command("evaluate", "--run", rbm_run, "model.betas=50"), words)
-    assert_plain(command("train", *TINY, f"data.root={images}", "trainer.steps=1", "model.betas=50"), words)
-    assert_plain(command("evaluate", "--run", rbm_run, "betas=0"), "betas must be a whole number of at least 1")
+    assert_plain(
+        command("train", *TINY, f"data.root={images}", "trainer.steps=1", "model.betas=50"), words
+    )
+    assert_plain(
+        command("evaluate", "--run", rbm_run, "betas=0"),
+        "betas must be a whole number of at least 1",
+    )
 
 
 def test_checkpoints_that_say_in_their_model_how_to_evaluate_still_load(tiny_run, command):
@@ -119,10 +174,24 @@ def test_checkpoints_that_say_in_their_model_how_to_evaluate_still_load(tiny_run
 
 @pytest.mark.parametrize("method", ["gibbs", "tempering", "mean-field"])
 def test_sample_and_chain_by_every_method(rbm_run, command, method):
-    status, out, error = command("sample", "--run", rbm_run, "--method", method, "--count", 5, "--sweeps", 3, "--temperature", 1)
+    status, out, error = command(
+        "sample",
+        "--run",
+        rbm_run,
+        "--method",
+        method,
+        "--count",
+        5,
+        "--sweeps",
+        3,
+        "--temperature",
+        1,
+    )
     assert status == 0, error
     assert Image.open(out.strip()).width > 200
-    status, out, error = command("chain", "--run", rbm_run, "--method", method, "--frames", 6, "--count", 9)
+    status, out, error = command(
+        "chain", "--run", rbm_run, "--method", method, "--frames", 6, "--count", 9
+    )
     assert status == 0, error
     frames = [frame.copy() for frame in ImageSequence.Iterator(Image.open(out.strip()))]
     assert len(frames) > 1 and frames[0].width == frames[0].height
@@ -134,26 +203,46 @@ def test_complete_keeps_what_is_known(rbm_run, images, command, tmp_path, keep):
     mask.paste(255, (0, 0, 3, 5))
     mask.save(tmp_path / "mask.png")
     keep = str(tmp_path / "mask.png") if keep == "mask" else keep
-    status, out, error = command("complete", images / "000.png", "--keep", keep, "--run", rbm_run, "--sweeps", 20)
+    status, out, error = command(
+        "complete", images / "000.png", "--keep", keep, "--run", rbm_run, "--sweeps", 20
+    )
     assert status == 0, error
     page = Image.open(out.strip())
     assert page.height > 3 * 56  # a row for each of the three samplers
-    one = command("complete", images / "000.png", "--keep", keep, "--run", rbm_run, "--sweeps", 20, "--method", "gibbs")
+    one = command(
+        "complete",
+        images / "000.png",
+        "--keep",
+        keep,
+        "--run",
+        rbm_run,
+        "--sweeps",
+        20,
+        "--method",
+        "gibbs",
+    )
     assert Image.open(one[1].strip()).height < page.height / 2
 
 
 def test_the_newest_run_that_fits_is_taken(elsewhere, images, command):
     from conftest import SMALL
 
-    assert command("train", *TINY, f"data.root={images}", "trainer.steps=2", "out=outputs/rbm")[0] == 0
-    assert command("train", *SMALL, f"data.root={images}", "trainer.steps=1", "out=outputs/glow")[0] == 0
+    assert (
+        command("train", *TINY, f"data.root={images}", "trainer.steps=2", "out=outputs/rbm")[0] == 0
+    )
+    assert (
+        command("train", *SMALL, f"data.root={images}", "trainer.steps=1", "out=outputs/glow")[0]
+        == 0
+    )
     assert "outputs/rbm" in command("chain", "--frames", 2, "--count", 4)[1]
     assert "outputs/glow" in command("sample", "--count", 2)[1]
     assert "outputs/rbm" in command("sample", "--count", 2, "--method", "gibbs", "--sweeps", 2)[1]
 
 
 def assert_plain(outcome: tuple[int, str, str], words: str, status: int = 1) -> None:
-    assert outcome[0] == status and words in outcome[2] and len(outcome[2].strip().splitlines()) == 1, outcome
+    assert (
+        outcome[0] == status and words in outcome[2] and len(outcome[2].strip().splitlines()) == 1
+    ), outcome
 
 
 def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, command):
@@ -161,23 +250,58 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
     for name, shade in (("all", 255), ("none", 0)):
         Image.new("L", (8, 8), shade).save(tmp_path / f"{name}.png")
     complete = ("complete", images / "000.png", "--run", rbm_run, "--keep")
-    assert_plain(command("complete", wrong, "--keep", "left", "--run", rbm_run), "16x16 pixels, and the images of this model are 8x8")
+    assert_plain(
+        command("complete", wrong, "--keep", "left", "--run", rbm_run),
+        "16x16 pixels, and the images of this model are 8x8",
+    )
     assert_plain(command(*complete, tmp_path / "all.png"), "keeps every pixel")
     assert_plain(command(*complete, tmp_path / "none.png"), "keeps no pixel")
     assert_plain(command(*complete, wrong), "resize it first")
-    assert_plain(command(*complete, "middle"), "--keep is left, right, top, bottom, border, random:PERCENT, grey")
+    assert_plain(
+        command(*complete, "middle"),
+        "--keep is left, right, top, bottom, border, random:PERCENT, grey",
+    )
     assert_plain(command(*complete, tmp_path / "lost.png"), "does not exist")
-    assert_plain(command(*complete, "left", "--method", "magic"), "method must be one of gibbs, tempering, mean-field, not 'magic'")
-    assert_plain(command("chain", "--run", tiny_run), "is no run of a model that draws by Markov chains")
-    assert_plain(command("complete", images / "000.png", "--keep", "left", "--run", tiny_run, "--method", "gibbs"), "must be langevin")
+    assert_plain(
+        command(*complete, "left", "--method", "magic"),
+        "method must be one of gibbs, tempering, mean-field, not 'magic'",
+    )
+    assert_plain(
+        command("chain", "--run", tiny_run), "is no run of a model that draws by Markov chains"
+    )
+    assert_plain(
+        command(
+            "complete", images / "000.png", "--keep", "left", "--run", tiny_run, "--method", "gibbs"
+        ),
+        "must be langevin",
+    )
     for share in ("0", "100", "half"):
         assert_plain(command(*complete, f"random:{share}"), "random:PERCENT")
-    assert_plain(command("sample", "--run", tiny_run, "--method", "gibbs"), "is no run of a model that draws by Markov chains")
+    assert_plain(
+        command("sample", "--run", tiny_run, "--method", "gibbs"),
+        "is no run of a model that draws by Markov chains",
+    )
     assert_plain(command("chain", "--run", rbm_run, "--out", "film.png"), "let it end in .gif", 2)
     assert_plain(command("chain", "--run", rbm_run, "--method", "magic"), "magic", 2)
     assert_plain(command("chain", "--run", rbm_run, "--frames", 10**9), "--frames=1000000000 needs")
-    assert_plain(command("train", *TINY, f"data.root={images}", "data.bits=8", "trainer.steps=1"), "leave data.bits at 1")
-    assert_plain(command("train", *TINY, f"data.root={images}", "model.negative_phase=cd", "trainer.steps=1"), "with a slash")
+    assert_plain(
+        command("train", *TINY, f"data.root={images}", "data.bits=8", "trainer.steps=1"),
+        "leave data.bits at 1",
+    )
+    assert_plain(
+        command(
+            "train", *TINY, f"data.root={images}", "model.negative_phase=cd", "trainer.steps=1"
+        ),
+        "with a slash",
+    )
     assert_plain(command("evaluate", "--run", rbm_run, "model.hidden=[8"), "cannot be read")
-    assert_plain(command("train", *TINY, f"data.root={images}", "data.binarise=maybe", "trainer.steps=1"), "threshold, once, anew")
-    assert_plain(command("train", *TINY, f"data.root={images}", "model/negative_phase=magic", "trainer.steps=1"), "magic")
+    assert_plain(
+        command("train", *TINY, f"data.root={images}", "data.binarise=maybe", "trainer.steps=1"),
+        "threshold, once, anew",
+    )
+    assert_plain(
+        command(
+            "train", *TINY, f"data.root={images}", "model/negative_phase=magic", "trainer.steps=1"
+        ),
+        "magic",
+    )

@@ -11,23 +11,29 @@ from flowgen.models.rbm.rbm import RBM
 def trained(negative_phase: NegativePhase, steps: int = 20, **arguments: object) -> RBM:
     torch.manual_seed(1)
     rbm = RBM([1, 4, 4], 6, negative_phase=negative_phase, **arguments)
-    levels = (torch.rand(64, 1, 4, 4) < 0.3).to(torch.uint8)
-    rbm.initialize(levels)
+    images = (torch.rand(64, 1, 4, 4) < 0.3).to(torch.uint8)
+    rbm.initialize(images)
     optimizer = torch.optim.SGD(rbm.parameters(), 0.05)
     for _ in range(steps):
         optimizer.zero_grad()
-        rbm(levels).backward()
+        rbm(images).backward()
         optimizer.step()
     return rbm
 
 
-@pytest.mark.parametrize("phase", [PCD(sweeps=2, chains=7), Tempering(sweeps=1, chains=7, temperatures=4, adapt=True)])
+@pytest.mark.parametrize(
+    "phase", [PCD(sweeps=2, chains=7), Tempering(sweeps=1, chains=7, temperatures=4, adapt=True)]
+)
 def test_chains_survive_a_ragged_batch_and_go_on(phase):
     rbm = trained(phase, 3)
     holder, name = (phase, "hidden_units") if isinstance(phase, PCD) else (phase.ladder, "hidden")
     before = getattr(holder, name).clone()
     negative, inputs = phase(rbm, torch.zeros(3, 16), torch.zeros(3, 6))
-    assert negative.shape == (7, 16) and inputs.shape == (7, 6) and getattr(holder, name).shape == before.shape
+    assert (
+        negative.shape == (7, 16)
+        and inputs.shape == (7, 6)
+        and getattr(holder, name).shape == before.shape
+    )
     assert not torch.equal(before, getattr(holder, name))
     rbm.weight.data.normal_(0, 3)
     draws = []
@@ -54,14 +60,23 @@ def test_priors_and_only_they_act_on_the_weights(phase):
 
 
 def test_sparsity_pulls_the_hidden_units_towards_their_target():
-    levels = (torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.3).to(torch.uint8)
+    images = (torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.3).to(
+        torch.uint8
+    )
     loose = trained(CD(sweeps=1), 300)
     held = trained(CD(sweeps=1), 300, sparsity=1.0, activity=0.05)
-    means = [rbm.encode(levels).mean().item() for rbm in (loose, held)]
+    means = [rbm.encode(images).mean().item() for rbm in (loose, held)]
     assert means[1] < 0.15 < means[0]
 
 
-@pytest.mark.parametrize("phase", [CD(sweeps=10), PCD(sweeps=5, chains=200), Tempering(sweeps=2, chains=100, temperatures=5, adapt=True)])
+@pytest.mark.parametrize(
+    "phase",
+    [
+        CD(sweeps=10),
+        PCD(sweeps=5, chains=200),
+        Tempering(sweeps=2, chains=100, temperatures=5, adapt=True),
+    ],
+)
 def test_training_reaches_the_law_of_the_data(phase):
     """Four pixels with a law that three hidden units can hold: the likelihood comes within 0.05 nats of the entropy."""
     teacher = law(machine(scale=1.5))

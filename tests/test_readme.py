@@ -16,12 +16,18 @@ from flowgen.models.flows import inpainting as completion
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
-PIECES = re.findall(r"^```[a-z]*\n(.*?)^```|`([^`]+)`", README, re.M | re.S)  # a block, or words in a line, in the order of the page
+PIECES = re.findall(
+    r"^```[a-z]*\n(.*?)^```|`([^`]+)`", README, re.M | re.S
+)  # a block, or words in a line, in the order of the page
 LINES = [
-    line.partition(" #")[0].strip() for block, inline in PIECES for line in (block.splitlines() if block else [inline.replace("\n", " ")])
+    line.partition(" #")[0].strip()
+    for block, inline in PIECES
+    for line in (block.splitlines() if block else [inline.replace("\n", " ")])
 ]
 COMMANDS = [shlex.split(line)[1:] for line in dict.fromkeys(LINES) if line.startswith("flowgen ")]
-STANDS_FOR = re.compile(r"=(N|M|RUN|FACES|DIR|NAME)$|^[A-Z]+\.*$")  # words of the README that mean another word
+STANDS_FOR = re.compile(
+    r"=(N|M|RUN|FACES|DIR|NAME)$|^[A-Z]+\.*$"
+)  # words of the README that mean another word
 SMALL = [
     "trainer.steps=2",
     "trainer.minutes=null",
@@ -42,11 +48,24 @@ SHRUNK = {"model.width": "8", "model.hidden": "8", "model.steps_per_level": "1"}
 
 def shrunk(words: list[str]) -> list[str]:
     """A training's words with its ends and sizes replaced by small ones, but for those that it sweeps over."""
-    kept = [word for word in words if word.split("=")[0] not in {small.split("=")[0] for small in SMALL}]
-    kept = [f"{key}={SHRUNK[key]}" if (key := word.split("=")[0]) in SHRUNK and "," not in word else word for word in kept]
+    kept = [
+        word for word in words if word.split("=")[0] not in {small.split("=")[0] for small in SMALL}
+    ]
+    kept = [
+        f"{key}={SHRUNK[key]}"
+        if (key := word.split("=")[0]) in SHRUNK and "," not in word
+        else word
+        for word in kept
+    ]
     rbm = any(word.startswith(("model=rbm", "experiment=slides")) for word in kept)
     given = {word.split("=")[0] for word in kept}
-    sizes = ["model.hidden"] if rbm else ["model.width"] if "experiment=noise" in kept else ["model.width", "model.steps_per_level"]
+    sizes = (
+        ["model.hidden"]
+        if rbm
+        else ["model.width"]
+        if "experiment=noise" in kept
+        else ["model.width", "model.steps_per_level"]
+    )
     return [*kept, *SMALL, *(f"{key}={SHRUNK[key]}" for key in sizes if key not in given)]
 
 
@@ -68,31 +87,56 @@ def newcomer(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for split in ("train", "t10k"):
             path = elsewhere / "data" / folder
             path.mkdir(parents=True, exist_ok=True)
-            images, labels = torch.randint(0, 256, (120, 28, 28), dtype=torch.uint8), (torch.arange(120) % 10).to(torch.uint8)
-            for name, header, tensor in (("images-idx3", (0x803, 120, 28, 28), images), ("labels-idx1", (0x801, 120), labels)):
-                (path / f"{split}-{name}-ubyte").write_bytes(struct.pack(f">{len(header)}i", *header) + tensor.numpy().tobytes())
+            images, labels = (
+                torch.randint(0, 256, (120, 28, 28), dtype=torch.uint8),
+                (torch.arange(120) % 10).to(torch.uint8),
+            )
+            for name, header, tensor in (
+                ("images-idx3", (0x803, 120, 28, 28), images),
+                ("labels-idx1", (0x801, 120), labels),
+            ):
+                (path / f"{split}-{name}-ubyte").write_bytes(
+                    struct.pack(f">{len(header)}i", *header) + tensor.numpy().tobytes()
+                )
     return elsewhere
 
 
 @pytest.mark.long
 def test_every_command_runs_as_printed(newcomer, command, monkeypatch):
     monkeypatch.setattr(completion, "ASCENT", 2)
-    commands = [words for words in COMMANDS if not any(map(STANDS_FOR.search, words)) and words[0] not in SERVE]
+    commands = [
+        words
+        for words in COMMANDS
+        if not any(map(STANDS_FOR.search, words)) and words[0] not in SERVE
+    ]
     assert len(commands) > 15
     for words in commands:
         named = next((word for word in words if word.startswith("outputs/20")), None)
         if words[0] == "train":
             words = ["train", *shrunk(words[1:])]
-        elif named and not Path(named).exists():  # the README's date and time stand for those of the run just made
-            newest = max((path.parent for path in Path("outputs").rglob("config.yaml")), key=lambda path: path.stat().st_mtime)
+        elif (
+            named and not Path(named).exists()
+        ):  # the README's date and time stand for those of the run just made
+            newest = max(
+                (path.parent for path in Path("outputs").rglob("config.yaml")),
+                key=lambda path: path.stat().st_mtime,
+            )
             Path(named).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(newest, named)
         if words[0] == "resume":
-            words = [*(word for word in words if not word.startswith("trainer.minutes")), "trainer.steps=3"]
+            words = [
+                *(word for word in words if not word.startswith("trainer.minutes")),
+                "trainer.steps=3",
+            ]
         status, _, error = command(*words, *LESS.get(words[0], LESS.get(shlex.join(words), [])))
         assert status == 0, f"flowgen {shlex.join(words)}: {error}"
 
 
 def test_scripts_that_the_readme_names_are_there():
     for script in re.findall(r"python (scripts/[a-z_./]+)", README):
-        assert subprocess.run([sys.executable, REPOSITORY / script, "--help"], capture_output=True, check=False).returncode == 0
+        assert (
+            subprocess.run(
+                [sys.executable, REPOSITORY / script, "--help"], capture_output=True, check=False
+            ).returncode
+            == 0
+        )

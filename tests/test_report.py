@@ -37,7 +37,13 @@ class Page(HTMLParser):
 
 def test_a_report_of_several_runs_holds_all_its_pictures(images, tmp_path, command):
     for width in (8, 12):
-        words = [*SMALL, f"data.root={images}", "trainer.steps=4", "trainer.evaluate_every=2", f"out=outputs/both/width{width}"]
+        words = [
+            *SMALL,
+            f"data.root={images}",
+            "trainer.steps=4",
+            "trainer.evaluate_every=2",
+            f"out=outputs/both/width{width}",
+        ]
         assert command("train", *words, f"model.width={width}")[0] == 0
     assert command("sample", "--run", "outputs/both/width8", "--count", 4)[0] == 0
     status, _, error = command("report", "both", "--out", tmp_path / "page.html")
@@ -45,16 +51,24 @@ def test_a_report_of_several_runs_holds_all_its_pictures(images, tmp_path, comma
     text = (tmp_path / "page.html").read_text()
     page = Page(text)
     assert page.open == [] and not re.search(r"https?://|<script", text), "nothing from the network"
-    assert len(page.sources) == 1 + 2 * 2 + 1  # one plot of both; curves and samples of each; what was sampled of one
+    assert (
+        len(page.sources) == 1 + 2 * 2 + 1
+    )  # one plot of both; curves and samples of each; what was sampled of one
     for source in page.sources:
         head, _, data = source.partition(",")
         assert head == "data:image/png;base64"
         Image.open(io.BytesIO(base64.b64decode(data))).verify()
     assert set(page.links) == {"#run1", "#run2"} <= {f"#{name}" for name in page.ids}
-    assert re.search(r"<th>model.width</th><td>(8</td><td>12|12</td><td>8)</td>", text) and "<th>model.levels" not in text
+    assert (
+        re.search(r"<th>model.width</th><td>(8</td><td>12|12</td><td>8)</td>", text)
+        and "<th>model.levels" not in text
+    )
     assert "bits_per_dim" in text and "torch 2." in text
     rows = re.findall(r'<tr><th><a href="#run\d">.*?</tr>', text)
-    assert len(rows) == 2 and all(re.search(r"<td>4</td><td>[\d,.]*[1-9][\d.]*</td><td>0.00</td><td>\d\.\d\d</td>", row) for row in rows)
+    assert len(rows) == 2 and all(
+        re.search(r"<td>4</td><td>[\d,.]*[1-9][\d.]*</td><td>0.00</td><td>\d\.\d\d</td>", row)
+        for row in rows
+    )
 
 
 def test_a_report_of_one_run_lies_in_its_folder(tiny_run, command):
@@ -62,9 +76,17 @@ def test_a_report_of_one_run_lies_in_its_folder(tiny_run, command):
     assert (tiny_run / "report.html").exists()
 
 
-def test_figures_at_different_bits_do_not_share_a_plot_and_a_broken_run_spoils_nothing(images, command):
+def test_figures_at_different_bits_do_not_share_a_plot_and_a_broken_run_spoils_nothing(
+    images, command
+):
     for bits in (5, 8):
-        words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"data.bits={bits}", f"out=outputs/all/at{bits}"]
+        words = [
+            *SMALL,
+            f"data.root={images}",
+            "trainer.steps=1",
+            f"data.bits={bits}",
+            f"out=outputs/all/at{bits}",
+        ]
         assert command("train", *words)[0] == 0
     broken = Path("outputs/all/broken/config.yaml")
     broken.parent.mkdir()
@@ -72,7 +94,9 @@ def test_figures_at_different_bits_do_not_share_a_plot_and_a_broken_run_spoils_n
     status, output, error = command("report", "all")
     assert status == 0 and "left out" in error and "broken" in error
     text = Path(output.strip()).read_text()
-    assert "Validation bits per dim at 5 bits" in text and "Validation bits per dim at 8 bits" in text
+    assert (
+        "Validation bits per dim at 5 bits" in text and "Validation bits per dim at 8 bits" in text
+    )
     listed = [line for line in command("runs")[1].splitlines() if line.startswith("outputs")]
     assert sum("Glow" in line for line in listed) == 2 and all("images" in line for line in listed)
 
@@ -86,7 +110,14 @@ def test_names_are_escaped(images, command):
 
 def test_a_run_that_is_not_there_gets_one_line_and_a_checkpoint_stands_for_its_run(images, command):
     for name in ("one", "other"):
-        assert command("train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out=outputs/{name}")[0] == 0
-    assert command("report", "outputs/one/checkpoints/last.pt")[1].strip() == "outputs/one/report.html"
+        assert (
+            command(
+                "train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out=outputs/{name}"
+            )[0]
+            == 0
+        )
+    assert (
+        command("report", "outputs/one/checkpoints/last.pt")[1].strip() == "outputs/one/report.html"
+    )
     status, _, error = command("report", "nothing")
     assert status == 1 and "is no run" in error and len(error.splitlines()) == 1

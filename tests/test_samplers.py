@@ -7,9 +7,17 @@ import torch
 from enumeration import CHAINS, SAMPLERS, distance, draw, floor, law, machine, states
 
 from flowgen.config.instantiate import build
-from flowgen.models.rbm.log_z import States, _sweep, exact_log_z
+from flowgen.models.rbm.log_z import AnnealingState, _sweep, exact_log_z
 from flowgen.models.rbm.negative_phase import PCD
-from flowgen.models.rbm.sampling import Ladder, Rungs, draw_bits, equal_parts, gibbs, mean_field, white_noise
+from flowgen.models.rbm.sampling import (
+    ParallelTempering,
+    ReplicaExchange,
+    bernoulli_from_logits,
+    equal_parts,
+    gibbs,
+    mean_field,
+    white_noise,
+)
 from flowgen.training.checkpoint import in_todays_words
 
 
@@ -33,11 +41,13 @@ def test_temperature_is_one_over_beta(method, temperature):
 def test_tempering_keeps_the_law_of_every_rung():
     """A swap by beta times the free energy, rather than by (v, h) or by the scaled machine's own, fails here."""
     rbm = machine(5, 4, scale=1.5)
-    ladder = Ladder(4, CHAINS, adapt=False)
+    ladder = ParallelTempering(4, CHAINS, adapt=False)
     ladder.allocate(4)
     ladder.double()
     starts = torch.stack([draw(law(rbm, rung=float(beta))) for beta in ladder.betas])
-    ladder.hidden.copy_(draw_bits(ladder.betas[:, None, None] * rbm.hidden_input(starts)))
+    ladder.hidden.copy_(
+        bernoulli_from_logits(ladder.betas[:, None, None] * rbm.hidden_input(starts))
+    )
     for _ in range(20):
         before = ladder.place.clone()
         visible, _ = ladder.sweep(rbm)
@@ -49,9 +59,9 @@ def test_tempering_keeps_the_law_of_every_rung():
 def test_swaps_by_free_energies_keep_the_law_of_every_rung():
     """A swap by beta times the free energy, rather than by that of the scaled machine, fails here."""
     rbm = machine(5, 4, scale=1.5)
-    rungs = Rungs(4, CHAINS, adapt=False).double()
+    rungs = ReplicaExchange(4, CHAINS, adapt=False).double()
     starts = torch.stack([draw(law(rbm, rung=float(beta))) for beta in rungs.betas])
-    chains = States(rbm, starts.flatten(0, 1), None)
+    chains = AnnealingState(rbm, starts.flatten(0, 1), None)
     for _ in range(20):
         before = rungs.place.clone()
         _sweep(chains, rungs)
@@ -63,7 +73,7 @@ def test_swaps_by_free_energies_keep_the_law_of_every_rung():
 def test_tempering_swaps_whole_states():
     """Visible units and hidden inputs of a replica stay together, so that the next sweep starts from its own hidden units."""
     rbm = machine(5, 4)
-    ladder = Ladder(6, 50, adapt=False)
+    ladder = ParallelTempering(6, 50, adapt=False)
     ladder.allocate(4)
     ladder.double()
     for _ in range(5):
@@ -74,12 +84,14 @@ def test_tempering_swaps_whole_states():
 
 def test_the_way_is_cut_in_equal_parts():
     cuts = equal_parts(torch.tensor([0.0, 0.2, 1.0]), torch.tensor([3.0, 1.0]), 8)
-    assert torch.allclose(cuts, torch.tensor([0, 1 / 30, 2 / 30, 0.1, 4 / 30, 5 / 30, 0.2, 0.6, 1.0]))
+    assert torch.allclose(
+        cuts, torch.tensor([0, 1 / 30, 2 / 30, 0.1, 4 / 30, 5 / 30, 0.2, 0.6, 1.0])
+    )
 
 
 def test_an_adapted_ladder_swaps_evenly_and_counts_round_trips():
     rbm = machine(12, 10, scale=2.0)
-    ladder = Ladder(6, 200, adapt=True)
+    ladder = ParallelTempering(6, 200, adapt=True)
     ladder.allocate(10)
     ladder.double()
     spread = []
@@ -99,7 +111,9 @@ def test_clamped_pixels_never_change(method):
     known = torch.tensor([True, False, True, False, False, True])
     start = white_noise(rbm, 40)
     for visible, expected in islice(SAMPLERS[method](rbm, start, known=known), 10):
-        assert torch.equal(visible[:, known], start[:, known]) and torch.equal(expected[:, known], start[:, known])
+        assert torch.equal(visible[:, known], start[:, known]) and torch.equal(
+            expected[:, known], start[:, known]
+        )
     assert not torch.equal(visible, start)
 
 
@@ -114,7 +128,9 @@ def test_clamped_chains_reach_the_exact_conditional(method):
     assert distance(visible, conditional) < 1.8 * floor(conditional)
 
 
-@pytest.mark.parametrize("name", ["flowgen.models.negative_phase.PCD", "flowgen.models.rbm.negative_phase.PCD"])
+@pytest.mark.parametrize(
+    "name", ["flowgen.models.negative_phase.PCD", "flowgen.models.rbm.negative_phase.PCD"]
+)
 def test_negative_phases_are_built_by_the_names_that_checkpoints_hold(name):
     model = {
         "_target_": "flowgen.models.rbm.rbm.RBM",
@@ -139,12 +155,19 @@ def elbo(machine, visible):
     inputs = machine.hidden_input(visible)
     hidden = inputs.sigmoid()
     entropies = [torch.special.entr(p) + torch.special.entr(1 - p) for p in (visible, hidden)]
-    return visible @ machine.visible_bias + (inputs * hidden).sum(1) + entropies[0].sum(1) + entropies[1].sum(1)
+    return (
+        visible @ machine.visible_bias
+        + (inputs * hidden).sum(1)
+        + entropies[0].sum(1)
+        + entropies[1].sum(1)
+    )
 
 
 def test_mean_field_climbs_to_a_bound_below_log_z():
     rbm = machine(6, 5, scale=1.5)
-    bounds = torch.stack([elbo(rbm, mu) for mu, _ in islice(mean_field(rbm, torch.rand(10, 6).double()), 50)])
+    bounds = torch.stack(
+        [elbo(rbm, mu) for mu, _ in islice(mean_field(rbm, torch.rand(10, 6).double()), 50)]
+    )
     assert (bounds.diff(dim=0) > -1e-10).all() and (bounds[-1] > bounds[0]).all()
     assert bounds.max() <= exact_log_z(rbm)
     fixed, again = islice(mean_field(rbm, torch.rand(10, 6).double()), 400, 402)

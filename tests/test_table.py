@@ -33,10 +33,14 @@ def table(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
                 raise SystemExit("stopped")
             run, steps = Path(settings["out"]), int(settings["trainer.steps"])
             run.mkdir(parents=True)
-            (run / "config.yaml").write_text(yaml.safe_dump({"trainer": {"batch_size": 16}, "model": {}, "data": {}, "seed": 0}))
+            (run / "config.yaml").write_text(
+                yaml.safe_dump({"trainer": {"batch_size": 16}, "model": {}, "data": {}, "seed": 0})
+            )
             (run / "metrics.jsonl").write_text(json.dumps({"step": steps, "split": "test"}) + "\n")
             return "", 1 + 0.1 * steps
-        return json.dumps({"run": "x", "split": "test", "bits_per_dim": 1.25, "bits_per_dim_error": 0.01}), 2.0
+        return json.dumps(
+            {"run": "x", "split": "test", "bits_per_dim": 1.25, "bits_per_dim_error": 0.01}
+        ), 2.0
 
     monkeypatch.setattr(script, "called", called)
     monkeypatch.setattr(script, "parameters", lambda name: 150_000)
@@ -47,12 +51,21 @@ def table(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_row_is_trained_for_its_minutes_and_measured_once(table):
     table.Row("mnist", "glow", 2.0, ["data.root=there"]).fill()
     row = table.Row("mnist", "glow", 2.0, ["data.root=there"])
-    assert row.found["steps"] == 1200 and row.found["images_seen"] == 19200 and row.found["cpu_seconds"] == 121
-    assert row.line() == "| mnist | `glow` | 1.250 ± 0.010 | 1.250 ± 0.010 | 0.15 | 19,200 | 2.0 | 0.025 |"
+    assert (
+        row.found["steps"] == 1200
+        and row.found["images_seen"] == 19200
+        and row.found["cpu_seconds"] == 121
+    )
+    assert (
+        row.line()
+        == "| mnist | `glow` | 1.250 ± 0.010 | 1.250 ± 0.010 | 0.15 | 19,200 | 2.0 | 0.025 |"
+    )
     assert row.line().count("|") == table.HEAD.count("|")
     count = len(table.words)
     row.fill()
-    assert len(table.words) == count == 6 and all("data.root=there" in words for words in table.words[:3])
+    assert len(table.words) == count == 6 and all(
+        "data.root=there" in words for words in table.words[:3]
+    )
 
 
 def test_what_a_stopped_training_has_cost_is_counted(table):
@@ -92,8 +105,8 @@ class Attention(torch.nn.Module):
         super().__init__()
         self.shape, self.scale = (1, tokens, width), torch.nn.Parameter(torch.ones(()))
 
-    def forward(self, levels: torch.Tensor, labels: None) -> torch.Tensor:
-        x = levels * self.scale
+    def forward(self, images: torch.Tensor, labels: None) -> torch.Tensor:
+        x = images * self.scale
         return torch.nn.functional.scaled_dot_product_attention(x, x, x).sum()
 
 

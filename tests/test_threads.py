@@ -13,22 +13,24 @@ from conftest import SMALL
 from flowgen.training import threads
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.threads import Reading, free_cores, quota, use_threads
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 
 @pytest.fixture
 def eight_cores(monkeypatch):
     """A machine of eight cores, and what is asked of torch on it."""
-    asked = []
+    payload = []
     monkeypatch.setattr(threads, "_all_threads", lambda: 8)
     monkeypatch.setattr(threads, "quota", lambda: float("inf"))
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "set_num_threads", payload.append)
     for name in threads.CHOSEN:
         monkeypatch.delenv(name, raising=False)
-    return asked
+    return payload
 
 
-@pytest.mark.parametrize(("free", "chosen"), [(8.0, 8), (7.7, 8), (7.5, 7), (1.02, 1), (0.1, 1), (11.9, 8)])
+@pytest.mark.parametrize(
+    ("free", "chosen"), [(8.0, 8), (7.7, 8), (7.5, 7), (1.02, 1), (0.1, 1), (11.9, 8)]
+)
 def test_threads_are_as_many_as_cores_are_free(eight_cores, monkeypatch, free, chosen):
     monkeypatch.setattr(threads, "free_cores", lambda: free)
     assert use_threads("auto") == chosen and eight_cores == [chosen]
@@ -41,7 +43,7 @@ def test_threads_that_the_user_chose_are_obeyed(eight_cores, monkeypatch, caplog
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert use_threads("auto") == 8
     for wrong in ("many", 0, 1.5, True):
-        with pytest.raises(FlowgenError, match="whole number"):
+        with pytest.raises(UserError, match="whole number"):
             use_threads(wrong)
 
 
@@ -52,7 +54,10 @@ def test_a_bounded_container_gets_no_more_threads_than_time(eight_cores, monkeyp
 
 
 def test_what_other_processes_do_is_not_free_and_what_this_one_does_is(monkeypatch):
-    readings = [Reading(100.0, 500.0, 1.0), Reading(102.0, 501.0, 3.0)]  # two seconds: half a core idle, one busy with ourselves
+    readings = [
+        Reading(100.0, 500.0, 1.0),
+        Reading(102.0, 501.0, 3.0),
+    ]  # two seconds: half a core idle, one busy with ourselves
     monkeypatch.setattr(threads, "_readings", readings[:1])
     monkeypatch.setattr(threads, "read_clocks", lambda: readings[1])
     assert free_cores() == 1.5
@@ -83,11 +88,16 @@ def test_quotas_of_either_version_of_control_groups(tmp_path, monkeypatch, files
     assert quota() == cores
 
 
-@pytest.mark.parametrize(("given", "spins"), [({}, threads.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, threads.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
 def test_the_command_bounds_spinning_before_it_loads_torch(given, spins):
     code = "import os, sys; from flowgen import cli; cli.main(); print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if "OMP" not in name} | given
-    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert told.splitlines()[-1] == f"{spins} False"
 
 
@@ -95,7 +105,11 @@ def test_a_run_keeps_its_threads(images, tmp_path, command, monkeypatch):
     free = [3.0]
     monkeypatch.setattr(threads, "_all_threads", lambda: 4)
     monkeypatch.setattr(threads, "free_cores", lambda: free[0])
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: monkeypatch.setattr(torch, "get_num_threads", lambda: number))
+    monkeypatch.setattr(
+        torch,
+        "set_num_threads",
+        lambda number: monkeypatch.setattr(torch, "get_num_threads", lambda: number),
+    )
     for name in threads.CHOSEN:
         monkeypatch.delenv(name, raising=False)
     run = tmp_path / "run"

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import SMALL
 from test_bijections import tokens
-from test_models import MODELS, model_of, noise, started
+from test_models import MODELS, load_from_checkpoint, noise, started
 
 from flowgen.bijections.autoregressive import TokenAutoregressive
-from flowgen.bijections.univariate import Affine, Guided
+from flowgen.bijections.univariate import Affine, GuidedAffine
 from flowgen.models.flows.jet import token_masks
 from flowgen.models.flows.tarflow import TarFlow
 
@@ -22,14 +22,20 @@ def pushed(bijection: TokenAutoregressive) -> TokenAutoregressive:
 
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("local", [False, True])
-def test_the_jacobian_is_triangular_in_the_tokens_and_with_a_local_head_in_their_numbers(local, backwards):
+def test_the_jacobian_is_triangular_in_the_tokens_and_with_a_local_head_in_their_numbers(
+    local, backwards
+):
     bijection = pushed(tokens(local=local, backwards=backwards))
     x = torch.randn(1, 4, 4, 2, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda x: bijection(x)[0], x).view(4, 8, 4, 8)  # number, token of z; of x
+    jacobian = torch.autograd.functional.jacobian(lambda x: bijection(x)[0], x).view(
+        4, 8, 4, 8
+    )  # number, token of z; of x
     by_token = jacobian.permute(1, 0, 3, 2).reshape(32, 32)
     by_token = by_token.flip(0, 1) if backwards else by_token
     token = torch.arange(32) // 4
-    assert not by_token.triu(1).any() and (by_token[token[:, None] > token] != 0).float().mean() > 0.9
+    assert (
+        not by_token.triu(1).any() and (by_token[token[:, None] > token] != 0).float().mean() > 0.9
+    )
     within = by_token.view(8, 4, 8, 4)[range(8), :, range(8)].tril(-1)
     assert within.any() == local
 
@@ -38,7 +44,10 @@ def test_the_jacobian_is_triangular_in_the_tokens_and_with_a_local_head_in_their
 @pytest.mark.parametrize("local", [False, True])
 def test_kept_keys_sweeps_and_reading_all_anew_give_the_same_image(name, local):
     bijection = pushed(tokens(name, local, seen=3))
-    z, condition = torch.randn(5, 4, 4, 2, dtype=torch.float64), torch.eye(3, dtype=torch.float64)[[0, 1, 2, 0, 1]]
+    z, condition = (
+        torch.randn(5, 4, 4, 2, dtype=torch.float64),
+        torch.eye(3, dtype=torch.float64)[[0, 1, 2, 0, 1]],
+    )
     kept, log_det = bijection.inverse(z, condition)
     plain = torch.zeros(5, 8, 4, dtype=torch.float64)
     for i in range(8):
@@ -81,15 +90,16 @@ def test_exact_numbers_are_those_of_float64():
 
 
 def test_an_encoded_image_comes_back_nearer_than_by_float32_forward():
-    model = model_of("tarflow", bits=8, layers=[1, 1], width=16, mixing="actnorm")
+    model = load_from_checkpoint("tarflow", bits=8, layers=[1, 1], width=16, mixing="actnorm")
     model.initialize(noise(8, 256))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
-        levels = noise(8)
-        centres = (levels + 0.5) / 256
+        images = noise(8)
+        centres = (images + 0.5) / 256
         encoded, forward = (
-            (model.bijection.inverse(z)[0] - centres).abs().max() for z in (model.eval().encode(levels), model.bijection(centres)[0])
+            (model.bijection.inverse(z)[0] - centres).abs().max()
+            for z in (model.eval().encode(images), model.bijection(centres)[0])
         )
     assert encoded < 0.6 * forward
 
@@ -123,7 +133,10 @@ def test_of_a_whole_model_too(name):
 def test_masks_of_jet_are_halves_of_the_patches_each_with_its_inverse():
     masks = token_masks(3, 4)
     assert len({tuple(mask[0].flatten().tolist()) for mask in masks}) == 6
-    assert all(mask.shape == (3, 4, 4) and torch.equal(mask[0], mask[2]) and mask[0].sum() == 8 for mask in masks)
+    assert all(
+        mask.shape == (3, 4, 4) and torch.equal(mask[0], mask[2]) and mask[0].sum() == 8
+        for mask in masks
+    )
     assert all(torch.equal(one, ~other) for one, other in zip(masks[::2], masks[1::2], strict=True))
 
 
@@ -140,11 +153,11 @@ def test_masks_of_jet_are_halves_of_the_patches_each_with_its_inverse():
 )
 def test_arguments_are_checked(changes, words):
     with pytest.raises(ValueError, match=words):
-        model_of("tarflow", **changes)
+        load_from_checkpoint("tarflow", **changes)
 
 
 def affine_with_classes() -> TarFlow:
-    model = model_of("tarflow", layers=[1, 1], transform="affine", classes=3)
+    model = load_from_checkpoint("tarflow", layers=[1, 1], transform="affine", classes=3)
     model.initialize(noise(5), torch.arange(64) % 3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -155,35 +168,45 @@ def affine_with_classes() -> TarFlow:
 @pytest.mark.parametrize("weight", [0.5, 3.0])
 def test_a_guided_map_is_that_of_the_gaussian_given_the_class_over_that_without(weight):
     affine, x = Affine(), torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    given, without = torch.tensor([[0.5, 0.3]], dtype=torch.float64), torch.tensor([[-0.4, -0.2]], dtype=torch.float64)
+    given, without = (
+        torch.tensor([[0.5, 0.3]], dtype=torch.float64),
+        torch.tensor([[-0.4, -0.2]], dtype=torch.float64),
+    )
 
     def log_density(transform, parameters, x):
         z, log_slope = transform.forward(x, parameters)
         return -0.5 * z.square() + log_slope
 
     both = torch.cat((given.expand(9, -1), without.expand(9, -1)))
-    guided = log_density(Guided(affine, weight), both, x.repeat(2, 1))
+    guided = log_density(GuidedAffine(affine, weight), both, x.repeat(2, 1))
     assert torch.equal(guided[:9], guided[9:])
-    expected = (1 + weight) * log_density(affine, given, x) - weight * log_density(affine, without, x)
+    expected = (1 + weight) * log_density(affine, given, x) - weight * log_density(
+        affine, without, x
+    )
     difference = expected - guided[:9]
     assert (difference - difference.mean()).abs().max() < 1e-12
     z = torch.randn(18, 1, dtype=torch.float64)
-    there, _ = Guided(affine, weight).inverse(z, both)
-    assert (Guided(affine, weight).forward(there, both)[0] - z).abs().max() < 1e-12
+    there, _ = GuidedAffine(affine, weight).inverse(z, both)
+    assert (GuidedAffine(affine, weight).forward(there, both)[0] - z).abs().max() < 1e-12
 
 
 def test_guidance_never_widens_a_gaussian_where_the_class_is_the_vaguer_one():
     vague, sharp = torch.tensor([[-1.0, 0.0]]), torch.tensor([[1.0, 0.0]])
-    _, log_slope = Guided(Affine(), 5.0).forward(torch.zeros(2, 1), torch.cat((vague, sharp)))
+    _, log_slope = GuidedAffine(Affine(), 5.0).forward(torch.zeros(2, 1), torch.cat((vague, sharp)))
     assert torch.allclose(log_slope[0], Affine().forward(torch.zeros(1, 1), vague)[1])
 
 
 def test_guidance_moves_away_from_the_mean_of_all_classes():
     """Where maps see no class, p(x | y)^(1 + w) / p(x)^w is the Gaussian about (1 + w) means[y] - w mean(means)."""
-    model = model_of("tarflow", channels=1, size=4, patch=2, layers=[1, 1], classes=3, transform="affine")
+    model = load_from_checkpoint(
+        "tarflow", channels=1, size=4, patch=2, layers=[1, 1], classes=3, transform="affine"
+    )
     model.initialize(torch.randint(32, (64, 1, 4, 4), dtype=torch.uint8))
     model.double().eval().guidance = 2.0
-    z, one_hot = torch.randn(5, 16, dtype=torch.float64), torch.eye(3, dtype=torch.float64)[[0, 1, 2, 0, 1]]
+    z, one_hot = (
+        torch.randn(5, 16, dtype=torch.float64),
+        torch.eye(3, dtype=torch.float64)[[0, 1, 2, 0, 1]],
+    )
     x, _ = model._carry(z + one_hot @ model.means, one_hot)
     found, _ = model.bijection(x, one_hot)
     assert torch.allclose(found, z + 3 * one_hot @ model.means - 2 * model.means.mean(0), atol=1e-9)
@@ -197,31 +220,51 @@ def test_guidance_is_gradual_and_the_same_by_sweeps():
 
     none, little, much = (drawn(guidance=weight) for weight in (0.0, 1e-9, 3.0))
     assert torch.equal(none, little) and not torch.equal(none, much)
-    assert torch.equal(drawn(guidance=3.0, jacobi=True), much) and torch.equal(drawn(jacobi=True), none)
+    assert torch.equal(drawn(guidance=3.0, jacobi=True), much) and torch.equal(
+        drawn(jacobi=True), none
+    )
     assert all(1 <= sweeps <= 4 for sweeps in model.sweeps())
 
 
 def test_training_tells_the_networks_no_class_now_and_then_and_judging_always_tells():
     model, labels = affine_with_classes(), torch.arange(3).repeat(100)
-    assert torch.equal(model._one_hot(labels).argmax(1), labels) and model._one_hot(labels).amax() == 1
+    assert (
+        torch.equal(model._one_hot(labels).argmax(1), labels) and model._one_hot(labels).amax() == 1
+    )
     told = model.train()._one_hot(labels).amax(1)
     assert 0.03 < (told < 0.5).double().mean() < 0.2
 
 
-@pytest.mark.parametrize("changes", [{"classes": None}, {"classes": 3, "class_networks": False}, {"classes": 3, "transform": "mixture"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": None},
+        {"classes": 3, "class_networks": False},
+        {"classes": 3, "transform": "mixture"},
+    ],
+)
 def test_guidance_says_what_it_needs(changes):
-    model = model_of("tarflow", **{"layers": [1], "transform": "affine"} | changes)
+    model = load_from_checkpoint("tarflow", **{"layers": [1], "transform": "affine"} | changes)
     with pytest.raises(ValueError, match="guidance needs classes and affine maps"):
         model.sample(2, guidance=1.0)
 
 
 def test_sample_tells_how_many_sweeps_it_took(command, images, tmp_path):
     words = [word for word in SMALL if "steps_per_level" not in word]
-    status, _, error = command("train", "model=tarflow", *words, f"data.root={images}", "trainer.steps=2", f"out={tmp_path / 'run'}")
+    status, _, error = command(
+        "train",
+        "model=tarflow",
+        *words,
+        f"data.root={images}",
+        "trainer.steps=2",
+        f"out={tmp_path / 'run'}",
+    )
     assert status == 0, error
     status, _, error = command("sample", "--run", tmp_path / "run", "--jacobi", "--count", 2)
     assert status == 0 and "sweeps of the blocks: " in error
-    status, _, error = command("sample", "--run", tmp_path / "run", "--jacobi", "--count", 2, "--out", tmp_path / "two.zip")
+    status, _, error = command(
+        "sample", "--run", tmp_path / "run", "--jacobi", "--count", 2, "--out", tmp_path / "two.zip"
+    )
     assert status == 0 and error.count("sweeps of the blocks: ") == 1
     status, _, error = command("sample", "--run", tmp_path / "run", "--guidance", 1)
     assert status == 1 and "model.classes=10" in error and len(error.splitlines()) == 1

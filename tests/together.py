@@ -13,31 +13,31 @@ from typing import Any
 
 import torch
 
-from flowgen.commands.train import sole_trainer_of, train_in
+from flowgen.commands.train import lock_run, run_training_in_group
 from flowgen.config.instantiate import build_model_and_data
 from flowgen.config.loading import load_weights
-from flowgen.models.base import Evaluation
-from flowgen.training.distributed import Team, join
+from flowgen.models.base import EvalConfig
+from flowgen.training.distributed import ProcessGroup, join
 from flowgen.training.run_dir import NoRun, Run
 
 
-def train(team: Team, folder: Path, config: dict[str, Any] | None) -> None:
+def train(team: ProcessGroup, folder: Path, config: dict[str, Any] | None) -> None:
     checkpoint = None
     if config is None:
-        checkpoint = team.ask(Run(folder).last_good)
+        checkpoint = team.broadcast_from_main(Run(folder).latest_valid_checkpoint)
         config = checkpoint["config"]
-    if not team.leads:
-        return train_in(team, NoRun(folder), config, checkpoint, "")
-    with sole_trainer_of(Run(folder)):
-        return train_in(team, Run(folder), config, checkpoint, "")
+    if not team.is_main:
+        return run_training_in_group(team, NoRun(folder), config, checkpoint, "")
+    with lock_run(Run(folder)):
+        return run_training_in_group(team, Run(folder), config, checkpoint, "")
 
 
-def judge(team: Team, folder: Path) -> str:
+def judge(team: ProcessGroup, folder: Path) -> str:
     """What is measured on ten batches and a half, to the last bit."""
-    checkpoint = team.ask(Run(folder).last_good)
+    checkpoint = team.broadcast_from_main(Run(folder).latest_valid_checkpoint)
     model, data, _ = build_model_and_data(checkpoint["config"])
     load_weights(model, checkpoint["model"])
-    row = model.eval().evaluate(data.batches("train", 3), (), Evaluation(draws=2)).row()
+    row = model.eval().evaluate(data.batches("train", 3), (), EvalConfig(draws=2)).row()
     return " ".join(float(value).hex() for value in row.values())
 
 
@@ -47,14 +47,20 @@ def work(jobs: list[tuple[str, dict[str, Any] | None]], judgement: Path) -> None
         for folder, config in jobs:
             train(team, Path(folder), config)
         found = judge(team, Path(jobs[0][0]))
-        if team.leads:
+        if team.is_main:
             judgement.write_text(found)
-    assert not any("gloo" in thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")), "threads that may abort the end"
+    assert not any(
+        "gloo" in thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")
+    ), "threads that may abort the end"
 
 
 def note(event: str, arguments: tuple) -> None:
     """Say what a process that follows opens to write."""
-    if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+    if (
+        event == "open"
+        and isinstance(arguments[0], str)
+        and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    ):
         sys.stderr.write(f"rank {os.environ['RANK']} writes {arguments[0]}\n")
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowgen.bijections.base import Bijection, beside
+from flowgen.bijections.base import Bijection, concat_condition
 from flowgen.bijections.networks import CausalTransformer, zero_linear
 from flowgen.bijections.univariate import Transform
-from flowgen.utils.console import Progress, unseen
+from flowgen.utils.console import Progress, no_progress
 
 
 class MaskedLinear(nn.Linear):
@@ -40,10 +40,16 @@ class MADE(nn.Module):
         super().__init__()
         self.size, self.count = size, count
         numbers = torch.arange(size)
-        first = -1 if seen_by_all else 0  # units of -1 see the condition alone, for the first number
-        hidden = torch.linspace(first, max(size - 2, first), width).round().long()  # spread over all numbers, however few the units
+        first = (
+            -1 if seen_by_all else 0
+        )  # units of -1 see the condition alone, for the first number
+        hidden = (
+            torch.linspace(first, max(size - 2, first), width).round().long()
+        )  # spread over all numbers, however few the units
         self.first = MaskedLinear(F.pad(hidden[:, None] >= numbers, (0, seen_by_all), value=True))
-        self.middle = nn.ModuleList(MaskedLinear(hidden[:, None] >= hidden) for _ in range(layers - 1))
+        self.middle = nn.ModuleList(
+            MaskedLinear(hidden[:, None] >= hidden) for _ in range(layers - 1)
+        )
         self.last = MaskedLinear((numbers[:, None] > hidden).repeat(count, 1))
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
@@ -54,12 +60,12 @@ class MADE(nn.Module):
             x = layer(x.relu())
         return self.last(x.relu())
 
-    def one_by_one(
+    def sample_sequentially(
         self,
         choose: Callable[[int, Tensor], Tensor],
         batch: int,
         condition: Tensor | None = None,
-        progress: Progress = unseen,
+        progress: Progress = no_progress,
     ) -> Tensor:
         """The numbers (batch, size) of which each is `choose(t, parameters)`, of shape (batch, 1), by its own (batch, count).
 
@@ -67,7 +73,11 @@ class MADE(nn.Module):
         """
         first, last = self.first.seen(), self.last.seen().view(self.count, self.size, -1)
         middle: list[tuple[Tensor, Tensor]] = [(layer.seen(), layer.bias) for layer in self.middle]  # type: ignore[operator, misc]
-        sums, bias, numbers = self.first.bias.expand(batch, -1), self.last.bias.view(self.count, self.size), []
+        sums, bias, numbers = (
+            self.first.bias.expand(batch, -1),
+            self.last.bias.view(self.count, self.size),
+            [],
+        )
         if condition is not None:
             sums = sums + F.linear(condition.to(sums.dtype), first[:, self.size :])
         for t in progress(range(self.size), "one number after the other"):
@@ -82,7 +92,7 @@ class MADE(nn.Module):
 class Autoregressive(Bijection):
     """z_t = h(x_t; network(x_<t, condition)): all at once from data to latent, one after the other back. MAF (1705.07057), section 3.1."""
 
-    progress: Progress = staticmethod(unseen)
+    progress: Progress = staticmethod(no_progress)
 
     def __init__(self, network: MADE, transform: Transform):
         super().__init__()
@@ -90,7 +100,9 @@ class Autoregressive(Bijection):
         self.transform = transform
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, log_slope = self.transform.forward(x, self.network(beside(x, condition)).to(x.dtype))
+        z, log_slope = self.transform.forward(
+            x, self.network(concat_condition(x, condition)).to(x.dtype)
+        )
         return z, log_slope.sum(1)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -101,14 +113,14 @@ class Autoregressive(Bijection):
             log_slopes.append(log_slope)
             return x
 
-        x = self.network.one_by_one(choose, len(z), condition, self.progress)
+        x = self.network.sample_sequentially(choose, len(z), condition, self.progress)
         return x, torch.cat(log_slopes, 1).sum(1)
 
 
-class Reverse(Bijection):
+class Flip(Bijection):
     """Numbers, or channels, in reverse order."""
 
-    recoverable = True
+    supports_reversible = True
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x.flip(1), x.new_zeros(len(x))
@@ -117,7 +129,7 @@ class Reverse(Bijection):
         return self(z)
 
 
-class Inverse(Bijection):
+class Invert(Bijection):
     """Another bijection, the other way round; IAF is the inverse of MAF. Kingma et al. (1606.04934)."""
 
     def __init__(self, bijection: Bijection):
@@ -134,7 +146,7 @@ class Inverse(Bijection):
 Part = TypeVar("Part", bound=nn.Module)
 
 
-class Head(Bijection):
+class TokenHead(Bijection):
     """z = h(x; linear(context)): the numbers of a token (B, size) independent of each other given its context (B, width)."""
 
     def __init__(self, size: int, width: int, transform: Transform):
@@ -151,7 +163,7 @@ class Head(Bijection):
         return x, log_slope.sum(1)
 
 
-def local_head(size: int, width: int, transform: Transform) -> Autoregressive:
+def autoregressive_head(size: int, width: int, transform: Transform) -> Autoregressive:
     """As `Head`, but each number depends on those before it in its token too."""
     return Autoregressive(MADE(size, width, 1, transform.count, seen_by_all=width), transform)
 
@@ -166,7 +178,7 @@ class TokenAutoregressive(Bijection):
     in float64, and so does the way forward where it is to be `exact`: what rounding does to a token it passes on to all after it.
     """
 
-    progress: Progress = staticmethod(unseen)
+    progress: Progress = staticmethod(no_progress)
     jacobi = exact = False
     close = 1e-6
 
@@ -185,10 +197,14 @@ class TokenAutoregressive(Bijection):
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         back = self._by_sweeps if self.jacobi else self._one_by_one
-        x, log_det = back(self._tokens(z).double(), condition, _in_float64(self.network), _in_float64(self.head))
+        x, log_det = back(
+            self._tokens(z).double(), condition, _in_float64(self.network), _in_float64(self.head)
+        )
         return self._image(x, z).to(z.dtype), log_det.to(z.dtype)
 
-    def _one_by_one(self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection) -> tuple[Tensor, Tensor]:
+    def _one_by_one(
+        self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection
+    ) -> tuple[Tensor, Tensor]:
         log_dets = []
 
         def choose(i: int, context: Tensor) -> Tensor:
@@ -197,22 +213,33 @@ class TokenAutoregressive(Bijection):
             return x
 
         self.sweeps = z.shape[1]
-        return network.one_by_one(choose, len(z), condition, self.progress), torch.stack(log_dets).sum(0)
+        return network.sample_sequentially(choose, len(z), condition, self.progress), torch.stack(
+            log_dets
+        ).sum(0)
 
-    def _by_sweeps(self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection) -> tuple[Tensor, Tensor]:
+    def _by_sweeps(
+        self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection
+    ) -> tuple[Tensor, Tensor]:
         x, log_det, done = z, z.new_zeros(z.shape[:2]), 0
         for self.sweeps in range(1, z.shape[1] + 1):
             before = x[:, done:]
             after, change = self._each(head.inverse, z[:, done:], network(x, condition)[:, done:])
-            x, log_det = torch.cat((x[:, :done], after), 1), torch.cat((log_det[:, :done], change), 1)
+            x, log_det = (
+                torch.cat((x[:, :done], after), 1),
+                torch.cat((log_det[:, :done], change), 1),
+            )
             moved = ((after - before).abs() > self.close * after.abs().clamp(min=1)).any(2).any(0)
             if not moved.any():
                 break
-            done += int(moved.int().argmax()) + 1  # the first that moved has read what none moves any more
+            done += (
+                int(moved.int().argmax()) + 1
+            )  # the first that moved has read what none moves any more
         return x, log_det.sum(1)
 
     @staticmethod
-    def _each(head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], tokens: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
+    def _each(
+        head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], tokens: Tensor, contexts: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The head's map of every token (B, N, C) in its context, and their log-dets, (B, N)."""
         mapped, log_det = head(tokens.flatten(0, 1), contexts.flatten(0, 1))
         return mapped.view(tokens.shape), log_det.view(tokens.shape[:2])
@@ -229,6 +256,13 @@ class TokenAutoregressive(Bijection):
 
 def _in_float64(part: Part) -> Part:
     """A copy that reckons in float64; gradients of its parameters reach those of `part`."""
-    tensors = [tensor for tensor in (*part.parameters(), *part.buffers()) if tensor.is_floating_point()]
-    watching = [vars(module)["progress"] for module in part.modules() if "progress" in vars(module)]  # which is no part of it
-    return copy.deepcopy(part, {id(tensor): tensor.double() for tensor in tensors} | {id(each): each for each in watching})
+    tensors = [
+        tensor for tensor in (*part.parameters(), *part.buffers()) if tensor.is_floating_point()
+    ]
+    watching = [
+        vars(module)["progress"] for module in part.modules() if "progress" in vars(module)
+    ]  # which is no part of it
+    return copy.deepcopy(
+        part,
+        {id(tensor): tensor.double() for tensor in tensors} | {id(each): each for each in watching},
+    )

@@ -28,11 +28,13 @@ class Bijection(nn.Module, ABC):
         return self(x, condition)[0]
 
     @property
-    def recoverable(self) -> bool:
+    def supports_reversible(self) -> bool:
         """Whether its input comes back from its output at little cost, and close enough to be differentiated at."""
         return False
 
-    def retrace(self, z: Tensor, condition: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    def invert_and_recompute(
+        self, z: Tensor, condition: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """The input that `z` came of, in leaves that lie one after the other in dimension 1, and `forward` of it, to be differentiated."""
         with torch.no_grad():
             x, _ = self.inverse(z, condition)
@@ -40,10 +42,12 @@ class Bijection(nn.Module, ABC):
         return (x,), *self(x, condition)
 
 
-def beside(x: Tensor, condition: Tensor | None) -> Tensor:
+def concat_condition(x: Tensor, condition: Tensor | None) -> Tensor:
     """What a network reads: x (B, C, ...), and the condition as further channels, alike at every pixel where it has none of its own."""
     if condition is None:
         return x
     if condition.dim() < x.dim():
-        condition = condition.view(*condition.shape, *[1] * (x.dim() - condition.dim())).expand(-1, -1, *x.shape[2:])
+        condition = condition.view(*condition.shape, *[1] * (x.dim() - condition.dim())).expand(
+            -1, -1, *x.shape[2:]
+        )
     return torch.cat((x, condition.to(x.dtype)), 1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.linear import ChannelAffine
-from flowgen.bijections.networks import batch_moments, check_can_be_normalised
+from flowgen.bijections.networks import batch_moments, check_normalizable
 
 
 class ActNorm(ChannelAffine):
@@ -29,7 +29,9 @@ class ActNorm(ChannelAffine):
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         deviation, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1)
-        self.log_scale.copy_(-deviation.clamp(min=1e-6).log())  # a channel that never varies must not blow up
+        self.log_scale.copy_(
+            -deviation.clamp(min=1e-6).log()
+        )  # a channel that never varies must not blow up
         self.shift.copy_(-mean * self.log_scale.exp())
         return self(x)[0]
 
@@ -56,7 +58,7 @@ class BatchNorm(Bijection):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.training:
             return self._map(x, self.mean, self.variance)
-        check_can_be_normalised(x)
+        check_normalizable(x)
         mean, variance, count = batch_moments(x)
         self._remember(mean.detach(), variance.detach() * (count / (count - 1)))
         return self._map(x, mean, variance)
@@ -99,19 +101,19 @@ class BatchNorm(Bijection):
 Normalisation = BatchNorm | nn.BatchNorm1d | nn.BatchNorm2d
 
 
-def batch_normalisations(model: nn.Module) -> list[Normalisation]:
+def batch_norm_layers(model: nn.Module) -> list[Normalisation]:
     """Every layer of `model` that keeps statistics of the batches past."""
     return [module for module in model.modules() if isinstance(module, Normalisation)]
 
 
 @torch.no_grad()
-def estimate_statistics(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
+def update_bn(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
     """Set the statistics of all batch normalisations to the means over `batches`, arguments of `model`, at its weights as they stand.
 
     Running means lag behind weights that move, and averaged weights have none of their own. Izmailov et al. (1803.05407), section 3.2.
     A model without such layers sees no batch.
     """
-    layers, training = batch_normalisations(model), model.training
+    layers, training = batch_norm_layers(model), model.training
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]

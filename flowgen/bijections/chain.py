@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.continuous import Continuous
-from flowgen.bijections.reversible import MEMORY, Forward, recomputed, recovered
-from flowgen.utils.errors import FlowgenError, check_choice
+from flowgen.bijections.continuous import CNF
+from flowgen.bijections.reversible import MEMORY, Forward, checkpointed, reversible
+from flowgen.utils.errors import UserError, check_choice
 
 
 class Chain(Bijection):
@@ -25,7 +25,11 @@ class Chain(Bijection):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = x.new_zeros(len(x))
-        keep = self.memory == "keep" or not torch.is_grad_enabled() or (condition is not None and condition.requires_grad)
+        keep = (
+            self.memory == "keep"
+            or not torch.is_grad_enabled()
+            or (condition is not None and condition.requires_grad)
+        )
         for step in self.bijections if keep else self._sparing():
             x, change = step(x, condition)
             log_det = log_det + change
@@ -39,12 +43,14 @@ class Chain(Bijection):
             if not sparing:
                 yield from bijections
             elif self.memory == "checkpoint":
-                yield from map(recomputed, bijections)
+                yield from map(checkpointed, bijections)
             else:
-                yield from recovered(bijections, self.inversion_errors)
+                yield from reversible(bijections, self.inversion_errors)
 
     def _spares(self, bijection: Bijection) -> bool:
-        return not _holds_chain(bijection) and (self.memory == "checkpoint" or bijection.recoverable)
+        return not _holds_chain(bijection) and (
+            self.memory == "checkpoint" or bijection.supports_reversible
+        )
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = z.new_zeros(len(z))
@@ -64,24 +70,32 @@ def _holds_chain(bijection: nn.Module) -> bool:
     return any(isinstance(module, Chain) for module in bijection.modules())
 
 
-def can_be_recomputed(model: nn.Module) -> bool:
+def supports_checkpointing(model: nn.Module) -> bool:
     """Whether it is made of bijections that can be computed again one by one; a continuous one is trained as a whole."""
     modules = list(model.modules())
-    return any(isinstance(module, Chain) for module in modules) and not any(isinstance(module, Continuous) for module in modules)
+    return any(isinstance(module, Chain) for module in modules) and not any(
+        isinstance(module, CNF) for module in modules
+    )
 
 
-def save_memory(model: nn.Module, memory: str) -> None:
+def set_activation_memory(model: nn.Module, memory: str) -> None:
     """Let every chain of `model` `keep`, `checkpoint` or `invert` for its backward pass.
 
     Raises FlowgenError for a model that cannot be recomputed, or has parameters in bijections that cannot be recovered.
     """
     check_choice(MEMORY, memory=memory)
     chains = [module for module in model.modules() if isinstance(module, Chain)]
-    if memory != "keep" and not can_be_recomputed(model):
-        raise FlowgenError(f"this model keeps nothing that could be computed again: leave trainer.memory={memory} out")
-    for bijection in (bijection for chain in chains for bijection in chain.bijections if memory == "invert"):
-        if not (_holds_chain(bijection) or bijection.recoverable) and any(True for _ in bijection.parameters()):
-            raise FlowgenError(
+    if memory != "keep" and not supports_checkpointing(model):
+        raise UserError(
+            f"this model keeps nothing that could be computed again: leave trainer.memory={memory} out"
+        )
+    for bijection in (
+        bijection for chain in chains for bijection in chain.bijections if memory == "invert"
+    ):
+        if not (_holds_chain(bijection) or bijection.supports_reversible) and any(
+            True for _ in bijection.parameters()
+        ):
+            raise UserError(
                 f"trainer.memory=invert cannot recover what entered this model's {type(bijection).__name__}: set trainer.memory=checkpoint"
             )
     for chain in chains:

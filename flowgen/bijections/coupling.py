@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from flowgen.bijections.base import Bijection, beside
-from flowgen.bijections.batchnorm import batch_normalisations
-from flowgen.bijections.networks import Network, has_dropout
+from flowgen.bijections.base import Bijection, concat_condition
+from flowgen.bijections.batchnorm import batch_norm_layers
+from flowgen.bijections.networks import Conditioner, has_dropout
 from flowgen.bijections.univariate import Transform
 
 
@@ -15,30 +15,40 @@ class Coupling(Bijection):
     The network returns `transform.count` times as many channels as a has. Real NVP (1605.08803), section 3.2.
     """
 
-    def __init__(self, network: Network, transform: Transform):
+    def __init__(self, network: Conditioner, transform: Transform):
         super().__init__()
         self.network = network
         self.transform = transform
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, b = x.chunk(2, dim=1)
-        a, log_slope = self.transform.forward(a, self.network(beside(b, condition)).to(x.dtype))
+        a, log_slope = self.transform.forward(
+            a, self.network(concat_condition(b, condition)).to(x.dtype)
+        )
         return torch.cat([a, b], dim=1), log_slope.flatten(1).sum(1)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, b = z.chunk(2, dim=1)
-        a, log_slope = self.transform.inverse(a, self.network(beside(b, condition)).to(z.dtype))
+        a, log_slope = self.transform.inverse(
+            a, self.network(concat_condition(b, condition)).to(z.dtype)
+        )
         return torch.cat([a, b], dim=1), log_slope.flatten(1).sum(1)
 
     @property
-    def recoverable(self) -> bool:
-        return self.transform.recoverable and not batch_normalisations(self.network) and not has_dropout(self.network)
+    def supports_reversible(self) -> bool:
+        return (
+            self.transform.supports_reversible
+            and not batch_norm_layers(self.network)
+            and not has_dropout(self.network)
+        )
 
-    def retrace(self, z: Tensor, condition: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    def invert_and_recompute(
+        self, z: Tensor, condition: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """By one pass of the network, whose input comes out as it went in."""
         a, b = z.detach().chunk(2, dim=1)
         b.requires_grad_()
-        parameters = self.network(beside(b, condition)).to(z.dtype)
+        parameters = self.network(concat_condition(b, condition)).to(z.dtype)
         with torch.no_grad():
             a, _ = self.transform.inverse(a, parameters)
         a.requires_grad_()
@@ -47,7 +57,7 @@ class Coupling(Bijection):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        self.network.initialize(beside(x.chunk(2, dim=1)[1], condition))
+        self.network.initialize(concat_condition(x.chunk(2, dim=1)[1], condition))
         return self(x, condition)[0]
 
 
@@ -59,7 +69,7 @@ class MaskedCoupling(Bijection):
 
     mask: Tensor
 
-    def __init__(self, network: Network, transform: Transform, mask: Tensor):
+    def __init__(self, network: Conditioner, transform: Transform, mask: Tensor):
         super().__init__()
         self.network = network
         self.transform = transform
@@ -67,24 +77,30 @@ class MaskedCoupling(Bijection):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, log_slope = self.transform.forward(x, self._read_off(x, condition))
-        return torch.where(self.mask, x, y), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(1)
+        return torch.where(self.mask, x, y), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(
+            1
+        )
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_slope = self.transform.inverse(z, self._read_off(z, condition))
-        return torch.where(self.mask, z, x), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(1)
+        return torch.where(self.mask, z, x), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(
+            1
+        )
 
     def _read_off(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        return self.network(beside(torch.where(self.mask, x, 0.0), condition)).to(x.dtype)
+        return self.network(concat_condition(torch.where(self.mask, x, 0.0), condition)).to(x.dtype)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        self.network.initialize(beside(torch.where(self.mask, x, 0.0), condition))
+        self.network.initialize(concat_condition(torch.where(self.mask, x, 0.0), condition))
         return self(x, condition)[0]
 
 
 def checkerboard(channels: int, height: int, width: int, odd: bool) -> Tensor:
     """1 where row + column is even, or odd, in every channel."""
-    return ((torch.arange(height)[:, None] + torch.arange(width)) % 2 == int(odd)).expand(channels, -1, -1)
+    return ((torch.arange(height)[:, None] + torch.arange(width)) % 2 == int(odd)).expand(
+        channels, -1, -1
+    )
 
 
 def channelwise(channels: int, height: int, width: int, second: bool) -> Tensor:

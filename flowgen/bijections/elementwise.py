@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection
-from flowgen.utils.errors import FlowgenError, check_whole
+from flowgen.utils.errors import UserError, check_whole
 
 FAR = 80.0  # where float32's exp(-x) comes to its end
 
@@ -21,7 +21,7 @@ class Logit(Bijection):
     def __init__(self, alpha: float = 0.05):
         super().__init__()
         if not 0 < alpha < 0.5:
-            raise FlowgenError(f"alpha must lie between 0 and 0.5, not {alpha!r}")
+            raise UserError(f"alpha must lie between 0 and 0.5, not {alpha!r}")
         self.alpha = alpha
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ class Logit(Bijection):
         return (F.softplus(y) + F.softplus(-y) + math.log(1 - 2 * self.alpha)).flatten(1).sum(1)
 
 
-class Equalize(Bijection):
+class EmpiricalCDF(Bijection):
     """Each channel of x in [0, 1) through the distribution function of its own levels, so that it comes out about uniform.
 
     With p_k the share of level k among n, y = sum of p_i for i < k, plus (n x - k) p_k; log|dy/dx| = log(n p_k). The shares come
@@ -67,14 +67,18 @@ class Equalize(Bijection):
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         level = (x * self.bins).floor().clamp(0, self.bins - 1).long().transpose(0, 1).flatten(1)
-        counts = torch.stack([torch.bincount(channel, minlength=self.bins) for channel in level]).to(self.share)
+        counts = torch.stack(
+            [torch.bincount(channel, minlength=self.bins) for channel in level]
+        ).to(self.share)
         observed = counts / counts.sum(1, keepdim=True)
         self.share.copy_((1 - self.uniform_share) * observed + self.uniform_share / self.bins)
         return self(x)[0]
 
     def _look_up(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """The share of each pixel's level and the shares below it, in the shape of `level`."""
-        channel = torch.arange(len(self.share), device=level.device).view(-1, *[1] * (level.dim() - 2))
+        channel = torch.arange(len(self.share), device=level.device).view(
+            -1, *[1] * (level.dim() - 2)
+        )
         below = self.share.cumsum(1) - self.share
         return self.share[channel, level], below[channel, level]
 
@@ -82,7 +86,7 @@ class Equalize(Bijection):
         return (share * self.bins).log().flatten(1).sum(1)
 
 
-class Gaussianize(Bijection):
+class MarginalGaussianization(Bijection):
     """Equalize and Logit, where that saves at least a bit for each number; else the identity.
 
     Digits are mostly black: their pixels' marginal entropy lies far below the bits that they are stored in, and a flow that starts
@@ -96,7 +100,7 @@ class Gaussianize(Bijection):
 
     def __init__(self, channels: int, bins: int):
         super().__init__()
-        self.equalize, self.logit = Equalize(channels, bins), Logit(1e-3)
+        self.equalize, self.logit = EmpiricalCDF(channels, bins), Logit(1e-3)
         self.register_buffer("active", torch.tensor(False))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -113,7 +117,9 @@ class Gaussianize(Bijection):
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         self.equalize.initialize(x)
         saved = self.equalize(x)[1].mean() / (x[0].numel() * math.log(2))
-        enough = x.transpose(0, 1).flatten(1).shape[1] >= self.numbers_per_bin * self.equalize.bins  # else it would fit the noise
+        enough = (
+            x.transpose(0, 1).flatten(1).shape[1] >= self.numbers_per_bin * self.equalize.bins
+        )  # else it would fit the noise
         self.active.copy_((saved > self.worth) & enough)
         return self(x)[0]
 
@@ -121,7 +127,7 @@ class Gaussianize(Bijection):
 class Standardize(Bijection):
     """z = (x - mean) exp(-log_deviation) for each of the `size` numbers of a vector: learnt, as a Gaussian base, or as data started it."""
 
-    recoverable = True
+    supports_reversible = True
     mean: Tensor
     log_deviation: Tensor
 
@@ -134,16 +140,22 @@ class Standardize(Bijection):
                 self.register_buffer(name, torch.zeros(size))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return (x - self.mean) * (-self.log_deviation).exp(), -self.log_deviation.sum().expand(len(x))
+        return (x - self.mean) * (-self.log_deviation).exp(), -self.log_deviation.sum().expand(
+            len(x)
+        )
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return torch.addcmul(self.mean, z, self.log_deviation.exp()), self.log_deviation.sum().expand(len(z))
+        return torch.addcmul(
+            self.mean, z, self.log_deviation.exp()
+        ), self.log_deviation.sum().expand(len(z))
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         deviation, mean = torch.std_mean(x, dim=0, correction=0)
         self.mean.copy_(mean)
-        self.log_deviation.copy_(deviation.clamp(min=0.1 * deviation.mean() + 1e-6).log())  # one batch says little about a quiet pixel
+        self.log_deviation.copy_(
+            deviation.clamp(min=0.1 * deviation.mean() + 1e-6).log()
+        )  # one batch says little about a quiet pixel
         return self(x)[0]
 
 
@@ -165,7 +177,9 @@ class LogisticToNormal(Bijection):
         edge = self._edge(z)
         near = z.clamp(-edge, edge)
         far = (FAR + (z.square() - edge.square()) / 2) * z.sign()
-        x = torch.where(z.abs() < edge, torch.special.log_ndtr(near) - torch.special.log_ndtr(-near), far)
+        x = torch.where(
+            z.abs() < edge, torch.special.log_ndtr(near) - torch.special.log_ndtr(-near), far
+        )
         return x, -self._log_det(x, z)
 
     @staticmethod

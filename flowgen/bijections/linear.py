@@ -15,7 +15,7 @@ class ChannelAffine(Bijection):
     Subclasses say what M and c are. Everything here stays out of autocast: a log-det in bfloat16 is no log-det.
     """
 
-    recoverable = True
+    supports_reversible = True
 
     @abstractmethod
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,14 +30,16 @@ class ChannelAffine(Bijection):
             matrix, shift, log_det = self.affine()
             return _undo(z, matrix, shift), (-log_det * z[0, 0].numel()).expand(len(z))
 
-    def retrace(self, z: Tensor, condition: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    def invert_and_recompute(
+        self, z: Tensor, condition: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
             matrix, shift, log_det = self.affine()
             x = _undo(z, matrix.detach(), shift.detach()).requires_grad_()
             return (x,), *_forward(x, matrix, shift, log_det)
 
 
-class Folded(ChannelAffine):
+class FusedAffine(ChannelAffine):
     """Channel-affine bijections one after the other, multiplied out beforehand so that the pixels are visited once."""
 
     def __init__(self, *bijections: ChannelAffine):
@@ -48,7 +50,11 @@ class Folded(ChannelAffine):
         matrix, shift, log_det = self.bijections[0].affine()  # type: ignore[operator]
         for bijection in list(self.bijections)[1:]:
             next_matrix, next_shift, change = bijection.affine()  # type: ignore[operator]
-            matrix, shift, log_det = next_matrix @ matrix, next_matrix @ shift + next_shift, log_det + change
+            matrix, shift, log_det = (
+                next_matrix @ matrix,
+                next_matrix @ shift + next_shift,
+                log_det + change,
+            )
         return matrix, shift, log_det
 
     @torch.no_grad()
@@ -58,7 +64,7 @@ class Folded(ChannelAffine):
         return x
 
 
-class Rotation(ChannelAffine):
+class Invertible1x1(ChannelAffine):
     """An invertible 1x1 convolution that starts as a rotation: a random one, or the principal axes of a batch.
 
     `initialize` turns the batch's channels into uncorrelated ones, in random order, which spares the couplings the first hundreds of
@@ -78,13 +84,15 @@ class Rotation(ChannelAffine):
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         pixels = x.transpose(0, 1).flatten(1).double()  # (C, B*H*W)
-        if pixels.shape[1] >= 16 * len(pixels):  # fewer would show variances of zero where there are none
+        if pixels.shape[1] >= 16 * len(
+            pixels
+        ):  # fewer would show variances of zero where there are none
             axes = torch.linalg.eigh(torch.cov(pixels)).eigenvectors.T
             self.rotate(axes[torch.randperm(len(axes), device=axes.device)].to(x.dtype))
         return self(x)[0]
 
 
-class Conv1x1(Rotation):
+class InvertibleConv1x1(Invertible1x1):
     """A 1x1 convolution with a plain matrix W, and log|det W| at the cost of its LU factorisation."""
 
     def __init__(self, channels: int):
@@ -99,7 +107,7 @@ class Conv1x1(Rotation):
         return self.weight, self.shift, torch.linalg.slogdet(self.weight).logabsdet
 
 
-class PLUConv1x1(Rotation):
+class InvertibleConv1x1LU(Invertible1x1):
     """A 1x1 convolution W = P L (U + diag(s)), so that log|det W| = sum log|s| costs nothing.
 
     P is a fixed permutation, L unit lower and U strictly upper triangular; s keeps its signs. Glow (1807.03039), equation 10.
@@ -140,7 +148,9 @@ def _forward(x: Tensor, matrix: Tensor, shift: Tensor, log_det: Tensor) -> tuple
 
 
 def _undo(z: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    inverse = torch.linalg.inv(matrix.double())  # in float64: this error would be multiplied by every later layer
+    inverse = torch.linalg.inv(
+        matrix.double()
+    )  # in float64: this error would be multiplied by every later layer
     return _apply(z, inverse.to(z.dtype), -(inverse @ shift.double()).to(z.dtype))
 
 
@@ -152,4 +162,6 @@ def _apply(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
 
 def _random_rotation(channels: int) -> Tensor:
     rotation, triangular = torch.linalg.qr(torch.randn(channels, channels))
-    return rotation * triangular.diagonal().sign()  # the signs make it uniform over the orthogonal group
+    return (
+        rotation * triangular.diagonal().sign()
+    )  # the signs make it uniform over the orthogonal group

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from flowgen.utils.console import Progress, unseen
-from flowgen.utils.distributed import draw, of_batch, total
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.console import Progress, no_progress
+from flowgen.utils.distributed import all_reduce_sum, batch_rank, draw
+from flowgen.utils.errors import UserError
 
 
-class Network(nn.Module, ABC):
+class Conditioner(nn.Module, ABC):
     """A function of its input that may start from data."""
 
     @abstractmethod
@@ -27,10 +27,10 @@ class Network(nn.Module, ABC):
         return self(x)
 
 
-class Layers(Network):
+class Sequential(Conditioner):
     """Networks one after the other."""
 
-    def __init__(self, *layers: Network):
+    def __init__(self, *layers: Conditioner):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
@@ -46,14 +46,14 @@ class Layers(Network):
         return x
 
 
-class Relu(Network):
+class Relu(Conditioner):
     """max(x, 0), written over its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu_(x)
 
 
-class NormalizedConv2d(Network):
+class NormalizedConv2d(Conditioner):
     """A same-size convolution with ActNorm behind it, the two folded into one.
 
     `initialize` scales each output channel to zero mean and unit variance. That start is all that ActNorm adds here: its scale and
@@ -63,14 +63,22 @@ class NormalizedConv2d(Network):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1):
         super().__init__()
         self.dilation = dilation
-        self.weight = nn.Parameter(0.05 * torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.weight = nn.Parameter(
+            0.05 * torch.randn(out_channels, in_channels, kernel_size, kernel_size)
+        )
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dilation == 1:
             return F.conv2d(x, self.weight, self.bias, padding="same")
         # Channels-last, the CPU's bfloat16 gradient for the weights of a dilated convolution is NaN from 32x32 on (torch 2.13).
-        return F.conv2d(x.contiguous(), self.weight.contiguous(), self.bias, padding="same", dilation=self.dilation)
+        return F.conv2d(
+            x.contiguous(),
+            self.weight.contiguous(),
+            self.bias,
+            padding="same",
+            dilation=self.dilation,
+        )
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
@@ -81,7 +89,7 @@ class NormalizedConv2d(Network):
         return self(x)
 
 
-class ZeroConv2d(Network):
+class ZeroConv2d(Conditioner):
     """The last convolution, (w * x + b) exp(3 log_scale), zero when training starts: the coupling starts as the identity.
 
     Glow (1807.03039), section 3.3 and its code.
@@ -94,11 +102,15 @@ class ZeroConv2d(Network):
         self.log_scale = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = (3 * self.log_scale).exp()  # on the weights rather than the pixels: the same, and free
-        return F.conv2d(x, self.weight * factor[:, None, None, None], self.bias * factor, padding="same")
+        factor = (
+            3 * self.log_scale
+        ).exp()  # on the weights rather than the pixels: the same, and free
+        return F.conv2d(
+            x, self.weight * factor[:, None, None, None], self.bias * factor, padding="same"
+        )
 
 
-class Normalize(Network):
+class ActNormLayer(Conditioner):
     """ActNorm where no convolution stands right before it: y = exp(log_scale) x + shift per channel."""
 
     def __init__(self, width: int):
@@ -117,37 +129,45 @@ class Normalize(Network):
         return self(x)
 
 
-def check_can_be_normalised(x: Tensor) -> None:
+def check_normalizable(x: Tensor) -> None:
     """Raises FlowgenError for a batch of one number a channel, which has no variance."""
-    if of_batch().size * x[:, 0].numel() < 2:
-        raise FlowgenError("batch normalisation needs more than one image at a time: give trainer.batch_size at least 2 a part")
+    if batch_rank().size * x[:, 0].numel() < 2:
+        raise UserError(
+            "batch normalisation needs more than one image at a time: give trainer.batch_size at least 2 a part"
+        )
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
     """Mean and variance of every channel, (C,) each, over the whole batch, and over how many numbers a channel."""
-    numbers, size = x.transpose(0, 1).flatten(1), of_batch().size
+    numbers, size = x.transpose(0, 1).flatten(1), batch_rank().size
     count = size * numbers.shape[1]
     if size == 1:
         variance, mean = torch.var_mean(numbers, dim=1, correction=0)
         return mean, variance, count
-    mean = total(numbers.sum(1)) / count
-    return mean, total((numbers - mean[:, None]).square().sum(1)) / count, count
+    mean = all_reduce_sum(numbers.sum(1)) / count
+    return mean, all_reduce_sum((numbers - mean[:, None]).square().sum(1)) / count, count
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """torch's own, over the whole batch where several processes share one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or of_batch().size == 1:
+        if not self.training or batch_rank().size == 1:
             return super().forward(x)
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert (
+            self.running_mean is not None
+            and self.running_var is not None
+            and self.num_batches_tracked is not None
+        )
         mean, variance, count = batch_moments(x.to(self.weight.dtype))
         weight = self.momentum or 0.0
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean.detach(), weight)
         self.running_var.lerp_(variance.detach() * (count / (count - 1)), weight)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul((self.bias - mean * scale)[:, None, None], x, scale[:, None, None]).to(x.dtype)
+        return torch.addcmul((self.bias - mean * scale)[:, None, None], x, scale[:, None, None]).to(
+            x.dtype
+        )
 
 
 def has_dropout(network: nn.Module) -> bool:
@@ -165,12 +185,14 @@ class Dropout(nn.Dropout):
         return x * stays / (1 - self.p)
 
 
-class ResidualBlock(Network):
+class ResidualBlock(Conditioner):
     """x + conv3x3(relu(conv3x3(x))), the two convolutions normalised."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.branch = Layers(NormalizedConv2d(width, width, 3), Relu(), NormalizedConv2d(width, width, 3))
+        self.branch = Sequential(
+            NormalizedConv2d(width, width, 3), Relu(), NormalizedConv2d(width, width, 3)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
@@ -180,7 +202,7 @@ class ResidualBlock(Network):
         return x + self.branch.initialize(x)
 
 
-class ConvNetwork(Layers):
+class ConvNetwork(Sequential):
     """conv3x3 -> ActNorm -> ReLU -> conv1x1 -> ActNorm -> ReLU -> zero conv3x3. Glow (1807.03039), section 5."""
 
     def __init__(self, in_channels: int, width: int, out_channels: int):
@@ -193,7 +215,7 @@ class ConvNetwork(Layers):
         )
 
 
-class ResNetwork(Layers):
+class ResNetwork(Sequential):
     """conv3x3 -> ActNorm -> ReLU -> residual blocks -> ActNorm -> ReLU -> zero conv3x3.
 
     V. Sydorskyi, bachelor thesis (Kyiv Polytechnic Institute, 2020), section 3.5, there with one block.
@@ -204,13 +226,13 @@ class ResNetwork(Layers):
             NormalizedConv2d(in_channels, width, 3),
             Relu(),
             *(ResidualBlock(width) for _ in range(blocks)),
-            Normalize(width),
+            ActNormLayer(width),
             Relu(),
             ZeroConv2d(width, out_channels, 3),
         )
 
 
-class GatedBlock(Network):
+class GatedBlock(Conditioner):
     """x + conv1x1(tanh(a) sigmoid(b)), where a and b are the halves of a normalised, dilated conv3x3. WaveNet (1609.03499), section 2.3."""
 
     def __init__(self, width: int, dilation: int):
@@ -231,20 +253,20 @@ class GatedBlock(Network):
         return signal.tanh() * gate.sigmoid()
 
 
-class GatedNetwork(Layers):
+class GatedNetwork(Sequential):
     """conv3x3 -> ActNorm -> gated blocks of dilation 1, 2, 4, 1, ... -> ActNorm -> ReLU -> zero conv3x3."""
 
     def __init__(self, in_channels: int, width: int, out_channels: int, blocks: int):
         super().__init__(
             NormalizedConv2d(in_channels, width, 3),
             *(GatedBlock(width, 2 ** (block % 3)) for block in range(blocks)),
-            Normalize(width),
+            ActNormLayer(width),
             Relu(),
             ZeroConv2d(width, out_channels, 3),
         )
 
 
-class DenseNetwork(Network):
+class DenseNetwork(Conditioner):
     """Linear -> ReLU, `layers` times, then a linear layer that starts at zero: (B, C) -> (B, C'). NICE (1410.8516), section 5.1."""
 
     def __init__(self, in_features: int, width: int, out_features: int, layers: int):
@@ -260,7 +282,7 @@ class DenseNetwork(Network):
         return self.layers(x)
 
 
-class RealNVPNetwork(Network):
+class RealNVPNetwork(Conditioner):
     """A convolutional ResNet with weight and batch normalisation, whose log-scales are scale * tanh(.) with a learnt scale.
 
     conv3x3 -> `blocks` times x + conv3x3(relu(bn(conv3x3(relu(bn(x)))))) -> bn -> relu -> conv1x1; the first half of the outputs
@@ -271,19 +293,20 @@ class RealNVPNetwork(Network):
         super().__init__()
         self.first = weight_norm(nn.Conv2d(in_channels, width, 3, padding=1))
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(layer for _ in range(2) for layer in self._normalised(width, width, 3))) for _ in range(blocks)
+            nn.Sequential(*(layer for _ in range(2) for layer in self._normalized(width, width, 3)))
+            for _ in range(blocks)
         )
-        self.last = nn.Sequential(*self._normalised(width, out_channels, 1))
+        self.last = nn.Sequential(*self._normalized(width, out_channels, 1))
         self.scale = nn.Parameter(torch.zeros(out_channels // 2, 1, 1))
 
     @staticmethod
-    def _normalised(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
+    def _normalized(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
         convolution = weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, padding="same"))
         return [BatchNorm2d(in_channels), nn.ReLU(), convolution]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            check_can_be_normalised(x)
+            check_normalizable(x)
         x = self.first(x)
         for block in self.blocks:
             x = x + block(x)
@@ -291,10 +314,12 @@ class RealNVPNetwork(Network):
         return torch.cat((self.scale.to(raw.dtype) * raw.tanh(), shift), dim=1)
 
 
-Past = tuple[Tensor, Tensor]  # keys and values of the tokens read so far, (B, heads, tokens, width / heads) each
+Past = tuple[
+    Tensor, Tensor
+]  # keys and values of the tokens read so far, (B, heads, tokens, width / heads) each
 
 
-class Layer(nn.Module):
+class TransformerBlock(nn.Module):
     """h + attention(norm(h)), then h + MLP(norm(h)), of tokens (B, N, width). Vaswani et al. (1706.03762); Xiong et al. (2002.04745)."""
 
     def __init__(self, width: int, heads: int, dropout: float):
@@ -303,11 +328,19 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.queries_keys_values = nn.Linear(width, 3 * width)
         self.merge = nn.Sequential(nn.Linear(width, width), Dropout(dropout))
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), Dropout(dropout))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Linear(4 * width, width),
+            Dropout(dropout),
+        )
 
     def forward(self, h: Tensor, causal: bool) -> Tensor:
         queries, keys, values = self._read(h)
-        return self._go_on(h, F.scaled_dot_product_attention(queries, keys, values, is_causal=causal))
+        return self._go_on(
+            h, F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
+        )
 
     def step(self, h: Tensor, past: Past | None) -> tuple[Tensor, Past]:
         """What `forward` makes of the next token, h (B, 1, width), after those of `past`, which grows by it."""
@@ -317,7 +350,11 @@ class Layer(nn.Module):
         return self._go_on(h, F.scaled_dot_product_attention(queries, keys, values)), (keys, values)
 
     def _read(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries, keys, values = self.queries_keys_values(self.norm(h)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = (
+            self.queries_keys_values(self.norm(h))
+            .unflatten(2, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         return queries, keys, values
 
     def _go_on(self, h: Tensor, seen: Tensor) -> Tensor:
@@ -331,12 +368,21 @@ class CausalTransformer(nn.Module):
     All of them see a condition of `seen` numbers, the same for all or one for each token. TarFlow (2412.06329), section 3.
     """
 
-    def __init__(self, tokens: int, size: int, width: int, heads: int, layers: int, dropout: float = 0.0, seen: int = 0):
+    def __init__(
+        self,
+        tokens: int,
+        size: int,
+        width: int,
+        heads: int,
+        layers: int,
+        dropout: float = 0.0,
+        seen: int = 0,
+    ):
         super().__init__()
         self.place = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.embed = nn.Linear(size, width)
         self.condition = nn.Linear(seen, width, bias=False) if seen else None
-        self.layers = nn.ModuleList(Layer(width, heads, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -345,8 +391,12 @@ class CausalTransformer(nn.Module):
             h = layer(h, causal=True)
         return self.norm(h)
 
-    def one_by_one(
-        self, choose: Callable[[int, Tensor], Tensor], batch: int, condition: Tensor | None = None, progress: Progress = unseen
+    def sample_sequentially(
+        self,
+        choose: Callable[[int, Tensor], Tensor],
+        batch: int,
+        condition: Tensor | None = None,
+        progress: Progress = no_progress,
     ) -> Tensor:
         """The tokens (batch, N, size) of which each is `choose(i, context)`, (batch, size), by its own context (batch, width).
 
@@ -372,14 +422,23 @@ class CausalTransformer(nn.Module):
         return self.place + self.condition(each.to(self.place.dtype))
 
 
-class Transformer(Network):
+class Transformer(Conditioner):
     """A transformer of the pixels of an image, each of which sees all: (B, C, H, W) -> (B, C', H, W); the last layer starts at zero."""
 
-    def __init__(self, tokens: int, in_channels: int, width: int, out_channels: int, heads: int, layers: int, dropout: float = 0.0):
+    def __init__(
+        self,
+        tokens: int,
+        in_channels: int,
+        width: int,
+        out_channels: int,
+        heads: int,
+        layers: int,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.place = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.embed = nn.Linear(in_channels, width)
-        self.layers = nn.ModuleList(Layer(width, heads, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.last = zero_linear(width, out_channels)
 

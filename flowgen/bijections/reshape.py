@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from flowgen.bijections.base import Bijection, beside
-from flowgen.bijections.networks import Network
+from flowgen.bijections.base import Bijection, concat_condition
+from flowgen.bijections.networks import Conditioner
 
 
 class Squeeze(Bijection):
@@ -18,19 +18,23 @@ class Squeeze(Bijection):
     The output is laid out channels-last, which the convolutions behind it run fastest on. Real NVP (1605.08803), section 3.6.
     """
 
-    recoverable = True
+    supports_reversible = True
 
     def __init__(self, factor: int = 2):
         super().__init__()
         self.factor = factor
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        blocks = x.unflatten(3, (-1, self.factor)).unflatten(2, (-1, self.factor))  # (B, C, H/f, f, W/f, f)
+        blocks = x.unflatten(3, (-1, self.factor)).unflatten(
+            2, (-1, self.factor)
+        )  # (B, C, H/f, f, W/f, f)
         squeezed = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3)
         return squeezed.permute(0, 3, 1, 2), x.new_zeros(len(x))
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        blocks = z.permute(0, 2, 3, 1).unflatten(3, (-1, self.factor, self.factor))  # (B, H/f, W/f, C, f, f)
+        blocks = z.permute(0, 2, 3, 1).unflatten(
+            3, (-1, self.factor, self.factor)
+        )  # (B, H/f, W/f, C, f, f)
         return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3), z.new_zeros(len(z))
 
 
@@ -86,14 +90,14 @@ class FactorOut(Bijection):
     Real NVP (1605.08803), section 3.6; Glow (1807.03039), section 3.
     """
 
-    def __init__(self, inner: Bijection, network: Network | None = None):
+    def __init__(self, inner: Bijection, network: Conditioner | None = None):
         super().__init__()
         self.inner = inner
         self.network = network
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         stays, leaves = x.chunk(2, dim=1)
-        leaves, change = self._standardise(leaves, stays, condition)
+        leaves, change = self._standardize(leaves, stays, condition)
         z, log_det = self.inner(stays, condition)
         return torch.cat([z, leaves.flatten(1)], dim=1), log_det + change
 
@@ -102,20 +106,24 @@ class FactorOut(Bijection):
         stays, log_det = self.inner.inverse(inner_z, condition)
         leaves = leaves.view(stays.shape)
         if self.network is not None:
-            mean, log_deviation = self._gaussian(self.network, beside(stays, condition))
+            mean, log_deviation = self._gaussian(self.network, concat_condition(stays, condition))
             leaves = torch.addcmul(mean, leaves, log_deviation.exp())
             log_det = log_det + log_deviation.flatten(1).sum(1)
         return torch.cat([stays, leaves], dim=1), log_det
 
-    def _standardise(self, leaves: Tensor, stays: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _standardize(
+        self, leaves: Tensor, stays: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if self.network is None:
             return leaves, leaves.new_zeros(len(leaves))
-        mean, log_deviation = self._gaussian(self.network, beside(stays, condition))
+        mean, log_deviation = self._gaussian(self.network, concat_condition(stays, condition))
         return (leaves - mean) * (-log_deviation).exp(), -log_deviation.flatten(1).sum(1)
 
     @staticmethod
-    def _gaussian(network: Network, seen: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(seen.device.type, enabled=False):  # a prior is part of the likelihood: no bfloat16
+    def _gaussian(network: Conditioner, seen: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(
+            seen.device.type, enabled=False
+        ):  # a prior is part of the likelihood: no bfloat16
             mean, log_deviation = network(seen).chunk(2, dim=1)
         return mean, log_deviation
 
@@ -123,6 +131,6 @@ class FactorOut(Bijection):
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         stays, leaves = x.chunk(2, dim=1)
         if self.network is not None:
-            self.network.initialize(beside(stays, condition))
-        leaves, _ = self._standardise(leaves, stays, condition)
+            self.network.initialize(concat_condition(stays, condition))
+        leaves, _ = self._standardize(leaves, stays, condition)
         return torch.cat([self.inner.initialize(stays, condition), leaves.flatten(1)], dim=1)

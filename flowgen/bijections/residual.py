@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.root_finding import root
+from flowgen.bijections.root_finding import find_root
 
 LEAST = 0.05  # slope along the direction of a hidden unit: float32 has to find the way back
 
 
-class Residual(Bijection):
+class PlanarSylvesterBase(Bijection):
     """z = x + A tanh(B x + b) of vectors (batch, D), A (D, M), B (M, D), where B A is upper triangular with a diagonal above -1.
 
     log|det| = sum_i log(1 + (B A)_ii tanh'(B x + b)_i), by Sylvester's identity det(I + A H B) = det(I + H B A). Back goes a = B x + b,
@@ -41,7 +41,7 @@ class Residual(Bijection):
             return z - F.linear(hidden, a), -_log_det(hidden, product)
 
 
-class Planar(Residual):
+class Planar(PlanarSylvesterBase):
     """z = x + u tanh(w.x + b), with u moved along w until u.w > -1. Rezende and Mohamed (1505.05770), section 4.1 and appendix A.1."""
 
     def __init__(self, size: int):
@@ -54,12 +54,14 @@ class Planar(Residual):
         w = self.direction
         product = w @ self.push
         least = LEAST - 1
-        bounded = least + F.softplus(product + math.log(math.expm1(-least)))  # zero where the product is
+        bounded = least + F.softplus(
+            product + math.log(math.expm1(-least))
+        )  # zero where the product is
         u = self.push + (bounded - product) * w / w.square().sum()
         return u[:, None], w[None], self.bias, bounded.view(1, 1)
 
 
-class Sylvester(Residual):
+class Sylvester(PlanarSylvesterBase):
     """z = x + Q R tanh(R' Q^T x + b), Q (D, M) with orthonormal columns, R and R' upper triangular, R_ii R'_ii > -1.
 
     Q is that of a QR factorisation, the diagonals are bounded by tanh. van den Berg et al. (1803.05649), section 4.1.
@@ -94,4 +96,4 @@ def _before(target: Tensor, product: Tensor) -> Tensor:
         return a + product * hidden, torch.log1p(product * (1 - hidden.square()))
 
     reach = product.abs()
-    return root(function, target, target - reach, target + reach)
+    return find_root(function, target, target - reach, target + reach)

@@ -14,22 +14,24 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.batchnorm import batch_normalisations
+from flowgen.bijections.batchnorm import batch_norm_layers
 from flowgen.bijections.networks import has_dropout
-from flowgen.utils.distributed import Share, of_batch, split
+from flowgen.utils.distributed import Rank, batch_rank, split
 
 Forward = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 MEMORY = ("keep", "checkpoint", "invert")
-LONGEST = 128  # bijections that are recovered from one output, since rounding errors grow on the way
+LONGEST = (
+    128  # bijections that are recovered from one output, since rounding errors grow on the way
+)
 
 
-def recomputed(bijection: Bijection) -> Forward:
+def checkpointed(bijection: Bijection) -> Forward:
     """`bijection`, computed again in the backward pass."""
 
     def step(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        share = of_batch()
+        share = batch_rank()
         how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout(bijection)}
-        if share.size > 1 or batch_normalisations(bijection):  # which no compiler takes
+        if share.size > 1 or batch_norm_layers(bijection):  # which no compiler takes
             how["context_fn"] = lambda: (nullcontext(), _again(bijection, share))
         return checkpoint(bijection, x, condition, **how)
 
@@ -37,9 +39,13 @@ def recomputed(bijection: Bijection) -> Forward:
 
 
 @contextmanager
-def _again(bijection: Bijection, share: Share) -> Iterator[None]:
+def _again(bijection: Bijection, share: Rank) -> Iterator[None]:
     """Meanwhile batches, this share of whole ones, have been seen already: no statistics remember them."""
-    kept = [(buffer, buffer.clone()) for layer in batch_normalisations(bijection) for buffer in layer.buffers()]
+    kept = [
+        (buffer, buffer.clone())
+        for layer in batch_norm_layers(bijection)
+        for buffer in layer.buffers()
+    ]
     try:
         with split(share):
             yield
@@ -48,7 +54,7 @@ def _again(bijection: Bijection, share: Share) -> Iterator[None]:
             buffer.data.copy_(before)  # which the backward pass does not notice
 
 
-def recovered(bijections: Sequence[Bijection], errors: list[Tensor]) -> Iterator[Forward]:
+def reversible(bijections: Sequence[Bijection], errors: list[Tensor]) -> Iterator[Forward]:
     """`bijections` one after the other, whose inputs are recovered in the backward pass; `errors` holds how far off the first ever was.
 
     That is the largest difference over the largest number. The condition is not differentiated.
@@ -57,7 +63,9 @@ def recovered(bijections: Sequence[Bijection], errors: list[Tensor]) -> Iterator
         piece = bijections[start : start + LONGEST]
         parameters = [parameter for bijection in piece for parameter in bijection.parameters()]
 
-        def step(x: Tensor, condition: Tensor | None, piece: Any = piece, parameters: Any = parameters) -> tuple[Tensor, Tensor]:
+        def step(
+            x: Tensor, condition: Tensor | None, piece: Any = piece, parameters: Any = parameters
+        ) -> tuple[Tensor, Tensor]:
             return _Recovered.apply(piece, errors, x, condition, *parameters)
 
         yield step
@@ -68,10 +76,18 @@ class _Recovered(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, bijections: Sequence[Bijection], errors: list[Tensor], x: Tensor, condition: Tensor | None, *parameters: Tensor
+        ctx: Any,
+        bijections: Sequence[Bijection],
+        errors: list[Tensor],
+        x: Tensor,
+        condition: Tensor | None,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.bijections, ctx.errors = bijections, errors
-        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        ctx.autocast = (
+            torch.is_autocast_enabled(x.device.type),
+            torch.get_autocast_dtype(x.device.type),
+        )
         z, log_det = x, x.new_zeros(len(x))
         for bijection in bijections:
             z, change = bijection(z, condition)
@@ -89,7 +105,7 @@ class _Recovered(torch.autograd.Function):
         enabled, dtype = ctx.autocast
         for bijection in reversed(ctx.bijections):
             with torch.enable_grad(), torch.autocast(z.device.type, dtype, enabled=enabled):
-                leaves, *outputs = bijection.retrace(z, condition)
+                leaves, *outputs = bijection.invert_and_recompute(z, condition)
             moved = 2 if outputs[1].requires_grad else 1  # a log-det may be of nothing
             wanted, given = [*leaves, *bijection.parameters()], (of_z, of_log_det)
             found = torch.autograd.grad(outputs[:moved], wanted, given[:moved], allow_unused=True)

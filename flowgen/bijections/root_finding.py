@@ -5,11 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Increasing = Callable[[Tensor], tuple[Tensor, Tensor]]  # its value, number by number, and the log of its slope
+Increasing = Callable[
+    [Tensor], tuple[Tensor, Tensor]
+]  # its value, number by number, and the log of its slope
 MOST = 64  # steps: as many halve the range down to rounding
 
 
-def root(function: Increasing, target: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def find_root(function: Increasing, target: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The x from `low` to `high` where `function` is `target`, with the gradients of both."""
     with torch.no_grad():
         x = _search(function, target, low, high)
@@ -26,7 +28,9 @@ def _search(function: Increasing, target: Tensor, low: Tensor, high: Tensor) -> 
         low, high = torch.where(value > target, low, x), torch.where(value > target, x, high)
         error = target - value
         step = error * (-log_slope).exp()
-        there = (step.abs() <= rounding * x.abs().clamp(min=1)) | (error.abs() <= rounding * target.abs().clamp(min=1))
+        there = (step.abs() <= rounding * x.abs().clamp(min=1)) | (
+            error.abs() <= rounding * target.abs().clamp(min=1)
+        )
         if there.all():
             break
         fast = (x + step > low) & (x + step < high) & (step.abs() <= last / 2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.bijections.root_finding import root
+from flowgen.bijections.root_finding import find_root
 
 
 class Transform(ABC):
@@ -20,7 +20,9 @@ class Transform(ABC):
     """
 
     count: int  # parameters of each number
-    recoverable = False  # whether its inverse is cheap, and close enough to differentiate at
+    supports_reversible = (
+        False  # whether its inverse is cheap, and close enough to differentiate at
+    )
 
     @abstractmethod
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,14 +57,19 @@ def _plain(raw: Tensor) -> Tensor:
     return raw
 
 
-LOG_SCALES: dict[str, Callable[[Tensor], Tensor]] = {"bounded": bounded, "sigmoid": _sigmoid, "tanh": _tanh, "plain": _plain}
+LOG_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "bounded": bounded,
+    "sigmoid": _sigmoid,
+    "tanh": _tanh,
+    "plain": _plain,
+}
 
 
 class Additive(Transform):
     """y = x + t. NICE (1410.8516), section 3.2."""
 
     count = 1
-    recoverable = True
+    supports_reversible = True
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         return x + parameters, torch.zeros_like(x)
@@ -71,11 +78,11 @@ class Additive(Transform):
         return y - parameters, torch.zeros_like(y)
 
 
-class Multiplicative(Transform):
+class Scale(Transform):
     """y = exp(l) x. NICE (1410.8516), section 3.2."""
 
     count = 1
-    recoverable = True
+    supports_reversible = True
 
     def __init__(self, scale: str = "bounded"):
         self.log_scale = LOG_SCALES[scale]
@@ -93,7 +100,7 @@ class Affine(Transform):
     """y = exp(l) x + t; `scale` names the function that turns a raw parameter into l. Real NVP (1605.08803), equation 4."""
 
     count = 2
-    recoverable = True
+    supports_reversible = True
 
     def __init__(self, scale: str = "bounded"):
         self.log_scale = LOG_SCALES[scale]
@@ -130,18 +137,26 @@ class MixtureOfLogistics(Transform):
         target = (y - shift) * (-log_scale).exp()
         _, means, log_deviations = mixture
         ends = means + log_deviations.exp() * target
-        x = root(lambda x: self._log_odds(x, *mixture), target, ends.amin(0), ends.amax(0))
+        x = find_root(lambda x: self._log_odds(x, *mixture), target, ends.amin(0), ends.amax(0))
         return x, -(self._log_odds(x, *mixture)[1] + log_scale)
 
     def _read(self, parameters: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         raw, shift, *rest = self.split(parameters).split((1, 1, *[self.components] * 3))
         logits, means, log_deviations = rest
-        spread = torch.linspace(-1, 1, self.components, device=means.device, dtype=means.dtype)  # else all would stay alike
+        spread = torch.linspace(
+            -1, 1, self.components, device=means.device, dtype=means.dtype
+        )  # else all would stay alike
         means = means + spread.view(-1, *[1] * (means.dim() - 1))
-        return self.log_scale(raw[0]), shift[0], (logits.log_softmax(0), means, bounded(log_deviations))
+        return (
+            self.log_scale(raw[0]),
+            shift[0],
+            (logits.log_softmax(0), means, bounded(log_deviations)),
+        )
 
     @staticmethod
-    def _log_odds(x: Tensor, log_share: Tensor, means: Tensor, log_deviations: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_odds(
+        x: Tensor, log_share: Tensor, means: Tensor, log_deviations: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The mixture's log-odds at x, and the log of their slope."""
         place = (x - means) * (-log_deviations).exp()
         below, above = F.logsigmoid(place), F.logsigmoid(-place)
@@ -170,7 +185,9 @@ class Spline(Transform):
         slope = height / width
         below = slope + (low + high - 2 * slope) * share * (1 - share)
         y = bottom + height * (slope * share.square() + low * share * (1 - share)) / below
-        return torch.where(inside, y, x), torch.where(inside, self._log_slope(share, slope, low, high, below), 0.0)
+        return torch.where(inside, y, x), torch.where(
+            inside, self._log_slope(share, slope, low, high, below), 0.0
+        )
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         knots, values, slopes = self._knots(parameters)
@@ -180,19 +197,25 @@ class Spline(Transform):
         bend = low + high - 2 * slope
         a = height * (slope - low) + rise * bend
         b = height * low - rise * bend
-        share = (2 * slope * rise / (b + (b.square() + 4 * a * slope * rise).clamp(min=0).sqrt())).clamp(0, 1)
+        share = (
+            2 * slope * rise / (b + (b.square() + 4 * a * slope * rise).clamp(min=0).sqrt())
+        ).clamp(0, 1)
         x = left + share * width
         log_slope = self._log_slope(share, slope, low, high, slope + bend * share * (1 - share))
         return torch.where(inside, x, y), torch.where(inside, -log_slope, 0.0)
 
     @staticmethod
-    def _log_slope(share: Tensor, slope: Tensor, low: Tensor, high: Tensor, below: Tensor) -> Tensor:
+    def _log_slope(
+        share: Tensor, slope: Tensor, low: Tensor, high: Tensor, below: Tensor
+    ) -> Tensor:
         above = high * share.square() + 2 * slope * share * (1 - share) + low * (1 - share).square()
         return 2 * slope.log() + above.log() - 2 * below.log()
 
     def _knots(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Places, values and slopes at the bins' edges, (bins + 1, batch, C, ...) each."""
-        widths, heights, slopes = self.split(parameters).split((self.bins, self.bins, self.bins - 1))
+        widths, heights, slopes = self.split(parameters).split(
+            (self.bins, self.bins, self.bins - 1)
+        )
         slopes = self.smallest + F.softplus(slopes + math.log(math.expm1(1 - self.smallest)))
         one = torch.ones_like(slopes[:1])
         return self._edges(widths), self._edges(heights), torch.cat((one, slopes, one))
@@ -203,7 +226,9 @@ class Spline(Transform):
         end = torch.full_like(inner[:1], self.bound)
         return torch.cat((-end, inner, end))
 
-    def _bin(self, x: Tensor, edges: Tensor, knots: Tensor, values: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
+    def _bin(
+        self, x: Tensor, edges: Tensor, knots: Tensor, values: Tensor, slopes: Tensor
+    ) -> tuple[Tensor, ...]:
         """Of the bin that x is in: left edge, width, bottom, height, and the slopes at its ends."""
         place = (x >= edges[1:-1]).sum(0, keepdim=True)
 
@@ -214,7 +239,7 @@ class Spline(Transform):
         return left, at(knots, 1) - left, bottom, at(values, 1) - bottom, at(slopes), at(slopes, 1)
 
 
-class Guided(Transform):
+class GuidedAffine(Transform):
     """The affine maps of two Gaussians N(mean, deviation^2) as that of one, proportional to N_c^(1 + w) / N_u^w.
 
     The first half of the batch has the parameters given a class, c, the second half those without, u; both halves are mapped alike. With
@@ -234,14 +259,18 @@ class Guided(Transform):
 
     def _guide(self, parameters: Tensor) -> Tensor:
         raw, shift = parameters.chunk(2, dim=1)
-        log_scale = self.affine.log_scale(raw)  # of y = exp(l) x + t; the Gaussian of x has deviation exp(-l) and mean -t exp(-l)
+        log_scale = self.affine.log_scale(
+            raw
+        )  # of y = exp(l) x + t; the Gaussian of x has deviation exp(-l) and mean -t exp(-l)
         of_class, of_none = log_scale.chunk(2)
         mean, mean_of_none = (-shift * (-log_scale).exp()).chunk(2)
         weight, share = self.weight, (2 * (of_none - of_class)).exp().clamp(max=1)
         precision = 1 + weight - weight * share
         mean = ((1 + weight) * mean - weight * share * mean_of_none) / precision
         log_scale = of_class + precision.log() / 2
-        return torch.cat((log_scale, -mean * log_scale.exp()), 1).repeat(2, *[1] * (parameters.dim() - 1))
+        return torch.cat((log_scale, -mean * log_scale.exp()), 1).repeat(
+            2, *[1] * (parameters.dim() - 1)
+        )
 
 
 class HasTransform(Protocol):
@@ -255,16 +284,18 @@ def guided(holders: Sequence[HasTransform], weight: float) -> Iterator[None]:
     try:
         for holder, transform in zip(holders, before, strict=True):
             assert isinstance(transform, Affine)
-            holder.transform = Guided(transform, weight)
+            holder.transform = GuidedAffine(transform, weight)
         yield
     finally:
         for holder, transform in zip(holders, before, strict=True):
             holder.transform = transform
 
 
-TRANSFORMS: dict[str, Callable[[str], Transform]] = {  # by the name that a configuration gives them, with that of the scale
+TRANSFORMS: dict[
+    str, Callable[[str], Transform]
+] = {  # by the name that a configuration gives them, with that of the scale
     "additive": lambda scale: Additive(),
-    "multiplicative": Multiplicative,
+    "multiplicative": Scale,
     "affine": Affine,
     "spline": lambda scale: Spline(),
     "mixture": lambda scale: MixtureOfLogistics(scale=scale),

@@ -12,20 +12,29 @@ from torch import Tensor
 from flowgen.config.instantiate import build_data
 from flowgen.config.loading import find_model
 from flowgen.data.attributes import read_table
-from flowgen.data.dataset import part
-from flowgen.data.preprocess import Stream, read_levels
-from flowgen.evaluation.latent_directions import BATCH, Directions, Moments, class_directions, directions_from, moments, move_along, one_hot
-from flowgen.models.base import Classifies, GenerativeModel
-from flowgen.training.run_dir import Run, kept
+from flowgen.data.dataset import hashed_subset
+from flowgen.data.preprocess import ImageStream, read_images
+from flowgen.evaluation.latent_directions import (
+    BATCH,
+    Directions,
+    Moments,
+    class_directions,
+    directions_from,
+    moments,
+    move_along,
+    one_hot,
+)
+from flowgen.models.base import ClassConditional, GenerativeModel
+from flowgen.training.run_dir import Run, cached_artifact
 from flowgen.utils import rendering
-from flowgen.utils.console import Progress, bar
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.console import Progress, progress_bar
+from flowgen.utils.errors import UserError
 
 COUNT = 10_000  # images at most that they are found from
 log = logging.getLogger("flowgen")
 
 
-def directions_of(
+def load_directions(
     run: Run,
     checkpoint: dict[str, Any],
     model: GenerativeModel,
@@ -34,28 +43,48 @@ def directions_of(
     table: Path | None = None,
     count: int = COUNT,
     method: str = "ridge",
-    progress: Progress = bar,
+    progress: Progress = progress_bar,
 ) -> Directions:
     """Of the attributes in `table`, a CSV file, else of what the training images are known to have: CelebA's attributes, or classes.
 
     A model that knows classes itself needs no images for them, unless it is something else that is `wanted`. Raises FlowgenError where no
     attribute is known.
     """
-    if isinstance(model, Classifies) and model.classes is not None and table is None and set(wanted) <= set(map(str, range(model.classes))):
+    if (
+        isinstance(model, ClassConditional)
+        and model.classes is not None
+        and table is None
+        and set(wanted) <= set(map(str, range(model.classes)))
+    ):
         return class_directions(model)
     config = checkpoint["config"]
-    of_images = hashlib.sha256(table.read_bytes()).hexdigest() if table and table.is_file() else sorted(config["data"].items(), key=str)
+    of_images = (
+        hashlib.sha256(table.read_bytes()).hexdigest()
+        if table and table.is_file()
+        else sorted(config["data"].items(), key=str)
+    )
 
     def find() -> dict[str, Any]:
-        names, classes, images, total = _from_table(model, config, table, count) if table else _from_training(config, count)
+        names, classes, images, total = (
+            _from_table(model, config, table, count) if table else _from_training(config, count)
+        )
         found = moments(model, progress(images, "latents", -(-total // BATCH)))
-        log.info("directions of %d %s from %d images", len(names), "classes" if classes else "attributes", total)
+        log.info(
+            "directions of %d %s from %d images",
+            len(names),
+            "classes" if classes else "attributes",
+            total,
+        )
         return {"names": list(names), "classes": classes, **found._asdict()}
 
-    found = kept(run, checkpoint, "directions", (of_images, table and str(table.resolve()), count), find)
+    found = cached_artifact(
+        run, checkpoint, "directions", (of_images, table and str(table.resolve()), count), find
+    )
     of_latents = Moments(*(found[name] for name in Moments._fields))
     directions = directions_from(of_latents, tuple(found["names"]), found["classes"], method)
-    return Directions(directions.names, directions.changes.to(model.device, model.dtype), directions.classes)
+    return Directions(
+        directions.names, directions.changes.to(model.device, model.dtype), directions.classes
+    )
 
 
 Labelled = tuple[tuple[str, ...], bool, Iterator[tuple[Tensor, Tensor]], int]
@@ -67,22 +96,41 @@ def _from_training(config: dict[str, Any], count: int) -> Labelled:
     if train.attributes is not None:
         names, classes, attributes = data.attributes, False, train.attributes
     elif train.labels is not None and data.classes is not None:
-        names, classes, attributes = tuple(map(str, range(data.classes))), True, one_hot(train.labels, data.classes)
+        names, classes, attributes = (
+            tuple(map(str, range(data.classes))),
+            True,
+            one_hot(train.labels, data.classes),
+        )
     else:
-        raise FlowgenError(
+        raise UserError(
             "nothing is known of this run's images: put CelebA's list beside them, sort them into folders, or name a table with --labels"
         )
-    chosen = attributes[part(len(train), count)]
-    return names, classes, zip(data.batches("train", BATCH, count), chosen.split(BATCH), strict=True), len(chosen)
+    chosen = attributes[hashed_subset(len(train), count)]
+    return (
+        names,
+        classes,
+        zip(data.batches("train", BATCH, count), chosen.split(BATCH), strict=True),
+        len(chosen),
+    )
 
 
 def _from_table(model: GenerativeModel, config: dict[str, Any], path: Path, count: int) -> Labelled:
     table = read_table(path)
-    chosen = part(len(table.files), count)
+    chosen = hashed_subset(len(table.files), count)
     how = {key: config["data"].get(key) for key in ("crop", "binarise")}
-    channels, size, _ = model.shape
-    stream = Stream([table.files[place] for place in chosen.tolist()], size=size, channels=channels, bits=model.bits, **how)
-    pairs = zip((levels for _, levels in stream.batches(BATCH)), table.values[chosen].split(BATCH), strict=True)
+    channels, size, _ = model.image_shape
+    stream = ImageStream(
+        [table.files[place] for place in chosen.tolist()],
+        size=size,
+        channels=channels,
+        bits=model.bits,
+        **how,
+    )
+    pairs = zip(
+        (images for _, images in stream.batches(BATCH)),
+        table.values[chosen].split(BATCH),
+        strict=True,
+    )
     return table.names, False, pairs, len(chosen)
 
 
@@ -108,28 +156,45 @@ def edit(
     in .gif becomes a film there and back. Raises FlowgenError.
     """
     if len(set(attributes)) < len(attributes):
-        raise FlowgenError("an attribute is named twice: name each once, with its --by")
+        raise UserError("an attribute is named twice: name each once, with its --by")
     if len(amounts) not in (0, 1, len(attributes)):
-        raise FlowgenError(f"{len(amounts)} times --by does not fit {len(attributes)} times --attribute: give one for each, or one for all")
+        raise UserError(
+            f"{len(amounts)} times --by does not fit {len(attributes)} times --attribute: give one for each, or one for all"
+        )
     run, checkpoint, model = find_model(name, device, GenerativeModel)
-    model.watch(bar)
-    channels, size, _ = model.shape
+    model.set_progress(progress_bar)
+    channels, size, _ = model.image_shape
     crop = checkpoint["config"]["data"].get("crop")
-    levels = torch.cat([read_levels(path, size, channels, crop, model.bits) for path in paths])
-    found = directions_of(run, checkpoint, model, wanted=attributes, table=table, count=count, method=method)
-    per = dict(zip(attributes, list(amounts) * (len(attributes) if len(amounts) == 1 else 1) or [1.0] * len(attributes), strict=True))
+    images = torch.cat([read_images(path, size, channels, crop, model.bits) for path in paths])
+    found = load_directions(
+        run, checkpoint, model, wanted=attributes, table=table, count=count, method=method
+    )
+    per = dict(
+        zip(
+            attributes,
+            list(amounts) * (len(attributes) if len(amounts) == 1 else 1)
+            or [1.0] * len(attributes),
+            strict=True,
+        )
+    )
     target = out or run.folder / "edit.png"
     film = target.suffix.lower() == ".gif"
     start, end = (0.0, 1.0) if amounts else (-FARTHEST, FARTHEST)
     shares = torch.linspace(start, end, FRAMES if film else 2 if amounts else STEPS)
-    rows = move_along(model, found, levels, per, shares)
-    if (rows[shares.abs().argmin()] != levels).float().mean() > ALIKE:  # at share 0
-        log.warning("this model does not restore the images from their latents: what changes is not the attributes alone")
+    rows = move_along(model, found, images, per, shares)
+    if (rows[shares.abs().argmin()] != images).float().mean() > ALIKE:  # at share 0
+        log.warning(
+            "this model does not restore the images from their latents: what changes is not the attributes alone"
+        )
     if film:
         frames = list(rows)
         rendering.film([*frames, *frames[-2:0:-1]], model.bits, len(paths), target)
     else:
-        said = ", ".join(f"{attribute} by {by:g}" if amounts else attribute for attribute, by in per.items())
+        said = ", ".join(
+            f"{attribute} by {by:g}" if amounts else attribute for attribute, by in per.items()
+        )
         title = f"the image, and {said}" if amounts else f"{said}: from {start:g} to {end:g}"
-        rendering.blocks([(title, rows.transpose(0, 1).flatten(0, 1))], model.bits, columns=len(shares)).save(target)
+        rendering.blocks(
+            [(title, rows.transpose(0, 1).flatten(0, 1))], model.bits, columns=len(shares)
+        ).save(target)
     return target

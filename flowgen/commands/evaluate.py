@@ -6,55 +6,69 @@ from typing import Any, NamedTuple
 
 from flowgen.config.compose import override
 from flowgen.config.instantiate import build, build_data, check_fits_data
-from flowgen.config.loading import model_of
+from flowgen.config.loading import load_from_checkpoint
 from flowgen.config.runs import find_checkpoint
-from flowgen.models.base import Evaluation
-from flowgen.training.sanity_checks import doubt_likelihood, doubt_split
-from flowgen.utils.console import bar
-from flowgen.utils.errors import FlowgenError
-from flowgen.utils.metrics import Judgement, finite
+from flowgen.models.base import EvalConfig
+from flowgen.training.sanity_checks import warn_implausible_likelihood, warn_test_leakage
+from flowgen.utils.console import progress_bar
+from flowgen.utils.errors import UserError
+from flowgen.utils.metrics import Metrics, finite
 
 BATCH = 64
 OF_LOG_Z = ("log_z", "log_z_error", "quotable", "verdict")
 log = logging.getLogger("flowgen")
 
 
-class Evaluated(NamedTuple):
+class EvalReport(NamedTuple):
     """What `flowgen evaluate` finds, and of what."""
 
     of: dict[str, Any]
-    judgement: Judgement
+    judgement: Metrics
 
     def row(self) -> dict[str, Any]:
         """As `--json` prints it."""
         return self.of | finite(self.judgement.row())
 
 
-def evaluate(*, name: str | None, overrides: list[str], device: str) -> Evaluated:
+def evaluate(*, name: str | None, overrides: list[str], device: str) -> EvalReport:
     """Measure a model on the whole test split. Raises FlowgenError."""
     run, checkpoint = find_checkpoint(name)
     trained = checkpoint["config"]
-    config = override(trained, [f"evaluation.{word}" if word.partition("=")[0] in trained["evaluation"] else word for word in overrides])
+    config = override(
+        trained,
+        [
+            f"evaluation.{word}" if word.partition("=")[0] in trained["evaluation"] else word
+            for word in overrides
+        ],
+    )
     how = build("evaluation", config["evaluation"])
-    if not isinstance(how, Evaluation):
-        raise FlowgenError("evaluation._target_ is not flowgen.models.Evaluation: leave it as it is")
+    if not isinstance(how, EvalConfig):
+        raise UserError("evaluation._target_ is not flowgen.models.Evaluation: leave it as it is")
     data = build_data(config)
-    model = model_of(checkpoint | {"config": config}, device)
+    model = load_from_checkpoint(checkpoint | {"config": config}, device)
     check_fits_data(model, data)
-    doubt_split(data)
+    warn_test_leakage(data)
     data.to(model.device)
-    model.watch(bar)
-    batches = bar(data.batches("test", BATCH), "images", -(-len(data.test) // BATCH))
-    judgement = model.evaluate(batches, data.batches("train", BATCH, len(data.test)), how).on("test")
+    model.set_progress(progress_bar)
+    batches = progress_bar(data.batches("test", BATCH), "images", -(-len(data.test) // BATCH))
+    judgement = model.evaluate(batches, data.batches("train", BATCH, len(data.test)), how).on(
+        "test"
+    )
     name = model.metric.name
     if not math.isfinite(judgement[name].value):
-        log.warning("%s is not finite: for some of these images the model gives no likelihood that float32 holds", name)
-    doubt_likelihood(judgement[name], data, data.batches("test", BATCH))
-    binarise = {"binarise": config["data"]["binarise"]} if data.bits == 1 else {}
-    found = Evaluated({"run": str(run.folder), "step": checkpoint["step"], "split": "test", **binarise}, judgement)
+        log.warning(
+            "%s is not finite: for some of these images the model gives no likelihood that float32 holds",
+            name,
+        )
+    warn_implausible_likelihood(judgement[name], data, data.batches("test", BATCH))
+    binarization = {"binarise": config["data"]["binarise"]} if data.bits == 1 else {}
+    found = EvalReport(
+        {"run": str(run.folder), "step": checkpoint["step"], "split": "test", **binarization},
+        judgement,
+    )
     own = all(config[section] == trained[section] for section in ("model", "data"))
     if kept := merged(checkpoint["figures"], found.row(), own):
-        run.keep_evaluation(checkpoint, kept)
+        run.save_evaluation(checkpoint, kept)
     return found
 
 

@@ -6,44 +6,62 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowgen.config.loading import model_of
+from flowgen.config.loading import load_from_checkpoint
 from flowgen.config.runs import find_checkpoint
-from flowgen.data.preprocess import read_levels
+from flowgen.data.preprocess import read_images
 from flowgen.evaluation.interpolation import great_circle, line, walk
 from flowgen.models.base import GenerativeModel
 from flowgen.utils import rendering
-from flowgen.utils.console import bar
-from flowgen.utils.memory import check_fits
+from flowgen.utils.console import progress_bar
+from flowgen.utils.memory import check_memory
 
 log = logging.getLogger("flowgen")
 
 
-def interpolate(*, first: Path, second: Path, name: str | None, steps: int, spherical: bool, device: str, out: Path | None) -> Path:
+def interpolate(
+    *,
+    first: Path,
+    second: Path,
+    name: str | None,
+    steps: int,
+    spherical: bool,
+    device: str,
+    out: Path | None,
+) -> Path:
     """Save the way from one image to the other, through the latents above and through the pixels below. Raises FlowgenError.
 
     Both are cropped, resized and quantised like the data of the run. A path that ends in .gif becomes a film there and back.
     """
     run, checkpoint = find_checkpoint(name)
-    model, crop = model_of(checkpoint, device), checkpoint["config"]["data"].get("crop")
-    channels, size, _ = model.shape
-    start, end = (read_levels(path, size, channels, crop, model.bits) for path in (first, second))
+    model, crop = load_from_checkpoint(checkpoint, device), checkpoint["config"]["data"].get("crop")
+    channels, size, _ = model.image_shape
+    start, end = (read_images(path, size, channels, crop, model.bits) for path in (first, second))
     side = max(rendering.SMALLEST_SIDE, size)
-    check_fits("--steps", steps, 8 * side**2)
-    model.watch(bar)
-    latent, pixels = between(model, start, end, steps, spherical)
+    check_memory("--steps", steps, 8 * side**2)
+    model.set_progress(progress_bar)
+    latent, pixels = interpolate_images(model, start, end, steps, spherical)
     if not torch.equal(latent[[0, -1]], torch.cat((start, end))):
-        log.warning("the ends of the latent row differ from the images, which this model does not restore exactly from their latents")
+        log.warning(
+            "the ends of the latent row differ from the images, which this model does not restore exactly from their latents"
+        )
     target = out or run.folder / "interpolation.png"
     if target.suffix.lower() == ".gif":
         frames = [torch.stack(pair) for pair in zip(latent, pixels, strict=True)]
         rendering.film([*frames, *frames[-2:0:-1]], model.bits, 2, target)
     else:
-        rows = [(f"{'great circle' if spherical else 'line'} in the latents", latent), ("line in the pixels", pixels)]
+        rows = [
+            (f"{'great circle' if spherical else 'line'} in the latents", latent),
+            ("line in the pixels", pixels),
+        ]
         rendering.blocks(rows, model.bits, columns=steps).save(target)
     return target
 
 
-def between(model: GenerativeModel, start: Tensor, end: Tensor, steps: int, spherical: bool) -> tuple[Tensor, Tensor]:
+def interpolate_images(
+    model: GenerativeModel, start: Tensor, end: Tensor, steps: int, spherical: bool
+) -> tuple[Tensor, Tensor]:
     """From one image (1, channels, height, width) to the other, both ends among the `steps`: levels through the latents, and the pixels."""
-    latent, pixels = walk(model, start, end, torch.linspace(0, 1, steps), great_circle if spherical else line)
+    latent, pixels = walk(
+        model, start, end, torch.linspace(0, 1, steps), great_circle if spherical else line
+    )
     return latent[:, 0], pixels[:, 0].round().to(torch.uint8)

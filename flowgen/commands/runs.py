@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 from flowgen.config.compose import read_config
 from flowgen.config.runs import list_runs
-from flowgen.training.checkpoint import about_portable, zoo, zoo_file
-from flowgen.training.run_dir import Run, best_measured
-from flowgen.utils.errors import FlowgenError
+from flowgen.training.checkpoint import read_portable_metadata, zoo, zoo_file
+from flowgen.training.run_dir import Run, best_metric
+from flowgen.utils.errors import UserError
 
 log = logging.getLogger("flowgen")
 
 
-class Row(NamedTuple):
+class RunSummary(NamedTuple):
     name: str
     model: str
     data: str
@@ -22,7 +22,7 @@ class Row(NamedTuple):
     best: str
 
 
-def runs() -> Iterator[Row]:
+def runs() -> Iterator[RunSummary]:
     """The runs under `outputs/`, newest first, then the models that the package brings, each with its last step and its test figure.
 
     Before a run's end it is the best validation figure.
@@ -30,14 +30,24 @@ def runs() -> Iterator[Row]:
     for run in readable_runs():
         yield _row(str(run.folder), read_config(run.config), run.read_metrics())
     for name in zoo():
-        about = about_portable(zoo_file(name))
-        yield _row(name, about["config"], [{"split": "test", "step": about["step"], **about["figures"]}])
+        about = read_portable_metadata(zoo_file(name))
+        yield _row(
+            name, about["config"], [{"split": "test", "step": about["step"], **about["figures"]}]
+        )
 
 
-def _row(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> Row:
-    model, data = (str(config[section].get("_target_")).rpartition(".")[2] for section in ("model", "data"))
+def _row(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> RunSummary:
+    model, data = (
+        str(config[section].get("_target_")).rpartition(".")[2] for section in ("model", "data")
+    )
     source = config["data"].get("name") or Path(config["data"].get("root") or data).name
-    return Row(name, model, source, max((row["step"] for row in metrics), default=0), str(best_measured(metrics) or "not evaluated yet"))
+    return RunSummary(
+        name,
+        model,
+        source,
+        max((row["step"] for row in metrics), default=0),
+        str(best_metric(metrics) or "not evaluated yet"),
+    )
 
 
 def readable_runs(*folders: Path) -> list[Run]:
@@ -45,9 +55,9 @@ def readable_runs(*folders: Path) -> list[Run]:
     readable = []
     for run in list_runs(*folders):
         try:
-            run.check_place()
+            run.check_contained()
             read_config(run.config)
-        except FlowgenError as error:
+        except UserError as error:
             log.warning("left out: %s", error)
         else:
             readable.append(run)

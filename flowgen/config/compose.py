@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.training.checkpoint import MOST_BYTES, OF_THE_EVALUATION, in_todays_words
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 SECTIONS = ("model", "data", "trainer")
 
@@ -20,23 +20,30 @@ def conf_folder() -> Path:
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
-def options(group: str) -> list[str]:
+def group_options(group: str) -> list[str]:
     """What `group=` can be, as in options("model")."""
     folder = conf_folder() / group
-    nested = group in ("experiment", "scale")  # elsewhere a folder is a group of its own, as model/negative_phase is
+    nested = group in (
+        "experiment",
+        "scale",
+    )  # elsewhere a folder is a group of its own, as model/negative_phase is
     paths = folder.rglob("*.yaml") if nested else folder.glob("*.yaml")
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in paths)
 
 
-def settings() -> dict[str, list[str]]:
+def setting_names() -> dict[str, list[str]]:
     """Everything that `flowgen train KEY=VALUE` can set, as model.width and model, and the choices that it comes with, as model=glow."""
     from yaml import safe_load
 
-    evaluation = [f"evaluation.{key}" for key in safe_load((conf_folder() / "train.yaml").read_text())["evaluation"] if key != "_target_"]
+    evaluation = [
+        f"evaluation.{key}"
+        for key in safe_load((conf_folder() / "train.yaml").read_text())["evaluation"]
+        if key != "_target_"
+    ]
     top = ("out", "resume", "init", "seed", "experiment", "scale", "model/negative_phase")
     found: dict[str, list[str]] = {name: [] for name in (*top, *evaluation, *SECTIONS)}
     for section in SECTIONS:
-        for name in options(section):
+        for name in group_options(section):
             file = safe_load((conf_folder() / section / f"{name}.yaml").read_text())
             for key in file.get(section, file).keys() - {"defaults", "_target_", *SECTIONS}:
                 found.setdefault(f"{section}.{key}", []).append(f"{section}={name}")
@@ -51,11 +58,15 @@ def save_config(config: dict[str, Any], path: Path) -> None:
     aside.replace(path)
 
 
-def flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+def flatten(config: dict[str, Any], above: str = "") -> dict[str, Any]:
     """{"model": {"width": 8}} as {"model.width": 8}."""
     found: dict[str, Any] = {}
     for key, value in config.items():
-        found |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+        found |= (
+            flatten(value, f"{above}{key}.")
+            if isinstance(value, dict)
+            else {f"{above}{key}": value}
+        )
     return found
 
 
@@ -74,48 +85,71 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(compose(text), MappingNode):
             raise ValueError("a number or a list is none")
         config = OmegaConf.to_container(OmegaConf.create(text))
-        json.dumps(config, ensure_ascii=False, default=str).encode()  # half a character could be neither shown nor saved
+        json.dumps(
+            config, ensure_ascii=False, default=str
+        ).encode()  # half a character could be neither shown nor saved
     except (OSError, OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
-        raise FlowgenError(f"{path} cannot be read as a configuration: mend it, or name another run") from error
-    if not isinstance(config, dict) or "seed" not in config or not all(isinstance(config.get(name), dict) for name in SECTIONS):
-        raise FlowgenError(f"{path} is no configuration of a run")
+        raise UserError(
+            f"{path} cannot be read as a configuration: mend it, or name another run"
+        ) from error
+    if (
+        not isinstance(config, dict)
+        or "seed" not in config
+        or not all(isinstance(config.get(name), dict) for name in SECTIONS)
+    ):
+        raise UserError(f"{path} is no configuration of a run")
     try:
         return in_todays_words({str(key): value for key, value in config.items()})
     except TypeError as error:
-        raise FlowgenError(f"{path} is no configuration of a run") from error
+        raise UserError(f"{path} is no configuration of a run") from error
 
 
 LAUNCHERS = "pip install 'flowgen[slurm]' for submitit_slurm and submitit_local, hydra-joblib-launcher for joblib"
 
 
-def no_such_setting(name: str, known: Iterable[str]) -> FlowgenError:
+def unknown_key_error(name: str, known: Iterable[str]) -> UserError:
     """What is said of a setting that does not exist, with the likeliest that does: one of the same name elsewhere, or of a name like it."""
     known = list(known)
-    close = [other for other in known if other.partition(".")[2] == name.partition(".")[2] != ""] or difflib.get_close_matches(
-        name, known, 1
+    close = [
+        other for other in known if other.partition(".")[2] == name.partition(".")[2] != ""
+    ] or difflib.get_close_matches(name, known, 1)
+    return UserError(
+        f"there is no setting {name}{f', did you mean {close[0]}?' if close else ''}: `flowgen train --help` lists them"
     )
-    return FlowgenError(f"there is no setting {name}{f', did you mean {close[0]}?' if close else ''}: `flowgen train --help` lists them")
 
 
-def plain_error(error: BaseException) -> FlowgenError:
+def hydra_error(error: BaseException) -> UserError:
     """What Hydra or OmegaConf object to, in flowgen's words."""
     if found := re.search(r"Could not override '([^']+)'", str(error)):
-        known = settings()
+        known = setting_names()
         if choices := known.get(found[1]):
-            return FlowgenError(f"{found[1]} is a setting of {' and '.join(choices)} alone: take one of them, or leave it out")
-        return no_such_setting(found[1], known)
-    if found := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\n((?:\t.*\n)*)", str(error)):
+            return UserError(
+                f"{found[1]} is a setting of {' and '.join(choices)} alone: take one of them, or leave it out"
+            )
+        return unknown_key_error(found[1], known)
+    if found := re.search(
+        r"Could not find '([^']+)'\s+Available options in '([^']+)':\n((?:\t.*\n)*)", str(error)
+    ):
         path, group, offered = found.groups()
         more = f", or install what brings it: {LAUNCHERS}" * (group == "hydra/launcher")
         name = path.removeprefix(f"{group}/")
-        return FlowgenError(f"there is no {group}={name}: choose one of {', '.join(options(group) or offered.split())}{more}")
-    return FlowgenError(one_line(error))
+        return UserError(
+            f"there is no {group}={name}: choose one of {', '.join(group_options(group) or offered.split())}{more}"
+        )
+    return UserError(first_line(error))
 
 
-def one_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """An error's message without the line breaks and the tree that Hydra and OmegaConf print below it."""
     lines = [line.strip() for line in str(error).splitlines()]
-    noise = ("full_key:", "object_type=", "reference_type=", "See https", "Config search path", "provider=")
+    noise = (
+        "full_key:",
+        "object_type=",
+        "reference_type=",
+        "See https",
+        "Config search path",
+        "provider=",
+    )
     lines = [line for line in lines if line and not line.startswith(noise)]
     return " ".join(lines) or type(error).__name__
 
@@ -126,24 +160,30 @@ GROUPS = ("data", "model", "trainer")  # of which every run has one
 CHOSEN = (*GROUPS, "experiment", "scale", "model/negative_phase")
 
 
-def check_words(words: list[str]) -> None:
+def check_overrides(words: list[str]) -> None:
     """Raises FlowgenError for what is no KEY=VALUE, and for folders without a name, which would be the one that the user is in."""
     for word in words:
         key, equals, value = word.partition("=")
         if word.startswith(("+", "~")):
-            raise FlowgenError(f"{word}: settings can be changed, but none can be added or removed: write KEY=VALUE")
+            raise UserError(
+                f"{word}: settings can be changed, but none can be added or removed: write KEY=VALUE"
+            )
         if not equals or not key or key.startswith("-"):
-            raise FlowgenError(f"{word!r} is no override: write KEY=VALUE, as in trainer.steps=2000")
+            raise UserError(f"{word!r} is no override: write KEY=VALUE, as in trainer.steps=2000")
         if key in GROUPS and value.strip() in ("", "null"):
-            raise FlowgenError(f"{word} chooses nothing: write {key}=NAME, one of {', '.join(options(key))}")
+            raise UserError(
+                f"{word} chooses nothing: write {key}=NAME, one of {', '.join(group_options(key))}"
+            )
         if key in FOLDERS and not value.strip("'\" "):
-            raise FlowgenError(f"{word} is empty: name a folder, or leave it out")
+            raise UserError(f"{word} is empty: name a folder, or leave it out")
         section, _, name = key.partition(".")
         if section == "model" and name in OF_THE_EVALUATION:
-            raise FlowgenError(f"{key} is no setting of the model: write evaluation.{name}={value}, or `flowgen evaluate {name}={value}`")
+            raise UserError(
+                f"{key} is no setting of the model: write evaluation.{name}={value}, or `flowgen evaluate {name}={value}`"
+            )
 
 
-def in_grammar(words: list[str]) -> list[str]:
+def quote_overrides(words: list[str]) -> list[str]:
     """`words` as Hydra's grammar reads them: quotes around folders that it cannot read bare, as in data.root=~/faces=(new).
 
     Raises FlowgenError for any other value that it cannot read.
@@ -159,31 +199,41 @@ def in_grammar(words: list[str]) -> list[str]:
             return word
         try:
             number = isinstance(parser.parse_override(word).value(), int | float | dict)
-            return f"{key}='{value}'" if number and key in CHOSEN else word  # no choice, as Hydra can say of words alone
+            return (
+                f"{key}='{value}'" if number and key in CHOSEN else word
+            )  # no choice, as Hydra can say of words alone
         except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
             if key in FOLDERS:
                 value = str(Path(value).expanduser()).replace("'", r"\'")
                 return f"{key}='{value}'"
             shown = word if len(word) < SHOWN else f"{word[:SHOWN]}..."
-            raise FlowgenError(
+            raise UserError(
                 f"{shown} cannot be read: close its brackets, and put quotes around odd characters, as in \"{key}='...'\""
             ) from error
 
     return [read(word) for word in words]
 
 
-def one_end(words: list[str]) -> list[str]:
+def resolve_stop_criterion(words: list[str]) -> list[str]:
     """Training ends by steps or by minutes: where only one of them is set by hand, the other's default is dropped."""
-    given = [limit for limit in ("steps", "minutes") if any(word.lstrip("+").startswith(f"trainer.{limit}=") for word in words)]
+    given = [
+        limit
+        for limit in ("steps", "minutes")
+        if any(word.lstrip("+").startswith(f"trainer.{limit}=") for word in words)
+    ]
     other = {"steps": "minutes", "minutes": "steps"}
     return [*words, f"trainer.{other[given[0]]}=null"] if len(given) == 1 else words
 
 
-def name_folders(words: list[str]) -> str:
+def sweep_folder_override(words: list[str]) -> str:
     """The word by which Hydra names the folders of a sweep's runs."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    swept = [word.key_or_group for word in OverridesParser.create().parse_overrides(words) if word.is_sweep_override()]
+    swept = [
+        word.key_or_group
+        for word in OverridesParser.create().parse_overrides(words)
+        if word.is_sweep_override()
+    ]
     return f"hydra.sweep.subdir=${{flowgen.folder:[{','.join(swept)}]}}"
 
 
@@ -193,31 +243,38 @@ def override(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
-    check_words(overrides)
+    check_overrides(overrides)
     tree: Any = OmegaConf.create(config)
     OmegaConf.set_struct(tree, True)
     try:
-        for word in OverridesParser.create().parse_overrides(in_grammar(overrides)):
+        for word in OverridesParser.create().parse_overrides(quote_overrides(overrides)):
             if word.is_sweep_override():
-                raise FlowgenError(f"{word.input_line} names several values: give one, or sweep with `flowgen train -m`")
+                raise UserError(
+                    f"{word.input_line} names several values: give one, or sweep with `flowgen train -m`"
+                )
             if "${" in str(word.value()):
-                raise FlowgenError(
+                raise UserError(
                     f"{word.input_line} refers by ${{...}} to something else, which is for `flowgen train` alone: write the value"
                 )
             if isinstance(config.get(word.key_or_group), dict):
-                raise FlowgenError(
+                raise UserError(
                     f"{word.input_line} would replace a whole section of the run: set its values one by one, as in trainer.device=cuda"
                 )
             OmegaConf.update(tree, word.key_or_group, word.value(), merge=True)
     except ConfigAttributeError as error:
-        known = [f"{section}.{key}" for section, group in config.items() if isinstance(group, dict) for key in group]
-        raise no_such_setting(str(error.full_key), known) from error
+        known = [
+            f"{section}.{key}"
+            for section, group in config.items()
+            if isinstance(group, dict)
+            for key in group
+        ]
+        raise unknown_key_error(str(error.full_key), known) from error
     except OmegaConfBaseException as error:
-        raise FlowgenError(one_line(error)) from error
+        raise UserError(first_line(error)) from error
     return OmegaConf.to_container(tree)  # type: ignore[return-value]
 
 
-def plain(cfg: Any) -> dict[str, Any]:
+def resolve_config(cfg: Any) -> dict[str, Any]:
     """A configuration as dicts and lists, every reference resolved. Raises FlowgenError for a value that is missing, or refers to none."""
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -225,22 +282,38 @@ def plain(cfg: Any) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except MissingMandatoryValue as error:
-        raise FlowgenError(f"{error.full_key} is not set: set it, as in {error.full_key}=...") from error
+        raise UserError(
+            f"{error.full_key} is not set: set it, as in {error.full_key}=..."
+        ) from error
     except (OmegaConfBaseException, RecursionError) as error:
         key = getattr(error, "full_key", None) or "a value"
-        raise FlowgenError(f"{key} refers by ${{...}} to what there is not, or to itself: write its value") from error
+        raise UserError(
+            f"{key} refers by ${{...}} to what there is not, or to itself: write its value"
+        ) from error
 
 
-DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and WSL's to either
+DRIVERS = (
+    "/proc/driver/nvidia",
+    "/dev/nvidiactl",
+    "/dev/kfd",
+    "/dev/dxg",
+)  # NVIDIA's, AMD's, and WSL's to either
 
-UNNAMED = ("out", "resume", "data.root", "trainer.device")  # in the names of a sweep's folders: they say where, not what
+UNNAMED = (
+    "out",
+    "resume",
+    "data.root",
+    "trainer.device",
+)  # in the names of a sweep's folders: they say where, not what
 LONGEST = 200  # bytes of a folder's name; file systems take 255
 
 
-def trainer_here() -> str:
+def default_trainer() -> str:
     """What trainer=auto is on this machine: `gpu` where torch can use one, else `cpu`."""
     if not any(Path(driver).exists() for driver in DRIVERS):
-        return "cpu"  # without torch, which takes seconds to import, and for which help need not wait
+        return (
+            "cpu"  # without torch, which takes seconds to import, and for which help need not wait
+        )
     import torch
 
     return "gpu" if torch.cuda.is_available() else "cpu"
@@ -250,7 +323,9 @@ def choice(group: str, *, _root_: Any) -> str:
     """What was chosen for a group: `glow` for model=glow."""
     from hydra.core.hydra_config import HydraConfig
 
-    composed = _root_.hydra if "hydra" in _root_ else HydraConfig.get()  # a sweep has but the first, a job but the second
+    composed = (
+        _root_.hydra if "hydra" in _root_ else HydraConfig.get()
+    )  # a sweep has but the first, a job but the second
     return str(composed.runtime.choices[group])
 
 
@@ -260,7 +335,11 @@ def folder_name(swept: list[str], *, _root_: Any) -> str:
     Where that is too long, by what is swept over and a hash of all.
     """
     pairs = sorted(str(word).partition("=")[::2] for word in _root_.hydra.overrides.task)
-    named = [(key, value) for key, value in pairs if key in swept or (key not in UNNAMED and value != "null")]
+    named = [
+        (key, value)
+        for key, value in pairs
+        if key in swept or (key not in UNNAMED and value != "null")
+    ]
     full, short = (
         ",".join(f"{key}={value}".replace("/", "-").replace("'", "") for key, value in chosen)
         for chosen in (named, [pair for pair in named if pair[0] in swept])
@@ -272,6 +351,6 @@ def folder_name(swept: list[str], *, _root_: Any) -> str:
 def register_resolvers() -> None:
     from omegaconf import OmegaConf
 
-    OmegaConf.register_new_resolver("flowgen.trainer", trainer_here, replace=True)
+    OmegaConf.register_new_resolver("flowgen.trainer", default_trainer, replace=True)
     OmegaConf.register_new_resolver("flowgen.choice", choice, replace=True)
     OmegaConf.register_new_resolver("flowgen.folder", folder_name, replace=True)

@@ -3,13 +3,16 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 from flowgen.utils.memory import free_memory
 
-ROOMS = {"data": "flowgen.data", "trainer": "flowgen.training.trainer"}  # where the classes of a section are; the others' are models
+ROOMS = {
+    "data": "flowgen.data",
+    "trainer": "flowgen.training.trainer",
+}  # where the classes of a section are; the others' are models
 
 
-def class_of(section: str, config: dict[str, Any]) -> type[Any]:
+def resolve_target(section: str, config: dict[str, Any]) -> type[Any]:
     """The class that `_target_` names in a section of a configuration.
 
     Raises FlowgenError for what is no class of flowgen's for this purpose, so that a configuration from a stranger's checkpoint can run
@@ -17,19 +20,19 @@ def class_of(section: str, config: dict[str, Any]) -> type[Any]:
     """
     module, _, name = str(config.get("_target_")).rpartition(".")
     if not module.startswith("flowgen."):
-        raise FlowgenError(f"{section}._target_={config.get('_target_')} is not part of flowgen")
+        raise UserError(f"{section}._target_={config.get('_target_')} is not part of flowgen")
     try:
         target = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise FlowgenError(f"{section}._target_={module}.{name} does not exist") from error
+        raise UserError(f"{section}._target_={module}.{name} does not exist") from error
     room = ROOMS.get(section, "flowgen.models")
     if not isinstance(target, type) or not f"{target.__module__}.".startswith(f"{room}."):
-        raise FlowgenError(f"{section}._target_={module}.{name} is not a class of {room}")
+        raise UserError(f"{section}._target_={module}.{name} is not a class of {room}")
     return target
 
 
 if TYPE_CHECKING:
-    from flowgen.data.dataset import Images
+    from flowgen.data.dataset import ImageDataset
     from flowgen.models.base import GenerativeModel
 
 
@@ -38,34 +41,40 @@ def build(section: str, config: dict[str, Any]) -> Any:
 
     Raises FlowgenError for any other target, and for arguments that the class refuses.
     """
-    arguments = {key: build(key, value) if _is_node(value) else value for key, value in config.items() if key != "_target_"}
-    target = class_of(section, config)
+    arguments = {
+        key: build(key, value) if _is_node(value) else value
+        for key, value in config.items()
+        if key != "_target_"
+    }
+    target = resolve_target(section, config)
     try:
         return target(**arguments)
-    except FlowgenError as error:
+    except UserError as error:
         message = str(error)
-        raise FlowgenError(message if f"{section}." in message else f"{section}: {message}") from error
+        raise UserError(message if f"{section}." in message else f"{section}: {message}") from error
     except TypeError as error:
-        raise FlowgenError(f"{section}: {error}") from error
+        raise UserError(f"{section}: {error}") from error
 
 
 def _is_node(value: object) -> bool:
     return isinstance(value, dict) and "_target_" in value
 
 
-def build_data(config: dict[str, Any]) -> "Images":
-    from flowgen.data.dataset import Images
+def build_data(config: dict[str, Any]) -> "ImageDataset":
+    from flowgen.data.dataset import ImageDataset
 
     section = config["data"]
     data = build("data", section)
-    if not isinstance(data, Images):
-        raise FlowgenError(f"data._target_={section['_target_']} is no data set")
+    if not isinstance(data, ImageDataset):
+        raise UserError(f"data._target_={section['_target_']} is no data set")
     return data
 
 
-def model_for(config: dict[str, Any], shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
+def with_image_shape(
+    config: dict[str, Any], shape: tuple[int, int, int], bits: int
+) -> dict[str, Any]:
     """`config` with a model section that says what images the model is of, as a run keeps it: all that `build_model` needs."""
-    stated = _model_class(config["model"]).arguments_for(shape, bits)
+    stated = _model_class(config["model"]).image_kwargs(shape, bits)
     return config | {"model": stated | config["model"]}
 
 
@@ -89,39 +98,52 @@ def _check_memory(section: dict[str, Any]) -> None:
     needed, free = sum(value.nbytes for value in state.values()), free_memory()
     if needed > free:
         of_it = f"needs {needed / 2**30:,.0f} GiB of memory for its weights alone, and {free / 2**30:,.1f} GiB are free"
-        raise FlowgenError(f"model: it {of_it}: choose a smaller model.width, model.hidden or data.size")
+        raise UserError(
+            f"model: it {of_it}: choose a smaller model.width, model.hidden or data.size"
+        )
 
 
 def _model_class(section: dict[str, Any]) -> type["GenerativeModel"]:
     from flowgen.models.base import GenerativeModel
 
-    found = class_of("model", section)
+    found = resolve_target("model", section)
     if not issubclass(found, GenerativeModel):
-        raise FlowgenError(f"model._target_={section['_target_']} is no model")
+        raise UserError(f"model._target_={section['_target_']} is no model")
     return found
 
 
-def build_model_and_data(config: dict[str, Any]) -> tuple["GenerativeModel", "Images", dict[str, Any]]:
+def build_model_and_data(
+    config: dict[str, Any],
+) -> tuple["GenerativeModel", "ImageDataset", dict[str, Any]]:
     """The model, its data, and the configuration from `model_for`.
 
     Raises FlowgenError where a trained model is of other images than the data: every figure would be wrong.
     """
     data = build_data(config)
-    config = model_for(config, data.shape, data.bits)
+    config = with_image_shape(config, data.image_shape, data.bits)
     model = build_model(config)
     check_fits_data(model, data)
     return model, data, config
 
 
-def check_fits_data(model: "GenerativeModel", data: "Images") -> None:
+def check_fits_data(model: "GenerativeModel", data: "ImageDataset") -> None:
     """Raise FlowgenError where a model is of other images than the data."""
-    pairs = zip(("channels", "height", "width", "bits"), (*model.shape, model.bits), (*data.shape, data.bits), strict=True)
+    pairs = zip(
+        ("channels", "height", "width", "bits"),
+        (*model.image_shape, model.bits),
+        (*data.image_shape, data.bits),
+        strict=True,
+    )
     for name, of_model, of_data in pairs:
         if of_model != of_data:
-            raise FlowgenError(f"a model of {name}={of_model} does not fit data of {name}={of_data}: leave it as it was, or train another")
+            raise UserError(
+                f"a model of {name}={of_model} does not fit data of {name}={of_data}: leave it as it was, or train another"
+            )
     if model.classes is not None and data.classes is None:
-        raise FlowgenError(
+        raise UserError(
             f"model.classes={model.classes} needs labels, which this data has not: leave it out, or give every class a folder"
         )
     if model.classes not in (None, data.classes):
-        raise FlowgenError(f"model.classes={model.classes} does not fit the {data.classes} classes of the data: set it to {data.classes}")
+        raise UserError(
+            f"model.classes={model.classes} does not fit the {data.classes} classes of the data: set it to {data.classes}"
+        )

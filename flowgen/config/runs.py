@@ -9,21 +9,37 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from yaml import YAMLError, safe_load
 
-from flowgen.config.instantiate import class_of
-from flowgen.training.checkpoint import MOST_BYTES, SUFFIX, ZOO, read_checkpoint, read_portable, zoo_file
+from flowgen.config.instantiate import resolve_target
+from flowgen.training.checkpoint import (
+    MOST_BYTES,
+    SUFFIX,
+    ZOO,
+    read_checkpoint,
+    read_safetensors,
+    zoo_file,
+)
 from flowgen.training.run_dir import Run
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from flowgen.models.base import Ability
+    from flowgen.models.base import Capability
 
 OUTPUTS = Path("outputs")
 
 
 def list_runs(*folders: Path) -> list[Run]:
     """Every run under these folders, by default under `outputs/`, the newest first."""
-    configs = [path for folder in folders or (OUTPUTS,) if folder.is_dir() for path in folder.rglob("config.yaml") if path.is_file()]
-    return [Run(path.parent) for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True)]
+    configs = [
+        path
+        for folder in folders or (OUTPUTS,)
+        if folder.is_dir()
+        for path in folder.rglob("config.yaml")
+        if path.is_file()
+    ]
+    return [
+        Run(path.parent)
+        for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True)
+    ]
 
 
 def find_run(name: str) -> Run:
@@ -32,7 +48,7 @@ def find_run(name: str) -> Run:
     Raises FlowgenError where there is none, and where its files lead elsewhere.
     """
     run = _named(name)
-    run.check_place()
+    run.check_contained()
     return run
 
 
@@ -51,7 +67,9 @@ def _named(name: str) -> Run:
     matches = [run for run in list_runs() if parts and run.folder.parts[-len(parts) :] == parts]
     if len(matches) == 1:
         return matches[0]
-    raise FlowgenError(f"{name or 'an empty name'} is {'several runs' if matches else 'no run'}: `flowgen runs` lists them")
+    raise UserError(
+        f"{name or 'an empty name'} is {'several runs' if matches else 'no run'}: `flowgen runs` lists them"
+    )
 
 
 def find_file(name: str) -> Path | None:
@@ -71,36 +89,51 @@ def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, 
     """
     if name is None:
         for run in list_runs():
-            if _says_it_is_of(run, wanted) and (checkpoint := run.last_good()) is not None:
+            if (
+                _says_it_is_of(run, wanted)
+                and (checkpoint := run.latest_valid_checkpoint()) is not None
+            ):
                 return run, _evaluated(run, checkpoint)
-        raise FlowgenError(f"no {_kind(wanted)} under outputs/ has a checkpoint: {_how_to_train(wanted)}, or name one with --run")
+        raise UserError(
+            f"no {_kind(wanted)} under outputs/ has a checkpoint: {_how_to_train(wanted)}, or name one with --run"
+        )
     run = find_run(name)
     path = find_file(name)
     if name.startswith(("zoo/", PREFIX)):
-        checkpoint = read_portable(download(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else zoo_file(name))
+        checkpoint = read_safetensors(
+            download(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else zoo_file(name)
+        )
     elif path is not None and path.suffix == SUFFIX:
-        checkpoint = read_portable(path)
+        checkpoint = read_safetensors(path)
     else:
-        checkpoint = read_checkpoint(path) if path else run.last_good()
+        checkpoint = read_checkpoint(path) if path else run.latest_valid_checkpoint()
     if checkpoint is None:
-        raise FlowgenError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}` goes on with it")
+        raise UserError(
+            f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}` goes on with it"
+        )
     if not _is_of(checkpoint["config"], wanted):
-        raise FlowgenError(f"{name} is no {_kind(wanted)}, which this command needs: name another with --run, or {_how_to_train(wanted)}")
-    with contextlib.suppress(OSError):  # of a file elsewhere, for what the command makes, unless --out says where
+        raise UserError(
+            f"{name} is no {_kind(wanted)}, which this command needs: name another with --run, or {_how_to_train(wanted)}"
+        )
+    with contextlib.suppress(
+        OSError
+    ):  # of a file elsewhere, for what the command makes, unless --out says where
         run.folder.mkdir(parents=True, exist_ok=True)
     return run, _evaluated(run, checkpoint)
 
 
 def _evaluated(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """With the `figures` that an evaluation found for these weights: a portable file brings its own."""
-    return checkpoint | {"figures": checkpoint.get("figures", {}) | run.evaluation_of(checkpoint)}
+    return checkpoint | {"figures": checkpoint.get("figures", {}) | run.load_evaluation(checkpoint)}
 
 
 def _says_it_is_of(run: Run, wanted: type | None) -> bool:
     """Whether the run's folder describes a `wanted` model: it is read sooner than a checkpoint."""
     with contextlib.suppress(OSError, YAMLError, ValueError, RecursionError):
-        run.check_place()
-        config = safe_load(run.config.read_text()) if run.config.stat().st_size <= MOST_BYTES else None
+        run.check_contained()
+        config = (
+            safe_load(run.config.read_text()) if run.config.stat().st_size <= MOST_BYTES else None
+        )
         return isinstance(config, dict) and _is_of(config, wanted)
     return False
 
@@ -111,14 +144,14 @@ def _is_of(config: dict[str, Any], wanted: type | None) -> bool:
         return True
     from flowgen.models.base import GenerativeModel
 
-    model = class_of("model", config.get("model") or {})
-    return issubclass(model, GenerativeModel) and model.is_able(wanted, config["model"])
+    model = resolve_target("model", config.get("model") or {})
+    return issubclass(model, GenerativeModel) and model.supports(wanted, config["model"])
 
 
-def _is_ability(wanted: type) -> TypeGuard[type["Ability"]]:
-    from flowgen.models.base import Ability
+def _is_ability(wanted: type) -> TypeGuard[type["Capability"]]:
+    from flowgen.models.base import Capability
 
-    return Ability in wanted.__bases__
+    return Capability in wanted.__bases__
 
 
 def _kind(wanted: type | None) -> str:
@@ -149,7 +182,9 @@ NAME = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w-]*(\.[\w-]+)*", 
 def check_name(name: str) -> str:
     """Raises FlowgenError for what is no OWNER/NAME."""
     if not NAME.fullmatch(name):
-        raise FlowgenError(f"{name!r} is no name of a model on the Hub: write OWNER/NAME, of letters, digits, and - _ . between them")
+        raise UserError(
+            f"{name!r} is no name of a model on the Hub: write OWNER/NAME, of letters, digits, and - _ . between them"
+        )
     return name
 
 
@@ -172,17 +207,31 @@ def upload(folder: Path, name: str, private: bool) -> str:
 def _hub(name: str) -> Iterator[Any]:
     try:
         import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
     except ImportError as error:
-        raise FlowgenError("models on the Hub need the package huggingface_hub: pip install 'flowgen[hub]'") from error
+        raise UserError(
+            "models on the Hub need the package huggingface_hub: pip install 'flowgen[hub]'"
+        ) from error
     try:
         yield huggingface_hub
     except LocalEntryNotFoundError as error:
-        raise FlowgenError(f"{name} is not here yet, and the Hub does not answer: try again when it does") from error
+        raise UserError(
+            f"{name} is not here yet, and the Hub does not answer: try again when it does"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise FlowgenError(f"{name} is not on the Hub, or not yours to see: check its name, or log in with HF_TOKEN") from error
+        raise UserError(
+            f"{name} is not on the Hub, or not yours to see: check its name, or log in with HF_TOKEN"
+        ) from error
     except EntryNotFoundError as error:
-        raise FlowgenError(f"{name} on the Hub is no model of flowgen, which has a {FILE}: name another with --run") from error
+        raise UserError(
+            f"{name} on the Hub is no model of flowgen, which has a {FILE}: name another with --run"
+        ) from error
     except Exception as error:  # what the package and its clients raise has no base class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise FlowgenError(f"the Hub did not do it for {name} ({reason}): log in with HF_TOKEN, or try again later") from error
+        raise UserError(
+            f"the Hub did not do it for {name} ({reason}): log in with HF_TOKEN, or try again later"
+        ) from error

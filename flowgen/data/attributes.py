@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 
-class Table(NamedTuple):
+class AttributeTable(NamedTuple):
     """The attributes' names, the images' files, and a number for each: (images, names)."""
 
     names: tuple[str, ...]
@@ -19,7 +19,7 @@ class Table(NamedTuple):
     values: Tensor
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> AttributeTable:
     """A header and lines of an image's file, relative to the table's folder, and a number for each name of the header.
 
     Columns of -1 and 1 alone are read as 0 and 1. Raises FlowgenError for what is no such table.
@@ -30,20 +30,28 @@ def read_table(path: Path) -> Table:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FlowgenError(f"{path} cannot be read as a table: name a CSV file with --labels") from error
+        raise UserError(
+            f"{path} cannot be read as a table: name a CSV file with --labels"
+        ) from error
     names = tuple(name.strip() for name in header[1:])
     if not names or not rows or len(set(names)) < len(names) or "" in names:
-        raise FlowgenError(f"{path} is no table of attributes: write a line `image,NAME,NAME...` and a line for every image")
+        raise UserError(
+            f"{path} is no table of attributes: write a line `image,NAME,NAME...` and a line for every image"
+        )
     for number, row in enumerate(rows, 2):
         if len(row) != len(header) or not all(map(_is_number, row[1:])):
-            raise FlowgenError(f"line {number} of {path} is not an image and {len(names)} numbers: mend it")
+            raise UserError(
+                f"line {number} of {path} is not an image and {len(names)} numbers: mend it"
+            )
     files = [path.parent / row[0] for row in rows]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
-        raise FlowgenError(f"{missing}, which {path} names, does not exist: name images relative to the table's folder")
+        raise UserError(
+            f"{missing}, which {path} names, does not exist: name images relative to the table's folder"
+        )
     values = torch.tensor([[float(value) for value in row[1:]] for row in rows], dtype=torch.double)
     signed = (values.abs() == 1).all(0)
-    return Table(names, files, torch.where(signed, (values + 1) / 2, values))
+    return AttributeTable(names, files, torch.where(signed, (values + 1) / 2, values))
 
 
 def _is_number(word: str) -> bool:

@@ -6,50 +6,91 @@ from pathlib import Path
 
 import torch
 
-from flowgen.data.dataset import Images, Split, check_names, data_folder, download, held_out, locate
-from flowgen.utils.errors import FlowgenError
+from flowgen.data.dataset import (
+    ImageDataset,
+    Split,
+    check_names,
+    data_folder,
+    download,
+    find_dataset,
+    validation_mask,
+)
+from flowgen.utils.errors import UserError
 
-URL, MD5 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
+URL, MD5 = (
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    "c32a1d4ab5d03f1284b67883e8d87530",
+)
 CURE = f"point data.root at cifar-10-binary.tar.gz or its folder, from {URL}"
 SHAPE, RECORD = (3, 32, 32), 1 + 3 * 32 * 32  # bytes: the class, then red, green and blue
 TRAIN, TEST = [f"data_batch_{number}.bin" for number in range(1, 6)], ["test_batch.bin"]
 
 
-class CIFAR10(Images):
+class CIFAR10(ImageDataset):
     """From the binary archive, which holds no code as the pickled one does; downloaded where it is missing and `root` is not given."""
 
-    def __init__(self, *, root: str | None, names: list[str], bits: int, flip: bool, binarise: str = "threshold", shift: int = 0):
+    def __init__(
+        self,
+        *,
+        root: str | None,
+        names: list[str],
+        bits: int,
+        flip: bool,
+        binarization: str = "threshold",
+        shift: int = 0,
+    ):
         check_names(names)
         if root is None and names and not any((data_folder() / name).exists() for name in names):
             download(URL, MD5, data_folder() / names[0])
-        files = _files(locate(root, names, CURE))
+        files = _files(find_dataset(root, names, CURE))
         train, test = (_read(files, wanted) for wanted in (TRAIN, TEST))
-        apart = held_out(len(train))
-        super().__init__(train[~apart], train[apart], test, bits=bits, flip=flip, binarise=binarise, shift=shift)
+        apart = validation_mask(len(train))
+        super().__init__(
+            train[~apart],
+            train[apart],
+            test,
+            bits=bits,
+            flip=flip,
+            binarization=binarization,
+            shift=shift,
+        )
 
 
 def _files(root: Path) -> dict[str, bytes]:
     """What the archive holds, or the folder that it unpacks to, by the files' own names."""
     archives = [root] if root.is_file() else sorted(root.rglob("cifar-10-binary.tar.gz"))
-    found = {path.name: path.read_bytes() for path in ([] if root.is_file() else root.rglob("*_batch*.bin"))}
+    found = {
+        path.name: path.read_bytes()
+        for path in ([] if root.is_file() else root.rglob("*_batch*.bin"))
+    }
     if found or not archives:
         return found
     try:
         with tarfile.open(archives[0]) as archive:
-            members = [member for member in archive if member.isfile() and member.name.endswith(".bin")]
-            return {Path(member.name).name: archive.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+            members = [
+                member for member in archive if member.isfile() and member.name.endswith(".bin")
+            ]
+            return {
+                Path(member.name).name: archive.extractfile(member).read() for member in members
+            }  # type: ignore[union-attr]
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise FlowgenError(f"{archives[0]} is no archive of CIFAR-10, or is cut short: delete it and get it again") from error
+        raise UserError(
+            f"{archives[0]} is no archive of CIFAR-10, or is cut short: delete it and get it again"
+        ) from error
 
 
 def _read(files: dict[str, bytes], names: list[str]) -> Split:
     missing = [name for name in names if name not in files]
     if missing:
-        raise FlowgenError(f"{missing[0]} is missing: {CURE}")
+        raise UserError(f"{missing[0]} is missing: {CURE}")
     for name in names:
         if not files[name] or len(files[name]) % RECORD:
-            raise FlowgenError(f"{name} is empty, cut short or no file of CIFAR-10: get it again, {CURE}")
-    table = torch.frombuffer(bytearray(b"".join(files[name] for name in names)), dtype=torch.uint8).view(-1, RECORD)
+            raise UserError(
+                f"{name} is empty, cut short or no file of CIFAR-10: get it again, {CURE}"
+            )
+    table = torch.frombuffer(
+        bytearray(b"".join(files[name] for name in names)), dtype=torch.uint8
+    ).view(-1, RECORD)
     if table[:, 0].max() > 9:
-        raise FlowgenError(f"{names[0]} holds classes beyond the ten of CIFAR-10: {CURE}")
+        raise UserError(f"{names[0]} holds classes beyond the ten of CIFAR-10: {CURE}")
     return Split(table[:, 1:].reshape(-1, *SHAPE), table[:, 0].long())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.utils.errors import FlowgenError, check_choice, check_whole
+from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.memory import free_memory
 
 HELD_OUT = 12
@@ -32,7 +32,9 @@ class Split:
         return len(self.images)
 
     def __getitem__(self, chosen: Tensor | slice) -> "Split":
-        labels, attributes = (None if known is None else known[chosen] for known in (self.labels, self.attributes))
+        labels, attributes = (
+            None if known is None else known[chosen] for known in (self.labels, self.attributes)
+        )
         return Split(self.images[chosen], labels, attributes)
 
 
@@ -43,21 +45,21 @@ def hashed_order(count: int) -> Tensor:
     return torch.tensor(sorted(range(count), key=digests.__getitem__), dtype=torch.long)
 
 
-def held_out(count: int) -> Tensor:
+def validation_mask(count: int) -> Tensor:
     """Which of so many training images, chosen by their places, are for validation: one in twelve, 5,000 of 60,000."""
     apart = torch.zeros(count, dtype=torch.bool)
     apart[hashed_order(count)[: max(1, count // HELD_OUT)]] = True
     return apart
 
 
-def part(count: int, limit: int | None) -> Tensor:
+def hashed_subset(count: int, limit: int | None) -> Tensor:
     """The places of `limit` of so many images, drawn by hash, in order; of all where there are no more. A larger part holds the smaller."""
     if limit is None or limit >= count:
         return torch.arange(count)
     return hashed_order(count)[:limit].sort().values
 
 
-def split_by_hash(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def hash_split(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Eight, one and one of ten names, each by the hash of its last part alone; of three or more, at least one each."""
     tenth = {name: digest(name) % 10 for name in names}
     test = {name for name in names if tenth[name] == 0} or set(sorted(names, key=digest)[:1])
@@ -71,7 +73,10 @@ def split_by_hash(names: Sequence[str]) -> tuple[list[str], list[str], list[str]
 
 
 def digest(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(PurePosixPath(name).name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+    return int.from_bytes(
+        hashlib.sha256(PurePosixPath(name).name.encode("utf-8", "surrogateescape")).digest()[:8],
+        "big",
+    )
 
 
 def data_folder() -> Path:
@@ -82,11 +87,18 @@ def data_folder() -> Path:
 def check_names(names: list[str]) -> None:
     """Raise `FlowgenError` for names of folders that are not in the data folder: what a configuration names is read there, or put there."""
     for name in names:
-        if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise FlowgenError(f"data.names={names!r} must be names of folders inside the data folder: point data.root elsewhere instead")
+        if (
+            not isinstance(name, str)
+            or not name
+            or Path(name).is_absolute()
+            or ".." in Path(name).parts
+        ):
+            raise UserError(
+                f"data.names={names!r} must be names of folders inside the data folder: point data.root elsewhere instead"
+            )
 
 
-def locate(root: str | None, names: list[str], cure: str) -> Path:
+def find_dataset(root: str | None, names: list[str], cure: str) -> Path:
     """`root` where it is given, else the first of `names` that stands in the data folder.
 
     Raises FlowgenError with `cure`, a sentence that says how to get the data, where there is none.
@@ -95,13 +107,13 @@ def locate(root: str | None, names: list[str], cure: str) -> Path:
     if root is not None:
         path = Path(root).expanduser()
         if not path.exists():
-            raise FlowgenError(f"data.root={root} does not exist: {cure}")
+            raise UserError(f"data.root={root} does not exist: {cure}")
         return path
     for name in names:
         if (data_folder() / name).exists():
             return data_folder() / name
     place = data_folder() / names[0] if names else "data.root"
-    raise FlowgenError(f"{place} does not exist: {cure}")
+    raise UserError(f"{place} does not exist: {cure}")
 
 
 def download(url: str, md5: str, folder: Path) -> Path:
@@ -112,14 +124,16 @@ def download(url: str, md5: str, folder: Path) -> Path:
     try:
         datasets.utils.download_url(url, str(folder), name, md5)
     except (OSError, RuntimeError) as error:
-        raise FlowgenError(f"{name} is not in {folder} and could not be downloaded ({error}): put it there, or set data.root") from error
+        raise UserError(
+            f"{name} is not in {folder} and could not be downloaded ({error}): put it there, or set data.root"
+        ) from error
     return folder / name
 
 
 Batch = tuple[Tensor, Tensor | None]
 
 
-class Ahead:
+class Prefetcher:
     """`draw` of `Images`, one batch ahead in a thread: the same batches, since each is a function of its place alone."""
 
     def __init__(self, draw: Callable[..., Batch]):
@@ -129,16 +143,18 @@ class Ahead:
 
     def __call__(self, seen: int, count: int, seed: int, rows: Tensor | None = None) -> Batch:
         expected = self.coming is not None and self.place == (seen, count, seed)
-        batch: Any = self.coming.result() if expected and self.coming else self.draw(seen, count, seed, rows)
+        batch: Any = (
+            self.coming.result() if expected and self.coming else self.draw(seen, count, seed, rows)
+        )
         self.place = (seen + count, count, seed)
         self.coming = self.pool.submit(self.draw, *self.place, rows)
         return batch
 
 
-BINARISE = ("threshold", "once", "anew")
+BINARIZATION = ("threshold", "once", "anew")
 
 
-class Images:
+class ImageDataset:
     """Three splits of uint8 images, (N, channels, height, width), kept at 8 bits and handed out at `bits`, with classes where known.
 
     They stay where they are, in memory or memory-mapped, until `to` moves them to a device that has room. At one bit a pixel is 1
@@ -154,7 +170,7 @@ class Images:
         *,
         bits: int,
         flip: bool,
-        binarise: str = "threshold",
+        binarization: str = "threshold",
         attributes: tuple[str, ...] = (),
         shift: int = 0,
     ):
@@ -162,23 +178,28 @@ class Images:
         check_whole(0, train.images.shape[-1] - 1, shift=shift)
         check_choice(range(1, 9), bits=bits)
         check_choice((True, False), flip=flip)
-        check_choice(BINARISE, binarise=binarise)
+        check_choice(BINARIZATION, binarization=binarization)
         if not (len(train) and len(validation) and len(test)):
-            counts = f"{len(train)} training, {len(validation)} validation and {len(test)} test images"
-            raise FlowgenError(f"{counts} are too few: at least one of each is needed")
-        self.anew = bits == 1 and binarise == "anew"
-        if bits == 1 and binarise != "threshold":
+            counts = (
+                f"{len(train)} training, {len(validation)} validation and {len(test)} test images"
+            )
+            raise UserError(f"{counts} are too few: at least one of each is needed")
+        self.anew = bits == 1 and binarization == "anew"
+        if bits == 1 and binarization != "threshold":
             generator = torch.Generator().manual_seed(0)
-            test, validation = (replace(split, images=binarised(split.images, generator)) for split in (test, validation))
-            train = train if self.anew else replace(train, images=binarised(train.images, generator))
+            test, validation = (
+                replace(split, images=binarize(split.images, generator))
+                for split in (test, validation)
+            )
+            train = train if self.anew else replace(train, images=binarize(train.images, generator))
         self.train, self.validation, self.test = train, validation, test
         self.bits, self.flip, self.attributes, self.shift = bits, flip, attributes, shift
         self.device = torch.device("cpu")
         self._order: tuple[tuple[int, int], Tensor] = (-1, 0), torch.empty(0)
-        self._ahead: Ahead | None = None
+        self._ahead: Prefetcher | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
@@ -186,32 +207,44 @@ class Images:
     @property
     def classes(self) -> int | None:
         """How many classes the labels tell apart, where there are any."""
-        labels = [split.labels for split in (self.train, self.validation, self.test) if split.labels is not None]
+        labels = [
+            split.labels
+            for split in (self.train, self.validation, self.test)
+            if split.labels is not None
+        ]
         return 1 + int(torch.cat(labels).max()) if labels else None
 
-    def to(self, device: torch.device) -> "Images":
+    def to(self, device: torch.device) -> "ImageDataset":
         """Hand out batches on `device`, and keep the images there where they fill at most half of its free memory; else read ahead."""
         self.device = device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
         splits = (self.train, self.validation, self.test)
         if sum(split.images.nbytes for split in splits) > free // 2:
-            self._ahead = Ahead(self.draw)
+            self._ahead = Prefetcher(self.draw)
         elif device.type == "cuda":
-            self.train, self.validation, self.test = (replace(split, images=split.images.to(device)) for split in splits)
+            self.train, self.validation, self.test = (
+                replace(split, images=split.images.to(device)) for split in splits
+            )
         return self
 
-    def next(self, seen: int, count: int, seed: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def next(
+        self, seen: int, count: int, seed: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """What `draw` gives, for a training that goes on from there: the batch after it may be read meanwhile."""
         return (self._ahead or self.draw)(seen, count, seed, rows)
 
-    def draw(self, seen: int, count: int, seed: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def draw(
+        self, seen: int, count: int, seed: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The next `count` training images after `seen` of them, flipped at random where `flip` is set, and their labels, if there are any.
 
         They are moved at random by up to `shift` pixels each way, and their borders repeated. Every epoch is a permutation that `seed` and
         its number alone decide, and flips, moves and bits that are drawn anew are those of `seed` and `seen`: the whole place in the data.
         Of all these images those at the places `rows` are handed out.
         """
-        generator = torch.Generator(self.device).manual_seed(random.Random(f"{seed} {seen}").getrandbits(63))
+        generator = torch.Generator(self.device).manual_seed(
+            random.Random(f"{seed} {seen}").getrandbits(63)
+        )
         pieces, wanted = [], count
         while wanted:
             epoch, place = divmod(seen, len(self.train))
@@ -220,22 +253,30 @@ class Images:
         indices = torch.cat(pieces)
         mine = slice(None) if rows is None else rows
         early = slice(None) if self.anew else mine  # bits that are drawn anew are drawn of all
-        levels = self._levels(self.train.images, indices[early], generator)
-        levels = levels[mine] if self.anew else levels
-        labels = None if self.train.labels is None else self.train.labels[indices[mine]].to(self.device, torch.long)
+        images = self._levels(self.train.images, indices[early], generator)
+        images = images[mine] if self.anew else images
+        labels = (
+            None
+            if self.train.labels is None
+            else self.train.labels[indices[mine]].to(self.device, torch.long)
+        )
         if self.flip:
             mirrored = torch.rand(count, 1, 1, 1, generator=generator, device=self.device) < 0.5
-            levels = torch.where(mirrored[mine], levels.flip(3), levels)
+            images = torch.where(mirrored[mine], images.flip(3), images)
         if self.shift:
-            by = torch.randint(-self.shift, self.shift + 1, (count, 2), generator=generator, device=self.device)
-            levels = moved(levels, by[mine])
-        return levels, labels
+            by = torch.randint(
+                -self.shift, self.shift + 1, (count, 2), generator=generator, device=self.device
+            )
+            images = random_shift(images, by[mine])
+        return images, labels
 
     def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Tensor]:
         """The images of a split, or `limit` of them, the same for ever; never flipped, and the last batch may be smaller."""
-        images = {"train": self.train, "validation": self.validation, "test": self.test}[split].images
+        images = {"train": self.train, "validation": self.validation, "test": self.test}[
+            split
+        ].images
         generator = torch.Generator(self.device).manual_seed(0)  # of what is drawn anew elsewhere
-        for indices in part(len(images), limit).split(size):
+        for indices in hashed_subset(len(images), limit).split(size):
             yield self._levels(images, indices, generator)
 
     def _permutation(self, epoch: int, seed: int) -> Tensor:
@@ -251,19 +292,29 @@ class Images:
         if chosen.device.type != self.device.type:
             chosen = chosen.pin_memory().to(self.device, non_blocking=True)
         if self.anew and images is self.train.images:
-            chosen = binarised(chosen, generator)
+            chosen = binarize(chosen, generator)
         return chosen >> (8 - self.bits)
 
 
-def binarised(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """255 with probability value / 255, else 0."""
-    uniform = torch.randint(255, images.shape, generator=generator, device=images.device, dtype=torch.uint8)
+    uniform = torch.randint(
+        255, images.shape, generator=generator, device=images.device, dtype=torch.uint8
+    )
     return (images > uniform).to(torch.uint8) * 255
 
 
-def moved(images: Tensor, by: Tensor) -> Tensor:
+def random_shift(images: Tensor, by: Tensor) -> Tensor:
     """Each image (N, C, H, W) moved down and to the right by its own `by` (N, 2) pixels; what comes in repeats the border."""
     height, width = images.shape[2:]
-    rows = (torch.arange(height, device=images.device) - by[:, :1]).clamp(0, height - 1)[:, None, :, None].expand(images.shape)
-    columns = (torch.arange(width, device=images.device) - by[:, 1:]).clamp(0, width - 1)[:, None, None].expand(images.shape)
+    rows = (
+        (torch.arange(height, device=images.device) - by[:, :1])
+        .clamp(0, height - 1)[:, None, :, None]
+        .expand(images.shape)
+    )
+    columns = (
+        (torch.arange(width, device=images.device) - by[:, 1:])
+        .clamp(0, width - 1)[:, None, None]
+        .expand(images.shape)
+    )
     return images.gather(2, rows).gather(3, columns)

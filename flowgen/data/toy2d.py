@@ -6,26 +6,34 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowgen.data.dataset import SPLITS, Images, Split
+from flowgen.data.dataset import SPLITS, ImageDataset, Split
 from flowgen.utils.errors import check_choice, check_whole
-from flowgen.utils.rendering import SHAPE
+from flowgen.utils.rendering import TOY2D_SHAPE
 
 SPAN = 4.0  # the square [-4, 4] x [-4, 4] is what the levels divide
 
 
-class Toy(Images):
+class Toy2D(ImageDataset):
     """`count` points for each split, drawn with a seed of their own: uint8 of shape (count, 2, 1, 1)."""
 
-    def __init__(self, *, name: str, count: int, bits: int, flip: bool, binarise: str = "threshold"):
+    def __init__(
+        self, *, name: str, count: int, bits: int, flip: bool, binarization: str = "threshold"
+    ):
         check_choice(SETS, name=name)
         check_whole(count=count)
         generator = torch.Generator().manual_seed(0)
         train, test, validation = (_levels(SETS[name](count, generator)) for _ in SPLITS)
-        super().__init__(train, validation, test, bits=bits, flip=flip, binarise=binarise)
+        super().__init__(train, validation, test, bits=bits, flip=flip, binarization=binarization)
 
 
 def _levels(points: Tensor) -> Split:
-    return Split(((points + SPAN) * (256 / (2 * SPAN))).floor().clamp(0, 255).to(torch.uint8).view(-1, *SHAPE))
+    return Split(
+        ((points + SPAN) * (256 / (2 * SPAN)))
+        .floor()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .view(-1, *TOY2D_SHAPE)
+    )
 
 
 def moons(count: int, generator: torch.Generator) -> Tensor:
@@ -34,12 +42,16 @@ def moons(count: int, generator: torch.Generator) -> Tensor:
     upper = torch.rand(count, generator=generator) < 0.5
     x = torch.where(upper, angle.cos(), 1 - angle.cos())
     y = torch.where(upper, angle.sin(), 0.5 - angle.sin())
-    return 1.8 * (torch.stack((x - 0.5, y - 0.25), 1) + 0.07 * torch.randn(count, 2, generator=generator))
+    return 1.8 * (
+        torch.stack((x - 0.5, y - 0.25), 1) + 0.07 * torch.randn(count, 2, generator=generator)
+    )
 
 
 def rings(count: int, generator: torch.Generator) -> Tensor:
     """Four circles around one centre."""
-    radius = 0.8 * (1 + torch.randint(4, (count,), generator=generator)) + 0.06 * torch.randn(count, generator=generator)
+    radius = 0.8 * (1 + torch.randint(4, (count,), generator=generator)) + 0.06 * torch.randn(
+        count, generator=generator
+    )
     angle = 2 * math.pi * torch.rand(count, generator=generator)
     return radius[:, None] * torch.stack((angle.cos(), angle.sin()), 1)
 

@@ -19,8 +19,13 @@ def great_circle(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
     Shoemake, Animating rotation with quaternion curves (1985).
     """
     lengths = start.norm(dim=-1, keepdim=True), end.norm(dim=-1, keepdim=True)
-    angle = torch.acos(((start * end).sum(-1, keepdim=True) / (lengths[0] * lengths[1])).clamp(-1, 1))
-    direction = (torch.sin((1 - share) * angle) * start / lengths[0] + torch.sin(share * angle) * end / lengths[1]) / torch.sin(angle)
+    angle = torch.acos(
+        ((start * end).sum(-1, keepdim=True) / (lengths[0] * lengths[1])).clamp(-1, 1)
+    )
+    direction = (
+        torch.sin((1 - share) * angle) * start / lengths[0]
+        + torch.sin(share * angle) * end / lengths[1]
+    ) / torch.sin(angle)
     straight = (torch.sin(angle).abs() < 1e-6) | (share == 0) | (share == 1)
     return torch.where(straight, line(start, end, share), direction * line(*lengths, share))
 
@@ -37,9 +42,11 @@ def walk(
 
     Through the latents, as levels (steps, N, channels, height, width), and through the pixels, which lie between levels.
     """
-    start, end = (model.encode(levels.to(model.device)) for levels in (first, second))
+    start, end = (model.encode(images.to(model.device)) for images in (first, second))
     latents = along(start, end, shares.to(start)[:, None, None]).flatten(0, 1)
-    decoded = torch.cat([model.decode(part) for part in latents.split(max(len(first), len(shares)))])
+    decoded = torch.cat(
+        [model.decode(part) for part in latents.split(max(len(first), len(shares)))]
+    )
     pixels = line(first.float(), second.float(), shares[:, None, None, None, None])
     return decoded.view(len(shares), *first.shape).cpu(), pixels.cpu()
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.models.base import Classifies, GenerativeModel
-from flowgen.utils.errors import FlowgenError
+from flowgen.models.base import ClassConditional, GenerativeModel
+from flowgen.utils.errors import UserError
 
 RIDGE = 10.0  # images in which an attribute goes with nothing, as many as the ridge is worth
 BATCH = 64
@@ -26,16 +26,25 @@ class Moments(NamedTuple):
 
 
 @torch.no_grad()
-def moments(model: GenerativeModel, images: Iterable[tuple[Tensor, Tensor]]) -> Moments:
+def moments(model: GenerativeModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Moments:
     """Of batches of levels and attributes (batch, K), in double precision on the CPU."""
     generator = torch.Generator(model.device).manual_seed(0)
     sums: list[Tensor] = []
-    for levels, attributes in images:
-        a, z = attributes.double().cpu(), model.encode(levels.to(model.device), generator).double().cpu()
+    for images, attributes in batches:
+        a, z = (
+            attributes.double().cpu(),
+            model.encode(images.to(model.device), generator).double().cpu(),
+        )
         batch = [torch.tensor(len(a), dtype=torch.double), z.sum(0), a.sum(0), a.T @ a, a.T @ z]
         sums = [one + other for one, other in zip(sums, batch, strict=True)] if sums else batch
     count, z_mean, a_mean, among, across = sums[0], *(each / sums[0] for each in sums[1:])
-    return Moments(count, z_mean, a_mean, among - torch.outer(a_mean, a_mean), across - torch.outer(a_mean, z_mean))
+    return Moments(
+        count,
+        z_mean,
+        a_mean,
+        among - torch.outer(a_mean, a_mean),
+        across - torch.outer(a_mean, z_mean),
+    )
 
 
 def ridge(found: Moments) -> Tensor:
@@ -78,7 +87,9 @@ class Directions:
         """
         for name in amounts:
             if name not in self.names:
-                raise FlowgenError(f"{'class' if self.classes else 'attribute'} {name} is not there: choose one of {', '.join(self.names)}")
+                raise UserError(
+                    f"{'class' if self.classes else 'attribute'} {name} is not there: choose one of {', '.join(self.names)}"
+                )
         chosen = self.changes[[self.names.index(name) for name in amounts]]
         weights = chosen.new_tensor(list(amounts.values()))
         step = weights @ chosen
@@ -89,42 +100,63 @@ class Directions:
         return torch.cdist(latent, self.changes).argmin(1)
 
 
-def directions_from(found: Moments, names: tuple[str, ...], classes: bool, method: str = "ridge") -> Directions:
+def directions_from(
+    found: Moments, names: tuple[str, ...], classes: bool, method: str = "ridge"
+) -> Directions:
     """By the method of that name for attributes; classes have their means. Attributes that tell no images apart are left out.
 
     Raises FlowgenError where none is left.
     """
     kept = (found.among.diagonal() > 1e-12).nonzero().flatten()
     if not len(kept):
-        raise FlowgenError("no attribute tells these images apart: label some that have one and some that have not")
-    found = found._replace(attributes=found.attributes[kept], among=found.among[kept][:, kept], across=found.across[kept])
+        raise UserError(
+            "no attribute tells these images apart: label some that have one and some that have not"
+        )
+    found = found._replace(
+        attributes=found.attributes[kept],
+        among=found.among[kept][:, kept],
+        across=found.across[kept],
+    )
     changes = class_means(found) if classes else METHODS[method](found)
     return Directions(tuple(names[place] for place in kept), changes.float(), classes)
 
 
-def class_directions(model: Classifies) -> Directions:
+def class_directions(model: ClassConditional) -> Directions:
     """From class to class of a model that knows them itself."""
     middles = model.class_latents().detach()
     return Directions(tuple(map(str, range(len(middles)))), middles, classes=True)
 
 
 @torch.no_grad()
-def move_along(model: GenerativeModel, directions: Directions, levels: Tensor, amounts: Mapping[str, float], shares: Tensor) -> Tensor:
+def move_along(
+    model: GenerativeModel,
+    directions: Directions,
+    images: Tensor,
+    amounts: Mapping[str, float],
+    shares: Tensor,
+) -> Tensor:
     """Images of `levels` (N, channels, height, width) moved by each of `shares` (steps,) of `amounts`: (steps, N, ...), on the CPU.
 
     The noise within their levels is drawn, the same at every call. Raises FlowgenError for an attribute that there is not.
     """
-    generator, batches = torch.Generator(model.device).manual_seed(0), levels.to(model.device).split(BATCH)
+    generator, batches = (
+        torch.Generator(model.device).manual_seed(0),
+        images.to(model.device).split(BATCH),
+    )
     latent = torch.cat([model.encode(batch, generator) for batch in batches])
     own = None
     if directions.classes:
-        if isinstance(model, Classifies) and model.classes is not None:
+        if isinstance(model, ClassConditional) and model.classes is not None:
             own = torch.cat([model.classify(batch) for batch in batches]).argmax(1)
         else:
             own = directions.nearest(latent)
     step = directions.step(amounts, own)
     moved = latent + shares.to(latent)[:, None, None] * step
-    return torch.cat([model.decode(part) for part in moved.flatten(0, 1).split(BATCH)]).view(len(shares), *levels.shape).cpu()
+    return (
+        torch.cat([model.decode(part) for part in moved.flatten(0, 1).split(BATCH)])
+        .view(len(shares), *images.shape)
+        .cpu()
+    )
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 DEFAULT = "combined"  # right in both directions where each of its parts fails in one
 FEWEST = 4  # two to fit a deviation, two to calibrate
 log = logging.getLogger("flowgen")
-Statistics = dict[str, Tensor]  # see `GenerativeModel.statistics`, with the images' `complexity` in bits
+Statistics = dict[
+    str, Tensor
+]  # see `GenerativeModel.statistics`, with the images' `complexity` in bits
 
 
-class Outliers:
+class OODDetector:
     """Scores of strangeness by what is usual among held-out images, half of which fit the scores while the others calibrate p-values.
 
     likelihood: -log p(x). typicality: |log p(x) - its mean|, Nalisnick et al. (1906.02994), section 3. complexity: -log p(x) less the bits
@@ -30,17 +32,31 @@ class Outliers:
     def __init__(self, held_out: Statistics):
         count = len(held_out["log_prob"])
         if count < FEWEST:
-            raise FlowgenError(f"what is usual cannot be told from fewer than {FEWEST} validation images: use a run of more data")
-        fitted, self.calibration = ({name: values[half::2].double() for name, values in held_out.items()} for half in (0, 1))
+            raise UserError(
+                f"what is usual cannot be told from fewer than {FEWEST} validation images: use a run of more data"
+            )
+        fitted, self.calibration = (
+            {name: values[half::2].double() for name, values in held_out.items()} for half in (0, 1)
+        )
         if broken := int((~_finite(held_out)).sum()):
-            log.warning("%d of %d validation images are beyond what float32 holds: they count as the strangest", broken, count)
+            log.warning(
+                "%d of %d validation images are beyond what float32 holds: they count as the strangest",
+                broken,
+                count,
+            )
         finite = _finite(fitted)
         if finite.sum() < FEWEST // 2:
-            raise FlowgenError("nearly all validation images are beyond what float32 holds: name another run, or an earlier checkpoint")
+            raise UserError(
+                "nearly all validation images are beyond what float32 holds: name another run, or an earlier checkpoint"
+            )
         self.fitted = {name: values[finite] for name, values in fitted.items()}
         self.log_probs = _or_impossible(held_out["log_prob"]).sort().values
-        self.moments = {name: (values.mean(), values.std()) for name, values in _one_sided(self.fitted).items()}
-        self.usual = {name: scores.sort().values for name, scores in self.scores(self.calibration).items()}
+        self.moments = {
+            name: (values.mean(), values.std()) for name, values in _one_sided(self.fitted).items()
+        }
+        self.usual = {
+            name: scores.sort().values for name, scores in self.scores(self.calibration).items()
+        }
 
     @property
     def names(self) -> list[str]:
@@ -49,7 +65,9 @@ class Outliers:
     def scores(self, found: Statistics) -> dict[str, Tensor]:
         """Larger is stranger: (batch,) each."""
         scores = _one_sided(found)
-        standardised = [(scores[name] - mean) / deviation for name, (mean, deviation) in self.moments.items()]
+        standardised = [
+            (scores[name] - mean) / deviation for name, (mean, deviation) in self.moments.items()
+        ]
         scores["combined"] = torch.stack(standardised).amax(0)
         scores["typicality"] = (found["log_prob"].double() - self.fitted["log_prob"].mean()).abs()
         if "last_level" in found:
@@ -70,7 +88,9 @@ class Outliers:
 
     def percentile(self, log_prob: Tensor) -> Tensor:
         """The share of all held-out images that are likelier, in percent."""
-        likelier = len(self.log_probs) - torch.searchsorted(self.log_probs, _or_impossible(log_prob), right=True)
+        likelier = len(self.log_probs) - torch.searchsorted(
+            self.log_probs, _or_impossible(log_prob), right=True
+        )
         return 100 * likelier / len(self.log_probs)
 
 
@@ -86,8 +106,11 @@ def _or_impossible(log_prob: Tensor) -> Tensor:
 
 def _one_sided(found: Statistics) -> dict[str, Tensor]:
     """In nats: what the model asks for an image, and how much more than a lossless code that is."""
-    asked = -found["log_prob"].double()
-    return {"likelihood": asked, "complexity": asked - found["complexity"].double() * math.log(2)}
+    payload = -found["log_prob"].double()
+    return {
+        "likelihood": payload,
+        "complexity": payload - found["complexity"].double() * math.log(2),
+    }
 
 
 def conformal(scores: Tensor, usual: Tensor) -> Tensor:
@@ -99,7 +122,12 @@ def log_kernel_density(values: Tensor, points: Tensor) -> Tensor:
     """log of the mean of N(value; point, h^2) over `points`, h = 1.06 s n^(-1/5). Silverman, Density Estimation (1986), section 3.4.2."""
     width = (1.06 * points.std() * len(points) ** -0.2).clamp(min=1e-12)
     far = (values[:, None] - points) / width
-    return (-0.5 * far.square()).logsumexp(1) - math.log(len(points)) - width.log() - 0.5 * math.log(2 * math.pi)
+    return (
+        (-0.5 * far.square()).logsumexp(1)
+        - math.log(len(points))
+        - width.log()
+        - 0.5 * math.log(2 * math.pi)
+    )
 
 
 class AUROC(NamedTuple):
@@ -119,27 +147,42 @@ def auroc(inliers: Tensor, outliers: Tensor, resamples: int = 200, seed: int = 0
     def resampled(scores: Tensor) -> Tensor:
         return scores[torch.randint(len(scores), (len(scores),), generator=generator)]
 
-    again = torch.stack([_shared(resampled(inliers), resampled(outliers)) for _ in range(resamples)])
+    again = torch.stack(
+        [_shared(resampled(inliers), resampled(outliers)) for _ in range(resamples)]
+    )
     return AUROC(_shared(inliers, outliers).item(), again.std().item())
 
 
 def _shared(inliers: Tensor, outliers: Tensor) -> Tensor:
     inliers = inliers.sort().values
-    below, up_to = (torch.searchsorted(inliers, outliers, right=right).double() for right in (False, True))
+    below, up_to = (
+        torch.searchsorted(inliers, outliers, right=right).double() for right in (False, True)
+    )
     return (below + up_to).mean() / (2 * len(inliers))
 
 
-def complexity(levels: Tensor) -> Tensor:
+def complexity(images: Tensor) -> Tensor:
     """Bits of the shortest lossless code of each image, (batch,): deflate behind the best of PNG's five filters, without headers.
 
     Serra et al., Input complexity (1909.11480), section 3. PNG specification (ISO 15948), section 9.
     """
-    left, above, corner = (F.pad(levels, pad)[..., : -1 or None, : -1 or None] for pad in ((1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0)))
+    left, above, corner = (
+        F.pad(images, pad)[..., : -1 or None, : -1 or None]
+        for pad in ((1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0))
+    )
     a, b, c = left.int(), above.int(), corner.int()
     from_a, from_b, from_c = (b - c).abs(), (a - c).abs(), (a + b - 2 * c).abs()
-    nearest = torch.where((from_a <= from_b) & (from_a <= from_c), left, torch.where(from_b <= from_c, above, corner))
-    filtered = [levels, levels - left, levels - above, levels - ((a + b) // 2).to(torch.uint8), levels - nearest]
-    codes = [[_deflated(each) for each in images.cpu()] for images in filtered]
+    nearest = torch.where(
+        (from_a <= from_b) & (from_a <= from_c), left, torch.where(from_b <= from_c, above, corner)
+    )
+    filtered = [
+        images,
+        images - left,
+        images - above,
+        images - ((a + b) // 2).to(torch.uint8),
+        images - nearest,
+    ]
+    codes = [[_deflated(each) for each in residuals.cpu()] for residuals in filtered]
     return 8.0 * torch.tensor(codes).amin(0)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from flowgen.data.dataset import Images
+from flowgen.data.dataset import ImageDataset
 from flowgen.evaluation.interpolation import changes, unevenness, walk
 from flowgen.models.flows.flow import Flow
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 COMPONENTS, NEIGHBOURS = 64, 5
 
@@ -31,13 +31,15 @@ class PrincipalComponents:
         self.mean = flat.mean(0)
         with torch.random.fork_rng():
             torch.manual_seed(0)  # so that every model is judged in the same space
-            self.basis = torch.pca_lowrank(flat - self.mean, min(components, *flat.shape), center=False, niter=4)[2]
+            self.basis = torch.pca_lowrank(
+                flat - self.mean, min(components, *flat.shape), center=False, niter=4
+            )[2]
 
     def __call__(self, images: Tensor) -> Tensor:
         return (images.flatten(1) - self.mean) @ self.basis
 
 
-class Likeness(NamedTuple):
+class SampleQuality(NamedTuple):
     """Samples beside real images, see `likeness`."""
 
     frechet: float
@@ -45,7 +47,7 @@ class Likeness(NamedTuple):
     spread: float
 
 
-def likeness(samples: Tensor, real: Tensor) -> Likeness:
+def likeness(samples: Tensor, real: Tensor) -> SampleQuality:
     """Of points (N, d) to real points (M, d).
 
     frechet: |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of the Gaussians that fit them. Heusel et al. (1706.08500), section 2.
@@ -53,7 +55,7 @@ def likeness(samples: Tensor, real: Tensor) -> Likeness:
     even a blank picture lies, count once each. Naeem et al. (2002.09797), section 3.
     spread: the mean distance of two samples over that of two real points.
     """
-    return Likeness(
+    return SampleQuality(
         frechet(samples.double(), real.double()),
         coverage(samples, real),
         (torch.pdist(samples).mean() / torch.pdist(real).mean()).item(),
@@ -64,7 +66,12 @@ def frechet(one: Tensor, other: Tensor) -> float:
     """See `likeness`."""
     covariances = one.T.cov(), other.T.cov()
     roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
-    return ((one.mean(0) - other.mean(0)).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * roots.sum()).item()
+    return (
+        (one.mean(0) - other.mean(0)).square().sum()
+        + covariances[0].trace()
+        + covariances[1].trace()
+        - 2 * roots.sum()
+    ).item()
 
 
 def coverage(samples: Tensor, real: Tensor) -> float:
@@ -101,21 +108,38 @@ def network() -> Path | None:
     if not weights:
         return None
     if not Path(weights).is_file():
-        raise FlowgenError(f"{WEIGHTS}={weights} is no file: name that of torch-fidelity's network, or leave it out")
+        raise UserError(
+            f"{WEIGHTS}={weights} is no file: name that of torch-fidelity's network, or leave it out"
+        )
     if find_spec("torch_fidelity") is None:
-        raise FlowgenError(f"{WEIGHTS} is set, but torch-fidelity is not installed: pip install 'flowgen[fidelity]'")
+        raise UserError(
+            f"{WEIGHTS} is set, but torch-fidelity is not installed: pip install 'flowgen[fidelity]'"
+        )
     return Path(weights)
 
 
-def fidelity(samples: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
+def fid_metrics(samples: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
     """Of uint8 images (N, channels, height, width): FID (Heusel et al., 1706.08500), precision and recall (1904.06991, section 2)."""
     from torch_fidelity import calculate_metrics
 
     sets = [_Pictures(images.cpu().expand(-1, 3, -1, -1)) for images in (samples, real)]
-    features = {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": str(weights)}
-    how = {"fid": True, "prc": True, "cuda": torch.cuda.is_available(), "verbose": False, "save_cpu_ram": True}
+    features = {
+        "feature_extractor": "inception-v3-compat",
+        "feature_extractor_weights_path": str(weights),
+    }
+    how = {
+        "fid": True,
+        "prc": True,
+        "cuda": torch.cuda.is_available(),
+        "verbose": False,
+        "save_cpu_ram": True,
+    }
     found = calculate_metrics(input1=sets[0], input2=sets[1], **features, **how)
-    return {"fid": found["frechet_inception_distance"], "precision": found["precision"], "recall": found["recall"]}
+    return {
+        "fid": found["frechet_inception_distance"],
+        "precision": found["precision"],
+        "recall": found["recall"],
+    }
 
 
 SURE = 0.9  # the probability from which on an image counts as readable
@@ -134,37 +158,39 @@ class Classifier(nn.Module):
             nn.Flatten(), nn.Dropout(0.3), nn.Linear(32 * (height // 4) * (width // 4), 128), nn.ReLU(), nn.Linear(128, classes),
         )  # fmt: skip
 
-    def forward(self, levels: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """The log-odds of the classes: (batch, classes)."""
-        return self.layers(levels.float() / self.scale)
+        return self.layers(images.float() / self.scale)
 
     @torch.no_grad()
-    def surety(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+    def surety(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest class of every image and its probability: (batch,) each."""
-        probabilities = torch.cat([self(part).softmax(1) for part in levels.split(500)])
+        probabilities = torch.cat([self(part).softmax(1) for part in images.split(500)])
         most, label = probabilities.max(1)
         return label, most
 
-    def readable(self, levels: Tensor) -> float:
+    def readable(self, images: Tensor) -> float:
         """The share of the images that it names with a probability of at least `SURE`."""
-        return (self.surety(levels)[1] >= SURE).float().mean().item()
+        return (self.surety(images)[1] >= SURE).float().mean().item()
 
 
-def train_classifier(data: Images, epochs: int = 3, batch: int = 100, seed: int = 0) -> Classifier:
+def train_classifier(
+    data: ImageDataset, epochs: int = 3, batch: int = 100, seed: int = 0
+) -> Classifier:
     """A classifier of the training images' labels. Raises FlowgenError where there are none."""
     if data.train.labels is None or data.classes is None:
-        raise FlowgenError("a classifier needs labels: put the labels-idx1 files beside the images")
+        raise UserError("a classifier needs labels: put the labels-idx1 files beside the images")
     torch.manual_seed(seed)
-    model = Classifier(data.shape, data.bits, data.classes)
+    model = Classifier(data.image_shape, data.bits, data.classes)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = epochs * len(data.train) // batch
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for step in range(steps):
-        levels, labels = data.draw(step * batch, batch, seed)
+        images, labels = data.draw(step * batch, batch, seed)
         assert labels is not None
         optimizer.zero_grad()
-        F.cross_entropy(model(levels), labels).backward()
+        F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         schedule.step()
     return model.eval()
@@ -173,8 +199,14 @@ def train_classifier(data: Images, epochs: int = 3, batch: int = 100, seed: int 
 BATCH = 64
 
 
-def judge_flow(
-    model: Flow, data: Images, samples: Mapping[float, Sequence[Tensor]], *, weights: Path | None = None, pairs: int = 16, steps: int = 18
+def flow_report(
+    model: Flow,
+    data: ImageDataset,
+    samples: Mapping[float, Sequence[Tensor]],
+    *,
+    weights: Path | None = None,
+    pairs: int = 16,
+    steps: int = 18,
 ) -> dict[str, Any]:
     """What is told of a flow by `samples`, levels (N, ...) for each temperature, once or more often, and by walks; plain data, as JSON.
 
@@ -186,24 +218,32 @@ def judge_flow(
     `steps` is fair: half-way between two images rounding favours the even levels. All in one space, of training images not compared.
     """
     count = len(next(iter(samples.values()))[0])
-    train, test = (torch.cat(list(data.batches(split, 500, most))) for split, most in (("train", 5 * count), ("test", count)))
+    train, test = (
+        torch.cat(list(data.batches(split, 500, most)))
+        for split, most in (("train", 5 * count), ("test", count))
+    )
     held, others = train[: len(test)], train[len(test) :]
     space = PrincipalComponents(_unit(others, data.bits))
     real, half = space(_unit(test, data.bits)), min(pairs, len(test) // 2)
 
-    def look(levels: Tensor) -> dict[str, float]:
-        found, more = likeness(space(_unit(levels, data.bits)), real)._asdict(), 8 - data.bits
-        return found | (fidelity(levels << more, test << more, weights) if weights else {})
+    def look(images: Tensor) -> dict[str, float]:
+        found, more = likeness(space(_unit(images, data.bits)), real)._asdict(), 8 - data.bits
+        return found | (fid_metrics(images << more, test << more, weights) if weights else {})
 
     ways = walk(model, test[:half], test[half : 2 * half], torch.linspace(0, 1, steps))
     return {
-        "samples": [[look(levels) for levels in draws] for draws in samples.values()],
+        "samples": [[look(images) for images in draws] for draws in samples.values()],
         "training": likeness(space(_unit(held, data.bits)), real)._asdict(),
-        "mean_sample": distance_from_mean(space(_unit(samples[min(samples)][0][:1], data.bits))[0], real),
+        "mean_sample": distance_from_mean(
+            space(_unit(samples[min(samples)][0][:1], data.bits))[0], real
+        ),
         "bits": bits_per_image(model, test).tolist(),
         "walk": {
             "changes": [changes(way, data.bits).mean(1).tolist() for way in ways],
-            "bits": [[bits_per_image(model, each.round().to(torch.uint8)).mean().item() for each in way] for way in ways],
+            "bits": [
+                [bits_per_image(model, each.round().to(torch.uint8)).mean().item() for each in way]
+                for way in ways
+            ],
             "unevenness": unevenness(ways[0], data.bits).tolist(),
         },
         "images": len(test),
@@ -212,12 +252,15 @@ def judge_flow(
 
 
 @torch.no_grad()
-def bits_per_image(model: Flow, levels: Tensor) -> Tensor:
+def bits_per_image(model: Flow, images: Tensor) -> Tensor:
     """Bits/dim of every image, (N,), under one draw of a noise that is the same at every call."""
     generator = torch.Generator(model.device).manual_seed(0)
-    scores = [model.score(part.to(model.device), generator=generator).cpu() for part in levels.split(BATCH)]
+    scores = [
+        model.score(part.to(model.device), generator=generator).cpu()
+        for part in images.split(BATCH)
+    ]
     return -torch.cat(scores).double() / (model.dimensions * math.log(2))
 
 
-def _unit(levels: Tensor, bits: int) -> Tensor:
-    return levels.cpu().float() / (2**bits - 1)
+def _unit(images: Tensor, bits: int) -> Tensor:
+    return images.cpu().float() / (2**bits - 1)

@@ -17,10 +17,10 @@ from telegram import Message, Update
 from telegram.error import InvalidToken, NetworkError, TelegramError
 from telegram.ext import ApplicationBuilder, ContextTypes, MessageHandler, filters
 
-from flowgen.serving.session import Answers, leave
+from flowgen.serving.session import ModelSession, exit_process
 from flowgen.utils import rendering
-from flowgen.utils.console import one_sentence
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.console import user_message
+from flowgen.utils.errors import UserError
 
 VARIABLE = "FLOWGEN_BOT_TOKEN"
 LONGEST = 300  # characters of a message
@@ -31,22 +31,24 @@ def read_token(path: Path | None) -> str:
     if path is None:
         token, source = os.environ.get(VARIABLE, ""), VARIABLE
         if not token:
-            raise FlowgenError(
+            raise UserError(
                 f"the bot has no token: get one from Telegram's @BotFather, and set {VARIABLE} or name its file by --token-file"
             )
     else:
         if not path.is_file():
-            raise FlowgenError(f"{path} is no file: name the one that holds the bot's token")
+            raise UserError(f"{path} is no file: name the one that holds the bot's token")
         if path.stat().st_mode & 0o077:
-            raise FlowgenError(f"{path} may be read by others: `chmod 600 {path}` first")
+            raise UserError(f"{path} may be read by others: `chmod 600 {path}` first")
         token, source = path.read_text(errors="replace"), str(path)
     token = token.strip()
     if not re.fullmatch(r"\d+:[\w-]+", token):
-        raise FlowgenError(f"what {source} holds is no token: it should be digits, a colon, and letters")
+        raise UserError(
+            f"what {source} holds is no token: it should be digits, a colon, and letters"
+        )
     return token
 
 
-class Masked(logging.Formatter):
+class RedactingFormatter(logging.Formatter):
     """Messages in one line, without tracebacks and without the token, which is part of every address that is asked."""
 
     def __init__(self, token: str):
@@ -60,9 +62,11 @@ class Masked(logging.Formatter):
 def mask_logs(token: str) -> None:
     """Keep the token out of whatever is logged in this process, and the addresses that httpx logs altogether."""
     screen = logging.StreamHandler(sys.stderr)
-    logging.getLogger().addHandler(screen)  # else what has no handler would go to standard error as it is
+    logging.getLogger().addHandler(
+        screen
+    )  # else what has no handler would go to standard error as it is
     for handler in (screen, *logging.getLogger("flowgen").handlers):
-        handler.setFormatter(Masked(token))
+        handler.setFormatter(RedactingFormatter(token))
     for library in ("httpx", "httpcore", "telegram"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
@@ -91,7 +95,7 @@ class Request:
 class Chat:
     """The bot's side of every chat; one request of a chat is worked on at a time, and only `allowed` chats are listened to, if any."""
 
-    def __init__(self, answers: Answers, allowed: tuple[int, ...] = ()):
+    def __init__(self, answers: ModelSession, allowed: tuple[int, ...] = ()):
         self.answers, self.allowed = answers, allowed
         self.requests: dict[int, Request] = {}
         self.busy: set[int] = set()
@@ -102,7 +106,9 @@ class Chat:
         if message is None:
             return
         if self.allowed and message.chat_id not in self.allowed:
-            await message.reply_text(f"This bot talks to others only. Your chat is {message.chat_id}.")
+            await message.reply_text(
+                f"This bot talks to others only. Your chat is {message.chat_id}."
+            )
             return
         answer = self._answer(message)
         if isinstance(answer, str):
@@ -113,7 +119,7 @@ class Chat:
             self.busy.add(message.chat_id)
             try:
                 await answer()
-            except FlowgenError as error:
+            except UserError as error:
                 await message.reply_text(f"Sorry: {error}.")
             finally:
                 self.busy.discard(message.chat_id)
@@ -122,7 +128,7 @@ class Chat:
         """After a fault of ours, or of the network."""
         error = context.error
         if isinstance(error, Exception) and not isinstance(error, TelegramError):
-            log.error("%s", one_sentence(error))
+            log.error("%s", user_message(error))
         else:
             log.error("Telegram: %s", error)
         if isinstance(update, Update) and update.message is not None:
@@ -131,7 +137,11 @@ class Chat:
     def _answer(self, message: Message) -> str | Work | None:
         """What to say at once, or work to do; nothing while a photo of an album is still to come."""
         words = (message.text or message.caption or "").split()
-        name = words[0].partition("@")[0].removeprefix("/") if words and words[0].startswith("/") else ""
+        name = (
+            words[0].partition("@")[0].removeprefix("/")
+            if words and words[0].startswith("/")
+            else ""
+        )
         if name in NEEDS:
             self.requests[message.chat_id] = Request(name)
         photo = _photo(message)
@@ -167,23 +177,35 @@ class Chat:
 
     async def _generate(self, message: Message, temperature: float) -> None:
         seed = random.randrange(2**31)
-        levels = await asyncio.to_thread(self.answers.sample, count=1, temperature=temperature, seed=seed)
-        figures = await asyncio.to_thread(self._figures, levels)
-        picture = rendering.to_image(levels, self.answers.model.bits, 1, SIDE)
-        await message.reply_photo(rendering.file_of(picture), caption=f"Temperature {temperature:g}, seed {seed}. {figures}")
+        images = await asyncio.to_thread(
+            self.answers.sample, count=1, temperature=temperature, seed=seed
+        )
+        figures = await asyncio.to_thread(self._figures, images)
+        picture = rendering.to_image(images, self.answers.model.bits, 1, SIDE)
+        await message.reply_photo(
+            rendering.file_of(picture),
+            caption=f"Temperature {temperature:g}, seed {seed}. {figures}",
+        )
 
     async def _look(self, message: Message, request: Request) -> None:
-        files = [await (await message.get_bot().get_file(photo)).download_as_bytearray() for photo in request.photos]
+        files = [
+            await (await message.get_bot().get_file(photo)).download_as_bytearray()
+            for photo in request.photos
+        ]
         images = [await asyncio.to_thread(self.answers.read, bytes(file)) for file in files]
         if request.about == "score":
             await message.reply_text(await asyncio.to_thread(self._figures, images[0]))
             return
-        latent, pixels = await asyncio.to_thread(self.answers.walk, images[0], images[1], STEPS, False)
+        latent, pixels = await asyncio.to_thread(
+            self.answers.walk, images[0], images[1], STEPS, False
+        )
         rows = [("through the latents", latent), ("through the pixels", pixels)]
-        await message.reply_photo(rendering.file_of(rendering.blocks(rows, self.answers.model.bits, STEPS)))
+        await message.reply_photo(
+            rendering.file_of(rendering.blocks(rows, self.answers.model.bits, STEPS))
+        )
 
-    def _figures(self, levels: torch.Tensor) -> str:
-        value, percentile, p = self.answers.figures(levels)
+    def _figures(self, images: torch.Tensor) -> str:
+        value, percentile, p = self.answers.figures(images)
         said = f"{value:.3f} {self.answers.unit}"
         if percentile is None:
             return f"{said}."
@@ -208,19 +230,31 @@ AT_ONCE = 16  # chats
 
 
 def bot(
-    *, name: str | None, token_file: Path | None, allowed: tuple[int, ...], api: str | None, device: str, say: Callable[[str], None]
+    *,
+    name: str | None,
+    token_file: Path | None,
+    allowed: tuple[int, ...],
+    api: str | None,
+    device: str,
+    say: Callable[[str], None],
 ) -> None:
     """Answer until interrupted; `api` is a server of the Bot API other than Telegram's own. Raises FlowgenError."""
     token = read_token(token_file)
-    answers = Answers(name, device)
+    answers = ModelSession(name, device)
     mask_logs(token)
 
-    async def begin(_: object) -> None:  # once Telegram has taken the token: a thread at work would abort a process that ends before
-        threading.Thread(target=answers.judge_validation_images, daemon=True).start()
+    async def begin(
+        _: object,
+    ) -> (
+        None
+    ):  # once Telegram has taken the token: a thread at work would abort a process that ends before
+        threading.Thread(target=answers.score_validation_images, daemon=True).start()
 
     builder = ApplicationBuilder().token(token).concurrent_updates(AT_ONCE).post_init(begin)
     if api is not None:
-        builder = builder.base_url(f"{api.rstrip('/')}/bot").base_file_url(f"{api.rstrip('/')}/file/bot")
+        builder = builder.base_url(f"{api.rstrip('/')}/bot").base_file_url(
+            f"{api.rstrip('/')}/file/bot"
+        )
     application = builder.build()
     chat = Chat(answers, allowed)
     application.add_handler(MessageHandler(filters.ALL, chat.hear))
@@ -229,9 +263,13 @@ def bot(
     try:
         application.run_polling(allowed_updates=["message"])
     except InvalidToken:
-        raise FlowgenError("Telegram refuses the token: get another from @BotFather") from None  # its own sentence holds the token
+        raise UserError(
+            "Telegram refuses the token: get another from @BotFather"
+        ) from None  # its own sentence holds the token
     except NetworkError as error:
-        raise FlowgenError(f"Telegram cannot be reached ({type(error).__name__}): try again later") from None
+        raise UserError(
+            f"Telegram cannot be reached ({type(error).__name__}): try again later"
+        ) from None
     except Exception as error:
-        raise FlowgenError(one_sentence(error).replace(token, "TOKEN")) from None
-    leave()
+        raise UserError(user_message(error).replace(token, "TOKEN")) from None
+    exit_process()

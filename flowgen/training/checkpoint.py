@@ -11,14 +11,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import COMPARED
 
 FORMAT = 3  # of the checkpoints that are written
 MOST_BYTES = 2**20  # of a configuration, which reading takes seconds of
-NAMES = ((re.compile(r"\bdequantiser\.networks\.(\d+)\."), r"dequantiser.bijection.bijections.\1.network."),)  # of parameters
+NAMES = (
+    (
+        re.compile(r"\bdequantiser\.networks\.(\d+)\."),
+        r"dequantiser.bijection.bijections.\1.network.",
+    ),
+)  # of parameters
 TARGETS = {  # classes that have moved
-    f"flowgen.models.negative_phase.{name}": f"flowgen.models.rbm.negative_phase.{name}" for name in ("CD", "MeanField", "PCD", "Tempering")
+    f"flowgen.models.negative_phase.{name}": f"flowgen.models.rbm.negative_phase.{name}"
+    for name in ("CD", "MeanField", "PCD", "Tempering")
 }
 REPEATED = {  # what was said of data that has but one value for it
     "flowgen.data.mnist.MNIST": {"channels"},
@@ -37,7 +43,13 @@ AS_IT_WAS: dict[str, dict[str, Any]] = {  # where a configuration does not say i
         "patience": None,
         "sample_temperature": 1.0,
     },
-    "evaluation": {"_target_": "flowgen.models.base.Evaluation", "draws": 1, "betas": 10000, "chains": 256, "thorough": True},
+    "evaluation": {
+        "_target_": "flowgen.models.base.Evaluation",
+        "draws": 1,
+        "betas": 10000,
+        "chains": 256,
+        "thorough": True,
+    },
 }
 
 
@@ -64,7 +76,8 @@ def in_todays_words(config: dict[str, Any]) -> dict[str, Any]:
     moved = {key: model[key] for key in OF_THE_EVALUATION if key in model}
     said = {
         "model": {key: value for key, value in model.items() if key not in moved},
-        "data": AS_IT_WAS["data"] | {key: value for key, value in config["data"].items() if key not in repeated},
+        "data": AS_IT_WAS["data"]
+        | {key: value for key, value in config["data"].items() if key not in repeated},
         "trainer": AS_IT_WAS["trainer"] | config["trainer"],
         "evaluation": AS_IT_WAS["evaluation"] | moved | config.get("evaluation", {}),
     }
@@ -84,14 +97,18 @@ def _retargeted(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     sections = {key: _retargeted(value) for key, value in config.items()}
-    return sections | ({"_target_": TARGETS.get(config["_target_"], config["_target_"])} if "_target_" in config else {})
+    return sections | (
+        {"_target_": TARGETS.get(config["_target_"], config["_target_"])}
+        if "_target_" in config
+        else {}
+    )
 
 
 OF_TRAINING = ("loss", "lr", "grad_norm", "images_per_second", "seconds", "memory_gib", "bits")
 OF_IMAGES = ("images", "log_z", "log_z_error")
 FIGURES = tuple(metric.name + ending for metric in COMPARED for ending in ("", "_error"))
 NUMBERS = {*OF_TRAINING, *OF_IMAGES, *FIGURES}  # that others compute with
-LARGEST = 1e100  # beyond which no axis can be drawn
+MAX_ABS_VALUE = 1e100  # beyond which no axis can be drawn
 log = logging.getLogger("flowgen")
 
 
@@ -101,7 +118,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = [row for line in lines if (row := _parse_row(line)) is not None]
     if len(rows) < len(lines):
         log.warning(
-            "%s: %d of %d lines were cut short or are no rows of a training, and are left out", path, len(lines) - len(rows), len(lines)
+            "%s: %d of %d lines were cut short or are no rows of a training, and are left out",
+            path,
+            len(lines) - len(rows),
+            len(lines),
         )
     return rows
 
@@ -117,13 +137,19 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
 def is_row(row: dict[str, Any]) -> bool:
     """Whether a training could have written it."""
     step, split = row.get("step"), row.get("split")
-    scalars = all(value is None or isinstance(value, bool | str) or is_number(value) for value in row.values())
-    numbers = all(value is None or is_number(value) for name, value in row.items() if name in NUMBERS)
-    return type(step) is int and 0 <= step < 2**53 and isinstance(split, str) and scalars and numbers
+    scalars = all(
+        value is None or isinstance(value, bool | str) or is_number(value) for value in row.values()
+    )
+    numbers = all(
+        value is None or is_number(value) for name, value in row.items() if name in NUMBERS
+    )
+    return (
+        type(step) is int and 0 <= step < 2**53 and isinstance(split, str) and scalars and numbers
+    )
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < LARGEST  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) < MAX_ABS_VALUE  # type: ignore[arg-type]
 
 
 KEYS = {"config", "step", "images_seen", "model", "ema", "optimizer", "metrics"}
@@ -140,7 +166,9 @@ def write_checkpoint(state: dict[str, Any], path: Path, others: Iterable[Path] =
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.unlink(missing_ok=True)  # where a kill left it, it may be one of `others` by a second name
+        aside.unlink(
+            missing_ok=True
+        )  # where a kill left it, it may be one of `others` by a second name
         with open(aside, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
@@ -150,9 +178,13 @@ def write_checkpoint(state: dict[str, Any], path: Path, others: Iterable[Path] =
         aside.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         aside.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the disk is full or not writable"
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else "the disk is full or not writable"
+        )
         cure = f"make room, then go on from the last good checkpoint with `flowgen resume {path.parent.parent}`"
-        raise FlowgenError(f"could not save {path} ({reason}): {cure}") from error
+        raise UserError(f"could not save {path} ({reason}): {cure}") from error
 
 
 def _second_name(path: Path, other: Path) -> None:
@@ -170,15 +202,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     import torch
 
     if not path.exists():
-        raise FlowgenError(f"{path} does not exist: `flowgen runs` lists the runs")
+        raise UserError(f"{path} does not exist: `flowgen runs` lists the runs")
     try:
         if not path.is_file():
             raise OSError("a pipe would be waited for")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever the unpickler stumbles over
-        raise FlowgenError(f"{path} is cut short or no checkpoint of flowgen: name another run or checkpoint") from error
-    if not isinstance(state, dict) or not state.keys() >= KEYS or not isinstance(state["config"], dict):
-        raise FlowgenError(f"{path} is no checkpoint of flowgen: name another run or checkpoint")
+        raise UserError(
+            f"{path} is cut short or no checkpoint of flowgen: name another run or checkpoint"
+        ) from error
+    if (
+        not isinstance(state, dict)
+        or not state.keys() >= KEYS
+        or not isinstance(state["config"], dict)
+    ):
+        raise UserError(f"{path} is no checkpoint of flowgen: name another run or checkpoint")
     return checked(state, path)
 
 
@@ -186,7 +224,7 @@ def checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """A checkpoint in today's words. Raises FlowgenError where it is of a later format, or holds what no training writes."""
     version = state.get("format", FORMAT)
     if type(version) is int and version > FORMAT:
-        raise FlowgenError(f"{path} is of a later flowgen: update with `pip install -U flowgen`")
+        raise UserError(f"{path} is of a later flowgen: update with `pip install -U flowgen`")
     try:
         _check_plain(state["config"])
         state = renewed(state)
@@ -194,7 +232,9 @@ def checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
     except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise FlowgenError(f"{path} holds values that no training writes: name another run or checkpoint")
+        raise UserError(
+            f"{path} holds values that no training writes: name another run or checkpoint"
+        )
     return state
 
 
@@ -219,13 +259,19 @@ def _is_sound(state: dict[str, Any]) -> bool:
         return isinstance(value, Tensor)
 
     def of_tensors(value: Any) -> bool:
-        return isinstance(value, dict) and all(isinstance(key, str) and is_tensor(each) for key, each in value.items())
+        return isinstance(value, dict) and all(
+            isinstance(key, str) and is_tensor(each) for key, each in value.items()
+        )
 
     def is_count(value: Any) -> bool:
         return type(value) is int and 0 <= value < 2**63
 
     def of_numbers(value: Any, names: set[str]) -> bool:
-        return isinstance(value, dict) and value.keys() <= names and all(type(each) in (int, float) for each in value.values())
+        return (
+            isinstance(value, dict)
+            and value.keys() <= names
+            and all(type(each) in (int, float) for each in value.values())
+        )
 
     config, metrics = state["config"], state["metrics"]
     return (
@@ -251,22 +297,26 @@ def _is_sound(state: dict[str, Any]) -> bool:
     )
 
 
-def digest_of(checkpoint: dict[str, Any]) -> str:
+def weights_hash(checkpoint: dict[str, Any]) -> str:
     """A short name of the weights of a checkpoint, the same for the same weights alone."""
     import torch
 
     found = hashlib.sha256()
-    for name, value in sorted(weights_of(checkpoint).items()):
+    for name, value in sorted(eval_weights(checkpoint).items()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 
 
-def weights_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def eval_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The averaged weights of a checkpoint, or, where there are none, those that were trained."""
     if checkpoint["ema"] is None:
         return checkpoint["model"]
-    return {name.removeprefix("module."): value for name, value in checkpoint["ema"].items() if name.startswith("module.")}
+    return {
+        name.removeprefix("module."): value
+        for name, value in checkpoint["ema"].items()
+        if name.startswith("module.")
+    }
 
 
 SUFFIX = ".safetensors"
@@ -281,11 +331,17 @@ def zoo() -> list[str]:
 def zoo_file(name: str) -> Path:
     """Raises FlowgenError where the zoo has no such model."""
     if name not in zoo():
-        raise FlowgenError(f"{name} is not in the zoo: choose one of {', '.join(zoo())}")
+        raise UserError(f"{name} is not in the zoo: choose one of {', '.join(zoo())}")
     return ZOO / f"{name.removeprefix('zoo/')}{SUFFIX}"
 
 
-def write_portable(checkpoint: dict[str, Any], figures: dict[str, Any], command: str, path: Path, half: bool = False) -> None:
+def export_safetensors(
+    checkpoint: dict[str, Any],
+    figures: dict[str, Any],
+    command: str,
+    path: Path,
+    half: bool = False,
+) -> None:
     """The averaged weights, where there are any, and what says where they come from; nothing of this machine's folders.
 
     `half` stores convolutions in half precision, to be judged as they are read again.
@@ -293,7 +349,9 @@ def write_portable(checkpoint: dict[str, Any], figures: dict[str, Any], command:
     import torch
     from safetensors.torch import save_file
 
-    data = {key: None if key == "root" else value for key, value in checkpoint["config"]["data"].items()}
+    data = {
+        key: None if key == "root" else value for key, value in checkpoint["config"]["data"].items()
+    }
     about = {
         "format": FORMAT,
         "config": checkpoint["config"] | {"out": None, "init": None, "data": data},
@@ -303,19 +361,21 @@ def write_portable(checkpoint: dict[str, Any], figures: dict[str, Any], command:
         "command": command,
     }
     weights = {
-        name: value.to(torch.float16 if half and value.dim() == 4 else value.dtype).contiguous().clone()
-        for name, value in weights_of(checkpoint).items()
+        name: value.to(torch.float16 if half and value.dim() == 4 else value.dtype)
+        .contiguous()
+        .clone()
+        for name, value in eval_weights(checkpoint).items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, path, metadata={"flowgen": json.dumps(about)})
 
 
-def read_portable(path: Path) -> dict[str, Any]:
+def read_safetensors(path: Path) -> dict[str, Any]:
     """A checkpoint to use, though none to go on from: it holds no optimiser. Raises FlowgenError for what is none; no code can run."""
     return _read(path, weights=True)
 
 
-def about_portable(path: Path) -> dict[str, Any]:
+def read_portable_metadata(path: Path) -> dict[str, Any]:
     """Its config, step, images_seen, figures and command, without its weights. Raises FlowgenError for what is none."""
     return _read(path, weights=False)
 
@@ -326,14 +386,20 @@ def _read(path: Path, weights: bool) -> dict[str, Any]:
     try:
         with safe_open(path, "pt" if weights else "np") as file:  # "pt" imports torch at once
             about = json.loads((file.metadata() or {})["flowgen"])
-            json.dumps(about, ensure_ascii=False).encode()  # half a character could be neither shown nor passed on
+            json.dumps(
+                about, ensure_ascii=False
+            ).encode()  # half a character could be neither shown nor passed on
             tensors = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118, it is no dict
     except FileNotFoundError as error:
-        raise FlowgenError(f"{path} does not exist: `flowgen runs` lists the runs") from error
+        raise UserError(f"{path} does not exist: `flowgen runs` lists the runs") from error
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
-        raise FlowgenError(f"{path} is cut short or no model of flowgen: name another run or file") from error
+        raise UserError(
+            f"{path} is cut short or no model of flowgen: name another run or file"
+        ) from error
     known = {"config": dict, "step": int, "images_seen": int, "figures": dict, "command": str}
-    if not isinstance(about, dict) or any(not isinstance(about.get(key), kind) for key, kind in known.items()):
-        raise FlowgenError(f"{path} is no model of flowgen: name another run or file")
+    if not isinstance(about, dict) or any(
+        not isinstance(about.get(key), kind) for key, kind in known.items()
+    ):
+        raise UserError(f"{path} is no model of flowgen: name another run or file")
     untold = {"optimizer": {}, "metrics": {"best": 0.0, "seconds": 0.0}, "rescue": {}}
     return checked(about | untold | {"model": tensors, "ema": None}, path)

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowgen.bijections.chain import can_be_recomputed
+from flowgen.bijections.chain import supports_checkpointing
 from flowgen.bijections.reversible import MEMORY
-from flowgen.data.dataset import Images
+from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training.threads import use_threads
-from flowgen.utils.errors import FlowgenError, check_choice
-from flowgen.utils.memory import check_fits, free_memory
+from flowgen.utils.errors import UserError, check_choice
+from flowgen.utils.memory import check_memory, free_memory
 
 
 def choose_device(name: str) -> torch.device:
@@ -33,7 +33,7 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # `meta` has tensors, but no numbers in them
     except (RuntimeError, AssertionError) as error:
         others = "auto, cuda or cpu" if torch.cuda.is_available() else "auto or cpu"
-        raise FlowgenError(f"device {name!r} is not on this machine: choose {others}") from error
+        raise UserError(f"device {name!r} is not on this machine: choose {others}") from error
     return device
 
 
@@ -45,16 +45,22 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
         precision = forced
     if precision == "auto":
         if device.type == "cuda":
-            precision = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+            precision = (
+                "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+            )
         else:
-            precision = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"  # no public name in torch 2.11
+            precision = (
+                "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+            )  # no public name in torch 2.11
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def seed_step(device: torch.device, seed: int, step: int) -> None:
     """Make all that `step` draws a function of it and of `seed`, whatever was drawn before."""
     number = random.Random(f"{seed} {step}").getrandbits(63)
-    torch.default_generator.manual_seed(number)  # torch.manual_seed would walk through every back end
+    torch.default_generator.manual_seed(
+        number
+    )  # torch.manual_seed would walk through every back end
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(number)
@@ -74,7 +80,14 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     with suppress(OSError):
-        peak = next((line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")), None)
+        peak = next(
+            (
+                line
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("VmHWM:")
+            ),
+            None,
+        )
         if peak is not None:
             return int(peak.split()[1]) / 2**20  # KiB
     unit = 1 if platform.system() == "Darwin" else 1024  # of ru_maxrss, by getrusage(2)
@@ -90,19 +103,27 @@ def environment(device: torch.device, processes: int = 1) -> str:
     return f"flowgen {version('flowgen')}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {where}"
 
 
-class Machine:
+class Runtime:
     """A device, how many threads feed it, the number format of the networks inside couplings, and whether the model is compiled for it.
 
     Raises FlowgenError for what this machine has not.
     """
 
-    def __init__(self, *, device: str, threads: int | str, precision: str, compile: bool, memory: str):
+    def __init__(
+        self, *, device: str, threads: int | str, precision: str, compile: bool, memory: str
+    ):
         check_choice((True, False), compile=compile)
         check_choice(MEMORY, memory=memory)
         if compile and memory == "invert":
-            raise FlowgenError("memory=invert cannot be compiled: set trainer.compile=false, or trainer.memory=checkpoint")
+            raise UserError(
+                "memory=invert cannot be compiled: set trainer.compile=false, or trainer.memory=checkpoint"
+            )
         self.memory = memory
-        self.device, self.threads, self.compile = choose_device(device), use_threads(threads), compile
+        self.device, self.threads, self.compile = (
+            choose_device(device),
+            use_threads(threads),
+            compile,
+        )
         self.dtype = autocast_dtype(precision, self.device)
 
     def autocast(self) -> torch.autocast:
@@ -113,27 +134,35 @@ class Machine:
         seed_step(self.device, seed, step)
 
 
-def check_batch_fits(model: GenerativeModel, data: Images, machine: Machine, batch_size: int, parts: int) -> None:
+def check_batch_fits(
+    model: GenerativeModel, data: ImageDataset, machine: Runtime, batch_size: int, parts: int
+) -> None:
     """Raises FlowgenError, with the largest batch that fits, where what one of its `parts` keeps for the backward pass does not."""
     sizes = [_kept(model, machine, *data.draw(0, count, 0)) for count in (2, 4)]
     each = max(0, sizes[1] - sizes[0]) // 2
-    free = torch.cuda.mem_get_info(machine.device)[0] if machine.device.type == "cuda" else free_memory()
-    spare = machine.memory == "keep" and can_be_recomputed(model)
+    free = (
+        torch.cuda.mem_get_info(machine.device)[0]
+        if machine.device.type == "cuda"
+        else free_memory()
+    )
+    spare = machine.memory == "keep" and supports_checkpointing(model)
     cure = ", more with trainer.accumulate=2" + ", or with trainer.memory=checkpoint" * spare
-    check_fits("trainer.batch_size", batch_size, -(-each // parts), cure, free)
+    check_memory("trainer.batch_size", batch_size, -(-each // parts), cure, free)
 
 
-def _kept(model: GenerativeModel, machine: Machine, levels: Tensor, labels: Tensor | None) -> int:
+def _kept(model: GenerativeModel, machine: Runtime, images: Tensor, labels: Tensor | None) -> int:
     """Bytes of the tensors that the backward pass of a batch keeps."""
     kept: dict[int, int] = {}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # statistics of batches, and chains
+    buffers = [
+        (buffer, buffer.clone()) for buffer in model.buffers()
+    ]  # statistics of batches, and chains
 
     def note(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), machine.autocast():
-        loss = model.forward(levels, labels)
+        loss = model.forward(images, labels)
         size = sum(kept.values())
     del loss
     for buffer, before in buffers:

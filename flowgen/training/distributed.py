@@ -17,72 +17,86 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from flowgen.utils.distributed import LostError, Share, together
-from flowgen.utils.errors import FlowgenError
-from flowgen.utils.launcher import LOST, OURS, started_together
+from flowgen.utils.distributed import Rank, WorkerDiedError, collective
+from flowgen.utils.errors import UserError
+from flowgen.utils.launcher import LOST, OURS, is_distributed
 
 T = TypeVar("T")
 AFTER_THE_FIRST = 0.5  # seconds
 PATIENCE = timedelta(days=1)  # for one that prepares images; one that dies is noticed at once
 
 
-class Team(Share):
+class ProcessGroup(Rank):
     """This process and the others; alone, it does what it is told and waits for nobody. Raises LostError where another one is gone."""
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process reads and writes files."""
         return self.rank == 0
 
-    def check_divides(self, batch_size: int, accumulate: int) -> None:
+    def check_divides(self, batch_size: int, grad_accum_steps: int) -> None:
         """Raises FlowgenError where the batch has not as many rows for each process."""
-        if batch_size % (self.size * accumulate):
-            parts = f"{self.size} processes" + f" of {accumulate} parts each" * (accumulate > 1)
-            least = self.size * accumulate
+        if batch_size % (self.size * grad_accum_steps):
+            parts = f"{self.size} processes" + f" of {grad_accum_steps} parts each" * (
+                grad_accum_steps > 1
+            )
+            least = self.size * grad_accum_steps
             good = max(least, batch_size // least * least)
-            raise FlowgenError(f"batch_size={batch_size} cannot be shared among {parts}: set trainer.batch_size={good}")
+            raise UserError(
+                f"batch_size={batch_size} cannot be shared among {parts}: set trainer.batch_size={good}"
+            )
 
     def check_device(self, device: torch.device) -> None:
         """Raises FlowgenError where each process is to have a GPU of its own, and this machine has fewer."""
         place, there = _place(), torch.cuda.device_count()
         if self.size > 1 and device.type == "cuda" and place >= there:
             cure = "start no more processes than that, or set trainer.device=cpu"
-            raise FlowgenError(f"process {place + 1} of this machine finds {there} GPU{'s' * (there != 1)}: {cure}")
+            raise UserError(
+                f"process {place + 1} of this machine finds {there} GPU{'s' * (there != 1)}: {cure}"
+            )
 
-    def ask(self, answer: Callable[..., T], *arguments: Any) -> T:
+    def broadcast_from_main(self, answer: Callable[..., T], *arguments: Any) -> T:
         """What `answer` gives in the first process; it is not called in the others."""
         if self.size == 1:
             return answer(*arguments)
-        box = [answer(*arguments) if self.leads else None]
-        together(dist.broadcast_object_list, box, src=0, device=torch.device("cpu"))
+        box = [answer(*arguments) if self.is_main else None]
+        collective(dist.broadcast_object_list, box, src=0, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]
 
-    def agree(self, seconds: float, signal: int | None) -> tuple[float, int | None]:
+    def sync_clock_and_signal(self, seconds: float, signal: int | None) -> tuple[float, int | None]:
         """The first one's clock, and a signal that any of them has been sent."""
         if self.size == 1:
             return seconds, signal
-        numbers = torch.tensor([seconds * self.leads, signal or 0], dtype=torch.float64)
-        together(dist.all_reduce, numbers, op=dist.ReduceOp.MAX)
+        numbers = torch.tensor([seconds * self.is_main, signal or 0], dtype=torch.float64)
+        collective(dist.all_reduce, numbers, op=dist.ReduceOp.MAX)
         return numbers[0].item(), int(numbers[1]) or None
 
-    def average(self, model: nn.Module, loss: Tensor) -> Tensor:
+    def all_reduce_grads(self, model: nn.Module, loss: Tensor) -> Tensor:
         """The mean loss of all; every gradient of the model becomes the mean of theirs, by one message, as many would cost more."""
         if self.size == 1:
             return loss
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [
+            parameter.grad for parameter in model.parameters() if parameter.grad is not None
+        ]
         flat = torch.cat([each.flatten() for each in (*gradients, loss)])
-        together(dist.all_reduce, flat)
+        collective(dist.all_reduce, flat)
         *means, loss = flat.div_(self.size).split([each.numel() for each in (*gradients, loss)])
-        torch._foreach_copy_(gradients, [mean.view_as(each) for mean, each in zip(means, gradients, strict=True)])
+        torch._foreach_copy_(
+            gradients, [mean.view_as(each) for mean, each in zip(means, gradients, strict=True)]
+        )
         return loss.squeeze()
 
-    def same_weights(self, model: nn.Module) -> None:
+    def broadcast_weights(self, model: nn.Module) -> None:
         """Those of the first process for all."""
         if self.size > 1:
-            model.load_state_dict(self.ask(lambda: {name: value.cpu() for name, value in model.state_dict().items()}))
+            model.load_state_dict(
+                self.broadcast_from_main(
+                    lambda: {name: value.cpu() for name, value in model.state_dict().items()}
+                )
+            )
 
 
-ALONE = Team()
+ALONE = ProcessGroup()
 
 
 def _place() -> int:
@@ -91,12 +105,12 @@ def _place() -> int:
 
 
 @contextmanager
-def join() -> Iterator[Team]:
+def join() -> Iterator[ProcessGroup]:
     """Meet the others, by gloo between CPUs and nccl between GPUs; alone where none were started.
 
     Of an error that several run into, the first to do so tells.
     """
-    if not started_together():
+    if not is_distributed():
         yield ALONE
         return
     if _place() < torch.cuda.device_count():
@@ -107,8 +121,8 @@ def join() -> Iterator[Team]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     try:
-        yield Team(rank, size)
-    except LostError as error:
+        yield ProcessGroup(rank, size)
+    except WorkerDiedError as error:
         if OURS in os.environ:  # whose parent tells
             raise SystemExit(LOST) from error
         _tell_once(store, error)

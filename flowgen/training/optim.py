@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowgen.utils.errors import FlowgenError, check_choice, check_number, check_whole
+from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 
 
 def learning_rate_factor(step: int, progress: float, warmup: int, decay: float) -> float:
@@ -30,7 +30,9 @@ def warmup_steps(warmup: int | str, images: int, batch_size: int) -> int:
         return warmup
     epochs = re.fullmatch(r"(\d+(?:\.\d+)?) epochs?", str(warmup))
     if not epochs:
-        raise FlowgenError(f"warmup must be a number of steps, or of epochs as in '1 epoch', not {warmup!r}")
+        raise UserError(
+            f"warmup must be a number of steps, or of epochs as in '1 epoch', not {warmup!r}"
+        )
     return round(float(epochs[1]) * images / batch_size)
 
 
@@ -43,14 +45,14 @@ def decays(ema: float | Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimisation:
+class OptimConfig:
     """Adam with decoupled weight decay, or descent with momentum: linear warm-up, clipped gradients, averaged weights.
 
     `conf/trainer/` explains the fields. Raises FlowgenError for values that make no sense.
     """
 
     batch_size: int
-    accumulate: int
+    grad_accum_steps: int
     optimizer: str
     momentum: float
     lr: float
@@ -58,27 +60,45 @@ class Optimisation:
     decay: float
     clip: float
     ema: float | Sequence[float]
-    initial_images: int
+    init_images: int
     betas: Sequence[float]
     weight_decay: float
 
     def __post_init__(self) -> None:
-        check_whole(batch_size=self.batch_size, accumulate=self.accumulate, initial_images=self.initial_images)
+        check_whole(
+            batch_size=self.batch_size,
+            grad_accum_steps=self.grad_accum_steps,
+            init_images=self.init_images,
+        )
         check_choice(OPTIMIZERS, optimizer=self.optimizer)
-        check_number(lr=self.lr, decay=self.decay, clip=self.clip, momentum=self.momentum, weight_decay=self.weight_decay)
+        check_number(
+            lr=self.lr,
+            decay=self.decay,
+            clip=self.clip,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
         if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
-            raise FlowgenError(f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}")
+            raise UserError(
+                f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}"
+            )
         if not self.ema_decays:
-            raise FlowgenError("ema must be a number, 0 for none, or several, as in trainer.ema=[0.99,0.999], not []")
+            raise UserError(
+                "ema must be a number, 0 for none, or several, as in trainer.ema=[0.99,0.999], not []"
+            )
         for beta in self.betas:
             check_number(betas=beta)
         for average in self.ema_decays:
             check_number(ema=average)
         if self.decay > 1 or max(*self.ema_decays, self.momentum, *self.betas) >= 1:
             below = f"{self.ema}, {self.momentum} and {self.betas}"
-            raise FlowgenError(f"decay must be at most 1, not {self.decay}, and ema, momentum and betas below 1, not {below}")
-        if self.batch_size % self.accumulate:
-            raise FlowgenError(f"batch_size={self.batch_size} cannot be split into accumulate={self.accumulate} equal parts")
+            raise UserError(
+                f"decay must be at most 1, not {self.decay}, and ema, momentum and betas below 1, not {below}"
+            )
+        if self.batch_size % self.grad_accum_steps:
+            raise UserError(
+                f"batch_size={self.batch_size} cannot be split into accumulate={self.grad_accum_steps} equal parts"
+            )
         warmup_steps(self.warmup, 1, 1)
 
     @property
@@ -88,18 +108,34 @@ class Optimisation:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
-            return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, fused=True)
+            return torch.optim.SGD(
+                model.parameters(), lr=self.lr, momentum=self.momentum, fused=True
+            )
         first, second = self.betas
-        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(first, second), weight_decay=self.weight_decay, fused=True)
+        return torch.optim.AdamW(
+            model.parameters(),
+            lr=self.lr,
+            betas=(first, second),
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
 
     def rate(self, step: int, progress: float, images: int) -> float:
         """The learning rate of update `step` (from 0) at this share of the training, over so many images."""
-        return self.lr * learning_rate_factor(step, progress, warmup_steps(self.warmup, images, self.batch_size), self.decay)
+        return self.lr * learning_rate_factor(
+            step, progress, warmup_steps(self.warmup, images, self.batch_size), self.decay
+        )
 
-    def parts(self, levels: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    def parts(self, images: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
         """A batch in the parts that go through the model one after the other."""
-        pieces = levels.chunk(self.accumulate)
-        return list(zip(pieces, [None] * len(pieces) if labels is None else labels.chunk(self.accumulate), strict=True))
+        pieces = images.chunk(self.grad_accum_steps)
+        return list(
+            zip(
+                pieces,
+                [None] * len(pieces) if labels is None else labels.chunk(self.grad_accum_steps),
+                strict=True,
+            )
+        )
 
     def clip_gradients(self, model: nn.Module, norm: Tensor) -> None:
         """Scale all gradients, whose norm this is, so that it is at most `clip`."""
@@ -108,4 +144,6 @@ class Optimisation:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    return nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    return nn.utils.get_total_norm(
+        [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    )

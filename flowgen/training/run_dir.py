@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 
-from flowgen.training.checkpoint import digest_of, is_row, read_checkpoint, read_rows, write_checkpoint
-from flowgen.utils.errors import FlowgenError
-from flowgen.utils.metrics import COMPARED, Measured, finite, read_measured
+from flowgen.training.checkpoint import (
+    is_row,
+    read_checkpoint,
+    read_rows,
+    weights_hash,
+    write_checkpoint,
+)
+from flowgen.utils.errors import UserError
+from flowgen.utils.metrics import COMPARED, MetricValue, finite, metric_from_row
 
 FOLDERS = {"checkpoints", "samples", "tensorboard"}
 SUFFIXES = {".gif", ".html", ".json", ".jsonl", ".log", ".part", ".png", ".pt", ".yaml"}
@@ -32,37 +38,51 @@ class Run:
         self.log = folder / "train.log"
         self.tensorboard = folder / "tensorboard"
         self.curves = folder / "curves.png"
-        self.features = folder / "features.png"
+        self.filters = folder / "features.png"
         self.last = folder / "checkpoints" / "last.pt"
         self.best = folder / "checkpoints" / "best.pt"
 
-    def check_place(self) -> None:
+    def check_contained(self) -> None:
         """Raise `FlowgenError` where one of its files is a pipe, or a link by which files elsewhere would be read or written."""
-        place, files = self.folder.resolve(), [path for path in _entries(self.folder) if path.name in FOLDERS or path.suffix in SUFFIXES]
-        for path in [*files, *(below for folder in files if folder.name in FOLDERS for below in _entries(folder))]:
+        place, files = (
+            self.folder.resolve(),
+            [
+                path
+                for path in _entries(self.folder)
+                if path.name in FOLDERS or path.suffix in SUFFIXES
+            ],
+        )
+        for path in [
+            *files,
+            *(below for folder in files if folder.name in FOLDERS for below in _entries(folder)),
+        ]:
             if not path.resolve().is_relative_to(place):
-                raise FlowgenError(f"{path} is a link that leads out of the run's folder: put there what it leads to, or delete it")
+                raise UserError(
+                    f"{path} is a link that leads out of the run's folder: put there what it leads to, or delete it"
+                )
             if path.exists() and not (path.is_file() or path.is_dir()):
-                raise FlowgenError(f"{path} is no file, but a pipe or the like: delete it")
+                raise UserError(f"{path} is no file, but a pipe or the like: delete it")
 
     def sample_grid(self, step: int) -> Path:
         path = self.folder / "samples" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         return path
 
-    def numbered(self, step: int) -> Path:
+    def step_path(self, step: int) -> Path:
         return self.last.with_name(f"step_{step:08d}.pt")
 
     def save(self, state: dict[str, Any], *, best: bool = False, keep: bool = False) -> None:
         """Write `last.pt`, and name it `best.pt` or by its step too where asked."""
-        write_checkpoint(state, self.last, [self.best] * best + [self.numbered(state["step"])] * keep)
+        write_checkpoint(
+            state, self.last, [self.best] * best + [self.step_path(state["step"])] * keep
+        )
 
     def checkpoints(self) -> list[Path]:
         """`last.pt`, the numbered ones from the latest on, `best.pt`."""
         numbered = sorted(self.last.parent.glob("step_*.pt"), reverse=True)
         return [path for path in (self.last, *numbered, self.best) if path.exists()]
 
-    def last_good(self, before: float = math.inf) -> dict[str, Any] | None:
+    def latest_valid_checkpoint(self, before: float = math.inf) -> dict[str, Any] | None:
         """The latest readable checkpoint of a step below `before`, where there is such a one, else the latest of all.
 
         None where the run has none. Raises FlowgenError where all are damaged.
@@ -71,12 +91,14 @@ class Run:
         for path in self.checkpoints():
             try:
                 good.append(read_checkpoint(path))
-            except FlowgenError as error:
+            except UserError as error:
                 log.warning("%s", error)
             if good and good[-1]["step"] < before and path != self.best:
                 return good[-1]
         if not good and self.checkpoints():
-            raise FlowgenError(f"no checkpoint of {self.folder} can be read: train anew into another folder")
+            raise UserError(
+                f"no checkpoint of {self.folder} can be read: train anew into another folder"
+            )
         return max(good, key=lambda state: (state["step"] < before, state["step"]), default=None)
 
     def write_metrics(self, step: int, split: str, row: dict[str, Any]) -> None:
@@ -91,30 +113,50 @@ class Run:
     def has_ended(self) -> bool:
         """Whether its training has come to its end, where the test split is judged, and has not been given more since."""
         rows = self.read_metrics()
-        return any(row["split"] == "test" and row["step"] == max(each["step"] for each in rows) for row in rows)
+        return any(
+            row["split"] == "test" and row["step"] == max(each["step"] for each in rows)
+            for row in rows
+        )
 
-    def keep_evaluation(self, checkpoint: dict[str, Any], figures: dict[str, Any]) -> None:
+    def save_evaluation(self, checkpoint: dict[str, Any], figures: dict[str, Any]) -> None:
         """Keep what an evaluation of these weights has found, for whoever loads them again."""
-        write_aside(self.evaluation, json.dumps({"weights": digest_of(checkpoint), **figures}) + "\n")
+        atomic_write(
+            self.evaluation, json.dumps({"weights": weights_hash(checkpoint), **figures}) + "\n"
+        )
 
-    def evaluation_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def load_evaluation(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """What `keep_evaluation` was given of these weights, {} where it was not."""
         try:
-            kept = json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
+            cached_artifact = (
+                json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
+            )
         except (OSError, ValueError, RecursionError):
             return {}
-        sound = isinstance(kept, dict) and is_row(kept | {"step": checkpoint["step"], "split": "test"})
-        return kept if sound and kept.pop("weights", None) == digest_of(checkpoint) else {}
+        sound = isinstance(cached_artifact, dict) and is_row(
+            cached_artifact | {"step": checkpoint["step"], "split": "test"}
+        )
+        return (
+            cached_artifact
+            if sound and cached_artifact.pop("weights", None) == weights_hash(checkpoint)
+            else {}
+        )
 
     def environment(self) -> str:
         """What it was trained on, as its log has it."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
-        return next((line.partition("environment: ")[2] for line in reversed(lines) if "environment: " in line), "")
+        return next(
+            (
+                line.partition("environment: ")[2]
+                for line in reversed(lines)
+                if "environment: " in line
+            ),
+            "",
+        )
 
-    def forget_after(self, step: int) -> None:
+    def truncate_metrics(self, step: int) -> None:
         """Drop the metrics later than `step`, which a resumed run writes again."""
         rows = [row for row in self.read_metrics() if row["step"] <= step]
-        write_aside(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        atomic_write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -127,51 +169,77 @@ class NoRun(Run):
     def save(self, state: dict[str, Any], *, best: bool = False, keep: bool = False) -> None:
         pass
 
-    def forget_after(self, step: int) -> None:
+    def truncate_metrics(self, step: int) -> None:
         pass
 
 
-def write_aside(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """So that a crash leaves the old file whole."""
     aside = path.with_name(f"{path.name}.part")
     aside.write_text(text)
     aside.replace(path)
 
 
-def watched(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def validation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows by which a training was steered: of the validation split, or of the test split in runs that had no other."""
     split = "validation" if any(row["split"] == "validation" for row in rows) else "test"
     return [row for row in rows if row["split"] == split]
 
 
-def best_measured(rows: list[dict[str, Any]]) -> Measured | None:
+def best_metric(rows: list[dict[str, Any]]) -> MetricValue | None:
     """Of a run that has ended what was measured on the test split; before that, the best on the validation split."""
     for metric in COMPARED:
-        steered = [(row["step"], found) for row in watched(rows) if (found := read_measured(row, metric))]
+        steered = [
+            (row["step"], found)
+            for row in validation_rows(rows)
+            if (found := metric_from_row(row, metric))
+        ]
         if steered:
             last = [row for row in rows if row["split"] == "test" and row["step"] == steered[-1][0]]
-            ended = [found for row in last if (found := read_measured(row, metric))]
-            return ended[-1] if ended else min((found for _, found in steered), key=lambda found: metric.cost(found.value))
+            ended = [found for row in last if (found := metric_from_row(row, metric))]
+            return (
+                ended[-1]
+                if ended
+                else min(
+                    (found for _, found in steered), key=lambda found: metric.cost(found.value)
+                )
+            )
     return None
 
 
-def kept(run: Run, checkpoint: dict[str, Any], kind: str, settings: object, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached_artifact(
+    run: Run,
+    checkpoint: dict[str, Any],
+    kind: str,
+    settings: object,
+    find: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
     """What `find` finds of these weights under these `settings`: numbers and tensors, in a file of the run's folder from then on.
 
     Those of this `kind` that were found of other weights make room for it.
     """
-    weights, how = digest_of(checkpoint), hashlib.blake2s(repr(settings).encode(), digest_size=4).hexdigest()
+    weights, how = (
+        weights_hash(checkpoint),
+        hashlib.blake2s(repr(settings).encode(), digest_size=4).hexdigest(),
+    )
     path = run.folder / f"{kind}_{weights}_{how}.pt"
-    with suppress(Exception):  # none yet, or one that is damaged, over which the unpickler may stumble in any way
+    with suppress(
+        Exception
+    ):  # none yet, or one that is damaged, over which the unpickler may stumble in any way
         return torch.load(path, weights_only=True)
     found, aside = find(), path.with_name(f"{path.name}.part")
-    with suppress(OSError, RuntimeError):  # a folder that is not ours to write to, or a full disk, which torch.save reports as the latter
+    with suppress(
+        OSError, RuntimeError
+    ):  # a folder that is not ours to write to, or a full disk, which torch.save reports as the latter
         try:
             torch.save(found, aside)
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
         for older in run.folder.iterdir():
-            if re.fullmatch(rf"{kind}_[0-9a-f]{{16}}_[0-9a-f]{{8}}\.pt", older.name) and weights not in older.name:
+            if (
+                re.fullmatch(rf"{kind}_[0-9a-f]{{16}}_[0-9a-f]{{8}}\.pt", older.name)
+                and weights not in older.name
+            ):
                 older.unlink()
     return found

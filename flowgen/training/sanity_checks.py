@@ -9,16 +9,16 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from flowgen.data.dataset import Images
-from flowgen.utils.metrics import Measured, too_good
-from flowgen.utils.rendering import is_plane
+from flowgen.data.dataset import ImageDataset
+from flowgen.utils.metrics import MetricValue, beats_entropy_bound
+from flowgen.utils.rendering import is_toy2d
 
 LOOKED_AT = 1024  # bytes of each image at most; those that agree in them are compared as a whole
 
 
-def shared(train: Tensor, test: Tensor) -> list[int]:
+def find_duplicates(train: Tensor, test: Tensor) -> list[int]:
     """The places in `test` of the images that are in `train` too, pixel for pixel; points of the plane agree by chance and are none."""
-    if is_plane(tuple(train.shape[1:])):
+    if is_toy2d(tuple(train.shape[1:])):
         return []
     places = defaultdict(list)
     for place, digest in enumerate(_digests(test, LOOKED_AT)):
@@ -46,33 +46,42 @@ def _digests(images: Tensor, most: int | None = None) -> Iterator[bytes]:
             yield hashlib.blake2b(row, digest_size=16).digest()
 
 
-NAMED = 3
-LARGEST = 2**33  # bytes of training images that are read for it
+MAX_NAMES = 3
+MAX_ABS_VALUE = 2**33  # bytes of training images that are read for it
 FAR_OFF = 1e-3  # of the largest activation: gradients are about as far off
 log = logging.getLogger("flowgen")
 
 
-def doubt_likelihood(measured: Measured, data: Images, batches: Iterable[Tensor]) -> None:
+def warn_implausible_likelihood(
+    measured: MetricValue, data: ImageDataset, batches: Iterable[Tensor]
+) -> None:
     """Warn where the likelihood of these images is better than their entropy allows."""
     bits = entropy(batches)
-    if too_good(measured, bits, math.prod(data.shape)):
-        least = f"the entropy of these images is {bits:.2f} bits each, {bits / math.prod(data.shape):.4f} bits/dim"
-        log.warning("%s cannot be: %s, and no model is below; the checkpoint or the model's code is wrong", measured, least)
+    if beats_entropy_bound(measured, bits, math.prod(data.image_shape)):
+        least = f"the entropy of these images is {bits:.2f} bits each, {bits / math.prod(data.image_shape):.4f} bits/dim"
+        log.warning(
+            "%s cannot be: %s, and no model is below; the checkpoint or the model's code is wrong",
+            measured,
+            least,
+        )
 
 
-def doubt_split(data: Images) -> None:
+def warn_test_leakage(data: ImageDataset) -> None:
     """Warn of test images that are training images too, where looking at all of them takes seconds."""
-    if data.train.images.nbytes > LARGEST:
+    if data.train.images.nbytes > MAX_ABS_VALUE:
         return
-    if places := shared(data.train.images, data.test.images):
-        named = ", ".join(map(str, places[:NAMED])) + ", ..." * (len(places) > NAMED)
+    if places := find_duplicates(data.train.images, data.test.images):
+        named = ", ".join(map(str, places[:MAX_NAMES])) + ", ..." * (len(places) > MAX_NAMES)
         words = "%d of %d test images are training images too, pixel for pixel (numbers %s): test figures are flattered"
         log.warning(words, len(places), len(data.test), named)
 
 
-def doubt_recovery(health: dict[str, float]) -> dict[str, float]:
+def warn_inaccurate_inverse(health: dict[str, float]) -> dict[str, float]:
     """The same figures, with a word where activations that `trainer.memory=invert` recovered are too far off to differentiate at."""
     error = health.get("inversion_error", 0.0)
     if not error <= FAR_OFF:
-        log.warning("trainer.memory=invert recovers activations to %.1g of the largest only: go on with trainer.memory=checkpoint", error)
+        log.warning(
+            "trainer.memory=invert recovers activations to %.1g of the largest only: go on with trainer.memory=checkpoint",
+            error,
+        )
     return health

@@ -9,33 +9,42 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from flowgen.bijections.batchnorm import batch_normalisations, estimate_statistics
+from flowgen.bijections.batchnorm import batch_norm_layers, update_bn
 from flowgen.models.base import GenerativeModel
-from flowgen.training.nan_recovery import Rescue
-from flowgen.training.optim import Optimisation, decays
-from flowgen.utils.errors import FlowgenError
+from flowgen.training.nan_recovery import NaNRecovery
+from flowgen.training.optim import OptimConfig, decays
+from flowgen.utils.errors import UserError
 
-MOMENTS = {"adam": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}  # of every parameter
+MOMENTS = {
+    "adam": {"step", "exp_avg", "exp_avg_sq"},
+    "sgd": {"momentum_buffer"},
+}  # of every parameter
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-class State:
+class TrainState:
     """The model, its averages, its optimiser, and how far they are; beside it what never goes back: time, the best figure, failures."""
 
-    def __init__(self, model: GenerativeModel, optimisation: Optimisation):
-        self.model, self.optimizer, self.kind = model, optimisation.build(model), optimisation.optimizer
+    def __init__(self, model: GenerativeModel, optimisation: OptimConfig):
+        self.model, self.optimizer, self.kind = (
+            model,
+            optimisation.build(model),
+            optimisation.optimizer,
+        )
         # Statistics of batch normalisation are estimated on a copy, so that a look at the model leaves its training alone.
-        wanted = any(optimisation.ema_decays) or batch_normalisations(model)
+        wanted = any(optimisation.ema_decays) or batch_norm_layers(model)
         self.decays = optimisation.ema_decays if wanted else []
-        self.averages = [AveragedModel(model, multi_avg_fn=_warm_average(decay)) for decay in self.decays]
+        self.averages = [
+            AveragedModel(model, multi_avg_fn=_warm_average(decay)) for decay in self.decays
+        ]
         self.chosen = 0  # of the averages: the best at the last look at the validation images
         self.estimated_at: tuple[int, int] | None = None
         self.step = self.images_seen = 0
-        self.seconds, self.best, self.rescue = 0.0, math.inf, Rescue()
-        self.without_gain = 0  # evaluations since the best one
+        self.seconds, self.best, self.nan_recovery = 0.0, math.inf, NaNRecovery()
+        self.evals_since_best = 0  # evaluations since the best one
 
     @property
-    def averaged(self) -> GenerativeModel:
+    def ema_model(self) -> GenerativeModel:
         """The model to judge and to sample from."""
         model = self.averages[self.chosen].module if self.averages else self.model
         assert isinstance(model, GenerativeModel)
@@ -53,7 +62,7 @@ class State:
         """Give the chosen average batch statistics of its own, once a step."""
         at = self.step, self.chosen
         if self.averages and self.estimated_at != at:
-            estimate_statistics(self.averaged, batches)
+            update_bn(self.ema_model, batches)
             self.estimated_at = at
 
     def capture(self) -> dict[str, Any]:
@@ -66,31 +75,45 @@ class State:
             "ema": averages[self.chosen] if averages else None,
             "averages": averages if len(averages) > 1 else [],
             "optimizer": self.optimizer.state_dict(),
-            "metrics": {"best": self.best, "seconds": self.seconds, "without_gain": self.without_gain, "chosen": self.chosen},
+            "metrics": {
+                "best": self.best,
+                "seconds": self.seconds,
+                "without_gain": self.evals_since_best,
+                "chosen": self.chosen,
+            },
             "metric": self.model.metric.name,
-            "rescue": dataclasses.asdict(self.rescue),
+            "rescue": dataclasses.asdict(self.nan_recovery),
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Take up a run where its checkpoint left it. Raises FlowgenError where that is of another model."""
-        self.go_back(checkpoint)
+        self.rollback(checkpoint)
         metrics = checkpoint["metrics"]
         self.seconds = metrics["seconds"]
-        if checkpoint.get("metric", self.model.metric.name) == self.model.metric.name:  # with other noise it may be another figure
-            self.best, self.without_gain = metrics["best"], metrics.get("without_gain", 0)
-        self.rescue = Rescue(**checkpoint["rescue"])
+        if (
+            checkpoint.get("metric", self.model.metric.name) == self.model.metric.name
+        ):  # with other noise it may be another figure
+            self.best, self.evals_since_best = metrics["best"], metrics.get("without_gain", 0)
+        self.nan_recovery = NaNRecovery(**checkpoint["rescue"])
 
-    def go_back(self, checkpoint: dict[str, Any]) -> None:
+    def rollback(self, checkpoint: dict[str, Any]) -> None:
         """Take up its weights, the optimiser's moments and the place in the data; the optimiser's settings stay those of today."""
-        settings = [{name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups]
+        settings = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.chosen = self._load_averages(checkpoint)
-            if self.kind == checkpoint["config"]["trainer"]["optimizer"]:  # moments of another kind would be of no use
+            if (
+                self.kind == checkpoint["config"]["trainer"]["optimizer"]
+            ):  # moments of another kind would be of no use
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
                 self._check_moments()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise FlowgenError("the checkpoint is of another model than its configuration says: name another one") from error
+            raise UserError(
+                "the checkpoint is of another model than its configuration says: name another one"
+            ) from error
         for group, its_settings in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(its_settings)
         self.step, self.images_seen = checkpoint["step"], checkpoint["images_seen"]
@@ -100,7 +123,9 @@ class State:
         """Which was chosen; where they remembered otherwise, all go on from that one."""
         kept = checkpoint.get("averages") or [checkpoint["ema"]]
         alike = decays(checkpoint["config"]["trainer"]["ema"]) == self.decays
-        for average, state in zip(self.averages, kept if alike else [checkpoint["ema"]] * len(self.averages), strict=True):
+        for average, state in zip(
+            self.averages, kept if alike else [checkpoint["ema"]] * len(self.averages), strict=True
+        ):
             if state is not None:
                 average.load_state_dict(state)
         return checkpoint["metrics"].get("chosen", 0) if alike else 0

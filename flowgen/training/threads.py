@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 SPINS = "10000"  # tenths of a millisecond; the 300,000 that libgomp takes by itself gain a few percent on an idle machine
 SHORTEST = 0.5  # seconds of looking at the machine
@@ -53,15 +53,23 @@ def use_threads(threads: int | str = "auto") -> int:
     import torch
 
     if threads != "auto" and (type(threads) is not int or threads < 1):
-        raise FlowgenError(f"threads must be auto or a whole number of at least 1, not {threads!r}")
+        raise UserError(f"threads must be auto or a whole number of at least 1, not {threads!r}")
     most = _all_threads()
     chosen = any(name in os.environ for name in CHOSEN)
     room = most if chosen else max(1, int(min(most, free_cores() + 1 - ENOUGH, quota())))
     number = room if threads == "auto" else int(threads)
     if number > room:
-        log.warning("%d threads, which is slow where other work leaves %d: trainer.threads=auto chooses anew", number, room)
+        log.warning(
+            "%d threads, which is slow where other work leaves %d: trainer.threads=auto chooses anew",
+            number,
+            room,
+        )
     elif threads == "auto" and number < most:
-        log.info("%d of %d threads, so as not to wait for the cores that other work keeps busy", number, most)
+        log.info(
+            "%d of %d threads, so as not to wait for the cores that other work keeps busy",
+            number,
+            most,
+        )
     torch.set_num_threads(number)
     return number
 
@@ -98,17 +106,23 @@ def _idle_seconds() -> float:
         of_cores = [times[f"cpu{core}"] for core in os.sched_getaffinity(0)]
     except (OSError, KeyError, AttributeError):
         return time.monotonic() * (os.cpu_count() or 1)
-    return sum(int(idle) + int(waiting) for _, _, _, idle, waiting, *_ in of_cores) / os.sysconf("SC_CLK_TCK")
+    return sum(int(idle) + int(waiting) for _, _, _, idle, waiting, *_ in of_cores) / os.sysconf(
+        "SC_CLK_TCK"
+    )
 
 
 def quota() -> float:
     """Cores' worth of time that the control groups of this process allow it, of version 1 or 2; infinite where none bounds it."""
     allowed = [math.inf]
     for root in (CGROUPS, CGROUPS / "cpu"):
-        for folder in {above for group in of_process() for above in (root / group, *(root / group).parents)}:
+        for folder in {
+            above for group in of_process() for above in (root / group, *(root / group).parents)
+        }:
             for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
                 with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no bound
-                    time_allowed, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                    time_allowed, period = map(
+                        int, " ".join((folder / name).read_text() for name in names).split()
+                    )
                     allowed += [time_allowed / period] * (time_allowed > 0)
     return max(1.0, min(allowed))
 
@@ -116,5 +130,11 @@ def quota() -> float:
 def of_process() -> list[str]:
     """The control groups of this process, as paths below the root of each hierarchy."""
     with contextlib.suppress(OSError):
-        return ["", *(line.split(":", 2)[2].lstrip("/") for line in Path("/proc/self/cgroup").read_text().splitlines())]
+        return [
+            "",
+            *(
+                line.split(":", 2)[2].lstrip("/")
+                for line in Path("/proc/self/cgroup").read_text().splitlines()
+            ),
+        ]
     return [""]

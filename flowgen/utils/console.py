@@ -8,40 +8,46 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from flowgen.utils.errors import FlowgenError
-from flowgen.utils.launcher import follows
+from flowgen.utils.errors import UserError
+from flowgen.utils.launcher import is_worker
 
 
-def show_messages() -> None:
+def setup_logging() -> None:
     """Messages go to standard error, above a progress bar where one is drawn."""
     from tqdm import tqdm
 
     class Screen(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(printable(self.format(record)), file=sys.stderr)
+            tqdm.write(escape_control(self.format(record)), file=sys.stderr)
 
     log = logging.getLogger("flowgen")
     log.setLevel(logging.DEBUG)
     log.propagate = False
     if not log.handlers:
-        screen = Screen(logging.ERROR if follows() else logging.INFO)
+        screen = Screen(logging.ERROR if is_worker() else logging.INFO)
         log.addHandler(screen)
 
 
-def printable(text: str) -> str:
+def escape_control(text: str) -> str:
     """With what would move a terminal's cursor or change its colours, or is half a character, spelt out: names may be anybody's."""
-    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text
+    )
 
 
-def one_sentence(error: Exception) -> str:
+def user_message(error: Exception) -> str:
     """One line for an error, whatever it is."""
-    if isinstance(error, FlowgenError):
+    if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full: make room, then go on from the last good checkpoint with `flowgen resume RUN`"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the disk'}: {error.strerror}"
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+    if (
+        isinstance(error, MemoryError)
+        or "out of memory" in str(error)
+        or "can't allocate memory" in str(error)
+    ):
         return "not enough memory: choose a smaller trainer.batch_size, --count or model.width, or set trainer.accumulate=2"
     if "InvalidCxxCompiler" in str(error):
         return "trainer.compile=true needs a C++ compiler, and there is none: install g++, or leave it at false"
@@ -59,12 +65,12 @@ class Progress(Protocol):
         """The same `steps`, of which there are `total`; `what` names the work."""
 
 
-def unseen(steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+def no_progress(steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """Shows nothing."""
     return steps
 
 
-def bar(steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+def progress_bar(steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """A bar on standard error while the steps are taken, where that is a terminal; elsewhere a line on how long they will take."""
     from tqdm import tqdm
 
@@ -73,17 +79,23 @@ def bar(steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
 
 
 def _with_outlook(steps: Iterable[T], what: str, total: int) -> Iterator[T]:
-    outlook = Outlook(what, 0, total)
+    outlook = EtaLogger(what, 0, total)
     for number, step in enumerate(steps):
         outlook.at(number)
         yield step
 
 
-class Outlook:
+class EtaLogger:
     """Says once, in a line, how long the rest of long work will take; places are counted from `start` to `end`."""
 
     def __init__(self, what: str, start: float, end: float):
-        self.what, self.start, self.end, self.began, self.said = what, start, end, time.monotonic(), False
+        self.what, self.start, self.end, self.began, self.said = (
+            what,
+            start,
+            end,
+            time.monotonic(),
+            False,
+        )
 
     def at(self, place: float) -> None:
         """Where the work stands: after a while it is known how fast it goes."""

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 
-class LostError(FlowgenError):
+class WorkerDiedError(UserError):
     """Another process of the training is gone."""
 
 
-class Share(NamedTuple):
+class Rank(NamedTuple):
     """One of `size` processes."""
 
     rank: int = 0
@@ -29,12 +29,12 @@ class Share(NamedTuple):
         return torch.arange(count).view(parts, self.size, -1)[:, self.rank].flatten()
 
 
-ALONE = Share()
+ALONE = Rank()
 _split = ALONE
 
 
 @contextmanager
-def split(share: Share) -> Iterator[None]:
+def split(share: Rank) -> Iterator[None]:
     """Meanwhile every batch that a model is given is this share of the whole one."""
     global _split
     before, _split = _split, share
@@ -44,43 +44,58 @@ def split(share: Share) -> Iterator[None]:
         _split = before
 
 
-def of_batch() -> Share:
+def batch_rank() -> Rank:
     """Which share of the whole batch the one in hand is."""
     return _split
 
 
-def of_all() -> Share:
+def world_rank() -> Rank:
     """Which of the processes that train together this one is."""
-    return Share(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else ALONE
+    return (
+        Rank(dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else ALONE
+    )
 
 
-def draw(kind: Callable[..., Tensor], shape: torch.Size, generator: torch.Generator | None = None, **how: Any) -> Tensor:
+def draw(
+    kind: Callable[..., Tensor],
+    shape: torch.Size,
+    generator: torch.Generator | None = None,
+    **how: Any,
+) -> Tensor:
     """`kind`, as torch.rand or torch.randn, of this shape (batch, ...); without a generator of its own, its rows of the whole batch's."""
-    rank, size = of_batch()
+    rank, size = batch_rank()
     if size == 1 or generator is not None:
         return kind(shape, generator=generator, **how)
     return kind((size * shape[0], *shape[1:]), **how).view(size, *shape)[rank]
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all processes, whose gradient is the sum of theirs. Raises LostError where one is gone."""
-    return values if of_all().size == 1 else _Total.apply(values)
+    return values if world_rank().size == 1 else _Total.apply(values)
 
 
-def in_turn(batches: Iterable[Tensor], score: Callable[[Tensor], Tensor], draw_noise: Callable[[Tensor], object]) -> Tensor:
+def evaluate_sharded(
+    batches: Iterable[Tensor],
+    score: Callable[[Tensor], Tensor],
+    draw_noise: Callable[[Tensor], object],
+) -> Tensor:
     """What `score` says of every image of `batches`, (N,) in float64: of every so many-th batch here, of the others in the other processes.
 
     `draw_noise` leaves the random numbers as `score` would: the figures have the same bits, whatever the number of processes.
     """
-    rank, size = of_all()
+    rank, size = world_rank()
     found = []
-    for number, levels in enumerate(batches):
+    for number, images in enumerate(batches):
         if number % size == rank:
-            found.append(score(levels).double())
+            found.append(score(images).double())
         else:
-            draw_noise(levels)
-            found.append(torch.zeros(len(levels), device=levels.device, dtype=torch.double))  # 0 + x is x
-    return total(torch.cat(found))
+            draw_noise(images)
+            found.append(
+                torch.zeros(len(images), device=images.device, dtype=torch.double)
+            )  # 0 + x is x
+    return all_reduce_sum(torch.cat(found))
 
 
 class _Total(torch.autograd.Function):
@@ -95,13 +110,13 @@ class _Total(torch.autograd.Function):
 
 def _summed(values: Tensor) -> Tensor:
     values = values.clone(memory_format=torch.contiguous_format)
-    together(dist.all_reduce, values)
+    collective(dist.all_reduce, values)
     return values
 
 
-def together(collective: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+def collective(collective: Callable[..., Any], *arguments: Any, **options: Any) -> None:
     """Call what all processes call at once. Raises LostError where one is gone."""
     try:
         collective(*arguments, **options)
     except RuntimeError as error:
-        raise LostError("another process of this training has died") from error
+        raise WorkerDiedError("another process of this training has died") from error

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 
 class Picture(NamedTuple):
@@ -29,10 +29,19 @@ class Section(NamedTuple):
     details: tuple[str, str] | None = None  # a heading, and what it folds away
 
 
-def write_document(path: Path, title: str, lead: Sequence[str], sections: Sequence[Section], contents: bool = False) -> None:
+def write_html(
+    path: Path, title: str, lead: Sequence[str], sections: Sequence[Section], contents: bool = False
+) -> None:
     """Write the page, aside and renamed; `contents` lists its sections after the lead."""
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = pages.get_template("document.html").render(title=title, lead=lead, sections=sections, contents=contents)
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = pages.get_template("document.html").render(
+        title=title, lead=lead, sections=sections, contents=contents
+    )
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(page)
     aside.replace(path)
@@ -43,7 +52,7 @@ def data_url(path: Path) -> str:
     try:
         return encoded(path.read_bytes(), path.suffix[1:])
     except OSError as error:
-        raise FlowgenError(f"{path} cannot be read ({error.strerror}): make it again") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): make it again") from error
 
 
 def encoded(data: bytes, kind: str) -> str:

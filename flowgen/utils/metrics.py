@@ -22,15 +22,19 @@ class Metric:
 
 
 BITS_PER_DIM = Metric("bits_per_dim", "bits/dim", higher_is_better=False)
-NOISY_BITS_PER_DIM = Metric("noisy_bits_per_dim", "bits/dim of images with noise", higher_is_better=False)  # of images it is none
+NOISY_BITS_PER_DIM = Metric(
+    "noisy_bits_per_dim", "bits/dim of images with noise", higher_is_better=False
+)  # of images it is none
 LOG_LIKELIHOOD = Metric("log_likelihood", "nats", higher_is_better=True)
 COMPARED = (BITS_PER_DIM, NOISY_BITS_PER_DIM, LOG_LIKELIHOOD)  # by which runs are
 LOG_PROBABILITY = Metric("log_probability", "nats", higher_is_better=True)
-UNNORMALISED = Metric("unnormalised_log_probability", "nats", higher_is_better=True)  # log p(x) + log Z, whose log Z is not known
+UNNORMALIZED = Metric(
+    "unnormalised_log_probability", "nats", higher_is_better=True
+)  # log p(x) + log Z, whose log Z is not known
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetricValue:
     """A value of a metric, with its standard error where that is known, and the split whose images it is of."""
 
     metric: Metric
@@ -39,45 +43,56 @@ class Measured:
     split: str | None = None
 
     def __str__(self) -> str:
-        split, error = f"{self.split} " if self.split else "", f" ± {self.error:.3f}" if self.error else ""
+        split, error = (
+            f"{self.split} " if self.split else "",
+            f" ± {self.error:.3f}" if self.error else "",
+        )
         return f"{split}{self.metric.name} {self.value:.3f}{error}"
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Metrics:
     """What was measured of a model at once, by name, and facts about how: of how many images, at how many bits."""
 
-    measured: dict[str, Measured] = field(default_factory=dict)
+    measured: dict[str, MetricValue] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, *measured: Measured, **facts: Any) -> "Judgement":
+    def of(cls, *measured: MetricValue, **facts: Any) -> "Metrics":
         return cls({each.metric.name: each for each in measured}, facts)
 
-    def __getitem__(self, name: str) -> Measured:
+    def __getitem__(self, name: str) -> MetricValue:
         return self.measured[name]
 
-    def __or__(self, other: "Judgement") -> "Judgement":
-        return Judgement(self.measured | other.measured, self.facts | other.facts)
+    def __or__(self, other: "Metrics") -> "Metrics":
+        return Metrics(self.measured | other.measured, self.facts | other.facts)
 
-    def on(self, split: str) -> "Judgement":
-        return Judgement({name: replace(each, split=split) for name, each in self.measured.items()}, self.facts)
+    def on(self, split: str) -> "Metrics":
+        return Metrics(
+            {name: replace(each, split=split) for name, each in self.measured.items()}, self.facts
+        )
 
     def row(self) -> dict[str, Any]:
         """As files have it: NAME and NAME_error of all that was measured, and the facts."""
         flat: dict[str, Any] = {}
         for name, each in self.measured.items():
-            flat |= {name: each.value} | ({} if each.error is None else {f"{name}_error": each.error})
+            flat |= {name: each.value} | (
+                {} if each.error is None else {f"{name}_error": each.error}
+            )
         return flat | self.facts
 
 
-def read_measured(row: Mapping[str, Any], metric: Metric) -> Measured | None:
+def metric_from_row(row: Mapping[str, Any], metric: Metric) -> MetricValue | None:
     """A value of this metric in a row of a file, None where it has none."""
     value = row.get(metric.name)
-    return None if value is None else Measured(metric, value, row.get(f"{metric.name}_error"), row.get("split"))
+    return (
+        None
+        if value is None
+        else MetricValue(metric, value, row.get(f"{metric.name}_error"), row.get("split"))
+    )
 
 
-def too_good(measured: Measured, entropy: float, dimensions: int) -> bool:
+def beats_entropy_bound(measured: MetricValue, entropy: float, dimensions: int) -> bool:
     """Whether a likelihood of images, whose `entropy` is in bits an image, is better by three errors than that of any distribution."""
     margin = 3 * (measured.error or 0.0)
     if measured.metric == BITS_PER_DIM:
@@ -87,4 +102,7 @@ def too_good(measured: Measured, entropy: float, dimensions: int) -> bool:
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
     """With None for what is not finite, since JSON has no word for it."""
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }

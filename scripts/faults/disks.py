@@ -29,7 +29,11 @@ def can_mount(folder: Path) -> bool:
 def _disk(folder: Path, size: int) -> Iterator[None]:
     """A file system of its own, of so many bytes in memory."""
     folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "faults", str(folder)], check=True, capture_output=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "faults", str(folder)],
+        check=True,
+        capture_output=True,
+    )
     try:
         yield
     finally:
@@ -50,7 +54,10 @@ def full_disk(ground: Ground, seed: int, number: int) -> Result:
     random = drawn(seed, "disk", number)
     name = list(TRAININGS)[number % len(TRAININGS)]
     ground.left_alone(name)
-    folder, run = ground.folder / "disks" / str(number), ground.folder / "alone" / name.replace(", ", "-") / "run"
+    folder, run = (
+        ground.folder / "disks" / str(number),
+        ground.folder / "alone" / name.replace(", ", "-") / "run",
+    )
     sizes = [path.stat().st_size for path in run.rglob("*") if path.is_file()]
     if ground.mounts:
         with _disk(folder, max(4096, int(random.random() * sum(sizes)))):
@@ -58,7 +65,9 @@ def full_disk(ground: Ground, seed: int, number: int) -> Result:
             _change(folder, f"size={ROOMY}")
             return _compare("full disk (tmpfs)", ground, name, folder, ended)
     folder.mkdir(parents=True)
-    ended = go_on(name, ground, folder, prepare=partial(_limit_files, int(random.random() * max(sizes))))
+    ended = go_on(
+        name, ground, folder, prepare=partial(_limit_files, int(random.random() * max(sizes)))
+    )
     return _compare("full disk (RLIMIT_FSIZE)", ground, name, folder, ended)
 
 
@@ -80,7 +89,11 @@ def read_only(ground: Ground, seed: int, number: int) -> Result:
     with _disk(folder, ROOMY):
         shutil.copytree(ground.folder / "alone" / name.replace(", ", "-") / "run", folder / "run")
         _change(folder, "ro")
-        commands = (["resume", folder / "run", "trainer.steps=9"], ["sample", "--run", folder / "run"], ["report", folder / "run"])
+        commands = (
+            ["resume", folder / "run", "trainer.steps=9"],
+            ["sample", "--run", folder / "run"],
+            ["report", folder / "run"],
+        )
         ended = [flowgen(words, folder, aside=ground.folder) for words in commands]
     faults = [each.fault or ("" if each.status == 1 else "did not say so") for each in ended]
     return Result("read-only folder", name, len(ended), ", ".join(filter(None, faults)))
@@ -121,7 +134,9 @@ def clock(ground: Ground, seed: int, number: int) -> Result:
         time.monotonic = monotonic
 
     ended = go_on(name, ground, folder, prepare=jump)
-    return Result("clock jumps", name, 1, ended.fault or difference(ground.left_alone(name), folder / "run"))
+    return Result(
+        "clock jumps", name, 1, ended.fault or difference(ground.left_alone(name), folder / "run")
+    )
 
 
 def others(ground: Ground, seed: int, count: int) -> Iterator[Result]:

@@ -38,14 +38,21 @@ def make_quick() -> None:
 def results(ground: Ground, seed: int, count: int, parts: list[str]) -> Iterator[Result]:
     """Of all parts at the same pace, so that each has come as far as the others whenever this is stopped."""
     few, many, of_ranks = max(1, count // 5), 2 * count, max(1, count // 50)
-    folder = foreign.Folder(ground, ground.folder / "whole" / "folder") if {"files", "lines"} & set(parts) else None
+    folder = (
+        foreign.Folder(ground, ground.folder / "whole" / "folder")
+        if {"files", "lines"} & set(parts)
+        else None
+    )
     each: dict[str, tuple[int, Iterator[Result]]] = {
         "kills": (count, kills.kills(ground, seed, count)),
         "ranks": (of_ranks, ranks.kills_of_ranks(ground, seed, of_ranks)),
         "disks": (2 * few, disks.others(ground, seed, few)),
     }
     if folder:
-        each |= {"files": (many, foreign.foreign_files(folder, seed, many)), "lines": (many, foreign.odd_lines(folder, seed, many))}
+        each |= {
+            "files": (many, foreign.foreign_files(folder, seed, many)),
+            "lines": (many, foreign.odd_lines(folder, seed, many)),
+        }
     done = dict.fromkeys(parts, 0.0)
     while done:
         part = min(done, key=lambda name: done[name])
@@ -76,7 +83,10 @@ def table(found: list[tuple[int, Result]]) -> str:
     for kind in dict.fromkeys(result.kind for _, result in found):
         mine = [result for _, result in found if result.kind == kind]
         seeds = ", ".join(map(str, sorted({seed for seed, result in found if result.kind == kind})))
-        hits, faults = sum(result.hits for result in mine), sum(bool(result.fault) for result in mine)
+        hits, faults = (
+            sum(result.hits for result in mine),
+            sum(bool(result.fault) for result in mine),
+        )
         rows.append(f"| {kind} | {seeds} | {len(mine)} | {hits} | {faults} |")
     return "\n".join(rows)
 
@@ -91,23 +101,40 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--at", type=Path, help="an empty folder to work in, which is kept; by default one in memory that is deleted")
-    parser.add_argument("--results", type=Path, help="a file of JSON lines, one for each result; the table is of all that it holds")
+    parser.add_argument(
+        "--at",
+        type=Path,
+        help="an empty folder to work in, which is kept; by default one in memory that is deleted",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="a file of JSON lines, one for each result; the table is of all that it holds",
+    )
     options = parser.parse_args()
     zygote.warm()
     make_quick()
     began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="faults-", dir=MEMORY if MEMORY.is_dir() else None) as temporary:
-        at, path = options.at or Path(temporary) / "ground", options.results or Path(temporary) / "results"
+    with tempfile.TemporaryDirectory(
+        prefix="faults-", dir=MEMORY if MEMORY.is_dir() else None
+    ) as temporary:
+        at, path = (
+            options.at or Path(temporary) / "ground",
+            options.results or Path(temporary) / "results",
+        )
         path.touch()
         with contextlib.suppress(KeyboardInterrupt):
-            for result in results(Ground(at, disks.can_mount(at)), options.seed, options.count, list(options.parts)):
+            for result in results(
+                Ground(at, disks.can_mount(at)), options.seed, options.count, list(options.parts)
+            ):
                 keep(options.seed, result, path)
                 if result.fault:
                     print(f"AT FAULT: {result.kind}, {result.what}: {result.fault}", flush=True)
         found = kept(path)
-    print(f"\n{options.count} kills asked for, {(time.monotonic() - began) / 60:.0f} min\n\n{table(found)}")
+    print(
+        f"\n{options.count} kills asked for, {(time.monotonic() - began) / 60:.0f} min\n\n{table(found)}"
+    )
     sys.exit(any(result.fault for _, result in found))
 
 

@@ -23,12 +23,26 @@ from zygote import HANGS, Outcome, flowgen
 MEMORY = 6 * 2**30  # bytes that a command may ask for
 WRITES = os.O_WRONLY | os.O_RDWR
 ELSEWHERE = "written elsewhere:"
-NAMES_PATHS = {"os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2, "os.remove": 1, "os.rmdir": 1}  # events that name so many
+NAMES_PATHS = {
+    "os.mkdir": 1,
+    "os.rename": 2,
+    "os.link": 2,
+    "os.symlink": 2,
+    "os.remove": 1,
+    "os.rmdir": 1,
+}  # events that name so many
 MODELS = ("glow", "rbm, pcd")
 ONE, OTHER = "images/00.png", "images/01.png"
-SHORT = "trainer=cpu trainer.minutes=null trainer.steps=1 trainer.initial_images=8 trainer.batch_size=4"
+SHORT = (
+    "trainer=cpu trainer.minutes=null trainer.steps=1 trainer.initial_images=8 trainer.batch_size=4"
+)
 TRAIN = f"train {SHORT} model=nice model.width=4 data.size=4"
-IDX = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte")
+IDX = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 def bound() -> None:
@@ -44,7 +58,9 @@ def confined(place: Path) -> Callable[[], None]:
     def look(event: str, about: tuple[Any, ...]) -> None:
         named = about[2] & WRITES != 0 if event == "open" else NAMES_PATHS.get(event, 0)
         for path in about[:named]:
-            if not isinstance(path, int) and not f"{os.path.realpath(os.fsdecode(path))}/".startswith(allowed):
+            if not isinstance(
+                path, int
+            ) and not f"{os.path.realpath(os.fsdecode(path))}/".startswith(allowed):
                 os.write(2, f"{ELSEWHERE} {path!r}\n".encode())
 
     def prepare() -> None:
@@ -67,7 +83,9 @@ class Folder:
         for name, short in zip(MODELS, ("flow", "rbm"), strict=True):
             ended = flowgen(words_of(name, images, path / "outputs" / short), path)
             assert ended.status == 0, ended.error
-            ended = flowgen(["export", path / "outputs" / short, path / f"{short}.safetensors"], path)
+            ended = flowgen(
+                ["export", path / "outputs" / short, path / f"{short}.safetensors"], path
+            )
             assert ended.status == 0, ended.error
         names = sorted(image.name for image in images.iterdir())
         with zipfile.ZipFile(path / "images.zip", "w") as archive:
@@ -77,9 +95,14 @@ class Folder:
         shutil.copytree(images, lists)
         partition = "".join(f"{name} {min(number % 4, 2)}\n" for number, name in enumerate(names))
         (lists / "list_eval_partition.txt").write_text(partition)
-        attributes = "".join(f"{name} {1 - number % 2 * 2} {1 - number % 3 % 2 * 2}\n" for number, name in enumerate(names))
+        attributes = "".join(
+            f"{name} {1 - number % 2 * 2} {1 - number % 3 % 2 * 2}\n"
+            for number, name in enumerate(names)
+        )
         (lists / "list_attr_celeba.txt").write_text(f"{len(names)}\nSmiling Male\n{attributes}")
-        rows = "".join(f"images/{name},{number % 2 * 2 - 1},{number}\n" for number, name in enumerate(names))
+        rows = "".join(
+            f"images/{name},{number % 2 * 2 - 1},{number}\n" for number, name in enumerate(names)
+        )
         (path / "labels.csv").write_text(f"image,smiling,age\n{rows}")
         (path / "idx").mkdir()
         for name in IDX:
@@ -105,28 +128,56 @@ def commands_for(folder: Path, file: Path) -> list[str]:
             "evaluate --run RUN",
             "export RUN x.safetensors",
         )
-        of_file = (f"resume {name} trainer.steps=7", f"sample --run {name}", f"interpolate {ONE} {OTHER} --run {name} --steps 3")
+        of_file = (
+            f"resume {name} trainer.steps=7",
+            f"sample --run {name}",
+            f"interpolate {ONE} {OTHER} --run {name} --steps 3",
+        )
         return [*(words.replace("RUN", run) for words in of_run), *of_file]
     if name.suffix == ".safetensors":
-        return [f"sample --run {name} --count 4", f"evaluate --run {name}", f"score {ONE} --run {name}", f"export {name} x.safetensors"]
+        return [
+            f"sample --run {name} --count 4",
+            f"evaluate --run {name}",
+            f"score {ONE} --run {name}",
+            f"export {name} x.safetensors",
+        ]
     if place == "idx":
         return [f"{train}mnist data.root=idx"]
     if place == "lists":
-        return [f"{train}folder data.root=lists", f"{train}folder data.root=lists data.attribute=Smiling"]
+        return [
+            f"{train}folder data.root=lists",
+            f"{train}folder data.root=lists data.attribute=Smiling",
+        ]
     if place == "images.zip":
         return [f"{train}folder data.root={name}", f"score {name} --run flow"]
     if place == "labels.csv":
-        return [f"edit {ONE} --attribute {attribute} --labels {name} --run flow" for attribute in ("smiling", "age")]
+        return [
+            f"edit {ONE} --attribute {attribute} --labels {name} --run flow"
+            for attribute in ("smiling", "age")
+        ]
     if place == "cache":
         return ["evaluate --run flow", f"{train}folder data.root=images"]
     of_image = (f"interpolate {name} {OTHER} --run flow --steps 3", f"score {name} --run rbm")
-    return [*of_image, f"complete {name} --keep left --run rbm --sweeps 2", f"{train}folder data.root=images"]
+    return [
+        *of_image,
+        f"complete {name} --keep left --run rbm --sweeps 2",
+        f"{train}folder data.root=images",
+    ]
 
 
 def _judge(kind: str, what: str, ended: Outcome, new: set[str]) -> Result:
     elsewhere = [line for line in ended.error.splitlines() if line.startswith(ELSEWHERE)]
-    fault = " ".join(elsewhere[:2]) or ended.fault or ("hung" if ended.status in (-signal.SIGXCPU, -signal.SIGKILL) else "")
-    return Result(kind, what, 1, f"{fault}: {ended.last[:300]}" if fault else f"wrote {sorted(new)[:3]}" if new else "")
+    fault = (
+        " ".join(elsewhere[:2])
+        or ended.fault
+        or ("hung" if ended.status in (-signal.SIGXCPU, -signal.SIGKILL) else "")
+    )
+    return Result(
+        kind,
+        what,
+        1,
+        f"{fault}: {ended.last[:300]}" if fault else f"wrote {sorted(new)[:3]}" if new else "",
+    )
 
 
 def _around(folder: Folder) -> Iterator[str]:
@@ -139,7 +190,11 @@ def _around(folder: Folder) -> Iterator[str]:
 def foreign_files(folder: Folder, seed: int, count: int) -> Iterator[Result]:
     """A file is spoilt and used, `count` times, each in a fresh copy of the folder."""
     whole, work = folder.path, folder.path.parent / "files"
-    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.suffix not in (".part", ".md"))
+    files = sorted(
+        path.relative_to(whole)
+        for path in whole.rglob("*")
+        if path.is_file() and path.suffix not in (".part", ".md")
+    )
     files = [path for path in files if "tensorboard" not in path.parts]
     for number in range(count):
         draw = drawn(seed, "file", number)
@@ -156,7 +211,12 @@ def foreign_files(folder: Folder, seed: int, count: int) -> Iterator[Result]:
 
         before = set(_around(folder))
         ended = flowgen(words.split(), work, prepare=confined(work))
-        yield _judge("foreign file", f"{number}: {how} in {file.relative_to(work)}, flowgen {words}", ended, set(_around(folder)) - before)
+        yield _judge(
+            "foreign file",
+            f"{number}: {how} in {file.relative_to(work)}, flowgen {words}",
+            ended,
+            set(_around(folder)) - before,
+        )
         shutil.rmtree(work)
 
 
@@ -173,5 +233,10 @@ def odd_lines(folder: Folder, seed: int, count: int) -> Iterator[Result]:
 
         before = set(_around(folder))
         ended = flowgen(words, work, prepare=bound)
-        yield _judge("command line", f"{number}: flowgen {' '.join(map(repr, words))[:300]}", ended, set(_around(folder)) - before)
+        yield _judge(
+            "command line",
+            f"{number}: flowgen {' '.join(map(repr, words))[:300]}",
+            ended,
+            set(_around(folder)) - before,
+        )
     shutil.rmtree(work, ignore_errors=True)

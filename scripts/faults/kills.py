@@ -12,7 +12,7 @@ from trainings import STEPS, TRAININGS, make_images, same, state_of, words_of
 from zygote import KILLED, Outcome, flowgen
 
 from flowgen.training.checkpoint import read_checkpoint
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 AGAIN = 0.9  # of those that go on are killed once more
 FRESH = 0.1  # have a cache of images of their own
@@ -53,32 +53,44 @@ class Ground:
         if name not in self.alone:
             folder = self.folder / "alone" / name.replace(", ", "-")
             folder.mkdir(parents=True)
-            counted = flowgen(words_of(name, self.images, folder / "run"), folder, prepare=count_into(folder / "points"))
+            counted = flowgen(
+                words_of(name, self.images, folder / "run"),
+                folder,
+                prepare=count_into(folder / "points"),
+            )
             assert not counted.status, counted.error
-            self.alone[name] = Alone(state_of(folder / "run"), counted.seconds, int((folder / "points").read_text()))
+            self.alone[name] = Alone(
+                state_of(folder / "run"), counted.seconds, int((folder / "points").read_text())
+            )
         return self.alone[name]
 
 
 def go_on(name: str, ground: Ground, folder: Path, **how: Any) -> Outcome:
     """As a user would: by `resume` where the run has a configuration, else by training again in the same folder."""
     run = folder / "run"
-    words = ["resume", run] if (run / "config.yaml").exists() else words_of(name, ground.images, run)
+    words = (
+        ["resume", run] if (run / "config.yaml").exists() else words_of(name, ground.images, run)
+    )
     return flowgen(words, folder, **how)
 
 
 def difference(alone: Alone, run: Path) -> str:
     """In what a run ended otherwise than the one that was left alone."""
     wanted, found = alone.state, state_of(run)
-    return ", ".join(key for key in sorted({*wanted, *found}) if not same(wanted.get(key), found.get(key)))
+    return ", ".join(
+        key for key in sorted({*wanted, *found}) if not same(wanted.get(key), found.get(key))
+    )
 
 
 def damaged(run: Path) -> str:
     """What is wrong with checkpoints that something has stopped the writing of: under their names all must be whole."""
-    files = {path.stat().st_ino: path for path in (run / "checkpoints").glob("*.pt")}  # several names may be of one
+    files = {
+        path.stat().st_ino: path for path in (run / "checkpoints").glob("*.pt")
+    }  # several names may be of one
     for path in files.values():
         try:
             read_checkpoint(path)
-        except FlowgenError as error:
+        except UserError as error:
             return str(error)
     return ""
 
@@ -86,7 +98,9 @@ def damaged(run: Path) -> str:
 def left(run: Path) -> float:
     """About what share of a training a run has yet to do, by its rows, one for each step."""
     rows = run / "metrics.jsonl"
-    return min(1.0, START + 1 - rows.read_bytes().count(b'"train"') / STEPS) if rows.exists() else 1.0
+    return (
+        min(1.0, START + 1 - rows.read_bytes().count(b'"train"') / STEPS) if rows.exists() else 1.0
+    )
 
 
 def kill(ground: Ground, seed: int, number: int, folder: Path) -> Result:

@@ -8,7 +8,22 @@ NUMBERS = (
     "1" + 30 * "0",
     "9" * 5000,
     "\u0661",
-    *["0", "1", "-1", "2", "1.5", "1e3", "1000000", "1000000000000", "nan", "inf", "-inf", "0x10", "true", "null"],
+    *[
+        "0",
+        "1",
+        "-1",
+        "2",
+        "1.5",
+        "1e3",
+        "1000000",
+        "1000000000000",
+        "nan",
+        "inf",
+        "-inf",
+        "0x10",
+        "true",
+        "null",
+    ],
 )
 SIGNS = (
     "x",
@@ -36,21 +51,90 @@ SIGNS = (
     "\\",
 )
 TEXTS = ("", " ", "a\nb", "\x1b[31m", "\u00e9", "\udcff", 5000 * "x", *SIGNS)
-COMMANDS = ("train", "resume", "sample", "interpolate", "complete", "chain", "evaluate", "score", "report", "runs", "export", "edit")
-RUNS = ("flow", "rbm", "outputs/rbm", "outputs/flow/checkpoints/last.pt", "flow.safetensors", "images", "nowhere", "images/00.png")
-OLD = ("images", "images/00.png", "images.zip", "idx", "lists", "flow.safetensors", "outputs/flow", "outputs/rbm/config.yaml", "outputs")
+COMMANDS = (
+    "train",
+    "resume",
+    "sample",
+    "interpolate",
+    "complete",
+    "chain",
+    "evaluate",
+    "score",
+    "report",
+    "runs",
+    "export",
+    "edit",
+)
+RUNS = (
+    "flow",
+    "rbm",
+    "outputs/rbm",
+    "outputs/flow/checkpoints/last.pt",
+    "flow.safetensors",
+    "images",
+    "nowhere",
+    "images/00.png",
+)
+OLD = (
+    "images",
+    "images/00.png",
+    "images.zip",
+    "idx",
+    "lists",
+    "flow.safetensors",
+    "outputs/flow",
+    "outputs/rbm/config.yaml",
+    "outputs",
+)
 FILES = ("images/00.png", "images/01.png", "labels.csv", *OLD)
-NEW = ("nowhere", "new.png", "new.gif", "new.zip", "new.html", "images/new.png", "nowhere/new.png", "new.safetensors")
+NEW = (
+    "nowhere",
+    "new.png",
+    "new.gif",
+    "new.zip",
+    "new.html",
+    "images/new.png",
+    "nowhere/new.png",
+    "new.safetensors",
+)
 PATHS = (*OLD, *NEW, "/dev/null", "/dev/full", "/dev/stdin")
 OPTIONS = {
-    "sample": ("--run", "--temperature", "--count", "--seed", "--label", "--method", "--sweeps", "--device", "--out"),
+    "sample": (
+        "--run",
+        "--temperature",
+        "--count",
+        "--seed",
+        "--label",
+        "--method",
+        "--sweeps",
+        "--device",
+        "--out",
+    ),
     "interpolate": ("--run", "--steps", "--spherical", "--device", "--out"),
     "complete": ("--keep", "--method", "--run", "--sweeps", "--seed", "--device", "--out"),
-    "chain": ("--method", "--run", "--count", "--frames", "--sweeps", "--seed", "--device", "--out"),
+    "chain": (
+        "--method",
+        "--run",
+        "--count",
+        "--frames",
+        "--sweeps",
+        "--seed",
+        "--device",
+        "--out",
+    ),
     "evaluate": ("--run", "--json", "--device"),
     "score": ("--run", "--against", "--by", "--count", "--csv", "--seed", "--device", "--out"),
     "report": ("--out",),
-    "edit": ("--attribute", "--by", "--labels", "--method", "--run", "--count", "--device", "--out"),
+    "edit": (
+        "--attribute",
+        "--by",
+        "--labels",
+        "--method",
+        "--run",
+        "--count",
+        "--device",
+        "--out",
+    ),
     "train": ("-m", "--cfg", "--resolve", "--info", "--package"),
 }
 FLAGS = ("--spherical", "--json", "-m", "--resolve")
@@ -72,7 +156,14 @@ KNOWN = {  # what mostly goes with an option, so that many a line comes far
     "--frames": ("2", "3"),
     "--temperature": ("0", "0.7", "1"),
 }
-SMALL = ("trainer=cpu", "data=folder", "data.root=images", "data.size=4", "trainer.batch_size=4", "trainer.initial_images=8")
+SMALL = (
+    "trainer=cpu",
+    "data=folder",
+    "data.root=images",
+    "data.size=4",
+    "trainer.batch_size=4",
+    "trainer.initial_images=8",
+)
 FLOW = ("data.bits=5", "model.width=4")
 MODELS = (
     ("model=nice", *FLOW),
@@ -89,10 +180,10 @@ def _value(draw: Random) -> str:
 
 
 def _setting(draw: Random, model: str) -> str:
-    from flowgen.config.compose import settings
+    from flowgen.config.compose import setting_names
 
     here = {"trainer=cpu", "data=folder", model}
-    mine = [name for name, choices in settings().items() if not choices or here & set(choices)]
+    mine = [name for name, choices in setting_names().items() if not choices or here & set(choices)]
     return f"{draw.choice(mine)}={_value(draw)}"
 
 
@@ -113,14 +204,27 @@ def odd_line(draw: Random, folder: Path) -> list[str]:
     """Words for `flowgen`, most of them as they should be; run in `folder`. Trainings among them end by themselves."""
     command = draw.choice(COMMANDS)
     words = [command, *_positional(command, draw)]
-    for option in draw.sample(OPTIONS.get(command, ()), min(draw.choice((0, 1, 2, 3)), len(OPTIONS.get(command, ())))):
+    for option in draw.sample(
+        OPTIONS.get(command, ()), min(draw.choice((0, 1, 2, 3)), len(OPTIONS.get(command, ())))
+    ):
         known = KNOWN.get(option, ("0",))
-        words += [option] if option in FLAGS else [option, draw.choice(known) if draw.random() < 0.5 else _value(draw)]
+        words += (
+            [option]
+            if option in FLAGS
+            else [option, draw.choice(known) if draw.random() < 0.5 else _value(draw)]
+        )
     if command in ("train", "resume", "evaluate"):
         model = draw.choice(MODELS)
-        words += [*((*SMALL, *model) if command == "train" else []), *(_setting(draw, model[0]) for _ in range(draw.choice((0, 1, 1, 2))))]
+        words += [
+            *((*SMALL, *model) if command == "train" else []),
+            *(_setting(draw, model[0]) for _ in range(draw.choice((0, 1, 1, 2)))),
+        ]
         words += [] if command == "evaluate" else [ENDS[0], ENDS[1]]
-        words += [f"out=new{draw.randrange(10**6)}"] if command == "train" and draw.random() < 0.8 else []
+        words += (
+            [f"out=new{draw.randrange(10**6)}"]
+            if command == "train" and draw.random() < 0.8
+            else []
+        )
     if draw.random() < 0.2:
         words.insert(draw.randrange(len(words) + 1), _value(draw))
     return [word.replace("\0", "") for word in words]

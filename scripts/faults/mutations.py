@@ -13,7 +13,23 @@ import torch
 
 Random = random.Random
 VALUES: tuple[Any, ...] = (
-    *(None, True, 0, -1, 1, 2**31, 2**63, 2**70, 10**30, 1.5, -0.0, math.nan, math.inf, -math.inf, 1e308),
+    *(
+        None,
+        True,
+        0,
+        -1,
+        1,
+        2**31,
+        2**63,
+        2**70,
+        10**30,
+        1.5,
+        -0.0,
+        math.nan,
+        math.inf,
+        -math.inf,
+        1e308,
+    ),
     *(
         "",
         " ",
@@ -39,7 +55,12 @@ VALUES: tuple[Any, ...] = (
         "flowgen.models.rbm.rbm.RBM",
         "flowgen.data.mnist.MNIST",
     ),
-    *(torch.zeros(0), torch.tensor(math.nan), torch.zeros(3, dtype=torch.complex64), torch.zeros(2, 2, dtype=torch.int8)),
+    *(
+        torch.zeros(0),
+        torch.tensor(math.nan),
+        torch.zeros(3, dtype=torch.complex64),
+        torch.zeros(2, 2, dtype=torch.int8),
+    ),
 )
 PLAIN = tuple(value for value in VALUES if not isinstance(value, torch.Tensor))
 
@@ -89,7 +110,9 @@ def spoil_checkpoint(path: Path, draw: Random) -> str:
 def spoil_config(path: Path, draw: Random) -> str:
     import yaml
 
-    text = yaml.dump(spoil_tree(yaml.safe_load(path.read_text()), draw, PLAIN), allow_unicode=draw.random() < 0.5)
+    text = yaml.dump(
+        spoil_tree(yaml.safe_load(path.read_text()), draw, PLAIN), allow_unicode=draw.random() < 0.5
+    )
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     return "values"
 
@@ -117,9 +140,18 @@ def spoil_portable(path: Path, draw: Random) -> str:
 def spoil_zip(path: Path, draw: Random) -> str:
     """A zip with an entry more, of an odd name."""
     name = draw.choice(
-        ("../../outside.png", "/tmp/outside.png", "a/../../b.png", "\x1b[31m.png", 300 * "x" + ".png", "list_eval_partition.txt")
+        (
+            "../../outside.png",
+            "/tmp/outside.png",
+            "a/../../b.png",
+            "\x1b[31m.png",
+            300 * "x" + ".png",
+            "list_eval_partition.txt",
+        )
     )
-    with zipfile.ZipFile(path, "a", draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
+    with zipfile.ZipFile(
+        path, "a", draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    ) as archive:
         archive.writestr(name, draw.choice((b"", b"words", bytes(10**6), draw.randbytes(100))))
     return "entry"
 

@@ -53,12 +53,30 @@ def watch(counter: _Counter) -> None:
 
     whole = builtins.open
 
-    def opened(file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None, *rest: Any, **named: Any) -> Any:
+    def opened(
+        file: Any,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: Any = None,
+        errors: Any = None,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
         binary = mode.replace("b", "").replace("t", "")
         if not set(mode) & set("wax") or isinstance(file, int) or str(file).startswith("/dev/"):
             return whole(file, mode, buffering, encoding, errors, *rest, **named)
-        buffered = io.BufferedRandom(Raw(file, binary)) if "+" in mode else io.BufferedWriter(Raw(file, binary))
-        return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding or "utf-8", errors, line_buffering=buffering == 1)
+        buffered = (
+            io.BufferedRandom(Raw(file, binary))
+            if "+" in mode
+            else io.BufferedWriter(Raw(file, binary))
+        )
+        return (
+            buffered
+            if "b" in mode
+            else io.TextIOWrapper(
+                buffered, encoding or "utf-8", errors, line_buffering=buffering == 1
+            )
+        )
 
     builtins.open = io.open = opened
     for name in CALLS:

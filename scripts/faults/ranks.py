@@ -52,7 +52,10 @@ def _kill(folder: Path, rank: int, after: float, pid: int) -> None:
     """Kill this rank so many seconds after both are there, if they still are."""
     names, began = [folder / f"rank{number}" for number in range(2)], time.monotonic()
     while not all(name.exists() and name.read_text() for name in names):
-        if time.monotonic() - began > STARTS or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+        if (
+            time.monotonic() - began > STARTS
+            or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        ):
             return
         time.sleep(0.01)
     time.sleep(after)
@@ -65,7 +68,11 @@ def _go_on(name: str, ground: Ground, folder: Path, **how: Any) -> Outcome:
     run = folder / "run"
     for path in folder.glob("rank*"):
         path.unlink()
-    words = ["resume", run] if (run / "config.yaml").exists() else words_of(name, ground.images, run, TOGETHER)
+    words = (
+        ["resume", run]
+        if (run / "config.yaml").exists()
+        else words_of(name, ground.images, run, TOGETHER)
+    )
     return flowgen(words, folder, prepare=partial(fork_ranks, folder), **how)
 
 
@@ -90,7 +97,9 @@ def _kill_rank(ground: Ground, seed: int, number: int) -> Result:
     folder, kind, hits = ground.folder / "ranks" / str(number), f"kill of rank {rank} of 2", 0
     folder.mkdir(parents=True)
     for turn in range(4):
-        then = partial(_kill, folder, rank, random.uniform(0, alone.seconds)) if turn < 3 else _leave
+        then = (
+            partial(_kill, folder, rank, random.uniform(0, alone.seconds)) if turn < 3 else _leave
+        )
         ended = _go_on(name, ground, folder, then=then)
         if ended.status == 0 or "has ended" in ended.error:
             break

@@ -8,16 +8,36 @@ import torch
 from PIL import Image
 
 FLOW = ("data.bits=5", "model.width=4")
-RBM = ("data.bits=1", "data.channels=1", "data.flip=false", "model=rbm", "model.hidden=6", "evaluation.betas=10", "evaluation.chains=4")
+RBM = (
+    "data.bits=1",
+    "data.channels=1",
+    "data.flip=false",
+    "model=rbm",
+    "model.hidden=6",
+    "evaluation.betas=10",
+    "evaluation.chains=4",
+)
 TRAININGS = {
     "nice": (*FLOW, "model=nice", "model.layers=1"),
-    "realnvp": (*FLOW, "model=realnvp", "model.blocks=1", "model.levels=1", "model.dequantisation=variational"),
+    "realnvp": (
+        *FLOW,
+        "model=realnvp",
+        "model.blocks=1",
+        "model.levels=1",
+        "model.dequantisation=variational",
+    ),
     "glow": (*FLOW, "model=glow", "model.steps_per_level=1", "model.levels=1"),
     "iaf": (*FLOW, "model=iaf", "model.flows=2", "model.layers=1"),
     "maf": (*FLOW, "model=maf", "model.flows=2", "model.layers=1"),
     "tarflow": (*FLOW, "model=tarflow", "model.layers=[1,1]", "model.heads=1"),
     "jet": (*FLOW, "model=jet", "model.couplings=2", "model.heads=1"),
-    "flow_matching": (*FLOW, "model=flow_matching", "model.layers=1", "model.heads=1", "model.tolerance=0.1"),
+    "flow_matching": (
+        *FLOW,
+        "model=flow_matching",
+        "model.layers=1",
+        "model.heads=1",
+        "model.tolerance=0.1",
+    ),
     "planar": ("data.bits=5", "model=planar", "model.flows=2"),
     "sylvester": (*FLOW, "model=sylvester", "model.flows=2"),
     "rbm, pcd": (*RBM, "model/negative_phase=pcd"),
@@ -26,7 +46,10 @@ TRAININGS = {
 STEPS = 6
 EVERY = f"trainer=cpu trainer.minutes=null trainer.steps={STEPS} trainer.batch_size=4 trainer.initial_images=8 trainer.lr=1e-3".split()
 TIMELY = {"log": 1, "evaluate": 2, "save": 4, "sample": 6, "keep": 3}
-OFTEN = ["trainer.evaluate_images=4", *(f"trainer.{what}_every={steps}" for what, steps in TIMELY.items())]
+OFTEN = [
+    "trainer.evaluate_images=4",
+    *(f"trainer.{what}_every={steps}" for what, steps in TIMELY.items()),
+]
 TIMES = ("seconds", "images_per_second", "memory_gib")  # which differ from run to run
 
 
@@ -46,7 +69,9 @@ def words_of(name: str, images: Path, out: Path, *more: str) -> list[str]:
 
 def state_of(run: Path) -> dict[str, Any]:
     """All that a training leaves, but for times: checkpoints, rows, pictures; and the names of files that are half written."""
-    state: dict[str, Any] = {"half written": sorted(str(path.relative_to(run)) for path in run.rglob("*.part"))}
+    state: dict[str, Any] = {
+        "half written": sorted(str(path.relative_to(run)) for path in run.rglob("*.part"))
+    }
     files: dict[int, Any] = {}  # several names may be of one
     for path in sorted((run / "checkpoints").glob("*.pt")):
         if (file := path.stat().st_ino) not in files:
@@ -56,16 +81,27 @@ def state_of(run: Path) -> dict[str, Any]:
         state[path.name] = files[file]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     state["rows"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-    state["samples"] = {path.name: path.read_bytes() for path in sorted((run / "samples").iterdir())}
+    state["samples"] = {
+        path.name: path.read_bytes() for path in sorted((run / "samples").iterdir())
+    }
     return state
 
 
 def same(one: Any, other: Any) -> bool:
     """Bit by bit."""
     if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and one.shape == other.shape and _bytes(one) == _bytes(other)
+        return (
+            isinstance(other, torch.Tensor)
+            and one.dtype == other.dtype
+            and one.shape == other.shape
+            and _bytes(one) == _bytes(other)
+        )
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(same(value, other[key]) for key, value in one.items())
+        )
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)

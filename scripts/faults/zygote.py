@@ -41,7 +41,9 @@ class Outcome(NamedTuple):
             return "a fault of flowgen"
         sentences = sum(line.startswith("flowgen: ") for line in self.error.splitlines())
         if self.status and (
-            self.status not in (1, 2, 130, 143) or sentences != 1 or not self.error.splitlines()[-1].startswith("flowgen: ")
+            self.status not in (1, 2, 130, 143)
+            or sentences != 1
+            or not self.error.splitlines()[-1].startswith("flowgen: ")
         ):
             return f"status {self.status} without one plain sentence"
         return ""
@@ -60,11 +62,19 @@ def warm() -> None:
         if not module.name.endswith("__main__"):
             with contextlib.suppress(ImportError):  # of an extra that is not installed
                 importlib.import_module(module.name)
-    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "hydra.main", "torch.utils.tensorboard", "PIL.GifImagePlugin"):
+    for name in (
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+        "hydra.main",
+        "torch.utils.tensorboard",
+        "PIL.GifImagePlugin",
+    ):
         importlib.import_module(name)
     _compose()
     if len(list(Path("/proc/self/task").iterdir())) > 1:
-        raise SystemExit("a process of several threads cannot be forked: set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1")
+        raise SystemExit(
+            "a process of several threads cannot be forked: set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1"
+        )
     gc.collect()
     gc.freeze()  # or every child would copy all objects when it looks for what is garbage
 
@@ -76,7 +86,17 @@ def _compose() -> None:
     from flowgen.config.compose import conf_folder
 
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        hydra.compose("train", ["model=rbm", "model.hidden=4", "data=folder", "data.root=/tmp/a-b", "trainer=cpu", "out='a,b'"])
+        hydra.compose(
+            "train",
+            [
+                "model=rbm",
+                "model.hidden=4",
+                "data=folder",
+                "data.root=/tmp/a-b",
+                "trainer=cpu",
+                "out='a,b'",
+            ],
+        )
 
 
 def flowgen(
@@ -101,28 +121,38 @@ def flowgen(
     handle = os.pidfd_open(pid)
     try:
         then(pid)
-        ready = any(select.select([handle], [], [], 1.0)[0] for _ in range(WAITS))  # seconds in which this process itself may be stopped
+        ready = any(
+            select.select([handle], [], [], 1.0)[0] for _ in range(WAITS)
+        )  # seconds in which this process itself may be stopped
         if not ready:
             signal.pidfd_send_signal(handle, signal.SIGKILL)
     finally:
         os.close(handle)
     _, status = os.waitpid(pid, 0)
     said, told = (path.read_text(errors="replace") for path in (output, error))
-    found = Outcome(os.waitstatus_to_exitcode(status) if ready else None, said, told, time.monotonic() - began)
+    found = Outcome(
+        os.waitstatus_to_exitcode(status) if ready else None, said, told, time.monotonic() - began
+    )
     for path in (output, error):
         path.unlink()
     return found
 
 
-def _child(words: list[str], folder: Path, output: Path, error: Path, prepare: Callable[[], None]) -> None:
+def _child(
+    words: list[str], folder: Path, output: Path, error: Path, prepare: Callable[[], None]
+) -> None:
     status = 70
     try:
         os.setsid()
         os.chdir(folder)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has what runs in the background ignore
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # which a shell has what runs in the background ignore
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
         for number, path in ((0, Path(os.devnull)), (1, output), (2, error)):
-            file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            file = os.open(
+                path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644
+            )
             os.dup2(file, number)
         sys.argv = ["flowgen", *words]
         from flowgen import cli

@@ -14,19 +14,34 @@ from scipy.stats import ttest_ind, ttest_rel
 import flowgen
 from flowgen import judging
 from flowgen.commands.sample import draw
-from flowgen.data.dataset import Images
-from flowgen.evaluation import sample_quality as fidelity
-from flowgen.training.run_dir import Run, watched
+from flowgen.data.dataset import ImageDataset
+from flowgen.evaluation import sample_quality as fid_metrics
+from flowgen.training.run_dir import Run, validation_rows
 from flowgen.utils import plots
 
 REPEATS = 4  # draws of as many samples as there are test images, for the error of a figure
 SPACE = "among the 64 leading principal components of training images, but for what torch-fidelity measures"
 BY_EYE = "The original compares by eye."
 LIKENESS = {
-    "C.2": ("frechet", "Fréchet distance", "Closeness: the Fréchet distance of samples and test images, which is no FID."),
-    "C.3": ("coverage", "coverage", "Diversity: the share of test images with a sample as near as their fifth neighbour among them."),
-    "C.4": ("spread", "mean distance of samples / of test images", "Diversity: how far apart two samples lie."),
-    **{f"C.{number}": (key, key, f"By torch-fidelity: {key}.") for number, key in ((7, "fid"), (8, "precision"), (9, "recall"))},
+    "C.2": (
+        "frechet",
+        "Fréchet distance",
+        "Closeness: the Fréchet distance of samples and test images, which is no FID.",
+    ),
+    "C.3": (
+        "coverage",
+        "coverage",
+        "Diversity: the share of test images with a sample as near as their fifth neighbour among them.",
+    ),
+    "C.4": (
+        "spread",
+        "mean distance of samples / of test images",
+        "Diversity: how far apart two samples lie.",
+    ),
+    **{
+        f"C.{number}": (key, key, f"By torch-fidelity: {key}.")
+        for number, key in ((7, "fid"), (8, "precision"), (9, "recall"))
+    },
 }
 
 LEVEL = 0.05  # share of claims that count as found, or their opposite, where there is no difference
@@ -36,47 +51,89 @@ ONE_TRAINING = (
 )
 
 
-def judged(run: Run, data: Images, count: int) -> dict[str, Any]:
+def judged(run: Run, data: ImageDataset, count: int) -> dict[str, Any]:
     """All that the comparison needs of one experiment, of `count` test images and as many samples at most; kept beside the run."""
 
-    weights = fidelity.network()
+    weights = fid_metrics.network()
 
     def find() -> dict[str, Any]:
         model: Any = flowgen.load(run.folder, "auto")
-        most, seeds = min(count, len(data.test)), {each: range(REPEATS if each else 1) for each in TEMPERATURES}  # at 0 all samples are one
-        samples = {each: [draw(model, most, each, seed)[0] for seed in seeds[each]] for each in TEMPERATURES}
-        return judging.judge_flow(model, data, samples, weights=weights)
+        most, seeds = (
+            min(count, len(data.test)),
+            {each: range(REPEATS if each else 1) for each in TEMPERATURES},
+        )  # at 0 all samples are one
+        samples = {
+            each: [draw(model, most, each, seed)[0] for seed in seeds[each]]
+            for each in TEMPERATURES
+        }
+        return judging.flow_report(model, data, samples, weights=weights)
 
     return kept(run, "judged_with_fid.json" if weights else "judged.json", find)
 
 
-def figures(runs: dict[str, Run], found: dict[str, Any], data: Images) -> Iterator[Figure]:
+def figures(runs: dict[str, Run], found: dict[str, Any], data: ImageDataset) -> Iterator[Figure]:
     """Bits/dim as training went; closeness and diversity by temperature; smoothness of the interpolations."""
     some, all_runs = next(iter(found.values())), list(runs.values())
-    rows = {name: watched(run.read_metrics()) for name, run in runs.items()}
-    curves = {name: [(row["step"], row["bits_per_dim"]) for row in each] for name, each in rows.items()}
+    rows = {name: validation_rows(run.read_metrics()) for name, run in runs.items()}
+    curves = {
+        name: [(row["step"], row["bits_per_dim"]) for row in each] for name, each in rows.items()
+    }
     images = min(len(data.validation), *(each[-1]["images"] for each in rows.values()))
-    right = (f"the thesis' convention: {8 - data.bits} more", 8.0 - data.bits) if data.bits < 8 else None
+    right = (
+        (f"the thesis' convention: {8 - data.bits} more", 8.0 - data.bits)
+        if data.bits < 8
+        else None
+    )
     caption = f"Bits/dim of {images:,} validation images as training went, by the averaged weights."
-    draw_it = partial(plots.lines, curves, xlabel="step", ylabel=f"validation bits/dim at {data.bits} bits", right=right)
-    yield Figure("C.1", caption, draw_it, all_runs, difference="The thesis shows training losses alone.")
-    for number, (key, label, caption) in ((number, each) for number, each in LIKENESS.items() if each[0] in some["samples"][0][0]):
-        means = {name: [judging.mean([one[key] for one in draws]) for draws in found[name]["samples"]] for name in found}
-        named = {name: list(zip(TEMPERATURES, (each.value for each in means[name]), strict=True)) for name in found}
-        named["training images"] = [(temperature, some["training"].get(key, math.nan)) for temperature in (0.0, 1.0)]
+    draw_it = partial(
+        plots.lines,
+        curves,
+        xlabel="step",
+        ylabel=f"validation bits/dim at {data.bits} bits",
+        right=right,
+    )
+    yield Figure(
+        "C.1", caption, draw_it, all_runs, difference="The thesis shows training losses alone."
+    )
+    for number, (key, label, caption) in (
+        (number, each) for number, each in LIKENESS.items() if each[0] in some["samples"][0][0]
+    ):
+        means = {
+            name: [judging.mean([one[key] for one in draws]) for draws in found[name]["samples"]]
+            for name in found
+        }
+        named = {
+            name: list(zip(TEMPERATURES, (each.value for each in means[name]), strict=True))
+            for name in found
+        }
+        named["training images"] = [
+            (temperature, some["training"].get(key, math.nan)) for temperature in (0.0, 1.0)
+        ]
         errors = {name: [each.error for each in means[name]] for name in found}
         draw_it = partial(plots.lines, named, xlabel="temperature", ylabel=label, errors=errors)
         told = f"{caption} {some['images']} of each, {SPACE}; error bars over {REPEATS} draws of the samples."
         yield Figure(number, told, draw_it, all_runs, difference=BY_EYE)
     shares = torch.linspace(0, 1, len(some["walk"]["bits"][0])).tolist()
     middles = [(one + other) / 2 for one, other in pairwise(shares)]
-    changes = {name: found[name]["walk"]["changes"][0] for name in found} | {"pixels": some["walk"]["changes"][1]}
+    changes = {name: found[name]["walk"]["changes"][0] for name in found} | {
+        "pixels": some["walk"]["changes"][1]
+    }
     steps = {name: list(zip(middles, each, strict=True)) for name, each in changes.items()}
     spaces = [(place, name) for place in (0, 1) for name in found]
-    bits = {("", "pixels, by ")[place] + name: list(zip(shares, found[name]["walk"]["bits"][place], strict=True)) for place, name in spaces}
+    bits = {
+        ("", "pixels, by ")[place] + name: list(
+            zip(shares, found[name]["walk"]["bits"][place], strict=True)
+        )
+        for place, name in spaces
+    }
     pairs = f"mean over {len(some['walk']['unevenness'])} pairs of test images, {len(shares)} pictures each"
     for number, caption, named, label in (
-        ("C.5", "Smoothness: how much changes from each picture to the next", steps, "change of the pixels, root mean square"),
+        (
+            "C.5",
+            "Smoothness: how much changes from each picture to the next",
+            steps,
+            "change of the pixels, root mean square",
+        ),
         ("C.6", "How likely the pictures on the way are", bits, "bits/dim of the picture there"),
     ):
         draw_it = partial(plots.lines, named, xlabel="place on the way", ylabel=label)
@@ -104,13 +161,23 @@ def sentences(found: Mapping[str, Any], bits: int) -> list[str]:
     ]
     shift = f"The thesis' loss adds 8 bits to data of {bits}: its figures are too high by {8 - bits}, which the right-hand axes show."
     left_out = "FID is left out: set FID_WEIGHTS to the file of torch-fidelity's network, and install flowgen[fidelity], to have it."
-    return [*said, *([shift] if bits < 8 else []), *([left_out] if "fid" not in one["samples"][0][0] else [])]
+    return [
+        *said,
+        *([shift] if bits < 8 else []),
+        *([left_out] if "fid" not in one["samples"][0][0] else []),
+    ]
 
 
 def verdict(test: Any) -> str:
     """Of a claim that a difference is above 0, by scipy's result of a two-sided t test."""
     found = test.pvalue < LEVEL  # not where it is none, since nothing varies
-    return "no difference found" if not found else "found" if test.statistic > 0 else "the opposite is found"
+    return (
+        "no difference found"
+        if not found
+        else "found"
+        if test.statistic > 0
+        else "the opposite is found"
+    )
 
 
 def _more(one: Mapping[str, Any], two: Mapping[str, Any], key: str, what: str) -> str:

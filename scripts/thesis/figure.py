@@ -31,7 +31,9 @@ class Figure(NamedTuple):
         return _fresh(folder / f"figure_{self.number}{self.suffix}", self.runs, self.draw)
 
 
-def by_command(number: str, caption: str, run: Run, command: str, difference: str, suffix: str = ".png") -> Figure:
+def by_command(
+    number: str, caption: str, run: Run, command: str, difference: str, suffix: str = ".png"
+) -> Figure:
     """The figure that `command`, of the words of `flowgen`, makes of a run."""
 
     def draw(at: Path) -> None:
@@ -43,14 +45,20 @@ def by_command(number: str, caption: str, run: Run, command: str, difference: st
 
 def kept(run: Run, name: str, find: Callable[[], Any]) -> Any:
     """What `find` returns, kept beside the run as JSON."""
-    return json.loads(_fresh(run.folder / name, [run], lambda aside: aside.write_text(json.dumps(find()))).read_text())
+    return json.loads(
+        _fresh(
+            run.folder / name, [run], lambda aside: aside.write_text(json.dumps(find()))
+        ).read_text()
+    )
 
 
 def _fresh(path: Path, runs: Sequence[Run], make: Callable[[Path], object]) -> Path:
     newest = max((run.last.stat().st_mtime for run in runs), default=math.inf)
     if not path.exists() or path.stat().st_mtime < newest:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_stem(f".{path.stem}")  # a run that is killed leaves no half of a picture under its name
+        aside = path.with_stem(
+            f".{path.stem}"
+        )  # a run that is killed leaves no half of a picture under its name
         make(aside)
         aside.replace(path)
     return path

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from flowgen.config.compose import conf_folder
-from flowgen.utils.errors import FlowgenError
+from flowgen.utils.errors import UserError
 
 SCALES = ("full", "small", "smoke")
 GROUPS = ("glow_conv", "glow_resnet", "toy", "slides", "outlook")
@@ -28,12 +28,26 @@ class Part(NamedTuple):
 
     def command(self, scale: str, faces: list[str], out: Path) -> list[str]:
         """What is trained, as words of `flowgen`; `faces` are those that name the faces."""
-        kind = "faces" if self.group in FACED else "digits" if self.group == "slides" else self.group
-        files = [name for name in (self.folder, kind) if (conf_folder() / "scale" / scale / f"{name}.yaml").exists()]
+        kind = (
+            "faces" if self.group in FACED else "digits" if self.group == "slides" else self.group
+        )
+        files = [
+            name
+            for name in (self.folder, kind)
+            if (conf_folder() / "scale" / scale / f"{name}.yaml").exists()
+        ]
         data = {"faces": faces, "digits": [f"data={DIGITS[scale]}"]}.get(kind, [])
         hidden = [] if self.hidden is None else [f"model.hidden={self.hidden}"]
         settings = [f"scale={scale}/{name}" for name in files[:1]]
-        return ["train", f"experiment={self.experiment}", *settings, *data, *hidden, f"out={out}", "resume=true"]
+        return [
+            "train",
+            f"experiment={self.experiment}",
+            *settings,
+            *data,
+            *hidden,
+            f"out={out}",
+            "resume=true",
+        ]
 
 
 def data_section(name: str, root: str | None = None) -> dict[str, Any]:
@@ -47,11 +61,26 @@ def parts(scale: str, group: str) -> list[Part]:
     if group == "slides":
         sizes = {"full": (50, 100, 300), "small": (100,), "smoke": (8,)}[scale]
         names = ("filters", "l1_1e3", "cd10") if scale == "smoke" else MACHINES
-        chosen = [(name, size) for name in names for size in ((50, 100, 300) if (scale, name) == ("small", "filters") else sizes)]
-        machines = [Part(group, f"slides/{name}", f"{name}_{hidden}", hidden) for name, hidden in chosen]
-        return [*machines, Part(group, "slides/half_six", "half_six", 8 if scale == "smoke" else None)]
-    networks = ["glow_gated"] if scale == "smoke" else ["glow_conv_32", "glow_resnet_blocks", "glow_gated"]
-    return [Part(group, f"thesis/{name}", name) for name in (networks if group == "outlook" else [group]) if group in GROUPS]
+        chosen = [
+            (name, size)
+            for name in names
+            for size in ((50, 100, 300) if (scale, name) == ("small", "filters") else sizes)
+        ]
+        machines = [
+            Part(group, f"slides/{name}", f"{name}_{hidden}", hidden) for name, hidden in chosen
+        ]
+        return [
+            *machines,
+            Part(group, "slides/half_six", "half_six", 8 if scale == "smoke" else None),
+        ]
+    networks = (
+        ["glow_gated"] if scale == "smoke" else ["glow_conv_32", "glow_resnet_blocks", "glow_gated"]
+    )
+    return [
+        Part(group, f"thesis/{name}", name)
+        for name in (networks if group == "outlook" else [group])
+        if group in GROUPS
+    ]
 
 
 def train(words: list[str]) -> None:
@@ -63,4 +92,6 @@ def train(words: list[str]) -> None:
     status = process.wait()
     signal.signal(signal.SIGINT, interrupt), signal.signal(signal.SIGTERM, terminate)
     if status:
-        raise FlowgenError(f"{words[-2]} ended with status {status}, see above: the same command goes on from here")
+        raise UserError(
+            f"{words[-2]} ended with status {status}, see above: the same command goes on from here"
+        )

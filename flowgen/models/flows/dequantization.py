@@ -19,16 +19,20 @@ END = 1 - 2**-16  # where a level of 8 bits and its noise still stay below the n
 class Uniform(nn.Module):
     """u ~ U[0, 1). Theis, van den Oord and Bethge (1511.01844), section 3.1."""
 
-    def forward(self, levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """u in the shape of `levels`, and log q(u | levels) in nats, (batch,)."""
-        noise = self.start(levels, dtype, generator)
-        return noise, noise.new_zeros(len(levels))
+        noise = self.start(images, dtype, generator)
+        return noise, noise.new_zeros(len(images))
 
-    def start(self, levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    def start(
+        self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
+    ) -> Tensor:
         """All that is drawn for these levels."""
-        return draw(torch.rand, levels.shape, generator, device=levels.device, dtype=dtype)
+        return draw(torch.rand, images.shape, generator, device=images.device, dtype=dtype)
 
-    def initialize(self, levels: Tensor, dtype: torch.dtype) -> None:
+    def initialize(self, images: Tensor, dtype: torch.dtype) -> None:
         """Uniform noise has nothing to learn."""
 
 
@@ -43,25 +47,36 @@ class Variational(nn.Module):
         self.bins = bins
         kind = checkerboard if size > 1 else channelwise
         masks = [kind(channels, size, size, step % 2 == 1) for step in range(STEPS)]
-        self.bijection = Chain(*(MaskedCoupling(ConvNetwork(2 * channels, WIDTH, 2 * channels), Affine(), mask) for mask in masks))
+        self.bijection = Chain(
+            *(
+                MaskedCoupling(ConvNetwork(2 * channels, WIDTH, 2 * channels), Affine(), mask)
+                for mask in masks
+            )
+        )
 
-    def forward(self, levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """u in the shape of `levels`, and log q(u | levels) in nats, (batch,)."""
-        e = self.start(levels, dtype, generator)
-        g, log_det = self.bijection(e, self._image(levels, dtype))
-        log_q = 0.5 * (g.square() - e.square()).flatten(1).sum(1) - log_det  # the constants of the two Gaussians cancel
+        e = self.start(images, dtype, generator)
+        g, log_det = self.bijection(e, self._image(images, dtype))
+        log_q = (
+            0.5 * (g.square() - e.square()).flatten(1).sum(1) - log_det
+        )  # the constants of the two Gaussians cancel
         return END * torch.special.ndtr(g), log_q - g[0].numel() * math.log(END)
 
-    def initialize(self, levels: Tensor, dtype: torch.dtype) -> None:
-        self.bijection.initialize(self.start(levels, dtype), self._image(levels, dtype))
+    def initialize(self, images: Tensor, dtype: torch.dtype) -> None:
+        self.bijection.initialize(self.start(images, dtype), self._image(images, dtype))
 
-    def _image(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
-        return 2 * (levels + 0.5).to(dtype) / self.bins - 1
+    def _image(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        return 2 * (images + 0.5).to(dtype) / self.bins - 1
 
     @staticmethod
-    def start(levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    def start(
+        images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
+    ) -> Tensor:
         """All that is drawn for these levels."""
-        return draw(torch.randn, levels.shape, generator, device=levels.device, dtype=dtype)
+        return draw(torch.randn, images.shape, generator, device=images.device, dtype=dtype)
 
 
 class Gaussian(Uniform):
@@ -71,22 +86,26 @@ class Gaussian(Uniform):
         super().__init__()
         self.deviation, self.bins = deviation, bins
 
-    def start(self, levels: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-        e = draw(torch.randn, levels.shape, generator, device=levels.device, dtype=dtype)
+    def start(
+        self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
+    ) -> Tensor:
+        e = draw(torch.randn, images.shape, generator, device=images.device, dtype=dtype)
         return 0.5 + self.deviation * self.bins * e
 
 
-def dequantiser(dequantisation: str, shape: tuple[int, int, int], bits: int) -> Uniform | Variational:
+def dequantizer(
+    dequantization: str, shape: tuple[int, int, int], bits: int
+) -> Uniform | Variational:
     """By the name that a configuration gives it. Raises FlowgenError for another."""
-    if (deviation := noise_of(dequantisation)) is not None:
+    if (deviation := noise_of(dequantization)) is not None:
         return Gaussian(deviation, 2**bits)
-    check_choice(("uniform", "variational", "gaussian:0.05"), dequantisation=dequantisation)
-    return Uniform() if dequantisation == "uniform" else Variational(shape[0], shape[1], 2**bits)
+    check_choice(("uniform", "variational", "gaussian:0.05"), dequantization=dequantization)
+    return Uniform() if dequantization == "uniform" else Variational(shape[0], shape[1], 2**bits)
 
 
-def noise_of(dequantisation: object) -> float | None:
+def noise_of(dequantization: object) -> float | None:
     """The deviation, of brightness from 0 to 1, that `gaussian:DEVIATION` names; None for all else."""
-    name, _, number = str(dequantisation).partition(":")
+    name, _, number = str(dequantization).partition(":")
     try:
         deviation = float(number)
     except ValueError:

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.chain import Chain
-from flowgen.bijections.continuous import Continuous, Velocity
-from flowgen.bijections.elementwise import Gaussianize, Standardize
+from flowgen.bijections.continuous import CNF, VelocityField
+from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
 from flowgen.bijections.reshape import Flatten
-from flowgen.models.base import LOOK, Completes, Evaluation
+from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.tarflow import check_transformers, patch_size
 from flowgen.utils.distributed import draw
 from flowgen.utils.errors import check_choice, check_number, check_whole
-from flowgen.utils.metrics import Judgement, Measured, Metric
+from flowgen.utils.metrics import Metric, Metrics, MetricValue
 
 SOLVER = Metric("solver_difference", "bits/dim", higher_is_better=False)
 FINER = 0.1  # of the tolerance, to compare with
@@ -45,28 +45,45 @@ class FlowMatching(Flow):
         tolerance: float,
         exact: int,
         classes: int | None,
-        class_networks: bool,
+        condition_networks: bool,
     ):
         check_whole(channels=channels, size=size, bits=bits)
         check_transformers([layers], width, heads, dropout)
-        check_choice((True, False), gaussianize=gaussianize, class_networks=class_networks)
+        check_choice((True, False), gaussianize=gaussianize, condition_networks=condition_networks)
         check_number(tolerance=tolerance)
         check_whole(low=0, exact=exact)
-        numbers, seen = channels * size**2, classes if classes is not None and class_networks else 0
-        velocity = Velocity(channels, size, patch_size(size, patch), width, heads, layers, dropout, seen)
-        bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
-        bijections += [Flatten(channels, size, size), Standardize(numbers, learnt=False), Continuous(velocity, tolerance, exact)]
-        super().__init__(Chain(*bijections), (channels, size, size), bits, "uniform", classes, class_networks)
+        numbers, seen = (
+            channels * size**2,
+            classes if classes is not None and condition_networks else 0,
+        )
+        velocity = VelocityField(
+            channels, size, patch_size(size, patch), width, heads, layers, dropout, seen
+        )
+        bijections: list[Bijection] = (
+            [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
+        )
+        bijections += [
+            Flatten(channels, size, size),
+            Standardize(numbers, learnt=False),
+            CNF(velocity, tolerance, exact),
+        ]
+        super().__init__(
+            Chain(*bijections), (channels, size, size), bits, "uniform", classes, condition_networks
+        )
         self.loss_metric = None
-        self.averages_logs = numbers > exact  # the mean of weights would count the estimates' errors as likelihood: E[exp(error)] > 1
+        self.averages_logs = (
+            numbers > exact
+        )  # the mean of weights would count the estimates' errors as likelihood: E[exp(error)] > 1
 
     @classmethod
-    def is_able(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
-        return ability is not Completes and super().is_able(ability, arguments)  # Metropolis' steps want exact densities, and many
+    def supports(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
+        return ability is not SupportsInpainting and super().supports(
+            ability, arguments
+        )  # Metropolis' steps want exact densities, and many
 
-    def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         *before, flow = self.bijection.bijections  # type: ignore[misc]
-        x, _ = Chain(*before)(self._dequantise(levels)[0])
+        x, _ = Chain(*before)(self._dequantize(images)[0])
         one_hot = self._one_hot(labels)
         z = draw(torch.randn, x.shape, device=x.device, dtype=x.dtype)
         z = z if one_hot is None else z + one_hot @ self._class_means()
@@ -75,18 +92,29 @@ class FlowMatching(Flow):
         return (v - (x - z)).square().mean()
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> Judgement:
+    def evaluate(
+        self,
+        batches: Iterable[Tensor],
+        reference: Iterable[Tensor] = (),
+        how: EvalConfig = QUICK_EVAL,
+    ) -> Metrics:
         """As every flow, and how far the bits/dim of the first batch's images lie, on average, from those at a tenth of the tolerance."""
         each = iter(batches)
         first = next(each)
-        return super().evaluate(chain((first,), each), reference, how) | Judgement.of(self._solver_difference(first))
+        return super().evaluate(chain((first,), each), reference, how) | Metrics.of(
+            self._solver_difference(first)
+        )
 
-    def _solver_difference(self, levels: Tensor) -> Measured:
+    def _solver_difference(self, images: Tensor) -> MetricValue:
         flow: Any = self.bijection.bijections[-1]  # type: ignore[index]
         tolerance, found = flow.tolerance, []
         try:
             for flow.tolerance in (tolerance, FINER * tolerance):
-                found.append(self._bits_per_dim(self.log_prob(levels, torch.Generator(self.device).manual_seed(0))))
+                found.append(
+                    self._bits_per_dim(
+                        self.log_prob(images, torch.Generator(self.device).manual_seed(0))
+                    )
+                )
         finally:
             flow.tolerance = tolerance
-        return Measured(SOLVER, (found[0] - found[1]).abs().mean().item())
+        return MetricValue(SOLVER, (found[0] - found[1]).abs().mean().item())

@@ -4,15 +4,21 @@ from flowgen.bijections.base import Bijection
 from flowgen.bijections.batchnorm import ActNorm
 from flowgen.bijections.chain import Chain
 from flowgen.bijections.coupling import Coupling
-from flowgen.bijections.elementwise import Gaussianize, Standardize
-from flowgen.bijections.linear import Conv1x1, Folded, PLUConv1x1
-from flowgen.bijections.networks import ConvNetwork, GatedNetwork, Network, ResNetwork, ZeroConv2d
+from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
+from flowgen.bijections.linear import FusedAffine, InvertibleConv1x1, InvertibleConv1x1LU
+from flowgen.bijections.networks import (
+    Conditioner,
+    ConvNetwork,
+    GatedNetwork,
+    ResNetwork,
+    ZeroConv2d,
+)
 from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.bijections.univariate import TRANSFORMS
-from flowgen.models.base import DEEPEST
+from flowgen.models.base import MAX_DEPTH
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.multiscale import largest_levels, multi_scale
-from flowgen.utils.errors import FlowgenError, check_choice, check_whole
+from flowgen.utils.errors import UserError, check_choice, check_whole
 
 
 class Glow(Flow):
@@ -39,9 +45,9 @@ class Glow(Flow):
         base: str,
         final_actnorm: bool,
         gaussianize: bool,
-        dequantisation: str,
+        dequantization: str,
         classes: int | None,
-        class_networks: bool = False,
+        condition_networks: bool = False,
     ):
         check_whole(channels=channels, size=size, bits=bits, width=width)
         check_choice(("conv", "resnet", "gated"), network=network)
@@ -50,18 +56,29 @@ class Glow(Flow):
         check_choice(("plu", "plain"), convolution=convolution)
         check_choice(("predicted", "standard"), prior=prior)
         check_choice(("learned", "standard"), base=base)
-        check_choice((True, False), final_actnorm=final_actnorm, gaussianize=gaussianize, class_networks=class_networks)
+        check_choice(
+            (True, False),
+            final_actnorm=final_actnorm,
+            gaussianize=gaussianize,
+            condition_networks=condition_networks,
+        )
         levels = largest_levels(size, levels)
         if levels == 0 and channels < 2:
-            raise FlowgenError(f"grey images of size={size} cannot be halved, which Glow needs: give data.size an even value")
+            raise UserError(
+                f"grey images of size={size} cannot be halved, which Glow needs: give data.size an even value"
+            )
         depths = _depths(steps_per_level, max(1, levels), blocks)
-        seen = classes if classes is not None and class_networks else 0  # channels of the condition
+        seen = (
+            classes if classes is not None and condition_networks else 0
+        )  # channels of the condition
 
         def step(maps: int) -> tuple[Bijection, Bijection]:
-            mix = PLUConv1x1(maps) if convolution == "plu" else Conv1x1(maps)
+            mix = InvertibleConv1x1LU(maps) if convolution == "plu" else InvertibleConv1x1(maps)
             transform = TRANSFORMS[coupling](scale)
-            inside = _network(network, blocks, maps // 2 + seen, width, transform.count * (maps - maps // 2))
-            return Folded(ActNorm(maps), mix), Coupling(inside, transform)
+            inside = _network(
+                network, blocks, maps // 2 + seen, width, transform.count * (maps - maps // 2)
+            )
+            return FusedAffine(ActNorm(maps), mix), Coupling(inside, transform)
 
         def steps(number: int, maps: int) -> list[Bijection]:
             return [bijection for _ in range(depths[number - 1]) for bijection in step(maps)]
@@ -74,28 +91,38 @@ class Glow(Flow):
             last = level(levels, maps, side) if levels else steps(1, maps)
             maps, side = (4 * maps, side // 2) if levels else (maps, side)
             last += [ActNorm(maps)] if final_actnorm else []
-            return [*last, Flatten(maps, side, side), *([Standardize(maps * side**2)] if base == "learned" else [])]
+            return [
+                *last,
+                Flatten(maps, side, side),
+                *([Standardize(maps * side**2)] if base == "learned" else []),
+            ]
 
-        def predicted(maps: int) -> Network | None:
+        def predicted(maps: int) -> Conditioner | None:
             return ZeroConv2d(maps // 2 + seen, maps, 3) if prior == "predicted" else None
 
-        pixelwise = [Gaussianize(channels, 2**bits)] if gaussianize else []
-        bijection = Chain(*pixelwise, multi_scale(levels - 1, channels, size, level, top, predicted))
-        super().__init__(bijection, (channels, size, size), bits, dequantisation, classes, class_networks)
+        pixelwise = [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
+        bijection = Chain(
+            *pixelwise, multi_scale(levels - 1, channels, size, level, top, predicted)
+        )
+        super().__init__(
+            bijection, (channels, size, size), bits, dequantization, classes, condition_networks
+        )
 
 
 def _depths(steps_per_level: int | list[int], levels: int, blocks: int) -> list[int]:
     """The steps of each level. Raises FlowgenError where they are not as many as levels, or where they or their `blocks` are too many."""
-    check_whole(high=DEEPEST, blocks=blocks)
+    check_whole(high=MAX_DEPTH, blocks=blocks)
     depths = steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * levels
     for depth in depths:
-        check_whole(high=DEEPEST, steps_per_level=depth)
+        check_whole(high=MAX_DEPTH, steps_per_level=depth)
     if len(depths) != levels:
-        raise FlowgenError(f"steps_per_level={depths} is not a number for each of {levels} levels: give so many, or one for all")
+        raise UserError(
+            f"steps_per_level={depths} is not a number for each of {levels} levels: give so many, or one for all"
+        )
     return depths
 
 
-def _network(kind: str, blocks: int, reads: int, width: int, gives: int) -> Network:
+def _network(kind: str, blocks: int, reads: int, width: int, gives: int) -> Conditioner:
     """The network of a coupling, from `reads` channels to `gives`."""
     if kind == "conv":
         return ConvNetwork(reads, width, gives)

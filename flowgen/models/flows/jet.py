@@ -8,17 +8,19 @@ from flowgen.bijections.base import Bijection
 from flowgen.bijections.batchnorm import ActNorm
 from flowgen.bijections.chain import Chain
 from flowgen.bijections.coupling import Coupling, MaskedCoupling, checkerboard, stripes
-from flowgen.bijections.elementwise import Gaussianize, Standardize
-from flowgen.bijections.linear import Folded, PLUConv1x1
+from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
+from flowgen.bijections.linear import FusedAffine, InvertibleConv1x1LU
 from flowgen.bijections.networks import Transformer
 from flowgen.bijections.reshape import Flatten, Permute, Squeeze
 from flowgen.bijections.univariate import TRANSFORMS
-from flowgen.models.base import DEEPEST
+from flowgen.models.base import MAX_DEPTH
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.tarflow import check_transformers, patch_size
-from flowgen.utils.errors import FlowgenError, check_choice, check_whole
+from flowgen.utils.errors import UserError, check_choice, check_whole
 
-SPATIAL = 5  # one coupling in so many transforms half of the patches, the others half of every patch
+SPATIAL = (
+    5  # one coupling in so many transforms half of the patches, the others half of every patch
+)
 
 
 class Jet(Flow):
@@ -42,40 +44,65 @@ class Jet(Flow):
         coupling: str,
         mixing: str,
         gaussianize: bool,
-        dequantisation: str,
+        dequantization: str,
         classes: int | None,
-        class_networks: bool,
+        condition_networks: bool,
     ):
         check_whole(channels=channels, size=size, bits=bits)
-        check_whole(high=DEEPEST, couplings=couplings)
+        check_whole(high=MAX_DEPTH, couplings=couplings)
         check_transformers([layers], width, heads, dropout)
         check_choice(TRANSFORMS, coupling=coupling)
         check_choice(("permutation", "plu"), mixing=mixing)
-        check_choice((True, False), gaussianize=gaussianize, class_networks=class_networks)
+        check_choice((True, False), gaussianize=gaussianize, condition_networks=condition_networks)
         patch = patch_size(size, patch)
         maps, side = channels * patch**2, size // patch
         if maps < 2:
-            raise FlowgenError(f"patches of one number cannot be halved, which Jet needs: choose another patch for images of size={size}")
-        seen = classes if classes is not None and class_networks else 0
+            raise UserError(
+                f"patches of one number cannot be halved, which Jet needs: choose another patch for images of size={size}"
+            )
+        seen = classes if classes is not None and condition_networks else 0
         transform = TRANSFORMS[coupling]("bounded")
         masks = cycle(token_masks(maps, side) if side > 1 else [])
 
         def network(reads: int, transformed: int) -> Transformer:
-            return Transformer(side**2, reads + seen, width, transform.count * transformed, heads, layers, dropout)
+            return Transformer(
+                side**2, reads + seen, width, transform.count * transformed, heads, layers, dropout
+            )
 
         def step(number: int) -> list[Bijection]:
             if side > 1 and number % SPATIAL == SPATIAL - 1:
                 return [MaskedCoupling(network(maps, maps), transform, next(masks))]
-            mix = Permute(maps) if mixing == "permutation" else Folded(ActNorm(maps), PLUConv1x1(maps))
+            mix = (
+                Permute(maps)
+                if mixing == "permutation"
+                else FusedAffine(ActNorm(maps), InvertibleConv1x1LU(maps))
+            )
             return [mix, Coupling(network(maps // 2, maps - maps // 2), transform)]
 
-        bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
-        bijections += [Squeeze(patch), ActNorm(maps), *(bijection for number in range(couplings) for bijection in step(number))]
+        bijections: list[Bijection] = (
+            [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
+        )
+        bijections += [
+            Squeeze(patch),
+            ActNorm(maps),
+            *(bijection for number in range(couplings) for bijection in step(number)),
+        ]
         bijections += [Flatten(maps, side, side), Standardize(channels * size**2)]
-        super().__init__(Chain(*bijections), (channels, size, size), bits, dequantisation, classes, class_networks)
+        super().__init__(
+            Chain(*bijections),
+            (channels, size, size),
+            bits,
+            dequantization,
+            classes,
+            condition_networks,
+        )
 
 
 def token_masks(maps: int, side: int) -> list[Tensor]:
     """Halves of the patches: a checkerboard, columns and rows, each with its inverse."""
     columns = [stripes(maps, side, side, odd) for odd in (False, True)]
-    return [*(checkerboard(maps, side, side, odd) for odd in (False, True)), *columns, *(mask.transpose(1, 2) for mask in columns)]
+    return [
+        *(checkerboard(maps, side, side, odd) for odd in (False, True)),
+        *columns,
+        *(mask.transpose(1, 2) for mask in columns),
+    ]

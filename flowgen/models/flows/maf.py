@@ -1,13 +1,13 @@
 """Masked autoregressive flow: Papamakarios, Pavlakou and Murray (1705.07057), and its mirror image."""
 
-from flowgen.bijections.autoregressive import MADE, Autoregressive, Inverse, Reverse
+from flowgen.bijections.autoregressive import MADE, Autoregressive, Flip, Invert
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.batchnorm import BatchNorm
 from flowgen.bijections.chain import Chain
-from flowgen.bijections.elementwise import Gaussianize, Standardize
+from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
 from flowgen.bijections.reshape import Flatten
 from flowgen.bijections.univariate import TRANSFORMS
-from flowgen.models.base import DEEPEST
+from flowgen.models.base import MAX_DEPTH
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_choice, check_whole
 
@@ -29,19 +29,27 @@ class MAF(Flow):
         layers: int,
         transform: str,
         gaussianize: bool,
-        dequantisation: str,
+        dequantization: str,
     ):
         check_whole(channels=channels, size=size, bits=bits, width=width)
-        check_whole(high=DEEPEST, flows=flows, layers=layers)
+        check_whole(high=MAX_DEPTH, flows=flows, layers=layers)
         check_choice(TRANSFORMS, transform=transform)
         check_choice((True, False), gaussianize=gaussianize)
         numbers = channels * size**2
-        bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
+        bijections: list[Bijection] = (
+            [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
+        )
         bijections += [Flatten(channels, size, size), BatchNorm(numbers)]
         for _ in range(flows):
             how = TRANSFORMS[transform]("bounded")
-            bijections += [self.direct(Autoregressive(MADE(numbers, width, layers, how.count), how)), BatchNorm(numbers), Reverse()]
-        super().__init__(Chain(*bijections, Standardize(numbers)), (channels, size, size), bits, dequantisation)
+            bijections += [
+                self.direct(Autoregressive(MADE(numbers, width, layers, how.count), how)),
+                BatchNorm(numbers),
+                Flip(),
+            ]
+        super().__init__(
+            Chain(*bijections, Standardize(numbers)), (channels, size, size), bits, dequantization
+        )
 
     @staticmethod
     def direct(autoregressive: Bijection) -> Bijection:
@@ -53,4 +61,4 @@ class IAF(MAF):
 
     @staticmethod
     def direct(autoregressive: Bijection) -> Bijection:
-        return Inverse(autoregressive)
+        return Invert(autoregressive)

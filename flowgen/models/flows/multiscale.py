@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.chain import Chain
-from flowgen.bijections.networks import Network
+from flowgen.bijections.networks import Conditioner
 from flowgen.bijections.reshape import FactorOut
-from flowgen.utils.errors import FlowgenError, check_whole
+from flowgen.utils.errors import UserError, check_whole
 
 
 def largest_levels(size: int, levels: int | None) -> int:
@@ -18,7 +18,9 @@ def largest_levels(size: int, levels: int | None) -> int:
         return next(levels for levels in (4, 3, 2, 1, 0) if size % 2**levels == 0)
     check_whole(high=30, levels=levels)
     if size % 2**levels:
-        raise FlowgenError(f"levels={levels} needs images whose size is a multiple of {2**levels}, not {size}: choose fewer levels")
+        raise UserError(
+            f"levels={levels} needs images whose size is a multiple of {2**levels}, not {size}: choose fewer levels"
+        )
     return levels
 
 
@@ -28,7 +30,7 @@ def multi_scale(
     size: int,
     level: Callable[[int, int, int], list[Bijection]],
     top: Callable[[int, int], list[Bijection]],
-    prior: Callable[[int], Network | None],
+    prior: Callable[[int], Conditioner | None],
     number: int = 1,
 ) -> Bijection:
     """From an image (B, channels, size, size) to one vector, by as many FactorOuts as `splits`. Real NVP (1605.08803), section 3.6.

@@ -1,14 +1,14 @@
 """NICE: Dinh, Krueger and Bengio, Non-linear Independent Components Estimation (1410.8516)."""
 
-from flowgen.bijections.autoregressive import Reverse
+from flowgen.bijections.autoregressive import Flip
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.chain import Chain
 from flowgen.bijections.coupling import Coupling
-from flowgen.bijections.elementwise import Gaussianize, LogisticToNormal, Standardize
+from flowgen.bijections.elementwise import LogisticToNormal, MarginalGaussianization, Standardize
 from flowgen.bijections.networks import DenseNetwork
 from flowgen.bijections.reshape import Flatten
 from flowgen.bijections.univariate import TRANSFORMS
-from flowgen.models.base import DEEPEST
+from flowgen.models.base import MAX_DEPTH
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_choice, check_whole
 
@@ -31,17 +31,27 @@ class NICE(Flow):
         layers: int,
         coupling: str,
         gaussianize: bool,
-        dequantisation: str,
+        dequantization: str,
     ):
         check_whole(channels=channels, size=size, bits=bits, width=width)
-        check_whole(high=DEEPEST, couplings=couplings, layers=layers)
+        check_whole(high=MAX_DEPTH, couplings=couplings, layers=layers)
         check_choice(TRANSFORMS, coupling=coupling)
         check_choice((True, False), gaussianize=gaussianize)
         numbers = channels * size**2
         transform = TRANSFORMS[coupling]("bounded")
-        bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
+        bijections: list[Bijection] = (
+            [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
+        )
         bijections += [Flatten(channels, size, size), Standardize(numbers)]
         for _ in range(couplings):
             first, second = numbers - numbers // 2, numbers // 2
-            bijections += [Coupling(DenseNetwork(second, width, transform.count * first, layers), transform), Reverse()]
-        super().__init__(Chain(*bijections, Standardize(numbers), LogisticToNormal()), (channels, size, size), bits, dequantisation)
+            bijections += [
+                Coupling(DenseNetwork(second, width, transform.count * first, layers), transform),
+                Flip(),
+            ]
+        super().__init__(
+            Chain(*bijections, Standardize(numbers), LogisticToNormal()),
+            (channels, size, size),
+            bits,
+            dequantization,
+        )

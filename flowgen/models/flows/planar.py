@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.chain import Chain
-from flowgen.bijections.elementwise import Gaussianize, Standardize
+from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
 from flowgen.bijections.reshape import Flatten
 from flowgen.bijections.residual import Planar, Sylvester
-from flowgen.models.base import DEEPEST
+from flowgen.models.base import MAX_DEPTH
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_choice, check_whole
 
@@ -19,24 +19,69 @@ class PlanarFlow(Flow):
     `conf/model/planar.yaml` says what each argument means.
     """
 
-    def __init__(self, *, channels: int, size: int, bits: int, flows: int, gaussianize: bool, dequantisation: str):
-        super().__init__(_chain(channels, size, bits, flows, gaussianize, Planar), (channels, size, size), bits, dequantisation)
+    def __init__(
+        self,
+        *,
+        channels: int,
+        size: int,
+        bits: int,
+        flows: int,
+        gaussianize: bool,
+        dequantization: str,
+    ):
+        super().__init__(
+            _chain(channels, size, bits, flows, gaussianize, Planar),
+            (channels, size, size),
+            bits,
+            dequantization,
+        )
 
 
 class SylvesterFlow(Flow):
     """As PlanarFlow, but each map bends along `width` orthogonal directions. `conf/model/sylvester.yaml` says what each argument means."""
 
-    def __init__(self, *, channels: int, size: int, bits: int, flows: int, width: int, gaussianize: bool, dequantisation: str):
+    def __init__(
+        self,
+        *,
+        channels: int,
+        size: int,
+        bits: int,
+        flows: int,
+        width: int,
+        gaussianize: bool,
+        dequantization: str,
+    ):
         check_whole(width=width)
-        chain = _chain(channels, size, bits, flows, gaussianize, lambda numbers: Sylvester(numbers, min(width, numbers)))
-        super().__init__(chain, (channels, size, size), bits, dequantisation)
+        chain = _chain(
+            channels,
+            size,
+            bits,
+            flows,
+            gaussianize,
+            lambda numbers: Sylvester(numbers, min(width, numbers)),
+        )
+        super().__init__(chain, (channels, size, size), bits, dequantization)
 
 
-def _chain(channels: int, size: int, bits: int, flows: int, gaussianize: bool, layer: Callable[[int], Bijection]) -> Chain:
+def _chain(
+    channels: int,
+    size: int,
+    bits: int,
+    flows: int,
+    gaussianize: bool,
+    layer: Callable[[int], Bijection],
+) -> Chain:
     check_whole(channels=channels, size=size, bits=bits)
-    check_whole(high=DEEPEST, flows=flows)
+    check_whole(high=MAX_DEPTH, flows=flows)
     check_choice((True, False), gaussianize=gaussianize)
     numbers = channels * size**2
-    bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
-    bijections += [Flatten(channels, size, size), Standardize(numbers), *(layer(numbers) for _ in range(flows)), Standardize(numbers)]
+    bijections: list[Bijection] = (
+        [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
+    )
+    bijections += [
+        Flatten(channels, size, size),
+        Standardize(numbers),
+        *(layer(numbers) for _ in range(flows)),
+        Standardize(numbers),
+    ]
     return Chain(*bijections)

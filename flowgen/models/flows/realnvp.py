@@ -10,7 +10,7 @@ from flowgen.bijections.elementwise import Logit
 from flowgen.bijections.networks import RealNVPNetwork, ResNetwork
 from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.bijections.univariate import TRANSFORMS
-from flowgen.models.base import DEEPEST
+from flowgen.models.base import MAX_DEPTH
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.multiscale import largest_levels, multi_scale
 from flowgen.utils.errors import check_choice, check_number, check_whole
@@ -33,10 +33,10 @@ class RealNVP(Flow):
         blocks: int,
         coupling: str,
         alpha: float,
-        dequantisation: str,
+        dequantization: str,
     ):
         check_whole(channels=channels, size=size, width=width, bits=bits)
-        check_whole(high=DEEPEST, blocks=blocks)
+        check_whole(high=MAX_DEPTH, blocks=blocks)
         check_choice(TRANSFORMS, coupling=coupling)
         check_number(alpha=alpha)
         levels = largest_levels(size, levels)
@@ -51,15 +51,25 @@ class RealNVP(Flow):
 
         def couple(maps: int, mask: Tensor) -> MaskedCoupling:
             if coupling == "affine":  # as in the paper
-                return MaskedCoupling(RealNVPNetwork(maps, width, 2 * maps, blocks), TRANSFORMS["affine"]("plain"), mask)
+                return MaskedCoupling(
+                    RealNVPNetwork(maps, width, 2 * maps, blocks),
+                    TRANSFORMS["affine"]("plain"),
+                    mask,
+                )
             transform = TRANSFORMS[coupling]("bounded")
-            return MaskedCoupling(ResNetwork(maps, width, transform.count * maps, blocks), transform, mask)
+            return MaskedCoupling(
+                ResNetwork(maps, width, transform.count * maps, blocks), transform, mask
+            )
 
         def level(number: int, maps: int, side: int) -> list[Bijection]:
-            return [*couplings(maps, side, True, 3), Squeeze(), *couplings(4 * maps, side // 2, False, 3)]
+            return [
+                *couplings(maps, side, True, 3),
+                Squeeze(),
+                *couplings(4 * maps, side // 2, False, 3),
+            ]
 
         def top(maps: int, side: int) -> list[Bijection]:
             return [*couplings(maps, side, True, 4), Flatten(maps, side, side)]
 
         multi = multi_scale(levels, channels, size, level, top, prior=lambda maps: None)
-        super().__init__(Chain(Logit(alpha), multi), (channels, size, size), bits, dequantisation)
+        super().__init__(Chain(Logit(alpha), multi), (channels, size, size), bits, dequantization)

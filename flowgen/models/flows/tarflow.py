@@ -6,19 +6,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from flowgen.bijections.autoregressive import Head, Inverse, TokenAutoregressive, local_head
+from flowgen.bijections.autoregressive import (
+    Invert,
+    TokenAutoregressive,
+    TokenHead,
+    autoregressive_head,
+)
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.batchnorm import ActNorm
 from flowgen.bijections.chain import Chain
-from flowgen.bijections.elementwise import Gaussianize, Standardize
-from flowgen.bijections.linear import Folded, PLUConv1x1
+from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
+from flowgen.bijections.linear import FusedAffine, InvertibleConv1x1LU
 from flowgen.bijections.networks import CausalTransformer
 from flowgen.bijections.reshape import Flatten, Roll, Squeeze
 from flowgen.bijections.univariate import TRANSFORMS, guided
-from flowgen.models.base import DEEPEST, DrawsTokens
+from flowgen.models.base import MAX_DEPTH, SupportsTokenSampling
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.distributed import draw
-from flowgen.utils.errors import FlowgenError, check_choice, check_number, check_whole
+from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 
 
 def patch_size(size: int, patch: int | None) -> int:
@@ -27,28 +32,34 @@ def patch_size(size: int, patch: int | None) -> int:
         return next(patch for patch in (4, 2, 1) if size % patch == 0)
     check_whole(patch=patch)
     if size % patch:
-        raise FlowgenError(f"patch={patch} does not divide images of size={size}: choose one that does, or null")
+        raise UserError(
+            f"patch={patch} does not divide images of size={size}: choose one that does, or null"
+        )
     return patch
 
 
 def check_transformers(layers: list[int], width: int, heads: int, dropout: float) -> None:
     """Raises FlowgenError where these are no transformers, of so many layers each."""
     if not isinstance(layers, list) or not layers:
-        raise FlowgenError(f"layers must be a list of numbers, one for each block, as in model.layers=[2,2,4], not {layers!r}")
+        raise UserError(
+            f"layers must be a list of numbers, one for each block, as in model.layers=[2,2,4], not {layers!r}"
+        )
     for depth in layers:
-        check_whole(high=DEEPEST, layers=depth)
+        check_whole(high=MAX_DEPTH, layers=depth)
     check_whole(width=width, heads=heads)
     check_number(dropout=dropout)
     if dropout >= 1:
-        raise FlowgenError(f"dropout must be below 1, not {dropout}")
+        raise UserError(f"dropout must be below 1, not {dropout}")
     if width % heads:
-        raise FlowgenError(f"width={width} is not a multiple of heads={heads}: choose other numbers")
+        raise UserError(f"width={width} is not a multiple of heads={heads}: choose other numbers")
 
 
-UNTOLD = 0.1  # share of the training images whose class the networks are not told, for guidance
+LABEL_DROPOUT = (
+    0.1  # share of the training images whose class the networks are not told, for guidance
+)
 
 
-class TarFlow(Flow, DrawsTokens):
+class TarFlow(Flow, SupportsTokenSampling):
     """Patches as tokens, then blocks that are autoregressive in the tokens, in turn from the first to the last and back.
 
     Networks that see classes are told none, the mean of all, of a few training images, so that they know p(x) for guidance too.
@@ -71,9 +82,9 @@ class TarFlow(Flow, DrawsTokens):
         roll: bool,
         mixing: str | None,
         gaussianize: bool,
-        dequantisation: str,
+        dequantization: str,
         classes: int | None,
-        class_networks: bool,
+        condition_networks: bool,
     ):
         check_whole(channels=channels, size=size, bits=bits)
         check_transformers(layers, width, heads, dropout)
@@ -81,16 +92,26 @@ class TarFlow(Flow, DrawsTokens):
         mixing = ("actnorm" if channels == 1 else "plu") if mixing is None else mixing
         check_choice(TRANSFORMS, transform=transform)
         check_choice(("none", "actnorm", "plu"), mixing=mixing)
-        check_choice((True, False), local=local, roll=roll, gaussianize=gaussianize, class_networks=class_networks)
+        check_choice(
+            (True, False),
+            local=local,
+            roll=roll,
+            gaussianize=gaussianize,
+            condition_networks=condition_networks,
+        )
         patch = patch_size(size, patch)
         maps, side = channels * patch**2, size // patch
-        seen = classes if classes is not None and class_networks else 0
+        seen = classes if classes is not None and condition_networks else 0
 
         def block(number: int, depth: int) -> list[Bijection]:
-            mix: dict[str, list[Bijection]] = {"none": [], "actnorm": [ActNorm(maps)], "plu": [Folded(ActNorm(maps), PLUConv1x1(maps))]}
+            mix: dict[str, list[Bijection]] = {
+                "none": [],
+                "actnorm": [ActNorm(maps)],
+                "plu": [FusedAffine(ActNorm(maps), InvertibleConv1x1LU(maps))],
+            }
             how = TRANSFORMS[transform]("bounded")
             network = CausalTransformer(side**2, maps, width, heads, depth, dropout, seen)
-            head = (local_head if local else Head)(maps, width, how)
+            head = (autoregressive_head if local else TokenHead)(maps, width, how)
             return [*mix[mixing], TokenAutoregressive(network, head, backwards=number % 2 == 1)]
 
         def rolled(number: int) -> list[Bijection]:
@@ -98,14 +119,23 @@ class TarFlow(Flow, DrawsTokens):
             if not roll or number == 0 or number % 2:
                 return []
             pixels = patch // 2 if number % 4 == 2 else -(patch // 2)
-            return [Inverse(Squeeze(patch)), Roll(pixels), Squeeze(patch)]
+            return [Invert(Squeeze(patch)), Roll(pixels), Squeeze(patch)]
 
-        bijections: list[Bijection] = [Gaussianize(channels, 2**bits)] if gaussianize else []
+        bijections: list[Bijection] = (
+            [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
+        )
         bijections += [Squeeze(patch), ActNorm(maps)]
         for number, depth in enumerate(layers):
             bijections += [*rolled(number), *block(number, depth)]
         bijections += [Flatten(maps, side, side), Standardize(channels * size**2)]
-        super().__init__(Chain(*bijections), (channels, size, size), bits, dequantisation, classes, class_networks)
+        super().__init__(
+            Chain(*bijections),
+            (channels, size, size),
+            bits,
+            dequantization,
+            classes,
+            condition_networks,
+        )
         self.affine, self.guidance = transform == "affine", 0.0
 
     @torch.no_grad()
@@ -128,18 +158,22 @@ class TarFlow(Flow, DrawsTokens):
         finally:
             self.guidance = 0.0
 
-    def encode(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         with self._blocks_are(exact=True):
-            return super().encode(levels, generator)
+            return super().encode(images, generator)
 
     def _carry(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.guidance:
             return super()._carry(z, one_hot)
-        if one_hot is None or not self.affine or not self.class_networks:
-            raise FlowgenError("guidance needs classes and affine maps: train with model.classes=10 model.transform=affine")
+        if one_hot is None or not self.affine or not self.condition_networks:
+            raise UserError(
+                "guidance needs classes and affine maps: train with model.classes=10 model.transform=affine"
+            )
         conditions = torch.cat((one_hot, torch.full_like(one_hot, 1 / one_hot.shape[1])))
         means = self._class_means()
-        towards = self.guidance * (one_hot @ means - means.mean(0))  # which is guidance wherever the two maps scale alike
+        towards = self.guidance * (
+            one_hot @ means - means.mean(0)
+        )  # which is guidance wherever the two maps scale alike
         with guided([block.head for block in self._blocks()], self.guidance):  # type: ignore[misc]
             x = self.bijection.inverse((z + towards).repeat(2, 1), conditions)[0][: len(z)]
         return x, self.log_density(x, one_hot.argmax(1))
@@ -163,7 +197,9 @@ class TarFlow(Flow, DrawsTokens):
 
     def _one_hot(self, labels: Tensor | None) -> Tensor | None:
         one_hot = super()._one_hot(labels)
-        if one_hot is None or not self.training or not self.class_networks:
+        if one_hot is None or not self.training or not self.condition_networks:
             return one_hot
-        untold = draw(torch.rand, torch.Size((len(one_hot), 1)), device=one_hot.device) < UNTOLD
+        untold = (
+            draw(torch.rand, torch.Size((len(one_hot), 1)), device=one_hot.device) < LABEL_DROPOUT
+        )
         return torch.where(untold, 1 / one_hot.shape[1], one_hot)

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-class Machine(nn.Module):
+class EnergyModel(nn.Module):
     """P(v, h) = exp(-E(v, h)) / Z over binary v and h, with E(v, h) = -visible_bias.v - hidden_bias.h - v' weight h.
 
     `weight` is (visible, hidden). `base` (visible,) are the log-odds of independent pixels, where annealing and tempering start: along
@@ -42,14 +42,18 @@ class Machine(nn.Module):
 
     def hidden_input(self, v: Tensor) -> Tensor:
         """The log-odds of every hidden unit given v: weight' v + hidden_bias."""
-        return torch.addmm(self.hidden_bias, v.reshape(-1, self.visible), self.weight).view(*v.shape[:-1], self.hidden)
+        return torch.addmm(self.hidden_bias, v.reshape(-1, self.visible), self.weight).view(
+            *v.shape[:-1], self.hidden
+        )
 
     def visible_input(self, h: Tensor) -> Tensor:
         """The log-odds of every visible unit given h: weight h + visible_bias."""
-        return torch.addmm(self.visible_bias, h.reshape(-1, self.hidden), self.weight.T).view(*h.shape[:-1], self.visible)
+        return torch.addmm(self.visible_bias, h.reshape(-1, self.hidden), self.weight.T).view(
+            *h.shape[:-1], self.visible
+        )
 
 
-class Contrast(torch.autograd.Function):
+class ContrastiveLoss(torch.autograd.Function):
     """F(data).mean() - F(negative).mean(), from units (batch, visible) and their hidden inputs (batch, hidden) under these parameters.
 
     With `offsets` (mu, lambda) the gradient is that of the centred machine, Melchior, Fischer and Wiskott (1311.1354), section 3:
@@ -69,7 +73,8 @@ class Contrast(torch.autograd.Function):
         offsets: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         shares = [
-            torch.full((len(rows), 1), sign / len(rows), device=rows.device, dtype=rows.dtype) for rows, sign in ((data, 1), (negative, -1))
+            torch.full((len(rows), 1), sign / len(rows), device=rows.device, dtype=rows.dtype)
+            for rows, sign in ((data, 1), (negative, -1))
         ]
         share = torch.cat(shares)
         inputs = torch.cat((data_inputs, negative_inputs))
@@ -84,8 +89,15 @@ class Contrast(torch.autograd.Function):
     def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
         visible, hidden, of_visible, of_hidden, *offsets = ctx.saved_tensors
         if not offsets:
-            return *(-scales[0] * gradient for gradient in (visible.T @ hidden, of_visible, of_hidden)), *[None] * 5
+            return *(
+                -scales[0] * gradient for gradient in (visible.T @ hidden, of_visible, of_hidden)
+            ), *[None] * 5
         mu, lam = offsets
         rows = torch.cat((visible, -mu[None], -of_visible[None])).mul_(-scales[0])
         gradient = rows.T @ torch.cat((hidden, of_hidden[None], lam[None]))
-        return gradient, -scales[0] * of_visible - gradient @ lam, -scales[0] * of_hidden - mu @ gradient, *[None] * 5
+        return (
+            gradient,
+            -scales[0] * of_visible - gradient @ lam,
+            -scales[0] * of_hidden - mu @ gradient,
+            *[None] * 5,
+        )

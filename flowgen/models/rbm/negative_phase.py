@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowgen.models.rbm.energy import Machine
-from flowgen.models.rbm.sampling import Ladder, draw_bits, mean_field
+from flowgen.models.rbm.energy import EnergyModel
+from flowgen.models.rbm.sampling import ParallelTempering, bernoulli_from_logits, mean_field
 from flowgen.utils.errors import check_whole
 
 MOST = 10**5  # sweeps of a step, and chains: more would never end
@@ -20,14 +20,14 @@ class NegativePhase(nn.Module, ABC):
     def allocate(self, visible: int, hidden: int) -> None:
         """Make room for chains of a machine of this size."""
 
-    def start(self, machine: Machine) -> None:
+    def start(self, machine: EnergyModel) -> None:
         """Begin the chains anew."""
 
     @abstractmethod
-    def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Negatives (batch, visible) and their hidden inputs (batch, hidden), given the data and theirs."""
 
-    def health(self, machine: Machine) -> dict[str, float]:
+    def diagnostics(self, machine: EnergyModel) -> dict[str, float]:
         """How well the chains mix."""
         return {}
 
@@ -40,9 +40,9 @@ class CD(NegativePhase):
         check_whole(high=MOST, sweeps=sweeps)
         self.sweeps = sweeps
 
-    def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(self.sweeps):
-            data = draw_bits(machine.visible_input(draw_bits(inputs)))
+            data = bernoulli_from_logits(machine.visible_input(bernoulli_from_logits(inputs)))
             inputs = machine.hidden_input(data)
         return data, inputs
 
@@ -62,18 +62,24 @@ class PCD(NegativePhase):
         self.register_buffer("hidden_units", torch.zeros(self.chains, hidden))
         self.register_buffer("last_free_energy", torch.zeros(self.chains))
 
-    def start(self, machine: Machine) -> None:
-        self.hidden_units.copy_(draw_bits(machine.hidden_bias.expand_as(self.hidden_units)))
+    def start(self, machine: EnergyModel) -> None:
+        self.hidden_units.copy_(
+            bernoulli_from_logits(machine.hidden_bias.expand_as(self.hidden_units))
+        )
 
-    def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(self.sweeps):
-            negative = draw_bits(machine.visible_input(self.hidden_units))
+            negative = bernoulli_from_logits(machine.visible_input(self.hidden_units))
             inputs = machine.hidden_input(negative)
-            self.hidden_units.copy_(draw_bits(inputs))  # in place, as a captured CUDA graph needs it
+            self.hidden_units.copy_(
+                bernoulli_from_logits(inputs)
+            )  # in place, as a captured CUDA graph needs it
         return negative, inputs
 
-    def health(self, machine: Machine) -> dict[str, float]:
-        return {"autocorrelation": _autocorrelation(machine, self.hidden_units, self.last_free_energy)}
+    def diagnostics(self, machine: EnergyModel) -> dict[str, float]:
+        return {
+            "autocorrelation": _autocorrelation(machine, self.hidden_units, self.last_free_energy)
+        }
 
 
 class Tempering(NegativePhase):
@@ -85,24 +91,28 @@ class Tempering(NegativePhase):
         super().__init__()
         check_whole(high=MOST, sweeps=sweeps)
         self.sweeps = sweeps
-        self.ladder = Ladder(temperatures, chains, adapt)
+        self.ladder = ParallelTempering(temperatures, chains, adapt)
         self.register_buffer("last_free_energy", torch.zeros(chains))
 
     def allocate(self, visible: int, hidden: int) -> None:
         self.ladder.allocate(hidden)
 
-    def start(self, machine: Machine) -> None:
-        self.ladder.hidden.copy_(draw_bits(machine.hidden_bias.expand_as(self.ladder.hidden)))
+    def start(self, machine: EnergyModel) -> None:
+        self.ladder.hidden.copy_(
+            bernoulli_from_logits(machine.hidden_bias.expand_as(self.ladder.hidden))
+        )
 
-    def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(self.sweeps):
             negative, inputs = self.ladder.sweep(machine)
         return self.ladder.top(negative), self.ladder.top(inputs)
 
-    def health(self, machine: Machine) -> dict[str, float]:
+    def diagnostics(self, machine: EnergyModel) -> dict[str, float]:
         rates = self.ladder.swap_rates()
         return {
-            "autocorrelation": _autocorrelation(machine, self.ladder.top(self.ladder.hidden), self.last_free_energy),
+            "autocorrelation": _autocorrelation(
+                machine, self.ladder.top(self.ladder.hidden), self.last_free_energy
+            ),
             "swap_rate": rates.mean().item(),
             "swap_rate_lowest": rates.min().item(),
             "round_trips": self.ladder.round_trips.item(),
@@ -117,15 +127,19 @@ class MeanField(NegativePhase):
         check_whole(high=MOST, sweeps=sweeps)
         self.sweeps = sweeps
 
-    def forward(self, machine: Machine, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         negative, _ = next(islice(mean_field(machine, data), self.sweeps - 1, None))
         return negative, machine.hidden_input(negative)
 
 
 @torch.no_grad()
-def _autocorrelation(machine: Machine, hidden: Tensor, last: Tensor) -> float:
+def _autocorrelation(machine: EnergyModel, hidden: Tensor, last: Tensor) -> float:
     """Over the chains, the correlation of their hidden units' free energy with that at the last call; near 1 where they hardly move."""
     free = -(hidden @ machine.hidden_bias) - F.softplus(machine.visible_input(hidden)).sum(-1)
-    correlation = torch.corrcoef(torch.stack((free, last)))[0, 1].nan_to_num(0.0).item() if len(free) > 1 else 0.0
+    correlation = (
+        torch.corrcoef(torch.stack((free, last)))[0, 1].nan_to_num(0.0).item()
+        if len(free) > 1
+        else 0.0
+    )
     last.copy_(free)
     return correlation

@@ -10,20 +10,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.models.base import LOOK, Completes, Completion, Evaluation, Known, Linear, RunsChains
-from flowgen.models.rbm.energy import Contrast, Machine
-from flowgen.models.rbm.evaluation import judge
+from flowgen.models.base import (
+    QUICK_EVAL,
+    EvalConfig,
+    InpaintingResult,
+    LinearMeasurement,
+    Observation,
+    SupportsInpainting,
+    SupportsMCMC,
+)
+from flowgen.models.rbm.energy import ContrastiveLoss, EnergyModel
+from flowgen.models.rbm.evaluation import evaluate_rbm
 from flowgen.models.rbm.negative_phase import CD, NegativePhase
-from flowgen.models.rbm.sampling import SWEEPS, Sampler, gibbs, mean_field, restore, tempering, white_noise
-from flowgen.utils.errors import FlowgenError, check_choice, check_number, check_whole
-from flowgen.utils.metrics import LOG_LIKELIHOOD, LOG_PROBABILITY, UNNORMALISED, Judgement, Metric
+from flowgen.models.rbm.sampling import (
+    SWEEPS,
+    Sampler,
+    gibbs,
+    mean_field,
+    restore,
+    tempering,
+    white_noise,
+)
+from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
+from flowgen.utils.metrics import LOG_LIKELIHOOD, LOG_PROBABILITY, UNNORMALIZED, Metric, Metrics
 
 METHODS: dict[str, Sampler] = {"gibbs": gibbs, "tempering": tempering, "mean-field": mean_field}
 BASE_RATE_IMAGES = 0.5  # images of either colour, added to the counts of every pixel, so that its log-odds stay finite
 OFFSET_MEMORY = 0.99  # of the running means by which the gradient is centred
 
 
-class RBM(Machine, Completes, RunsChains):
+class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
     """A machine over binary images, whose `base` are the log-odds of the data's pixels.
 
     `visible` is a number of units or the shape (channels, height, width) of an image. The gradient of the loss is the one that
@@ -45,7 +61,7 @@ class RBM(Machine, Completes, RunsChains):
         *,
         bits: int = 1,
         negative_phase: NegativePhase | None = None,
-        centred: bool = True,
+        centered: bool = True,
         l1: float = 0.0,
         l2: float = 0.0,
         sparsity: float = 0.0,
@@ -53,56 +69,68 @@ class RBM(Machine, Completes, RunsChains):
     ):
         shape = (1, 1, visible) if isinstance(visible, int) else tuple(visible)
         if len(shape) != 3:
-            raise FlowgenError(f"visible must be a number of units, or channels, height and width, not {visible!r}")
+            raise UserError(
+                f"visible must be a number of units, or channels, height and width, not {visible!r}"
+            )
         check_whole(**dict(zip(("channels", "height", "width"), shape, strict=True)), hidden=hidden)
         if bits != 1:
-            raise FlowgenError(f"an RBM is of binary pixels, not of bits={bits}: leave data.bits at 1")
-        check_choice((True, False), centred=centred)
+            raise UserError(f"an RBM is of binary pixels, not of bits={bits}: leave data.bits at 1")
+        check_choice((True, False), centered=centered)
         check_number(l1=l1, l2=l2, sparsity=sparsity, activity=activity)
         if sparsity and not 0 < activity < 1:
-            raise FlowgenError(f"activity must lie between 0 and 1, not at {activity}")
+            raise UserError(f"activity must lie between 0 and 1, not at {activity}")
         units = math.prod(shape)
         super().__init__(units, hidden)
-        self.shape, self.bits = (shape[0], shape[1], shape[2]), bits
-        self.centred, self.l1, self.l2, self.sparsity, self.activity = centred, l1, l2, sparsity, activity
+        self.image_shape, self.bits = (shape[0], shape[1], shape[2]), bits
+        self.centered, self.l1, self.l2, self.sparsity, self.activity = (
+            centered,
+            l1,
+            l2,
+            sparsity,
+            activity,
+        )
         self.log_z: float | None = None  # in nats, of `score`
         self.register_buffer("visible_offset", torch.full((units,), 0.5))
         self.register_buffer("hidden_offset", torch.full((hidden,), 0.5))
         if not isinstance(negative_phase, NegativePhase | None):
-            raise FlowgenError(f"write model/negative_phase={negative_phase}, with a slash, when training begins")
+            raise UserError(
+                f"write model/negative_phase={negative_phase}, with a slash, when training begins"
+            )
         self.negative_phase = negative_phase or CD(sweeps=1)
         self.negative_phase.allocate(units, hidden)
 
     @classmethod
-    def arguments_for(cls, shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
+    def image_kwargs(cls, shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
         return {"visible": list(shape), "bits": bits}
 
-    def forward(self, levels: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """F(data).mean() - F(negative).mean(), and the priors: its gradient is the negative phase's estimate for -log P(data)."""
-        with torch.autocast(levels.device.type, enabled=False):
-            data = self.units(levels)
+        with torch.autocast(images.device.type, enabled=False):
+            data = self.units(images)
             with torch.no_grad():
                 inputs = self.hidden_input(data)
                 negative, negative_inputs = self.negative_phase(self, data, inputs)
                 if self.training:
                     self.visible_offset.lerp_(data.mean(0), 1 - OFFSET_MEMORY)
                     self.hidden_offset.lerp_(inputs.sigmoid().mean(0), 1 - OFFSET_MEMORY)
-            offsets = (self.visible_offset, self.hidden_offset) if self.centred else None
+            offsets = (self.visible_offset, self.hidden_offset) if self.centered else None
             batch = (data, inputs, negative, negative_inputs, offsets)
-            loss = Contrast.apply(self.weight, self.visible_bias, self.hidden_bias, *batch)
+            loss = ContrastiveLoss.apply(self.weight, self.visible_bias, self.hidden_bias, *batch)
             if self.l1:
                 loss = loss + self.l1 * self.weight.abs().sum()
             if self.l2:
                 loss = loss + 0.5 * self.l2 * self.weight.square().sum()
             if self.sparsity:
                 active = self.hidden_input(data).sigmoid().mean(0)
-                loss = loss + self.sparsity * F.binary_cross_entropy(active, torch.full_like(active, self.activity), reduction="sum")
+                loss = loss + self.sparsity * F.binary_cross_entropy(
+                    active, torch.full_like(active, self.activity), reduction="sum"
+                )
             return loss
 
     @torch.no_grad()
-    def initialize(self, levels: Tensor, labels: Tensor | None = None) -> None:
+    def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Start the visible biases at the base rates, and the chains there too. Hinton, A practical guide to training RBMs, section 8."""
-        data = self.units(levels)
+        data = self.units(images)
         rate = (data.sum(0) + BASE_RATE_IMAGES) / (len(data) + 2 * BASE_RATE_IMAGES)
         self.base.copy_(rate.logit())
         self.visible_bias.copy_(self.base)
@@ -110,24 +138,38 @@ class RBM(Machine, Completes, RunsChains):
         self.negative_phase.start(self)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Tensor], reference: Iterable[Tensor] = (), how: Evaluation = LOOK) -> Judgement:
+    def evaluate(
+        self,
+        batches: Iterable[Tensor],
+        reference: Iterable[Tensor] = (),
+        how: EvalConfig = QUICK_EVAL,
+    ) -> Metrics:
         """The log-likelihood in nats and what is measured beside it, see `evaluation.judge`."""
-        data = torch.cat([self.units(levels) for levels in batches])
-        trained = [self.units(levels) for levels in reference]
-        return judge(self, data, torch.cat(trained) if trained else None, how, self.progress)
+        data = torch.cat([self.units(images) for images in batches])
+        trained = [self.units(images) for images in reference]
+        return evaluate_rbm(self, data, torch.cat(trained) if trained else None, how, self.progress)
 
-    def score(self, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    def score(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        draws: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """-F(v) - log Z; without log Z where no evaluation has found a quotable one. Nothing is drawn."""
-        return -self.free_energy(self.units(levels)) - (self.log_z or 0.0)
+        return -self.free_energy(self.units(images)) - (self.log_z or 0.0)
 
     @property
     def score_metric(self) -> Metric:
-        return UNNORMALISED if self.log_z is None else LOG_PROBABILITY
+        return UNNORMALIZED if self.log_z is None else LOG_PROBABILITY
 
-    def recall(self, figures: Mapping[str, Any]) -> None:
+    def load_eval_results(self, figures: Mapping[str, Any]) -> None:
         """log Z, where it may be quoted."""
         log_z = figures.get("log_z")
-        self.log_z = log_z if figures.get("quotable") is True and isinstance(log_z, int | float) else None
+        self.log_z = (
+            log_z if figures.get("quotable") is True and isinstance(log_z, int | float) else None
+        )
 
     def train(self, mode: bool = True) -> "RBM":
         """Training changes log Z, so that none is kept."""
@@ -147,49 +189,67 @@ class RBM(Machine, Completes, RunsChains):
         check_choice(METHODS, method=method)
         noise = white_noise(self, count, generator)
         states = METHODS[method](self, noise, beta=1 / max(temperature, 1e-6), generator=generator)
-        visible = deque(self.progress(islice(states, sweeps), method, sweeps), maxlen=1)[0][0].round()  # mean field's are probabilities
-        return self.levels(visible), -self.free_energy(visible)
+        visible = deque(self.progress(islice(states, sweeps), method, sweeps), maxlen=1)[0][
+            0
+        ].round()  # mean field's are probabilities
+        return self.images(visible), -self.free_energy(visible)
 
     @torch.no_grad()
-    def film(self, count: int, method: str, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    def film(
+        self, count: int, method: str, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
         """White noise, then P(v = 1) after every sweep."""
         check_choice(METHODS, method=method)
         noise = white_noise(self, count, generator)
-        yield noise.view(-1, *self.shape)
+        yield noise.view(-1, *self.image_shape)
         for _, expected in METHODS[method](self, noise, generator=generator):
-            yield expected.view(-1, *self.shape)
+            yield expected.view(-1, *self.image_shape)
 
-    def complete(
-        self, levels: Tensor, known: Known, *, method: str, sweeps: int | None = None, generator: torch.Generator | None = None
-    ) -> Completion:
+    def inpaint(
+        self,
+        images: Tensor,
+        known: Observation,
+        *,
+        method: str,
+        sweeps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> InpaintingResult:
         """P(v = 1) of clamped chains, see `completion.restore`."""
         check_choice(METHODS, method=method)
-        if isinstance(known, Linear):
-            raise FlowgenError("an RBM restores pixels where others are known: leave whole pixels out, or name a flow with --run")
-        image, sampler = self.units(levels), METHODS[method]
-        draws, mean = restore(self, image, known.flatten(), sampler, sweeps or SWEEPS, generator, self.progress)
-        return Completion(draws.view(-1, *self.shape), mean.view(self.shape))
+        if isinstance(known, LinearMeasurement):
+            raise UserError(
+                "an RBM restores pixels where others are known: leave whole pixels out, or name a flow with --run"
+            )
+        image, sampler = self.units(images), METHODS[method]
+        draws, mean = restore(
+            self, image, known.flatten(), sampler, sweeps or SWEEPS, generator, self.progress
+        )
+        return InpaintingResult(draws.view(-1, *self.image_shape), mean.view(self.image_shape))
 
     @torch.no_grad()
-    def encode(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """P(h = 1 | v) of every hidden unit."""
-        return self.hidden_input(self.units(levels)).sigmoid()
+        return self.hidden_input(self.units(images)).sigmoid()
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """The most probable image given the hidden units."""
-        return self.levels((self.visible_input(latent) > 0).to(self.dtype))
+        return self.images((self.visible_input(latent) > 0).to(self.dtype))
 
-    def health(self) -> dict[str, float]:
-        return self.negative_phase.health(self)
+    def diagnostics(self) -> dict[str, float]:
+        return self.negative_phase.diagnostics(self)
 
-    def features(self) -> Tensor:
+    def filters(self) -> Tensor:
         """The weights of every hidden unit as an image, (hidden, channels, height, width), the largest first."""
-        return self.weight.detach().T[self.weight.norm(dim=0).argsort(descending=True)].reshape(-1, *self.shape)
+        return (
+            self.weight.detach()
+            .T[self.weight.norm(dim=0).argsort(descending=True)]
+            .reshape(-1, *self.image_shape)
+        )
 
-    def units(self, levels: Tensor) -> Tensor:
+    def units(self, images: Tensor) -> Tensor:
         """Images of levels as visible units: (batch, visible)."""
-        return levels.flatten(1).to(self.dtype)
+        return images.flatten(1).to(self.dtype)
 
-    def levels(self, visible: Tensor) -> Tensor:
-        return visible.to(torch.uint8).view(-1, *self.shape)
+    def images(self, visible: Tensor) -> Tensor:
+        return visible.to(torch.uint8).view(-1, *self.image_shape)

@@ -7,47 +7,71 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from flowgen.models.rbm.energy import Machine
-from flowgen.utils.console import Progress, unseen
-from flowgen.utils.errors import FlowgenError, check_choice, check_whole
+from flowgen.models.rbm.energy import EnergyModel
+from flowgen.utils.console import Progress, no_progress
+from flowgen.utils.errors import UserError, check_choice, check_whole
 
-Visible = tuple[Tensor, Tensor]  # visible units, and the probabilities that they were drawn with: both (batch, visible)
+Visible = tuple[
+    Tensor, Tensor
+]  # visible units, and the probabilities that they were drawn with: both (batch, visible)
 Sampler = Callable[..., Iterator[Visible]]
 
 
-def draw_bits(log_odds: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def bernoulli_from_logits(log_odds: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Independent binary units with these log-odds."""
-    uniform = torch.rand(log_odds.shape, generator=generator, device=log_odds.device, dtype=log_odds.dtype)
-    return uniform.lt_(log_odds.sigmoid())  # 0 or 1 in place: half the cost of a comparison that is then converted
+    uniform = torch.rand(
+        log_odds.shape, generator=generator, device=log_odds.device, dtype=log_odds.dtype
+    )
+    return uniform.lt_(
+        log_odds.sigmoid()
+    )  # 0 or 1 in place: half the cost of a comparison that is then converted
 
 
-def white_noise(machine: Machine, count: int, generator: torch.Generator | None = None) -> Tensor:
-    return draw_bits(machine.visible_bias.new_zeros(count, machine.visible), generator)
+def white_noise(
+    machine: EnergyModel, count: int, generator: torch.Generator | None = None
+) -> Tensor:
+    return bernoulli_from_logits(machine.visible_bias.new_zeros(count, machine.visible), generator)
 
 
-def hold(visible: Tensor, start: Tensor, known: Tensor | None) -> Tensor:
+def clamp_known(visible: Tensor, start: Tensor, known: Tensor | None) -> Tensor:
     return visible if known is None else torch.where(known, start, visible)
 
 
 def gibbs(
-    machine: Machine, start: Tensor, *, beta: float = 1.0, known: Tensor | None = None, generator: torch.Generator | None = None
+    machine: EnergyModel,
+    start: Tensor,
+    *,
+    beta: float = 1.0,
+    known: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Iterator[Visible]:
     """h ~ P(h|v), v ~ P(v|h), from `start` (batch, visible), at inverse temperature `beta`; pixels where `known` stay as they are."""
     visible = start
     while True:
-        hidden = draw_bits(beta * machine.hidden_input(visible), generator)
+        hidden = bernoulli_from_logits(beta * machine.hidden_input(visible), generator)
         log_odds = beta * machine.visible_input(hidden)
-        visible = hold(draw_bits(log_odds, generator), start, known)
-        yield visible, hold(log_odds.sigmoid(), start, known)
+        visible = clamp_known(bernoulli_from_logits(log_odds, generator), start, known)
+        yield visible, clamp_known(log_odds.sigmoid(), start, known)
 
 
 def mean_field(
-    machine: Machine, start: Tensor, *, beta: float = 1.0, known: Tensor | None = None, generator: torch.Generator | None = None
+    machine: EnergyModel,
+    start: Tensor,
+    *,
+    beta: float = 1.0,
+    known: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Iterator[Visible]:
     """lambda = sigmoid(beta (c + W'mu)), mu = sigmoid(beta (b + W lambda)): coordinate ascent on the ELBO of log Z."""
     visible = start
     while True:
-        visible = hold((beta * machine.visible_input((beta * machine.hidden_input(visible)).sigmoid())).sigmoid(), start, known)
+        visible = clamp_known(
+            (
+                beta * machine.visible_input((beta * machine.hidden_input(visible)).sigmoid())
+            ).sigmoid(),
+            start,
+            known,
+        )
         yield visible, visible
 
 
@@ -55,7 +79,7 @@ ADAPT_EVERY = 100  # sweeps over which swaps are counted before the rungs are sp
 LEAST_REJECTION = 1e-3  # so that two neighbours never fall into one
 
 
-class Rungs(nn.Module):
+class ReplicaExchange(nn.Module):
     """Replica exchange: `chains` ensembles of `temperatures` replicas, which swap inverse temperatures rather than states.
 
     Even and odd pairs of neighbours take turns (Okabe et al. 2001), which lets a replica drift from end to end (Syed et al.,
@@ -77,7 +101,7 @@ class Rungs(nn.Module):
         check_whole(chains=chains)
         check_choice((True, False), adapt=adapt)
         if temperatures < 2:
-            raise FlowgenError("a ladder needs temperatures=2 at least: its ends")
+            raise UserError("a ladder needs temperatures=2 at least: its ends")
         self.adapt = adapt
         self.register_buffer("betas", torch.linspace(0, 1, temperatures))
         self.register_buffer("place", torch.arange(temperatures)[:, None].repeat(1, chains))
@@ -141,7 +165,7 @@ BURN_IN = 400  # sweeps of `tempering` in which the ladder adapts
 
 
 def tempering(
-    machine: Machine,
+    machine: EnergyModel,
     start: Tensor,
     *,
     beta: float = 1.0,
@@ -153,18 +177,18 @@ def tempering(
 
     A ladder that went on to adapt to its own chains would not keep their law.
     """
-    ladder = Ladder(temperatures, len(start), adapt=True)
+    ladder = ParallelTempering(temperatures, len(start), adapt=True)
     ladder.allocate(machine.hidden)
     ladder.to(start)
-    ladder.hidden.copy_(draw_bits(beta * machine.hidden_input(start), generator))
+    ladder.hidden.copy_(bernoulli_from_logits(beta * machine.hidden_input(start), generator))
     while True:
         ladder.adapt = int(ladder.sweeps) < BURN_IN
         visible, _ = ladder.sweep(machine, beta, start, known, generator)
         log_odds = beta * machine.visible_input(ladder.top(ladder.hidden))
-        yield ladder.top(visible), hold(log_odds.sigmoid(), start, known)
+        yield ladder.top(visible), clamp_known(log_odds.sigmoid(), start, known)
 
 
-class Ladder(Rungs):
+class ParallelTempering(ReplicaExchange):
     """Parallel tempering of (v, h): a Gibbs sweep on every rung, then swaps with probability min(1, exp(dbeta dU)), U = dE/dbeta in nats.
 
     `hidden` (temperatures, chains, hidden), a buffer, is the state of each replica.
@@ -178,7 +202,7 @@ class Ladder(Rungs):
     @_disable_dynamo  # the swaps' bookkeeping is no work for a compiler; torch.compiler.disable would import one, a second long
     def sweep(
         self,
-        machine: Machine,
+        machine: EnergyModel,
         beta: float = 1.0,
         start: Tensor | None = None,
         known: Tensor | None = None,
@@ -189,14 +213,23 @@ class Ladder(Rungs):
         `beta` scales the machine at the top: 1 is the machine itself.
         """
         rung = self.betas[self.place][..., None]
-        visible = draw_bits(machine.visible_input(self.hidden).mul_(rung * beta).addcmul_(1 - rung, machine.base), generator)
+        visible = bernoulli_from_logits(
+            machine.visible_input(self.hidden).mul_(rung * beta).addcmul_(1 - rung, machine.base),
+            generator,
+        )
         if start is not None:
-            visible = hold(visible, start, known)
+            visible = clamp_known(visible, start, known)
         inputs = machine.hidden_input(visible)
-        self.hidden.copy_(draw_bits(inputs * (rung * beta), generator))  # in place, so that what restores buffers restores it
-        slope = visible @ (machine.base - beta * machine.visible_bias) - beta * torch.linalg.vecdot(inputs, self.hidden)
+        self.hidden.copy_(
+            bernoulli_from_logits(inputs * (rung * beta), generator)
+        )  # in place, so that what restores buffers restores it
+        slope = visible @ (machine.base - beta * machine.visible_bias) - beta * torch.linalg.vecdot(
+            inputs, self.hidden
+        )
         lower, slopes = self.lower(), self.at(slope)
-        odds = (self.betas[lower + 1] - self.betas[lower])[:, None] * (slopes[lower + 1] - slopes[lower])
+        odds = (self.betas[lower + 1] - self.betas[lower])[:, None] * (
+            slopes[lower + 1] - slopes[lower]
+        )
         self.exchange(lower, odds, generator)
         return visible, inputs
 
@@ -206,13 +239,13 @@ CHAINS, SWEEPS = 64, 1000
 
 @torch.no_grad()
 def restore(
-    machine: Machine,
+    machine: EnergyModel,
     image: Tensor,
     known: Tensor,
     sampler: Sampler,
     sweeps: int = SWEEPS,
     generator: torch.Generator | None = None,
-    progress: Progress = unseen,
+    progress: Progress = no_progress,
 ) -> tuple[Tensor, Tensor]:
     """P(v = 1) of every chain at its end, (chains, visible), and their mean over all chains and the second half of the sweeps.
 

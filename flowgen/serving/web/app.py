@@ -9,17 +9,28 @@ from pathlib import Path
 from typing import Any
 from wsgiref.types import StartResponse, WSGIEnvironment
 
-from werkzeug.exceptions import BadRequest, Forbidden, HTTPException, MethodNotAllowed, NotFound, UnsupportedMediaType
+from werkzeug.exceptions import (
+    BadRequest,
+    Forbidden,
+    HTTPException,
+    MethodNotAllowed,
+    NotFound,
+    UnsupportedMediaType,
+)
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
-from flowgen.serving.session import Answers, leave
-from flowgen.serving.web.api import QUESTIONS
-from flowgen.utils.console import one_sentence
-from flowgen.utils.errors import FlowgenError
+from flowgen.serving.session import ModelSession, exit_process
+from flowgen.serving.web.api import ENDPOINTS
+from flowgen.utils.console import user_message
+from flowgen.utils.errors import UserError
 
 STATIC = Path(__file__).parent / "static"
-FILES = {"/": ("explore.html", "text/html"), "/explore.js": ("explore.js", "text/javascript"), "/explore.css": ("explore.css", "text/css")}
+FILES = {
+    "/": ("explore.html", "text/html"),
+    "/explore.js": ("explore.js", "text/javascript"),
+    "/explore.css": ("explore.css", "text/css"),
+}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -31,28 +42,30 @@ HEADERS = {
 log = logging.getLogger("flowgen")
 
 
-class Local(Request):
+class LocalhostRequest(Request):
     """What a browser on this machine may send: to this host by name, against DNS rebinding, and not more than it needs."""
 
     trusted_hosts = ("127.0.0.1", "localhost")  # type: ignore[assignment]
     max_content_length = 8 * 2**20
 
 
-class Page:
+class ExplorerApp:
     """A WSGI application: GET for the files, which are read once, and POST /ask/NAME with a JSON object for the `QUESTIONS`.
 
     Only the page itself may ask: another site that the browser has open sends its own Origin. Wrong requests get their status and a
     JSON object with one sentence as its `error`.
     """
 
-    def __init__(self, answers: Answers):
+    def __init__(self, answers: ModelSession):
         self.answers = answers
-        self.files = {path: ((STATIC / name).read_bytes(), kind) for path, (name, kind) in FILES.items()}
+        self.files = {
+            path: ((STATIC / name).read_bytes(), kind) for path, (name, kind) in FILES.items()
+        }
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        return self.respond(Local(environ))(environ, start_response)
+        return self.respond(LocalhostRequest(environ))(environ, start_response)
 
-    def respond(self, request: Local) -> Response:
+    def respond(self, request: LocalhostRequest) -> Response:
         try:
             host = request.host  # raises where it is foreign
             if request.path in self.files:
@@ -63,15 +76,15 @@ class Page:
             return _json(self._answer(request, host))
         except HTTPException as error:
             return _json({"error": error.description}, error.code or 500)
-        except FlowgenError as error:
+        except UserError as error:
             return _json({"error": str(error)}, 400)
         except Exception as error:
-            log.error("%s", one_sentence(error))
-            return _json({"error": one_sentence(error)}, 500)
+            log.error("%s", user_message(error))
+            return _json({"error": user_message(error)}, 500)
 
-    def _answer(self, request: Local, host: str) -> dict[str, Any]:
+    def _answer(self, request: LocalhostRequest, host: str) -> dict[str, Any]:
         _, _, name = request.path.partition("/ask/")
-        if request.path != f"/ask/{name}" or name not in QUESTIONS:
+        if request.path != f"/ask/{name}" or name not in ENDPOINTS:
             raise NotFound("there is nothing here")
         if request.method != "POST":
             raise MethodNotAllowed(["POST"])
@@ -80,16 +93,18 @@ class Page:
         if request.mimetype != "application/json":
             raise UnsupportedMediaType("a question is JSON")
         try:
-            asked = json.loads(request.get_data(cache=False))
+            payload = json.loads(request.get_data(cache=False))
         except (ValueError, RecursionError) as error:
             raise BadRequest("the question is no JSON") from error
-        if not isinstance(asked, dict):
+        if not isinstance(payload, dict):
             raise BadRequest("a question is one JSON object")
-        return QUESTIONS[name](self.answers, asked)
+        return ENDPOINTS[name](self.answers, payload)
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:
-    return Response(json.dumps(content, allow_nan=False), status, HEADERS, mimetype="application/json")
+    return Response(
+        json.dumps(content, allow_nan=False), status, HEADERS, mimetype="application/json"
+    )
 
 
 HOST = "127.0.0.1"
@@ -110,22 +125,31 @@ class Handler(WSGIRequestHandler):
 
 def explore(*, name: str | None, port: int, device: str, say: Callable[[str], None]) -> None:
     """Serve the page until it is interrupted; `say` is told where it is. Raises FlowgenError."""
-    answers = Answers(name, device)
+    answers = ModelSession(name, device)
     with open_server(answers, port) as server:
-        threading.Thread(target=answers.judge_validation_images, daemon=True).start()
+        threading.Thread(target=answers.score_validation_images, daemon=True).start()
         say(f"{answers.name} at http://{HOST}:{server.port}/ until Ctrl-C")
         server.serve_forever()  # which takes an interrupt for its end
-    leave()
+    exit_process()
 
 
-def open_server(answers: Answers, port: int) -> BaseWSGIServer:
+def open_server(answers: ModelSession, port: int) -> BaseWSGIServer:
     """Bound, not yet serving; port 0 is any that is free. Raises FlowgenError where the port is taken."""
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((HOST, port))
     except OSError as error:
-        raise FlowgenError(f"port {port} cannot be had ({error.strerror}): name another, or --port 0 for any that is free") from error
+        raise UserError(
+            f"port {port} cannot be had ({error.strerror}): name another, or --port 0 for any that is free"
+        ) from error
     listening.listen(WAITING)
     with listening:
-        return make_server(HOST, port, Page(answers), threaded=True, request_handler=Handler, fd=listening.fileno())
+        return make_server(
+            HOST,
+            port,
+            ExplorerApp(answers),
+            threaded=True,
+            request_handler=Handler,
+            fd=listening.fileno(),
+        )
