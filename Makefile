@@ -23,7 +23,7 @@ $(FLOWGEN): pyproject.toml constraints.txt
 demo: $(FLOWGEN) ## what trained models draw, then 1,500 steps of training on embedded digits, about 3 minutes on two cores
 	$(FLOWGEN) sample --run zoo/glow_mnist
 	$(FLOWGEN) sample --run zoo/rbm_mnist
-	$(FLOWGEN) train experiment=demo out=$(DEMO) resume=true
+	$(FLOWGEN) train experiment=demo output_dir=$(DEMO) resume=true
 	$(FLOWGEN) evaluate --run $(DEMO)
 	$(FLOWGEN) sample --run $(DEMO) --temperature 0.5 --temperature 0.7
 	.venv/bin/python scripts/save_digits.py $(DEMO)

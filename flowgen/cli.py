@@ -147,7 +147,7 @@ HYDRA_FLAGS = {
     shell_complete=complete_override,
 )
 def train(words: tuple[str, ...]) -> None:
-    """Train a model: model=glow data=celeba trainer.steps=2000 out=DIR; train --help lists what there is."""
+    """Train a model: model=glow data=celeba trainer.steps=2000 output_dir=DIR; train --help lists what there is."""
     words = tuple("--help" if word == "-h" else word for word in words)
     unknown = [
         word for word in words if word.startswith("-") and word.partition("=")[0] not in HYDRA_FLAGS
@@ -213,7 +213,7 @@ def push(**group_options: Any) -> None:
     "--label",
     type=click.IntRange(0),
     metavar="N",
-    help="Class to draw, of a flow trained with model.classes; by default each in turn.",
+    help="Class to draw, of a flow trained with model.num_classes; by default each in turn.",
 )
 @click.option(
     "--guidance",
@@ -387,7 +387,7 @@ OUTLIER_SCORES = (
 @device_option
 @click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
 def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
-    """Measure a model on the whole test split, as in `flowgen evaluate draws=8`."""
+    """Measure a model on the whole test split, as in `flowgen evaluate num_importance_samples=8`."""
     found = command("evaluate", computes=True).evaluate(
         name=name, overrides=list(overrides), device=device
     )

@@ -2,7 +2,7 @@
 
 Every row is a training of its own by `flowgen train` on random images: images a second over its second half, as its metrics have them, the
 memory that it held, and how long it took to begin: loading, compiling, the first half. Precisions, batches, compiling with CUDA graphs, the
-ways of `trainer.memory`, and, where there are several GPUs, one and all of them.
+ways of `trainer.activation_memory`, and, where there are several GPUs, one and all of them.
 """
 
 import json
@@ -45,7 +45,7 @@ def measure(folder: Path, number: int, settings: dict[str, object]) -> str:
         f"trainer.log_every={STEPS // 2}",
     ]
     given = [f"trainer.{name}={value}" for name, value in settings.items()]
-    few = ["trainer.evaluate_images=16", "trainer.initial_images=64"]
+    few = ["trainer.eval_images=16", "trainer.init_images=64"]
     words = [
         *MODEL,
         "data=folder",
@@ -64,7 +64,7 @@ def measure(folder: Path, number: int, settings: dict[str, object]) -> str:
             *ends,
             *few,
             *given,
-            f"out={out}",
+            f"output_dir={out}",
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=ENOUGH)
     except subprocess.TimeoutExpired:

@@ -29,12 +29,12 @@ TRAINER = [
     "trainer=cpu",
     "trainer.minutes=null",
     f"trainer.batch_size={BATCH}",
-    "trainer.initial_images=64",
-    "trainer.decay=0",
+    "trainer.init_images=64",
+    "trainer.warmdown_ratio=0",
 ]
 QUIET = [
-    "trainer.evaluate_images=16",
-    "trainer.evaluate_every=1000000",
+    "trainer.eval_images=16",
+    "trainer.eval_every=1000000",
     "trainer.sample_every=1000000",
     f"trainer.log_every={STEPS // 2}",
 ]
@@ -95,7 +95,7 @@ def train(folder: Path, name: str, steps: int, limited: bool) -> float:
         folder / name,
         [f"data.root={folder / 'images'}", "data=imagenet64", f"trainer.steps={steps}"],
     )
-    command(folder, "train", *data, *MODEL, *TRAINER, *QUIET, f"out={out}", limited=limited)
+    command(folder, "train", *data, *MODEL, *TRAINER, *QUIET, f"output_dir={out}", limited=limited)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row["images_per_second"] for row in rows if row["split"] == "train"][-1]
 

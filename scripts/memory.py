@@ -1,4 +1,4 @@
-"""Peak memory and time of a training step by depth, for the ways of `trainer.memory`: python scripts/memory.py [DEPTH...]
+"""Peak memory and time of a training step by depth, for the ways of `trainer.activation_memory`: python scripts/memory.py [DEPTH...]
 
 Every figure is of a process of its own. Memory is what its resident memory grew by during a step, beside weights and gradients, which are
 there before; every large tensor is a mapping of its own (mallopt of glibc), so that what is freed is given back at once. Time is

@@ -45,8 +45,8 @@ def main() -> None:
             images, _ = draw(model, options.count, temperature, seed=0)
             images = images.cpu() * 255 if model.bits == 1 else images.cpu()
             right = ""
-            if model.classes:
-                payload = torch.arange(len(images)) % model.classes
+            if model.num_classes:
+                payload = torch.arange(len(images)) % model.num_classes
                 right = f", of the class asked for {(classifier.surety(images)[0] == payload).float().mean():.3f}"
             first = int(32 * classifier.readable(images[:32]))
             print(

@@ -27,7 +27,7 @@ SETTINGS = [
     f"trainer.steps={WARM + MEASURED}",
 ]
 QUIET = [
-    "trainer.evaluate_images=16",
+    "trainer.eval_images=16",
     *(f"trainer.{name}=1000000" for name in ("evaluate_every", "sample_every", "save_every")),
 ]
 PHASES = ("the batch", "forward", "backward", "norm and clipping", "optimiser and average")
@@ -89,7 +89,14 @@ def main(words: list[str]) -> None:
 
     loop.Training.step = watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
-        sys.argv = ["flowgen", "train", *SETTINGS, *QUIET, f"out={Path(name) / 'run'}", *words]
+        sys.argv = [
+            "flowgen",
+            "train",
+            *SETTINGS,
+            *QUIET,
+            f"output_dir={Path(name) / 'run'}",
+            *words,
+        ]
         cli.main()
     table(profiler)
 

@@ -52,7 +52,7 @@ class Row:
             f"model={model}",
             f"data={data}",
             "trainer.minutes=null",
-            "trainer.threads=1",
+            "trainer.num_threads=1",
             *words,
         ]
         self.found: dict[str, Any] = {
@@ -86,12 +86,12 @@ class Row:
             every = max(1, steps // 5)
             words = [
                 f"trainer.steps={steps}",
-                f"trainer.evaluate_every={every}",
+                f"trainer.eval_every={every}",
                 f"trainer.sample_every={steps}",
                 "resume=true",
             ]
             _, seconds = called(
-                "train", *self.words, *words, f"out={self.run.folder}", last=self.spend
+                "train", *self.words, *words, f"output_dir={self.run.folder}", last=self.spend
             )
             self.spend(seconds)
         self.know(
@@ -127,8 +127,8 @@ class Row:
                     "train",
                     *self.words,
                     f"trainer.steps={steps}",
-                    "trainer.evaluate_images=1",
-                    f"out={out}",
+                    "trainer.eval_images=1",
+                    f"output_dir={out}",
                 )[1]
             )
             shutil.rmtree(out)
@@ -198,7 +198,7 @@ def flops(name: str) -> float:
         sdpa_kernel(SDPBackend.MATH),
     ):  # it counts no other kernel of attention on a CPU
         model(
-            images, None if model.classes is None else torch.zeros(2, dtype=torch.long)
+            images, None if model.num_classes is None else torch.zeros(2, dtype=torch.long)
         ).backward()
     return counter.get_total_flops() / 2
 

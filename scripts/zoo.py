@@ -44,7 +44,7 @@ def main() -> None:
     for name in options_.names:
         run, command = f"outputs/zoo_{name}", ["train", f"experiment=zoo/{name}"]
         if not options_.trained:
-            flowgen(*command, f"out={run}", "resume=true")
+            flowgen(*command, f"output_dir={run}", "resume=true")
         path, checkpoint = ZOO / f"{name}{SUFFIX}", find_checkpoint(run)[1]
         figures: dict[str, object] = {}
         for _ in range(2):  # what is judged is the file, with its rounded convolutions

@@ -44,8 +44,8 @@ SMALL = [
     "model.width=8",
     "trainer.minutes=null",
     "trainer.batch_size=4",
-    "trainer.initial_images=16",
-    "trainer.evaluate_images=8",
+    "trainer.init_images=16",
+    "trainer.eval_images=8",
     "trainer.log_every=1",
     "trainer.lr=1e-3",
 ]
@@ -67,8 +67,8 @@ CHECKPOINT = {  # the least that is a checkpoint
     "model": {},
     "ema": None,
     "optimizer": {},
-    "metrics": {"best": 0.0, "seconds": 0.0},
-    "rescue": {},
+    "progress": {"best": 0.0, "seconds": 0.0},
+    "nan_recovery": {},
 }
 
 
@@ -170,7 +170,7 @@ def trained(folder: Path, **runs: list[str]) -> Path:
         patch.setenv("FLOWGEN_CACHE", str(folder / "cache"))
         patch.chdir(folder)
         for name, words in runs.items():
-            patch.setattr(sys, "argv", ["flowgen", "train", *words, f"out={folder / name}"])
+            patch.setattr(sys, "argv", ["flowgen", "train", *words, f"output_dir={folder / name}"])
             cli.main()
     return folder
 
@@ -206,7 +206,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_image(folder / "images" / "ab"[number % 2] / f"{number:03d}.png")
     root = f"data.root={folder / 'images'}"
     return trained(
-        folder, glow=[*SMALL, root, "model.classes=2", "trainer.steps=6"], rbm=[*RBM, root]
+        folder, glow=[*SMALL, root, "model.num_classes=2", "trainer.steps=6"], rbm=[*RBM, root]
     )
 
 

@@ -137,10 +137,10 @@ def test_a_set_may_be_larger_than_the_memory_that_a_process_may_have(tmp_path):
 
 
 def test_a_set_that_does_not_fit_into_memory_trains_to_the_same_bits(images, command, monkeypatch):
-    words = [*SMALL, f"data.root={images}", "trainer.decay=0", "data.flip=true"]
-    assert command("train", *words, "trainer.steps=4", "out=whole")[0] == 0
+    words = [*SMALL, f"data.root={images}", "trainer.warmdown_ratio=0", "data.random_flip=true"]
+    assert command("train", *words, "trainer.steps=4", "output_dir=whole")[0] == 0
     monkeypatch.setattr("flowgen.data.dataset.free_memory", lambda: 1)
-    assert command("train", *words, "trainer.steps=2", "out=ahead")[0] == 0
+    assert command("train", *words, "trainer.steps=2", "output_dir=ahead")[0] == 0
     with monkeypatch.context() as patched:
         patched.setattr("flowgen.data.dataset.Ahead", read_ahead := Mock(side_effect=Prefetcher))
         assert command("resume", "ahead", "trainer.steps=4")[0] == 0

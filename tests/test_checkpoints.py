@@ -20,8 +20,8 @@ from flowgen.utils.errors import UserError
 
 
 def test_a_damaged_last_checkpoint_is_passed_over(images, tmp_path, command):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=6", "trainer.keep_every=4"]
-    assert command("train", *words, f"out={tmp_path / 'run'}")[0] == 0
+    words = [*SMALL, f"data.root={images}", "trainer.steps=6", "trainer.checkpoint_every=4"]
+    assert command("train", *words, f"output_dir={tmp_path / 'run'}")[0] == 0
     last = tmp_path / "run" / "checkpoints" / "last.pt"
     whole = read_checkpoint(last)
     last.write_bytes(last.read_bytes()[:1000])
@@ -124,12 +124,12 @@ def test_a_pickle_that_is_no_checkpoint_does_not_run(tmp_path, command):
         {"model": [1]},
         {"model": {"a": 1}},
         {"ema": {"a": "b"}},
-        {"averages": None},
-        {"averages": [{}, {"a": 1}]},
-        {"metrics": {"best": 0.0, "seconds": 0.0, "chosen": 1}},
+        {"emas": None},
+        {"emas": [{}, {"a": 1}]},
+        {"progress": {"best": 0.0, "seconds": 0.0, "best_ema": 1}},
         {"optimizer": 3},
-        {"metrics": None},
-        {"metrics": {"best": "x", "seconds": 0.0}},
+        {"progress": None},
+        {"progress": {"best": "x", "seconds": 0.0}},
     ],
     ids=str,
 )
@@ -304,8 +304,8 @@ def test_the_first_format_keeps_its_figures_and_samples(of_the_first_format, com
     status, output, error = command("evaluate", "--run", path, "--json")
     assert status == 0, error
     figures = json.loads(output)
-    assert {name: figures[name] for name in expected["figures"]} == pytest.approx(
-        expected["figures"], rel=1e-6
+    assert {name: figures[name] for name in expected["metrics"]} == pytest.approx(
+        expected["metrics"], rel=1e-6
     )
     wanted = torch.tensor([list(bytes.fromhex(image)) for image in expected["levels"]])
     drawn, _ = flowgen.load(path).sample(
@@ -325,7 +325,7 @@ def test_the_first_format_can_be_gone_on_with(of_the_first_format, command):
         "resume",
         path,
         f"trainer.steps={end}",
-        "trainer.evaluate_every=1000",
+        "trainer.eval_every=1000",
         "trainer.sample_every=1000",
     )
     assert status == 0, error
@@ -333,7 +333,7 @@ def test_the_first_format_can_be_gone_on_with(of_the_first_format, command):
     assert (
         after["step"] == end
         and after["format"] == FORMAT
-        and after["metrics"]["seconds"] > before["metrics"]["seconds"]
+        and after["progress"]["seconds"] > before["progress"]["seconds"]
     )
     moments = after["optimizer"]["state"].get(0, {})
     assert (

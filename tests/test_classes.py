@@ -15,7 +15,7 @@ from flowgen.models.flows.flow import Flow
 LABELLED = [
     "data=mnist_sample",
     *[word for word in SMALL if not word.startswith("data")],
-    "model.classes=10",
+    "model.num_classes=10",
     "trainer.steps=2",
 ]
 
@@ -127,7 +127,7 @@ def test_many_samples_are_of_each_class_in_turn_from_batch_to_batch(monkeypatch)
 
 
 def test_sample_draws_a_class_by_its_label(command, tmp_path):
-    status, _, error = command("train", *LABELLED, f"out={tmp_path / 'run'}")
+    status, _, error = command("train", *LABELLED, f"output_dir={tmp_path / 'run'}")
     assert status == 0, error
     assert command("sample", "--run", tmp_path / "run", "--label", 3, "--count", 4)[0] == 0
     status, _, error = command("sample", "--run", tmp_path / "run", "--label", 10)
@@ -136,21 +136,21 @@ def test_sample_draws_a_class_by_its_label(command, tmp_path):
 
 def test_a_flow_without_classes_says_how_to_get_one(tiny_run, command):
     status, _, error = command("sample", "--run", tiny_run, "--label", 3)
-    assert status == 1 and "model.classes" in error and len(error.splitlines()) == 1
+    assert status == 1 and "model.num_classes" in error and len(error.splitlines()) == 1
     status, _, error = command("sample", "--label", 3)
-    assert status == 1 and "flowgen train model.classes=10 data=mnist" in error
+    assert status == 1 and "flowgen train model.num_classes=10 data=mnist" in error
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model.classes=5"], "set it to 10"),
-        (["model.classes=12"], "set it to 10"),
-        (["model.classes=0"], "whole number"),
+        (["model.num_classes=5"], "set it to 10"),
+        (["model.num_classes=12"], "set it to 10"),
+        (["model.num_classes=0"], "whole number"),
     ],
 )
 def test_classes_that_do_not_fit_the_labels_are_refused(command, words, said, tmp_path):
-    status, _, error = command("train", *LABELLED, *words, f"out={tmp_path / 'run'}")
+    status, _, error = command("train", *LABELLED, *words, f"output_dir={tmp_path / 'run'}")
     assert status == 1 and said in error
 
 
@@ -159,8 +159,8 @@ def test_classes_need_labels(command, images, tmp_path):
         *SMALL,
         f"data.root={images}",
         "trainer.steps=2",
-        "model.classes=3",
-        f"out={tmp_path / 'run'}",
+        "model.num_classes=3",
+        f"output_dir={tmp_path / 'run'}",
     ]
     status, _, error = command("train", *words)
     assert status == 1 and "needs labels" in error

@@ -264,7 +264,9 @@ def test_evaluate_prints_one_json_object_that_names_its_conditions(tiny_run, com
         and figures["images"] > 0
     )
     assert math.isfinite(figures["bits_per_dim"]) and figures["bits_per_dim_error"] > 0
-    more = json.loads(command("evaluate", "--run", tiny_run, "--json", "draws=4")[1])
+    more = json.loads(
+        command("evaluate", "--run", tiny_run, "--json", "num_importance_samples=4")[1]
+    )
     assert (
         more["draws"] == 4
         and more["bits_per_dim"] <= figures["bits_per_dim"] + figures["bits_per_dim_error"]
@@ -273,10 +275,10 @@ def test_evaluate_prints_one_json_object_that_names_its_conditions(tiny_run, com
 
 
 def test_sweep_lays_its_runs_side_by_side(images, command, tmp_path):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path / 'sweep'}"]
-    assert command("train", *words, "model.scale=tanh,sigmoid", "-m")[0] == 0
+    words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"output_dir={tmp_path / 'sweep'}"]
+    assert command("train", *words, "model.log_scale=tanh,sigmoid", "-m")[0] == 0
     found = [path.parent.name for path in (tmp_path / "sweep").glob("*/config.yaml")]
-    assert len(found) == 2 and any("model.scale=tanh" in name for name in found)
+    assert len(found) == 2 and any("model.log_scale=tanh" in name for name in found)
 
 
 def test_a_failing_job_of_a_sweep_is_named_and_the_others_run(images, command, tmp_path):
@@ -284,7 +286,7 @@ def test_a_failing_job_of_a_sweep_is_named_and_the_others_run(images, command, t
         *SMALL,
         f"data.root={images}",
         "trainer.steps=1",
-        f"out={tmp_path / 'sweep'}",
+        f"output_dir={tmp_path / 'sweep'}",
         "model.width=zero,8",
         "-m",
     ]
@@ -300,14 +302,21 @@ def test_a_failing_job_of_a_sweep_is_named_and_the_others_run(images, command, t
 def test_a_folder_that_holds_a_run_is_refused(tiny_run, images, command):
     before = (tiny_run / "metrics.jsonl").read_text()
     assert_plain(
-        command("train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out={tiny_run}"),
+        command(
+            "train", *SMALL, f"data.root={images}", "trainer.steps=1", f"output_dir={tiny_run}"
+        ),
         "flowgen resume",
     )
     assert (tiny_run / "metrics.jsonl").read_text() == before
 
 
 def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, command, tmp_path):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path}/runs/${{now:%Y}}"]
+    words = [
+        *SMALL,
+        f"data.root={images}",
+        "trainer.steps=1",
+        f"output_dir={tmp_path}/runs/${{now:%Y}}",
+    ]
     assert [command("train", *words)[0] for _ in range(3)] == [0, 0, 0]
     names = sorted(folder.name for folder in (tmp_path / "runs").iterdir())
     assert [name[4:] for name in names] == ["", "_2", "_3"]
@@ -353,10 +362,10 @@ def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, comma
         (["sample", "--seed", str(10**25)], "--seed", 2),
         (["report", "x", "--out", "page.pdf"], "end in .html", 2),
         (["train", "trainer.warmup=soon"], "1 epoch", 1),
-        (["train", "trainer.ema=[]"], "or several, as in trainer.ema=[0.99,0.999]", 1),
-        (["train", "trainer.ema=[0.9,1]"], "ema", 1),
-        (["train", "trainer.ema=[0.9,x]"], "ema must be a number", 1),
-        (["train", "trainer.ema=abc"], "ema must be a number of at least 0, not 'abc'", 1),
+        (["train", "trainer.ema_decay=[]"], "or several, as in trainer.ema_decay=[0.99,0.999]", 1),
+        (["train", "trainer.ema_decay=[0.9,1]"], "ema", 1),
+        (["train", "trainer.ema_decay=[0.9,x]"], "ema must be a number", 1),
+        (["train", "trainer.ema_decay=abc"], "ema must be a number of at least 0, not 'abc'", 1),
         (["train", "--frobnicate"], "--frobnicate", 2),
         (["train", "data=folder"], "data.root is not set", 1),
         (["train", "data=folder", "data.root=nowhere"], "does not exist", 1),
@@ -396,14 +405,14 @@ def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, comma
                 "train",
                 "model=rbm",
                 "model/negative_phase=cd",
-                "model.negative_phase.sweeps=1000000000000",
+                "model.negative_phase.gibbs_steps=1000000000000",
             ],
             "at most 100000",
             1,
         ),
         (
-            ["train", "trainer.initial_images=1000000000000"],
-            "trainer.initial_images=1000000000000 needs",
+            ["train", "trainer.init_images=1000000000000"],
+            "trainer.init_images=1000000000000 needs",
             1,
         ),
         (["report", " "], "an empty name is no run", 1),
@@ -415,14 +424,14 @@ def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, comma
         (["sample", "--out", "/dev/full.png"], "the machine's devices", 2),
         *(
             (
-                ["train", f"data={name}", "data.root=null", "data.names=[]"],
+                ["train", f"data={name}", "data.root=null", "data.search_dirs=[]"],
                 "data.root does not exist",
                 1,
             )
             for name in ("mnist", "svhn")
         ),
         (
-            ["train", "data=cifar10", "data.root=null", "data.names=[]"],
+            ["train", "data=cifar10", "data.root=null", "data.search_dirs=[]"],
             "data.root does not exist",
             1,
         ),
@@ -475,7 +484,11 @@ def test_a_zip_of_samples_holds_them_one_by_one(tiny_run, command, tmp_path):
 def test_data_that_is_none_gets_one_line(command, tmp_path):
     def train(root: Path) -> tuple[int, str, str]:
         return command(
-            "train", *SMALL, f"data.root={root}", "trainer.steps=1", f"out={tmp_path / 'run'}"
+            "train",
+            *SMALL,
+            f"data.root={root}",
+            "trainer.steps=1",
+            f"output_dir={tmp_path / 'run'}",
         )
 
     (tmp_path / "empty").mkdir()

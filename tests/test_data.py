@@ -205,7 +205,7 @@ def test_bits_shift_levels_and_batches_keep_the_ragged_end():
 def test_embedded_digits():
     data = MNISTSample(bits=8, flip=False)
     assert data.train.images.shape == (4000, 1, 28, 28) and data.train.images.max() == 255
-    assert data.image_shape == (1, 28, 28) and data.bits == 8 and data.classes == 10
+    assert data.image_shape == (1, 28, 28) and data.bits == 8 and data.num_classes == 10
 
 
 @needs_shared
@@ -243,7 +243,7 @@ def test_a_configuration_that_repeats_what_its_data_says_still_builds_it(name):
         "flip": False,
     }
     data = build_data(in_todays_words({"model": {}, "data": section, "trainer": {}}))
-    assert data.image_shape == (2, 1, 1) and data.bits == 8 and data.classes is None
+    assert data.image_shape == (2, 1, 1) and data.bits == 8 and data.num_classes is None
 
 
 def test_a_file_holds_no_point_of_the_plane(tmp_path):

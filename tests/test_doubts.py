@@ -47,10 +47,13 @@ def test_a_flow_that_counts_its_volume_wrongly_is_named(tiny_run, command, monke
 
 def test_test_images_that_were_trained_on_are_named_and_counted(images, command, tmp_path):
     words = ["train", *SMALL, f"data.root={images}", "trainer.steps=1"]
-    assert "test images are training images" not in command(*words, f"out={tmp_path / 'one'}")[2]
+    assert (
+        "test images are training images"
+        not in command(*words, f"output_dir={tmp_path / 'one'}")[2]
+    )
     for path in sorted(images.iterdir()):
         shutil.copy(path, path.with_name(f"copy_{path.name}"))
-    error = command(*words, f"out={tmp_path / 'two'}")[2]
+    error = command(*words, f"output_dir={tmp_path / 'two'}")[2]
     assert "test images are training images too, pixel for pixel (numbers 0" in error
     assert (
         "test images are training images too" in command("evaluate", "--run", tmp_path / "two")[2]

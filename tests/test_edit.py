@@ -247,7 +247,11 @@ def test_edit_knows_the_classes_of_folders(images, command, tmp_path):
     run = tmp_path / "classless"
     assert (
         command(
-            "train", *SMALL, f"data.root={tmp_path / 'sorted'}", "trainer.steps=2", f"out={run}"
+            "train",
+            *SMALL,
+            f"data.root={tmp_path / 'sorted'}",
+            "trainer.steps=2",
+            f"output_dir={run}",
         )[0]
         == 0
     )

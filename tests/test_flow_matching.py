@@ -194,12 +194,12 @@ def test_commands_know_it(command, images, tmp_path):
     run = tmp_path / "run"
     model = [
         "model=flow_matching",
-        "model.layers=1",
+        "model.num_layers=1",
         "model.tolerance=1",
-        "trainer.evaluate_images=4",
+        "trainer.eval_images=4",
     ]
     status, _, error = command(
-        "train", *words, *model, f"data.root={images}", "trainer.steps=2", f"out={run}"
+        "train", *words, *model, f"data.root={images}", "trainer.steps=2", f"output_dir={run}"
     )
     assert status == 0, error
     status, said, error = command("evaluate", "--run", run, "--json")

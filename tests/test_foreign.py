@@ -148,13 +148,13 @@ def test_a_file_outside_a_run_leaves_its_folder_alone(tiny_run, command, tmp_pat
 PARTS = (
     {"images_seen": -1},
     {"step": True},
-    {"rescue": {"failed": "often"}},
-    {"rescue": {"nonsense": 1}},
-    {"rescue": None},
-    {"metrics": {"best": math.nan, "seconds": 1.0}},
-    {"metrics": {"best": 1.0, "seconds": -1.0}},
-    {"metrics": {"best": 1.0, "seconds": math.inf}},
-    {"metrics": {"best": 1.0}},
+    {"nan_recovery": {"failed": "often"}},
+    {"nan_recovery": {"nonsense": 1}},
+    {"nan_recovery": None},
+    {"progress": {"best": math.nan, "seconds": 1.0}},
+    {"progress": {"best": 1.0, "seconds": -1.0}},
+    {"progress": {"best": 1.0, "seconds": math.inf}},
+    {"progress": {"best": 1.0}},
     {"optimizer": {}},
     {"optimizer": {"state": {0: {"exp_avg": 1}}, "param_groups": []}},
     "moments",
@@ -200,7 +200,13 @@ WORDS = (
 
 
 def test_references_that_lead_nowhere_get_one_line(images, tiny_run, command, tmp_path):
-    train = ["train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path / 'other'}"]
+    train = [
+        "train",
+        *SMALL,
+        f"data.root={images}",
+        "trainer.steps=1",
+        f"output_dir={tmp_path / 'other'}",
+    ]
     for word, said in WORDS:
         for words in (
             [*train, word],

@@ -193,7 +193,7 @@ def compose_config(*overrides: str) -> dict:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose(
             "train",
-            [*overrides, "out=somewhere", "hydra.runtime.output_dir=somewhere"],
+            [*overrides, "output_dir=somewhere", "hydra.runtime.output_dir=somewhere"],
             return_hydra_config=True,
         )
         HydraConfig.instance().set_config(cfg)

@@ -72,7 +72,7 @@ def test_subfolders_are_classes_in_sorted_order(tmp_path):
         )
     for root in (tmp_path / "animals", zipped(tmp_path / "animals", "deep/down/")):
         data = folder(root, bits=8)
-        assert data.classes == 3
+        assert data.num_classes == 3
         for split in (data.train, data.validation, data.test):
             numbers = split.images[:, 0, 0, 0].long() // 6
             assert torch.equal(split.labels, torch.tensor([1, 0, 2])[numbers % 3])
@@ -111,7 +111,7 @@ def test_attributes_go_with_their_images(greys, place):
         ).write_text(text)
         root = zipped(greys) if place == "beside the zip" else greys
     data = folder(root, attribute="Smiling")
-    assert data.attributes == NAMES and data.classes == 2
+    assert data.attributes == NAMES and data.num_classes == 2
     found = list(each(data))
     assert sorted(number for number, _, _ in found) == list(range(40))
     assert all(
@@ -164,15 +164,15 @@ def test_a_flow_learns_the_two_classes_of_an_attribute(
         f"data.root={greys}",
         "data.attribute=Smiling",
         "trainer.steps=1",
-        f"out={tmp_path / 'run'}",
+        f"output_dir={tmp_path / 'run'}",
     ]
-    status, _, error = command("train", *words, "model.classes=2")
+    status, _, error = command("train", *words, "model.num_classes=2")
     assert status == 1 and error.startswith(
         "flowgen: data.attribute=Smiling needs CelebA's list_attr_celeba.txt"
     )
     (greys / "list_attr_celeba.txt").write_text(attribute_list(list(range(41))))
-    assert "set it to 2" in command("train", *words, "model.classes=3")[2]
-    assert command("train", *words, "model.classes=2")[0] == 0
+    assert "set it to 2" in command("train", *words, "model.num_classes=3")[2]
+    assert command("train", *words, "model.num_classes=2")[0] == 0
     shutil.rmtree(greys)
     assert command("sample", "--run", tmp_path / "run", "--label", 1, "--count", 2)[0] == 0
 

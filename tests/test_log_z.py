@@ -87,14 +87,14 @@ def judged(rbm: RBM, betas: int, chains: int) -> dict[str, object]:
 def test_the_sandwich_says_whether_it_may_be_quoted(monkeypatch):
     monkeypatch.setattr(likelihood, "LADDER", {"burn_in": 200, "sweeps": 200})
     figures = judged(machine(30, 24, scale=0.3), betas=300, chains=100)
-    assert figures["quotable"] and figures["verdict"].startswith("quotable")
+    assert figures["reliable"] and figures["verdict"].startswith("reliable")
     assert (
         figures["log_likelihood_forward"] + 1
         > figures["log_likelihood"]
         > figures["log_likelihood_reverse"] - 1
     )
     figures = judged(machine(30, 24, scale=6.0), betas=2, chains=100)
-    assert not figures["quotable"] and figures["verdict"].startswith("do not quote")
+    assert not figures["reliable"] and figures["verdict"].startswith("do not quote")
 
 
 def test_a_machine_that_diverged_is_not_quotable(monkeypatch):
@@ -103,4 +103,4 @@ def test_a_machine_that_diverged_is_not_quotable(monkeypatch):
         rbm = machine(30, hidden)
         rbm.weight.data[:] = float("nan")
         figures = judged(rbm, betas=5, chains=10)
-        assert not figures["quotable"] and "diverged" in figures["verdict"]
+        assert not figures["reliable"] and "diverged" in figures["verdict"]

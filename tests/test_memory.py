@@ -23,11 +23,11 @@ from flowgen.utils.errors import UserError
 GLOW = ["model=glow", "model.levels=2", "model.width=8", "model.steps_per_level=3"]
 MODELS = {
     "glow": GLOW,
-    "additive": [*GLOW, "model.coupling=additive", "model.convolution=plain"],
-    "classes": [*GLOW, "model.classes=3", "model.class_networks=true"],
+    "additive": [*GLOW, "model.transform=additive", "model.convolution=plain"],
+    "classes": [*GLOW, "model.num_classes=3", "model.condition_networks=true"],
     "nice": ["model=nice", "model.width=8"],
 }
-JET = ["model=jet", "model.couplings=3", "model.width=8"]
+JET = ["model=jet", "model.num_couplings=3", "model.width=8"]
 
 
 def load_from_checkpoint(words: list[str]) -> tuple[GenerativeModel, tuple]:
@@ -70,7 +70,7 @@ def test_gradients_are_the_same_however_they_come_about(name, monkeypatch):
 
 @pytest.mark.parametrize(
     "words",
-    [["model=tarflow", "model.layers=[1,1]", "model.width=8", "model.classes=3"], JET],
+    [["model=tarflow", "model.num_layers=[1,1]", "model.width=8", "model.num_classes=3"], JET],
     ids=["tarflow", "jet"],
 )
 def test_what_is_lost_by_dropout_is_lost_again(words):
@@ -100,7 +100,7 @@ def test_without_dropout_jet_is_recovered():
 
 def test_batch_statistics_remember_a_batch_once():
     model, batch = load_from_checkpoint(
-        ["model=realnvp", "model.width=4", "model.blocks=1", "model.levels=1"]
+        ["model=realnvp", "model.width=4", "model.num_blocks=1", "model.levels=1"]
     )
     states = []
     for memory in ("keep", "checkpoint"):
@@ -119,15 +119,19 @@ def test_batch_statistics_remember_a_batch_once():
         (
             ["model=realnvp", "model.width=4"],
             "invert",
-            "MaskedCoupling: set trainer.memory=checkpoint",
+            "MaskedCoupling: set trainer.activation_memory=checkpoint",
         ),
         (["model=maf", "model.width=8"], "invert", "Autoregressive"),
-        ([*GLOW, "model.coupling=spline"], "invert", "Coupling"),
-        ([*JET, "model.dropout=0.1"], "invert", "Coupling: set trainer.memory=checkpoint"),
+        ([*GLOW, "model.transform=spline"], "invert", "Coupling"),
+        (
+            [*JET, "model.dropout=0.1"],
+            "invert",
+            "Coupling: set trainer.activation_memory=checkpoint",
+        ),
         (
             ["model=flow_matching", "model.width=8"],
             "checkpoint",
-            "leave trainer.memory=checkpoint out",
+            "leave trainer.activation_memory=checkpoint out",
         ),
         (GLOW, "forget", "one of keep, checkpoint, invert"),
     ],
@@ -174,10 +178,10 @@ def test_a_run_watches_what_it_recovers(images, tmp_path, command, monkeypatch):
         *SMALL,
         f"data.root={images}",
         "trainer.steps=2",
-        "trainer.memory=invert",
+        "trainer.activation_memory=reversible",
         "trainer.precision=float32",
     ]
-    status, _, error = command("train", *words, f"out={tmp_path / 'run'}")
+    status, _, error = command("train", *words, f"output_dir={tmp_path / 'run'}")
     assert status == 0 and "inversion_error" in error, error
     assert all(
         0 < row["inversion_error"] < 1e-5
@@ -191,11 +195,16 @@ def test_a_batch_that_does_not_fit_names_the_largest_that_does(
 ):
     monkeypatch.setattr("flowgen.training.device.free_memory", lambda: 300_000)
     words = [*SMALL, f"data.root={images}", "trainer.steps=2"]
-    status, _, error = command("train", *words, "trainer.batch_size=64", f"out={tmp_path / 'run'}")
-    assert status == 1 and "at most" in error and "trainer.accumulate=2" in error, error
+    status, _, error = command(
+        "train", *words, "trainer.batch_size=64", f"output_dir={tmp_path / 'run'}"
+    )
+    assert status == 1 and "at most" in error and "trainer.grad_accum_steps=2" in error, error
     fits = int(error.partition("at most ")[2].split()[0])
     assert (
-        command("train", *words, f"trainer.batch_size={fits}", f"out={tmp_path / 'other'}")[0] == 0
+        command("train", *words, f"trainer.batch_size={fits}", f"output_dir={tmp_path / 'other'}")[
+            0
+        ]
+        == 0
     )
     assert costs.free_memory() > 300_000
 

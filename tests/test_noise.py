@@ -108,12 +108,12 @@ def test_commands_print_no_likelihood_of_images(command, images, tmp_path):
     words = [word for word in SMALL if "steps_per_level" not in word]
     words = [
         "experiment=noise",
-        "model.layers=[1]",
+        "model.num_layers=[1]",
         *words,
         f"data.root={images}",
         "trainer.steps=2",
     ]
-    status, _, error = command("train", *words, f"out={tmp_path / 'run'}")
+    status, _, error = command("train", *words, f"output_dir={tmp_path / 'run'}")
     assert status == 0, error
     rows = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -132,15 +132,18 @@ def test_commands_print_no_likelihood_of_images(command, images, tmp_path):
 def test_a_run_that_goes_on_with_other_noise_forgets_its_best_figure(command, images, tmp_path):
     words = [
         "model=tarflow",
-        "model.layers=[1]",
+        "model.num_layers=[1]",
         *[word for word in SMALL if "steps_per_level" not in word],
         f"data.root={images}",
     ]
     run = tmp_path / "run"
     assert (
-        command("train", *words, "model.gaussianize=false", "trainer.steps=2", f"out={run}")[0] == 0
+        command("train", *words, "model.gaussianize=false", "trainer.steps=2", f"output_dir={run}")[
+            0
+        ]
+        == 0
     )
-    assert command("resume", run, "trainer.steps=4", "model.dequantisation=gaussian:0.5")[0] == 0
+    assert command("resume", run, "trainer.steps=4", "model.dequantization=gaussian:0.5")[0] == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     noisy = [
         row["noisy_bits_per_dim"]
@@ -153,4 +156,4 @@ def test_a_run_that_goes_on_with_other_noise_forgets_its_best_figure(command, im
         if row["split"] == "validation" and "bits_per_dim" in row
     ]
     assert min(plain) < min(noisy)
-    assert read_checkpoint(run / "checkpoints" / "last.pt")["metrics"]["best"] == min(noisy)
+    assert read_checkpoint(run / "checkpoints" / "last.pt")["progress"]["best"] == min(noisy)

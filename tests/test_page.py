@@ -581,7 +581,7 @@ def test_a_flow_of_the_plane_has_no_pictures_to_play_with(command):
         "trainer.steps=1",
         "trainer.minutes=null",
     ]
-    words += ["trainer.initial_images=16", "trainer.evaluate_images=8", "out=outputs/toy"]
+    words += ["trainer.init_images=16", "trainer.eval_images=8", "output_dir=outputs/toy"]
     status, _, error = command("train", *words)
     assert status == 0, error
     assert_plain(command("explore", "outputs/toy"), "of 2 channels")

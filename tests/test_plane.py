@@ -81,7 +81,7 @@ def test_a_trained_flow_has_learnt_something(trained: Trained):
 def test_what_a_flow_of_the_plane_is_not_drawn_by_is_refused(command, tmp_path):
     words = [
         "model=tarflow",
-        "model.layers=[1]",
+        "model.num_layers=[1]",
         "model.width=4",
         "data=toy",
         "trainer.steps=1",
@@ -90,9 +90,9 @@ def test_what_a_flow_of_the_plane_is_not_drawn_by_is_refused(command, tmp_path):
     status, _, error = command(
         "train",
         *words,
-        "trainer.initial_images=16",
-        "trainer.evaluate_images=8",
-        f"out={tmp_path / 'run'}",
+        "trainer.init_images=16",
+        "trainer.eval_images=8",
+        f"output_dir={tmp_path / 'run'}",
     )
     assert status == 0, error
     for how in (

@@ -40,7 +40,7 @@ lines = st.binary(max_size=30) | rows.map(
 keys = st.sampled_from(("model.width", "data.root", "trainer.steps", "seed", "model", "x")) | names
 kinds = st.sampled_from(("PNG", "GIF", "JPEG", "BMP", "TIFF", "WEBP", "PPM"))
 portable = st.fixed_dictionaries(
-    dict.fromkeys(("config", "step", "images_seen", "figures", "command"), trees)
+    dict.fromkeys(("config", "step", "images_seen", "metrics", "command"), trees)
 )
 MANY = int(
     os.environ.get("FLOWGEN_EXAMPLES", "0")

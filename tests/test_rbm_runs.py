@@ -23,7 +23,7 @@ TINY = [
     "data.channels=1",
     "model.hidden=6",
     "trainer.batch_size=7",
-    "trainer.initial_images=16",
+    "trainer.init_images=16",
     "trainer.log_every=2",
     "trainer.save_every=2",
 ]
@@ -78,11 +78,14 @@ def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, command, phase,
         *TINY,
         f"data.root={images}",
         f"model/negative_phase={phase}",
-        f"data.binarise={binarization}",
-        "trainer.decay=0",
+        f"data.binarization={binarization}",
+        "trainer.warmdown_ratio=0",
     ]
     for name, steps in (("whole", 110), ("stopped", 56)):
-        assert command("train", *words, f"trainer.steps={steps}", f"out={tmp_path / name}")[0] == 0
+        assert (
+            command("train", *words, f"trainer.steps={steps}", f"output_dir={tmp_path / name}")[0]
+            == 0
+        )
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     kept = [
         line for line in metrics.read_text().splitlines() if json.loads(line)["split"] == "train"
@@ -91,7 +94,7 @@ def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, command, phase,
         "\n".join(kept) + "\n"
     )  # the end of a run is judged, which the longer run did not do there
     state = read_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.pt")
-    state["metrics"]["best"] = float("inf")
+    state["progress"]["best"] = float("inf")
     torch.save(state, tmp_path / "stopped" / "checkpoints" / "last.pt")
     assert command("resume", tmp_path / "stopped", "trainer.steps=110")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
@@ -112,7 +115,7 @@ def test_evaluate_is_exact_where_it_can_be_and_names_the_binarisation(rbm_run, c
     assert status == 0, error
     figures = json.loads(out)
     assert (
-        figures["quotable"] is True
+        figures["reliable"] is True
         and "exact" in figures["verdict"]
         and figures["binarise"] == "anew"
     )
@@ -126,13 +129,18 @@ def test_evaluate_prints_the_sandwich(images, tmp_path, command):
         "model.hidden=24",
         f"data.root={images}",
         "trainer.steps=4",
-        f"out={tmp_path / 'r'}",
+        f"output_dir={tmp_path / 'r'}",
     ]
-    assert command("train", *words, f"data.root={images}", f"out={tmp_path / 'r'}")[0] == 0
+    assert command("train", *words, f"data.root={images}", f"output_dir={tmp_path / 'r'}")[0] == 0
     figures = json.loads(
-        command("evaluate", "--run", tmp_path / "r", "--json", "betas=50", "evaluation.chains=20")[
-            1
-        ]
+        command(
+            "evaluate",
+            "--run",
+            tmp_path / "r",
+            "--json",
+            "ais_steps=50",
+            "evaluation.ais_chains=20",
+        )[1]
     )
     for name in ("forward", "reverse", "bridge"):
         assert (
@@ -140,21 +148,23 @@ def test_evaluate_prints_the_sandwich(images, tmp_path, command):
             and figures[f"effective_size_{name}"] > 1
             and figures[f"log_likelihood_{name}"] < 0
         )
-    assert isinstance(figures["quotable"], bool)
+    assert isinstance(figures["reliable"], bool)
     look = json.loads(
-        command("evaluate", "--run", tmp_path / "r", "--json", "betas=50", "thorough=false")[1]
+        command("evaluate", "--run", tmp_path / "r", "--json", "ais_steps=50", "cross_check=false")[
+            1
+        ]
     )
-    assert look["log_z_error"] > 0 and "quotable" not in look
+    assert look["log_z_error"] > 0 and "reliable" not in look
 
 
 def test_how_to_evaluate_is_no_setting_of_the_model(rbm_run, images, command):
-    words = "model.betas is no setting of the model: write evaluation.betas=50, or `flowgen evaluate betas=50`"
+    words = "model.betas is no setting of the model: write evaluation.ais_steps=50, or `flowgen evaluate ais_steps=50`"
     assert_plain(command("evaluate", "--run", rbm_run, "model.betas=50"), words)
     assert_plain(
         command("train", *TINY, f"data.root={images}", "trainer.steps=1", "model.betas=50"), words
     )
     assert_plain(
-        command("evaluate", "--run", rbm_run, "betas=0"),
+        command("evaluate", "--run", rbm_run, "ais_steps=0"),
         "betas must be a whole number of at least 1",
     )
 
@@ -167,9 +177,17 @@ def test_checkpoints_that_say_in_their_model_how_to_evaluate_still_load(tiny_run
     torch.save(state, path)
     assert flowgen.load(tiny_run).classes is None
     assert json.loads(command("evaluate", "--run", tiny_run, "--json")[1])["draws"] == 3
-    assert json.loads(command("evaluate", "--run", tiny_run, "--json", "draws=2")[1])["draws"] == 2
-    assert command("resume", tiny_run, "trainer.steps=7", "evaluation.draws=4")[0] == 0
-    assert read_checkpoint(path)["config"]["evaluation"]["draws"] == 4
+    assert (
+        json.loads(command("evaluate", "--run", tiny_run, "--json", "num_importance_samples=2")[1])[
+            "draws"
+        ]
+        == 2
+    )
+    assert (
+        command("resume", tiny_run, "trainer.steps=7", "evaluation.num_importance_samples=4")[0]
+        == 0
+    )
+    assert read_checkpoint(path)["config"]["evaluation"]["num_importance_samples"] == 4
 
 
 @pytest.mark.parametrize("method", ["gibbs", "tempering", "mean-field"])
@@ -228,10 +246,15 @@ def test_the_newest_run_that_fits_is_taken(elsewhere, images, command):
     from conftest import SMALL
 
     assert (
-        command("train", *TINY, f"data.root={images}", "trainer.steps=2", "out=outputs/rbm")[0] == 0
+        command("train", *TINY, f"data.root={images}", "trainer.steps=2", "output_dir=outputs/rbm")[
+            0
+        ]
+        == 0
     )
     assert (
-        command("train", *SMALL, f"data.root={images}", "trainer.steps=1", "out=outputs/glow")[0]
+        command(
+            "train", *SMALL, f"data.root={images}", "trainer.steps=1", "output_dir=outputs/glow"
+        )[0]
         == 0
     )
     assert "outputs/rbm" in command("chain", "--frames", 2, "--count", 4)[1]
@@ -296,7 +319,9 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
     )
     assert_plain(command("evaluate", "--run", rbm_run, "model.hidden=[8"), "cannot be read")
     assert_plain(
-        command("train", *TINY, f"data.root={images}", "data.binarise=maybe", "trainer.steps=1"),
+        command(
+            "train", *TINY, f"data.root={images}", "data.binarization=maybe", "trainer.steps=1"
+        ),
         "threshold, once, anew",
     )
     assert_plain(

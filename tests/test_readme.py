@@ -32,8 +32,8 @@ SMALL = [
     "trainer.steps=2",
     "trainer.minutes=null",
     "trainer.batch_size=4",
-    "trainer.initial_images=16",
-    "trainer.evaluate_images=8",
+    "trainer.init_images=16",
+    "trainer.eval_images=8",
     "trainer.device=cpu",
 ]
 SERVE = ("explore", "bot")  # until they are interrupted; what they serve has tests of its own

@@ -41,8 +41,8 @@ def test_a_report_of_several_runs_holds_all_its_pictures(images, tmp_path, comma
             *SMALL,
             f"data.root={images}",
             "trainer.steps=4",
-            "trainer.evaluate_every=2",
-            f"out=outputs/both/width{width}",
+            "trainer.eval_every=2",
+            f"output_dir=outputs/both/width{width}",
         ]
         assert command("train", *words, f"model.width={width}")[0] == 0
     assert command("sample", "--run", "outputs/both/width8", "--count", 4)[0] == 0
@@ -85,7 +85,7 @@ def test_figures_at_different_bits_do_not_share_a_plot_and_a_broken_run_spoils_n
             f"data.root={images}",
             "trainer.steps=1",
             f"data.bits={bits}",
-            f"out=outputs/all/at{bits}",
+            f"output_dir=outputs/all/at{bits}",
         ]
         assert command("train", *words)[0] == 0
     broken = Path("outputs/all/broken/config.yaml")
@@ -112,7 +112,11 @@ def test_a_run_that_is_not_there_gets_one_line_and_a_checkpoint_stands_for_its_r
     for name in ("one", "other"):
         assert (
             command(
-                "train", *SMALL, f"data.root={images}", "trainer.steps=1", f"out=outputs/{name}"
+                "train",
+                *SMALL,
+                f"data.root={images}",
+                "trainer.steps=1",
+                f"output_dir=outputs/{name}",
             )[0]
             == 0
         )

@@ -37,14 +37,18 @@ def test_a_bad_step_is_skipped_and_counted(images, tmp_path, command, monkeypatc
     poison(monkeypatch, {3, 5})
     assert (
         command(
-            "train", *SMALL, f"data.root={images}", "trainer.steps=6", f"out={tmp_path / 'run'}"
+            "train",
+            *SMALL,
+            f"data.root={images}",
+            "trainer.steps=6",
+            f"output_dir={tmp_path / 'run'}",
         )[0]
         == 0
     )
     state = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     assert (
-        state["rescue"]["skipped"] == 2
-        and state["rescue"]["rewinds"] == 0
+        state["nan_recovery"]["skipped"] == 2
+        and state["nan_recovery"]["rewinds"] == 0
         and state["optimizer"]["state"][0]["step"] == 4
     )
     assert all(torch.isfinite(value).all() for value in state["model"].values())
@@ -68,7 +72,11 @@ def test_a_bad_step_that_spoils_running_statistics_goes_back(
         f"data.root={images}",
     ]
     status, _, error = command(
-        "train", *words, "trainer.steps=12", "trainer.evaluate_every=12", f"out={tmp_path / 'run'}"
+        "train",
+        *words,
+        "trainer.steps=12",
+        "trainer.eval_every=12",
+        f"output_dir={tmp_path / 'run'}",
     )
     assert status == 0 and "back to step" in error
     last = [row for row in rows(tmp_path / "run") if row["split"] == "test"][-1]
@@ -93,7 +101,7 @@ def test_the_parameter_whose_gradient_is_bad_is_named(images, tmp_path, command,
     monkeypatch.setattr(Glow, "forward", remember)
     monkeypatch.setattr(torch.Tensor, "backward", spoil)
     status, _, error = command(
-        "train", *SMALL, f"data.root={images}", "trainer.steps=90", f"out={tmp_path / 'run'}"
+        "train", *SMALL, f"data.root={images}", "trainer.steps=90", f"output_dir={tmp_path / 'run'}"
     )
     last = [name for name, _ in model.named_parameters()][-1]
     assert status == 1 and f"the gradient of {last}" in error
@@ -109,9 +117,9 @@ def test_several_bad_steps_go_back_with_half_the_learning_rate(
         "trainer.steps=12",
         "trainer.save_every=2",
         "trainer.warmup=0",
-        "trainer.decay=0",
+        "trainer.warmdown_ratio=0",
     ]
-    status, _, error = command("train", *words, f"out={tmp_path / 'run'}")
+    status, _, error = command("train", *words, f"output_dir={tmp_path / 'run'}")
     assert status == 0 and "back to step 2" in error
     steps = [row for row in rows(tmp_path / "run") if row["split"] == "train"]
     assert [row["step"] for row in steps] == list(range(1, 13))
@@ -124,7 +132,7 @@ def test_hopeless_training_names_the_culprit_and_stops(images, tmp_path, command
         Affine, "forward", lambda self, a, p: transform(self, a / (len(a) != 4), p)
     )  # training batches alone
     status, _, error = command(
-        "train", *SMALL, f"data.root={images}", "trainer.steps=90", f"out={tmp_path / 'run'}"
+        "train", *SMALL, f"data.root={images}", "trainer.steps=90", f"output_dir={tmp_path / 'run'}"
     )
     assert (
         status == 1
@@ -138,14 +146,18 @@ def test_a_run_that_ends_on_a_bad_step_is_saved(images, tmp_path, command, monke
     poison(monkeypatch, {5, 6})
     assert (
         command(
-            "train", *SMALL, f"data.root={images}", "trainer.steps=6", f"out={tmp_path / 'run'}"
+            "train",
+            *SMALL,
+            f"data.root={images}",
+            "trainer.steps=6",
+            f"output_dir={tmp_path / 'run'}",
         )[0]
         == 0
     )
     state = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
     assert (
         state["step"] == 6
-        and state["rescue"]["failed"] == 2
+        and state["nan_recovery"]["failed"] == 2
         and read_checkpoint(Run(tmp_path / "run").best)["step"] == 6
     )
 
@@ -184,15 +196,15 @@ def test_the_culprit_is_looked_for_in_the_very_step_that_failed(command, tmp_pat
     words = [
         *[word for word in SMALL if not word.startswith(("data", "trainer.precision"))],
         "data=mnist_sample",
-        "model.classes=10",
+        "model.num_classes=10",
     ]
     words += [
         "trainer.steps=20",
-        "trainer.accumulate=2",
+        "trainer.grad_accum_steps=2",
         "trainer.precision=bfloat16",
         "model.levels=1",
     ]
-    status, _, error = command("train", *words, f"out={tmp_path / 'run'}")
+    status, _, error = command("train", *words, f"output_dir={tmp_path / 'run'}")
     assert status == 1 and "trainer.lr below" in error
     first = next(place for place, step in enumerate(seen) if not step[0])
     for failed, replayed in zip(seen[first - 2 : first], seen[first : first + 2], strict=True):

@@ -312,7 +312,11 @@ def test_against_prints_both_ways_where_a_run_of_the_other_data_is_there(
     assert float(rows["likelihood"][1]) > 0.9 and len(rows["likelihood"]) == 4
     assert (
         command(
-            "train", *SMALL, f"data.root={other}", "trainer.steps=2", "out=outputs/model.width=8"
+            "train",
+            *SMALL,
+            f"data.root={other}",
+            "trainer.steps=2",
+            "output_dir=outputs/model.width=8",
         )[0]
         == 0
     )
@@ -391,7 +395,7 @@ def test_an_rbm_scores_in_nats_images_whose_bits_are_drawn_like_its_own(
         "trainer.steps=3",
         "trainer.minutes=null",
     ]
-    assert command("train", *words, "out=outputs/rbm")[0] == 0
+    assert command("train", *words, "output_dir=outputs/rbm")[0] == 0
     status, _, error = command("score", images, "--csv", "all.csv")
     assert status == 0, error
     rows = list(csv.DictReader((elsewhere / "all.csv").open()))
@@ -433,7 +437,7 @@ def test_what_is_usual_is_found_anew_where_log_z_is(command, images):
         "trainer.steps=3",
         "trainer.minutes=null",
     ]
-    assert command("train", *words, "out=outputs/rbm")[0] == 0
+    assert command("train", *words, "output_dir=outputs/rbm")[0] == 0
 
     def scored() -> list[dict[str, str]]:
         assert command("score", images, "--csv", "all.csv")[0] == 0

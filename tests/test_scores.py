@@ -35,7 +35,7 @@ def test_the_scores_of_an_rbm_are_its_exact_log_probabilities_once_it_is_evaluat
 
 def test_log_z_that_may_not_be_quoted_is_not_taken():
     rbm = machine(6, 4)
-    for figures in ({}, {"log_z": 3.0}, {"log_z": 3.0, "quotable": False}, {"quotable": True}):
+    for figures in ({}, {"log_z": 3.0}, {"log_z": 3.0, "reliable": False}, {"reliable": True}):
         rbm.load_eval_results(figures)
         assert rbm.log_z is None
 
@@ -53,10 +53,13 @@ def test_log_z_is_kept_with_the_weights_that_were_evaluated(
     images: Path, tmp_path: Path, command: Command
 ):
     run = tmp_path / "rbm"
-    assert command("train", *TINY, f"data.root={images}", "trainer.steps=4", f"out={run}")[0] == 0
+    assert (
+        command("train", *TINY, f"data.root={images}", "trainer.steps=4", f"output_dir={run}")[0]
+        == 0
+    )
     assert flowgen.load(run).score_metric == UNNORMALIZED
-    assert command("evaluate", "--run", run, "data.binarise=threshold")[0] == 0
-    assert set(find_checkpoint(str(run))[1]["figures"]) == set(OF_LOG_Z), (
+    assert command("evaluate", "--run", run, "data.binarization=threshold")[0] == 0
+    assert set(find_checkpoint(str(run))[1]["metrics"]) == set(OF_LOG_Z), (
         "other images have the same log Z"
     )
     figures = json.loads(command("evaluate", "--run", run, "--json")[1])
@@ -68,9 +71,9 @@ def test_log_z_is_kept_with_the_weights_that_were_evaluated(
     assert torch.allclose(
         model.score(pixels), -model.free_energy(model.units(pixels)) - figures["log_z"]
     )
-    command("evaluate", "--run", run, "--json", "thorough=false")
+    command("evaluate", "--run", run, "--json", "cross_check=false")
     assert flowgen.load(run).score_metric == LOG_PROBABILITY, "a short look takes nothing away"
-    assert find_checkpoint(str(run))[1]["figures"] == figures
+    assert find_checkpoint(str(run))[1]["metrics"] == figures
 
     export_safetensors(
         find_checkpoint(str(run))[1], figures, "flowgen train", tmp_path / "rbm.safetensors"
@@ -84,13 +87,13 @@ def test_log_z_is_kept_with_the_weights_that_were_evaluated(
 
 
 def test_of_two_evaluations_the_surer_log_z_is_kept_and_figures_of_the_runs_own_images():
-    def found(name: str, error: float, quotable: bool = True) -> dict[str, object]:
+    def found(name: str, error: float, reliable: bool = True) -> dict[str, object]:
         return {
             "log_likelihood": name,
             "images": 9,
             "log_z": name,
             "log_z_error": error,
-            "quotable": quotable,
+            "reliable": reliable,
             "verdict": name,
         }
 
@@ -112,7 +115,7 @@ def test_of_two_evaluations_the_surer_log_z_is_kept_and_figures_of_the_runs_own_
         and merged(coarse, fine, own=False) == coarse | of_fine
     )
     assert merged(of_fine, coarse, own=True) == coarse | of_fine
-    doubtful = found("doubtful", 0.01, quotable=False)
+    doubtful = found("doubtful", 0.01, reliable=False)
     assert merged(fine, doubtful, own=True) == fine and merged({}, doubtful, own=True) == doubtful
     flow, again = {"bits_per_dim": 2.0, "images": 9}, {"bits_per_dim": 1.0, "images": 9, "draws": 8}
     assert (
@@ -126,5 +129,5 @@ def test_of_two_evaluations_the_surer_log_z_is_kept_and_figures_of_the_runs_own_
 def test_the_zoos_rbm_brings_its_log_z():
     assert (
         flowgen.load("zoo/rbm_mnist").log_z
-        == read_portable_metadata(zoo_file("zoo/rbm_mnist"))["figures"]["log_z"]
+        == read_portable_metadata(zoo_file("zoo/rbm_mnist"))["metrics"]["log_z"]
     )

@@ -36,7 +36,7 @@ RUN = {"trainer": {"steps": 5, "lr": 0.1, "keep_at": []}, "data": {"root": None}
     [
         ("trainer.steps=null", None),
         ("trainer.lr=1e-3", 1e-3),
-        ("trainer.keep_at=[1,2]", [1, 2]),
+        ("trainer.checkpoint_steps=[1,2]", [1, 2]),
         ("trainer.steps='1 epoch'", "1 epoch"),
     ],
 )
@@ -51,7 +51,7 @@ def test_resume_reads_values_as_train_does(word, value):
         ("trainer.stepz=3", "did you mean trainer.steps?"),
         ("trainer=gpu", "one by one"),
         ("trainer.steps=1,2", "sweep with `flowgen train -m`"),
-        ("trainer.keep_at=[1", "close its brackets"),
+        ("trainer.checkpoint_steps=[1", "close its brackets"),
         ("trainer.lr", "write KEY=VALUE"),
     ],
 )
@@ -68,10 +68,10 @@ def test_folders_may_have_any_name(monkeypatch):
         "/plain": "/plain",
     }.items():
         assert override(RUN, [f"data.root={typed}"])["data"]["root"] == meant
-    assert quote_overrides(["--cfg", "job", "out=/plain", "trainer.warmup=1 epoch"]) == [
+    assert quote_overrides(["--cfg", "job", "output_dir=/plain", "trainer.warmup=1 epoch"]) == [
         "--cfg",
         "job",
-        "out=/plain",
+        "output_dir=/plain",
         "trainer.warmup=1 epoch",
     ]
 
@@ -135,7 +135,7 @@ def test_a_run_keeps_what_auto_chose(tiny_run):
 
 
 def test_a_sweep_without_a_folder_of_its_own(images, command, elsewhere):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=1", "model.scale=tanh,sigmoid", "-m"]
+    words = [*SMALL, f"data.root={images}", "trainer.steps=1", "model.log_scale=tanh,sigmoid", "-m"]
     assert command("train", *words)[0] == 0
     (sweep,) = (elsewhere / "outputs").glob("*/*_glow_folder")
     assert len(runs_in(sweep)) == 2
@@ -145,7 +145,7 @@ def test_a_sweep_without_a_folder_of_its_own(images, command, elsewhere):
     ("words", "names"),
     [
         (
-            ["trainer.steps=5", "seed=1,2", "out=/tmp/x", "trainer.device=cpu"],
+            ["trainer.steps=5", "seed=1,2", "output_dir=/tmp/x", "trainer.device=cpu"],
             ["seed=1,trainer.steps=5", "seed=2,trainer.steps=5"],
         ),
         (["experiment=thesis/toy,demo"], ["experiment=thesis-toy", "experiment=demo"]),
@@ -177,13 +177,13 @@ def test_names_of_a_sweeps_folders(command, monkeypatch, tmp_path, words, names)
 
 
 def test_a_sweep_skips_what_has_ended_and_goes_on_with_the_rest(images, command, tmp_path):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=4", "trainer.keep_at=[2]", "-m"]
-    assert command("train", *words, "seed=1,2", f"out={tmp_path / 'whole'}")[0] == 0
-    assert command("train", *words, "seed=1,2", f"out={tmp_path / 'sweep'}")[0] == 0
+    words = [*SMALL, f"data.root={images}", "trainer.steps=4", "trainer.checkpoint_steps=[2]", "-m"]
+    assert command("train", *words, "seed=1,2", f"output_dir={tmp_path / 'whole'}")[0] == 0
+    assert command("train", *words, "seed=1,2", f"output_dir={tmp_path / 'sweep'}")[0] == 0
     ended, killed = ((tmp_path / "sweep" / name) for name in runs_in(tmp_path / "sweep"))
     forget_the_end(killed)
     before = (ended / "metrics.jsonl").stat().st_mtime_ns
-    status, _, error = command("train", *words, "seed=1,2,3", f"out={tmp_path / 'sweep'}")
+    status, _, error = command("train", *words, "seed=1,2,3", f"output_dir={tmp_path / 'sweep'}")
     assert (
         status == 0
         and error.count("skipped: ") == 1
@@ -209,8 +209,8 @@ def test_runs_of_several_processes_fail_and_end_in_a_sweep_as_others_do(
         *SMALL,
         f"data.root={images}",
         "trainer.steps=4",
-        "trainer.devices=2",
-        f"out={tmp_path / 'sweep'}",
+        "trainer.num_processes=2",
+        f"output_dir={tmp_path / 'sweep'}",
         "-m",
     ]
     with monkeypatch.context() as alone:
@@ -237,12 +237,12 @@ def test_a_named_checkpoint_is_gone_on_with_by_several_processes_too(
         resume, "launch", lambda processes, words, cure: handed.append((processes, words))
     )
     last = str(tiny_run / "checkpoints" / "last.pt")
-    assert command("resume", last, "trainer.devices=2", "trainer.steps=9")[0] == 0
-    assert handed == [(2, ["resume", last, "trainer.devices=2", "trainer.steps=9"])]
+    assert command("resume", last, "trainer.num_processes=2", "trainer.steps=9")[0] == 0
+    assert handed == [(2, ["resume", last, "trainer.num_processes=2", "trainer.steps=9"])]
 
 
 def test_a_sweep_does_not_go_on_with_another_configuration(images, command, tmp_path):
-    words = [*SMALL, "trainer.steps=1", "seed=1,2", f"out={tmp_path / 'sweep'}", "-m"]
+    words = [*SMALL, "trainer.steps=1", "seed=1,2", f"output_dir={tmp_path / 'sweep'}", "-m"]
     assert command("train", *words, f"data.root={images}")[0] == 0
     status, _, error = command(
         "train", *words, f"data.root={shutil.copytree(images, tmp_path / 'others')}"
@@ -259,7 +259,7 @@ def test_a_failing_job_in_another_process_fails_the_sweep(images, command, tmp_p
         *SMALL,
         f"data.root={images}",
         "trainer.steps=1",
-        f"out={tmp_path / 'sweep'}",
+        f"output_dir={tmp_path / 'sweep'}",
         "model.width=zero,8,nil",
         "-m",
     ]
@@ -285,7 +285,7 @@ def test_a_job_that_is_queued_again_goes_on(images, tmp_path):
         "trainer.minutes=0.1",
         "trainer.save_every=100000",
         "seed=range(1,2)",
-        f"out={tmp_path}",
+        f"output_dir={tmp_path}",
         "-m",
     ]
     sweep = subprocess.Popen(
@@ -307,9 +307,9 @@ def test_a_job_that_is_queued_again_goes_on(images, tmp_path):
 
 
 def test_resume_true_ends_with_the_same_bits(images, command, tmp_path):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=4", "trainer.keep_at=[2]"]
-    assert command("train", *words, f"out={tmp_path / 'whole'}")[0] == 0
-    again = [*words, f"out={tmp_path / 'run'}", "resume=true"]
+    words = [*SMALL, f"data.root={images}", "trainer.steps=4", "trainer.checkpoint_steps=[2]"]
+    assert command("train", *words, f"output_dir={tmp_path / 'whole'}")[0] == 0
+    again = [*words, f"output_dir={tmp_path / 'run'}", "resume=true"]
     assert command("train", *again)[0] == 0
     forget_the_end(tmp_path / "run")
     status, _, error = command("train", *again)
@@ -322,7 +322,7 @@ def test_resume_true_ends_with_the_same_bits(images, command, tmp_path):
 
 
 def test_resume_true_says_what_stands_against_it(tiny_run, images, command):
-    words = [*SMALL, f"data.root={images}", f"out={tiny_run}", "resume=true"]
+    words = [*SMALL, f"data.root={images}", f"output_dir={tiny_run}", "resume=true"]
     before = (tiny_run / "config.yaml").read_text()
     for more, ends, said in (
         (["trainer.steps=6"], 0, "has ended, at step 6"),
@@ -349,7 +349,7 @@ def test_a_signal_of_a_launchers_is_passed_on_once_the_run_is_saved(
         f"data.root={images}",
         "trainer.steps=9",
         "trainer.save_every=100",
-        f"out={tmp_path / 'run'}",
+        f"output_dir={tmp_path / 'run'}",
     ]
     try:
         status, _, error = command("train", *words)
@@ -367,10 +367,10 @@ def test_init_starts_from_a_runs_averaged_weights(tiny_run, command, tmp_path):
         f"data.root={tmp_path / 'others'}",
         "trainer.steps=1",
         "trainer.lr=0",
-        f"out={tmp_path / 'new'}",
-        "trainer.ema=0.5",
+        f"output_dir={tmp_path / 'new'}",
+        "trainer.ema_decay=0.5",
     ]
-    assert command("train", *words, f"init={os.path.relpath(tiny_run)}")[0] == 0
+    assert command("train", *words, f"init_from={os.path.relpath(tiny_run)}")[0] == 0
     assert read_config(tmp_path / "new" / "config.yaml")["init"] == str(tiny_run)
     figures = [
         json.loads(
@@ -382,11 +382,11 @@ def test_init_starts_from_a_runs_averaged_weights(tiny_run, command, tmp_path):
 
 
 def test_init_says_what_does_not_fit(tiny_run, images, command, tmp_path):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"out={tmp_path / 'new'}"]
-    status, _, error = command("train", *words, f"init={tiny_run}", "model.width=4")
+    words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"output_dir={tmp_path / 'new'}"]
+    status, _, error = command("train", *words, f"init_from={tiny_run}", "model.width=4")
     assert status == 1 and "do not fit, model.width=8 there and 4 here" in error.splitlines()[-1]
     assert (
-        command("train", *words, "init=nowhere")[2]
+        command("train", *words, "init_from=nowhere")[2]
         .splitlines()[-1]
         .startswith("flowgen: nowhere is no run")
     )

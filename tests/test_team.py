@@ -27,16 +27,16 @@ TINY = [word for word in SMALL if not word.startswith("model.")]
 MODELS = {  # by descent: Adam makes steps of the rounding errors that are the gradient of a bias before a batch normalisation
     "glow": [
         *SMALL,
-        "model.dequantisation=variational",
-        "data.flip=true",
-        "trainer.accumulate=2",
+        "model.dequantization=variational",
+        "data.random_flip=true",
+        "trainer.grad_accum_steps=2",
         "trainer.batch_size=8",
     ],
     "realnvp": [
         *TINY,
         "model=realnvp",
         "model.width=4",
-        "model.blocks=1",
+        "model.num_blocks=1",
         "model.levels=1",
         "trainer.optimizer=sgd",
     ],
@@ -45,7 +45,7 @@ MODELS = {  # by descent: Adam makes steps of the rounding errors that are the g
         *TINY,
         "model=tarflow",
         "model.width=8",
-        "model.layers=[1,1]",
+        "model.num_layers=[1,1]",
         "model.dropout=0.2",
         "trainer.optimizer=sgd",
     ],
@@ -63,10 +63,10 @@ def double():
 def config_of(name: str, images: Path, steps: int) -> dict:
     ends = [
         f"trainer.steps={steps}",
-        "trainer.decay=0",
+        "trainer.warmdown_ratio=0",
         "trainer.warmup=0",
         "trainer.precision=float32",
-        "trainer.evaluate_every=10",
+        "trainer.eval_every=10",
     ]
     return compose_config(*MODELS[name], f"data.root={images}", *ends)
 
@@ -163,11 +163,14 @@ def test_a_run_that_loses_a_process_says_how_to_go_on_and_does(images, tmp_path,
         *SMALL,
         f"data.root={images}",
         "trainer.steps=4000",
-        "trainer.decay=0",
+        "trainer.warmdown_ratio=0",
         "trainer.save_every=2",
     ]
-    quiet = ["trainer.evaluate_every=10000", "trainer.sample_every=10000"]
-    process, step = spawn("train", *words, *quiet, "trainer.devices=2", f"out={run}"), 0
+    quiet = ["trainer.eval_every=10000", "trainer.sample_every=10000"]
+    process, step = (
+        spawn("train", *words, *quiet, "trainer.num_processes=2", f"output_dir={run}"),
+        0,
+    )
     for rank in (0, 1):
         wait_for_step(
             run, step + random.randrange(3, 20)
@@ -194,7 +197,7 @@ def test_a_run_that_loses_a_process_says_how_to_go_on_and_does(images, tmp_path,
     stopped = read_checkpoint(Run(run).last)["step"]
     assert stopped >= step + 3
     status, _, error = command(
-        "resume", run, "trainer.devices=null", f"trainer.steps={stopped + 1}"
+        "resume", run, "trainer.num_processes=null", f"trainer.steps={stopped + 1}"
     )
     assert status == 0 and rows(run)[-1]["step"] == stopped + 1, error
 
@@ -249,7 +252,7 @@ def test_more_processes_than_gpus_train_on_the_cpu(monkeypatch):
 def test_what_several_processes_cannot_do_is_said_at_once(images, tmp_path, command, monkeypatch):
     assert (
         "devices must be a whole number"
-        in command("train", *SMALL, f"data.root={images}", "trainer.devices=two")[2]
+        in command("train", *SMALL, f"data.root={images}", "trainer.num_processes=two")[2]
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

@@ -84,7 +84,7 @@ def test_every_figure_is_made_and_a_killed_reproduction_goes_on(tmp_path):
     again = reproduce("--scale", "smoke", folder=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-1] == "outputs/thesis/smoke_mnist_sample/thesis.html"
-    assert "out=outputs/thesis/smoke_mnist_sample/glow_resnet resume=true" in again.stdout
+    assert "output_dir=outputs/thesis/smoke_mnist_sample/glow_resnet resume=true" in again.stdout
     assert (
         folder / "glow_conv" / "metrics.jsonl"
     ).stat().st_mtime_ns == noted and "smoke_mnist_sample/glow_conv " not in again.stdout

@@ -113,12 +113,15 @@ def test_a_run_keeps_its_threads(images, tmp_path, command, monkeypatch):
     for name in threads.CHOSEN:
         monkeypatch.delenv(name, raising=False)
     run = tmp_path / "run"
-    assert command("train", *SMALL, f"data.root={images}", "trainer.steps=2", f"out={run}")[0] == 0
+    assert (
+        command("train", *SMALL, f"data.root={images}", "trainer.steps=2", f"output_dir={run}")[0]
+        == 0
+    )
     free[0] = 1.0
     assert command("resume", run, "trainer.steps=4")[0] == 0
-    assert read_checkpoint(run / "checkpoints" / "last.pt")["config"]["trainer"]["threads"] == 3
+    assert read_checkpoint(run / "checkpoints" / "last.pt")["config"]["trainer"]["num_threads"] == 3
     assert "threads: 3" in (run / "config.yaml").read_text() and torch.get_num_threads() == 3
     assert (run / "train.log").read_text().count("3 threads on") == 2
-    assert command("resume", run, "trainer.steps=6", "trainer.threads=auto")[0] == 0
+    assert command("resume", run, "trainer.steps=6", "trainer.num_threads=auto")[0] == 0
     assert "threads: 1" in (run / "config.yaml").read_text()
     assert command("sample", "--run", run, "--count", "2")[0] == 0 and torch.get_num_threads() == 1

@@ -257,7 +257,7 @@ def test_sample_tells_how_many_sweeps_it_took(command, images, tmp_path):
         *words,
         f"data.root={images}",
         "trainer.steps=2",
-        f"out={tmp_path / 'run'}",
+        f"output_dir={tmp_path / 'run'}",
     )
     assert status == 0, error
     status, _, error = command("sample", "--run", tmp_path / "run", "--jacobi", "--count", 2)
@@ -267,7 +267,7 @@ def test_sample_tells_how_many_sweeps_it_took(command, images, tmp_path):
     )
     assert status == 0 and error.count("sweeps of the blocks: ") == 1
     status, _, error = command("sample", "--run", tmp_path / "run", "--guidance", 1)
-    assert status == 1 and "model.classes=10" in error and len(error.splitlines()) == 1
+    assert status == 1 and "model.num_classes=10" in error and len(error.splitlines()) == 1
     for words in (["--jacobi", "--sweeps", 3], ["--guidance", 1, "--method", "gibbs"]):
         assert command("sample", *words)[0] == 1
 

@@ -28,7 +28,7 @@ from flowgen.utils.errors import UserError
 
 NORMALIZED = [
     "model=realnvp",
-    "model.blocks=1",
+    "model.num_blocks=1",
     "model.levels=1",
     *[word for word in SMALL if "steps_per_level" not in word],
 ]
@@ -39,14 +39,14 @@ PERSISTENT = [  # chains that go on from step to step
     "data.channels=1",
     *[word for word in SMALL if not word.startswith(("model.", "trainer.lr"))],
 ]
-AVERAGED = [*SMALL, "trainer.ema=[0,0.9]"]
+AVERAGED = [*SMALL, "trainer.ema_decay=[0,0.9]"]
 DROPPING = [
     "model=tarflow",
-    "model.layers=[1,1]",
+    "model.num_layers=[1,1]",
     "model.dropout=0.3",
-    "data.shift=1",
+    "data.random_shift=1",
     "trainer.betas=[0.8,0.9]",
-    "trainer.memory=checkpoint",
+    "trainer.activation_memory=checkpoint",
     *[word for word in SMALL if "steps_per_level" not in word],
 ]
 MEASURED = {"images_per_second", "seconds", "memory_gib"}
@@ -71,7 +71,7 @@ def same(one: Any, other: Any) -> bool:
 
 def assert_same_run(one: Path, other: Path) -> None:
     states = [read_checkpoint(run / "checkpoints" / "last.pt") for run in (one, other)]
-    for key in ("step", "images_seen", "model", "ema", "averages", "optimizer"):
+    for key in ("step", "images_seen", "model", "ema", "emas", "optimizer"):
         assert same(states[0][key], states[1][key]), key
     assert rows(one) == rows(other)
 
@@ -145,7 +145,12 @@ def test_choices_are_made_on_validation_images_and_the_test_split_is_judged_once
         "batches",
         lambda data, split, *rest: [seen.append(split), batches(data, split, *rest)][1],
     )
-    words = [*SMALL, f"data.root={images}", "trainer.evaluate_every=2", f"out={tmp_path / 'run'}"]
+    words = [
+        *SMALL,
+        f"data.root={images}",
+        "trainer.eval_every=2",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     assert command("train", *words, "trainer.steps=6")[0] == 0
     assert [row["step"] for row in rows(tmp_path / "run") if row["split"] == "validation"] == [
         2,
@@ -155,7 +160,7 @@ def test_choices_are_made_on_validation_images_and_the_test_split_is_judged_once
     assert [row["step"] for row in rows(tmp_path / "run") if row["split"] == "test"] == [6]
     assert seen.count("test") == 2  # once to judge, once for what no model can say of them
     state = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
-    assert state["metrics"]["best"] == min(
+    assert state["progress"]["best"] == min(
         row["bits_per_dim"] for row in rows(tmp_path / "run") if row["split"] == "validation"
     )
 
@@ -165,11 +170,13 @@ def test_training_ends_early_where_validation_shows_no_gain(images, tmp_path, co
     words = [
         *SMALL,
         f"data.root={images}",
-        "trainer.evaluate_every=2",
+        "trainer.eval_every=2",
         "trainer.patience=2",
-        f"out={tmp_path / 'run'}",
+        f"output_dir={tmp_path / 'run'}",
     ]
-    assert command("train", *words, "trainer.steps=40", "trainer.lr=0", "trainer.ema=0")[0] == 0
+    assert (
+        command("train", *words, "trainer.steps=40", "trainer.lr=0", "trainer.ema_decay=0")[0] == 0
+    )
     assert [
         (row["step"], row["split"]) for row in rows(tmp_path / "run") if row["split"] != "train"
     ] == [
@@ -244,17 +251,17 @@ def test_of_several_averages_the_best_by_validation_is_judged_and_kept(images, t
         f"data.root={images}",
         "trainer.steps=20",
         "trainer.warmup=0",
-        "trainer.decay=0",
-        f"trainer.ema={decays}",
+        "trainer.warmdown_ratio=0",
+        f"trainer.ema_decay={decays}",
     ]
-    status, _, error = command("train", *words, f"out={run}")
+    status, _, error = command("train", *words, f"output_dir={run}")
     assert status == 0, error
     state, judged = (
         read_checkpoint(Run(run).last),
         {row["split"]: row for row in rows(run) if row["step"] == 20},
     )
     data, model, found = build_data(state["config"]), flowgen.load(run), []
-    for average in state["averages"]:
+    for average in state["emas"]:
         model.load_state_dict(
             {
                 name.removeprefix("module."): value
@@ -274,7 +281,7 @@ def test_of_several_averages_the_best_by_validation_is_judged_and_kept(images, t
     )
     chosen = found.index(min(found))
     assert judged["validation"]["ema"] == decays[chosen] and same(
-        state["ema"], state["averages"][chosen]
+        state["ema"], state["emas"][chosen]
     )
     settings = {field.name: state["config"]["trainer"][field.name] for field in fields(OptimConfig)}
     other = TrainState(model, OptimConfig(**settings | {"ema": decays[::-1]}))
@@ -293,16 +300,16 @@ def test_batch_statistics_are_those_of_the_weights_that_are_judged(images, tmp_p
         f"data.root={images}",
         "trainer.steps=30",
         "trainer.lr=1e-2",
-        f"trainer.ema={ema}",
+        f"trainer.ema_decay={ema}",
     ]
     run = tmp_path / "run"
     status, _, error = command(
         "train",
         *words,
         "trainer.warmup=0",
-        "trainer.decay=0",
-        "trainer.evaluate_every=30",
-        f"out={run}",
+        "trainer.warmdown_ratio=0",
+        "trainer.eval_every=30",
+        f"output_dir={run}",
     )
     assert status == 0, error
     config = read_checkpoint(Run(run).last)["config"]
@@ -338,14 +345,14 @@ def test_killed_and_resumed_equals_never_stopped(images, tmp_path, command, mode
     words = [
         *model,
         f"data.root={images}",
-        "data.flip=true",
+        "data.random_flip=true",
         "trainer.steps=14",
         "trainer.save_every=5",
-        "trainer.evaluate_every=4",
+        "trainer.eval_every=4",
     ]
-    assert command("train", *words, f"out={tmp_path / 'whole'}")[0] == 0
+    assert command("train", *words, f"output_dir={tmp_path / 'whole'}")[0] == 0
     killed = tmp_path / "killed"
-    process = spawn("train", *words, f"out={killed}")
+    process = spawn("train", *words, f"output_dir={killed}")
     wait_for_step(killed, kill_at) if kill_at else wait_for_file(killed / "config.yaml")
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -365,18 +372,18 @@ def test_stopped_by_sigterm_saves_and_says_how_to_resume(images, tmp_path, comma
         *SMALL,
         f"data.root={images}",
         "trainer.steps=4000",
-        "trainer.evaluate_every=100000",
+        "trainer.eval_every=100000",
         "trainer.sample_every=100000",
     ]
     stopped = tmp_path / "stopped"
-    process = spawn("train", *words, f"out={stopped}")
+    process = spawn("train", *words, f"output_dir={stopped}")
     wait_for_step(stopped, 5)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and f"flowgen resume {stopped}" in output
     step = read_checkpoint(stopped / "checkpoints" / "last.pt")["step"]
     assert 5 <= step < 4000
-    end = ["trainer.decay=0", f"trainer.steps={step + 3}"]
+    end = ["trainer.warmdown_ratio=0", f"trainer.steps={step + 3}"]
     assert command("resume", stopped, *end)[0] == 0
     assert rows(stopped)[-1]["step"] == step + 3
 
@@ -401,10 +408,10 @@ def test_a_compiled_training_goes_like_the_eager_one(images, tmp_path, command):
     ways = {
         "eager": [],
         "compiled": ["trainer.compile=true"],
-        "recomputed": ["trainer.compile=true", "trainer.memory=checkpoint"],
+        "recomputed": ["trainer.compile=true", "trainer.activation_memory=checkpoint"],
     }
     for name, how in ways.items():
-        assert command("train", *words, *how, f"out={tmp_path / name}")[0] == 0
+        assert command("train", *words, *how, f"output_dir={tmp_path / name}")[0] == 0
     losses = {
         name: [row["loss"] for row in rows(tmp_path / name) if row["split"] == "train"]
         for name in ways
@@ -426,13 +433,13 @@ def test_batch_statistics_are_not_recomputed_by_a_compiler(images, tmp_path, com
         f"data.root={images}",
         "trainer.steps=2",
         "trainer.compile=true",
-        "trainer.memory=checkpoint",
-        f"out={tmp_path / 'run'}",
+        "trainer.activation_memory=checkpoint",
+        f"output_dir={tmp_path / 'run'}",
     ]
     status, _, error = command("train", *words)
     assert (
         status == 1
-        and "trainer.memory=keep" in error
+        and "trainer.activation_memory=store" in error
         and not (tmp_path / "run" / "checkpoints").exists()
     )
 
@@ -443,14 +450,17 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(images, tmp_path, co
         f"data.root={images}",
         "trainer.steps=1",
         "trainer.warmup=0",
-        "trainer.decay=0",
-        "trainer.ema=0",
+        "trainer.warmdown_ratio=0",
+        "trainer.ema_decay=0",
     ]
     for parts in (1, 2):
         assert (
-            command("train", *words, f"trainer.accumulate={parts}", f"out={tmp_path / str(parts)}")[
-                0
-            ]
+            command(
+                "train",
+                *words,
+                f"trainer.grad_accum_steps={parts}",
+                f"output_dir={tmp_path / str(parts)}",
+            )[0]
             == 0
         )
     one, two = (rows(tmp_path / str(parts))[0]["grad_norm"] for parts in (1, 2))
@@ -474,8 +484,8 @@ def test_a_run_is_trained_by_one_process_alone(tiny_run, command):
 
 
 def test_resume_from_a_named_checkpoint_file(images, tmp_path, command):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=8", "trainer.keep_every=4"]
-    assert command("train", *words, f"out={tmp_path / 'run'}")[0] == 0
+    words = [*SMALL, f"data.root={images}", "trainer.steps=8", "trainer.checkpoint_every=4"]
+    assert command("train", *words, f"output_dir={tmp_path / 'run'}")[0] == 0
     whole = read_checkpoint(Run(tmp_path / "run").last)
     assert command("resume", Run(tmp_path / "run").step_path(4))[0] == 0
     assert same(read_checkpoint(Run(tmp_path / "run").last)["model"], whole["model"])
@@ -491,10 +501,10 @@ def test_what_a_step_draws_depends_on_seed_and_step_alone(images, tmp_path, comm
     """Looks at the model that draw numbers of their own, often or never, leave the same weights."""
     evaluate = Glow.evaluate
     monkeypatch.setattr(Glow, "evaluate", lambda *of: [torch.rand(3), evaluate(*of)][1])
-    words = [*SMALL, f"data.root={images}", "data.flip=true", "trainer.steps=6"]
+    words = [*SMALL, f"data.root={images}", "data.random_flip=true", "trainer.steps=6"]
     for often, name in ((1, "often"), (100, "never")):
         looks = [f"trainer.{what}_every={often}" for what in ("evaluate", "sample", "save")]
-        assert command("train", *words, *looks, f"out={tmp_path / name}")[0] == 0
+        assert command("train", *words, *looks, f"output_dir={tmp_path / name}")[0] == 0
     one, other = (read_checkpoint(Run(tmp_path / name).last) for name in ("often", "never"))
     assert same(one["model"], other["model"]) and same(one["ema"], other["ema"])
 
@@ -517,7 +527,7 @@ def test_a_resumed_run_takes_the_settings_of_the_optimiser_that_are_given(
     images, tmp_path, command, first, then, setting
 ):
     words = [*SMALL, f"data.root={images}", "trainer.steps=2", *first]
-    assert command("train", *words, f"out={tmp_path / 'run'}")[0] == 0
+    assert command("train", *words, f"output_dir={tmp_path / 'run'}")[0] == 0
     status, _, error = command("resume", tmp_path / "run", "trainer.steps=4", *then)
     assert status == 0, error
     name, value = setting
@@ -535,10 +545,10 @@ def test_a_run_whose_time_ends_while_it_is_judged_is_not_judged_again(
         *SMALL,
         f"data.root={images}",
         "trainer.minutes=0.01",
-        "trainer.evaluate_every=1",
+        "trainer.eval_every=1",
         "trainer.log_every=100",
     ]
-    assert command("train", *words, f"out={tmp_path / 'run'}")[0] == 0
+    assert command("train", *words, f"output_dir={tmp_path / 'run'}")[0] == 0
     assert [(row["step"], row["split"]) for row in rows(tmp_path / "run")] == [
         (1, "validation"),
         (1, "train"),
@@ -552,10 +562,10 @@ def test_the_largest_seed_is_as_good_as_any(images, tmp_path, command):
         *SMALL,
         f"data.root={images}",
         f"seed={2**63 - 1}",
-        "data.flip=true",
+        "data.random_flip=true",
         "trainer.steps=11",
     ]  # more than an epoch
-    assert command("train", *words, f"out={tmp_path / 'run'}")[0] == 0
+    assert command("train", *words, f"output_dir={tmp_path / 'run'}")[0] == 0
     for words in (
         ["resume", tmp_path / "run", "trainer.steps=12"],
         ["sample", "--run", tmp_path / "run", "--seed", 2**63 - 1],

@@ -131,16 +131,16 @@ def test_a_model_to_pass_on_says_as_little_as_it_may(portable):
     for key in ("sample_temperature", "memory", "betas"):
         del about["config"]["trainer"][key]
     about = {key: value for key, value in about.items() if key != "format"} | {
-        "figures": {"quotable": True}
+        "metrics": {"reliable": True}
     }
     save_file(read_safetensors(portable)["model"], path, metadata={"flowgen": json.dumps(about)})
     checkpoint = read_safetensors(path)
     assert (
         checkpoint["config"]["trainer"]["sample_temperature"] == 1.0
-        and checkpoint["config"]["trainer"]["memory"] == "keep"
+        and checkpoint["config"]["trainer"]["activation_memory"] == "keep"
     )
     rbm = machine(6, 4)
-    rbm.load_eval_results(checkpoint["figures"])
+    rbm.load_eval_results(checkpoint["metrics"])
     assert rbm.log_z is None and isinstance(flowgen.load(path), flowgen.models.Glow)
 
 
@@ -172,7 +172,7 @@ def test_runs_lists_the_zoo_without_torch(elsewhere):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_the_zoo_says_how_it_was_made_and_judged(name):
     about = read_safetensors(ZOO.parent / f"{name}{SUFFIX}")
-    figures = about["figures"]
+    figures = about["metrics"]
     assert (
         about["command"].startswith("flowgen train experiment=zoo/")
         and figures["split"] == "test"
@@ -195,7 +195,7 @@ def test_an_exported_model_is_the_run_with_its_card_and_samples(tiny_run, comman
     assert all(
         torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items()
     )
-    card, figures = path.with_suffix(".md").read_text(), read_safetensors(path)["figures"]
+    card, figures = path.with_suffix(".md").read_text(), read_safetensors(path)["metrics"]
     assert (
         figures["split"] == "test"
         and str(figures["bits_per_dim"]) in card
@@ -204,18 +204,20 @@ def test_an_exported_model_is_the_run_with_its_card_and_samples(tiny_run, comman
     assert "ask whoever made them" in card and str(tmp_path) not in card
     assert f"On {figures['images']} images of the test split" in card
     assert command("export", path, tmp_path / "again.safetensors")[0] == 0
-    assert read_safetensors(tmp_path / "again.safetensors")["figures"] == figures
+    assert read_safetensors(tmp_path / "again.safetensors")["metrics"] == figures
 
 
 def test_an_exported_model_says_what_its_evaluation_found(tiny_run, images, command, tmp_path):
     """That of the run's own images, if there was any: another's is not the run's."""
-    status, output, error = command("evaluate", "--run", tiny_run, "--json", "draws=2")
+    status, output, error = command(
+        "evaluate", "--run", tiny_run, "--json", "num_importance_samples=2"
+    )
     assert status == 0, error
-    assert command("evaluate", "--run", tiny_run, "data.flip=false")[0] == 0
+    assert command("evaluate", "--run", tiny_run, "data.random_flip=false")[0] == 0
     assert command("export", tiny_run, tmp_path / "mine.safetensors")[0] == 0
     found = {key: value for key, value in json.loads(output).items() if key != "run"}
     assert (
-        read_safetensors(tmp_path / "mine.safetensors")["figures"] == found and found["draws"] == 2
+        read_safetensors(tmp_path / "mine.safetensors")["metrics"] == found and found["draws"] == 2
     )
 
 

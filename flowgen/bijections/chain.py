@@ -87,7 +87,7 @@ def set_activation_memory(model: nn.Module, memory: str) -> None:
     chains = [module for module in model.modules() if isinstance(module, Chain)]
     if memory != "keep" and not supports_checkpointing(model):
         raise UserError(
-            f"this model keeps nothing that could be computed again: leave trainer.memory={memory} out"
+            f"this model keeps nothing that could be computed again: leave trainer.activation_memory={memory} out"
         )
     for bijection in (
         bijection for chain in chains for bijection in chain.bijections if memory == "invert"
@@ -96,7 +96,7 @@ def set_activation_memory(model: nn.Module, memory: str) -> None:
             True for _ in bijection.parameters()
         ):
             raise UserError(
-                f"trainer.memory=invert cannot recover what entered this model's {type(bijection).__name__}: set trainer.memory=checkpoint"
+                f"trainer.activation_memory=reversible cannot recover what entered this model's {type(bijection).__name__}: set trainer.activation_memory=checkpoint"
             )
     for chain in chains:
         chain.memory = memory

@@ -52,9 +52,9 @@ def load_directions(
     """
     if (
         isinstance(model, ClassConditional)
-        and model.classes is not None
+        and model.num_classes is not None
         and table is None
-        and set(wanted) <= set(map(str, range(model.classes)))
+        and set(wanted) <= set(map(str, range(model.num_classes)))
     ):
         return class_directions(model)
     config = checkpoint["config"]
@@ -95,11 +95,11 @@ def _from_training(config: dict[str, Any], count: int) -> Labelled:
     train = data.train
     if train.attributes is not None:
         names, classes, attributes = data.attributes, False, train.attributes
-    elif train.labels is not None and data.classes is not None:
+    elif train.labels is not None and data.num_classes is not None:
         names, classes, attributes = (
-            tuple(map(str, range(data.classes))),
+            tuple(map(str, range(data.num_classes))),
             True,
-            one_hot(train.labels, data.classes),
+            one_hot(train.labels, data.num_classes),
         )
     else:
         raise UserError(

@@ -15,7 +15,7 @@ from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import Metrics, finite
 
 BATCH = 64
-OF_LOG_Z = ("log_z", "log_z_error", "quotable", "verdict")
+OF_LOG_Z = ("log_z", "log_z_error", "reliable", "verdict")
 log = logging.getLogger("flowgen")
 
 
@@ -67,7 +67,7 @@ def evaluate(*, name: str | None, overrides: list[str], device: str) -> EvalRepo
         judgement,
     )
     own = all(config[section] == trained[section] for section in ("model", "data"))
-    if kept := merged(checkpoint["figures"], found.row(), own):
+    if kept := merged(checkpoint["metrics"], found.row(), own):
         run.save_evaluation(checkpoint, kept)
     return found
 
@@ -81,4 +81,4 @@ def merged(kept: dict[str, Any], found: dict[str, Any], own: bool) -> dict[str, 
 
 def _doubt(figures: dict[str, Any]) -> float:
     error = figures.get("log_z_error")
-    return error if error is not None and figures.get("quotable") else math.inf
+    return error if error is not None and figures.get("reliable") else math.inf

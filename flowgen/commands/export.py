@@ -50,7 +50,8 @@ def dataset_name(data: dict[str, Any]) -> str:
     """What the images of a data section are called: those of a folder as faces for research where its path says so."""
     kind = str(data["_target_"]).rpartition(".")[2]
     named = str(
-        (data.get("name") if kind == "MNIST" else next(iter(data.get("names") or []), None)) or kind
+        (data.get("name") if kind == "MNIST" else next(iter(data.get("search_dirs") or []), None))
+        or kind
     )
     where = str(data.get("root") or "").lower()
     return named if named in TERMS else next((word for word in FOLDERS if word in where), named)
@@ -58,7 +59,7 @@ def dataset_name(data: dict[str, Any]) -> str:
 
 def with_dataset_name(data: dict[str, Any]) -> dict[str, Any]:
     """The section with the name of its images where the path alone says it, which is not passed on: their terms go with it."""
-    images, names = dataset_name(data), data.get("names") or []
+    images, names = dataset_name(data), data.get("search_dirs") or []
     return data | {"names": [images, *names]} if images in FOLDERS and images not in names else data
 
 
@@ -112,7 +113,7 @@ def card(
     title: str, run: str, picture: str, about: dict[str, Any], parameters: int, terms: str
 ) -> str:
     """Of a model that commands find as `run`, as Markdown: what it is, how good, how to use it, what the terms of its images forbid."""
-    config, figures = about["config"], about["figures"]
+    config, figures = about["config"], about["metrics"]
     model = str(config["model"]["_target_"]).rpartition(".")[2]
     judged = json.dumps(figures, indent=1) if figures else "Not judged yet."
     some = f"{count:,} images of " if (count := figures.get("images")) else ""
@@ -169,7 +170,7 @@ def export(*, name: str, path: Path, called: str | None = None) -> list[Path]:
     run, checkpoint = find_checkpoint(name)
     data = with_dataset_name(checkpoint["config"]["data"])
     checkpoint["config"] |= {"data": data}
-    figures = checkpoint["figures"] or _test_figures(run, checkpoint["step"])
+    figures = checkpoint["metrics"] or _test_figures(run, checkpoint["step"])
     export_safetensors(checkpoint, figures, checkpoint.get("command") or "flowgen train", path)
     model = load_from_checkpoint(checkpoint)
     images, _ = draw(model, SAMPLES, checkpoint["config"]["trainer"]["sample_temperature"], seed=0)
@@ -196,17 +197,17 @@ def _test_figures(run: Run, step: int) -> dict[str, Any]:
     return {key: value for key, value in rows[-1].items() if key != "step"} if rows else {}
 
 
-def push(*, name: str, repository: str, license: str | None, private: bool) -> list[str]:
+def push(*, name: str, repository: str, license_name: str | None, private: bool) -> list[str]:
     """Put a run's model on the Hub as OWNER/NAME, with its card and samples: where it lies, and how to use it.
 
     Raises FlowgenError where the terms of its images forbid to pass it on.
     """
     repository = check_name(repository.removeprefix(PREFIX))
-    license = license_id(find_checkpoint(name)[1]["config"]["data"], license)
+    license_name = license_id(find_checkpoint(name)[1]["config"]["data"], license_name)
     with TemporaryDirectory() as folder:
         model, text, _ = export(name=name, path=Path(folder) / FILE, called=PREFIX + repository)
         text.with_name("README.md").write_text(
-            front_matter(read_portable_metadata(model), license) + text.read_text()
+            front_matter(read_portable_metadata(model), license_name) + text.read_text()
         )
         text.unlink()
         address = upload(Path(folder), repository, private)

@@ -32,7 +32,7 @@ def runs() -> Iterator[RunSummary]:
     for name in zoo():
         about = read_portable_metadata(zoo_file(name))
         yield _row(
-            name, about["config"], [{"split": "test", "step": about["step"], **about["figures"]}]
+            name, about["config"], [{"split": "test", "step": about["step"], **about["metrics"]}]
         )
 
 

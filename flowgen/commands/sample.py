@@ -155,7 +155,7 @@ def draws(
     for start in range(0, count, BATCH):
         place = (
             {"first": start}
-            if isinstance(model, ClassConditional) and model.classes is not None
+            if isinstance(model, ClassConditional) and model.num_classes is not None
             else {}
         )
         yield model.sample(min(BATCH, count - start), temperature, generator, **place, **how)

@@ -99,7 +99,7 @@ def make_scorer(
 
     settings = (
         sorted(config["data"].items(), key=str),
-        checkpoint["figures"].get("log_z"),
+        checkpoint["metrics"].get("log_z"),
         count,
         seed,
     )
@@ -257,7 +257,8 @@ def _model_of(section: dict[str, Any], metric: Metric) -> str | None:
 
 def _title(section: dict[str, Any]) -> str:
     return str(
-        section.get("name") or (section.get("names") or [section.get("root") or "mnist_sample"])[0]
+        section.get("name")
+        or (section.get("search_dirs") or [section.get("root") or "mnist_sample"])[0]
     )
 
 

@@ -103,7 +103,7 @@ def start(config: dict[str, Any], folder: Path, go_on: bool = False, remark: str
     run = Run(folder)
     with lock_run(run):
         checkpoint = None
-        processes = num_processes_to_launch(config["trainer"].get("devices"))
+        processes = num_processes_to_launch(config["trainer"].get("num_processes"))
         there = run.config.exists() or run.metrics.exists()
         if there:
             if not go_on:
@@ -145,7 +145,7 @@ def resume(*, name: str, overrides: list[str]) -> None:
         if config["data"].get("root") is not None:
             config["data"]["root"] = absolute_path(config["data"]["root"])
         _check_unfinished(run, config, checkpoint)
-        processes = num_processes_to_launch(config["trainer"].get("devices"))
+        processes = num_processes_to_launch(config["trainer"].get("num_processes"))
         if not processes:
             _run_training(run, config, checkpoint)
     if processes:
@@ -204,12 +204,12 @@ def run_training_in_group(
         config["trainer"] | ({"threads": "auto"} if team.size > 1 else {})
     )  # each process has cores of its own
     if team.size == 1:
-        config["trainer"]["threads"] = (
+        config["trainer"]["num_threads"] = (
             trainer.machine.threads
         )  # kept, since a resumed run has the same bits on as many threads alone
     torch.manual_seed(config["seed"])
     model, data, config = build_model_and_data(config)
-    source = config.get("init")
+    source = config.get("init_from")
     if checkpoint is not None:
         load_weights(model, checkpoint["model"])
     elif source is not None and team.is_main:
@@ -259,7 +259,7 @@ def _take_weights(model: Any, config: dict[str, Any], source: str) -> None:
             flatten({"model": config["model"]}), flatten(checkpoint["config"])
         ) or ["of another shape"]
         raise UserError(
-            f"the weights of init={source} do not fit, {', '.join(other)}: train a model of the same settings"
+            f"the weights of init_from={source} do not fit, {', '.join(other)}: train a model of the same settings"
         ) from error
 
 
@@ -268,14 +268,14 @@ def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, An
         return
     step, minutes, cadence = (
         checkpoint["step"],
-        checkpoint["metrics"]["seconds"] / 60,
+        checkpoint["progress"]["seconds"] / 60,
         _trainer(config["trainer"]).cadence,
     )
     if cadence.minutes and minutes >= cadence.minutes:
         more = f"trainer.minutes={2 * max(minutes, cadence.minutes):.2g}"
     elif cadence.steps and step >= cadence.steps:
         more = f"trainer.steps={2 * step}"
-    elif cadence.patience and checkpoint["metrics"].get("without_gain", 0) >= cadence.patience:
+    elif cadence.patience and checkpoint["progress"].get("evals_since_best", 0) >= cadence.patience:
         more = f"trainer.patience={2 * cadence.patience}"
     else:
         return
@@ -289,7 +289,7 @@ def _check_same(run: Run, config: dict[str, Any]) -> None:
     here = {
         key: value
         for key, value in flatten(config).items()
-        if key not in ("out", "trainer.devices") and value != "auto"
+        if key not in ("out", "trainer.num_processes") and value != "auto"
     }
     other = _differences(here, flatten(read_config(run.config)))
     if other:
@@ -336,7 +336,7 @@ def train(*, words: list[str]) -> None:
             ):
                 if flags and is_distributed():
                     raise UserError(
-                        "a sweep is of runs of their own: start it without torchrun, or with trainer.devices=N in each"
+                        "a sweep is of runs of their own: start it without torchrun, or with trainer.num_processes=N in each"
                     )
                 app = GlobalHydra.instance().hydra
                 assert app is not None
@@ -412,8 +412,8 @@ def _job(cfg: DictConfig, go_on: bool = False) -> Exception | SystemExit | None:
         config = resolve_config(cfg)
         if config["data"].get("root") is not None:
             config["data"]["root"] = absolute_path(config["data"]["root"])
-        if config["init"] is not None and Path(str(config["init"])).expanduser().exists():
-            config["init"] = absolute_path(config["init"])
+        if config["init_from"] is not None and Path(str(config["init_from"])).expanduser().exists():
+            config["init_from"] = absolute_path(config["init_from"])
         go_on |= bool(config.pop("resume"))
         auto = HydraConfig.get().runtime.choices["trainer"] == "auto"
         remark = f"trainer=auto is trainer={default_trainer()} on this machine" if auto else ""
@@ -425,7 +425,7 @@ def _job(cfg: DictConfig, go_on: bool = False) -> Exception | SystemExit | None:
                 if not by_time:
                     raise
                 folder = first.with_name(f"{first.name}_{number}")
-                config["out"] = str(folder)
+                config["output_dir"] = str(folder)
     except RunFinishedError as error:
         log.info("skipped: %s", error)
     except (

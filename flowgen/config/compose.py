@@ -8,7 +8,7 @@ from hashlib import blake2s
 from pathlib import Path
 from typing import Any
 
-from flowgen.training.checkpoint import MOST_BYTES, OF_THE_EVALUATION, in_todays_words
+from flowgen.training.checkpoint import MOST_BYTES
 from flowgen.utils.errors import UserError
 
 SECTIONS = ("model", "data", "trainer")
@@ -99,7 +99,7 @@ def read_config(path: Path) -> dict[str, Any]:
     ):
         raise UserError(f"{path} is no configuration of a run")
     try:
-        return in_todays_words({str(key): value for key, value in config.items()})
+        return {str(key): value for key, value in config.items()}
     except TypeError as error:
         raise UserError(f"{path} is no configuration of a run") from error
 
@@ -177,7 +177,7 @@ def check_overrides(words: list[str]) -> None:
         if key in FOLDERS and not value.strip("'\" "):
             raise UserError(f"{word} is empty: name a folder, or leave it out")
         section, _, name = key.partition(".")
-        if section == "model" and name in OF_THE_EVALUATION:
+        if section == "model" and name in ("num_importance_samples", "ais_steps", "ais_chains"):
             raise UserError(
                 f"{key} is no setting of the model: write evaluation.{name}={value}, or `flowgen evaluate {name}={value}`"
             )

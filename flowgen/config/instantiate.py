@@ -139,11 +139,11 @@ def check_fits_data(model: "GenerativeModel", data: "ImageDataset") -> None:
             raise UserError(
                 f"a model of {name}={of_model} does not fit data of {name}={of_data}: leave it as it was, or train another"
             )
-    if model.classes is not None and data.classes is None:
+    if model.num_classes is not None and data.num_classes is None:
         raise UserError(
-            f"model.classes={model.classes} needs labels, which this data has not: leave it out, or give every class a folder"
+            f"model.num_classes={model.num_classes} needs labels, which this data has not: leave it out, or give every class a folder"
         )
-    if model.classes not in (None, data.classes):
+    if model.num_classes not in (None, data.num_classes):
         raise UserError(
-            f"model.classes={model.classes} does not fit the {data.classes} classes of the data: set it to {data.classes}"
+            f"model.num_classes={model.num_classes} does not fit the {data.num_classes} classes of the data: set it to {data.num_classes}"
         )

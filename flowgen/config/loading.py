@@ -40,7 +40,7 @@ def load_from_checkpoint(checkpoint: dict[str, Any], device: str = "cpu") -> "Ge
 
     model = build_model(checkpoint["config"])
     load_weights(model, eval_weights(checkpoint))
-    model.load_eval_results(checkpoint.get("figures", {}))
+    model.load_eval_results(checkpoint.get("metrics", {}))
     return model.to(choose_device(device)).eval()
 
 
@@ -91,12 +91,12 @@ def match_model(
         "channels": shape[0],
         "size": shape[1],
         "bits": bits,
-        "binarise": own.get("binarise", "threshold"),
+        "binarise": own.get("binarization", "threshold"),
     }
     return section | {key: value for key, value in wanted.items() if key in section}
 
 
 def same_dataset(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two sections are of one set; where it lies counts only for a folder, which has no other name."""
-    keys = WHICH if not one.get("names") and "root" in one else WHICH[:3]
+    keys = WHICH if not one.get("search_dirs") and "root" in one else WHICH[:3]
     return all(one.get(key) == other.get(key) for key in keys)

@@ -124,7 +124,7 @@ def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, 
 
 def _evaluated(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """With the `figures` that an evaluation found for these weights: a portable file brings its own."""
-    return checkpoint | {"figures": checkpoint.get("figures", {}) | run.load_evaluation(checkpoint)}
+    return checkpoint | {"metrics": checkpoint.get("metrics", {}) | run.load_evaluation(checkpoint)}
 
 
 def _says_it_is_of(run: Run, wanted: type | None) -> bool:

@@ -33,16 +33,20 @@ class CIFAR10(ImageDataset):
         self,
         *,
         root: str | None,
-        names: list[str],
+        search_dirs: list[str],
         bits: int,
-        flip: bool,
+        random_flip: bool,
         binarization: str = "threshold",
-        shift: int = 0,
+        random_shift: int = 0,
     ):
-        check_names(names)
-        if root is None and names and not any((data_folder() / name).exists() for name in names):
-            download(URL, MD5, data_folder() / names[0])
-        files = _files(find_dataset(root, names, CURE))
+        check_names(search_dirs)
+        if (
+            root is None
+            and search_dirs
+            and not any((data_folder() / name).exists() for name in search_dirs)
+        ):
+            download(URL, MD5, data_folder() / search_dirs[0])
+        files = _files(find_dataset(root, search_dirs, CURE))
         train, test = (_read(files, wanted) for wanted in (TRAIN, TEST))
         apart = validation_mask(len(train))
         super().__init__(
@@ -50,9 +54,9 @@ class CIFAR10(ImageDataset):
             train[apart],
             test,
             bits=bits,
-            flip=flip,
+            random_flip=random_flip,
             binarization=binarization,
-            shift=shift,
+            random_shift=random_shift,
         )
 
 

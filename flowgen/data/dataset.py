@@ -94,7 +94,7 @@ def check_names(names: list[str]) -> None:
             or ".." in Path(name).parts
         ):
             raise UserError(
-                f"data.names={names!r} must be names of folders inside the data folder: point data.root elsewhere instead"
+                f"data.search_dirs={names!r} must be names of folders inside the data folder: point data.root elsewhere instead"
             )
 
 
@@ -169,15 +169,15 @@ class ImageDataset:
         test: Split,
         *,
         bits: int,
-        flip: bool,
+        random_flip: bool,
         binarization: str = "threshold",
         attributes: tuple[str, ...] = (),
-        shift: int = 0,
+        random_shift: int = 0,
     ):
         check_whole(bits=bits)
-        check_whole(0, train.images.shape[-1] - 1, shift=shift)
+        check_whole(0, train.images.shape[-1] - 1, random_shift=random_shift)
         check_choice(range(1, 9), bits=bits)
-        check_choice((True, False), flip=flip)
+        check_choice((True, False), random_flip=random_flip)
         check_choice(BINARIZATION, binarization=binarization)
         if not (len(train) and len(validation) and len(test)):
             counts = (
@@ -193,7 +193,12 @@ class ImageDataset:
             )
             train = train if self.anew else replace(train, images=binarize(train.images, generator))
         self.train, self.validation, self.test = train, validation, test
-        self.bits, self.flip, self.attributes, self.shift = bits, flip, attributes, shift
+        self.bits, self.random_flip, self.attributes, self.random_shift = (
+            bits,
+            random_flip,
+            attributes,
+            random_shift,
+        )
         self.device = torch.device("cpu")
         self._order: tuple[tuple[int, int], Tensor] = (-1, 0), torch.empty(0)
         self._ahead: Prefetcher | None = None
@@ -205,7 +210,7 @@ class ImageDataset:
         return channels, height, width
 
     @property
-    def classes(self) -> int | None:
+    def num_classes(self) -> int | None:
         """How many classes the labels tell apart, where there are any."""
         labels = [
             split.labels
@@ -260,12 +265,16 @@ class ImageDataset:
             if self.train.labels is None
             else self.train.labels[indices[mine]].to(self.device, torch.long)
         )
-        if self.flip:
+        if self.random_flip:
             mirrored = torch.rand(count, 1, 1, 1, generator=generator, device=self.device) < 0.5
             images = torch.where(mirrored[mine], images.flip(3), images)
-        if self.shift:
+        if self.random_shift:
             by = torch.randint(
-                -self.shift, self.shift + 1, (count, 2), generator=generator, device=self.device
+                -self.random_shift,
+                self.random_shift + 1,
+                (count, 2),
+                generator=generator,
+                device=self.device,
             )
             images = random_shift(images, by[mine])
         return images, labels

@@ -131,7 +131,7 @@ class ImageFolder(ImageDataset):
 
     The splits are CelebA's official ones where their list lies with the images, else a tenth of the names each, chosen by their
     hash, is for validation and for the test. Classes are the two of `attribute` in CelebA's list, else the subfolders, where there
-    are at least two and every image lies in one. `cure` says where the data is to be had. Raises FlowgenError where `root` is missing
+    are at least two and every image lies in one. `download_hint` says where the data is to be had. Raises FlowgenError where `root` is missing
     or holds no image, and where `attribute` is not to be found.
     """
 
@@ -139,20 +139,20 @@ class ImageFolder(ImageDataset):
         self,
         *,
         root: str | None,
-        names: list[str],
-        cure: str,
+        search_dirs: list[str],
+        download_hint: str,
         channels: int,
         size: int,
         bits: int,
-        flip: bool,
+        random_flip: bool,
         crop: int | None,
         binarization: str = "threshold",
         attribute: str | None = None,
-        shift: int = 0,
+        random_shift: int = 0,
     ):
         check_choice((1, 3), channels=channels)
         check_whole(size=size, **({} if crop is None else {"crop": crop}))
-        source = open_source(find_dataset(root, names, cure))
+        source = open_source(find_dataset(root, search_dirs, download_hint))
         splits = split_names(source)
         names = [name for split in splits for name in split]
         known = attributes_of(source, names, attribute)
@@ -177,10 +177,10 @@ class ImageFolder(ImageDataset):
             validation,
             test,
             bits=bits,
-            flip=flip,
+            random_flip=random_flip,
             binarization=binarization,
             attributes=names_known,
-            shift=shift,
+            random_shift=random_shift,
         )
 
 

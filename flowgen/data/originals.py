@@ -20,7 +20,9 @@ def originals(config: dict[str, Any], count: int, side: int = 128) -> Tensor:
 
     Files that cannot be read are passed over, as they are where images are prepared. Raises FlowgenError where there are none.
     """
-    source = open_source(find_dataset(config["root"], config["names"], config["cure"]))
+    source = open_source(
+        find_dataset(config["root"], config["search_dirs"], config["download_hint"])
+    )
 
     def squares() -> Iterator[Tensor]:
         for name in split_names(source)[0]:

@@ -36,19 +36,23 @@ class SVHN(ImageDataset):
         self,
         *,
         root: str | None,
-        names: list[str],
+        search_dirs: list[str],
         bits: int,
-        flip: bool,
+        random_flip: bool,
         binarization: str = "threshold",
-        shift: int = 0,
+        random_shift: int = 0,
     ):
-        check_names(names)
-        if root is None and names and not any((data_folder() / name).exists() for name in names):
+        check_names(search_dirs)
+        if (
+            root is None
+            and search_dirs
+            and not any((data_folder() / name).exists() for name in search_dirs)
+        ):
             for file, md5 in MD5.items():
-                download(URL + file, md5, data_folder() / names[0])
+                download(URL + file, md5, data_folder() / search_dirs[0])
         folder = find_dataset(
             root,
-            names,
+            search_dirs,
             f"point data.root at the folder with train_32x32.mat and test_32x32.mat, from {URL}",
         )
         train, test = (_read(folder / file) for file in MD5)
@@ -58,9 +62,9 @@ class SVHN(ImageDataset):
             train[apart],
             test,
             bits=bits,
-            flip=flip,
+            random_flip=random_flip,
             binarization=binarization,
-            shift=shift,
+            random_shift=random_shift,
         )
 
 

@@ -14,16 +14,24 @@ SPAN = 4.0  # the square [-4, 4] x [-4, 4] is what the levels divide
 
 
 class Toy2D(ImageDataset):
-    """`count` points for each split, drawn with a seed of their own: uint8 of shape (count, 2, 1, 1)."""
+    """`num_points` points for each split, drawn with a seed of their own: uint8 of shape (num_points, 2, 1, 1)."""
 
     def __init__(
-        self, *, name: str, count: int, bits: int, flip: bool, binarization: str = "threshold"
+        self,
+        *,
+        name: str,
+        num_points: int,
+        bits: int,
+        random_flip: bool,
+        binarization: str = "threshold",
     ):
         check_choice(SETS, name=name)
-        check_whole(count=count)
+        check_whole(num_points=num_points)
         generator = torch.Generator().manual_seed(0)
-        train, test, validation = (_levels(SETS[name](count, generator)) for _ in SPLITS)
-        super().__init__(train, validation, test, bits=bits, flip=flip, binarization=binarization)
+        train, test, validation = (_levels(SETS[name](num_points, generator)) for _ in SPLITS)
+        super().__init__(
+            train, validation, test, bits=bits, random_flip=random_flip, binarization=binarization
+        )
 
 
 def _levels(points: Tensor) -> Split:

@@ -146,7 +146,7 @@ def move_along(
     latent = torch.cat([model.encode(batch, generator) for batch in batches])
     own = None
     if directions.classes:
-        if isinstance(model, ClassConditional) and model.classes is not None:
+        if isinstance(model, ClassConditional) and model.num_classes is not None:
             own = torch.cat([model.classify(batch) for batch in batches]).argmax(1)
         else:
             own = directions.nearest(latent)

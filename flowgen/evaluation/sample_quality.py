@@ -178,10 +178,10 @@ def train_classifier(
     data: ImageDataset, epochs: int = 3, batch: int = 100, seed: int = 0
 ) -> Classifier:
     """A classifier of the training images' labels. Raises FlowgenError where there are none."""
-    if data.train.labels is None or data.classes is None:
+    if data.train.labels is None or data.num_classes is None:
         raise UserError("a classifier needs labels: put the labels-idx1 files beside the images")
     torch.manual_seed(seed)
-    model = Classifier(data.image_shape, data.bits, data.classes)
+    model = Classifier(data.image_shape, data.bits, data.num_classes)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = epochs * len(data.train) // batch
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)

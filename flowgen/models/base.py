@@ -52,22 +52,22 @@ Observation = (
 class EvalConfig:
     """How a model is judged, apart from what it is; by default a short `LOOK`, as training takes it.
 
-    A flow averages `draws` of its noise. An RBM estimates log Z by annealing in steps of `betas`, with so many `chains`; if `thorough`,
+    A flow averages `num_importance_samples` of its noise. An RBM estimates log Z by annealing in steps of `ais_steps`, with so many `ais_chains`; if `cross_check`,
     which may take minutes, in several ways that check one another.
     """
 
-    draws: int = 1
-    betas: int = 1000
-    chains: int = 100
-    thorough: bool = False
+    num_importance_samples: int = 1
+    ais_steps: int = 1000
+    ais_chains: int = 100
+    cross_check: bool = False
 
     def __post_init__(self) -> None:
         check_whole(
-            high=10**5, draws=self.draws
+            high=10**5, num_importance_samples=self.num_importance_samples
         )  # a figure to one in three hundred of the noise's own error; more would take days
-        check_whole(high=10**8, betas=self.betas)
-        check_whole(high=10**6, chains=self.chains)
-        check_choice((True, False), thorough=self.thorough)
+        check_whole(high=10**8, ais_steps=self.ais_steps)
+        check_whole(high=10**6, ais_chains=self.ais_chains)
+        check_choice((True, False), cross_check=self.cross_check)
 
 
 QUICK_EVAL = EvalConfig()
@@ -80,7 +80,7 @@ class GenerativeModel(nn.Module, ABC):
     metric: Metric  # by which two models are compared
     image_shape: tuple[int, int, int]  # channels, height, width
     bits: int
-    classes: int | None = (
+    num_classes: int | None = (
         None  # that labels tell apart, where the model learns one distribution for each
     )
     shares_batches: ClassVar[bool] = (
@@ -236,7 +236,7 @@ class ClassConditional(Capability):
     """Knows a distribution for each class of images."""
 
     does = "knows classes"
-    example = "model.classes=10 data=mnist"
+    example = "model.num_classes=10 data=mnist"
 
     @abstractmethod
     def classify(self, images: Tensor) -> Tensor:

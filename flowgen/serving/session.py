@@ -158,7 +158,7 @@ class ModelSession:
     @property
     def capabilities(self) -> dict[str, bool]:
         """What the model can be asked for, beside samples, scores and walks."""
-        classes = isinstance(self.model, ClassConditional) and self.model.classes is not None
+        classes = isinstance(self.model, ClassConditional) and self.model.num_classes is not None
         return {
             "classes": classes,
             "chains": isinstance(self.model, SupportsMCMC),

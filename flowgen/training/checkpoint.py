@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,96 +13,8 @@ from typing import Any
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import COMPARED
 
-FORMAT = 3  # of the checkpoints that are written
+FORMAT = 1  # of the checkpoints that are written; 1 starts with version 0.2.0
 MOST_BYTES = 2**20  # of a configuration, which reading takes seconds of
-NAMES = (
-    (
-        re.compile(r"\bdequantiser\.networks\.(\d+)\."),
-        r"dequantiser.bijection.bijections.\1.network.",
-    ),
-)  # of parameters
-TARGETS = {  # classes that have moved
-    f"flowgen.models.negative_phase.{name}": f"flowgen.models.rbm.negative_phase.{name}"
-    for name in ("CD", "MeanField", "PCD", "Tempering")
-}
-REPEATED = {  # what was said of data that has but one value for it
-    "flowgen.data.mnist.MNIST": {"channels"},
-    "flowgen.data.mnist.MNISTSample": {"channels", "size"},
-    "flowgen.data.toy2d.Toy": {"channels", "size"},
-}
-OF_THE_EVALUATION = ("draws", "betas", "chains")  # once settings of the model
-AS_IT_WAS: dict[str, dict[str, Any]] = {  # where a configuration does not say it yet
-    "data": {"binarise": "threshold"},
-    "trainer": {
-        "devices": None,
-        "threads": "auto",
-        "memory": "keep",
-        "betas": [0.9, 0.999],
-        "weight_decay": 0.0,
-        "patience": None,
-        "sample_temperature": 1.0,
-    },
-    "evaluation": {
-        "_target_": "flowgen.models.base.Evaluation",
-        "draws": 1,
-        "betas": 10000,
-        "chains": 256,
-        "thorough": True,
-    },
-}
-
-
-def renewed(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of any format in today's; optimisers count parameters, whose order has not changed.
-
-    The first format kept the state of the random generators, which a step has taken from the seed since, and the counters of failures
-    among the figures. Raises AttributeError, KeyError or TypeError where parts are of another kind.
-    """
-    state = state | {"config": in_todays_words(state["config"])}
-    if "format" in state:
-        return state
-    figures = {name: state["metrics"][name] for name in ("best", "seconds")}
-    failures = {name: value for name, value in state["metrics"].items() if name not in figures}
-    weights = {key: _renamed(state[key]) for key in ("model", "ema")}
-    kept = {key: value for key, value in state.items() if key != "random"}
-    return kept | weights | {"format": FORMAT, "metrics": figures, "rescue": failures}
-
-
-def in_todays_words(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's whole configuration, where it is of any age. Raises AttributeError, KeyError or TypeError where it is none."""
-    config = _retargeted(config)
-    model, repeated = config["model"], REPEATED.get(str(config["data"].get("_target_")), set())
-    moved = {key: model[key] for key in OF_THE_EVALUATION if key in model}
-    said = {
-        "model": {key: value for key, value in model.items() if key not in moved},
-        "data": AS_IT_WAS["data"]
-        | {key: value for key, value in config["data"].items() if key not in repeated},
-        "trainer": AS_IT_WAS["trainer"] | config["trainer"],
-        "evaluation": AS_IT_WAS["evaluation"] | moved | config.get("evaluation", {}),
-    }
-    return config | said
-
-
-def _renamed(weights: dict[str, Any] | None) -> dict[str, Any] | None:
-    if weights is None:
-        return None
-    for pattern, name in NAMES:
-        weights = {pattern.sub(name, key): value for key, value in weights.items()}
-    return weights
-
-
-def _retargeted(config: Any) -> Any:
-    """Every section with its class where it is today."""
-    if not isinstance(config, dict):
-        return config
-    sections = {key: _retargeted(value) for key, value in config.items()}
-    return sections | (
-        {"_target_": TARGETS.get(config["_target_"], config["_target_"])}
-        if "_target_" in config
-        else {}
-    )
-
-
 OF_TRAINING = ("loss", "lr", "grad_norm", "images_per_second", "seconds", "memory_gib", "bits")
 OF_IMAGES = ("images", "log_z", "log_z_error")
 FIGURES = tuple(metric.name + ending for metric in COMPARED for ending in ("", "_error"))
@@ -152,7 +63,7 @@ def is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < MAX_ABS_VALUE  # type: ignore[arg-type]
 
 
-KEYS = {"config", "step", "images_seen", "model", "ema", "optimizer", "metrics"}
+KEYS = {"config", "step", "images_seen", "model", "ema", "optimizer", "progress"}
 COUNTERS = {"failed", "skipped", "rewinds", "failed_at", "rewound_to", "lr_scale"}  # of failures
 
 
@@ -221,14 +132,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A checkpoint in today's words. Raises FlowgenError where it is of a later format, or holds what no training writes."""
-    version = state.get("format", FORMAT)
-    if type(version) is int and version > FORMAT:
-        raise UserError(f"{path} is of a later flowgen: update with `pip install -U flowgen`")
+    """Validate a checkpoint.
+
+    Raises:
+        UserError: for another format, and for values that no training writes.
+    """
+    version = state.get("format")
+    if version is None or (type(version) is int and version > FORMAT):
+        age = "an older" if version is None else "a later"
+        raise UserError(
+            f"{path} was written by {age} version of flowgen, which this one cannot read"
+        )
     try:
         _check_plain(state["config"])
-        state = renewed(state)
-        sound = type(version) is int and version >= 0 and _is_sound(state)
+        sound = version == FORMAT and type(version) is int and _is_sound(state)
     except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError):
         sound = False
     if not sound:
@@ -273,7 +190,7 @@ def _is_sound(state: dict[str, Any]) -> bool:
             and all(type(each) in (int, float) for each in value.values())
         )
 
-    config, metrics = state["config"], state["metrics"]
+    config, metrics = state["config"], state["progress"]
     return (
         all(isinstance(config.get(section), dict) for section in ("model", "data", "trainer"))
         and is_count(config.get("seed"))
@@ -282,18 +199,18 @@ def _is_sound(state: dict[str, Any]) -> bool:
         and is_count(state["images_seen"])
         and of_tensors(state["model"])
         and (state["ema"] is None or of_tensors(state["ema"]))
-        and isinstance(averages := state.get("averages", []), list)
+        and isinstance(averages := state.get("emas", []), list)
         and all(of_tensors(each) for each in averages)
         and isinstance(state["optimizer"], dict)
         and isinstance(state.get("metric", ""), str)
-        and of_numbers(metrics, {"best", "seconds", "without_gain", "chosen"})
-        and is_count(metrics.get("without_gain", 0))
-        and is_count(metrics.get("chosen", 0))
-        and metrics.get("chosen", 0) < (len(averages) or 1)
+        and of_numbers(metrics, {"best", "seconds", "evals_since_best", "best_ema"})
+        and is_count(metrics.get("evals_since_best", 0))
+        and is_count(metrics.get("best_ema", 0))
+        and metrics.get("best_ema", 0) < (len(averages) or 1)
         and not math.isnan(metrics["best"])
         and 0 <= metrics["seconds"] < math.inf
-        and of_numbers(state["rescue"], COUNTERS)
-        and is_row(state.get("figures", {}) | {"step": state["step"], "split": "test"})
+        and of_numbers(state["nan_recovery"], COUNTERS)
+        and is_row(state.get("metrics", {}) | {"step": state["step"], "split": "test"})
     )
 
 
@@ -354,10 +271,10 @@ def export_safetensors(
     }
     about = {
         "format": FORMAT,
-        "config": checkpoint["config"] | {"out": None, "init": None, "data": data},
+        "config": checkpoint["config"] | {"output_dir": None, "init_from": None, "data": data},
         "step": checkpoint["step"],
         "images_seen": checkpoint["images_seen"],
-        "figures": {key: value for key, value in figures.items() if key != "run"},
+        "metrics": {key: value for key, value in figures.items() if key != "run"},
         "command": command,
     }
     weights = {
@@ -396,10 +313,10 @@ def _read(path: Path, weights: bool) -> dict[str, Any]:
         raise UserError(
             f"{path} is cut short or no model of flowgen: name another run or file"
         ) from error
-    known = {"config": dict, "step": int, "images_seen": int, "figures": dict, "command": str}
+    known = {"config": dict, "step": int, "images_seen": int, "metrics": dict, "command": str}
     if not isinstance(about, dict) or any(
         not isinstance(about.get(key), kind) for key, kind in known.items()
     ):
         raise UserError(f"{path} is no model of flowgen: name another run or file")
-    untold = {"optimizer": {}, "metrics": {"best": 0.0, "seconds": 0.0}, "rescue": {}}
+    untold = {"optimizer": {}, "progress": {"best": 0.0, "seconds": 0.0}, "nan_recovery": {}}
     return checked(about | untold | {"model": tensors, "ema": None}, path)

@@ -96,8 +96,8 @@ def peak_memory(device: torch.device) -> float:
 
 def environment(device: torch.device, processes: int = 1) -> str:
     """What a run ran on, for its log."""
-    threads = torch.get_num_threads()
-    cpu = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)} on {os.cpu_count()} core{'s' * (os.cpu_count() != 1)}"
+    num_threads = torch.get_num_threads()
+    cpu = f"{platform.machine()} CPU, {num_threads} thread{'s' * (num_threads > 1)} on {os.cpu_count()} core{'s' * (os.cpu_count() != 1)}"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     where = f"{processes} processes, each on {where}" if processes > 1 else where
     return f"flowgen {version('flowgen')}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}, {where}"
@@ -110,18 +110,24 @@ class Runtime:
     """
 
     def __init__(
-        self, *, device: str, threads: int | str, precision: str, compile: bool, memory: str
+        self,
+        *,
+        device: str,
+        num_threads: int | str,
+        precision: str,
+        compile: bool,
+        activation_memory: str,
     ):
         check_choice((True, False), compile=compile)
-        check_choice(MEMORY, memory=memory)
-        if compile and memory == "invert":
+        check_choice(MEMORY, activation_memory=activation_memory)
+        if compile and activation_memory == "invert":
             raise UserError(
-                "memory=invert cannot be compiled: set trainer.compile=false, or trainer.memory=checkpoint"
+                "memory=invert cannot be compiled: set trainer.compile=false, or trainer.activation_memory=checkpoint"
             )
-        self.memory = memory
-        self.device, self.threads, self.compile = (
+        self.activation_memory = activation_memory
+        self.device, self.num_threads, self.compile = (
             choose_device(device),
-            use_threads(threads),
+            use_threads(num_threads),
             compile,
         )
         self.dtype = autocast_dtype(precision, self.device)
@@ -145,8 +151,11 @@ def check_batch_fits(
         if machine.device.type == "cuda"
         else free_memory()
     )
-    spare = machine.memory == "keep" and supports_checkpointing(model)
-    cure = ", more with trainer.accumulate=2" + ", or with trainer.memory=checkpoint" * spare
+    spare = machine.activation_memory == "keep" and supports_checkpointing(model)
+    cure = (
+        ", more with trainer.grad_accum_steps=2"
+        + ", or with trainer.activation_memory=checkpoint" * spare
+    )
     check_memory("trainer.batch_size", batch_size, -(-each // parts), cure, free)
 
 

@@ -1,4 +1,4 @@
-"""The processes that train one model together, started by torchrun or by `trainer.devices`.
+"""The processes that train one model together, started by torchrun or by `trainer.num_processes`.
 
 Each holds the whole model and computes its rows of every batch. The first alone reads and writes files. Whatever decides, all decide
 at once, from the same numbers.

@@ -57,7 +57,7 @@ class NaNRecovery:
         if again and self.rewinds == REWINDS:
             raise UserError(
                 f"the loss is not finite, first at {culprit}, and {REWINDS} returns with half the learning rate each did not help: "
-                f"train again with trainer.lr below {lr * self.lr_scale:.2g}, or a smaller trainer.clip"
+                f"train again with trainer.lr below {lr * self.lr_scale:.2g}, or a smaller trainer.grad_clip"
             )
         self.rewinds = self.rewinds + 1 if again else 1
         checkpoint = latest_valid_checkpoint(self.rewound_to if self.rewinds > 1 else math.inf)

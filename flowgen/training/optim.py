@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 
 
-def learning_rate_factor(step: int, progress: float, warmup: int, decay: float) -> float:
+def learning_rate_factor(step: int, progress: float, warmup: int, warmdown_ratio: float) -> float:
     """The share of the full learning rate for update `step` (from 0), when `progress` of the training, 0 to 1, is done.
 
     It rises linearly over the first `warmup` updates, min(1, (step+1)/warmup), and falls linearly to zero over the last `decay` of
     the training, min(1, (1-progress)/decay); a decay of 0 leaves it constant.
     """
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    fall = min(1.0, max(0.0, 1.0 - progress) / decay) if decay else 1.0
+    fall = min(1.0, max(0.0, 1.0 - progress) / warmdown_ratio) if warmdown_ratio else 1.0
     return rise * fall
 
 
@@ -39,9 +39,13 @@ def warmup_steps(warmup: int | str, images: int, batch_size: int) -> int:
 OPTIMIZERS = ("adam", "sgd")
 
 
-def decays(ema: float | Sequence[float]) -> list[float]:
-    """Of each average, where `trainer.ema` is one number or several."""
-    return list(ema) if isinstance(ema, Sequence) and not isinstance(ema, str) else [ema]
+def decays(ema_decay: float | Sequence[float]) -> list[float]:
+    """Of each average, where `trainer.ema_decay` is one number or several."""
+    return (
+        list(ema_decay)
+        if isinstance(ema_decay, Sequence) and not isinstance(ema_decay, str)
+        else [ema_decay]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +61,9 @@ class OptimConfig:
     momentum: float
     lr: float
     warmup: int | str
-    decay: float
-    clip: float
-    ema: float | Sequence[float]
+    warmdown_ratio: float
+    grad_clip: float
+    ema_decay: float | Sequence[float]
     init_images: int
     betas: Sequence[float]
     weight_decay: float
@@ -73,8 +77,8 @@ class OptimConfig:
         check_choice(OPTIMIZERS, optimizer=self.optimizer)
         check_number(
             lr=self.lr,
-            decay=self.decay,
-            clip=self.clip,
+            warmdown_ratio=self.warmdown_ratio,
+            grad_clip=self.grad_clip,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
@@ -84,16 +88,16 @@ class OptimConfig:
             )
         if not self.ema_decays:
             raise UserError(
-                "ema must be a number, 0 for none, or several, as in trainer.ema=[0.99,0.999], not []"
+                "ema must be a number, 0 for none, or several, as in trainer.ema_decay=[0.99,0.999], not []"
             )
         for beta in self.betas:
             check_number(betas=beta)
         for average in self.ema_decays:
-            check_number(ema=average)
-        if self.decay > 1 or max(*self.ema_decays, self.momentum, *self.betas) >= 1:
-            below = f"{self.ema}, {self.momentum} and {self.betas}"
+            check_number(ema_decay=average)
+        if self.warmdown_ratio > 1 or max(*self.ema_decays, self.momentum, *self.betas) >= 1:
+            below = f"{self.ema_decay}, {self.momentum} and {self.betas}"
             raise UserError(
-                f"decay must be at most 1, not {self.decay}, and ema, momentum and betas below 1, not {below}"
+                f"decay must be at most 1, not {self.warmdown_ratio}, and ema, momentum and betas below 1, not {below}"
             )
         if self.batch_size % self.grad_accum_steps:
             raise UserError(
@@ -104,7 +108,7 @@ class OptimConfig:
     @property
     def ema_decays(self) -> list[float]:
         """How long each average of the weights remembers them."""
-        return decays(self.ema)
+        return decays(self.ema_decay)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":
@@ -123,7 +127,7 @@ class OptimConfig:
     def rate(self, step: int, progress: float, images: int) -> float:
         """The learning rate of update `step` (from 0) at this share of the training, over so many images."""
         return self.lr * learning_rate_factor(
-            step, progress, warmup_steps(self.warmup, images, self.batch_size), self.decay
+            step, progress, warmup_steps(self.warmup, images, self.batch_size), self.warmdown_ratio
         )
 
     def parts(self, images: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
@@ -139,8 +143,8 @@ class OptimConfig:
 
     def clip_gradients(self, model: nn.Module, norm: Tensor) -> None:
         """Scale all gradients, whose norm this is, so that it is at most `clip`."""
-        if self.clip:
-            nn.utils.clip_grads_with_norm_(model.parameters(), self.clip, norm)
+        if self.grad_clip:
+            nn.utils.clip_grads_with_norm_(model.parameters(), self.grad_clip, norm)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -77,11 +77,11 @@ def warn_test_leakage(data: ImageDataset) -> None:
 
 
 def warn_inaccurate_inverse(health: dict[str, float]) -> dict[str, float]:
-    """The same figures, with a word where activations that `trainer.memory=invert` recovered are too far off to differentiate at."""
+    """The same figures, with a word where activations that `trainer.activation_memory=reversible` recovered are too far off to differentiate at."""
     error = health.get("inversion_error", 0.0)
     if not error <= FAR_OFF:
         log.warning(
-            "trainer.memory=invert recovers activations to %.1g of the largest only: go on with trainer.memory=checkpoint",
+            "trainer.activation_memory=reversible recovers activations to %.1g of the largest only: go on with trainer.activation_memory=checkpoint",
             error,
         )
     return health

@@ -73,28 +73,28 @@ class TrainState:
             "images_seen": self.images_seen,
             "model": self.model.state_dict(),
             "ema": averages[self.chosen] if averages else None,
-            "averages": averages if len(averages) > 1 else [],
+            "emas": averages if len(averages) > 1 else [],
             "optimizer": self.optimizer.state_dict(),
-            "metrics": {
+            "progress": {
                 "best": self.best,
                 "seconds": self.seconds,
-                "without_gain": self.evals_since_best,
-                "chosen": self.chosen,
+                "evals_since_best": self.evals_since_best,
+                "best_ema": self.chosen,
             },
             "metric": self.model.metric.name,
-            "rescue": dataclasses.asdict(self.nan_recovery),
+            "nan_recovery": dataclasses.asdict(self.nan_recovery),
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Take up a run where its checkpoint left it. Raises FlowgenError where that is of another model."""
         self.rollback(checkpoint)
-        metrics = checkpoint["metrics"]
+        metrics = checkpoint["progress"]
         self.seconds = metrics["seconds"]
         if (
             checkpoint.get("metric", self.model.metric.name) == self.model.metric.name
         ):  # with other noise it may be another figure
-            self.best, self.evals_since_best = metrics["best"], metrics.get("without_gain", 0)
-        self.nan_recovery = NaNRecovery(**checkpoint["rescue"])
+            self.best, self.evals_since_best = metrics["best"], metrics.get("evals_since_best", 0)
+        self.nan_recovery = NaNRecovery(**checkpoint["nan_recovery"])
 
     def rollback(self, checkpoint: dict[str, Any]) -> None:
         """Take up its weights, the optimiser's moments and the place in the data; the optimiser's settings stay those of today."""
@@ -121,14 +121,14 @@ class TrainState:
 
     def _load_averages(self, checkpoint: dict[str, Any]) -> int:
         """Which was chosen; where they remembered otherwise, all go on from that one."""
-        kept = checkpoint.get("averages") or [checkpoint["ema"]]
-        alike = decays(checkpoint["config"]["trainer"]["ema"]) == self.decays
+        kept = checkpoint.get("emas") or [checkpoint["ema"]]
+        alike = decays(checkpoint["config"]["trainer"]["ema_decay"]) == self.decays
         for average, state in zip(
             self.averages, kept if alike else [checkpoint["ema"]] * len(self.averages), strict=True
         ):
             if state is not None:
                 average.load_state_dict(state)
-        return checkpoint["metrics"].get("chosen", 0) if alike else 0
+        return checkpoint["progress"].get("best_ema", 0) if alike else 0
 
     def _check_moments(self) -> None:
         """Raise ValueError where the optimiser could not take its next step with them."""

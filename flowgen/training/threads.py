@@ -60,7 +60,7 @@ def use_threads(threads: int | str = "auto") -> int:
     number = room if threads == "auto" else int(threads)
     if number > room:
         log.warning(
-            "%d threads, which is slow where other work leaves %d: trainer.threads=auto chooses anew",
+            "%d threads, which is slow where other work leaves %d: trainer.num_threads=auto chooses anew",
             number,
             room,
         )

@@ -69,7 +69,7 @@ class Intervals:
             check_whole(eval_images=self.eval_images)
         if not isinstance(self.checkpoint_steps, list):
             raise UserError(
-                f"keep_at must be a list of steps, as in trainer.keep_at=[1000,5000], not {self.checkpoint_steps!r}"
+                f"keep_at must be a list of steps, as in trainer.checkpoint_steps=[1000,5000], not {self.checkpoint_steps!r}"
             )
         for step in self.checkpoint_steps:
             check_whole(checkpoint_steps=step)
@@ -369,10 +369,10 @@ class Trainer:
         self,
         *,
         device: str,
-        threads: int | str,
+        num_threads: int | str,
         precision: str,
         compile: bool,
-        memory: str,
+        activation_memory: str,
         **settings: Any,
     ):
         of_cadence = {field.name for field in fields(Intervals)}
@@ -383,7 +383,11 @@ class Trainer:
             **{name: value for name, value in settings.items() if name not in of_cadence}
         )
         self.machine = Runtime(
-            device=device, threads=threads, precision=precision, compile=compile, memory=memory
+            device=device,
+            num_threads=num_threads,
+            precision=precision,
+            compile=compile,
+            activation_memory=activation_memory,
         )
 
     def train(
@@ -406,7 +410,7 @@ class Trainer:
         """
         if team.size > 1 and not model.shares_batches:
             raise UserError(
-                "this model trains in one process alone: leave trainer.devices and torchrun out, and give each device a run"
+                "this model trains in one process alone: leave trainer.num_processes and torchrun out, and give each device a run"
             )
         team.check_device(self.machine.device)
         team.check_divides(self.optimisation.batch_size, self.optimisation.grad_accum_steps)
@@ -416,13 +420,13 @@ class Trainer:
             )  # a byte and a float32 a number
         if (
             self.machine.compile
-            and self.machine.memory == "checkpoint"
+            and self.machine.activation_memory == "checkpoint"
             and (team.size > 1 or batch_norm_layers(model))
         ):
             raise UserError(
-                "batch normalisation and several processes are compiled with trainer.memory=keep alone: leave out one or the other"
+                "batch normalisation and several processes are compiled with trainer.activation_memory=store alone: leave out one or the other"
             )
-        set_activation_memory(model, self.machine.memory)
+        set_activation_memory(model, self.machine.activation_memory)
         reset_peak_memory(self.machine.device)
         data.to(self.machine.device)
         model.to(self.machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

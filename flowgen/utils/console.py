@@ -48,7 +48,7 @@ def user_message(error: Exception) -> str:
         or "out of memory" in str(error)
         or "can't allocate memory" in str(error)
     ):
-        return "not enough memory: choose a smaller trainer.batch_size, --count or model.width, or set trainer.accumulate=2"
+        return "not enough memory: choose a smaller trainer.batch_size, --count or model.width, or set trainer.grad_accum_steps=2"
     if "InvalidCxxCompiler" in str(error):
         return "trainer.compile=true needs a C++ compiler, and there is none: install g++, or leave it at false"
     return f"{type(error).__name__}: {' '.join(str(error).split())} (this is a fault of flowgen: --debug shows where)"

@@ -34,7 +34,7 @@ NAMES_PATHS = {
 MODELS = ("glow", "rbm, pcd")
 ONE, OTHER = "images/00.png", "images/01.png"
 SHORT = (
-    "trainer=cpu trainer.minutes=null trainer.steps=1 trainer.initial_images=8 trainer.batch_size=4"
+    "trainer=cpu trainer.minutes=null trainer.steps=1 trainer.init_images=8 trainer.batch_size=4"
 )
 TRAIN = f"train {SHORT} model=nice model.width=4 data.size=4"
 IDX = (
@@ -117,7 +117,7 @@ class Folder:
 def commands_for(folder: Path, file: Path) -> list[str]:
     """What one would do with such a file, in `folder`."""
     name = file.relative_to(folder)
-    place, train = name.parts[0], f"{TRAIN} out=new data="
+    place, train = name.parts[0], f"{TRAIN} output_dir=new data="
     if place == "outputs":
         run = name.parts[1]
         of_run = (

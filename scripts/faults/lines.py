@@ -162,14 +162,14 @@ SMALL = (
     "data.root=images",
     "data.size=4",
     "trainer.batch_size=4",
-    "trainer.initial_images=8",
+    "trainer.init_images=8",
 )
 FLOW = ("data.bits=5", "model.width=4")
 MODELS = (
     ("model=nice", *FLOW),
     ("model=glow", "model.steps_per_level=1", *FLOW),
     ("model=realnvp", "model.levels=1", *FLOW),
-    ("model=maf", "model.flows=1", *FLOW),
+    ("model=maf", "model.num_transforms=1", *FLOW),
     ("model=rbm", "model.hidden=4"),
 )
 ENDS = ("trainer.steps=2", "trainer.minutes=0.005")
@@ -221,7 +221,7 @@ def odd_line(draw: Random, folder: Path) -> list[str]:
         ]
         words += [] if command == "evaluate" else [ENDS[0], ENDS[1]]
         words += (
-            [f"out=new{draw.randrange(10**6)}"]
+            [f"output_dir=new{draw.randrange(10**6)}"]
             if command == "train" and draw.random() < 0.8
             else []
         )

@@ -18,7 +18,7 @@ from zygote import Outcome, flowgen
 
 NAMES = ("nice", "realnvp", "glow", "maf")  # an RBM trains in one process
 TOLD = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-TOGETHER = "trainer.devices=2"
+TOGETHER = "trainer.num_processes=2"
 STARTS = 20.0  # seconds, at most, until both are there
 
 

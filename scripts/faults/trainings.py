@@ -11,43 +11,43 @@ FLOW = ("data.bits=5", "model.width=4")
 RBM = (
     "data.bits=1",
     "data.channels=1",
-    "data.flip=false",
+    "data.random_flip=false",
     "model=rbm",
     "model.hidden=6",
-    "evaluation.betas=10",
-    "evaluation.chains=4",
+    "evaluation.ais_steps=10",
+    "evaluation.ais_chains=4",
 )
 TRAININGS = {
-    "nice": (*FLOW, "model=nice", "model.layers=1"),
+    "nice": (*FLOW, "model=nice", "model.num_layers=1"),
     "realnvp": (
         *FLOW,
         "model=realnvp",
-        "model.blocks=1",
+        "model.num_blocks=1",
         "model.levels=1",
-        "model.dequantisation=variational",
+        "model.dequantization=variational",
     ),
     "glow": (*FLOW, "model=glow", "model.steps_per_level=1", "model.levels=1"),
-    "iaf": (*FLOW, "model=iaf", "model.flows=2", "model.layers=1"),
-    "maf": (*FLOW, "model=maf", "model.flows=2", "model.layers=1"),
-    "tarflow": (*FLOW, "model=tarflow", "model.layers=[1,1]", "model.heads=1"),
-    "jet": (*FLOW, "model=jet", "model.couplings=2", "model.heads=1"),
+    "iaf": (*FLOW, "model=iaf", "model.num_transforms=2", "model.num_layers=1"),
+    "maf": (*FLOW, "model=maf", "model.num_transforms=2", "model.num_layers=1"),
+    "tarflow": (*FLOW, "model=tarflow", "model.num_layers=[1,1]", "model.num_heads=1"),
+    "jet": (*FLOW, "model=jet", "model.num_couplings=2", "model.num_heads=1"),
     "flow_matching": (
         *FLOW,
         "model=flow_matching",
-        "model.layers=1",
-        "model.heads=1",
+        "model.num_layers=1",
+        "model.num_heads=1",
         "model.tolerance=0.1",
     ),
-    "planar": ("data.bits=5", "model=planar", "model.flows=2"),
-    "sylvester": (*FLOW, "model=sylvester", "model.flows=2"),
+    "planar": ("data.bits=5", "model=planar", "model.num_transforms=2"),
+    "sylvester": (*FLOW, "model=sylvester", "model.num_transforms=2"),
     "rbm, pcd": (*RBM, "model/negative_phase=pcd"),
     "rbm, tempering": (*RBM, "model/negative_phase=tempering"),
 }
 STEPS = 6
-EVERY = f"trainer=cpu trainer.minutes=null trainer.steps={STEPS} trainer.batch_size=4 trainer.initial_images=8 trainer.lr=1e-3".split()
+EVERY = f"trainer=cpu trainer.minutes=null trainer.steps={STEPS} trainer.batch_size=4 trainer.init_images=8 trainer.lr=1e-3".split()
 TIMELY = {"log": 1, "evaluate": 2, "save": 4, "sample": 6, "keep": 3}
 OFTEN = [
-    "trainer.evaluate_images=4",
+    "trainer.eval_images=4",
     *(f"trainer.{what}_every={steps}" for what, steps in TIMELY.items()),
 ]
 TIMES = ("seconds", "images_per_second", "memory_gib")  # which differ from run to run
@@ -63,7 +63,7 @@ def make_images(folder: Path) -> Path:
 
 
 def words_of(name: str, images: Path, out: Path, *more: str) -> list[str]:
-    here = ["data=folder", f"data.root={images}", "data.size=4", f"out={out}", "resume=true"]
+    here = ["data=folder", f"data.root={images}", "data.size=4", f"output_dir={out}", "resume=true"]
     return ["train", *here, *TRAININGS[name], *EVERY, *OFTEN, *more]
 
 
@@ -76,7 +76,7 @@ def state_of(run: Path) -> dict[str, Any]:
     for path in sorted((run / "checkpoints").glob("*.pt")):
         if (file := path.stat().st_ino) not in files:
             files[file] = torch.load(path, weights_only=True)
-            files[file]["metrics"].pop("seconds")
+            files[file]["progress"].pop("seconds")
             files[file].pop("config")
         state[path.name] = files[file]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

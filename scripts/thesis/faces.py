@@ -155,8 +155,8 @@ def _of_training(run: Run, number: str, data: ImageDataset) -> Iterator[Figure]:
 def _of_samples(run: Run, numbers: tuple[str, ...], experiment: str) -> Iterator[Figure]:
     """Two samples at each of four temperatures at the iterations that the thesis shows; then one latent vector at five temperatures."""
     steps = zip(
-        _original(experiment)["trainer"]["keep_at"],
-        read_config(run.config)["trainer"]["keep_at"],
+        _original(experiment)["trainer"]["checkpoint_steps"],
+        read_config(run.config)["trainer"]["checkpoint_steps"],
         strict=True,
     )
     for number, (wanted, step) in zip(numbers, steps, strict=False):

@@ -45,7 +45,7 @@ class Part(NamedTuple):
             *settings,
             *data,
             *hidden,
-            f"out={out}",
+            f"output_dir={out}",
             "resume=true",
         ]
 

@@ -32,11 +32,13 @@ from flowgen.utils.distributed import evaluate_sharded
 from flowgen.utils.errors import UserError, check_whole
 from flowgen.utils.metrics import BITS_PER_DIM, NOISY_BITS_PER_DIM, Metrics, MetricValue
 
-NO_CLASSES = "this model knows no classes: train one with model.classes=10 on data that has labels"
+NO_CLASSES = (
+    "this model knows no classes: train one with model.num_classes=10 on data that has labels"
+)
 
 
 def labels_to_draw(
-    count: int, label: int | None, first: int, classes: int | None, device: torch.device
+    count: int, label: int | None, first: int, num_classes: int | None, device: torch.device
 ) -> Tensor | None:
     """Those of `count` samples: `label`, or each class in turn as from sample number `first` on, or None where there are no classes.
 
@@ -44,25 +46,27 @@ def labels_to_draw(
     """
     if label is None:
         return (
-            None if classes is None else torch.arange(first, first + count, device=device) % classes
+            None
+            if num_classes is None
+            else torch.arange(first, first + count, device=device) % num_classes
         )
-    if classes is None:
+    if num_classes is None:
         raise UserError(NO_CLASSES)
-    if not 0 <= label < classes:
+    if not 0 <= label < num_classes:
         raise UserError(
-            f"label {label} is none of the model's {classes} classes: give a number from 0 to {classes - 1}"
+            f"label {label} is none of the model's {num_classes} classes: give a number from 0 to {num_classes - 1}"
         )
     return torch.full((count,), label, device=device)
 
 
-NO_LIKELIHOOD = "this flow was trained on images with noise (model.dequantisation=gaussian:...) and knows no likelihood of images themselves"
+NO_LIKELIHOOD = "this flow was trained on images with noise (model.dequantization=gaussian:...) and knows no likelihood of images themselves"
 
 
 def check_boundless(bijection: Bijection) -> None:
     """Raises FlowgenError for a flow of nothing but what lies in [0, 1), which noise leaves."""
     if any(isinstance(part, EmpiricalCDF | Logit) for part in bijection.modules()):
         raise UserError(
-            "model.dequantisation=gaussian:... needs model.gaussianize=false, and another model than realnvp"
+            "model.dequantization=gaussian:... needs model.gaussianize=false, and another model than realnvp"
         )
 
 
@@ -137,9 +141,12 @@ class LikelihoodMixin(GenerativeModel):
         generator = torch.Generator(self.device).manual_seed(0)
         per_image = evaluate_sharded(
             batches,
-            lambda images: self._bits_per_dim(self._over_draws(images, None, how.draws, generator)),
+            lambda images: self._bits_per_dim(
+                self._over_draws(images, None, how.num_importance_samples, generator)
+            ),
             lambda images: [
-                self.dequantizer.start(images, self.dtype, generator) for _ in range(how.draws)
+                self.dequantizer.start(images, self.dtype, generator)
+                for _ in range(how.num_importance_samples)
             ],
         )
         error = (
@@ -148,7 +155,7 @@ class LikelihoodMixin(GenerativeModel):
         return Metrics.of(
             MetricValue(self.metric, per_image.mean().item(), error),
             bits=self.bits,
-            draws=how.draws,
+            num_importance_samples=how.num_importance_samples,
             images=len(per_image),
         )
 
@@ -189,33 +196,33 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
         shape: tuple[int, int, int],
         bits: int,
         dequantization: str,
-        classes: int | None = None,
+        num_classes: int | None = None,
         condition_networks: bool = False,
     ):
         super().__init__()
-        check_whole(bits=bits, **({} if classes is None else {"classes": classes}))
+        check_whole(bits=bits, **({} if num_classes is None else {"num_classes": num_classes}))
         self.bijection, self.dequantizer = bijection, dequantizer(dequantization, shape, bits)
         self.image_shape, self.dimensions = shape, math.prod(shape)
-        self.bits, self.bins, self.classes = bits, 2**bits, classes
+        self.bits, self.bins, self.num_classes = bits, 2**bits, num_classes
         if isinstance(self.dequantizer, Gaussian):
             check_boundless(bijection)
             self.metric, self.averages_logs = NOISY_BITS_PER_DIM, True
         # With classes the loss is that of p(x | y), and under batch normalisation it is no likelihood.
         self.loss_metric = (
-            self.metric if classes is None and not batch_norm_layers(bijection) else None
+            self.metric if num_classes is None and not batch_norm_layers(bijection) else None
         )
-        self.condition_networks = condition_networks and classes is not None
+        self.condition_networks = condition_networks and num_classes is not None
         self.means = (
             None
-            if classes is None
-            else nn.Parameter(CLASS_DISTANCE * torch.randn(classes, self.dimensions))
+            if num_classes is None
+            else nn.Parameter(CLASS_DISTANCE * torch.randn(num_classes, self.dimensions))
         )
 
     @classmethod
     def supports(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
         lacks: dict[type, bool] = {
-            ClassConditional: arguments.get("classes") is None,
-            SupportsInpainting: noise_of(arguments.get("dequantisation")) is not None,
+            ClassConditional: arguments.get("num_classes") is None,
+            SupportsInpainting: noise_of(arguments.get("dequantization")) is not None,
         }
         return super().supports(ability, arguments) and not lacks.get(ability, False)
 
@@ -226,8 +233,8 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
     @torch.no_grad()
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
         self.dequantizer.initialize(images, self.dtype)
-        if labels is None and self.classes is not None:
-            labels = torch.arange(len(images), device=images.device) % self.classes
+        if labels is None and self.num_classes is not None:
+            labels = torch.arange(len(images), device=images.device) % self.num_classes
         self.bijection.initialize(
             self._dequantize(images)[0], self._condition(self._one_hot(labels))
         )
@@ -272,7 +279,7 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
         z = temperature * torch.randn(
             count, self.dimensions, generator=generator, device=self.device, dtype=self.dtype
         )
-        one_hot = self._one_hot(labels_to_draw(count, label, first, self.classes, self.device))
+        one_hot = self._one_hot(labels_to_draw(count, label, first, self.num_classes, self.device))
         z = z if one_hot is None else z + one_hot @ self._class_means()
         x, log_density = self._carry(z, one_hot)
         return self._quantize(
@@ -341,8 +348,8 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
         """(batch, classes), for a flow that has any and is told them."""
         return (
             None
-            if labels is None or self.classes is None
-            else F.one_hot(labels, self.classes).to(self.dtype)
+            if labels is None or self.num_classes is None
+            else F.one_hot(labels, self.num_classes).to(self.dtype)
         )
 
     def _condition(self, one_hot: Tensor | None) -> Tensor | None:
@@ -361,12 +368,12 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
 
     def _log_density_of_classes(self, x: Tensor) -> Tensor:
         """log p(x | y) in nats for every class y: (batch, classes)."""
-        classes = len(self._class_means())
+        num_classes = len(self._class_means())
         if self.condition_networks:
             return torch.stack(
                 [
                     self.log_density(x, x.new_full((len(x),), label, dtype=torch.long))
-                    for label in range(classes)
+                    for label in range(num_classes)
                 ],
                 1,
             )

@@ -37,27 +37,27 @@ class FlowMatching(Flow):
         size: int,
         bits: int,
         patch: int | None,
-        layers: int,
+        num_layers: int,
         width: int,
-        heads: int,
+        num_heads: int,
         dropout: float,
         gaussianize: bool,
         tolerance: float,
-        exact: int,
-        classes: int | None,
+        exact_trace_dims: int,
+        num_classes: int | None,
         condition_networks: bool,
     ):
         check_whole(channels=channels, size=size, bits=bits)
-        check_transformers([layers], width, heads, dropout)
+        check_transformers([num_layers], width, num_heads, dropout)
         check_choice((True, False), gaussianize=gaussianize, condition_networks=condition_networks)
         check_number(tolerance=tolerance)
-        check_whole(low=0, exact=exact)
+        check_whole(low=0, exact_trace_dims=exact_trace_dims)
         numbers, seen = (
             channels * size**2,
-            classes if classes is not None and condition_networks else 0,
+            num_classes if num_classes is not None and condition_networks else 0,
         )
         velocity = VelocityField(
-            channels, size, patch_size(size, patch), width, heads, layers, dropout, seen
+            channels, size, patch_size(size, patch), width, num_heads, num_layers, dropout, seen
         )
         bijections: list[Bijection] = (
             [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
@@ -65,14 +65,19 @@ class FlowMatching(Flow):
         bijections += [
             Flatten(channels, size, size),
             Standardize(numbers, learnt=False),
-            CNF(velocity, tolerance, exact),
+            CNF(velocity, tolerance, exact_trace_dims),
         ]
         super().__init__(
-            Chain(*bijections), (channels, size, size), bits, "uniform", classes, condition_networks
+            Chain(*bijections),
+            (channels, size, size),
+            bits,
+            "uniform",
+            num_classes,
+            condition_networks,
         )
         self.loss_metric = None
         self.averages_logs = (
-            numbers > exact
+            numbers > exact_trace_dims
         )  # the mean of weights would count the estimates' errors as likelihood: E[exp(error)] > 1
 
     @classmethod

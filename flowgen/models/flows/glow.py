@@ -37,24 +37,24 @@ class Glow(Flow):
         steps_per_level: int | list[int],
         width: int,
         network: str,
-        blocks: int,
-        coupling: str,
-        scale: str,
+        num_blocks: int,
+        transform: str,
+        log_scale: str,
         convolution: str,
-        prior: str,
+        split_prior: str,
         base: str,
         final_actnorm: bool,
         gaussianize: bool,
         dequantization: str,
-        classes: int | None,
+        num_classes: int | None,
         condition_networks: bool = False,
     ):
         check_whole(channels=channels, size=size, bits=bits, width=width)
         check_choice(("conv", "resnet", "gated"), network=network)
-        check_choice(TRANSFORMS, coupling=coupling)
-        check_choice(("bounded", "sigmoid", "tanh"), scale=scale)
+        check_choice(TRANSFORMS, transform=transform)
+        check_choice(("bounded", "sigmoid", "tanh"), log_scale=log_scale)
         check_choice(("plu", "plain"), convolution=convolution)
-        check_choice(("predicted", "standard"), prior=prior)
+        check_choice(("predicted", "standard"), split_prior=split_prior)
         check_choice(("learned", "standard"), base=base)
         check_choice(
             (True, False),
@@ -67,18 +67,18 @@ class Glow(Flow):
             raise UserError(
                 f"grey images of size={size} cannot be halved, which Glow needs: give data.size an even value"
             )
-        depths = _depths(steps_per_level, max(1, levels), blocks)
+        depths = _depths(steps_per_level, max(1, levels), num_blocks)
         seen = (
-            classes if classes is not None and condition_networks else 0
+            num_classes if num_classes is not None and condition_networks else 0
         )  # channels of the condition
 
         def step(maps: int) -> tuple[Bijection, Bijection]:
             mix = InvertibleConv1x1LU(maps) if convolution == "plu" else InvertibleConv1x1(maps)
-            transform = TRANSFORMS[coupling](scale)
+            univariate = TRANSFORMS[transform](log_scale)
             inside = _network(
-                network, blocks, maps // 2 + seen, width, transform.count * (maps - maps // 2)
+                network, num_blocks, maps // 2 + seen, width, univariate.count * (maps - maps // 2)
             )
-            return FusedAffine(ActNorm(maps), mix), Coupling(inside, transform)
+            return FusedAffine(ActNorm(maps), mix), Coupling(inside, univariate)
 
         def steps(number: int, maps: int) -> list[Bijection]:
             return [bijection for _ in range(depths[number - 1]) for bijection in step(maps)]
@@ -98,20 +98,20 @@ class Glow(Flow):
             ]
 
         def predicted(maps: int) -> Conditioner | None:
-            return ZeroConv2d(maps // 2 + seen, maps, 3) if prior == "predicted" else None
+            return ZeroConv2d(maps // 2 + seen, maps, 3) if split_prior == "predicted" else None
 
         pixelwise = [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
         bijection = Chain(
             *pixelwise, multi_scale(levels - 1, channels, size, level, top, predicted)
         )
         super().__init__(
-            bijection, (channels, size, size), bits, dequantization, classes, condition_networks
+            bijection, (channels, size, size), bits, dequantization, num_classes, condition_networks
         )
 
 
-def _depths(steps_per_level: int | list[int], levels: int, blocks: int) -> list[int]:
+def _depths(steps_per_level: int | list[int], levels: int, num_blocks: int) -> list[int]:
     """The steps of each level. Raises FlowgenError where they are not as many as levels, or where they or their `blocks` are too many."""
-    check_whole(high=MAX_DEPTH, blocks=blocks)
+    check_whole(high=MAX_DEPTH, num_blocks=num_blocks)
     depths = steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * levels
     for depth in depths:
         check_whole(high=MAX_DEPTH, steps_per_level=depth)
@@ -122,8 +122,8 @@ def _depths(steps_per_level: int | list[int], levels: int, blocks: int) -> list[
     return depths
 
 
-def _network(kind: str, blocks: int, reads: int, width: int, gives: int) -> Conditioner:
+def _network(kind: str, num_blocks: int, reads: int, width: int, gives: int) -> Conditioner:
     """The network of a coupling, from `reads` channels to `gives`."""
     if kind == "conv":
         return ConvNetwork(reads, width, gives)
-    return (ResNetwork if kind == "resnet" else GatedNetwork)(reads, width, gives, blocks)
+    return (ResNetwork if kind == "resnet" else GatedNetwork)(reads, width, gives, num_blocks)

@@ -36,23 +36,23 @@ class Jet(Flow):
         size: int,
         bits: int,
         patch: int | None,
-        couplings: int,
-        layers: int,
+        num_couplings: int,
+        num_layers: int,
         width: int,
-        heads: int,
+        num_heads: int,
         dropout: float,
-        coupling: str,
-        mixing: str,
+        transform: str,
+        permutation: str,
         gaussianize: bool,
         dequantization: str,
-        classes: int | None,
+        num_classes: int | None,
         condition_networks: bool,
     ):
         check_whole(channels=channels, size=size, bits=bits)
-        check_whole(high=MAX_DEPTH, couplings=couplings)
-        check_transformers([layers], width, heads, dropout)
-        check_choice(TRANSFORMS, coupling=coupling)
-        check_choice(("permutation", "plu"), mixing=mixing)
+        check_whole(high=MAX_DEPTH, num_couplings=num_couplings)
+        check_transformers([num_layers], width, num_heads, dropout)
+        check_choice(TRANSFORMS, transform=transform)
+        check_choice(("permutation", "plu"), permutation=permutation)
         check_choice((True, False), gaussianize=gaussianize, condition_networks=condition_networks)
         patch = patch_size(size, patch)
         maps, side = channels * patch**2, size // patch
@@ -60,24 +60,30 @@ class Jet(Flow):
             raise UserError(
                 f"patches of one number cannot be halved, which Jet needs: choose another patch for images of size={size}"
             )
-        seen = classes if classes is not None and condition_networks else 0
-        transform = TRANSFORMS[coupling]("bounded")
+        seen = num_classes if num_classes is not None and condition_networks else 0
+        univariate = TRANSFORMS[transform]("bounded")
         masks = cycle(token_masks(maps, side) if side > 1 else [])
 
         def network(reads: int, transformed: int) -> Transformer:
             return Transformer(
-                side**2, reads + seen, width, transform.count * transformed, heads, layers, dropout
+                side**2,
+                reads + seen,
+                width,
+                univariate.count * transformed,
+                num_heads,
+                num_layers,
+                dropout,
             )
 
         def step(number: int) -> list[Bijection]:
             if side > 1 and number % SPATIAL == SPATIAL - 1:
-                return [MaskedCoupling(network(maps, maps), transform, next(masks))]
+                return [MaskedCoupling(network(maps, maps), univariate, next(masks))]
             mix = (
                 Permute(maps)
-                if mixing == "permutation"
+                if permutation == "permutation"
                 else FusedAffine(ActNorm(maps), InvertibleConv1x1LU(maps))
             )
-            return [mix, Coupling(network(maps // 2, maps - maps // 2), transform)]
+            return [mix, Coupling(network(maps // 2, maps - maps // 2), univariate)]
 
         bijections: list[Bijection] = (
             [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
@@ -85,7 +91,7 @@ class Jet(Flow):
         bijections += [
             Squeeze(patch),
             ActNorm(maps),
-            *(bijection for number in range(couplings) for bijection in step(number)),
+            *(bijection for number in range(num_couplings) for bijection in step(number)),
         ]
         bijections += [Flatten(maps, side, side), Standardize(channels * size**2)]
         super().__init__(
@@ -93,7 +99,7 @@ class Jet(Flow):
             (channels, size, size),
             bits,
             dequantization,
-            classes,
+            num_classes,
             condition_networks,
         )
 

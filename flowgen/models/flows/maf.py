@@ -24,15 +24,15 @@ class MAF(Flow):
         channels: int,
         size: int,
         bits: int,
-        flows: int,
+        num_transforms: int,
         width: int,
-        layers: int,
+        num_layers: int,
         transform: str,
         gaussianize: bool,
         dequantization: str,
     ):
         check_whole(channels=channels, size=size, bits=bits, width=width)
-        check_whole(high=MAX_DEPTH, flows=flows, layers=layers)
+        check_whole(high=MAX_DEPTH, num_transforms=num_transforms, num_layers=num_layers)
         check_choice(TRANSFORMS, transform=transform)
         check_choice((True, False), gaussianize=gaussianize)
         numbers = channels * size**2
@@ -40,10 +40,10 @@ class MAF(Flow):
             [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
         )
         bijections += [Flatten(channels, size, size), BatchNorm(numbers)]
-        for _ in range(flows):
+        for _ in range(num_transforms):
             how = TRANSFORMS[transform]("bounded")
             bijections += [
-                self.direct(Autoregressive(MADE(numbers, width, layers, how.count), how)),
+                self.direct(Autoregressive(MADE(numbers, width, num_layers, how.count), how)),
                 BatchNorm(numbers),
                 Flip(),
             ]

@@ -26,27 +26,29 @@ class NICE(Flow):
         channels: int,
         size: int,
         bits: int,
-        couplings: int,
+        num_couplings: int,
         width: int,
-        layers: int,
-        coupling: str,
+        num_layers: int,
+        transform: str,
         gaussianize: bool,
         dequantization: str,
     ):
         check_whole(channels=channels, size=size, bits=bits, width=width)
-        check_whole(high=MAX_DEPTH, couplings=couplings, layers=layers)
-        check_choice(TRANSFORMS, coupling=coupling)
+        check_whole(high=MAX_DEPTH, num_couplings=num_couplings, num_layers=num_layers)
+        check_choice(TRANSFORMS, transform=transform)
         check_choice((True, False), gaussianize=gaussianize)
         numbers = channels * size**2
-        transform = TRANSFORMS[coupling]("bounded")
+        univariate = TRANSFORMS[transform]("bounded")
         bijections: list[Bijection] = (
             [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
         )
         bijections += [Flatten(channels, size, size), Standardize(numbers)]
-        for _ in range(couplings):
+        for _ in range(num_couplings):
             first, second = numbers - numbers // 2, numbers // 2
             bijections += [
-                Coupling(DenseNetwork(second, width, transform.count * first, layers), transform),
+                Coupling(
+                    DenseNetwork(second, width, univariate.count * first, num_layers), univariate
+                ),
                 Flip(),
             ]
         super().__init__(

@@ -25,12 +25,12 @@ class PlanarFlow(Flow):
         channels: int,
         size: int,
         bits: int,
-        flows: int,
+        num_transforms: int,
         gaussianize: bool,
         dequantization: str,
     ):
         super().__init__(
-            _chain(channels, size, bits, flows, gaussianize, Planar),
+            _chain(channels, size, bits, num_transforms, gaussianize, Planar),
             (channels, size, size),
             bits,
             dequantization,
@@ -46,7 +46,7 @@ class SylvesterFlow(Flow):
         channels: int,
         size: int,
         bits: int,
-        flows: int,
+        num_transforms: int,
         width: int,
         gaussianize: bool,
         dequantization: str,
@@ -56,7 +56,7 @@ class SylvesterFlow(Flow):
             channels,
             size,
             bits,
-            flows,
+            num_transforms,
             gaussianize,
             lambda numbers: Sylvester(numbers, min(width, numbers)),
         )
@@ -67,12 +67,12 @@ def _chain(
     channels: int,
     size: int,
     bits: int,
-    flows: int,
+    num_transforms: int,
     gaussianize: bool,
     layer: Callable[[int], Bijection],
 ) -> Chain:
     check_whole(channels=channels, size=size, bits=bits)
-    check_whole(high=MAX_DEPTH, flows=flows)
+    check_whole(high=MAX_DEPTH, num_transforms=num_transforms)
     check_choice((True, False), gaussianize=gaussianize)
     numbers = channels * size**2
     bijections: list[Bijection] = (
@@ -81,7 +81,7 @@ def _chain(
     bijections += [
         Flatten(channels, size, size),
         Standardize(numbers),
-        *(layer(numbers) for _ in range(flows)),
+        *(layer(numbers) for _ in range(num_transforms)),
         Standardize(numbers),
     ]
     return Chain(*bijections)

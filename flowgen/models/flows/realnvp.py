@@ -30,14 +30,14 @@ class RealNVP(Flow):
         bits: int,
         levels: int | None,
         width: int,
-        blocks: int,
-        coupling: str,
+        num_blocks: int,
+        transform: str,
         alpha: float,
         dequantization: str,
     ):
         check_whole(channels=channels, size=size, width=width, bits=bits)
-        check_whole(high=MAX_DEPTH, blocks=blocks)
-        check_choice(TRANSFORMS, coupling=coupling)
+        check_whole(high=MAX_DEPTH, num_blocks=num_blocks)
+        check_choice(TRANSFORMS, transform=transform)
         check_number(alpha=alpha)
         levels = largest_levels(size, levels)
 
@@ -50,15 +50,15 @@ class RealNVP(Flow):
             return chain
 
         def couple(maps: int, mask: Tensor) -> MaskedCoupling:
-            if coupling == "affine":  # as in the paper
+            if transform == "affine":  # as in the paper
                 return MaskedCoupling(
-                    RealNVPNetwork(maps, width, 2 * maps, blocks),
+                    RealNVPNetwork(maps, width, 2 * maps, num_blocks),
                     TRANSFORMS["affine"]("plain"),
                     mask,
                 )
-            transform = TRANSFORMS[coupling]("bounded")
+            univariate = TRANSFORMS[transform]("bounded")
             return MaskedCoupling(
-                ResNetwork(maps, width, transform.count * maps, blocks), transform, mask
+                ResNetwork(maps, width, univariate.count * maps, num_blocks), univariate, mask
             )
 
         def level(number: int, maps: int, side: int) -> list[Bijection]:

@@ -38,20 +38,22 @@ def patch_size(size: int, patch: int | None) -> int:
     return patch
 
 
-def check_transformers(layers: list[int], width: int, heads: int, dropout: float) -> None:
+def check_transformers(num_layers: list[int], width: int, num_heads: int, dropout: float) -> None:
     """Raises FlowgenError where these are no transformers, of so many layers each."""
-    if not isinstance(layers, list) or not layers:
+    if not isinstance(num_layers, list) or not num_layers:
         raise UserError(
-            f"layers must be a list of numbers, one for each block, as in model.layers=[2,2,4], not {layers!r}"
+            f"layers must be a list of numbers, one for each block, as in model.num_layers=[2,2,4], not {num_layers!r}"
         )
-    for depth in layers:
-        check_whole(high=MAX_DEPTH, layers=depth)
-    check_whole(width=width, heads=heads)
+    for depth in num_layers:
+        check_whole(high=MAX_DEPTH, num_layers=depth)
+    check_whole(width=width, num_heads=num_heads)
     check_number(dropout=dropout)
     if dropout >= 1:
         raise UserError(f"dropout must be below 1, not {dropout}")
-    if width % heads:
-        raise UserError(f"width={width} is not a multiple of heads={heads}: choose other numbers")
+    if width % num_heads:
+        raise UserError(
+            f"width={width} is not a multiple of heads={num_heads}: choose other numbers"
+        )
 
 
 LABEL_DROPOUT = (
@@ -73,25 +75,27 @@ class TarFlow(Flow, SupportsTokenSampling):
         size: int,
         bits: int,
         patch: int | None,
-        layers: list[int],
+        num_layers: list[int],
         width: int,
-        heads: int,
+        num_heads: int,
         dropout: float,
         transform: str | None,
         local: bool,
         roll: bool,
-        mixing: str | None,
+        permutation: str | None,
         gaussianize: bool,
         dequantization: str,
-        classes: int | None,
+        num_classes: int | None,
         condition_networks: bool,
     ):
         check_whole(channels=channels, size=size, bits=bits)
-        check_transformers(layers, width, heads, dropout)
+        check_transformers(num_layers, width, num_heads, dropout)
         transform = ("mixture" if channels == 1 else "affine") if transform is None else transform
-        mixing = ("actnorm" if channels == 1 else "plu") if mixing is None else mixing
+        permutation = (
+            ("actnorm" if channels == 1 else "plu") if permutation is None else permutation
+        )
         check_choice(TRANSFORMS, transform=transform)
-        check_choice(("none", "actnorm", "plu"), mixing=mixing)
+        check_choice(("none", "actnorm", "plu"), permutation=permutation)
         check_choice(
             (True, False),
             local=local,
@@ -101,7 +105,7 @@ class TarFlow(Flow, SupportsTokenSampling):
         )
         patch = patch_size(size, patch)
         maps, side = channels * patch**2, size // patch
-        seen = classes if classes is not None and condition_networks else 0
+        seen = num_classes if num_classes is not None and condition_networks else 0
 
         def block(number: int, depth: int) -> list[Bijection]:
             mix: dict[str, list[Bijection]] = {
@@ -110,9 +114,12 @@ class TarFlow(Flow, SupportsTokenSampling):
                 "plu": [FusedAffine(ActNorm(maps), InvertibleConv1x1LU(maps))],
             }
             how = TRANSFORMS[transform]("bounded")
-            network = CausalTransformer(side**2, maps, width, heads, depth, dropout, seen)
+            network = CausalTransformer(side**2, maps, width, num_heads, depth, dropout, seen)
             head = (autoregressive_head if local else TokenHead)(maps, width, how)
-            return [*mix[mixing], TokenAutoregressive(network, head, backwards=number % 2 == 1)]
+            return [
+                *mix[permutation],
+                TokenAutoregressive(network, head, backwards=number % 2 == 1),
+            ]
 
         def rolled(number: int) -> list[Bijection]:
             """Moves the borders of the patches before every second pair of blocks, and back before the others."""
@@ -125,7 +132,7 @@ class TarFlow(Flow, SupportsTokenSampling):
             [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
         )
         bijections += [Squeeze(patch), ActNorm(maps)]
-        for number, depth in enumerate(layers):
+        for number, depth in enumerate(num_layers):
             bijections += [*rolled(number), *block(number, depth)]
         bijections += [Flatten(maps, side, side), Standardize(channels * size**2)]
         super().__init__(
@@ -133,7 +140,7 @@ class TarFlow(Flow, SupportsTokenSampling):
             (channels, size, size),
             bits,
             dequantization,
-            classes,
+            num_classes,
             condition_networks,
         )
         self.affine, self.guidance = transform == "affine", 0.0
@@ -167,7 +174,7 @@ class TarFlow(Flow, SupportsTokenSampling):
             return super()._carry(z, one_hot)
         if one_hot is None or not self.affine or not self.condition_networks:
             raise UserError(
-                "guidance needs classes and affine maps: train with model.classes=10 model.transform=affine"
+                "guidance needs classes and affine maps: train with model.num_classes=10 model.transform=affine"
             )
         conditions = torch.cat((one_hot, torch.full_like(one_hot, 1 / one_hot.shape[1])))
         means = self._class_means()

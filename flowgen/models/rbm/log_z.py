@@ -309,7 +309,7 @@ class LogZ:
     value: float
     error: float
     estimates: dict[str, Estimate] = field(default_factory=dict)
-    quotable: bool | None = None
+    reliable: bool | None = None
     verdict: str = ""
 
 
@@ -320,25 +320,34 @@ def estimate_log_z(
 
     Forward AIS tends to err on one side, reverse AIS on the other: the middle is taken, with half their distance as an error.
     """
-    if min(machine.visible, machine.hidden) <= ENUMERABLE - (0 if how.thorough else 4):
+    if min(machine.visible, machine.hidden) <= ENUMERABLE - (0 if how.cross_check else 4):
         exact = exact_log_z(machine)
         return LogZ(
             exact,
             0.0,
             {},
-            math.isfinite(exact) if how.thorough else None,
+            math.isfinite(exact) if how.cross_check else None,
             "log Z is exact, by enumeration",
         )
-    if not how.thorough:
+    if not how.cross_check:
         look = ais(
-            machine, betas=how.betas, chains=how.chains, generator=generator, progress=progress
+            machine,
+            betas=how.ais_steps,
+            chains=how.ais_chains,
+            generator=generator,
+            progress=progress,
         )
         return LogZ(look.log_z, look.error)
-    found = run_pilot(machine, how.chains, generator, progress)
-    way = found.way(how.betas)
-    forward = ais(machine, betas=way, chains=how.chains, generator=generator, progress=progress)
+    found = run_pilot(machine, how.ais_chains, generator, progress)
+    way = found.way(how.ais_steps)
+    forward = ais(machine, betas=way, chains=how.ais_chains, generator=generator, progress=progress)
     by_bridge, samples = bridge(
-        machine, **LADDER, chains=how.chains, start=found, generator=generator, progress=progress
+        machine,
+        **LADDER,
+        chains=how.ais_chains,
+        start=found,
+        generator=generator,
+        progress=progress,
     )
     reverse = reverse_ais(machine, samples, betas=way, generator=generator, progress=progress)
     middle, half = (forward.log_z + reverse.log_z) / 2, abs(forward.log_z - reverse.log_z) / 2
@@ -356,7 +365,7 @@ def _verdict(forward: Estimate, reverse: Estimate, bridge: Estimate) -> tuple[bo
     if not all(map(math.isfinite, (*forward, *reverse, *bridge))):
         return (
             False,
-            "an estimate of log Z or of its error is not finite: the machine has diverged, or chains=1",
+            "an estimate of log Z or of its error is not finite: the machine has diverged, or ais_chains=1",
         )
     if apart > FAR_APART:
         return False, f"forward and reverse AIS are {apart:.1f} nats apart, give them more betas"
@@ -393,13 +402,13 @@ def log_likelihood(free: Tensor, log_z: LogZ) -> Metrics:
             MetricValue(named(LOG_Z, name), estimate.log_z, estimate.error),
             MetricValue(named(EFFECTIVE_SIZE, name), estimate.effective_sample_size),
         ]
-    if log_z.quotable is None:
+    if log_z.reliable is None:
         return Metrics.of(*measured)
-    quotable, why = log_z.quotable, log_z.verdict
+    reliable, why = log_z.reliable, log_z.verdict
     if not math.isfinite(mean - log_z.value):
-        quotable, why = False, "the machine has diverged"
+        reliable, why = False, "the machine has diverged"
     return Metrics.of(
-        *measured, quotable=quotable, verdict=f"{'quotable' if quotable else 'do not quote'}: {why}"
+        *measured, reliable=reliable, verdict=f"{'reliable' if reliable else 'do not quote'}: {why}"
     )
 
 

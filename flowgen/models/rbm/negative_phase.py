@@ -35,13 +35,13 @@ class NegativePhase(nn.Module, ABC):
 class CD(NegativePhase):
     """Contrastive divergence: `sweeps` of Gibbs sampling from the data. Hinton (2002)."""
 
-    def __init__(self, *, sweeps: int):
+    def __init__(self, *, gibbs_steps: int):
         super().__init__()
-        check_whole(high=MOST, sweeps=sweeps)
-        self.sweeps = sweeps
+        check_whole(high=MOST, gibbs_steps=gibbs_steps)
+        self.gibbs_steps = gibbs_steps
 
     def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        for _ in range(self.sweeps):
+        for _ in range(self.gibbs_steps):
             data = bernoulli_from_logits(machine.visible_input(bernoulli_from_logits(inputs)))
             inputs = machine.hidden_input(data)
         return data, inputs
@@ -53,14 +53,14 @@ class PCD(NegativePhase):
     hidden_units: Tensor
     last_free_energy: Tensor
 
-    def __init__(self, *, sweeps: int, chains: int):
+    def __init__(self, *, gibbs_steps: int, num_chains: int):
         super().__init__()
-        check_whole(high=MOST, sweeps=sweeps, chains=chains)
-        self.sweeps, self.chains = sweeps, chains
+        check_whole(high=MOST, gibbs_steps=gibbs_steps, num_chains=num_chains)
+        self.gibbs_steps, self.num_chains = gibbs_steps, num_chains
 
     def allocate(self, visible: int, hidden: int) -> None:
-        self.register_buffer("hidden_units", torch.zeros(self.chains, hidden))
-        self.register_buffer("last_free_energy", torch.zeros(self.chains))
+        self.register_buffer("hidden_units", torch.zeros(self.num_chains, hidden))
+        self.register_buffer("last_free_energy", torch.zeros(self.num_chains))
 
     def start(self, machine: EnergyModel) -> None:
         self.hidden_units.copy_(
@@ -68,7 +68,7 @@ class PCD(NegativePhase):
         )
 
     def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        for _ in range(self.sweeps):
+        for _ in range(self.gibbs_steps):
             negative = bernoulli_from_logits(machine.visible_input(self.hidden_units))
             inputs = machine.hidden_input(negative)
             self.hidden_units.copy_(
@@ -87,12 +87,12 @@ class Tempering(NegativePhase):
 
     last_free_energy: Tensor
 
-    def __init__(self, *, sweeps: int, chains: int, temperatures: int, adapt: bool):
+    def __init__(self, *, gibbs_steps: int, num_chains: int, num_temperatures: int, adapt: bool):
         super().__init__()
-        check_whole(high=MOST, sweeps=sweeps)
-        self.sweeps = sweeps
-        self.ladder = ParallelTempering(temperatures, chains, adapt)
-        self.register_buffer("last_free_energy", torch.zeros(chains))
+        check_whole(high=MOST, gibbs_steps=gibbs_steps)
+        self.gibbs_steps = gibbs_steps
+        self.ladder = ParallelTempering(num_temperatures, num_chains, adapt)
+        self.register_buffer("last_free_energy", torch.zeros(num_chains))
 
     def allocate(self, visible: int, hidden: int) -> None:
         self.ladder.allocate(hidden)
@@ -103,7 +103,7 @@ class Tempering(NegativePhase):
         )
 
     def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        for _ in range(self.sweeps):
+        for _ in range(self.gibbs_steps):
             negative, inputs = self.ladder.sweep(machine)
         return self.ladder.top(negative), self.ladder.top(inputs)
 
@@ -122,13 +122,13 @@ class Tempering(NegativePhase):
 class MeanField(NegativePhase):
     """`sweeps` of mean field from the data. Welling and Hinton (2002)."""
 
-    def __init__(self, *, sweeps: int):
+    def __init__(self, *, gibbs_steps: int):
         super().__init__()
-        check_whole(high=MOST, sweeps=sweeps)
-        self.sweeps = sweeps
+        check_whole(high=MOST, gibbs_steps=gibbs_steps)
+        self.gibbs_steps = gibbs_steps
 
     def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        negative, _ = next(islice(mean_field(machine, data), self.sweeps - 1, None))
+        negative, _ = next(islice(mean_field(machine, data), self.gibbs_steps - 1, None))
         return negative, machine.hidden_input(negative)
 
 

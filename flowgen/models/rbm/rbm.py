@@ -64,8 +64,8 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         centered: bool = True,
         l1: float = 0.0,
         l2: float = 0.0,
-        sparsity: float = 0.0,
-        activity: float = 0.1,
+        sparsity_cost: float = 0.0,
+        sparsity_target: float = 0.1,
     ):
         shape = (1, 1, visible) if isinstance(visible, int) else tuple(visible)
         if len(shape) != 3:
@@ -76,18 +76,18 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         if bits != 1:
             raise UserError(f"an RBM is of binary pixels, not of bits={bits}: leave data.bits at 1")
         check_choice((True, False), centered=centered)
-        check_number(l1=l1, l2=l2, sparsity=sparsity, activity=activity)
-        if sparsity and not 0 < activity < 1:
-            raise UserError(f"activity must lie between 0 and 1, not at {activity}")
+        check_number(l1=l1, l2=l2, sparsity_cost=sparsity_cost, sparsity_target=sparsity_target)
+        if sparsity_cost and not 0 < sparsity_target < 1:
+            raise UserError(f"activity must lie between 0 and 1, not at {sparsity_target}")
         units = math.prod(shape)
         super().__init__(units, hidden)
         self.image_shape, self.bits = (shape[0], shape[1], shape[2]), bits
-        self.centered, self.l1, self.l2, self.sparsity, self.activity = (
+        self.centered, self.l1, self.l2, self.sparsity_cost, self.sparsity_target = (
             centered,
             l1,
             l2,
-            sparsity,
-            activity,
+            sparsity_cost,
+            sparsity_target,
         )
         self.log_z: float | None = None  # in nats, of `score`
         self.register_buffer("visible_offset", torch.full((units,), 0.5))
@@ -96,7 +96,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
             raise UserError(
                 f"write model/negative_phase={negative_phase}, with a slash, when training begins"
             )
-        self.negative_phase = negative_phase or CD(sweeps=1)
+        self.negative_phase = negative_phase or CD(gibbs_steps=1)
         self.negative_phase.allocate(units, hidden)
 
     @classmethod
@@ -120,10 +120,10 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
                 loss = loss + self.l1 * self.weight.abs().sum()
             if self.l2:
                 loss = loss + 0.5 * self.l2 * self.weight.square().sum()
-            if self.sparsity:
+            if self.sparsity_cost:
                 active = self.hidden_input(data).sigmoid().mean(0)
-                loss = loss + self.sparsity * F.binary_cross_entropy(
-                    active, torch.full_like(active, self.activity), reduction="sum"
+                loss = loss + self.sparsity_cost * F.binary_cross_entropy(
+                    active, torch.full_like(active, self.sparsity_target), reduction="sum"
                 )
             return loss
 
@@ -157,7 +157,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         draws: int = 1,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """-F(v) - log Z; without log Z where no evaluation has found a quotable one. Nothing is drawn."""
+        """-F(v) - log Z; without log Z where no evaluation has found a reliable one. Nothing is drawn."""
         return -self.free_energy(self.units(images)) - (self.log_z or 0.0)
 
     @property
@@ -168,7 +168,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         """log Z, where it may be quoted."""
         log_z = figures.get("log_z")
         self.log_z = (
-            log_z if figures.get("quotable") is True and isinstance(log_z, int | float) else None
+            log_z if figures.get("reliable") is True and isinstance(log_z, int | float) else None
         )
 
     def train(self, mode: bool = True) -> "RBM":

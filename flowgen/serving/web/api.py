@@ -28,7 +28,7 @@ def about(answers: ModelSession, payload: Payload) -> dict[str, Any]:
         "step": answers.checkpoint["step"],
         "shape": list(model.image_shape),
         "bits": model.bits,
-        "classes": model.classes,
+        "classes": model.num_classes,
         "able_to": answers.capabilities,
         "methods": answers.methods,
         "temperature": config["trainer"]["sample_temperature"],

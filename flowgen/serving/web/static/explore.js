@@ -438,7 +438,7 @@ async function begin() {
   const [channels, height, width] = model.shape;
   $("about").textContent = `${model.run}: ${model.model} of ${model.data}, ${width}x${height}${channels === 3 ? " in colour" : ""}, ${model.bits} bit${model.bits > 1 ? "s" : ""}, step ${model.step}`;
   $("temperature").value = model.temperature;
-  for (let label = 0; label < (model.classes ?? 0); label++) $("label").append(element("option", { value: label, textContent: label }));
+  for (let label = 0; label < (model.num_classes ?? 0); label++) $("label").append(element("option", { value: label, textContent: label }));
   for (const list of document.querySelectorAll("select.methods")) list.append(...model.methods.map((name) => element("option", { textContent: name })));
   if (model.able_to.chains) $("sampler").value = "tempering"; // as flowgen sample
   for (const each of document.querySelectorAll(".classes")) each.hidden = !model.able_to.classes;
