@@ -164,7 +164,7 @@ def train(words: tuple[str, ...]) -> None:
 @click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
 def resume(name: str, overrides: tuple[str, ...]) -> None:
     """Go on from RUN's last good checkpoint, with its own configuration but for each KEY=VALUE."""
-    module = command("resume")
+    module = command("train")
     module.follow() if is_worker() else module.resume(name=name, overrides=list(overrides))
 
 
@@ -190,7 +190,7 @@ def export(name: str, path: Path) -> None:
 )
 def push(**group_options: Any) -> None:
     """Put RUN's model on the Hugging Face Hub, with a card and samples; --run hf:OWNER/NAME reads it from there."""
-    for line in command("push", computes=True).push(**group_options):
+    for line in command("export", computes=True).push(**group_options):
         click.echo(line)
 
 
@@ -368,7 +368,7 @@ def chain(out: Path | None, **group_options: Any) -> None:
     """Film an RBM's chains growing images from white noise, FILE.gif."""
     if out is not None and out.suffix.lower() != ".gif":
         raise click.UsageError(f"{out} is no name of a film: let it end in .gif")
-    click.echo(command("chain", computes=True).chain(out=out, **group_options))
+    click.echo(command("sample", computes=True).chain(out=out, **group_options))
 
 
 OUTLIER_SCORES = (

@@ -35,8 +35,7 @@ SIDE, HIDDEN, RBM_BATCH, TEMPERATURES, LEARNERGY_BATCHES = 28, 500, 100, 10, 20
 
 def flowgen_step(compiled: bool) -> Callable[[Tensor], None]:
     arguments = yaml.safe_load((conf_folder() / "model" / "glow.yaml").read_text()) | {
-        "channels": 3,
-        "size": SIZE,
+        "image_shape": (3, SIZE, SIZE),
         "bits": 5,
     }
     arguments |= {"levels": LEVELS, "steps_per_level": STEPS, "width": WIDTH}
@@ -88,7 +87,7 @@ def normflows_step() -> Callable[[Tensor], None]:
 
 
 def rbm_step() -> Callable[[Tensor], None]:
-    rbm = RBM([1, SIDE, SIDE], HIDDEN, negative_phase=PCD(sweeps=1, chains=RBM_BATCH))
+    rbm = RBM([1, SIDE, SIDE], HIDDEN, negative_phase=PCD(gibbs_steps=1, chains=RBM_BATCH))
     rbm.initialize(digits())
     optimizer = torch.optim.SGD(rbm.parameters(), lr=0.01, momentum=0.9, fused=True)
 

@@ -33,8 +33,11 @@ def rows() -> list[dict[str, object]]:
         {"batch_size": batch, "precision": "bfloat16", "compile": compiled}
         for batch, compiled in product(BATCHES, (False, True))
     ]
-    found += [{"batch_size": BATCHES[-1], "memory": memory} for memory in ("checkpoint", "invert")]
-    return found + [{"batch_size": BATCHES[-1] * GPUS, "devices": GPUS}] * (GPUS > 1)
+    found += [
+        {"batch_size": BATCHES[-1], "activation_memory": memory}
+        for memory in ("checkpoint", "reversible")
+    ]
+    return found + [{"batch_size": BATCHES[-1] * GPUS, "num_processes": GPUS}] * (GPUS > 1)
 
 
 def measure(folder: Path, number: int, settings: dict[str, object]) -> str:

@@ -23,9 +23,9 @@ DEPTHS = (8, 16, 32, 64, 128)
 BATCH, SIZE = 128, 16
 APART = {-3: 8192, -4: 1_000_000}  # M_MMAP_THRESHOLD, M_MMAP_MAX
 GLOW = {
-    "_target_": "flowgen.models.flows.glow.Glow", "channels": 3, "size": SIZE, "bits": 5, "levels": 2, "width": 32, "network": "conv",
-    "blocks": 1, "coupling": "affine", "scale": "bounded", "convolution": "plu", "prior": "predicted", "base": "learned",
-    "final_actnorm": False, "gaussianize": False, "dequantisation": "uniform", "classes": None,
+    "_target_": "flowgen.models.flows.glow.Glow", "image_shape": (3, SIZE, SIZE), "bits": 5, "levels": 2, "width": 32, "network": "conv",
+    "num_blocks": 1, "transform": "affine", "log_scale": "bounded", "convolution": "plu", "split_prior": "predicted", "base": "learned",
+    "final_actnorm": False, "gaussianize": False, "dequantisation": "uniform", "num_classes": None,
 }  # fmt: skip
 
 

@@ -25,7 +25,12 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a file that keeps the trained classifier")
     options = parser.parse_args()
     data = MNIST(
-        name="MNIST", root=options.root, names=["mnist", "MNIST"], size=28, bits=8, flip=False
+        name="MNIST",
+        root=options.root,
+        search_dirs=["mnist", "MNIST"],
+        size=28,
+        bits=8,
+        random_flip=False,
     )
     if options.keep and options.keep.exists():
         classifier = Classifier((1, 28, 28), 8, 10).eval()

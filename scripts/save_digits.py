@@ -18,7 +18,7 @@ def main() -> None:
         help="places in the test split, 0 to 499; 50 of each digit",
     )
     options = parser.parse_args()
-    data = MNISTSample(bits=8, flip=False)
+    data = MNISTSample(bits=8, random_flip=False)
     options.folder.mkdir(parents=True, exist_ok=True)
     for number in options.numbers:
         picture_of(data.test.images[number]).save(options.folder / f"digit_{number // 50}.png")

@@ -77,16 +77,18 @@ def test_a_film_begins_with_noise_and_goes_on_for_ever():
 
 
 def test_abilities_are_those_of_the_class_and_of_its_arguments():
-    assert Flow.supports(ClassConditional, {"classes": 10}) and not Flow.supports(
-        ClassConditional, {"classes": None}
+    assert Flow.supports(ClassConditional, {"num_classes": 10}) and not Flow.supports(
+        ClassConditional, {"num_classes": None}
     )
     assert not Flow.supports(SupportsMCMC, {}) and Glow.supports(Flow, {})
-    assert isinstance(load_from_checkpoint("glow", classes=3, steps_per_level=1), ClassConditional)
+    assert isinstance(
+        load_from_checkpoint("glow", num_classes=3, steps_per_level=1), ClassConditional
+    )
 
 
 def test_the_newest_run_that_is_able_is_found(tiny_run, elsewhere):
     for age, (name, model) in enumerate(
-        (("plain", {}), ("classes", {"classes": 10}), ("newest", {}))
+        (("plain", {}), ("classes", {"num_classes": 10}), ("newest", {}))
     ):
         run = shutil.copytree(tiny_run, elsewhere / "outputs" / name)
         config = read_config(run / "config.yaml")

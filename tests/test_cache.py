@@ -142,7 +142,9 @@ def test_a_set_that_does_not_fit_into_memory_trains_to_the_same_bits(images, com
     monkeypatch.setattr("flowgen.data.dataset.free_memory", lambda: 1)
     assert command("train", *words, "trainer.steps=2", "output_dir=ahead")[0] == 0
     with monkeypatch.context() as patched:
-        patched.setattr("flowgen.data.dataset.Ahead", read_ahead := Mock(side_effect=Prefetcher))
+        patched.setattr(
+            "flowgen.data.dataset.Prefetcher", read_ahead := Mock(side_effect=Prefetcher)
+        )
         assert command("resume", "ahead", "trainer.steps=4")[0] == 0
     assert read_ahead.call_count == 1
     states = [

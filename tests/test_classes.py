@@ -33,7 +33,12 @@ def stripes(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def trained(request) -> Flow:
     torch.manual_seed(0)
     model = load_from_checkpoint(
-        "glow", classes=3, condition_networks=request.param, steps_per_level=2, width=16, levels=1
+        "glow",
+        num_classes=3,
+        condition_networks=request.param,
+        steps_per_level=2,
+        width=16,
+        levels=1,
     )
     model.initialize(*stripes(300))
     fit(model, lambda _: stripes(48), steps=150, lr=3e-3)
@@ -42,7 +47,7 @@ def trained(request) -> Flow:
 
 @pytest.mark.parametrize("networks", [True, False])
 def test_the_density_is_the_mean_over_the_classes(networks):
-    model = glow(classes=3, condition_networks=networks).double()
+    model = glow(num_classes=3, condition_networks=networks).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -56,7 +61,7 @@ def test_the_density_is_the_mean_over_the_classes(networks):
 
 @torch.no_grad()
 def test_the_class_is_a_latent_like_the_others_where_the_networks_see_it():
-    model = glow(classes=3)
+    model = glow(num_classes=3)
     model.initialize(*stripes(64))
     for parameter in model.parameters():
         parameter += 0.05 * torch.randn_like(parameter)
@@ -69,7 +74,7 @@ def test_the_class_is_a_latent_like_the_others_where_the_networks_see_it():
 
 
 def test_labels_go_with_their_images():
-    data = MNISTSample(bits=8, flip=False)
+    data = MNISTSample(bits=8, random_flip=False)
     images, labels = data.draw(3990, 20, seed=3)
     place = [
         next(n for n in range(len(data.train)) if torch.equal(data.train.images[n], image))
@@ -95,7 +100,7 @@ def test_a_trained_flow_tells_classes_apart_and_draws_the_one_asked_for(trained)
 
 
 def test_the_figure_needs_no_labels_and_stays_above_the_entropy():
-    model = glow(classes=3)
+    model = glow(num_classes=3)
     model.initialize(noise(5, 256), torch.arange(256) % 3)
     fit(model, lambda _: (noise(5, 30), torch.arange(30) % 3), steps=20, lr=1e-3)
     figures = model.evaluate([noise(5, 256)]).row()
@@ -117,7 +122,7 @@ def test_temperature_zero_is_the_middle_of_the_class(trained):
 
 def test_many_samples_are_of_each_class_in_turn_from_batch_to_batch(monkeypatch):
     """At temperature 0 a sample is the middle of its class."""
-    model = glow(classes=3).eval()
+    model = glow(num_classes=3).eval()
     model.initialize(*stripes(30))
     whole, _ = draw(model, 8, 0.0, seed=0)
     monkeypatch.setattr("flowgen.commands.sample.BATCH", 4)

@@ -63,7 +63,7 @@ def test_test_images_that_were_trained_on_are_named_and_counted(images, command,
 def test_sets_that_take_minutes_to_read_are_not_read_for_it(monkeypatch):
     monkeypatch.setattr(doubts, "MAX_ABS_VALUE", 100)
     monkeypatch.setattr(doubts, "shared", None)
-    doubts.warn_test_leakage(Toy2D(name="moons", count=4000, bits=3, flip=False))
+    doubts.warn_test_leakage(Toy2D(name="moons", num_points=4000, bits=3, random_flip=False))
 
 
 def test_shared_images_are_found_pixel_for_pixel():
@@ -75,7 +75,7 @@ def test_shared_images_are_found_pixel_for_pixel():
 
 
 def test_points_of_the_plane_may_agree():
-    data = Toy2D(name="moons", count=4000, bits=3, flip=False)
+    data = Toy2D(name="moons", num_points=4000, bits=3, random_flip=False)
     assert find_duplicates(data.train.images, data.test.images) == []
 
 

@@ -77,7 +77,7 @@ def test_no_model_scores_below_the_entropy(name, kind):
 @pytest.mark.parametrize(
     ("name", "steps", "changes"),
     [
-        ("maf", 1500, {"flows": 2, "width": 128}),
+        ("maf", 1500, {"num_transforms": 2, "width": 128}),
         ("glow", 400, {"steps_per_level": 6, "width": 32, "levels": 2}),
     ],
 )
@@ -91,7 +91,9 @@ def test_a_trained_flow_comes_close_to_the_entropy_of_a_gaussian_field(name, ste
 
 
 def test_a_trained_flow_comes_close_to_the_entropy_of_uniform_levels():
-    model = load_from_checkpoint("maf", channels=1, bits=5, flows=1, width=32, transform="spline")
+    model = load_from_checkpoint(
+        "maf", channels=1, bits=5, num_transforms=1, width=32, transform="spline"
+    )
     figures = (
         train(model, uniform_levels(20_000)[0], 300, lr=1e-2)
         .evaluate(uniform_levels(2000)[0].split(500))
@@ -104,7 +106,7 @@ def test_a_trained_flow_comes_close_to_the_entropy_of_a_markov_texture():
     """Two values a pixel, whose noise has to be learnt and averaged over: 16 draws."""
     images, entropy = markov_texture(100_000)
     model = load_from_checkpoint(
-        "maf", channels=1, bits=1, flows=2, width=128, dequantization="variational"
+        "maf", channels=1, bits=1, num_transforms=2, width=128, dequantization="variational"
     )
     figures = (
         train(model, images, 700, lr=5e-3)

@@ -31,9 +31,8 @@ class Linear(torch.nn.Module):
 def small(**changes: object) -> FlowMatching:
     """Of images of one channel and 2x2 pixels, pushed off its start, in float64."""
     arguments = {
-        "channels": 1,
-        "size": 2,
-        "layers": 1,
+        "image_shape": (1, 2, 2),
+        "num_layers": 1,
         "tolerance": 1e-9,
         "gaussianize": False,
     } | changes
@@ -119,9 +118,9 @@ def test_training_learns_two_classes_and_draws_the_one_asked_for():
         "flow_matching",
         channels=1,
         size=2,
-        classes=2,
+        num_classes=2,
         width=16,
-        layers=1,
+        num_layers=1,
         gaussianize=False,
         tolerance=0.1,
     )
@@ -144,9 +143,9 @@ def test_training_learns_two_classes_and_draws_the_one_asked_for():
 def test_in_the_plane_it_learns_a_density_that_integrates_to_one_and_inverts():
     """Over a square three times as wide as the data's."""
     model = load_from_checkpoint(
-        "flow_matching", channels=2, size=1, bits=8, width=16, layers=1, tolerance=1e-3
+        "flow_matching", image_shape=(2, 1, 1), bits=8, width=16, num_layers=1, tolerance=1e-3
     )
-    data = Toy2D(name="moons", count=1000, bits=8, flip=False)
+    data = Toy2D(name="moons", num_points=1000, bits=8, random_flip=False)
     model.initialize(data.draw(0, 1000, 0)[0])
     start = model.eval().evaluate(data.batches("test", 250, 250))["bits_per_dim"].value
     with torch.enable_grad():
@@ -182,7 +181,7 @@ def test_a_model_built_without_data_leaves_the_solver_whole(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"tolerance": -1}, {"exact": -1}, {"layers": 0}, {"classes": 0}]
+    "changes", [{"tolerance": -1}, {"exact_trace_dims": -1}, {"num_layers": 0}, {"num_classes": 0}]
 )
 def test_arguments_are_checked(changes):
     with pytest.raises(UserError, match="must be"):

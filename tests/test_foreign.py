@@ -280,13 +280,13 @@ def test_names_from_elsewhere_leave_the_terminal_alone(tiny_run, command):
 @pytest.mark.parametrize("names", [["../elsewhere"], ["/tmp/elsewhere"], [""], [3]])
 def test_a_configuration_names_no_folder_outside_the_data_folder(tmp_path, names):
     with pytest.raises(UserError, match="inside the data folder"):
-        MNIST(name="MNIST", root=None, names=names, size=28, bits=8, flip=False)
+        MNIST(name="MNIST", root=None, search_dirs=names, size=28, bits=8, random_flip=False)
 
 
 def test_what_a_configuration_refers_to_is_not_looked_up(tiny_run, command, monkeypatch):
     monkeypatch.setenv("FLOWGEN_SECRET", "the secret")
     state = read_checkpoint(Run(tiny_run).last)
-    state["config"]["data"] |= {"root": "nowhere", "cure": "${oc.env:FLOWGEN_SECRET}"}
+    state["config"]["data"] |= {"root": "nowhere", "download_hint": "${oc.env:FLOWGEN_SECRET}"}
     torch.save(state, Run(tiny_run).last)
     for words in (["evaluate", "--run", tiny_run], ["resume", tiny_run, "trainer.steps=8"]):
         status, _, error = command(*words)

@@ -207,7 +207,7 @@ def test_models_of_faces_that_are_for_research_are_not_pushed(words):
 
 def test_faces_are_refused_before_anything_is_sent(tiny_run, command, tmp_path):
     checkpoint = find_checkpoint(str(tiny_run))[1]
-    data = checkpoint["config"]["data"] | {"names": ["celeba"]}
+    data = checkpoint["config"]["data"] | {"search_dirs": ["celeba"]}
     export_safetensors(
         checkpoint | {"config": checkpoint["config"] | {"data": data}},
         {},

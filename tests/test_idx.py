@@ -32,7 +32,9 @@ def write_mnist(root: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 def mnist(root: Path) -> MNIST:
-    return MNIST(name="MNIST", root=str(root), names=["mnist"], size=28, bits=8, flip=False)
+    return MNIST(
+        name="MNIST", root=str(root), search_dirs=["mnist"], size=28, bits=8, random_flip=False
+    )
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -47,9 +49,9 @@ def test_idx_files(tmp_path, suffix):
     arguments = {
         "name": "MNIST",
         "root": str(tmp_path),
-        "names": ["mnist"],
+        "search_dirs": ["mnist"],
         "bits": 8,
-        "flip": False,
+        "random_flip": False,
     }
     data = MNIST(**arguments, size=28)
     assert (
@@ -68,7 +70,14 @@ def test_an_idx_file_cut_short_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"t10k-images-idx3-ubyte.gz is empty, cut short or no idx file"
     ):
-        MNIST(name="MNIST", root=str(tmp_path), names=["mnist"], size=28, bits=8, flip=False)
+        MNIST(
+            name="MNIST",
+            root=str(tmp_path),
+            search_dirs=["mnist"],
+            size=28,
+            bits=8,
+            random_flip=False,
+        )
 
 
 def test_mnist_beside_another_set_is_told_from_it(tmp_path):
@@ -79,10 +88,12 @@ def test_mnist_beside_another_set_is_told_from_it(tmp_path):
                 tmp_path / name / "raw" / f"{split}-images-idx3-ubyte.gz",
                 torch.full((2, 28, 28), shade, dtype=torch.uint8),
             )
-    arguments = {"root": str(tmp_path), "size": 28, "bits": 8, "flip": False}
-    assert (MNIST(name="MNIST", names=["mnist", "MNIST"], **arguments).train.images == 1).all()
+    arguments = {"root": str(tmp_path), "size": 28, "bits": 8, "random_flip": False}
+    assert (
+        MNIST(name="MNIST", search_dirs=["mnist", "MNIST"], **arguments).train.images == 1
+    ).all()
     with pytest.raises(UserError, match="several sets"):
-        MNIST(name="KMNIST", names=["kmnist"], **arguments)
+        MNIST(name="KMNIST", search_dirs=["kmnist"], **arguments)
 
 
 @pytest.mark.parametrize("shape", [(0, 28, 28), (7, 0, 28), (7, 28, 0)])

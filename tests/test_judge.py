@@ -7,9 +7,8 @@ import pytest
 import torch
 from test_models import glow, noise, started
 
-from flowgen import judging
 from flowgen.data.mnist import MNISTSample
-from flowgen.evaluation import sample_quality as fid_metrics
+from flowgen.evaluation import interpolation, sample_quality, stats
 from flowgen.evaluation.interpolation import great_circle, walk
 from flowgen.evaluation.sample_quality import frechet
 from flowgen.utils.errors import UserError
@@ -21,7 +20,9 @@ def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
     one = scale * torch.randn(200_000, 3)
     two = 1.0 + other * torch.randn(200_000, 3)
     expected = 3.0 + (scale - other).square().sum().item()
-    assert judging.likeness(one[:2000], two[:2000]).frechet == pytest.approx(expected, rel=0.15)
+    assert sample_quality.likeness(one[:2000], two[:2000]).frechet == pytest.approx(
+        expected, rel=0.15
+    )
     assert frechet(one.double(), two.double()) == pytest.approx(expected, rel=0.01)
     assert frechet(one.double(), one.double()) == pytest.approx(0, abs=1e-6)
 
@@ -31,27 +32,27 @@ def test_coverage_falls_with_missing_samples_and_with_blank_ones():
         return torch.cat((torch.randn(300, 2), 20 + torch.randn(300, 2)))
 
     real, one_mode = two_modes(), torch.randn(600, 2)
-    found = judging.likeness(one_mode, real)
-    assert judging.likeness(two_modes(), real).coverage > 0.9
+    found = sample_quality.likeness(one_mode, real)
+    assert sample_quality.likeness(two_modes(), real).coverage > 0.9
     assert found.coverage == pytest.approx(0.5, abs=0.05) and found.spread < 0.5
     like_faces = torch.cat((torch.randn(590, 64), 10 * torch.randn(10, 64))) / torch.arange(
         1, 65
     )  # with outliers, which are near all
-    assert judging.likeness(torch.zeros(600, 64), like_faces).coverage < 0.3
+    assert sample_quality.likeness(torch.zeros(600, 64), like_faces).coverage < 0.3
 
 
 def test_a_real_point_lies_at_distance_one_and_their_mean_at_zero():
     real = 3 + torch.randn(500, 8)
-    assert judging.distance_from_mean(real.mean(0), real) == pytest.approx(0, abs=1e-5)
+    assert sample_quality.distance_from_mean(real.mean(0), real) == pytest.approx(0, abs=1e-5)
     assert torch.tensor(
-        [judging.distance_from_mean(point, real) for point in real]
+        [sample_quality.distance_from_mean(point, real) for point in real]
     ).mean().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_the_components_keep_what_varies_most_and_leave_the_random_state_alone():
     images = torch.rand(500, 1, 4, 4) * torch.tensor([10.0] + 15 * [0.01]).view(1, 4, 4)
     before = torch.random.get_rng_state()
-    found = judging.PrincipalComponents(images)(images)
+    found = sample_quality.PrincipalComponents(images)(images)
     assert found[:, 0].std().item() == pytest.approx(images[:, 0, 0, 0].std().item(), rel=0.01)
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -59,7 +60,7 @@ def test_the_components_keep_what_varies_most_and_leave_the_random_state_alone()
 def test_a_paired_difference_drops_what_the_images_have_in_common():
     images = torch.randn(400).mul(10).tolist()
     shifts = torch.randn(400).mul(0.1).tolist()
-    found = judging.paired_difference(
+    found = stats.paired_difference(
         [image + 1 + shift for image, shift in zip(images, shifts, strict=True)], images
     )
     assert (
@@ -67,13 +68,13 @@ def test_a_paired_difference_drops_what_the_images_have_in_common():
         and found.error == pytest.approx(0.1 / 20, rel=0.15)
         and found.count == 400
     )
-    three = judging.mean([1.0, 2.0, 3.0])
-    assert (three.value, three.error) == pytest.approx((2.0, 1 / math.sqrt(3))) and judging.mean(
+    three = stats.mean([1.0, 2.0, 3.0])
+    assert (three.value, three.error) == pytest.approx((2.0, 1 / math.sqrt(3))) and stats.mean(
         [5.0]
-    ) == judging.Mean(5.0, 0.0, 1)
+    ) == stats.Mean(5.0, 0.0, 1)
     assert (
-        str(judging.Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012"
-        and str(judging.Mean(12.0, 3.4, 9)) == "12.0 ± 3.4"
+        str(stats.Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012"
+        and str(stats.Mean(12.0, 3.4, 9)) == "12.0 ± 3.4"
     )
 
 
@@ -86,11 +87,13 @@ def test_a_walk_through_the_pixels_is_even_and_both_ways_meet_at_the_ends():
         assert torch.equal(way[0].float(), first.float()) and torch.equal(
             way[-1].float(), second.float()
         )
-    assert judging.unevenness(pixels, 5) == pytest.approx(torch.ones(6), abs=1e-3)
-    assert judging.unevenness(latent, 5).min() > 1 and judging.changes(latent, 5).shape == (4, 6)
+    assert interpolation.unevenness(pixels, 5) == pytest.approx(torch.ones(6), abs=1e-3)
+    assert interpolation.unevenness(latent, 5).min() > 1 and interpolation.changes(
+        latent, 5
+    ).shape == (4, 6)
     uneven = torch.tensor([0, 1, 4]).view(3, 1, 1, 1, 1).expand(3, 2, 1, 4, 4)
-    assert judging.unevenness(uneven, 5) == pytest.approx(torch.full((2,), 1.5))
-    assert judging.changes(
+    assert interpolation.unevenness(uneven, 5) == pytest.approx(torch.full((2,), 1.5))
+    assert interpolation.changes(
         torch.stack((torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 31))), 5
     ) == pytest.approx(torch.ones(1, 2))
 
@@ -106,25 +109,25 @@ def test_a_walk_goes_the_way_that_it_is_told():
 
 
 def test_fid_without_its_network_or_its_package_is_refused(monkeypatch, tmp_path):
-    monkeypatch.delenv(fid_metrics.WEIGHTS, raising=False)
-    assert fid_metrics.network() is None
-    monkeypatch.setenv(fid_metrics.WEIGHTS, str(tmp_path / "nowhere.pth"))
+    monkeypatch.delenv(sample_quality.WEIGHTS, raising=False)
+    assert sample_quality.network() is None
+    monkeypatch.setenv(sample_quality.WEIGHTS, str(tmp_path / "nowhere.pth"))
     with pytest.raises(UserError, match="no file"):
-        fid_metrics.network()
+        sample_quality.network()
     (tmp_path / "nowhere.pth").touch()
-    monkeypatch.setattr(fid_metrics, "find_spec", lambda name: None)
+    monkeypatch.setattr(sample_quality, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="not installed"):
-        fid_metrics.network()
-    monkeypatch.setattr(fid_metrics, "find_spec", lambda name: object())
-    assert fid_metrics.network() == tmp_path / "nowhere.pth"
+        sample_quality.network()
+    monkeypatch.setattr(sample_quality, "find_spec", lambda name: object())
+    assert sample_quality.network() == tmp_path / "nowhere.pth"
 
 
 def test_a_flow_is_judged_by_samples_that_are_its_data():
     """Test images as samples: covered, as far apart as they are, at no distance; grey ones are none of that."""
-    data, model = MNISTSample(bits=5, flip=False), glow(channels=1, size=28, levels=2)
+    data, model = MNISTSample(bits=5, random_flip=False), glow(image_shape=(1, 28, 28), levels=2)
     test = torch.cat(list(data.batches("test", 100, 60)))
     model.initialize(test)
-    found = judging.flow_report(
+    found = sample_quality.flow_report(
         model, data, {0.0: [torch.full_like(test, 4)], 1.0: [test, test]}, pairs=4, steps=6
     )
     grey, same = found["samples"][0][0], found["samples"][1][0]
@@ -139,7 +142,7 @@ def test_a_flow_is_judged_by_samples_that_are_its_data():
         and grey["frechet"] > found["training"]["frechet"]
     )
     assert found["images"] == len(found["bits"]) == 60 and found["mean_sample"] > 0
-    assert judging.bits_per_image(model, test).mean().item() == pytest.approx(
+    assert sample_quality.bits_per_image(model, test).mean().item() == pytest.approx(
         found["bits"] and sum(found["bits"]) / 60
     )
     assert len(found["walk"]["unevenness"]) == 4 and [

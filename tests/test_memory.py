@@ -24,7 +24,7 @@ GLOW = ["model=glow", "model.levels=2", "model.width=8", "model.steps_per_level=
 MODELS = {
     "glow": GLOW,
     "additive": [*GLOW, "model.transform=additive", "model.convolution=plain"],
-    "classes": [*GLOW, "model.num_classes=3", "model.condition_networks=true"],
+    "num_classes": [*GLOW, "model.num_classes=3", "model.condition_networks=true"],
     "nice": ["model=nice", "model.width=8"],
 }
 JET = ["model=jet", "model.num_couplings=3", "model.width=8"]
@@ -155,7 +155,8 @@ def test_what_is_kept_grows_with_depth_unless_it_is_recovered():
 
 
 @pytest.mark.parametrize(
-    "phase", [PCD(sweeps=1, chains=5), Tempering(sweeps=1, chains=5, temperatures=3, adapt=True)]
+    "phase",
+    [PCD(gibbs_steps=1, chains=5), Tempering(gibbs_steps=1, chains=5, temperatures=3, adapt=True)],
 )
 def test_a_look_at_the_memory_leaves_chains_and_statistics_as_they_were(phase):
     rbm = RBM([1, 4, 4], 6, negative_phase=phase)

@@ -27,7 +27,7 @@ def load_from_checkpoint(name: str, **changes: object) -> GenerativeModel:
     return build(
         "model",
         config
-        | {"channels": 3, "size": 8, "bits": 5}
+        | {"image_shape": (3, 8, 8), "bits": 5}
         | ({"width": 8} if "width" in config else {})
         | changes,
     )
@@ -40,50 +40,54 @@ def glow(**changes: object) -> Glow:
 MODELS: dict[str, Callable[..., GenerativeModel]] = {
     "glow": glow,
     "glow resnet": lambda **changes: glow(network="resnet", **changes),
-    "glow gated": lambda **changes: glow(network="gated", blocks=2, **changes),
-    "glow additive": lambda **changes: glow(coupling="additive", convolution="plain", **changes),
+    "glow gated": lambda **changes: glow(network="gated", num_blocks=2, **changes),
+    "glow additive": lambda **changes: glow(transform="additive", convolution="plain", **changes),
     "glow of the thesis": lambda **changes: glow(
-        gaussianize=False, prior="standard", scale="sigmoid", final_actnorm=False, **changes
+        gaussianize=False,
+        split_prior="standard",
+        log_scale="sigmoid",
+        final_actnorm=False,
+        **changes,
     ),
     **{
-        f"glow {name}": lambda name=name, **changes: glow(coupling=name, **changes)
+        f"glow {name}": lambda name=name, **changes: glow(transform=name, **changes)
         for name in ("multiplicative", "spline", "mixture")
     },
     "glow variational": lambda **changes: glow(dequantization="variational", **changes),
-    "realnvp": lambda **changes: load_from_checkpoint("realnvp", blocks=1, **changes),
-    "nice": lambda **changes: load_from_checkpoint("nice", layers=2, **changes),
+    "realnvp": lambda **changes: load_from_checkpoint("realnvp", num_blocks=1, **changes),
+    "nice": lambda **changes: load_from_checkpoint("nice", num_layers=2, **changes),
     "nice affine": lambda **changes: load_from_checkpoint(
-        "nice", layers=2, coupling="affine", **changes
+        "nice", num_layers=2, transform="affine", **changes
     ),
-    "maf": lambda **changes: load_from_checkpoint("maf", flows=2, **changes),
+    "maf": lambda **changes: load_from_checkpoint("maf", num_transforms=2, **changes),
     "maf spline": lambda **changes: load_from_checkpoint(
-        "maf", flows=1, transform="spline", **changes
+        "maf", num_transforms=1, transform="spline", **changes
     ),
-    "iaf": lambda **changes: load_from_checkpoint("iaf", flows=1, **changes),
+    "iaf": lambda **changes: load_from_checkpoint("iaf", num_transforms=1, **changes),
     "tarflow": lambda **changes: load_from_checkpoint(
-        "tarflow", layers=[1, 1], transform="affine", **changes
+        "tarflow", num_layers=[1, 1], transform="affine", **changes
     ),
     "tarflow mixture": lambda **changes: load_from_checkpoint(
-        "tarflow", patch=2, layers=[1], local=False, roll=True, mixing="plu", **changes
+        "tarflow", patch=2, num_layers=[1], local=False, roll=True, permutation="plu", **changes
     ),
     "tarflow of the paper": lambda **changes: load_from_checkpoint(
         "tarflow",
-        layers=[1, 1],
+        num_layers=[1, 1],
         transform="affine",
         local=False,
-        mixing="none",
+        permutation="none",
         gaussianize=False,
         **changes,
     ),
-    "jet": lambda **changes: load_from_checkpoint("jet", couplings=5, **changes),
+    "jet": lambda **changes: load_from_checkpoint("jet", num_couplings=5, **changes),
     "jet of the paper": lambda **changes: load_from_checkpoint(
-        "jet", patch=2, couplings=5, mixing="permutation", gaussianize=False, **changes
+        "jet", patch=2, num_couplings=5, permutation="permutation", gaussianize=False, **changes
     ),
     "flow matching": lambda **changes: load_from_checkpoint(
-        "flow_matching", **{"layers": 1, "tolerance": 1e-9} | changes
+        "flow_matching", **{"num_layers": 1, "tolerance": 1e-9} | changes
     ),
-    "planar": lambda **changes: load_from_checkpoint("planar", flows=3, **changes),
-    "sylvester": lambda **changes: load_from_checkpoint("sylvester", flows=3, **changes),
+    "planar": lambda **changes: load_from_checkpoint("planar", num_transforms=3, **changes),
+    "sylvester": lambda **changes: load_from_checkpoint("sylvester", num_transforms=3, **changes),
     "glow with learned base": lambda **changes: glow(base="learned", levels=1, **changes),
 }
 
@@ -248,7 +252,7 @@ def test_the_density_of_variational_noise_is_that_of_its_draws():
         ({"width": "five"}, "whole number"),
         ({"width": 0}, "whole number"),
         ({"network": "unet"}, "conv, resnet, gated"),
-        ({"scale": "exp"}, "bounded, sigmoid, tanh"),
+        ({"log_scale": "exp"}, "bounded, sigmoid, tanh"),
         ({"levels": 4}, "fewer levels"),
     ],
 )

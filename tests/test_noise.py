@@ -20,7 +20,7 @@ NOISY = {"dequantisation": "gaussian:0.05", "gaussianize": False}
 
 def noisy(**changes: object) -> TarFlow:
     model = load_from_checkpoint(
-        "tarflow", **NOISY | {"layers": [1, 1], "transform": "affine", "local": False} | changes
+        "tarflow", **NOISY | {"num_layers": [1, 1], "transform": "affine", "local": False} | changes
     )
     model.initialize(torch.randint(32, (64, *model.image_shape), dtype=torch.uint8))
     return model.eval()
@@ -45,7 +45,7 @@ def test_noise_has_its_deviation_about_the_middles_of_the_levels():
 
 @pytest.mark.parametrize("classes", [None, 3])
 def test_samples_are_denoised_where_the_inverse_leads(classes):
-    model = noisy(classes=classes)
+    model = noisy(num_classes=classes)
     images, _ = model.sample(6, generator=torch.Generator().manual_seed(1))
     model.dequantizer.deviation = 0.0
     before, _ = model.sample(6, generator=torch.Generator().manual_seed(1))
@@ -60,7 +60,7 @@ def test_samples_are_denoised_where_the_inverse_leads(classes):
 
 
 def test_points_of_the_plane_are_denoised_too():
-    model, z = noisy(channels=2, size=1), torch.randn(9, 2)
+    model, z = noisy(image_shape=(2, 1, 1)), torch.randn(9, 2)
     with torch.no_grad():
         x, _ = model.bijection.inverse(z)
     assert torch.equal(
@@ -85,7 +85,7 @@ def test_its_figure_is_one_of_images_with_noise_and_it_knows_no_other():
     assert not TarFlow.supports(SupportsInpainting, NOISY) and TarFlow.supports(
         SupportsInpainting, {"dequantisation": "uniform"}
     )
-    assert load_from_checkpoint("tarflow", layers=[1]).metric == BITS_PER_DIM
+    assert load_from_checkpoint("tarflow", num_layers=[1]).metric == BITS_PER_DIM
 
 
 @pytest.mark.parametrize(

@@ -122,10 +122,10 @@ def test_about_says_what_the_model_can_do(ask, ask_rbm):
         and about["classes"] == 2
         and about["temperature"] == 0.7
     )
-    assert about["able_to"] == {"classes": True, "chains": False, "complete": True} and about[
+    assert about["able_to"] == {"num_classes": True, "chains": False, "complete": True} and about[
         "methods"
     ] == ["langevin"]
-    assert ask_rbm("about")["able_to"] == {"classes": False, "chains": True, "complete": True}
+    assert ask_rbm("about")["able_to"] == {"num_classes": False, "chains": True, "complete": True}
 
 
 def command_makes(command: str, run: object, folder: Path) -> Image.Image:
@@ -228,7 +228,7 @@ def test_percentiles_that_cannot_be_had_have_a_reason(two_runs, monkeypatch, cap
         raise RuntimeError("out of luck")
 
     answers = ModelSession(str(two_runs / "glow"), "cpu")
-    monkeypatch.setattr("flowgen.serving.session.judge_by", fault)
+    monkeypatch.setattr("flowgen.serving.session.make_scorer", fault)
     monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
     answers.score_validation_images()
     assert (
@@ -257,7 +257,7 @@ def test_chains_run_on_and_the_oldest_end(ask_rbm, command, tmp_path):
     how = {"method": "gibbs", "seed": 2, "count": 4}
     names = [ask_rbm("start_chains", **how)["chains"] for _ in range(2)]
     frames = [
-        [ask_rbm("advance", **how, chains=name, frames=frame, sweeps=1) for frame in range(3)]
+        [ask_rbm("advance", **how, chains=name, frames=frame, gibbs_steps=1) for frame in range(3)]
         for name in names
     ]
     assert frames[0] == frames[1] and frames[0][0]["pictures"] != frames[0][1]["pictures"]
@@ -273,7 +273,7 @@ def test_an_rbm_samples_completes_scores_and_shows_its_filters(ask_rbm):
     assert ask_rbm("score", image=first)["value"] is not None
     assert len(ask_rbm("walk", first=first, second=second, steps=3, spherical=False)["latent"]) == 3
     answer = ask_rbm(
-        "complete", image=first, mask=mask(HALF), method="mean-field", sweeps=5, seed=0
+        "complete", image=first, mask=mask(HALF), method="mean-field", gibbs_steps=5, seed=0
     )
     assert len(answer["draws"]) == 64
     assert Image.open(io.BytesIO(bytes_of(ask_rbm("filters")["picture"]))).width > 100

@@ -11,19 +11,21 @@ from flowgen.data.toy2d import SETS, Toy2D
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.realnvp import RealNVP
 
-PLANE = {"channels": 2, "size": 1, "bits": 8}
+PLANE = {"image_shape": (2, 1, 1), "bits": 8}
 FLOWS: dict[str, Callable[[], Flow]] = {
     "glow": lambda: glow(**PLANE, width=32, steps_per_level=6),
-    "glow spline": lambda: glow(**PLANE, width=32, steps_per_level=4, coupling="spline"),
-    "glow mixture": lambda: glow(**PLANE, width=32, steps_per_level=4, coupling="mixture"),
-    "realnvp": lambda: load_from_checkpoint("realnvp", **PLANE | {"width": 16}, blocks=1),
-    "nice": lambda: load_from_checkpoint("nice", **PLANE | {"width": 32}, layers=2, couplings=6),
+    "glow spline": lambda: glow(**PLANE, width=32, steps_per_level=4, transform="spline"),
+    "glow mixture": lambda: glow(**PLANE, width=32, steps_per_level=4, transform="mixture"),
+    "realnvp": lambda: load_from_checkpoint("realnvp", **PLANE | {"width": 16}, num_blocks=1),
+    "nice": lambda: load_from_checkpoint(
+        "nice", **PLANE | {"width": 32}, num_layers=2, num_couplings=6
+    ),
     "maf": lambda: load_from_checkpoint("maf", **PLANE | {"width": 32}),
     "tarflow": lambda: load_from_checkpoint(
-        "tarflow", **PLANE | {"width": 32}, layers=[1, 1, 1, 1]
+        "tarflow", **PLANE | {"width": 32}, num_layers=[1, 1, 1, 1]
     ),
-    "jet": lambda: load_from_checkpoint("jet", **PLANE | {"width": 16}, couplings=5),
-    "planar": lambda: load_from_checkpoint("planar", **PLANE, flows=16),
+    "jet": lambda: load_from_checkpoint("jet", **PLANE | {"width": 16}, num_couplings=5),
+    "planar": lambda: load_from_checkpoint("planar", **PLANE, num_transforms=16),
     "sylvester": lambda: load_from_checkpoint("sylvester", **PLANE),
     "iaf": lambda: load_from_checkpoint("iaf", **PLANE | {"width": 32}),
 }
@@ -41,7 +43,7 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     """A flow that has learnt a set a little, the set, and its figure before that."""
     torch.manual_seed(0)
     flow, name = request.param
-    model, data = FLOWS[flow](), Toy2D(name=name, count=5000, bits=8, flip=False)
+    model, data = FLOWS[flow](), Toy2D(name=name, count=5000, bits=8, random_flip=False)
     model.initialize(data.draw(0, 1000, 0)[0])
     start = model.eval().evaluate(data.batches("test", 1000))["bits_per_dim"].value
     fit(model, lambda step: data.draw(256 * step, 256, 0), steps=150, lr=3e-3)

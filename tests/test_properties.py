@@ -19,7 +19,14 @@ from flowgen.data.preprocess import preprocess
 from flowgen.training.checkpoint import KEYS, NUMBERS, read_checkpoint, read_rows, read_safetensors
 from flowgen.utils.errors import UserError
 
-FOLDER = {"names": [], "cure": "", "channels": 3, "size": 4, "bits": 5, "flip": False, "crop": None}
+FOLDER = {
+    "search_dirs": [],
+    "download_hint": "",
+    "image_shape": (3, 4, 4),
+    "bits": 5,
+    "random_flip": False,
+    "crop": None,
+}
 CONFIG = {
     "model": {"_target_": "flowgen.models.flows.nice.NICE", "width": 4},
     "data": {"root": None, "size": 4},

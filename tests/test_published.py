@@ -20,7 +20,7 @@ from flowgen.data.imagenet import DownsampledImageNet
 from flowgen.data.svhn import SVHN
 from flowgen.utils.errors import UserError
 
-HOW = {"names": [], "bits": 8, "flip": False}
+HOW = {"search_dirs": [], "bits": 8, "random_flip": False}
 
 
 def dataset_name(count: int, side: int = 32) -> Tensor:

@@ -125,7 +125,7 @@ def test_the_bias_of_cd_falls_with_its_sweeps_and_its_draws_follow_the_exact_ker
         expected = states(4).T @ (reached[:, None] * rbm.hidden_input(states(4)).sigmoid())
         errors.append(((expected - model).norm() / model.norm()).item())
         starts = data.repeat(CHAINS // 3, 1)
-        negative, inputs = CD(sweeps=sweeps)(rbm, starts, rbm.hidden_input(starts))
+        negative, inputs = CD(gibbs_steps=sweeps)(rbm, starts, rbm.hidden_input(starts))
         assert distance(negative, reached) < 1.8 * floor(reached)
         assert torch.allclose(inputs, rbm.hidden_input(negative))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-2 * errors[0]

@@ -65,11 +65,11 @@ def test_a_run_leaves_its_figures_and_a_picture_of_its_weights(rbm_run):
 @pytest.mark.parametrize(
     ("phase", "binarise"),
     [
-        ("cd", "once"),
-        ("cd", "anew"),
-        ("pcd", "anew"),
-        ("tempering", "anew"),
-        ("mean_field", "anew"),
+        ("cd", "static"),
+        ("cd", "dynamic"),
+        ("pcd", "dynamic"),
+        ("tempering", "dynamic"),
+        ("mean_field", "dynamic"),
     ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, command, phase, binarization):
@@ -117,7 +117,7 @@ def test_evaluate_is_exact_where_it_can_be_and_names_the_binarisation(rbm_run, c
     assert (
         figures["reliable"] is True
         and "exact" in figures["verdict"]
-        and figures["binarise"] == "anew"
+        and figures["binarization"] == "dynamic"
     )
     assert figures["log_likelihood"] < 0 and figures["log_likelihood_error"] > 0
     assert "log_likelihood" in command("evaluate", "--run", rbm_run)[1]
@@ -322,7 +322,7 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
         command(
             "train", *TINY, f"data.root={images}", "data.binarization=maybe", "trainer.steps=1"
         ),
-        "threshold, once, anew",
+        "threshold, static, dynamic",
     )
     assert_plain(
         command(

@@ -22,7 +22,8 @@ def trained(negative_phase: NegativePhase, steps: int = 20, **arguments: object)
 
 
 @pytest.mark.parametrize(
-    "phase", [PCD(sweeps=2, chains=7), Tempering(sweeps=1, chains=7, temperatures=4, adapt=True)]
+    "phase",
+    [PCD(gibbs_steps=2, chains=7), Tempering(gibbs_steps=1, chains=7, temperatures=4, adapt=True)],
 )
 def test_chains_survive_a_ragged_batch_and_go_on(phase):
     rbm = trained(phase, 3)
@@ -44,7 +45,9 @@ def test_chains_survive_a_ragged_batch_and_go_on(phase):
     assert not torch.equal(*draws), "the next draw depends on the chains"
 
 
-@pytest.mark.parametrize("phase", [CD(sweeps=1), PCD(sweeps=1, chains=20), MeanField(sweeps=3)])
+@pytest.mark.parametrize(
+    "phase", [CD(gibbs_steps=1), PCD(gibbs_steps=1, chains=20), MeanField(gibbs_steps=3)]
+)
 def test_priors_and_only_they_act_on_the_weights(phase):
     """From the same random state the gradients of the biases are the same bits with and without them."""
     gradients = {}
@@ -63,8 +66,8 @@ def test_sparsity_pulls_the_hidden_units_towards_their_target():
     images = (torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.3).to(
         torch.uint8
     )
-    loose = trained(CD(sweeps=1), 300)
-    held = trained(CD(sweeps=1), 300, sparsity=1.0, activity=0.05)
+    loose = trained(CD(gibbs_steps=1), 300)
+    held = trained(CD(gibbs_steps=1), 300, sparsity=1.0, activity=0.05)
     means = [rbm.encode(images).mean().item() for rbm in (loose, held)]
     assert means[1] < 0.15 < means[0]
 
@@ -72,9 +75,9 @@ def test_sparsity_pulls_the_hidden_units_towards_their_target():
 @pytest.mark.parametrize(
     "phase",
     [
-        CD(sweeps=10),
-        PCD(sweeps=5, chains=200),
-        Tempering(sweeps=2, chains=100, temperatures=5, adapt=True),
+        CD(gibbs_steps=10),
+        PCD(gibbs_steps=5, chains=200),
+        Tempering(gibbs_steps=2, chains=100, temperatures=5, adapt=True),
     ],
 )
 def test_training_reaches_the_law_of_the_data(phase):

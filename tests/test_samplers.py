@@ -6,9 +6,7 @@ import pytest
 import torch
 from enumeration import CHAINS, SAMPLERS, distance, draw, floor, law, machine, states
 
-from flowgen.config.instantiate import build
 from flowgen.models.rbm.log_z import AnnealingState, _sweep, exact_log_z
-from flowgen.models.rbm.negative_phase import PCD
 from flowgen.models.rbm.sampling import (
     ParallelTempering,
     ReplicaExchange,
@@ -18,7 +16,6 @@ from flowgen.models.rbm.sampling import (
     mean_field,
     white_noise,
 )
-from flowgen.training.checkpoint import in_todays_words
 
 
 @pytest.mark.parametrize("method", ["gibbs", "tempering"])
@@ -126,20 +123,6 @@ def test_clamped_chains_reach_the_exact_conditional(method):
     fits = (states(5)[:, :2] == torch.tensor([1.0, 0.0])).all(1)
     conditional = law(rbm) * fits / law(rbm)[fits].sum()
     assert distance(visible, conditional) < 1.8 * floor(conditional)
-
-
-@pytest.mark.parametrize(
-    "name", ["flowgen.models.negative_phase.PCD", "flowgen.models.rbm.negative_phase.PCD"]
-)
-def test_negative_phases_are_built_by_the_names_that_checkpoints_hold(name):
-    model = {
-        "_target_": "flowgen.models.rbm.rbm.RBM",
-        "visible": 4,
-        "hidden": 3,
-        "negative_phase": {"_target_": name, "sweeps": 1, "chains": 3},
-    }
-    rbm = build("model", in_todays_words({"model": model, "data": {}, "trainer": {}})["model"])
-    assert isinstance(rbm.negative_phase, PCD) and rbm.negative_phase.chains == 3
 
 
 def test_the_chains_of_a_batch_are_independent():

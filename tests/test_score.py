@@ -334,7 +334,13 @@ def test_against_prints_both_ways_where_a_run_of_the_other_data_is_there(
     )
 
 
-TOY = {"_target_": "flowgen.data.toy2d.Toy", "name": "moons", "count": 8, "bits": 8, "flip": False}
+TOY = {
+    "_target_": "flowgen.data.toy2d.Toy",
+    "name": "moons",
+    "count": 8,
+    "bits": 8,
+    "random_flip": False,
+}
 
 
 def judge_with(model: Flow) -> Scorer:
@@ -343,10 +349,10 @@ def judge_with(model: Flow) -> Scorer:
 
 def test_data_that_does_not_fit_either_way_fails_before_any_is_scored(monkeypatch):
     monkeypatch.setattr(against, "find_checkpoint", lambda name: (None, {"config": {"data": TOY}}))
-    monkeypatch.setattr(against, "judge_of", lambda *given: judge_with(glow()))
-    monkeypatch.setattr(against, "one_way", lambda *given: pytest.fail("scored"))
+    monkeypatch.setattr(against, "load_scorer", lambda *given: judge_with(glow()))
+    monkeypatch.setattr(against, "compare_ood", lambda *given: pytest.fail("scored"))
     with pytest.raises(UserError, match="do not fit"):
-        list(against.compare(judge_with(glow(channels=2, size=1, bits=8)), ["run"], 8, 0, "cpu"))
+        list(against.compare(judge_with(glow(image_shape=(2, 1, 1), bits=8)), ["run"], 8, 0, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -409,7 +415,7 @@ def test_an_rbm_scores_in_nats_images_whose_bits_are_drawn_like_its_own(
         command("score", images, "--by", "last_level"),
         "choose one of likelihood, complexity, combined, typicality",
     )
-    grey = ImageStream([images], size=8, channels=1, crop=None, bits=1, binarization="anew")
+    grey = ImageStream([images], size=8, channels=1, crop=None, bits=1, binarization="dynamic")
     shares = torch.stack([pixels for _, pixels in grey.batches(40)][:1]).float().mean()
     exact = (
         torch.stack(

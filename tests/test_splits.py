@@ -79,7 +79,9 @@ def test_digits_in_idx_files_are_held_out_by_their_place_with_their_labels(tmp_p
         torch.arange(count).view(-1, 1, 1) // torch.tensor([[1, 256], [65536, 1 << 40]]) % 256
     )  # each says its own place
     write_mnist(tmp_path, images.to(torch.uint8), (torch.arange(count) % 10).to(torch.uint8))
-    data = MNIST(name="MNIST", root=str(tmp_path), names=[], size=2, bits=8, flip=False)
+    data = MNIST(
+        name="MNIST", root=str(tmp_path), search_dirs=[], size=2, bits=8, random_flip=False
+    )
     assert [len(split) for split in (data.train, data.validation, data.test)] == [
         55_000,
         5_000,
@@ -98,7 +100,7 @@ def test_digits_in_idx_files_are_held_out_by_their_place_with_their_labels(tmp_p
 
 
 def test_the_embedded_digits_are_held_out_with_all_classes_equally():
-    data = MNISTSample(bits=8, flip=False)
+    data = MNISTSample(bits=8, random_flip=False)
     assert [len(split) for split in (data.train, data.validation, data.test)] == [4000, 500, 500]
     assert (
         data.validation.labels.bincount().tolist()
@@ -109,7 +111,7 @@ def test_the_embedded_digits_are_held_out_with_all_classes_equally():
 
 
 def test_points_of_the_plane_are_drawn_once_for_all():
-    assert fingerprints(Toy2D(name="moons", count=100, bits=8, flip=False)) == [
+    assert fingerprints(Toy2D(name="moons", count=100, bits=8, random_flip=False)) == [
         "3c1643143079",
         "ddfbed4a11ed",
         "7712e56d6e4d",

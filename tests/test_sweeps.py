@@ -399,7 +399,9 @@ def test_the_newest_run_that_fits_is_found_by_its_configuration(tiny_run, elsewh
         for name in ("flow", "rbm", "classes")
     ]
     for age, (run, model) in enumerate(
-        zip(runs, ({}, {"_target_": "flowgen.models.rbm.rbm.RBM"}, {"classes": 10}), strict=True)
+        zip(
+            runs, ({}, {"_target_": "flowgen.models.rbm.rbm.RBM"}, {"num_classes": 10}), strict=True
+        )
     ):
         config = read_config(run / "config.yaml")
         save_config(config | {"model": config["model"] | model}, run / "config.yaml")

@@ -121,7 +121,7 @@ def test_runs_of_other_images_are_not_mixed_in(tmp_path, images, refused):
 def test_originals_are_shown_before_they_are_cut_and_broken_files_are_passed_over(tmp_path):
     for number in range(40):
         save_image(tmp_path / f"{number:02}.png", (20, 10, 3))
-    config = {"root": str(tmp_path), "names": [], "cure": ""}
+    config = {"root": str(tmp_path), "search_dirs": [], "download_hint": ""}
     train = split_names(open_source(tmp_path))[0]
     (tmp_path / train[0]).write_bytes(b"no image")
     found = originals(config, 3, side=40)

@@ -90,7 +90,9 @@ def test_exact_numbers_are_those_of_float64():
 
 
 def test_an_encoded_image_comes_back_nearer_than_by_float32_forward():
-    model = load_from_checkpoint("tarflow", bits=8, layers=[1, 1], width=16, mixing="actnorm")
+    model = load_from_checkpoint(
+        "tarflow", bits=8, num_layers=[1, 1], width=16, permutation="actnorm"
+    )
     model.initialize(noise(8, 256))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -144,11 +146,11 @@ def test_masks_of_jet_are_halves_of_the_patches_each_with_its_inverse():
     ("changes", "words"),
     [
         ({"patch": 3}, "patch=3 does not divide"),
-        ({"heads": 3}, "not a multiple of heads=3"),
+        ({"num_heads": 3}, "not a multiple of heads=3"),
         ({"dropout": 1.0}, "below 1"),
-        ({"layers": 2}, "one for each block"),
-        ({"layers": [2, 0]}, "whole number"),
-        ({"mixing": "all"}, "none, actnorm, plu"),
+        ({"num_layers": 2}, "one for each block"),
+        ({"num_layers": [2, 0]}, "whole number"),
+        ({"permutation": "all"}, "none, actnorm, plu"),
     ],
 )
 def test_arguments_are_checked(changes, words):
@@ -157,7 +159,7 @@ def test_arguments_are_checked(changes, words):
 
 
 def affine_with_classes() -> TarFlow:
-    model = load_from_checkpoint("tarflow", layers=[1, 1], transform="affine", classes=3)
+    model = load_from_checkpoint("tarflow", num_layers=[1, 1], transform="affine", num_classes=3)
     model.initialize(noise(5), torch.arange(64) % 3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -199,7 +201,12 @@ def test_guidance_never_widens_a_gaussian_where_the_class_is_the_vaguer_one():
 def test_guidance_moves_away_from_the_mean_of_all_classes():
     """Where maps see no class, p(x | y)^(1 + w) / p(x)^w is the Gaussian about (1 + w) means[y] - w mean(means)."""
     model = load_from_checkpoint(
-        "tarflow", channels=1, size=4, patch=2, layers=[1, 1], classes=3, transform="affine"
+        "tarflow",
+        image_shape=(1, 4, 4),
+        patch=2,
+        num_layers=[1, 1],
+        num_classes=3,
+        transform="affine",
     )
     model.initialize(torch.randint(32, (64, 1, 4, 4), dtype=torch.uint8))
     model.double().eval().guidance = 2.0
@@ -238,13 +245,13 @@ def test_training_tells_the_networks_no_class_now_and_then_and_judging_always_te
 @pytest.mark.parametrize(
     "changes",
     [
-        {"classes": None},
-        {"classes": 3, "class_networks": False},
-        {"classes": 3, "transform": "mixture"},
+        {"num_classes": None},
+        {"num_classes": 3, "condition_networks": False},
+        {"num_classes": 3, "transform": "mixture"},
     ],
 )
 def test_guidance_says_what_it_needs(changes):
-    model = load_from_checkpoint("tarflow", **{"layers": [1], "transform": "affine"} | changes)
+    model = load_from_checkpoint("tarflow", **{"num_layers": [1], "transform": "affine"} | changes)
     with pytest.raises(ValueError, match="guidance needs classes and affine maps"):
         model.sample(2, guidance=1.0)
 

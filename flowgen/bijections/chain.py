@@ -16,7 +16,7 @@ from flowgen.utils.errors import UserError, check_choice
 class Chain(Bijection):
     """Bijections one after the other; the log-dets add up. `memory` says how the backward pass comes by what it needs, see `memory`."""
 
-    memory = "keep"
+    memory = "store"
 
     def __init__(self, *bijections: Bijection):
         super().__init__()
@@ -26,7 +26,7 @@ class Chain(Bijection):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = x.new_zeros(len(x))
         keep = (
-            self.memory == "keep"
+            self.memory == "store"
             or not torch.is_grad_enabled()
             or (condition is not None and condition.requires_grad)
         )
@@ -85,12 +85,12 @@ def set_activation_memory(model: nn.Module, memory: str) -> None:
     """
     check_choice(MEMORY, memory=memory)
     chains = [module for module in model.modules() if isinstance(module, Chain)]
-    if memory != "keep" and not supports_checkpointing(model):
+    if memory != "store" and not supports_checkpointing(model):
         raise UserError(
             f"this model keeps nothing that could be computed again: leave trainer.activation_memory={memory} out"
         )
     for bijection in (
-        bijection for chain in chains for bijection in chain.bijections if memory == "invert"
+        bijection for chain in chains for bijection in chain.bijections if memory == "reversible"
     ):
         if not (_holds_chain(bijection) or bijection.supports_reversible) and any(
             True for _ in bijection.parameters()

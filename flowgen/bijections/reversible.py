@@ -19,7 +19,7 @@ from flowgen.bijections.networks import has_dropout
 from flowgen.utils.distributed import Rank, batch_rank, split
 
 Forward = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-MEMORY = ("keep", "checkpoint", "invert")
+MEMORY = ("store", "checkpoint", "reversible")
 LONGEST = (
     128  # bijections that are recovered from one output, since rounding errors grow on the way
 )

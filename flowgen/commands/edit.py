@@ -117,7 +117,7 @@ def _from_training(config: dict[str, Any], count: int) -> Labelled:
 def _from_table(model: GenerativeModel, config: dict[str, Any], path: Path, count: int) -> Labelled:
     table = read_table(path)
     chosen = hashed_subset(len(table.files), count)
-    how = {key: config["data"].get(key) for key in ("crop", "binarise")}
+    how = {key: config["data"].get(key) for key in ("crop", "binarization")}
     channels, size, _ = model.image_shape
     stream = ImageStream(
         [table.files[place] for place in chosen.tolist()],

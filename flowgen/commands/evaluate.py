@@ -61,7 +61,7 @@ def evaluate(*, name: str | None, overrides: list[str], device: str) -> EvalRepo
             name,
         )
     warn_implausible_likelihood(judgement[name], data, data.batches("test", BATCH))
-    binarization = {"binarise": config["data"]["binarise"]} if data.bits == 1 else {}
+    binarization = {"binarization": config["data"]["binarization"]} if data.bits == 1 else {}
     found = EvalReport(
         {"run": str(run.folder), "step": checkpoint["step"], "split": "test", **binarization},
         judgement,

@@ -60,7 +60,7 @@ def sections_of(runs: list[Run]) -> list[Section]:
         )
     ]
     if differences := {
-        key: values for key, values in _differences(configs).items() if key != "out"
+        key: values for key, values in _differences(configs).items() if key != "output_dir"
     }:
         table = [
             ["setting", *names],

@@ -192,9 +192,9 @@ def images_for(judge: Scorer, section: dict[str, Any]) -> ImageDataset:
             )
         }
     )
-    if (other.shape, other.bits) != (judge.model.image_shape, judge.model.bits):
+    if (other.image_shape, other.bits) != (judge.model.image_shape, judge.model.bits):
         raise UserError(
-            f"images of {other.shape} do not fit a model of {judge.model.image_shape}: compare data of the same shape"
+            f"images of {other.image_shape} do not fit a model of {judge.model.image_shape}: compare data of the same shape"
         )
     return other
 
@@ -307,7 +307,7 @@ def _images(
 ) -> Iterator[str]:
     channels, size, _ = judge.model.image_shape
     check_color_channels(channels)
-    how = {key: judge.config["data"].get(key) for key in ("crop", "binarise")}
+    how = {key: judge.config["data"].get(key) for key in ("crop", "binarization")}
     stream = ImageStream(
         paths, size=size, channels=channels, bits=judge.model.bits, seed=seed, **how
     )

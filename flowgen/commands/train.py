@@ -61,7 +61,7 @@ def lock_run(run: Run) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunLockedError(
-                f"{run.folder} is being trained by another process: wait for it, or choose another out="
+                f"{run.folder} is being trained by another process: wait for it, or choose another output_dir="
             ) from error
         try:
             yield
@@ -108,7 +108,7 @@ def start(config: dict[str, Any], folder: Path, go_on: bool = False, remark: str
         if there:
             if not go_on:
                 raise RunLockedError(
-                    f"{folder} holds a run already: go on with `flowgen resume {folder}`, or choose another out="
+                    f"{folder} holds a run already: go on with `flowgen resume {folder}`, or choose another output_dir="
                 )
             _check_same(run, config)
             checkpoint = run.latest_valid_checkpoint()
@@ -201,11 +201,11 @@ def run_training_in_group(
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
     trainer = _trainer(
-        config["trainer"] | ({"threads": "auto"} if team.size > 1 else {})
+        config["trainer"] | ({"num_threads": "auto"} if team.size > 1 else {})
     )  # each process has cores of its own
     if team.size == 1:
         config["trainer"]["num_threads"] = (
-            trainer.machine.threads
+            trainer.machine.num_threads
         )  # kept, since a resumed run has the same bits on as many threads alone
     torch.manual_seed(config["seed"])
     model, data, config = build_model_and_data(config)
@@ -246,7 +246,9 @@ def run_training_in_group(
 
 
 def _trainer(settings: dict[str, Any]) -> "Trainer":
-    return build("trainer", {key: value for key, value in settings.items() if key != "devices"})
+    return build(
+        "trainer", {key: value for key, value in settings.items() if key != "num_processes"}
+    )
 
 
 def _take_weights(model: Any, config: dict[str, Any], source: str) -> None:
@@ -289,11 +291,11 @@ def _check_same(run: Run, config: dict[str, Any]) -> None:
     here = {
         key: value
         for key, value in flatten(config).items()
-        if key not in ("out", "trainer.num_processes") and value != "auto"
+        if key not in ("output_dir", "trainer.num_processes") and value != "auto"
     }
     other = _differences(here, flatten(read_config(run.config)))
     if other:
-        cure = f"go on with it as it is by `flowgen resume {run.folder}`, or choose another out="
+        cure = f"go on with it as it is by `flowgen resume {run.folder}`, or choose another output_dir="
         raise UserError(
             f"{run.folder} holds a run of another configuration, {', '.join(other)}: {cure}"
         )
@@ -404,9 +406,9 @@ def _job(cfg: DictConfig, go_on: bool = False) -> Exception | SystemExit | None:
     A run that is to be gone on with, and has ended, is skipped. A folder that is named by the time, and taken, stands for one beside it.
     """
     folder = first = Path(HydraConfig.get().runtime.output_dir)
-    by_time = "${now:" in OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, "out"))
+    by_time = "${now:" in OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, "output_dir"))
     try:
-        cfg.out = str(
+        cfg.output_dir = str(
             folder
         )  # before it is read: the default refers to Hydra's section, which a job is not given
         config = resolve_config(cfg)

@@ -25,7 +25,7 @@ def group_options(group: str) -> list[str]:
     folder = conf_folder() / group
     nested = group in (
         "experiment",
-        "scale",
+        "preset",
     )  # elsewhere a folder is a group of its own, as model/negative_phase is
     paths = folder.rglob("*.yaml") if nested else folder.glob("*.yaml")
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in paths)
@@ -40,7 +40,15 @@ def setting_names() -> dict[str, list[str]]:
         for key in safe_load((conf_folder() / "train.yaml").read_text())["evaluation"]
         if key != "_target_"
     ]
-    top = ("out", "resume", "init", "seed", "experiment", "scale", "model/negative_phase")
+    top = (
+        "output_dir",
+        "resume",
+        "init_from",
+        "seed",
+        "experiment",
+        "preset",
+        "model/negative_phase",
+    )
     found: dict[str, list[str]] = {name: [] for name in (*top, *evaluation, *SECTIONS)}
     for section in SECTIONS:
         for name in group_options(section):
@@ -154,10 +162,10 @@ def first_line(error: BaseException) -> str:
     return " ".join(lines) or type(error).__name__
 
 
-FOLDERS = ("out", "data.root", "init")
+FOLDERS = ("output_dir", "data.root", "init_from")
 SHOWN = 100  # characters of a word that cannot be read
 GROUPS = ("data", "model", "trainer")  # of which every run has one
-CHOSEN = (*GROUPS, "experiment", "scale", "model/negative_phase")
+CHOSEN = (*GROUPS, "experiment", "preset", "model/negative_phase")
 
 
 def check_overrides(words: list[str]) -> None:
@@ -300,7 +308,7 @@ DRIVERS = (
 )  # NVIDIA's, AMD's, and WSL's to either
 
 UNNAMED = (
-    "out",
+    "output_dir",
     "resume",
     "data.root",
     "trainer.device",

@@ -91,7 +91,7 @@ def match_model(
         "channels": shape[0],
         "size": shape[1],
         "bits": bits,
-        "binarise": own.get("binarization", "threshold"),
+        "binarization": own.get("binarization", "threshold"),
     }
     return section | {key: value for key, value in wanted.items() if key in section}
 

@@ -75,8 +75,9 @@ def _files(root: Path) -> dict[str, bytes]:
                 member for member in archive if member.isfile() and member.name.endswith(".bin")
             ]
             return {
-                Path(member.name).name: archive.extractfile(member).read() for member in members
-            }  # type: ignore[union-attr]
+                Path(member.name).name: archive.extractfile(member).read()  # type: ignore[union-attr]
+                for member in members
+            }
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(
             f"{archives[0]} is no archive of CIFAR-10, or is cut short: delete it and get it again"

@@ -151,7 +151,7 @@ class Prefetcher:
         return batch
 
 
-BINARIZATION = ("threshold", "once", "anew")
+BINARIZATION = ("threshold", "static", "dynamic")
 
 
 class ImageDataset:
@@ -184,14 +184,16 @@ class ImageDataset:
                 f"{len(train)} training, {len(validation)} validation and {len(test)} test images"
             )
             raise UserError(f"{counts} are too few: at least one of each is needed")
-        self.anew = bits == 1 and binarization == "anew"
+        self.dynamic = bits == 1 and binarization == "dynamic"
         if bits == 1 and binarization != "threshold":
             generator = torch.Generator().manual_seed(0)
             test, validation = (
                 replace(split, images=binarize(split.images, generator))
                 for split in (test, validation)
             )
-            train = train if self.anew else replace(train, images=binarize(train.images, generator))
+            train = (
+                train if self.dynamic else replace(train, images=binarize(train.images, generator))
+            )
         self.train, self.validation, self.test = train, validation, test
         self.bits, self.random_flip, self.attributes, self.random_shift = (
             bits,
@@ -257,9 +259,9 @@ class ImageDataset:
             seen, wanted = seen + len(pieces[-1]), wanted - len(pieces[-1])
         indices = torch.cat(pieces)
         mine = slice(None) if rows is None else rows
-        early = slice(None) if self.anew else mine  # bits that are drawn anew are drawn of all
+        early = slice(None) if self.dynamic else mine  # bits that are drawn anew are drawn of all
         images = self._levels(self.train.images, indices[early], generator)
-        images = images[mine] if self.anew else images
+        images = images[mine] if self.dynamic else images
         labels = (
             None
             if self.train.labels is None
@@ -300,7 +302,7 @@ class ImageDataset:
         chosen = images[indices.to(images.device)]
         if chosen.device.type != self.device.type:
             chosen = chosen.pin_memory().to(self.device, non_blocking=True)
-        if self.anew and images is self.train.images:
+        if self.dynamic and images is self.train.images:
             chosen = binarize(chosen, generator)
         return chosen >> (8 - self.bits)
 

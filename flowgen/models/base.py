@@ -1,7 +1,7 @@
 """What is known of an image where it is no pixel by itself: its grey, or a smaller image."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from flowgen.bijections.chain import inversion_error
 from flowgen.utils.console import Progress, no_progress
-from flowgen.utils.errors import check_choice, check_whole
+from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import LOG_PROBABILITY, Metric, Metrics
 
 
@@ -74,6 +74,19 @@ QUICK_EVAL = EvalConfig()
 MAX_DEPTH = 1000  # layers, blocks, couplings: more would take hours to build
 
 
+def square_shape(image_shape: Sequence[int]) -> tuple[int, int]:
+    """Return the channels and the side of square images of `image_shape` (channels, height, width).
+
+    Raises:
+        UserError: for images that are not square, or have no pixels.
+    """
+    channels, height, width = image_shape
+    check_whole(channels=channels, height=height, width=width)
+    if height != width:
+        raise UserError(f"image_shape={list(image_shape)} is not square: choose one data.size")
+    return channels, height
+
+
 class GenerativeModel(nn.Module, ABC):
     """A distribution over images of levels: uint8 tensors of shape (batch, channels, height, width), values 0..2^bits-1."""
 
@@ -92,7 +105,7 @@ class GenerativeModel(nn.Module, ABC):
     @classmethod
     def image_kwargs(cls, shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
         """What the constructor is told of the images: of their shape (channels, height, width) and bits."""
-        return {"channels": shape[0], "size": shape[1], "bits": bits}
+        return {"image_shape": list(shape), "bits": bits}
 
     @classmethod
     def supports(cls, ability: type, arguments: Mapping[str, Any]) -> bool:

@@ -120,7 +120,7 @@ class Runtime:
     ):
         check_choice((True, False), compile=compile)
         check_choice(MEMORY, activation_memory=activation_memory)
-        if compile and activation_memory == "invert":
+        if compile and activation_memory == "reversible":
             raise UserError(
                 "memory=invert cannot be compiled: set trainer.compile=false, or trainer.activation_memory=checkpoint"
             )
@@ -151,7 +151,7 @@ def check_batch_fits(
         if machine.device.type == "cuda"
         else free_memory()
     )
-    spare = machine.activation_memory == "keep" and supports_checkpointing(model)
+    spare = machine.activation_memory == "store" and supports_checkpointing(model)
     cure = (
         ", more with trainer.grad_accum_steps=2"
         + ", or with trainer.activation_memory=checkpoint" * spare

@@ -312,11 +312,11 @@ class Training:
         self.journal.advance(state.step if self.cadence.steps is not None else state.seconds)
         if self.due("log"):
             self.log(row)
-        best = self.due("evaluate") and self.look.validate()
+        best = self.due("eval") and self.look.validate()
         if self.due("test"):
             self.look.test()
         if (
-            self.done.get("evaluate") == state.step and not self.over
+            self.done.get("eval") == state.step and not self.over
         ):  # then they are drawn once, at the end
             self.journal.curves()
         if self.due("sample"):
@@ -414,7 +414,7 @@ class Trainer:
             )
         team.check_device(self.machine.device)
         team.check_divides(self.optimisation.batch_size, self.optimisation.grad_accum_steps)
-        for name in ("batch_size", "initial_images"):
+        for name in ("batch_size", "init_images"):
             check_memory(
                 f"trainer.{name}", getattr(self.optimisation, name), 5 * math.prod(data.image_shape)
             )  # a byte and a float32 a number

@@ -7,8 +7,13 @@ although its Python parts are all that flowgen needs. Declaring the two operator
 import torch
 
 try:
-    pass
+    import torchvision
 except RuntimeError:
     _library = torch.library.Library("torchvision", "DEF")
     for _operator in ("nms", "qnms"):
         _library.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision
+
+from torchvision import datasets
+
+__all__ = ["datasets", "torchvision"]

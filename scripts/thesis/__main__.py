@@ -17,7 +17,7 @@ from flowgen.commands.report import overview
 from flowgen.config.compose import read_config
 from flowgen.config.instantiate import build_data
 from flowgen.data.dataset import ImageDataset
-from flowgen.evaluation import sample_quality as fid_metrics
+from flowgen.evaluation import sample_quality
 from flowgen.training.run_dir import Run
 from flowgen.utils.console import setup_logging
 from flowgen.utils.errors import UserError
@@ -79,7 +79,7 @@ class Reproduction:
 
     def check(self) -> tuple[ImageDataset | None, ImageDataset | None]:
         """The faces and the digits, where they will be shown. Raises FlowgenError with the cure where anything is missing."""
-        fid_metrics.network()
+        sample_quality.network()
         shown = {*self.groups, *self.finished()}
         for run in (run for group in FACED for run in self.runs(group) if run.config.exists()):
             if (used := read_config(run.config)["data"].get("root")) != self.root:

@@ -12,10 +12,9 @@ from figure import Figure, kept
 from scipy.stats import ttest_ind, ttest_rel
 
 import flowgen
-from flowgen import judging
 from flowgen.commands.sample import draw
 from flowgen.data.dataset import ImageDataset
-from flowgen.evaluation import sample_quality as fid_metrics
+from flowgen.evaluation import sample_quality, stats
 from flowgen.training.run_dir import Run, validation_rows
 from flowgen.utils import plots
 
@@ -54,7 +53,7 @@ ONE_TRAINING = (
 def judged(run: Run, data: ImageDataset, count: int) -> dict[str, Any]:
     """All that the comparison needs of one experiment, of `count` test images and as many samples at most; kept beside the run."""
 
-    weights = fid_metrics.network()
+    weights = sample_quality.network()
 
     def find() -> dict[str, Any]:
         model: Any = flowgen.load(run.folder, "auto")
@@ -66,7 +65,7 @@ def judged(run: Run, data: ImageDataset, count: int) -> dict[str, Any]:
             each: [draw(model, most, each, seed)[0] for seed in seeds[each]]
             for each in TEMPERATURES
         }
-        return judging.flow_report(model, data, samples, weights=weights)
+        return sample_quality.flow_report(model, data, samples, weights=weights)
 
     return kept(run, "judged_with_fid.json" if weights else "judged.json", find)
 
@@ -99,7 +98,7 @@ def figures(runs: dict[str, Run], found: dict[str, Any], data: ImageDataset) -> 
         (number, each) for number, each in LIKENESS.items() if each[0] in some["samples"][0][0]
     ):
         means = {
-            name: [judging.mean([one[key] for one in draws]) for draws in found[name]["samples"]]
+            name: [stats.mean([one[key] for one in draws]) for draws in found[name]["samples"]]
             for name in found
         }
         named = {
@@ -145,8 +144,8 @@ def sentences(found: Mapping[str, Any], bits: int) -> list[str]:
     one, two = found.values()
     uneven = one["walk"]["unevenness"], two["walk"]["unevenness"]
     said = [
-        f"Over the same {one['images']} test images experiment 1 has {judging.mean(one['bits'])} bits/dim at {bits} bits, experiment 2 "
-        f"{judging.mean(two['bits'])}, under one draw of the noise: a difference of {judging.paired_difference(one['bits'], two['bits'])} "
+        f"Over the same {one['images']} test images experiment 1 has {stats.mean(one['bits'])} bits/dim at {bits} bits, experiment 2 "
+        f"{stats.mean(two['bits'])}, under one draw of the noise: a difference of {stats.paired_difference(one['bits'], two['bits'])} "
         f"over the same images. Their parameters: {one['parameters']:,} and {two['parameters']:,}.",
         "The thesis finds a neutral face at temperature 0 in experiment 2. Whether it is one is for the eye: figures 3.10 and 3.28. The "
         f"distance of that picture from the mean test image is {one['mean_sample']:.2f} of a test image's in experiment 1, "
@@ -155,8 +154,8 @@ def sentences(found: Mapping[str, Any], bits: int) -> list[str]:
         f"{_more(one, two, 'coverage', 'the share of test images that are covered')}; "
         f"{_more(one, two, 'spread', 'the mean distance of two samples over that of two test images')}.",
         "The thesis finds the interpolations of experiment 2 smoother. The largest step of a way is "
-        f"{judging.mean(uneven[0])} times the mean one in experiment 1, {judging.mean(uneven[1])} in experiment 2; over "
-        f"the same pairs of images the difference is {judging.paired_difference(*uneven)}: {verdict(ttest_rel(*uneven))}.",
+        f"{stats.mean(uneven[0])} times the mean one in experiment 1, {stats.mean(uneven[1])} in experiment 2; over "
+        f"the same pairs of images the difference is {stats.paired_difference(*uneven)}: {verdict(ttest_rel(*uneven))}.",
         ONE_TRAINING,
     ]
     shift = f"The thesis' loss adds 8 bits to data of {bits}: its figures are too high by {8 - bits}, which the right-hand axes show."
@@ -184,4 +183,4 @@ def _more(one: Mapping[str, Any], two: Mapping[str, Any], key: str, what: str) -
     """Whether experiment 2 has more of `key` at temperature 1, by Welch's test of independent draws."""
     first, second = ([repeat[key] for repeat in each["samples"][-1]] for each in (one, two))
     found = verdict(ttest_ind(second, first, equal_var=False))
-    return f"{what} is {judging.mean(first)} in experiment 1, {judging.mean(second)} in experiment 2: {found}"
+    return f"{what} is {stats.mean(first)} in experiment 1, {stats.mean(second)} in experiment 2: {found}"

@@ -34,7 +34,7 @@ class Part(NamedTuple):
         files = [
             name
             for name in (self.folder, kind)
-            if (conf_folder() / "scale" / scale / f"{name}.yaml").exists()
+            if (conf_folder() / "preset" / scale / f"{name}.yaml").exists()
         ]
         data = {"faces": faces, "digits": [f"data={DIGITS[scale]}"]}.get(kind, [])
         hidden = [] if self.hidden is None else [f"model.hidden={self.hidden}"]

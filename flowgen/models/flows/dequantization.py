@@ -1,6 +1,7 @@
 """Noise within the levels, which turns them into a density's points."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +94,7 @@ class Gaussian(Uniform):
         return 0.5 + self.deviation * self.bins * e
 
 
-def dequantizer(
-    dequantization: str, shape: tuple[int, int, int], bits: int
-) -> Uniform | Variational:
+def dequantizer(dequantization: str, shape: Sequence[int], bits: int) -> Uniform | Variational:
     """By the name that a configuration gives it. Raises FlowgenError for another."""
     if (deviation := noise_of(dequantization)) is not None:
         return Gaussian(deviation, 2**bits)

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -193,7 +193,7 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
     def __init__(
         self,
         bijection: Bijection,
-        shape: tuple[int, int, int],
+        shape: Sequence[int],
         bits: int,
         dequantization: str,
         num_classes: int | None = None,
@@ -202,7 +202,7 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
         super().__init__()
         check_whole(bits=bits, **({} if num_classes is None else {"num_classes": num_classes}))
         self.bijection, self.dequantizer = bijection, dequantizer(dequantization, shape, bits)
-        self.image_shape, self.dimensions = shape, math.prod(shape)
+        self.image_shape, self.dimensions = (shape[0], shape[1], shape[2]), math.prod(shape)
         self.bits, self.bins, self.num_classes = bits, 2**bits, num_classes
         if isinstance(self.dequantizer, Gaussian):
             check_boundless(bijection)

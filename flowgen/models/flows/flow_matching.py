@@ -1,6 +1,6 @@
 """Flow matching: Lipman, Chen, Ben-Hamu, Nickel and Le (2210.02747)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,7 @@ from flowgen.bijections.chain import Chain
 from flowgen.bijections.continuous import CNF, VelocityField
 from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
 from flowgen.bijections.reshape import Flatten
-from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting
+from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.tarflow import check_transformers, patch_size
 from flowgen.utils.distributed import draw
@@ -33,21 +33,21 @@ class FlowMatching(Flow):
     def __init__(
         self,
         *,
-        channels: int,
-        size: int,
-        bits: int,
-        patch: int | None,
-        num_layers: int,
-        width: int,
-        num_heads: int,
-        dropout: float,
-        gaussianize: bool,
-        tolerance: float,
-        exact_trace_dims: int,
-        num_classes: int | None,
-        condition_networks: bool,
+        image_shape: Sequence[int] = (1, 28, 28),
+        bits: int = 8,
+        patch: int | None = None,
+        num_layers: int = 4,
+        width: int = 64,
+        num_heads: int = 2,
+        dropout: float = 0.0,
+        gaussianize: bool = True,
+        tolerance: float = 0.0001,
+        exact_trace_dims: int = 16,
+        num_classes: int | None = None,
+        condition_networks: bool = True,
     ):
-        check_whole(channels=channels, size=size, bits=bits)
+        channels, size = square_shape(image_shape)
+        check_whole(bits=bits)
         check_transformers([num_layers], width, num_heads, dropout)
         check_choice((True, False), gaussianize=gaussianize, condition_networks=condition_networks)
         check_number(tolerance=tolerance)
@@ -69,7 +69,7 @@ class FlowMatching(Flow):
         ]
         super().__init__(
             Chain(*bijections),
-            (channels, size, size),
+            image_shape,
             bits,
             "uniform",
             num_classes,

@@ -1,5 +1,7 @@
 """Glow: Kingma and Dhariwal, Generative Flow with Invertible 1x1 Convolutions (1807.03039)."""
 
+from collections.abc import Sequence
+
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.batchnorm import ActNorm
 from flowgen.bijections.chain import Chain
@@ -15,7 +17,7 @@ from flowgen.bijections.networks import (
 )
 from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.bijections.univariate import TRANSFORMS
-from flowgen.models.base import MAX_DEPTH
+from flowgen.models.base import MAX_DEPTH, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.multiscale import largest_levels, multi_scale
 from flowgen.utils.errors import UserError, check_choice, check_whole
@@ -30,26 +32,26 @@ class Glow(Flow):
     def __init__(
         self,
         *,
-        channels: int,
-        size: int,
-        bits: int,
-        levels: int | None,
-        steps_per_level: int | list[int],
-        width: int,
-        network: str,
-        num_blocks: int,
-        transform: str,
-        log_scale: str,
-        convolution: str,
-        split_prior: str,
-        base: str,
-        final_actnorm: bool,
-        gaussianize: bool,
-        dequantization: str,
-        num_classes: int | None,
-        condition_networks: bool = False,
+        image_shape: Sequence[int] = (1, 28, 28),
+        bits: int = 8,
+        levels: int | None = None,
+        steps_per_level: int | list[int] = 8,
+        width: int = 64,
+        network: str = "conv",
+        num_blocks: int = 1,
+        transform: str = "affine",
+        log_scale: str = "bounded",
+        convolution: str = "plu",
+        split_prior: str = "predicted",
+        base: str = "standard",
+        final_actnorm: bool = True,
+        gaussianize: bool = True,
+        dequantization: str = "uniform",
+        num_classes: int | None = None,
+        condition_networks: bool = True,
     ):
-        check_whole(channels=channels, size=size, bits=bits, width=width)
+        channels, size = square_shape(image_shape)
+        check_whole(bits=bits, width=width)
         check_choice(("conv", "resnet", "gated"), network=network)
         check_choice(TRANSFORMS, transform=transform)
         check_choice(("bounded", "sigmoid", "tanh"), log_scale=log_scale)
@@ -105,7 +107,7 @@ class Glow(Flow):
             *pixelwise, multi_scale(levels - 1, channels, size, level, top, predicted)
         )
         super().__init__(
-            bijection, (channels, size, size), bits, dequantization, num_classes, condition_networks
+            bijection, image_shape, bits, dequantization, num_classes, condition_networks
         )
 
 

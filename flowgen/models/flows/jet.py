@@ -1,5 +1,6 @@
 """Jet: Kolesnikov, Susano Pinto and Tschannen, A Modern Transformer-Based Normalizing Flow (2412.15129)."""
 
+from collections.abc import Sequence
 from itertools import cycle
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from flowgen.bijections.linear import FusedAffine, InvertibleConv1x1LU
 from flowgen.bijections.networks import Transformer
 from flowgen.bijections.reshape import Flatten, Permute, Squeeze
 from flowgen.bijections.univariate import TRANSFORMS
-from flowgen.models.base import MAX_DEPTH
+from flowgen.models.base import MAX_DEPTH, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.tarflow import check_transformers, patch_size
 from flowgen.utils.errors import UserError, check_choice, check_whole
@@ -32,23 +33,23 @@ class Jet(Flow):
     def __init__(
         self,
         *,
-        channels: int,
-        size: int,
-        bits: int,
-        patch: int | None,
-        num_couplings: int,
-        num_layers: int,
-        width: int,
-        num_heads: int,
-        dropout: float,
-        transform: str,
-        permutation: str,
-        gaussianize: bool,
-        dequantization: str,
-        num_classes: int | None,
-        condition_networks: bool,
+        image_shape: Sequence[int] = (1, 28, 28),
+        bits: int = 8,
+        patch: int | None = None,
+        num_couplings: int = 10,
+        num_layers: int = 1,
+        width: int = 64,
+        num_heads: int = 2,
+        dropout: float = 0.0,
+        transform: str = "affine",
+        permutation: str = "plu",
+        gaussianize: bool = True,
+        dequantization: str = "uniform",
+        num_classes: int | None = None,
+        condition_networks: bool = True,
     ):
-        check_whole(channels=channels, size=size, bits=bits)
+        channels, size = square_shape(image_shape)
+        check_whole(bits=bits)
         check_whole(high=MAX_DEPTH, num_couplings=num_couplings)
         check_transformers([num_layers], width, num_heads, dropout)
         check_choice(TRANSFORMS, transform=transform)
@@ -96,7 +97,7 @@ class Jet(Flow):
         bijections += [Flatten(maps, side, side), Standardize(channels * size**2)]
         super().__init__(
             Chain(*bijections),
-            (channels, size, size),
+            image_shape,
             bits,
             dequantization,
             num_classes,

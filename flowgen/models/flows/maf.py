@@ -1,5 +1,7 @@
 """Masked autoregressive flow: Papamakarios, Pavlakou and Murray (1705.07057), and its mirror image."""
 
+from collections.abc import Sequence
+
 from flowgen.bijections.autoregressive import MADE, Autoregressive, Flip, Invert
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.batchnorm import BatchNorm
@@ -7,7 +9,7 @@ from flowgen.bijections.chain import Chain
 from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
 from flowgen.bijections.reshape import Flatten
 from flowgen.bijections.univariate import TRANSFORMS
-from flowgen.models.base import MAX_DEPTH
+from flowgen.models.base import MAX_DEPTH, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_choice, check_whole
 
@@ -21,17 +23,17 @@ class MAF(Flow):
     def __init__(
         self,
         *,
-        channels: int,
-        size: int,
-        bits: int,
-        num_transforms: int,
-        width: int,
-        num_layers: int,
-        transform: str,
-        gaussianize: bool,
-        dequantization: str,
+        image_shape: Sequence[int] = (1, 28, 28),
+        bits: int = 8,
+        num_transforms: int = 5,
+        width: int = 512,
+        num_layers: int = 2,
+        transform: str = "affine",
+        gaussianize: bool = True,
+        dequantization: str = "uniform",
     ):
-        check_whole(channels=channels, size=size, bits=bits, width=width)
+        channels, size = square_shape(image_shape)
+        check_whole(bits=bits, width=width)
         check_whole(high=MAX_DEPTH, num_transforms=num_transforms, num_layers=num_layers)
         check_choice(TRANSFORMS, transform=transform)
         check_choice((True, False), gaussianize=gaussianize)
@@ -48,7 +50,7 @@ class MAF(Flow):
                 Flip(),
             ]
         super().__init__(
-            Chain(*bijections, Standardize(numbers)), (channels, size, size), bits, dequantization
+            Chain(*bijections, Standardize(numbers)), image_shape, bits, dequantization
         )
 
     @staticmethod

@@ -1,5 +1,7 @@
 """NICE: Dinh, Krueger and Bengio, Non-linear Independent Components Estimation (1410.8516)."""
 
+from collections.abc import Sequence
+
 from flowgen.bijections.autoregressive import Flip
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.chain import Chain
@@ -8,7 +10,7 @@ from flowgen.bijections.elementwise import LogisticToNormal, MarginalGaussianiza
 from flowgen.bijections.networks import DenseNetwork
 from flowgen.bijections.reshape import Flatten
 from flowgen.bijections.univariate import TRANSFORMS
-from flowgen.models.base import MAX_DEPTH
+from flowgen.models.base import MAX_DEPTH, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_choice, check_whole
 
@@ -23,17 +25,17 @@ class NICE(Flow):
     def __init__(
         self,
         *,
-        channels: int,
-        size: int,
-        bits: int,
-        num_couplings: int,
-        width: int,
-        num_layers: int,
-        transform: str,
-        gaussianize: bool,
-        dequantization: str,
+        image_shape: Sequence[int] = (1, 28, 28),
+        bits: int = 8,
+        num_couplings: int = 4,
+        width: int = 1000,
+        num_layers: int = 5,
+        transform: str = "additive",
+        gaussianize: bool = True,
+        dequantization: str = "uniform",
     ):
-        check_whole(channels=channels, size=size, bits=bits, width=width)
+        channels, size = square_shape(image_shape)
+        check_whole(bits=bits, width=width)
         check_whole(high=MAX_DEPTH, num_couplings=num_couplings, num_layers=num_layers)
         check_choice(TRANSFORMS, transform=transform)
         check_choice((True, False), gaussianize=gaussianize)
@@ -53,7 +55,7 @@ class NICE(Flow):
             ]
         super().__init__(
             Chain(*bijections, Standardize(numbers), LogisticToNormal()),
-            (channels, size, size),
+            image_shape,
             bits,
             dequantization,
         )

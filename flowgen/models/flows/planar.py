@@ -1,13 +1,13 @@
 """Planar flows: Rezende and Mohamed (1505.05770); Sylvester flows: van den Berg, Hasenclever, Tomczak and Welling (1803.05649)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.chain import Chain
 from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
 from flowgen.bijections.reshape import Flatten
 from flowgen.bijections.residual import Planar, Sylvester
-from flowgen.models.base import MAX_DEPTH
+from flowgen.models.base import MAX_DEPTH, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_choice, check_whole
 
@@ -22,16 +22,15 @@ class PlanarFlow(Flow):
     def __init__(
         self,
         *,
-        channels: int,
-        size: int,
-        bits: int,
-        num_transforms: int,
-        gaussianize: bool,
-        dequantization: str,
+        image_shape: Sequence[int] = (1, 28, 28),
+        bits: int = 8,
+        num_transforms: int = 32,
+        gaussianize: bool = True,
+        dequantization: str = "uniform",
     ):
         super().__init__(
-            _chain(channels, size, bits, num_transforms, gaussianize, Planar),
-            (channels, size, size),
+            _chain(image_shape, bits, num_transforms, gaussianize, Planar),
+            image_shape,
             bits,
             dequantization,
         )
@@ -43,35 +42,33 @@ class SylvesterFlow(Flow):
     def __init__(
         self,
         *,
-        channels: int,
-        size: int,
-        bits: int,
-        num_transforms: int,
-        width: int,
-        gaussianize: bool,
-        dequantization: str,
+        image_shape: Sequence[int] = (1, 28, 28),
+        bits: int = 8,
+        num_transforms: int = 16,
+        width: int = 16,
+        gaussianize: bool = True,
+        dequantization: str = "uniform",
     ):
         check_whole(width=width)
         chain = _chain(
-            channels,
-            size,
+            image_shape,
             bits,
             num_transforms,
             gaussianize,
             lambda numbers: Sylvester(numbers, min(width, numbers)),
         )
-        super().__init__(chain, (channels, size, size), bits, dequantization)
+        super().__init__(chain, image_shape, bits, dequantization)
 
 
 def _chain(
-    channels: int,
-    size: int,
+    image_shape: Sequence[int],
     bits: int,
     num_transforms: int,
     gaussianize: bool,
     layer: Callable[[int], Bijection],
 ) -> Chain:
-    check_whole(channels=channels, size=size, bits=bits)
+    channels, size = square_shape(image_shape)
+    check_whole(bits=bits)
     check_whole(high=MAX_DEPTH, num_transforms=num_transforms)
     check_choice((True, False), gaussianize=gaussianize)
     numbers = channels * size**2

@@ -1,5 +1,7 @@
 """Real NVP for images: Dinh, Sohl-Dickstein and Bengio, Density estimation using Real NVP (1605.08803)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from flowgen.bijections.base import Bijection
@@ -10,7 +12,7 @@ from flowgen.bijections.elementwise import Logit
 from flowgen.bijections.networks import RealNVPNetwork, ResNetwork
 from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.bijections.univariate import TRANSFORMS
-from flowgen.models.base import MAX_DEPTH
+from flowgen.models.base import MAX_DEPTH, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.multiscale import largest_levels, multi_scale
 from flowgen.utils.errors import check_choice, check_number, check_whole
@@ -25,17 +27,17 @@ class RealNVP(Flow):
     def __init__(
         self,
         *,
-        channels: int,
-        size: int,
-        bits: int,
-        levels: int | None,
-        width: int,
-        num_blocks: int,
-        transform: str,
-        alpha: float,
-        dequantization: str,
+        image_shape: Sequence[int] = (1, 28, 28),
+        bits: int = 8,
+        levels: int | None = None,
+        width: int = 32,
+        num_blocks: int = 2,
+        transform: str = "affine",
+        alpha: float = 0.05,
+        dequantization: str = "uniform",
     ):
-        check_whole(channels=channels, size=size, width=width, bits=bits)
+        channels, size = square_shape(image_shape)
+        check_whole(width=width, bits=bits)
         check_whole(high=MAX_DEPTH, num_blocks=num_blocks)
         check_choice(TRANSFORMS, transform=transform)
         check_number(alpha=alpha)
@@ -72,4 +74,4 @@ class RealNVP(Flow):
             return [*couplings(maps, side, True, 4), Flatten(maps, side, side)]
 
         multi = multi_scale(levels, channels, size, level, top, prior=lambda maps: None)
-        super().__init__(Chain(Logit(alpha), multi), (channels, size, size), bits, dequantization)
+        super().__init__(Chain(Logit(alpha), multi), image_shape, bits, dequantization)

@@ -1,6 +1,6 @@
 """What flows of patches share: into how large ones an image is cut, and of what shape their transformers can be."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +20,7 @@ from flowgen.bijections.linear import FusedAffine, InvertibleConv1x1LU
 from flowgen.bijections.networks import CausalTransformer
 from flowgen.bijections.reshape import Flatten, Roll, Squeeze
 from flowgen.bijections.univariate import TRANSFORMS, guided
-from flowgen.models.base import MAX_DEPTH, SupportsTokenSampling
+from flowgen.models.base import MAX_DEPTH, SupportsTokenSampling, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.distributed import draw
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
@@ -38,9 +38,11 @@ def patch_size(size: int, patch: int | None) -> int:
     return patch
 
 
-def check_transformers(num_layers: list[int], width: int, num_heads: int, dropout: float) -> None:
+def check_transformers(
+    num_layers: Sequence[int], width: int, num_heads: int, dropout: float
+) -> None:
     """Raises FlowgenError where these are no transformers, of so many layers each."""
-    if not isinstance(num_layers, list) or not num_layers:
+    if not isinstance(num_layers, list | tuple) or not num_layers:
         raise UserError(
             f"layers must be a list of numbers, one for each block, as in model.num_layers=[2,2,4], not {num_layers!r}"
         )
@@ -71,24 +73,24 @@ class TarFlow(Flow, SupportsTokenSampling):
     def __init__(
         self,
         *,
-        channels: int,
-        size: int,
-        bits: int,
-        patch: int | None,
-        num_layers: list[int],
-        width: int,
-        num_heads: int,
-        dropout: float,
-        transform: str | None,
-        local: bool,
-        roll: bool,
-        permutation: str | None,
-        gaussianize: bool,
-        dequantization: str,
-        num_classes: int | None,
-        condition_networks: bool,
+        image_shape: Sequence[int] = (1, 28, 28),
+        bits: int = 8,
+        patch: int | None = None,
+        num_layers: Sequence[int] = (2, 2, 2, 2),
+        width: int = 64,
+        num_heads: int = 2,
+        dropout: float = 0.0,
+        transform: str | None = None,
+        local: bool = True,
+        roll: bool = False,
+        permutation: str | None = None,
+        gaussianize: bool = True,
+        dequantization: str = "uniform",
+        num_classes: int | None = None,
+        condition_networks: bool = True,
     ):
-        check_whole(channels=channels, size=size, bits=bits)
+        channels, size = square_shape(image_shape)
+        check_whole(bits=bits)
         check_transformers(num_layers, width, num_heads, dropout)
         transform = ("mixture" if channels == 1 else "affine") if transform is None else transform
         permutation = (
@@ -137,7 +139,7 @@ class TarFlow(Flow, SupportsTokenSampling):
         bijections += [Flatten(maps, side, side), Standardize(channels * size**2)]
         super().__init__(
             Chain(*bijections),
-            (channels, size, size),
+            image_shape,
             bits,
             dequantization,
             num_classes,
