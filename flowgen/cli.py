@@ -188,9 +188,9 @@ def export(name: str, path: Path) -> None:
 @click.option(
     "--private", is_flag=True, help="For nobody's eyes but yours, where the repository is new."
 )
-def push(**group_options: Any) -> None:
+def push(**options: Any) -> None:
     """Put RUN's model on the Hugging Face Hub, with a card and samples; --run hf:OWNER/NAME reads it from there."""
-    for line in command("export", computes=True).push(**group_options):
+    for line in command("export", computes=True).push(**options):
         click.echo(line)
 
 
@@ -240,9 +240,9 @@ def push(**group_options: Any) -> None:
     callback=lambda ctx, param, path: check_picture(path, more={".zip"}),
     help="Where to write; by default into the run's folder. A zip holds each sample by itself.",
 )
-def sample(**group_options: Any) -> None:
+def sample(**options: Any) -> None:
     """Draw a grid of samples, a block of rows for each temperature, sorted by log-probability."""
-    click.echo(command("sample", computes=True).sample(**group_options))
+    click.echo(command("sample", computes=True).sample(**options))
 
 
 @click.command()
@@ -259,9 +259,9 @@ def sample(**group_options: Any) -> None:
 @click.option("--spherical", is_flag=True, help="Along a great circle rather than a line.")
 @device_option
 @out_option
-def interpolate(**group_options: Any) -> None:
+def interpolate(**options: Any) -> None:
     """Walk from one image to another: through the latents above, through the pixels below. FILE.gif is a film."""
-    click.echo(command("interpolate", computes=True).interpolate(**group_options))
+    click.echo(command("interpolate", computes=True).interpolate(**options))
 
 
 @click.command()
@@ -306,9 +306,9 @@ def interpolate(**group_options: Any) -> None:
 )
 @device_option
 @out_option
-def edit(**group_options: Any) -> None:
+def edit(**options: Any) -> None:
     """Move images along attributes in the latents: a strip, or, with --by, each image beside what becomes of it. FILE.gif is a film."""
-    click.echo(command("edit", computes=True).edit(**group_options))
+    click.echo(command("edit", computes=True).edit(**options))
 
 
 @click.command()
@@ -338,9 +338,9 @@ def edit(**group_options: Any) -> None:
 @seed_option
 @device_option
 @out_option
-def complete(**group_options: Any) -> None:
+def complete(**options: Any) -> None:
     """Restore the missing part of an image: sample what is unknown given what is known."""
-    click.echo(command("complete", computes=True).complete(**group_options))
+    click.echo(command("complete", computes=True).complete(**options))
 
 
 @click.command()
@@ -364,11 +364,11 @@ def complete(**group_options: Any) -> None:
 @seed_option
 @device_option
 @out_option
-def chain(out: Path | None, **group_options: Any) -> None:
+def chain(out: Path | None, **options: Any) -> None:
     """Film an RBM's chains growing images from white noise, FILE.gif."""
     if out is not None and out.suffix.lower() != ".gif":
         raise click.UsageError(f"{out} is no name of a film: let it end in .gif")
-    click.echo(command("sample", computes=True).chain(out=out, **group_options))
+    click.echo(command("sample", computes=True).chain(out=out, **options))
 
 
 OUTLIER_SCORES = (
@@ -429,14 +429,14 @@ def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str,
 @seed_option
 @device_option
 @out_option
-def score(paths: tuple[Path, ...], against: tuple[str, ...], **group_options: Any) -> None:
+def score(paths: tuple[Path, ...], against: tuple[str, ...], **options: Any) -> None:
     """Tell how likely and how strange images are: bits/dim, percentile among validation images, scores, p-values."""
     if not paths and not against:
         raise click.UsageError(
             "nothing to score: name images, a folder or a zip of them, or compare data by --against data=NAME"
         )
     for line in command("score", computes=True).score(
-        paths=list(paths), against=list(against), **group_options
+        paths=list(paths), against=list(against), **options
     ):
         click.echo(line)
 
@@ -487,7 +487,7 @@ def _readable(value: float) -> str:
 @device_option
 def explore(name: str | None, port: int, device: str) -> None:
     """Play with a model on a page at 127.0.0.1: sample, mix, walk, complete, score."""
-    command("server", computes=True, room="page").explore(
+    command("app", computes=True, room="serving.web").explore(
         name=name, port=port, device=device, say=click.echo
     )
 
@@ -512,11 +512,11 @@ def explore(name: str | None, port: int, device: str) -> None:
     "--api", metavar="URL", help="A server of the Bot API of your own; by default Telegram's."
 )
 @device_option
-def bot(**group_options: Any) -> None:
+def bot(**options: Any) -> None:
     """Chat with a model on Telegram: /generate, /walk with two photos, /score with one."""
     if not find_spec("telegram"):
         raise UserError("the bot needs python-telegram-bot: pip install 'flowgen[bot]'")
-    command("polling", computes=True, room="bot").bot(say=click.echo, **group_options)
+    command("telegram", computes=True, room="serving").bot(say=click.echo, **options)
 
 
 COMMANDS = (
