@@ -1,4 +1,4 @@
-"""Attributes of images in a CSV file of one's own."""
+"""Attributes of images in the user's own CSV file."""
 
 import csv
 import math
@@ -12,7 +12,13 @@ from flowgen.utils.errors import UserError
 
 
 class AttributeTable(NamedTuple):
-    """The attributes' names, the images' files, and a number for each: (images, names)."""
+    """Attributes of image files.
+
+    Attributes:
+        names: Names of the attributes.
+        files: Image files.
+        values: One number for each image and attribute, float64 (images, names).
+    """
 
     names: tuple[str, ...]
     files: list[Path]
@@ -20,34 +26,40 @@ class AttributeTable(NamedTuple):
 
 
 def read_table(path: Path) -> AttributeTable:
-    """A header and lines of an image's file, relative to the table's folder, and a number for each name of the header.
+    """Read a CSV file with a header and one line per image.
 
-    Columns of -1 and 1 alone are read as 0 and 1. Raises FlowgenError for what is no such table.
+    A line has an image file, relative to the table's folder, and a number for each name in the
+    header. Columns that contain only -1 and 1 are converted to 0 and 1.
+
+    Raises:
+        UserError: If the file is not such a table.
     """
     try:
         if not path.is_file():
-            raise OSError("a pipe would be waited for")
+            raise OSError("not a regular file")  # reading a pipe would wait forever
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
-            f"{path} cannot be read as a table: name a CSV file with --labels"
+            f"{path} cannot be read as a table: set --labels to a CSV file"
         ) from error
     names = tuple(name.strip() for name in header[1:])
     if not names or not rows or len(set(names)) < len(names) or "" in names:
         raise UserError(
-            f"{path} is no table of attributes: write a line `image,NAME,NAME...` and a line for every image"
+            f"{path} is not a table of attributes: "
+            "write a line `image,NAME,NAME...` and a line for every image"
         )
     for number, row in enumerate(rows, 2):
         if len(row) != len(header) or not all(map(_is_number, row[1:])):
             raise UserError(
-                f"line {number} of {path} is not an image and {len(names)} numbers: mend it"
+                f"line {number} of {path} must have an image and {len(names)} numbers: fix it"
             )
     files = [path.parent / row[0] for row in rows]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
         raise UserError(
-            f"{missing}, which {path} names, does not exist: name images relative to the table's folder"
+            f"{missing}, named in {path}, does not exist: "
+            "give images relative to the table's folder"
         )
     values = torch.tensor([[float(value) for value in row[1:]] for row in rows], dtype=torch.double)
     signed = (values.abs() == 1).all(0)

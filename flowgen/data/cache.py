@@ -1,4 +1,4 @@
-"""Prepared images on disk, so that a set is decoded once and may be larger than memory."""
+"""Preprocessed images on disk: decoded once, and memory-mapped when they exceed the memory."""
 
 import contextlib
 import hashlib
@@ -17,87 +17,104 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from flowgen.data.preprocess import ImageSource, preprocess
+from flowgen.data.preprocess import ImageSource, log_skipped, preprocess
 from flowgen.utils.errors import UserError
+from flowgen.utils.files import atomic_write
 
-VERSION = 1  # of `prepare`: what it made before is made again
-CHUNK = 2048  # images decoded ahead of the writer
+VERSION = 1  # of `preprocess`: a new number makes every cache file again
+CHUNK_IMAGES = 2048  # decoded before they are written
 log = logging.getLogger("flowgen")
 
 
 def cache_folder() -> Path:
-    """`FLOWGEN_CACHE`, else `~/.cache/flowgen`."""
+    """Return the directory of the cache: `FLOWGEN_CACHE`, or `~/.cache/flowgen` by default."""
     return Path(os.environ.get("FLOWGEN_CACHE", "~/.cache/flowgen")).expanduser()
 
 
 def cached_images(
     source: ImageSource, names: list[str], size: int, channels: int, crop: int | None
 ) -> tuple[Tensor, set[str]]:
-    """The images `names`, prepared and memory-mapped, (N, channels, size, size) at 8 bits, and the names that could be used.
+    """Return preprocessed images from the cache, and write them to it first if necessary.
 
-    What cannot be read is named and counted. Raises FlowgenError where nothing can. The file is made again when `source`, the
-    settings or the choice of names change; of several processes that want it one makes it, and the others wait.
+    The file is written again when `source`, the settings or the names change. If several processes
+    need it, one writes it and the others wait. Images that cannot be read are skipped and counted.
+
+    Args:
+        source: Image files.
+        names: Names of the images in `source`.
+        size: See `preprocess`.
+        channels: See `preprocess`.
+        crop: See `preprocess`.
+
+    Returns:
+        The images, memory-mapped, uint8 (N, channels, size, size), and the names of those that
+        could be read.
+
+    Raises:
+        UserError: If none can be read.
     """
     settings = _hash([VERSION, str(source.path.resolve()), size, channels, crop])
     contents = _hash([[name, source.fingerprints[name]] for name in names])
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    index = folder / f"{source.path.stem}-{settings}-{contents}.json"
-    with _held(folder / f"{settings}.lock", source.path):
-        entry = _read(index, channels * size**2)
-        if entry is None:
-            for stale in folder.glob(
-                f"*-{settings}-*"
-            ):  # the lock says that nobody is about to read them
+    index_path = folder / f"{source.path.stem}-{settings}-{contents}.json"
+    with _lock(folder / f"{settings}.lock", source.path):
+        index = _read_index(index_path, channels * size**2)
+        if index is None:
+            for stale in folder.glob(f"*-{settings}-*"):  # nobody opens them without the lock
                 stale.unlink()
-            entry = _write(
-                index, source, names, partial(preprocess, size=size, channels=channels, crop=crop)
-            )
-        kept, refused = entry["kept"], entry["refused"]
-        if refused:
-            log.warning(
-                "%d of %d images left out: %s",
-                len(refused),
-                len(names),
-                "; ".join(refused[:3]) + "; ..." * (len(refused) > 3),
-            )
-        if not kept:
+            decode = partial(preprocess, size=size, channels=channels, crop=crop)
+            index = _write(index_path, source, names, decode)
+        used = index["kept"]
+        skipped = index["refused"]
+        log_skipped(skipped, len(names))
+        if not used:
             raise UserError(
-                f"none of the {len(names)} images of {source.path} can be used: {refused[0]}"
+                f"none of the {len(names)} images of {source.path} can be used: {skipped[0]}"
             )
-        shape = torch.Size((len(kept), channels, size, size))
-        return _mapped(index.with_suffix(".bin")).view(shape), set(kept)
+        images = _map_file(index_path.with_suffix(".bin"))
+        return images.view(len(used), channels, size, size), set(used)
 
 
 def cached_array(name: str, fingerprints: object, chunks: Callable[[], Iterable[Tensor]]) -> Tensor:
-    """All that `chunks` yields, bytes of uint8 tensors one after the other, memory-mapped; written again when `stamps` change."""
+    """Return the bytes of all tensors of `chunks`, memory-mapped, from the cache.
+
+    Args:
+        name: First part of the file's name.
+        fingerprints: JSON values. The file is written again when they change.
+        chunks: Yields uint8 tensors, which are written one after the other.
+
+    Returns:
+        All bytes, uint8 (N,).
+    """
     cache_folder().mkdir(parents=True, exist_ok=True)
     path = cache_folder() / f"{name}-{_hash([VERSION, fingerprints])}.bin"
-    with _held(path.with_suffix(".lock"), path):
+    with _lock(path.with_suffix(".lock"), path):
         if not path.exists():
-            aside = path.with_suffix(".part")
-            try:
-                with open(aside, "wb") as file:
-                    for chunk in chunks():
-                        file.write(chunk.contiguous().numpy().tobytes())
-                aside.replace(path)
-            finally:
-                aside.unlink(missing_ok=True)
-        return _mapped(path) if path.stat().st_size else torch.empty(0, dtype=torch.uint8)
+            with atomic_write(path) as temporary, open(temporary, "wb") as file:
+                for chunk in chunks():
+                    file.write(_to_bytes(chunk))
+        return _map_file(path) if path.stat().st_size else torch.empty(0, dtype=torch.uint8)
 
 
-def _mapped(path: Path) -> Tensor:
-    """The bytes of a file, to be read only: its pages are the system's to take back, so that a machine may have less memory than that."""
+def _to_bytes(images: Tensor) -> bytes:
+    return images.contiguous().numpy().tobytes()
+
+
+def _map_file(path: Path) -> Tensor:
+    """Return the bytes of a file, memory-mapped for reading.
+
+    The operating system can drop its pages, so it may be larger than the memory.
+    """
     with open(path, "rb") as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
-        return torch.frombuffer(
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8
-        )
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 @contextlib.contextmanager
-def _held(path: Path, images: Path) -> Iterator[None]:
-    """The lock, after whoever has it; a process that dies lets it go."""
+def _lock(path: Path, images: Path) -> Iterator[None]:
+    """Hold a lock, which is released if the process dies."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -110,61 +127,50 @@ def _held(path: Path, images: Path) -> Iterator[None]:
         lock.release()
 
 
-def _read(index: Path, size: int) -> dict[str, list[str]] | None:
-    """What the index says, where both files are whole: as many images of `size` bytes as it names."""
+def _read_index(path: Path, image_bytes: int) -> dict[str, list[str]] | None:
+    """Return the index if it can be read and its images are complete."""
     try:
-        entry = json.loads(index.read_text())
-        found = {key: [str(line) for line in entry[key]] for key in ("kept", "refused")}
-        return (
-            found if index.with_suffix(".bin").stat().st_size == size * len(found["kept"]) else None
-        )
-    except (OSError, ValueError, KeyError, TypeError):  # lost, cut short, or no index
+        entry = json.loads(path.read_text())
+        index = {key: [str(line) for line in entry[key]] for key in ("kept", "refused")}
+        complete = path.with_suffix(".bin").stat().st_size == image_bytes * len(index["kept"])
+        return index if complete else None
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
         return None
 
 
 def _write(
-    index: Path, source: ImageSource, names: list[str], make: Callable[[bytes], Tensor]
+    index_path: Path, source: ImageSource, names: list[str], decode: Callable[[bytes], Tensor]
 ) -> dict[str, list[str]]:
-    """The images one after the other, then the index, whose presence says that both are whole."""
-    entry: dict[str, list[str]] = {"kept": [], "refused": []}
-    aside = index.with_suffix(".part")
-    try:
-        with open(aside, "wb") as file:
-            for name, image in _decode(source, names, make):
-                if isinstance(image, UserError):
-                    entry["refused"].append(f"{name} {image}")
-                else:
-                    entry["kept"].append(name)
-                    file.write(image.contiguous().numpy().tobytes())
-        aside.replace(index.with_suffix(".bin"))
-        aside.write_text(json.dumps(entry))
-        aside.replace(index)
-    finally:
-        aside.unlink(missing_ok=True)
-    return entry
+    """Write the images, then the index: if it exists, the images are complete."""
+    index: dict[str, list[str]] = {"kept": [], "refused": []}
+    with atomic_write(index_path.with_suffix(".bin")) as temporary, open(temporary, "wb") as file:
+        for name, image in _decode(source, names, decode):
+            if isinstance(image, UserError):
+                index["refused"].append(f"{name} {image}")
+            else:
+                index["kept"].append(name)
+                file.write(_to_bytes(image))
+    with atomic_write(index_path) as temporary:
+        temporary.write_text(json.dumps(index))
+    return index
 
 
 def _decode(
-    source: ImageSource, names: list[str], make: Callable[[bytes], Tensor]
+    source: ImageSource, names: list[str], decode: Callable[[bytes], Tensor]
 ) -> Iterator[tuple[str, Tensor | UserError]]:
     def attempt(name: str) -> Tensor | UserError:
         try:
-            return make(source.read(name))
+            return decode(source.read(name))
         except UserError as error:
             return error
-        except Exception as error:  # a damaged archive raises whatever its decompressor does
+        except Exception as error:  # a damaged archive raises any error of its decompressor
             return UserError(f"cannot be read ({error})")
 
-    bar = tqdm(
-        total=len(names),
-        desc=f"preparing {source.path.name}",
-        unit="image",
-        disable=None,
-        leave=False,
-    )
+    title = f"preparing {source.path.name}"
+    bar = tqdm(total=len(names), desc=title, unit="image", disable=None, leave=False)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        for start in range(0, len(names), CHUNK):
-            chunk = names[start : start + CHUNK]
+        for start in range(0, len(names), CHUNK_IMAGES):
+            chunk = names[start : start + CHUNK_IMAGES]
             yield from zip(chunk, pool.map(attempt, chunk), strict=True)
             bar.update(len(chunk))
 

@@ -1,28 +1,42 @@
-"""Training, validation and test images, and orders that are the same for ever."""
+"""Data sets with training, validation and test images, in an order that never changes."""
 
 import hashlib
+import http.client
+import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Protocol
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.memory import free_memory
 
-HELD_OUT = 12
+BINARIZATION = ("threshold", "static", "dynamic")
 SPLITS = ("train", "validation", "test")
+VALIDATION_DIVISOR = 12  # one of 12 training images is a validation image
+log = logging.getLogger("flowgen")
+
+Batch = tuple[Tensor, Tensor | None]  # images and their labels
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """uint8 images (N, channels, height, width) at 8 bits; their classes (N,) and attributes, bool (N, names), where these are known."""
+    """Images of one split, with their labels and attributes if they have any.
+
+    Args:
+        images: Pixel values of 8 bits, uint8 (N, channels, height, width).
+        labels: Class of each image, (N,).
+        attributes: Attributes of each image, bool (N, number of attributes).
+    """
 
     images: Tensor
     labels: Tensor | None = None
@@ -31,40 +45,53 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, chosen: Tensor | slice) -> "Split":
-        labels, attributes = (
-            None if known is None else known[chosen] for known in (self.labels, self.attributes)
-        )
-        return Split(self.images[chosen], labels, attributes)
+    def __getitem__(self, index: Tensor | slice) -> "Split":
+        labels = None if self.labels is None else self.labels[index]
+        attributes = None if self.attributes is None else self.attributes[index]
+        return Split(self.images[index], labels, attributes)
 
 
 @cache
 def hashed_order(count: int) -> Tensor:
-    """0..count-1 by the SHA-256 of each number: a permutation that no version of a random generator can change."""
+    """Return 0..count-1 sorted by the SHA-256 of each number, (count,).
+
+    No version of a random number generator can change this permutation.
+    """
     digests = [hashlib.sha256(b"%d" % number).digest() for number in range(count)]
     return torch.tensor(sorted(range(count), key=digests.__getitem__), dtype=torch.long)
 
 
 def validation_mask(count: int) -> Tensor:
-    """Which of so many training images, chosen by their places, are for validation: one in twelve, 5,000 of 60,000."""
-    apart = torch.zeros(count, dtype=torch.bool)
-    apart[hashed_order(count)[: max(1, count // HELD_OUT)]] = True
-    return apart
+    """Return a mask of the training images that are used for validation, bool (count,).
+
+    One in twelve is: 5,000 of 60,000.
+    """
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[hashed_order(count)[: max(1, count // VALIDATION_DIVISOR)]] = True
+    return mask
 
 
 def hashed_subset(count: int, limit: int | None) -> Tensor:
-    """The places of `limit` of so many images, drawn by hash, in order; of all where there are no more. A larger part holds the smaller."""
+    """Return the sorted indices of `limit` of `count` images, chosen by hash.
+
+    A larger subset contains every smaller one. Without a limit, or with one that is at least
+    `count`, the subset is all images.
+    """
     if limit is None or limit >= count:
         return torch.arange(count)
     return hashed_order(count)[:limit].sort().values
 
 
 def hash_split(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Eight, one and one of ten names, each by the hash of its last part alone; of three or more, at least one each."""
-    tenth = {name: digest(name) % 10 for name in names}
-    test = {name for name in names if tenth[name] == 0} or set(sorted(names, key=digest)[:1])
+    """Split file names 8:1:1 into training, validation and test, by the hash of each name.
+
+    Only the file's own name counts, without its directories, so an image stays in its split when
+    others are added. Of three or more names, each split gets at least one.
+    """
+    tenth = {name: hash_name(name) % 10 for name in names}
+    test = {name for name in names if tenth[name] == 0} or set(sorted(names, key=hash_name)[:1])
     rest = [name for name in names if name not in test]
-    validation = {name for name in rest if tenth[name] == 1} or set(sorted(rest, key=digest)[:1])
+    validation = {name for name in rest if tenth[name] == 1} or set(sorted(rest, key=hash_name)[:1])
     return (
         [name for name in rest if name not in validation],
         [name for name in names if name in validation],
@@ -72,94 +99,177 @@ def hash_split(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     )
 
 
-def digest(name: str) -> int:
-    return int.from_bytes(
-        hashlib.sha256(PurePosixPath(name).name.encode("utf-8", "surrogateescape")).digest()[:8],
-        "big",
-    )
+def hash_name(name: str) -> int:
+    """Return the first 8 bytes of the SHA-256 of a file's name, without its directories."""
+    data = PurePosixPath(name).name.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
 def data_folder() -> Path:
-    """The folder that holds the data sets: `FLOWGEN_DATA`, else `data/` here."""
+    """Return the directory of the data sets: `FLOWGEN_DATA`, or `data` by default."""
     return Path(os.environ.get("FLOWGEN_DATA", "data"))
 
 
-def check_names(names: list[str]) -> None:
-    """Raise `FlowgenError` for names of folders that are not in the data folder: what a configuration names is read there, or put there."""
-    for name in names:
-        if (
-            not isinstance(name, str)
-            or not name
-            or Path(name).is_absolute()
-            or ".." in Path(name).parts
-        ):
+def check_search_dirs(search_dirs: Sequence[str]) -> None:
+    """Raise `UserError` unless every name is a path inside the data directory.
+
+    A configuration from a stranger must not read or write anywhere else.
+    """
+    for name in search_dirs:
+        if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(
-                f"data.search_dirs={names!r} must be names of folders inside the data folder: point data.root elsewhere instead"
+                f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
+                "data directory: set data.root to use another place"
             )
 
 
-def find_dataset(root: str | None, names: list[str], cure: str) -> Path:
-    """`root` where it is given, else the first of `names` that stands in the data folder.
+def find_dataset(root: str | None, search_dirs: Sequence[str], download_hint: str) -> Path:
+    """Return the path of a data set.
 
-    Raises FlowgenError with `cure`, a sentence that says how to get the data, where there is none.
+    Args:
+        root: The path itself, or None to search for it.
+        search_dirs: Names to look for in `data_folder()`, in this order.
+        download_hint: A sentence that tells the user how to get the data.
+
+    Raises:
+        UserError: If the path does not exist, or no name was found.
     """
-    check_names(names)
+    check_search_dirs(search_dirs)
     if root is not None:
         path = Path(root).expanduser()
         if not path.exists():
-            raise UserError(f"data.root={root} does not exist: {cure}")
+            raise UserError(f"data.root={root} does not exist. {download_hint}")
         return path
-    for name in names:
+    for name in search_dirs:
         if (data_folder() / name).exists():
             return data_folder() / name
-    place = data_folder() / names[0] if names else "data.root"
-    raise UserError(f"{place} does not exist: {cure}")
+    if not search_dirs:
+        raise UserError(f"data.root is not set. {download_hint}")
+    raise UserError(f"{data_folder() / search_dirs[0]} does not exist. {download_hint}")
 
 
-def download(url: str, md5: str, folder: Path) -> Path:
-    """The file behind `url` in `folder`, whole by its checksum. Raises FlowgenError where it cannot be had."""
-    from flowgen.utils.vision import datasets
+def find_or_download(
+    root: str | None, search_dirs: Sequence[str], files: Mapping[str, str], download_hint: str
+) -> Path:
+    """Return the path of a data set as `find_dataset` does, and download it first if necessary.
 
-    name = url.rpartition("/")[2]
+    It is downloaded to `data_folder()`, under the first of `search_dirs`, if `root` is None and
+    none of `search_dirs` exists there.
+
+    Args:
+        root: See `find_dataset`.
+        search_dirs: See `find_dataset`.
+        files: The MD5 checksum of every file, by its URL.
+        download_hint: See `find_dataset`.
+    """
+    check_search_dirs(search_dirs)
+    exists = any((data_folder() / name).exists() for name in search_dirs)
+    if root is None and search_dirs and not exists:
+        download(files, data_folder() / search_dirs[0])
+    return find_dataset(root, search_dirs, download_hint)
+
+
+def download(files: Mapping[str, str], folder: Path) -> None:
+    """Download files to the new directory `folder`, which appears once all of them are complete.
+
+    Args:
+        files: The MD5 checksum of every file, by its URL.
+        folder: The directory. An interrupted download continues with the files that are missing.
+
+    Raises:
+        UserError: If a file cannot be downloaded or has another checksum.
+    """
+    partial = folder.with_name(f".{folder.name}.part")
+    url = ""
     try:
-        datasets.utils.download_url(url, str(folder), name, md5)
-    except (OSError, RuntimeError) as error:
+        partial.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process downloads
+            if folder.exists():
+                return
+            partial.mkdir(exist_ok=True)
+            for url, md5 in files.items():
+                path = partial / url.rpartition("/")[2]
+                if path.is_file() and _md5(path) == md5:
+                    continue
+                log.info("downloading %s", url)
+                torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+                if _md5(path) != md5:
+                    path.unlink()
+                    raise OSError("its checksum is wrong")
+            partial.rename(folder)
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(
-            f"{name} is not in {folder} and could not be downloaded ({error}): put it there, or set data.root"
+            f"{url or folder} could not be downloaded ({error}). "
+            f"Download it to {folder} yourself, or set data.root to its directory."
         ) from error
-    return folder / name
 
 
-Batch = tuple[Tensor, Tensor | None]
+def _md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+class BatchFunction(Protocol):
+    """A function such as `ImageDataset.train_batch`."""
+
+    def __call__(
+        self, images_seen: int, batch_size: int, seed: int, rows: Tensor | None = None
+    ) -> Batch: ...
 
 
 class Prefetcher:
-    """`draw` of `Images`, one batch ahead in a thread: the same batches, since each is a function of its place alone."""
+    """Calls `train_batch` and loads the batch after it in a thread.
 
-    def __init__(self, draw: Callable[..., Batch]):
-        self.draw, self.pool = draw, ThreadPoolExecutor(1, "read ahead")
-        self.place: tuple[int, ...] = ()
-        self.coming: Future[Batch] | None = None
+    The batches are the same as without it, since each depends on its arguments alone.
+    """
 
-    def __call__(self, seen: int, count: int, seed: int, rows: Tensor | None = None) -> Batch:
-        expected = self.coming is not None and self.place == (seen, count, seed)
-        batch: Any = (
-            self.coming.result() if expected and self.coming else self.draw(seen, count, seed, rows)
-        )
-        self.place = (seen + count, count, seed)
-        self.coming = self.pool.submit(self.draw, *self.place, rows)
+    def __init__(self, train_batch: BatchFunction):
+        self.train_batch = train_batch
+        self.pool = ThreadPoolExecutor(1, "prefetch")
+        self.arguments: tuple[int, int, int] | None = None
+        self.future: Future[Batch] | None = None
+
+    def __call__(
+        self, images_seen: int, batch_size: int, seed: int, rows: Tensor | None = None
+    ) -> Batch:
+        if self.future is not None and self.arguments == (images_seen, batch_size, seed):
+            batch = self.future.result()
+        else:
+            batch = self.train_batch(images_seen, batch_size, seed, rows)
+        self.arguments = (images_seen + batch_size, batch_size, seed)
+        self.future = self.pool.submit(self.train_batch, *self.arguments, rows)
         return batch
 
 
-BINARIZATION = ("threshold", "static", "dynamic")
-
-
 class ImageDataset:
-    """Three splits of uint8 images, (N, channels, height, width), kept at 8 bits and handed out at `bits`, with classes where known.
+    """Training, validation and test images, with labels and attributes if they have any.
 
-    They stay where they are, in memory or memory-mapped, until `to` moves them to a device that has room. At one bit a pixel is 1
-    where it is at least 128 (`binarise` threshold), or with probability value / 255: drawn once and for all, or anew for every
-    training batch and once for the other images. `attributes` are the names of the splits' attributes.
+    The images are kept at 8 bits, in memory or memory-mapped, and returned with `bits` bits. Every
+    batch depends on its arguments alone, so that a resumed training sees the same images.
+
+    Args:
+        train: Training images.
+        validation: Validation images.
+        test: Test images.
+        bits: Bits of a pixel value, 1 to 8. Pixel values are 0..2^bits-1.
+        random_flip: Mirror half of the training images, chosen at random.
+        random_shift: Shift training images at random by up to this many pixels in each direction.
+            The border is repeated.
+        binarization: For `bits=1`. "threshold": a pixel is 1 if its 8-bit value is at least 128.
+            "static": it is 1 with probability value / 255, drawn once. "dynamic": it is drawn
+            again for every training batch; validation and test images are static.
+        attributes: Names of the attributes of the splits.
+
+    Example:
+        >>> import torch
+        >>> from flowgen.data import ImageDataset, Split
+        >>> images = torch.arange(10 * 3 * 4 * 4).view(10, 3, 4, 4).remainder(256).byte()
+        >>> data = ImageDataset(Split(images), Split(images[:2]), Split(images[:2]), bits=5)
+        >>> data.image_shape, data.bits, data.num_classes
+        ((3, 4, 4), 5, None)
+        >>> batch, labels = data.train_batch(images_seen=0, batch_size=6, seed=0)
+        >>> batch.shape, batch.dtype, int(batch.max())
+        (torch.Size([6, 3, 4, 4]), torch.uint8, 31)
     """
 
     def __init__(
@@ -168,11 +278,11 @@ class ImageDataset:
         validation: Split,
         test: Split,
         *,
-        bits: int,
-        random_flip: bool,
+        bits: int = 8,
+        random_flip: bool = False,
+        random_shift: int = 0,
         binarization: str = "threshold",
         attributes: tuple[str, ...] = (),
-        random_shift: int = 0,
     ):
         check_whole(bits=bits)
         check_whole(0, train.images.shape[-1] - 1, random_shift=random_shift)
@@ -180,152 +290,167 @@ class ImageDataset:
         check_choice((True, False), random_flip=random_flip)
         check_choice(BINARIZATION, binarization=binarization)
         if not (len(train) and len(validation) and len(test)):
-            counts = (
-                f"{len(train)} training, {len(validation)} validation and {len(test)} test images"
+            raise UserError(
+                f"{len(train)} training, {len(validation)} validation and {len(test)} test images "
+                "are too few: at least one of each is needed"
             )
-            raise UserError(f"{counts} are too few: at least one of each is needed")
         self.dynamic = bits == 1 and binarization == "dynamic"
         if bits == 1 and binarization != "threshold":
             generator = torch.Generator().manual_seed(0)
-            test, validation = (
-                replace(split, images=binarize(split.images, generator))
-                for split in (test, validation)
-            )
-            train = (
-                train if self.dynamic else replace(train, images=binarize(train.images, generator))
-            )
-        self.train, self.validation, self.test = train, validation, test
-        self.bits, self.random_flip, self.attributes, self.random_shift = (
-            bits,
-            random_flip,
-            attributes,
-            random_shift,
-        )
+            test = replace(test, images=binarize(test.images, generator))
+            validation = replace(validation, images=binarize(validation.images, generator))
+            if not self.dynamic:
+                train = replace(train, images=binarize(train.images, generator))
+        self.train = train
+        self.validation = validation
+        self.test = test
+        self.bits = bits
+        self.random_flip = random_flip
+        self.random_shift = random_shift
+        self.attributes = attributes
         self.device = torch.device("cpu")
         self._order: tuple[tuple[int, int], Tensor] = (-1, 0), torch.empty(0)
-        self._ahead: Prefetcher | None = None
+        self._prefetcher: Prefetcher | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
+        """Channels, height and width of an image."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes the labels tell apart, where there are any."""
-        labels = [
-            split.labels
-            for split in (self.train, self.validation, self.test)
-            if split.labels is not None
-        ]
+        """Number of classes, or None without labels."""
+        splits = (self.train, self.validation, self.test)
+        labels = [split.labels for split in splits if split.labels is not None]
         return 1 + int(torch.cat(labels).max()) if labels else None
 
     def to(self, device: torch.device) -> "ImageDataset":
-        """Hand out batches on `device`, and keep the images there where they fill at most half of its free memory; else read ahead."""
+        """Return batches on `device` from now on.
+
+        The images move there if they fill at most half of its free memory. Images that are larger
+        than half of the free memory are prefetched.
+        """
         self.device = device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
         splits = (self.train, self.validation, self.test)
-        if sum(split.images.nbytes for split in splits) > free // 2:
-            self._ahead = Prefetcher(self.draw)
+        size = sum(split.images.nbytes for split in splits)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+        if size > free // 2:
+            self._prefetcher = Prefetcher(self.train_batch)
         elif device.type == "cuda":
             self.train, self.validation, self.test = (
                 replace(split, images=split.images.to(device)) for split in splits
             )
         return self
 
-    def next(
-        self, seen: int, count: int, seed: int, rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """What `draw` gives, for a training that goes on from there: the batch after it may be read meanwhile."""
-        return (self._ahead or self.draw)(seen, count, seed, rows)
+    def next_batch(
+        self, images_seen: int, batch_size: int, seed: int, rows: Tensor | None = None
+    ) -> Batch:
+        """Return `train_batch(...)`, and prefetch the batch that follows it if that helps."""
+        return (self._prefetcher or self.train_batch)(images_seen, batch_size, seed, rows)
 
-    def draw(
-        self, seen: int, count: int, seed: int, rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The next `count` training images after `seen` of them, flipped at random where `flip` is set, and their labels, if there are any.
+    def train_batch(
+        self, images_seen: int, batch_size: int, seed: int, rows: Tensor | None = None
+    ) -> Batch:
+        """Return a batch of training images, randomly flipped and shifted, and their labels.
 
-        They are moved at random by up to `shift` pixels each way, and their borders repeated. Every epoch is a permutation that `seed` and
-        its number alone decide, and flips, moves and bits that are drawn anew are those of `seed` and `seen`: the whole place in the data.
-        Of all these images those at the places `rows` are handed out.
+        Every epoch is a permutation that depends on `seed` and the number of the epoch. Flips,
+        shifts and dynamic binarization depend on `seed` and `images_seen`.
+
+        Args:
+            images_seen: Number of training images in all batches before this one.
+            batch_size: Number of images in the batch.
+            seed: Seed of the order and of the random changes.
+            rows: Indices of the rows of the batch to return, (n,). All of them by default.
+
+        Returns:
+            Images, uint8 (batch_size or n, channels, height, width), and labels, int64, or None.
         """
-        generator = torch.Generator(self.device).manual_seed(
-            random.Random(f"{seed} {seen}").getrandbits(63)
-        )
-        pieces, wanted = [], count
-        while wanted:
-            epoch, place = divmod(seen, len(self.train))
-            pieces.append(self._permutation(epoch, seed)[place : place + wanted])
-            seen, wanted = seen + len(pieces[-1]), wanted - len(pieces[-1])
-        indices = torch.cat(pieces)
-        mine = slice(None) if rows is None else rows
-        early = slice(None) if self.dynamic else mine  # bits that are drawn anew are drawn of all
-        images = self._levels(self.train.images, indices[early], generator)
-        images = images[mine] if self.dynamic else images
-        labels = (
-            None
-            if self.train.labels is None
-            else self.train.labels[indices[mine]].to(self.device, torch.long)
-        )
+        generator = torch.Generator(self.device)
+        generator.manual_seed(random.Random(f"{seed} {images_seen}").getrandbits(63))
+        indices = self._train_indices(images_seen, batch_size, seed)
+        selected = slice(None) if rows is None else rows
+        if self.dynamic:  # draw for the whole batch, so that `rows` do not change the result
+            images = self._load(self.train.images, indices, generator)[selected]
+        else:
+            images = self._load(self.train.images, indices[selected], generator)
+        labels = None
+        if self.train.labels is not None:
+            labels = self.train.labels[indices[selected]].to(self.device, torch.long)
         if self.random_flip:
-            mirrored = torch.rand(count, 1, 1, 1, generator=generator, device=self.device) < 0.5
-            images = torch.where(mirrored[mine], images.flip(3), images)
+            uniform = torch.rand(batch_size, 1, 1, 1, generator=generator, device=self.device)
+            images = torch.where((uniform < 0.5)[selected], images.flip(3), images)
         if self.random_shift:
-            by = torch.randint(
+            offsets = torch.randint(
                 -self.random_shift,
                 self.random_shift + 1,
-                (count, 2),
+                (batch_size, 2),
                 generator=generator,
                 device=self.device,
             )
-            images = random_shift(images, by[mine])
+            images = shift_images(images, offsets[selected])
         return images, labels
 
-    def batches(self, split: str, size: int, limit: int | None = None) -> Iterator[Tensor]:
-        """The images of a split, or `limit` of them, the same for ever; never flipped, and the last batch may be smaller."""
-        images = {"train": self.train, "validation": self.validation, "test": self.test}[
-            split
-        ].images
-        generator = torch.Generator(self.device).manual_seed(0)  # of what is drawn anew elsewhere
-        for indices in hashed_subset(len(images), limit).split(size):
-            yield self._levels(images, indices, generator)
+    def batches(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
+        """Yield the images of a split in a fixed order, without flips and shifts.
+
+        Args:
+            split: "train", "validation" or "test".
+            batch_size: Number of images in a batch. The last one may be smaller.
+            limit: Number of images, chosen by hash. All of them by default.
+        """
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        images = splits[split].images
+        generator = torch.Generator(self.device).manual_seed(0)  # for dynamic binarization
+        for indices in hashed_subset(len(images), limit).split(batch_size):
+            yield self._load(images, indices, generator)
+
+    def _train_indices(self, images_seen: int, count: int, seed: int) -> Tensor:
+        """Return the indices of the next `count` training images, across epochs."""
+        pieces = []
+        while count:
+            epoch, start = divmod(images_seen, len(self.train))
+            pieces.append(self._permutation(epoch, seed)[start : start + count])
+            images_seen += len(pieces[-1])
+            count -= len(pieces[-1])
+        return torch.cat(pieces)
 
     def _permutation(self, epoch: int, seed: int) -> Tensor:
-        known, order = self._order
-        if known != (epoch, seed):
+        key, order = self._order
+        if key != (epoch, seed):
             generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
             order = torch.randperm(len(self.train), generator=generator)
-            self._order = (epoch, seed), order  # at once, since two threads may draw
+            self._order = (epoch, seed), order  # one assignment, since two threads may draw
         return order
 
-    def _levels(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
-        chosen = images[indices.to(images.device)]
-        if chosen.device.type != self.device.type:
-            chosen = chosen.pin_memory().to(self.device, non_blocking=True)
+    def _load(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Return images with `bits` bits on the device."""
+        batch = images[indices.to(images.device)]
+        if batch.device.type != self.device.type:
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
         if self.dynamic and images is self.train.images:
-            chosen = binarize(chosen, generator)
-        return chosen >> (8 - self.bits)
+            batch = binarize(batch, generator)
+        return batch >> (8 - self.bits)
 
 
 def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """255 with probability value / 255, else 0."""
+    """Return 255 with probability value / 255, else 0, for every 8-bit pixel value."""
     uniform = torch.randint(
         255, images.shape, generator=generator, device=images.device, dtype=torch.uint8
     )
     return (images > uniform).to(torch.uint8) * 255
 
 
-def random_shift(images: Tensor, by: Tensor) -> Tensor:
-    """Each image (N, C, H, W) moved down and to the right by its own `by` (N, 2) pixels; what comes in repeats the border."""
+def shift_images(images: Tensor, offsets: Tensor) -> Tensor:
+    """Shift images down and to the right, and repeat their border.
+
+    Args:
+        images: (N, channels, height, width).
+        offsets: Pixels down and to the right for each image, integers (N, 2).
+    """
     height, width = images.shape[2:]
-    rows = (
-        (torch.arange(height, device=images.device) - by[:, :1])
-        .clamp(0, height - 1)[:, None, :, None]
-        .expand(images.shape)
-    )
-    columns = (
-        (torch.arange(width, device=images.device) - by[:, 1:])
-        .clamp(0, width - 1)[:, None, None]
-        .expand(images.shape)
-    )
+    y = torch.arange(height, device=images.device) - offsets[:, :1]
+    x = torch.arange(width, device=images.device) - offsets[:, 1:]
+    rows = y.clamp(0, height - 1)[:, None, :, None].expand(images.shape)
+    columns = x.clamp(0, width - 1)[:, None, None].expand(images.shape)
     return images.gather(2, rows).gather(3, columns)

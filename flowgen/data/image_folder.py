@@ -1,10 +1,10 @@
-"""What lists and folders say of images: CelebA's official splits and attributes, and a class for each subfolder."""
+"""Data sets of image files, with CelebA's official splits and attributes, or a class per folder."""
 
 import logging
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,187 +14,227 @@ from flowgen.data.dataset import ImageDataset, Split, find_dataset, hash_split
 from flowgen.data.preprocess import ImageSource, open_source
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
-PARTITION = (
-    "list_eval_partition"  # lines of a file's name and 0 (train), 1 (validation) or 2 (test)
-)
-ATTRIBUTES = "list_attr_celeba"  # how many images there are, the attributes' names, then lines of a file's name and as many -1 or 1
+DOWNLOAD_HINT = "Set data.root to a folder of images, to a zip, or to a folder that contains one zip."
+# Names of CelebA's lists. Each line has the name of a file, then
+PARTITION_LIST = "list_eval_partition"  # 0 (training), 1 (validation) or 2 (test)
+ATTRIBUTE_LIST = "list_attr_celeba"  # -1 or 1 for each attribute; a count and a header come first
 log = logging.getLogger("flowgen")
 
 
 class Attributes(NamedTuple):
-    """The attributes' names and, for each image, which of them it has: bool (N, names)."""
+    """Names of attributes, and which of them each image has, bool (N, number of names)."""
 
     names: tuple[str, ...]
     values: Tensor
 
     def labels(self, name: str) -> Tensor:
-        """1 where an image has the attribute, else 0: (N,). Raises FlowgenError for one that is not there, or tells no images apart."""
+        """Return 1 for images with the attribute, else 0, (N,).
+
+        Raises:
+            UserError: If the attribute does not exist, or all images have the same value.
+        """
         if name not in self.names:
             raise UserError(
-                f"data.attribute={name} is not there: choose one of {', '.join(self.names)}"
+                f"data.attribute={name} does not exist: choose one of {', '.join(self.names)}"
             )
         labels = self.values[:, self.names.index(name)].to(torch.uint8)
         if labels.min() == labels.max():
-            raise UserError(
-                f"{'every' if labels.max() else 'no'} image has data.attribute={name}: choose another"
-            )
+            which = "every" if labels.max() else "no"
+            raise UserError(f"{which} image has data.attribute={name}: choose another attribute")
         return labels
 
 
-def split_names(source: ImageSource) -> tuple[list[str], list[str], list[str]]:
-    """Names of training, validation and test images: CelebA's official splits where their list lies with the images, else by hash."""
-    return official_split(source) or hash_split(source.names)
-
-
-def official_split(source: ImageSource) -> tuple[list[str], list[str], list[str]] | None:
-    """What CelebA's list says of the images; None where there is none, or, with a warning, where it does not speak of all of them."""
-    found = source.find_list(PARTITION)
-    if found is None:
-        return None
-    place, rows = found
-    number = {row[0]: row[1] for row in rows if len(row) == 2}
-    missing = [name for name in source.names if _file(name) not in number]
-    if missing:
-        log.warning(
-            "%s does not name %s and %d others: the split goes by hash",
-            place,
-            missing[0],
-            len(missing) - 1,
-        )
-        return None
-    train, validation, test = (
-        [name for name in source.names if number[_file(name)] == each] for each in ("0", "1", "2")
-    )
-    if not (train and validation and test):
-        counts = f"{len(train)}, {len(validation)} and {len(test)}"
-        log.warning(
-            "%s leaves %s images for training, validation and the test: the split goes by hash",
-            place,
-            counts,
-        )
-        return None
-    return train, validation, test
-
-
-def read_attributes(source: ImageSource, names: Sequence[str]) -> Attributes | None:
-    """What CelebA's list says of the images `names`, where it lies with them.
-
-    Raises FlowgenError where it is cut short, is no list of attributes, or does not name every image.
-    """
-    found = source.find_list(ATTRIBUTES)
-    if found is None:
-        return None
-    place, rows = found
-    count = rows.pop(0)[0] if rows and len(rows[0]) == 1 else None
-    header = [word for word in rows.pop(0) if word != "image_id"] if rows else []
-    has = {name: values for name, *values in rows}
-    if (
-        not header
-        or count not in (None, str(len(rows)))
-        or any(len(values) != len(header) for values in has.values())
-    ):
-        raise UserError(
-            f"{place} is cut short, or no list of CelebA's attributes: get it again, or move it away"
-        )
-    missing = [name for name in names if _file(name) not in has]
-    if missing:
-        raise UserError(
-            f"{place} does not name {missing[0]} and {len(missing) - 1} others: get the list of these images"
-        )
-    table = [has[_file(name)] for name in names]
-    if not {value for values in table for value in values} <= {"1", "-1"}:
-        raise UserError(f"{place} holds other values than -1 and 1: get it again, or move it away")
-    return Attributes(
-        tuple(header), torch.tensor([[value == "1" for value in values] for values in table])
-    )
-
-
-def folder_labels(names: Sequence[str]) -> Tensor | None:
-    """The class of every image, (N,): the places of their subfolders in sorted order; None where some lie in none, or all in one."""
-    parents = [PurePosixPath(name).parent.parts for name in names]
-    shared = 0
-    while len({parts[: shared + 1] for parts in parents}) == 1 and len(parents[0]) > shared:
-        shared += 1
-    folders = [parts[shared : shared + 1] for parts in parents]
-    if () in folders:
-        return None
-    place = {folder: number for number, folder in enumerate(sorted(set(folders)))}
-    return torch.tensor([place[folder] for folder in folders])
-
-
-def _file(name: str) -> str:
-    return PurePosixPath(name).name
-
-
 class ImageFolder(ImageDataset):
-    """The images of a folder, of a zip, or of a folder that holds one zip, prepared once and kept in a cache.
+    """Images of a folder, of a zip, or of a folder that contains one zip.
 
-    The splits are CelebA's official ones where their list lies with the images, else a tenth of the names each, chosen by their
-    hash, is for validation and for the test. Classes are the two of `attribute` in CelebA's list, else the subfolders, where there
-    are at least two and every image lies in one. `download_hint` says where the data is to be had. Raises FlowgenError where `root` is missing
-    or holds no image, and where `attribute` is not to be found.
+    They are preprocessed once and kept in a cache. The splits are CelebA's official ones if its
+    list is next to the images; else a tenth of the images, chosen by the hash of their names, is
+    for validation and a tenth for the test. The labels are the two values of `attribute` in
+    CelebA's list; else each subfolder is a class, if there are several and every image is in one.
+
+    Args:
+        root: The folder or zip, or None to look for `search_dirs` in the data directory.
+        search_dirs: Names of the folder in the data directory.
+        download_hint: A sentence that tells the user how to get the images.
+        channels: 1 (grayscale) or 3 (RGB).
+        size: Height and width that images are resized to, in pixels.
+        crop: Side of a central square that is cut out first, or None.
+        attribute: Name of an attribute in CelebA's list, as "Smiling", or None.
+        bits: See `ImageDataset`.
+        random_flip: See `ImageDataset`.
+        options: `random_shift` and `binarization` of `ImageDataset`.
+
+    Raises:
+        UserError: If there are no images, or the attribute does not exist.
+
+    Example:
+        >>> from flowgen.data import ImageFolder
+        >>> faces = ImageFolder(root="celeba.zip", crop=148, size=64)  # doctest: +SKIP
+        >>> faces.image_shape  # doctest: +SKIP
+        (3, 64, 64)
     """
 
     def __init__(
         self,
         *,
-        root: str | None,
-        search_dirs: list[str],
-        download_hint: str,
-        channels: int,
-        size: int,
-        bits: int,
-        random_flip: bool,
-        crop: int | None,
-        binarization: str = "threshold",
+        root: str | None = None,
+        search_dirs: Sequence[str] = (),
+        download_hint: str = DOWNLOAD_HINT,
+        channels: int = 3,
+        size: int = 64,
+        crop: int | None = None,
         attribute: str | None = None,
-        random_shift: int = 0,
+        bits: int = 5,
+        random_flip: bool = True,
+        **options: Any,
     ):
         check_choice((1, 3), channels=channels)
-        check_whole(size=size, **({} if crop is None else {"crop": crop}))
+        check_whole(size=size)
+        if crop is not None:
+            check_whole(crop=crop)
         source = open_source(find_dataset(root, search_dirs, download_hint))
-        splits = split_names(source)
-        names = [name for split in splits for name in split]
-        known = attributes_of(source, names, attribute)
-        labels = known.labels(attribute) if known and attribute else folder_labels(names)
-        images, kept = cached_images(source, names, size, channels, crop)
-        usable = torch.tensor([name in kept for name in names])
-        whole = Split(
+        split_lists = split_names(source)
+        names = [name for split in split_lists for name in split]
+        attributes = load_attributes(source, names, attribute)
+        if attributes and attribute:
+            labels = attributes.labels(attribute)
+        else:
+            labels = folder_labels(names)
+        images, usable_names = cached_images(source, names, size, channels, crop)
+        usable = torch.tensor([name in usable_names for name in names])
+        everything = Split(
             images,
-            *(
-                None if values is None else values[usable]
-                for values in (labels, known and known.values)
-            ),
+            None if labels is None else labels[usable],
+            None if attributes is None else attributes.values[usable],
         )
-        ends = [
-            0,
-            *accumulate(int(part.sum()) for part in usable.split([len(split) for split in splits])),
-        ]
-        train, validation, test = (whole[slice(*ends_of)] for ends_of in pairwise(ends))
-        names_known = known.names if known else ()
+        counts = [int(part.sum()) for part in usable.split([len(names) for names in split_lists])]
+        ends = pairwise([0, *accumulate(counts)])
+        train, validation, test = (everything[start:end] for start, end in ends)
         super().__init__(
             train,
             validation,
             test,
             bits=bits,
             random_flip=random_flip,
-            binarization=binarization,
-            attributes=names_known,
-            random_shift=random_shift,
+            attributes=attributes.names if attributes else (),
+            **options,
         )
 
 
-def attributes_of(source: ImageSource, names: list[str], wanted: str | None) -> Attributes | None:
-    """CelebA's attributes; a list that cannot be used is no more than a warning where none of them is `wanted`."""
-    try:
-        known = read_attributes(source, names)
-    except UserError as error:
-        if wanted:
-            raise
-        log.warning("the images' attributes are left out: %s", error)
+def split_names(source: ImageSource) -> tuple[list[str], list[str], list[str]]:
+    """Return the names of training, validation and test images.
+
+    CelebA's official splits if their list is next to the images, else `hash_split`.
+    """
+    return official_split(source) or hash_split(source.names)
+
+
+def official_split(source: ImageSource) -> tuple[list[str], list[str], list[str]] | None:
+    """Return the splits of CelebA's list.
+
+    Returns None without a list, and, with a warning, if it does not name every image or leaves a
+    split empty.
+    """
+    found = source.find_list(PARTITION_LIST)
+    if found is None:
         return None
-    if wanted and known is None:
-        raise UserError(
-            f"data.attribute={wanted} needs CelebA's list_attr_celeba.txt with the images: put it there, or leave it out"
+    path, rows = found
+    number = {row[0]: row[1] for row in rows if len(row) == 2}
+    missing = [name for name in source.names if _file_name(name) not in number]
+    if missing:
+        log.warning(
+            "%s does not name %s and %d others: using a split by hash",
+            path,
+            missing[0],
+            len(missing) - 1,
         )
-    return known
+        return None
+    train, validation, test = (
+        [name for name in source.names if number[_file_name(name)] == digit] for digit in "012"
+    )
+    if not (train and validation and test):
+        log.warning(
+            "%s has %d training, %d validation and %d test images: using a split by hash",
+            path,
+            len(train),
+            len(validation),
+            len(test),
+        )
+        return None
+    return train, validation, test
+
+
+def load_attributes(
+    source: ImageSource, names: list[str], attribute: str | None
+) -> Attributes | None:
+    """Return CelebA's attributes of images, or None.
+
+    A list that cannot be used is an error if `attribute` is one of its names; else a warning.
+    """
+    try:
+        attributes = read_attributes(source, names)
+    except UserError as error:
+        if attribute:
+            raise
+        log.warning("attributes skipped: %s", error)
+        return None
+    if attribute and attributes is None:
+        raise UserError(
+            f"data.attribute={attribute} needs CelebA's list_attr_celeba.txt: "
+            "put it next to the images, or remove data.attribute"
+        )
+    return attributes
+
+
+def read_attributes(source: ImageSource, names: Sequence[str]) -> Attributes | None:
+    """Return the attributes of images in CelebA's list, or None without a list.
+
+    Raises:
+        UserError: If the list is cut short, is another list, or does not name every image.
+    """
+    found = source.find_list(ATTRIBUTE_LIST)
+    if found is None:
+        return None
+    path, rows = found
+    count = rows.pop(0)[0] if rows and len(rows[0]) == 1 else None
+    header = [word for word in rows.pop(0) if word != "image_id"] if rows else []
+    values_of = {name: values for name, *values in rows}
+    ragged = any(len(values) != len(header) for values in values_of.values())
+    if not header or ragged or count not in (None, str(len(rows))):
+        raise UserError(
+            f"{path} is cut short, or is not CelebA's list of attributes: "
+            "download it again or remove it"
+        )
+    missing = [name for name in names if _file_name(name) not in values_of]
+    if missing:
+        raise UserError(
+            f"{path} does not name {missing[0]} and {len(missing) - 1} others: "
+            "use the list of these images"
+        )
+    table = [values_of[_file_name(name)] for name in names]
+    if not {value for values in table for value in values} <= {"1", "-1"}:
+        raise UserError(
+            f"{path} contains other values than -1 and 1: download it again or remove it"
+        )
+    values = torch.tensor([[value == "1" for value in values] for values in table])
+    return Attributes(tuple(header), values)
+
+
+def folder_labels(names: Sequence[str]) -> Tensor | None:
+    """Return the class of every image, (N,): the index of its subfolder in sorted order.
+
+    Returns None if an image is in no subfolder, or all are in the same one.
+    """
+    parents = [PurePosixPath(name).parent.parts for name in names]
+    depth = 0  # of the folders that all images share
+    while len({parts[: depth + 1] for parts in parents}) == 1 and len(parents[0]) > depth:
+        depth += 1
+    folders = [parts[depth : depth + 1] for parts in parents]
+    if () in folders:
+        return None
+    index = {folder: number for number, folder in enumerate(sorted(set(folders)))}
+    return torch.tensor([index[folder] for folder in folders])
+
+
+def _file_name(name: str) -> str:
+    return PurePosixPath(name).name

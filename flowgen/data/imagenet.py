@@ -1,157 +1,158 @@
-"""ImageNet at 32x32 and 64x64: 1.3 million colour images of a thousand classes. Chrabaszcz, Loshchilov and Hutter (1707.08819)."""
+"""Downsampled ImageNet, 32x32 or 64x64 pixels: 1.3 million color images of a thousand classes.
 
-import ast
+Chrabaszcz, Loshchilov and Hutter (1707.08819).
+"""
+
 import math
 import re
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
 from flowgen.data.cache import cached_array
-from flowgen.data.dataset import HELD_OUT, ImageDataset, Split, check_names, digest, find_dataset
+from flowgen.data.dataset import VALIDATION_DIVISOR, ImageDataset, Split, find_dataset, hash_name
 from flowgen.utils.errors import UserError, check_choice
 
-CURE = "get the npz files of its size from https://image-net.org/download-images.php (downsampled) and set data.root to their folder"
-CHUNK = 4096  # images read at a time
-CLASSES = 1000
-LONGEST = 4096  # bytes of a header
-TRAIN, TEST = "train_data_batch_*.npz", "val_data.npz"
-DTYPES = {"|u1": torch.uint8, "<i8": torch.int64, "<i4": torch.int32}
+DOWNLOAD_HINT = (
+    "Download the npz files of this size from https://image-net.org/download-images.php "
+    "(downsampled) and set data.root to their folder."
+)
+CHUNK_IMAGES = 4096  # read at a time
+NUM_CLASSES = 1000
 
 
 class DownsampledImageNet(ImageDataset):
-    """From the published batches, npz files, read without running what a pickle may hold; the validation images are the test split.
+    """ImageNet at 32x32 or 64x64 pixels, read from the published npz files without pickle.
 
-    A twelfth of the training images, by their places, is for validation. All are copied into the cache once and mapped from there: they
-    may be more than the memory holds.
+    One in twelve training images is for validation; the validation images are the test split. The
+    images are copied to the cache once and memory-mapped, so they may exceed the memory.
+
+    Args:
+        root: A folder with `train_data_batch_1.npz` to 10 and `val_data.npz`, or None to look for
+            it in the data directory.
+        search_dirs: Names of the folder in the data directory. Default: the usual ones.
+        size: 32 or 64 pixels.
+        random_flip: See `ImageDataset`.
+        options: `bits`, `random_shift` and `binarization` of `ImageDataset`.
     """
 
     def __init__(
         self,
         *,
-        root: str | None,
-        search_dirs: list[str],
-        size: int,
-        bits: int,
-        random_flip: bool,
-        binarization: str = "threshold",
-        random_shift: int = 0,
+        root: str | None = None,
+        search_dirs: Sequence[str] | None = None,
+        size: int = 32,
+        random_flip: bool = True,
+        **options: Any,
     ):
         check_choice((32, 64), size=size)
-        check_names(search_dirs)
-        folder = find_dataset(root, search_dirs, CURE)
-        batches = sorted(
-            folder.rglob(TRAIN), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0)
-        )
-        tests = sorted(folder.rglob(TEST))
-        if not batches or not tests:
-            raise UserError(
-                f"{folder} lacks {'val_data.npz' if batches else 'train_data_batch_1.npz'}: {CURE}"
-            )
+        if search_dirs is None:
+            search_dirs = (f"imagenet{size}", f"ImageNet{size}", f"Imagenet{size}")
+        folder = find_dataset(root, search_dirs, DOWNLOAD_HINT)
+        train_files = sorted(folder.rglob("train_data_batch_*.npz"), key=_batch_number)
+        test_files = sorted(folder.rglob("val_data.npz"))
+        if not train_files or not test_files:
+            missing = "val_data.npz" if train_files else "train_data_batch_1.npz"
+            raise UserError(f"{folder} does not contain {missing}. {DOWNLOAD_HINT}")
         shape = (3, size, size)
-        train, validation = (_split(batches, shape, part) for part in (False, True))
-        test = _split(tests[:1], shape, None)
-        super().__init__(
-            train,
-            validation,
-            test,
-            bits=bits,
-            random_flip=random_flip,
-            binarization=binarization,
-            random_shift=random_shift,
-        )
+        train = _split(train_files, shape, validation=False)
+        validation = _split(train_files, shape, validation=True)
+        test = _split(test_files[:1], shape, validation=None)
+        super().__init__(train, validation, test, random_flip=random_flip, **options)
 
 
-def _split(paths: list[Path], shape: tuple[int, int, int], apart: bool | None) -> Split:
-    """The images of these files: those that are held out, those that are not, or all where `apart` is None."""
+def _batch_number(path: Path) -> int:
+    return int(re.sub(r"\D", "", path.stem) or 0)
+
+
+def _split(paths: list[Path], shape: tuple[int, int, int], validation: bool | None) -> Split:
+    """Return the images of files that are (or are not) for validation; all of them for None."""
     fingerprints = [
-        [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, apart] for path in paths
+        [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, validation]
+        for path in paths
     ]
     images = cached_array(
         f"imagenet{shape[1]}",
         fingerprints,
-        lambda: (chunk for path in paths for chunk in _chunks(path, shape, apart)),
+        lambda: (chunk for path in paths for chunk in _read_images(path, shape, validation)),
     )
-    labels = torch.cat([_labels(path, shape, apart) for path in paths])
+    labels = torch.cat([_read_labels(path, validation) for path in paths])
     return Split(images.view(-1, *shape), labels)
 
 
-def _mine(path: Path, count: int, apart: bool | None) -> Tensor:
-    """Which images of a file belong to a split."""
-    if apart is None:
+def _split_mask(path: Path, count: int, validation: bool | None) -> Tensor:
+    """Return which images of a file belong to a split, bool (count,), by the hash of their index."""
+    if validation is None:
         return torch.ones(count, dtype=torch.bool)
-    return torch.tensor(
-        [(digest(f"{path.name} {place}") % HELD_OUT == 0) == apart for place in range(count)]
-    )
+    hashes = [hash_name(f"{path.name} {index}") for index in range(count)]
+    return torch.tensor([(value % VALIDATION_DIVISOR == 0) == validation for value in hashes])
 
 
-def _chunks(path: Path, shape: tuple[int, int, int], apart: bool | None) -> Iterator[Tensor]:
-    """The images of a file that belong to a split, flat, some thousands at a time."""
+def _read_images(
+    path: Path, shape: tuple[int, int, int], validation: bool | None
+) -> Iterator[Tensor]:
+    """Yield the images of a split in a file, (n, values), some thousands at a time."""
     width = math.prod(shape)
-    with _opened(path, "data") as (found, dtype, file):
-        if found[1:] != (width,) or dtype != torch.uint8:
+    with _open_array(path, "data") as (array_shape, dtype, file):
+        if array_shape[1:] != (width,) or dtype != np.uint8:
             raise UserError(
-                f"{path} holds images of another size than {shape[2]}x{shape[1]}: {CURE}"
+                f"{path} contains images of another size than {shape[2]}x{shape[1]}. "
+                f"{DOWNLOAD_HINT}"
             )
-        for mine in _mine(path, found[0], apart).split(CHUNK):
-            yield torch.frombuffer(_read(file, len(mine) * width), dtype=dtype).view(-1, width)[
-                mine
-            ]
+        for mask in _split_mask(path, array_shape[0], validation).split(CHUNK_IMAGES):
+            data = bytearray(_read_bytes(file, len(mask) * width))
+            yield torch.frombuffer(data, dtype=torch.uint8).view(-1, width)[mask]
 
 
-def _labels(path: Path, shape: tuple[int, int, int], apart: bool | None) -> Tensor:
-    """The classes of the same images, from 0."""
-    with (
-        _opened(path, "data") as ((count, *_), _, _),
-        _opened(path, "labels") as (found, dtype, file),
-    ):
-        labels = (
-            torch.frombuffer(_read(file, math.prod(found) * dtype.itemsize), dtype=dtype).long() - 1
+def _read_labels(path: Path, validation: bool | None) -> Tensor:
+    """Return the classes of the same images, 0..999."""
+    with _open_array(path, "data") as (array_shape, _, _):
+        count = array_shape[0]
+    with _open_array(path, "labels") as (array_shape, dtype, file):
+        data = _read_bytes(file, math.prod(array_shape) * dtype.itemsize)
+        labels = torch.from_numpy(np.frombuffer(data, dtype).astype(np.int64) - 1)
+    if len(labels) != count or not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
+        raise UserError(
+            f"{path} does not have a class from 1 to {NUM_CLASSES} for each image. {DOWNLOAD_HINT}"
         )
-    if len(labels) != count or not 0 <= labels.min() <= labels.max() < CLASSES:
-        raise UserError(f"{path} has not a class from 1 to {CLASSES} for each image: {CURE}")
-    return labels[_mine(path, count, apart)]
+    return labels[_split_mask(path, count, validation)]
 
 
 @contextmanager
-def _opened(path: Path, name: str) -> Iterator[tuple[tuple[int, ...], torch.dtype, IO[bytes]]]:
-    """Shape, type and bytes of an array in an npz file, which is a zip of npy files: numpy.lib.format says how these begin.
+def _open_array(
+    path: Path, name: str
+) -> Iterator[tuple[tuple[int, ...], np.dtype[Any], IO[bytes]]]:
+    """Open an array in an npz file: its shape, its type, and a file of its bytes.
 
-    Raises FlowgenError for what is none, is cut short, or holds objects.
+    `numpy.load` would read all images of a file at once, 1.6 GB at 64x64 pixels.
     """
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            if file.read(6) != b"\x93NUMPY":
-                raise ValueError("no npy file")
-            size = int.from_bytes(file.read(2 if file.read(2)[0] == 1 else 4), "little")
-            header = ast.literal_eval(_read(file, min(size, LONGEST)).decode("latin1"))
-            if header["fortran_order"]:
-                raise ValueError("columns first")
-            yield tuple(header["shape"]), DTYPES[header["descr"]], file
+            read_header = {
+                (1, 0): npy.read_array_header_1_0,
+                (2, 0): npy.read_array_header_2_0,
+            }[npy.read_magic(file)]
+            shape, fortran_order, dtype = read_header(file)
+            if fortran_order or dtype.kind not in "iu" or not shape:
+                raise ValueError("an array of another kind")
+            yield shape, dtype, file
     except UserError:
         raise
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        IndexError,
-        TypeError,
-        ValueError,
-        SyntaxError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise UserError(f"{path} is cut short or no batch of ImageNet: {CURE}") from error
+    except Exception as error:  # a damaged archive raises any error of its decompressor
+        raise UserError(
+            f"{path} is cut short or not a file of downsampled ImageNet. {DOWNLOAD_HINT}"
+        ) from error
 
 
-def _read(file: IO[bytes], size: int) -> bytearray:
-    data = bytearray(file.read(size))
-    if len(data) < size:
+def _read_bytes(file: IO[bytes], count: int) -> bytes:
+    data = file.read(count)
+    if len(data) < count:
         raise EOFError("cut short")
     return data

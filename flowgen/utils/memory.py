@@ -1,74 +1,80 @@
-"""What is asked for against what there is."""
+"""Checks that a computation fits into the free memory."""
 
-import os
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from flowgen.utils.errors import UserError
 
-LIMITS = {
-    "VmSize": resource.RLIMIT_AS,
-    "VmData": resource.RLIMIT_DATA,
-}  # by what Linux counts towards them
-GROUPS = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int:
-    """Bytes of main memory that this process can still take, by Linux's own estimate and its limits; elsewhere all that there is."""
+    """Return the bytes of main memory that this process can still allocate.
+
+    The least of the system's own estimate, the limits of the process (`ulimit`), and the limits of
+    its control groups (a container or a batch job), where these exist.
+    """
+    available = psutil.virtual_memory().available
+    return max(0, min([available, *_free_in_limits(), *_free_in_cgroups()]))
+
+
+def _free_in_limits() -> Iterator[int]:
+    """Yield what `ulimit -v` and `ulimit -d` leave. Mapped files count only towards the first."""
+    if not hasattr(psutil, "RLIMIT_AS"):  # Windows and macOS
+        return
+    process = psutil.Process()
+    used = process.memory_info()
+    for limit, size in ((psutil.RLIMIT_AS, used.vms), (psutil.RLIMIT_DATA, used.data)):
+        soft_limit, _ = process.rlimit(limit)
+        if soft_limit != psutil.RLIM_INFINITY:
+            yield soft_limit - size
+
+
+def _free_in_cgroups() -> Iterator[int]:
+    """Yield what each control group of this process has left (version 2)."""
+    for folder in cgroup_folders():
+        limit_file = folder / "memory.max"
+        if not limit_file.is_file():
+            continue
+        limit = limit_file.read_text().strip()
+        if limit != "max":
+            used = int((folder / "memory.current").read_text())
+            lines = (folder / "memory.stat").read_text().splitlines()
+            cached = [int(line.split()[1]) for line in lines if line.startswith("file ")]
+            yield int(limit) - used + sum(cached)  # cached pages of files are freed on demand
+
+
+def cgroup_folders() -> list[Path]:
+    """Return the folders of this process's control groups, version 2, from the innermost out.
+
+    Outside Linux there are no such folders.
+    """
     try:
-        return max(
-            0, min([_kib("/proc/meminfo", "MemAvailable"), *_left_by_limits(), *_left_by_groups()])
-        )
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return []
+    groups = [CGROUPS / line[3:].lstrip("/") for line in lines if line.startswith("0::")]
+    return [folder for group in groups for folder in (group, *group.parents)]
 
 
-def _left_by_limits() -> Iterator[int]:
-    """What `ulimit -v` and `ulimit -d` leave; files that are mapped to be read count towards the first alone."""
-    for name, limit in LIMITS.items():
-        soft, _ = resource.getrlimit(limit)
-        if soft != resource.RLIM_INFINITY:
-            yield soft - _kib("/proc/self/status", name)
+def check_memory(
+    name: str, count: int, bytes_each: int, hint: str = "", free: int | None = None
+) -> None:
+    """Raise `UserError`, with the largest count that fits, if `count` items do not fit.
 
-
-def _left_by_groups() -> Iterator[int]:
-    """What the container or the job that this process belongs to has left, and those around it: control groups, version 2."""
-    groups = [
-        line[3:]
-        for line in Path("/proc/self/cgroup").read_text().splitlines()
-        if line.startswith("0::")
-    ]
-    for group in (
-        place
-        for mine in groups
-        for place in (GROUPS / mine.lstrip("/"), *(GROUPS / mine.lstrip("/")).parents)
-    ):
-        most, used, files = (
-            group / name for name in ("memory.max", "memory.current", "memory.stat")
-        )
-        if most.is_file() and (words := most.read_text().strip()) != "max":
-            cached = [
-                int(line.split()[1])
-                for line in files.read_text().splitlines()
-                if line.startswith("file ")
-            ]
-            yield (
-                int(words) - int(used.read_text()) + sum(cached)
-            )  # pages of files, which are given back when others need them
-
-
-def _kib(path: str, name: str) -> int:
-    """The bytes that a line `NAME: KIBIBYTES kB` of a file says. Raises OSError where there is none."""
-    for line in Path(path).read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"{path} says nothing of {name}")
-
-
-def check_memory(name: str, count: int, each: int, cure: str = "", free: int | None = None) -> None:
-    """Raise `FlowgenError`, with the largest number that fits, where `count` times `each` bytes are more than is free, of main memory."""
+    Args:
+        name: Name of the setting that chooses the count.
+        count: Number of items.
+        bytes_each: Memory of one item, in bytes.
+        hint: Text after the message.
+        free: Free memory in bytes. Default: `free_memory()`.
+    """
     free = free_memory() if free is None else free
-    if count * each > free:
-        needed = f"{name}={count} needs {count * each / 2**30:,.0f} GiB of memory at the least, and {free / 2**30:,.1f} GiB are free"
-        raise UserError(f"{needed}: at most {free // each} fit{cure}")
+    if count * bytes_each > free:
+        needed = f"{count * bytes_each / 2**30:,.0f} GiB"
+        raise UserError(
+            f"{name}={count} needs at least {needed} of memory, and {free / 2**30:,.1f} GiB "
+            f"are free: at most {free // bytes_each} fit{hint}"
+        )
