@@ -29,7 +29,7 @@ def main() -> None:
     ]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "names",
+        "search_dirs",
         nargs="*",
         metavar="NAME",
         default=names,

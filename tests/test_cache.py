@@ -1,4 +1,4 @@
-"""Prepared images on disk: used, made again, shared by several processes."""
+"""The cache of preprocessed images: used, written again, shared by several processes."""
 
 import logging
 import os
@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import psutil
 import pytest
 import torch
 from conftest import SMALL, save_image
 from PIL import Image
-from test_data import folder, parts
+from test_data import folder, split_images
 from trainings import same
 
 from flowgen.data import cache
@@ -19,138 +20,133 @@ from flowgen.data.dataset import Prefetcher
 from flowgen.training.checkpoint import read_checkpoint
 
 
+def all_images(root: Path) -> torch.Tensor:
+    return torch.cat(split_images(folder(root)))
+
+
 def cached(suffix: str) -> list[Path]:
     return sorted(Path(os.environ["FLOWGEN_CACHE"]).glob(f"*{suffix}"))
 
 
-def test_cache_is_used_and_made_again_when_an_image_changes(images, monkeypatch):
-    before = torch.cat(parts(folder(images)))
-    with monkeypatch.context() as patched:
-        patched.setattr("flowgen.data.cache.prepare", None)  # nothing may be decoded now
-        assert torch.equal(torch.cat(parts(folder(images))), before)
+def test_the_cache_is_used_and_written_again_when_an_image_changes(images, monkeypatch):
+    before = all_images(images)
+    with monkeypatch.context() as patch:
+        patch.setattr("flowgen.data.cache.preprocess", None)  # decoding would fail
+        assert torch.equal(all_images(images), before)
     path = images / "000.png"
     Image.new("RGB", (8, 8), "red").save(path)
     os.utime(path, ns=(1, 1))
-    data = folder(images)
-    assert any((image[0] == 255).all() and not image[1].any() for image in torch.cat(parts(data)))
-    assert len(list(Path(os.environ["FLOWGEN_CACHE"]).glob("*.bin"))) == 1
+    assert any((image[0] == 255).all() and not image[1].any() for image in all_images(images))
+    assert len(cached(".bin")) == 1
 
 
-def test_cache_depends_on_the_settings(images):
-    assert folder(images, size=4).shape == (3, 4, 4)
-    assert folder(images, channels=1).shape == (1, 8, 8)
+def test_the_cache_depends_on_the_settings(images):
+    assert folder(images, size=4).image_shape == (3, 4, 4)
+    assert folder(images, channels=1).image_shape == (1, 8, 8)
 
 
-def test_a_broken_link_and_a_lost_cache_are_no_trouble(images):
+def test_a_broken_link_and_a_lost_cache_file_do_no_harm(images):
     (images / "gone.png").symlink_to(images / "nowhere.png")
-    before = torch.cat(parts(folder(images)))
-    for path in Path(os.environ["FLOWGEN_CACHE"]).glob("*.bin"):
+    before = all_images(images)
+    for path in cached(".bin"):
         path.unlink()
-    assert torch.equal(torch.cat(parts(folder(images))), before)
+    assert torch.equal(all_images(images), before)
 
 
 @pytest.mark.parametrize(
     "text", ["", '{"kept": ["000.p', "no index", "[]", '{"kept": 3, "refused": []}', "\udcff"]
 )
-def test_an_index_that_is_damaged_is_made_again(images, text):
-    before = torch.cat(parts(folder(images)))
+def test_a_damaged_index_is_written_again(images, text):
+    before = all_images(images)
     cached(".json")[0].write_text(text, errors="surrogateescape")
-    assert torch.equal(torch.cat(parts(folder(images))), before)
+    assert torch.equal(all_images(images), before)
     assert cached(".json")[0].read_text().startswith('{"kept"')
 
 
-def test_what_a_killed_process_left_is_cleared(images):
+def test_files_of_a_killed_process_are_removed(images):
     folder(images)
     index = cached(".json")[0]
     index.unlink()
-    index.with_suffix(".part").write_bytes(b"half")
-    index.with_name(index.name.rpartition("-")[0] + "-0123456789ab.bin").write_bytes(
-        b"of other images"
-    )
+    index.with_suffix(".bin.part").write_bytes(b"half")
+    other = index.name.rpartition("-")[0] + "-0123456789ab.bin"
+    index.with_name(other).write_bytes(b"of other images")
     folder(images)
     assert sorted(path.suffix for path in index.parent.iterdir()) == [".bin", ".json", ".lock"]
 
 
-def test_of_several_that_want_the_same_images_one_prepares_them(images, monkeypatch, caplog):
+def test_one_of_several_threads_writes_the_cache_and_the_others_wait(images, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
     caplog.set_level(logging.INFO, "flowgen")
-    write, calls = cache._write, []
+    write = cache._write
+    calls = []
+    results: list[torch.Tensor] = []
 
-    def slow(*arguments):
+    def slow_write(*arguments):
         calls.append(threading.get_ident())
         time.sleep(0.2)
         return write(*arguments)
 
-    monkeypatch.setattr(cache, "_write", slow)
-    found: list[torch.Tensor] = []
+    monkeypatch.setattr(cache, "_write", slow_write)
     threads = [
-        threading.Thread(target=lambda: found.append(torch.cat(parts(folder(images)))))
-        for _ in range(3)
+        threading.Thread(target=lambda: results.append(all_images(images))) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (
-        len(calls) == 1 and len(found) == 3 and all(torch.equal(each, found[0]) for each in found)
-    )
-    assert (
-        len(
-            {
-                id(record)
-                for record in caplog.records
-                if "waiting for another process" in record.getMessage()
-            }
-        )
-        == 2
-    )
+    assert len(calls) == 1
+    assert len(results) == 3
+    assert all(torch.equal(result, results[0]) for result in results)
+    waiting = "waiting for another process"
+    records = {id(record) for record in caplog.records if waiting in record.getMessage()}
+    assert len(records) == 2
 
 
-def test_images_are_not_cleared_away_while_another_opens_them(images, monkeypatch):
-    """The other one has seen an image more, so that what the first one made is stale to it."""
-    mapped, others = cache._mapped, []
+def test_images_are_not_removed_while_another_thread_opens_them(images, monkeypatch):
+    """The other thread sees one more image, and the file of the first is stale to it."""
+    map_file = cache._map_file
+    threads = []
 
-    def open_slowly(path):
-        monkeypatch.setattr(cache, "_mapped", mapped)
+    def map_slowly(path):
+        monkeypatch.setattr(cache, "_map_file", map_file)
         save_image(images / "more.png")
-        others.append(threading.Thread(target=folder, args=(images,)))
-        others[0].start()
-        others[0].join(1)
-        return mapped(path)
+        threads.append(threading.Thread(target=folder, args=(images,)))
+        threads[0].start()
+        threads[0].join(1)
+        return map_file(path)
 
-    monkeypatch.setattr(cache, "_mapped", open_slowly)
-    assert len(torch.cat(parts(folder(images)))) == 40
-    others[0].join()
+    monkeypatch.setattr(cache, "_map_file", map_slowly)
+    assert len(all_images(images)) == 40
+    threads[0].join()
     assert len(cached(".bin")) == 1
 
 
-def test_a_set_may_be_larger_than_the_memory_that_a_process_may_have(tmp_path):
-    def private() -> int:
-        """MiB that may be written to, which are what a limit or a small machine refuses."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmData:")) // 1024
+def test_a_data_set_may_exceed_the_memory_limit_of_a_process():
+    def writable_mib() -> int:
+        """Memory that counts towards `ulimit -d`."""
+        return psutil.Process().memory_info().data >> 20
 
     chunks = [torch.full((2**20,), number, dtype=torch.uint8) for number in range(64)]
-    before = private()
-    images = cache.cached_array("large", "stamps", lambda: iter(chunks))
-    assert images[:: 2**12].long().sum() == 2**8 * sum(range(64)) and private() - before < 16
+    before = writable_mib()
+    images = cache.cached_array("large", "fingerprints", lambda: iter(chunks))
+    assert images[:: 2**12].long().sum() == 2**8 * sum(range(64))
+    assert writable_mib() - before < 16
 
 
-def test_a_set_that_does_not_fit_into_memory_trains_to_the_same_bits(images, command, monkeypatch):
-    words = [*SMALL, f"data.root={images}", "trainer.warmdown_ratio=0", "data.random_flip=true"]
-    assert command("train", *words, "trainer.steps=4", "output_dir=whole")[0] == 0
+def test_a_data_set_that_does_not_fit_into_memory_trains_to_the_same_bits(
+    images, command, monkeypatch
+):
+    overrides = [*SMALL, f"data.root={images}", "trainer.warmdown_ratio=0", "data.random_flip=true"]
+    assert command("train", *overrides, "trainer.steps=4", "output_dir=whole")[0] == 0
     monkeypatch.setattr("flowgen.data.dataset.free_memory", lambda: 1)
-    assert command("train", *words, "trainer.steps=2", "output_dir=ahead")[0] == 0
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            "flowgen.data.dataset.Prefetcher", read_ahead := Mock(side_effect=Prefetcher)
-        )
-        assert command("resume", "ahead", "trainer.steps=4")[0] == 0
-    assert read_ahead.call_count == 1
-    states = [
-        read_checkpoint(Path(name) / "checkpoints" / "last.pt") for name in ("whole", "ahead")
-    ]
-    assert all(
-        same(states[0][key], states[1][key])
-        for key in ("step", "images_seen", "model", "ema", "optimizer")
+    assert command("train", *overrides, "trainer.steps=2", "output_dir=prefetched")[0] == 0
+    prefetcher = Mock(side_effect=Prefetcher)
+    with monkeypatch.context() as patch:
+        patch.setattr("flowgen.data.dataset.Prefetcher", prefetcher)
+        assert command("resume", "prefetched", "trainer.steps=4")[0] == 0
+    assert prefetcher.call_count == 1
+    first, second = (
+        read_checkpoint(Path(name) / "checkpoints" / "last.pt") for name in ("whole", "prefetched")
     )
+    for key in ("step", "images_seen", "model", "ema", "optimizer"):
+        assert same(first[key], second[key]), key

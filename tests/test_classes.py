@@ -75,7 +75,7 @@ def test_the_class_is_a_latent_like_the_others_where_the_networks_see_it():
 
 def test_labels_go_with_their_images():
     data = MNISTSample(bits=8, random_flip=False)
-    images, labels = data.draw(3990, 20, seed=3)
+    images, labels = data.train_batch(3990, 20, seed=3)
     place = [
         next(n for n in range(len(data.train)) if torch.equal(data.train.images[n], image))
         for image in images

@@ -223,7 +223,7 @@ def test_samples_beyond_float32_are_counted(tiny_run, command, tmp_path):
 def test_a_title_is_never_cut():
     one = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     narrow, wide = (
-        rendering.blocks([(title, one)], 5, 1)
+        rendering.titled_grids([(title, one)], 5, 1)
         for title in ("a", "a title that is longer than its grid is wide")
     )
     assert narrow.width < 100 < wide.width
@@ -388,7 +388,7 @@ def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, comma
         (["interpolate", "one.png"], "IMG2", 2),
         (["evaluate", "--run", "nowhere"], "flowgen runs", 1),
         (["train", "data=null"], "data=null chooses nothing: write data=NAME, one of celeba", 1),
-        (["train", "data=folder", "data.root=null"], "data.root does not exist", 1),
+        (["train", "data=folder", "data.root=null"], "data.root is not set", 1),
         (["train", "out=' '"], "name a folder", 1),
         (["train", "--cfg", "nope"], "--cfg must be one of job, hydra, all", 1),
         (["train", "--info", "nope"], "--info must be one of all, config", 1),
@@ -420,19 +420,19 @@ def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, comma
         (["chain", "--frames", "1" + 30 * "0"], "--frames", 2),
         (["interpolate", "a.png", "b.png", "--steps", "1" + 30 * "0"], "--steps", 2),
         (["report", ""], "an empty name is no run", 1),
-        (["report", "x", "--out", "/dev/full.html"], "the machine's devices", 1),
-        (["sample", "--out", "/dev/full.png"], "the machine's devices", 2),
+        (["report", "x", "--out", "/dev/full.html"], "a system folder", 1),
+        (["sample", "--out", "/dev/full.png"], "a system folder", 2),
         *(
             (
                 ["train", f"data={name}", "data.root=null", "data.search_dirs=[]"],
-                "data.root does not exist",
+                "data.root is not set",
                 1,
             )
             for name in ("mnist", "svhn")
         ),
         (
             ["train", "data=cifar10", "data.root=null", "data.search_dirs=[]"],
-            "data.root does not exist",
+            "data.root is not set",
             1,
         ),
     ],
@@ -492,10 +492,10 @@ def test_data_that_is_none_gets_one_line(command, tmp_path):
         )
 
     (tmp_path / "empty").mkdir()
-    assert_plain(train(tmp_path / "empty"), "holds no image")
+    assert_plain(train(tmp_path / "empty"), "contains no images")
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "a.txt").write_text("words")
-    assert_plain(train(tmp_path / "words"), "holds no image")
+    assert_plain(train(tmp_path / "words"), "contains no images")
     for name in "ab":
         (tmp_path / "text").mkdir(exist_ok=True)
         (tmp_path / "text" / f"{name}.png").write_text("words")
@@ -508,7 +508,7 @@ def test_data_that_is_none_gets_one_line(command, tmp_path):
     assert_plain(train(tmp_path / "short.zip"), "cut short")
     with zipfile.ZipFile(tmp_path / "bare.zip", "w") as archive:
         archive.writestr("readme.txt", "words")
-    assert_plain(train(tmp_path / "bare.zip"), "holds no image")
+    assert_plain(train(tmp_path / "bare.zip"), "contains no images")
     assert not (tmp_path / "run").exists()
 
 

@@ -1,25 +1,37 @@
-"""Data sets: images of every format, and batches."""
+"""Data sets: image files of every format, batches, and defaults."""
 
+import doctest
+import hashlib
+import importlib
+import inspect
 import io
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import save_image
 from PIL import Image
 
 import flowgen
-from flowgen.config.compose import read_config
-from flowgen.data.dataset import ImageDataset, Split
+import flowgen.data
+from flowgen.config.compose import conf_folder, group_options, read_config
+from flowgen.config.instantiate import resolve_target
+from flowgen.data.dataset import ImageDataset, Split, find_or_download
 from flowgen.data.image_folder import ImageFolder
-from flowgen.data.mnist import MNIST, MNISTSample
+from flowgen.data.imagenet import DownsampledImageNet
+from flowgen.data.mnist import MNIST, SEARCH_DIRS, MNISTSample
 from flowgen.data.preprocess import preprocess, read_images
 from flowgen.data.toy2d import Toy2D
 from flowgen.utils.errors import UserError
+from flowgen.utils.files import atomic_write
 
 SHARED = Path(os.environ.get("FLOWGEN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared = pytest.mark.skipif(
@@ -29,82 +41,72 @@ needs_shared = pytest.mark.skipif(
 
 
 def folder(root: Path, **changes: object) -> ImageFolder:
-    arguments = {
-        "search_dirs": [],
-        "download_hint": "get it",
-        "channels": 3,
-        "size": 8,
-        "bits": 5,
-        "random_flip": False,
-        "crop": None,
-    } | changes
-    return ImageFolder(root=str(root), **arguments)
+    return ImageFolder(root=str(root), **{"size": 8, "bits": 5, "random_flip": False} | changes)
 
 
-def parts(data: ImageDataset) -> list[torch.Tensor]:
+def split_images(data: ImageDataset) -> list[torch.Tensor]:
     """The images of every split, at 8 bits."""
     return [split.images for split in (data.train, data.validation, data.test)]
 
 
-def png(shape: tuple[int, ...] = (8, 8, 3)) -> bytes:
+def random_png(shape: tuple[int, ...] = (8, 8, 3)) -> bytes:
     file = io.BytesIO()
     Image.fromarray(torch.randint(0, 256, shape, dtype=torch.uint8).numpy()).save(file, "png")
     return file.getvalue()
 
 
-def test_folder_and_zip_hold_the_same_images(images, tmp_path):
+def test_a_folder_and_a_zip_contain_the_same_images(images, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for path in images.iterdir():
             archive.write(path, f"deep/{path.name}")
         archive.writestr("__MACOSX/deep/._000.png", b"shadow")
-    (tmp_path / "holds").mkdir()
-    (tmp_path / "images.zip").rename(tmp_path / "holds" / "images.zip")
-    from_folder = folder(images)
-    for root in (tmp_path / "holds" / "images.zip", tmp_path / "holds"):
-        from_zip = folder(root)
-        assert all(
-            torch.equal(one, other)
-            for one, other in zip(parts(from_folder), parts(from_zip), strict=True)
-        )
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "images.zip").rename(tmp_path / "outer" / "images.zip")
+    expected = split_images(folder(images))
+    for root in (tmp_path / "outer" / "images.zip", tmp_path / "outer"):
+        loaded = split_images(folder(root))
+        assert all(torch.equal(x, y) for x, y in zip(expected, loaded, strict=True))
 
 
-def test_bad_images_are_named_and_counted_but_not_fatal(images, caplog, monkeypatch):
+def test_bad_images_are_skipped_named_and_counted(images, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
     (images / "text.png").write_text("no picture")
-    (images / "short.png").write_bytes(png()[:60])
+    (images / "short.png").write_bytes(random_png()[:60])
     save_image(images / "dot.png", (1, 1, 3))
     data = folder(images)
-    assert len(torch.cat(parts(data))) == 40
-    assert "3 of 43 images left out" in caplog.text and "dot.png is 1x1 pixels" in caplog.text
+    assert len(torch.cat(split_images(data))) == 40
+    assert "3 of 43 images skipped" in caplog.text
+    assert "dot.png is 1x1 pixels" in caplog.text
 
 
 def test_images_of_every_kind_become_the_same_square(tmp_path):
-    grey16 = Image.fromarray((torch.arange(64).view(8, 8) * 1000).to(torch.uint16).numpy())
+    gray16 = Image.fromarray((torch.arange(64).view(8, 8) * 1000).to(torch.uint16).numpy())
     kinds = {
-        "grey.png": Image.new("L", (12, 9), 100),
-        "colour.png": Image.new("RGB", (9, 12), (100, 100, 100)),
+        "gray.png": Image.new("L", (12, 9), 100),
+        "color.png": Image.new("RGB", (9, 12), (100, 100, 100)),
         "alpha.png": Image.new("RGBA", (9, 9), (100, 100, 100, 255)),
         "palette.gif": Image.new("RGB", (9, 9), (100, 100, 100)).convert("P"),
         "cmyk.jpg": Image.new("CMYK", (9, 9)),
-        "sixteen.png": grey16,
+        "sixteen.png": gray16,
     }
     for name, image in kinds.items():
         image.save(tmp_path / name)
         for channels in (1, 3):
-            images = preprocess((tmp_path / name).read_bytes(), 8, channels, None)
-            assert images.shape == (channels, 8, 8) and images.dtype == torch.uint8
-            if name in ("grey.png", "colour.png", "alpha.png"):
-                assert (images == 100).all()
+            pixels = preprocess((tmp_path / name).read_bytes(), 8, channels, None)
+            assert pixels.shape == (channels, 8, 8)
+            assert pixels.dtype == torch.uint8
+            if name in ("gray.png", "color.png", "alpha.png"):
+                assert (pixels == 100).all()
     assert preprocess((tmp_path / "sixteen.png").read_bytes(), 8, 1, None).max() > 200
 
 
-def test_a_named_pipe_is_no_zip(tmp_path):
+def test_a_named_pipe_is_not_a_zip(tmp_path):
     os.mkfifo(tmp_path / "images.zip")
-    with pytest.raises(UserError, match="holds no image and 0 zips"):
+    with pytest.raises(UserError, match="contains no images and 0 zips"):
         folder(tmp_path)
 
 
-def test_crop_takes_the_centre(tmp_path):
+def test_crop_cuts_out_the_center(tmp_path):
     image = Image.new("RGB", (178, 218), "black")
     image.paste("white", (15, 35, 163, 183))
     image.save(tmp_path / "face.png")
@@ -112,137 +114,131 @@ def test_crop_takes_the_centre(tmp_path):
     assert (preprocess((tmp_path / "face.png").read_bytes(), 64, 3, None) == 0).any()
 
 
-def plain_images(count: int = 10, *, flip: bool = False, bits: int = 8) -> ImageDataset:
-    train = (
-        torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(count, 1, 2, 2).contiguous()
-    )
+def plain_images(count: int = 10, *, random_flip: bool = False, bits: int = 8) -> ImageDataset:
+    """Images of 2x2 pixels; the left column has the image's index, the right one 100 more."""
+    train = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
+    train = train.expand(count, 1, 2, 2).contiguous()
     train[:, :, :, 1] += 100
-    return ImageDataset(Split(train), Split(train[:2]), Split(train[:3]), bits=bits, flip=flip)
+    return ImageDataset(
+        Split(train), Split(train[:2]), Split(train[:3]), bits=bits, random_flip=random_flip
+    )
 
 
 def test_every_epoch_visits_every_image_once_across_ragged_batches():
-    data, seen, drawn = plain_images(10), 0, []
-    for _ in range(5):
-        drawn.append(data.draw(seen, 4, seed=1)[0][:, 0, 0, 0])
-        seen += 4
-    epochs = torch.cat(drawn).view(2, 10)
-    assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in epochs) and not torch.equal(
-        epochs[0], epochs[1]
-    )
+    data = plain_images(10)
+    values = [data.train_batch(seen, 4, seed=1)[0][:, 0, 0, 0] for seen in range(0, 20, 4)]
+    epochs = torch.cat(values).view(2, 10)
+    assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
 
 
-def test_the_place_in_the_data_is_all_that_decides_a_batch():
-    one, other = plain_images(), plain_images()
-    one.draw(0, 4, seed=1)
-    assert torch.equal(one.draw(14, 9, seed=1)[0], other.draw(14, 9, seed=1)[0])
-    assert not torch.equal(one.draw(0, 10, seed=1)[0], one.draw(0, 10, seed=2)[0])
+def test_a_batch_does_not_depend_on_earlier_batches():
+    first = plain_images()
+    second = plain_images()
+    first.train_batch(0, 4, seed=1)
+    assert torch.equal(first.train_batch(14, 9, seed=1)[0], second.train_batch(14, 9, seed=1)[0])
+    epochs = [first.train_batch(0, 10, seed=seed)[0] for seed in (1, 2)]
+    assert not torch.equal(*epochs)
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "options",
     [
         {"bits": 8, "random_flip": True, "random_shift": 1},
         {"bits": 1, "random_flip": False, "binarization": "dynamic"},
     ],
     ids=str,
 )
-def test_what_a_batch_draws_is_a_function_of_the_seed_and_the_place_alone(arguments):
-    """And leaves the random state of the step that asks for it alone."""
-    split = Split(
-        torch.arange(0, 256, 16, dtype=torch.uint8).view(1, 4, 4).repeat(100, 1, 1, 1)
-    )  # alike, but for what is drawn
-    data, before = ImageDataset(split, split, split, **arguments), torch.get_rng_state()
-    found = data.draw(10, 50, seed=1)[0]
-    assert torch.equal(torch.get_rng_state(), before)
+def test_random_changes_depend_only_on_the_seed_and_the_images_seen(options):
+    """The global random state is neither used nor changed."""
+    image = torch.arange(0, 256, 16, dtype=torch.uint8).view(1, 4, 4)
+    split = Split(image.repeat(100, 1, 1, 1))  # images are equal before the random changes
+    data = ImageDataset(split, split, split, **options)
+    state = torch.get_rng_state()
+    batch = data.train_batch(10, 50, seed=1)[0]
+    assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(7)
-    assert torch.equal(found, data.draw(10, 50, seed=1)[0])
-    assert not torch.equal(found, data.draw(110, 50, seed=1)[0]) and not torch.equal(
-        found, data.draw(10, 50, seed=2)[0]
-    )
+    assert torch.equal(batch, data.train_batch(10, 50, seed=1)[0])
+    assert not torch.equal(batch, data.train_batch(110, 50, seed=1)[0])
+    assert not torch.equal(batch, data.train_batch(10, 50, seed=2)[0])
+    rows = torch.tensor([3, 40])
+    assert torch.equal(batch[rows], data.train_batch(10, 50, seed=1, rows=rows)[0])
 
 
-def test_flips_mirror_about_half_of_the_training_images_and_no_test_image():
-    data = plain_images(100, flip=True)
-    mirrored = data.draw(0, 100, seed=0)[0][:, 0, 0, 0] >= 100
-    assert 25 < mirrored.sum() < 75
+def test_about_half_of_the_training_images_are_flipped_and_no_test_image():
+    data = plain_images(100, random_flip=True)
+    flipped = data.train_batch(0, 100, seed=0)[0][:, 0, 0, 0] >= 100
+    assert 25 < flipped.sum() < 75
     assert all((batch[:, 0, 0, 0] < 100).all() for batch in data.batches("test", 2))
 
 
-def test_training_images_are_moved_by_every_distance_up_to_the_shift_and_repeat_their_border():
+def test_training_images_are_shifted_by_every_distance_and_repeat_their_border():
     image = torch.arange(20, dtype=torch.uint8).view(1, 1, 4, 5)
     split = Split(image.repeat(300, 1, 1, 1))
-    data = ImageDataset(split, split, split, bits=8, flip=False, shift=1)
+    data = ImageDataset(split, split, split, bits=8, random_flip=False, random_shift=1)
     padded = torch.nn.functional.pad(image.double(), (1, 1, 1, 1), mode="replicate").to(torch.uint8)
     expected = {
         (row, column): padded[0, :, 1 - row : 5 - row, 1 - column : 6 - column]
         for row in (-1, 0, 1)
         for column in (-1, 0, 1)
     }
-    seen = {
-        place
-        for moved in data.draw(0, 300, seed=0)[0]
-        for place, one in expected.items()
-        if torch.equal(one, moved)
-    }
-    assert seen == set(expected)
-    assert all(
-        any(torch.equal(one, moved) for one in expected.values())
-        for moved in data.draw(0, 300, seed=0)[0]
-    )
-    assert all(
-        torch.equal(batch, image.expand(batch.shape))
-        for name in ("train", "test")
-        for batch in data.batches(name, 100)
-    )
+    offsets = [
+        [offset for offset, shifted in expected.items() if torch.equal(shifted, row)]
+        for row in data.train_batch(0, 300, seed=0)[0]
+    ]
+    assert all(len(matches) == 1 for matches in offsets)
+    assert {matches[0] for matches in offsets} == set(expected)
+    for name in ("train", "test"):
+        for batch in data.batches(name, 100):
+            assert torch.equal(batch, image.expand(batch.shape))
 
 
-def test_bits_shift_levels_and_batches_keep_the_ragged_end():
+def test_bits_shift_pixel_values_and_the_last_batch_is_smaller():
     data = plain_images(bits=5)
-    assert data.draw(0, 10, seed=0)[0].max() == 109 >> 3
+    assert data.train_batch(0, 10, seed=0)[0].max() == 109 >> 3
     assert [len(batch) for batch in data.batches("test", 2)] == [2, 1]
     assert [len(batch) for batch in data.batches("train", 4, limit=5)] == [4, 1]
 
 
-def test_embedded_digits():
-    data = MNISTSample(bits=8, random_flip=False)
-    assert data.train.images.shape == (4000, 1, 28, 28) and data.train.images.max() == 255
-    assert data.image_shape == (1, 28, 28) and data.bits == 8 and data.num_classes == 10
+def test_the_included_digits():
+    data = MNISTSample()
+    assert data.train.images.shape == (4000, 1, 28, 28)
+    assert data.train.images.max() == 255
+    assert data.image_shape == (1, 28, 28)
+    assert data.bits == 8
+    assert data.num_classes == 10
 
 
 @needs_shared
 def test_real_mnist_and_faces():
-    mnist = MNIST(
-        name="MNIST", root=str(SHARED / "mnist"), search_dirs=[], size=28, bits=8, random_flip=False
-    )
-    assert (
-        len(mnist.train) == 55_000 and len(mnist.validation) == 5_000 and len(mnist.test) == 10_000
-    )
+    mnist = MNIST(root=str(SHARED / "mnist"))
+    sizes = [len(split) for split in (mnist.train, mnist.validation, mnist.test)]
+    assert sizes == [55_000, 5_000, 10_000]
     faces = folder(SHARED / "celebahq64", size=64)
-    assert len(torch.cat(parts(faces))) == 1002 and all(
-        60 < len(split) < 140 for split in (faces.validation, faces.test)
-    )
+    assert len(torch.cat(split_images(faces))) == 1002
+    assert all(60 < len(split) < 140 for split in (faces.validation, faces.test))
 
 
-def test_a_run_keeps_what_images_it_is_of(tiny_run, images, command):
-    assert (
-        read_config(tiny_run / "config.yaml")["model"].items()
-        >= {"image_shape": (3, 8, 8), "bits": 5}.items()
-    )
+def test_a_run_remembers_the_shape_and_bits_of_its_images(tiny_run, images, command):
+    model = read_config(tiny_run / "config.yaml")["model"]
+    assert model["image_shape"] == [3, 8, 8]
+    assert model["bits"] == 5
     status, _, error = command("resume", tiny_run, "data.bits=8", "trainer.steps=9")
-    assert status == 1 and "bits=5 does not fit data of bits=8" in error
+    assert status == 1
+    assert "bits=5 does not fit data of bits=8" in error
     shutil.rmtree(images)
     assert flowgen.load(tiny_run).image_shape == (3, 8, 8)
 
 
-def test_a_file_holds_no_point_of_the_plane(tmp_path):
+def test_an_image_file_cannot_be_a_point_of_the_plane(tmp_path):
     path = save_image(tmp_path / "image.png", (8, 8, 3))
-    channels, size, _ = Toy2D(name="moons", num_points=5, bits=8, random_flip=False).shape
+    channels, size, _ = Toy2D(num_points=5).image_shape
     with pytest.raises(UserError, match="2 channels, and an image file has 1 or 3"):
         read_images(path, size, channels, None, 8)
 
 
 def test_a_file_in_a_zip_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("flowgen.data.preprocess.MAX_ABS_VALUE", 1000)
+    monkeypatch.setattr("flowgen.data.preprocess.MAX_UNPACKED_BYTES", 1000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(10**6))
     with pytest.raises(UserError, match="it unpacks to more than"):
@@ -253,32 +249,164 @@ def test_a_file_in_a_zip_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, mon
         folder(tmp_path / "bomb.zip")
 
 
-def test_batches_that_are_read_ahead_are_the_same_ones(monkeypatch):
-    """In order, out of order, and where the memory that is free would not hold the set."""
+def test_prefetched_batches_are_the_same(monkeypatch):
+    """In order and out of order, for a data set larger than half of the free memory."""
     images = torch.randint(256, (40, 3, 4, 4), dtype=torch.uint8)
     splits = [Split(images, torch.arange(40)), Split(images[:2]), Split(images[:2])]
-    whole, ahead = (ImageDataset(*splits, bits=5, flip=True, shift=1) for _ in range(2))
+    data = ImageDataset(*splits, bits=5, random_flip=True, random_shift=1)
+    prefetched = ImageDataset(*splits, bits=5, random_flip=True, random_shift=1)
     monkeypatch.setattr("flowgen.data.dataset.free_memory", lambda: images.nbytes)
-    ahead.to(torch.device("cpu"))
+    prefetched.to(torch.device("cpu"))
     calls = []
-    monkeypatch.setattr(
-        ahead._ahead, "draw", lambda *place: [calls.append(place[0]), whole.draw(*place)][1]
-    )
+
+    def train_batch(images_seen, *arguments):
+        calls.append(images_seen)
+        return data.train_batch(images_seen, *arguments)
+
+    monkeypatch.setattr(prefetched._prefetcher, "train_batch", train_batch)
     rows = torch.tensor([0, 3])
     for seen in (0, 8, 16, 0, 8, 36):
-        for one, other in zip(
-            ahead.next(seen, 8, 3, rows), whole.draw(seen, 8, 3, rows), strict=True
-        ):
-            assert torch.equal(one, other)
-    ahead._ahead.pool.shutdown()
-    assert sorted(calls) == [
-        0,
-        0,
-        8,
-        8,
-        16,
-        16,
-        24,
-        36,
-        44,
-    ]  # the batch to come, and what was not foreseen
+        batch = prefetched.next_batch(seen, 8, 3, rows)
+        expected = data.train_batch(seen, 8, 3, rows)
+        assert all(torch.equal(x, y) for x, y in zip(batch, expected, strict=True))
+    prefetched._prefetcher.pool.shutdown()
+    # Each batch once, the one after it, and those that were not the next one
+    assert sorted(calls) == [0, 0, 8, 8, 16, 16, 24, 36, 44]
+
+
+def defaults_of(target: type) -> dict[str, object]:
+    """Defaults of the constructor, and of the options that it passes on to `ImageDataset`."""
+    parameters = {
+        **inspect.signature(ImageDataset).parameters,
+        **inspect.signature(target).parameters,
+    }
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in defaults.items()
+        if name not in ("train", "validation", "test", "attributes", "options")
+    }
+
+
+@pytest.mark.parametrize("name", group_options("data"))
+def test_a_configuration_has_every_option_of_its_data_set(name):
+    section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
+    target = resolve_target("data", section)
+    without_effect = {"random_shift"} if target is Toy2D else set()
+    assert defaults_of(target).keys() - without_effect == section.keys() - {"_target_"}
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10", "folder", "imagenet32", "mnist", "mnist_sample", "svhn", "toy"]
+)
+def test_constructors_have_the_defaults_of_the_configuration(name):
+    section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
+    target = resolve_target("data", section)
+    defaults = defaults_of(target)
+    if target is MNIST:
+        defaults["search_dirs"] = list(SEARCH_DIRS["MNIST"])
+    if target is DownsampledImageNet:
+        defaults["search_dirs"] = section["search_dirs"]
+    if name == "folder":
+        assert section.pop("root") == "???"
+    del section["_target_"]
+    assert {key: defaults[key] for key in section} == section
+
+
+@pytest.mark.parametrize("name", ["imagenet32", "imagenet64"])
+def test_imagenet_is_searched_under_its_own_size(name):
+    section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
+    with pytest.raises(UserError, match=f"{section['search_dirs'][0]} does not exist"):
+        DownsampledImageNet(size=section["size"])
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "kmnist"])
+def test_sets_in_mnist_format_have_their_own_search_dirs(name):
+    section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
+    assert section["search_dirs"] == list(SEARCH_DIRS[section["name"]])
+
+
+def served(folder: Path, **files: bytes) -> dict[str, str]:
+    """Write files and return their MD5 checksums by URL."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return {
+        (folder / name).as_uri(): hashlib.md5(content).hexdigest()
+        for name, content in files.items()
+    }
+
+
+def test_missing_data_is_downloaded_once(tmp_path, elsewhere):
+    files = served(tmp_path / "server", a=b"first", b=b"second")
+    path = find_or_download(None, ["new", "old"], files, "Get it.")
+    assert path == elsewhere / "data" / "new"
+    assert sorted(file.name for file in path.iterdir()) == ["a", "b"]
+    shutil.rmtree(tmp_path / "server")
+    assert find_or_download(None, ["new", "old"], files, "Get it.") == path
+    (elsewhere / "data" / "new").rename(elsewhere / "data" / "old")
+    assert find_or_download(None, ["new", "old"], files, "Get it.") == elsewhere / "data" / "old"
+
+
+def test_a_download_with_a_wrong_checksum_is_refused_and_continued(tmp_path, elsewhere):
+    files = served(tmp_path / "server", a=b"first", b=b"second")
+    (tmp_path / "server" / "b").write_bytes(b"damaged")
+    with pytest.raises(
+        UserError, match=r"server/b could not be downloaded \(its checksum is wrong"
+    ):
+        find_or_download(None, ["new"], files, "Get it.")
+    assert not (elsewhere / "data" / "new").exists()
+    (tmp_path / "server" / "b").write_bytes(b"second")
+    (tmp_path / "server" / "a").unlink()  # it is complete and not downloaded again
+    path = find_or_download(None, ["new"], files, "Get it.")
+    assert (path / "a").read_bytes() == b"first"
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"could not be downloaded .*or set data\.root"):
+        find_or_download(None, ["new"], {(tmp_path / "nowhere").as_uri(): ""}, "Get it.")
+
+
+def test_nothing_is_downloaded_outside_the_data_directory(tmp_path):
+    files = served(tmp_path / "server", a=b"first")
+    for name in ("../new", "/new", ""):
+        with pytest.raises(UserError, match="inside the data directory"):
+            find_or_download(None, [name], files, "Get it.")
+
+
+def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("crash")
+    assert path.read_text() == "old"
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (tmp_path / "file.txt.part").symlink_to(secret)
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+    assert (path.read_text(), secret.read_text()) == ("new", "secret")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file.txt", "secret"]
+
+
+def modules() -> Iterator[str]:
+    for name in ("dataset", "image_folder", "imagenet", "mnist", "preprocess", "svhn", "toy2d"):
+        yield f"flowgen.data.{name}"
+    yield "flowgen.utils.files"
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_examples_in_docstrings_run(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_the_package_imports_a_data_set_when_it_is_used():
+    assert all(isinstance(getattr(flowgen.data, name), type) for name in flowgen.data.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        flowgen.data.Nothing  # noqa: B018
+    program = (
+        "import sys, flowgen.data as data; data.Toy2D; "
+        "sys.exit('flowgen.data.mnist' in sys.modules or 'matplotlib' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -314,14 +314,14 @@ def test_tables_that_are_none_get_one_line(tiny_run, images, command):
         images / "mine.csv",
     ]
     for text, answer in (
-        ("", "is no table of attributes"),
-        ("file\n000.png\n", "is no table of attributes"),
-        ("file,A,A\n000.png,1,1\n", "is no table of attributes"),
-        ("file,A\n", "is no table of attributes"),
+        ("", "is not a table of attributes"),
+        ("file\n000.png\n", "is not a table of attributes"),
+        ("file,A,A\n000.png,1,1\n", "is not a table of attributes"),
+        ("file,A\n", "is not a table of attributes"),
         ("file,A\n000.png,1,2\n", "line 2 of"),
         ("file,A\n000.png,1\n000.png,yes\n", "line 3 of"),
         ("file,A\n000.png,nan\n", "line 2 of"),
-        ("file,A\nnone.png,1\n", "none.png, which"),
+        ("file,A\nnone.png,1\n", "none.png, named"),
         ("file,A\n000.png\0,1\n", "mine.csv"),
         ("file,A\n000.png,1\n", "no attribute tells"),
     ):

@@ -146,10 +146,10 @@ def test_in_the_plane_it_learns_a_density_that_integrates_to_one_and_inverts():
         "flow_matching", image_shape=(2, 1, 1), bits=8, width=16, num_layers=1, tolerance=1e-3
     )
     data = Toy2D(name="moons", num_points=1000, bits=8, random_flip=False)
-    model.initialize(data.draw(0, 1000, 0)[0])
+    model.initialize(data.train_batch(0, 1000, 0)[0])
     start = model.eval().evaluate(data.batches("test", 250, 250))["bits_per_dim"].value
     with torch.enable_grad():
-        fit(model, lambda step: data.draw(256 * step, 256, 0), steps=100, lr=5e-3)
+        fit(model, lambda step: data.train_batch(256 * step, 256, 0), steps=100, lr=5e-3)
     assert model.evaluate(data.batches("test", 250, 250))["bits_per_dim"].value < start - 0.1
     side = -1 + 3 * (torch.arange(40) + 0.5) / 40
     grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).view(-1, 2, 1, 1)

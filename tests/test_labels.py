@@ -1,4 +1,4 @@
-"""Classes of folders, and the attributes in CelebA's list: each goes with its image into whichever split."""
+"""Classes of folders and CelebA's attributes: each goes with its image into any split."""
 
 import logging
 import shutil
@@ -19,65 +19,64 @@ from flowgen.utils.errors import UserError
 NAMES = ("Bald", "Smiling", "Young", "Human")
 
 
-def has(number: int) -> list[bool]:
+def attributes_of(number: int) -> list[bool]:
     return [number % 4 == 0, number % 2 == 1, number < 20, True]
 
 
 def attribute_list(numbers: list[int], count: int | None = None) -> str:
-    """CelebA's format, with two names that no image has."""
-    lines = [
-        f"{number:03d}.png  {' '.join(' 1' if value else '-1' for value in has(number))}"
-        for number in [*numbers, 998, 999]
-    ]
+    """A list in CelebA's format, with two names of images that do not exist."""
+    lines = []
+    for number in [*numbers, 998, 999]:
+        values = " ".join(" 1" if value else "-1" for value in attributes_of(number))
+        lines.append(f"{number:03d}.png  {values}")
     return "\n".join([str(count or len(lines)), " ".join(NAMES) + " ", *lines, ""])
 
 
-def save_grey(path: Path, number: int) -> None:
+def save_gray(path: Path, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (6 * number,) * 3).save(path)
 
 
 @pytest.fixture
-def greys(tmp_path: Path) -> Path:
-    """Forty images, each as bright as its number says, and one that cannot be read."""
+def grays(tmp_path: Path) -> Path:
+    """Forty images, each as bright as its number, and a file that is not an image."""
     for number in range(40):
-        save_grey(tmp_path / "greys" / f"{number:03d}.png", number)
-    (tmp_path / "greys" / "040.png").write_text("no image")
-    return tmp_path / "greys"
+        save_gray(tmp_path / "grays" / f"{number:03d}.png", number)
+    (tmp_path / "grays" / "040.png").write_text("no image")
+    return tmp_path / "grays"
 
 
-def zipped(folder: Path, top: str = "") -> Path:
+def zipped(folder: Path, prefix: str = "") -> Path:
     with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
         for path in sorted(folder.rglob("*.*")):
-            archive.write(path, f"{top}{path.relative_to(folder)}")
+            archive.write(path, f"{prefix}{path.relative_to(folder)}")
     return folder.with_suffix(".zip")
 
 
-def each(data: ImageFolder) -> Iterator[tuple[int, Tensor, Tensor]]:
+def labeled_images(data: ImageFolder) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Number, label and attributes of every image."""
     for split in (data.train, data.validation, data.test):
-        for place, image in enumerate(split.images):
-            yield int(image[0, 0, 0]) // 6, split.labels[place], split.attributes[place]
+        for index, image in enumerate(split.images):
+            yield int(image[0, 0, 0]) // 6, split.labels[index], split.attributes[index]
 
 
 def test_subfolders_are_classes_in_sorted_order(tmp_path):
-    labels = folder_labels(
-        ["top/dog/1.png", "top/cat/1.png", "top/dog/2.png", "top/ant/deep/1.png"]
-    )
-    assert labels is not None and labels.tolist() == [2, 1, 2, 0]
+    names = ["top/dog/1.png", "top/cat/1.png", "top/dog/2.png", "top/ant/deep/1.png"]
+    labels = folder_labels(names)
+    assert labels is not None
+    assert labels.tolist() == [2, 1, 2, 0]
     for number in range(40):
-        save_grey(
-            tmp_path / "animals" / ("dog", "cat", "emu/young")[number % 3] / f"{number:03d}.png",
-            number,
-        )
+        animal = ("dog", "cat", "emu/young")[number % 3]
+        save_gray(tmp_path / "animals" / animal / f"{number:03d}.png", number)
+    expected = torch.tensor([1, 0, 2])  # dog, cat, emu
     for root in (tmp_path / "animals", zipped(tmp_path / "animals", "deep/down/")):
         data = folder(root, bits=8)
         assert data.num_classes == 3
         for split in (data.train, data.validation, data.test):
             numbers = split.images[:, 0, 0, 0].long() // 6
-            assert torch.equal(split.labels, torch.tensor([1, 0, 2])[numbers % 3])
-        images, labels = data.draw(0, 20, seed=0)
-        assert torch.equal(labels, torch.tensor([1, 0, 2])[images[:, 0, 0, 0].long() // 6 % 3])
+            assert torch.equal(split.labels, expected[numbers % 3])
+        images, labels = data.train_batch(0, 20, seed=0)
+        assert torch.equal(labels, expected[images[:, 0, 0, 0].long() // 6 % 3])
 
 
 @pytest.mark.parametrize(
@@ -89,35 +88,39 @@ def test_subfolders_are_classes_in_sorted_order(tmp_path):
         ["a/1.png", "a/b/2.png", "3.png"],
     ],
 )
-def test_images_that_no_subfolder_tells_apart_have_no_classes(names):
+def test_images_without_different_subfolders_have_no_classes(names):
     assert folder_labels(names) is None
 
 
 @pytest.mark.parametrize(
-    "place", ["in the folder", "beside the folder", "beside the zip", "in the zip", "as csv"]
+    "location",
+    ["in the folder", "next to the folder", "next to the zip", "in the zip", "as csv"],
 )
-def test_attributes_go_with_their_images(greys, place):
-    text, root = attribute_list(list(range(41))), greys
-    if place == "in the zip":
-        (greys / "list_attr_celeba.txt").write_text(text)
-        root = zipped(greys)
-        (greys / "list_attr_celeba.txt").unlink()
-    elif place == "as csv":
+def test_attributes_go_with_their_images(grays, location):
+    text = attribute_list(list(range(41)))
+    root = grays
+    if location == "in the zip":
+        (grays / "list_attr_celeba.txt").write_text(text)
+        root = zipped(grays)
+        (grays / "list_attr_celeba.txt").unlink()
+    elif location == "as csv":
         rows = [",".join(line.split()) for line in text.splitlines()[1:]]
-        (greys / "list_attr_celeba.csv").write_text("\n".join(["image_id," + rows[0], *rows[1:]]))
+        (grays / "list_attr_celeba.csv").write_text("\n".join(["image_id," + rows[0], *rows[1:]]))
+    elif location == "in the folder":
+        (grays / "list_attr_celeba.txt").write_text(text)
     else:
-        (greys if place == "in the folder" else greys.parent).joinpath(
-            "list_attr_celeba.txt"
-        ).write_text(text)
-        root = zipped(greys) if place == "beside the zip" else greys
+        (grays.parent / "list_attr_celeba.txt").write_text(text)
+        root = zipped(grays) if location == "next to the zip" else grays
     data = folder(root, attribute="Smiling")
-    assert data.attributes == NAMES and data.num_classes == 2
-    found = list(each(data))
-    assert sorted(number for number, _, _ in found) == list(range(40))
-    assert all(
-        values.tolist() == has(number) and label == number % 2 for number, label, values in found
-    )
-    assert folder(root).classes is None and folder(root).attributes == NAMES
+    assert data.attributes == NAMES
+    assert data.num_classes == 2
+    rows = list(labeled_images(data))
+    assert sorted(number for number, _, _ in rows) == list(range(40))
+    for number, label, attributes in rows:
+        assert attributes.tolist() == attributes_of(number)
+        assert label == number % 2
+    assert folder(root).num_classes is None
+    assert folder(root).attributes == NAMES
 
 
 BROKEN: dict[str, tuple[bytes, str]] = {
@@ -131,59 +134,59 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_list_that_cannot_be_used_gets_one_sentence(greys, case, caplog, monkeypatch):
+def test_a_list_that_cannot_be_used_is_an_error_or_a_warning(grays, case, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
-    data, said = BROKEN[case]
-    (greys / "list_attr_celeba.txt").write_bytes(data)
-    with pytest.raises(UserError, match=said):
-        folder(greys, attribute="Smiling")
-    assert folder(greys).attributes == () and said in caplog.text
+    content, message = BROKEN[case]
+    (grays / "list_attr_celeba.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        folder(grays, attribute="Smiling")
+    assert folder(grays).attributes == ()
+    assert message in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("attribute", "said"),
+    ("attribute", "message"),
     [("Smilling", "choose one of Bald, Smiling"), ("Human", "every image has")],
 )
-def test_an_attribute_must_be_there_and_tell_images_apart(greys, attribute, said):
-    (greys / "list_attr_celeba.txt").write_text(attribute_list(list(range(41))))
-    with pytest.raises(UserError, match=said):
-        folder(greys, attribute=attribute)
+def test_an_attribute_must_exist_and_differ_between_images(grays, attribute, message):
+    (grays / "list_attr_celeba.txt").write_text(attribute_list(list(range(41))))
+    with pytest.raises(UserError, match=message):
+        folder(grays, attribute=attribute)
 
 
-def test_a_partition_that_is_no_text_gets_one_sentence(greys):
-    (greys / "list_eval_partition.txt").write_bytes(b"\xff\xfe000.png 0")
-    with pytest.raises(UserError, match="no text in UTF-8"):
-        folder(greys)
+def test_a_partition_that_is_not_text_is_an_error(grays):
+    (grays / "list_eval_partition.txt").write_bytes(b"\xff\xfe000.png 0")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        folder(grays)
 
 
 def test_a_flow_learns_the_two_classes_of_an_attribute(
-    greys, command: Callable[..., tuple[int, str, str]], tmp_path
+    grays, command: Callable[..., tuple[int, str, str]], tmp_path
 ):
-    words = [
+    overrides = [
         *SMALL,
-        f"data.root={greys}",
+        f"data.root={grays}",
         "data.attribute=Smiling",
         "trainer.steps=1",
         f"output_dir={tmp_path / 'run'}",
     ]
-    status, _, error = command("train", *words, "model.num_classes=2")
-    assert status == 1 and error.startswith(
-        "flowgen: data.attribute=Smiling needs CelebA's list_attr_celeba.txt"
-    )
-    (greys / "list_attr_celeba.txt").write_text(attribute_list(list(range(41))))
-    assert "set it to 2" in command("train", *words, "model.num_classes=3")[2]
-    assert command("train", *words, "model.num_classes=2")[0] == 0
-    shutil.rmtree(greys)
-    assert command("sample", "--run", tmp_path / "run", "--label", 1, "--count", 2)[0] == 0
+    status, _, error = command("train", *overrides, "model.num_classes=2")
+    assert status == 1
+    assert error.startswith("flowgen: data.attribute=Smiling needs CelebA's list_attr_celeba.txt")
+    (grays / "list_attr_celeba.txt").write_text(attribute_list(list(range(41))))
+    assert "set it to 2" in command("train", *overrides, "model.num_classes=3")[2]
+    assert command("train", *overrides, "model.num_classes=2")[0] == 0
+    shutil.rmtree(grays)
+    status, _, error = command("sample", "--run", tmp_path / "run", "--label", 1, "--count", 2)
+    assert status == 0, error
 
 
 @needs_shared
 def test_the_forty_attributes_of_real_faces():
     faces = folder(SHARED / "celeba64", size=8, attribute="Smiling")
-    assert (
-        len(faces.attributes) == 40
-        and faces.train.attributes.shape == (len(faces.train), 40)
-        and faces.classes == 2
-    )
-    smiling = torch.cat([split.labels for split in (faces.train, faces.validation, faces.test)])
-    assert len(smiling) == 10_000 and smiling.sum() == 4822
+    assert len(faces.attributes) == 40
+    assert faces.train.attributes.shape == (len(faces.train), 40)
+    assert faces.num_classes == 2
+    labels = torch.cat([split.labels for split in (faces.train, faces.validation, faces.test)])
+    assert len(labels) == 10_000
+    assert labels.sum() == 4822

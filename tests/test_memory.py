@@ -1,8 +1,6 @@
 """What the backward pass needs is kept, computed again or recovered: with the same gradients, and with less memory."""
 
-import resource
-from pathlib import Path
-
+import psutil
 import pytest
 import torch
 from conftest import SMALL
@@ -212,7 +210,7 @@ def test_a_batch_that_does_not_fit_names_the_largest_that_does(
 
 def test_what_is_free_is_what_the_limits_of_the_process_leave(monkeypatch, tmp_path):
     free = costs.free_memory()
-    monkeypatch.setattr(costs, "GROUPS", tmp_path)
+    monkeypatch.setattr(costs, "CGROUPS", tmp_path)
     for name, words in {
         "max": "8000000",
         "current": "6000000",
@@ -222,17 +220,11 @@ def test_what_is_free_is_what_the_limits_of_the_process_leave(monkeypatch, tmp_p
     assert costs.free_memory() == 7_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert costs.free_memory() > free / 2
-    used = int(
-        next(
-            line.split()[1]
-            for line in Path("/proc/self/status").read_text().splitlines()
-            if line.startswith("VmData:")
-        )
-    )
-    limits = {resource.RLIMIT_DATA: 1024 * used + 50_000_000}
+    used = psutil.Process().memory_info().data
+    limits = {psutil.RLIMIT_DATA: used + 50_000_000}
     monkeypatch.setattr(
-        resource,
-        "getrlimit",
-        lambda limit: (limits.get(limit, resource.RLIM_INFINITY), resource.RLIM_INFINITY),
+        psutil.Process,
+        "rlimit",
+        lambda self, limit: (limits.get(limit, psutil.RLIM_INFINITY), psutil.RLIM_INFINITY),
     )
     assert 40_000_000 < costs.free_memory() <= 50_000_000

@@ -88,7 +88,7 @@ def two_samples(ask: Asker, **more: object) -> list[str]:
 
 
 def mask(known: torch.Tensor) -> str:
-    return url(rendering.png(known[None].to(torch.uint8), 1))
+    return url(rendering.encode_png(known[None].to(torch.uint8), 1))
 
 
 HALF = torch.ones(8, 8, dtype=torch.bool)
@@ -151,7 +151,7 @@ def test_the_command_draws_the_same_samples(ask, command, tmp_path, label):
     assert answer["seed"] == 7 and len(answer["pictures"]) == 5
     made = command_makes(answer["command"], command, tmp_path)
     title = "temperature 0.6" if label is None else "class 1, temperature 0.6"
-    expected = rendering.blocks([(title, grid(answer["pictures"]))], 8, columns=5)
+    expected = rendering.titled_grids([(title, grid(answer["pictures"]))], 8, columns=5)
     assert made.tobytes() == expected.tobytes()
 
 
@@ -181,7 +181,7 @@ def test_the_command_walks_the_same_way(ask, command, tmp_path):
         ("great circle in the latents", grid(answer["latent"])),
         ("line in the pixels", grid(answer["pixels"])),
     ]
-    assert made.tobytes() == rendering.blocks(rows, 8, columns=5).tobytes()
+    assert made.tobytes() == rendering.titled_grids(rows, 8, columns=5).tobytes()
 
 
 def test_the_command_edits_alike(ask, command, tmp_path):
@@ -193,7 +193,7 @@ def test_the_command_edits_alike(ask, command, tmp_path):
     title = "the image, and 1 by 1, 0 by -0.5"
     assert (
         made.tobytes()
-        == rendering.blocks([(title, grid([picture, answer["picture"]]))], 8, columns=2).tobytes()
+        == rendering.titled_grids([(title, grid([picture, answer["picture"]]))], 8, columns=2).tobytes()
     )
 
 
@@ -245,7 +245,7 @@ def test_the_command_completes_alike(ask, command, tmp_path):
     save(picture, Path("a.png"))
     save(mask(HALF), Path("mask.png"))
     made = command_makes(answer["command"], command, tmp_path)
-    shown = rendering.to_image(
+    shown = rendering.image_grid(
         grid([answer["mean"], answer["spread"], *answer["draws"][:5]]), 8, columns=7
     )
     box = (shown.width - 406, 4, shown.width - 2, 56)
@@ -389,7 +389,7 @@ def test_questions_about_no_pictures_get_one_sentence(ask, ask_rbm):
     picture, other = two_samples(ask)
     whole, none = mask(torch.ones(8, 8)), mask(torch.zeros(8, 8))
     completion = {"image": picture, "method": "langevin", "sweeps": 5, "seed": 0}
-    small = url(rendering.png(torch.zeros(3, 7, 8, dtype=torch.uint8), 5))
+    small = url(rendering.encode_png(torch.zeros(3, 7, 8, dtype=torch.uint8), 5))
     assert "as a data URL" in ask.refuses("score")
     assert "as a data URL" in ask.refuses("score", image=5)
     assert "as a data URL" in ask.refuses("score", image="data:image/png;base64,%%%")
@@ -448,7 +448,7 @@ def test_a_hostile_image_does_nothing(ask, elsewhere):
         if response.status_code == 400:
             assert "\n" not in response.json["error"] and "fault" not in response.json["error"]
     for side, answer in ((8000, "million pixels"), (30_000, "is not an image")):
-        bomb = rendering.file_of(Image.new("1", (side, side)))
+        bomb = rendering.to_png(Image.new("1", (side, side)))
         assert len(bomb) < 200_000 and answer in ask.refuses("read", image=url(bomb))
     assert sorted(Path().rglob("*")) == before
 
@@ -510,7 +510,7 @@ def test_many_requests_at_once_are_neither_lost_nor_mixed_up(glow):
     """`FLOWGEN_REQUESTS=2000` asks as many."""
     expected = {}
     for seed in range(50):
-        expected[seed] = url(rendering.png(draw(glow.model, 1, 0.7, seed)[0][0], 5))
+        expected[seed] = url(rendering.encode_png(draw(glow.model, 1, 0.7, seed)[0][0], 5))
     assert len(set(expected.values())) > 45
     with open_server(glow, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

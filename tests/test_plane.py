@@ -7,7 +7,7 @@ import torch
 from conftest import fit
 from test_models import glow, load_from_checkpoint
 
-from flowgen.data.toy2d import SETS, Toy2D
+from flowgen.data.toy2d import DISTRIBUTIONS, Toy2D
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.realnvp import RealNVP
 
@@ -29,7 +29,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "sylvester": lambda: load_from_checkpoint("sylvester", **PLANE),
     "iaf": lambda: load_from_checkpoint("iaf", **PLANE | {"width": 32}),
 }
-NAMES = list(SETS)
+NAMES = list(DISTRIBUTIONS)
 CELLS = 300  # a side of the grid
 Trained = tuple[Flow, Toy2D, float]
 
@@ -44,9 +44,9 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     torch.manual_seed(0)
     flow, name = request.param
     model, data = FLOWS[flow](), Toy2D(name=name, count=5000, bits=8, random_flip=False)
-    model.initialize(data.draw(0, 1000, 0)[0])
+    model.initialize(data.train_batch(0, 1000, 0)[0])
     start = model.eval().evaluate(data.batches("test", 1000))["bits_per_dim"].value
-    fit(model, lambda step: data.draw(256 * step, 256, 0), steps=150, lr=3e-3)
+    fit(model, lambda step: data.train_batch(256 * step, 256, 0), steps=150, lr=3e-3)
     return model, data, start
 
 

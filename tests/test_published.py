@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_house import compose_config
+from test_architecture import compose_config
 from torch import Tensor
 
 from flowgen.config.instantiate import build_data
@@ -190,7 +190,7 @@ def test_objects_in_an_npz_are_not_loaded(tmp_path):
             "data.npy",
             npy(torch.zeros(3, dtype=torch.uint8), "|O") + b"cos\nsystem\n(S'false'\ntR.",
         )
-    with pytest.raises(UserError, match="is cut short or no batch"):
+    with pytest.raises(UserError, match="is cut short or not a file"):
         DownsampledImageNet(root=str(tmp_path / "set"), size=32, **HOW)
 
 
@@ -198,7 +198,7 @@ def test_classes_and_sizes_that_the_set_has_not_are_refused(tmp_path):
     write_cifar(tmp_path / "cifar")
     path = tmp_path / "cifar" / "test_batch.bin"
     path.write_bytes(b"\x0b" + path.read_bytes()[1:])
-    with pytest.raises(UserError, match="beyond the ten"):
+    with pytest.raises(UserError, match="other classes than the ten"):
         CIFAR10(root=str(tmp_path / "cifar"), **HOW)
     write_imagenet(tmp_path / "imagenet")
     with pytest.raises(UserError, match="another size than 64x64"):

@@ -226,7 +226,7 @@ def test_a_stream_reads_images_folders_and_zips_and_counts_what_it_cannot(tmp_pa
     assert torch.equal(batches[0][1][0], batches[0][1][2]) and batches[2][0][-1].endswith(
         "some.zip/a.png"
     )
-    assert "1 of 43 images left out: b.png" in caplog.text
+    assert "1 of 43 images skipped: b.png" in caplog.text
     for path in (tmp_path / "nowhere", tmp_path / "nowhere.zip"):
         with pytest.raises(UserError, match="does not exist"):
             ImageStream([path], size=8, channels=3, crop=None, bits=5)
@@ -335,9 +335,9 @@ def test_against_prints_both_ways_where_a_run_of_the_other_data_is_there(
 
 
 TOY = {
-    "_target_": "flowgen.data.toy2d.Toy",
+    "_target_": "flowgen.data.toy2d.Toy2D",
     "name": "moons",
-    "count": 8,
+    "num_points": 8,
     "bits": 8,
     "random_flip": False,
 }
@@ -360,11 +360,11 @@ def test_data_that_does_not_fit_either_way_fails_before_any_is_scored(monkeypatc
     [
         ([], "nothing to score", 2),
         (["nowhere.png"], "does not exist", 1),
-        (["nowhere"], "does not exist: name images", 1),
+        (["nowhere"], "does not exist: choose images", 1),
         (["text.png"], "is not an image", 1),
-        (["empty"], "holds no image: name images", 1),
+        (["empty"], "contains no images: choose images", 1),
         (["a.png", "--by", "beauty"], "beauty", 2),
-        (["a.png", "--csv", "nowhere/all.csv"], "does not exist: make it", 1),
+        (["a.png", "--csv", "nowhere/all.csv"], "does not exist: create it", 1),
         (["a.png", "--out", "page.html"], "no name of a picture", 2),
         (["a.png", "--count", "1"], "--count", 2),
         (["--against", "data=cats"], "names no data", 1),
@@ -381,11 +381,11 @@ def test_what_cannot_be_scored_gets_one_line(
     save_image(elsewhere / "a.png")
     (elsewhere / "text.png").write_text("words")
     (elsewhere / "empty").mkdir()
-    monkeypatch.setattr("flowgen.data.mnist._download", refuse)
+    monkeypatch.setattr("flowgen.data.dataset.download", refuse)
     assert_plain(command("score", *words, "--run", tiny_run), answer, status)
 
 
-def refuse(name, folder):
+def refuse(files, folder):
     raise UserError("torchvision could not download it: get it")
 
 

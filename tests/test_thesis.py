@@ -18,6 +18,7 @@ import parts
 import pytest
 import torch
 from conftest import save_image
+from original_images import original_images
 from PIL import Image
 from test_house import compose_config, shape_of
 from test_report import Page
@@ -25,7 +26,6 @@ from test_report import Page
 from flowgen.config.compose import group_options
 from flowgen.config.instantiate import build_model, with_image_shape
 from flowgen.data.image_folder import split_names
-from flowgen.data.originals import originals
 from flowgen.data.preprocess import open_source
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "thesis"
@@ -124,7 +124,7 @@ def test_originals_are_shown_before_they_are_cut_and_broken_files_are_passed_ove
     config = {"root": str(tmp_path), "search_dirs": [], "download_hint": ""}
     train = split_names(open_source(tmp_path))[0]
     (tmp_path / train[0]).write_bytes(b"no image")
-    found = originals(config, 3, side=40)
+    found = original_images(config, 3, side=40)
     assert (
         found.shape == (3, 3, 40, 40)
         and (found[:, :, :, :10] == 255).all()

@@ -326,7 +326,7 @@ def test_batch_statistics_are_those_of_the_weights_that_are_judged(images, tmp_p
         return [value.clone() for name, value in model.named_buffers() if name.endswith("var")]
 
     kept = deviations()
-    update_bn(model, (data.draw(4 * number, 4, 1) for number in range(200)))
+    update_bn(model, (data.train_batch(4 * number, 4, 1) for number in range(200)))
     fresh = deviations()
     model.load_state_dict(read_checkpoint(Run(run).last)["model"])  # which keeps the last batches'
     apart = [

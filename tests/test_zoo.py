@@ -225,7 +225,7 @@ def test_an_exported_model_says_what_its_evaluation_found(tiny_run, images, comm
     ("words", "answer"),
     [
         (["mine.pt"], "let it end in .safetensors"),
-        (["nowhere/mine.safetensors"], "does not exist: make it"),
+        (["nowhere/mine.safetensors"], "does not exist: create it"),
         (["there.safetensors"], "there.md is there already"),
     ],
 )

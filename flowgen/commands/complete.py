@@ -54,7 +54,7 @@ def complete(
         shown = torch.cat((whole, kept, mean[None], spread[None], draws[:DRAWS]))
         rows.append((f"{method}: image, kept, mean, spread, draws", to_uint8(shown)))
     target = out or run.folder / "completion.png"
-    rendering.blocks(rows, 8, columns=4 + DRAWS).save(target)
+    rendering.titled_grids(rows, 8, columns=4 + DRAWS).save(target)
     return target
 
 

@@ -188,13 +188,13 @@ def edit(
         )
     if film:
         frames = list(rows)
-        rendering.film([*frames, *frames[-2:0:-1]], model.bits, len(paths), target)
+        rendering.save_gif([*frames, *frames[-2:0:-1]], model.bits, len(paths), target)
     else:
         said = ", ".join(
             f"{attribute} by {by:g}" if amounts else attribute for attribute, by in per.items()
         )
         title = f"the image, and {said}" if amounts else f"{said}: from {start:g} to {end:g}"
-        rendering.blocks(
+        rendering.titled_grids(
             [(title, rows.transpose(0, 1).flatten(0, 1))], model.bits, columns=len(shares)
         ).save(target)
     return target

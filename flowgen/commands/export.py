@@ -60,7 +60,7 @@ def dataset_name(data: dict[str, Any]) -> str:
 def with_dataset_name(data: dict[str, Any]) -> dict[str, Any]:
     """The section with the name of its images where the path alone says it, which is not passed on: their terms go with it."""
     images, names = dataset_name(data), data.get("search_dirs") or []
-    return data | {"names": [images, *names]} if images in FOLDERS and images not in names else data
+    return data | {"search_dirs": [images, *names]} if images in FOLDERS and images not in names else data
 
 
 def license_of_dataset(data: dict[str, Any]) -> License | None:
@@ -174,7 +174,7 @@ def export(*, name: str, path: Path, called: str | None = None) -> list[Path]:
     export_safetensors(checkpoint, figures, checkpoint.get("command") or "flowgen train", path)
     model = load_from_checkpoint(checkpoint)
     images, _ = draw(model, SAMPLES, checkpoint["config"]["trainer"]["sample_temperature"], seed=0)
-    rendering.to_image(images, model.bits, COLUMNS).save(files[2])
+    rendering.image_grid(images, model.bits, COLUMNS).save(files[2])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     terms = license_of_dataset(data)
     said = terms.said if terms else UNKNOWN

@@ -36,7 +36,7 @@ def interpolate(
     model, crop = load_from_checkpoint(checkpoint, device), checkpoint["config"]["data"].get("crop")
     channels, size, _ = model.image_shape
     start, end = (read_images(path, size, channels, crop, model.bits) for path in (first, second))
-    side = max(rendering.SMALLEST_SIDE, size)
+    side = max(rendering.MIN_SIDE, size)
     check_memory("--steps", steps, 8 * side**2)
     model.set_progress(progress_bar)
     latent, pixels = interpolate_images(model, start, end, steps, spherical)
@@ -47,13 +47,13 @@ def interpolate(
     target = out or run.folder / "interpolation.png"
     if target.suffix.lower() == ".gif":
         frames = [torch.stack(pair) for pair in zip(latent, pixels, strict=True)]
-        rendering.film([*frames, *frames[-2:0:-1]], model.bits, 2, target)
+        rendering.save_gif([*frames, *frames[-2:0:-1]], model.bits, 2, target)
     else:
         rows = [
             (f"{'great circle' if spherical else 'line'} in the latents", latent),
             ("line in the pixels", pixels),
         ]
-        rendering.blocks(rows, model.bits, columns=steps).save(target)
+        rendering.titled_grids(rows, model.bits, columns=steps).save(target)
     return target
 
 

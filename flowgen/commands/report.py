@@ -14,7 +14,7 @@ from flowgen.config.runs import OUTPUTS, find_run
 from flowgen.training.run_dir import Run, best_metric, validation_rows
 from flowgen.utils import plots
 from flowgen.utils.errors import UserError, check_folder_of
-from flowgen.utils.html import Picture, Section, data_url, encoded, write_html
+from flowgen.utils.html import Picture, Section, data_url, image_data_url, write_html
 from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, Metric, metric_from_row
 
 CAPTIONS = {
@@ -167,9 +167,9 @@ def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]
             metric.name.replace("_", " ") + f" at {bits} bits" * (metric == BITS_PER_DIM),
         )
         label = f"validation {words}, {metric.unit}"
-        plots.lines(of_runs, file, xlabel="step", ylabel=label, beyond=(0.05, 0.05))
+        plots.lines(of_runs, file, xlabel="step", ylabel=label, outliers=(0.05, 0.05))
         found.append(
-            Picture(f"Validation {words} against the step.", encoded(file.getvalue(), "png"))
+            Picture(f"Validation {words} against the step.", image_data_url(file.getvalue(), "png"))
         )
     return found
 

@@ -103,18 +103,18 @@ def sample(
                 "a zip holds the samples of one temperature: call this once for each, with an --out of its own"
             )
         batches = draws(model, count, temperatures[0], seed, **how)
-        rendering.archive(
+        rendering.save_zip(
             (images for images, _ in progress_bar(batches, "samples", -(-count // BATCH))),
             model.bits,
             path,
         )
         return path
-    side = max(rendering.SMALLEST_SIDE, *model.image_shape[1:])
+    side = max(rendering.MIN_SIDE, *model.image_shape[1:])
     check_memory(
         "--count",
         count,
         4 * side**2 * len(temperatures),
-        cure=" in a picture, and any number in --out FILE.zip",
+        hint=" in a picture, and any number in --out FILE.zip",
     )
     for temperature in temperatures:
         images, scores = draw(model, count, temperature, seed, **how)
@@ -131,7 +131,7 @@ def sample(
             + [f"temperature {temperature:g}"]
         )
         titled.append((", ".join(said), images[scores.argsort(descending=True)]))
-    rendering.blocks(titled, model.bits, columns=min(count, COLUMNS)).save(path)
+    rendering.titled_grids(titled, model.bits, columns=min(count, COLUMNS)).save(path)
     return path
 
 
@@ -184,7 +184,7 @@ def plane(
     )
     noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
     target = ((target.cpu() + noise) / model.bins).flatten(1)
-    plots.plane(target, latent.cpu(), carried.cpu(), density.cpu(), temperature, path)
+    plots.flow_panels(target, latent.cpu(), carried.cpu(), density.cpu(), temperature, path)
 
 
 @torch.no_grad()
@@ -201,11 +201,11 @@ def chain(
 ) -> Path:
     """Save a film of `count` chains from white noise: P(v = 1) after every `sweeps` sweeps. Raises FlowgenError."""
     run, _, model = find_model(name, device, SupportsMCMC)
-    side = max(rendering.SMALLEST_SIDE, *model.image_shape[1:])
+    side = max(rendering.MIN_SIDE, *model.image_shape[1:])
     check_memory("--frames", frames, 3 * count * side**2)
     states = model.film(count, method, torch.Generator(model.device).manual_seed(seed))
     shown = islice(progress_bar(states, method, sweeps * frames), 0, sweeps * frames + 1, sweeps)
     target = out or run.folder / f"chain_{method}.gif"
     columns = max(1, round(count**0.5))
-    rendering.film([to_uint8(frame) for frame in shown], 8, columns, target)
+    rendering.save_gif([to_uint8(frame) for frame in shown], 8, columns, target)
     return target

@@ -333,7 +333,7 @@ def _images(
         yield f"... and {seen - SHOWN} more" + ("" if table else ": --csv FILE writes them all")
     target = out or judge.folder / "score.png"
     titled = [(f"the strangest by {by}", strangest[:PICTURED]), ("the most typical", typical)]
-    rendering.stack([(title, _tiles(judge, images, by)) for title, images in titled]).save(target)
+    rendering.stack_titled([(title, _tiles(judge, images, by)) for title, images in titled]).save(target)
     yield from [str(path) for path in (target, table) if path]
 
 
@@ -353,7 +353,7 @@ def _tiles(judge: Scorer, images: list[ImageScore], by: str) -> Any:
         f"{Path(image.name).name[-16:]}\n{image.figures[judge.figure]:.3f}, p {image.figures[f'{by}_p']:.3f}"
         for image in images
     ]
-    return rendering.tiles(
+    return rendering.titled_tiles(
         torch.stack([image.images for image in images]), judge.model.bits, titles, COLUMNS
     )
 

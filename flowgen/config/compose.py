@@ -10,6 +10,7 @@ from typing import Any
 
 from flowgen.training.checkpoint import MOST_BYTES
 from flowgen.utils.errors import UserError
+from flowgen.utils.files import atomic_write
 
 SECTIONS = ("model", "data", "trainer")
 
@@ -61,9 +62,8 @@ def setting_names() -> dict[str, list[str]]:
 def save_config(config: dict[str, Any], path: Path) -> None:
     from omegaconf import OmegaConf
 
-    aside = path.with_name(path.name + ".part")
-    OmegaConf.save(OmegaConf.create(config), aside)
-    aside.replace(path)
+    with atomic_write(path) as temporary:
+        OmegaConf.save(OmegaConf.create(config), temporary)
 
 
 def flatten(config: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -59,7 +59,7 @@ def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
         ) from error
 
 
-WHICH = ("_target_", "name", "names", "root")  # what says which images a data section is of
+WHICH = ("_target_", "name", "search_dirs", "root")  # what says which images a data section is of
 
 
 def data_section(words: list[str]) -> dict[str, Any]:

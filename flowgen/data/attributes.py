@@ -40,9 +40,7 @@ def read_table(path: Path) -> AttributeTable:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{path} cannot be read as a table: set --labels to a CSV file"
-        ) from error
+        raise UserError(f"{path} cannot be read as a table: set --labels to a CSV file") from error
     names = tuple(name.strip() for name in header[1:])
     if not names or not rows or len(set(names)) < len(names) or "" in names:
         raise UserError(

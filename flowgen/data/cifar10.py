@@ -21,7 +21,7 @@ TEST_FILES = ["test_batch.bin"]
 
 
 class CIFAR10(ImageDataset):
-    """CIFAR-10, read from its binary archive. Downloaded if it is missing and `root` is None.
+    """CIFAR-10, read from its binary archive. Downloaded if missing and without `root`.
 
     One in twelve training images is for validation.
 

@@ -116,7 +116,12 @@ def check_search_dirs(search_dirs: Sequence[str]) -> None:
     A configuration from a stranger must not read or write anywhere else.
     """
     for name in search_dirs:
-        if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        if (
+            not isinstance(name, str)
+            or not name
+            or Path(name).is_absolute()
+            or ".." in Path(name).parts
+        ):
             raise UserError(
                 f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
                 "data directory: set data.root to use another place"
@@ -153,7 +158,7 @@ def find_or_download(
 ) -> Path:
     """Return the path of a data set as `find_dataset` does, and download it first if necessary.
 
-    It is downloaded to `data_folder()`, under the first of `search_dirs`, if `root` is None and
+    It is downloaded to `data_folder()`, under the first of `search_dirs`, without a `root` and if
     none of `search_dirs` exists there.
 
     Args:

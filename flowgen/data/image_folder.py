@@ -14,7 +14,9 @@ from flowgen.data.dataset import ImageDataset, Split, find_dataset, hash_split
 from flowgen.data.preprocess import ImageSource, open_source
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
-DOWNLOAD_HINT = "Set data.root to a folder of images, to a zip, or to a folder that contains one zip."
+DOWNLOAD_HINT = (
+    "Set data.root to a folder of images, to a zip, or to a folder that contains one zip."
+)
 # Names of CelebA's lists. Each line has the name of a file, then
 PARTITION_LIST = "list_eval_partition"  # 0 (training), 1 (validation) or 2 (test)
 ATTRIBUTE_LIST = "list_attr_celeba"  # -1 or 1 for each attribute; a count and a header come first
@@ -96,10 +98,9 @@ class ImageFolder(ImageDataset):
         split_lists = split_names(source)
         names = [name for split in split_lists for name in split]
         attributes = load_attributes(source, names, attribute)
+        labels = folder_labels(names)
         if attributes and attribute:
             labels = attributes.labels(attribute)
-        else:
-            labels = folder_labels(names)
         images, usable_names = cached_images(source, names, size, channels, crop)
         usable = torch.tensor([name in usable_names for name in names])
         everything = Split(

@@ -88,7 +88,10 @@ def _split(paths: list[Path], shape: tuple[int, int, int], validation: bool | No
 
 
 def _split_mask(path: Path, count: int, validation: bool | None) -> Tensor:
-    """Return which images of a file belong to a split, bool (count,), by the hash of their index."""
+    """Return a mask of the images of a file that belong to a split, bool (count,).
+
+    It depends on the hash of the file's name and the index of the image.
+    """
     if validation is None:
         return torch.ones(count, dtype=torch.bool)
     hashes = [hash_name(f"{path.name} {index}") for index in range(count)]

@@ -49,7 +49,7 @@ MD5 = {
 
 
 class MNIST(ImageDataset):
-    """MNIST, FashionMNIST or KMNIST. Downloaded if it is missing and `root` is None.
+    """MNIST, FashionMNIST or KMNIST. Downloaded if missing and without `root`.
 
     One in twelve training images, 5,000 of 60,000, is for validation.
 
@@ -80,7 +80,7 @@ class MNIST(ImageDataset):
         check_whole(size=size)
         search_dirs = SEARCH_DIRS[name] if search_dirs is None else search_dirs
         files = {URLS[name] + file: md5 for file, md5 in MD5[name].items()}
-        hint = f"Set data.root to a folder with the idx files of {name}, or remove it to download them."
+        hint = f"Set data.root to a folder with {name}'s idx files, or remove it to download them."
         folder = find_or_download(root, search_dirs, files, hint)
         train = read_split(folder, search_dirs, "train", size)
         test = read_split(folder, search_dirs, "t10k", size)
@@ -167,7 +167,7 @@ class MNISTSample(ImageDataset):
         (4000, 500, 500, (1, 28, 28))
         >>> images, labels = data.train_batch(images_seen=0, batch_size=8, seed=0)
         >>> labels
-        tensor([6, 3, 2, 9, 6, 1, 9, 4])
+        tensor([0, 2, 8, 8, 1, 0, 7, 4])
     """
 
     def __init__(self, **options: Any):

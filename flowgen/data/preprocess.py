@@ -51,18 +51,18 @@ class ImageSource(NamedTuple):
         Raises:
             UserError: If the list cannot be read as text.
         """
-        inside = [name for name in self.lists if PurePosixPath(name).stem == stem]
-        outside = [
+        in_archive = [name for name in self.lists if PurePosixPath(name).stem == stem]
+        files = [
             path
             for folder in self.sibling_dirs
             for path in sorted(folder.glob(f"{stem}.*"))
             if path.suffix in LIST_SUFFIXES and path.is_file()
         ]
-        if not inside and not outside:
+        if not in_archive and not files:
             return None
-        name = f"{self.path}/{inside[0]}" if inside else str(outside[0])
+        name = f"{self.path}/{in_archive[0]}" if in_archive else str(files[0])
         try:
-            data = self.read(inside[0]) if inside else outside[0].read_bytes()
+            data = self.read(in_archive[0]) if in_archive else files[0].read_bytes()
             lines = data.decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise UserError(f"{name} is not UTF-8 text: download it again or remove it") from error
@@ -291,7 +291,8 @@ class ImageStream:
             images.append(image)
             if len(names) == batch_size:
                 yield names, self._batch(images)
-                names, images = [], []
+                names = []
+                images = []
         if names:
             yield names, self._batch(images)
         log_skipped(self.skipped, len(self))
@@ -322,7 +323,9 @@ def log_skipped(skipped: Sequence[str], count: int) -> None:
     """Log which of `count` images were skipped, and why."""
     if skipped:
         more = "; ..." if len(skipped) > 3 else ""
-        log.warning("%d of %d images skipped: %s%s", len(skipped), count, "; ".join(skipped[:3]), more)
+        log.warning(
+            "%d of %d images skipped: %s%s", len(skipped), count, "; ".join(skipped[:3]), more
+        )
 
 
 def _open_path(path: Path) -> Path | ImageSource:

@@ -21,7 +21,7 @@ DOWNLOAD_HINT = (
 
 
 class SVHN(ImageDataset):
-    """The cropped digits of SVHN. Downloaded if they are missing and `root` is None.
+    """The cropped digits of SVHN. Downloaded if missing and without `root`.
 
     One in twelve training images is for validation. Reading the files needs scipy
     (`pip install 'flowgen[svhn]'`).

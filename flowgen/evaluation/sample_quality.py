@@ -187,7 +187,7 @@ def train_classifier(
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for step in range(steps):
-        images, labels = data.draw(step * batch, batch, seed)
+        images, labels = data.train_batch(step * batch, batch, seed)
         assert labels is not None
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()

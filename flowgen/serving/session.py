@@ -315,7 +315,7 @@ class ModelSession:
         features = self.model.filters()
         if features is None:
             raise UserError("this model has no filters that can be drawn: use a run of an RBM")
-        return rendering.signed(features, columns=10, most=100)
+        return rendering.weight_grid(features, columns=10, max_tiles=100)
 
     def score_validation_images(self, count: int = HELD_OUT) -> None:
         """So that percentiles can be told; others are answered between one batch and the next."""

@@ -181,9 +181,9 @@ class Chat:
             self.answers.sample, count=1, temperature=temperature, seed=seed
         )
         figures = await asyncio.to_thread(self._figures, images)
-        picture = rendering.to_image(images, self.answers.model.bits, 1, SIDE)
+        picture = rendering.image_grid(images, self.answers.model.bits, 1, SIDE)
         await message.reply_photo(
-            rendering.file_of(picture),
+            rendering.to_png(picture),
             caption=f"Temperature {temperature:g}, seed {seed}. {figures}",
         )
 
@@ -201,7 +201,7 @@ class Chat:
         )
         rows = [("through the latents", latent), ("through the pixels", pixels)]
         await message.reply_photo(
-            rendering.file_of(rendering.blocks(rows, self.answers.model.bits, STEPS))
+            rendering.to_png(rendering.titled_grids(rows, self.answers.model.bits, STEPS))
         )
 
     def _figures(self, images: torch.Tensor) -> str:

@@ -144,7 +144,7 @@ def check_batch_fits(
     model: GenerativeModel, data: ImageDataset, machine: Runtime, batch_size: int, parts: int
 ) -> None:
     """Raises FlowgenError, with the largest batch that fits, where what one of its `parts` keeps for the backward pass does not."""
-    sizes = [_kept(model, machine, *data.draw(0, count, 0)) for count in (2, 4)]
+    sizes = [_kept(model, machine, *data.train_batch(0, count, 0)) for count in (2, 4)]
     each = max(0, sizes[1] - sizes[0]) // 2
     free = (
         torch.cuda.mem_get_info(machine.device)[0]

@@ -73,7 +73,7 @@ class Logger:
 
     def samples(self, step: int, images: torch.Tensor, bits: int) -> None:
         """A grid of samples, as a file and for TensorBoard."""
-        image = rendering.to_image(images, bits, columns=8)
+        image = rendering.image_grid(images, bits, columns=8)
         image.save(self.run.sample_grid(step))
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
             image.height, image.width, -1
@@ -83,7 +83,7 @@ class Logger:
     def filters(self, features: torch.Tensor | None) -> None:
         """What the model looks for, where it can be drawn."""
         if features is not None:
-            rendering.signed(features).save(self.run.filters)
+            rendering.weight_grid(features).save(self.run.filters)
 
     def curves(self) -> None:
         plots.curves(self.run.read_metrics(), self.model.metric, self.run.curves)

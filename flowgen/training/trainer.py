@@ -112,7 +112,7 @@ class Evaluator:
         size = self.optimisation.batch_size // self.optimisation.grad_accum_steps
         seen = self.state.images_seen
         self.state.estimate(
-            self.data.draw(seen + size * number, size, self.seed) for number in range(STATISTICS)
+            self.data.train_batch(seen + size * number, size, self.seed) for number in range(STATISTICS)
         )
         return self.state.ema_model.eval()
 
@@ -260,7 +260,7 @@ class Training:
         """The shares of this step's loss, of one part of its batch after the other; the same whenever the step is taken again."""
         self.machine.seed(self.seed, self.state.step)
         parts = self.optimisation.parts(
-            *self.data.next(
+            *self.data.next_batch(
                 self.state.images_seen, self.optimisation.batch_size, self.seed, self.rows
             )
         )
@@ -431,7 +431,7 @@ class Trainer:
         data.to(self.machine.device)
         model.to(self.machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is None and not trained:
-            model.initialize(*data.draw(0, self.optimisation.init_images, config["seed"]))
+            model.initialize(*data.train_batch(0, self.optimisation.init_images, config["seed"]))
         check_batch_fits(
             model,
             data,

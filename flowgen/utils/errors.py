@@ -8,7 +8,7 @@ SYSTEM_DIRS = ("/dev", "/proc", "/sys")
 
 
 class UserError(ValueError):
-    """A mistake of the user. Its message is plain English and says how to fix it."""
+    """A mistake of the user. Its message is plain English and names the fix."""
 
 
 def check_whole(low: int = 1, high: float = math.inf, **values: object) -> None:
@@ -25,7 +25,7 @@ def check_number(low: float = 0.0, **values: object) -> None:
     """Raise `UserError` unless every value is a finite number of at least `low`."""
     for name, value in values.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value < low:  # type: ignore[arg-type,operator]
+        if not is_number or not low <= value < math.inf:  # type: ignore[operator]
             raise UserError(f"{name} must be a number of at least {low:g}, not {value!r}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path, then flush the file written there and rename it to `path`.
 
-    A crash, a full disk or an exception leaves the previous file as it was. The temporary path is
+    A crash, a full disk or an exception leaves the previous file unchanged. The temporary path is
     NAME.part in the same directory, which must exist.
 
     Example:

@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves: sections of text, tables and pictures in one HTML file."""
+"""Reports in one HTML file: sections of text, tables and pictures."""
 
 import base64
 from collections.abc import Sequence
@@ -8,53 +8,76 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader
 
 from flowgen.utils.errors import UserError
+from flowgen.utils.files import atomic_write
 
 
 class Picture(NamedTuple):
-    """A picture under a caption; a number, where there is one, stands before it and is the picture's anchor."""
+    """A picture with a caption.
+
+    Attributes:
+        caption: Text below the picture.
+        source: The picture as a data URL.
+        number: Number of the figure, if it has one; also its anchor.
+    """
 
     caption: str
-    source: str  # a data URL
+    source: str
     number: str = ""
 
 
 class Section(NamedTuple):
-    """Part of a page; what is empty is left out. Text is escaped, but for what is `markupsafe.Markup`."""
+    """A section of a page. Text is escaped, except `markupsafe.Markup`. Empty parts are omitted.
+
+    Attributes:
+        anchor: Target of links to the section.
+        title: Heading.
+        paragraphs: Text.
+        table: Rows of cells. The first row is the header.
+        pictures: Pictures below the table.
+        details: A summary, and text that unfolds when it is clicked.
+    """
 
     anchor: str
     title: str
     paragraphs: Sequence[str] = ()
-    table: Sequence[Sequence[str]] = ()  # the first row is its head
+    table: Sequence[Sequence[str]] = ()
     pictures: Sequence[Picture] = ()
-    details: tuple[str, str] | None = None  # a heading, and what it folds away
+    details: tuple[str, str] | None = None
 
 
 def write_html(
     path: Path, title: str, lead: Sequence[str], sections: Sequence[Section], contents: bool = False
 ) -> None:
-    """Write the page, aside and renamed; `contents` lists its sections after the lead."""
-    pages = Environment(
+    """Write a page.
+
+    Args:
+        path: The HTML file.
+        title: Title of the page.
+        lead: Paragraphs before the first section.
+        sections: Sections of the page.
+        contents: Add a table of contents after the lead.
+    """
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = pages.get_template("document.html").render(
+    page = environment.get_template("document.html").render(
         title=title, lead=lead, sections=sections, contents=contents
     )
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(page)
-    aside.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(page)
 
 
 def data_url(path: Path) -> str:
-    """The file inside its own address. Raises FlowgenError where it cannot be read."""
+    """Return an image file as a data URL."""
     try:
-        return encoded(path.read_bytes(), path.suffix[1:])
+        return image_data_url(path.read_bytes(), path.suffix[1:])
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): make it again") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): create it again") from error
 
 
-def encoded(data: bytes, kind: str) -> str:
-    """The data of an image of this kind, as png, inside its own address."""
+def image_data_url(data: bytes, kind: str) -> str:
+    """Return the content of an image file of a kind such as "png" as a data URL."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,8 @@
-"""Points of the plane, kept as images of two channels and one pixel, so that every flow of images is one of the plane."""
+"""Images as pictures: grids, PNG, GIF and zip files.
+
+Points of the plane are images of two channels and one pixel, so that every flow of images can also
+be trained on points.
+"""
 
 import io
 import math
@@ -11,141 +15,140 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flowgen.utils import plots
+from flowgen.utils.files import atomic_write
 
 TOY2D_SHAPE = (2, 1, 1)
+MIN_SIDE = 56  # pixels; smaller images are enlarged by an integer factor
+GAP = 2  # pixels between the images of a grid
+ORANGE = torch.tensor([217.0, 95.0, 2.0])
+BLUE = torch.tensor([8.0, 81.0, 156.0])
 
 
 def is_toy2d(shape: Sequence[int]) -> bool:
-    """Whether images of this shape (channels, height, width) are points."""
+    """Return True if images of this shape (channels, height, width) are points of the plane."""
     return tuple(shape) == TOY2D_SHAPE
 
 
-SMALLEST_SIDE = 56  # pixels on the page; smaller images are enlarged by a whole factor
-GAP = 2  # pixels between the images of a grid
+def image_grid(images: Tensor, bits: int, columns: int, side: int = MIN_SIDE) -> Image.Image:
+    """Draw images in a grid, or points of the plane as a scatter plot.
 
-
-def to_image(images: Tensor, bits: int, columns: int, side: int = SMALLEST_SIDE) -> Image.Image:
-    """A grid of images, (N, channels, height, width) levels, `columns` in a row, or a plot of points of the plane.
-
-    Images smaller than `side` pixels are enlarged.
+    Args:
+        images: Pixel values, uint8 (N, channels, height, width), or points (N, 2, 1, 1).
+        bits: Bits of a pixel value.
+        columns: Number of images in a row.
+        side: Smaller images are enlarged to at least this many pixels.
     """
     if is_toy2d(images.shape[1:]):
         return plots.scatter(images.flatten(1).cpu(), 2**bits)
     factor = -(-side // min(images.shape[-2:]))
-    pixels = _bytes(images, bits).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return _grid([picture_of(image) for image in pixels], columns)
+    pixels = _to_bytes(images, bits).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    tiles = [to_pil(image) for image in pixels]
+    return tiles[0].convert("RGB") if len(tiles) == 1 else _tile(tiles, columns, GAP)
 
 
-def picture_of(pixels: Tensor) -> Image.Image:
-    """One image of bytes (channels, height, width), grey or in colour. torchvision's takes two seconds to import."""
+def to_pil(pixels: Tensor) -> Image.Image:
+    """Convert one image of 8 bits, uint8 (channels, height, width), grayscale or RGB."""
     return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
 
 
-def _grid(pictures: list[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size, `columns` in a row on white; one alone has no border."""
-    if len(pictures) == 1:
-        return pictures[0].convert("RGB")
-    width, height = pictures[0].width + GAP, pictures[0].height + GAP
-    page = Image.new(
-        "RGB",
-        (width * min(columns, len(pictures)) + GAP, height * -(-len(pictures) // columns) + GAP),
-        "white",
-    )
-    for place, picture in enumerate(pictures):
-        page.paste(picture, (place % columns * width + GAP, place // columns * height + GAP))
+def _tile(tiles: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
+    """Arrange images in rows on white, with a gap around each."""
+    width = max(tile.width for tile in tiles) + gap
+    height = max(tile.height for tile in tiles) + gap
+    rows = -(-len(tiles) // columns)
+    size = (width * min(columns, len(tiles)) + gap, height * rows + gap)
+    page = Image.new("RGB", size, "white")
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, columns)
+        page.paste(tile, (column * width + gap, row * height + gap))
     return page
 
 
-def archive(batches: Iterable[Tensor], bits: int, path: Path) -> None:
-    """A zip of images, 0000000.png and so on, each as large as it is, written as they come."""
-    part, place = path.with_name(f"{path.name}.part"), 0
-    try:
-        with zipfile.ZipFile(part, "w") as target:
-            for images in batches:
-                for image in images:
-                    target.writestr(f"{place:07d}.png", png(image, bits))
-                    place += 1
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def save_zip(batches: Iterable[Tensor], bits: int, path: Path) -> None:
+    """Write images in their own size to a zip of 0000000.png, 0000001.png, ...
+
+    Each batch is written before the next one is drawn.
+    """
+    index = 0
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for images in batches:
+            for image in images:
+                archive.writestr(f"{index:07d}.png", encode_png(image, bits))
+                index += 1
 
 
-def png(images: Tensor, bits: int) -> bytes:
-    """One image (channels, height, width), as large as it is."""
-    return file_of(picture_of(_bytes(images, bits)))
+def encode_png(image: Tensor, bits: int) -> bytes:
+    """Return one image, uint8 (channels, height, width), as a PNG of the same size."""
+    return to_png(to_pil(_to_bytes(image, bits)))
 
 
-def file_of(picture: Image.Image) -> bytes:
-    """As a PNG."""
+def to_png(picture: Image.Image) -> bytes:
+    """Return the PNG of a picture."""
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
 
 
-def _bytes(images: Tensor, bits: int) -> Tensor:
-    """Levels as brightness from 0 to 255."""
+def _to_bytes(images: Tensor, bits: int) -> Tensor:
+    """Scale pixel values of `bits` bits to 0..255."""
     return (images.cpu().int() * 255 // (2**bits - 1)).to(torch.uint8)
 
 
-def signed(weights: Tensor, columns: int = 20, most: int = 400) -> Image.Image:
-    """Weights (count, channels, height, width) as tiles: blue below zero, white at zero, orange above, each on its own scale."""
-    scaled = weights[:most].mean(1).cpu().float()
+def weight_grid(weights: Tensor, columns: int = 20, max_tiles: int = 400) -> Image.Image:
+    """Draw weights as tiles: blue for negative values, white for zero, orange for positive ones.
+
+    Args:
+        weights: (count, channels, height, width). The channels are averaged, and each tile is
+            scaled by its largest absolute value.
+        columns: Number of tiles in a row.
+        max_tiles: Only the first tiles are drawn.
+    """
+    scaled = weights[:max_tiles].mean(1).cpu().float()
     scaled = scaled / scaled.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
-    above, below = torch.tensor([217, 95, 2.0]), torch.tensor([8, 81, 156.0])
-    end = torch.where(scaled[..., None] > 0, above, below)
-    color_weights = 255 + (end - 255) * scaled.abs()[..., None]
-    return to_image(
-        color_weights.round().to(torch.uint8).permute(0, 3, 1, 2),
-        8,
-        columns=min(columns, len(scaled)),
-    )
+    color = torch.where(scaled[..., None] > 0, ORANGE, BLUE)
+    pixels = 255 + (color - 255) * scaled.abs()[..., None]
+    tiles = pixels.round().to(torch.uint8).permute(0, 3, 1, 2)
+    return image_grid(tiles, 8, columns=min(columns, len(tiles)))
 
 
-def blocks(titled: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Image.Image:
-    """Grids one above the other, each under its title."""
-    return stack([(title, to_image(images, bits, columns)) for title, images in titled])
+def titled_grids(grids: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Image.Image:
+    """Draw a grid for each title and its images, one below the other."""
+    return stack_titled([(title, image_grid(images, bits, columns)) for title, images in grids])
 
 
-def stack(titled: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures one above the other, each under its title of one line or more."""
+def stack_titled(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Arrange pictures one below the other, each under its title of one or more lines."""
     font = ImageFont.load_default(14)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    boxes = [measure.multiline_textbbox((4, 4), title, font) for title, _ in titled]
-    bars = [math.ceil(box[3]) + 4 for box in boxes]
-    width = max(
-        *(picture.width for _, picture in titled), *(math.ceil(box[2]) + 4 for box in boxes)
-    )
-    page = Image.new(
-        "RGB", (width, sum(bars) + sum(picture.height for _, picture in titled)), "white"
-    )
-    draw, top = ImageDraw.Draw(page), 0
-    for (title, picture), bar in zip(titled, bars, strict=True):
+    boxes = [measure.multiline_textbbox((4, 4), title, font) for title, _ in pictures]
+    title_heights = [math.ceil(box[3]) + 4 for box in boxes]
+    widths = [picture.width for _, picture in pictures]
+    widths += [math.ceil(box[2]) + 4 for box in boxes]
+    height = sum(title_heights) + sum(picture.height for _, picture in pictures)
+    page = Image.new("RGB", (max(widths), height), "white")
+    draw = ImageDraw.Draw(page)
+    top = 0
+    for (title, picture), title_height in zip(pictures, title_heights, strict=True):
         draw.multiline_text((4, top + 4), title, fill="black", font=font)
-        page.paste(picture, (0, top + bar))
-        top += picture.height + bar
+        page.paste(picture, (0, top + title_height))
+        top += picture.height + title_height
     return page
 
 
-def tiles(
+def titled_tiles(
     images: Tensor, bits: int, titles: Sequence[str], columns: int, side: int = 112
 ) -> Image.Image:
-    """Images (N, channels, height, width), `columns` in a row, each under its own title."""
-    cells = [
-        stack([(title, to_image(each[None], bits, 1, side))])
-        for each, title in zip(images, titles, strict=True)
+    """Draw images (N, channels, height, width) in a grid, each under its own title."""
+    tiles = [
+        stack_titled([(title, image_grid(image[None], bits, 1, side))])
+        for image, title in zip(images, titles, strict=True)
     ]
-    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
-    page = Image.new(
-        "RGB", (width * min(columns, len(cells)), height * -(-len(cells) // columns)), "white"
-    )
-    for place, cell in enumerate(cells):
-        page.paste(cell, (place % columns * width, place // columns * height))
-    return page
+    return _tile(tiles, columns, 0)
 
 
-def film(
-    frames: Sequence[Tensor], bits: int, columns: int, path: Path, milliseconds: int = 80
+def save_gif(
+    frames: Sequence[Tensor], bits: int, columns: int, path: Path, frame_milliseconds: int = 80
 ) -> None:
-    """An endless GIF, one grid a frame."""
-    first, *rest = (to_image(frame, bits, columns) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    """Write an endless GIF with one image grid per frame."""
+    first, *rest = (image_grid(frame, bits, columns) for frame in frames)
+    first.save(path, save_all=True, append_images=rest, duration=frame_milliseconds, loop=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowgen.serving.session import ModelSession
 from flowgen.utils import rendering
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
-from flowgen.utils.html import encoded
+from flowgen.utils.html import image_data_url
 
 MOST_SEED = 2**53 - 1  # that a browser's numbers hold exactly
 PREFIX = "data:image/png;base64,"
@@ -128,7 +128,7 @@ def complete(answers: ModelSession, payload: Payload) -> dict[str, Any]:
     }
     question = str(payload["question"]) if "question" in payload else None
     shown, figures = answers.inpaint(images, known, **how, question=question)
-    mean, spread, *draws = [encoded(rendering.png(image, 8), "png") for image in shown]
+    mean, spread, *draws = [image_data_url(rendering.encode_png(image, 8), "png") for image in shown]
     command = answers.command("complete", "a.png", keep="mask.png", **how)
     return {"mean": mean, "spread": spread, "draws": draws, "figures": figures, "command": command}
 
@@ -145,13 +145,13 @@ def advance(answers: ModelSession, payload: Payload) -> dict[str, Any]:
         "chain", **_chains(answers, payload), sweeps=sweeps, frames=max(frames, 1)
     )
     return {
-        "pictures": [encoded(rendering.png(image, 8), "png") for image in frame],
+        "pictures": [image_data_url(rendering.encode_png(image, 8), "png") for image in frame],
         "command": command,
     }
 
 
 def filters(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    return {"picture": encoded(rendering.file_of(answers.filters()), "png")}
+    return {"picture": image_data_url(rendering.to_png(answers.filters()), "png")}
 
 
 HANDLERS = (
@@ -176,7 +176,7 @@ ENDPOINTS: dict[str, Callable[[ModelSession, Payload], dict[str, Any]]] = {
 
 def _shown(answers: ModelSession, images: Tensor) -> list[str]:
     """Each image as the address of a PNG that holds its levels exactly."""
-    return [encoded(rendering.png(image, answers.model.bits), "png") for image in images]
+    return [image_data_url(rendering.encode_png(image, answers.model.bits), "png") for image in images]
 
 
 def _chains(answers: ModelSession, payload: Payload) -> dict[str, Any]:
