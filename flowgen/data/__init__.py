@@ -16,7 +16,7 @@ _MODULES = {
     "Toy2D": "toy2d",
 }
 
-__all__ = list(_MODULES)  # noqa: PLE0604
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -154,7 +154,7 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
     page.savefig(path, dpi=120, format="png")
 
 
-def scatter(points: Tensor, end: float) -> Image.Image:
+def scatter_plot(points: Tensor, end: float) -> Image.Image:
     """Plot points (N, 2) in the square from 0 to `end`."""
     from matplotlib.figure import Figure
 

@@ -39,7 +39,7 @@ def image_grid(images: Tensor, bits: int, columns: int, side: int = MIN_SIDE) ->
         side: Smaller images are enlarged to at least this many pixels.
     """
     if is_toy2d(images.shape[1:]):
-        return plots.scatter(images.flatten(1).cpu(), 2**bits)
+        return plots.scatter_plot(images.flatten(1).cpu(), 2**bits)
     factor = -(-side // min(images.shape[-2:]))
     pixels = _to_bytes(images, bits).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     tiles = [to_pil(image) for image in pixels]
