@@ -81,9 +81,8 @@ def test_labels_go_with_their_images():
         for image in images
     ]
     assert torch.equal(labels, data.train.labels[place].long()) and labels.dtype == torch.long
-    assert (
-        ImageDataset(*[Split(data.train.images)] * 3, bits=8, flip=False).draw(0, 4, 0)[1] is None
-    )
+    unlabeled = ImageDataset(*[Split(data.train.images)] * 3, bits=8)
+    assert unlabeled.train_batch(0, 4, 0)[1] is None
 
 
 def test_a_trained_flow_tells_classes_apart_and_draws_the_one_asked_for(trained):

@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 from conftest import SMALL
-from test_house import compose_config
+from test_architecture import compose_config
 from test_training import rows
 
 from flowgen.bijections import reversible as memory_module

@@ -43,7 +43,7 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     """A flow that has learnt a set a little, the set, and its figure before that."""
     torch.manual_seed(0)
     flow, name = request.param
-    model, data = FLOWS[flow](), Toy2D(name=name, count=5000, bits=8, random_flip=False)
+    model, data = FLOWS[flow](), Toy2D(name=name, num_points=5000, bits=8, random_flip=False)
     model.initialize(data.train_batch(0, 1000, 0)[0])
     start = model.eval().evaluate(data.batches("test", 1000))["bits_per_dim"].value
     fit(model, lambda step: data.train_batch(256 * step, 256, 0), steps=150, lr=3e-3)

@@ -20,7 +20,7 @@ import torch
 from conftest import save_image
 from original_images import original_images
 from PIL import Image
-from test_house import compose_config, shape_of
+from test_architecture import compose_config, shape_of
 from test_report import Page
 
 from flowgen.config.compose import group_options
