@@ -354,7 +354,9 @@ class RealNVPNetwork(Conditioner):
         super().__init__()
         self.first = weight_norm(nn.Conv2d(in_channels, width, 3, padding=1))
         self.blocks = nn.ModuleList(
-            nn.Sequential(*self._bn_relu_conv(width, width, 3), *self._bn_relu_conv(width, width, 3))
+            nn.Sequential(
+                *self._bn_relu_conv(width, width, 3), *self._bn_relu_conv(width, width, 3)
+            )
             for _ in range(num_blocks)
         )
         self.last = nn.Sequential(*self._bn_relu_conv(width, out_channels, 1))

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowgen.bijections.chain import supports_checkpointing
-from flowgen.bijections.reversible import MEMORY
+from flowgen.bijections.base import supports_checkpointing
+from flowgen.bijections.reversible import ACTIVATION_MEMORY
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training.threads import use_threads
@@ -119,7 +119,7 @@ class Runtime:
         activation_memory: str,
     ):
         check_choice((True, False), compile=compile)
-        check_choice(MEMORY, activation_memory=activation_memory)
+        check_choice(ACTIVATION_MEMORY, activation_memory=activation_memory)
         if compile and activation_memory == "reversible":
             raise UserError(
                 "memory=invert cannot be compiled: set trainer.compile=false, or trainer.activation_memory=checkpoint"

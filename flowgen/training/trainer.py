@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.bijections.batchnorm import batch_norm_layers
-from flowgen.bijections.chain import set_activation_memory
+from flowgen.bijections.base import set_activation_memory
+from flowgen.bijections.networks import batch_norm_layers
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training.device import Runtime, check_batch_fits, peak_memory, reset_peak_memory
@@ -266,8 +266,20 @@ class Training:
         )
         for images, labels in parts:
             with self.machine.autocast(), split(self.team):
-                loss = model(images, labels) / len(parts)
+                loss = self._loss(model, images, labels) / len(parts)
             yield loss
+
+    @staticmethod
+    def _loss(model: Callable[..., Tensor], images: Tensor, labels: Tensor | None) -> Tensor:
+        try:
+            return model(images, labels)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):  # from batch norm layers
+                raise UserError(
+                    "batch normalization needs more than one image per micro-batch: "
+                    "increase trainer.batch_size, or decrease trainer.grad_accum_steps"
+                ) from error
+            raise
 
     def rollback(self) -> None:
         """To a good checkpoint, which the data and the random numbers follow; what was not compiled calls the hooks of the diagnosis."""
@@ -426,7 +438,10 @@ class Trainer:
             raise UserError(
                 "batch normalisation and several processes are compiled with trainer.activation_memory=store alone: leave out one or the other"
             )
-        set_activation_memory(model, self.machine.activation_memory)
+        try:
+            set_activation_memory(model, self.machine.activation_memory)
+        except ValueError as error:
+            raise UserError(f"trainer.activation_memory: {error}") from error
         reset_peak_memory(self.machine.device)
         data.to(self.machine.device)
         model.to(self.machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

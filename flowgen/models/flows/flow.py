@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.batchnorm import batch_norm_layers
 from flowgen.bijections.elementwise import EmpiricalCDF, Logit
+from flowgen.bijections.networks import batch_norm_layers
 from flowgen.models.base import (
     QUICK_EVAL,
     ClassConditional,
