@@ -293,20 +293,21 @@ class TokenAutoregressive(Bijection):
         x = z
         log_det = z.new_zeros(z.shape[:2])
         num_final = 0  # leading tokens that no longer change
-        iteration = 0
-        for iteration in range(1, z.shape[1] + 1):
+        num_iterations = 0
+        for _ in range(z.shape[1]):
+            num_iterations += 1
             contexts = network(x, condition)[:, num_final:]
             previous = x[:, num_final:]
             updated, change = _map_tokens(head.inverse, z[:, num_final:], contexts)
             x = torch.cat((x[:, :num_final], updated), 1)
             log_det = torch.cat((log_det[:, :num_final], change), 1)
             limit = self.tolerance * updated.abs().clamp(min=1)
-            moved = ((updated - previous).abs() > limit).any(2).any(0)
-            if not moved.any():
+            changed = ((updated - previous).abs() > limit).any(2).any(0)
+            if not changed.any():
                 break
-            # The contexts of the first token that moved depend on final tokens only.
-            num_final += int(moved.int().argmax()) + 1
-        self.num_iterations = iteration
+            # The contexts of the first token that changed depend on final tokens only.
+            num_final += int(changed.int().argmax()) + 1
+        self.num_iterations = num_iterations
         return x, log_det.sum(1)
 
     def _to_tokens(self, x: Tensor) -> Tensor:

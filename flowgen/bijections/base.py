@@ -42,7 +42,7 @@ class Bijection(nn.Module, ABC):
 
     @property
     def supports_reversible(self) -> bool:
-        """Whether the inverse is cheap, and accurate enough to differentiate at its result."""
+        """True if the inverse is cheap and accurate enough to differentiate at its result."""
         return False
 
     def invert_and_recompute(
@@ -263,7 +263,7 @@ def _check_reversible(bijection: nn.Module) -> None:
 def inversion_error(model: nn.Module) -> float | None:
     """Return the largest error of the activations recovered since the last call, and reset it.
 
-    The error is relative to the largest activation. It is None if nothing was recovered.
+    The error is relative to the largest activation. The result is None without recovered ones.
     """
     chains = _chains(model)
     errors = [error for chain in chains for error in chain.inversion_errors]

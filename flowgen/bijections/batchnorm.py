@@ -104,7 +104,7 @@ class BatchNorm(Bijection):
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """Reshape (channels,) so that it broadcasts over x."""
+    """Reshape (channels,) to broadcast over x."""
     return values.view(-1, *[1] * (x.dim() - 2))
 
 

@@ -66,7 +66,7 @@ class VelocityField(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return the velocity (batch, dim) of x (batch, dim) at the time t, a scalar or (batch,)."""
+        """Return the velocity (batch, dim) of x at time t, which is a scalar or (batch,)."""
         frequencies = torch.arange(1, NUM_FREQUENCIES + 1, device=x.device, dtype=x.dtype)
         angles = math.pi * t.expand(len(x))[:, None] * frequencies
         time_embedding = torch.cat((angles.cos(), angles.sin()), 1)
@@ -98,8 +98,8 @@ class CNF(Bijection):
         ...     def forward(self, x, t, condition=None):
         ...         return -x
         >>> flow = CNF(Shrink(), tolerance=1e-6, exact_trace_dims=4)
-        >>> z, log_det = flow(torch.ones(1, 2))  # z = e x
-        >>> z, log_det
+        >>> z, log_det = flow(torch.ones(1, 2))
+        >>> z.detach(), log_det.detach()  # z = e x
         (tensor([[2.7183, 2.7183]]), tensor([2.0000]))
     """
 
@@ -156,7 +156,7 @@ class CNF(Bijection):
         return positions[-1], log_dets[-1]
 
     def _directions(self, x: Tensor) -> Tensor:
-        """Return the directions of the trace, (directions, batch, dim): all axes, or random signs."""
+        """Return all axes, or random signs per image: (directions, batch, dim)."""
         if x.shape[1] <= self.exact_trace_dims:
             axes = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
             return axes[:, None].expand(-1, len(x), -1)

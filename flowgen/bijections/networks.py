@@ -114,7 +114,7 @@ class NormalizedConv2d(Conditioner):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.dilation > 1:
             # The CPU's bfloat16 weight gradient of a dilated channels-last convolution is NaN
             # for images of 32x32 and larger (torch 2.13).
@@ -221,9 +221,10 @@ class ResidualBlock(Conditioner):
 
 
 class ConvNetwork(Sequential):
-    """Glow's conditioner: conv3x3 -> ActNorm -> ReLU -> conv1x1 -> ActNorm -> ReLU -> zero conv3x3.
+    """The conditioner of Glow.
 
-    Glow (1807.03039), section 5.
+    conv3x3 -> ActNorm -> ReLU -> conv1x1 -> ActNorm -> ReLU -> zero conv3x3. Glow (1807.03039),
+    section 5.
 
     Args:
         in_channels: Channels of the input, including those of the condition.
@@ -246,8 +247,9 @@ class ConvNetwork(Sequential):
 
 
 class ResNetwork(Sequential):
-    """A residual conditioner: conv3x3 -> ActNorm -> ReLU -> blocks -> ActNorm -> ReLU -> zero conv3x3.
+    """A residual conditioner.
 
+    conv3x3 -> ActNorm -> ReLU -> residual blocks -> ActNorm -> ReLU -> zero conv3x3.
     V. Sydorskyi, bachelor thesis (Kyiv Polytechnic Institute, 2020), section 3.5, with one block.
 
     Example:
@@ -291,9 +293,10 @@ class GatedBlock(Conditioner):
 
 
 class GatedNetwork(Sequential):
-    """A WaveNet-like conditioner: conv3x3 -> ActNorm -> blocks -> ActNorm -> ReLU -> zero conv3x3.
+    """A conditioner with gated blocks, as in WaveNet.
 
-    The gated blocks have the dilations 1, 2, 4, 1, 2, 4, ...
+    conv3x3 -> ActNorm -> gated blocks -> ActNorm -> ReLU -> zero conv3x3. The dilations of the
+    blocks are 1, 2, 4, 1, 2, 4, ...
 
     Example:
         >>> GatedNetwork(2, 16, 4, num_blocks=3)(torch.randn(5, 2, 8, 8)).shape

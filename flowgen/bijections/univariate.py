@@ -255,7 +255,7 @@ class Spline(Transform):
         slope = height / width
         rise = (y - bottom).clamp(min=0)
         curvature = left_slope + right_slope - 2 * slope
-        # t solves a t^2 + b t + c = 0, equations 6 to 8 of the paper, in a form without cancellation.
+        # The root of a quadratic equation (6 to 8 in the paper), in a form without cancellation.
         a = height * (slope - left_slope) + rise * curvature
         b = height * left_slope - rise * curvature
         discriminant = (b.square() + 4 * a * slope * rise).clamp(min=0)
