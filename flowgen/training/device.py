@@ -144,7 +144,7 @@ def check_batch_fits(
     model: GenerativeModel, data: ImageDataset, machine: Runtime, batch_size: int, parts: int
 ) -> None:
     """Raises FlowgenError, with the largest batch that fits, where what one of its `parts` keeps for the backward pass does not."""
-    sizes = [_kept(model, machine, *data.draw(0, count, 0)) for count in (2, 4)]
+    sizes = [saved_tensor_bytes(model, machine, *data.draw(0, count, 0)) for count in (2, 4)]
     each = max(0, sizes[1] - sizes[0]) // 2
     free = (
         torch.cuda.mem_get_info(machine.device)[0]
@@ -159,7 +159,7 @@ def check_batch_fits(
     check_memory("trainer.batch_size", batch_size, -(-each // parts), cure, free)
 
 
-def _kept(model: GenerativeModel, machine: Runtime, images: Tensor, labels: Tensor | None) -> int:
+def saved_tensor_bytes(model: GenerativeModel, machine: Runtime, images: Tensor, labels: Tensor | None) -> int:
     """Bytes of the tensors that the backward pass of a batch keeps."""
     kept: dict[int, int] = {}
     buffers = [

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -266,20 +267,8 @@ class Training:
         )
         for images, labels in parts:
             with self.machine.autocast(), split(self.team):
-                loss = self._loss(model, images, labels) / len(parts)
+                loss = model(images, labels) / len(parts)
             yield loss
-
-    @staticmethod
-    def _loss(model: Callable[..., Tensor], images: Tensor, labels: Tensor | None) -> Tensor:
-        try:
-            return model(images, labels)
-        except ValueError as error:
-            if "more than 1 value per channel" in str(error):  # from batch norm layers
-                raise UserError(
-                    "batch normalization needs more than one image per micro-batch: "
-                    "increase trainer.batch_size, or decrease trainer.grad_accum_steps"
-                ) from error
-            raise
 
     def rollback(self) -> None:
         """To a good checkpoint, which the data and the random numbers follow; what was not compiled calls the hooks of the diagnosis."""
@@ -466,15 +455,30 @@ class Trainer:
         training = Training(
             self.cadence, self.optimisation, self.machine, state, data, run, config, team
         )
-        if checkpoint is None:
-            training.save()
-        if self.machine.compile:
-            warm_up(training)
-        stopped = training.loop()
+        with explain_small_batches():
+            if checkpoint is None:
+                training.save()
+            if self.machine.compile:
+                warm_up(training)
+            stopped = training.loop()
         team.broadcast_from_main(
             lambda: None
         )  # a launcher would end the one that saves when another has ended
         return stopped
+
+
+@contextmanager
+def explain_small_batches() -> Iterator[None]:
+    """Turn the error of batch norm layers for one image into one that names the setting."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "batch normalization needs more than one image per micro-batch: "
+            "increase trainer.batch_size, or decrease trainer.grad_accum_steps"
+        ) from error
 
 
 def warm_up(training: Training) -> None:

@@ -168,9 +168,9 @@ class TarFlow(Flow, SupportsTokenSampling):
         with self._blocks_are(exact=True):
             return super().encode(images, generator)
 
-    def _carry(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.guidance:
-            return super()._carry(z, one_hot)
+            return super()._invert(z, one_hot)
         if one_hot is None or not self.affine or not self.condition_networks:
             raise UserError(
                 "guidance needs classes and affine maps: train with model.num_classes=10 model.transform=affine"
