@@ -263,7 +263,7 @@ def _check_reversible(bijection: nn.Module) -> None:
 def inversion_error(model: nn.Module) -> float | None:
     """Return the largest error of the activations recovered since the last call, and reset it.
 
-    The error is relative to the largest activation. The result is None without recovered ones.
+    The error is relative to the largest activation; without recovered ones the result is `None`.
     """
     chains = _chains(model)
     errors = [error for chain in chains for error in chain.inversion_errors]
