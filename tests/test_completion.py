@@ -11,8 +11,7 @@ from test_cli import assert_plain
 from test_models import MODELS, noise, started
 from torch import Tensor
 
-from flowgen.bijections.base import Bijection
-from flowgen.bijections.chain import Chain
+from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import MarginalGaussianization
 from flowgen.commands.complete import linear
 from flowgen.models.flows.flow import Flow

@@ -46,7 +46,7 @@ def small(**changes: object) -> FlowMatching:
 
 def test_a_linear_velocity_is_followed_as_its_matrix_exponential_says():
     matrix = torch.randn(6, 6, dtype=torch.float64)
-    flow, x = CNF(Linear(matrix), 1e-10, exact=6), torch.randn(5, 6, dtype=torch.float64)
+    flow, x = CNF(Linear(matrix), 1e-10, exact_trace_dims=6), torch.randn(5, 6, dtype=torch.float64)
     z, log_det = flow(x)
     assert torch.allclose(z, x @ torch.linalg.matrix_exp(-matrix).T, atol=1e-8)
     assert torch.allclose(log_det, -matrix.trace().expand(5), atol=1e-8)
@@ -54,7 +54,7 @@ def test_a_linear_velocity_is_followed_as_its_matrix_exponential_says():
 
 def test_the_estimate_is_unbiased_and_the_same_for_the_same_image_in_any_company():
     matrix = torch.randn(6, 6, dtype=torch.float64)
-    flow, x = CNF(Linear(matrix), 1e-6, exact=0), torch.randn(5000, 6, dtype=torch.float64)
+    flow, x = CNF(Linear(matrix), 1e-6, exact_trace_dims=0), torch.randn(5000, 6, dtype=torch.float64)
     with torch.no_grad():
         log_det = flow(x)[1]
         again, other, alone = flow(x)[1], flow(x + 1)[1], flow(x[7:8])[1]
@@ -161,7 +161,7 @@ def test_in_the_plane_it_learns_a_density_that_integrates_to_one_and_inverts():
 
 
 def test_a_flow_that_no_solver_follows_gives_no_numbers():
-    flow = CNF(Linear(torch.full((2, 2), 1e30)), 1e-6, exact=2)
+    flow = CNF(Linear(torch.full((2, 2), 1e30)), 1e-6, exact_trace_dims=2)
     x, log_det = flow.inverse(torch.ones(3, 2))
     assert x.isnan().all() and log_det.isnan().all()
 
@@ -177,7 +177,7 @@ def test_a_model_built_without_data_leaves_the_solver_whole(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     with torch.device("meta"):
         load_from_checkpoint("flow_matching")
-    assert CNF(Linear(torch.eye(2)), 1e-3, exact=2)(torch.ones(1, 2))[0].isfinite().all()
+    assert CNF(Linear(torch.eye(2)), 1e-3, exact_trace_dims=2)(torch.ones(1, 2))[0].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Data sets in the formats that they are published in: small files of the exact layout, whole and damaged."""
+"""Tests of data sets in their published formats, with small intact and damaged files."""
 
 import io
 import struct
@@ -20,16 +20,19 @@ from flowgen.data.imagenet import DownsampledImageNet
 from flowgen.data.svhn import SVHN
 from flowgen.utils.errors import UserError
 
-HOW = {"search_dirs": [], "bits": 8, "random_flip": False}
+OPTIONS = {"search_dirs": [], "bits": 8, "random_flip": False}
 
 
-def dataset_name(count: int, side: int = 32) -> Tensor:
-    return torch.randint(256, (count, 3, side, side), dtype=torch.uint8)
+def random_images(count: int, size: int = 32) -> Tensor:
+    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
 
 
 def write_cifar(folder: Path, archived: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Five batches and a test batch: a byte of class, then 3072 of image, a record; loose or in the archive."""
-    images, labels = dataset_name(60), torch.arange(60) % 10
+    """Write five training batches and a test batch, as files or as the archive.
+
+    A record has one byte for the class and 3072 bytes for the image.
+    """
+    images, labels = random_images(60), torch.arange(60) % 10
     parts = {
         f"data_batch_{number + 1}.bin": slice(10 * number, 10 * number + 10) for number in range(5)
     } | {"test_batch.bin": slice(50, 60)}
@@ -51,7 +54,10 @@ def write_cifar(folder: Path, archived: bool = False) -> tuple[Tensor, Tensor, T
 
 
 def element(kind: int, data: bytes) -> bytes:
-    """A data element of a MAT file: what has at most four bytes stands in its tag, the rest is padded to eight."""
+    """Return a data element of a MAT file.
+
+    Up to four bytes of data are part of the tag; longer data is padded to multiples of eight.
+    """
     if len(data) <= 4:
         return struct.pack("<HH", kind, len(data)) + data.ljust(4, b"\0")
     return struct.pack("<II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
@@ -71,8 +77,11 @@ def matrix(name: str, values: Tensor, number: int, array: int) -> bytes:
 
 
 def write_svhn(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """X (32, 32, 3, N) of uint8 and y (N, 1) of uint8 or double, compressed, where 10 stands for the digit 0."""
-    images, labels = dataset_name(40), torch.arange(40) % 10
+    """Write X (32, 32, 3, N) as uint8 and y (N, 1) as uint8 or double, compressed.
+
+    Label 10 is the digit 0.
+    """
+    images, labels = random_images(40), torch.arange(40) % 10
     folder.mkdir(parents=True)
     header = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x0100) + b"IM"
     for name, part, (number, array) in (
@@ -104,9 +113,12 @@ def npy(values: Tensor, descr: str) -> bytes:
     )
 
 
-def write_imagenet(folder: Path, side: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two batches and the validation file: data (N, 3072) of uint8, labels from 1 to 1000, and for the first the mean."""
-    images, labels = dataset_name(50, side), torch.arange(50) * 20
+def write_imagenet(folder: Path, size: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Write two training batches and the validation file.
+
+    They contain data (N, 3 size^2) as uint8, labels from 1 to 1000, and the mean image.
+    """
+    images, labels = random_images(50, size), torch.arange(50) * 20
     folder.mkdir(parents=True)
     for name, part in (
         ("train_data_batch_1", slice(20)),
@@ -116,90 +128,93 @@ def write_imagenet(folder: Path, side: int = 32) -> tuple[Tensor, Tensor, Tensor
         with zipfile.ZipFile(folder / f"{name}.npz", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("data.npy", npy(images[part].flatten(1), "|u1"))
             archive.writestr("labels.npy", npy(labels[part] + 1, "<i8"))
-            archive.writestr("mean.npy", npy(torch.zeros(3 * side**2, dtype=torch.float64), "<f8"))
+            archive.writestr("mean.npy", npy(torch.zeros(3 * size**2, dtype=torch.float64), "<f8"))
     return images[:40], labels[:40], images[40:], labels[40:]
 
 
 SETS: dict[str, tuple[Callable, Callable[[Path], ImageDataset]]] = {
-    "cifar10": (write_cifar, lambda root: CIFAR10(root=str(root), **HOW)),
-    "svhn": (write_svhn, lambda root: SVHN(root=str(root), **HOW)),
+    "cifar10": (write_cifar, lambda root: CIFAR10(root=str(root), **OPTIONS)),
+    "svhn": (write_svhn, lambda root: SVHN(root=str(root), **OPTIONS)),
     "imagenet32": (
         write_imagenet,
-        lambda root: DownsampledImageNet(root=str(root), size=32, **HOW),
+        lambda root: DownsampledImageNet(root=str(root), size=32, **OPTIONS),
     ),
 }
 
 
-def assert_holds(
+def assert_contains(
     data: ImageDataset, train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor
 ) -> None:
-    assert torch.equal(data.test.images, test) and torch.equal(data.test.labels, test_labels)
-    found = torch.cat((data.train.images, data.validation.images)).flatten(1)
-    classes = torch.cat((data.train.labels, data.validation.labels))
-    places = [int((train.flatten(1) == image).all(1).nonzero()[0, 0]) for image in found]
-    assert sorted(places) == list(range(len(train))) and torch.equal(classes, labels[places])
+    """Check the test split, and that training and validation images divide the training files."""
+    assert torch.equal(data.test.images, test)
+    assert torch.equal(data.test.labels, test_labels)
+    read_images = torch.cat((data.train.images, data.validation.images)).flatten(1)
+    read_labels = torch.cat((data.train.labels, data.validation.labels))
+    index = [int((train.flatten(1) == image).all(1).nonzero()[0, 0]) for image in read_images]
+    assert sorted(index) == list(range(len(train)))
+    assert torch.equal(read_labels, labels[index])
     assert 0 < len(data.validation) < len(data.train)
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_published_set_is_read_as_it_was_written(name, tmp_path):
+def test_published_files_are_read(name, tmp_path):
     write, read = SETS[name]
     written = write(tmp_path / "set")
-    assert_holds(read(tmp_path / "set"), *written)
-    assert_holds(read(tmp_path / "set"), *written)  # by way of the cache, where there is one
+    assert_contains(read(tmp_path / "set"), *written)
+    assert_contains(read(tmp_path / "set"), *written)  # from the cache, if the data set has one
     data = build_data(compose_config(f"data={name}", f"data.root={tmp_path / 'set'}"))
     assert data.image_shape == (3, 32, 32) and data.bits == 8
 
 
-def test_cifar_is_read_out_of_its_archive(tmp_path):
+def test_cifar_is_read_from_its_archive(tmp_path):
     written = write_cifar(tmp_path / "set", archived=True)
     for root in (tmp_path / "set", tmp_path / "set" / "cifar-10-binary.tar.gz"):
-        assert_holds(CIFAR10(root=str(root), **HOW), *written)
+        assert_contains(CIFAR10(root=str(root), **OPTIONS), *written)
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "gone"])
-def test_a_damaged_file_is_named_with_a_cure(name, damage, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "missing"])
+def test_error_for_a_damaged_file_names_it(name, damage, tmp_path):
     write, read = SETS[name]
     write(tmp_path / "set")
-    victim = {
+    file_name = {
         "cifar10": "data_batch_3.bin",
         "svhn": "test_32x32.mat",
         "imagenet32": "val_data.npz",
     }[name]
-    path = tmp_path / "set" / victim
+    path = tmp_path / "set" / file_name
     content = path.read_bytes()
-    if damage == "gone":
+    if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(
             {
                 "cut": content[: len(content) * 2 // 3],
                 "empty": b"",
-                "foreign": b"PK\x03\x04 no such thing" * 9,
+                "foreign": b"PK\x03\x04 not a zip file" * 9,
             }[damage]
         )
-    with pytest.raises(UserError, match=victim):
+    with pytest.raises(UserError, match=file_name):
         read(tmp_path / "set")
 
 
-def test_objects_in_an_npz_are_not_loaded(tmp_path):
+def test_pickled_objects_in_an_npz_are_not_loaded(tmp_path):
     write_imagenet(tmp_path / "set")
     with zipfile.ZipFile(tmp_path / "set" / "train_data_batch_1.npz", "w") as archive:
         archive.writestr(
             "data.npy",
             npy(torch.zeros(3, dtype=torch.uint8), "|O") + b"cos\nsystem\n(S'false'\ntR.",
         )
-    with pytest.raises(UserError, match="is cut short or not a file"):
-        DownsampledImageNet(root=str(tmp_path / "set"), size=32, **HOW)
+    with pytest.raises(UserError, match="is cut short or no"):
+        DownsampledImageNet(root=str(tmp_path / "set"), size=32, **OPTIONS)
 
 
-def test_classes_and_sizes_that_the_set_has_not_are_refused(tmp_path):
+def test_invalid_classes_and_sizes_are_rejected(tmp_path):
     write_cifar(tmp_path / "cifar")
     path = tmp_path / "cifar" / "test_batch.bin"
     path.write_bytes(b"\x0b" + path.read_bytes()[1:])
-    with pytest.raises(UserError, match="other classes than the ten"):
-        CIFAR10(root=str(tmp_path / "cifar"), **HOW)
+    with pytest.raises(UserError, match=r"(beyond|than) the ten"):
+        CIFAR10(root=str(tmp_path / "cifar"), **OPTIONS)
     write_imagenet(tmp_path / "imagenet")
     with pytest.raises(UserError, match="another size than 64x64"):
-        DownsampledImageNet(root=str(tmp_path / "imagenet"), size=64, **HOW)
+        DownsampledImageNet(root=str(tmp_path / "imagenet"), size=64, **OPTIONS)

@@ -1,4 +1,4 @@
-"""Autoregressive bijections of vectors: each number is transformed by what a masked network reads off those before it."""
+"""Autoregressive bijections: each value, or token, is transformed given those before it."""
 
 import copy
 from collections.abc import Callable
@@ -9,48 +9,64 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection, concat_condition
-from flowgen.bijections.networks import CausalTransformer, zero_linear
+from flowgen.bijections.networks import CausalTransformer, Progress, no_progress, zero_linear
 from flowgen.bijections.univariate import Transform
-from flowgen.utils.console import Progress, no_progress
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer whose output unit i sees input unit j only where `allowed[i, j]`."""
+    """A linear layer whose output i depends on input j only where `mask[i, j]`."""
 
     mask: Tensor
 
-    def __init__(self, allowed: Tensor):
-        super().__init__(allowed.shape[1], allowed.shape[0])
-        self.register_buffer("mask", allowed, persistent=False)
+    def __init__(self, mask: Tensor):
+        super().__init__(mask.shape[1], mask.shape[0])
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.seen(), self.bias)
+        return F.linear(x, self.masked_weight(), self.bias)
 
-    def seen(self) -> Tensor:
+    def masked_weight(self) -> Tensor:
+        """Return the weight with zeros where the mask is 0."""
         return self.weight * self.mask
 
 
 class MADE(nn.Module):
-    """(batch, size) -> (batch, count * size), the parameters of number t from numbers before t alone. Germain et al. (1502.03509).
+    """Masked network (batch, dim) -> (batch, num_params * dim) that is autoregressive.
 
-    All of them see the `seen_by_all` numbers of a condition, which stand behind the others. The last layer starts at zero.
+    The parameters of value t depend on the values before t and on the condition, whose
+    `cond_channels` values follow the others in the input. The last layer starts at zero. Germain
+    et al. (1502.03509).
+
+    Args:
+        dim: Values per vector.
+        width: Units of each hidden layer.
+        num_layers: Hidden layers.
+        num_params: Parameters per value.
+        cond_channels: Values of the condition.
+
+    Example:
+        >>> MADE(dim=6, width=32, num_layers=2, num_params=2)(torch.randn(5, 6)).shape
+        torch.Size([5, 12])
     """
 
-    def __init__(self, size: int, width: int, layers: int, count: int, seen_by_all: int = 0):
+    def __init__(
+        self, dim: int, width: int, num_layers: int, num_params: int, cond_channels: int = 0
+    ):
         super().__init__()
-        self.size, self.count = size, count
-        numbers = torch.arange(size)
-        first = (
-            -1 if seen_by_all else 0
-        )  # units of -1 see the condition alone, for the first number
-        hidden = (
-            torch.linspace(first, max(size - 2, first), width).round().long()
-        )  # spread over all numbers, however few the units
-        self.first = MaskedLinear(F.pad(hidden[:, None] >= numbers, (0, seen_by_all), value=True))
+        self.dim = dim
+        self.num_params = num_params
+        inputs = torch.arange(dim)
+        # A hidden unit of degree d depends on the values up to d. The degrees are spread over all
+        # values, even if there are few units. Degree -1 depends on the condition alone and serves
+        # the first value.
+        lowest = -1 if cond_channels else 0
+        degrees = torch.linspace(lowest, max(dim - 2, lowest), width).round().long()
+        input_mask = F.pad(degrees[:, None] >= inputs, (0, cond_channels), value=True)
+        self.first = MaskedLinear(input_mask)
         self.middle = nn.ModuleList(
-            MaskedLinear(hidden[:, None] >= hidden) for _ in range(layers - 1)
+            MaskedLinear(degrees[:, None] >= degrees) for _ in range(num_layers - 1)
         )
-        self.last = MaskedLinear((numbers[:, None] > hidden).repeat(count, 1))
+        self.last = MaskedLinear((inputs[:, None] > degrees).repeat(num_params, 1))
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
@@ -62,96 +78,112 @@ class MADE(nn.Module):
 
     def sample_sequentially(
         self,
-        choose: Callable[[int, Tensor], Tensor],
-        batch: int,
+        sample_fn: Callable[[int, Tensor], Tensor],
+        batch_size: int,
         condition: Tensor | None = None,
         progress: Progress = no_progress,
     ) -> Tensor:
-        """The numbers (batch, size) of which each is `choose(t, parameters)`, of shape (batch, 1), by its own (batch, count).
+        """Generate values one after the other.
 
-        The first layer's sums grow by one number at a time, and the last layer gives the parameters of that number alone.
+        Each step adds one value to the sums of the first layer and computes the outputs of the
+        last layer for the next value only.
+
+        Args:
+            sample_fn: Function of the index of a value and its parameters (batch, num_params)
+                that returns the value, (batch, 1).
+            batch_size: Number of vectors.
+            condition: Condition (batch, cond_channels), if there is one.
+            progress: Wrapper of the loop over the values.
+
+        Returns:
+            The values, (batch, dim).
         """
-        first, last = self.first.seen(), self.last.seen().view(self.count, self.size, -1)
-        middle: list[tuple[Tensor, Tensor]] = [(layer.seen(), layer.bias) for layer in self.middle]  # type: ignore[operator, misc]
-        sums, bias, numbers = (
-            self.first.bias.expand(batch, -1),
-            self.last.bias.view(self.count, self.size),
-            [],
-        )
+        first = self.first.masked_weight()
+        last = self.last.masked_weight().view(self.num_params, self.dim, -1)
+        last_bias = self.last.bias.view(self.num_params, self.dim)
+        middle: list[tuple[Tensor, Tensor]] = [
+            (layer.masked_weight(), layer.bias)  # type: ignore[operator, misc]
+            for layer in self.middle
+        ]
+        sums = self.first.bias.expand(batch_size, -1)
         if condition is not None:
-            sums = sums + F.linear(condition.to(sums.dtype), first[:, self.size :])
-        for t in progress(range(self.size), "one number after the other"):
-            x = sums.relu()
-            for weight, shift in middle:
-                x = F.linear(x, weight, shift).relu()
-            numbers.append(choose(t, F.linear(x, last[:, t], bias[:, t])))
-            sums = torch.addcmul(sums, numbers[-1].to(sums.dtype), first[:, t])
-        return torch.cat(numbers, 1)
+            sums = sums + F.linear(condition.to(sums.dtype), first[:, self.dim :])
+        values: list[Tensor] = []
+        for index in progress(range(self.dim), "values"):
+            hidden = sums.relu()
+            for weight, bias in middle:
+                hidden = F.linear(hidden, weight, bias).relu()
+            params = F.linear(hidden, last[:, index], last_bias[:, index])
+            values.append(sample_fn(index, params))
+            sums = torch.addcmul(sums, values[-1].to(sums.dtype), first[:, index])
+        return torch.cat(values, 1)
 
 
 class Autoregressive(Bijection):
-    """z_t = h(x_t; network(x_<t, condition)): all at once from data to latent, one after the other back. MAF (1705.07057), section 3.1."""
+    """Masked autoregressive flow of vectors: z_t = h(x_t; network(x_<t, condition)).
 
-    progress: Progress = staticmethod(no_progress)
+    `forward` transforms all values in parallel and `inverse` one after the other. log|det| is the
+    sum of log h'. MAF (1705.07057), section 3.1.
+
+    Args:
+        network: Network that computes the parameters of the transform.
+        transform: The univariate transform h, with `network.num_params` parameters per value.
+
+    Attributes:
+        progress: Wrapper of the loop over the values in `inverse`.
+
+    Example:
+        >>> from flowgen.bijections.univariate import Affine
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = Autoregressive(MADE(6, 32, num_layers=2, num_params=2), Affine())
+        >>> x = torch.randn(5, 6)
+        >>> z, log_det = bijection(x)
+        >>> torch.allclose(bijection.inverse(z)[0], x, atol=1e-5)
+        True
+    """
 
     def __init__(self, network: MADE, transform: Transform):
         super().__init__()
         self.network = network
         self.transform = transform
+        self.progress: Progress = no_progress
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, log_slope = self.transform.forward(
-            x, self.network(concat_condition(x, condition)).to(x.dtype)
-        )
+        params = self.network(concat_condition(x, condition)).to(x.dtype)
+        z, log_slope = self.transform.forward(x, params)
         return z, log_slope.sum(1)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_slopes = []
 
-        def choose(t: int, parameters: Tensor) -> Tensor:
-            x, log_slope = self.transform.inverse(z[:, t : t + 1], parameters.to(z.dtype))
+        def sample_fn(index: int, params: Tensor) -> Tensor:
+            value = z[:, index : index + 1]
+            x, log_slope = self.transform.inverse(value, params.to(z.dtype))
             log_slopes.append(log_slope)
             return x
 
-        x = self.network.sample_sequentially(choose, len(z), condition, self.progress)
+        x = self.network.sample_sequentially(sample_fn, len(z), condition, self.progress)
         return x, torch.cat(log_slopes, 1).sum(1)
 
 
-class Flip(Bijection):
-    """Numbers, or channels, in reverse order."""
-
-    supports_reversible = True
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x.flip(1), x.new_zeros(len(x))
-
-    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self(z)
-
-
-class Invert(Bijection):
-    """Another bijection, the other way round; IAF is the inverse of MAF. Kingma et al. (1606.04934)."""
-
-    def __init__(self, bijection: Bijection):
-        super().__init__()
-        self.bijection = bijection
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.bijection.inverse(x, condition)
-
-    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.bijection(z, condition)
-
-
-Part = TypeVar("Part", bound=nn.Module)
-
-
 class TokenHead(Bijection):
-    """z = h(x; linear(context)): the numbers of a token (B, size) independent of each other given its context (B, width)."""
+    """z = h(x; linear(context)): the values of a token are independent given its context.
 
-    def __init__(self, size: int, width: int, transform: Transform):
+    x and z are (batch, dim), and the condition is the context, (batch, width).
+
+    Example:
+        >>> from flowgen.bijections.univariate import Affine
+        >>> _ = torch.manual_seed(0)
+        >>> head = TokenHead(4, 8, Affine())
+        >>> x, context = torch.randn(5, 4), torch.randn(5, 8)
+        >>> z, log_det = head(x, context)
+        >>> torch.allclose(head.inverse(z, context)[0], x)
+        True
+    """
+
+    def __init__(self, dim: int, width: int, transform: Transform):
         super().__init__()
-        self.linear = zero_linear(width, transform.count * size)
+        self.linear = zero_linear(width, transform.num_params * dim)
         self.transform = transform
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -163,106 +195,149 @@ class TokenHead(Bijection):
         return x, log_slope.sum(1)
 
 
-def autoregressive_head(size: int, width: int, transform: Transform) -> Autoregressive:
-    """As `Head`, but each number depends on those before it in its token too."""
-    return Autoregressive(MADE(size, width, 1, transform.count, seen_by_all=width), transform)
+def autoregressive_head(dim: int, width: int, transform: Transform) -> Autoregressive:
+    """Return a head like `TokenHead` whose values also depend on those before them in the token."""
+    network = MADE(dim, width, 1, transform.num_params, cond_channels=width)
+    return Autoregressive(network, transform)
 
 
 class TokenAutoregressive(Bijection):
-    """z_i = head(x_i; c_i), where the context c_i is what `network` reads off x_<i and the condition. TarFlow (2412.06329), section 3.
+    """Autoregressive flow of tokens: z_i = head(x_i; c_i) with the context c_i = network(x_<i).
 
-    Tokens x_i are the channels of the pixels of x (B, C, H, W), in raster order, or with `backwards` from the last to the first, their
-    numbers too. The inverse goes token by token, with the keys and values of those before kept; or, with `jacobi`, all tokens at once,
-    x <- head^-1(z; contexts of x), until none moves by more than `close` of itself. After k such sweeps the first k tokens are exact, so
-    that there are never more than tokens. `sweeps` is how many the last inverse took, token by token as many as tokens. Inverses reckon
-    in float64, and so does the way forward where it is to be `exact`: what rounding does to a token it passes on to all after it.
+    x and z are (batch, channels, height, width). Token i consists of the channels of pixel i, in
+    raster order. TarFlow (2412.06329), section 3.
+
+    `forward` transforms all tokens in parallel. `inverse` generates them one after the other,
+    with cached keys and values, or, with `jacobi`, updates all at once by the fixed-point iteration
+    x <- head^-1(z; contexts of x). After k iterations the first k tokens are exact, so the number
+    of iterations is at most the number of tokens. Inverses compute in float64, because the
+    rounding error of a token is passed on to all tokens after it.
+
+    Args:
+        network: Transformer that computes the contexts.
+        head: Bijection of a token, whose condition is the context.
+        reverse: Whether to process the tokens from the last to the first, and the values of each
+            token too.
+
+    Attributes:
+        jacobi: Whether `inverse` uses Jacobi iterations. Default: False.
+        exact: Whether `forward` also computes in float64. Default: False.
+        tolerance: Jacobi iterations stop when no value changes by more than this, relative to
+            max(1, |value|).
+        num_iterations: Iterations of the last `inverse`, or the number of tokens if they were
+            generated one after the other.
+        progress: Wrapper of the loop over the tokens in `inverse`.
+
+    Example:
+        >>> from flowgen.bijections.univariate import Affine
+        >>> _ = torch.manual_seed(0)
+        >>> network = CausalTransformer(num_tokens=4, dim=3, width=8, num_heads=2, num_layers=1)
+        >>> bijection = TokenAutoregressive(network, TokenHead(3, 8, Affine()))
+        >>> x = torch.randn(5, 3, 2, 2)
+        >>> z, log_det = bijection(x)
+        >>> torch.allclose(bijection.inverse(z)[0], x, atol=1e-5)
+        True
+        >>> bijection.num_iterations
+        4
     """
 
-    progress: Progress = staticmethod(no_progress)
-    jacobi = exact = False
-    close = 1e-6
-
-    def __init__(self, network: CausalTransformer, head: Bijection, backwards: bool = False):
+    def __init__(self, network: CausalTransformer, head: Bijection, reverse: bool = False):
         super().__init__()
-        self.network, self.head = network, head
-        self.backwards = backwards
-        self.sweeps = 0
+        self.network = network
+        self.head = head
+        self.reverse = reverse
+        self.jacobi = False
+        self.exact = False
+        self.tolerance = 1e-6
+        self.num_iterations = 0
+        self.progress: Progress = no_progress
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        network, head, tokens = self.network, self.head, self._tokens(x)
+        network = self.network
+        head = self.head
+        tokens = self._to_tokens(x)
         if self.exact:
-            network, head, tokens = _in_float64(network), _in_float64(head), tokens.double()
-        z, log_det = self._each(head.forward, tokens, network(tokens, condition))
-        return self._image(z, x).to(x.dtype), log_det.sum(1).to(x.dtype)
+            network = _double_copy(network)
+            head = _double_copy(head)
+            tokens = tokens.double()
+        z, log_det = _map_tokens(head.forward, tokens, network(tokens, condition))
+        return self._to_image(z, x).to(x.dtype), log_det.sum(1).to(x.dtype)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        back = self._by_sweeps if self.jacobi else self._one_by_one
-        x, log_det = back(
-            self._tokens(z).double(), condition, _in_float64(self.network), _in_float64(self.head)
+        invert = self._invert_by_jacobi if self.jacobi else self._invert_sequentially
+        x, log_det = invert(
+            self._to_tokens(z).double(),
+            condition,
+            _double_copy(self.network),
+            _double_copy(self.head),
         )
-        return self._image(x, z).to(z.dtype), log_det.to(z.dtype)
+        return self._to_image(x, z).to(z.dtype), log_det.to(z.dtype)
 
-    def _one_by_one(
+    def _invert_sequentially(
         self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection
     ) -> tuple[Tensor, Tensor]:
         log_dets = []
 
-        def choose(i: int, context: Tensor) -> Tensor:
-            x, log_det = head.inverse(z[:, i], context)
+        def sample_fn(index: int, context: Tensor) -> Tensor:
+            x, log_det = head.inverse(z[:, index], context)
             log_dets.append(log_det)
             return x
 
-        self.sweeps = z.shape[1]
-        return network.sample_sequentially(choose, len(z), condition, self.progress), torch.stack(
-            log_dets
-        ).sum(0)
+        x = network.sample_sequentially(sample_fn, len(z), condition, self.progress)
+        self.num_iterations = z.shape[1]
+        return x, torch.stack(log_dets).sum(0)
 
-    def _by_sweeps(
+    def _invert_by_jacobi(
         self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection
     ) -> tuple[Tensor, Tensor]:
-        x, log_det, done = z, z.new_zeros(z.shape[:2]), 0
-        for self.sweeps in range(1, z.shape[1] + 1):
-            before = x[:, done:]
-            after, change = self._each(head.inverse, z[:, done:], network(x, condition)[:, done:])
-            x, log_det = (
-                torch.cat((x[:, :done], after), 1),
-                torch.cat((log_det[:, :done], change), 1),
-            )
-            moved = ((after - before).abs() > self.close * after.abs().clamp(min=1)).any(2).any(0)
-            if not moved.any():
+        x = z
+        log_det = z.new_zeros(z.shape[:2])
+        num_final = 0  # leading tokens that no longer change
+        num_iterations = 0
+        for _ in range(z.shape[1]):
+            num_iterations += 1
+            contexts = network(x, condition)[:, num_final:]
+            previous = x[:, num_final:]
+            updated, change = _map_tokens(head.inverse, z[:, num_final:], contexts)
+            x = torch.cat((x[:, :num_final], updated), 1)
+            log_det = torch.cat((log_det[:, :num_final], change), 1)
+            limit = self.tolerance * updated.abs().clamp(min=1)
+            changed = ((updated - previous).abs() > limit).any(2).any(0)
+            if not changed.any():
                 break
-            done += (
-                int(moved.int().argmax()) + 1
-            )  # the first that moved has read what none moves any more
+            # The contexts of the first token that changed depend on final tokens only.
+            num_final += int(changed.int().argmax()) + 1
+        self.num_iterations = num_iterations
         return x, log_det.sum(1)
 
-    @staticmethod
-    def _each(
-        head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], tokens: Tensor, contexts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The head's map of every token (B, N, C) in its context, and their log-dets, (B, N)."""
-        mapped, log_det = head(tokens.flatten(0, 1), contexts.flatten(0, 1))
-        return mapped.view(tokens.shape), log_det.view(tokens.shape[:2])
-
-    def _tokens(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H*W, C), in the order in which they are read."""
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        """Convert (batch, channels, height, width) to (batch, tokens, channels)."""
         tokens = x.flatten(2).transpose(1, 2)
-        return tokens.flip(1, 2) if self.backwards else tokens
+        return tokens.flip(1, 2) if self.reverse else tokens
 
-    def _image(self, tokens: Tensor, like: Tensor) -> Tensor:
-        tokens = tokens.flip(1, 2) if self.backwards else tokens
+    def _to_image(self, tokens: Tensor, like: Tensor) -> Tensor:
+        tokens = tokens.flip(1, 2) if self.reverse else tokens
         return tokens.transpose(1, 2).reshape(like.shape)
 
 
-def _in_float64(part: Part) -> Part:
-    """A copy that reckons in float64; gradients of its parameters reach those of `part`."""
-    tensors = [
-        tensor for tensor in (*part.parameters(), *part.buffers()) if tensor.is_floating_point()
-    ]
-    watching = [
-        vars(module)["progress"] for module in part.modules() if "progress" in vars(module)
-    ]  # which is no part of it
-    return copy.deepcopy(
-        part,
-        {id(tensor): tensor.double() for tensor in tensors} | {id(each): each for each in watching},
-    )
+def _map_tokens(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], tokens: Tensor, contexts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Apply a head to tokens (batch, tokens, dim); the log-dets are (batch, tokens)."""
+    mapped, log_det = function(tokens.flatten(0, 1), contexts.flatten(0, 1))
+    return mapped.view(tokens.shape), log_det.view(tokens.shape[:2])
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _double_copy(module: M) -> M:
+    """Return a copy in float64; gradients of its parameters reach those of `module`."""
+    memo: dict[int, object] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            memo[id(tensor)] = tensor.double()
+    for part in module.modules():
+        if isinstance(part, Autoregressive):
+            memo[id(part.progress)] = part.progress  # a progress bar cannot be copied
+    return copy.deepcopy(module, memo)

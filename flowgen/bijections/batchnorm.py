@@ -1,4 +1,4 @@
-"""Normalisations that start from data."""
+"""Normalization layers: ActNorm and batch normalization as bijections."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,41 +7,30 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.linear import ChannelAffine
-from flowgen.bijections.networks import batch_moments, check_normalizable
-
-
-class ActNorm(ChannelAffine):
-    """y = exp(log_scale) x + shift per channel, log|det| = H W sum(log_scale).
-
-    `initialize` sets both so that every channel of its output has zero mean and unit variance. The logarithm is kept, not the
-    scale: a scale can cross zero. Glow (1807.03039), section 3.1.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(channels))
-        self.shift = nn.Parameter(torch.zeros(channels))
-
-    def affine(self) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.diag(self.log_scale.exp()), self.shift, self.log_scale.sum()
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        deviation, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1)
-        self.log_scale.copy_(
-            -deviation.clamp(min=1e-6).log()
-        )  # a channel that never varies must not blow up
-        self.shift.copy_(-mean * self.log_scale.exp())
-        return self(x)[0]
+from flowgen.bijections.networks import batch_norm_layers
 
 
 class BatchNorm(Bijection):
-    """y = (x - mean) / sqrt(variance + eps) per channel: of the batch in training, of the batches past otherwise.
+    """Batch normalization as a bijection: z = (x - mean) / sqrt(variance + eps) per channel.
 
-    log|det| = -H W / 2 sum log(variance + eps). Real NVP (1605.08803), section 3.7. In training each image moves the batch's mean and
-    variance, so that figures from there are no likelihoods. Raises FlowgenError for a batch of one number a channel. `momentum` is
-    the weight of a batch among those past, None for equal weights, as for torch's own layers.
+    log|det| = -height * width / 2 * sum(log(variance + eps)). Real NVP (1605.08803), section 3.7.
+
+    In training, mean and variance are those of the batch, so an image changes the output of the
+    others: log-likelihoods of training mode are not exact. In evaluation mode, and for the
+    inverse, they are the running averages. `momentum` is the weight of a new batch in them; None
+    stands for equal weights, as in torch's batch norm layers.
+
+    Shapes: (batch, channels) or (batch, channels, height, width), the same for x and z.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = BatchNorm(3)
+        >>> x = 5 + 2 * torch.randn(64, 3)
+        >>> z = bijection.initialize(x)
+        >>> bool(z.mean(0).abs().max() < 1e-5)
+        True
+        >>> torch.allclose(bijection.inverse(z)[0], x, atol=1e-5)
+        True
     """
 
     eps = 1e-5
@@ -51,34 +40,27 @@ class BatchNorm(Bijection):
     def __init__(self, channels: int):
         super().__init__()
         self.momentum: float | None = 0.1
-        self.batches = 0  # since the statistics were last reset
+        self.num_batches = 0  # batches since `reset_running_stats`
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("variance", torch.ones(channels))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.training:
-            return self._map(x, self.mean, self.variance)
-        check_normalizable(x)
-        mean, variance, count = batch_moments(x)
-        self._remember(mean.detach(), variance.detach() * (count / (count - 1)))
-        return self._map(x, mean, variance)
-
-    def reset_running_stats(self) -> None:
-        self.mean.zero_()
-        self.variance.fill_(1.0)
-        self.batches = 0
-
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        weight = self.momentum
-        if weight is None:
-            self.batches += 1
-            weight = 1 / self.batches
-        self.mean.lerp_(mean, weight)
-        self.variance.lerp_(variance, weight)
+            return self._normalize(x, self.mean, self.variance)
+        mean, variance, count = self.batch_moments(x)
+        if count < 2:
+            # The sentence of torch's batch norm layers.
+            raise ValueError(
+                "Expected more than 1 value per channel when training, "
+                f"got input size {tuple(x.shape)}"
+            )
+        self._update_running_stats(mean.detach(), variance.detach() * (count / (count - 1)))
+        return self._normalize(x, mean, variance)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        mean, log_deviation = self.mean, 0.5 * (self.variance + self.eps).log()
-        x = torch.addcmul(self._spread(mean, z), z, self._spread(log_deviation.exp(), z))
+        log_deviation = 0.5 * (self.variance + self.eps).log()
+        mean = _per_channel(self.mean, z)
+        x = torch.addcmul(mean, z, _per_channel(log_deviation.exp(), z))
         return x, (log_deviation.sum() * z[0, 0].numel()).expand(len(z))
 
     @torch.no_grad()
@@ -86,36 +68,69 @@ class BatchNorm(Bijection):
         variance, mean = torch.var_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
         self.mean.copy_(mean)
         self.variance.copy_(variance)
-        return self._map(x, mean, variance)[0]
+        return self._normalize(x, mean, variance)[0]
 
-    def _map(self, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    def batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Return the batch statistics that `forward` uses in training.
+
+        Subclasses that train in several processes override this.
+
+        Returns:
+            Mean and biased variance of each channel, both (channels,), and the number of values
+            per channel.
+        """
+        values = x.transpose(0, 1).flatten(1)
+        variance, mean = torch.var_mean(values, dim=1, correction=0)
+        return mean, variance, values.shape[1]
+
+    def reset_running_stats(self) -> None:
+        """Reset the running statistics, as torch's batch norm layers do."""
+        self.mean.zero_()
+        self.variance.fill_(1.0)
+        self.num_batches = 0
+
+    def _update_running_stats(self, mean: Tensor, variance: Tensor) -> None:
+        weight = self.momentum
+        if weight is None:
+            self.num_batches += 1
+            weight = 1 / self.num_batches
+        self.mean.lerp_(mean, weight)
+        self.variance.lerp_(variance, weight)
+
+    def _normalize(self, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         log_deviation = 0.5 * (variance + self.eps).log()
-        z = (x - self._spread(mean, x)) * self._spread((-log_deviation).exp(), x)
+        z = (x - _per_channel(mean, x)) * _per_channel((-log_deviation).exp(), x)
         return z, -(log_deviation.sum() * x[0, 0].numel()).expand(len(x))
 
-    @staticmethod
-    def _spread(values: Tensor, x: Tensor) -> Tensor:
-        return values.view(-1, *[1] * (x.dim() - 2))
 
-
-Normalisation = BatchNorm | nn.BatchNorm1d | nn.BatchNorm2d
-
-
-def batch_norm_layers(model: nn.Module) -> list[Normalisation]:
-    """Every layer of `model` that keeps statistics of the batches past."""
-    return [module for module in model.modules() if isinstance(module, Normalisation)]
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Reshape (channels,) to broadcast over x."""
+    return values.view(-1, *[1] * (x.dim() - 2))
 
 
 @torch.no_grad()
 def update_bn(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
-    """Set the statistics of all batch normalisations to the means over `batches`, arguments of `model`, at its weights as they stand.
+    """Set the running statistics of all batch norm layers to their means over `batches`.
 
-    Running means lag behind weights that move, and averaged weights have none of their own. Izmailov et al. (1803.05407), section 3.2.
-    A model without such layers sees no batch.
+    Running averages lag behind weights that change, and averaged weights have no statistics.
+    This is `torch.optim.swa_utils.update_bn` for batches of several arguments and for `BatchNorm`.
+    Izmailov et al. (1803.05407), section 3.2.
+
+    Args:
+        model: Model whose statistics are updated. Without batch norm layers, no batch is drawn.
+        batches: Positional arguments of `model`, one tuple per batch.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = BatchNorm(1)
+        >>> update_bn(bijection, [(torch.tensor([[1.0], [3.0]]),), (torch.tensor([[3.0], [5.0]]),)])
+        >>> bijection.mean.item()
+        3.0
     """
-    layers, training = batch_norm_layers(model), model.training
+    layers = batch_norm_layers(model)
     if not layers:
         return
+    training = model.training
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()

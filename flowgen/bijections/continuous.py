@@ -1,4 +1,4 @@
-"""Continuous bijections: where the flow of an ordinary differential equation carries a point."""
+"""Continuous normalizing flows: bijections defined by an ordinary differential equation."""
 
 import math
 from contextlib import nullcontext
@@ -11,143 +11,183 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flowgen.bijections.base import Bijection, concat_condition
 from flowgen.bijections.networks import Transformer
 from flowgen.bijections.reshape import Squeeze
-from flowgen.utils.errors import UserError
 
-FREQUENCIES = 2  # of the time that a velocity sees
-FIRST, MOST = (
-    0.1,
-    2000,
-)  # length of the solver's first step, which shrinks where that is too far, and how many it may take
-CHUNK = 64  # directions that are differentiated along at once
+NUM_FREQUENCIES = 2  # of the time embedding
+FIRST_STEP = 0.1  # length of the solver's first step, which it reduces if the error is too large
+MAX_STEPS = 2000  # of the solver
+MAX_DIRECTIONS = 64  # derivatives that are computed at once
 
 
 class VelocityField(nn.Module):
-    """v(x, t), (batch, D), of images laid out as vectors x (batch, D) and times t, one or (batch,), by a transformer of their patches.
+    """Velocity v(x, t) of images in vector form, by a transformer of their patches.
 
-    Every patch sees cos(k pi t) and sin(k pi t), k = 1..`FREQUENCIES`, and a condition of `seen` numbers. It starts at zero.
+    The input of every patch includes cos(k pi t) and sin(k pi t) for k = 1..`NUM_FREQUENCIES`, and
+    the condition. The velocity starts at zero.
+
+    Args:
+        channels: Channels of the images.
+        resolution: Height and width of the images.
+        patch_size: Height and width of a patch.
+        width: Values per token.
+        num_heads: Attention heads, a divisor of `width`.
+        num_layers: Transformer blocks.
+        dropout: Probability of dropping a value of a hidden layer.
+        cond_channels: Values of the condition.
+
+    Example:
+        >>> velocity = VelocityField(1, 4, patch_size=2, width=8, num_heads=2, num_layers=1)
+        >>> velocity(torch.randn(5, 16), torch.tensor(0.5)).shape
+        torch.Size([5, 16])
     """
 
     def __init__(
         self,
         channels: int,
-        size: int,
-        patch: int,
+        resolution: int,
+        patch_size: int,
         width: int,
-        heads: int,
-        layers: int,
+        num_heads: int,
+        num_layers: int,
         dropout: float = 0.0,
-        seen: int = 0,
+        cond_channels: int = 0,
     ):
         super().__init__()
-        self.shape = channels, size, size
-        self.squeeze = Squeeze(patch)
-        maps, tokens = channels * patch**2, (size // patch) ** 2
+        self.shape = (channels, resolution, resolution)
+        self.squeeze = Squeeze(patch_size)
+        patch_channels = channels * patch_size**2
         self.network = Transformer(
-            tokens, maps + 2 * FREQUENCIES + seen, width, maps, heads, layers, dropout
+            (resolution // patch_size) ** 2,
+            patch_channels + 2 * NUM_FREQUENCIES + cond_channels,
+            width,
+            patch_channels,
+            num_heads,
+            num_layers,
+            dropout,
         )
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        angles = (
-            math.pi
-            * t.expand(len(x))[:, None]
-            * torch.arange(1, FREQUENCIES + 1, device=x.device, dtype=x.dtype)
-        )
+        """Return the velocity (batch, dim) of x at time t, which is a scalar or (batch,)."""
+        frequencies = torch.arange(1, NUM_FREQUENCIES + 1, device=x.device, dtype=x.dtype)
+        angles = math.pi * t.expand(len(x))[:, None] * frequencies
+        time_embedding = torch.cat((angles.cos(), angles.sin()), 1)
         patches, _ = self.squeeze(x.unflatten(1, self.shape))
-        v = self.network(
-            concat_condition(
-                patches, concat_condition(torch.cat((angles.cos(), angles.sin()), 1), condition)
-            )
-        )
+        v = self.network(concat_condition(patches, concat_condition(time_embedding, condition)))
         return self.squeeze.inverse(v)[0].flatten(1).to(x.dtype)
 
 
 class CNF(Bijection):
-    """z = x(0) of x = x(1), both (batch, D), where dx/dt = velocity(x, t), by an adaptive solver with errors of `tolerance` a step.
+    """Continuous normalizing flow: z = x(0) and x = x(1) for dx/dt = velocity(x, t).
 
-    log|det dz/dx| is the integral of tr(dv/dx) from 1 to 0 along the way: Chen et al. (1806.07366), theorem 1. With D up to `exact` the
-    trace is exact. Beyond it is e^T (dv/dx) e, whose e of numbers -1 and 1 are drawn once for each image: unbiased, and so is the
-    log-det. FFJORD (1810.01367), section 3.1. They are drawn from a seed that the image gives, so that the same has the same log-det in
-    any company, but for `tolerance`. Where the solver comes to no end all is NaN.
+    log|det dz/dx| is the integral of tr(dv/dx) from t = 1 to 0. Chen et al. (1806.07366),
+    theorem 1. The trace is exact for up to `exact_trace_dims` dimensions. Beyond that it is
+    Hutchinson's estimate e^T (dv/dx) e with random signs e for each image, which is unbiased, and
+    so is the log-determinant: FFJORD (1810.01367), section 3.1. The signs are seeded by the image,
+    so an image has the same log-determinant in every batch, up to `tolerance`. If the solver does
+    not finish, all results are NaN.
 
-    Raises FlowgenError where the package torchdiffeq is missing.
+    Args:
+        velocity: Module that maps x (batch, dim), t and the condition to the velocity (batch, dim).
+        tolerance: Relative and absolute error per step of the solver.
+        exact_trace_dims: Largest dimension with an exact trace.
+
+    Raises:
+        ImportError: The package torchdiffeq is not installed.
+
+    Example:
+        >>> class Shrink(nn.Module):
+        ...     def forward(self, x, t, condition=None):
+        ...         return -x
+        >>> flow = CNF(Shrink(), tolerance=1e-6, exact_trace_dims=4)
+        >>> z, log_det = flow(torch.ones(1, 2))
+        >>> z.detach(), log_det.detach()  # z = e x
+        (tensor([[2.7183, 2.7183]]), tensor([2.0000]))
     """
 
-    def __init__(self, velocity: nn.Module, tolerance: float, exact: int):
+    supports_checkpointing = False
+
+    def __init__(self, velocity: nn.Module, tolerance: float, exact_trace_dims: int):
         super().__init__()
-        self.velocity, self.tolerance, self.exact = velocity, tolerance, exact
         if find_spec("torchdiffeq") is None:
-            raise UserError(
-                "continuous flows need the package torchdiffeq: pip install 'flowgen[flow_matching]'"
+            raise ImportError(
+                "continuous normalizing flows need torchdiffeq: pip install torchdiffeq"
             )
+        self.velocity = velocity
+        self.tolerance = tolerance
+        self.exact_trace_dims = exact_trace_dims
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._follow(x, condition, 1.0, 0.0)
+        return self._integrate(x, condition, 1.0, 0.0)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._follow(z, condition, 0.0, 1.0)
+        return self._integrate(z, condition, 0.0, 1.0)
 
-    def _follow(
+    def _integrate(
         self, x: Tensor, condition: Tensor | None, start: float, end: float
     ) -> tuple[Tensor, Tensor]:
-        from torchdiffeq import (
-            odeint,  # whose constants would be without data, were it imported while a model is built without
-        )
+        # Importing torchdiffeq creates constants, which would have no data inside the meta device
+        # context in which models can be built.
+        from torchdiffeq import odeint
 
-        ends = torch.tensor([start, end], device=x.device, dtype=x.dtype)
+        times = torch.tensor([start, end], device=x.device, dtype=x.dtype)
         directions = self._directions(x)
-        least = max(self.tolerance, 10 * torch.finfo(x.dtype).eps)
+        tolerance = max(self.tolerance, 10 * torch.finfo(x.dtype).eps)
 
-        def slope(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        def derivative(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             return self._velocity_and_trace(state[0], t, condition, directions)
 
-        options = {"norm": _worst, "first_step": FIRST, "step_t": ends[1:], "max_num_steps": MOST}
-        tolerances = {
-            "rtol": least,
-            "atol": (least, least * x.shape[1]),
-        }  # of the log-det for each number
-        state = (x, x.new_zeros(len(x)))
         try:
             with torch.autocast(x.device.type, enabled=False):
-                places, log_dets = odeint(
-                    slope, state, ends, method="dopri8", options=options, **tolerances
+                positions, log_dets = odeint(
+                    derivative,
+                    (x, x.new_zeros(len(x))),
+                    times,
+                    method="dopri8",
+                    rtol=tolerance,
+                    atol=(tolerance, tolerance * x.shape[1]),  # per value, also of the log-det
+                    options={
+                        "norm": _largest_error,
+                        "first_step": FIRST_STEP,
+                        "step_t": times[1:],
+                        "max_num_steps": MAX_STEPS,
+                    },
                 )
-        except AssertionError:  # its word for too many steps, and for one that is too short
+        except AssertionError:  # raised by torchdiffeq for too many or too short steps
             return torch.full_like(x, math.nan), x.new_full((len(x),), math.nan)
-        return places[-1], log_dets[-1]
+        return positions[-1], log_dets[-1]
 
     def _directions(self, x: Tensor) -> Tensor:
-        """Along which the velocity is differentiated, (directions, batch, D): every axis, or one at random for each image."""
-        if x.shape[1] <= self.exact:
-            return torch.eye(x.shape[1], device=x.device, dtype=x.dtype)[:, None].expand(
-                -1, len(x), -1
-            )
+        """Return all axes, or random signs per image: (directions, batch, dim)."""
+        if x.shape[1] <= self.exact_trace_dims:
+            axes = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
+            return axes[:, None].expand(-1, len(x), -1)
         generator = torch.Generator()
-        seeds = [hash(tuple(numbers)) % 2**63 for numbers in x.tolist()]
-        signs = [
-            torch.randint(2, x.shape[1:], generator=generator.manual_seed(seed)) for seed in seeds
-        ]
+        signs = []
+        for values in x.tolist():
+            generator.manual_seed(hash(tuple(values)) % 2**63)
+            signs.append(torch.randint(2, x.shape[1:], generator=generator))
         return 2 * torch.stack(signs)[None].to(x) - 1
 
     def _velocity_and_trace(
         self, x: Tensor, t: Tensor, condition: Tensor | None, directions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        wanted, traces = torch.is_grad_enabled(), []
-        for along in directions.split(CHUNK):
-            with (
-                torch.enable_grad(),
-                sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext(),
-            ):  # the others have no second derivatives
-                copies = x.repeat(len(along), 1).requires_grad_()
-                v = self.velocity(
-                    copies, t, None if condition is None else condition.repeat(len(along), 1)
+        needs_grad = torch.is_grad_enabled()
+        traces = []
+        for chunk in directions.split(MAX_DIRECTIONS):
+            repeated_condition = None if condition is None else condition.repeat(len(chunk), 1)
+            # Only the math backend of attention has second derivatives.
+            backend = sdpa_kernel(SDPBackend.MATH) if needs_grad else nullcontext()
+            with torch.enable_grad(), backend:
+                repeated_x = x.repeat(len(chunk), 1).requires_grad_()
+                v = self.velocity(repeated_x, t, repeated_condition)
+                (product,) = torch.autograd.grad(
+                    v, repeated_x, chunk.flatten(0, 1), create_graph=needs_grad
                 )
-                (change,) = torch.autograd.grad(v, copies, along.flatten(0, 1), create_graph=wanted)
-            traces.append((change.view(along.shape) * along).sum((0, 2)))
+            traces.append((product.view(chunk.shape) * chunk).sum((0, 2)))
         v = v[: len(x)]
-        return v if wanted else v.detach(), torch.stack(traces).sum(0)
+        return v if needs_grad else v.detach(), torch.stack(traces).sum(0)
 
 
-def _worst(state: tuple[Tensor, Tensor]) -> Tensor:
-    """Of the errors of all images, in tolerances: the largest."""
-    place, log_det = state
-    return torch.maximum(place.square().mean(1).sqrt().max(), log_det.abs().max())
+def _largest_error(state: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the largest error of all images, in units of the tolerance."""
+    position, log_det = state
+    return torch.maximum(position.square().mean(1).sqrt().max(), log_det.abs().max())

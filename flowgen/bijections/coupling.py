@@ -1,18 +1,33 @@
-"""Couplings: some of the numbers are transformed by what a network reads off the others."""
+"""Coupling layers: a network reads one part of the input and transforms the other."""
 
 import torch
 from torch import Tensor
 
 from flowgen.bijections.base import Bijection, concat_condition
-from flowgen.bijections.batchnorm import batch_norm_layers
-from flowgen.bijections.networks import Conditioner, has_dropout
+from flowgen.bijections.networks import Conditioner, batch_norm_layers, has_dropout
 from flowgen.bijections.univariate import Transform
 
 
 class Coupling(Bijection):
-    """y_a = h(x_a; network(x_b, condition)), y_b = x_b, where a is the first half of the channels and b the second.
+    """Coupling of the two halves of the channels: z_a = h(x_a; network(x_b, condition)), z_b = x_b.
 
-    The network returns `transform.count` times as many channels as a has. Real NVP (1605.08803), section 3.2.
+    x_a is the first half of the channels and x_b the second. log|det| is the sum of log h' over
+    x_a. Real NVP (1605.08803), section 3.2.
+
+    Args:
+        network: Maps the channels of x_b, and those of the condition, to
+            `transform.num_params` times the channels of x_a.
+        transform: The univariate transform h.
+
+    Example:
+        >>> from flowgen.bijections.networks import ConvNetwork
+        >>> from flowgen.bijections.univariate import Affine
+        >>> _ = torch.manual_seed(0)
+        >>> coupling = Coupling(ConvNetwork(2, 16, 4), Affine())
+        >>> x = torch.randn(5, 4, 8, 8)
+        >>> z, log_det = coupling(x)
+        >>> torch.allclose(coupling.inverse(z)[0], x, atol=1e-5)
+        True
     """
 
     def __init__(self, network: Conditioner, transform: Transform):
@@ -22,16 +37,12 @@ class Coupling(Bijection):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, b = x.chunk(2, dim=1)
-        a, log_slope = self.transform.forward(
-            a, self.network(concat_condition(b, condition)).to(x.dtype)
-        )
-        return torch.cat([a, b], dim=1), log_slope.flatten(1).sum(1)
+        z_a, log_slope = self.transform.forward(a, self._params(b, condition))
+        return torch.cat([z_a, b], dim=1), log_slope.flatten(1).sum(1)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        a, b = z.chunk(2, dim=1)
-        a, log_slope = self.transform.inverse(
-            a, self.network(concat_condition(b, condition)).to(z.dtype)
-        )
+        z_a, b = z.chunk(2, dim=1)
+        a, log_slope = self.transform.inverse(z_a, self._params(b, condition))
         return torch.cat([a, b], dim=1), log_slope.flatten(1).sum(1)
 
     @property
@@ -45,26 +56,46 @@ class Coupling(Bijection):
     def invert_and_recompute(
         self, z: Tensor, condition: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """By one pass of the network, whose input comes out as it went in."""
-        a, b = z.detach().chunk(2, dim=1)
+        # One pass of the network serves both directions, because z_b = x_b.
+        z_a, b = z.detach().chunk(2, dim=1)
         b.requires_grad_()
-        parameters = self.network(concat_condition(b, condition)).to(z.dtype)
+        params = self._params(b, condition)
         with torch.no_grad():
-            a, _ = self.transform.inverse(a, parameters)
+            a, _ = self.transform.inverse(z_a, params)
         a.requires_grad_()
-        y, log_slope = self.transform.forward(a, parameters)
-        return (a, b), torch.cat([y, b], dim=1), log_slope.flatten(1).sum(1)
+        z_a, log_slope = self.transform.forward(a, params)
+        return (a, b), torch.cat([z_a, b], dim=1), log_slope.flatten(1).sum(1)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         self.network.initialize(concat_condition(x.chunk(2, dim=1)[1], condition))
         return self(x, condition)[0]
 
+    def _params(self, b: Tensor, condition: Tensor | None) -> Tensor:
+        return self.network(concat_condition(b, condition)).to(b.dtype)
+
 
 class MaskedCoupling(Bijection):
-    """y = h(x; network(mask x, condition)) where the mask is 0, y = x where it is 1. Real NVP (1605.08803), sections 3.4 and 3.5.
+    """Coupling by a mask: z = h(x; network(mask x, condition)) where the mask is 0, else z = x.
 
-    `mask` is (channels, height, width); the network returns `transform.count` times as many channels as x has.
+    log|det| is the sum of log h' where the mask is 0. Real NVP (1605.08803), sections 3.4 and 3.5.
+
+    Args:
+        network: Maps the channels of x, and those of the condition, to `transform.num_params`
+            times the channels of x.
+        transform: The univariate transform h.
+        mask: Mask (channels, height, width), as from `checkerboard`.
+
+    Example:
+        >>> from flowgen.bijections.networks import ConvNetwork
+        >>> from flowgen.bijections.univariate import Affine
+        >>> _ = torch.manual_seed(0)
+        >>> mask = checkerboard(1, 8, 8, odd=False)
+        >>> coupling = MaskedCoupling(ConvNetwork(1, 16, 2), Affine(), mask)
+        >>> x = torch.randn(5, 1, 8, 8)
+        >>> z, log_det = coupling(x)
+        >>> torch.allclose(coupling.inverse(z)[0], x, atol=1e-5)
+        True
     """
 
     mask: Tensor
@@ -76,39 +107,58 @@ class MaskedCoupling(Bijection):
         self.register_buffer("mask", mask.bool().contiguous(), persistent=False)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, log_slope = self.transform.forward(x, self._read_off(x, condition))
-        return torch.where(self.mask, x, y), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(
-            1
-        )
+        z, log_slope = self.transform.forward(x, self._params(x, condition))
+        log_slope = torch.where(self.mask, 0.0, log_slope)
+        return torch.where(self.mask, x, z), log_slope.flatten(1).sum(1)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_slope = self.transform.inverse(z, self._read_off(z, condition))
-        return torch.where(self.mask, z, x), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(
-            1
-        )
-
-    def _read_off(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        return self.network(concat_condition(torch.where(self.mask, x, 0.0), condition)).to(x.dtype)
+        x, log_slope = self.transform.inverse(z, self._params(z, condition))
+        log_slope = torch.where(self.mask, 0.0, log_slope)
+        return torch.where(self.mask, z, x), log_slope.flatten(1).sum(1)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        self.network.initialize(concat_condition(torch.where(self.mask, x, 0.0), condition))
+        self.network.initialize(self._network_input(x, condition))
         return self(x, condition)[0]
+
+    def _params(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        return self.network(self._network_input(x, condition)).to(x.dtype)
+
+    def _network_input(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        return concat_condition(torch.where(self.mask, x, 0.0), condition)
 
 
 def checkerboard(channels: int, height: int, width: int, odd: bool) -> Tensor:
-    """1 where row + column is even, or odd, in every channel."""
-    return ((torch.arange(height)[:, None] + torch.arange(width)) % 2 == int(odd)).expand(
-        channels, -1, -1
-    )
+    """Return a mask that is 1 where row + column is even, or odd, in every channel.
+
+    Example:
+        >>> checkerboard(1, 2, 3, odd=False).int()
+        tensor([[[1, 0, 1],
+                 [0, 1, 0]]], dtype=torch.int32)
+    """
+    mask = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == int(odd)
+    return mask.expand(channels, -1, -1)
 
 
 def channelwise(channels: int, height: int, width: int, second: bool) -> Tensor:
-    """1 in the first half of the channels, or in the second."""
+    """Return a mask that is 1 in the first half of the channels, or in the second half.
+
+    Example:
+        >>> channelwise(2, 1, 3, second=True).int()
+        tensor([[[0, 0, 0]],
+        <BLANKLINE>
+                [[1, 1, 1]]], dtype=torch.int32)
+    """
     half = torch.arange(channels) < channels // 2
     return (~half if second else half)[:, None, None].expand(-1, height, width)
 
 
 def stripes(channels: int, height: int, width: int, odd: bool) -> Tensor:
-    """1 in even columns, or in odd ones; in every channel."""
+    """Return a mask that is 1 in the even columns, or in the odd columns, in every channel.
+
+    Example:
+        >>> stripes(1, 2, 3, odd=False).int()
+        tensor([[[1, 0, 1],
+                 [1, 0, 1]]], dtype=torch.int32)
+    """
     return (torch.arange(width) % 2 == int(odd)).expand(channels, height, -1)

@@ -1,4 +1,4 @@
-"""Bijections that act on each number by itself."""
+"""Bijections that act on each value separately."""
 
 import math
 
@@ -7,179 +7,237 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection
-from flowgen.utils.errors import UserError, check_whole
 
-FAR = 80.0  # where float32's exp(-x) comes to its end
+# |x| beyond which `LogisticToNormal` extrapolates: float32's exp(-x) underflows soon after.
+TAIL_START = 80.0
 
 
 class Logit(Bijection):
-    """y = logit(alpha + (1 - 2 alpha) x) for x in [0, 1]; log|dy/dx| = softplus(y) + softplus(-y) + log(1 - 2 alpha).
+    """z = logit(alpha + (1 - 2 alpha) x) for x in [0, 1].
 
-    Real NVP (1605.08803), section 4.1.
+    log|dz/dx| = softplus(z) + softplus(-z) + log(1 - 2 alpha), summed over the values. `alpha`
+    keeps z finite at x = 0 and x = 1. Real NVP (1605.08803), section 4.1.
+
+    Example:
+        >>> bijection = Logit(alpha=0.05)
+        >>> z, log_det = bijection(torch.tensor([[0.0, 0.5, 1.0]]))
+        >>> z
+        tensor([[-2.9444,  0.0000,  2.9444]])
+        >>> bijection.inverse(z)[0].round(decimals=4)
+        tensor([[0.0000, 0.5000, 1.0000]])
     """
 
     def __init__(self, alpha: float = 0.05):
         super().__init__()
         if not 0 < alpha < 0.5:
-            raise UserError(f"alpha must lie between 0 and 0.5, not {alpha!r}")
+            raise ValueError(f"alpha must be between 0 and 0.5, not {alpha!r}")
         self.alpha = alpha
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
-        return y, self._log_det(y)
+        z = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
+        return z, self._log_det(z)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha), -self._log_det(z)
 
-    def _log_det(self, y: Tensor) -> Tensor:
-        return (F.softplus(y) + F.softplus(-y) + math.log(1 - 2 * self.alpha)).flatten(1).sum(1)
+    def _log_det(self, z: Tensor) -> Tensor:
+        return (F.softplus(z) + F.softplus(-z) + math.log(1 - 2 * self.alpha)).flatten(1).sum(1)
 
 
 class EmpiricalCDF(Bijection):
-    """Each channel of x in [0, 1) through the distribution function of its own levels, so that it comes out about uniform.
+    """Map each channel of x in [0, 1) through the piecewise linear CDF of its histogram.
 
-    With p_k the share of level k among n, y = sum of p_i for i < k, plus (n x - k) p_k; log|dy/dx| = log(n p_k). The shares come
-    from the batch given to `initialize`, mixed with a tenth of the uniform law so that no level costs too much.
+    The output is about uniform. [0, 1) has `bins` bins; with p_k the probability of bin k, and k
+    the bin of x: z = sum(p_i for i < k) + (bins x - k) p_k, and log|dz/dx| = log(bins p_k).
+    `initialize` estimates the histogram from a batch and mixes it with the uniform distribution
+    (weight `uniform_weight`), so that bins without data keep a positive probability.
+
+    Example:
+        >>> bijection = EmpiricalCDF(channels=1, bins=2)
+        >>> x = torch.tensor([[0.1], [0.2], [0.3], [0.9]])
+        >>> z = bijection.initialize(x)
+        >>> bijection.share  # 0.9 * [3/4, 1/4] + 0.1 * [1/2, 1/2]
+        tensor([[0.7250, 0.2750]])
+        >>> torch.allclose(bijection.inverse(z)[0], x)
+        True
     """
 
-    uniform_share = 0.1
-    share: Tensor
+    uniform_weight = 0.1
+    share: Tensor  # probability of each bin, (channels, bins)
 
     def __init__(self, channels: int, bins: int):
         super().__init__()
-        check_whole(channels=channels, bins=bins)
         self.bins = bins
         self.register_buffer("share", torch.full((channels, bins), 1 / bins))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        level = (x * self.bins).floor().clamp(0, self.bins - 1).long()
-        share, below = self._look_up(level)
-        return below + (x * self.bins - level) * share, self._log_det(share)
+        index = self._bin_index(x)
+        probability, cumulative = self._look_up(index)
+        return cumulative + (x * self.bins - index) * probability, self._log_det(probability)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        edges = self.share.cumsum(1)
-        flat = z.transpose(0, 1).flatten(1).contiguous()
-        level = torch.searchsorted(edges, flat, right=True).clamp(max=self.bins - 1)
-        level = level.view(z.transpose(0, 1).shape).transpose(0, 1)
-        share, below = self._look_up(level)
-        return (level + (z - below) / share) / self.bins, -self._log_det(share)
+        channels_first = z.transpose(0, 1)
+        values = channels_first.flatten(1).contiguous()
+        index = torch.searchsorted(self.share.cumsum(1), values, right=True)
+        index = index.clamp(max=self.bins - 1).view(channels_first.shape).transpose(0, 1)
+        probability, cumulative = self._look_up(index)
+        x = (index + (z - cumulative) / probability) / self.bins
+        return x, -self._log_det(probability)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        level = (x * self.bins).floor().clamp(0, self.bins - 1).long().transpose(0, 1).flatten(1)
-        counts = torch.stack(
-            [torch.bincount(channel, minlength=self.bins) for channel in level]
-        ).to(self.share)
-        observed = counts / counts.sum(1, keepdim=True)
-        self.share.copy_((1 - self.uniform_share) * observed + self.uniform_share / self.bins)
+        index = self._bin_index(x).transpose(0, 1).flatten(1)
+        counts = [torch.bincount(channel, minlength=self.bins) for channel in index]
+        histogram = torch.stack(counts).to(self.share)
+        observed = histogram / histogram.sum(1, keepdim=True)
+        self.share.copy_((1 - self.uniform_weight) * observed + self.uniform_weight / self.bins)
         return self(x)[0]
 
-    def _look_up(self, level: Tensor) -> tuple[Tensor, Tensor]:
-        """The share of each pixel's level and the shares below it, in the shape of `level`."""
-        channel = torch.arange(len(self.share), device=level.device).view(
-            -1, *[1] * (level.dim() - 2)
-        )
-        below = self.share.cumsum(1) - self.share
-        return self.share[channel, level], below[channel, level]
+    def _bin_index(self, x: Tensor) -> Tensor:
+        return (x * self.bins).floor().clamp(0, self.bins - 1).long()
 
-    def _log_det(self, share: Tensor) -> Tensor:
-        return (share * self.bins).log().flatten(1).sum(1)
+    def _look_up(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the probability of each value's bin and that of all bins below it."""
+        channel = torch.arange(len(self.share), device=index.device)
+        channel = channel.view(-1, *[1] * (index.dim() - 2))
+        cumulative = self.share.cumsum(1) - self.share
+        return self.share[channel, index], cumulative[channel, index]
+
+    def _log_det(self, probability: Tensor) -> Tensor:
+        return (probability * self.bins).log().flatten(1).sum(1)
 
 
 class MarginalGaussianization(Bijection):
-    """Equalize and Logit, where that saves at least a bit for each number; else the identity.
+    """`EmpiricalCDF` followed by `Logit` if that saves at least one bit per value, else identity.
 
-    Digits are mostly black: their pixels' marginal entropy lies far below the bits that they are stored in, and a flow that starts
-    there need not learn to stretch one level over most of the real line. Faces use all their levels and are left alone. Laparra et
-    al., Iterative Gaussianization (1602.00229), section II.
+    Digits are mostly black: the entropy of their pixels is far below the bits they are stored in,
+    and a flow that starts here need not learn to stretch one pixel value over most of the real
+    line. Faces use all pixel values and are left unchanged. Laparra et al., Iterative
+    Gaussianization (1602.00229), section II.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = MarginalGaussianization(channels=1, bins=32)
+        >>> dark = torch.rand(64, 1, 8, 8) / 32  # all in the first bin
+        >>> z = bijection.initialize(dark)
+        >>> bool(bijection.active)
+        True
+        >>> torch.allclose(bijection.inverse(z)[0], dark, atol=1e-5)
+        True
     """
 
-    worth = 1.0  # bits
-    numbers_per_bin = 16
+    min_saved_bits = 1.0  # per value
+    min_values_per_bin = 16  # fewer would fit the noise of the histogram
     active: Tensor
 
     def __init__(self, channels: int, bins: int):
         super().__init__()
-        self.equalize, self.logit = EmpiricalCDF(channels, bins), Logit(1e-3)
+        self.equalize = EmpiricalCDF(channels, bins)
+        self.logit = Logit(1e-3)
         self.register_buffer("active", torch.tensor(False))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        uniform, stretch = self.equalize(x)
+        uniform, cdf_log_det = self.equalize(x)
         z, log_det = self.logit(uniform)
-        return torch.where(self.active, z, x), torch.where(self.active, stretch + log_det, 0.0)
+        log_det = torch.where(self.active, cdf_log_det + log_det, 0.0)
+        return torch.where(self.active, z, x), log_det
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         uniform, log_det = self.logit.inverse(z)
-        x, stretch = self.equalize.inverse(uniform)
-        return torch.where(self.active, x, z), torch.where(self.active, stretch + log_det, 0.0)
+        x, cdf_log_det = self.equalize.inverse(uniform)
+        log_det = torch.where(self.active, cdf_log_det + log_det, 0.0)
+        return torch.where(self.active, x, z), log_det
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         self.equalize.initialize(x)
-        saved = self.equalize(x)[1].mean() / (x[0].numel() * math.log(2))
-        enough = (
-            x.transpose(0, 1).flatten(1).shape[1] >= self.numbers_per_bin * self.equalize.bins
-        )  # else it would fit the noise
-        self.active.copy_((saved > self.worth) & enough)
+        saved_bits = self.equalize(x)[1].mean() / (x[0].numel() * math.log(2))
+        values_per_channel = x.transpose(0, 1).flatten(1).shape[1]
+        has_enough_data = values_per_channel >= self.min_values_per_bin * self.equalize.bins
+        self.active.copy_((saved_bits > self.min_saved_bits) & has_enough_data)
         return self(x)[0]
 
 
 class Standardize(Bijection):
-    """z = (x - mean) exp(-log_deviation) for each of the `size` numbers of a vector: learnt, as a Gaussian base, or as data started it."""
+    """z = (x - mean) exp(-log_deviation) for each of the `dim` values of a vector.
+
+    log|det| = -sum(log_deviation). As the last bijection of a flow it is a Gaussian base
+    distribution with learned moments. `initialize` sets the moments to those of a batch.
+
+    Args:
+        dim: Values per vector; x and z are (batch, dim).
+        learned: Whether the moments are parameters, or buffers that keep their initial values.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = Standardize(3)
+        >>> x = 5 + 2 * torch.randn(100, 3)
+        >>> z = bijection.initialize(x)
+        >>> bool(z.mean(0).abs().max() < 1e-5)
+        True
+        >>> torch.allclose(bijection.inverse(z)[0], x, atol=1e-5)
+        True
+    """
 
     supports_reversible = True
     mean: Tensor
     log_deviation: Tensor
 
-    def __init__(self, size: int, learnt: bool = True):
+    def __init__(self, dim: int, learned: bool = True):
         super().__init__()
         for name in ("mean", "log_deviation"):
-            if learnt:
-                self.register_parameter(name, nn.Parameter(torch.zeros(size)))
+            if learned:
+                self.register_parameter(name, nn.Parameter(torch.zeros(dim)))
             else:
-                self.register_buffer(name, torch.zeros(size))
+                self.register_buffer(name, torch.zeros(dim))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return (x - self.mean) * (-self.log_deviation).exp(), -self.log_deviation.sum().expand(
-            len(x)
-        )
+        z = (x - self.mean) * (-self.log_deviation).exp()
+        return z, -self.log_deviation.sum().expand(len(x))
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return torch.addcmul(
-            self.mean, z, self.log_deviation.exp()
-        ), self.log_deviation.sum().expand(len(z))
+        x = torch.addcmul(self.mean, z, self.log_deviation.exp())
+        return x, self.log_deviation.sum().expand(len(z))
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         deviation, mean = torch.std_mean(x, dim=0, correction=0)
+        # One batch is a poor estimate of the variance of values that rarely change.
+        min_deviation = 0.1 * deviation.mean() + 1e-6
         self.mean.copy_(mean)
-        self.log_deviation.copy_(
-            deviation.clamp(min=0.1 * deviation.mean() + 1e-6).log()
-        )  # one batch says little about a quiet pixel
+        self.log_deviation.copy_(deviation.clamp(min=min_deviation).log())
         return self(x)[0]
 
 
 class LogisticToNormal(Bijection):
-    """z = Phi^-1(sigmoid(x)), which turns a standard logistic into a standard normal base. NICE (1410.8516), section 3.4.
+    """z = Phi^-1(sigmoid(x)): a standard normal becomes a standard logistic base distribution.
 
-    log|dz/dx| = log sigmoid(x) + log sigmoid(-x) + z^2 / 2 + log(2 pi) / 2. Both ways look at the lower tail, where floats are fine;
-    beyond |x| = `FAR`, where they end, |z| = sqrt(edge^2 + 2 (|x| - FAR)), as the normal's tail goes on.
+    log|dz/dx| = log sigmoid(x) + log sigmoid(-x) + z^2 / 2 + log(2 pi) / 2, summed over the
+    values. Both directions use the lower tail, where floats are accurate. Beyond
+    |x| = `TAIL_START` the quantile function underflows, and z follows the tail of the normal:
+    |z| = sqrt(edge^2 + 2 (|x| - TAIL_START)). NICE (1410.8516), section 3.4.
+
+    Example:
+        >>> bijection = LogisticToNormal()
+        >>> x = torch.tensor([[-100.0, 0.0, 1.0]])
+        >>> z, log_det = bijection(x)
+        >>> torch.allclose(bijection.inverse(z)[0], x, atol=1e-4)
+        True
     """
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         distance = x.abs()
-        near = self._quantile(distance.clamp(max=FAR))
-        far = (self._edge(x).square() + 2 * (distance - FAR).clamp(min=0)).sqrt()
-        z = torch.where(distance < FAR, near, far) * x.sign()
+        center = self._quantile(distance.clamp(max=TAIL_START))
+        tail = (self._edge(x).square() + 2 * (distance - TAIL_START).clamp(min=0)).sqrt()
+        z = torch.where(distance < TAIL_START, center, tail) * x.sign()
         return z, self._log_det(x, z)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         edge = self._edge(z)
-        near = z.clamp(-edge, edge)
-        far = (FAR + (z.square() - edge.square()) / 2) * z.sign()
-        x = torch.where(
-            z.abs() < edge, torch.special.log_ndtr(near) - torch.special.log_ndtr(-near), far
-        )
+        clamped = z.clamp(-edge, edge)
+        center = torch.special.log_ndtr(clamped) - torch.special.log_ndtr(-clamped)
+        tail = (TAIL_START + (z.square() - edge.square()) / 2) * z.sign()
+        x = torch.where(z.abs() < edge, center, tail)
         return x, -self._log_det(x, z)
 
     @staticmethod
@@ -187,9 +245,10 @@ class LogisticToNormal(Bijection):
         return -torch.special.ndtri(torch.sigmoid(-distance))
 
     def _edge(self, x: Tensor) -> Tensor:
-        return self._quantile(x.new_tensor(FAR))
+        return self._quantile(x.new_tensor(TAIL_START))
 
     @staticmethod
     def _log_det(x: Tensor, z: Tensor) -> Tensor:
-        near = F.logsigmoid(x) + F.logsigmoid(-x) + 0.5 * (z.square() + math.log(2 * math.pi))
-        return torch.where(x.abs() < FAR, near, -z.abs().clamp(min=1).log()).flatten(1).sum(1)
+        center = F.logsigmoid(x) + F.logsigmoid(-x) + 0.5 * (z.square() + math.log(2 * math.pi))
+        tail = -z.abs().clamp(min=1).log()
+        return torch.where(x.abs() < TAIL_START, center, tail).flatten(1).sum(1)

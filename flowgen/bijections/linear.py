@@ -1,4 +1,4 @@
-"""Bijections that are affine in the channels and alike at every pixel: y = M x + c."""
+"""Affine maps of the channels that are the same at every pixel: ActNorm and 1x1 convolutions."""
 
 from abc import abstractmethod
 
@@ -7,40 +7,110 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection
+from flowgen.bijections.networks import MIN_DEVIATION
+
+# Pixels per channel that `Invertible1x1.initialize` needs. The covariance of fewer pixels would
+# have eigenvalues near zero where the data has variance.
+MIN_PIXELS_PER_CHANNEL = 16
 
 
 class ChannelAffine(Bijection):
-    """y = M x + c at each of the H*W pixels, log|det| = H W log|det M|.
+    """Base class of affine maps of the channels: z = M x + c at each pixel.
 
-    Subclasses say what M and c are. Everything here stays out of autocast: a log-det in bfloat16 is no log-det.
+    log|det| = height * width * log|det M|. Subclasses define M and c. Inputs are (batch, channels)
+    or (batch, channels, height, width). All computations stay in float32 under autocast, because
+    bfloat16 is too coarse for a log-determinant.
     """
 
     supports_reversible = True
 
     @abstractmethod
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
-        """M of shape (C, C), c of shape (C,), and the scalar log|det M|."""
+        """Return M (channels, channels), c (channels,) and the scalar log|det M|."""
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            return _forward(x, *self.affine())
+            return self._forward(x, *self.affine())
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
             matrix, shift, log_det = self.affine()
-            return _undo(z, matrix, shift), (-log_det * z[0, 0].numel()).expand(len(z))
+            x = self._inverse(z, matrix, shift)
+            return x, (-log_det * z[0, 0].numel()).expand(len(z))
 
     def invert_and_recompute(
         self, z: Tensor, condition: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
             matrix, shift, log_det = self.affine()
-            x = _undo(z, matrix.detach(), shift.detach()).requires_grad_()
-            return (x,), *_forward(x, matrix, shift, log_det)
+            x = self._inverse(z, matrix.detach(), shift.detach()).requires_grad_()
+            return (x,), *self._forward(x, matrix, shift, log_det)
+
+    @staticmethod
+    def _forward(
+        x: Tensor, matrix: Tensor, shift: Tensor, log_det: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        z = _apply_affine(x, matrix, shift)
+        return z, (log_det * x[0, 0].numel()).expand(len(x))
+
+    @staticmethod
+    def _inverse(z: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
+        # In float64, because the layers that follow amplify this error.
+        inverse = torch.linalg.inv(matrix.double())
+        return _apply_affine(z, inverse.to(z.dtype), -(inverse @ shift.double()).to(z.dtype))
+
+
+def _apply_affine(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return F.linear(x, matrix, shift)
+    return F.conv2d(x, matrix[:, :, None, None], shift)
+
+
+class ActNorm(ChannelAffine):
+    """Scale and shift of each channel: z = exp(log_scale) x + shift.
+
+    log|det| = height * width * sum(log_scale). `initialize` sets both parameters so that every
+    channel of the output has zero mean and unit variance. The parameter is the logarithm because
+    a scale could cross zero. Glow (1807.03039), section 3.1.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = ActNorm(3)
+        >>> x = 5 + 2 * torch.randn(16, 3, 4, 4)
+        >>> z = bijection.initialize(x)
+        >>> bool(z.mean((0, 2, 3)).abs().max() < 1e-5)
+        True
+        >>> torch.allclose(bijection.inverse(z)[0], x, atol=1e-5)
+        True
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+
+    def affine(self) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.diag(self.log_scale.exp()), self.shift, self.log_scale.sum()
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        deviation, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1)
+        self.log_scale.copy_(-deviation.clamp(min=MIN_DEVIATION).log())
+        self.shift.copy_(-mean * self.log_scale.exp())
+        return self(x)[0]
 
 
 class FusedAffine(ChannelAffine):
-    """Channel-affine bijections one after the other, multiplied out beforehand so that the pixels are visited once."""
+    """A chain of channel-affine bijections, multiplied out so that the pixels are read once.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = FusedAffine(ActNorm(3), InvertibleConv1x1LU(3))
+        >>> x = torch.randn(5, 3, 4, 4)
+        >>> z, log_det = bijection(x)
+        >>> torch.allclose(bijection.inverse(z)[0], x, atol=1e-5)
+        True
+    """
 
     def __init__(self, *bijections: ChannelAffine):
         super().__init__()
@@ -50,11 +120,9 @@ class FusedAffine(ChannelAffine):
         matrix, shift, log_det = self.bijections[0].affine()  # type: ignore[operator]
         for bijection in list(self.bijections)[1:]:
             next_matrix, next_shift, change = bijection.affine()  # type: ignore[operator]
-            matrix, shift, log_det = (
-                next_matrix @ matrix,
-                next_matrix @ shift + next_shift,
-                log_det + change,
-            )
+            matrix = next_matrix @ matrix
+            shift = next_matrix @ shift + next_shift
+            log_det = log_det + change
         return matrix, shift, log_det
 
     @torch.no_grad()
@@ -65,10 +133,11 @@ class FusedAffine(ChannelAffine):
 
 
 class Invertible1x1(ChannelAffine):
-    """An invertible 1x1 convolution that starts as a rotation: a random one, or the principal axes of a batch.
+    """Base class of invertible 1x1 convolutions, which start as a random rotation.
 
-    `initialize` turns the batch's channels into uncorrelated ones, in random order, which spares the couplings the first hundreds of
-    steps. Glow (1807.03039), section 3.2; Laparra et al., Iterative Gaussianization (1602.00229).
+    `initialize` replaces it by the principal axes of a batch, in random order: the channels of the
+    output are uncorrelated, which saves the couplings the first hundreds of optimizer steps.
+    Glow (1807.03039), section 3.2; Laparra et al., Iterative Gaussianization (1602.00229).
     """
 
     shift: Tensor
@@ -79,21 +148,30 @@ class Invertible1x1(ChannelAffine):
 
     @abstractmethod
     def rotate(self, rotation: Tensor) -> None:
-        """Start from this orthogonal matrix, (C, C)."""
+        """Set the matrix to this orthogonal one, (channels, channels)."""
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        pixels = x.transpose(0, 1).flatten(1).double()  # (C, B*H*W)
-        if pixels.shape[1] >= 16 * len(
-            pixels
-        ):  # fewer would show variances of zero where there are none
+        pixels = x.transpose(0, 1).flatten(1).double()  # (channels, batch * height * width)
+        if pixels.shape[1] >= MIN_PIXELS_PER_CHANNEL * len(pixels):
             axes = torch.linalg.eigh(torch.cov(pixels)).eigenvectors.T
             self.rotate(axes[torch.randperm(len(axes), device=axes.device)].to(x.dtype))
         return self(x)[0]
 
 
 class InvertibleConv1x1(Invertible1x1):
-    """A 1x1 convolution with a plain matrix W, and log|det W| at the cost of its LU factorisation."""
+    """A 1x1 convolution with a dense matrix W, whose log|det W| costs an LU factorization.
+
+    Glow (1807.03039), section 3.2.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = InvertibleConv1x1(3)
+        >>> x = torch.randn(5, 3, 4, 4)
+        >>> z, log_det = bijection(x)
+        >>> torch.allclose(bijection.inverse(z)[0], x, atol=1e-5)
+        True
+    """
 
     def __init__(self, channels: int):
         super().__init__(channels)
@@ -108,9 +186,18 @@ class InvertibleConv1x1(Invertible1x1):
 
 
 class InvertibleConv1x1LU(Invertible1x1):
-    """A 1x1 convolution W = P L (U + diag(s)), so that log|det W| = sum log|s| costs nothing.
+    """A 1x1 convolution with W = P L (U + diag(s)), so that log|det W| = sum(log|s|).
 
-    P is a fixed permutation, L unit lower and U strictly upper triangular; s keeps its signs. Glow (1807.03039), equation 10.
+    P is a fixed permutation, L is unit lower triangular, U is strictly upper triangular, and s
+    keeps its signs. Glow (1807.03039), equation 10.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = InvertibleConv1x1LU(3)
+        >>> x = torch.randn(5, 3, 4, 4)
+        >>> z, log_det = bijection(x)
+        >>> torch.allclose(bijection.inverse(z)[0], x, atol=1e-5)
+        True
     """
 
     permutation: Tensor
@@ -143,25 +230,7 @@ class InvertibleConv1x1LU(Invertible1x1):
         return self.permutation @ lower @ upper, self.shift, self.log_s.sum()
 
 
-def _forward(x: Tensor, matrix: Tensor, shift: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
-    return _apply(x, matrix, shift), (log_det * x[0, 0].numel()).expand(len(x))
-
-
-def _undo(z: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    inverse = torch.linalg.inv(
-        matrix.double()
-    )  # in float64: this error would be multiplied by every later layer
-    return _apply(z, inverse.to(z.dtype), -(inverse @ shift.double()).to(z.dtype))
-
-
-def _apply(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    if x.dim() == 2:
-        return F.linear(x, matrix, shift)
-    return F.conv2d(x, matrix[:, :, None, None], shift)
-
-
 def _random_rotation(channels: int) -> Tensor:
+    """Return a random orthogonal matrix, uniform under the Haar measure."""
     rotation, triangular = torch.linalg.qr(torch.randn(channels, channels))
-    return (
-        rotation * triangular.diagonal().sign()
-    )  # the signs make it uniform over the orthogonal group
+    return rotation * triangular.diagonal().sign()

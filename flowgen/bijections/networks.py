@@ -1,34 +1,79 @@
-"""What the networks inside couplings are made of: layers that may start from data."""
+"""Conditioner networks: functions without an inverse that compute the parameters of a bijection."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from flowgen.utils.console import Progress, no_progress
-from flowgen.utils.distributed import all_reduce_sum, batch_rank, draw
-from flowgen.utils.errors import UserError
+MIN_DEVIATION = 1e-6  # lower bound of a standard deviation, for channels that are constant
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """A wrapper of a loop that reports its progress, as `tqdm` does."""
+
+    def __call__(
+        self, steps: Iterable[T], description: str, total: int | None = None, /
+    ) -> Iterable[T]:
+        """Return an iterable over the same steps; `total` is their number."""
+
+
+def no_progress(steps: Iterable[T], description: str, total: int | None = None, /) -> Iterable[T]:
+    """Return `steps` unchanged: the default, which reports nothing."""
+    return steps
+
+
+class RandomSource(nn.Module):
+    """Source of the random numbers that a model draws for a batch in training.
+
+    A module that needs noise owns a `RandomSource` and calls it in place of `torch.rand` or
+    `torch.randn`. Training in several processes replaces it by a source that draws the numbers of
+    the whole batch and returns the rows of this process.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> RandomSource()(torch.rand, (2, 3)).shape
+        torch.Size([2, 3])
+    """
+
+    def forward(
+        self,
+        draw: Callable[..., Tensor],
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return `draw(shape, generator=generator, **kwargs)`.
+
+        Args:
+            draw: `torch.rand`, `torch.randn` or a function with the same arguments.
+            shape: Shape of the result. The first dimension is the batch.
+            generator: Random number generator, or None for torch's global one.
+            kwargs: Further arguments of `draw`, such as `device` and `dtype`.
+        """
+        return draw(shape, generator=generator, **kwargs)
 
 
 class Conditioner(nn.Module, ABC):
-    """A function of its input that may start from data."""
+    """Base class of networks that can be initialized from data."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H, W)."""
+        """Map (batch, in_channels, height, width) to (batch, out_channels, height, width)."""
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
-        """Look at one batch before training and hand on the output for it."""
+        """Initialize from one batch before training and return the output for it."""
         return self(x)
 
 
 class Sequential(Conditioner):
-    """Networks one after the other."""
+    """Networks applied one after the other."""
 
     def __init__(self, *layers: Conditioner):
         super().__init__()
@@ -46,18 +91,18 @@ class Sequential(Conditioner):
         return x
 
 
-class Relu(Conditioner):
-    """max(x, 0), written over its input."""
+class ReLU(Conditioner):
+    """max(x, 0), computed in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu_(x)
 
 
 class NormalizedConv2d(Conditioner):
-    """A same-size convolution with ActNorm behind it, the two folded into one.
+    """A convolution with "same" padding followed by ActNorm, fused into one layer.
 
-    `initialize` scales each output channel to zero mean and unit variance. That start is all that ActNorm adds here: its scale and
-    shift are absorbed by weight and bias, and cost nothing afterwards.
+    `initialize` scales each output channel to zero mean and unit variance. Scale and shift of
+    ActNorm are absorbed by the weight and the bias, so they cost nothing afterwards.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1):
@@ -69,30 +114,28 @@ class NormalizedConv2d(Conditioner):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.dilation == 1:
-            return F.conv2d(x, self.weight, self.bias, padding="same")
-        # Channels-last, the CPU's bfloat16 gradient for the weights of a dilated convolution is NaN from 32x32 on (torch 2.13).
-        return F.conv2d(
-            x.contiguous(),
-            self.weight.contiguous(),
-            self.bias,
-            padding="same",
-            dilation=self.dilation,
-        )
+        weight: Tensor = self.weight
+        if self.dilation > 1:
+            # The CPU's bfloat16 weight gradient of a dilated channels-last convolution is NaN
+            # for images of 32x32 and larger (torch 2.13).
+            x = x.contiguous()
+            weight = weight.contiguous()
+        return F.conv2d(x, weight, self.bias, padding="same", dilation=self.dilation)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
         deviation, mean = torch.std_mean(self(x).transpose(0, 1).flatten(1), dim=1)
-        deviation = deviation.clamp(min=1e-6)  # a channel that never varies must not blow up
+        deviation = deviation.clamp(min=MIN_DEVIATION)
         self.weight.div_(deviation[:, None, None, None])
         self.bias.copy_((self.bias - mean) / deviation)
         return self(x)
 
 
 class ZeroConv2d(Conditioner):
-    """The last convolution, (w * x + b) exp(3 log_scale), zero when training starts: the coupling starts as the identity.
+    """A convolution that starts at zero: (w * x + b) exp(3 log_scale).
 
-    Glow (1807.03039), section 3.3 and its code.
+    As the last layer of a conditioner it makes a coupling start as the identity. Glow
+    (1807.03039), section 3.3 and its code.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
@@ -102,21 +145,22 @@ class ZeroConv2d(Conditioner):
         self.log_scale = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = (
-            3 * self.log_scale
-        ).exp()  # on the weights rather than the pixels: the same, and free
-        return F.conv2d(
-            x, self.weight * factor[:, None, None, None], self.bias * factor, padding="same"
-        )
+        # Scaling the weights gives the same result as scaling the pixels, at no cost.
+        scale = (3 * self.log_scale).exp()
+        weight = self.weight * scale[:, None, None, None]
+        return F.conv2d(x, weight, self.bias * scale, padding="same")
 
 
 class ActNormLayer(Conditioner):
-    """ActNorm where no convolution stands right before it: y = exp(log_scale) x + shift per channel."""
+    """ActNorm inside a network: y = exp(log_scale) x + shift per channel.
 
-    def __init__(self, width: int):
+    It is used where no convolution precedes that could absorb it.
+    """
+
+    def __init__(self, channels: int):
         super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(width, 1, 1))
-        self.shift = nn.Parameter(torch.zeros(width, 1, 1))
+        self.log_scale = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.shift.to(x.dtype), x, self.log_scale.exp().to(x.dtype))
@@ -124,74 +168,48 @@ class ActNormLayer(Conditioner):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
         deviation, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
-        self.log_scale.copy_(-deviation[0].clamp(min=1e-6).log())
+        self.log_scale.copy_(-deviation[0].clamp(min=MIN_DEVIATION).log())
         self.shift.copy_(-mean[0] * self.log_scale.exp())
         return self(x)
 
 
-def check_normalizable(x: Tensor) -> None:
-    """Raises FlowgenError for a batch of one number a channel, which has no variance."""
-    if batch_rank().size * x[:, 0].numel() < 2:
-        raise UserError(
-            "batch normalisation needs more than one image at a time: give trainer.batch_size at least 2 a part"
-        )
+def batch_norm_layers(model: nn.Module) -> list[Any]:
+    """Return the modules of `model` that keep running statistics of batches.
 
-
-def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean and variance of every channel, (C,) each, over the whole batch, and over how many numbers a channel."""
-    numbers, size = x.transpose(0, 1).flatten(1), batch_rank().size
-    count = size * numbers.shape[1]
-    if size == 1:
-        variance, mean = torch.var_mean(numbers, dim=1, correction=0)
-        return mean, variance, count
-    mean = all_reduce_sum(numbers.sum(1)) / count
-    return mean, all_reduce_sum((numbers - mean[:, None]).square().sum(1)) / count, count
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """torch's own, over the whole batch where several processes share one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or batch_rank().size == 1:
-            return super().forward(x)
-        assert (
-            self.running_mean is not None
-            and self.running_var is not None
-            and self.num_batches_tracked is not None
-        )
-        mean, variance, count = batch_moments(x.to(self.weight.dtype))
-        weight = self.momentum or 0.0
-        self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.detach(), weight)
-        self.running_var.lerp_(variance.detach() * (count / (count - 1)), weight)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul((self.bias - mean * scale)[:, None, None], x, scale[:, None, None]).to(
-            x.dtype
-        )
+    These are torch's batch norm layers and `flowgen.bijections.batchnorm.BatchNorm`.
+    """
+    return [module for module in model.modules() if hasattr(module, "reset_running_stats")]
 
 
 def has_dropout(network: nn.Module) -> bool:
-    """Whether dropout makes it another function at every call in training."""
+    """Return whether dropout makes the network a random function in training."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
 
 
 class Dropout(nn.Dropout):
-    """torch's own, but that what is lost of a share of a batch is what the whole one would lose there."""
+    """`nn.Dropout` that draws its mask from a `RandomSource`.
+
+    The mask therefore does not depend on how a batch is split across processes.
+    """
+
+    def __init__(self, p: float = 0.5):
+        super().__init__(p)
+        self.random_source = RandomSource()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
-        stays = draw(torch.rand, x.shape, device=x.device) >= self.p
-        return x * stays / (1 - self.p)
+        mask = self.random_source(torch.rand, x.shape, device=x.device) >= self.p
+        return x * mask / (1 - self.p)
 
 
 class ResidualBlock(Conditioner):
-    """x + conv3x3(relu(conv3x3(x))), the two convolutions normalised."""
+    """x + conv3x3(relu(conv3x3(x))), both convolutions normalized."""
 
-    def __init__(self, width: int):
+    def __init__(self, channels: int):
         super().__init__()
         self.branch = Sequential(
-            NormalizedConv2d(width, width, 3), Relu(), NormalizedConv2d(width, width, 3)
+            NormalizedConv2d(channels, channels, 3), ReLU(), NormalizedConv2d(channels, channels, 3)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,42 +221,63 @@ class ResidualBlock(Conditioner):
 
 
 class ConvNetwork(Sequential):
-    """conv3x3 -> ActNorm -> ReLU -> conv1x1 -> ActNorm -> ReLU -> zero conv3x3. Glow (1807.03039), section 5."""
+    """The conditioner of Glow.
+
+    conv3x3 -> ActNorm -> ReLU -> conv1x1 -> ActNorm -> ReLU -> zero conv3x3. Glow (1807.03039),
+    section 5.
+
+    Args:
+        in_channels: Channels of the input, including those of the condition.
+        width: Channels of the hidden layers.
+        out_channels: Channels of the output.
+
+    Example:
+        >>> ConvNetwork(2, 16, 4)(torch.randn(5, 2, 8, 8)).shape
+        torch.Size([5, 4, 8, 8])
+    """
 
     def __init__(self, in_channels: int, width: int, out_channels: int):
         super().__init__(
             NormalizedConv2d(in_channels, width, 3),
-            Relu(),
+            ReLU(),
             NormalizedConv2d(width, width, 1),
-            Relu(),
+            ReLU(),
             ZeroConv2d(width, out_channels, 3),
         )
 
 
 class ResNetwork(Sequential):
-    """conv3x3 -> ActNorm -> ReLU -> residual blocks -> ActNorm -> ReLU -> zero conv3x3.
+    """A residual conditioner.
 
-    V. Sydorskyi, bachelor thesis (Kyiv Polytechnic Institute, 2020), section 3.5, there with one block.
+    conv3x3 -> ActNorm -> ReLU -> residual blocks -> ActNorm -> ReLU -> zero conv3x3.
+    V. Sydorskyi, bachelor thesis (Kyiv Polytechnic Institute, 2020), section 3.5, with one block.
+
+    Example:
+        >>> ResNetwork(2, 16, 4, num_blocks=2)(torch.randn(5, 2, 8, 8)).shape
+        torch.Size([5, 4, 8, 8])
     """
 
-    def __init__(self, in_channels: int, width: int, out_channels: int, blocks: int = 1):
+    def __init__(self, in_channels: int, width: int, out_channels: int, num_blocks: int = 1):
         super().__init__(
             NormalizedConv2d(in_channels, width, 3),
-            Relu(),
-            *(ResidualBlock(width) for _ in range(blocks)),
+            ReLU(),
+            *(ResidualBlock(width) for _ in range(num_blocks)),
             ActNormLayer(width),
-            Relu(),
+            ReLU(),
             ZeroConv2d(width, out_channels, 3),
         )
 
 
 class GatedBlock(Conditioner):
-    """x + conv1x1(tanh(a) sigmoid(b)), where a and b are the halves of a normalised, dilated conv3x3. WaveNet (1609.03499), section 2.3."""
+    """x + conv1x1(tanh(a) sigmoid(b)), where (a, b) = conv3x3(x) with dilation.
 
-    def __init__(self, width: int, dilation: int):
+    Both convolutions are normalized. WaveNet (1609.03499), section 2.3.
+    """
+
+    def __init__(self, channels: int, dilation: int):
         super().__init__()
-        self.split = NormalizedConv2d(width, 2 * width, 3, dilation)
-        self.merge = NormalizedConv2d(width, width, 1)
+        self.split = NormalizedConv2d(channels, 2 * channels, 3, dilation)
+        self.merge = NormalizedConv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.merge(self._gate(self.split(x)))
@@ -254,59 +293,84 @@ class GatedBlock(Conditioner):
 
 
 class GatedNetwork(Sequential):
-    """conv3x3 -> ActNorm -> gated blocks of dilation 1, 2, 4, 1, ... -> ActNorm -> ReLU -> zero conv3x3."""
+    """A conditioner with gated blocks, as in WaveNet.
 
-    def __init__(self, in_channels: int, width: int, out_channels: int, blocks: int):
+    conv3x3 -> ActNorm -> gated blocks -> ActNorm -> ReLU -> zero conv3x3. The dilations of the
+    blocks are 1, 2, 4, 1, 2, 4, ...
+
+    Example:
+        >>> GatedNetwork(2, 16, 4, num_blocks=3)(torch.randn(5, 2, 8, 8)).shape
+        torch.Size([5, 4, 8, 8])
+    """
+
+    def __init__(self, in_channels: int, width: int, out_channels: int, num_blocks: int):
         super().__init__(
             NormalizedConv2d(in_channels, width, 3),
-            *(GatedBlock(width, 2 ** (block % 3)) for block in range(blocks)),
+            *(GatedBlock(width, 2 ** (index % 3)) for index in range(num_blocks)),
             ActNormLayer(width),
-            Relu(),
+            ReLU(),
             ZeroConv2d(width, out_channels, 3),
         )
 
 
-class DenseNetwork(Conditioner):
-    """Linear -> ReLU, `layers` times, then a linear layer that starts at zero: (B, C) -> (B, C'). NICE (1410.8516), section 5.1."""
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Return a linear layer with zero weights and biases, for parameters that start at zero."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
-    def __init__(self, in_features: int, width: int, out_features: int, layers: int):
+
+class DenseNetwork(Conditioner):
+    """A multilayer perceptron (batch, in_features) -> (batch, out_features) that starts at zero.
+
+    It has `num_layers` hidden layers of `width` ReLUs. NICE (1410.8516), section 5.1.
+
+    Example:
+        >>> DenseNetwork(3, 16, 6, num_layers=2)(torch.randn(5, 3)).shape
+        torch.Size([5, 6])
+    """
+
+    def __init__(self, in_features: int, width: int, out_features: int, num_layers: int):
         super().__init__()
-        sizes = [in_features, *[width] * layers]
+        sizes = [in_features, *[width] * num_layers]
         hidden = [module for pair in pairwise(sizes) for module in (nn.Linear(*pair), nn.ReLU())]
-        last = nn.Linear(sizes[-1], out_features)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(*hidden, last)
+        self.layers = nn.Sequential(*hidden, zero_linear(sizes[-1], out_features))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
 
 class RealNVPNetwork(Conditioner):
-    """A convolutional ResNet with weight and batch normalisation, whose log-scales are scale * tanh(.) with a learnt scale.
+    """A convolutional ResNet with weight and batch normalization for affine couplings.
 
-    conv3x3 -> `blocks` times x + conv3x3(relu(bn(conv3x3(relu(bn(x)))))) -> bn -> relu -> conv1x1; the first half of the outputs
-    are log-scales. Real NVP (1605.08803), section 4.1 and figure 4.
+    conv3x3 -> `num_blocks` times x + conv3x3(relu(bn(conv3x3(relu(bn(x)))))) -> bn -> relu ->
+    conv1x1. The first half of the output channels are log-scales, scale * tanh(.) with a learned
+    `scale`; the second half are shifts. Real NVP (1605.08803), section 4.1 and figure 4.
+
+    Example:
+        >>> RealNVPNetwork(2, 16, 4, num_blocks=1)(torch.randn(5, 2, 8, 8)).shape
+        torch.Size([5, 4, 8, 8])
     """
 
-    def __init__(self, in_channels: int, width: int, out_channels: int, blocks: int):
+    def __init__(self, in_channels: int, width: int, out_channels: int, num_blocks: int):
         super().__init__()
         self.first = weight_norm(nn.Conv2d(in_channels, width, 3, padding=1))
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(layer for _ in range(2) for layer in self._normalized(width, width, 3)))
-            for _ in range(blocks)
+            nn.Sequential(
+                *self._bn_relu_conv(width, width, 3), *self._bn_relu_conv(width, width, 3)
+            )
+            for _ in range(num_blocks)
         )
-        self.last = nn.Sequential(*self._normalized(width, out_channels, 1))
+        self.last = nn.Sequential(*self._bn_relu_conv(width, out_channels, 1))
         self.scale = nn.Parameter(torch.zeros(out_channels // 2, 1, 1))
 
     @staticmethod
-    def _normalized(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
+    def _bn_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
         convolution = weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, padding="same"))
-        return [BatchNorm2d(in_channels), nn.ReLU(), convolution]
+        return [nn.BatchNorm2d(in_channels), nn.ReLU(), convolution]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            check_normalizable(x)
         x = self.first(x)
         for block in self.blocks:
             x = x + block(x)
@@ -314,17 +378,18 @@ class RealNVPNetwork(Conditioner):
         return torch.cat((self.scale.to(raw.dtype) * raw.tanh(), shift), dim=1)
 
 
-Past = tuple[
-    Tensor, Tensor
-]  # keys and values of the tokens read so far, (B, heads, tokens, width / heads) each
+KeysValues = tuple[Tensor, Tensor]  # of the tokens so far, (batch, heads, tokens, width / heads)
 
 
 class TransformerBlock(nn.Module):
-    """h + attention(norm(h)), then h + MLP(norm(h)), of tokens (B, N, width). Vaswani et al. (1706.03762); Xiong et al. (2002.04745)."""
+    """Pre-norm transformer block: h + attention(norm(h)), then h + MLP(norm(h)).
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    Tokens are (batch, tokens, width). Vaswani et al. (1706.03762); Xiong et al. (2002.04745).
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float):
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.norm = nn.LayerNorm(width)
         self.queries_keys_values = nn.Linear(width, 3 * width)
         self.merge = nn.Sequential(nn.Linear(width, width), Dropout(dropout))
@@ -337,108 +402,146 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(self, h: Tensor, causal: bool) -> Tensor:
-        queries, keys, values = self._read(h)
-        return self._go_on(
-            h, F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
-        )
+        queries, keys, values = self._project(h)
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
+        return self._residual(h, attended)
 
-    def step(self, h: Tensor, past: Past | None) -> tuple[Tensor, Past]:
-        """What `forward` makes of the next token, h (B, 1, width), after those of `past`, which grows by it."""
-        queries, keys, values = self._read(h)
-        if past is not None:
-            keys, values = torch.cat((past[0], keys), 2), torch.cat((past[1], values), 2)
-        return self._go_on(h, F.scaled_dot_product_attention(queries, keys, values)), (keys, values)
+    def step(self, h: Tensor, cache: KeysValues | None) -> tuple[Tensor, KeysValues]:
+        """Return the causal output for the next token h (batch, 1, width), and the grown cache."""
+        queries, keys, values = self._project(h)
+        if cache is not None:
+            keys = torch.cat((cache[0], keys), 2)
+            values = torch.cat((cache[1], values), 2)
+        attended = F.scaled_dot_product_attention(queries, keys, values)
+        return self._residual(h, attended), (keys, values)
 
-    def _read(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries, keys, values = (
-            self.queries_keys_values(self.norm(h))
-            .unflatten(2, (3, self.heads, -1))
-            .permute(2, 0, 3, 1, 4)
-        )
-        return queries, keys, values
+    def _project(self, h: Tensor) -> tuple[Tensor, ...]:
+        projected = self.queries_keys_values(self.norm(h)).unflatten(2, (3, self.num_heads, -1))
+        return projected.permute(2, 0, 3, 1, 4).unbind()
 
-    def _go_on(self, h: Tensor, seen: Tensor) -> Tensor:
-        h = h + self.merge(seen.transpose(1, 2).flatten(2))
+    def _residual(self, h: Tensor, attended: Tensor) -> Tensor:
+        h = h + self.merge(attended.transpose(1, 2).flatten(2))
         return h + self.mlp(h)
 
 
 class CausalTransformer(nn.Module):
-    """Contexts of tokens, (B, N, size) -> (B, N, width), each read off the tokens before it; the first off a learned start alone.
+    """Contexts of tokens, (batch, tokens, dim) -> (batch, tokens, width).
 
-    All of them see a condition of `seen` numbers, the same for all or one for each token. TarFlow (2412.06329), section 3.
+    The context of a token depends on the tokens before it; that of the first token is learned.
+    All contexts depend on the condition, if there is one: (batch, cond_channels), or one for each
+    token as an image (batch, cond_channels, height, width). TarFlow (2412.06329), section 3.
+
+    Args:
+        num_tokens: Length of the sequence.
+        dim: Values per token.
+        width: Values per context.
+        num_heads: Attention heads, a divisor of `width`.
+        num_layers: Transformer blocks.
+        dropout: Probability of dropping a value of a hidden layer.
+        cond_channels: Channels of the condition, 0 for no condition.
+
+    Example:
+        >>> network = CausalTransformer(num_tokens=8, dim=4, width=16, num_heads=2, num_layers=1)
+        >>> network(torch.randn(5, 8, 4)).shape
+        torch.Size([5, 8, 16])
     """
 
     def __init__(
         self,
-        tokens: int,
-        size: int,
+        num_tokens: int,
+        dim: int,
         width: int,
-        heads: int,
-        layers: int,
+        num_heads: int,
+        num_layers: int,
         dropout: float = 0.0,
-        seen: int = 0,
+        cond_channels: int = 0,
     ):
         super().__init__()
-        self.place = nn.Parameter(0.02 * torch.randn(tokens, width))
-        self.embed = nn.Linear(size, width)
-        self.condition = nn.Linear(seen, width, bias=False) if seen else None
-        self.layers = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(layers))
+        self.place = nn.Parameter(0.02 * torch.randn(num_tokens, width))  # position embedding
+        self.embed = nn.Linear(dim, width)
+        self.condition = nn.Linear(cond_channels, width, bias=False) if cond_channels else None
+        self.layers = nn.ModuleList(
+            TransformerBlock(width, num_heads, dropout) for _ in range(num_layers)
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
-        h = self._places(len(tokens), condition) + F.pad(self.embed(tokens[:, :-1]), (0, 0, 1, 0))
+        previous = F.pad(self.embed(tokens[:, :-1]), (0, 0, 1, 0))
+        h = self._embed_positions(len(tokens), condition) + previous
         for layer in self.layers:
             h = layer(h, causal=True)
         return self.norm(h)
 
     def sample_sequentially(
         self,
-        choose: Callable[[int, Tensor], Tensor],
-        batch: int,
+        sample_fn: Callable[[int, Tensor], Tensor],
+        batch_size: int,
         condition: Tensor | None = None,
         progress: Progress = no_progress,
     ) -> Tensor:
-        """The tokens (batch, N, size) of which each is `choose(i, context)`, (batch, size), by its own context (batch, width).
+        """Generate tokens one after the other, with cached keys and values.
 
-        Keys and values of the tokens before are kept, so that every token is read once.
+        Args:
+            sample_fn: Function of the index of a token and its context (batch, width) that
+                returns the token, (batch, dim).
+            batch_size: Number of sequences.
+            condition: Condition of the contexts, as for `forward`.
+            progress: Wrapper of the loop over the tokens.
+
+        Returns:
+            The tokens, (batch, tokens, dim).
         """
-        places = self._places(batch, condition)
-        past: list[Past | None] = [None] * len(self.layers)
+        positions = self._embed_positions(batch_size, condition)
+        cache: list[KeysValues | None] = [None] * len(self.layers)
         tokens: list[Tensor] = []
-        for i in progress(range(len(self.place)), "one token after the other"):
-            h = places[:, i : i + 1]
+        for index in progress(range(len(self.place)), "tokens"):
+            h = positions[:, index : index + 1]
             if tokens:
                 h = h + self.embed(tokens[-1])[:, None]
-            for number, layer in enumerate(self.layers):
-                h, past[number] = layer.step(h, past[number])  # type: ignore[operator]
-            tokens.append(choose(i, self.norm(h)[:, 0]))
+            for depth, layer in enumerate(self.layers):
+                h, cache[depth] = layer.step(h, cache[depth])  # type: ignore[operator]
+            tokens.append(sample_fn(index, self.norm(h)[:, 0]))
         return torch.stack(tokens, 1)
 
-    def _places(self, batch: int, condition: Tensor | None) -> Tensor:
-        """What is known of every token beforehand: (batch, N, width)."""
+    def _embed_positions(self, batch_size: int, condition: Tensor | None) -> Tensor:
+        """Return the embeddings of position and condition, (batch, tokens, width)."""
         if condition is None or self.condition is None:
-            return self.place.expand(batch, -1, -1)
-        each = condition[:, None] if condition.dim() == 2 else condition.flatten(2).transpose(1, 2)
-        return self.place + self.condition(each.to(self.place.dtype))
+            return self.place.expand(batch_size, -1, -1)
+        if condition.dim() == 2:
+            condition = condition[:, None]
+        else:
+            condition = condition.flatten(2).transpose(1, 2)
+        return self.place + self.condition(condition.to(self.place.dtype))
 
 
 class Transformer(Conditioner):
-    """A transformer of the pixels of an image, each of which sees all: (B, C, H, W) -> (B, C', H, W); the last layer starts at zero."""
+    """A transformer over the pixels of an image, with full attention, that starts at zero.
+
+    (batch, in_channels, height, width) -> (batch, out_channels, height, width). Each pixel is a
+    token: `num_tokens` is height * width. Jet (2412.15129), section 2.
+
+    Example:
+        >>> network = Transformer(16, 3, 8, 6, num_heads=2, num_layers=1)
+        >>> network(torch.randn(5, 3, 4, 4)).shape
+        torch.Size([5, 6, 4, 4])
+    """
 
     def __init__(
         self,
-        tokens: int,
+        num_tokens: int,
         in_channels: int,
         width: int,
         out_channels: int,
-        heads: int,
-        layers: int,
+        num_heads: int,
+        num_layers: int,
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.place = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.place = nn.Parameter(0.02 * torch.randn(num_tokens, width))  # position embedding
         self.embed = nn.Linear(in_channels, width)
-        self.layers = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            TransformerBlock(width, num_heads, dropout) for _ in range(num_layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.last = zero_linear(width, out_channels)
 
@@ -447,11 +550,3 @@ class Transformer(Conditioner):
         for layer in self.layers:
             h = layer(h, causal=False)
         return self.last(self.norm(h)).transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A linear layer that starts at zero, so that what it parametrises starts where its parameters are zero."""
-    layer = nn.Linear(in_features, out_features)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

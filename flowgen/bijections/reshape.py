@@ -1,4 +1,4 @@
-"""Bijections that only move values: their log-det is zero."""
+"""Bijections that move values: reshapes, permutations, and the split of a multi-scale flow."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,20 @@ from flowgen.bijections.networks import Conditioner
 
 
 class Squeeze(Bijection):
-    """Trade space for channels: (B, C, H, W) -> (B, 4C, H/2, W/2), or, by another `factor` f than 2, (B, f^2 C, H/f, W/f).
+    """Trade resolution for channels: (B, C, H, W) -> (B, f^2 C, H / f, W / f) with f = `factor`.
 
-    Each block of f x f pixels becomes one pixel, as here of 2x2:
+    Each block of f x f pixels becomes one pixel; for f = 2:
 
         1 2 | 5 6
         3 4 | 7 8    ->    [1 2 3 4] [5 6 7 8]
 
-    The output is laid out channels-last, which the convolutions behind it run fastest on. Real NVP (1605.08803), section 3.6.
+    The output is in channels-last memory format, the fastest one for convolutions. Real NVP
+    (1605.08803), section 3.6.
+
+    Example:
+        >>> z, log_det = Squeeze()(torch.tensor([[[[1, 2, 5, 6], [3, 4, 7, 8]]]]))
+        >>> z[0, :, 0, 0], z[0, :, 0, 1]
+        (tensor([1, 2, 3, 4]), tensor([5, 6, 7, 8]))
     """
 
     supports_reversible = True
@@ -25,21 +31,28 @@ class Squeeze(Bijection):
         self.factor = factor
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        blocks = x.unflatten(3, (-1, self.factor)).unflatten(
-            2, (-1, self.factor)
-        )  # (B, C, H/f, f, W/f, f)
+        rows = x.unflatten(3, (-1, self.factor))
+        blocks = rows.unflatten(2, (-1, self.factor))  # (B, C, H/f, f, W/f, f)
         squeezed = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3)
         return squeezed.permute(0, 3, 1, 2), x.new_zeros(len(x))
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        blocks = z.permute(0, 2, 3, 1).unflatten(
-            3, (-1, self.factor, self.factor)
-        )  # (B, H/f, W/f, C, f, f)
-        return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3), z.new_zeros(len(z))
+        shape = (-1, self.factor, self.factor)
+        blocks = z.permute(0, 2, 3, 1).unflatten(3, shape)  # (B, H/f, W/f, C, f, f)
+        x = blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return x, z.new_zeros(len(z))
 
 
 class Flatten(Bijection):
-    """Lay an image of the given shape (C, H, W) out as one vector: (B, C, H, W) -> (B, C*H*W)."""
+    """Flatten images of the given shape to vectors: (B, C, H, W) -> (B, C * H * W).
+
+    Example:
+        >>> flatten = Flatten(3, 4, 4)
+        >>> flatten(torch.zeros(5, 3, 4, 4))[0].shape
+        torch.Size([5, 48])
+        >>> flatten.inverse(torch.zeros(5, 48))[0].shape
+        torch.Size([5, 3, 4, 4])
+    """
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -53,7 +66,13 @@ class Flatten(Bijection):
 
 
 class Roll(Bijection):
-    """An image moved down and to the right by some pixels; what leaves at one edge comes back at the other."""
+    """Shift an image down and to the right by some pixels, with wrap-around.
+
+    Example:
+        >>> Roll(1)(torch.tensor([[[[1, 2], [3, 4]]]]))[0]
+        tensor([[[[4, 3],
+                  [2, 1]]]])
+    """
 
     def __init__(self, pixels: int):
         super().__init__()
@@ -67,7 +86,16 @@ class Roll(Bijection):
 
 
 class Permute(Bijection):
-    """Channels in a random order, which stays as it was drawn."""
+    """Permute the channels by a random order that is drawn once.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = Permute(3)
+        >>> x = torch.randn(5, 3, 4, 4)
+        >>> z, log_det = bijection(x)
+        >>> torch.equal(z, x[:, bijection.order]), torch.equal(bijection.inverse(z)[0], x)
+        (True, True)
+    """
 
     order: Tensor
 
@@ -83,11 +111,25 @@ class Permute(Bijection):
 
 
 class FactorOut(Bijection):
-    """Half of the channels leave, the other half goes on through `inner`: (B, C, H, W) -> (B, C*H*W).
+    """Split of a multi-scale flow: half of the channels become latent, `inner` maps the others.
 
-    Without a network the leaving half is latent as it is. With one it is standardised by the Gaussian that the network predicts
-    from the half that stays and the condition: z = (x_out - mean) exp(-log_deviation). The vector is [inner's latent, leaving half].
-    Real NVP (1605.08803), section 3.6; Glow (1807.03039), section 3.
+    (batch, channels, height, width) -> (batch, channels * height * width). The output is the
+    latent of `inner` followed by the other half. Without a network, that half is latent as it is.
+    With a network, it is standardized by a Gaussian predicted from the first half and the
+    condition: z_out = (x_out - mean) exp(-log_deviation). Real NVP (1605.08803), section 3.6;
+    Glow (1807.03039), section 3.
+
+    Args:
+        inner: Bijection of the first half of the channels; its output is (batch, values).
+        network: Predicts mean and log-deviation, `channels` channels, or None.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = FactorOut(Flatten(2, 4, 4))
+        >>> x = torch.randn(5, 4, 4, 4)
+        >>> z, log_det = bijection(x)
+        >>> z.shape, torch.equal(bijection.inverse(z)[0], x)
+        (torch.Size([5, 64]), True)
     """
 
     def __init__(self, inner: Bijection, network: Conditioner | None = None):
@@ -96,41 +138,43 @@ class FactorOut(Bijection):
         self.network = network
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        stays, leaves = x.chunk(2, dim=1)
-        leaves, change = self._standardize(leaves, stays, condition)
-        z, log_det = self.inner(stays, condition)
-        return torch.cat([z, leaves.flatten(1)], dim=1), log_det + change
+        x_in, x_out = x.chunk(2, dim=1)
+        z_out, change = self._standardize(x_out, x_in, condition)
+        z_in, log_det = self.inner(x_in, condition)
+        return torch.cat([z_in, z_out.flatten(1)], dim=1), log_det + change
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        inner_z, leaves = z.chunk(2, dim=1)  # each half of the channels holds half of the numbers
-        stays, log_det = self.inner.inverse(inner_z, condition)
-        leaves = leaves.view(stays.shape)
+        z_in, z_out = z.chunk(2, dim=1)
+        x_in, log_det = self.inner.inverse(z_in, condition)
+        x_out = z_out.view(x_in.shape)
         if self.network is not None:
-            mean, log_deviation = self._gaussian(self.network, concat_condition(stays, condition))
-            leaves = torch.addcmul(mean, leaves, log_deviation.exp())
+            mean, log_deviation = self._predict(self.network, x_in, condition)
+            x_out = torch.addcmul(mean, x_out, log_deviation.exp())
             log_det = log_det + log_deviation.flatten(1).sum(1)
-        return torch.cat([stays, leaves], dim=1), log_det
-
-    def _standardize(
-        self, leaves: Tensor, stays: Tensor, condition: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if self.network is None:
-            return leaves, leaves.new_zeros(len(leaves))
-        mean, log_deviation = self._gaussian(self.network, concat_condition(stays, condition))
-        return (leaves - mean) * (-log_deviation).exp(), -log_deviation.flatten(1).sum(1)
-
-    @staticmethod
-    def _gaussian(network: Conditioner, seen: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(
-            seen.device.type, enabled=False
-        ):  # a prior is part of the likelihood: no bfloat16
-            mean, log_deviation = network(seen).chunk(2, dim=1)
-        return mean, log_deviation
+        return torch.cat([x_in, x_out], dim=1), log_det
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        stays, leaves = x.chunk(2, dim=1)
+        x_in, x_out = x.chunk(2, dim=1)
         if self.network is not None:
-            self.network.initialize(concat_condition(stays, condition))
-        leaves, _ = self._standardize(leaves, stays, condition)
-        return torch.cat([self.inner.initialize(stays, condition), leaves.flatten(1)], dim=1)
+            self.network.initialize(concat_condition(x_in, condition))
+        z_out, _ = self._standardize(x_out, x_in, condition)
+        return torch.cat([self.inner.initialize(x_in, condition), z_out.flatten(1)], dim=1)
+
+    def _standardize(
+        self, x_out: Tensor, x_in: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.network is None:
+            return x_out, x_out.new_zeros(len(x_out))
+        mean, log_deviation = self._predict(self.network, x_in, condition)
+        z_out = (x_out - mean) * (-log_deviation).exp()
+        return z_out, -log_deviation.flatten(1).sum(1)
+
+    @staticmethod
+    def _predict(
+        network: Conditioner, x_in: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # Without autocast: the prior is part of the likelihood, and bfloat16 is too coarse for it.
+        with torch.autocast(x_in.device.type, enabled=False):
+            mean, log_deviation = network(concat_condition(x_in, condition)).chunk(2, dim=1)
+        return mean, log_deviation

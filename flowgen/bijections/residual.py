@@ -1,4 +1,4 @@
-"""Planar and Sylvester flows: residual layers of one hidden layer that can be undone."""
+"""Planar and Sylvester flows: invertible residual layers with one hidden layer."""
 
 import math
 from abc import abstractmethod
@@ -8,92 +8,118 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.root_finding import find_root
+from flowgen.bijections.univariate import find_root
 
-LEAST = 0.05  # slope along the direction of a hidden unit: float32 has to find the way back
+MIN_SLOPE = 0.05  # along the direction of a hidden unit, so that float32 can invert the layer
 
 
 class PlanarSylvesterBase(Bijection):
-    """z = x + A tanh(B x + b) of vectors (batch, D), A (D, M), B (M, D), where B A is upper triangular with a diagonal above -1.
+    """Base class of z = x + A tanh(B x + b) for vectors x (batch, dim).
 
-    log|det| = sum_i log(1 + (B A)_ii tanh'(B x + b)_i), by Sylvester's identity det(I + A H B) = det(I + H B A). Back goes a = B x + b,
-    which solves a + B A tanh(a) = B z + b: the last number first, each the root of an increasing function. van den Berg et al.
-    (1803.05649), sections 3.1 and 3.2.
+    A is (dim, M) and B is (M, dim), and B A is upper triangular with a diagonal above -1.
+    Sylvester's identity det(I + A H B) = det(I + H B A) gives
+    log|det| = sum_i log(1 + (B A)_ii tanh'(B x + b)_i). The inverse solves
+    a + B A tanh(a) = B z + b for a = B x + b, from the last element to the first: each is the root
+    of an increasing function. van den Berg et al. (1803.05649), sections 3.1 and 3.2.
     """
 
     @abstractmethod
-    def layer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A, B, b (M,) and B A."""
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return A, B, b of shape (M,), and B A."""
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            a, b, bias, product = self.layer()
+            a, b, bias, product = self.matrices()
             hidden = F.linear(x, b, bias).tanh()
             return x + F.linear(hidden, a), _log_det(hidden, product)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
-            a, b, bias, product = self.layer()
-            target, hidden = F.linear(z, b, bias), z.new_zeros(len(z), 0)
+            a, b, bias, product = self.matrices()
+            target = F.linear(z, b, bias)
+            hidden = z.new_zeros(len(z), 0)
             for unit in reversed(range(len(bias))):
-                rest = target[:, unit] - hidden @ product[unit, unit + 1 :]
-                hidden = torch.cat((_before(rest, product[unit, unit]).tanh()[:, None], hidden), 1)
+                unit_target = target[:, unit] - hidden @ product[unit, unit + 1 :]
+                preactivation = _invert_unit(unit_target, product[unit, unit])
+                hidden = torch.cat((preactivation.tanh()[:, None], hidden), 1)
             return z - F.linear(hidden, a), -_log_det(hidden, product)
 
 
 class Planar(PlanarSylvesterBase):
-    """z = x + u tanh(w.x + b), with u moved along w until u.w > -1. Rezende and Mohamed (1505.05770), section 4.1 and appendix A.1."""
+    """z = x + u tanh(w.x + b), where u is moved along w until u.w > -1.
 
-    def __init__(self, size: int):
+    Rezende and Mohamed (1505.05770), section 4.1 and appendix A.1.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = Planar(6)
+        >>> _ = torch.nn.init.normal_(bijection.push)
+        >>> x = torch.randn(5, 6)
+        >>> z, log_det = bijection(x)
+        >>> torch.allclose(bijection.inverse(z)[0], x, atol=1e-5)
+        True
+    """
+
+    def __init__(self, dim: int):
         super().__init__()
-        self.direction = nn.Parameter(torch.randn(size) / math.sqrt(size))
+        self.direction = nn.Parameter(torch.randn(dim) / math.sqrt(dim))
         self.bias = nn.Parameter(torch.randn(1))
-        self.push = nn.Parameter(torch.zeros(size))
+        self.push = nn.Parameter(torch.zeros(dim))
 
-    def layer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         w = self.direction
         product = w @ self.push
-        least = LEAST - 1
-        bounded = least + F.softplus(
-            product + math.log(math.expm1(-least))
-        )  # zero where the product is
+        lower_bound = MIN_SLOPE - 1
+        offset = math.log(math.expm1(-lower_bound))  # makes `bounded` zero where `product` is zero
+        bounded = lower_bound + F.softplus(product + offset)
         u = self.push + (bounded - product) * w / w.square().sum()
         return u[:, None], w[None], self.bias, bounded.view(1, 1)
 
 
 class Sylvester(PlanarSylvesterBase):
-    """z = x + Q R tanh(R' Q^T x + b), Q (D, M) with orthonormal columns, R and R' upper triangular, R_ii R'_ii > -1.
+    """z = x + Q R tanh(R' Q^T x + b), where Q (dim, width) has orthonormal columns.
 
-    Q is that of a QR factorisation, the diagonals are bounded by tanh. van den Berg et al. (1803.05649), section 4.1.
+    R and R' are upper triangular with R_ii R'_ii > -1. Q is the Q of a QR factorization, and tanh
+    bounds the diagonals. van den Berg et al. (1803.05649), section 4.1.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> bijection = Sylvester(6, width=3)
+        >>> _ = torch.nn.init.normal_(bijection.outer)
+        >>> x = torch.randn(5, 6)
+        >>> z, log_det = bijection(x)
+        >>> torch.allclose(bijection.inverse(z)[0], x, atol=1e-4)
+        True
     """
 
-    def __init__(self, size: int, width: int):
+    def __init__(self, dim: int, width: int):
         super().__init__()
-        self.basis = nn.Parameter(torch.randn(size, width))
+        self.basis = nn.Parameter(torch.randn(dim, width))
         self.bias = nn.Parameter(torch.randn(width))
         self.outer = nn.Parameter(torch.zeros(width, width))
         self.inner = nn.Parameter(torch.randn(width, width) / math.sqrt(width))
 
-    def layer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         axes = torch.linalg.qr(self.basis).Q
-        outer, inner = (_triangular(raw) for raw in (self.outer, self.inner))
+        outer = _triangular(self.outer)
+        inner = _triangular(self.inner)
         return axes @ outer, inner @ axes.T, self.bias, inner @ outer
 
 
 def _triangular(raw: Tensor) -> Tensor:
-    return raw.triu(1) + torch.diag(math.sqrt(1 - LEAST) * raw.diagonal().tanh())
+    return raw.triu(1) + torch.diag(math.sqrt(1 - MIN_SLOPE) * raw.diagonal().tanh())
 
 
 def _log_det(hidden: Tensor, product: Tensor) -> Tensor:
     return torch.log1p(product.diagonal() * (1 - hidden.square())).sum(1)
 
 
-def _before(target: Tensor, product: Tensor) -> Tensor:
-    """The a with a + product tanh(a) = target, for a product above -1."""
+def _invert_unit(target: Tensor, product: Tensor) -> Tensor:
+    """Return the a with a + product tanh(a) = target, for a product above -1."""
 
     def function(a: Tensor) -> tuple[Tensor, Tensor]:
         hidden = a.tanh()
         return a + product * hidden, torch.log1p(product * (1 - hidden.square()))
 
-    reach = product.abs()
-    return find_root(function, target, target - reach, target + reach)
+    radius = product.abs()
+    return find_root(function, target, target - radius, target + radius)

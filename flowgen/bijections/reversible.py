@@ -1,7 +1,9 @@
-"""What the backward pass needs of a deep flow: kept, computed again, or recovered by inverting what came out.
+"""Memory of activations for the backward pass of deep flows.
 
-With `checkpoint` every bijection keeps its input alone, and is computed again (Chen et al., 1604.06174). With `invert` a whole chain keeps
-its output, and every input is recovered on the way back, whatever the depth (Gomez et al., 1707.04585, section 3.2).
+The modes are "store" (keep all activations), "checkpoint" (keep the input of every bijection and
+compute the bijection again: Chen et al., 1604.06174) and "reversible" (keep the output of a whole
+chain and recover every input by inversion, so that memory does not grow with depth: Gomez et al.,
+1707.04585, section 3.2). `Chain` in `flowgen.bijections.base` uses these functions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,86 +11,94 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from flowgen.bijections.base import Bijection
-from flowgen.bijections.batchnorm import batch_norm_layers
-from flowgen.bijections.networks import has_dropout
-from flowgen.utils.distributed import Rank, batch_rank, split
+from flowgen.bijections.networks import batch_norm_layers, has_dropout
 
-Forward = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-MEMORY = ("store", "checkpoint", "reversible")
-LONGEST = (
-    128  # bijections that are recovered from one output, since rounding errors grow on the way
-)
+ACTIVATION_MEMORY = ("store", "checkpoint", "reversible")
+# Bijections whose inputs are recovered from one output. Rounding errors grow with their number.
+MAX_INVERTED_BIJECTIONS = 128
+
+Step = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # as Bijection.forward
 
 
-def checkpointed(bijection: Bijection) -> Forward:
-    """`bijection`, computed again in the backward pass."""
+def checkpointed(bijection: nn.Module) -> Step:
+    """Return `bijection.forward` as a function that the backward pass computes again."""
 
     def step(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        share = batch_rank()
-        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout(bijection)}
-        if share.size > 1 or batch_norm_layers(bijection):  # which no compiler takes
-            how["context_fn"] = lambda: (nullcontext(), _again(bijection, share))
-        return checkpoint(bijection, x, condition, **how)
+        kwargs: dict[str, Any] = {}
+        if batch_norm_layers(bijection):  # torch.compile does not support context_fn
+            kwargs["context_fn"] = lambda: (nullcontext(), _frozen_statistics(bijection))
+        return checkpoint(
+            bijection,
+            x,
+            condition,
+            use_reentrant=False,
+            preserve_rng_state=has_dropout(bijection),
+            **kwargs,
+        )
 
     return step
 
 
 @contextmanager
-def _again(bijection: Bijection, share: Rank) -> Iterator[None]:
-    """Meanwhile batches, this share of whole ones, have been seen already: no statistics remember them."""
-    kept = [
-        (buffer, buffer.clone())
-        for layer in batch_norm_layers(bijection)
-        for buffer in layer.buffers()
-    ]
+def _frozen_statistics(bijection: nn.Module) -> Iterator[None]:
+    """Keep recomputation from updating running statistics a second time."""
+    buffers = [buffer for layer in batch_norm_layers(bijection) for buffer in layer.buffers()]
+    saved = [buffer.clone() for buffer in buffers]
     try:
-        with split(share):
-            yield
+        yield
     finally:
-        for buffer, before in kept:
-            buffer.data.copy_(before)  # which the backward pass does not notice
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.data.copy_(value)  # .data hides the change from autograd's version counter
 
 
-def reversible(bijections: Sequence[Bijection], errors: list[Tensor]) -> Iterator[Forward]:
-    """`bijections` one after the other, whose inputs are recovered in the backward pass; `errors` holds how far off the first ever was.
+def reversible(bijections: Sequence[Any], errors: list[Tensor]) -> Iterator[Step]:
+    """Yield steps that apply `bijections` and recover their inputs in the backward pass.
 
-    That is the largest difference over the largest number. The condition is not differentiated.
+    Args:
+        bijections: Bijections with `supports_reversible`, in the order of application.
+        errors: List of at most one tensor, which the backward pass sets to the largest error of a
+            recovered input, relative to the largest input.
+
+    The condition gets no gradient.
     """
-    for start in range(0, len(bijections), LONGEST):
-        piece = bijections[start : start + LONGEST]
-        parameters = [parameter for bijection in piece for parameter in bijection.parameters()]
+    for start in range(0, len(bijections), MAX_INVERTED_BIJECTIONS):
+        part = bijections[start : start + MAX_INVERTED_BIJECTIONS]
+        parameters = [parameter for bijection in part for parameter in bijection.parameters()]
 
         def step(
-            x: Tensor, condition: Tensor | None, piece: Any = piece, parameters: Any = parameters
+            x: Tensor, condition: Tensor | None, part: Any = part, parameters: Any = parameters
         ) -> tuple[Tensor, Tensor]:
-            return _Recovered.apply(piece, errors, x, condition, *parameters)
+            return _ReversibleFunction.apply(part, errors, x, condition, *parameters)
 
         yield step
 
 
-class _Recovered(torch.autograd.Function):
-    """z and log|det dz/dx| of bijections one after the other; kept are z, and x to compare with."""
+class _ReversibleFunction(torch.autograd.Function):
+    """Bijections applied one after the other, of which only the last output is needed backward.
+
+    The first input is saved too, to measure the error of its recovery.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        bijections: Sequence[Bijection],
+        bijections: Sequence[Any],
         errors: list[Tensor],
         x: Tensor,
         condition: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.bijections, ctx.errors = bijections, errors
-        ctx.autocast = (
-            torch.is_autocast_enabled(x.device.type),
-            torch.get_autocast_dtype(x.device.type),
-        )
-        z, log_det = x, x.new_zeros(len(x))
+        device_type = x.device.type
+        ctx.bijections = bijections
+        ctx.errors = errors
+        ctx.autocast_enabled = torch.is_autocast_enabled(device_type)
+        ctx.autocast_dtype = torch.get_autocast_dtype(device_type)
+        z = x
+        log_det = x.new_zeros(len(x))
         for bijection in bijections:
             z, change = bijection(z, condition)
             log_det = log_det + change
@@ -99,19 +109,24 @@ class _Recovered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, z, condition = ctx.saved_tensors
-        of_z, of_log_det = gradients
-        z = z.detach()  # or its graph would lead back here
-        of_parameters: list[Tensor | None] = []
-        enabled, dtype = ctx.autocast
+        z_grad, log_det_grad = gradients
+        z = z.detach()  # its graph would lead back to this function
+        parameter_grads: list[Tensor | None] = []
+        autocast = torch.autocast(z.device.type, ctx.autocast_dtype, enabled=ctx.autocast_enabled)
         for bijection in reversed(ctx.bijections):
-            with torch.enable_grad(), torch.autocast(z.device.type, dtype, enabled=enabled):
+            with torch.enable_grad(), autocast:
                 leaves, *outputs = bijection.invert_and_recompute(z, condition)
-            moved = 2 if outputs[1].requires_grad else 1  # a log-det may be of nothing
-            wanted, given = [*leaves, *bijection.parameters()], (of_z, of_log_det)
-            found = torch.autograd.grad(outputs[:moved], wanted, given[:moved], allow_unused=True)
-            of_z = torch.cat(found[: len(leaves)], 1)
-            of_parameters[:0] = found[len(leaves) :]
+            # The log-determinant of a volume-preserving bijection is a constant.
+            num_outputs = 2 if outputs[1].requires_grad else 1
+            grads = torch.autograd.grad(
+                outputs[:num_outputs],
+                [*leaves, *bijection.parameters()],
+                (z_grad, log_det_grad)[:num_outputs],
+                allow_unused=True,
+            )
+            z_grad = torch.cat(grads[: len(leaves)], 1)
+            parameter_grads[:0] = grads[len(leaves) :]
             z = torch.cat([leaf.detach() for leaf in leaves], 1)
         error = (z - x).abs().max() / x.abs().max()
         ctx.errors[:] = [torch.stack((*ctx.errors, error)).max()]
-        return None, None, of_z, None, *of_parameters
+        return None, None, z_grad, None, *parameter_grads

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowgen.bijections.chain import inversion_error
+from flowgen.bijections.base import inversion_error
 from flowgen.utils.console import Progress, no_progress
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import LOG_PROBABILITY, Metric, Metrics

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowgen.bijections.chain import supports_checkpointing
-from flowgen.bijections.reversible import MEMORY
+from flowgen.bijections.base import supports_checkpointing
+from flowgen.bijections.reversible import ACTIVATION_MEMORY
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training.threads import use_threads
@@ -119,7 +119,7 @@ class Runtime:
         activation_memory: str,
     ):
         check_choice((True, False), compile=compile)
-        check_choice(MEMORY, activation_memory=activation_memory)
+        check_choice(ACTIVATION_MEMORY, activation_memory=activation_memory)
         if compile and activation_memory == "reversible":
             raise UserError(
                 "memory=invert cannot be compiled: set trainer.compile=false, or trainer.activation_memory=checkpoint"
@@ -144,7 +144,7 @@ def check_batch_fits(
     model: GenerativeModel, data: ImageDataset, machine: Runtime, batch_size: int, parts: int
 ) -> None:
     """Raises FlowgenError, with the largest batch that fits, where what one of its `parts` keeps for the backward pass does not."""
-    sizes = [_kept(model, machine, *data.train_batch(0, count, 0)) for count in (2, 4)]
+    sizes = [saved_tensor_bytes(model, machine, *data.train_batch(0, count, 0)) for count in (2, 4)]
     each = max(0, sizes[1] - sizes[0]) // 2
     free = (
         torch.cuda.mem_get_info(machine.device)[0]
@@ -159,7 +159,7 @@ def check_batch_fits(
     check_memory("trainer.batch_size", batch_size, -(-each // parts), cure, free)
 
 
-def _kept(model: GenerativeModel, machine: Runtime, images: Tensor, labels: Tensor | None) -> int:
+def saved_tensor_bytes(model: GenerativeModel, machine: Runtime, images: Tensor, labels: Tensor | None) -> int:
     """Bytes of the tensors that the backward pass of a batch keeps."""
     kept: dict[int, int] = {}
     buffers = [

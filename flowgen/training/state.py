@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from flowgen.bijections.batchnorm import batch_norm_layers, update_bn
+from flowgen.bijections.batchnorm import update_bn
+from flowgen.bijections.networks import batch_norm_layers
 from flowgen.models.base import GenerativeModel
 from flowgen.training.nan_recovery import NaNRecovery
 from flowgen.training.optim import OptimConfig, decays

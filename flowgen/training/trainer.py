@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.bijections.batchnorm import batch_norm_layers
-from flowgen.bijections.chain import set_activation_memory
+from flowgen.bijections.base import set_activation_memory
+from flowgen.bijections.networks import batch_norm_layers
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training.device import Runtime, check_batch_fits, peak_memory, reset_peak_memory
@@ -426,7 +427,10 @@ class Trainer:
             raise UserError(
                 "batch normalisation and several processes are compiled with trainer.activation_memory=store alone: leave out one or the other"
             )
-        set_activation_memory(model, self.machine.activation_memory)
+        try:
+            set_activation_memory(model, self.machine.activation_memory)
+        except ValueError as error:
+            raise UserError(f"trainer.activation_memory: {error}") from error
         reset_peak_memory(self.machine.device)
         data.to(self.machine.device)
         model.to(self.machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -451,15 +455,30 @@ class Trainer:
         training = Training(
             self.cadence, self.optimisation, self.machine, state, data, run, config, team
         )
-        if checkpoint is None:
-            training.save()
-        if self.machine.compile:
-            warm_up(training)
-        stopped = training.loop()
+        with explain_small_batches():
+            if checkpoint is None:
+                training.save()
+            if self.machine.compile:
+                warm_up(training)
+            stopped = training.loop()
         team.broadcast_from_main(
             lambda: None
         )  # a launcher would end the one that saves when another has ended
         return stopped
+
+
+@contextmanager
+def explain_small_batches() -> Iterator[None]:
+    """Turn the error of batch norm layers for one image into one that names the setting."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "batch normalization needs more than one image per micro-batch: "
+            "increase trainer.batch_size, or decrease trainer.grad_accum_steps"
+        ) from error
 
 
 def warm_up(training: Training) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowgen.bijections.chain import Chain
+from flowgen.bijections.base import Chain
 from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboard
 from flowgen.bijections.networks import ConvNetwork
 from flowgen.bijections.univariate import Affine

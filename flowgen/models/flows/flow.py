@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.batchnorm import batch_norm_layers
 from flowgen.bijections.elementwise import EmpiricalCDF, Logit
+from flowgen.bijections.networks import batch_norm_layers
 from flowgen.models.base import (
     QUICK_EVAL,
     ClassConditional,
@@ -281,7 +281,7 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
         )
         one_hot = self._one_hot(labels_to_draw(count, label, first, self.num_classes, self.device))
         z = z if one_hot is None else z + one_hot @ self._class_means()
-        x, log_density = self._carry(z, one_hot)
+        x, log_density = self._invert(z, one_hot)
         return self._quantize(
             self._without_noise(x, one_hot)
         ), log_density - self.dimensions * math.log(self.bins)
@@ -289,9 +289,9 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
     @torch.no_grad()
     def points(self, z: Tensor) -> Tensor:
         """What has these latents (batch, D) of no class: x in [0, 1)^D, before it is levels again, without noise."""
-        return self._without_noise(self._carry(z, None)[0], None)
+        return self._without_noise(self._invert(z, None)[0], None)
 
-    def _carry(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
         """The points that have these latents, and their log p(x)."""
         x, log_det = self.bijection.inverse(z, self._condition(one_hot))
         return x, (

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.bijections.base import Bijection
-from flowgen.bijections.chain import Chain
+from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.continuous import CNF, VelocityField
 from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
 from flowgen.bijections.reshape import Flatten
@@ -16,7 +15,7 @@ from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting, squa
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.tarflow import check_transformers, patch_size
 from flowgen.utils.distributed import draw
-from flowgen.utils.errors import check_choice, check_number, check_whole
+from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
 
 SOLVER = Metric("solver_difference", "bits/dim", higher_is_better=False)
@@ -64,8 +63,8 @@ class FlowMatching(Flow):
         )
         bijections += [
             Flatten(channels, size, size),
-            Standardize(numbers, learnt=False),
-            CNF(velocity, tolerance, exact_trace_dims),
+            Standardize(numbers, learned=False),
+            _cnf(velocity, tolerance, exact_trace_dims),
         ]
         super().__init__(
             Chain(*bijections),
@@ -123,3 +122,12 @@ class FlowMatching(Flow):
         finally:
             flow.tolerance = tolerance
         return MetricValue(SOLVER, (found[0] - found[1]).abs().mean().item())
+
+
+def _cnf(velocity: VelocityField, tolerance: float, exact_trace_dims: int) -> CNF:
+    try:
+        return CNF(velocity, tolerance, exact_trace_dims)
+    except ImportError as error:
+        raise UserError(
+            "model=flow_matching needs torchdiffeq: pip install 'flowgen[flow_matching]'"
+        ) from error

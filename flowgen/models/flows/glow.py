@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-from flowgen.bijections.base import Bijection
-from flowgen.bijections.batchnorm import ActNorm
-from flowgen.bijections.chain import Chain
+from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.coupling import Coupling
 from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
-from flowgen.bijections.linear import FusedAffine, InvertibleConv1x1, InvertibleConv1x1LU
+from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1, InvertibleConv1x1LU
 from flowgen.bijections.networks import (
     Conditioner,
     ConvNetwork,
@@ -78,7 +76,7 @@ class Glow(Flow):
             mix = InvertibleConv1x1LU(maps) if convolution == "plu" else InvertibleConv1x1(maps)
             univariate = TRANSFORMS[transform](log_scale)
             inside = _network(
-                network, num_blocks, maps // 2 + seen, width, univariate.count * (maps - maps // 2)
+                network, num_blocks, maps // 2 + seen, width, univariate.num_params * (maps - maps // 2)
             )
             return FusedAffine(ActNorm(maps), mix), Coupling(inside, univariate)
 

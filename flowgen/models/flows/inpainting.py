@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.bijections.base import Bijection
-from flowgen.bijections.chain import Chain
+from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import EmpiricalCDF, Logit, MarginalGaussianization
 from flowgen.models.base import InpaintingResult, LinearMeasurement, Observation, SupportsInpainting
 from flowgen.models.flows.hmc import LogDensity, StepSize, evaluate_density, hmc_step

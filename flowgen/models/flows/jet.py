@@ -5,12 +5,10 @@ from itertools import cycle
 
 from torch import Tensor
 
-from flowgen.bijections.base import Bijection
-from flowgen.bijections.batchnorm import ActNorm
-from flowgen.bijections.chain import Chain
+from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.coupling import Coupling, MaskedCoupling, checkerboard, stripes
 from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
-from flowgen.bijections.linear import FusedAffine, InvertibleConv1x1LU
+from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
 from flowgen.bijections.networks import Transformer
 from flowgen.bijections.reshape import Flatten, Permute, Squeeze
 from flowgen.bijections.univariate import TRANSFORMS
@@ -70,7 +68,7 @@ class Jet(Flow):
                 side**2,
                 reads + seen,
                 width,
-                univariate.count * transformed,
+                univariate.num_params * transformed,
                 num_heads,
                 num_layers,
                 dropout,

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from flowgen.bijections.autoregressive import MADE, Autoregressive, Flip, Invert
-from flowgen.bijections.base import Bijection
+from flowgen.bijections.autoregressive import MADE, Autoregressive
+from flowgen.bijections.base import Bijection, Chain, Flip, Invert
 from flowgen.bijections.batchnorm import BatchNorm
-from flowgen.bijections.chain import Chain
 from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
 from flowgen.bijections.reshape import Flatten
 from flowgen.bijections.univariate import TRANSFORMS
@@ -45,7 +44,7 @@ class MAF(Flow):
         for _ in range(num_transforms):
             how = TRANSFORMS[transform]("bounded")
             bijections += [
-                self.direct(Autoregressive(MADE(numbers, width, num_layers, how.count), how)),
+                self.direct(Autoregressive(MADE(numbers, width, num_layers, how.num_params), how)),
                 BatchNorm(numbers),
                 Flip(),
             ]

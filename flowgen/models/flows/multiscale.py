@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from flowgen.bijections.base import Bijection
-from flowgen.bijections.chain import Chain
+from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.networks import Conditioner
 from flowgen.bijections.reshape import FactorOut
 from flowgen.utils.errors import UserError, check_whole

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from flowgen.bijections.autoregressive import Flip
-from flowgen.bijections.base import Bijection
-from flowgen.bijections.chain import Chain
+from flowgen.bijections.base import Bijection, Chain, Flip
 from flowgen.bijections.coupling import Coupling
 from flowgen.bijections.elementwise import LogisticToNormal, MarginalGaussianization, Standardize
 from flowgen.bijections.networks import DenseNetwork
@@ -49,7 +47,7 @@ class NICE(Flow):
             first, second = numbers - numbers // 2, numbers // 2
             bijections += [
                 Coupling(
-                    DenseNetwork(second, width, univariate.count * first, num_layers), univariate
+                    DenseNetwork(second, width, univariate.num_params * first, num_layers), univariate
                 ),
                 Flip(),
             ]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flowgen.bijections.base import Bijection
+from flowgen.bijections.base import Bijection, standard_normal_log_prob
 from flowgen.bijections.reshape import FactorOut
 
 
@@ -52,11 +52,6 @@ def _terms(
         [standard_normal_log_prob(last_z - mean[: last_z.shape[1]]) for mean in means], 1
     )
     return base, log_det[:, None].expand_as(base), last + last_log_det[:, None]
-
-
-def standard_normal_log_prob(z: Tensor) -> Tensor:
-    """log N(z; 0, I) in nats of z (batch, D): (batch,)."""
-    return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
 
 
 def _last_level(bijection: Bijection) -> nn.Module:

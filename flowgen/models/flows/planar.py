@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from flowgen.bijections.base import Bijection
-from flowgen.bijections.chain import Chain
+from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
 from flowgen.bijections.reshape import Flatten
 from flowgen.bijections.residual import Planar, Sylvester

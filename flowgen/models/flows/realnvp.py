@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from flowgen.bijections.base import Bijection
+from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.batchnorm import BatchNorm
-from flowgen.bijections.chain import Chain
 from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboard
 from flowgen.bijections.elementwise import Logit
 from flowgen.bijections.networks import RealNVPNetwork, ResNetwork
@@ -60,7 +59,7 @@ class RealNVP(Flow):
                 )
             univariate = TRANSFORMS[transform]("bounded")
             return MaskedCoupling(
-                ResNetwork(maps, width, univariate.count * maps, num_blocks), univariate, mask
+                ResNetwork(maps, width, univariate.num_params * maps, num_blocks), univariate, mask
             )
 
         def level(number: int, maps: int, side: int) -> list[Bijection]:

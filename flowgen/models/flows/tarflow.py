@@ -7,16 +7,13 @@ import torch
 from torch import Tensor
 
 from flowgen.bijections.autoregressive import (
-    Invert,
     TokenAutoregressive,
     TokenHead,
     autoregressive_head,
 )
-from flowgen.bijections.base import Bijection
-from flowgen.bijections.batchnorm import ActNorm
-from flowgen.bijections.chain import Chain
+from flowgen.bijections.base import Bijection, Chain, Invert
 from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
-from flowgen.bijections.linear import FusedAffine, InvertibleConv1x1LU
+from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
 from flowgen.bijections.networks import CausalTransformer
 from flowgen.bijections.reshape import Flatten, Roll, Squeeze
 from flowgen.bijections.univariate import TRANSFORMS, guided
@@ -120,7 +117,7 @@ class TarFlow(Flow, SupportsTokenSampling):
             head = (autoregressive_head if local else TokenHead)(maps, width, how)
             return [
                 *mix[permutation],
-                TokenAutoregressive(network, head, backwards=number % 2 == 1),
+                TokenAutoregressive(network, head, reverse=number % 2 == 1),
             ]
 
         def rolled(number: int) -> list[Bijection]:
@@ -171,9 +168,9 @@ class TarFlow(Flow, SupportsTokenSampling):
         with self._blocks_are(exact=True):
             return super().encode(images, generator)
 
-    def _carry(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.guidance:
-            return super()._carry(z, one_hot)
+            return super()._invert(z, one_hot)
         if one_hot is None or not self.affine or not self.condition_networks:
             raise UserError(
                 "guidance needs classes and affine maps: train with model.num_classes=10 model.transform=affine"
@@ -188,7 +185,7 @@ class TarFlow(Flow, SupportsTokenSampling):
         return x, self.log_density(x, one_hot.argmax(1))
 
     def sweeps(self) -> list[int]:
-        return [block.sweeps for block in self._blocks()]
+        return [block.num_iterations for block in self._blocks()]
 
     @contextmanager
     def _blocks_are(self, **flags: bool) -> Iterator[None]:
