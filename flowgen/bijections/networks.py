@@ -1,8 +1,9 @@
 """What the networks inside couplings are made of: layers that may start from data."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,37 @@ from torch.nn.utils.parametrizations import weight_norm
 from flowgen.utils.console import Progress, no_progress
 from flowgen.utils.distributed import all_reduce_sum, batch_rank, draw
 from flowgen.utils.errors import UserError
+
+
+class RandomSource(nn.Module):
+    """Source of the random numbers that a model draws for a batch in training.
+
+    A module that needs noise owns a `RandomSource` and calls it in place of `torch.rand` or
+    `torch.randn`. Training in several processes replaces it by a source that draws the numbers of
+    the whole batch and returns the rows of this process.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> RandomSource()(torch.rand, (2, 3)).shape
+        torch.Size([2, 3])
+    """
+
+    def forward(
+        self,
+        draw: Callable[..., Tensor],
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return `draw(shape, generator=generator, **kwargs)`.
+
+        Args:
+            draw: `torch.rand`, `torch.randn` or a function with the same arguments.
+            shape: Shape of the result. The first dimension is the batch.
+            generator: Random number generator, or None for torch's global one.
+            kwargs: Further arguments of `draw`, such as `device` and `dtype`.
+        """
+        return draw(shape, generator=generator, **kwargs)
 
 
 class Conditioner(nn.Module, ABC):
