@@ -208,7 +208,7 @@ def test_the_terms_of_a_flow_with_classes_are_means_over_its_posterior(networks)
         rtol=1e-5,
     )
     x, _ = model._dequantize(images, torch.Generator().manual_seed(0))
-    of_classes = model._log_density_of_classes(x)
+    of_classes = model.class_log_density(x)
     expected = (of_classes.softmax(1) * of_classes).sum(1)
     assert torch.allclose(found["log_base"] + found["log_det"], expected, rtol=1e-5)
 

@@ -214,7 +214,7 @@ def test_guidance_moves_away_from_the_mean_of_all_classes():
         torch.randn(5, 16, dtype=torch.float64),
         torch.eye(3, dtype=torch.float64)[[0, 1, 2, 0, 1]],
     )
-    x, _ = model._carry(z + one_hot @ model.means, one_hot)
+    x, _ = model._invert(z + one_hot @ model.means, one_hot)
     found, _ = model.bijection(x, one_hot)
     assert torch.allclose(found, z + 3 * one_hot @ model.means - 2 * model.means.mean(0), atol=1e-9)
 
