@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import save_image
 
-from flowgen.models.flows import inpainting as completion
+from flowgen.models.flows import inpainting
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -103,7 +103,7 @@ def newcomer(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.long
 def test_every_command_runs_as_printed(newcomer, command, monkeypatch):
-    monkeypatch.setattr(completion, "ASCENT", 2)
+    monkeypatch.setattr(inpainting, "MODE_STEPS", 2)
     commands = [
         words
         for words in COMMANDS

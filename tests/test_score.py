@@ -12,7 +12,7 @@ import torch
 from conftest import SMALL, save_image
 from PIL import Image
 from test_cli import assert_plain
-from test_models import MODELS, glow, noise, started
+from test_models import MODELS, glow, initialized, random_images
 
 import flowgen
 from flowgen.bijections.reshape import FactorOut
@@ -170,7 +170,7 @@ def png_of(images: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_the_terms_of_a_flow_add_up(name):
-    model, images = started(name), noise(5, 4)
+    model, images = initialized(name), random_images(5, 4)
     assert isinstance(model, Flow)
     found = model.statistics(images, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
@@ -196,8 +196,8 @@ def flow_log_normal(z: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("networks", [True, False])
 def test_the_terms_of_a_flow_with_classes_are_means_over_its_posterior(networks):
-    model, images = MODELS["glow"](bits=5, classes=3, condition_networks=networks), noise(5, 4)
-    model.initialize(noise(5))
+    model, images = MODELS["glow"](bits=5, classes=3, condition_networks=networks), random_images(5, 4)
+    model.initialize(random_images(5))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)

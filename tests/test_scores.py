@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from enumeration import machine, states
-from test_models import glow, noise
+from test_models import glow, random_images
 from test_rbm_runs import TINY
 
 import flowgen
@@ -41,7 +41,7 @@ def test_log_z_that_may_not_be_quoted_is_not_taken():
 
 
 def test_the_scores_of_a_flow_are_what_evaluation_sums_up():
-    model, images = glow(), noise(5, 10)
+    model, images = glow(), random_images(5, 10)
     model.initialize(images)
     score = model.score(images, num_importance_samples=3, generator=torch.Generator().manual_seed(0))
     assert score.shape == (10,) and model.score_metric == LOG_PROBABILITY

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SMALL
 from test_bijections import tokens
-from test_models import MODELS, load_from_checkpoint, noise, started
+from test_models import MODELS, build_model, initialized, random_images
 
 from flowgen.bijections.autoregressive import TokenAutoregressive
 from flowgen.bijections.univariate import Affine, GuidedAffine
@@ -90,14 +90,14 @@ def test_exact_numbers_are_those_of_float64():
 
 
 def test_an_encoded_image_comes_back_nearer_than_by_float32_forward():
-    model = load_from_checkpoint(
+    model = build_model(
         "tarflow", bits=8, num_layers=[1, 1], width=16, permutation="actnorm"
     )
-    model.initialize(noise(8, 256))
+    model.initialize(random_images(8, 256))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
-        images = noise(8)
+        images = random_images(8)
         centres = (images + 0.5) / 256
         encoded, forward = (
             (model.bijection.inverse(z)[0] - centres).abs().max()
@@ -123,7 +123,7 @@ def test_sweeps_are_few_where_tokens_hardly_depend_on_each_other():
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("tarflow")])
 def test_of_a_whole_model_too(name):
-    model = started(name)
+    model = initialized(name)
     z = torch.randn(2, 192)
     kept, _ = model.bijection.inverse(z)
     for module in model.modules():
@@ -155,12 +155,12 @@ def test_masks_of_jet_are_halves_of_the_patches_each_with_its_inverse():
 )
 def test_arguments_are_checked(changes, words):
     with pytest.raises(ValueError, match=words):
-        load_from_checkpoint("tarflow", **changes)
+        build_model("tarflow", **changes)
 
 
 def affine_with_classes() -> TarFlow:
-    model = load_from_checkpoint("tarflow", num_layers=[1, 1], transform="affine", num_classes=3)
-    model.initialize(noise(5), torch.arange(64) % 3)
+    model = build_model("tarflow", num_layers=[1, 1], transform="affine", num_classes=3)
+    model.initialize(random_images(5), torch.arange(64) % 3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -200,7 +200,7 @@ def test_guidance_never_widens_a_gaussian_where_the_class_is_the_vaguer_one():
 
 def test_guidance_moves_away_from_the_mean_of_all_classes():
     """Where maps see no class, p(x | y)^(1 + w) / p(x)^w is the Gaussian about (1 + w) means[y] - w mean(means)."""
-    model = load_from_checkpoint(
+    model = build_model(
         "tarflow",
         image_shape=(1, 4, 4),
         patch=2,
@@ -251,7 +251,7 @@ def test_training_tells_the_networks_no_class_now_and_then_and_judging_always_te
     ],
 )
 def test_guidance_says_what_it_needs(changes):
-    model = load_from_checkpoint("tarflow", **{"num_layers": [1], "transform": "affine"} | changes)
+    model = build_model("tarflow", **{"num_layers": [1], "transform": "affine"} | changes)
     with pytest.raises(ValueError, match="guidance needs classes and affine maps"):
         model.sample(2, guidance=1.0)
 
