@@ -158,12 +158,12 @@ def test_a_gaussian_field_is_restored_from_sums_by_its_posterior(known):
     """
     shape = (1, 4, 4) if known == "downsample:2" else (3, 2, 2)
     flow, mean, covariance = gaussian_field(shape, torch.tensor([0.0, 0.02, -0.02]), length=3)
-    linear = measurement(known, shape)
+    sums = measurement(known, shape)
     images = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
     generator = torch.Generator().manual_seed(0)
-    draws = flow.inpainting_chains(images, linear, DRAWS, 600, generator).samples.flatten(1)
+    draws = flow.inpainting_chains(images, sums, DRAWS, 600, generator).samples.flatten(1)
     # One row per pixel; the rows of a group are equal.
-    all_rows = linear.apply(torch.eye(len(mean)).double().view(-1, *shape)).flatten(1).T
+    all_rows = sums.apply(torch.eye(len(mean)).double().view(-1, *shape)).flatten(1).T
     distinct = {tuple(row.tolist()): row for row in all_rows}
     rows = torch.stack([distinct[key] for key in sorted(distinct)])
     assert torch.allclose(rows.sum(1), torch.ones(4).double())

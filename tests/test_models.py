@@ -168,7 +168,7 @@ def test_decoding_the_latents_returns_the_images(model):
 
 
 def test_temperature_scales_every_latent(model):
-    """Encoding a sample at temperature T returns T times the noise, at the last level and at splits."""
+    """Encoding a sample at temperature T returns T times the noise, also at splits."""
     model = model.double()
     z = torch.randn(4, 192, dtype=torch.float64)
     x, _ = model.bijection.inverse(0.5 * z)

@@ -3,31 +3,33 @@
 Names are imported on first use, so that one model does not import all others.
 """
 
+# ruff: noqa: F401
+
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flowgen.models.base import Capability as Capability
-    from flowgen.models.base import ClassConditional as ClassConditional
-    from flowgen.models.base import EvalConfig as EvalConfig
-    from flowgen.models.base import GenerativeModel as GenerativeModel
-    from flowgen.models.base import InpaintingResult as InpaintingResult
-    from flowgen.models.base import LinearMeasurement as LinearMeasurement
-    from flowgen.models.base import SupportsInpainting as SupportsInpainting
-    from flowgen.models.base import SupportsMCMC as SupportsMCMC
-    from flowgen.models.base import SupportsTokenSampling as SupportsTokenSampling
-    from flowgen.models.flows.flow import Flow as Flow
-    from flowgen.models.flows.flow_matching import FlowMatching as FlowMatching
-    from flowgen.models.flows.glow import Glow as Glow
-    from flowgen.models.flows.jet import Jet as Jet
-    from flowgen.models.flows.maf import IAF as IAF
-    from flowgen.models.flows.maf import MAF as MAF
-    from flowgen.models.flows.nice import NICE as NICE
-    from flowgen.models.flows.planar import PlanarFlow as PlanarFlow
-    from flowgen.models.flows.planar import SylvesterFlow as SylvesterFlow
-    from flowgen.models.flows.realnvp import RealNVP as RealNVP
-    from flowgen.models.flows.tarflow import TarFlow as TarFlow
-    from flowgen.models.rbm.rbm import RBM as RBM
+    from flowgen.models.base import (
+        Capability,
+        ClassConditional,
+        EvalConfig,
+        GenerativeModel,
+        InpaintingResult,
+        LinearMeasurement,
+        SupportsInpainting,
+        SupportsMCMC,
+        SupportsTokenSampling,
+    )
+    from flowgen.models.flows.flow import Flow
+    from flowgen.models.flows.flow_matching import FlowMatching
+    from flowgen.models.flows.glow import Glow
+    from flowgen.models.flows.jet import Jet
+    from flowgen.models.flows.maf import IAF, MAF
+    from flowgen.models.flows.nice import NICE
+    from flowgen.models.flows.planar import PlanarFlow, SylvesterFlow
+    from flowgen.models.flows.realnvp import RealNVP
+    from flowgen.models.flows.tarflow import TarFlow
+    from flowgen.models.rbm.rbm import RBM
 
 _MODULES = {
     "Capability": "base",
