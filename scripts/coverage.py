@@ -51,8 +51,10 @@ def of_flow(flow: Flow, images: Tensor, known: Tensor, steps: int) -> Tensor:
     dtype, drawn = autocast_dtype("auto", flow.device), []
     for number, part in enumerate(images.split(BATCH)):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            found = flow.restore(part, known, CHAINS, steps, torch.Generator().manual_seed(number))
-        pixels = (found.points * flow.bins).floor().clamp(0, flow.bins - 1) / (flow.bins - 1)
+            found = flow.inpainting_chains(
+                part, known, CHAINS, steps, torch.Generator().manual_seed(number)
+            )
+        pixels = (found.samples * flow.bins).floor().clamp(0, flow.bins - 1) / (flow.bins - 1)
         drawn.append(pixels.view(len(part), CHAINS, -1)[..., ~known.flatten()])
         print(
             f"{number * BATCH + len(part)} of {len(images)} images, acceptance {found.acceptance:.2f}",

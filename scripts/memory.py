@@ -82,7 +82,9 @@ if __name__ == "__main__":
     )
     print(f"|{' ---: |' * (2 * len(ACTIVATION_MEMORY) + 1)}")
     for depth in map(int, sys.argv[1:] or DEPTHS):
-        sizes = " | ".join(f"{apart('memory', memory, depth):.1f} MiB" for memory in ACTIVATION_MEMORY)
+        sizes = " | ".join(
+            f"{apart('memory', memory, depth):.1f} MiB" for memory in ACTIVATION_MEMORY
+        )
         kept, *others = [apart("seconds", memory, depth) for memory in ACTIVATION_MEMORY]
         times = " | ".join(f"{seconds / kept:.2f}" for seconds in others)
         print(f"| {depth} | {weights(built(depth)):.1f} MiB | {sizes} | {times} |", flush=True)

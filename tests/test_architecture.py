@@ -7,7 +7,6 @@ import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from statistics import median
 
 import pytest
 import yaml
@@ -130,7 +129,9 @@ def shape_of(data: dict) -> tuple[int, int, int]:
     if data["_target_"].rpartition(".")[2] in ("CIFAR10", "SVHN", "DownsampledImageNet"):
         return 3, data.get("size", 32), data.get("size", 32)
     side = data.get("size", 28)
-    return (2, 1, 1) if data["_target_"].endswith("Toy2D") else (data.get("channels", 1), side, side)
+    return (
+        (2, 1, 1) if data["_target_"].endswith("Toy2D") else (data.get("channels", 1), side, side)
+    )
 
 
 @pytest.mark.parametrize("name", group_options("experiment"))

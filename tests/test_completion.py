@@ -1,4 +1,4 @@
-"""Completion by flows: the sampler against conditionals that are known in closed form."""
+"""Inpainting by flows: the sampler is compared with conditionals in closed form."""
 
 import math
 from types import SimpleNamespace
@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from test_abilities import COMPLETE
+from test_capabilities import INPAINTING_MODELS
 from test_cli import assert_plain
-from test_models import MODELS, noise, started
+from test_models import MODELS, initialized, random_images
 from torch import Tensor
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import MarginalGaussianization
-from flowgen.commands.complete import linear
+from flowgen.commands.complete import measurement
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.hmc import StepSize, evaluate_density, hmc_step
+from flowgen.models.flows.hmc import StepSize, hmc_step, initial_state
 from flowgen.models.flows.inpainting import InpaintingChains, PixelPosterior
 from flowgen.utils.console import no_progress
 from flowgen.utils.errors import UserError
@@ -23,129 +23,148 @@ from flowgen.utils.errors import UserError
 DRAWS = 1500
 
 
-class Field(Bijection):
-    """A Gaussian field: x = mean + root z of images (batch, *shape), by default of one channel and square."""
+class LinearMap(Bijection):
+    """x = mean + root z with a lower triangular root; images are square by default."""
 
     def __init__(self, mean: Tensor, root: Tensor, shape: tuple[int, int, int] | None = None):
         super().__init__()
-        side = math.isqrt(len(mean))
-        self.mean, self.root, self.shape = mean, root, shape or (1, side, side)
+        size = math.isqrt(len(mean))
+        self.mean = mean
+        self.root = root
+        self.shape = shape or (1, size, size)
 
     def forward(self, x, condition=None):
         z = torch.linalg.solve_triangular(self.root, (x.flatten(1) - self.mean).T, upper=False).T
         return z, -self.root.diagonal().log().sum().expand(len(x))
 
     def inverse(self, z, condition=None):
-        return (self.mean + z @ self.root.T).view(
-            -1, *self.shape
-        ), self.root.diagonal().log().sum().expand(len(z))
+        x = (self.mean + z @ self.root.T).view(-1, *self.shape)
+        return x, self.root.diagonal().log().sum().expand(len(z))
 
 
-class Bent(Bijection):
-    """A crescent in the plane: x1 = 1/2 + z1 / 8, x2 = 1/4 + z1^2 / 16 + z2 / 32, of points (batch, 2, 1, 1)."""
+class Crescent(Bijection):
+    """x1 = 1/2 + z1 / 8, x2 = 1/4 + z1^2 / 16 + z2 / 32, for points (batch, 2, 1, 1)."""
 
     def forward(self, x, condition=None):
-        first = 8 * (x[:, 0] - 0.5)
-        second = 32 * (x[:, 1] - 0.25 - first.square() / 16)
-        return torch.stack((first, second), 1).flatten(1), torch.full((len(x),), math.log(8 * 32))
+        z1 = 8 * (x[:, 0] - 0.5)
+        z2 = 32 * (x[:, 1] - 0.25 - z1.square() / 16)
+        return torch.stack((z1, z2), 1).flatten(1), torch.full((len(x),), math.log(8 * 32))
 
     def inverse(self, z, condition=None):
         x = torch.stack((0.5 + z[:, 0] / 8, 0.25 + z[:, 0].square() / 16 + z[:, 1] / 32), 1)
         return x.view(-1, 2, 1, 1), torch.full((len(z),), -math.log(8 * 32))
 
 
-def flow_of(bijection: Bijection, shape: tuple[int, int, int], classes: int | None = None) -> Flow:
-    flow = Flow(bijection, shape, 8, "uniform", classes)
-    flow.register_parameter(
-        "anchor", torch.nn.Parameter(torch.zeros(()))
-    )  # what says the device and the precision
+def make_flow(
+    bijection: Bijection, shape: tuple[int, int, int], num_classes: int | None = None
+) -> Flow:
+    flow = Flow(bijection, shape, 8, "uniform", num_classes)
+    # A parameter, because the device and the precision of a model are those of its parameters.
+    flow.register_parameter("anchor", torch.nn.Parameter(torch.zeros(())))
     return flow.double().eval()
 
 
-def field() -> tuple[Flow, Tensor, Tensor]:
-    places = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).double()
-    covariance = 0.1**2 * torch.exp(-torch.cdist(places, places) / 3)
-    mean = 0.5 + 0.02 * (places[:, 0] - places[:, 1])
-    return flow_of(Field(mean, torch.linalg.cholesky(covariance)), (1, 4, 4)), mean, covariance
+def gaussian_field(
+    shape: tuple[int, int, int], slope: Tensor, length: float
+) -> tuple[Flow, Tensor, Tensor]:
+    """A flow whose images are a Gaussian field, with its mean and its covariance.
+
+    The covariance decays exponentially with the distance, over `length` pixels; the mean is
+    1/2 + slope . pixel coordinates.
+    """
+    coordinates = torch.cartesian_prod(*(torch.arange(float(size)) for size in shape)).double()
+    covariance = 0.1**2 * torch.exp(-torch.cdist(coordinates, coordinates) / length)
+    mean = 0.5 + coordinates @ slope.double()
+    flow = make_flow(LinearMap(mean, torch.linalg.cholesky(covariance), shape), shape)
+    return flow, mean, covariance
 
 
-def complete(flow: Flow, images: Tensor, known: Tensor, steps: int) -> Tensor:
-    """The missing numbers of so many draws, (DRAWS, missing)."""
-    return flow.restore(images, known, DRAWS, steps, torch.Generator().manual_seed(0)).points[
-        :, ~known
-    ]
+def small_field() -> tuple[Flow, Tensor, Tensor]:
+    return gaussian_field((1, 4, 4), torch.tensor([0.0, 0.02, -0.02]), length=3)
+
+
+def left_half(shape: tuple[int, int, int]) -> Tensor:
+    known = torch.zeros(shape, dtype=torch.bool)
+    known[..., : shape[2] // 2] = True
+    return known
+
+
+def draw_unknown(flow: Flow, images: Tensor, known: Tensor, steps: int) -> Tensor:
+    """Return samples of the unknown pixels, (DRAWS, unknown)."""
+    generator = torch.Generator().manual_seed(0)
+    return flow.inpainting_chains(images, known, DRAWS, steps, generator).samples[:, ~known]
 
 
 def assert_moments(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """Within four errors of so many independent draws."""
-    assert ((draws.mean(0) - mean).abs() < 4 * (variance / len(draws)).sqrt()).all(), (
-        draws.mean(0),
-        mean,
-    )
-    assert ((draws.var(0) / variance - 1).abs() < 4 * math.sqrt(2 / len(draws))).all(), (
-        draws.var(0),
-        variance,
-    )
+    """Check mean and variance within four standard errors of independent draws."""
+    mean_error = (draws.mean(0) - mean).abs()
+    variance_error = (draws.var(0) / variance - 1).abs()
+    assert (mean_error < 4 * (variance / len(draws)).sqrt()).all(), (draws.mean(0), mean)
+    assert (variance_error < 4 * math.sqrt(2 / len(draws))).all(), (draws.var(0), variance)
 
 
-def test_a_gaussian_field_is_completed_by_its_conditional():
-    """mean_m + C_mo C_oo^-1 (x_o - mean_o), C_mm - C_mo C_oo^-1 C_om; a level is 1 / 256 wide, which moves neither by much."""
-    flow, mean, covariance = field()
-    known = torch.zeros(1, 4, 4, dtype=torch.bool)
-    known[..., :2] = True
+def test_a_gaussian_field_is_inpainted_by_its_conditional():
+    """mean_m + C_mo C_oo^-1 (x_o - mean_o) and C_mm - C_mo C_oo^-1 C_om.
+
+    Bins are 1/256 wide, which adds little to the variance.
+    """
+    flow, mean, covariance = small_field()
+    known = left_half((1, 4, 4))
     images = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
-    draws = complete(flow, images, known, 600)
+    draws = draw_unknown(flow, images, known, 600)
     k = known.flatten()
     weight = covariance[~k][:, k] @ torch.linalg.inv(covariance[k][:, k])
-    exact = (images.flatten()[k].double() + 0.5) / 256
-    of_level = weight.square().sum(1) / 12 / 256**2
+    observed = (images.flatten()[k].double() + 0.5) / 256
+    bin_variance = weight.square().sum(1) / 12 / 256**2
+    conditional = covariance[~k][:, ~k] - weight @ covariance[k][:, ~k]
     assert_moments(
         draws,
-        mean[~k] + weight @ (exact - mean[k]),
-        (covariance[~k][:, ~k] - weight @ covariance[k][:, ~k]).diagonal() + of_level,
+        mean[~k] + weight @ (observed - mean[k]),
+        conditional.diagonal() + bin_variance,
     )
 
 
-def test_many_missing_pixels_take_no_more_gradients():
-    """Of 512 the truth lies between the smallest and the largest of nine draws four times in five; their spread is the conditional's."""
+def test_many_unknown_pixels_need_no_more_gradients():
+    """The true pixel lies strictly between the smallest and largest of nine draws 80 % of the time.
+
+    There are 512 unknown pixels per image. The spread of the draws is that of the conditional.
+    """
     shape = (1, 32, 32)
-    places = torch.cartesian_prod(*(torch.arange(float(side)) for side in shape)).double()
-    covariance = 0.1**2 * torch.exp(-torch.cdist(places, places) / 8)
-    flow = flow_of(
-        Field(torch.full((1024,), 0.5).double(), torch.linalg.cholesky(covariance), shape), shape
-    )
-    known = torch.zeros(shape, dtype=torch.bool)
-    known[..., :16] = True
-    k, images = known.flatten(), flow.sample(12, generator=torch.Generator().manual_seed(3))[0]
-    found = flow.restore(images, known, 9, 80, torch.Generator().manual_seed(0))
-    draws, whole = found.points.flatten(1)[:, ~k].view(12, 9, -1), (images.flatten(1) + 0.5) / 256
-    below = (draws < whole[:, None, ~k]).sum(1)
-    assert ((below > 0) & (below < 9)).double().mean().item() == pytest.approx(0.8, abs=0.06)
+    flow, mean, covariance = gaussian_field(shape, torch.zeros(3), length=8)
+    known = left_half(shape)
+    k = known.flatten()
+    images = flow.sample(12, generator=torch.Generator().manual_seed(3))[0]
+    generator = torch.Generator().manual_seed(0)
+    samples = flow.inpainting_chains(images, known, 9, 80, generator).samples
+    draws = samples.flatten(1)[:, ~k].view(12, 9, -1)
+    truth = (images.flatten(1) + 0.5) / 256
+    rank = (draws < truth[:, None, ~k]).sum(1)
+    coverage = ((rank > 0) & (rank < 9)).double().mean().item()
+    assert coverage == pytest.approx(0.8, abs=0.06)
     weight = covariance[~k][:, k] @ torch.linalg.inv(covariance[k][:, k])
     deviation = (covariance[~k][:, ~k] - weight @ covariance[k][:, ~k]).diagonal().sqrt()
-    standard = (draws - (0.5 + (whole[:, k].double() - 0.5) @ weight.T)[:, None]) / deviation
-    assert abs(standard.mean()) < 0.1 and standard.std().item() == pytest.approx(1.05, abs=0.1)
+    conditional_mean = mean[~k] + (truth[:, k].double() - mean[k]) @ weight.T
+    standardized = (draws - conditional_mean[:, None]) / deviation
+    assert abs(standardized.mean()) < 0.1
+    assert standardized.std().item() == pytest.approx(1.05, abs=0.1)
 
 
-@pytest.mark.parametrize("keep", ["smaller:2", "grey"])
-def test_a_gaussian_field_is_restored_from_sums_by_its_posterior(keep):
-    """Given y = A x + N(0, s^2) with s half a level: mean + K (y - A mean), C - K A C, with K = C A^T (A C A^T + s^2)^-1."""
-    shape = (1, 4, 4) if keep == "smaller:2" else (3, 2, 2)
-    places = torch.cartesian_prod(*(torch.arange(float(side)) for side in shape)).double()
-    covariance = 0.1**2 * torch.exp(-torch.cdist(places, places) / 3)
-    mean = 0.5 + 0.02 * (places[:, 1] - places[:, 2])
-    flow = flow_of(Field(mean, torch.linalg.cholesky(covariance), shape), shape)
-    known = linear(keep, shape)
+@pytest.mark.parametrize("known", ["downsample:2", "grayscale"])
+def test_a_gaussian_field_is_restored_from_sums_by_its_posterior(known):
+    """y = A x + N(0, s^2) with s half a bin, and K = C A^T (A C A^T + s^2)^-1.
+
+    The posterior has mean + K (y - A mean) and C - K A C.
+    """
+    shape = (1, 4, 4) if known == "downsample:2" else (3, 2, 2)
+    flow, mean, covariance = gaussian_field(shape, torch.tensor([0.0, 0.02, -0.02]), length=3)
+    sums = measurement(known, shape)
     images = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
-    draws = flow.restore(
-        images, known, DRAWS, 600, torch.Generator().manual_seed(0)
-    ).points.flatten(1)
-    each = (
-        known.of(torch.eye(len(mean)).double().view(-1, *shape)).flatten(1).T
-    )  # a row for every pixel, alike within a group
-    rows = torch.stack(
-        sorted({tuple(row.tolist()): row for row in each}.values(), key=lambda row: row.tolist())
-    )
+    generator = torch.Generator().manual_seed(0)
+    draws = flow.inpainting_chains(images, sums, DRAWS, 600, generator).samples.flatten(1)
+    # One row per pixel; the rows of a group are equal.
+    all_rows = sums.apply(torch.eye(len(mean)).double().view(-1, *shape)).flatten(1).T
+    distinct = {tuple(row.tolist()): row for row in all_rows}
+    rows = torch.stack([distinct[key] for key in sorted(distinct)])
     assert torch.allclose(rows.sum(1), torch.ones(4).double())
     noise = (0.5 / 256) ** 2 * torch.eye(4).double()
     gain = covariance @ rows.T @ torch.linalg.inv(rows @ covariance @ rows.T + noise)
@@ -155,192 +174,186 @@ def test_a_gaussian_field_is_restored_from_sums_by_its_posterior(keep):
     )
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_crescent_in_the_plane_is_completed_by_its_conditional(which):
-    """By x1 the height is a Gaussian; by the height x1 has two modes, whose law is had from the density on a fine grid."""
-    flow = flow_of(Bent(), (2, 1, 1))
-    known = torch.tensor([which == 0, which == 1]).view(2, 1, 1)
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_crescent_is_inpainted_by_its_conditional(index):
+    """Given x1, x2 is Gaussian; given x2, x1 has two modes. The reference is a fine grid."""
+    flow = make_flow(Crescent(), (2, 1, 1))
+    known = torch.tensor([index == 0, index == 1]).view(2, 1, 1)
     images = torch.tensor([200, 90], dtype=torch.uint8).view(1, 2, 1, 1)
-    draws = complete(flow, images, known, 300)[:, 0]
+    draws = draw_unknown(flow, images, known, 300)[:, 0]
     grid = (torch.arange(4000).double() + 0.5) / 4000
-    fine = (images[0, which] + (torch.arange(20).double() + 0.5) / 20) / 256
-    points = (
-        torch.cartesian_prod(fine.flatten(), grid).flip(1)
-        if which
-        else torch.cartesian_prod(fine.flatten(), grid)
-    )
-    share = flow.log_density(points.view(-1, 2, 1, 1)).view(20, -1).logsumexp(0).softmax(0)
-    mean = (share * grid).sum()
-    variance = (share * (grid - mean).square()).sum()
-    kurtosis = (share * (grid - mean).pow(4)).sum() / variance.square()
+    within_bin = (images[0, index] + (torch.arange(20).double() + 0.5) / 20) / 256
+    points = torch.cartesian_prod(within_bin.flatten(), grid)
+    if index == 1:
+        points = points.flip(1)
+    log_density = flow.log_density(points.view(-1, 2, 1, 1)).view(20, -1).logsumexp(0)
+    weights = log_density.softmax(0)
+    mean = (weights * grid).sum()
+    variance = (weights * (grid - mean).square()).sum()
+    kurtosis = (weights * (grid - mean).pow(4)).sum() / variance.square()
     assert abs(draws.mean() - mean) < 4 * (variance / len(draws)).sqrt()
-    assert abs(draws.var() / variance - 1) < 4 * math.sqrt((kurtosis - 1) / len(draws)) + 0.02
+    variance_error = 4 * math.sqrt((kurtosis - 1) / len(draws)) + 0.02
+    assert abs(draws.var() / variance - 1) < variance_error
 
 
-def test_classes_are_drawn_as_what_is_known_says():
-    """A mixture of two fields of one covariance: p(y | x_o) by Bayes' rule."""
-    flow, mean, covariance = field()
-    with_classes = flow_of(flow.bijection, (1, 4, 4), classes=2)
-    root, far = torch.linalg.cholesky(covariance), torch.full((16,), 0.08).double()
-    with_classes.means.data = torch.stack(
-        (
-            torch.zeros(16).double(),
-            torch.linalg.solve_triangular(root, far[:, None], upper=False)[:, 0],
+def test_classes_are_sampled_from_their_posterior():
+    """A mixture of two fields with the same covariance: p(y | x_o) by Bayes' rule."""
+    flow, mean, covariance = small_field()
+    shift = torch.full((16,), 0.08).double()
+    root = torch.linalg.cholesky(covariance)
+    latent_shift = torch.linalg.solve_triangular(root, shift[:, None], upper=False)[:, 0]
+    conditional = make_flow(flow.bijection, (1, 4, 4), num_classes=2)
+    conditional.means.data = torch.stack((torch.zeros_like(latent_shift), latent_shift))
+    known = left_half((1, 4, 4))
+    k = known.flatten()
+    images = ((mean + 0.035) * 256).to(torch.uint8).view(1, 1, 4, 4)
+    observed = (images.flatten()[k] + 0.5) / 256
+    log_prob = [
+        torch.distributions.MultivariateNormal(class_mean[k], covariance[k][:, k]).log_prob(
+            observed
         )
-    )
-    known = torch.zeros(1, 4, 4, dtype=torch.bool)
-    known[..., :2] = True
-    k, images = known.flatten(), ((mean + 0.035) * 256).to(torch.uint8).view(1, 1, 4, 4)
-    law = [
-        torch.distributions.MultivariateNormal((mean + shift)[k], covariance[k][:, k])
-        for shift in (0.0, far)
+        for class_mean in (mean, mean + shift)
     ]
-    wanted = (
-        torch.stack([each.log_prob((images.flatten()[k] + 0.5) / 256) for each in law])
-        .softmax(0)[1]
-        .item()
-    )
-    found = (
-        with_classes.restore(images, known, DRAWS, 400, torch.Generator().manual_seed(0))
-        .labels.double()
-        .mean()
-        .item()
-    )
-    assert 0.1 < wanted < 0.9 and abs(found - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / DRAWS)
+    expected = torch.stack(log_prob).softmax(0)[1].item()
+    generator = torch.Generator().manual_seed(0)
+    chains = conditional.inpainting_chains(images, known, DRAWS, 400, generator)
+    share = chains.labels.double().mean().item()
+    assert 0.1 < expected < 0.9
+    assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / DRAWS)
 
 
 @pytest.mark.parametrize("name", ["glow", "glow with classes", "realnvp", "nice"])
-def test_what_is_known_stays_and_the_same_seed_draws_the_same(name):
-    model = started(name) if name in MODELS else MODELS["glow"](bits=5, classes=2)
-    if name not in MODELS:
-        model.initialize(noise(5))
-    images, known = noise(5, 1), torch.rand(3, 8, 8) < 0.4
-    one, other = (
+def test_known_pixels_are_kept_and_the_seed_determines_the_result(name):
+    if name in MODELS:
+        model = initialized(name)
+    else:
+        model = MODELS["glow"](bits=5, num_classes=2)
+        model.initialize(random_images(5))
+    images = random_images(5, 1)
+    known = torch.rand(3, 8, 8) < 0.4
+    result, again = (
         model.inpaint(
             images, known, method="langevin", sweeps=40, generator=torch.Generator().manual_seed(1)
         )
         for _ in range(2)
     )
-    assert torch.equal(one.draws, other.draws) and one.draws.shape[1:] == (3, 8, 8)
-    assert torch.equal(
-        (31 * one.draws).round().to(torch.uint8)[:, known],
-        images[:, known].expand(len(one.draws), -1),
-    )
-    assert (
-        0 < one.figures["acceptance"] <= 1
-        and one.figures["spread"] > 0
-        and math.isfinite(one.figures["bits_per_dim"])
-    )
+    assert torch.equal(result.draws, again.draws) and result.draws.shape[1:] == (3, 8, 8)
+    pixels = (31 * result.draws).round().to(torch.uint8)
+    assert torch.equal(pixels[:, known], images[:, known].expand(len(pixels), -1))
+    assert 0 < result.metrics["acceptance"] <= 1 and result.metrics["spread"] > 0
+    assert math.isfinite(result.metrics["bits_per_dim"])
 
 
-def test_complete_shows_a_flows_answers(tiny_run, images, command, tmp_path):
-    words = [
+def test_complete_is_reproducible_and_prints_metrics(tiny_run, images, command, tmp_path):
+    arguments = [
         "complete",
         images / "000.png",
-        "--keep",
+        "--known",
         "left",
         "--run",
         tiny_run,
-        "--sweeps",
+        "--steps",
         20,
-        "--out",
     ]
-    for name in ("one.png", "other.png"):
-        status, _, error = command(*words, tmp_path / name)
+    for name in ("first.png", "second.png"):
+        status, _, error = command(*arguments, "--out", tmp_path / name)
         assert status == 0 and "acceptance" in error and "bits per dim" in error, error
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
 
 
-def test_complete_colours_and_enlarges(tiny_run, images, command, tmp_path):
-    whole, small = Image.open(images / "000.png"), tmp_path / "small.png"
-    whole.resize((4, 4), Image.Resampling.BOX).save(small)
-    whole.convert("L").save(tmp_path / "grey.png")
-    for path, keep in (
-        (small, "smaller:2"),
-        (images / "000.png", "smaller:4"),
-        (tmp_path / "grey.png", "grey"),
+def test_complete_colorizes_and_enlarges(tiny_run, images, command, tmp_path):
+    image = Image.open(images / "000.png")
+    small = tmp_path / "small.png"
+    gray = tmp_path / "gray.png"
+    image.resize((4, 4), Image.Resampling.BOX).save(small)
+    image.convert("L").save(gray)
+    for path, known in (
+        (small, "downsample:2"),
+        (images / "000.png", "downsample:4"),
+        (gray, "grayscale"),
     ):
         status, output, error = command(
-            "complete", path, "--keep", keep, "--run", tiny_run, "--sweeps", 20
+            "complete", path, "--known", known, "--run", tiny_run, "--steps", 20
         )
-        assert status == 0 and "acceptance" in error and Image.open(output.strip()).width > 500, (
-            error
-        )
-    words = ["complete", images / "000.png", "--run", tiny_run, "--keep"]
-    assert_plain(command(*words, "smaller:3"), "one of 2, 4, 8, not '3'")
-    assert_plain(command(*words, "smaller"), "one of 2, 4, 8, not ''")
-    assert_plain(command("complete", small, "--run", tiny_run, "--keep", "smaller:4"), "4x4 pixels")
+        assert status == 0 and "acceptance" in error, error
+        assert Image.open(output.strip()).width > 500
+    arguments = ["complete", images / "000.png", "--run", tiny_run, "--known"]
+    assert_plain(command(*arguments, "downsample:3"), "one of 2, 4, 8, not '3'")
+    assert_plain(command(*arguments, "downsample"), "one of 2, 4, 8, not ''")
+    result = command("complete", small, "--run", tiny_run, "--known", "downsample:4")
+    assert_plain(result, "4x4 pixels")
 
 
-def test_what_is_kept_of_sums_is_what_is_shown_of_them():
+def test_measurements_are_weighted_means_of_pixels():
     images = torch.rand(2, 3, 4, 4)
-    grey, smaller = linear("grey", (3, 4, 4)).of(images), linear("smaller:2", (3, 4, 4)).of(images)
-    assert torch.allclose(
-        grey,
-        (0.299 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2])[:, None].expand(
-            -1, 3, -1, -1
-        ),
-    )
-    assert torch.allclose(smaller[:, :, 1, 3], images[:, :, :2, 2:].mean((2, 3)))
-    with pytest.raises(UserError, match="colour images"):
-        linear("grey", (1, 28, 28))
-    machine = COMPLETE["rbm"]()
-    with pytest.raises(UserError, match="an RBM restores pixels"):
-        machine.inpaint(
+    gray = measurement("grayscale", (3, 4, 4)).apply(images)
+    small = measurement("downsample:2", (3, 4, 4)).apply(images)
+    luma = 0.299 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2]
+    assert torch.allclose(gray, luma[:, None].expand(-1, 3, -1, -1))
+    assert torch.allclose(small[:, :, 1, 3], images[:, :, :2, 2:].mean((2, 3)))
+    with pytest.raises(UserError, match="color images"):
+        measurement("grayscale", (1, 28, 28))
+    rbm = INPAINTING_MODELS["rbm"]()
+    with pytest.raises(UserError, match="an RBM can only inpaint missing pixels"):
+        rbm.inpaint(
             torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
-            linear("smaller:2", (1, 8, 8)),
+            measurement("downsample:2", (1, 8, 8)),
             method="gibbs",
         )
 
 
-def test_a_chain_that_starts_where_there_is_no_density_finds_its_way():
+def test_chains_that_start_outside_the_support_reach_it():
     generator = torch.Generator().manual_seed(0)
 
     def density(x: Tensor) -> Tensor:
         return torch.where(x.abs().amax(1) < 5, -0.5 * x.square().sum(1), torch.nan)
 
-    position = evaluate_density(torch.full((50, 1), 5.5), density)
-    step = StepSize.reasonable(position, density, generator)
+    state = initial_state(torch.full((50, 1), 5.5), density)
+    step_size = StepSize.find_reasonable(state, density, generator)
     for _ in range(200):
-        position = hmc_step(position, density, step, 5, True, generator)
-    assert (position.place.abs() < 5).all() and position.value.isfinite().all()
+        state = hmc_step(state, density, step_size, 5, True, generator)
+    assert (state.position.abs() < 5).all() and state.log_density.isfinite().all()
 
 
-def test_chains_start_as_far_out_as_draws_are_where_that_makes_an_image():
-    """Whether what is known says nothing at all, or more of one image than of its neighbour."""
-    for far in (
-        torch.zeros(6),
-        torch.tensor([1.0, 1, 1, 50, 50, 50]),
-        torch.tensor([1.0, 1, torch.nan, 1, 1, torch.inf]),
-    ):
-        target = SimpleNamespace(
-            levels=torch.zeros(6, 1, 8, 8),
-            body=Chain(),
-            spread=lambda h: 1.0,
-            violation=lambda h, far=far: far + h.new_zeros(()),
-        )
-        chains = InpaintingChains(
-            target, None, torch.zeros(6), torch.Generator().manual_seed(0), no_progress
-        )
-        chains.scatter(images=2)
-        out = chains.place.square().mean(1).sqrt()
-        assert ((out > 0.7) == far.isfinite()).all() and (out[~far.isfinite()] < 0.1).all()
+@pytest.mark.parametrize(
+    "violation",
+    [
+        torch.zeros(6),  # the known part says nothing
+        torch.tensor([1.0, 1, 1, 50, 50, 50]),  # it says more about the second image
+        torch.tensor([1.0, 1, torch.nan, 1, 1, torch.inf]),  # two chains are not images
+    ],
+    ids=["none", "uneven", "not finite"],
+)
+def test_chains_start_as_far_apart_as_samples_unless_the_decoder_fails(violation):
+    posterior = SimpleNamespace(
+        images=torch.zeros(6, 1, 8, 8),
+        body=Chain(),
+        spread=lambda h: 1.0,
+        violation=lambda h: violation + h.new_zeros(()),
+    )
+    generator = torch.Generator().manual_seed(0)
+    chains = InpaintingChains(posterior, None, torch.zeros(6), generator, no_progress)
+    chains.perturb(num_images=2)
+    distance = chains.position.square().mean(1).sqrt()
+    assert ((distance > 0.7) == violation.isfinite()).all()
+    assert (distance[~violation.isfinite()] < 0.1).all()
 
 
-def test_where_the_model_finds_no_image_a_sentence_says_so():
-    flow = flow_of(Field(torch.full((16,), torch.nan).double(), torch.eye(16).double()), (1, 4, 4))
+def test_a_model_that_finds_no_image_raises_one_sentence():
+    mean = torch.full((16,), torch.nan).double()
+    flow = make_flow(LinearMap(mean, torch.eye(16).double()), (1, 4, 4))
+    known = torch.ones(1, 4, 4, dtype=torch.bool)
     with pytest.raises(UserError, match="keep other pixels"):
-        flow.restore(torch.zeros(1, 1, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), 2, 8)
+        flow.inpainting_chains(torch.zeros(1, 1, 4, 4), known, 2, 8)
 
 
-def test_a_chain_far_out_stands_for_an_image():
-    """Where rounding reaches 0 and 1 the head would be infinite, and the classes' probabilities no numbers."""
+def test_extreme_positions_decode_to_valid_images():
+    """At x = 0 and x = 1, which rounding could reach, the head would be infinite."""
     x = torch.rand(9, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     head = MarginalGaussianization(1, 256)
     head.initialize(x)
-    pixels = PixelPosterior(
-        head, Chain(), torch.zeros_like(x), torch.zeros(1, 2, 2, dtype=torch.bool), 256
-    )
-    for far in (-30.0, 30.0):
-        found = pixels.points(torch.full((9, 4), far))
-        assert ((found > 0) & (found < 1)).all() and head(found)[0].isfinite().all()
+    known = torch.zeros(1, 2, 2, dtype=torch.bool)
+    posterior = PixelPosterior(head, Chain(), torch.zeros_like(x), known, 256)
+    for value in (-30.0, 30.0):
+        decoded = posterior.decode(torch.full((9, 4), value))
+        assert ((decoded > 0) & (decoded < 1)).all() and head(decoded)[0].isfinite().all()

@@ -9,9 +9,9 @@ import torch
 from conftest import SMALL
 from PIL import Image
 from test_cli import assert_plain
-from test_completion import field, flow_of
+from test_completion import make_flow, small_field
 from test_labels import attribute_list
-from test_models import MODELS, noise
+from test_models import MODELS, random_images
 
 import flowgen
 from flowgen.data.attributes import read_table
@@ -40,7 +40,7 @@ def batches(flow, latents, attributes):
 
 def test_ridge_tells_two_attributes_apart_that_go_together_and_the_mean_difference_does_not():
     """z = a B + N(0, I) where a1 = a2 nine times in ten: the slope of z along a1 alone is B1 + 0.8 B2."""
-    flow, _, _ = field()
+    flow, _, _ = small_field()
     changes = torch.randn(2, 16).double()
     first = torch.rand(IMAGES) < 0.5
     attributes = torch.stack((first, first ^ (torch.rand(IMAGES) < 0.1)), 1).double()
@@ -55,7 +55,7 @@ def test_ridge_tells_two_attributes_apart_that_go_together_and_the_mean_differen
 
 
 def test_classes_have_their_means_and_an_image_leaves_its_own():
-    flow, _, _ = field()
+    flow, _, _ = small_field()
     middles, labels = torch.randn(3, 16).double(), torch.arange(IMAGES) % 3
     found = moments(
         flow, batches(flow, middles[labels] + torch.randn(IMAGES, 16), one_hot(labels, 3))
@@ -72,8 +72,8 @@ def test_classes_have_their_means_and_an_image_leaves_its_own():
 
 
 def test_a_flow_of_classes_moves_by_what_parts_their_means():
-    flow, _, _ = field()
-    with_classes = flow_of(flow.bijection, (1, 4, 4), classes=2)
+    flow, _, _ = small_field()
+    with_classes = make_flow(flow.bijection, (1, 4, 4), num_classes=2)
     with_classes.means.data = torch.stack((torch.zeros(16), 0.5 * torch.ones(16))).double()
     images = flow.sample(20, generator=torch.Generator().manual_seed(1))[0]
     zero, one = move_along(
@@ -90,12 +90,12 @@ def test_a_flow_of_classes_moves_by_what_parts_their_means():
 
 def test_where_networks_see_the_class_it_changes_with_the_latents_but_no_further_than_to_the_other():
     model = MODELS["glow"](bits=5, classes=2)
-    model.initialize(noise(5))
+    model.initialize(random_images(5))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     model.eval()
-    images, directions = noise(5, 3), class_directions(model)
+    images, directions = random_images(5, 3), class_directions(model)
     assert directions.changes.shape == (2, 192 + 2)
     own = torch.zeros(3, dtype=torch.long)
     latent = torch.cat((model.encode(images)[:, :192], one_hot(own, 2)), 1)
@@ -111,8 +111,8 @@ def test_where_networks_see_the_class_it_changes_with_the_latents_but_no_further
 
 
 def test_images_are_encoded_once_in_batches_and_each_moves_as_it_would_alone(monkeypatch):
-    model, images = MODELS["glow"](bits=5, classes=2, condition_networks=False), noise(5, 7)
-    model.initialize(noise(5))
+    model, images = MODELS["glow"](bits=5, classes=2, condition_networks=False), random_images(5, 7)
+    model.initialize(random_images(5))
     model.eval()
     whole = move_along(model, class_directions(model), images, {"1": 0.5}, torch.tensor([0.0, 1.0]))
     sizes = []

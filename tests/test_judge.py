@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_models import glow, noise, started
+from test_models import glow, initialized, random_images
 
 from flowgen.data.mnist import MNISTSample
 from flowgen.evaluation import interpolation, sample_quality, stats
@@ -79,8 +79,8 @@ def test_a_paired_difference_drops_what_the_images_have_in_common():
 
 
 def test_a_walk_through_the_pixels_is_even_and_both_ways_meet_at_the_ends():
-    model = started("glow")
-    first, second = noise(5, 6) // 2, noise(5, 6) // 2
+    model = initialized("glow")
+    first, second = random_images(5, 6) // 2, random_images(5, 6) // 2
     latent, pixels = walk(model, first, second, torch.linspace(0, 1, 5))
     assert latent.shape == pixels.shape == (5, *first.shape)
     for way in (latent, pixels):
@@ -99,8 +99,8 @@ def test_a_walk_through_the_pixels_is_even_and_both_ways_meet_at_the_ends():
 
 
 def test_a_walk_goes_the_way_that_it_is_told():
-    model = started("glow")
-    ends = noise(5, 2)[:1] // 2, noise(5, 2)[1:] // 2
+    model = initialized("glow")
+    ends = random_images(5, 2)[:1] // 2, random_images(5, 2)[1:] // 2
     shares = torch.tensor([0.25, 0.5])
     encoded = [model.encode(end) for end in ends]
     wanted = model.decode(great_circle(*encoded, shares[:, None]))

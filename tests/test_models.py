@@ -1,5 +1,7 @@
-"""The contract of every model, and what a likelihood must obey."""
+"""The interface of every model, and properties that a likelihood must have."""
 
+import doctest
+import importlib
 import inspect
 import math
 from collections.abc import Callable
@@ -9,32 +11,31 @@ import torch
 import yaml
 from conftest import fit
 
+import flowgen.models
 from flowgen.config.compose import conf_folder, group_options
 from flowgen.config.instantiate import build, resolve_target
 from flowgen.models.base import EvalConfig, GenerativeModel
+from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.glow import Glow
 
 
-def read_config_of(name: str) -> dict:
+def model_config(name: str) -> dict:
+    """The section of `conf/model/NAME.yaml`."""
     config = yaml.safe_load((conf_folder() / "model" / f"{name}.yaml").read_text())
     config = config.get("model", config)
     return config | ({"negative_phase": None} if name == "rbm" else {})
 
 
-def load_from_checkpoint(name: str, **changes: object) -> GenerativeModel:
-    """The model of `conf/model/NAME.yaml` for images of 3x8x8 at 5 bits, but for `changes`."""
-    config = read_config_of(name)
-    return build(
-        "model",
-        config
-        | {"image_shape": (3, 8, 8), "bits": 5}
-        | ({"width": 8} if "width" in config else {})
-        | changes,
-    )
+def build_model(name: str, **changes: object) -> GenerativeModel:
+    """Build a small model of `conf/model/NAME.yaml` for images of 3x8x8 pixels with 5 bits."""
+    config = model_config(name) | {"image_shape": (3, 8, 8), "bits": 5}
+    if "width" in config:
+        config["width"] = 8
+    return build("model", config | changes)
 
 
 def glow(**changes: object) -> Glow:
-    return load_from_checkpoint("glow", **{"steps_per_level": 2} | changes)
+    return build_model("glow", **{"steps_per_level": 2} | changes)
 
 
 MODELS: dict[str, Callable[..., GenerativeModel]] = {
@@ -54,23 +55,23 @@ MODELS: dict[str, Callable[..., GenerativeModel]] = {
         for name in ("multiplicative", "spline", "mixture")
     },
     "glow variational": lambda **changes: glow(dequantization="variational", **changes),
-    "realnvp": lambda **changes: load_from_checkpoint("realnvp", num_blocks=1, **changes),
-    "nice": lambda **changes: load_from_checkpoint("nice", num_layers=2, **changes),
-    "nice affine": lambda **changes: load_from_checkpoint(
+    "realnvp": lambda **changes: build_model("realnvp", num_blocks=1, **changes),
+    "nice": lambda **changes: build_model("nice", num_layers=2, **changes),
+    "nice affine": lambda **changes: build_model(
         "nice", num_layers=2, transform="affine", **changes
     ),
-    "maf": lambda **changes: load_from_checkpoint("maf", num_transforms=2, **changes),
-    "maf spline": lambda **changes: load_from_checkpoint(
+    "maf": lambda **changes: build_model("maf", num_transforms=2, **changes),
+    "maf spline": lambda **changes: build_model(
         "maf", num_transforms=1, transform="spline", **changes
     ),
-    "iaf": lambda **changes: load_from_checkpoint("iaf", num_transforms=1, **changes),
-    "tarflow": lambda **changes: load_from_checkpoint(
+    "iaf": lambda **changes: build_model("iaf", num_transforms=1, **changes),
+    "tarflow": lambda **changes: build_model(
         "tarflow", num_layers=[1, 1], transform="affine", **changes
     ),
-    "tarflow mixture": lambda **changes: load_from_checkpoint(
+    "tarflow mixture": lambda **changes: build_model(
         "tarflow", patch=2, num_layers=[1], local=False, roll=True, permutation="plu", **changes
     ),
-    "tarflow of the paper": lambda **changes: load_from_checkpoint(
+    "tarflow of the paper": lambda **changes: build_model(
         "tarflow",
         num_layers=[1, 1],
         transform="affine",
@@ -79,27 +80,28 @@ MODELS: dict[str, Callable[..., GenerativeModel]] = {
         gaussianize=False,
         **changes,
     ),
-    "jet": lambda **changes: load_from_checkpoint("jet", num_couplings=5, **changes),
-    "jet of the paper": lambda **changes: load_from_checkpoint(
+    "jet": lambda **changes: build_model("jet", num_couplings=5, **changes),
+    "jet of the paper": lambda **changes: build_model(
         "jet", patch=2, num_couplings=5, permutation="permutation", gaussianize=False, **changes
     ),
-    "flow matching": lambda **changes: load_from_checkpoint(
+    "flow matching": lambda **changes: build_model(
         "flow_matching", **{"num_layers": 1, "tolerance": 1e-9} | changes
     ),
-    "planar": lambda **changes: load_from_checkpoint("planar", num_transforms=3, **changes),
-    "sylvester": lambda **changes: load_from_checkpoint("sylvester", num_transforms=3, **changes),
+    "planar": lambda **changes: build_model("planar", num_transforms=3, **changes),
+    "sylvester": lambda **changes: build_model("sylvester", num_transforms=3, **changes),
     "glow with learned base": lambda **changes: glow(base="learned", levels=1, **changes),
 }
 
 
-def noise(bits: int, count: int = 64, channels: int = 3) -> torch.Tensor:
+def random_images(bits: int, count: int = 64, channels: int = 3) -> torch.Tensor:
+    """Images of 8x8 independent, uniform pixels."""
     return torch.randint(0, 2**bits, (count, channels, 8, 8), dtype=torch.uint8)
 
 
-def started(name: str, bits: int = 5) -> GenerativeModel:
-    """A model started from noise and pushed off that start, as training would."""
+def initialized(name: str, bits: int = 5) -> GenerativeModel:
+    """An initialized model whose parameters are perturbed, as if it had been trained."""
     model = MODELS[name](bits=bits)
-    model.initialize(noise(bits))
+    model.initialize(random_images(bits))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -108,19 +110,18 @@ def started(name: str, bits: int = 5) -> GenerativeModel:
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> GenerativeModel:
-    return started(request.param)
+    return initialized(request.param)
 
 
-@pytest.fixture(
-    params=[name for name in MODELS if name != "flow matching"]
-)  # which see test_flow_matching.py
+# test_flow_matching.py tests flow matching, whose log-determinants are estimates.
+@pytest.fixture(params=[name for name in MODELS if name != "flow matching"])
 def exact(request: pytest.FixtureRequest) -> GenerativeModel:
-    """The same in float64, where log-dets are no estimates."""
-    return started(request.param).double()
+    """A model in float64 with exact log-determinants."""
+    return initialized(request.param).double()
 
 
 def test_loss_is_a_finite_scalar_with_gradients_for_every_parameter(model):
-    loss = model(noise(5, 4))
+    loss = model(random_images(5, 4))
     assert loss.shape == () and torch.isfinite(loss)
     loss.backward()
     assert all(
@@ -129,157 +130,257 @@ def test_loss_is_a_finite_scalar_with_gradients_for_every_parameter(model):
     )
 
 
-def test_evaluation_names_its_metric_error_bits_and_draws_and_repeats_itself(model):
-    batches = noise(5, 10).split(4)
-    found = model.evaluate(batches)
-    assert found == model.evaluate(batches)
-    assert next(iter(found.measured)) == model.metric.name and found[model.metric.name].error > 0
-    assert found.facts == {"bits": 5, "draws": 1, "images": 10}
+def test_evaluation_is_reproducible_and_reports_error_bits_and_samples(model):
+    batches = random_images(5, 10).split(4)
+    metrics = model.evaluate(batches)
+    assert metrics == model.evaluate(batches)
+    name = model.metric.name
+    assert next(iter(metrics.measured)) == name and metrics[name].error > 0
+    assert metrics.facts == {"bits": 5, "num_importance_samples": 1, "images": 10}
 
 
-def test_evaluation_leaves_the_random_state_of_training_alone(model):
-    images, before = noise(5, 4), torch.get_rng_state()
+def test_evaluation_does_not_change_the_random_state_of_training(model):
+    images = random_images(5, 4)
+    state = torch.get_rng_state()
     expected = torch.rand(3)
-    torch.set_rng_state(before)
+    torch.set_rng_state(state)
     model.evaluate([images])
     model.sample(2, generator=torch.Generator())
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_samples_are_levels_sorted_by_something(model):
-    images, worth = model.sample(5, temperature=0.7, generator=torch.Generator().manual_seed(1))
+def test_samples_are_images_with_a_score(model):
+    images, score = model.sample(5, temperature=0.7, generator=torch.Generator().manual_seed(1))
     again, _ = model.sample(5, temperature=0.7, generator=torch.Generator().manual_seed(1))
     assert images.shape == (5, 3, 8, 8) and images.dtype == torch.uint8 and images.max() < 32
-    assert worth.shape == (5,) and torch.isfinite(worth).all() and torch.equal(images, again)
+    assert score.shape == (5,) and torch.isfinite(score).all() and torch.equal(images, again)
 
 
-def test_temperature_zero_leaves_one_image(model):
+def test_samples_at_temperature_zero_are_equal(model):
     images, _ = model.sample(3, temperature=0.0)
     assert (images == images[:1]).all()
 
 
-def test_decoding_the_latents_returns_the_levels(model):
-    images = noise(5, 16)
+def test_decoding_the_latents_returns_the_images(model):
+    images = random_images(5, 16)
     latent = model.encode(images)
     assert latent.shape == (16, 3 * 8 * 8) and torch.equal(model.decode(latent), images)
 
 
 def test_temperature_scales_every_latent(model):
-    """At the top and at every split: encoding the sample again finds T times the same draw."""
+    """Encoding a sample at temperature T returns T times the noise, also at splits."""
     model = model.double()
     z = torch.randn(4, 192, dtype=torch.float64)
     x, _ = model.bijection.inverse(0.5 * z)
     assert torch.allclose(model.bijection(x)[0], 0.5 * z, atol=1e-8)
-    drawn = torch.randn(4, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(
-        model.sample(4, 0.5, torch.Generator().manual_seed(1))[0], model.decode(0.5 * drawn)
-    )
+    noise = torch.randn(4, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    images, _ = model.sample(4, 0.5, torch.Generator().manual_seed(1))
+    assert torch.equal(images, model.decode(0.5 * noise))
 
 
-def test_log_prob_of_samples_is_the_density_that_the_inverse_carried(exact):
+def test_log_prob_of_samples_equals_the_density_of_the_forward_pass(exact):
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(4, 192, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    _, carried = exact.sample(4, generator=generator)
+    _, log_prob = exact.sample(4, generator=generator)
     x, _ = exact.bijection.inverse(z)
     again, log_det = exact.bijection(x)
     expected = -0.5 * (again.square() + math.log(2 * math.pi)).sum(1) + log_det - 192 * math.log(32)
-    assert torch.allclose(carried, expected, atol=1e-6)
+    assert torch.allclose(log_prob, expected, atol=1e-6)
 
 
-def test_in_float64_a_model_inverts_and_its_log_det_is_that_of_autograd(exact):
+def test_in_float64_a_model_inverts_and_its_log_det_agrees_with_autograd(exact):
     x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
     z, log_det = exact.bijection(x)
-    again, back = exact.bijection.inverse(z)
-    assert (again - x).abs().max() < 1e-9 and abs(back + log_det) < 1e-9
+    again, inverse_log_det = exact.bijection.inverse(z)
+    assert (again - x).abs().max() < 1e-9 and abs(inverse_log_det + log_det) < 1e-9
     jacobian = torch.autograd.functional.jacobian(lambda x: exact.bijection(x)[0], x).view(192, 192)
     assert abs(torch.linalg.slogdet(jacobian).logabsdet - log_det) < 1e-9
 
 
 @pytest.mark.parametrize("bits", [1, 8])
 @pytest.mark.parametrize("name", MODELS)
-def test_no_model_scores_below_the_entropy_of_uniform_levels(name, bits):
-    """iid uniform levels cost exactly `bits` each: less would mean that the figure is no likelihood."""
+def test_no_model_scores_below_the_entropy_of_uniform_pixels(name, bits):
+    """Uniform pixels cost exactly `bits` bits/dim; a lower value would not be a likelihood."""
     model = MODELS[name](bits=bits)
-    model.initialize(noise(bits, 256))
-    fit(model, lambda _: (noise(bits, 32),), steps=20, lr=1e-3)
-    found = model.evaluate([noise(bits, 256)])["bits_per_dim"]
-    assert bits - 3 * found.error < found.value < bits + 0.6
+    model.initialize(random_images(bits, 256))
+    fit(model, lambda _: (random_images(bits, 32),), steps=20, lr=1e-3)
+    result = model.evaluate([random_images(bits, 256)])["bits_per_dim"]
+    assert bits - 3 * result.error < result.value < bits + 0.6
 
 
-def test_more_draws_tighten_the_bound():
+def test_more_importance_samples_tighten_the_bound():
     model = glow()
-    model.initialize(noise(5))
-    images = noise(5, 200) // 8  # an eighth of the levels, so that the noise within a bin matters
-    once, often = (
-        model.evaluate([images], how=EvalConfig(draws=draws))["bits_per_dim"].value
-        for draws in (1, 8)
+    model.initialize(random_images(5))
+    images = random_images(5, 200) // 8  # few values are used, so the noise in a bin matters
+    one, many = (
+        model.evaluate([images], eval_config=EvalConfig(num_importance_samples=samples))
+        for samples in (1, 8)
     )
-    assert often < once
+    assert many["bits_per_dim"].value < one["bits_per_dim"].value
 
 
 def test_variational_noise_starts_uniform():
     model = glow(dequantization="variational")
-    images = noise(5, 200)
+    images = random_images(5, 200)
     model.initialize(images)
     u, log_q = model.dequantizer(images, torch.float32, torch.Generator().manual_seed(0))
-    assert log_q.abs().max() < 4e-3  # of 192 noises below 1 - 2^-16
+    assert log_q.abs().max() < 4e-3  # 192 log(1 - 2^-16)
     assert (torch.histc(u, 10, 0, 1) / u.numel() - 0.1).abs().max() < 0.01
 
 
-def test_the_density_of_variational_noise_is_that_of_its_draws():
-    """One image's u from e by autograd, against the log q that comes with it."""
-    model, images, seen = glow(dequantization="variational").double(), noise(5, 1), []
-    model.initialize(noise(5))
+def test_the_density_of_variational_noise_agrees_with_autograd():
+    """log q(u) of one image, computed from the Jacobian of u with respect to e."""
+    model = glow(dequantization="variational").double()
+    images = random_images(5, 1)
+    log_probs = []
+    model.initialize(random_images(5))
     for parameter in model.dequantizer.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
 
-    def draw(e: torch.Tensor) -> torch.Tensor:
+    def noise(e: torch.Tensor) -> torch.Tensor:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "randn", lambda *shape, **how: e.view(1, 3, 8, 8))
+            patch.setattr(torch, "randn", lambda *shape, **kwargs: e.view(1, 3, 8, 8))
             u, log_q = model.dequantizer(images, torch.float64, None)
-        seen.append(log_q)
+        log_probs.append(log_q)
         return u.flatten()
 
     e = 0.5 * torch.randn(192, dtype=torch.float64)
-    slope = torch.linalg.slogdet(torch.autograd.functional.jacobian(draw, e)).logabsdet
-    expected = -0.5 * (e.square() + math.log(2 * math.pi)).sum() - slope
-    assert abs(seen[0].item() - expected.item()) < 1e-8
+    log_det = torch.linalg.slogdet(torch.autograd.functional.jacobian(noise, e)).logabsdet
+    expected = -0.5 * (e.square() + math.log(2 * math.pi)).sum() - log_det
+    assert abs(log_probs[0].item() - expected.item()) < 1e-8
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
-        ({"width": "five"}, "whole number"),
-        ({"width": 0}, "whole number"),
-        ({"network": "unet"}, "conv, resnet, gated"),
-        ({"log_scale": "exp"}, "bounded, sigmoid, tanh"),
-        ({"levels": 4}, "fewer levels"),
+        ({"width": "five"}, "width must be a whole number"),
+        ({"width": 0}, "width must be a whole number"),
+        ({"bits": 0}, "bits must be a whole number"),
+        ({"num_blocks": 1001}, "num_blocks must be a whole number .* at most 1000"),
+        ({"steps_per_level": 0}, "steps_per_level must be a whole number"),
+        ({"steps_per_level": [1, 2]}, "steps_per_level=.* for each of 3 levels"),
+        ({"network": "unet"}, "network must be one of conv, resnet, gated"),
+        ({"log_scale": "exp"}, "log_scale must be one of bounded, sigmoid, tanh"),
+        ({"transform": "linear"}, "transform must be one of additive, "),
+        ({"convolution": "qr"}, "convolution must be one of plu, plain"),
+        ({"split_prior": "learned"}, "split_prior must be one of predicted, standard"),
+        ({"base": "uniform"}, "base must be one of standard, learned"),
+        ({"dequantization": "none"}, "dequantization must be one of uniform, variational"),
+        ({"num_classes": 0}, "num_classes must be a whole number"),
+        ({"levels": 4}, "choose fewer levels"),
+        ({"image_shape": (3, 8, 4)}, "not square"),
+        ({"image_shape": (1, 7, 7)}, "choose an even data.size"),
     ],
 )
-def test_arguments_are_checked(changes, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_arguments_are_rejected(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
         glow(**changes)
-    with pytest.raises(ValueError, match="draws must be a whole number"):
-        EvalConfig(draws=0)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("realnvp", {"alpha": 0.5}, "alpha must lie between 0 and 0.5"),
+        ("nice", {"num_couplings": 0}, "num_couplings must be a whole number"),
+        ("maf", {"num_transforms": 1001}, "num_transforms must be a whole number"),
+        ("planar", {"num_transforms": 0}, "num_transforms must be a whole number"),
+        ("sylvester", {"width": 0}, "width must be a whole number"),
+        ("jet", {"permutation": "none"}, "permutation must be one of permutation, plu"),
+        ("jet", {"patch": 1, "image_shape": (1, 8, 8)}, "choose a larger patch"),
+        ("tarflow", {"num_layers": []}, "num_layers must be a list"),
+        ("tarflow", {"num_layers": 2}, "num_layers must be a list"),
+        ("tarflow", {"permutation": "lu"}, "permutation must be one of none, actnorm, plu"),
+        ("tarflow", {"patch": 3}, "patch=3 does not divide"),
+        ("tarflow", {"dropout": 1.0}, "dropout must be below 1"),
+        ("tarflow", {"num_heads": 3}, "must be a multiple of num_heads=3"),
+    ],
+)
+def test_invalid_arguments_of_other_models_are_rejected(name, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build_model(name, **changes)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_evaluation_settings_are_checked():
+    with pytest.raises(ValueError, match="num_importance_samples must be a whole number"):
+        EvalConfig(num_importance_samples=0)
 
 
 @pytest.mark.parametrize("name", group_options("model"))
-def test_every_argument_stands_in_the_configuration(name):
-    config = read_config_of(name)
-    target = resolve_target("model", config)
-    of_the_images = target.image_kwargs((1, 8, 8), 1).keys()
-    assert inspect.signature(target.__init__).parameters.keys() - {
-        "self",
-        *of_the_images,
-    } == config.keys() - {"_target_"}
+def test_constructor_defaults_equal_the_configuration(name):
+    config = model_config(name)
+    constructor = resolve_target("model", config)
+    parameters = inspect.signature(constructor.__init__).parameters
+    image_arguments = constructor.image_kwargs((1, 8, 8), 1).keys()
+    names = parameters.keys() - {"self", *image_arguments}
+    assert names == config.keys() - {"_target_"}
+    for argument in names - {"negative_phase"}:
+        default = parameters[argument].default
+        if default is inspect.Parameter.empty:
+            assert not issubclass(constructor, Flow), f"{argument} has no default"
+            continue
+        default = list(default) if isinstance(default, tuple) else default
+        assert default == config[argument], argument
+        assert type(default) is type(config[argument]), argument
+
+
+@pytest.mark.parametrize("name", [name for name in group_options("model") if name != "rbm"])
+def test_flows_are_built_from_image_shape_and_bits_alone(name):
+    constructor = resolve_target("model", model_config(name))
+    with torch.device("meta"):
+        model = constructor()
+        assert model.image_shape == (1, 28, 28) and model.bits == 8
+        model = constructor(image_shape=(3, 32, 32), bits=5)
+    assert model.image_shape == (3, 32, 32) and model.bits == 5 and model.likelihood == "bound"
+
+
+@pytest.mark.parametrize("name", group_options("model"))
+def test_docstrings_explain_every_argument(name):
+    constructor = resolve_target("model", model_config(name))
+    documentation = inspect.getdoc(constructor)
+    for argument in inspect.signature(constructor.__init__).parameters.keys() - {"self"}:
+        assert f"\n    {argument}: " in documentation, argument
+
+
+def test_models_are_imported_on_first_use():
+    assert flowgen.models.Glow is Glow and flowgen.models.Flow is Flow
+    assert set(flowgen.models.__all__) == set(dir(flowgen.models))
+    for name in flowgen.models.__all__:
+        assert getattr(flowgen.models, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = flowgen.models.Nothing
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["base"]
+    + [
+        f"flows.{name}"
+        for name in (
+            "flow",
+            "flow_matching",
+            "glow",
+            "jet",
+            "maf",
+            "nice",
+            "planar",
+            "realnvp",
+            "tarflow",
+        )
+    ],
+)
+def test_docstring_examples(module):
+    result = doctest.testmod(importlib.import_module(f"flowgen.models.{module}"))
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_a_model_can_be_averaged_and_saved(model):
-    """As the trainer does: buffers that share memory with themselves cannot be copied."""
+    """Like the trainer does. Buffers that overlap in memory could not be copied."""
     average = torch.optim.swa_utils.AveragedModel(model)
     average.update_parameters(model)
     average.update_parameters(model)
     copy = average.module
     copy.load_state_dict(model.state_dict())
-    images = noise(5, 4)
+    images = random_images(5, 4)
     assert torch.equal(copy.encode(images), model.encode(images))

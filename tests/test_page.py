@@ -193,7 +193,9 @@ def test_the_command_edits_alike(ask, command, tmp_path):
     title = "the image, and 1 by 1, 0 by -0.5"
     assert (
         made.tobytes()
-        == rendering.titled_grids([(title, grid([picture, answer["picture"]]))], 8, columns=2).tobytes()
+        == rendering.titled_grids(
+            [(title, grid([picture, answer["picture"]]))], 8, columns=2
+        ).tobytes()
     )
 
 

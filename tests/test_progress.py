@@ -57,6 +57,6 @@ def test_what_a_model_does_many_times_is_shown(glow, rbm):
         images, _ = answers.model.sample(
             2, **({"method": "gibbs", "sweeps": 4} if answers is rbm else {})
         )
-        answers.model.score(images, draws=3)
+        answers.model.score(images, num_importance_samples=3)
         answers.model.set_progress(no_progress)
-    assert shown == [("draws", 3), ("gibbs", 4)]
+    assert shown == [("importance samples", 3), ("gibbs", 4)]

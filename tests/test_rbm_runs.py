@@ -290,7 +290,7 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
         "method must be one of gibbs, tempering, mean-field, not 'magic'",
     )
     assert_plain(
-        command("chain", "--run", tiny_run), "is no run of a model that draws by Markov chains"
+        command("chain", "--run", tiny_run), "is no run of a model that samples with Markov chains"
     )
     assert_plain(
         command(
@@ -302,7 +302,7 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
         assert_plain(command(*complete, f"random:{share}"), "random:PERCENT")
     assert_plain(
         command("sample", "--run", tiny_run, "--method", "gibbs"),
-        "is no run of a model that draws by Markov chains",
+        "is no run of a model that samples with Markov chains",
     )
     assert_plain(command("chain", "--run", rbm_run, "--out", "film.png"), "let it end in .gif", 2)
     assert_plain(command("chain", "--run", rbm_run, "--method", "magic"), "magic", 2)

@@ -12,7 +12,7 @@ import torch
 from conftest import SMALL, save_image
 from PIL import Image
 from test_cli import assert_plain
-from test_models import MODELS, glow, noise, started
+from test_models import MODELS, glow, initialized, random_images
 
 import flowgen
 from flowgen.bijections.reshape import FactorOut
@@ -170,7 +170,7 @@ def png_of(images: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_the_terms_of_a_flow_add_up(name):
-    model, images = started(name), noise(5, 4)
+    model, images = initialized(name), random_images(5, 4)
     assert isinstance(model, Flow)
     found = model.statistics(images, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
@@ -196,8 +196,11 @@ def flow_log_normal(z: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("networks", [True, False])
 def test_the_terms_of_a_flow_with_classes_are_means_over_its_posterior(networks):
-    model, images = MODELS["glow"](bits=5, classes=3, condition_networks=networks), noise(5, 4)
-    model.initialize(noise(5))
+    model, images = (
+        MODELS["glow"](bits=5, classes=3, condition_networks=networks),
+        random_images(5, 4),
+    )
+    model.initialize(random_images(5))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -208,7 +211,7 @@ def test_the_terms_of_a_flow_with_classes_are_means_over_its_posterior(networks)
         rtol=1e-5,
     )
     x, _ = model._dequantize(images, torch.Generator().manual_seed(0))
-    of_classes = model._log_density_of_classes(x)
+    of_classes = model.class_log_density(x)
     expected = (of_classes.softmax(1) * of_classes).sum(1)
     assert torch.allclose(found["log_base"] + found["log_det"], expected, rtol=1e-5)
 

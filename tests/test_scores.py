@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from enumeration import machine, states
-from test_models import glow, noise
+from test_models import glow, random_images
 from test_rbm_runs import TINY
 
 import flowgen
@@ -26,7 +26,7 @@ def test_the_scores_of_an_rbm_are_its_exact_log_probabilities_once_it_is_evaluat
     assert rbm.eval().score_metric == UNNORMALIZED and torch.equal(
         rbm.score(images), -rbm.free_energy(states(6))
     )
-    rbm.load_eval_results(rbm.evaluate([images], how=EvalConfig(thorough=True)).row())
+    rbm.load_eval_results(rbm.evaluate([images], eval_config=EvalConfig(cross_check=True)).row())
     assert rbm.score_metric == LOG_PROBABILITY and rbm.score(
         images
     ).exp().sum().item() == pytest.approx(1, abs=1e-10)
@@ -41,11 +41,15 @@ def test_log_z_that_may_not_be_quoted_is_not_taken():
 
 
 def test_the_scores_of_a_flow_are_what_evaluation_sums_up():
-    model, images = glow(), noise(5, 10)
+    model, images = glow(), random_images(5, 10)
     model.initialize(images)
-    score = model.score(images, draws=3, generator=torch.Generator().manual_seed(0))
+    score = model.score(
+        images, num_importance_samples=3, generator=torch.Generator().manual_seed(0)
+    )
     assert score.shape == (10,) and model.score_metric == LOG_PROBABILITY
-    bits = model.evaluate([images], how=EvalConfig(draws=3))["bits_per_dim"].value
+    bits = model.evaluate([images], eval_config=EvalConfig(num_importance_samples=3))[
+        "bits_per_dim"
+    ].value
     assert -score.mean().item() / (192 * math.log(2)) == pytest.approx(bits, rel=1e-5)
 
 

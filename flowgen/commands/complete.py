@@ -44,7 +44,9 @@ def complete(
     known = sums or mask(keep, model.image_shape, seed).to(model.device)
     whole = images / (2**model.bits - 1)
     kept = (
-        known.of(whole) if isinstance(known, LinearMeasurement) else torch.where(known, whole, 0.5)
+        known.apply(whole)
+        if isinstance(known, LinearMeasurement)
+        else torch.where(known, whole, 0.5)
     )
     rows = []
     for method in methods or model.completions:
@@ -67,7 +69,7 @@ def linear(keep: str, shape: tuple[int, int, int]) -> LinearMeasurement | None:
             raise UserError(
                 "--keep grey is for models of colour images, which this is none of: name another with --run"
             )
-        return LinearMeasurement(torch.tensor(LUMA)[:, None, None], color_weights=True)
+        return LinearMeasurement(torch.tensor(LUMA)[:, None, None], grayscale=True)
     if word != "smaller":
         return None
     factors = [
@@ -77,7 +79,7 @@ def linear(keep: str, shape: tuple[int, int, int]) -> LinearMeasurement | None:
         raise UserError(
             f"--keep smaller:FACTOR wants a factor of the size, one of {', '.join(factors)}, not {factor!r}"
         )
-    return LinearMeasurement(torch.full((channels, 1, 1), 1 / int(factor) ** 2), side=int(factor))
+    return LinearMeasurement(torch.full((channels, 1, 1), 1 / int(factor) ** 2), factor=int(factor))
 
 
 def _read(image: Path, model: GenerativeModel, sums: LinearMeasurement | None) -> Tensor:
@@ -85,11 +87,11 @@ def _read(image: Path, model: GenerativeModel, sums: LinearMeasurement | None) -
     channels, height, width = model.image_shape
     if (
         sums is not None
-        and sums.side > 1
-        and (size := image_size(image)) == (height // sums.side, width // sums.side)
+        and sums.factor > 1
+        and (size := image_size(image)) == (height // sums.factor, width // sums.factor)
     ):
         small = read_unscaled(image, (channels, *size), model.bits)
-        return small.repeat_interleave(sums.side, 2).repeat_interleave(sums.side, 3)
+        return small.repeat_interleave(sums.factor, 2).repeat_interleave(sums.factor, 3)
     return read_unscaled(image, model.image_shape, model.bits)
 
 

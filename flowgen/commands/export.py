@@ -60,7 +60,11 @@ def dataset_name(data: dict[str, Any]) -> str:
 def with_dataset_name(data: dict[str, Any]) -> dict[str, Any]:
     """The section with the name of its images where the path alone says it, which is not passed on: their terms go with it."""
     images, names = dataset_name(data), data.get("search_dirs") or []
-    return data | {"search_dirs": [images, *names]} if images in FOLDERS and images not in names else data
+    return (
+        data | {"search_dirs": [images, *names]}
+        if images in FOLDERS and images not in names
+        else data
+    )
 
 
 def license_of_dataset(data: dict[str, Any]) -> License | None:

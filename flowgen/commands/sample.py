@@ -154,7 +154,7 @@ def draws(
     sweeps: list[list[int]] = []
     for start in range(0, count, BATCH):
         place = (
-            {"first": start}
+            {"start_index": start}
             if isinstance(model, ClassConditional) and model.num_classes is not None
             else {}
         )
@@ -175,7 +175,7 @@ def plane(
     """A flow of the plane in four pictures: the target, N(0, I), the one carried into the other, and the density."""
     generator = torch.Generator(model.device).manual_seed(seed)
     latent = temperature * torch.randn(count, 2, generator=generator, device=model.device)
-    carried = model.points(latent).flatten(1)
+    carried = model.decode_continuous(latent).flatten(1)
     side = (torch.arange(GRID, device=model.device) + 0.5) / GRID
     x, y = torch.meshgrid(side, side, indexing="xy")
     grid = torch.stack((x, y), -1).view(-1, *TOY2D_SHAPE)
@@ -203,7 +203,7 @@ def chain(
     run, _, model = find_model(name, device, SupportsMCMC)
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
     check_memory("--frames", frames, 3 * count * side**2)
-    states = model.film(count, method, torch.Generator(model.device).manual_seed(seed))
+    states = model.iter_chains(count, method, torch.Generator(model.device).manual_seed(seed))
     shown = islice(progress_bar(states, method, sweeps * frames), 0, sweeps * frames + 1, sweeps)
     target = out or run.folder / f"chain_{method}.gif"
     columns = max(1, round(count**0.5))

@@ -333,7 +333,9 @@ def _images(
         yield f"... and {seen - SHOWN} more" + ("" if table else ": --csv FILE writes them all")
     target = out or judge.folder / "score.png"
     titled = [(f"the strangest by {by}", strangest[:PICTURED]), ("the most typical", typical)]
-    rendering.stack_titled([(title, _tiles(judge, images, by)) for title, images in titled]).save(target)
+    rendering.stack_titled([(title, _tiles(judge, images, by)) for title, images in titled]).save(
+        target
+    )
     yield from [str(path) for path in (target, table) if path]
 
 

@@ -160,7 +160,7 @@ def _kind(wanted: type | None) -> str:
     if wanted in (None, GenerativeModel):
         return "run"
     if _is_ability(wanted):
-        return f"run of a model that {wanted.does}"
+        return f"run of a model that {wanted.description}"
     return f"run of {'an' if wanted.__name__.isupper() else 'a'} {wanted.__name__}"
 
 
@@ -170,7 +170,9 @@ def _how_to_train(wanted: type | None) -> str:
     if wanted is None or (issubclass(Glow, wanted) and not _is_ability(wanted)):
         words = ""
     else:
-        words = f" {wanted.example}" if _is_ability(wanted) else f" model={wanted.__name__.lower()}"
+        words = (
+            f" {wanted.train_hint}" if _is_ability(wanted) else f" model={wanted.__name__.lower()}"
+        )
     return f"train one with `flowgen train{words}`"
 
 

@@ -1,10 +1,10 @@
-"""What is known of an image where it is no pixel by itself: its grey, or a smaller image."""
+"""The interface of all models, optional capabilities, and evaluation settings."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,45 +15,29 @@ from flowgen.utils.console import Progress, no_progress
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import LOG_PROBABILITY, Metric, Metrics
 
-
-class LinearMeasurement(NamedTuple):
-    """Weighted sums over groups of pixels, blocks of `side` x `side` and, with `colours`, all channels of them; weights add up to 1.
-
-    Images are (batch, channels, height, width), and so are sums, each at every pixel of its group. `weights` is (channels, 1, 1).
-    """
-
-    weights: Tensor
-    side: int = 1
-    color_weights: bool = False
-
-    def of(self, x: Tensor) -> Tensor:
-        """What is known of x."""
-        return self.pool(self.weights.to(x) * x)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """The sum over each group."""
-        if self.color_weights:
-            x = x.sum(1, keepdim=True).expand_as(x)
-        if self.side > 1:
-            x = F.interpolate(self.side**2 * F.avg_pool2d(x, self.side), scale_factor=self.side)
-        return x
-
-    def once(self, x: Tensor) -> Tensor:
-        """The sum over the groups of what each of them has at every pixel: (batch,)."""
-        return x.flatten(1).sum(1) / (self.side**2 * (x.shape[1] if self.color_weights else 1))
-
-
-Observation = (
-    Tensor | LinearMeasurement
-)  # true where a pixel is known, (channels, height, width), or sums of pixels
+Likelihood = Literal["exact", "bound", "estimate", "none"]
+MAX_DEPTH = 1000  # layers, blocks or couplings; deeper models would take hours to build
+MAX_IMPORTANCE_SAMPLES = 10**5  # the error of a figure is then 1/300 of that of one sample
+MAX_AIS_STEPS = 10**8
+MAX_AIS_CHAINS = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How a model is judged, apart from what it is; by default a short `LOOK`, as training takes it.
+    """Settings of `GenerativeModel.evaluate`.
 
-    A flow averages `num_importance_samples` of its noise. An RBM estimates log Z by annealing in steps of `ais_steps`, with so many `ais_chains`; if `cross_check`,
-    which may take minutes, in several ways that check one another.
+    The defaults suit the short evaluations during training.
+
+    Args:
+        num_importance_samples: samples of the dequantization noise of a flow, per image.
+        ais_steps: inverse temperatures of annealed importance sampling, which estimates log Z.
+        ais_chains: chains of annealed importance sampling.
+        cross_check: estimate log Z by several methods that check each other, which may take
+            minutes.
+
+    Example:
+        >>> EvalConfig(num_importance_samples=8).num_importance_samples
+        8
     """
 
     num_importance_samples: int = 1
@@ -62,23 +46,20 @@ class EvalConfig:
     cross_check: bool = False
 
     def __post_init__(self) -> None:
-        check_whole(
-            high=10**5, num_importance_samples=self.num_importance_samples
-        )  # a figure to one in three hundred of the noise's own error; more would take days
-        check_whole(high=10**8, ais_steps=self.ais_steps)
-        check_whole(high=10**6, ais_chains=self.ais_chains)
+        check_whole(high=MAX_IMPORTANCE_SAMPLES, num_importance_samples=self.num_importance_samples)
+        check_whole(high=MAX_AIS_STEPS, ais_steps=self.ais_steps)
+        check_whole(high=MAX_AIS_CHAINS, ais_chains=self.ais_chains)
         check_choice((True, False), cross_check=self.cross_check)
 
 
 QUICK_EVAL = EvalConfig()
-MAX_DEPTH = 1000  # layers, blocks, couplings: more would take hours to build
 
 
 def square_shape(image_shape: Sequence[int]) -> tuple[int, int]:
-    """Return the channels and the side of square images of `image_shape` (channels, height, width).
+    """Return the channels and the resolution of square images.
 
-    Raises:
-        UserError: for images that are not square, or have no pixels.
+    Args:
+        image_shape: (channels, height, width), where height and width are equal.
     """
     channels, height, width = image_shape
     check_whole(channels=channels, height=height, width=width)
@@ -88,51 +69,69 @@ def square_shape(image_shape: Sequence[int]) -> tuple[int, int]:
 
 
 class GenerativeModel(nn.Module, ABC):
-    """A distribution over images of levels: uint8 tensors of shape (batch, channels, height, width), values 0..2^bits-1."""
+    """A distribution over images.
 
-    metric: Metric  # by which two models are compared
-    image_shape: tuple[int, int, int]  # channels, height, width
+    Images are uint8 tensors of shape (batch, channels, height, width) with values 0..2^bits-1.
+
+    Attributes:
+        image_shape: (channels, height, width).
+        bits: bits per pixel value.
+        metric: the metric by which models are compared.
+        likelihood: the kind of likelihood that `evaluate` and `score` report: "exact", "bound"
+            (a lower bound on average), "estimate" or "none".
+        num_classes: number of classes of a class-conditional model, or None.
+        loss_metric: the metric that the training loss equals, or None.
+        shares_batches: True if several processes can train the model, each on its rows of a batch.
+        progress: called as `progress(steps, description, total)` around long loops.
+    """
+
+    image_shape: tuple[int, int, int]
     bits: int
-    num_classes: int | None = (
-        None  # that labels tell apart, where the model learns one distribution for each
-    )
-    shares_batches: ClassVar[bool] = (
-        True  # whether several processes may train it, each on its rows of every batch
-    )
-    loss_metric: Metric | None = None  # that the training loss is, where it is one
+    metric: Metric
+    likelihood: Likelihood
+    num_classes: int | None = None
+    loss_metric: Metric | None = None
+    shares_batches: ClassVar[bool] = True
     progress: Progress = staticmethod(no_progress)
 
     @classmethod
     def image_kwargs(cls, shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
-        """What the constructor is told of the images: of their shape (channels, height, width) and bits."""
+        """Return the constructor arguments that describe the images."""
         return {"image_shape": list(shape), "bits": bits}
 
     @classmethod
-    def supports(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
-        """Whether a model built from these arguments has this ability, a class of `flowgen.models.base`."""
-        return issubclass(cls, ability)
+    def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
+        """Return True if a model built from these constructor arguments has the capability."""
+        return issubclass(cls, capability)
 
     @abstractmethod
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The training loss, a scalar. It comes out of `forward` so that a wrapper around the model sees it.
+        """Return the training loss, a scalar.
 
-        `labels` (batch,) are the images' classes where the data has any; only a model of `classes` looks at them.
+        The loss is `forward`, and not another method, so that wrappers around the model see it.
+
+        Args:
+            images: (batch, channels, height, width).
+            labels: classes (batch,); only class-conditional models use them.
         """
 
     @abstractmethod
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Start from one batch of a few hundred images, and their classes where there are any, once, before anything wraps the model."""
+        """Initialize parameters from a few hundred images, once before training."""
 
     @abstractmethod
     def evaluate(
         self,
         batches: Iterable[Tensor],
         reference: Iterable[Tensor] = (),
-        how: EvalConfig = QUICK_EVAL,
+        eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
-        """What is measured on the images in `batches`: the `metric`, and what else tells of the model.
+        """Return `metric` and further metrics of the images in `batches`.
 
-        `reference` are as many training images, for what compares the two.
+        Args:
+            batches: batches of images.
+            reference: batches of as many training images, for metrics that compare both.
+            eval_config: the settings.
         """
 
     @abstractmethod
@@ -141,91 +140,163 @@ class GenerativeModel(nn.Module, ABC):
         images: Tensor,
         labels: Tensor | None = None,
         *,
-        draws: int = 1,
+        num_importance_samples: int = 1,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The `score_metric` of each image in nats, (batch,), given their classes where `labels` says so.
+        """Return the `score_metric` of each image in nats, (batch,).
 
-        Where the model has noise within its levels, it is averaged over `draws` of `generator`.
+        Args:
+            images: (batch, channels, height, width).
+            labels: classes (batch,) to condition on, or None.
+            num_importance_samples: samples of the dequantization noise, if the model has any.
+            generator: source of the noise.
         """
 
     def statistics(
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """What tells how usual images are, (batch,) each: the `score` as `log_prob`, and what else the model can say of them."""
+        """Return statistics for out-of-distribution detection, (batch,) each.
+
+        Every model has `log_prob`, its `score`.
+        """
         return {"log_prob": self.score(images, generator=generator)}
 
     @property
     def score_metric(self) -> Metric:
-        """What `score` is: a log-probability, unless that lacks its normaliser."""
+        """The metric that `score` returns."""
         return LOG_PROBABILITY
 
-    def load_eval_results(self, figures: Mapping[str, Any]) -> None:
-        """Take over what an evaluation has found about these very weights."""
+    def load_eval_results(self, metrics: Mapping[str, Any]) -> None:
+        """Restore results of an earlier evaluation of the same weights, such as log Z."""
 
     @abstractmethod
     def sample(
         self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw `count` images: their levels, and what sorts them, of shape (count,)."""
+        """Draw `count` images.
+
+        Returns:
+            The images, and a score to sort them by, (count,); for flows their log-probability.
+        """
 
     @abstractmethod
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Every latent of every image: (batch, latent).
+        """Return the latents of images: (batch, latent).
 
-        Where the model has noise within its levels, its middle is taken, or, by `generator`, it is drawn: then latents are as the model
-        has them, N(0, I) of a flow, whereas those of many equal levels all have one and the same value, which is far from usual.
+        Args:
+            images: (batch, channels, height, width).
+            generator: source of the dequantization noise. None uses the middle of each bin. Only
+                with noise do the latents follow the base distribution: without it, equal pixels
+                have equal latents.
         """
 
     @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
-        """The levels of the images with these latents."""
+        """Return the images that have these latents."""
 
     def set_progress(self, progress: Progress) -> None:
-        """Hand the steps of whatever takes long, in this model and its parts, to `progress`."""
+        """Report the steps of long computations in the model and its parts to `progress`."""
         for module in self.modules():
             if hasattr(module, "progress"):
-                setattr(module, "progress", progress)  # noqa: B010  # in nn.Module only parts and tensors have types
+                # mypy only knows modules and tensors as attributes of modules.
+                setattr(module, "progress", progress)  # noqa: B010
 
     def diagnostics(self) -> dict[str, float]:
-        """What tells how training fares, beside the loss: how far off were activations that the backward pass recovered."""
+        """Return metrics of the training itself, such as the error of reversible activations."""
         error = inversion_error(self)
         return {} if error is None else {"inversion_error": error}
 
     def filters(self) -> Tensor | None:
-        """What the model looks for, as signed images (count, channels, height, width), where it can be drawn."""
+        """Return learned filters as signed images (count, channels, height, width), or None."""
         return None
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The data type of the parameters."""
         return next(self.parameters()).dtype
 
 
 class Capability(GenerativeModel):
-    """What inherits it directly is an ability: `does` says in sentences what such a model does, `example` which words of train make one."""
+    """Base class of optional capabilities, which commands ask for.
 
-    does: ClassVar[str]
-    example: ClassVar[str]
+    Attributes:
+        description: completes the sentence "a model that ...".
+        train_hint: overrides of `flowgen train` that train a model with this capability.
+    """
+
+    description: ClassVar[str]
+    train_hint: ClassVar[str]
+
+
+class LinearMeasurement(NamedTuple):
+    """A linear measurement of images: weighted sums over groups of pixels.
+
+    A group is a block of `factor` x `factor` pixels of one channel or, with `grayscale`, of all
+    channels. Sums have the shape of the images: each pixel holds the sum of its group.
+
+    Args:
+        weights: (channels, 1, 1); the weights of a group add up to 1.
+        factor: side length of a block in pixels.
+        grayscale: sum over the channels.
+
+    Example:
+        >>> half = LinearMeasurement(torch.full((1, 1, 1), 0.25), factor=2)
+        >>> half.apply(torch.tensor([[[[0.0, 1.0], [1.0, 2.0]]]])).tolist()
+        [[[[1.0, 1.0], [1.0, 1.0]]]]
+    """
+
+    weights: Tensor
+    factor: int = 1
+    grayscale: bool = False
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the weighted sums of images (batch, channels, height, width)."""
+        return self.pool(self.weights.to(x) * x)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Return the unweighted sum over each group, in the shape of x."""
+        if self.grayscale:
+            x = x.sum(1, keepdim=True).expand_as(x)
+        if self.factor > 1:
+            sums = self.factor**2 * F.avg_pool2d(x, self.factor)
+            x = F.interpolate(sums, scale_factor=self.factor)
+        return x
+
+    def sum_groups(self, x: Tensor) -> Tensor:
+        """Return the sum of x over groups, (batch,), where x is constant within each group."""
+        pixels_per_group = self.factor**2 * (x.shape[1] if self.grayscale else 1)
+        return x.flatten(1).sum(1) / pixels_per_group
+
+
+# The known part of an image: a boolean mask (channels, height, width), or sums of pixels.
+Observation = Tensor | LinearMeasurement
 
 
 class InpaintingResult(NamedTuple):
-    """An image restored several times: brightness from 0 to 1, (draws, channels, height, width), and its mean over all that was drawn."""
+    """Several inpaintings of one image, with brightness from 0 to 1.
+
+    Attributes:
+        draws: samples of the posterior, (draws, channels, height, width).
+        mean: mean over everything the sampler drew, (channels, height, width).
+        metrics: diagnostics of the sampler.
+    """
 
     draws: Tensor
-    mean: Tensor  # (channels, height, width)
-    figures: Mapping[str, float] = MappingProxyType({})  # what tells how the method fared
+    mean: Tensor
+    metrics: Mapping[str, float] = MappingProxyType({})
 
 
 class SupportsInpainting(Capability):
-    """Draws what is missing of an image given what is known: P(unknown | known)."""
+    """Samples the unknown pixels of an image given the known ones: P(unknown | known)."""
 
-    does = "restores missing pixels"
-    example = "model=glow"
-    completions: ClassVar[tuple[str, ...]]  # the methods by which it can
+    description = "fills in missing pixels"
+    train_hint = "model=glow"
+    completions: ClassVar[tuple[str, ...]]  # names of the samplers that `inpaint` accepts
 
     @abstractmethod
     def inpaint(
@@ -237,27 +308,31 @@ class SupportsInpainting(Capability):
         sweeps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> InpaintingResult:
-        """Restore one image, levels (1, channels, height, width), where it is not `known`, true or false (channels, height, width).
+        """Sample one image given its known part.
 
-        Where `known` are sums of pixels, a flow restores what these leave open. `sweeps` are how many steps the method takes, by default
-        as many as suit it; of the levels that are not known nothing is looked at.
-        Raises FlowgenError for a method that is none of `completions`, and for sums where the model wants pixels.
+        Args:
+            images: one image, (1, channels, height, width); unknown pixels are ignored.
+            known: a mask that is True for known pixels, (channels, height, width), or a
+                `LinearMeasurement` of all pixels, which only flows accept.
+            method: one of `completions`.
+            sweeps: steps of the sampler; None uses its default.
+            generator: source of randomness.
         """
 
 
 class ClassConditional(Capability):
-    """Knows a distribution for each class of images."""
+    """Learns one distribution per class."""
 
-    does = "knows classes"
-    example = "model.num_classes=10 data=mnist"
+    description = "is class-conditional"
+    train_hint = "model.num_classes=10 data=mnist"
 
     @abstractmethod
     def classify(self, images: Tensor) -> Tensor:
-        """log p(y | x), (batch, classes)."""
+        """Return log p(y | x), (batch, classes)."""
 
     @abstractmethod
     def class_latents(self) -> Tensor:
-        """The middle of each class among the latents of `encode`: (classes, latent)."""
+        """Return the mean of each class in the latent space of `encode`: (classes, latent)."""
 
     @abstractmethod
     def sample(
@@ -266,25 +341,33 @@ class ClassConditional(Capability):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         label: int | None = None,
-        first: int = 0,
+        start_index: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """As every model draws images, of class `label`, or of each class in turn: of many the next `count` from number `first` on.
+        """Draw images of class `label`, or of all classes in turn.
 
-        Raises FlowgenError for a class that there is not.
+        Args:
+            count: number of images.
+            temperature: see `GenerativeModel.sample`.
+            generator: source of randomness.
+            label: the class; None cycles through the classes.
+            start_index: index of the first image in this cycle, for samples in several batches.
         """
 
 
 class SupportsMCMC(Capability):
-    """Draws by Markov chains, which can be watched."""
+    """Samples by Markov chains."""
 
-    does = "draws by Markov chains"
-    example = "model=rbm"
+    description = "samples with Markov chains"
+    train_hint = "model=rbm"
 
     @abstractmethod
-    def film(
+    def iter_chains(
         self, count: int, method: str, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """`count` chains in white noise, then after every sweep without end: brightness from 0 to 1, (count, channels, height, width)."""
+        """Yield `count` chains at white noise, and then after every sweep, without end.
+
+        Each item is brightness from 0 to 1, (count, channels, height, width).
+        """
 
     @abstractmethod
     def sample(
@@ -295,14 +378,14 @@ class SupportsMCMC(Capability):
         method: str = "tempering",
         sweeps: int = 500,
     ) -> tuple[Tensor, Tensor]:
-        """As every model draws images, by `sweeps` of the sampler `method` from white noise."""
+        """Draw images by `sweeps` steps of the sampler `method` from white noise."""
 
 
 class SupportsTokenSampling(Capability):
-    """Draws an image token after token, each given those before it."""
+    """Samples an image token by token, each token given the previous ones."""
 
-    does = "draws an image token after token"
-    example = "model=tarflow"
+    description = "samples images token by token"
+    train_hint = "model=tarflow"
 
     @abstractmethod
     def sample(
@@ -311,15 +394,23 @@ class SupportsTokenSampling(Capability):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         label: int | None = None,
-        first: int = 0,
+        start_index: int = 0,
         guidance: float = 0.0,
         jacobi: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As every model draws images; with `jacobi` all tokens at once, in sweeps, with `guidance` the more typical of their class.
+        """Draw images.
 
-        Raises FlowgenError for guidance of a model that it does not fit.
+        Args:
+            count: number of images.
+            temperature: see `GenerativeModel.sample`.
+            generator: source of randomness.
+            label: see `ClassConditional.sample`.
+            start_index: see `ClassConditional.sample`.
+            guidance: weight of classifier-free guidance, which makes images more typical of
+                their class.
+            jacobi: update all tokens in parallel until they converge (Jacobi iteration).
         """
 
     @abstractmethod
     def sweeps(self) -> list[int]:
-        """How many sweeps each block took when images were last drawn by them."""
+        """Return the Jacobi sweeps that each block took for the last samples."""

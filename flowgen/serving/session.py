@@ -296,7 +296,7 @@ class ModelSession:
             raise UserError("this model draws by no Markov chains: use a run of an RBM")
         with self.turns.take("starting chains"):
             name = f"{time.monotonic_ns():x}"
-            self.films[name] = self.model.film(
+            self.films[name] = self.model.iter_chains(
                 count, method, torch.Generator(self.model.device).manual_seed(seed)
             )
             while len(self.films) > CHAINS_KEPT:

@@ -159,7 +159,9 @@ def check_batch_fits(
     check_memory("trainer.batch_size", batch_size, -(-each // parts), cure, free)
 
 
-def saved_tensor_bytes(model: GenerativeModel, machine: Runtime, images: Tensor, labels: Tensor | None) -> int:
+def saved_tensor_bytes(
+    model: GenerativeModel, machine: Runtime, images: Tensor, labels: Tensor | None
+) -> int:
     """Bytes of the tensors that the backward pass of a batch keeps."""
     kept: dict[int, int] = {}
     buffers = [

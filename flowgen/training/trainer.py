@@ -113,7 +113,8 @@ class Evaluator:
         size = self.optimisation.batch_size // self.optimisation.grad_accum_steps
         seen = self.state.images_seen
         self.state.estimate(
-            self.data.train_batch(seen + size * number, size, self.seed) for number in range(STATISTICS)
+            self.data.train_batch(seen + size * number, size, self.seed)
+            for number in range(STATISTICS)
         )
         return self.state.ema_model.eval()
 

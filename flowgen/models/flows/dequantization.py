@@ -1,6 +1,7 @@
-"""Noise within the levels, which turns them into a density's points."""
+"""Dequantization: noise that turns pixel values into points of a continuous density."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -8,102 +9,146 @@ from torch import Tensor, nn
 
 from flowgen.bijections.base import Chain
 from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboard
-from flowgen.bijections.networks import ConvNetwork
+from flowgen.bijections.networks import ConvNetwork, RandomSource
 from flowgen.bijections.univariate import Affine
-from flowgen.utils.distributed import draw
 from flowgen.utils.errors import check_choice
 
-STEPS, WIDTH = 4, 32
-END = 1 - 2**-16  # where a level of 8 bits and its noise still stay below the next level in float32
+VARIATIONAL_COUPLINGS = 4
+VARIATIONAL_WIDTH = 32  # channels of the coupling networks
+MAX_NOISE = 1 - 2**-16  # an 8-bit pixel value plus this stays below the next value in float32
 
 
-class Uniform(nn.Module):
-    """u ~ U[0, 1). Theis, van den Oord and Bethge (1511.01844), section 3.1."""
+class Dequantizer(nn.Module, ABC):
+    """Noise u with a tractable density: a flow models x = (images + u) / 2^bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random_source = RandomSource()
+
+    @abstractmethod
+    def draw_noise(
+        self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw all the random numbers that one call for these images uses."""
 
     def forward(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """u in the shape of `levels`, and log q(u | levels) in nats, (batch,)."""
-        noise = self.start(images, dtype, generator)
+        """Return the noise u, like the images, and log q(u | images) in nats, (batch,)."""
+        noise = self.draw_noise(images, dtype, generator)
         return noise, noise.new_zeros(len(images))
 
-    def start(
+    def initialize(self, images: Tensor, dtype: torch.dtype) -> None:
+        """Initialize parameters from one batch of images."""
+
+
+class UniformDequantizer(Dequantizer):
+    """u ~ U[0, 1), with log q(u) = 0. Theis, van den Oord and Bethge (1511.01844), section 3.1."""
+
+    def draw_noise(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
     ) -> Tensor:
-        """All that is drawn for these levels."""
-        return draw(torch.rand, images.shape, generator, device=images.device, dtype=dtype)
-
-    def initialize(self, images: Tensor, dtype: torch.dtype) -> None:
-        """Uniform noise has nothing to learn."""
+        return self.random_source(
+            torch.rand, images.shape, generator, device=images.device, dtype=dtype
+        )
 
 
-class Variational(nn.Module):
-    """u = END Phi(g(e; levels)) with e ~ N(0, I), g a chain of masked affine couplings on the condition of the image.
+class GaussianDequantizer(Dequantizer):
+    """u = 1/2 + deviation 2^bits e with e ~ N(0, I): Gaussian noise on images.
 
-    It starts as uniform noise on [0, END). log q(u) = log N(e) - log|det dg/de| - log N(g) - D log END. Flow++ (1902.00275), section 3.1.
+    The noisy images no longer determine the pixel values, so the flow has no likelihood of
+    images. TarFlow (2412.06329), section 3.
+
+    Args:
+        deviation: standard deviation of the noise, for brightness from 0 to 1.
+        bins: number of pixel values, 2^bits.
+    """
+
+    def __init__(self, deviation: float, bins: int):
+        super().__init__()
+        self.deviation = deviation
+        self.bins = bins
+
+    def draw_noise(
+        self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
+    ) -> Tensor:
+        e = self.random_source(
+            torch.randn, images.shape, generator, device=images.device, dtype=dtype
+        )
+        return 0.5 + self.deviation * self.bins * e
+
+
+class VariationalDequantizer(Dequantizer):
+    """u = MAX_NOISE Phi(g(e; images)) with e ~ N(0, I), where g is a flow conditioned on the image.
+
+    g is a chain of masked affine couplings. u is uniform on [0, MAX_NOISE) at the start, and
+    log q(u) = log N(e) - log|det dg/de| - log N(g) - D log MAX_NOISE.
+    Flow++ (1902.00275), section 3.1.
+
+    Args:
+        channels: channels of the images.
+        size: height and width of the images.
+        bins: number of pixel values, 2^bits.
     """
 
     def __init__(self, channels: int, size: int, bins: int):
         super().__init__()
         self.bins = bins
-        kind = checkerboard if size > 1 else channelwise
-        masks = [kind(channels, size, size, step % 2 == 1) for step in range(STEPS)]
+        make_mask = checkerboard if size > 1 else channelwise
         self.bijection = Chain(
             *(
-                MaskedCoupling(ConvNetwork(2 * channels, WIDTH, 2 * channels), Affine(), mask)
-                for mask in masks
+                MaskedCoupling(
+                    ConvNetwork(2 * channels, VARIATIONAL_WIDTH, 2 * channels),
+                    Affine(),
+                    make_mask(channels, size, size, index % 2 == 1),
+                )
+                for index in range(VARIATIONAL_COUPLINGS)
             )
         )
 
     def forward(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """u in the shape of `levels`, and log q(u | levels) in nats, (batch,)."""
-        e = self.start(images, dtype, generator)
-        g, log_det = self.bijection(e, self._image(images, dtype))
-        log_q = (
-            0.5 * (g.square() - e.square()).flatten(1).sum(1) - log_det
-        )  # the constants of the two Gaussians cancel
-        return END * torch.special.ndtr(g), log_q - g[0].numel() * math.log(END)
+        e = self.draw_noise(images, dtype, generator)
+        g, log_det = self.bijection(e, self._condition(images, dtype))
+        # The constants of the two Gaussians cancel.
+        log_q = 0.5 * (g.square() - e.square()).flatten(1).sum(1) - log_det
+        return MAX_NOISE * torch.special.ndtr(g), log_q - g[0].numel() * math.log(MAX_NOISE)
 
-    def initialize(self, images: Tensor, dtype: torch.dtype) -> None:
-        self.bijection.initialize(self.start(images, dtype), self._image(images, dtype))
-
-    def _image(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        return 2 * (images + 0.5).to(dtype) / self.bins - 1
-
-    @staticmethod
-    def start(
-        images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """All that is drawn for these levels."""
-        return draw(torch.randn, images.shape, generator, device=images.device, dtype=dtype)
-
-
-class Gaussian(Uniform):
-    """u = 1/2 + deviation 2^bits e, e ~ N(0, I): noise on the images, which leaves their levels behind. TarFlow (2412.06329), section 3."""
-
-    def __init__(self, deviation: float, bins: int):
-        super().__init__()
-        self.deviation, self.bins = deviation, bins
-
-    def start(
+    def draw_noise(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
     ) -> Tensor:
-        e = draw(torch.randn, images.shape, generator, device=images.device, dtype=dtype)
-        return 0.5 + self.deviation * self.bins * e
+        return self.random_source(
+            torch.randn, images.shape, generator, device=images.device, dtype=dtype
+        )
+
+    def initialize(self, images: Tensor, dtype: torch.dtype) -> None:
+        self.bijection.initialize(self.draw_noise(images, dtype), self._condition(images, dtype))
+
+    def _condition(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the images scaled to (-1, 1)."""
+        return 2 * (images + 0.5).to(dtype) / self.bins - 1
 
 
-def dequantizer(dequantization: str, shape: Sequence[int], bits: int) -> Uniform | Variational:
-    """By the name that a configuration gives it. Raises FlowgenError for another."""
-    if (deviation := noise_of(dequantization)) is not None:
-        return Gaussian(deviation, 2**bits)
+def make_dequantizer(dequantization: str, image_shape: Sequence[int], bits: int) -> Dequantizer:
+    """Return the dequantizer that a configuration names.
+
+    Args:
+        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        image_shape: (channels, height, width).
+        bits: bits per pixel value.
+    """
+    deviation = gaussian_deviation(dequantization)
+    if deviation is not None:
+        return GaussianDequantizer(deviation, 2**bits)
     check_choice(("uniform", "variational", "gaussian:0.05"), dequantization=dequantization)
-    return Uniform() if dequantization == "uniform" else Variational(shape[0], shape[1], 2**bits)
+    if dequantization == "uniform":
+        return UniformDequantizer()
+    return VariationalDequantizer(image_shape[0], image_shape[1], 2**bits)
 
 
-def noise_of(dequantization: object) -> float | None:
-    """The deviation, of brightness from 0 to 1, that `gaussian:DEVIATION` names; None for all else."""
+def gaussian_deviation(dequantization: object) -> float | None:
+    """Return the positive DEVIATION of "gaussian:DEVIATION", or None for anything else."""
     name, _, number = str(dequantization).partition(":")
     try:
         deviation = float(number)

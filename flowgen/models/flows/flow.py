@@ -1,9 +1,8 @@
-"""Which classes to draw."""
+"""Normalizing flows of images."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,218 +15,157 @@ from flowgen.models.base import (
     QUICK_EVAL,
     ClassConditional,
     EvalConfig,
-    GenerativeModel,
+    InpaintingResult,
+    Likelihood,
+    LinearMeasurement,
+    Observation,
     SupportsInpainting,
 )
 from flowgen.models.flows.dequantization import (
-    Gaussian,
-    Uniform,
-    Variational,
-    dequantizer,
-    noise_of,
+    GaussianDequantizer,
+    gaussian_deviation,
+    make_dequantizer,
 )
-from flowgen.models.flows.inpainting import HMCInpaintingMixin
-from flowgen.models.flows.ood_statistics import standard_normal_log_prob, statistics
+from flowgen.models.flows.inpainting import (
+    NUM_CHAINS,
+    NUM_STEPS,
+    ClassPrior,
+    InpaintingChains,
+    sample_posterior,
+)
+from flowgen.models.flows.ood_statistics import ood_statistics, standard_normal_log_prob
 from flowgen.utils.distributed import evaluate_sharded
-from flowgen.utils.errors import UserError, check_whole
+from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import BITS_PER_DIM, NOISY_BITS_PER_DIM, Metrics, MetricValue
 
+CLASS_MEAN_DEVIATION = 0.3  # standard deviation of each latent of the class means at the start
 NO_CLASSES = (
-    "this model knows no classes: train one with model.num_classes=10 on data that has labels"
+    "this model has no classes: train one with model.num_classes=10 on data that has labels"
 )
-
-
-def labels_to_draw(
-    count: int, label: int | None, first: int, num_classes: int | None, device: torch.device
-) -> Tensor | None:
-    """Those of `count` samples: `label`, or each class in turn as from sample number `first` on, or None where there are no classes.
-
-    Raises FlowgenError for a class that there is not.
-    """
-    if label is None:
-        return (
-            None
-            if num_classes is None
-            else torch.arange(first, first + count, device=device) % num_classes
-        )
-    if num_classes is None:
-        raise UserError(NO_CLASSES)
-    if not 0 <= label < num_classes:
-        raise UserError(
-            f"label {label} is none of the model's {num_classes} classes: give a number from 0 to {num_classes - 1}"
-        )
-    return torch.full((count,), label, device=device)
-
-
-NO_LIKELIHOOD = "this flow was trained on images with noise (model.dequantization=gaussian:...) and knows no likelihood of images themselves"
-
-
-def check_boundless(bijection: Bijection) -> None:
-    """Raises FlowgenError for a flow of nothing but what lies in [0, 1), which noise leaves."""
-    if any(isinstance(part, EmpiricalCDF | Logit) for part in bijection.modules()):
-        raise UserError(
-            "model.dequantization=gaussian:... needs model.gaussianize=false, and another model than realnvp"
-        )
+NO_LIKELIHOOD = (
+    "this flow was trained on noisy images (model.dequantization=gaussian:...) and has no "
+    "likelihood of images"
+)
 
 
 @torch.enable_grad()
-def denoised(y: Tensor, deviation: float, log_density: Callable[[Tensor], Tensor]) -> Tensor:
-    """E[x | y] = y + s^2 grad log p(y) where y = x + s e, e ~ N(0, I): Tweedie's formula, as Efron (2011), section 2, gives it."""
+def denoise(y: Tensor, deviation: float, log_density: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return E[x | y] = y + s^2 grad log p(y) of y = x + s e, e ~ N(0, I), by Tweedie's formula.
+
+    Efron (2011), section 2.
+
+    Args:
+        y: noisy points, (batch, ...).
+        deviation: the standard deviation s.
+        log_density: returns log p(y), (batch,).
+
+    Example:
+        >>> standard_normal = torch.distributions.Normal(0.0, 1.0)
+        >>> denoise(torch.ones(1, 1), 1.0, lambda y: standard_normal.log_prob(y).sum(1))
+        tensor([[0.]])
+    """
     y = y.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(log_density(y).sum(), y)
     return y.detach() + deviation**2 * gradient
 
 
-class LikelihoodMixin(GenerativeModel):
-    """The scores of a flow, from `log_prob` under one draw of its noise."""
+class Flow(ClassConditional, SupportsInpainting):
+    """A normalizing flow: a bijection from dequantized images to latents under N(0, I).
 
-    metric = BITS_PER_DIM
-    averages_logs = False  # over draws, where the mean of importance weights bounds no likelihood
-    bijection: Bijection
-    dequantizer: Uniform | Variational
-    means: Tensor | None
-    bins: int
-    dimensions: int
-    condition_networks: bool
+    Dequantized images are x = (images + u) / 2^bits in [0, 1), where the dequantizer draws the
+    noise u. Latents are vectors (batch, D), where D is the product of `image_shape`. The likelihood
+    is a lower bound, which is tighter if p(x) / q(u) is averaged over several importance samples of
+    u: Burda et al. (1509.00519).
 
-    def score(
-        self,
-        images: Tensor,
-        labels: Tensor | None = None,
-        *,
-        draws: int = 1,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """log p(x) of each image in nats, (batch,): the log of the mean of `draws` importance weights p(x + u) / q(u).
+    With `num_classes`, the latents of class y are distributed as N(means[y], I), p(x) is the mean
+    of p(x | y) over the classes, and `classify` applies Bayes' rule: Izmailov et al. (1912.13025),
+    section 3. With `condition_networks`, the class, one-hot, is also the condition of all networks
+    in the bijection. The latents of `encode` then end with it: (batch, D + num_classes).
 
-        Raises FlowgenError for a flow of images with noise, as `statistics` does.
-        """
-        self._check_likelihood()
-        return self._over_draws(images, labels, draws, generator)
+    With Gaussian noise the flow models noisy images. It then has no likelihood of images, and its
+    samples are denoised.
 
-    def _over_draws(
-        self, images: Tensor, labels: Tensor | None, draws: int, generator: torch.Generator | None
-    ) -> Tensor:
-        each = torch.stack(
-            [
-                self.log_prob(images, generator, labels)
-                for _ in self.progress(range(draws), "draws", draws)
-            ]
-        )
-        return each.mean(0) if self.averages_logs else each.logsumexp(0) - math.log(draws)
+    Args:
+        bijection: maps images (batch, channels, height, width) to vectors (batch, D).
+        image_shape: (channels, height, width).
+        bits: bits per pixel value.
+        dequantization: "uniform", "variational" (a learned flow, as in Flow++) or
+            "gaussian:DEVIATION".
+        num_classes: number of classes, or None.
+        condition_networks: with classes, make the class the condition of the bijection.
 
-    def _check_likelihood(self) -> None:
-        if self.metric != BITS_PER_DIM:
-            raise UserError(NO_LIKELIHOOD)
-
-    @torch.no_grad()
-    def statistics(
-        self, images: Tensor, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """Beside log p(x) its terms log N(z) and log|det dz/dx|, and those of the last level; over classes as they are likely."""
-        self._check_likelihood()
-        x, log_q = self._dequantize(images, generator)
-        log_density, found = statistics(self.bijection, x, self.means, self.condition_networks)
-        return {"log_prob": log_density - log_q - self.dimensions * math.log(self.bins), **found}
-
-    @torch.no_grad()
-    def evaluate(
-        self,
-        batches: Iterable[Tensor],
-        reference: Iterable[Tensor] = (),
-        how: EvalConfig = QUICK_EVAL,
-    ) -> Metrics:
-        """Bits per dimension over `batches`, with the standard error over images; the noise is the same at every call."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        per_image = evaluate_sharded(
-            batches,
-            lambda images: self._bits_per_dim(
-                self._over_draws(images, None, how.num_importance_samples, generator)
-            ),
-            lambda images: [
-                self.dequantizer.start(images, self.dtype, generator)
-                for _ in range(how.num_importance_samples)
-            ],
-        )
-        error = (
-            per_image.std().item() / math.sqrt(len(per_image)) if len(per_image) > 1 else math.inf
-        )
-        return Metrics.of(
-            MetricValue(self.metric, per_image.mean().item(), error),
-            bits=self.bits,
-            num_importance_samples=how.num_importance_samples,
-            images=len(per_image),
-        )
-
-    def _bits_per_dim(self, log_prob: Tensor) -> Tensor:
-        return -log_prob / (self.dimensions * math.log(2))
-
-    @abstractmethod
-    def log_prob(
-        self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
-    ) -> Tensor:
-        """log p(x) under one draw of the noise, in nats: (batch,)."""
-
-    @abstractmethod
-    def _dequantize(
-        self, images: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The images in [0, 1), and log q(u) in nats, (batch,)."""
-
-
-CLASS_DISTANCE = 0.3  # deviation of the means of the classes at the start, in every latent
-
-
-class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
-    """A bijection from images in [0, 1) to vectors under N(0, I), of dequantised levels: x = (levels + u) / 2^bits.
-
-    Shapes: `shape` is (channels, height, width), D their product, latents are (batch, D). The noise u is `uniform` or `variational`;
-    where p(x) / q(u) is averaged over more draws of it, the bound is tighter (Burda et al., 1509.00519).
-    With `classes` the latents of class y are under N(means[y], I), the images' p(x) is the mean of their p(x | y), and a class can be
-    told from an image by Bayes' rule. Izmailov et al. (1912.13025), section 3. With `class_networks` the class, one-hot, is the
-    condition of every network in the bijection too; then the class is a latent like the others, and the vector that `encode` returns
-    ends with it: (batch, D + classes).
-    With noise `gaussian:s` x is (levels + 1/2) / 2^bits + s e: its figures are none of images, and samples are denoised.
+    Example:
+        >>> from flowgen.bijections.chain import Chain
+        >>> from flowgen.bijections.elementwise import Standardize
+        >>> from flowgen.bijections.reshape import Flatten
+        >>> _ = torch.manual_seed(0)
+        >>> flow = Flow(Chain(Flatten(1, 2, 2), Standardize(4)), (1, 2, 2), bits=8)
+        >>> flow.initialize(torch.randint(256, (64, 1, 2, 2), dtype=torch.uint8))
+        >>> images, log_prob = flow.sample(5)
+        >>> images.shape, log_prob.shape
+        (torch.Size([5, 1, 2, 2]), torch.Size([5]))
     """
+
+    likelihood: Likelihood = "bound"
+    metric = BITS_PER_DIM
+    completions: ClassVar[tuple[str, ...]] = ("langevin",)
+    # Average log p(x) over importance samples, not p(x), whose mean would bound no likelihood.
+    elbo_only = False
 
     def __init__(
         self,
         bijection: Bijection,
-        shape: Sequence[int],
+        image_shape: Sequence[int],
         bits: int,
-        dequantization: str,
+        dequantization: str = "uniform",
         num_classes: int | None = None,
         condition_networks: bool = False,
     ):
         super().__init__()
-        check_whole(bits=bits, **({} if num_classes is None else {"num_classes": num_classes}))
-        self.bijection, self.dequantizer = bijection, dequantizer(dequantization, shape, bits)
-        self.image_shape, self.dimensions = (shape[0], shape[1], shape[2]), math.prod(shape)
-        self.bits, self.bins, self.num_classes = bits, 2**bits, num_classes
-        if isinstance(self.dequantizer, Gaussian):
-            check_boundless(bijection)
-            self.metric, self.averages_logs = NOISY_BITS_PER_DIM, True
-        # With classes the loss is that of p(x | y), and under batch normalisation it is no likelihood.
-        self.loss_metric = (
-            self.metric if num_classes is None and not batch_norm_layers(bijection) else None
-        )
+        check_whole(bits=bits)
+        if num_classes is not None:
+            check_whole(num_classes=num_classes)
+        channels, height, width = image_shape
+        self.image_shape = (channels, height, width)
+        self.dimensions = channels * height * width
+        self.bits = bits
+        self.bins = 2**bits
+        self.num_classes = num_classes
         self.condition_networks = condition_networks and num_classes is not None
+        self.bijection = bijection
+        self.dequantizer = make_dequantizer(dequantization, image_shape, bits)
+        if isinstance(self.dequantizer, GaussianDequantizer):
+            # Noise leaves [0, 1), to which these bijections are restricted.
+            if any(isinstance(part, EmpiricalCDF | Logit) for part in bijection.modules()):
+                raise UserError(
+                    "model.dequantization=gaussian:... needs model.gaussianize=false, "
+                    "and does not work with model=realnvp"
+                )
+            self.likelihood = "none"
+            self.metric = NOISY_BITS_PER_DIM
+            self.elbo_only = True
+        # With classes the loss is that of p(x | y); batch normalization makes it no likelihood.
+        if num_classes is None and not batch_norm_layers(bijection):
+            self.loss_metric = self.metric
         self.means = (
             None
             if num_classes is None
-            else nn.Parameter(CLASS_DISTANCE * torch.randn(num_classes, self.dimensions))
+            else nn.Parameter(CLASS_MEAN_DEVIATION * torch.randn(num_classes, self.dimensions))
         )
 
     @classmethod
-    def supports(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
-        lacks: dict[type, bool] = {
-            ClassConditional: arguments.get("num_classes") is None,
-            SupportsInpainting: noise_of(arguments.get("dequantization")) is not None,
-        }
-        return super().supports(ability, arguments) and not lacks.get(ability, False)
+    def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
+        if capability is ClassConditional and arguments.get("num_classes") is None:
+            return False
+        noisy = gaussian_deviation(arguments.get("dequantization")) is not None
+        if capability is SupportsInpainting and noisy:
+            return False
+        return super().supports(capability, arguments)
+
+    # Training and likelihood
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Mean bits per dimension of a batch under one draw of the noise, given their classes where the flow has any."""
+        """Return the mean bits/dim of a batch, with one sample of the noise per image."""
         return self._bits_per_dim(self.log_prob(images, labels=labels)).mean()
 
     @torch.no_grad()
@@ -235,33 +173,118 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
         self.dequantizer.initialize(images, self.dtype)
         if labels is None and self.num_classes is not None:
             labels = torch.arange(len(images), device=images.device) % self.num_classes
-        self.bijection.initialize(
-            self._dequantize(images)[0], self._condition(self._one_hot(labels))
-        )
+        x, _ = self._dequantize(images)
+        self.bijection.initialize(x, self._condition(self._one_hot(labels)))
 
     def log_prob(
         self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """log p(x) - log q(u) - D log 2^bits in nats, (batch,), or with p(x | labels) in place of p(x).
+        """Return log p(x) - log q(u) - D log 2^bits in nats, (batch,), of one sample u.
 
-        On average over u it is a lower bound on the images' log-probability. Theis, van den Oord and Bethge (1511.01844),
-        section 3.1; Flow++ (1902.00275), section 3.1.
+        Its mean over u is a lower bound of the log-probability of the images. Theis, van den Oord
+        and Bethge (1511.01844), section 3.1; Flow++ (1902.00275), section 3.1.
+
+        Args:
+            images: (batch, channels, height, width).
+            generator: source of the noise.
+            labels: classes (batch,), which select p(x | labels); None selects p(x).
         """
         x, log_q = self._dequantize(images, generator)
         return self.log_density(x, labels) - log_q - self.dimensions * math.log(self.bins)
 
     def log_density(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """log p(x), or log p(x | labels), in nats of points x in [0, 1)^D, in the shape of images: (batch,)."""
+        """Return log p(x), or log p(x | labels), in nats: (batch,).
+
+        Args:
+            x: points in [0, 1), (batch, channels, height, width).
+            labels: classes (batch,), or None.
+        """
         if labels is None and self.means is not None:
-            return self._log_density_of_classes(x).logsumexp(1) - math.log(len(self.means))
+            return self.class_log_density(x).logsumexp(1) - math.log(len(self.means))
         one_hot = self._one_hot(labels)
         z, log_det = self.bijection(x, self._condition(one_hot))
         return self._log_base(z, one_hot) + log_det
 
+    def class_log_density(self, x: Tensor) -> Tensor:
+        """Return log p(x | y) in nats for every class y: (batch, classes)."""
+        num_classes = len(self._class_means())
+        if self.condition_networks:
+            labels = [x.new_full((len(x),), y, dtype=torch.long) for y in range(num_classes)]
+            return torch.stack([self.log_density(x, label) for label in labels], 1)
+        z, log_det = self.bijection(x)
+        return self._class_log_base(z) + log_det[:, None]
+
+    def score(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        num_importance_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return log p(x) of each image in nats, (batch,).
+
+        It is the logarithm of the mean of p(x + u) / q(u) over importance samples of u. Flows of
+        noisy images raise a UserError.
+        """
+        self._check_likelihood()
+        return self._importance_log_prob(images, labels, num_importance_samples, generator)
+
+    def _importance_log_prob(
+        self, images: Tensor, labels: Tensor | None, samples: int, generator: torch.Generator | None
+    ) -> Tensor:
+        steps = self.progress(range(samples), "importance samples", samples)
+        log_prob = torch.stack([self.log_prob(images, generator, labels) for _ in steps])
+        if self.elbo_only:
+            return log_prob.mean(0)
+        return log_prob.logsumexp(0) - math.log(samples)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        batches: Iterable[Tensor],
+        reference: Iterable[Tensor] = (),
+        eval_config: EvalConfig = QUICK_EVAL,
+    ) -> Metrics:
+        """Return the bits/dim of `batches` with its standard error over images.
+
+        The dequantization noise is the same in every call.
+        """
+        generator = torch.Generator(self.device).manual_seed(0)
+        samples = eval_config.num_importance_samples
+
+        def bits_per_dim(images: Tensor) -> Tensor:
+            return self._bits_per_dim(self._importance_log_prob(images, None, samples, generator))
+
+        def skip_noise(images: Tensor) -> None:
+            for _ in range(samples):
+                self.dequantizer.draw_noise(images, self.dtype, generator)
+
+        values = evaluate_sharded(batches, bits_per_dim, skip_noise)
+        error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        return Metrics.of(
+            MetricValue(self.metric, values.mean().item(), error),
+            bits=self.bits,
+            num_importance_samples=samples,
+            images=len(values),
+        )
+
+    @torch.no_grad()
+    def statistics(
+        self, images: Tensor, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Return log p(x) as `log_prob` and its terms, see `ood_statistics`: (batch,) each."""
+        self._check_likelihood()
+        x, log_q = self._dequantize(images, generator)
+        log_density, terms = ood_statistics(self.bijection, x, self.means, self.condition_networks)
+        return {"log_prob": log_density - log_q - self.dimensions * math.log(self.bins), **terms}
+
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
-        """log p(y | x), (batch, classes), the classes being equally likely beforehand. Raises FlowgenError for a flow without classes."""
-        return self._log_density_of_classes(self._bin_centers(images)).log_softmax(1)
+        """Return log p(y | x), (batch, classes), under a uniform prior over the classes."""
+        return self.class_log_density(self._bin_centers(images)).log_softmax(1)
+
+    # Sampling
 
     @torch.no_grad()
     def sample(
@@ -270,66 +293,167 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         label: int | None = None,
-        first: int = 0,
+        start_index: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Images whose every latent has standard deviation `temperature`, and their log p(x) in nats, carried by the inverse.
+        """Draw images, and return them with their log p(x) in nats, (count,).
 
-        All are of class `label`, else of each class in turn, as from number `first` on. Raises FlowgenError for a class that it has not.
+        Args:
+            count: number of images.
+            temperature: standard deviation of every latent around its mean.
+            generator: source of randomness.
+            label: the class; None cycles through the classes, if the flow has any.
+            start_index: index of the first image in this cycle.
         """
         z = temperature * torch.randn(
             count, self.dimensions, generator=generator, device=self.device, dtype=self.dtype
         )
-        one_hot = self._one_hot(labels_to_draw(count, label, first, self.num_classes, self.device))
-        z = z if one_hot is None else z + one_hot @ self._class_means()
+        one_hot = self._one_hot(self._sample_labels(count, label, start_index))
+        if one_hot is not None:
+            z = z + one_hot @ self._class_means()
         x, log_density = self._invert(z, one_hot)
-        return self._quantize(
-            self._without_noise(x, one_hot)
-        ), log_density - self.dimensions * math.log(self.bins)
+        images = self._quantize(self._denoise(x, one_hot))
+        return images, log_density - self.dimensions * math.log(self.bins)
+
+    def _sample_labels(self, count: int, label: int | None, start_index: int) -> Tensor | None:
+        """Return the classes of samples, (count,), or None for a flow without classes."""
+        if label is None:
+            if self.num_classes is None:
+                return None
+            indices = torch.arange(start_index, start_index + count, device=self.device)
+            return indices % self.num_classes
+        if self.num_classes is None:
+            raise UserError(NO_CLASSES)
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"label {label} is not one of the model's {self.num_classes} classes: "
+                f"choose a number from 0 to {self.num_classes - 1}"
+            )
+        return torch.full((count,), label, device=self.device)
 
     @torch.no_grad()
-    def points(self, z: Tensor) -> Tensor:
-        """What has these latents (batch, D) of no class: x in [0, 1)^D, before it is levels again, without noise."""
-        return self._without_noise(self._invert(z, None)[0], None)
+    def decode_continuous(self, z: Tensor) -> Tensor:
+        """Return x in [0, 1), before quantization and without noise, of latents (batch, D)."""
+        return self._denoise(self._invert(z, None)[0], None)
 
     def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The points that have these latents, and their log p(x)."""
+        """Return the points x with these latents, and their log p(x)."""
         x, log_det = self.bijection.inverse(z, self._condition(one_hot))
-        return x, (
-            self._log_base(z, one_hot) if self.condition_networks else self._log_base(z)
-        ) - log_det
+        log_base = self._log_base(z, self._condition(one_hot))
+        return x, log_base - log_det
 
-    def _without_noise(self, x: Tensor, one_hot: Tensor | None) -> Tensor:
-        if not isinstance(self.dequantizer, Gaussian):
+    def _denoise(self, x: Tensor, one_hot: Tensor | None) -> Tensor:
+        if not isinstance(self.dequantizer, GaussianDequantizer):
             return x
         labels = None if one_hot is None else one_hot.argmax(1)
-        return denoised(x, self.dequantizer.deviation, lambda y: self.log_density(y, labels))
+        return denoise(x, self.dequantizer.deviation, lambda y: self.log_density(y, labels))
+
+    # Latents
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The latents of the bins' centres, so that decoding has half a bin to spare on either side, or of noise drawn in the bins."""
-        x = (
-            self._bin_centers(images)
-            if generator is None
-            else self._dequantize(images, generator)[0]
-        )
-        one_hot = (
-            self._one_hot(self.classify(images).argmax(1)) if self.condition_networks else None
-        )
-        z, _ = self.bijection(x, one_hot)
-        return z if one_hot is None else torch.cat((z, one_hot), 1)
+        """Return the latents of images, (batch, D) or (batch, D + num_classes).
+
+        Without a generator x is the center of each bin, which is farthest from the neighboring
+        bins, so that `decode` returns the same images.
+        """
+        if generator is None:
+            x = self._bin_centers(images)
+        else:
+            x, _ = self._dequantize(images, generator)
+        if not self.condition_networks:
+            return self.bijection(x)[0]
+        one_hot = self._one_hot(self.classify(images).argmax(1))
+        assert one_hot is not None
+        return torch.cat((self.bijection(x, one_hot)[0], one_hot), 1)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        z, one_hot = latent[:, : self.dimensions], latent[:, self.dimensions :].clamp(0, 1)
+        z = latent[:, : self.dimensions]
+        one_hot = latent[:, self.dimensions :].clamp(0, 1)
         return self._quantize(self.bijection.inverse(z, self._condition(one_hot))[0])
 
     def class_latents(self) -> Tensor:
         means = self._class_means()
-        return (
-            torch.cat((means, torch.eye(len(means)).to(means)), 1)
-            if self.condition_networks
-            else means
+        if not self.condition_networks:
+            return means
+        return torch.cat((means, torch.eye(len(means)).to(means)), 1)
+
+    # Inpainting
+
+    def inpaint(
+        self,
+        images: Tensor,
+        known: Observation,
+        *,
+        method: str,
+        sweeps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> InpaintingResult:
+        """Sample one image given its known part, by Hamiltonian Monte Carlo.
+
+        Args:
+            images: one image, (1, channels, height, width).
+            known: a mask (channels, height, width) or a `LinearMeasurement`.
+            method: "langevin".
+            sweeps: gradients per chain.
+            generator: source of randomness.
+        """
+        check_choice(self.completions, method=method)
+        chains = self.inpainting_chains(images, known, NUM_CHAINS, sweeps or NUM_STEPS, generator)
+        pixels = (chains.samples * self.bins).floor().clamp(0, self.bins - 1)
+        deviation = pixels.std(0)
+        if not isinstance(known, LinearMeasurement):
+            deviation = deviation[~known.to(pixels.device)]
+        with torch.no_grad():
+            log_prob = self.score(pixels.to(torch.uint8), generator=generator).mean().item()
+        metrics = {
+            "acceptance": chains.acceptance,
+            "spread": deviation.mean().item() / (self.bins - 1),
+            "bits_per_dim": -log_prob / (self.dimensions * math.log(2)),
+        }
+        brightness = pixels / (self.bins - 1)
+        return InpaintingResult(brightness, brightness.mean(0), metrics)
+
+    def inpainting_chains(
+        self,
+        images: Tensor,
+        known: Observation,
+        num_chains: int,
+        num_steps: int,
+        generator: torch.Generator | None = None,
+    ) -> InpaintingChains:
+        """Run chains that sample the unknown part of each image.
+
+        Args:
+            images: (batch, channels, height, width).
+            known: a mask (channels, height, width) or a `LinearMeasurement`.
+            num_chains: chains per image.
+            num_steps: gradients per chain.
+            generator: source of randomness.
+        """
+        class_prior = None
+        if self.means is not None:
+            class_prior = ClassPrior(self.means, self.condition_networks, self.class_log_density)
+        return sample_posterior(
+            self.bijection,
+            class_prior,
+            images.to(self.dtype),
+            known,
+            self.bins,
+            num_chains=num_chains,
+            num_steps=num_steps,
+            generator=generator,
+            progress=self.progress,
         )
+
+    # Helpers
+
+    def _check_likelihood(self) -> None:
+        if self.likelihood == "none":
+            raise UserError(NO_LIKELIHOOD)
+
+    def _bits_per_dim(self, log_prob: Tensor) -> Tensor:
+        return -log_prob / (self.dimensions * math.log(2))
 
     def _bin_centers(self, images: Tensor) -> Tensor:
         return (images + 0.5) / self.bins
@@ -337,7 +461,7 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
     def _dequantize(
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The images in [0, 1), and log q(u) in nats, (batch,)."""
+        """Return x in [0, 1), and log q(u) in nats, (batch,)."""
         noise, log_q = self.dequantizer(images, self.dtype, generator)
         return (images + noise) / self.bins, log_q
 
@@ -345,40 +469,24 @@ class Flow(LikelihoodMixin, ClassConditional, HMCInpaintingMixin):
         return (x * self.bins).floor().nan_to_num(0.0).clamp(0, self.bins - 1).to(torch.uint8)
 
     def _one_hot(self, labels: Tensor | None) -> Tensor | None:
-        """(batch, classes), for a flow that has any and is told them."""
-        return (
-            None
-            if labels is None or self.num_classes is None
-            else F.one_hot(labels, self.num_classes).to(self.dtype)
-        )
+        """Return (batch, classes), or None without labels or without classes."""
+        if labels is None or self.num_classes is None:
+            return None
+        return F.one_hot(labels, self.num_classes).to(self.dtype)
 
     def _condition(self, one_hot: Tensor | None) -> Tensor | None:
         return one_hot if self.condition_networks else None
 
     def _log_base(self, z: Tensor, one_hot: Tensor | None = None) -> Tensor:
-        """log p(z | class), or, where no class is given, the log of its mean over the classes: (batch,)."""
+        """Return log p(z | class), or without a class its mean over the classes: (batch,)."""
         if self.means is None:
             return standard_normal_log_prob(z)
         if one_hot is None:
-            return self._log_base_of_classes(z).logsumexp(1) - math.log(len(self.means))
+            return self._class_log_base(z).logsumexp(1) - math.log(len(self.means))
         return standard_normal_log_prob(z - one_hot @ self.means)
 
-    def _log_base_of_classes(self, z: Tensor) -> Tensor:
+    def _class_log_base(self, z: Tensor) -> Tensor:
         return torch.stack([standard_normal_log_prob(z - mean) for mean in self._class_means()], 1)
-
-    def _log_density_of_classes(self, x: Tensor) -> Tensor:
-        """log p(x | y) in nats for every class y: (batch, classes)."""
-        num_classes = len(self._class_means())
-        if self.condition_networks:
-            return torch.stack(
-                [
-                    self.log_density(x, x.new_full((len(x),), label, dtype=torch.long))
-                    for label in range(num_classes)
-                ],
-                1,
-            )
-        z, log_det = self.bijection(x)
-        return self._log_base_of_classes(z) + log_det[:, None]
 
     def _class_means(self) -> Tensor:
         if self.means is None:

@@ -1,32 +1,67 @@
 """Flow matching: Lipman, Chen, Ben-Hamu, Nickel and Le (2210.02747)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowgen.bijections.base import Bijection, Chain
+from flowgen.bijections.base import Chain
 from flowgen.bijections.continuous import CNF, VelocityField
-from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
+from flowgen.bijections.elementwise import Standardize
+from flowgen.bijections.networks import RandomSource
 from flowgen.bijections.reshape import Flatten
 from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting, square_shape
+from flowgen.models.flows.builders import (
+    check_transformer,
+    choose_patch,
+    condition_size,
+    gaussianization,
+)
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.tarflow import check_transformers, patch_size
-from flowgen.utils.distributed import draw
-from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
+from flowgen.utils.errors import UserError, check_number, check_whole
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
 
-SOLVER = Metric("solver_difference", "bits/dim", higher_is_better=False)
-FINER = 0.1  # of the tolerance, to compare with
+SOLVER_DIFFERENCE = Metric("solver_difference", "bits/dim", higher_is_better=False)
+TOLERANCE_RATIO = 0.1  # the solver difference compares with this multiple of the tolerance
 
 
 class FlowMatching(Flow):
-    """A continuous flow whose velocity learns the straight ways from noise to data; its likelihood is found by an ODE's solver.
+    """Continuous flow trained by flow matching; likelihood and samples take an ODE solver.
 
-    The training loss is E|v(x_t, t) - (x - z)|^2 for each number, x_t = (1 - t) z + t x, t ~ U[0, 1), z drawn from the base: section 4.1,
-    example II, with s_min = 0. It is no likelihood. `conf/model/flow_matching.yaml` says what each argument means.
+    The training loss is E|v(x_t, t) - (x - z)|^2 per dimension, where x_t = (1 - t) z + t x,
+    t ~ U[0, 1) and z is drawn from the base: Lipman et al. (2210.02747), section 4.1, example II,
+    with sigma_min = 0. It is not a likelihood. Needs the package torchdiffeq.
+
+    Args:
+        image_shape: (channels, height, width), with height equal to width.
+        bits: bits per pixel value.
+        patch: side length of the patches, the tokens of the transformer; None selects the largest
+            of 4, 2 and 1 that divides the image size.
+        num_layers: layers of the transformer, which predicts the velocity.
+        width: width of the transformer, a multiple of `num_heads`.
+        num_heads: attention heads of the transformer.
+        dropout: dropout of the transformer, from 0 to 1.
+        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
+        tolerance: relative and absolute tolerance of a solver step.
+        exact_trace_dims: log-determinants are exact for images up to this dimension, at a cost that
+            grows with it, and estimated above.
+        num_classes: number of classes for a class-conditional model, or None.
+        condition_networks: with classes, make the class an input of the velocity; p(x) then takes
+            one solution of the ODE per class. Otherwise only the base depends on the class.
+
+    Example:
+        >>> import torch
+        >>> model = FlowMatching(image_shape=(1, 2, 2), bits=5, num_layers=1, width=8)
+        >>> images = torch.randint(32, (16, 1, 2, 2), dtype=torch.uint8)
+        >>> model.initialize(images)
+        >>> model(images).shape
+        torch.Size([])
+        >>> model.sample(2)[0].shape
+        torch.Size([2, 1, 2, 2])
     """
 
     def __init__(
@@ -40,94 +75,101 @@ class FlowMatching(Flow):
         num_heads: int = 2,
         dropout: float = 0.0,
         gaussianize: bool = True,
-        tolerance: float = 0.0001,
+        tolerance: float = 1e-4,
         exact_trace_dims: int = 16,
         num_classes: int | None = None,
         condition_networks: bool = True,
     ):
+        if find_spec("torchdiffeq") is None:
+            raise UserError(
+                "flow matching needs the package torchdiffeq: "
+                "run pip install 'flowgen[flow_matching]'"
+            )
         channels, size = square_shape(image_shape)
-        check_whole(bits=bits)
-        check_transformers([num_layers], width, num_heads, dropout)
-        check_choice((True, False), gaussianize=gaussianize, condition_networks=condition_networks)
+        check_transformer([num_layers], width, num_heads, dropout)
         check_number(tolerance=tolerance)
         check_whole(low=0, exact_trace_dims=exact_trace_dims)
-        numbers, seen = (
-            channels * size**2,
-            num_classes if num_classes is not None and condition_networks else 0,
-        )
+        dim = channels * size**2
         velocity = VelocityField(
-            channels, size, patch_size(size, patch), width, num_heads, num_layers, dropout, seen
+            channels,
+            size,
+            choose_patch(size, patch),
+            width,
+            num_heads,
+            num_layers,
+            dropout,
+            condition_size(num_classes, condition_networks),
         )
-        bijections: list[Bijection] = (
-            [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
-        )
-        bijections += [
+        cnf = CNF(velocity, tolerance, exact_trace_dims)
+        bijection = Chain(
+            *gaussianization(gaussianize, channels, bits),
             Flatten(channels, size, size),
-            Standardize(numbers, learned=False),
-            _cnf(velocity, tolerance, exact_trace_dims),
-        ]
-        super().__init__(
-            Chain(*bijections),
-            image_shape,
-            bits,
-            "uniform",
-            num_classes,
-            condition_networks,
+            Standardize(dim, False),  # fixed to the statistics of the first batch
+            cnf,
         )
+        super().__init__(bijection, image_shape, bits, "uniform", num_classes, condition_networks)
+        self.random_source = RandomSource()
         self.loss_metric = None
-        self.averages_logs = (
-            numbers > exact_trace_dims
-        )  # the mean of weights would count the estimates' errors as likelihood: E[exp(error)] > 1
+        # The mean of p(x) would be biased upwards by the errors of estimated log-determinants:
+        # E[exp(error)] > 1.
+        self.elbo_only = dim > exact_trace_dims
 
     @classmethod
-    def supports(cls, ability: type, arguments: Mapping[str, Any]) -> bool:
-        return ability is not SupportsInpainting and super().supports(
-            ability, arguments
-        )  # Metropolis' steps want exact densities, and many
+    def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
+        # The Metropolis test of inpainting needs many exact densities.
+        return capability is not SupportsInpainting and super().supports(capability, arguments)
+
+    @property
+    def cnf(self) -> CNF:
+        """The continuous part of the flow, which comes last in the chain."""
+        return self.bijection.bijections[-1]  # type: ignore[index, return-value]
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        *before, flow = self.bijection.bijections  # type: ignore[misc]
-        x, _ = Chain(*before)(self._dequantize(images)[0])
+        """Return the flow matching loss, a scalar."""
+        x, _ = self._dequantize(images)
+        for bijection in self.bijection.bijections[:-1]:  # type: ignore[index]
+            x, _ = bijection(x)
         one_hot = self._one_hot(labels)
-        z = draw(torch.randn, x.shape, device=x.device, dtype=x.dtype)
-        z = z if one_hot is None else z + one_hot @ self._class_means()
-        t = draw(torch.rand, x.shape[:1], device=x.device, dtype=x.dtype)
-        v = flow.velocity(torch.lerp(z, x, t[:, None]), t, self._condition(one_hot))
-        return (v - (x - z)).square().mean()
+        z = self.random_source(torch.randn, x.shape, device=x.device, dtype=x.dtype)
+        if one_hot is not None:
+            z = z + one_hot @ self._class_means()
+        t = self.random_source(torch.rand, x.shape[:1], device=x.device, dtype=x.dtype)
+        x_t = torch.lerp(z, x, t[:, None])
+        velocity = self.cnf.velocity(x_t, t, self._condition(one_hot))
+        return (velocity - (x - z)).square().mean()
 
     @torch.no_grad()
     def evaluate(
         self,
         batches: Iterable[Tensor],
         reference: Iterable[Tensor] = (),
-        how: EvalConfig = QUICK_EVAL,
+        eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
-        """As every flow, and how far the bits/dim of the first batch's images lie, on average, from those at a tenth of the tolerance."""
-        each = iter(batches)
-        first = next(each)
-        return super().evaluate(chain((first,), each), reference, how) | Metrics.of(
-            self._solver_difference(first)
-        )
+        """Return the bits/dim, and the solver difference.
 
-    def _solver_difference(self, images: Tensor) -> MetricValue:
-        flow: Any = self.bijection.bijections[-1]  # type: ignore[index]
-        tolerance, found = flow.tolerance, []
+        The latter is the mean absolute difference between the bits/dim of the first batch at the
+        tolerance and at a tenth of it.
+        """
+        iterator = iter(batches)
+        first_batch = next(iterator)
+        metrics = super().evaluate(chain((first_batch,), iterator), reference, eval_config)
+        tolerance = self.cnf.tolerance
+        coarse = self._bits_per_dim_at(tolerance, first_batch)
+        fine = self._bits_per_dim_at(TOLERANCE_RATIO * tolerance, first_batch)
+        difference = (coarse - fine).abs().mean().item()
+        return metrics | Metrics.of(MetricValue(SOLVER_DIFFERENCE, difference))
+
+    def _bits_per_dim_at(self, tolerance: float, images: Tensor) -> Tensor:
+        """Return the bits/dim of each image with another tolerance of the solver: (batch,)."""
+        with self._solver_tolerance(tolerance):
+            generator = torch.Generator(self.device).manual_seed(0)
+            return self._bits_per_dim(self.log_prob(images, generator))
+
+    @contextmanager
+    def _solver_tolerance(self, tolerance: float) -> Iterator[None]:
+        previous = self.cnf.tolerance
+        self.cnf.tolerance = tolerance
         try:
-            for flow.tolerance in (tolerance, FINER * tolerance):
-                found.append(
-                    self._bits_per_dim(
-                        self.log_prob(images, torch.Generator(self.device).manual_seed(0))
-                    )
-                )
+            yield
         finally:
-            flow.tolerance = tolerance
-        return MetricValue(SOLVER, (found[0] - found[1]).abs().mean().item())
-
-
-def _cnf(velocity: VelocityField, tolerance: float, exact_trace_dims: int) -> CNF:
-    try:
-        return CNF(velocity, tolerance, exact_trace_dims)
-    except ImportError as error:
-        raise UserError(
-            "model=flow_matching needs torchdiffeq: pip install 'flowgen[flow_matching]'"
-        ) from error
+            self.cnf.tolerance = previous

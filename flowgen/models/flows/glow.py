@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.coupling import Coupling
-from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
+from flowgen.bijections.elementwise import Standardize
 from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1, InvertibleConv1x1LU
 from flowgen.bijections.networks import (
     Conditioner,
@@ -14,17 +14,65 @@ from flowgen.bijections.networks import (
     ZeroConv2d,
 )
 from flowgen.bijections.reshape import Flatten, Squeeze
-from flowgen.bijections.univariate import TRANSFORMS
 from flowgen.models.base import MAX_DEPTH, square_shape
+from flowgen.models.flows.builders import (
+    choose,
+    condition_size,
+    gaussianization,
+    make_transform,
+    multi_scale,
+    num_levels,
+)
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.multiscale import largest_levels, multi_scale
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
 
 class Glow(Flow):
-    """Multi-scale Glow: `levels` times squeeze, `steps_per_level` steps and, but for the last, FactorOut.
+    """Glow: a multi-scale flow of invertible 1x1 convolutions and couplings.
 
-    One step is ActNorm -> invertible 1x1 convolution -> coupling. `conf/model/glow.yaml` says what each argument means.
+    A level is a squeeze, `steps_per_level` steps of flow and, except for the last level, a split.
+    A step of flow is ActNorm, an invertible 1x1 convolution and a coupling. Kingma and Dhariwal
+    (1807.03039), section 3 and figure 2.
+
+    Args:
+        image_shape: (channels, height, width), with height equal to width.
+        bits: bits per pixel value.
+        levels: number of levels (L in the paper), each of which halves the resolution; None
+            selects as many as the size allows, at most 4.
+        steps_per_level: steps of flow in each level (K in the paper), or a list with one number per
+            level.
+        width: channels of the coupling networks; 512 in the paper.
+        network: network of the couplings: "conv" (conv3x3, conv1x1, conv3x3, as in the paper),
+            "resnet" (residual blocks) or "gated" (gated dilated blocks, as in WaveNet).
+        num_blocks: blocks of network="resnet" or "gated".
+        transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
+            (of logistics, as in Flow++).
+        log_scale: parameterization of the log-scales of transform="affine", "multiplicative" or
+            "mixture": "bounded" (arc tangent), "sigmoid" (as in Glow's code) or "tanh".
+        convolution: parameterization of the 1x1 convolutions: "plu" (LU decomposition) or "plain".
+        split_prior: prior of the half that leaves at a split: "predicted" from the half that stays,
+            or "standard" for N(0, 1).
+        base: base of the last latents: "standard" for N(0, I), or "learned" for a Gaussian with
+            learned means and deviations.
+        final_actnorm: add an ActNorm before the base.
+        gaussianize: start from the marginal distribution of the pixels if few values are frequent,
+            as in digits.
+        dequantization: "uniform", "variational" (a learned flow, as in Flow++) or
+            "gaussian:DEVIATION" (noisy images).
+        num_classes: number of classes for a class-conditional model, or None.
+        condition_networks: with classes, make the class an input of all networks; p(x) then takes
+            one pass per class. Otherwise only the base depends on the class.
+
+    Example:
+        >>> import torch
+        >>> model = Glow(image_shape=(3, 8, 8), bits=5, levels=2, steps_per_level=1, width=8)
+        >>> images = torch.randint(32, (16, 3, 8, 8), dtype=torch.uint8)
+        >>> model.initialize(images)
+        >>> model.log_prob(images).shape
+        torch.Size([16])
+        >>> samples, log_prob = model.sample(4, temperature=0.7)
+        >>> samples.shape
+        torch.Size([4, 3, 8, 8])
     """
 
     def __init__(
@@ -49,81 +97,85 @@ class Glow(Flow):
         condition_networks: bool = True,
     ):
         channels, size = square_shape(image_shape)
-        check_whole(bits=bits, width=width)
-        check_choice(("conv", "resnet", "gated"), network=network)
-        check_choice(TRANSFORMS, transform=transform)
+        check_whole(width=width)
+        check_whole(high=MAX_DEPTH, num_blocks=num_blocks)
         check_choice(("bounded", "sigmoid", "tanh"), log_scale=log_scale)
-        check_choice(("plu", "plain"), convolution=convolution)
         check_choice(("predicted", "standard"), split_prior=split_prior)
-        check_choice(("learned", "standard"), base=base)
-        check_choice(
-            (True, False),
-            final_actnorm=final_actnorm,
-            gaussianize=gaussianize,
-            condition_networks=condition_networks,
+        check_choice(("standard", "learned"), base=base)
+        make_convolution = choose(
+            {"plu": InvertibleConv1x1LU, "plain": InvertibleConv1x1}, convolution=convolution
         )
-        levels = largest_levels(size, levels)
+        univariate = make_transform(transform, log_scale)
+        cond_channels = condition_size(num_classes, condition_networks)
+        levels = num_levels(size, levels)
         if levels == 0 and channels < 2:
             raise UserError(
-                f"grey images of size={size} cannot be halved, which Glow needs: give data.size an even value"
+                f"Glow cannot split gray images of size={size} in halves: choose an even data.size"
             )
-        depths = _depths(steps_per_level, max(1, levels), num_blocks)
-        seen = (
-            num_classes if num_classes is not None and condition_networks else 0
-        )  # channels of the condition
+        depths = _steps_of_levels(steps_per_level, max(1, levels))
 
-        def step(maps: int) -> tuple[Bijection, Bijection]:
-            mix = InvertibleConv1x1LU(maps) if convolution == "plu" else InvertibleConv1x1(maps)
-            univariate = TRANSFORMS[transform](log_scale)
-            inside = _network(
-                network, num_blocks, maps // 2 + seen, width, univariate.num_params * (maps - maps // 2)
-            )
-            return FusedAffine(ActNorm(maps), mix), Coupling(inside, univariate)
+        def step(channels: int) -> list[Bijection]:
+            mixing = FusedAffine(ActNorm(channels), make_convolution(channels))
+            in_channels = channels // 2 + cond_channels
+            out_channels = univariate.num_params * (channels - channels // 2)
+            conditioner = _make_network(network, in_channels, width, out_channels, num_blocks)
+            return [mixing, Coupling(conditioner, univariate)]
 
-        def steps(number: int, maps: int) -> list[Bijection]:
-            return [bijection for _ in range(depths[number - 1]) for bijection in step(maps)]
+        def steps(index: int, channels: int) -> list[Bijection]:
+            return [bijection for _ in range(depths[index]) for bijection in step(channels)]
 
-        def level(number: int, maps: int, side: int) -> list[Bijection]:
-            return [Squeeze(), *steps(number, 4 * maps)]
+        def level(index: int, channels: int, resolution: int) -> list[Bijection]:
+            return [Squeeze(), *steps(index, 4 * channels)]
 
-        def top(maps: int, side: int) -> list[Bijection]:
-            """The last level, which nothing leaves; without a squeeze where the size cannot be halved."""
-            last = level(levels, maps, side) if levels else steps(1, maps)
-            maps, side = (4 * maps, side // 2) if levels else (maps, side)
-            last += [ActNorm(maps)] if final_actnorm else []
-            return [
-                *last,
-                Flatten(maps, side, side),
-                *([Standardize(maps * side**2)] if base == "learned" else []),
-            ]
+        def last_level(channels: int, resolution: int) -> list[Bijection]:
+            if levels:
+                bijections = level(levels - 1, channels, resolution)
+                channels = 4 * channels
+                resolution = resolution // 2
+            else:  # images of odd size cannot be squeezed
+                bijections = steps(0, channels)
+            if final_actnorm:
+                bijections.append(ActNorm(channels))
+            bijections.append(Flatten(channels, resolution, resolution))
+            if base == "learned":
+                bijections.append(Standardize(channels * resolution**2))
+            return bijections
 
-        def predicted(maps: int) -> Conditioner | None:
-            return ZeroConv2d(maps // 2 + seen, maps, 3) if split_prior == "predicted" else None
+        def prior(channels: int) -> Conditioner | None:
+            if split_prior == "standard":
+                return None
+            return ZeroConv2d(channels // 2 + cond_channels, channels, 3)
 
-        pixelwise = [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
-        bijection = Chain(
-            *pixelwise, multi_scale(levels - 1, channels, size, level, top, predicted)
-        )
+        flow = multi_scale(levels - 1, channels, size, level, last_level, prior)
         super().__init__(
-            bijection, image_shape, bits, dequantization, num_classes, condition_networks
+            Chain(*gaussianization(gaussianize, channels, bits), flow),
+            image_shape,
+            bits,
+            dequantization,
+            num_classes,
+            condition_networks,
         )
 
 
-def _depths(steps_per_level: int | list[int], levels: int, num_blocks: int) -> list[int]:
-    """The steps of each level. Raises FlowgenError where they are not as many as levels, or where they or their `blocks` are too many."""
-    check_whole(high=MAX_DEPTH, num_blocks=num_blocks)
+def _steps_of_levels(steps_per_level: int | list[int], levels: int) -> list[int]:
+    """Return the number of steps of flow of each level."""
     depths = steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * levels
     for depth in depths:
         check_whole(high=MAX_DEPTH, steps_per_level=depth)
     if len(depths) != levels:
         raise UserError(
-            f"steps_per_level={depths} is not a number for each of {levels} levels: give so many, or one for all"
+            f"steps_per_level={depths} must have one number for each of {levels} levels, "
+            "or be a single number"
         )
     return depths
 
 
-def _network(kind: str, num_blocks: int, reads: int, width: int, gives: int) -> Conditioner:
-    """The network of a coupling, from `reads` channels to `gives`."""
-    if kind == "conv":
-        return ConvNetwork(reads, width, gives)
-    return (ResNetwork if kind == "resnet" else GatedNetwork)(reads, width, gives, num_blocks)
+def _make_network(
+    name: str, in_channels: int, width: int, out_channels: int, num_blocks: int
+) -> Conditioner:
+    """Return the network of a coupling."""
+    check_choice(("conv", "resnet", "gated"), network=name)
+    if name == "conv":
+        return ConvNetwork(in_channels, width, out_channels)
+    block_network = ResNetwork if name == "resnet" else GatedNetwork
+    return block_network(in_channels, width, out_channels, num_blocks)

@@ -1,4 +1,4 @@
-"""Metropolis-adjusted Langevin dynamics, many chains side by side."""
+"""Hamiltonian Monte Carlo with a learned step size, for many chains in parallel."""
 
 import math
 from collections.abc import Callable
@@ -7,130 +7,157 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LogDensity = Callable[
-    [Tensor], Tensor
-]  # of states (chains, D), up to a constant, in nats: (chains,)
-BEST = 0.65  # acceptance at which trajectories are cheapest: Beskos et al. (1001.4460), section 1
-FIRST_STEP, SHORTEST, FIRST_LEAPS = 0.1, 1e-6, 5
-FAR = 1e6
+# Log-density of positions (chains, D), up to a constant, in nats: (chains,).
+LogDensity = Callable[[Tensor], Tensor]
+
+TARGET_ACCEPTANCE = 0.65  # the cheapest trajectories: Beskos et al. (1001.4460), section 1
+INITIAL_STEP_SIZE = 0.1
+MIN_STEP_SIZE = 1e-6
+PILOT_LEAPFROG_STEPS = 5  # of the trajectories that select the first step size
+MAX_COORDINATE = 1e6  # trajectories beyond this have diverged
 
 
 class ChainState(NamedTuple):
-    """Where the chains are, (chains, D), with the log-density there and its gradient, and which of them have just moved."""
+    """The state of the chains.
 
-    place: Tensor
-    value: Tensor
+    Attributes:
+        position: (chains, D).
+        log_density: the log-density there, (chains,).
+        gradient: the gradient of the log-density there, (chains, D).
+        accepted: True for chains that accepted their last proposal, (chains,).
+    """
+
+    position: Tensor
+    log_density: Tensor
     gradient: Tensor
-    moved: Tensor
+    accepted: Tensor
 
 
 class StepSize:
-    """The length of the chains' steps, learnt while they are under way and then held, so that they leave the density invariant.
+    """The step size of the chains, adapted during warm-up and fixed afterwards.
 
-    The n-th lesson changes its logarithm by (accepted - `BEST`) / sqrt n: Robbins and Monro (1951), steps n^(-1/2) to forget the start.
+    Update n adds (acceptance - TARGET_ACCEPTANCE) / sqrt(n) to its logarithm: Robbins and Monro
+    (1951). The weights n^(-1/2) let it forget its start. Only a fixed step size leaves the density
+    invariant.
     """
 
     def __init__(self) -> None:
-        self.length, self.lessons = FIRST_STEP, 0
+        self.value = INITIAL_STEP_SIZE
+        self.num_updates = 0
 
     @classmethod
-    def reasonable(
-        cls, position: ChainState, density: LogDensity, generator: torch.Generator | None = None
+    def find_reasonable(
+        cls, state: ChainState, density: LogDensity, generator: torch.Generator | None = None
     ) -> "StepSize":
-        """`FIRST_STEP`, halved until half of short trajectories are accepted, after Hoffman and Gelman (1111.4246), algorithm 4.
+        """Halve the initial step size until half of short trajectories are accepted.
 
-        Unlike theirs it is never doubled: on the way up to the likely, steps far too long are accepted.
+        Hoffman and Gelman (1111.4246), algorithm 4. Unlike there, it is never doubled: far from
+        the mode, steps that are much too long are accepted as well.
         """
-        step = cls()
-        while (
-            step.length > SHORTEST
-            and _acceptance(
-                position, _trajectory(position, density, step.length, FIRST_LEAPS, generator)[1]
+        step_size = cls()
+        while step_size.value > MIN_STEP_SIZE:
+            _, log_ratio = _leapfrog(
+                state, density, step_size.value, PILOT_LEAPFROG_STEPS, generator
             )
-            < 0.5
-        ):
-            step.length *= 0.5
-        return step
+            if _mean_acceptance(state, log_ratio) >= 0.5:
+                break
+            step_size.value *= 0.5
+        return step_size
 
-    def learn(self, accepted: float) -> None:
-        self.lessons += 1
-        self.length *= math.exp((accepted - BEST) / math.sqrt(self.lessons))
+    def update(self, acceptance: float) -> None:
+        """Adapt the step size to the mean acceptance probability of a trajectory."""
+        self.num_updates += 1
+        self.value *= math.exp((acceptance - TARGET_ACCEPTANCE) / math.sqrt(self.num_updates))
 
 
-def evaluate_density(place: Tensor, density: LogDensity) -> ChainState:
-    value, gradient = _look(place, density)
-    return ChainState(place, value, gradient, torch.ones_like(value, dtype=torch.bool))
+def initial_state(position: Tensor, density: LogDensity) -> ChainState:
+    """Return the state of chains that start at `position`, (chains, D)."""
+    log_density, gradient = _log_density_and_gradient(position, density)
+    return ChainState(
+        position, log_density, gradient, torch.ones_like(log_density, dtype=torch.bool)
+    )
 
 
 def hmc_step(
-    position: ChainState,
+    state: ChainState,
     density: LogDensity,
-    step: StepSize,
-    leaps: int,
-    learn: bool,
+    step_size: StepSize,
+    leapfrog_steps: int,
+    adapt: bool,
     generator: torch.Generator | None = None,
 ) -> ChainState:
-    """One trajectory under Langevin's equation with momentum, accepted so that the density goes invariant.
+    """Run one Hamiltonian trajectory per chain, and accept or reject its end.
 
-    m ~ N(0, I), then `leaps` times m += e/2 grad log p(x), x += e m, m += e/2 grad log p(x); with one leap that is x + e^2/2 grad log p(x)
-    + e N(0, I). Neal, MCMC using Hamiltonian dynamics (1206.1901), sections 3 and 5.2. What is not finite is rejected.
+    The momentum is m ~ N(0, I). A leapfrog step of size e is m += e/2 grad log p(x), x += e m,
+    m += e/2 grad log p(x); with a single one, this is Metropolis-adjusted Langevin dynamics. Neal,
+    MCMC using Hamiltonian dynamics (1206.1901), sections 3 and 5.2. Proposals that are not finite
+    are rejected.
+
+    Args:
+        state: the state of the chains.
+        density: the log-density to sample from.
+        step_size: the step size e.
+        leapfrog_steps: steps of a trajectory.
+        adapt: adapt the step size to the acceptance of this trajectory.
+        generator: source of randomness.
     """
-    there, log_ratio = _trajectory(position, density, step.length, leaps, generator)
-    accepted = (
-        torch.rand(
-            log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype
-        ).log()
-        < log_ratio
+    proposal, log_ratio = _leapfrog(state, density, step_size.value, leapfrog_steps, generator)
+    uniform = torch.rand(
+        log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype
     )
-    if learn:
-        step.learn(_acceptance(position, log_ratio))
-    goes = accepted[:, None]
+    accepted = uniform.log() < log_ratio
+    if adapt:
+        step_size.update(_mean_acceptance(state, log_ratio))
     return ChainState(
-        torch.where(goes, there.place, position.place),
-        torch.where(accepted, there.value, position.value),
-        torch.where(goes, there.gradient, position.gradient),
+        torch.where(accepted[:, None], proposal.position, state.position),
+        torch.where(accepted, proposal.log_density, state.log_density),
+        torch.where(accepted[:, None], proposal.gradient, state.gradient),
         accepted,
     )
 
 
-def _trajectory(
-    position: ChainState,
+def _leapfrog(
+    state: ChainState,
     density: LogDensity,
-    e: float,
-    leaps: int,
+    step_size: float,
+    leapfrog_steps: int,
     generator: torch.Generator | None,
 ) -> tuple[ChainState, Tensor]:
-    """Where `leaps` steps of length e lead, and the logarithm of the ratio by which that is accepted, (chains,)."""
+    """Return the end of a trajectory, and the logarithm of the acceptance ratio, (chains,)."""
+    position, log_density, gradient, _ = state
     momentum = torch.randn(
-        position.place.shape,
-        generator=generator,
-        device=position.place.device,
-        dtype=position.place.dtype,
+        position.shape, generator=generator, device=position.device, dtype=position.dtype
     )
-    before = position.value - 0.5 * momentum.square().sum(1)
-    place, gradient = position.place, position.gradient
-    for _ in range(leaps):
-        momentum = momentum + 0.5 * e * gradient
-        place = place + e * momentum
-        value, gradient = _look(place, density)
-        momentum = momentum + 0.5 * e * gradient
-    log_ratio = (value - 0.5 * momentum.square().sum(1) - before).nan_to_num(-torch.inf)
-    return ChainState(place, value, gradient, torch.ones_like(value, dtype=torch.bool)), log_ratio
+    start_energy = log_density - 0.5 * momentum.square().sum(1)
+    for _ in range(leapfrog_steps):
+        momentum = momentum + 0.5 * step_size * gradient
+        position = position + step_size * momentum
+        log_density, gradient = _log_density_and_gradient(position, density)
+        momentum = momentum + 0.5 * step_size * gradient
+    log_ratio = log_density - 0.5 * momentum.square().sum(1) - start_energy
+    accepted = torch.ones_like(log_density, dtype=torch.bool)
+    return ChainState(position, log_density, gradient, accepted), log_ratio.nan_to_num(-torch.inf)
 
 
-def _acceptance(position: ChainState, log_ratio: Tensor) -> float:
-    """The mean probability of accepting, of ratios (chains,); where no chain has a density `BEST`, at which a length is left as it is."""
-    somewhere = position.value.isfinite()  # from where there is no density every step is accepted that leads to one: that teaches no length
-    return log_ratio[somewhere].exp().clamp(max=1).mean().item() if somewhere.any() else BEST
+def _mean_acceptance(state: ChainState, log_ratio: Tensor) -> float:
+    """Return the mean acceptance probability of log-ratios (chains,).
+
+    Chains outside the support of the density are ignored: they accept every step that leads into
+    it, which says nothing about the step size. TARGET_ACCEPTANCE is returned if all chains are
+    outside, so that the step size does not change.
+    """
+    inside = state.log_density.isfinite()
+    if not inside.any():
+        return TARGET_ACCEPTANCE
+    return log_ratio[inside].exp().clamp(max=1).mean().item()
 
 
 @torch.enable_grad()
-def _look(place: Tensor, density: LogDensity) -> tuple[Tensor, Tensor]:
-    """The log-density and its gradient; -inf where a trajectory has left what floats hold, from where any other place is better."""
-    lost = ~(place.abs().amax(1) < FAR)
-    place = place.detach().masked_fill(lost[:, None], 0.0).requires_grad_(True)
-    value = density(place)
-    (gradient,) = torch.autograd.grad(value.sum(), place)
-    return value.detach().masked_fill(lost | value.isnan(), -torch.inf), gradient.nan_to_num(
-        0.0, 0.0, 0.0
-    )
+def _log_density_and_gradient(position: Tensor, density: LogDensity) -> tuple[Tensor, Tensor]:
+    """Return the log-density, -inf for chains that diverged, and its gradient."""
+    diverged = ~(position.abs().amax(1) < MAX_COORDINATE)
+    position = position.detach().masked_fill(diverged[:, None], 0.0).requires_grad_(True)
+    value = density(position)
+    (gradient,) = torch.autograd.grad(value.sum(), position)
+    log_density = value.detach().masked_fill(diverged | value.isnan(), -torch.inf)
+    return log_density, gradient.nan_to_num(0.0, 0.0, 0.0)

@@ -1,9 +1,12 @@
-"""The law of an image's pixels given some of them, or sums of them."""
+"""Inpainting with flows: HMC chains for an image given some of its pixels, or sums of them.
+
+The chains start near the most probable latents, are annealed in the latent space, and finally
+sample the exact posterior in (almost) pixel space. `sample_posterior` runs all three stages.
+"""
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,375 +14,411 @@ from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import EmpiricalCDF, Logit, MarginalGaussianization
-from flowgen.models.base import InpaintingResult, LinearMeasurement, Observation, SupportsInpainting
-from flowgen.models.flows.hmc import LogDensity, StepSize, evaluate_density, hmc_step
+from flowgen.models.base import LinearMeasurement, Observation
+from flowgen.models.flows.hmc import LogDensity, StepSize, hmc_step, initial_state
 from flowgen.models.flows.ood_statistics import standard_normal_log_prob
 from flowgen.utils.console import Progress
-from flowgen.utils.errors import UserError, check_choice
+from flowgen.utils.errors import UserError
 
-EDGE = 1e-3  # of a level, so that rounding does not lead into the next
-TOLERANCE = 0.5  # levels, the deviation to which sums of pixels are known: they are rounded, and so are the pixels
-FREEDOM = 0.1  # about the deviation of a pixel given the others, over that of all pixels
+NUM_CHAINS = 20
+NUM_STEPS = 400  # gradients per chain
+LEAPFROG_STEPS = 20  # shorter trajectories, with a new momentum each, would stay near their start
+
+BIN_MARGIN = 1e-3  # in bins, so that rounding does not lead into the next bin
+START_MARGIN = 0.02  # in bins: chains start at least this far from the edges of a bin
+MEASUREMENT_DEVIATION = 0.5  # in bins: measured sums are rounded, and so are the pixels
+CONDITIONAL_RATIO = 0.1  # typical deviation of a pixel given the others, over that of all pixels
+
+MODE_STEPS = 20  # Adam steps towards the most probable latents
+MODE_LR = 0.1
+START_TOLERANCE = 0.3  # tolerance of the known part, in units of its spread over images
+MIN_TOLERANCE = 0.25  # the tolerance at the end of annealing, in the same unit
+MAX_HALVINGS = 5  # of a perturbation that leads too far from the known part
+MAX_VIOLATION_RATIO = 4.0  # "too far" is this many times the median of the chains
 
 
 class ClassPrior(NamedTuple):
-    """What a flow's classes change: the means of the latents (K, D), whether the networks see the class, and log p(y | x) of points x."""
+    """The classes of a flow.
+
+    Attributes:
+        means: means of the latents of each class, (classes, D).
+        condition_networks: the class, one-hot, is the condition of the bijection.
+        class_log_density: returns log p(x | y), (batch, classes), of points x.
+    """
 
     means: Tensor
-    seen: bool
-    posterior: Callable[[Tensor], Tensor]
+    condition_networks: bool
+    class_log_density: Callable[[Tensor], Tensor]
 
     def condition(self, labels: Tensor) -> Tensor | None:
-        return F.one_hot(labels, len(self.means)).to(self.means.dtype) if self.seen else None
+        """Return the condition of the bijection for these classes."""
+        if not self.condition_networks:
+            return None
+        return F.one_hot(labels, len(self.means)).to(self.means.dtype)
 
 
 class PixelPosterior:
-    """The posterior of images x = (levels + u) / bins, (N, channels, height, width), where their levels are `known`, true or false.
+    """The posterior of images x = (images + u) / bins whose known pixel values are fixed.
 
-    `head`, a bijection of single numbers that comes first in a flow, stretches what is between two levels; `body` is the rest. Chains
-    live in the head's space h where it is not known, and where it is, in s with u = sigmoid(s): there nothing is out of bounds.
+    Unknown pixels are sampled in the space h = head(x), and known ones as s, where u = sigmoid(s),
+    so that the positions of the chains are unbounded.
+
+    Args:
+        head: an elementwise bijection, the first one of the flow.
+        body: the rest of the flow.
+        images: pixel values, (chains, channels, height, width).
+        known: True for known pixels, (channels, height, width).
+        bins: number of pixel values, 2^bits.
     """
 
     def __init__(self, head: Bijection, body: Bijection, images: Tensor, known: Tensor, bins: int):
-        self.head, self.body, self.known, self.bins = head, body, known, bins
+        self.head = head
+        self.body = body
         self.images = images
-        self.low, self.high = (head((images + u) / bins)[0] for u in (EDGE, 1 - EDGE))
+        self.known = known
+        self.bins = bins
+        self.low, _ = head((images + BIN_MARGIN) / bins)
+        self.high, _ = head((images + (1 - BIN_MARGIN)) / bins)
 
     def spread(self, h: Tensor) -> float:
-        """Over which what is known spreads among images."""
+        """Return the standard deviation of the known part over images h."""
         return h.std().item()
 
     def violation(self, h: Tensor) -> Tensor:
-        """The squared distance of h from the known levels' intervals: (batch,)."""
-        outside = (self.low - h).clamp(min=0) + (h - self.high).clamp(min=0)
-        return (outside * self.known).square().flatten(1).sum(1)
+        """Return the squared distance of h from the bins of the known pixels: (chains,)."""
+        distance = (self.low - h).clamp(min=0) + (h - self.high).clamp(min=0)
+        return (distance * self.known).square().flatten(1).sum(1)
 
-    def start(self, h: Tensor) -> Tensor:
-        """The chains' coordinates at h, brought within what is known: (batch, D)."""
+    def initial_position(self, h: Tensor) -> Tensor:
+        """Return positions (chains, D) near h, with the known pixels inside their bins."""
         inside = torch.where(self.known, h.clamp(self.low, self.high), h)
-        u = (self.head.inverse(inside)[0] * self.bins - self.images).clamp(0.02, 0.98)
-        return torch.where(self.known, u.logit(), h).flatten(1)
+        u = self.head.inverse(inside)[0] * self.bins - self.images
+        logits = u.clamp(START_MARGIN, 1 - START_MARGIN).logit()
+        return torch.where(self.known, logits, h).flatten(1)
 
-    def points(self, place: Tensor) -> Tensor:
-        """x of chains, a thousandth of a level within all brightness."""
-        place = place.view(self.images.shape)
-        inside = (self.images + place.sigmoid()) / self.bins
-        return torch.where(self.known, inside, _within(self.head.inverse(place)[0], self.bins))
+    def decode(self, position: Tensor) -> Tensor:
+        """Return the images x in (0, 1) at these positions."""
+        position = position.view(self.images.shape)
+        inside = (self.images + position.sigmoid()) / self.bins
+        unknown = _clamp_to_unit(self.head.inverse(position)[0], self.bins)
+        return torch.where(self.known, inside, unknown)
 
-    def log_density(self, place: Tensor, mean: Tensor, condition: Tensor | None) -> Tensor:
-        """log p(coordinates, what is known), up to a constant: (batch,)."""
-        place = place.view(self.images.shape)
-        inside = (self.images + place.sigmoid()) / self.bins
-        h, stretch = self.head(torch.where(self.known, inside, 0.5))
-        z, log_det = self.body(torch.where(self.known, h, place), condition)
-        uniform = (F.logsigmoid(place) + F.logsigmoid(-place)) * self.known
-        return standard_normal_log_prob(z - mean) + log_det + stretch + uniform.flatten(1).sum(1)
+    def log_density(self, position: Tensor, mean: Tensor, condition: Tensor | None) -> Tensor:
+        """Return the log-density of positions given the known pixels, up to a constant: (chains,).
+
+        Args:
+            position: (chains, D).
+            mean: mean of the latents.
+            condition: condition of the bijection.
+        """
+        position = position.view(self.images.shape)
+        inside = (self.images + position.sigmoid()) / self.bins
+        h, head_log_det = self.head(torch.where(self.known, inside, 0.5))
+        z, log_det = self.body(torch.where(self.known, h, position), condition)
+        # log|du/ds| of the known pixels
+        log_slope = (F.logsigmoid(position) + F.logsigmoid(-position)) * self.known
+        log_base = standard_normal_log_prob(z - mean)
+        return log_base + log_det + head_log_det + log_slope.flatten(1).sum(1)
 
 
 class MeasurementPosterior:
-    """The posterior of images x given y = `known.of(x)` + N(0, s^2); y is what is known of the middles of `levels`, s `TOLERANCE` levels.
+    """The posterior of images x given the measurement y = known.apply(x) + N(0, s^2).
 
-    Chains live in the head's space, h = q - (1 - t) d <d, q> within each group of pixels. d is the direction in which its sum grows where
-    the chain starts, and t makes the posterior about as wide along it as across: it is far narrower in h.
+    s is MEASUREMENT_DEVIATION bins. The posterior is much narrower along the measured sums than
+    across. So the position q of a chain is a stretched version of h = head(x):
+    h = q - (1 - t) d <d, q> in each group of pixels. d is the direction in which the sum grows at
+    the start of the chain, and t makes the posterior about as wide along d as across.
+
+    Args:
+        head: an elementwise bijection, the first one of the flow.
+        body: the rest of the flow.
+        images: pixel values whose sums are known, (chains, channels, height, width).
+        known: the measurement.
+        bins: number of pixel values, 2^bits.
     """
 
     def __init__(
         self, head: Bijection, body: Bijection, images: Tensor, known: LinearMeasurement, bins: int
     ):
-        self.head, self.body, self.known, self.bins = head, body, known, bins
+        self.head = head
+        self.body = body
         self.images = images
-        self.value = known.of((images + 0.5) / bins)
-        self.direction, self.narrow = torch.zeros_like(images), torch.ones_like(images)
+        self.known = known
+        self.bins = bins
+        self.value = known.apply((images + 0.5) / bins)
+        self.direction = torch.zeros_like(images)
+        self.shrinkage = torch.ones_like(images)
 
     def spread(self, h: Tensor) -> float:
-        return self.known.of(self.head.inverse(h)[0]).std().item()
+        """Return the standard deviation of the measured sums over images h."""
+        return self._measure(h).std().item()
 
     def violation(self, h: Tensor) -> Tensor:
-        """The squared distance of the sums from what is known: (batch,)."""
-        return self.known.once((self.known.of(self.head.inverse(h)[0]) - self.value).square())
+        """Return the squared distance of the sums of h from the measured ones: (chains,)."""
+        return self.known.sum_groups((self._measure(h) - self.value).square())
 
-    def start(self, h: Tensor) -> Tensor:
-        """The chains' coordinates at h, brought to what is known: (batch, D)."""
+    def initial_position(self, h: Tensor) -> Tensor:
+        """Return positions (chains, D) near h that match the measured sums, and select d and t."""
         x = self.head.inverse(h)[0]
-        x = _within(x + self.value - self.known.of(x), self.bins)
+        x = _clamp_to_unit(x + self.value - self.known.apply(x), self.bins)
         with torch.enable_grad():
             h = self.head(x)[0].detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(
-                self.known.once(self.known.of(self.head.inverse(h)[0])).sum(), h
-            )
+            (gradient,) = torch.autograd.grad(self.known.sum_groups(self._measure(h)).sum(), h)
         h = h.detach()
         length = self.known.pool(gradient.square()).sqrt().clamp(min=1e-12)
         self.direction = gradient / length
-        self.narrow = (1 + (length * FREEDOM * h.std() * self.bins / TOLERANCE).square()).rsqrt()
-        return (h + (1 / self.narrow - 1) * self._along(h)).flatten(1)
+        ratio = length * CONDITIONAL_RATIO * h.std() * self.bins / MEASUREMENT_DEVIATION
+        self.shrinkage = (1 + ratio.square()).rsqrt()
+        return (h + (1 / self.shrinkage - 1) * self._project(h)).flatten(1)
 
-    def points(self, place: Tensor) -> Tensor:
-        """x of chains."""
-        return _within(self.head.inverse(self._wide(place))[0], self.bins)
+    def decode(self, position: Tensor) -> Tensor:
+        """Return the images x in (0, 1) at these positions."""
+        return _clamp_to_unit(self.head.inverse(self._unstretch(position))[0], self.bins)
 
-    def log_density(self, place: Tensor, mean: Tensor, condition: Tensor | None) -> Tensor:
-        """log p(h) p(y | h), up to a constant: (batch,)."""
-        h = self._wide(place)
+    def log_density(self, position: Tensor, mean: Tensor, condition: Tensor | None) -> Tensor:
+        """Return log p(h) + log p(y | h), up to a constant: (chains,).
+
+        Args:
+            position: (chains, D).
+            mean: mean of the latents.
+            condition: condition of the bijection.
+        """
+        h = self._unstretch(position)
         z, log_det = self.body(h, condition)
-        return (
-            standard_normal_log_prob(z - mean)
-            + log_det
-            - 0.5 * self.violation(h) * (self.bins / TOLERANCE) ** 2
-        )
+        log_likelihood = 0.5 * self.violation(h) * (self.bins / MEASUREMENT_DEVIATION) ** 2
+        return standard_normal_log_prob(z - mean) + log_det - log_likelihood
 
-    def _wide(self, place: Tensor) -> Tensor:
-        place = place.view(self.images.shape)
-        return place - (1 - self.narrow) * self._along(place)
+    def _measure(self, h: Tensor) -> Tensor:
+        return self.known.apply(self.head.inverse(h)[0])
 
-    def _along(self, place: Tensor) -> Tensor:
-        return self.direction * self.known.pool(self.direction * place)
+    def _unstretch(self, position: Tensor) -> Tensor:
+        position = position.view(self.images.shape)
+        return position - (1 - self.shrinkage) * self._project(position)
 
-
-def _within(x: Tensor, bins: int) -> Tensor:
-    """Off 0 and 1, which rounding may reach and the head takes to infinity."""
-    return x.clamp(EDGE / bins, 1 - EDGE / bins)
+    def _project(self, position: Tensor) -> Tensor:
+        """Project onto the direction d in each group."""
+        return self.direction * self.known.pool(self.direction * position)
 
 
-CHAINS, SWEEPS = 20, 400
-ASCENT, ASCENT_RATE = 20, 0.1  # steps to the most probable latents, and their length
-START, MIN_TEMPERATURE = 0.3, 0.25  # tolerances of what is known, over the spread of the pixels
-MAX_HALVINGS, MAX_ACCEPTANCE_CHANGE = (
-    5,
-    4.0,
-)  # of noise that leads further from what is known than so many times the usual
-LEAPS = 20  # of a trajectory: many short ones, each with a new momentum, would stay near where they began
+def _clamp_to_unit(x: Tensor, bins: int) -> Tensor:
+    """Keep x off 0 and 1, which rounding may reach and the head maps to infinity."""
+    return x.clamp(BIN_MARGIN / bins, 1 - BIN_MARGIN / bins)
 
 
 class InpaintingChains:
-    """Chains that restore the images of `target`, one each, in the classes `labels`."""
+    """Chains that sample a posterior, one chain per image of `posterior`.
+
+    Args:
+        posterior: the posterior of all images.
+        class_prior: the classes of the flow, or None.
+        labels: the current class of each chain, (chains,).
+        generator: source of randomness.
+        progress: reports the steps, see `GenerativeModel.set_progress`.
+
+    Attributes:
+        position: (chains, D). The offset of the latents from their mean, until `anneal` ends; then
+            the coordinates of `posterior`.
+        acceptance: mean acceptance rate of `sample_posterior` after its warm-up.
+    """
 
     def __init__(
         self,
-        target: PixelPosterior | MeasurementPosterior,
-        classes: ClassPrior | None,
+        posterior: PixelPosterior | MeasurementPosterior,
+        class_prior: ClassPrior | None,
         labels: Tensor,
         generator: torch.Generator | None,
         progress: Progress,
     ):
-        self.target, self.classes, self.labels = target, classes, labels
-        self.generator, self.progress = generator, progress
-        self.place = torch.zeros_like(target.images).flatten(
-            1
-        )  # in the latents, from their mean on, until `anneal` has come to an end
+        self.posterior = posterior
+        self.class_prior = class_prior
+        self.labels = labels
+        self.generator = generator
+        self.progress = progress
+        self.position = torch.zeros_like(posterior.images).flatten(1)
         with torch.no_grad():
-            self.spread = target.spread(self._decode(self._noise()))
+            self.spread = posterior.spread(self._decode(self._noise()))
         self.acceptance = 0.0
 
     @property
-    def points(self) -> Tensor:
-        """x of the chains, (chains, channels, height, width)."""
-        return self.target.points(self.place)
+    def samples(self) -> Tensor:
+        """The current images x in (0, 1), (chains, channels, height, width)."""
+        return self.posterior.decode(self.position)
 
-    def ascend(self) -> Tensor:
-        """To the most probable latents under N(z; mean, I) exp(-violation / 2 s^2), s = `START` spreads, by Adam; its log, (chains,).
+    def find_mode(self) -> Tensor:
+        """Move to the most probable latents by Adam, and return their log-density, (chains,).
 
-        From z = mean, which keeps the way to the likely: Asim et al. (1905.11672), section 3.
+        The density is N(z; mean, I) exp(-violation / 2 s^2) with s = START_TOLERANCE spreads. The
+        start at z = mean keeps the path among probable images: Asim et al. (1905.11672), section 3.
         """
-        density = self._latents(START * self.spread)
+        density = self._latent_density(START_TOLERANCE * self.spread)
         with torch.enable_grad():
-            place = self.place.clone().requires_grad_(True)
-            optimizer = torch.optim.Adam([place], ASCENT_RATE)
-            for _ in self.progress(range(ASCENT), "most probable", ASCENT):
+            position = self.position.clone().requires_grad_(True)
+            optimizer = torch.optim.Adam([position], MODE_LR)
+            for _ in self.progress(range(MODE_STEPS), "most probable", MODE_STEPS):
                 optimizer.zero_grad()
-                value = density(place)
-                (-value.sum()).backward(inputs=[place])
+                value = density(position)
+                (-value.sum()).backward(inputs=[position])
                 optimizer.step()
-        self.place = place.detach()
+        self.position = position.detach()
         return value.detach()
 
     @torch.no_grad()
-    def scatter(self, images: int) -> None:
-        """By N(0, I), so that chains begin as far out as draws are where what is known says nothing; by less where that makes no image.
+    def perturb(self, num_images: int) -> None:
+        """Add N(0, I) to the latents, so that chains start as far apart as samples of the flow.
 
-        Of each image there are as many chains, one after the other.
+        The noise of chains that it leads too far from the known part is halved up to MAX_HALVINGS
+        times. The chains of an image are consecutive.
         """
         noise = self._noise()
+        min_violation = self.spread**2
         for _ in range(MAX_HALVINGS):
-            violation = self.target.violation(self._decode(self.place + noise))
-            usual = (
-                violation.view(images, -1)
-                .nanmedian(1, keepdim=True)
-                .values.clamp(min=self.spread**2)
-            )
-            wild = ~(violation.view(images, -1) < MAX_ACCEPTANCE_CHANGE * usual).flatten()
-            noise = torch.where(wild[:, None], 0.5 * noise, noise)
-        self.place = self.place + noise
+            violation = self.posterior.violation(self._decode(self.position + noise))
+            violation = violation.view(num_images, -1)
+            median = violation.nanmedian(1, keepdim=True).values.clamp(min=min_violation)
+            too_far = ~(violation < MAX_VIOLATION_RATIO * median).flatten()
+            noise = torch.where(too_far[:, None], 0.5 * noise, noise)
+        self.position = self.position + noise
 
     @torch.no_grad()
-    def anneal(self, trajectories: int, leaps: int) -> None:
-        """In the latents, while the tolerance s of what is known shrinks from one spread to `COOLEST`."""
+    def anneal(self, num_trajectories: int, leapfrog_steps: int) -> None:
+        """Sample latents while the tolerance shrinks from one spread to MIN_TOLERANCE spreads."""
         scales = [
-            self.spread * MIN_TEMPERATURE ** (number / max(1, trajectories - 1))
-            for number in range(trajectories)
+            self.spread * MIN_TOLERANCE ** (index / max(1, num_trajectories - 1))
+            for index in range(num_trajectories)
         ]
-        step = None
-        for scale in self.progress(scales, "annealing", trajectories):
-            density = self._latents(scale)
-            position = evaluate_density(self.place, density)
-            step = step or StepSize.reasonable(position, density, self.generator)
-            self.place = hmc_step(position, density, step, leaps, True, self.generator).place
-        self.place = self.target.start(self._decode(self.place).nan_to_num(0.0, 0.0, 0.0))
+        step_size = None
+        for scale in self.progress(scales, "annealing", num_trajectories):
+            density = self._latent_density(scale)
+            state = initial_state(self.position, density)
+            if step_size is None:
+                step_size = StepSize.find_reasonable(state, density, self.generator)
+            state = hmc_step(state, density, step_size, leapfrog_steps, True, self.generator)
+            self.position = state.position
+        h = self._decode(self.position).nan_to_num(0.0, 0.0, 0.0)
+        self.position = self.posterior.initial_position(h)
 
     @torch.no_grad()
-    def settle(self, trajectories: int, leaps: int) -> None:
-        """Under the posterior itself, and before each trajectory a class from p(y | x).
+    def sample_posterior(self, num_trajectories: int, leapfrog_steps: int) -> None:
+        """Sample the exact posterior and, before each trajectory, a class from p(y | x).
 
-        The steps' length is learnt in the first half, so that the second half leaves the posterior invariant.
+        The step size is adapted in the first half only, so that the second half leaves the
+        posterior invariant.
         """
-        position, accepted = evaluate_density(self.place, self._pixels()), []
-        step = StepSize.reasonable(position, self._pixels(), self.generator)
-        for number in self.progress(range(trajectories), "exact steps", trajectories):
-            if self.classes:
-                share = self.classes.posterior(self.points).softmax(1)
-                self.labels = torch.multinomial(share, 1, generator=self.generator)[:, 0]
-                position = evaluate_density(self.place, self._pixels())
-            learn = number < trajectories // 2
-            position = hmc_step(position, self._pixels(), step, leaps, learn, self.generator)
-            self.place = position.place
-            accepted += [] if learn else [position.moved.float().mean().item()]
-        self.acceptance = math.fsum(accepted) / len(accepted)
+        state = initial_state(self.position, self._posterior_density())
+        step_size = StepSize.find_reasonable(state, self._posterior_density(), self.generator)
+        acceptance = []
+        for index in self.progress(range(num_trajectories), "exact steps", num_trajectories):
+            if self.class_prior:
+                weights = self.class_prior.class_log_density(self.samples).softmax(1)
+                self.labels = torch.multinomial(weights, 1, generator=self.generator)[:, 0]
+                state = initial_state(self.position, self._posterior_density())
+            adapt = index < num_trajectories // 2
+            density = self._posterior_density()
+            state = hmc_step(state, density, step_size, leapfrog_steps, adapt, self.generator)
+            self.position = state.position
+            if not adapt:
+                acceptance.append(state.accepted.float().mean().item())
+        self.acceptance = math.fsum(acceptance) / len(acceptance)
 
     def _noise(self) -> Tensor:
         return torch.randn(
-            self.place.shape,
+            self.position.shape,
             generator=self.generator,
-            device=self.place.device,
-            dtype=self.place.dtype,
+            device=self.position.device,
+            dtype=self.position.dtype,
         )
 
-    def _class(self) -> tuple[Tensor, Tensor | None]:
-        """The means of the chains' latents and the condition of their networks."""
-        if self.classes is None:
-            return self.place.new_zeros(()), None
-        return self.classes.means[self.labels], self.classes.condition(self.labels)
+    def _mean_and_condition(self) -> tuple[Tensor, Tensor | None]:
+        if self.class_prior is None:
+            return self.position.new_zeros(()), None
+        return self.class_prior.means[self.labels], self.class_prior.condition(self.labels)
 
-    def _decode(self, noise: Tensor) -> Tensor:
-        mean, condition = self._class()
-        return self.target.body.inverse(noise + mean, condition)[0]
+    def _decode(self, offset: Tensor) -> Tensor:
+        """Return h for latents at this offset from their mean."""
+        mean, condition = self._mean_and_condition()
+        return self.posterior.body.inverse(offset + mean, condition)[0]
 
-    def _latents(self, scale: float) -> LogDensity:
-        return lambda noise: (
-            standard_normal_log_prob(noise)
-            - self.target.violation(self._decode(noise)) / (2 * scale * scale)
+    def _latent_density(self, tolerance: float) -> LogDensity:
+        return lambda offset: (
+            standard_normal_log_prob(offset)
+            - self.posterior.violation(self._decode(offset)) / (2 * tolerance * tolerance)
         )
 
-    def _pixels(self) -> LogDensity:
-        mean, condition = self._class()
-        return lambda place: self.target.log_density(place, mean, condition)
+    def _posterior_density(self) -> LogDensity:
+        mean, condition = self._mean_and_condition()
+        return lambda position: self.posterior.log_density(position, mean, condition)
 
 
-class HMCInpaintingMixin(SupportsInpainting):
-    """How a flow completes: see `Chains`."""
+@torch.no_grad()
+def sample_posterior(
+    bijection: Bijection,
+    class_prior: ClassPrior | None,
+    images: Tensor,
+    known: Observation,
+    bins: int,
+    *,
+    num_chains: int,
+    num_steps: int,
+    generator: torch.Generator | None,
+    progress: Progress,
+) -> InpaintingChains:
+    """Run chains that sample the posterior of images under a flow, given a known part.
 
-    completions: ClassVar[tuple[str, ...]] = ("langevin",)
-    bijection: Bijection
-    bins: int
-    means: Tensor | None
-    condition_networks: bool
+    The search for the most probable latents and for the first step sizes takes gradients on top
+    of `num_steps`.
 
-    def inpaint(
-        self,
-        images: Tensor,
-        known: Observation,
-        *,
-        method: str,
-        sweeps: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> InpaintingResult:
-        """Chains' ends, half of the `sweeps`, gradients a chain, spent in the latents and half on exact steps."""
-        check_choice(self.completions, method=method)
-        chains = self.restore(images, known, CHAINS, sweeps or SWEEPS, generator)
-        found = (chains.points * self.bins).floor().clamp(0, self.bins - 1)
-        spread = (
-            found.std(0)
+    Args:
+        bijection: the bijection of the flow.
+        class_prior: the classes of the flow, or None.
+        images: pixel values as floats, (batch, channels, height, width).
+        known: the known part of each image.
+        bins: number of pixel values, 2^bits.
+        num_chains: chains per image.
+        num_steps: gradients per chain, half of them in the latent space.
+        generator: source of randomness.
+        progress: reports the steps.
+
+    Returns:
+        The chains; those of an image are consecutive.
+    """
+    head, body = _split_head(bijection)
+
+    def make_chains(chains_per_image: int, labels: Tensor) -> InpaintingChains:
+        repeated = images.repeat_interleave(chains_per_image, 0)
+        posterior = (
+            MeasurementPosterior(head, body, repeated, known, bins)
             if isinstance(known, LinearMeasurement)
-            else found.std(0)[~known.to(found.device)]
+            else PixelPosterior(head, body, repeated, known, bins)
         )
-        with torch.no_grad():
-            bits = -self.score(found.to(torch.uint8), generator=generator).mean().item() / (
-                images[0].numel() * math.log(2)
-            )
-        figures = {
-            "acceptance": chains.acceptance,
-            "spread": spread.mean().item() / (self.bins - 1),
-            "bits_per_dim": bits,
-        }
-        brightness = found / (self.bins - 1)
-        return InpaintingResult(brightness, brightness.mean(0), figures)
+        return InpaintingChains(posterior, class_prior, labels, generator, progress)
 
-    @torch.no_grad()
-    def restore(
-        self,
-        images: Tensor,
-        known: Observation,
-        chains: int,
-        steps: int,
-        generator: torch.Generator | None = None,
-    ) -> InpaintingChains:
-        """So many chains for each image of levels (batch, channels, height, width), after `steps` gradients each.
-
-        Beside them come those that find the most probable latents and the steps' first lengths. Raises FlowgenError where nothing is near.
-        """
-        parts = (
-            list(self.bijection.bijections)
-            if isinstance(self.bijection, Chain)
-            else [self.bijection]
+    num_classes = 1 if class_prior is None else len(class_prior.means)
+    all_labels = torch.arange(num_classes, device=images.device).repeat(len(images))
+    modes = make_chains(num_classes, all_labels)
+    log_density = modes.find_mode().view(len(images), num_classes).nan_to_num(nan=-torch.inf)
+    if not log_density.isfinite().any(1).all():
+        raise UserError(
+            "the model finds no image near the known pixels: keep other pixels, "
+            "or use another model"
         )
-        pixelwise = isinstance(parts[0], EmpiricalCDF | MarginalGaussianization | Logit)
-        head, body = (Chain(*parts[:pixelwise]), Chain(*parts[pixelwise:]))
-        classes = (
-            None
-            if self.means is None
-            else ClassPrior(self.means, self.condition_networks, self._log_density_of_classes)
-        )
+    labels = torch.multinomial(
+        log_density.softmax(1), num_chains, replacement=True, generator=generator
+    )
+    chains = make_chains(num_chains, labels.flatten())
+    rows = torch.arange(len(images), device=images.device)[:, None]
+    mode_positions = modes.position.view(len(images), num_classes, -1)
+    chains.position = mode_positions[rows, labels].flatten(0, 1)
+    chains.perturb(len(images))
+    leapfrog_steps = max(1, min(LEAPFROG_STEPS, num_steps // 4))
+    num_trajectories = max(4, num_steps // leapfrog_steps)
+    chains.anneal(num_trajectories // 2, leapfrog_steps)
+    chains.sample_posterior(num_trajectories - num_trajectories // 2, leapfrog_steps)
+    return chains
 
-        def start(repeats: int, labels: Tensor) -> InpaintingChains:
-            repeated = images.repeat_interleave(repeats, 0).to(self.dtype)
-            of = (head, body, repeated)
-            target = (
-                MeasurementPosterior(*of, known, self.bins)
-                if isinstance(known, LinearMeasurement)
-                else PixelPosterior(*of, known, self.bins)
-            )
-            return InpaintingChains(target, classes, labels, generator, self.progress)
 
-        count = len(self.means) if self.means is not None else 1
-        tops = start(count, torch.arange(count, device=self.device).repeat(len(images)))
-        best = tops.ascend().view(len(images), count).nan_to_num(nan=-torch.inf)
-        if not best.isfinite().any(1).all():
-            raise UserError(
-                "the model finds no image near what is kept: keep other pixels, or take another model"
-            )
-        share = best.softmax(1)
-        labels = torch.multinomial(share, chains, replacement=True, generator=generator)
-        found = start(chains, labels.flatten())
-        tops_of = tops.place.view(len(images), count, -1)[
-            torch.arange(len(images), device=self.device)[:, None], labels
-        ]
-        found.place = tops_of.flatten(0, 1)
-        found.scatter(len(images))
-        leaps = max(1, min(LEAPS, steps // 4))
-        trajectories = max(4, steps // leaps)
-        found.anneal(trajectories // 2, leaps)
-        found.settle(trajectories - trajectories // 2, leaps)
-        return found
-
-    @abstractmethod
-    def score(
-        self,
-        images: Tensor,
-        labels: Tensor | None = None,
-        *,
-        draws: int = 1,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """log p(x) of each image in nats, (batch,)."""
-
-    @abstractmethod
-    def _log_density_of_classes(self, x: Tensor) -> Tensor:
-        """log p(x | y) in nats for every class y: (batch, classes)."""
+def _split_head(bijection: Bijection) -> tuple[Chain, Chain]:
+    """Split off a leading elementwise bijection, if there is one."""
+    parts = list(bijection.bijections) if isinstance(bijection, Chain) else [bijection]
+    is_elementwise = isinstance(parts[0], EmpiricalCDF | MarginalGaussianization | Logit)
+    split = 1 if is_elementwise else 0
+    return Chain(*parts[:split]), Chain(*parts[split:])

@@ -1,4 +1,4 @@
-"""Jet: Kolesnikov, Susano Pinto and Tschannen, A Modern Transformer-Based Normalizing Flow (2412.15129)."""
+"""Jet: Kolesnikov, Susano Pinto and Tschannen, A Modern Transformer-Based Flow (2412.15129)."""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -7,25 +7,58 @@ from torch import Tensor
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.coupling import Coupling, MaskedCoupling, checkerboard, stripes
-from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
+from flowgen.bijections.elementwise import Standardize
 from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
 from flowgen.bijections.networks import Transformer
 from flowgen.bijections.reshape import Flatten, Permute, Squeeze
-from flowgen.bijections.univariate import TRANSFORMS
 from flowgen.models.base import MAX_DEPTH, square_shape
+from flowgen.models.flows.builders import (
+    check_transformer,
+    choose_patch,
+    condition_size,
+    gaussianization,
+    make_transform,
+)
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.tarflow import check_transformers, patch_size
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
-SPATIAL = (
-    5  # one coupling in so many transforms half of the patches, the others half of every patch
-)
+SPATIAL_INTERVAL = 5  # every fifth coupling splits the patches, the others split their channels
 
 
 class Jet(Flow):
-    """Patches, then couplings whose networks are transformers without a mask; as quick to sample as to score.
+    """Jet: couplings of image patches by transformers without a causal mask.
 
-    `conf/model/jet.yaml` says what each argument means.
+    Sampling and the likelihood both take one pass of each network. Kolesnikov et al., Jet: A Modern
+    Transformer-Based Normalizing Flow (2412.15129), section 3.
+
+    Args:
+        image_shape: (channels, height, width), with height equal to width.
+        bits: bits per pixel value.
+        patch: side length of the patches, the tokens of the transformers; None selects the largest
+            of 4, 2 and 1 that divides the image size.
+        num_couplings: number of couplings. Every fifth one splits the patches, the others split the
+            channels of each patch.
+        num_layers: layers of the transformer of each coupling.
+        width: width of the transformers, a multiple of `num_heads`.
+        num_heads: attention heads of the transformers.
+        dropout: dropout of the transformers, from 0 to 1.
+        transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
+            (of logistics).
+        permutation: mixing of the channels of a patch before a coupling: "permutation" (as in the
+            paper) or "plu" (ActNorm and an invertible 1x1 convolution).
+        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        num_classes: number of classes for a class-conditional model, or None.
+        condition_networks: with classes, make the class an input of all networks; p(x) then takes
+            one pass per class. Otherwise only the base depends on the class.
+
+    Example:
+        >>> import torch
+        >>> model = Jet(image_shape=(1, 4, 4), bits=5, patch=2, num_couplings=2, width=8)
+        >>> images = torch.randint(32, (16, 1, 4, 4), dtype=torch.uint8)
+        >>> model.initialize(images)
+        >>> model.log_prob(images).shape
+        torch.Size([16])
     """
 
     def __init__(
@@ -46,27 +79,26 @@ class Jet(Flow):
         num_classes: int | None = None,
         condition_networks: bool = True,
     ):
-        channels, size = square_shape(image_shape)
-        check_whole(bits=bits)
+        image_channels, size = square_shape(image_shape)
         check_whole(high=MAX_DEPTH, num_couplings=num_couplings)
-        check_transformers([num_layers], width, num_heads, dropout)
-        check_choice(TRANSFORMS, transform=transform)
+        check_transformer([num_layers], width, num_heads, dropout)
         check_choice(("permutation", "plu"), permutation=permutation)
-        check_choice((True, False), gaussianize=gaussianize, condition_networks=condition_networks)
-        patch = patch_size(size, patch)
-        maps, side = channels * patch**2, size // patch
-        if maps < 2:
+        univariate = make_transform(transform)
+        cond_channels = condition_size(num_classes, condition_networks)
+        patch = choose_patch(size, patch)
+        channels = image_channels * patch**2
+        resolution = size // patch
+        if channels < 2:
             raise UserError(
-                f"patches of one number cannot be halved, which Jet needs: choose another patch for images of size={size}"
+                f"Jet cannot split patches of one number in halves: choose a larger patch for "
+                f"images of size={size}"
             )
-        seen = num_classes if num_classes is not None and condition_networks else 0
-        univariate = TRANSFORMS[transform]("bounded")
-        masks = cycle(token_masks(maps, side) if side > 1 else [])
+        masks = cycle(token_masks(channels, resolution) if resolution > 1 else [])
 
-        def network(reads: int, transformed: int) -> Transformer:
+        def network(in_channels: int, transformed: int) -> Transformer:
             return Transformer(
-                side**2,
-                reads + seen,
+                resolution**2,
+                in_channels + cond_channels,
                 width,
                 univariate.num_params * transformed,
                 num_heads,
@@ -74,40 +106,36 @@ class Jet(Flow):
                 dropout,
             )
 
-        def step(number: int) -> list[Bijection]:
-            if side > 1 and number % SPATIAL == SPATIAL - 1:
-                return [MaskedCoupling(network(maps, maps), univariate, next(masks))]
-            mix = (
-                Permute(maps)
+        def step(index: int) -> list[Bijection]:
+            if resolution > 1 and index % SPATIAL_INTERVAL == SPATIAL_INTERVAL - 1:
+                return [MaskedCoupling(network(channels, channels), univariate, next(masks))]
+            mixing = (
+                Permute(channels)
                 if permutation == "permutation"
-                else FusedAffine(ActNorm(maps), InvertibleConv1x1LU(maps))
+                else FusedAffine(ActNorm(channels), InvertibleConv1x1LU(channels))
             )
-            return [mix, Coupling(network(maps // 2, maps - maps // 2), univariate)]
+            half = channels // 2
+            return [mixing, Coupling(network(half, channels - half), univariate)]
 
-        bijections: list[Bijection] = (
-            [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
-        )
-        bijections += [
+        chain = Chain(
+            *gaussianization(gaussianize, image_channels, bits),
             Squeeze(patch),
-            ActNorm(maps),
-            *(bijection for number in range(num_couplings) for bijection in step(number)),
-        ]
-        bijections += [Flatten(maps, side, side), Standardize(channels * size**2)]
-        super().__init__(
-            Chain(*bijections),
-            image_shape,
-            bits,
-            dequantization,
-            num_classes,
-            condition_networks,
+            ActNorm(channels),
+            *(bijection for index in range(num_couplings) for bijection in step(index)),
+            Flatten(channels, resolution, resolution),
+            Standardize(channels * resolution**2),
         )
+        super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
 
 
-def token_masks(maps: int, side: int) -> list[Tensor]:
-    """Halves of the patches: a checkerboard, columns and rows, each with its inverse."""
-    columns = [stripes(maps, side, side, odd) for odd in (False, True)]
-    return [
-        *(checkerboard(maps, side, side, odd) for odd in (False, True)),
-        *columns,
-        *(mask.transpose(1, 2) for mask in columns),
-    ]
+def token_masks(channels: int, resolution: int) -> list[Tensor]:
+    """Return masks of half of the patches: checkerboards, columns and rows, with their complements.
+
+    Args:
+        channels: channels of a patch.
+        resolution: patches per row and column.
+    """
+    checkerboards = [checkerboard(channels, resolution, resolution, odd) for odd in (False, True)]
+    columns = [stripes(channels, resolution, resolution, odd) for odd in (False, True)]
+    rows = [mask.transpose(1, 2) for mask in columns]
+    return [*checkerboards, *columns, *rows]

@@ -4,20 +4,39 @@ from collections.abc import Sequence
 
 from flowgen.bijections.base import Bijection, Chain, Flip
 from flowgen.bijections.coupling import Coupling
-from flowgen.bijections.elementwise import LogisticToNormal, MarginalGaussianization, Standardize
+from flowgen.bijections.elementwise import LogisticToNormal, Standardize
 from flowgen.bijections.networks import DenseNetwork
 from flowgen.bijections.reshape import Flatten
-from flowgen.bijections.univariate import TRANSFORMS
 from flowgen.models.base import MAX_DEPTH, square_shape
+from flowgen.models.flows.builders import gaussianization, make_transform
 from flowgen.models.flows.flow import Flow
-from flowgen.utils.errors import check_choice, check_whole
+from flowgen.utils.errors import check_whole
 
 
 class NICE(Flow):
-    """Couplings of the flattened image whose halves take turns, a diagonal scale, a logistic base.
+    """NICE: couplings of the flattened image, a diagonal scale, and a logistic base.
 
-    Sections 3.2 to 3.4 and 5.1; a diagonal scale stands before the couplings too and starts from data. `conf/model/nice.yaml` says
-    what each argument means.
+    Dinh et al. (1410.8516), sections 3.2 to 3.4 and 5.1. Unlike there, a diagonal scale that is
+    initialized from data also precedes the couplings.
+
+    Args:
+        image_shape: (channels, height, width), with height equal to width.
+        bits: bits per pixel value.
+        num_couplings: number of couplings, between which the halves swap roles.
+        width: units of each hidden layer.
+        num_layers: hidden layers of each coupling network.
+        transform: "additive" (as in the paper), "multiplicative", "affine", "spline" or "mixture"
+            (of logistics).
+        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+
+    Example:
+        >>> import torch
+        >>> model = NICE(image_shape=(1, 4, 4), bits=5, num_couplings=2, width=8, num_layers=1)
+        >>> images = torch.randint(32, (16, 1, 4, 4), dtype=torch.uint8)
+        >>> model.initialize(images)
+        >>> model.log_prob(images).shape
+        torch.Size([16])
     """
 
     def __init__(
@@ -33,27 +52,18 @@ class NICE(Flow):
         dequantization: str = "uniform",
     ):
         channels, size = square_shape(image_shape)
-        check_whole(bits=bits, width=width)
+        check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_couplings=num_couplings, num_layers=num_layers)
-        check_choice(TRANSFORMS, transform=transform)
-        check_choice((True, False), gaussianize=gaussianize)
-        numbers = channels * size**2
-        univariate = TRANSFORMS[transform]("bounded")
-        bijections: list[Bijection] = (
-            [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
-        )
-        bijections += [Flatten(channels, size, size), Standardize(numbers)]
+        univariate = make_transform(transform)
+        dim = channels * size**2
+        half = dim // 2
+        bijections: list[Bijection] = [
+            *gaussianization(gaussianize, channels, bits),
+            Flatten(channels, size, size),
+            Standardize(dim),
+        ]
         for _ in range(num_couplings):
-            first, second = numbers - numbers // 2, numbers // 2
-            bijections += [
-                Coupling(
-                    DenseNetwork(second, width, univariate.num_params * first, num_layers), univariate
-                ),
-                Flip(),
-            ]
-        super().__init__(
-            Chain(*bijections, Standardize(numbers), LogisticToNormal()),
-            image_shape,
-            bits,
-            dequantization,
-        )
+            network = DenseNetwork(half, width, univariate.num_params * (dim - half), num_layers)
+            bijections += [Coupling(network, univariate), Flip()]
+        bijections += [Standardize(dim), LogisticToNormal()]
+        super().__init__(Chain(*bijections), image_shape, bits, dequantization)

@@ -1,4 +1,4 @@
-"""What a flow says of an image beside its likelihood."""
+"""Statistics of a flow for out-of-distribution detection: the terms of its log-density."""
 
 import math
 from collections.abc import Iterator
@@ -11,61 +11,70 @@ from flowgen.bijections.base import Bijection, standard_normal_log_prob
 from flowgen.bijections.reshape import FactorOut
 
 
-def statistics(
+def ood_statistics(
     bijection: Bijection, x: Tensor, means: Tensor | None, condition_networks: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """log p(x) in nats of points x, the mean over classes of the latents' `means` (K, D) where there are any, and its terms: (batch,) each.
+    """Return log p(x) in nats, (batch,), and a dictionary of its terms, (batch,) each.
 
-    The terms are log N(z; mean, I), log|det dz/dx| and log p(h) of `last_level`, averaged by the classes' p(y | x). h is the input of the
-    last level of a multi-scale flow, coarse and so nearest to what an image shows, and its density the sum of that level's own terms:
-    Schirrmeister et al. (2006.10848), section 4. Where a flow has one level alone, h is x. With `class_networks` the class, one-hot, is
-    the bijection's condition.
+    The terms are `log_base`, log N(z; mean, I), `log_det`, log|det dz/dx|, and `last_level`,
+    log p(h). h is the input of the last level of a multi-scale flow, which is coarse and therefore
+    closest to what an image shows; its density is the sum of the terms of this level: Schirrmeister
+    et al. (2006.10848), section 4. In flows with a single level, h is x. In flows with classes,
+    log p(x) averages over the classes, and each term is weighted by p(y | x).
+
+    Args:
+        bijection: the bijection of the flow.
+        x: points in [0, 1), (batch, channels, height, width).
+        means: means of the latents of each class, (classes, D), or None.
+        condition_networks: the class, one-hot, is the condition of the bijection.
     """
-    if means is None or not condition_networks:
-        base, log_det, last = _terms(
-            bijection, x, x.new_zeros(1, x[0].numel()) if means is None else means, None
-        )
+    if means is None:
+        base, log_det, last_level = _terms(bijection, x, x.new_zeros(1, x[0].numel()), None)
+    elif not condition_networks:
+        base, log_det, last_level = _terms(bijection, x, means, None)
     else:
         one_hot = torch.eye(len(means), device=x.device, dtype=x.dtype)
-        each = [
-            _terms(bijection, x, mean[None], y.expand(len(x), -1))
-            for mean, y in zip(means, one_hot, strict=True)
+        terms = [
+            _terms(bijection, x, mean[None], condition.expand(len(x), -1))
+            for mean, condition in zip(means, one_hot, strict=True)
         ]
-        base, log_det, last = (torch.cat(kind, 1) for kind in zip(*each, strict=True))
-    density = base + log_det
-    share = density.softmax(1)
-    named = {"log_base": base, "log_det": log_det, "last_level": last}
-    return density.logsumexp(1) - math.log(density.shape[1]), {
-        name: (share * each).sum(1) for name, each in named.items()
+        base, log_det, last_level = (torch.cat(term, 1) for term in zip(*terms, strict=True))
+    log_density = base + log_det
+    posterior = log_density.softmax(1)
+    statistics = {"log_base": base, "log_det": log_det, "last_level": last_level}
+    return log_density.logsumexp(1) - math.log(log_density.shape[1]), {
+        name: (posterior * value).sum(1) for name, value in statistics.items()
     }
 
 
 def _terms(
     bijection: Bijection, x: Tensor, means: Tensor, condition: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `statistics`, under each of `means` (K, D): (batch, K) each."""
-    with _watched(_last_level(bijection)) as seen:
+    """Return the three terms of `ood_statistics` under each of `means` (K, D): (batch, K) each."""
+    with _recorded_outputs(_last_level(bijection)) as outputs:
         z, log_det = bijection(x, condition)
-    last_z, last_log_det = seen[0]
+    last_z, last_log_det = outputs[0]
     base = torch.stack([standard_normal_log_prob(z - mean) for mean in means], 1)
-    last = torch.stack(
-        [standard_normal_log_prob(last_z - mean[: last_z.shape[1]]) for mean in means], 1
-    )
+    last_dim = last_z.shape[1]
+    last = torch.stack([standard_normal_log_prob(last_z - mean[:last_dim]) for mean in means], 1)
     return base, log_det[:, None].expand_as(base), last + last_log_det[:, None]
 
 
 def _last_level(bijection: Bijection) -> nn.Module:
-    """What the innermost FactorOut leaves to do; the whole where there is none. Its latents come first in the vector."""
+    """Return the bijection inside the innermost FactorOut, or the whole one without FactorOut.
+
+    The latents of the last level come first in the vector of latents.
+    """
     splits = [module for module in bijection.modules() if isinstance(module, FactorOut)]
     return splits[-1].inner if splits else bijection
 
 
 @contextmanager
-def _watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Every output of `module` while the context lasts."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = module.register_forward_hook(lambda module, given, output: seen.append(output))
+def _recorded_outputs(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Record every output of a module inside the context."""
+    outputs: list[tuple[Tensor, Tensor]] = []
+    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        yield seen
+        yield outputs
     finally:
         handle.remove()

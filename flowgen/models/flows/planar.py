@@ -1,21 +1,38 @@
-"""Planar flows: Rezende and Mohamed (1505.05770); Sylvester flows: van den Berg, Hasenclever, Tomczak and Welling (1803.05649)."""
+"""Planar and Sylvester flows."""
 
 from collections.abc import Callable, Sequence
 
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
+from flowgen.bijections.elementwise import Standardize
 from flowgen.bijections.reshape import Flatten
 from flowgen.bijections.residual import Planar, Sylvester
 from flowgen.models.base import MAX_DEPTH, square_shape
+from flowgen.models.flows.builders import gaussianization
 from flowgen.models.flows.flow import Flow
-from flowgen.utils.errors import check_choice, check_whole
+from flowgen.utils.errors import check_whole
 
 
 class PlanarFlow(Flow):
-    """`flows` maps of the flattened image, each of which bends it along one direction; quick to score, its samples by a root each.
+    """Planar flow: residual transforms that bend the flattened image along one direction each.
 
-    The papers' flows lead from noise to latents; this one learns densities, and so has its closed form from the image to the noise.
-    `conf/model/planar.yaml` says what each argument means.
+    In the paper the flow leads from noise to latents; here it is used for density estimation, so
+    the closed form leads from the image to the noise, and a sample takes one root per transform.
+    Rezende and Mohamed, Variational Inference with Normalizing Flows (1505.05770), section 4.1.
+
+    Args:
+        image_shape: (channels, height, width), with height equal to width.
+        bits: bits per pixel value.
+        num_transforms: number of transforms.
+        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+
+    Example:
+        >>> import torch
+        >>> model = PlanarFlow(image_shape=(2, 1, 1), num_transforms=2)
+        >>> images = torch.randint(256, (16, 2, 1, 1), dtype=torch.uint8)
+        >>> model.initialize(images)
+        >>> model.log_prob(images).shape
+        torch.Size([16])
     """
 
     def __init__(
@@ -27,16 +44,32 @@ class PlanarFlow(Flow):
         gaussianize: bool = True,
         dequantization: str = "uniform",
     ):
-        super().__init__(
-            _chain(image_shape, bits, num_transforms, gaussianize, Planar),
-            image_shape,
-            bits,
-            dequantization,
-        )
+        chain = _residual_chain(image_shape, bits, num_transforms, gaussianize, Planar)
+        super().__init__(chain, image_shape, bits, dequantization)
 
 
 class SylvesterFlow(Flow):
-    """As PlanarFlow, but each map bends along `width` orthogonal directions. `conf/model/sylvester.yaml` says what each argument means."""
+    """Sylvester flow: a planar flow whose transforms bend along `width` orthogonal directions each.
+
+    Van den Berg, Hasenclever, Tomczak and Welling, Sylvester Normalizing Flows for Variational
+    Inference (1803.05649), section 3.
+
+    Args:
+        image_shape: (channels, height, width), with height equal to width.
+        bits: bits per pixel value.
+        num_transforms: number of transforms.
+        width: hidden units of each transform, at most the dimension of the image.
+        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+
+    Example:
+        >>> import torch
+        >>> model = SylvesterFlow(image_shape=(2, 1, 1), num_transforms=2)
+        >>> images = torch.randint(256, (16, 2, 1, 1), dtype=torch.uint8)
+        >>> model.initialize(images)
+        >>> model.log_prob(images).shape
+        torch.Size([16])
+    """
 
     def __init__(
         self,
@@ -49,35 +82,31 @@ class SylvesterFlow(Flow):
         dequantization: str = "uniform",
     ):
         check_whole(width=width)
-        chain = _chain(
+        chain = _residual_chain(
             image_shape,
             bits,
             num_transforms,
             gaussianize,
-            lambda numbers: Sylvester(numbers, min(width, numbers)),
+            lambda dim: Sylvester(dim, min(width, dim)),
         )
         super().__init__(chain, image_shape, bits, dequantization)
 
 
-def _chain(
+def _residual_chain(
     image_shape: Sequence[int],
     bits: int,
     num_transforms: int,
     gaussianize: bool,
-    layer: Callable[[int], Bijection],
+    make_layer: Callable[[int], Bijection],
 ) -> Chain:
+    """Return a chain of residual layers, where `make_layer` takes the dimension of the image."""
     channels, size = square_shape(image_shape)
-    check_whole(bits=bits)
     check_whole(high=MAX_DEPTH, num_transforms=num_transforms)
-    check_choice((True, False), gaussianize=gaussianize)
-    numbers = channels * size**2
-    bijections: list[Bijection] = (
-        [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
-    )
-    bijections += [
+    dim = channels * size**2
+    return Chain(
+        *gaussianization(gaussianize, channels, bits),
         Flatten(channels, size, size),
-        Standardize(numbers),
-        *(layer(numbers) for _ in range(num_transforms)),
-        Standardize(numbers),
-    ]
-    return Chain(*bijections)
+        Standardize(dim),
+        *(make_layer(dim) for _ in range(num_transforms)),
+        Standardize(dim),
+    )

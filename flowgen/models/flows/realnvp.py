@@ -1,4 +1,4 @@
-"""Real NVP for images: Dinh, Sohl-Dickstein and Bengio, Density estimation using Real NVP (1605.08803)."""
+"""Real NVP: Dinh, Sohl-Dickstein and Bengio, Density estimation using Real NVP (1605.08803)."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,38 @@ from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboar
 from flowgen.bijections.elementwise import Logit
 from flowgen.bijections.networks import RealNVPNetwork, ResNetwork
 from flowgen.bijections.reshape import Flatten, Squeeze
-from flowgen.bijections.univariate import TRANSFORMS
+from flowgen.bijections.univariate import Affine
 from flowgen.models.base import MAX_DEPTH, square_shape
+from flowgen.models.flows.builders import make_transform, multi_scale, num_levels
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.multiscale import largest_levels, multi_scale
-from flowgen.utils.errors import check_choice, check_number, check_whole
+from flowgen.utils.errors import UserError, check_whole
 
 
 class RealNVP(Flow):
-    """Logit, then at each level three checkerboard couplings, squeeze, three channel couplings, FactorOut; four checkerboards at the end.
+    """Real NVP: a logit, and then a multi-scale flow of masked couplings with batch normalization.
 
-    Section 3.6 and 4.1. `conf/model/realnvp.yaml` says what each argument means.
+    A level is three checkerboard couplings, a squeeze, three channel couplings and a split. Four
+    checkerboard couplings follow the last level. Dinh et al. (1605.08803), sections 3.6 and 4.1.
+
+    Args:
+        image_shape: (channels, height, width), with height equal to width.
+        bits: bits per pixel value.
+        levels: number of levels, each of which halves the resolution; None selects as many as the
+            size allows, at most 4.
+        width: channels of the coupling networks; 64 in the paper.
+        num_blocks: residual blocks of the coupling networks; 4 to 8 in the paper.
+        transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
+            (of logistics).
+        alpha: the logit is that of alpha + (1 - 2 alpha) x, with 0 < alpha < 0.5.
+        dequantization: "uniform" or "variational".
+
+    Example:
+        >>> import torch
+        >>> model = RealNVP(image_shape=(1, 4, 4), bits=5, levels=1, width=8, num_blocks=1)
+        >>> images = torch.randint(32, (16, 1, 4, 4), dtype=torch.uint8)
+        >>> model.initialize(images)
+        >>> model.log_prob(images).shape
+        torch.Size([16])
     """
 
     def __init__(
@@ -36,41 +57,47 @@ class RealNVP(Flow):
         dequantization: str = "uniform",
     ):
         channels, size = square_shape(image_shape)
-        check_whole(width=width, bits=bits)
+        check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_blocks=num_blocks)
-        check_choice(TRANSFORMS, transform=transform)
-        check_number(alpha=alpha)
-        levels = largest_levels(size, levels)
+        if not 0 < alpha < 0.5:
+            raise UserError(f"alpha must lie between 0 and 0.5, not {alpha!r}")
+        univariate = make_transform(transform)
 
-        def couplings(maps: int, side: int, board: bool, count: int) -> list[Bijection]:
-            """Couplings whose masks take turns, each followed by batch normalisation."""
-            chain: list[Bijection] = []
-            for number in range(count):
-                kind = checkerboard if board and side > 1 else channelwise
-                chain += [couple(maps, kind(maps, side, side, number % 2 == 1)), BatchNorm(maps)]
-            return chain
-
-        def couple(maps: int, mask: Tensor) -> MaskedCoupling:
-            if transform == "affine":  # as in the paper
-                return MaskedCoupling(
-                    RealNVPNetwork(maps, width, 2 * maps, num_blocks),
-                    TRANSFORMS["affine"]("plain"),
-                    mask,
-                )
-            univariate = TRANSFORMS[transform]("bounded")
+        def coupling(channels: int, mask: Tensor) -> MaskedCoupling:
+            if transform == "affine":
+                # The log-scales of the paper's network are bounded already.
+                network = RealNVPNetwork(channels, width, 2 * channels, num_blocks)
+                return MaskedCoupling(network, Affine("plain"), mask)
+            out_channels = univariate.num_params * channels
             return MaskedCoupling(
-                ResNetwork(maps, width, univariate.num_params * maps, num_blocks), univariate, mask
+                ResNetwork(channels, width, out_channels, num_blocks), univariate, mask
             )
 
-        def level(number: int, maps: int, side: int) -> list[Bijection]:
+        def couplings(
+            channels: int, resolution: int, count: int, use_checkerboard: bool
+        ) -> list[Bijection]:
+            """Return couplings with alternating masks, each followed by batch normalization."""
+            make_mask = checkerboard if use_checkerboard and resolution > 1 else channelwise
+            bijections: list[Bijection] = []
+            for index in range(count):
+                mask = make_mask(channels, resolution, resolution, index % 2 == 1)
+                bijections += [coupling(channels, mask), BatchNorm(channels)]
+            return bijections
+
+        def level(index: int, channels: int, resolution: int) -> list[Bijection]:
             return [
-                *couplings(maps, side, True, 3),
+                *couplings(channels, resolution, 3, use_checkerboard=True),
                 Squeeze(),
-                *couplings(4 * maps, side // 2, False, 3),
+                *couplings(4 * channels, resolution // 2, 3, use_checkerboard=False),
             ]
 
-        def top(maps: int, side: int) -> list[Bijection]:
-            return [*couplings(maps, side, True, 4), Flatten(maps, side, side)]
+        def last_level(channels: int, resolution: int) -> list[Bijection]:
+            return [
+                *couplings(channels, resolution, 4, use_checkerboard=True),
+                Flatten(channels, resolution, resolution),
+            ]
 
-        multi = multi_scale(levels, channels, size, level, top, prior=lambda maps: None)
-        super().__init__(Chain(Logit(alpha), multi), image_shape, bits, dequantization)
+        flow = multi_scale(
+            num_levels(size, levels), channels, size, level, last_level, prior=lambda channels: None
+        )
+        super().__init__(Chain(Logit(alpha), flow), image_shape, bits, dequantization)

@@ -1,4 +1,4 @@
-"""What flows of patches share: into how large ones an image is cut, and of what shape their transformers can be."""
+"""TarFlow: Zhai et al., Normalizing Flows are Capable Generative Models (2412.06329)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,65 +6,67 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from flowgen.bijections.autoregressive import (
-    TokenAutoregressive,
-    TokenHead,
-    autoregressive_head,
-)
+from flowgen.bijections.autoregressive import TokenAutoregressive, TokenHead, autoregressive_head
 from flowgen.bijections.base import Bijection, Chain, Invert
-from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
+from flowgen.bijections.elementwise import Standardize
 from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
-from flowgen.bijections.networks import CausalTransformer
+from flowgen.bijections.networks import CausalTransformer, RandomSource
 from flowgen.bijections.reshape import Flatten, Roll, Squeeze
-from flowgen.bijections.univariate import TRANSFORMS, guided
-from flowgen.models.base import MAX_DEPTH, SupportsTokenSampling, square_shape
-from flowgen.models.flows.flow import Flow
-from flowgen.utils.distributed import draw
-from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
-
-
-def patch_size(size: int, patch: int | None) -> int:
-    """`patch`, or, where that is None, the largest of 4, 2 and 1 that divides `size`. Raises FlowgenError where it does not divide it."""
-    if patch is None:
-        return next(patch for patch in (4, 2, 1) if size % patch == 0)
-    check_whole(patch=patch)
-    if size % patch:
-        raise UserError(
-            f"patch={patch} does not divide images of size={size}: choose one that does, or null"
-        )
-    return patch
-
-
-def check_transformers(
-    num_layers: Sequence[int], width: int, num_heads: int, dropout: float
-) -> None:
-    """Raises FlowgenError where these are no transformers, of so many layers each."""
-    if not isinstance(num_layers, list | tuple) or not num_layers:
-        raise UserError(
-            f"layers must be a list of numbers, one for each block, as in model.num_layers=[2,2,4], not {num_layers!r}"
-        )
-    for depth in num_layers:
-        check_whole(high=MAX_DEPTH, num_layers=depth)
-    check_whole(width=width, num_heads=num_heads)
-    check_number(dropout=dropout)
-    if dropout >= 1:
-        raise UserError(f"dropout must be below 1, not {dropout}")
-    if width % num_heads:
-        raise UserError(
-            f"width={width} is not a multiple of heads={num_heads}: choose other numbers"
-        )
-
-
-LABEL_DROPOUT = (
-    0.1  # share of the training images whose class the networks are not told, for guidance
+from flowgen.bijections.univariate import guided
+from flowgen.models.base import SupportsTokenSampling, square_shape
+from flowgen.models.flows.builders import (
+    check_transformer,
+    choose,
+    choose_patch,
+    condition_size,
+    gaussianization,
+    make_transform,
 )
+from flowgen.models.flows.flow import Flow
+from flowgen.utils.errors import UserError, check_number
+
+LABEL_DROPOUT = 0.1  # share of training images whose class is hidden from the networks
 
 
 class TarFlow(Flow, SupportsTokenSampling):
-    """Patches as tokens, then blocks that are autoregressive in the tokens, in turn from the first to the last and back.
+    """TarFlow: blocks that are autoregressive in the patches of an image, in alternating order.
 
-    Networks that see classes are told none, the mean of all, of a few training images, so that they know p(x) for guidance too.
-    `conf/model/tarflow.yaml` says what each argument means.
+    Networks that read the class are given the mean of all classes for some training images, so that
+    they also learn p(x), which classifier-free guidance needs. Zhai et al. (2412.06329), section 3.
+
+    Args:
+        image_shape: (channels, height, width), with height equal to width.
+        bits: bits per pixel value.
+        patch: side length of the patches, the tokens of the transformers; None selects the largest
+            of 4, 2 and 1 that divides the image size.
+        num_layers: layers of the transformer of each block, from the image to the noise. With at
+            least two blocks, each patch depends on all others.
+        width: width of the transformers, a multiple of `num_heads`.
+        num_heads: attention heads of the transformers.
+        dropout: dropout of the transformers, from 0 to 1.
+        transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
+            (of logistics); None selects "affine" for color and "mixture" for gray images.
+        local: make each number depend also on the previous numbers of its patch; False as in the
+            paper.
+        roll: shift the borders of the patches every two blocks.
+        permutation: mixing of the channels of a patch before each block: "none" (as in the paper),
+            "actnorm" or "plu" (ActNorm and an invertible 1x1 convolution); None selects "plu" for
+            color and "actnorm" for gray images.
+        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:DEVIATION" (as in the paper).
+        num_classes: number of classes for a class-conditional model, or None.
+        condition_networks: with classes, make the class an input of all networks; p(x) then takes
+            one pass per class. Otherwise only the base depends on the class.
+
+    Example:
+        >>> import torch
+        >>> model = TarFlow(image_shape=(1, 4, 4), bits=5, patch=2, num_layers=[1, 1], width=8)
+        >>> images = torch.randint(32, (16, 1, 4, 4), dtype=torch.uint8)
+        >>> model.initialize(images)
+        >>> model.log_prob(images).shape
+        torch.Size([16])
+        >>> model.sample(2, jacobi=True)[0].shape
+        torch.Size([2, 1, 4, 4])
     """
 
     def __init__(
@@ -86,63 +88,60 @@ class TarFlow(Flow, SupportsTokenSampling):
         num_classes: int | None = None,
         condition_networks: bool = True,
     ):
-        channels, size = square_shape(image_shape)
-        check_whole(bits=bits)
-        check_transformers(num_layers, width, num_heads, dropout)
-        transform = ("mixture" if channels == 1 else "affine") if transform is None else transform
-        permutation = (
-            ("actnorm" if channels == 1 else "plu") if permutation is None else permutation
-        )
-        check_choice(TRANSFORMS, transform=transform)
-        check_choice(("none", "actnorm", "plu"), permutation=permutation)
-        check_choice(
-            (True, False),
-            local=local,
-            roll=roll,
-            gaussianize=gaussianize,
-            condition_networks=condition_networks,
-        )
-        patch = patch_size(size, patch)
-        maps, side = channels * patch**2, size // patch
-        seen = num_classes if num_classes is not None and condition_networks else 0
+        image_channels, size = square_shape(image_shape)
+        is_gray = image_channels == 1
+        check_transformer(num_layers, width, num_heads, dropout)
+        if transform is None:
+            transform = "mixture" if is_gray else "affine"
+        if permutation is None:
+            permutation = "actnorm" if is_gray else "plu"
+        univariate = make_transform(transform)
+        cond_channels = condition_size(num_classes, condition_networks)
+        patch = choose_patch(size, patch)
+        channels = image_channels * patch**2
+        resolution = size // patch
 
-        def block(number: int, depth: int) -> list[Bijection]:
-            mix: dict[str, list[Bijection]] = {
+        def block(index: int, depth: int) -> list[Bijection]:
+            # All options are built, so that the other parameters do not depend on the choice.
+            mixing: dict[str, list[Bijection]] = {
                 "none": [],
-                "actnorm": [ActNorm(maps)],
-                "plu": [FusedAffine(ActNorm(maps), InvertibleConv1x1LU(maps))],
+                "actnorm": [ActNorm(channels)],
+                "plu": [FusedAffine(ActNorm(channels), InvertibleConv1x1LU(channels))],
             }
-            how = TRANSFORMS[transform]("bounded")
-            network = CausalTransformer(side**2, maps, width, num_heads, depth, dropout, seen)
-            head = (autoregressive_head if local else TokenHead)(maps, width, how)
+            network = CausalTransformer(
+                resolution**2, channels, width, num_heads, depth, dropout, cond_channels
+            )
+            head = (autoregressive_head if local else TokenHead)(channels, width, univariate)
+            is_reversed = index % 2 == 1
             return [
-                *mix[permutation],
-                TokenAutoregressive(network, head, reverse=number % 2 == 1),
+                *choose(mixing, permutation=permutation),
+                TokenAutoregressive(network, head, is_reversed),
             ]
 
-        def rolled(number: int) -> list[Bijection]:
-            """Moves the borders of the patches before every second pair of blocks, and back before the others."""
-            if not roll or number == 0 or number % 2:
+        def shift(index: int) -> list[Bijection]:
+            """Roll the image before every second pair of blocks, and back before the others."""
+            if not roll or index == 0 or index % 2:
                 return []
-            pixels = patch // 2 if number % 4 == 2 else -(patch // 2)
+            pixels = patch // 2 if index % 4 == 2 else -(patch // 2)
             return [Invert(Squeeze(patch)), Roll(pixels), Squeeze(patch)]
 
-        bijections: list[Bijection] = (
-            [MarginalGaussianization(channels, 2**bits)] if gaussianize else []
-        )
-        bijections += [Squeeze(patch), ActNorm(maps)]
-        for number, depth in enumerate(num_layers):
-            bijections += [*rolled(number), *block(number, depth)]
-        bijections += [Flatten(maps, side, side), Standardize(channels * size**2)]
+        bijections: list[Bijection] = [
+            *gaussianization(gaussianize, image_channels, bits),
+            Squeeze(patch),
+            ActNorm(channels),
+        ]
+        for index, depth in enumerate(num_layers):
+            bijections += [*shift(index), *block(index, depth)]
+        bijections += [
+            Flatten(channels, resolution, resolution),
+            Standardize(channels * resolution**2),
+        ]
         super().__init__(
-            Chain(*bijections),
-            image_shape,
-            bits,
-            dequantization,
-            num_classes,
-            condition_networks,
+            Chain(*bijections), image_shape, bits, dequantization, num_classes, condition_networks
         )
-        self.affine, self.guidance = transform == "affine", 0.0
+        self.random_source = RandomSource()
+        self.is_affine = transform == "affine"
+        self.guidance = 0.0
 
     @torch.no_grad()
     def sample(
@@ -151,61 +150,82 @@ class TarFlow(Flow, SupportsTokenSampling):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         label: int | None = None,
-        first: int = 0,
+        start_index: int = 0,
         guidance: float = 0.0,
         jacobi: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As `Flow.sample`; with guidance w each number of a block is under p(x | class)^(1 + w) / p(x)^w; log p(x | class) is returned."""
+        """Draw images, and return them with their log p(x), (count,).
+
+        With guidance w, each number of a block follows p(x | class)^(1 + w) / p(x)^w, and
+        log p(x | class) is returned.
+
+        Args:
+            count: number of images.
+            temperature: standard deviation of every latent around its mean.
+            generator: source of randomness.
+            label: the class; None cycles through the classes, if the flow has any.
+            start_index: index of the first image in this cycle.
+            guidance: the weight w of classifier-free guidance; needs classes and
+                transform="affine".
+            jacobi: update all tokens in parallel until they converge (Jacobi iteration).
+        """
         check_number(guidance=guidance)
+        self.guidance = guidance
         try:
-            self.guidance = guidance
-            with self._blocks_are(jacobi=jacobi):
-                return super().sample(count, temperature, generator, label, first)
+            with self._block_options(jacobi=jacobi):
+                return super().sample(count, temperature, generator, label, start_index)
         finally:
             self.guidance = 0.0
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        with self._blocks_are(exact=True):
+        """Return the latents of images, computed in float64."""
+        with self._block_options(exact=True):
             return super().encode(images, generator)
-
-    def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self.guidance:
-            return super()._invert(z, one_hot)
-        if one_hot is None or not self.affine or not self.condition_networks:
-            raise UserError(
-                "guidance needs classes and affine maps: train with model.num_classes=10 model.transform=affine"
-            )
-        conditions = torch.cat((one_hot, torch.full_like(one_hot, 1 / one_hot.shape[1])))
-        means = self._class_means()
-        towards = self.guidance * (
-            one_hot @ means - means.mean(0)
-        )  # which is guidance wherever the two maps scale alike
-        with guided([block.head for block in self._blocks()], self.guidance):  # type: ignore[misc]
-            x = self.bijection.inverse((z + towards).repeat(2, 1), conditions)[0][: len(z)]
-        return x, self.log_density(x, one_hot.argmax(1))
 
     def sweeps(self) -> list[int]:
         return [block.num_iterations for block in self._blocks()]
 
+    def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self.guidance:
+            return super()._invert(z, one_hot)
+        if one_hot is None or not self.is_affine or not self.condition_networks:
+            raise UserError(
+                "guidance needs classes and affine transforms: train with "
+                "model.num_classes=10 model.transform=affine"
+            )
+        # The first half of the batch has the class, the second half the mean of all classes.
+        conditions = torch.cat((one_hot, torch.full_like(one_hot, 1 / one_hot.shape[1])))
+        means = self._class_means()
+        # Guidance of the base, exact if the transforms of both halves have the same scale.
+        guided_z = z + self.guidance * (one_hot @ means - means.mean(0))
+        heads = [block.head for block in self._blocks()]
+        with guided(heads, self.guidance):  # type: ignore[arg-type]
+            x, _ = self.bijection.inverse(guided_z.repeat(2, 1), conditions)
+        x = x[: len(z)]
+        return x, self.log_density(x, one_hot.argmax(1))
+
     @contextmanager
-    def _blocks_are(self, **flags: bool) -> Iterator[None]:
+    def _block_options(self, jacobi: bool = False, exact: bool = False) -> Iterator[None]:
+        """Set options of all blocks inside the context, see `TokenAutoregressive`."""
         blocks = self._blocks()
+        for block in blocks:
+            block.jacobi = jacobi
+            block.exact = exact
         try:
-            for block in blocks:
-                vars(block).update(flags)
             yield
         finally:
             for block in blocks:
-                vars(block).update(dict.fromkeys(flags, False))
+                block.jacobi = False
+                block.exact = False
 
     def _blocks(self) -> list[TokenAutoregressive]:
         return [module for module in self.modules() if isinstance(module, TokenAutoregressive)]
 
     def _one_hot(self, labels: Tensor | None) -> Tensor | None:
+        """Return the classes (batch, classes), with label dropout in training."""
         one_hot = super()._one_hot(labels)
         if one_hot is None or not self.training or not self.condition_networks:
             return one_hot
-        untold = (
-            draw(torch.rand, torch.Size((len(one_hot), 1)), device=one_hot.device) < LABEL_DROPOUT
-        )
-        return torch.where(untold, 1 / one_hot.shape[1], one_hot)
+        shape = torch.Size((len(one_hot), 1))
+        dropped = self.random_source(torch.rand, shape, device=one_hot.device) < LABEL_DROPOUT
+        return torch.where(dropped, 1 / one_hot.shape[1], one_hot)

@@ -48,6 +48,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
     `activity`. `conf/model/rbm.yaml` says what each argument means.
     """
 
+    likelihood = "estimate"
     metric = LOG_LIKELIHOOD
     shares_batches = False  # its chains go on from step to step as one
     completions = tuple(METHODS)
@@ -142,19 +143,21 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         self,
         batches: Iterable[Tensor],
         reference: Iterable[Tensor] = (),
-        how: EvalConfig = QUICK_EVAL,
+        eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
         """The log-likelihood in nats and what is measured beside it, see `evaluation.judge`."""
         data = torch.cat([self.units(images) for images in batches])
         trained = [self.units(images) for images in reference]
-        return evaluate_rbm(self, data, torch.cat(trained) if trained else None, how, self.progress)
+        return evaluate_rbm(
+            self, data, torch.cat(trained) if trained else None, eval_config, self.progress
+        )
 
     def score(
         self,
         images: Tensor,
         labels: Tensor | None = None,
         *,
-        draws: int = 1,
+        num_importance_samples: int = 1,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """-F(v) - log Z; without log Z where no evaluation has found a reliable one. Nothing is drawn."""
@@ -195,7 +198,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         return self.images(visible), -self.free_energy(visible)
 
     @torch.no_grad()
-    def film(
+    def iter_chains(
         self, count: int, method: str, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
         """White noise, then P(v = 1) after every sweep."""

@@ -128,7 +128,9 @@ def complete(answers: ModelSession, payload: Payload) -> dict[str, Any]:
     }
     question = str(payload["question"]) if "question" in payload else None
     shown, figures = answers.inpaint(images, known, **how, question=question)
-    mean, spread, *draws = [image_data_url(rendering.encode_png(image, 8), "png") for image in shown]
+    mean, spread, *draws = [
+        image_data_url(rendering.encode_png(image, 8), "png") for image in shown
+    ]
     command = answers.command("complete", "a.png", keep="mask.png", **how)
     return {"mean": mean, "spread": spread, "draws": draws, "figures": figures, "command": command}
 
@@ -176,7 +178,9 @@ ENDPOINTS: dict[str, Callable[[ModelSession, Payload], dict[str, Any]]] = {
 
 def _shown(answers: ModelSession, images: Tensor) -> list[str]:
     """Each image as the address of a PNG that holds its levels exactly."""
-    return [image_data_url(rendering.encode_png(image, answers.model.bits), "png") for image in images]
+    return [
+        image_data_url(rendering.encode_png(image, answers.model.bits), "png") for image in images
+    ]
 
 
 def _chains(answers: ModelSession, payload: Payload) -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""Building blocks that the constructors of several flows share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from flowgen.bijections.base import Bijection, Chain
+from flowgen.bijections.elementwise import MarginalGaussianization
+from flowgen.bijections.networks import Conditioner
+from flowgen.bijections.reshape import FactorOut
+from flowgen.bijections.univariate import TRANSFORMS, Transform
+from flowgen.models.base import MAX_DEPTH
+from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
+
+MAX_LEVELS = 30
+T = TypeVar("T")
+
+
+def choose(options: Mapping[str, T], **argument: str) -> T:
+    """Return the option with the name of an argument, as in `choose(NETWORKS, network=name)`."""
+    check_choice(options, **argument)
+    (name,) = argument.values()
+    return options[name]
+
+
+def make_transform(name: str, log_scale: str = "bounded") -> Transform:
+    """Return the univariate transform of a coupling or of an autoregressive bijection.
+
+    Args:
+        name: "additive", "multiplicative", "affine", "spline" or "mixture".
+        log_scale: parameterization of the log-scale, see `flowgen.bijections.univariate`.
+    """
+    return choose(TRANSFORMS, transform=name)(log_scale)
+
+
+def gaussianization(enabled: bool, channels: int, bits: int) -> list[Bijection]:
+    """Return the first bijection of a flow, a `MarginalGaussianization` if enabled, as a list."""
+    check_whole(bits=bits)
+    return [MarginalGaussianization(channels, 2**bits)] if enabled else []
+
+
+def condition_size(num_classes: int | None, condition_networks: bool) -> int:
+    """Return the number of condition channels that networks read: the classes, one-hot, or 0."""
+    if num_classes is None:
+        return 0
+    check_whole(num_classes=num_classes)
+    return num_classes if condition_networks else 0
+
+
+def choose_patch(size: int, patch: int | None) -> int:
+    """Return the patch size of a transformer for images of `size` x `size` pixels.
+
+    Args:
+        size: height and width of the images.
+        patch: a divisor of `size`; None selects the largest of 4, 2 and 1 that divides it.
+    """
+    if patch is None:
+        return next(patch for patch in (4, 2, 1) if size % patch == 0)
+    check_whole(patch=patch)
+    if size % patch:
+        raise UserError(
+            f"patch={patch} does not divide images of size={size}: choose a divisor, or null"
+        )
+    return patch
+
+
+def check_transformer(
+    num_layers: Sequence[int], width: int, num_heads: int, dropout: float
+) -> None:
+    """Raise a UserError if transformers cannot have these sizes; `num_layers` has one per block."""
+    if not isinstance(num_layers, Sequence) or isinstance(num_layers, str) or not num_layers:
+        raise UserError(
+            "num_layers must be a list with one number per block, as in "
+            f"model.num_layers=[2,2,4], not {num_layers!r}"
+        )
+    for depth in num_layers:
+        check_whole(high=MAX_DEPTH, num_layers=depth)
+    check_whole(width=width, num_heads=num_heads)
+    check_number(dropout=dropout)
+    if dropout >= 1:
+        raise UserError(f"dropout must be below 1, not {dropout}")
+    if width % num_heads:
+        raise UserError(
+            f"width={width} must be a multiple of num_heads={num_heads}: change one of them"
+        )
+
+
+def num_levels(size: int, levels: int | None) -> int:
+    """Return the number of times that a multi-scale flow halves images of `size` x `size` pixels.
+
+    Args:
+        size: height and width of the images.
+        levels: a number that the size allows; None selects the largest one, at most 4.
+    """
+    if levels is None:
+        return next(levels for levels in (4, 3, 2, 1, 0) if size % 2**levels == 0)
+    check_whole(high=MAX_LEVELS, levels=levels)
+    if size % 2**levels:
+        raise UserError(
+            f"levels={levels} needs an image size that is a multiple of {2**levels}, not {size}: "
+            "choose fewer levels"
+        )
+    return levels
+
+
+class Level(Protocol):
+    """A function that builds one level of a multi-scale flow."""
+
+    def __call__(self, index: int, channels: int, resolution: int) -> list[Bijection]:
+        """Return bijections from (C, R, R) to (4C, R/2, R/2), with C channels and resolution R."""
+
+
+def multi_scale(
+    num_splits: int,
+    channels: int,
+    resolution: int,
+    level: Level,
+    last_level: Callable[[int, int], list[Bijection]],
+    prior: Callable[[int], Conditioner | None],
+    index: int = 0,
+) -> Bijection:
+    """Return a multi-scale flow from images to vectors. Real NVP (1605.08803), section 3.6.
+
+    After each of the first `num_splits` levels, half of the channels leave as latents (FactorOut).
+
+    Args:
+        num_splits: number of levels that end with a split.
+        channels: channels of the images.
+        resolution: height and width of the images.
+        level: builds level `index` from its number, its input channels and its resolution.
+        last_level: builds the bijections after the last split, which end with a vector.
+        prior: builds the network that predicts the leaving half from the other half, given the
+            number of channels before the split; None stands for N(0, I).
+        index: number of the first level.
+    """
+    if index >= num_splits:
+        return Chain(*last_level(channels, resolution))
+    bijections = level(index, channels, resolution)
+    network = prior(4 * channels)
+    rest = multi_scale(
+        num_splits, 2 * channels, resolution // 2, level, last_level, prior, index + 1
+    )
+    return Chain(*bijections, FactorOut(rest, network))
