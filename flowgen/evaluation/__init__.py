@@ -1,0 +1,69 @@
+"""Evaluation of generative models: sample quality, out-of-distribution scores, interpolation."""
+
+from importlib import import_module
+from typing import Any
+
+_MODULES = {
+    "AUROC": "ood",
+    "OODDetector": "ood",
+    "auroc": "ood",
+    "png_complexity": "ood",
+    "Classifier": "sample_quality",
+    "PrincipalComponents": "sample_quality",
+    "SampleQuality": "sample_quality",
+    "coverage": "sample_quality",
+    "fid_metrics": "sample_quality",
+    "flow_report": "sample_quality",
+    "frechet_distance": "sample_quality",
+    "measure_sample_quality": "sample_quality",
+    "train_classifier": "sample_quality",
+    "interpolate": "interpolation",
+    "lerp": "interpolation",
+    "slerp": "interpolation",
+    "step_sizes": "interpolation",
+    "unevenness": "interpolation",
+    "Directions": "latent_directions",
+    "compute_moments": "latent_directions",
+    "fit_directions": "latent_directions",
+    "move_along": "latent_directions",
+    "Mean": "stats",
+    "mean": "stats",
+    "paired_difference": "stats",
+}
+__all__ = [
+    "AUROC",
+    "Classifier",
+    "Directions",
+    "Mean",
+    "OODDetector",
+    "PrincipalComponents",
+    "SampleQuality",
+    "auroc",
+    "compute_moments",
+    "coverage",
+    "fid_metrics",
+    "fit_directions",
+    "flow_report",
+    "frechet_distance",
+    "interpolate",
+    "lerp",
+    "mean",
+    "measure_sample_quality",
+    "move_along",
+    "paired_difference",
+    "png_complexity",
+    "slerp",
+    "step_sizes",
+    "train_classifier",
+    "unevenness",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
