@@ -1,4 +1,4 @@
-"""The offline distances by which samples are compared, and what is said of differences, against values that are known."""
+"""Sample quality, interpolation and statistics against known values."""
 
 import json
 import math
@@ -9,143 +9,161 @@ from test_models import glow, noise, started
 
 from flowgen.data.mnist import MNISTSample
 from flowgen.evaluation import interpolation, sample_quality, stats
-from flowgen.evaluation.interpolation import great_circle, walk
-from flowgen.evaluation.sample_quality import frechet
+from flowgen.evaluation.interpolation import interpolate_pairs, slerp, step_sizes, unevenness
+from flowgen.evaluation.sample_quality import frechet_distance, measure_sample_quality
 from flowgen.utils.errors import UserError
 
 
 def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
     """Independent components: |m - m'|^2 + sum (s - s')^2."""
-    scale, other = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.5, 1.0, 0.5])
-    one = scale * torch.randn(200_000, 3)
-    two = 1.0 + other * torch.randn(200_000, 3)
-    expected = 3.0 + (scale - other).square().sum().item()
-    assert sample_quality.likeness(one[:2000], two[:2000]).frechet == pytest.approx(
-        expected, rel=0.15
-    )
-    assert frechet(one.double(), two.double()) == pytest.approx(expected, rel=0.01)
-    assert frechet(one.double(), one.double()) == pytest.approx(0, abs=1e-6)
+    first_std, second_std = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.5, 1.0, 0.5])
+    first = first_std * torch.randn(200_000, 3)
+    second = 1.0 + second_std * torch.randn(200_000, 3)
+    expected = 3.0 + (first_std - second_std).square().sum().item()
+    quality = measure_sample_quality(first[:2000], second[:2000])
+    assert quality.frechet == pytest.approx(expected, rel=0.15)
+    first, second = first.double(), second.double()
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=0.01)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
 
 
-def test_coverage_falls_with_missing_samples_and_with_blank_ones():
+def test_coverage_falls_for_missing_modes_and_for_blank_samples():
     def two_modes():
         return torch.cat((torch.randn(300, 2), 20 + torch.randn(300, 2)))
 
     real, one_mode = two_modes(), torch.randn(600, 2)
-    found = sample_quality.likeness(one_mode, real)
-    assert sample_quality.likeness(two_modes(), real).coverage > 0.9
-    assert found.coverage == pytest.approx(0.5, abs=0.05) and found.spread < 0.5
-    like_faces = torch.cat((torch.randn(590, 64), 10 * torch.randn(10, 64))) / torch.arange(
-        1, 65
-    )  # with outliers, which are near all
-    assert sample_quality.likeness(torch.zeros(600, 64), like_faces).coverage < 0.3
+    assert measure_sample_quality(two_modes(), real).coverage > 0.9
+    quality = measure_sample_quality(one_mode, real)
+    assert quality.coverage == pytest.approx(0.5, abs=0.05)
+    assert quality.spread < 0.5
+    # Outliers, whose neighborhoods contain nearly everything.
+    with_outliers = torch.cat((torch.randn(590, 64), 10 * torch.randn(10, 64)))
+    real = with_outliers / torch.arange(1, 65)
+    assert measure_sample_quality(torch.zeros(600, 64), real).coverage < 0.3
 
 
-def test_a_real_point_lies_at_distance_one_and_their_mean_at_zero():
+def test_distance_from_mean_is_one_for_a_real_point_and_zero_for_the_mean():
     real = 3 + torch.randn(500, 8)
-    assert sample_quality.distance_from_mean(real.mean(0), real) == pytest.approx(0, abs=1e-5)
-    assert torch.tensor(
-        [sample_quality.distance_from_mean(point, real) for point in real]
-    ).mean().item() == pytest.approx(1, abs=1e-4)
+    distance = sample_quality.distance_from_mean
+    assert distance(real.mean(0), real) == pytest.approx(0, abs=1e-5)
+    distances = torch.tensor([distance(point, real) for point in real])
+    assert distances.mean().item() == pytest.approx(1, abs=1e-4)
 
 
-def test_the_components_keep_what_varies_most_and_leave_the_random_state_alone():
+def test_the_first_component_is_the_pixel_that_varies_most():
     images = torch.rand(500, 1, 4, 4) * torch.tensor([10.0] + 15 * [0.01]).view(1, 4, 4)
     before = torch.random.get_rng_state()
-    found = sample_quality.PrincipalComponents(images)(images)
-    assert found[:, 0].std().item() == pytest.approx(images[:, 0, 0, 0].std().item(), rel=0.01)
-    assert torch.equal(torch.random.get_rng_state(), before)
+    coordinates = sample_quality.PrincipalComponents(images)(images)
+    expected = images[:, 0, 0, 0].std().item()
+    assert coordinates[:, 0].std().item() == pytest.approx(expected, rel=0.01)
+    assert torch.equal(torch.random.get_rng_state(), before), "the global random state must stay"
 
 
-def test_a_paired_difference_drops_what_the_images_have_in_common():
+def test_a_paired_difference_cancels_variation_that_the_images_share():
     images = torch.randn(400).mul(10).tolist()
     shifts = torch.randn(400).mul(0.1).tolist()
-    found = stats.paired_difference(
-        [image + 1 + shift for image, shift in zip(images, shifts, strict=True)], images
-    )
-    assert (
-        found.value == pytest.approx(1, abs=0.03)
-        and found.error == pytest.approx(0.1 / 20, rel=0.15)
-        and found.count == 400
-    )
-    three = stats.mean([1.0, 2.0, 3.0])
-    assert (three.value, three.error) == pytest.approx((2.0, 1 / math.sqrt(3))) and stats.mean(
-        [5.0]
-    ) == stats.Mean(5.0, 0.0, 1)
-    assert (
-        str(stats.Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012"
-        and str(stats.Mean(12.0, 3.4, 9)) == "12.0 ± 3.4"
-    )
+    shifted = [image + 1 + shift for image, shift in zip(images, shifts, strict=True)]
+    difference = stats.paired_difference(shifted, images)
+    assert difference.value == pytest.approx(1, abs=0.03)
+    assert difference.error == pytest.approx(0.1 / 20, rel=0.15)
+    assert difference.count == 400
 
 
-def test_a_walk_through_the_pixels_is_even_and_both_ways_meet_at_the_ends():
+def test_means_have_a_standard_error_of_two_digits():
+    mean = stats.mean([1.0, 2.0, 3.0])
+    assert (mean.value, mean.error) == pytest.approx((2.0, 1 / math.sqrt(3)))
+    assert stats.mean([5.0]) == stats.Mean(5.0, 0.0, 1)
+    assert str(stats.Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012"
+    assert str(stats.Mean(12.0, 3.4, 9)) == "12.0 ± 3.4"
+
+
+def test_interpolation_through_pixels_is_even_and_both_paths_meet_at_the_ends():
     model = started("glow")
     first, second = noise(5, 6) // 2, noise(5, 6) // 2
-    latent, pixels = walk(model, first, second, torch.linspace(0, 1, 5))
+    latent, pixels = interpolate_pairs(model, first, second, torch.linspace(0, 1, 5))
     assert latent.shape == pixels.shape == (5, *first.shape)
-    for way in (latent, pixels):
-        assert torch.equal(way[0].float(), first.float()) and torch.equal(
-            way[-1].float(), second.float()
-        )
-    assert interpolation.unevenness(pixels, 5) == pytest.approx(torch.ones(6), abs=1e-3)
-    assert interpolation.unevenness(latent, 5).min() > 1 and interpolation.changes(
-        latent, 5
-    ).shape == (4, 6)
+    for path in (latent, pixels):
+        assert torch.equal(path[0].float(), first.float())
+        assert torch.equal(path[-1].float(), second.float())
+    assert unevenness(pixels, 5) == pytest.approx(torch.ones(6), abs=1e-3)
+    assert unevenness(latent, 5).min() > 1
+    assert step_sizes(latent, 5).shape == (4, 6)
+
+
+def test_step_sizes_and_unevenness_of_known_paths():
     uneven = torch.tensor([0, 1, 4]).view(3, 1, 1, 1, 1).expand(3, 2, 1, 4, 4)
-    assert interpolation.unevenness(uneven, 5) == pytest.approx(torch.full((2,), 1.5))
-    assert interpolation.changes(
-        torch.stack((torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 31))), 5
-    ) == pytest.approx(torch.ones(1, 2))
+    assert unevenness(uneven, 5) == pytest.approx(torch.full((2,), 1.5))
+    black_to_white = torch.stack((torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 31)))
+    assert step_sizes(black_to_white, 5) == pytest.approx(torch.ones(1, 2))
 
 
-def test_a_walk_goes_the_way_that_it_is_told():
+def test_interpolation_follows_the_given_curve():
     model = started("glow")
-    ends = noise(5, 2)[:1] // 2, noise(5, 2)[1:] // 2
-    shares = torch.tensor([0.25, 0.5])
-    encoded = [model.encode(end) for end in ends]
-    wanted = model.decode(great_circle(*encoded, shares[:, None]))
-    assert torch.equal(walk(model, *ends, shares, along=great_circle)[0][:, 0], wanted)
-    assert not torch.equal(walk(model, *ends, shares)[0][:, 0], wanted)
+    images = noise(5, 2) // 2
+    first, second = images[:1], images[1:]
+    fractions = torch.tensor([0.25, 0.5])
+    latents = slerp(model.encode(first), model.encode(second), fractions[:, None])
+    expected = model.decode(latents)
+    on_circle, _ = interpolate_pairs(model, first, second, fractions, slerp)
+    on_line, _ = interpolate_pairs(model, first, second, fractions)
+    assert torch.equal(on_circle[:, 0], expected)
+    assert not torch.equal(on_line[:, 0], expected)
 
 
-def test_fid_without_its_network_or_its_package_is_refused(monkeypatch, tmp_path):
-    monkeypatch.delenv(sample_quality.WEIGHTS, raising=False)
-    assert sample_quality.network() is None
-    monkeypatch.setenv(sample_quality.WEIGHTS, str(tmp_path / "nowhere.pth"))
-    with pytest.raises(UserError, match="no file"):
-        sample_quality.network()
-    (tmp_path / "nowhere.pth").touch()
+def test_lerp_and_slerp_are_exact_at_the_ends():
+    start, end = torch.randn(5, 7), torch.randn(5, 7)
+    for curve in (interpolation.lerp, interpolation.slerp):
+        assert torch.equal(curve(start, end, torch.zeros(5, 1)), start)
+        assert torch.equal(curve(start, end, torch.ones(5, 1)), end)
+
+
+def test_fid_without_its_weights_or_its_package_is_refused(monkeypatch, tmp_path):
+    variable = sample_quality.FID_WEIGHTS_VARIABLE
+    path = tmp_path / "weights.pth"
+    monkeypatch.delenv(variable, raising=False)
+    assert sample_quality.find_fid_weights() is None
+    monkeypatch.setenv(variable, str(path))
+    with pytest.raises(UserError, match="is not a file"):
+        sample_quality.find_fid_weights()
+    path.touch()
     monkeypatch.setattr(sample_quality, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="not installed"):
-        sample_quality.network()
+        sample_quality.find_fid_weights()
     monkeypatch.setattr(sample_quality, "find_spec", lambda name: object())
-    assert sample_quality.network() == tmp_path / "nowhere.pth"
+    assert sample_quality.find_fid_weights() == path
 
 
-def test_a_flow_is_judged_by_samples_that_are_its_data():
-    """Test images as samples: covered, as far apart as they are, at no distance; grey ones are none of that."""
+def test_flow_report_compares_samples_with_test_images():
+    """Test images as samples have the best quality; gray images have none of it."""
     data, model = MNISTSample(bits=5, random_flip=False), glow(image_shape=(1, 28, 28), levels=2)
     test = torch.cat(list(data.batches("test", 100, 60)))
     model.initialize(test)
-    found = sample_quality.flow_report(
-        model, data, {0.0: [torch.full_like(test, 4)], 1.0: [test, test]}, pairs=4, steps=6
-    )
-    grey, same = found["samples"][0][0], found["samples"][1][0]
-    assert (
-        same["coverage"] == 1
-        and same["spread"] == pytest.approx(1)
-        and same["frechet"] == pytest.approx(0, abs=1e-3)
-    )
-    assert (
-        grey["coverage"] < 0.75
-        and grey["spread"] == 0
-        and grey["frechet"] > found["training"]["frechet"]
-    )
-    assert found["images"] == len(found["bits"]) == 60 and found["mean_sample"] > 0
-    assert sample_quality.bits_per_image(model, test).mean().item() == pytest.approx(
-        found["bits"] and sum(found["bits"]) / 60
-    )
-    assert len(found["walk"]["unevenness"]) == 4 and [
-        len(each) for each in found["walk"]["bits"]
-    ] == [6, 6]
-    assert found == json.loads(json.dumps(found))
+    samples = {0.0: [torch.full_like(test, 4)], 1.0: [test, test]}
+    report = sample_quality.flow_report(model, data, samples, pairs=4, steps=6)
+    gray, same = report["samples"][0][0], report["samples"][1][0]
+    assert same["coverage"] == 1
+    assert same["spread"] == pytest.approx(1)
+    assert same["frechet"] == pytest.approx(0, abs=1e-3)
+    assert gray["coverage"] < 0.75
+    assert gray["spread"] == 0
+    assert gray["frechet"] > report["training"]["frechet"]
+    assert report["images"] == len(report["bits"]) == 60
+    assert report["mean_sample"] > 0
+    mean_bits = sample_quality.bits_per_dim_of_images(model, test).mean().item()
+    assert mean_bits == pytest.approx(sum(report["bits"]) / 60)
+    assert len(report["walk"]["unevenness"]) == 4
+    assert [len(bits) for bits in report["walk"]["bits"]] == [6, 6]
+    assert report == json.loads(json.dumps(report)), "the report must be plain data"
+
+
+def test_the_classifier_reports_the_share_of_confident_predictions():
+    classifier = sample_quality.Classifier((1, 8, 8), bits=5, num_classes=3).eval()
+    images = noise(5, 20, channels=1)
+    label, confidence = classifier.predict(images)
+    assert label.shape == confidence.shape == (20,)
+    assert torch.equal(classifier(images).argmax(1), label)
+    classifier.layers[-1].bias.data[1] = 100.0
+    assert classifier.share_readable(images) == 1.0
+    classifier.layers[-1].weight.data.zero_()
+    classifier.layers[-1].bias.data.zero_()
+    assert classifier.share_readable(images) == 0.0

@@ -17,7 +17,7 @@ _MODULES = {
     "frechet_distance": "sample_quality",
     "measure_sample_quality": "sample_quality",
     "train_classifier": "sample_quality",
-    "interpolate": "interpolation",
+    "interpolate_pairs": "interpolation",
     "lerp": "interpolation",
     "slerp": "interpolation",
     "step_sizes": "interpolation",
@@ -30,33 +30,7 @@ _MODULES = {
     "mean": "stats",
     "paired_difference": "stats",
 }
-__all__ = [
-    "AUROC",
-    "Classifier",
-    "Directions",
-    "Mean",
-    "OODDetector",
-    "PrincipalComponents",
-    "SampleQuality",
-    "auroc",
-    "compute_moments",
-    "coverage",
-    "fid_metrics",
-    "fit_directions",
-    "flow_report",
-    "frechet_distance",
-    "interpolate",
-    "lerp",
-    "mean",
-    "measure_sample_quality",
-    "move_along",
-    "paired_difference",
-    "png_complexity",
-    "slerp",
-    "step_sizes",
-    "train_classifier",
-    "unevenness",
-]
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
@@ -66,4 +40,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

@@ -50,7 +50,7 @@ def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def interpolate(
+def interpolate_pairs(
     model: GenerativeModel,
     first: Tensor,
     second: Tensor,
@@ -74,7 +74,7 @@ def interpolate(
         >>> from flowgen.models.rbm.rbm import RBM
         >>> first, second = torch.zeros(2, 2, 1, 4, 4, dtype=torch.uint8)
         >>> model = RBM(visible=(1, 4, 4), hidden=8)
-        >>> decoded, pixels = interpolate(model, first, second, torch.linspace(0, 1, 5))
+        >>> decoded, pixels = interpolate_pairs(model, first, second, torch.linspace(0, 1, 5))
         >>> decoded.shape
         torch.Size([5, 2, 1, 4, 4])
     """

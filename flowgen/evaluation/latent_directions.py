@@ -19,7 +19,7 @@ BATCH_SIZE = 64
 class Moments(NamedTuple):
     """First and second moments of the latents z (D,) and attributes a (K,) of labeled images."""
 
-    count: Tensor  # number of images, a scalar
+    num_images: Tensor  # a scalar
     latent_mean: Tensor  # (D,)
     attribute_mean: Tensor  # (K,)
     attribute_cov: Tensor  # covariance of the attributes, (K, K)
@@ -54,7 +54,7 @@ def ridge(moments: Moments) -> Tensor:
     Ridge regression with standardized attributes (Hoerl and Kennard, 1970):
     (C_aa + r/N diag C_aa)^-1 C_az with r = `RIDGE_IMAGES`.
     """
-    penalty = RIDGE_IMAGES / moments.count * moments.attribute_cov.diagonal().diag()
+    penalty = RIDGE_IMAGES / moments.num_images * moments.attribute_cov.diagonal().diag()
     return torch.linalg.solve(moments.attribute_cov + penalty, moments.cross_cov)
 
 
@@ -83,7 +83,7 @@ class Directions:
         names: names of the attributes, or of the classes.
         changes: changes of the latents, (names, D); for classes, the mean latent of each class.
         classes: whether the attributes are classes, which exclude one another. An image then
-            moves away from the mean of its own class.
+            moves away from the mean of the class it has.
 
     Example:
         >>> directions = Directions(("smile", "hat"), torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
@@ -167,7 +167,7 @@ def move_along(
     directions: Directions,
     images: Tensor,
     amounts: Mapping[str, float],
-    shares: Tensor,
+    fractions: Tensor,
 ) -> Tensor:
     """Change attributes of images by moving their latents.
 
@@ -178,7 +178,7 @@ def move_along(
         directions: directions in its latent space.
         images: (N, channels, height, width).
         amounts: amount of each attribute.
-        shares: factors on the amounts, (steps,).
+        fractions: factors on the amounts, (steps,).
 
     Returns:
         Images, (steps, N, channels, height, width), on the CPU.
@@ -196,9 +196,9 @@ def move_along(
         else:
             image_classes = directions.nearest_class(latent)
     shift = directions.shift(amounts, image_classes)
-    moved = (latent + shares.to(latent)[:, None, None] * shift).flatten(0, 1)
-    decoded = torch.cat([model.decode(batch) for batch in moved.split(BATCH_SIZE)])
-    return decoded.view(len(shares), *images.shape).cpu()
+    edited = (latent + fractions.to(latent)[:, None, None] * shift).flatten(0, 1)
+    decoded = torch.cat([model.decode(batch) for batch in edited.split(BATCH_SIZE)])
+    return decoded.view(len(fractions), *images.shape).cpu()
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:

@@ -40,28 +40,28 @@ class OODDetector:
     The last level and the density of states need statistics that only flows have.
 
     Args:
-        held_out: statistics of images that the model was not trained on.
+        validation: statistics of images that the model was not trained on.
 
     Raises:
         UserError: for fewer than four images, or if hardly any has finite statistics.
 
     Example:
-        >>> held_out = {"log_prob": torch.arange(8.0), "complexity": torch.zeros(8)}
-        >>> detector = OODDetector(held_out)
+        >>> validation = {"log_prob": torch.arange(8.0), "complexity": torch.zeros(8)}
+        >>> detector = OODDetector(validation)
         >>> scores = detector.scores({"log_prob": torch.tensor([4.0, -90.0]),
         ...                           "complexity": torch.zeros(2)})
         >>> detector.p_values(scores)["likelihood"]
         tensor([0.6000, 0.2000], dtype=torch.float64)
     """
 
-    def __init__(self, held_out: Statistics):
-        count = len(held_out["log_prob"])
+    def __init__(self, validation: Statistics):
+        count = len(validation["log_prob"])
         if count < MIN_HELD_OUT_IMAGES:
             raise UserError(
                 f"out-of-distribution scores need at least {MIN_HELD_OUT_IMAGES} validation "
                 "images: choose a run with more data"
             )
-        num_broken = int((~_finite_rows(held_out)).sum())
+        num_broken = int((~_finite_rows(validation)).sum())
         if num_broken:
             log.warning(
                 "%d of %d validation images have scores beyond the range of float32: "
@@ -69,8 +69,8 @@ class OODDetector:
                 num_broken,
                 count,
             )
-        fitted = {name: values[::2].double() for name, values in held_out.items()}
-        self.calibration = {name: values[1::2].double() for name, values in held_out.items()}
+        fitted = {name: values[::2].double() for name, values in validation.items()}
+        self.calibration = {name: values[1::2].double() for name, values in validation.items()}
         finite = _finite_rows(fitted)
         if finite.sum() < MIN_HELD_OUT_IMAGES // 2:
             raise UserError(
@@ -78,7 +78,7 @@ class OODDetector:
                 "choose another run, or an earlier checkpoint"
             )
         self.fitted = {name: values[finite] for name, values in fitted.items()}
-        self.log_probs = _nan_to_log_zero(held_out["log_prob"]).sort().values
+        self.log_probs = _nan_to_log_zero(validation["log_prob"]).sort().values
         self.moments = {
             name: (scores.mean(), scores.std())
             for name, scores in _one_sided_scores(self.fitted).items()

@@ -1,7 +1,7 @@
 """Sample quality: Fréchet distance, coverage and spread, a classifier, FID, reports of flows.
 
-The Fréchet distance here uses principal components of the images, so that it needs no pretrained
-network. FID uses the features of one particular network, see `fid_metrics`.
+The Fréchet distance here uses principal components of the images, and needs no pretrained network.
+FID uses the features of one particular network, see `fid_metrics`.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from flowgen.data.dataset import ImageDataset
-from flowgen.evaluation.interpolation import interpolate, step_sizes, unevenness
+from flowgen.evaluation.interpolation import interpolate_pairs, step_sizes, unevenness
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError
 
@@ -298,7 +298,7 @@ def flow_report(
     count = len(next(iter(samples.values()))[0])
     train = torch.cat(list(data.batches("train", 500, 5 * count)))
     test = torch.cat(list(data.batches("test", 500, count)))
-    held_out = train[: len(test)]
+    reference = train[: len(test)]
     project = PrincipalComponents(_to_unit_range(train[len(test) :], data.bits))
 
     def features(images: Tensor) -> Tensor:
@@ -315,11 +315,11 @@ def flow_report(
 
     half = min(pairs, len(test) // 2)
     fractions = torch.linspace(0, 1, steps)
-    paths = interpolate(model, test[:half], test[half : 2 * half], fractions)
+    paths = interpolate_pairs(model, test[:half], test[half : 2 * half], fractions)
     coldest = samples[min(samples)][0]
     return {
         "samples": [[quality(images) for images in sets] for sets in samples.values()],
-        "training": measure_sample_quality(features(held_out), real)._asdict(),
+        "training": measure_sample_quality(features(reference), real)._asdict(),
         "mean_sample": distance_from_mean(features(coldest[:1])[0], real),
         "bits": bits_per_dim_of_images(model, test).tolist(),
         "walk": {

@@ -13,7 +13,7 @@ class Metric:
     Args:
         name: name in files and tables.
         unit: unit of its values.
-        higher_is_better: direction of improvement; None if neither is better.
+        higher_is_better: direction of improvement, or None.
 
     Example:
         >>> BITS_PER_DIM.cost(2.0), LOG_LIKELIHOOD.cost(-86.0)
@@ -68,8 +68,8 @@ class MetricValue:
         """Return the value of `metric` in a row of metrics.jsonl, or None if it has no value.
 
         Example:
-            >>> MetricValue.from_row({"log_z": 12.0}, BITS_PER_DIM) is None
-            True
+            >>> print(MetricValue.from_row({"bits_per_dim": 3.5, "split": "test"}, BITS_PER_DIM))
+            test bits_per_dim 3.500
         """
         value = row.get(metric.name)
         if value is None:

@@ -306,8 +306,8 @@ def bridge(
         chains: number of independent ensembles of replicas.
         burn_in: steps during which the betas adapt; they are not used for the estimate.
         steps: steps that are used, rounded down to an even number.
-        num_temperatures: number of inverse temperatures. By default so many that half of the
-            swaps are accepted (Syed et al., arXiv:1905.02939, section 5).
+        num_temperatures: number of inverse temperatures. By default half of the swaps are
+            accepted (Syed et al., arXiv:1905.02939, section 5).
         pilot: pilot run whose chains the replicas start at; by default a new one.
         generator: source of random numbers.
         progress: progress bar.
@@ -408,7 +408,7 @@ def _log_ratios(at_lower: Tensor, at_upper: Tensor) -> tuple[float, Tensor]:
 class LogZ:
     """log Z in nats with its standard error, the estimates it combines, and a verdict.
 
-    `reliable` is None if the value was not checked.
+    If the value was not checked, `reliable` is `None`.
     """
 
     value: float

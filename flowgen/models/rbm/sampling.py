@@ -219,10 +219,10 @@ def space_betas(betas: Tensor, lengths: Tensor, num_intervals: int) -> Tensor:
     fractions = torch.linspace(
         0, 1, num_intervals + 1, device=cumulative.device, dtype=cumulative.dtype
     )
-    targets = fractions * cumulative[-1]
-    right = torch.searchsorted(cumulative, targets).clamp(1, len(lengths))
+    positions = fractions * cumulative[-1]
+    right = torch.searchsorted(cumulative, positions).clamp(1, len(lengths))
     left = right - 1
-    share = (targets - cumulative[left]) / (cumulative[right] - cumulative[left])
+    share = (positions - cumulative[left]) / (cumulative[right] - cumulative[left])
     result = torch.lerp(betas[left], betas[right], share)
     result[0] = betas[0]
     result[-1] = betas[-1]
