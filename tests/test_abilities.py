@@ -69,7 +69,9 @@ def test_the_mean_of_a_completion_is_the_exact_conditional():
 
 def test_a_film_begins_with_noise_and_goes_on_for_ever():
     rbm = COMPLETE["rbm"]()
-    noise, *frames = itertools.islice(rbm.film(7, "gibbs", torch.Generator().manual_seed(0)), 4)
+    noise, *frames = itertools.islice(
+        rbm.iter_chains(7, "gibbs", torch.Generator().manual_seed(0)), 4
+    )
     assert set(noise.unique().tolist()) == {0.0, 1.0}
     assert all(
         frame.shape == (7, 1, 8, 8) and frame.min() > 0 and frame.max() < 1 for frame in frames

@@ -156,7 +156,10 @@ def test_what_is_kept_grows_with_depth_unless_it_is_recovered():
 
 @pytest.mark.parametrize(
     "phase",
-    [PCD(gibbs_steps=1, chains=5), Tempering(gibbs_steps=1, chains=5, temperatures=3, adapt=True)],
+    [
+        PCD(gibbs_steps=1, num_chains=5),
+        Tempering(gibbs_steps=1, num_chains=5, num_temperatures=3, adapt=True),
+    ],
 )
 def test_a_look_at_the_memory_leaves_chains_and_statistics_as_they_were(phase):
     rbm = RBM([1, 4, 4], 6, negative_phase=phase)

@@ -203,7 +203,7 @@ def chain(
     run, _, model = find_model(name, device, SupportsMCMC)
     side = max(rendering.SMALLEST_SIDE, *model.image_shape[1:])
     check_memory("--frames", frames, 3 * count * side**2)
-    states = model.film(count, method, torch.Generator(model.device).manual_seed(seed))
+    states = model.iter_chains(count, method, torch.Generator(model.device).manual_seed(seed))
     shown = islice(progress_bar(states, method, sweeps * frames), 0, sweeps * frames + 1, sweeps)
     target = out or run.folder / f"chain_{method}.gif"
     columns = max(1, round(count**0.5))

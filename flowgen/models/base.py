@@ -281,7 +281,7 @@ class SupportsMCMC(Capability):
     example = "model=rbm"
 
     @abstractmethod
-    def film(
+    def iter_chains(
         self, count: int, method: str, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
         """`count` chains in white noise, then after every sweep without end: brightness from 0 to 1, (count, channels, height, width)."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgen.utils.metrics import Metric, metric_from_row
+from flowgen.utils.metrics import Metric, MetricValue
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +99,7 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
     loss = {"training loss": losses, "training loss, moving average": moving_average(losses)}
     held_out: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row["split"] != "train" and (measured := metric_from_row(row, metric)):
+        if row["split"] != "train" and (measured := MetricValue.from_row(row, metric)):
             held_out.setdefault(f"{row['split']} {metric.name}", []).append(
                 (row["step"], measured.value)
             )
