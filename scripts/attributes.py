@@ -18,7 +18,7 @@ from flowgen.config.instantiate import build_data
 from flowgen.config.loading import find_model
 from flowgen.data.dataset import ImageDataset
 from flowgen.evaluation.latent_directions import METHODS, class_directions, move_along
-from flowgen.evaluation.sample_quality import SURE, Classifier, train_classifier
+from flowgen.evaluation.sample_quality import CONFIDENCE_THRESHOLD, Classifier, train_classifier
 from flowgen.evaluation.stats import mean
 from flowgen.models.flows.flow import Flow
 from flowgen.training.run_dir import Run
@@ -125,10 +125,10 @@ def of_digits(model: Flow, data: ImageDataset, classes: list[int], count: int) -
         move_along(model, class_directions(model), pixels, {str(end): 1.0}, torch.tensor(amounts)),
         strict=True,
     ):
-        label, surety = classifier.surety(images)
+        label, confidence = classifier.predict(images)
         shares = [
             mean((100 * each.double()).tolist())
-            for each in (label == end, label == start, surety >= SURE)
+            for each in (label == end, label == start, confidence >= CONFIDENCE_THRESHOLD)
         ]
         print(f"{by:3g}  {shares[0]!s:16} {shares[1]!s:18} {shares[2]}", flush=True)
 

@@ -87,7 +87,7 @@ def normflows_step() -> Callable[[Tensor], None]:
 
 
 def rbm_step() -> Callable[[Tensor], None]:
-    rbm = RBM([1, SIDE, SIDE], HIDDEN, negative_phase=PCD(gibbs_steps=1, chains=RBM_BATCH))
+    rbm = RBM([1, SIDE, SIDE], HIDDEN, negative_phase=PCD(gibbs_steps=1, num_chains=RBM_BATCH))
     rbm.initialize(digits())
     optimizer = torch.optim.SGD(rbm.parameters(), lr=0.01, momentum=0.9, fused=True)
 
@@ -146,12 +146,12 @@ def gibbs_sweeps() -> Callable[[Tensor], None]:
 
 def tempering_sweep() -> Callable[[Tensor], None]:
     rbm = RBM(SIDE**2, HIDDEN)
-    ladder = ParallelTempering(TEMPERATURES, RBM_BATCH, adapt=True)
-    ladder.allocate(HIDDEN)
+    replicas = ParallelTempering(TEMPERATURES, RBM_BATCH, adapt=True)
+    replicas.allocate(HIDDEN)
 
     def step(images: Tensor) -> None:
         with torch.no_grad():
-            ladder.sweep(rbm)
+            replicas.step(rbm)
 
     return step
 

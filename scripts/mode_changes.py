@@ -1,7 +1,7 @@
 """How many digits do the chains of an RBM visit? Gibbs sampling and parallel tempering from the same start, in a figure.
 
 A classifier, trained on the run's training images, names the digit of every state; a mode change is a state
-whose digit it is sure of (`SURE`) and which is not the last one that it was sure of.
+whose digit it is sure of (`CONFIDENCE_THRESHOLD`) and which is not the last one that it was sure of.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from flowgen.config.instantiate import build_data
 from flowgen.config.loading import load_from_checkpoint
 from flowgen.config.runs import find_checkpoint
-from flowgen.evaluation.sample_quality import SURE, Classifier, train_classifier
-from flowgen.models.rbm.rbm import METHODS, RBM
+from flowgen.evaluation.sample_quality import CONFIDENCE_THRESHOLD, Classifier, train_classifier
+from flowgen.models.rbm.rbm import RBM, SAMPLERS
 
 
 @torch.no_grad()
@@ -26,12 +26,12 @@ def visits(
 ) -> tuple[Tensor, Tensor]:
     """Mode changes and different digits so far, on average over the chains: (sweeps,) each."""
     generator = torch.Generator().manual_seed(0)
-    last = classifier.surety(start.view(-1, *rbm.image_shape))[0]
+    last = classifier.predict(start.view(-1, *rbm.image_shape))[0]
     seen = F.one_hot(last, 10).bool()
     changes, totals, digits = torch.zeros(len(start)), [], []
-    for visible, _ in islice(METHODS[method](rbm, start, generator=generator), sweeps):
-        digit, surety = classifier.surety(visible.view(-1, *rbm.image_shape))
-        now = torch.where(surety >= SURE, digit, last)
+    for visible, _ in islice(SAMPLERS[method](rbm, start, generator=generator), sweeps):
+        digit, confidence = classifier.predict(visible.view(-1, *rbm.image_shape))
+        now = torch.where(confidence >= CONFIDENCE_THRESHOLD, digit, last)
         changes += now != last
         seen |= F.one_hot(now, 10).bool()
         last = now
@@ -53,11 +53,11 @@ def main() -> None:
     assert isinstance(rbm, RBM)
     classifier = train_classifier(data)
     assert data.test.labels is not None
-    named = classifier.surety(torch.cat(list(data.batches("test", 1000))))[0]
+    named = classifier.predict(torch.cat(list(data.batches("test", 1000))))[0]
     print(
         f"{run.folder}: the classifier names {100 * named.eq(data.test.labels).float().mean():.1f} % of the test digits rightly"
     )
-    start = rbm.units(next(data.batches("test", options.chains)))
+    start = rbm.to_visible(next(data.batches("test", options.chains)))
     page = Figure(figsize=(9, 4), layout="constrained")
     left, right = page.subplots(1, 2)
     for method, style in (("gibbs", "--"), ("tempering", "-")):

@@ -39,10 +39,10 @@ def main() -> None:
         classifier = train_classifier(data)
         if options.keep:
             torch.save(classifier.state_dict(), options.keep)
-    label, surety = classifier.surety(data.test.images)
+    label, confidence = classifier.predict(data.test.images)
     accuracy = (label == data.test.labels).float().mean().item()
     print(
-        f"test digits: readable {(surety >= 0.9).float().mean():.3f}, named rightly {accuracy:.4f}"
+        f"test digits: readable {(confidence >= 0.9).float().mean():.3f}, named rightly {accuracy:.4f}"
     )
     for run in options.runs:
         model = flowgen.load(run)
@@ -52,10 +52,10 @@ def main() -> None:
             right = ""
             if model.num_classes:
                 payload = torch.arange(len(images)) % model.num_classes
-                right = f", of the class asked for {(classifier.surety(images)[0] == payload).float().mean():.3f}"
-            first = int(32 * classifier.readable(images[:32]))
+                right = f", of the class asked for {(classifier.predict(images)[0] == payload).float().mean():.3f}"
+            first = int(32 * classifier.share_readable(images[:32]))
             print(
-                f"{run} at temperature {temperature:g}: readable {classifier.readable(images):.3f}, {first} of the first 32{right}"
+                f"{run} at temperature {temperature:g}: readable {classifier.share_readable(images):.3f}, {first} of the first 32{right}"
             )
 
 

@@ -1,19 +1,20 @@
-"""Boltzmann machines small enough to be enumerated, and their exact laws."""
+"""RBMs small enough for exact enumeration, and their exact distributions."""
 
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from flowgen.models.rbm.rbm import METHODS, RBM
+from flowgen.models.rbm import rbm as rbm_module
+from flowgen.models.rbm.rbm import RBM
 from flowgen.models.rbm.sampling import tempering
 
 CHAINS = 40_000
-SAMPLERS = METHODS | {"tempering": partial(tempering, temperatures=4)}
+SAMPLERS = rbm_module.SAMPLERS | {"tempering": partial(tempering, num_temperatures=4)}
 
 
-def machine(visible: int = 4, hidden: int = 3, scale: float = 1.0, **arguments: object) -> RBM:
-    """A small one in float64, with parameters and base rates of order `scale`."""
+def small_rbm(visible: int = 4, hidden: int = 3, scale: float = 1.0, **arguments: object) -> RBM:
+    """Return an RBM in float64 with random parameters and base rates of order `scale`."""
     rbm = RBM(visible, hidden, **arguments).double()
     with torch.no_grad():
         for parameter in (*rbm.parameters(), rbm.base):
@@ -21,35 +22,40 @@ def machine(visible: int = 4, hidden: int = 3, scale: float = 1.0, **arguments: 
     return rbm
 
 
-def states(units: int) -> Tensor:
+def all_states(units: int) -> Tensor:
+    """Return every state of binary units, (2^units, units)."""
     return (torch.arange(2**units)[:, None] >> torch.arange(units) & 1).double()
 
 
-def law(rbm: RBM, rung: float = 1.0, beta: float = 1.0) -> Tensor:
-    """P(v) of every state at a rung of the ladder, by enumerating both layers."""
-    v, h = states(rbm.visible), states(rbm.hidden)
+def exact_distribution(rbm: RBM, path_beta: float = 1.0, beta: float = 1.0) -> Tensor:
+    """Return P(v) of every state by enumerating both layers.
+
+    `path_beta` is the position between the base rates and the RBM, and `beta` scales the energy of
+    the RBM.
+    """
+    v = all_states(rbm.visible)
+    h = all_states(rbm.hidden)
     energy = rbm.energy(v[:, None].expand(-1, len(h), -1), h.expand(len(v), -1, -1))
-    return (
-        (-rung * beta * energy + ((1 - rung) * v @ rbm.base)[:, None])
-        .logsumexp(1)
-        .softmax(0)
-        .detach()
-    )
+    log_base = ((1 - path_beta) * v @ rbm.base)[:, None]
+    return (-path_beta * beta * energy + log_base).logsumexp(1).softmax(0).detach()
 
 
-def draw(probabilities: Tensor, count: int = CHAINS) -> Tensor:
-    return states(len(probabilities).bit_length() - 1)[
-        torch.multinomial(probabilities, count, replacement=True)
-    ]
+def draw_states(probabilities: Tensor, count: int = CHAINS) -> Tensor:
+    """Draw independent states, (count, units)."""
+    units = len(probabilities).bit_length() - 1
+    return all_states(units)[torch.multinomial(probabilities, count, replacement=True)]
 
 
-def distance(visible: Tensor, probabilities: Tensor) -> float:
-    """Total variation between the states found and their law."""
-    numbers = (visible.long() << torch.arange(visible.shape[1])).sum(1)
-    found = torch.bincount(numbers, minlength=len(probabilities)) / len(numbers)
-    return 0.5 * (found - probabilities).abs().sum().item()
+def total_variation(visible: Tensor, probabilities: Tensor) -> float:
+    """Return the total variation distance of an empirical distribution from the exact one."""
+    indices = (visible.long() << torch.arange(visible.shape[1])).sum(1)
+    frequencies = torch.bincount(indices, minlength=len(probabilities)) / len(indices)
+    return 0.5 * (frequencies - probabilities).abs().sum().item()
 
 
-def floor(probabilities: Tensor, count: int = CHAINS) -> float:
-    """The total variation that as many independent draws would show, about: a mean of 1/2 sum sqrt(2 p (1-p) / (pi count))."""
+def expected_variation(probabilities: Tensor, count: int = CHAINS) -> float:
+    """Return the expected total variation of `count` independent draws, about.
+
+    It is 1/2 sum sqrt(2 p (1 - p) / (pi count)).
+    """
     return 0.5 * (2 * probabilities * (1 - probabilities) / (torch.pi * count)).sqrt().sum().item()

@@ -15,10 +15,10 @@ from conftest import SMALL, save_image
 from PIL import Image
 
 import flowgen
-from flowgen.commands.interpolate import great_circle, line
 from flowgen.commands.sample import draw
 from flowgen.config.compose import read_config
 from flowgen.data.preprocess import read_images
+from flowgen.evaluation.interpolation import lerp, slerp
 from flowgen.models.flows.flow import Flow
 from flowgen.utils import rendering
 
@@ -232,12 +232,12 @@ def test_a_title_is_never_cut():
 def test_great_circle_keeps_the_length_and_the_ends():
     start, end = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 4.0])
     share = torch.linspace(0, 1, 5)[:, None]
-    path = great_circle(start, end, share)
+    path = slerp(start, end, share)
     assert torch.equal(path[0], start) and torch.equal(path[-1], end)
     assert torch.allclose(path.norm(dim=1), torch.linspace(2, 4, 5)) and torch.allclose(
         path[2], torch.tensor([1.0, 1.0]) * 3 / 2**0.5
     )
-    assert torch.equal(line(start, end, share)[[0, -1]], torch.stack([start, end]))
+    assert torch.equal(lerp(start, end, share)[[0, -1]], torch.stack([start, end]))
 
 
 def test_evaluate_builds_the_model_once_and_beforehand_as_shapes_alone(

@@ -19,9 +19,9 @@ from flowgen.evaluation.latent_directions import (
     Directions,
     class_directions,
     class_means,
-    directions_from,
+    compute_moments,
+    fit_directions,
     mean_difference,
-    moments,
     move_along,
     one_hot,
     ridge,
@@ -44,10 +44,12 @@ def test_ridge_tells_two_attributes_apart_that_go_together_and_the_mean_differen
     changes = torch.randn(2, 16).double()
     first = torch.rand(IMAGES) < 0.5
     attributes = torch.stack((first, first ^ (torch.rand(IMAGES) < 0.1)), 1).double()
-    found = moments(flow, batches(flow, attributes @ changes + torch.randn(IMAGES, 16), attributes))
-    error = 5 * (torch.linalg.inv(found.among).diagonal() / IMAGES).sqrt()[:, None]
+    found = compute_moments(
+        flow, batches(flow, attributes @ changes + torch.randn(IMAGES, 16), attributes)
+    )
+    error = 5 * (torch.linalg.inv(found.attribute_cov).diagonal() / IMAGES).sqrt()[:, None]
     assert ((ridge(found) - changes).abs() < error + 0.02).all()
-    slope = (found.among[0, 1] / found.among[0, 0]).item()
+    slope = (found.attribute_cov[0, 1] / found.attribute_cov[0, 0]).item()
     assert slope == pytest.approx(0.8, abs=0.05)
     expected = changes + slope * changes.flip(0)
     assert ((mean_difference(found) - expected).abs() < 5 / math.sqrt(IMAGES / 4) + 0.1).all()
@@ -57,14 +59,14 @@ def test_ridge_tells_two_attributes_apart_that_go_together_and_the_mean_differen
 def test_classes_have_their_means_and_an_image_leaves_its_own():
     flow, _, _ = small_field()
     middles, labels = torch.randn(3, 16).double(), torch.arange(IMAGES) % 3
-    found = moments(
+    found = compute_moments(
         flow, batches(flow, middles[labels] + torch.randn(IMAGES, 16), one_hot(labels, 3))
     )
     assert (class_means(found) - middles).abs().max() < 5 / math.sqrt(IMAGES / 3) + 0.05
-    directions = directions_from(found, ("0", "1", "2"), classes=True)
+    directions = fit_directions(found, ("0", "1", "2"), classes=True)
     latent = middles[[0, 2]] + 0.1 * torch.randn(2, 16)
-    assert directions.nearest(latent.float()).tolist() == [0, 2]
-    step = directions.step({"2": 1.0}, torch.tensor([0, 2]))
+    assert directions.nearest_class(latent.float()).tolist() == [0, 2]
+    step = directions.shift({"2": 1.0}, torch.tensor([0, 2]))
     assert (
         torch.allclose(step[0], directions.changes[2] - directions.changes[0])
         and step[1].abs().max() < 1e-6
@@ -99,7 +101,7 @@ def test_where_networks_see_the_class_it_changes_with_the_latents_but_no_further
     assert directions.changes.shape == (2, 192 + 2)
     own = torch.zeros(3, dtype=torch.long)
     latent = torch.cat((model.encode(images)[:, :192], one_hot(own, 2)), 1)
-    step = directions.step({"1": 1.0}, own)
+    step = directions.shift({"1": 1.0}, own)
     near, to, beyond = (
         model.decode(torch.cat((latent[:, :192], (latent + by * step)[:, 192:]), 1))
         for by in (0, 1, 2)
@@ -122,18 +124,16 @@ def test_images_are_encoded_once_in_batches_and_each_moves_as_it_would_alone(mon
         "encode",
         lambda batch, generator: sizes.append(len(batch)) or encode(batch, generator),
     )
-    monkeypatch.setattr("flowgen.evaluation.latent_directions.BATCH", 3)
+    monkeypatch.setattr("flowgen.evaluation.latent_directions.BATCH_SIZE", 3)
     split = move_along(model, class_directions(model), images, {"1": 0.5}, torch.tensor([0.0, 1.0]))
     assert sizes == [3, 3, 1] and (split == whole).float().mean() > 0.99
 
 
 def test_several_attributes_add_up_and_unknown_ones_are_named():
     directions = Directions(("Smiling", "Male"), torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-    assert directions.step({"Male": -1.0, "Smiling": 0.5}).tolist() == [0.5, -2.0]
-    with pytest.raises(
-        UserError, match="attribute Smile is not there: choose one of Smiling, Male"
-    ):
-        directions.step({"Smile": 1.0})
+    assert directions.shift({"Male": -1.0, "Smiling": 0.5}).tolist() == [0.5, -2.0]
+    with pytest.raises(UserError, match="unknown attribute Smile: choose one of Smiling, Male"):
+        directions.shift({"Smile": 1.0})
 
 
 @pytest.fixture
@@ -152,7 +152,9 @@ def test_edit_shows_a_strip_a_pair_and_a_film_and_finds_directions_once(
     assert output.strip() == str(tiny_run / "edit.png") and strip.width > 3 * strip.height
     files = list(tiny_run.glob("directions_*.pt"))
     assert len(files) == 1
-    monkeypatch.setattr("flowgen.commands.edit.moments", lambda *given: pytest.fail("found anew"))
+    monkeypatch.setattr(
+        "flowgen.commands.edit.compute_moments", lambda *given: pytest.fail("found anew")
+    )
     moved: list[tuple] = []
     monkeypatch.setattr(
         "flowgen.commands.edit.move_along", lambda *given: moved.append(given) or move_along(*given)
@@ -260,14 +262,14 @@ def test_edit_knows_the_classes_of_folders(images, command, tmp_path):
     assert flowgen.load(run).classes is None
     assert_plain(
         command("edit", images / "000.png", "--run", run, "--attribute", "2"),
-        "class 2 is not there: choose one of 0, 1",
+        "unknown class 2: choose one of 0, 1",
     )
 
 
 def test_mistakes_get_one_line(labelled, tiny_run, command):
     for words, answer, status in (
         (["Smile"], "choose one of Bald, Smiling, Young", 1),
-        (["Human"], "attribute Human is not there", 1),  # every image has it
+        (["Human"], "unknown attribute Human", 1),  # every image has it
         (["Smiling", "--by", "much"], "give a number, such as 1", 2),
         (["Smiling", "--by", "inf"], "give a number, such as 1", 2),
         (["Smiling", "--by", "1", "--by", "2"], "2 times --by does not fit 1 times --attribute", 1),
@@ -323,7 +325,7 @@ def test_tables_that_are_none_get_one_line(tiny_run, images, command):
         ("file,A\n000.png,nan\n", "line 2 of"),
         ("file,A\nnone.png,1\n", "none.png, named"),
         ("file,A\n000.png\0,1\n", "mine.csv"),
-        ("file,A\n000.png,1\n", "no attribute tells"),
+        ("file,A\n000.png,1\n", "every attribute has the same value"),
     ):
         (images / "mine.csv").write_text(text)
         assert_plain(command(*words), answer)

@@ -1,4 +1,4 @@
-"""An RBM through the command line: trained, resumed, sampled from, judged, and asked to complete images."""
+"""RBMs on the command line: train, resume, sample, evaluate and complete."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_image, save_images, trained
+from conftest import SMALL, save_image, save_images, trained
 from PIL import Image, ImageSequence
 from test_training import assert_same_run
 
@@ -32,12 +32,9 @@ TINY = [
 @pytest.fixture(scope="module")
 def twenty_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("twenty_steps")
-    return (
-        trained(
-            folder, rbm=[*TINY, f"data.root={save_images(folder / 'images')}", "trainer.steps=20"]
-        )
-        / "rbm"
-    )
+    root = save_images(folder / "images")
+    overrides = [*TINY, f"data.root={root}", "trainer.steps=20"]
+    return trained(folder, rbm=overrides) / "rbm"
 
 
 @pytest.fixture
@@ -45,7 +42,7 @@ def rbm_run(twenty_steps: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(twenty_steps, tmp_path / "rbm"))
 
 
-def test_a_run_leaves_its_figures_and_a_picture_of_its_weights(rbm_run):
+def test_a_run_contains_its_metrics_and_a_picture_of_its_filters(rbm_run):
     rows = [json.loads(line) for line in (rbm_run / "metrics.jsonl").read_text().splitlines()]
     test = next(row for row in rows if row["split"] == "test")
     assert {
@@ -56,14 +53,12 @@ def test_a_run_leaves_its_figures_and_a_picture_of_its_weights(rbm_run):
         "free_energy_gap",
     } <= test.keys()
     assert "autocorrelation" in next(row for row in rows if row["split"] == "train")
-    assert (
-        Image.open(rbm_run / "features.png").width > 100
-        and (rbm_run / "samples" / "step_00000020.png").exists()
-    )
+    assert Image.open(rbm_run / "features.png").width > 100
+    assert (rbm_run / "samples" / "step_00000020.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("phase", "binarise"),
+    ("phase", "binarization"),
     [
         ("cd", "static"),
         ("cd", "dynamic"),
@@ -72,9 +67,9 @@ def test_a_run_leaves_its_figures_and_a_picture_of_its_weights(rbm_run):
         ("mean_field", "dynamic"),
     ],
 )
-def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, command, phase, binarization):
-    """Chains, ladder, offsets, momentum and random states included."""
-    words = [
+def test_a_resumed_run_is_bit_identical(images, tmp_path, command, phase, binarization):
+    """Chains, temperatures, offsets, momentum and random states are restored."""
+    overrides = [
         *TINY,
         f"data.root={images}",
         f"model/negative_phase={phase}",
@@ -82,251 +77,176 @@ def test_a_resumed_run_ends_with_the_same_bits(images, tmp_path, command, phase,
         "trainer.warmdown_ratio=0",
     ]
     for name, steps in (("whole", 110), ("stopped", 56)):
-        assert (
-            command("train", *words, f"trainer.steps={steps}", f"output_dir={tmp_path / name}")[0]
-            == 0
-        )
+        output = f"output_dir={tmp_path / name}"
+        assert command("train", *overrides, f"trainer.steps={steps}", output)[0] == 0
+    # Remove the evaluation at the end of the shorter run, which the longer run did not do there.
     metrics = tmp_path / "stopped" / "metrics.jsonl"
-    kept = [
-        line for line in metrics.read_text().splitlines() if json.loads(line)["split"] == "train"
-    ]
-    metrics.write_text(
-        "\n".join(kept) + "\n"
-    )  # the end of a run is judged, which the longer run did not do there
-    state = read_checkpoint(tmp_path / "stopped" / "checkpoints" / "last.pt")
+    lines = metrics.read_text().splitlines()
+    train_lines = [line for line in lines if json.loads(line)["split"] == "train"]
+    metrics.write_text("\n".join(train_lines) + "\n")
+    last = tmp_path / "stopped" / "checkpoints" / "last.pt"
+    state = read_checkpoint(last)
     state["progress"]["best"] = float("inf")
-    torch.save(state, tmp_path / "stopped" / "checkpoints" / "last.pt")
+    torch.save(state, last)
     assert command("resume", tmp_path / "stopped", "trainer.steps=110")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_what_the_checkpoint_holds_is_an_rbm(rbm_run):
+def test_load_returns_an_rbm(rbm_run):
     rbm = flowgen.load(rbm_run)
-    assert (
-        isinstance(rbm, RBM)
-        and rbm.weight.shape == (64, 6)
-        and rbm.visible_bias.shape == (64,)
-        and rbm.hidden_bias.shape == (6,)
-    )
+    assert isinstance(rbm, RBM)
+    assert rbm.weight.shape == (64, 6)
+    assert rbm.visible_bias.shape == (64,)
+    assert rbm.hidden_bias.shape == (6,)
 
 
-def test_evaluate_is_exact_where_it_can_be_and_names_the_binarisation(rbm_run, command):
+def test_evaluate_is_exact_for_small_models_and_names_the_binarization(rbm_run, command):
     status, out, error = command("evaluate", "--run", rbm_run, "--json")
     assert status == 0, error
-    figures = json.loads(out)
-    assert (
-        figures["reliable"] is True
-        and "exact" in figures["verdict"]
-        and figures["binarization"] == "dynamic"
-    )
-    assert figures["log_likelihood"] < 0 and figures["log_likelihood_error"] > 0
+    metrics = json.loads(out)
+    assert metrics["reliable"] is True
+    assert "exact" in metrics["verdict"]
+    assert metrics["binarization"] == "dynamic"
+    assert metrics["log_likelihood"] < 0
+    assert metrics["log_likelihood_error"] > 0
     assert "log_likelihood" in command("evaluate", "--run", rbm_run)[1]
 
 
-def test_evaluate_prints_the_sandwich(images, tmp_path, command):
-    words = [
+def test_evaluate_prints_all_estimates_of_log_z(images, tmp_path, command):
+    run = tmp_path / "run"
+    overrides = [
         *TINY,
         "model.hidden=24",
         f"data.root={images}",
         "trainer.steps=4",
-        f"output_dir={tmp_path / 'r'}",
+        f"output_dir={run}",
     ]
-    assert command("train", *words, f"data.root={images}", f"output_dir={tmp_path / 'r'}")[0] == 0
-    figures = json.loads(
-        command(
-            "evaluate",
-            "--run",
-            tmp_path / "r",
-            "--json",
-            "ais_steps=50",
-            "evaluation.ais_chains=20",
-        )[1]
-    )
+    assert command("train", *overrides)[0] == 0
+    settings = ("ais_steps=50", "evaluation.ais_chains=20")
+    metrics = json.loads(command("evaluate", "--run", run, "--json", *settings)[1])
     for name in ("forward", "reverse", "bridge"):
-        assert (
-            figures[f"log_z_{name}_error"] > 0
-            and figures[f"effective_size_{name}"] > 1
-            and figures[f"log_likelihood_{name}"] < 0
-        )
-    assert isinstance(figures["reliable"], bool)
-    look = json.loads(
-        command("evaluate", "--run", tmp_path / "r", "--json", "ais_steps=50", "cross_check=false")[
-            1
-        ]
-    )
-    assert look["log_z_error"] > 0 and "reliable" not in look
+        assert metrics[f"log_z_{name}_error"] > 0
+        assert metrics[f"effective_size_{name}"] > 1
+        assert metrics[f"log_likelihood_{name}"] < 0
+    assert isinstance(metrics["reliable"], bool)
+    settings = ("ais_steps=50", "cross_check=false")
+    quick = json.loads(command("evaluate", "--run", run, "--json", *settings)[1])
+    assert quick["log_z_error"] > 0
+    assert "reliable" not in quick
 
 
-def test_how_to_evaluate_is_no_setting_of_the_model(rbm_run, images, command):
-    words = "model.betas is no setting of the model: write evaluation.ais_steps=50, or `flowgen evaluate ais_steps=50`"
-    assert_plain(command("evaluate", "--run", rbm_run, "model.betas=50"), words)
-    assert_plain(
-        command("train", *TINY, f"data.root={images}", "trainer.steps=1", "model.betas=50"), words
+def test_settings_of_the_evaluation_are_not_settings_of_the_model(rbm_run, images, command):
+    message = (
+        "model.ais_steps is not a setting of the model: write evaluation.ais_steps=50, "
+        "or `flowgen evaluate ais_steps=50`"
     )
-    assert_plain(
-        command("evaluate", "--run", rbm_run, "ais_steps=0"),
-        "betas must be a whole number of at least 1",
-    )
+    overrides = [*TINY, f"data.root={images}", "trainer.steps=1"]
+    assert_one_line_error(command("evaluate", "--run", rbm_run, "model.ais_steps=50"), message)
+    assert_one_line_error(command("train", *overrides, "model.ais_steps=50"), message)
+    message = "ais_steps must be a whole number of at least 1"
+    assert_one_line_error(command("evaluate", "--run", rbm_run, "ais_steps=0"), message)
 
 
-def test_checkpoints_that_say_in_their_model_how_to_evaluate_still_load(tiny_run, command):
-    path = tiny_run / "checkpoints" / "last.pt"
-    state = read_checkpoint(path)
-    del state["config"]["evaluation"]
-    state["config"]["model"]["draws"] = 3
-    torch.save(state, path)
-    assert flowgen.load(tiny_run).classes is None
-    assert json.loads(command("evaluate", "--run", tiny_run, "--json")[1])["draws"] == 3
-    assert (
-        json.loads(command("evaluate", "--run", tiny_run, "--json", "num_importance_samples=2")[1])[
-            "draws"
-        ]
-        == 2
-    )
-    assert (
-        command("resume", tiny_run, "trainer.steps=7", "evaluation.num_importance_samples=4")[0]
-        == 0
-    )
-    assert read_checkpoint(path)["config"]["evaluation"]["num_importance_samples"] == 4
-
-
-@pytest.mark.parametrize("method", ["gibbs", "tempering", "mean-field"])
-def test_sample_and_chain_by_every_method(rbm_run, command, method):
-    status, out, error = command(
-        "sample",
-        "--run",
-        rbm_run,
-        "--method",
-        method,
-        "--count",
-        5,
-        "--sweeps",
-        3,
-        "--temperature",
-        1,
-    )
+@pytest.mark.parametrize("sampler", ["gibbs", "tempering", "mean-field"])
+def test_sample_and_chain_with_every_sampler(rbm_run, command, sampler):
+    options = ("--run", rbm_run, "--sampler", sampler)
+    status, out, error = command("sample", *options, "--count", 5, "--steps", 3, "--temperature", 1)
     assert status == 0, error
     assert Image.open(out.strip()).width > 200
-    status, out, error = command(
-        "chain", "--run", rbm_run, "--method", method, "--frames", 6, "--count", 9
-    )
+    status, out, error = command("chain", *options, "--frames", 6, "--count", 9)
     assert status == 0, error
     frames = [frame.copy() for frame in ImageSequence.Iterator(Image.open(out.strip()))]
-    assert len(frames) > 1 and frames[0].width == frames[0].height
+    assert len(frames) > 1
+    assert frames[0].width == frames[0].height
 
 
-@pytest.mark.parametrize("keep", ["left", "right", "top", "bottom", "border", "random:40", "mask"])
-def test_complete_keeps_what_is_known(rbm_run, images, command, tmp_path, keep):
+@pytest.mark.parametrize("known", ["left", "right", "top", "bottom", "border", "random:40", "mask"])
+def test_complete_shows_one_row_per_sampler(rbm_run, images, command, tmp_path, known):
     mask = Image.new("L", (8, 8))
     mask.paste(255, (0, 0, 3, 5))
     mask.save(tmp_path / "mask.png")
-    keep = str(tmp_path / "mask.png") if keep == "mask" else keep
-    status, out, error = command(
-        "complete", images / "000.png", "--keep", keep, "--run", rbm_run, "--sweeps", 20
-    )
+    known = str(tmp_path / "mask.png") if known == "mask" else known
+    arguments = (images / "000.png", "--known", known, "--run", rbm_run, "--steps", 20)
+    status, out, error = command("complete", *arguments)
     assert status == 0, error
-    page = Image.open(out.strip())
-    assert page.height > 3 * 56  # a row for each of the three samplers
-    one = command(
-        "complete",
-        images / "000.png",
-        "--keep",
-        keep,
-        "--run",
-        rbm_run,
-        "--sweeps",
-        20,
-        "--method",
-        "gibbs",
-    )
-    assert Image.open(one[1].strip()).height < page.height / 2
+    picture = Image.open(out.strip())
+    assert picture.height > 3 * 56  # a row for each of the three samplers
+    single = command("complete", *arguments, "--sampler", "gibbs")
+    assert Image.open(single[1].strip()).height < picture.height / 2
 
 
-def test_the_newest_run_that_fits_is_taken(elsewhere, images, command):
-    from conftest import SMALL
-
-    assert (
-        command("train", *TINY, f"data.root={images}", "trainer.steps=2", "output_dir=outputs/rbm")[
-            0
-        ]
-        == 0
-    )
-    assert (
-        command(
-            "train", *SMALL, f"data.root={images}", "trainer.steps=1", "output_dir=outputs/glow"
-        )[0]
-        == 0
-    )
+def test_commands_use_the_most_recent_compatible_run(elsewhere, images, command):
+    root = f"data.root={images}"
+    rbm = (*TINY, root, "trainer.steps=2", "output_dir=outputs/rbm")
+    glow = (*SMALL, root, "trainer.steps=1", "output_dir=outputs/glow")
+    assert command("train", *rbm)[0] == 0
+    assert command("train", *glow)[0] == 0
     assert "outputs/rbm" in command("chain", "--frames", 2, "--count", 4)[1]
     assert "outputs/glow" in command("sample", "--count", 2)[1]
-    assert "outputs/rbm" in command("sample", "--count", 2, "--method", "gibbs", "--sweeps", 2)[1]
+    options = ("--count", 2, "--sampler", "gibbs", "--steps", 2)
+    assert "outputs/rbm" in command("sample", *options)[1]
 
 
-def assert_plain(outcome: tuple[int, str, str], words: str, status: int = 1) -> None:
-    assert (
-        outcome[0] == status and words in outcome[2] and len(outcome[2].strip().splitlines()) == 1
-    ), outcome
+def assert_one_line_error(
+    outcome: tuple[int, str, str], message: str, expected_status: int = 1
+) -> None:
+    status, _, error = outcome
+    assert status == expected_status, outcome
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
 
 
-def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, command):
-    wrong = save_image(tmp_path / "wrong.png", (16, 16, 3))
-    for name, shade in (("all", 255), ("none", 0)):
-        Image.new("L", (8, 8), shade).save(tmp_path / f"{name}.png")
-    complete = ("complete", images / "000.png", "--run", rbm_run, "--keep")
-    assert_plain(
-        command("complete", wrong, "--keep", "left", "--run", rbm_run),
-        "16x16 pixels, and the images of this model are 8x8",
+def test_complete_explains_bad_input_in_one_line(rbm_run, tiny_run, images, tmp_path, command):
+    wrong_size = save_image(tmp_path / "wrong.png", (16, 16, 3))
+    for name, value in (("all", 255), ("none", 0)):
+        Image.new("L", (8, 8), value).save(tmp_path / f"{name}.png")
+    image = images / "000.png"
+    assert_one_line_error(
+        command("complete", wrong_size, "--known", "left", "--run", rbm_run), "16x16 pixels"
     )
-    assert_plain(command(*complete, tmp_path / "all.png"), "keeps every pixel")
-    assert_plain(command(*complete, tmp_path / "none.png"), "keeps no pixel")
-    assert_plain(command(*complete, wrong), "resize it first")
-    assert_plain(
+    complete = ("complete", image, "--run", rbm_run, "--known")
+    assert_one_line_error(command(*complete, tmp_path / "all.png"), "every pixel")
+    assert_one_line_error(command(*complete, tmp_path / "none.png"), "no pixel")
+    assert_one_line_error(command(*complete, wrong_size), "16x16 pixels")
+    assert_one_line_error(
         command(*complete, "middle"),
-        "--keep is left, right, top, bottom, border, random:PERCENT, grey",
+        "--known must be left, right, top, bottom, border, random:PERCENT, grayscale",
     )
-    assert_plain(command(*complete, tmp_path / "lost.png"), "does not exist")
-    assert_plain(
-        command(*complete, "left", "--method", "magic"),
-        "method must be one of gibbs, tempering, mean-field, not 'magic'",
+    for percent in ("0", "100", "half"):
+        assert_one_line_error(command(*complete, f"random:{percent}"), "random:PERCENT")
+    assert_one_line_error(command(*complete, tmp_path / "missing.png"), "does not exist")
+    assert_one_line_error(
+        command(*complete, "left", "--sampler", "magic"),
+        "must be one of gibbs, tempering, mean-field, not 'magic'",
     )
-    assert_plain(
-        command("chain", "--run", tiny_run), "is no run of a model that samples with Markov chains"
-    )
-    assert_plain(
-        command(
-            "complete", images / "000.png", "--keep", "left", "--run", tiny_run, "--method", "gibbs"
-        ),
-        "must be langevin",
-    )
-    for share in ("0", "100", "half"):
-        assert_plain(command(*complete, f"random:{share}"), "random:PERCENT")
-    assert_plain(
-        command("sample", "--run", tiny_run, "--method", "gibbs"),
-        "is no run of a model that samples with Markov chains",
-    )
-    assert_plain(command("chain", "--run", rbm_run, "--out", "film.png"), "let it end in .gif", 2)
-    assert_plain(command("chain", "--run", rbm_run, "--method", "magic"), "magic", 2)
-    assert_plain(command("chain", "--run", rbm_run, "--frames", 10**9), "--frames=1000000000 needs")
-    assert_plain(
-        command("train", *TINY, f"data.root={images}", "data.bits=8", "trainer.steps=1"),
-        "leave data.bits at 1",
-    )
-    assert_plain(
-        command(
-            "train", *TINY, f"data.root={images}", "model.negative_phase=cd", "trainer.steps=1"
-        ),
-        "with a slash",
-    )
-    assert_plain(command("evaluate", "--run", rbm_run, "model.hidden=[8"), "cannot be read")
-    assert_plain(
-        command(
-            "train", *TINY, f"data.root={images}", "data.binarization=maybe", "trainer.steps=1"
-        ),
-        "threshold, static, dynamic",
-    )
-    assert_plain(
-        command(
-            "train", *TINY, f"data.root={images}", "model/negative_phase=magic", "trainer.steps=1"
-        ),
-        "magic",
-    )
+    flow = ("complete", image, "--known", "left", "--run", tiny_run)
+    assert_one_line_error(command(*flow, "--sampler", "gibbs"), "must be langevin")
+
+
+def test_chain_and_sample_explain_bad_input_in_one_line(rbm_run, tiny_run, command):
+    for arguments in (("chain",), ("sample", "--sampler", "gibbs")):
+        outcome = command(*arguments, "--run", tiny_run)
+        assert_one_line_error(outcome, "run of a model that samples with Markov chains")
+    chain = ("chain", "--run", rbm_run)
+    assert_one_line_error(command(*chain, "--out", "film.png"), ".gif", 2)
+    assert_one_line_error(command(*chain, "--sampler", "magic"), "magic", 2)
+    assert_one_line_error(command(*chain, "--frames", 10**9), "--frames=1000000000 needs")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.bits=8", "set data.bits=1"),
+        ("model.negative_phase=cd", "model/negative_phase=cd with a slash"),
+        ("data.binarization=maybe", "threshold, static, dynamic"),
+        ("model/negative_phase=magic", "magic"),
+    ],
+)
+def test_train_explains_bad_settings_in_one_line(images, command, override, message):
+    overrides = (*TINY, f"data.root={images}", "trainer.steps=1")
+    assert_one_line_error(command("train", *overrides, override), message)
+
+
+def test_evaluate_explains_bad_syntax_in_one_line(rbm_run, command):
+    outcome = command("evaluate", "--run", rbm_run, "model.hidden=[8")
+    assert_one_line_error(outcome, "cannot be parsed")

@@ -1,17 +1,22 @@
-"""Trained restricted Boltzmann machines: their chains, priors, and the law that they reach."""
+"""Training of RBMs: persistent chains, penalties, and the distribution that training reaches."""
 
 import pytest
 import torch
-from enumeration import draw, law, machine
+from enumeration import draw_states, exact_distribution, small_rbm
+from torch import Tensor
 
 from flowgen.models.rbm.negative_phase import CD, PCD, MeanField, NegativePhase, Tempering
 from flowgen.models.rbm.rbm import RBM
 
 
-def trained(negative_phase: NegativePhase, steps: int = 20, **arguments: object) -> RBM:
+def random_images(generator: torch.Generator | None = None) -> Tensor:
+    return (torch.rand(64, 1, 4, 4, generator=generator) < 0.3).to(torch.uint8)
+
+
+def train_rbm(negative_phase: NegativePhase, steps: int = 20, **arguments: object) -> RBM:
     torch.manual_seed(1)
     rbm = RBM([1, 4, 4], 6, negative_phase=negative_phase, **arguments)
-    images = (torch.rand(64, 1, 4, 4) < 0.3).to(torch.uint8)
+    images = random_images()
     rbm.initialize(images)
     optimizer = torch.optim.SGD(rbm.parameters(), 0.05)
     for _ in range(steps):
@@ -23,68 +28,70 @@ def trained(negative_phase: NegativePhase, steps: int = 20, **arguments: object)
 
 @pytest.mark.parametrize(
     "phase",
-    [PCD(gibbs_steps=2, chains=7), Tempering(gibbs_steps=1, chains=7, temperatures=4, adapt=True)],
+    [
+        PCD(gibbs_steps=2, num_chains=7),
+        Tempering(gibbs_steps=1, num_chains=7, num_temperatures=4, adapt=True),
+    ],
 )
-def test_chains_survive_a_ragged_batch_and_go_on(phase):
-    rbm = trained(phase, 3)
-    holder, name = (phase, "hidden_units") if isinstance(phase, PCD) else (phase.ladder, "hidden")
-    before = getattr(holder, name).clone()
+def test_chains_persist_and_do_not_depend_on_the_batch_size(phase):
+    rbm = train_rbm(phase, 3)
+    if isinstance(phase, PCD):
+        module, name = phase, "hidden_units"
+    else:
+        module, name = phase.replicas, "hidden"
+    before = getattr(module, name).clone()
     negative, inputs = phase(rbm, torch.zeros(3, 16), torch.zeros(3, 6))
-    assert (
-        negative.shape == (7, 16)
-        and inputs.shape == (7, 6)
-        and getattr(holder, name).shape == before.shape
-    )
-    assert not torch.equal(before, getattr(holder, name))
+    assert negative.shape == (7, 16)
+    assert inputs.shape == (7, 6)
+    assert getattr(module, name).shape == before.shape
+    assert not torch.equal(before, getattr(module, name))
     rbm.weight.data.normal_(0, 3)
-    draws = []
-    for kept in (before, 1 - before):
-        setattr(holder, name, kept)
+    negatives = []
+    for chains in (before, 1 - before):
+        setattr(module, name, chains)
         torch.manual_seed(5)
-        draws.append(phase(rbm, torch.zeros(3, 16), torch.zeros(3, 6))[0])
-    assert not torch.equal(*draws), "the next draw depends on the chains"
+        negatives.append(phase(rbm, torch.zeros(3, 16), torch.zeros(3, 6))[0])
+    assert not torch.equal(*negatives), "the next draw must depend on the chains"
 
 
 @pytest.mark.parametrize(
-    "phase", [CD(gibbs_steps=1), PCD(gibbs_steps=1, chains=20), MeanField(gibbs_steps=3)]
+    "phase", [CD(gibbs_steps=1), PCD(gibbs_steps=1, num_chains=20), MeanField(gibbs_steps=3)]
 )
-def test_priors_and_only_they_act_on_the_weights(phase):
-    """From the same random state the gradients of the biases are the same bits with and without them."""
+def test_weight_penalties_change_only_the_gradient_of_the_weights(phase):
+    """With the same random state the gradients of the biases are bit-identical."""
     gradients = {}
     for l1, l2 in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.2)):
-        rbm = trained(phase, 0, l1=l1, l2=l2)
+        rbm = train_rbm(phase, 0, l1=l1, l2=l2)
         torch.manual_seed(2)
         rbm((torch.rand(8, 1, 4, 4) < 0.3).to(torch.uint8)).backward()
         gradients[l1, l2] = [parameter.grad for parameter in rbm.parameters()]
-    weight, *biases = gradients[0.0, 0.0]
-    for (l1, l2), (found, *found_biases) in gradients.items():
-        assert all(map(torch.equal, biases, found_biases))
-        assert torch.allclose(found - weight, l1 * rbm.weight.sign() + l2 * rbm.weight, atol=1e-6)
+    plain_weight, *plain_biases = gradients[0.0, 0.0]
+    for (l1, l2), (weight, *biases) in gradients.items():
+        assert all(map(torch.equal, plain_biases, biases))
+        penalty = l1 * rbm.weight.sign() + l2 * rbm.weight
+        assert torch.allclose(weight - plain_weight, penalty, atol=1e-6)
 
 
-def test_sparsity_pulls_the_hidden_units_towards_their_target():
-    images = (torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.3).to(
-        torch.uint8
-    )
-    loose = trained(CD(gibbs_steps=1), 300)
-    held = trained(CD(gibbs_steps=1), 300, sparsity=1.0, activity=0.05)
-    means = [rbm.encode(images).mean().item() for rbm in (loose, held)]
-    assert means[1] < 0.15 < means[0]
+def test_sparsity_pulls_the_hidden_units_to_their_target():
+    images = random_images(torch.Generator().manual_seed(0))
+    plain = train_rbm(CD(gibbs_steps=1), 300)
+    sparse = train_rbm(CD(gibbs_steps=1), 300, sparsity_cost=1.0, sparsity_target=0.05)
+    assert sparse.encode(images).mean() < 0.15 < plain.encode(images).mean()
 
 
 @pytest.mark.parametrize(
     "phase",
     [
         CD(gibbs_steps=10),
-        PCD(gibbs_steps=5, chains=200),
-        Tempering(gibbs_steps=2, chains=100, temperatures=5, adapt=True),
+        PCD(gibbs_steps=5, num_chains=200),
+        Tempering(gibbs_steps=2, num_chains=100, num_temperatures=5, adapt=True),
     ],
 )
-def test_training_reaches_the_law_of_the_data(phase):
-    """Four pixels with a law that three hidden units can hold: the likelihood comes within 0.05 nats of the entropy."""
-    teacher = law(machine(scale=1.5))
+def test_training_reaches_the_distribution_of_the_data(phase):
+    """Four pixels, drawn from an RBM with three hidden units: KL is below 0.05 nats at the end."""
+    target = exact_distribution(small_rbm(scale=1.5))
     rbm = RBM([1, 2, 2], 4, negative_phase=phase)
-    data = draw(teacher, 4000)
+    data = draw_states(target, 4000)
     rbm.initialize(data.view(-1, 1, 2, 2).to(torch.uint8))
     optimizer = torch.optim.SGD(rbm.parameters(), 0.1, momentum=0.5)
     for step in range(1500):
@@ -92,5 +99,5 @@ def test_training_reaches_the_law_of_the_data(phase):
         optimizer.zero_grad()
         rbm(data[torch.randint(4000, (200,))].view(-1, 1, 2, 2).to(torch.uint8)).backward()
         optimizer.step()
-    divergence = (teacher * (teacher.log() - law(rbm.double()).log())).sum()
-    assert divergence < 0.05
+    kl = (target * (target.log() - exact_distribution(rbm.double()).log())).sum()
+    assert kl < 0.05

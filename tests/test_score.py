@@ -20,7 +20,7 @@ from flowgen.commands import score as against
 from flowgen.commands.score import Scorer
 from flowgen.config.instantiate import build_data
 from flowgen.data.preprocess import ImageStream
-from flowgen.evaluation.ood import OODDetector, auroc, complexity, log_kernel_density
+from flowgen.evaluation.ood import OODDetector, auroc, log_kernel_density, png_complexity
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError
 
@@ -98,7 +98,7 @@ def test_each_score_sees_what_it_is_for(changes, blind, seeing):
 
 
 def test_what_is_usual_needs_four_images():
-    with pytest.raises(UserError, match="fewer than 4"):
+    with pytest.raises(UserError, match="at least 4 validation images"):
         OODDetector(held_out(3))
     assert all(
         scores.isfinite().all() for scores in OODDetector(held_out(4)).scores(held_out(2)).values()
@@ -127,7 +127,7 @@ def test_a_held_out_image_beyond_floats_is_the_strangest_and_leaves_the_others_t
     usual = held_out(40)
     usual["log_prob"][[0, 1]] = broken  # one of those that fit, one of those that calibrate
     outliers = OODDetector(usual)
-    assert "2 of 40 validation images are beyond what float32 holds" in caplog.text
+    assert "2 of 40 validation images have scores beyond the range of float32" in caplog.text
     strange = held_out(1, log_prob=-900.0)
     p_values = outliers.p_values(outliers.scores(strange))
     for name in ("likelihood", "complexity", "combined", "typicality", "density_of_states"):
@@ -152,12 +152,12 @@ def test_a_lossless_code_is_short_for_what_is_simple():
         torch.randint(0, 256, (28, 28)).float(),
     )
     images = torch.stack((flat, slope, slope.T.roll(1), random)).to(torch.uint8)[:, None]
-    found = complexity(images) / 784
+    found = png_complexity(images) / 784
     assert found[0] < 0.2 and found[1] < 0.6 and found[2] < 0.8 and 8 <= found[3] < 8.2
     surface = (
         128 + 100 * torch.sin(torch.arange(28.0)[:, None] / 5) * torch.cos(torch.arange(28.0) / 4)
     ).to(torch.uint8)
-    assert complexity(surface[None, None]) < 8 * len(png_of(surface))
+    assert png_complexity(surface[None, None]) < 8 * len(png_of(surface))
 
 
 def png_of(images: torch.Tensor) -> bytes:
@@ -456,6 +456,6 @@ def test_what_is_usual_is_found_anew_where_log_z_is(command, images):
     before = scored()
     assert command("evaluate")[0] == 0
     after = scored()
-    assert "unnormalised_log_probability" in before[0] and "log_probability" in after[0]
+    assert "unnormalized_log_probability" in before[0] and "log_probability" in after[0]
     for name in ("percentile", "likelihood_p"):
         assert [row[name] for row in after] == [row[name] for row in before]

@@ -15,12 +15,12 @@ from flowgen.data.attributes import read_table
 from flowgen.data.dataset import hashed_subset
 from flowgen.data.preprocess import ImageStream, read_images
 from flowgen.evaluation.latent_directions import (
-    BATCH,
+    BATCH_SIZE,
     Directions,
     Moments,
     class_directions,
-    directions_from,
-    moments,
+    compute_moments,
+    fit_directions,
     move_along,
     one_hot,
 )
@@ -68,7 +68,7 @@ def load_directions(
         names, classes, images, total = (
             _from_table(model, config, table, count) if table else _from_training(config, count)
         )
-        found = moments(model, progress(images, "latents", -(-total // BATCH)))
+        found = compute_moments(model, progress(images, "latents", -(-total // BATCH_SIZE)))
         log.info(
             "directions of %d %s from %d images",
             len(names),
@@ -81,7 +81,7 @@ def load_directions(
         run, checkpoint, "directions", (of_images, table and str(table.resolve()), count), find
     )
     of_latents = Moments(*(found[name] for name in Moments._fields))
-    directions = directions_from(of_latents, tuple(found["names"]), found["classes"], method)
+    directions = fit_directions(of_latents, tuple(found["names"]), found["classes"], method)
     return Directions(
         directions.names, directions.changes.to(model.device, model.dtype), directions.classes
     )
@@ -109,7 +109,7 @@ def _from_training(config: dict[str, Any], count: int) -> Labelled:
     return (
         names,
         classes,
-        zip(data.batches("train", BATCH, count), chosen.split(BATCH), strict=True),
+        zip(data.batches("train", BATCH_SIZE, count), chosen.split(BATCH_SIZE), strict=True),
         len(chosen),
     )
 
@@ -127,8 +127,8 @@ def _from_table(model: GenerativeModel, config: dict[str, Any], path: Path, coun
         **how,
     )
     pairs = zip(
-        (images for _, images in stream.batches(BATCH)),
-        table.values[chosen].split(BATCH),
+        (images for _, images in stream.batches(BATCH_SIZE)),
+        table.values[chosen].split(BATCH_SIZE),
         strict=True,
     )
     return table.names, False, pairs, len(chosen)

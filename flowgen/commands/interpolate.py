@@ -9,7 +9,7 @@ from torch import Tensor
 from flowgen.config.loading import load_from_checkpoint
 from flowgen.config.runs import find_checkpoint
 from flowgen.data.preprocess import read_images
-from flowgen.evaluation.interpolation import great_circle, line, walk
+from flowgen.evaluation.interpolation import interpolate_pairs, lerp, slerp
 from flowgen.models.base import GenerativeModel
 from flowgen.utils import rendering
 from flowgen.utils.console import progress_bar
@@ -61,7 +61,7 @@ def interpolate_images(
     model: GenerativeModel, start: Tensor, end: Tensor, steps: int, spherical: bool
 ) -> tuple[Tensor, Tensor]:
     """From one image (1, channels, height, width) to the other, both ends among the `steps`: levels through the latents, and the pixels."""
-    latent, pixels = walk(
-        model, start, end, torch.linspace(0, 1, steps), great_circle if spherical else line
+    latent, pixels = interpolate_pairs(
+        model, start, end, torch.linspace(0, 1, steps), slerp if spherical else lerp
     )
     return latent[:, 0], pixels[:, 0].round().to(torch.uint8)

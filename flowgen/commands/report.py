@@ -15,7 +15,7 @@ from flowgen.training.run_dir import Run, best_metric, validation_rows
 from flowgen.utils import plots
 from flowgen.utils.errors import UserError, check_folder_of
 from flowgen.utils.html import Picture, Section, data_url, image_data_url, write_html
-from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, Metric, metric_from_row
+from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, Metric, MetricValue
 
 CAPTIONS = {
     "curves.png": "Training loss, validation figure, learning rate and gradient norm (flowgen train).",
@@ -154,7 +154,7 @@ def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]
     for name, each in zip(names, rows, strict=True):
         for row in validation_rows(each):
             for metric in COMPARED:
-                if measured := metric_from_row(row, metric):
+                if measured := MetricValue.from_row(row, metric):
                     lines.setdefault((metric, row.get("bits", 1)), {}).setdefault(name, []).append(
                         (row["step"], measured.value)
                     )

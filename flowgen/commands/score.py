@@ -19,7 +19,7 @@ from flowgen.config.loading import data_section, find_model, match_model, same_d
 from flowgen.config.runs import find_checkpoint
 from flowgen.data.dataset import ImageDataset
 from flowgen.data.preprocess import ImageStream, check_color_channels
-from flowgen.evaluation.ood import AUROC, DEFAULT, OODDetector, auroc, complexity
+from flowgen.evaluation.ood import AUROC, DEFAULT_SCORE, OODDetector, auroc, png_complexity
 from flowgen.models.base import GenerativeModel
 from flowgen.training.checkpoint import read_portable_metadata, zoo, zoo_file
 from flowgen.training.run_dir import Run, cached_artifact
@@ -135,7 +135,7 @@ def ood_statistics_of(
     """What the model says of images and how complex they are, (batch,) each, on the CPU; in float32, as `flowgen evaluate`."""
     found = model.statistics(images.to(model.device), generator)
     return {name: values.cpu() for name, values in found.items()} | {
-        "complexity": complexity(images.cpu())
+        "complexity": png_complexity(images.cpu())
     }
 
 
@@ -297,7 +297,7 @@ def score(
             f"--by {by} needs a flow, which this model is none: choose one of {', '.join(judge.outliers.names)}"
         )
     if paths:
-        yield from _images(judge, paths, by or DEFAULT, table, seed, out)
+        yield from _images(judge, paths, by or DEFAULT_SCORE, table, seed, out)
     if against:
         yield from compare(judge, against, count, seed, device)
 

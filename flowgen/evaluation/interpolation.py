@@ -1,4 +1,4 @@
-"""The way from one image to another, and how smoothly it runs."""
+"""Interpolation between images in the latent space of a model, and its smoothness."""
 
 from collections.abc import Callable
 
@@ -7,56 +7,106 @@ from torch import Tensor
 
 from flowgen.models.base import GenerativeModel
 
-
-def line(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """(1 - share) start + share end, which is exactly either end at share 0 and 1."""
-    return (1 - share) * start + share * end
+Interpolation = Callable[[Tensor, Tensor, Tensor], Tensor]
+MIN_SINE = 1e-6  # below it the vectors are parallel, and slerp falls back to lerp
 
 
-def great_circle(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """Directions along the great circle, lengths along a line, of vectors (..., D) with share (..., 1).
+def lerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
+    """Return (1 - fraction) start + fraction end, exact at the ends unlike `torch.lerp`.
+
+    Example:
+        >>> lerp(torch.tensor(1.0), torch.tensor(3.0), torch.tensor([0.0, 0.5, 1.0]))
+        tensor([1., 2., 3.])
+    """
+    return (1 - fraction) * start + fraction * end
+
+
+def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
+    """Interpolate directions along a great circle, and lengths linearly.
 
     Shoemake, Animating rotation with quaternion curves (1985).
+
+    Args:
+        start: vectors (..., D).
+        end: vectors (..., D).
+        fraction: 0 for the start to 1 for the end, (..., 1).
+
+    Example:
+        >>> start, end = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> slerp(start, end, torch.tensor([0.5]))
+        tensor([0.7071, 0.7071])
     """
-    lengths = start.norm(dim=-1, keepdim=True), end.norm(dim=-1, keepdim=True)
-    angle = torch.acos(
-        ((start * end).sum(-1, keepdim=True) / (lengths[0] * lengths[1])).clamp(-1, 1)
-    )
-    direction = (
-        torch.sin((1 - share) * angle) * start / lengths[0]
-        + torch.sin(share * angle) * end / lengths[1]
-    ) / torch.sin(angle)
-    straight = (torch.sin(angle).abs() < 1e-6) | (share == 0) | (share == 1)
-    return torch.where(straight, line(start, end, share), direction * line(*lengths, share))
+    start_length = start.norm(dim=-1, keepdim=True)
+    end_length = end.norm(dim=-1, keepdim=True)
+    cosine = (start * end).sum(-1, keepdim=True) / (start_length * end_length)
+    angle = torch.acos(cosine.clamp(-1, 1))
+    sine = torch.sin(angle)
+    from_start = torch.sin((1 - fraction) * angle) * start / start_length
+    from_end = torch.sin(fraction * angle) * end / end_length
+    direction = (from_start + from_end) / sine
+    is_straight = (sine.abs() < MIN_SINE) | (fraction == 0) | (fraction == 1)
+    on_circle = direction * lerp(start_length, end_length, fraction)
+    return torch.where(is_straight, lerp(start, end, fraction), on_circle)
 
 
 @torch.no_grad()
-def walk(
+def interpolate_pairs(
     model: GenerativeModel,
     first: Tensor,
     second: Tensor,
-    shares: Tensor,
-    along: Callable[[Tensor, Tensor, Tensor], Tensor] = line,
+    fractions: Tensor,
+    interpolation: Interpolation = lerp,
 ) -> tuple[Tensor, Tensor]:
-    """From each of `first` to its partner in `second`, levels (N, channels, height, width), at `shares` (steps,) of the way.
+    """Interpolate between pairs of images through the latent space, and through the pixels.
 
-    Through the latents, as levels (steps, N, channels, height, width), and through the pixels, which lie between levels.
+    Args:
+        model: the model.
+        first: images (N, channels, height, width).
+        second: their partners, in the same shape.
+        fractions: positions between 0 (`first`) and 1 (`second`), (steps,).
+        interpolation: `lerp` or `slerp` of the latents.
+
+    Returns:
+        Decoded images through the latent space, uint8, and pixel values between the two images,
+        float, both (steps, N, channels, height, width) on the CPU.
+
+    Example:
+        >>> from flowgen.models.rbm.rbm import RBM
+        >>> first, second = torch.zeros(2, 2, 1, 4, 4, dtype=torch.uint8)
+        >>> model = RBM(visible=(1, 4, 4), hidden=8)
+        >>> decoded, pixels = interpolate_pairs(model, first, second, torch.linspace(0, 1, 5))
+        >>> decoded.shape
+        torch.Size([5, 2, 1, 4, 4])
     """
-    start, end = (model.encode(images.to(model.device)) for images in (first, second))
-    latents = along(start, end, shares.to(start)[:, None, None]).flatten(0, 1)
-    decoded = torch.cat(
-        [model.decode(part) for part in latents.split(max(len(first), len(shares)))]
-    )
-    pixels = line(first.float(), second.float(), shares[:, None, None, None, None])
-    return decoded.view(len(shares), *first.shape).cpu(), pixels.cpu()
+    start = model.encode(first.to(model.device))
+    end = model.encode(second.to(model.device))
+    latents = interpolation(start, end, fractions.to(start)[:, None, None]).flatten(0, 1)
+    batches = latents.split(max(len(first), len(fractions)))
+    decoded = torch.cat([model.decode(batch) for batch in batches])
+    pixels = lerp(first.float(), second.float(), fractions[:, None, None, None, None])
+    return decoded.view(len(fractions), *first.shape).cpu(), pixels.cpu()
 
 
-def changes(walk: Tensor, bits: int) -> Tensor:
-    """Root mean square change of the pixels, their range being 1, from picture to picture: (steps - 1, N) of levels (steps, N, ...)."""
-    return (walk.float() / (2**bits - 1)).diff(dim=0).square().flatten(2).mean(2).sqrt()
+def step_sizes(path: Tensor, bits: int) -> Tensor:
+    """Return the root mean square change of the pixels from each image of a path to the next.
+
+    Args:
+        path: images (steps, N, channels, height, width) with values 0..2^bits-1.
+        bits: bits per pixel value; pixels are scaled to the range from 0 to 1.
+
+    Returns:
+        (steps - 1, N).
+    """
+    return (path.float() / (2**bits - 1)).diff(dim=0).square().flatten(2).mean(2).sqrt()
 
 
-def unevenness(walk: Tensor, bits: int) -> Tensor:
-    """The largest change of each way over its mean change, (N,): 1 is perfectly even."""
-    found = changes(walk, bits)
-    return found.max(0).values / found.mean(0)
+def unevenness(path: Tensor, bits: int) -> Tensor:
+    """Return the largest step size of each path divided by its mean, (N,); 1 is perfectly even.
+
+    Example:
+        >>> path = torch.tensor([0, 1, 4]).view(3, 1, 1, 1, 1)
+        >>> unevenness(path, bits=8)
+        tensor([1.5000])
+    """
+    sizes = step_sizes(path, bits)
+    return sizes.max(0).values / sizes.mean(0)

@@ -1,4 +1,4 @@
-"""Attributes as directions in the latents of a model."""
+"""Directions in the latent space of a model that correspond to attributes of the images."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,59 +11,65 @@ from torch.nn import functional as F
 from flowgen.models.base import ClassConditional, GenerativeModel
 from flowgen.utils.errors import UserError
 
-RIDGE = 10.0  # images in which an attribute goes with nothing, as many as the ridge is worth
-BATCH = 64
+RIDGE_IMAGES = 10.0  # the penalty has the weight of this many images with independent attributes
+MIN_VARIANCE = 1e-12  # of an attribute that distinguishes images
+BATCH_SIZE = 64
 
 
 class Moments(NamedTuple):
-    """Of so many `images`: the means of their latents (D,) and attributes (K,), and the attributes' covariances (K, K) and (K, D)."""
+    """First and second moments of the latents z (D,) and attributes a (K,) of labeled images."""
 
-    images: Tensor
-    latent: Tensor
-    attributes: Tensor
-    among: Tensor
-    across: Tensor
+    num_images: Tensor  # a scalar
+    latent_mean: Tensor  # (D,)
+    attribute_mean: Tensor  # (K,)
+    attribute_cov: Tensor  # covariance of the attributes, (K, K)
+    cross_cov: Tensor  # covariance of attributes and latents, (K, D)
 
 
 @torch.no_grad()
-def moments(model: GenerativeModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Moments:
-    """Of batches of levels and attributes (batch, K), in double precision on the CPU."""
+def compute_moments(model: GenerativeModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Moments:
+    """Return the moments of labeled images, in double precision on the CPU.
+
+    Args:
+        model: the model that encodes the images.
+        batches: images (batch, channels, height, width) and their attributes (batch, K).
+    """
     generator = torch.Generator(model.device).manual_seed(0)
     sums: list[Tensor] = []
     for images, attributes in batches:
-        a, z = (
-            attributes.double().cpu(),
-            model.encode(images.to(model.device), generator).double().cpu(),
-        )
+        a = attributes.double().cpu()
+        z = model.encode(images.to(model.device), generator).double().cpu()
         batch = [torch.tensor(len(a), dtype=torch.double), z.sum(0), a.sum(0), a.T @ a, a.T @ z]
-        sums = [one + other for one, other in zip(sums, batch, strict=True)] if sums else batch
-    count, z_mean, a_mean, among, across = sums[0], *(each / sums[0] for each in sums[1:])
-    return Moments(
-        count,
-        z_mean,
-        a_mean,
-        among - torch.outer(a_mean, a_mean),
-        across - torch.outer(a_mean, z_mean),
-    )
+        sums = [total + new for total, new in zip(sums, batch, strict=True)] if sums else batch
+    count = sums[0]
+    z_mean, a_mean, aa_mean, az_mean = (total / count for total in sums[1:])
+    attribute_cov = aa_mean - torch.outer(a_mean, a_mean)
+    cross_cov = az_mean - torch.outer(a_mean, z_mean)
+    return Moments(count, z_mean, a_mean, attribute_cov, cross_cov)
 
 
-def ridge(found: Moments) -> Tensor:
-    """The change of the latents with each attribute while the others stay: (C_aa + r/N diag C_aa)^-1 C_az, (K, D).
+def ridge(moments: Moments) -> Tensor:
+    """Return the change of the latents with each attribute at constant others, (K, D).
 
-    Hoerl and Kennard, Ridge regression (1970), on attributes of one variance.
+    Ridge regression with standardized attributes (Hoerl and Kennard, 1970):
+    (C_aa + r/N diag C_aa)^-1 C_az with r = `RIDGE_IMAGES`.
     """
-    variances = found.among.diagonal().diag()
-    return torch.linalg.solve(found.among + RIDGE / found.images * variances, found.across)
+    penalty = RIDGE_IMAGES / moments.num_images * moments.attribute_cov.diagonal().diag()
+    return torch.linalg.solve(moments.attribute_cov + penalty, moments.cross_cov)
 
 
-def mean_difference(found: Moments) -> Tensor:
-    """The mean of the latents with each attribute less that without it, (K, D), whatever else goes with it: 1807.03039, section 5."""
-    return found.across / found.among.diagonal()[:, None]
+def mean_difference(moments: Moments) -> Tensor:
+    """Return the mean latent with each attribute minus the mean latent without it, (K, D).
+
+    It includes the effect of correlated attributes (Kingma and Dhariwal, Glow, arXiv:1807.03039,
+    section 5).
+    """
+    return moments.cross_cov / moments.attribute_cov.diagonal()[:, None]
 
 
-def class_means(found: Moments) -> Tensor:
-    """The mean of the latents of each class, (K, D), where the attributes are the classes, one-hot."""
-    return found.latent + found.across / found.attributes[:, None]
+def class_means(moments: Moments) -> Tensor:
+    """Return the mean latent of each class, (K, D), where the attributes are one-hot classes."""
+    return moments.latent_mean + moments.cross_cov / moments.attribute_mean[:, None]
 
 
 METHODS = {"ridge": ridge, "difference": mean_difference}
@@ -71,60 +77,88 @@ METHODS = {"ridge": ridge, "difference": mean_difference}
 
 @dataclass(frozen=True)
 class Directions:
-    """How the latents of a model change with attributes, (names, D) `changes` from without each to with it.
+    """Changes of the latents of a model from images without an attribute to images with it.
 
-    Where the attributes are `classes`, which exclude one another, these are the classes' middles, and an image moves away from its own.
+    Args:
+        names: names of the attributes, or of the classes.
+        changes: changes of the latents, (names, D); for classes, the mean latent of each class.
+        classes: whether the attributes are classes, which exclude one another. An image then
+            moves away from the mean of the class it has.
+
+    Example:
+        >>> directions = Directions(("smile", "hat"), torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        >>> directions.shift({"smile": 0.5, "hat": -1.0})
+        tensor([ 0.5000, -2.0000])
     """
 
     names: tuple[str, ...]
     changes: Tensor
     classes: bool = False
 
-    def step(self, amounts: Mapping[str, float], own: Tensor | None = None) -> Tensor:
-        """What to add to latents for `amounts` of the attributes: (D,), or (batch, D) for images whose classes are `own` (batch,).
+    def shift(self, amounts: Mapping[str, float], image_classes: Tensor | None = None) -> Tensor:
+        """Return the change of the latents for the given amounts of attributes.
 
-        Raises FlowgenError for an attribute that there is not.
+        Args:
+            amounts: amount of each attribute; 1 moves from without to with.
+            image_classes: classes of the images, (batch,), if the attributes are classes.
+
+        Returns:
+            (D,), or (batch, D) with `image_classes`.
+
+        Raises:
+            UserError: for an unknown attribute.
         """
         for name in amounts:
             if name not in self.names:
-                raise UserError(
-                    f"{'class' if self.classes else 'attribute'} {name} is not there: choose one of {', '.join(self.names)}"
-                )
-        chosen = self.changes[[self.names.index(name) for name in amounts]]
-        weights = chosen.new_tensor(list(amounts.values()))
-        step = weights @ chosen
-        return step if own is None else step - weights.sum() * self.changes[own]
+                kind = "class" if self.classes else "attribute"
+                raise UserError(f"unknown {kind} {name}: choose one of {', '.join(self.names)}")
+        changes = self.changes[[self.names.index(name) for name in amounts]]
+        weights = changes.new_tensor(list(amounts.values()))
+        shift = weights @ changes
+        if image_classes is None:
+            return shift
+        return shift - weights.sum() * self.changes[image_classes]
 
-    def nearest(self, latent: Tensor) -> Tensor:
-        """The classes whose middles are nearest to latents (batch, D): (batch,)."""
+    def nearest_class(self, latent: Tensor) -> Tensor:
+        """Return the class with the nearest mean, (batch,), for latents (batch, D)."""
         return torch.cdist(latent, self.changes).argmin(1)
 
 
-def directions_from(
-    found: Moments, names: tuple[str, ...], classes: bool, method: str = "ridge"
+def fit_directions(
+    moments: Moments, names: tuple[str, ...], classes: bool, method: str = "ridge"
 ) -> Directions:
-    """By the method of that name for attributes; classes have their means. Attributes that tell no images apart are left out.
+    """Return the directions of attributes or classes.
 
-    Raises FlowgenError where none is left.
+    Attributes that have the same value in all images are left out.
+
+    Args:
+        moments: result of `compute_moments`.
+        names: names of the attributes, (K,).
+        classes: whether the attributes are one-hot classes, which get their means.
+        method: a key of `METHODS`, for attributes.
+
+    Raises:
+        UserError: if no attribute distinguishes images.
     """
-    kept = (found.among.diagonal() > 1e-12).nonzero().flatten()
-    if not len(kept):
+    varying = (moments.attribute_cov.diagonal() > MIN_VARIANCE).nonzero().flatten()
+    if not len(varying):
         raise UserError(
-            "no attribute tells these images apart: label some that have one and some that have not"
+            "every attribute has the same value in all images: "
+            "label some images that have it and some that do not"
         )
-    found = found._replace(
-        attributes=found.attributes[kept],
-        among=found.among[kept][:, kept],
-        across=found.across[kept],
+    moments = moments._replace(
+        attribute_mean=moments.attribute_mean[varying],
+        attribute_cov=moments.attribute_cov[varying][:, varying],
+        cross_cov=moments.cross_cov[varying],
     )
-    changes = class_means(found) if classes else METHODS[method](found)
-    return Directions(tuple(names[place] for place in kept), changes.float(), classes)
+    changes = class_means(moments) if classes else METHODS[method](moments)
+    return Directions(tuple(names[index] for index in varying), changes.float(), classes)
 
 
 def class_directions(model: ClassConditional) -> Directions:
-    """From class to class of a model that knows them itself."""
-    middles = model.class_latents().detach()
-    return Directions(tuple(map(str, range(len(middles)))), middles, classes=True)
+    """Return the directions between the classes of a class-conditional model."""
+    means = model.class_latents().detach()
+    return Directions(tuple(map(str, range(len(means)))), means, classes=True)
 
 
 @torch.no_grad()
@@ -133,32 +167,40 @@ def move_along(
     directions: Directions,
     images: Tensor,
     amounts: Mapping[str, float],
-    shares: Tensor,
+    fractions: Tensor,
 ) -> Tensor:
-    """Images of `levels` (N, channels, height, width) moved by each of `shares` (steps,) of `amounts`: (steps, N, ...), on the CPU.
+    """Change attributes of images by moving their latents.
 
-    The noise within their levels is drawn, the same at every call. Raises FlowgenError for an attribute that there is not.
+    The dequantization noise is the same at every call.
+
+    Args:
+        model: the model.
+        directions: directions in its latent space.
+        images: (N, channels, height, width).
+        amounts: amount of each attribute.
+        fractions: factors on the amounts, (steps,).
+
+    Returns:
+        Images, (steps, N, channels, height, width), on the CPU.
+
+    Raises:
+        UserError: for an unknown attribute.
     """
-    generator, batches = (
-        torch.Generator(model.device).manual_seed(0),
-        images.to(model.device).split(BATCH),
-    )
+    generator = torch.Generator(model.device).manual_seed(0)
+    batches = images.to(model.device).split(BATCH_SIZE)
     latent = torch.cat([model.encode(batch, generator) for batch in batches])
-    own = None
+    image_classes = None
     if directions.classes:
         if isinstance(model, ClassConditional) and model.num_classes is not None:
-            own = torch.cat([model.classify(batch) for batch in batches]).argmax(1)
+            image_classes = torch.cat([model.classify(batch) for batch in batches]).argmax(1)
         else:
-            own = directions.nearest(latent)
-    step = directions.step(amounts, own)
-    moved = latent + shares.to(latent)[:, None, None] * step
-    return (
-        torch.cat([model.decode(part) for part in moved.flatten(0, 1).split(BATCH)])
-        .view(len(shares), *images.shape)
-        .cpu()
-    )
+            image_classes = directions.nearest_class(latent)
+    shift = directions.shift(amounts, image_classes)
+    edited = (latent + fractions.to(latent)[:, None, None] * shift).flatten(0, 1)
+    decoded = torch.cat([model.decode(batch) for batch in edited.split(BATCH_SIZE)])
+    return decoded.view(len(fractions), *images.shape).cpu()
 
 
-def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Classes (N,) as attributes, (N, classes)."""
-    return F.one_hot(labels.long(), classes)
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Return classes (N,) as attributes, (N, num_classes)."""
+    return F.one_hot(labels.long(), num_classes)

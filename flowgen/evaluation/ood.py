@@ -1,4 +1,4 @@
-"""How strange images are to a model: scores that grow with strangeness, and what they are worth."""
+"""Out-of-distribution detection: scores, conformal p-values, AUROC."""
 
 import logging
 import math
@@ -11,127 +11,179 @@ from torch.nn import functional as F
 
 from flowgen.utils.errors import UserError
 
-DEFAULT = "combined"  # right in both directions where each of its parts fails in one
-FEWEST = 4  # two to fit a deviation, two to calibrate
+DEFAULT_SCORE = "combined"  # works in both directions, where each of its parts fails in one
+MIN_HELD_OUT_IMAGES = 4  # two to fit a standard deviation, two to calibrate
+MIN_BANDWIDTH = 1e-12  # of the kernel density of a constant statistic
 log = logging.getLogger("flowgen")
-Statistics = dict[
-    str, Tensor
-]  # see `GenerativeModel.statistics`, with the images' `complexity` in bits
+# Results of `GenerativeModel.statistics` by name, with the `complexity` of the images in bits;
+# (images,) each.
+Statistics = dict[str, Tensor]
 
 
 class OODDetector:
-    """Scores of strangeness by what is usual among held-out images, half of which fit the scores while the others calibrate p-values.
+    """Out-of-distribution scores, fitted and calibrated on held-out images of the training set.
 
-    likelihood: -log p(x). typicality: |log p(x) - its mean|, Nalisnick et al. (1906.02994), section 3. complexity: -log p(x) less the bits
-    of a lossless code, Serra et al. (1909.11480), equation 2. last_level: minus the density of a flow's last level, Schirrmeister et al.
-    (2006.10848). density_of_states: the sum of -log of the kernel densities of a flow's statistics, Morningstar et al. (2006.09273).
-    combined: the larger of likelihood and complexity, each in deviations from its mean. A score that is not finite is the strangest of all.
-    Raises FlowgenError for fewer than four images, or where hardly any has finite statistics.
+    Larger scores are more anomalous. Half of the held-out images fit the scores, the others
+    calibrate their p-values. A score that is not finite counts as the most anomalous.
+
+    - likelihood: -log p(x).
+    - typicality: |log p(x) - mean log p| (Nalisnick et al., arXiv:1906.02994, section 3).
+    - complexity: -log p(x) minus the length of a lossless code (Serra et al., arXiv:1909.11480,
+      equation 2).
+    - last_level: -log density of the last level of a flow (Schirrmeister et al.,
+      arXiv:2006.10848).
+    - density_of_states: sum over the statistics of a flow of -log of their kernel densities
+      (Morningstar et al., arXiv:2006.09273).
+    - combined: the larger one of likelihood and complexity, each in standard deviations from its
+      mean.
+
+    The last level and the density of states need statistics that only flows have.
+
+    Args:
+        validation: statistics of images that the model was not trained on.
+
+    Raises:
+        UserError: for fewer than four images, or if hardly any has finite statistics.
+
+    Example:
+        >>> validation = {"log_prob": torch.arange(8.0), "complexity": torch.zeros(8)}
+        >>> detector = OODDetector(validation)
+        >>> scores = detector.scores({"log_prob": torch.tensor([4.0, -90.0]),
+        ...                           "complexity": torch.zeros(2)})
+        >>> detector.p_values(scores)["likelihood"]
+        tensor([0.6000, 0.2000], dtype=torch.float64)
     """
 
-    def __init__(self, held_out: Statistics):
-        count = len(held_out["log_prob"])
-        if count < FEWEST:
+    def __init__(self, validation: Statistics):
+        count = len(validation["log_prob"])
+        if count < MIN_HELD_OUT_IMAGES:
             raise UserError(
-                f"what is usual cannot be told from fewer than {FEWEST} validation images: use a run of more data"
+                f"out-of-distribution scores need at least {MIN_HELD_OUT_IMAGES} validation "
+                "images: choose a run with more data"
             )
-        fitted, self.calibration = (
-            {name: values[half::2].double() for name, values in held_out.items()} for half in (0, 1)
-        )
-        if broken := int((~_finite(held_out)).sum()):
+        num_broken = int((~_finite_rows(validation)).sum())
+        if num_broken:
             log.warning(
-                "%d of %d validation images are beyond what float32 holds: they count as the strangest",
-                broken,
+                "%d of %d validation images have scores beyond the range of float32: "
+                "they count as the most anomalous",
+                num_broken,
                 count,
             )
-        finite = _finite(fitted)
-        if finite.sum() < FEWEST // 2:
+        fitted = {name: values[::2].double() for name, values in validation.items()}
+        self.calibration = {name: values[1::2].double() for name, values in validation.items()}
+        finite = _finite_rows(fitted)
+        if finite.sum() < MIN_HELD_OUT_IMAGES // 2:
             raise UserError(
-                "nearly all validation images are beyond what float32 holds: name another run, or an earlier checkpoint"
+                "nearly all validation images have scores beyond the range of float32: "
+                "choose another run, or an earlier checkpoint"
             )
         self.fitted = {name: values[finite] for name, values in fitted.items()}
-        self.log_probs = _or_impossible(held_out["log_prob"]).sort().values
+        self.log_probs = _nan_to_log_zero(validation["log_prob"]).sort().values
         self.moments = {
-            name: (values.mean(), values.std()) for name, values in _one_sided(self.fitted).items()
+            name: (scores.mean(), scores.std())
+            for name, scores in _one_sided_scores(self.fitted).items()
         }
-        self.usual = {
+        self.calibration_scores = {
             name: scores.sort().values for name, scores in self.scores(self.calibration).items()
         }
 
     @property
     def names(self) -> list[str]:
-        return list(self.usual)
+        """Names of the scores."""
+        return list(self.calibration_scores)
 
-    def scores(self, found: Statistics) -> dict[str, Tensor]:
-        """Larger is stranger: (batch,) each."""
-        scores = _one_sided(found)
-        standardised = [
+    def scores(self, statistics: Statistics) -> dict[str, Tensor]:
+        """Return all scores by name, (batch,) each; larger is more anomalous."""
+        scores = _one_sided_scores(statistics)
+        standardized = [
             (scores[name] - mean) / deviation for name, (mean, deviation) in self.moments.items()
         ]
-        scores["combined"] = torch.stack(standardised).amax(0)
-        scores["typicality"] = (found["log_prob"].double() - self.fitted["log_prob"].mean()).abs()
-        if "last_level" in found:
-            scores["last_level"] = -found["last_level"].double()
-            states = [name for name in found if name != "complexity"]
-            scores["density_of_states"] = -torch.stack(
-                [log_kernel_density(found[name].double(), self.fitted[name]) for name in states]
-            ).sum(0)
-        return {name: each.nan_to_num(math.inf, posinf=math.inf) for name, each in scores.items()}
+        scores["combined"] = torch.stack(standardized).amax(0)
+        mean_log_prob = self.fitted["log_prob"].mean()
+        scores["typicality"] = (statistics["log_prob"].double() - mean_log_prob).abs()
+        if "last_level" in statistics:
+            scores["last_level"] = -statistics["last_level"].double()
+            densities = [
+                log_kernel_density(values.double(), self.fitted[name])
+                for name, values in statistics.items()
+                if name != "complexity"
+            ]
+            scores["density_of_states"] = -torch.stack(densities).sum(0)
+        return {
+            name: values.nan_to_num(math.inf, posinf=math.inf) for name, values in scores.items()
+        }
 
     def p_values(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """(1 + the number of n calibration images that are as strange) / (n + 1).
-
-        An image like the held-out ones gets at most a with probability at most a. Vovk et al., Algorithmic Learning in a Random World
-        (2005), section 2.2.
-        """
-        return {name: conformal(scores[name], usual) for name, usual in self.usual.items()}
+        """Return the conformal p-value of each score, see `conformal_p_values`."""
+        return {
+            name: conformal_p_values(scores[name], calibration)
+            for name, calibration in self.calibration_scores.items()
+        }
 
     def percentile(self, log_prob: Tensor) -> Tensor:
-        """The share of all held-out images that are likelier, in percent."""
-        likelier = len(self.log_probs) - torch.searchsorted(
-            self.log_probs, _or_impossible(log_prob), right=True
-        )
-        return 100 * likelier / len(self.log_probs)
+        """Return the share of all held-out images that are more likely, in percent."""
+        rank = torch.searchsorted(self.log_probs, _nan_to_log_zero(log_prob), right=True)
+        return 100 * (len(self.log_probs) - rank) / len(self.log_probs)
 
 
-def _finite(found: Statistics) -> Tensor:
-    """Which images have statistics that are all finite, (batch,)."""
-    return torch.stack([values.isfinite() for values in found.values()]).all(0)
+def _finite_rows(statistics: Statistics) -> Tensor:
+    """Return a mask (images,) of the images whose statistics are all finite."""
+    return torch.stack([values.isfinite() for values in statistics.values()]).all(0)
 
 
-def _or_impossible(log_prob: Tensor) -> Tensor:
-    """With log 0 for what is no number."""
+def _nan_to_log_zero(log_prob: Tensor) -> Tensor:
     return log_prob.double().nan_to_num(-math.inf, math.inf, -math.inf)
 
 
-def _one_sided(found: Statistics) -> dict[str, Tensor]:
-    """In nats: what the model asks for an image, and how much more than a lossless code that is."""
-    payload = -found["log_prob"].double()
+def _one_sided_scores(statistics: Statistics) -> dict[str, Tensor]:
+    """Return -log p(x), and -log p(x) minus the length of a lossless code, in nats."""
+    code_length = -statistics["log_prob"].double()
     return {
-        "likelihood": payload,
-        "complexity": payload - found["complexity"].double() * math.log(2),
+        "likelihood": code_length,
+        "complexity": code_length - statistics["complexity"].double() * math.log(2),
     }
 
 
-def conformal(scores: Tensor, usual: Tensor) -> Tensor:
-    """See `Outliers.p_values`; `usual` (n,) are in order."""
-    return (1 + len(usual) - torch.searchsorted(usual, scores)).double() / (len(usual) + 1)
+def conformal_p_values(scores: Tensor, calibration: Tensor) -> Tensor:
+    """Return (1 + number of calibration scores that are at least as large) / (n + 1).
+
+    An image from the distribution of the n calibration images has a p-value of at most a with
+    probability at most a, however good the score is (Vovk et al., Algorithmic Learning in a
+    Random World, 2005, section 2.2).
+
+    Args:
+        scores: scores of new images, (batch,).
+        calibration: sorted scores of held-out images, (n,).
+
+    Example:
+        >>> conformal_p_values(torch.tensor([2.5, 9.0]), torch.arange(4.0))
+        tensor([0.4000, 0.2000], dtype=torch.float64)
+    """
+    at_least_as_large = len(calibration) - torch.searchsorted(calibration, scores)
+    return (1 + at_least_as_large).double() / (len(calibration) + 1)
 
 
 def log_kernel_density(values: Tensor, points: Tensor) -> Tensor:
-    """log of the mean of N(value; point, h^2) over `points`, h = 1.06 s n^(-1/5). Silverman, Density Estimation (1986), section 3.4.2."""
-    width = (1.06 * points.std() * len(points) ** -0.2).clamp(min=1e-12)
-    far = (values[:, None] - points) / width
-    return (
-        (-0.5 * far.square()).logsumexp(1)
-        - math.log(len(points))
-        - width.log()
-        - 0.5 * math.log(2 * math.pi)
-    )
+    """Return the log of a Gaussian kernel density estimate at `values`, (batch,).
+
+    log 1/n sum_i N(value; point_i, h^2) with the bandwidth h = 1.06 s n^(-1/5) (Silverman,
+    Density Estimation, 1986, section 3.4.2).
+
+    Args:
+        values: where to evaluate the density, (batch,).
+        points: sample, (n,).
+    """
+    bandwidth = (1.06 * points.std() * len(points) ** -0.2).clamp(min=MIN_BANDWIDTH)
+    distance = (values[:, None] - points) / bandwidth
+    log_kernels = (-0.5 * distance.square()).logsumexp(1)
+    return log_kernels - math.log(len(points)) - bandwidth.log() - 0.5 * math.log(2 * math.pi)
 
 
 class AUROC(NamedTuple):
-    """The probability that an outlier gets a larger score than an inlier, ties counting half, and its bootstrap error."""
+    """Area under the ROC curve with its bootstrap error.
+
+    It is the probability that an outlier has a larger score than an inlier, ties counting half.
+    """
 
     value: float
     error: float
@@ -141,52 +193,73 @@ class AUROC(NamedTuple):
 
 
 def auroc(inliers: Tensor, outliers: Tensor, resamples: int = 200, seed: int = 0) -> AUROC:
-    """By ranks: Mann and Whitney (1947). The error is the deviation over `resamples` of both sets: Efron, Bootstrap methods (1979)."""
+    """Return the AUROC of scores, by ranks (Mann and Whitney, 1947).
+
+    Args:
+        inliers: scores of in-distribution images, (N,).
+        outliers: scores of other images, (M,).
+        resamples: bootstrap samples of both sets for the error (Efron, 1979).
+        seed: seed of the bootstrap samples.
+
+    Example:
+        >>> print(auroc(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])))
+        1.0000 ± 0.0000
+    """
     generator = torch.Generator().manual_seed(seed)
 
-    def resampled(scores: Tensor) -> Tensor:
+    def resample(scores: Tensor) -> Tensor:
         return scores[torch.randint(len(scores), (len(scores),), generator=generator)]
 
-    again = torch.stack(
-        [_shared(resampled(inliers), resampled(outliers)) for _ in range(resamples)]
-    )
-    return AUROC(_shared(inliers, outliers).item(), again.std().item())
+    values = [_auroc(resample(inliers), resample(outliers)) for _ in range(resamples)]
+    return AUROC(_auroc(inliers, outliers).item(), torch.stack(values).std().item())
 
 
-def _shared(inliers: Tensor, outliers: Tensor) -> Tensor:
+def _auroc(inliers: Tensor, outliers: Tensor) -> Tensor:
     inliers = inliers.sort().values
-    below, up_to = (
-        torch.searchsorted(inliers, outliers, right=right).double() for right in (False, True)
-    )
+    below = torch.searchsorted(inliers, outliers).double()
+    up_to = torch.searchsorted(inliers, outliers, right=True).double()
     return (below + up_to).mean() / (2 * len(inliers))
 
 
-def complexity(images: Tensor) -> Tensor:
-    """Bits of the shortest lossless code of each image, (batch,): deflate behind the best of PNG's five filters, without headers.
+def png_complexity(images: Tensor) -> Tensor:
+    """Return the length in bits of a lossless code of each image, (batch,).
 
-    Serra et al., Input complexity (1909.11480), section 3. PNG specification (ISO 15948), section 9.
+    The code is deflate after the best one of PNG's five filters, without headers (Serra et al.,
+    Input complexity, arXiv:1909.11480, section 3; PNG specification, ISO 15948, section 9).
+
+    Args:
+        images: uint8, (batch, channels, height, width), on the CPU.
+
+    Example:
+        >>> png_complexity(torch.zeros(1, 1, 28, 28, dtype=torch.uint8)).item() < 100
+        True
     """
-    left, above, corner = (
-        F.pad(images, pad)[..., : -1 or None, : -1 or None]
-        for pad in ((1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0))
-    )
-    a, b, c = left.int(), above.int(), corner.int()
-    from_a, from_b, from_c = (b - c).abs(), (a - c).abs(), (a + b - 2 * c).abs()
-    nearest = torch.where(
-        (from_a <= from_b) & (from_a <= from_c), left, torch.where(from_b <= from_c, above, corner)
-    )
-    filtered = [
-        images,
-        images - left,
-        images - above,
-        images - ((a + b) // 2).to(torch.uint8),
-        images - nearest,
+    padded = F.pad(images, (1, 0, 1, 0))  # zeros beyond the left and the upper border
+    left = padded[..., 1:, :-1]
+    above = padded[..., :-1, 1:]
+    corner = padded[..., :-1, :-1]
+    a = left.int()
+    b = above.int()
+    c = corner.int()
+    to_left = (b - c).abs()
+    to_above = (a - c).abs()
+    to_corner = (a + b - 2 * c).abs()
+    above_or_corner = torch.where(to_above <= to_corner, above, corner)
+    paeth = torch.where((to_left <= to_above) & (to_left <= to_corner), left, above_or_corner)
+    predictions = [
+        torch.zeros_like(images),
+        left,
+        above,
+        ((a + b) // 2).to(torch.uint8),
+        paeth,
     ]
-    codes = [[_deflated(each) for each in residuals.cpu()] for residuals in filtered]
-    return 8.0 * torch.tensor(codes).amin(0)
+    residuals = [(images - prediction).cpu() for prediction in predictions]
+    num_bytes = [[_deflated_size(image) for image in filtered] for filtered in residuals]
+    return 8.0 * torch.tensor(num_bytes).amin(0)
 
 
-def _deflated(numbers: Tensor) -> int:
-    """Bytes; the negative window leaves zlib's header and checksum out."""
-    code = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return len(code.compress(numbers.contiguous().numpy().tobytes()) + code.flush())
+def _deflated_size(values: Tensor) -> int:
+    """Return the number of bytes of the raw deflate stream; -15 omits header and checksum."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    data = values.contiguous().numpy().tobytes()
+    return len(compressor.compress(data) + compressor.flush())

@@ -1,6 +1,7 @@
-"""How close samples come to images and how diverse they are, among the images' principal components: without a network's weights.
+"""Sample quality: Fréchet distance, coverage and spread, a classifier, FID, reports of flows.
 
-A Fréchet distance there is no FID, which is measured among the features of one particular network, see `fidelity`.
+The Fréchet distance here uses principal components of the images, and needs no pretrained network.
+FID uses the features of one particular network, see `fid_metrics`.
 """
 
 import math
@@ -16,81 +17,114 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from flowgen.data.dataset import ImageDataset
-from flowgen.evaluation.interpolation import changes, unevenness, walk
+from flowgen.evaluation.interpolation import interpolate_pairs, step_sizes, unevenness
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError
 
-COMPONENTS, NEIGHBOURS = 64, 5
+NUM_COMPONENTS = 64
+COVERAGE_NEIGHBORS = 5  # k of Naeem et al.
+CONFIDENCE_THRESHOLD = 0.9  # probability of the predicted class from which an image is readable
+FID_WEIGHTS_VARIABLE = "FID_WEIGHTS"  # environment variable with the path of the network's weights
+CLASSIFIER_BATCH_SIZE = 500
+BATCH_SIZE = 64
 
 
 class PrincipalComponents:
-    """The coordinates (N, components) of images (N, ...) along the directions in which the images given at the start vary most."""
+    """Projection of images on the principal components of a reference set.
 
-    def __init__(self, images: Tensor, components: int = COMPONENTS):
+    Args:
+        images: reference images, float (N, ...).
+        components: number of components.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> images = torch.rand(100, 1, 4, 4)
+        >>> PrincipalComponents(images, components=3)(images).shape
+        torch.Size([100, 3])
+    """
+
+    def __init__(self, images: Tensor, components: int = NUM_COMPONENTS):
         flat = images.flatten(1)
         self.mean = flat.mean(0)
+        rank = min(components, *flat.shape)
+        # The algorithm is random: a fixed seed gives all models the same coordinates.
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # so that every model is judged in the same space
-            self.basis = torch.pca_lowrank(
-                flat - self.mean, min(components, *flat.shape), center=False, niter=4
-            )[2]
+            torch.manual_seed(0)
+            self.basis = torch.pca_lowrank(flat - self.mean, rank, center=False, niter=4)[2]
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Return the coordinates of images (N, ...), (N, components)."""
         return (images.flatten(1) - self.mean) @ self.basis
 
 
 class SampleQuality(NamedTuple):
-    """Samples beside real images, see `likeness`."""
+    """Sample quality, see `measure_sample_quality`."""
 
     frechet: float
     coverage: float
     spread: float
 
 
-def likeness(samples: Tensor, real: Tensor) -> SampleQuality:
-    """Of points (N, d) to real points (M, d).
+def measure_sample_quality(samples: Tensor, real: Tensor) -> SampleQuality:
+    """Compare samples with real images in a feature space, such as principal components.
 
-    frechet: |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of the Gaussians that fit them. Heusel et al. (1706.08500), section 2.
-    coverage: the share of real points with a sample within the distance to their fifth real neighbour; outliers, in whose reach
-    even a blank picture lies, count once each. Naeem et al. (2002.09797), section 3.
-    spread: the mean distance of two samples over that of two real points.
+    Args:
+        samples: features of samples, (N, d).
+        real: features of real images, (M, d).
+
+    Returns:
+        `frechet`: see `frechet_distance`. `coverage`: see `coverage`. `spread`: mean distance of
+        two samples divided by the mean distance of two real images.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> real = torch.randn(200, 2)
+        >>> quality = measure_sample_quality(real, real)
+        >>> round(abs(quality.frechet), 3), quality.coverage, quality.spread
+        (0.0, 1.0, 1.0)
     """
     return SampleQuality(
-        frechet(samples.double(), real.double()),
+        frechet_distance(samples.double(), real.double()),
         coverage(samples, real),
         (torch.pdist(samples).mean() / torch.pdist(real).mean()).item(),
     )
 
 
-def frechet(one: Tensor, other: Tensor) -> float:
-    """See `likeness`."""
-    covariances = one.T.cov(), other.T.cov()
-    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
-    return (
-        (one.mean(0) - other.mean(0)).square().sum()
-        + covariances[0].trace()
-        + covariances[1].trace()
-        - 2 * roots.sum()
-    ).item()
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Return the squared Fréchet distance of the Gaussians that fit points (N, d) and (M, d).
+
+    |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Heusel et al., arXiv:1706.08500, section 2).
+    """
+    first_cov = first.T.cov()
+    second_cov = second.T.cov()
+    root_trace = torch.linalg.eigvals(first_cov @ second_cov).real.clamp(min=0).sqrt().sum()
+    mean_distance = (first.mean(0) - second.mean(0)).square().sum()
+    return (mean_distance + first_cov.trace() + second_cov.trace() - 2 * root_trace).item()
 
 
 def coverage(samples: Tensor, real: Tensor) -> float:
-    """See `likeness`."""
-    reach = torch.cdist(real, real).kthvalue(min(NEIGHBOURS + 1, len(real)), dim=1).values
-    return (torch.cdist(samples, real) <= reach).any(0).float().mean().item()
+    """Return the share of real points (M, d) that have a sample (N, d) in their neighborhood.
+
+    The neighborhood of a real point is the ball up to its fifth nearest real neighbor. Outliers,
+    whose balls contain even a blank image, count only once each (Naeem et al., Reliable fidelity
+    and diversity metrics, arXiv:2002.09797, section 3).
+    """
+    rank = min(COVERAGE_NEIGHBORS + 1, len(real))  # the nearest one is the point itself
+    radius = torch.cdist(real, real).kthvalue(rank, dim=1).values
+    return (torch.cdist(samples, real) <= radius).any(0).float().mean().item()
 
 
 def distance_from_mean(point: Tensor, real: Tensor) -> float:
-    """How far a point (d,) lies from the mean of real points (M, d), a real point's own mean distance from it being 1."""
-    middle = real.mean(0)
-    return ((point - middle).norm() / (real - middle).norm(dim=1).mean()).item()
+    """Return the distance of a point (d,) from the mean of real points (M, d).
+
+    The unit is the mean distance of a real point from that mean.
+    """
+    center = real.mean(0)
+    return ((point - center).norm() / (real - center).norm(dim=1).mean()).item()
 
 
-WEIGHTS = "FID_WEIGHTS"  # the environment's name of the network's file
-
-
-class _Pictures(Dataset[Tensor]):
-    """Images (N, 3, height, width), uint8, one by one, as torch-fidelity takes them."""
+class _RGBImages(Dataset[Tensor]):
+    """Data set of uint8 images (N, 3, height, width), as torch-fidelity expects it."""
 
     def __init__(self, images: Tensor):
         self.images = images
@@ -98,105 +132,134 @@ class _Pictures(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: int) -> Tensor:
-        return self.images[place]
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
 
 
-def network() -> Path | None:
-    """The file that FID_WEIGHTS names. Raises FlowgenError where it names one and fidelity cannot be had."""
-    weights = os.environ.get(WEIGHTS)
-    if not weights:
+def find_fid_weights() -> Path | None:
+    """Return the path of the network's weights in FID_WEIGHTS, or None if it is not set.
+
+    Raises:
+        UserError: if the file or the package torch-fidelity is missing.
+    """
+    path = os.environ.get(FID_WEIGHTS_VARIABLE)
+    if not path:
         return None
-    if not Path(weights).is_file():
+    if not Path(path).is_file():
         raise UserError(
-            f"{WEIGHTS}={weights} is no file: name that of torch-fidelity's network, or leave it out"
+            f"{FID_WEIGHTS_VARIABLE}={path} is not a file: set it to the weights of "
+            "torch-fidelity's network, or unset it"
         )
     if find_spec("torch_fidelity") is None:
         raise UserError(
-            f"{WEIGHTS} is set, but torch-fidelity is not installed: pip install 'flowgen[fidelity]'"
+            f"{FID_WEIGHTS_VARIABLE} is set, but torch-fidelity is not installed: "
+            "pip install 'flowgen[fidelity]'"
         )
-    return Path(weights)
+    return Path(path)
 
 
 def fid_metrics(samples: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
-    """Of uint8 images (N, channels, height, width): FID (Heusel et al., 1706.08500), precision and recall (1904.06991, section 2)."""
+    """Return FID, precision and recall of samples.
+
+    FID: Heusel et al., arXiv:1706.08500. Precision and recall: Kynkäänniemi et al.,
+    arXiv:1904.06991, section 2.
+
+    Args:
+        samples: uint8 images with 8 bits, (N, channels, height, width), 1 or 3 channels.
+        real: real images, in the same format.
+        weights: weights of torch-fidelity's network, see `find_fid_weights`.
+    """
     from torch_fidelity import calculate_metrics
 
-    sets = [_Pictures(images.cpu().expand(-1, 3, -1, -1)) for images in (samples, real)]
-    features = {
-        "feature_extractor": "inception-v3-compat",
-        "feature_extractor_weights_path": str(weights),
-    }
-    how = {
-        "fid": True,
-        "prc": True,
-        "cuda": torch.cuda.is_available(),
-        "verbose": False,
-        "save_cpu_ram": True,
-    }
-    found = calculate_metrics(input1=sets[0], input2=sets[1], **features, **how)
+    result = calculate_metrics(
+        input1=_RGBImages(samples.cpu().expand(-1, 3, -1, -1)),
+        input2=_RGBImages(real.cpu().expand(-1, 3, -1, -1)),
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights),
+        fid=True,
+        prc=True,
+        cuda=torch.cuda.is_available(),
+        verbose=False,
+        save_cpu_ram=True,
+    )
     return {
-        "fid": found["frechet_inception_distance"],
-        "precision": found["precision"],
-        "recall": found["recall"],
+        "fid": result["frechet_inception_distance"],
+        "precision": result["precision"],
+        "recall": result["recall"],
     }
-
-
-SURE = 0.9  # the probability from which on an image counts as readable
 
 
 class Classifier(nn.Module):
-    """Two convolutions and two linear layers, of images (batch, channels, height, width) at `bits`: LeNet, with batch normalisation."""
+    """Convolutional classifier that checks whether samples are readable: LeNet with batch norm.
 
-    def __init__(self, shape: tuple[int, int, int], bits: int, classes: int):
+    Args:
+        image_shape: (channels, height, width).
+        bits: bits per pixel value.
+        num_classes: number of classes.
+
+    Example:
+        >>> classifier = Classifier((1, 28, 28), bits=8, num_classes=10).eval()
+        >>> label, confidence = classifier.predict(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+        >>> label.shape, confidence.shape
+        (torch.Size([2]), torch.Size([2]))
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], bits: int, num_classes: int):
         super().__init__()
         self.scale = 2**bits - 1
-        channels, height, width = shape
+        channels, height, width = image_shape
+        features = 32 * (height // 4) * (width // 4)
         self.layers = nn.Sequential(
             nn.Conv2d(channels, 16, 5, padding=2), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(16, 32, 5, padding=2), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Dropout(0.3), nn.Linear(32 * (height // 4) * (width // 4), 128), nn.ReLU(), nn.Linear(128, classes),
+            nn.Flatten(), nn.Dropout(0.3),
+            nn.Linear(features, 128), nn.ReLU(), nn.Linear(128, num_classes),
         )  # fmt: skip
 
     def forward(self, images: Tensor) -> Tensor:
-        """The log-odds of the classes: (batch, classes)."""
+        """Return the logits of the classes, (batch, classes)."""
         return self.layers(images.float() / self.scale)
 
     @torch.no_grad()
-    def surety(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest class of every image and its probability: (batch,) each."""
-        probabilities = torch.cat([self(part).softmax(1) for part in images.split(500)])
-        most, label = probabilities.max(1)
-        return label, most
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the most probable class of each image and its probability, (batch,) each."""
+        batches = images.split(CLASSIFIER_BATCH_SIZE)
+        probabilities = torch.cat([self(batch).softmax(1) for batch in batches])
+        confidence, label = probabilities.max(1)
+        return label, confidence
 
-    def readable(self, images: Tensor) -> float:
-        """The share of the images that it names with a probability of at least `SURE`."""
-        return (self.surety(images)[1] >= SURE).float().mean().item()
+    def share_readable(self, images: Tensor) -> float:
+        """Return the share of images with a confidence of at least `CONFIDENCE_THRESHOLD`."""
+        _, confidence = self.predict(images)
+        return (confidence >= CONFIDENCE_THRESHOLD).float().mean().item()
 
 
 def train_classifier(
-    data: ImageDataset, epochs: int = 3, batch: int = 100, seed: int = 0
+    data: ImageDataset, epochs: int = 3, batch_size: int = 100, seed: int = 0
 ) -> Classifier:
-    """A classifier of the training images' labels. Raises FlowgenError where there are none."""
+    """Train a classifier of the training images.
+
+    Raises:
+        UserError: if the data set has no labels.
+    """
     if data.train.labels is None or data.num_classes is None:
-        raise UserError("a classifier needs labels: put the labels-idx1 files beside the images")
+        raise UserError(
+            "a classifier needs labels: put the labels-idx1 files in the folder of the images"
+        )
     torch.manual_seed(seed)
     model = Classifier(data.image_shape, data.bits, data.num_classes)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    steps = epochs * len(data.train) // batch
+    steps = epochs * len(data.train) // batch_size
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for step in range(steps):
-        images, labels = data.train_batch(step * batch, batch, seed)
+        images, labels = data.train_batch(step * batch_size, batch_size, seed)
         assert labels is not None
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         schedule.step()
     return model.eval()
-
-
-BATCH = 64
 
 
 def flow_report(
@@ -208,43 +271,61 @@ def flow_report(
     pairs: int = 16,
     steps: int = 18,
 ) -> dict[str, Any]:
-    """What is told of a flow by `samples`, levels (N, ...) for each temperature, once or more often, and by walks; plain data, as JSON.
+    """Return a report of a flow's samples and interpolations, which can be written as JSON.
 
-    samples: for each temperature the likeness of each draw to N test images, and its fidelity where there are `weights` for it;
-    training: the likeness of N training images, the standard.
-    mean_sample: how far the first sample of the lowest temperature lies from the mean test image, a test image's own distance being 1.
-    bits: bits/dim of the N test images, one draw of the noise. walk: between `pairs` of them, through latents and pixels, the change
-    from picture to picture and bits/dim of each, on average, and of each way through the latents its unevenness. An even number of
-    `steps` is fair: half-way between two images rounding favours the even levels. All in one space, of training images not compared.
+    Features are principal components of training images that are not compared.
+
+    Args:
+        model: the flow.
+        data: its data set.
+        samples: for each temperature one or more sets of N samples, uint8 (N, ...).
+        weights: weights of the FID network, see `find_fid_weights`, or None.
+        pairs: number of pairs of test images to interpolate between.
+        steps: number of images on each path. Use an even number: halfway between two images,
+            rounding favors even pixel values.
+
+    Returns:
+        - "samples": for each temperature and set the quality compared with N test images, with
+          FID metrics if there are `weights`.
+        - "training": the quality of N training images, as a reference.
+        - "mean_sample": `distance_from_mean` of the first sample of the lowest temperature.
+        - "bits": bits/dim of each of the N test images, with one sample of the noise.
+        - "walk": along paths through the latent space and through the pixels, the mean step sizes
+          ("changes") and bits/dim ("bits"), and the "unevenness" of each path through the latent
+          space.
+        - "images": N; "parameters": number of parameters.
     """
     count = len(next(iter(samples.values()))[0])
-    train, test = (
-        torch.cat(list(data.batches(split, 500, most)))
-        for split, most in (("train", 5 * count), ("test", count))
-    )
-    held, others = train[: len(test)], train[len(test) :]
-    space = PrincipalComponents(_unit(others, data.bits))
-    real, half = space(_unit(test, data.bits)), min(pairs, len(test) // 2)
+    train = torch.cat(list(data.batches("train", 500, 5 * count)))
+    test = torch.cat(list(data.batches("test", 500, count)))
+    reference = train[: len(test)]
+    project = PrincipalComponents(_to_unit_range(train[len(test) :], data.bits))
 
-    def look(images: Tensor) -> dict[str, float]:
-        found, more = likeness(space(_unit(images, data.bits)), real)._asdict(), 8 - data.bits
-        return found | (fid_metrics(images << more, test << more, weights) if weights else {})
+    def features(images: Tensor) -> Tensor:
+        return project(_to_unit_range(images, data.bits))
 
-    ways = walk(model, test[:half], test[half : 2 * half], torch.linspace(0, 1, steps))
+    real = features(test)
+
+    def quality(images: Tensor) -> dict[str, float]:
+        result = measure_sample_quality(features(images), real)._asdict()
+        if weights:
+            shift = 8 - data.bits
+            result |= fid_metrics(images << shift, test << shift, weights)
+        return result
+
+    half = min(pairs, len(test) // 2)
+    fractions = torch.linspace(0, 1, steps)
+    paths = interpolate_pairs(model, test[:half], test[half : 2 * half], fractions)
+    coldest = samples[min(samples)][0]
     return {
-        "samples": [[look(images) for images in draws] for draws in samples.values()],
-        "training": likeness(space(_unit(held, data.bits)), real)._asdict(),
-        "mean_sample": distance_from_mean(
-            space(_unit(samples[min(samples)][0][:1], data.bits))[0], real
-        ),
-        "bits": bits_per_image(model, test).tolist(),
+        "samples": [[quality(images) for images in sets] for sets in samples.values()],
+        "training": measure_sample_quality(features(reference), real)._asdict(),
+        "mean_sample": distance_from_mean(features(coldest[:1])[0], real),
+        "bits": bits_per_dim_of_images(model, test).tolist(),
         "walk": {
-            "changes": [changes(way, data.bits).mean(1).tolist() for way in ways],
-            "bits": [
-                [bits_per_image(model, each.round().to(torch.uint8)).mean().item() for each in way]
-                for way in ways
-            ],
-            "unevenness": unevenness(ways[0], data.bits).tolist(),
+            "changes": [step_sizes(path, data.bits).mean(1).tolist() for path in paths],
+            "bits": [[_mean_bits_per_dim(model, images) for images in path] for path in paths],
+            "unevenness": unevenness(paths[0], data.bits).tolist(),
         },
         "images": len(test),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -252,15 +333,19 @@ def flow_report(
 
 
 @torch.no_grad()
-def bits_per_image(model: Flow, images: Tensor) -> Tensor:
-    """Bits/dim of every image, (N,), under one draw of a noise that is the same at every call."""
+def bits_per_dim_of_images(model: Flow, images: Tensor) -> Tensor:
+    """Return bits/dim of each image, (N,), with one sample of the noise, the same at every call."""
     generator = torch.Generator(model.device).manual_seed(0)
-    scores = [
-        model.score(part.to(model.device), generator=generator).cpu()
-        for part in images.split(BATCH)
+    log_probs = [
+        model.score(batch.to(model.device), generator=generator).cpu()
+        for batch in images.split(BATCH_SIZE)
     ]
-    return -torch.cat(scores).double() / (model.dimensions * math.log(2))
+    return -torch.cat(log_probs).double() / (model.dimensions * math.log(2))
 
 
-def _unit(images: Tensor, bits: int) -> Tensor:
+def _mean_bits_per_dim(model: Flow, images: Tensor) -> float:
+    return bits_per_dim_of_images(model, images.round().to(torch.uint8)).mean().item()
+
+
+def _to_unit_range(images: Tensor, bits: int) -> Tensor:
     return images.cpu().float() / (2**bits - 1)

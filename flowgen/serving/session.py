@@ -30,7 +30,7 @@ from flowgen.commands.score import (
 from flowgen.config.loading import find_model
 from flowgen.data.preprocess import check_color_channels, preprocess
 from flowgen.evaluation.latent_directions import Directions, move_along
-from flowgen.evaluation.ood import DEFAULT
+from flowgen.evaluation.ood import DEFAULT_SCORE
 from flowgen.models.base import ClassConditional, GenerativeModel, SupportsInpainting, SupportsMCMC
 from flowgen.utils import rendering
 from flowgen.utils.console import user_message
@@ -241,7 +241,7 @@ class ModelSession:
         return (
             value,
             outliers.percentile(found["log_prob"]).item(),
-            outliers.p_values(outliers.scores(found))[DEFAULT].item(),
+            outliers.p_values(outliers.scores(found))[DEFAULT_SCORE].item(),
         )
 
     def walk(

@@ -20,7 +20,7 @@ from flowgen.training.checkpoint import (
     write_checkpoint,
 )
 from flowgen.utils.errors import UserError
-from flowgen.utils.metrics import COMPARED, MetricValue, finite, metric_from_row
+from flowgen.utils.metrics import COMPARED, MetricValue, finite
 
 FOLDERS = {"checkpoints", "samples", "tensorboard"}
 SUFFIXES = {".gif", ".html", ".json", ".jsonl", ".log", ".part", ".png", ".pt", ".yaml"}
@@ -192,11 +192,11 @@ def best_metric(rows: list[dict[str, Any]]) -> MetricValue | None:
         steered = [
             (row["step"], found)
             for row in validation_rows(rows)
-            if (found := metric_from_row(row, metric))
+            if (found := MetricValue.from_row(row, metric))
         ]
         if steered:
             last = [row for row in rows if row["split"] == "test" and row["step"] == steered[-1][0]]
-            ended = [found for row in last if (found := metric_from_row(row, metric))]
+            ended = [found for row in last if (found := MetricValue.from_row(row, metric))]
             return (
                 ended[-1]
                 if ended

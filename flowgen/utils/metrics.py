@@ -1,4 +1,4 @@
-"""What is measured, and measured values: with unit, direction, standard error, and the split that they are of."""
+"""Metrics, and their values with unit, direction, standard error and split."""
 
 import math
 from collections.abc import Mapping
@@ -8,58 +8,103 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """Something that is measured in `unit`; of two values the higher is the better one, or the lower, or (None) neither."""
+    """A quantity that is measured.
+
+    Args:
+        name: name in files and tables.
+        unit: unit of its values.
+        higher_is_better: direction of improvement, or None.
+
+    Example:
+        >>> BITS_PER_DIM.cost(2.0), LOG_LIKELIHOOD.cost(-86.0)
+        (2.0, 86.0)
+    """
 
     name: str
     unit: str = ""
     higher_is_better: bool | None = None
 
     def cost(self, value: float) -> float:
-        """The lower, the better; what is no number is worst."""
+        """Return a number that is lower for better values, and infinite for NaN."""
         if math.isnan(value):
             return math.inf
         return -value if self.higher_is_better else value
 
 
 BITS_PER_DIM = Metric("bits_per_dim", "bits/dim", higher_is_better=False)
+# Bits/dim of images with added Gaussian noise: not a likelihood of the images themselves.
 NOISY_BITS_PER_DIM = Metric(
     "noisy_bits_per_dim", "bits/dim of images with noise", higher_is_better=False
-)  # of images it is none
-LOG_LIKELIHOOD = Metric("log_likelihood", "nats", higher_is_better=True)
-COMPARED = (BITS_PER_DIM, NOISY_BITS_PER_DIM, LOG_LIKELIHOOD)  # by which runs are
-LOG_PROBABILITY = Metric("log_probability", "nats", higher_is_better=True)
-UNNORMALIZED = Metric(
-    "unnormalised_log_probability", "nats", higher_is_better=True
-)  # log p(x) + log Z, whose log Z is not known
+)
+LOG_LIKELIHOOD = Metric("log_likelihood", "nats", higher_is_better=True)  # mean over the images
+COMPARED = (BITS_PER_DIM, NOISY_BITS_PER_DIM, LOG_LIKELIHOOD)  # metrics that rank runs
+LOG_PROBABILITY = Metric("log_probability", "nats", higher_is_better=True)  # of one image
+# log p(x) + log Z with an unknown log Z
+UNNORMALIZED = Metric("unnormalized_log_probability", "nats", higher_is_better=True)
 
 
 @dataclass(frozen=True)
 class MetricValue:
-    """A value of a metric, with its standard error where that is known, and the split whose images it is of."""
+    """Value of a metric.
+
+    Args:
+        metric: the metric.
+        value: the value, in the unit of the metric.
+        error: standard error, or None if it is unknown.
+        split: split of the data set whose images were used, such as "test".
+
+    Example:
+        >>> print(MetricValue(BITS_PER_DIM, 3.5, 0.25, "test"))
+        test bits_per_dim 3.500 ± 0.250
+    """
 
     metric: Metric
     value: float
     error: float | None = None
     split: str | None = None
 
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], metric: Metric) -> "MetricValue | None":
+        """Return the value of `metric` in a row of metrics.jsonl, or None if it has no value.
+
+        Example:
+            >>> print(MetricValue.from_row({"bits_per_dim": 3.5, "split": "test"}, BITS_PER_DIM))
+            test bits_per_dim 3.500
+        """
+        value = row.get(metric.name)
+        if value is None:
+            return None
+        return cls(metric, value, row.get(f"{metric.name}_error"), row.get("split"))
+
     def __str__(self) -> str:
-        split, error = (
-            f"{self.split} " if self.split else "",
-            f" ± {self.error:.3f}" if self.error else "",
-        )
+        split = f"{self.split} " if self.split else ""
+        error = f" ± {self.error:.3f}" if self.error else ""
         return f"{split}{self.metric.name} {self.value:.3f}{error}"
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What was measured of a model at once, by name, and facts about how: of how many images, at how many bits."""
+    """Values of several metrics of one model, by name.
+
+    Args:
+        measured: values by the names of their metrics.
+        facts: further facts about the evaluation, such as the number of images.
+
+    Example:
+        >>> metrics = Metrics.of(MetricValue(BITS_PER_DIM, 3.5, 0.25), images=100)
+        >>> metrics["bits_per_dim"].value
+        3.5
+        >>> metrics.row()
+        {'bits_per_dim': 3.5, 'bits_per_dim_error': 0.25, 'images': 100}
+    """
 
     measured: dict[str, MetricValue] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, *measured: MetricValue, **facts: Any) -> "Metrics":
-        return cls({each.metric.name: each for each in measured}, facts)
+    def of(cls, *values: MetricValue, **facts: Any) -> "Metrics":
+        """Return metrics with these values and facts."""
+        return cls({value.metric.name: value for value in values}, facts)
 
     def __getitem__(self, name: str) -> MetricValue:
         return self.measured[name]
@@ -68,40 +113,47 @@ class Metrics:
         return Metrics(self.measured | other.measured, self.facts | other.facts)
 
     def on(self, split: str) -> "Metrics":
-        return Metrics(
-            {name: replace(each, split=split) for name, each in self.measured.items()}, self.facts
-        )
+        """Return the same values, marked as measured on `split`."""
+        measured = {name: replace(value, split=split) for name, value in self.measured.items()}
+        return Metrics(measured, self.facts)
 
     def row(self) -> dict[str, Any]:
-        """As files have it: NAME and NAME_error of all that was measured, and the facts."""
-        flat: dict[str, Any] = {}
-        for name, each in self.measured.items():
-            flat |= {name: each.value} | (
-                {} if each.error is None else {f"{name}_error": each.error}
-            )
-        return flat | self.facts
+        """Return a flat dictionary for a file: NAME and NAME_error of each value, and the facts."""
+        row: dict[str, Any] = {}
+        for name, value in self.measured.items():
+            row[name] = value.value
+            if value.error is not None:
+                row[f"{name}_error"] = value.error
+        return row | self.facts
 
 
-def metric_from_row(row: Mapping[str, Any], metric: Metric) -> MetricValue | None:
-    """A value of this metric in a row of a file, None where it has none."""
-    value = row.get(metric.name)
-    return (
-        None
-        if value is None
-        else MetricValue(metric, value, row.get(f"{metric.name}_error"), row.get("split"))
-    )
+def beats_entropy_bound(value: MetricValue, entropy: float, dimensions: int) -> bool:
+    """Return whether a likelihood is better than any distribution of the images can have.
 
+    A difference of less than three standard errors does not count.
 
-def beats_entropy_bound(measured: MetricValue, entropy: float, dimensions: int) -> bool:
-    """Whether a likelihood of images, whose `entropy` is in bits an image, is better by three errors than that of any distribution."""
-    margin = 3 * (measured.error or 0.0)
-    if measured.metric == BITS_PER_DIM:
-        return dimensions * (measured.value + margin) < entropy
-    return measured.metric == LOG_LIKELIHOOD and margin - measured.value < entropy * math.log(2)
+    Args:
+        value: bits/dim or log-likelihood; other metrics return False.
+        entropy: entropy of the images in bits per image.
+        dimensions: number of dimensions of an image.
+
+    Example:
+        >>> beats_entropy_bound(MetricValue(BITS_PER_DIM, 1.0), entropy=200.0, dimensions=100)
+        True
+    """
+    margin = 3 * (value.error or 0.0)
+    if value.metric == BITS_PER_DIM:
+        return dimensions * (value.value + margin) < entropy
+    return value.metric == LOG_LIKELIHOOD and margin - value.value < entropy * math.log(2)
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """With None for what is not finite, since JSON has no word for it."""
+    """Return the row with None in place of NaN and infinity, which JSON does not allow.
+
+    Example:
+        >>> finite({"loss": math.nan, "step": 1})
+        {'loss': None, 'step': 1}
+    """
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgen.utils.metrics import Metric, metric_from_row
+from flowgen.utils.metrics import Metric, MetricValue
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,7 +119,7 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
     loss_lines = {"training loss": losses, "training loss, moving average": moving_average(losses)}
     metric_lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row["split"] != "train" and (measured := metric_from_row(row, metric)):
+        if row["split"] != "train" and (measured := MetricValue.from_row(row, metric)):
             points = metric_lines.setdefault(f"{row['split']} {metric.name}", [])
             points.append((row["step"], measured.value))
     if not losses and not metric_lines:

@@ -79,7 +79,7 @@ class Reproduction:
 
     def check(self) -> tuple[ImageDataset | None, ImageDataset | None]:
         """The faces and the digits, where they will be shown. Raises FlowgenError with the cure where anything is missing."""
-        sample_quality.network()
+        sample_quality.find_fid_weights()
         shown = {*self.groups, *self.finished()}
         for run in (run for group in FACED for run in self.runs(group) if run.config.exists()):
             if (used := read_config(run.config)["data"].get("root")) != self.root:

@@ -53,7 +53,7 @@ ONE_TRAINING = (
 def judged(run: Run, data: ImageDataset, count: int) -> dict[str, Any]:
     """All that the comparison needs of one experiment, of `count` test images and as many samples at most; kept beside the run."""
 
-    weights = sample_quality.network()
+    weights = sample_quality.find_fid_weights()
 
     def find() -> dict[str, Any]:
         model: Any = flowgen.load(run.folder, "auto")

@@ -1,0 +1,1 @@
+"""Restricted Boltzmann machines: model, samplers, negative phases and estimates of log Z."""

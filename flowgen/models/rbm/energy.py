@@ -1,4 +1,4 @@
-"""The machine itself: its parameters, energies and conditionals, all that a sampler or an estimate of log Z needs."""
+"""Energy of a restricted Boltzmann machine, its conditionals, and the loss of its training."""
 
 from typing import Any
 
@@ -7,57 +7,84 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+INITIAL_WEIGHT_STD = 0.01  # Hinton, A practical guide to training RBMs (2010), section 8
+
 
 class EnergyModel(nn.Module):
-    """P(v, h) = exp(-E(v, h)) / Z over binary v and h, with E(v, h) = -visible_bias.v - hidden_bias.h - v' weight h.
+    """Joint distribution P(v, h) = exp(-E(v, h)) / Z of binary visible and hidden units.
 
-    `weight` is (visible, hidden). `base` (visible,) are the log-odds of independent pixels, where annealing and tempering start: along
-    the way, at inverse temperature beta in [0, 1], the energy is beta E(v, h) - (1 - beta) base.v.
+    The energy is E(v, h) = -b.v - c.h - v'Wh, with W = `weight` (visible, hidden),
+    b = `visible_bias` (visible,) and c = `hidden_bias` (hidden,). All energies are in nats.
+
+    The buffer `base` (visible,) holds the log-odds of independent pixels, the base-rate model
+    where annealing and tempering start. At inverse temperature beta in [0, 1] the intermediate
+    distribution has the energy beta E(v, h) - (1 - beta) base.v (Salakhutdinov and Murray, On the
+    quantitative analysis of deep belief networks, 2008, section 4.1).
+
+    Args:
+        visible: number of visible units.
+        hidden: number of hidden units.
+
+    Example:
+        >>> rbm = EnergyModel(visible=4, hidden=3)
+        >>> v = torch.tensor([[1.0, 0.0, 1.0, 1.0]])
+        >>> rbm.free_energy(v).shape
+        torch.Size([1])
+        >>> rbm.hidden_input(v).sigmoid().shape  # P(h = 1 | v)
+        torch.Size([1, 3])
     """
 
     base: Tensor
 
     def __init__(self, visible: int, hidden: int):
         super().__init__()
-        self.weight = nn.Parameter(0.01 * torch.randn(visible, hidden))
+        self.weight = nn.Parameter(INITIAL_WEIGHT_STD * torch.randn(visible, hidden))
         self.visible_bias = nn.Parameter(torch.zeros(visible))
         self.hidden_bias = nn.Parameter(torch.zeros(hidden))
         self.register_buffer("base", torch.zeros(visible))
 
     @property
     def visible(self) -> int:
+        """Number of visible units."""
         return len(self.weight)
 
     @property
     def hidden(self) -> int:
+        """Number of hidden units."""
         return self.weight.shape[1]
 
     def energy(self, v: Tensor, h: Tensor) -> Tensor:
-        """E(v, h) in nats, (batch,), of v (batch, visible) and h (batch, hidden)."""
+        """Return E(v, h) in nats, (batch,), of v (batch, visible) and h (batch, hidden)."""
         return -(v @ self.visible_bias) - (self.hidden_input(v) * h).sum(-1)
 
     def free_energy(self, v: Tensor) -> Tensor:
-        """F(v) = -visible_bias.v - sum_j softplus(hidden_bias + weight' v)_j in nats, (batch,); log P(v) = -F(v) - log Z."""
+        """Return F(v) in nats, (batch,), of v (batch, visible).
+
+        F(v) = -log sum_h exp(-E(v, h)) = -b.v - sum_j softplus(c + W'v)_j, so that
+        log P(v) = -F(v) - log Z.
+        """
         return -(v @ self.visible_bias) - F.softplus(self.hidden_input(v)).sum(-1)
 
     def hidden_input(self, v: Tensor) -> Tensor:
-        """The log-odds of every hidden unit given v: weight' v + hidden_bias."""
-        return torch.addmm(self.hidden_bias, v.reshape(-1, self.visible), self.weight).view(
-            *v.shape[:-1], self.hidden
-        )
+        """Return W'v + c, the log-odds of P(h = 1 | v): (..., hidden) of v (..., visible)."""
+        rows = v.reshape(-1, self.visible)
+        return torch.addmm(self.hidden_bias, rows, self.weight).view(*v.shape[:-1], self.hidden)
 
     def visible_input(self, h: Tensor) -> Tensor:
-        """The log-odds of every visible unit given h: weight h + visible_bias."""
-        return torch.addmm(self.visible_bias, h.reshape(-1, self.hidden), self.weight.T).view(
-            *h.shape[:-1], self.visible
-        )
+        """Return W h + b, the log-odds of P(v = 1 | h): (..., visible) of h (..., hidden)."""
+        rows = h.reshape(-1, self.hidden)
+        return torch.addmm(self.visible_bias, rows, self.weight.T).view(*h.shape[:-1], self.visible)
 
 
 class ContrastiveLoss(torch.autograd.Function):
-    """F(data).mean() - F(negative).mean(), from units (batch, visible) and their hidden inputs (batch, hidden) under these parameters.
+    """Free energy difference F(data).mean() - F(negative).mean() with a hand-written gradient.
 
-    With `offsets` (mu, lambda) the gradient is that of the centred machine, Melchior, Fischer and Wiskott (1311.1354), section 3:
-    dW = <(v - mu)(h - lambda)'>, db = <v> - dW lambda, dc = <h> - dW' mu, each as a difference of data and negatives.
+    Its gradient is the positive phase minus the negative phase of -log P(data). With `offsets`
+    (mu, lambda) it is the gradient of the centered RBM (Melchior, Fischer and Wiskott,
+    arXiv:1311.1354, section 3): dW = <(v - mu)(h - lambda)'>, db = <v> - dW lambda,
+    dc = <h> - dW' mu, where <.> is the mean over the data minus the mean over the negatives.
+
+    The hidden inputs are passed in because the caller has computed them already.
     """
 
     @staticmethod
@@ -67,37 +94,63 @@ class ContrastiveLoss(torch.autograd.Function):
         visible_bias: Tensor,
         hidden_bias: Tensor,
         data: Tensor,
-        data_inputs: Tensor,
+        data_hidden_input: Tensor,
         negative: Tensor,
-        negative_inputs: Tensor,
+        negative_hidden_input: Tensor,
         offsets: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        shares = [
+        """Return the loss, a scalar.
+
+        Args:
+            ctx: context of autograd.
+            weight: (visible, hidden).
+            visible_bias: (visible,).
+            hidden_bias: (hidden,); the loss depends on it through the hidden inputs.
+            data: visible units of the data, (batch, visible).
+            data_hidden_input: their hidden inputs, (batch, hidden).
+            negative: visible units of the negative phase, (chains, visible).
+            negative_hidden_input: their hidden inputs, (chains, hidden).
+            offsets: mu (visible,) and lambda (hidden,), or None for the plain gradient.
+        """
+        signs = [
             torch.full((len(rows), 1), sign / len(rows), device=rows.device, dtype=rows.dtype)
             for rows, sign in ((data, 1), (negative, -1))
         ]
-        share = torch.cat(shares)
-        inputs = torch.cat((data_inputs, negative_inputs))
-        visible = torch.cat((data, negative)) * share
-        hidden = inputs.sigmoid()
-        difference = visible.sum(0), (hidden * share).sum(0)
-        ctx.save_for_backward(visible, hidden, *difference, *(offsets or ()))
-        return -(difference[0] @ visible_bias) - (F.softplus(inputs) * share).sum()
+        signed_mean = torch.cat(signs)  # 1 / batch for the data, -1 / chains for the negatives
+        hidden_input = torch.cat((data_hidden_input, negative_hidden_input))
+        visible = torch.cat((data, negative)) * signed_mean
+        hidden = hidden_input.sigmoid()
+        visible_difference = visible.sum(0)
+        hidden_difference = (hidden * signed_mean).sum(0)
+        ctx.save_for_backward(
+            visible, hidden, visible_difference, hidden_difference, *(offsets or ())
+        )
+        softplus_difference = (F.softplus(hidden_input) * signed_mean).sum()
+        return -(visible_difference @ visible_bias) - softplus_difference
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
-        visible, hidden, of_visible, of_hidden, *offsets = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of weight, visible_bias and hidden_bias; other inputs get None."""
+        visible, hidden, visible_difference, hidden_difference, *offsets = ctx.saved_tensors
+        scale = -grad_outputs[0]
+        no_gradients = (None,) * 5
         if not offsets:
-            return *(
-                -scales[0] * gradient for gradient in (visible.T @ hidden, of_visible, of_hidden)
-            ), *[None] * 5
+            weight_gradient = scale * (visible.T @ hidden)
+            return (
+                weight_gradient,
+                scale * visible_difference,
+                scale * hidden_difference,
+                *no_gradients,
+            )
         mu, lam = offsets
-        rows = torch.cat((visible, -mu[None], -of_visible[None])).mul_(-scales[0])
-        gradient = rows.T @ torch.cat((hidden, of_hidden[None], lam[None]))
+        # Two more rows in the same product subtract the offsets from the units.
+        left = torch.cat((visible, -mu[None], -visible_difference[None])).mul_(scale)
+        right = torch.cat((hidden, hidden_difference[None], lam[None]))
+        weight_gradient = left.T @ right
         return (
-            gradient,
-            -scales[0] * of_visible - gradient @ lam,
-            -scales[0] * of_hidden - mu @ gradient,
-            *[None] * 5,
+            weight_gradient,
+            scale * visible_difference - weight_gradient @ lam,
+            scale * hidden_difference - mu @ weight_gradient,
+            *no_gradients,
         )

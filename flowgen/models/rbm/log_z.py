@@ -1,4 +1,4 @@
-"""log Z of an RBM in nats: exactly, and what every estimate of it says."""
+"""Log partition function of an RBM in nats: exact enumeration, AIS, bridge sampling, verdict."""
 
 import math
 from collections.abc import Sequence
@@ -12,299 +12,404 @@ from torch.nn import functional as F
 
 from flowgen.models.base import EvalConfig
 from flowgen.models.rbm.energy import EnergyModel
-from flowgen.models.rbm.sampling import ReplicaExchange, bernoulli_from_logits, equal_parts
+from flowgen.models.rbm.sampling import ReplicaExchange, bernoulli_from_logits, space_betas
 from flowgen.utils.console import Progress, no_progress
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import LOG_LIKELIHOOD, Metric, Metrics, MetricValue
 
-ENUMERABLE = 20  # units of the smaller layer, at most
-BLOCK = 2**14  # states at a time
+MAX_ENUMERATED_UNITS = 20  # of the smaller layer
+MAX_QUICK_ENUMERATED_UNITS = 16  # during training, where seconds count
+STATES_PER_BLOCK = 2**14
+
+PILOT_INTERVALS = 40
+PILOT_STEPS_PER_INTERVAL = 25
+MIN_RELATIVE_LENGTH = 0.1  # of an interval, relative to the mean: a short pilot run underestimates
+
+BRIDGE_BURN_IN_STEPS = 200
+BRIDGE_STEPS = 400
+ACCEPTANCE_RATIO_ITERATIONS = 50
+MAX_INTERMEDIATE_TEMPERATURES = 100
+
+MAX_DISAGREEMENT_NATS = 1.0  # between two estimates of a reliable log Z
+MIN_EFFECTIVE_SAMPLES = 10  # of each estimate of a reliable log Z
+
+LOG_Z = Metric("log_z", "nats")
+EFFECTIVE_SIZE = Metric("effective_size", "samples", higher_is_better=True)
 
 
 class Estimate(NamedTuple):
+    """Estimate of log Z in nats, with its standard error and its effective sample size."""
+
     log_z: float
-    error: float  # standard error
-    effective_sample_size: float  # independent samples that would do as well
+    error: float
+    effective_sample_size: float  # number of independent samples with the same variance
 
 
-def exact_log_z(machine: EnergyModel, layer: str | None = None) -> float:
-    """Sum over all states of `layer`, "visible" or "hidden" (by default the smaller one), the other summed by its softplus.
+def exact_log_z(rbm: EnergyModel, layer: str | None = None) -> float:
+    """Return log Z in nats by summing over all states of one layer, in double precision.
 
-    Raises FlowgenError for layers of more than `ENUMERABLE` units.
+    log Z = log sum_h exp(c.h + sum_i softplus(b + W h)_i), and likewise with the layers exchanged.
+
+    Args:
+        rbm: the model.
+        layer: layer to enumerate, "visible" or "hidden"; the smaller one by default.
+
+    Raises:
+        UserError: if the layer has more than `MAX_ENUMERATED_UNITS` units.
+
+    Example:
+        >>> rbm = EnergyModel(visible=4, hidden=3)
+        >>> _ = torch.nn.init.zeros_(rbm.weight)
+        >>> round(exact_log_z(rbm), 4), round(7 * math.log(2), 4)  # 2^7 states of energy 0
+        (4.852, 4.852)
     """
-    layer = layer or ("hidden" if machine.hidden <= machine.visible else "visible")
-    weight, here, there = (
-        machine.weight.detach().double(),
-        machine.hidden_bias.detach().double(),
-        machine.visible_bias.detach().double(),
-    )
+    layer = layer or ("hidden" if rbm.hidden <= rbm.visible else "visible")
+    weight = rbm.weight.detach().double()
+    bias = rbm.hidden_bias.detach().double()
+    other_bias = rbm.visible_bias.detach().double()
     if layer == "visible":
-        weight, here, there = weight.T, there, here
-    if len(here) > ENUMERABLE:
+        weight = weight.T
+        bias, other_bias = other_bias, bias
+    units = len(bias)
+    if units > MAX_ENUMERATED_UNITS:
         raise UserError(
-            f"{len(here)} {layer} units are too many to enumerate, {ENUMERABLE} at most: estimate log Z with ais"
+            f"{units} {layer} units are too many to enumerate (at most {MAX_ENUMERATED_UNITS}): "
+            "estimate log Z with ais"
         )
-    digits = torch.arange(len(here), device=weight.device)
+    digits = torch.arange(units, device=weight.device)
     total = weight.new_tensor(-math.inf)
-    for numbers in torch.arange(2 ** len(here), device=weight.device).split(BLOCK):
-        states = (numbers[:, None] >> digits & 1).double()
-        total = torch.logaddexp(
-            total, (states @ here + F.softplus(states @ weight.T + there).sum(1)).logsumexp(0)
-        )
+    for block in torch.arange(2**units, device=weight.device).split(STATES_PER_BLOCK):
+        states = (block[:, None] >> digits & 1).double()
+        log_weights = states @ bias + F.softplus(states @ weight.T + other_bias).sum(1)
+        total = torch.logaddexp(total, log_weights.logsumexp(0))
     return total.item()
 
 
-def log_base(machine: EnergyModel) -> float:
-    """log Z at beta = 0: hidden log 2 + sum softplus(base)."""
-    return machine.hidden * math.log(2) + F.softplus(machine.base.double()).sum().item()
-
-
-STOPS, STRIDE = (
-    40,
-    25,
-)  # where a scout looks at its chains, and steps of annealing from one stop to the next
-LEAST_SHARE = 0.1  # of the mean, below which no piece of the way is taken for easy
+def base_log_z(rbm: EnergyModel) -> float:
+    """Return log Z of the base-rate model at beta = 0: hidden log 2 + sum_i softplus(base)_i."""
+    return rbm.hidden * math.log(2) + F.softplus(rbm.base.double()).sum().item()
 
 
 class AnnealingState:
-    """States v on the way from base rates to machine, each (rows, visible), with F_beta(v) of P_beta(v) ~ exp(-F_beta(v)).
+    """Visible units of chains between the base-rate model and the RBM, with their free energies.
 
-    F_beta(v) = -((1 - beta) base + beta visible_bias).v - sum softplus(beta (hidden_bias + weight' v)); beta is one number, or (rows, 1).
+    The intermediate distribution is P_beta(v) ~ exp(-F_beta(v)) with
+    F_beta(v) = -((1 - beta) base + beta b).v - sum_j softplus(beta (c + W'v))_j.
+    It sums the hidden units out. `beta` is one number, or (chains, 1).
+
+    Args:
+        rbm: the model.
+        visible: visible units of the chains, (chains, visible).
+        generator: source of random numbers.
     """
 
-    def __init__(self, machine: EnergyModel, visible: Tensor, generator: torch.Generator | None):
-        self.machine, self.visible, self.generator = machine, visible, generator
-        self._look()
+    def __init__(self, rbm: EnergyModel, visible: Tensor, generator: Generator | None):
+        self.rbm = rbm
+        self.generator = generator
+        self._set_visible(visible)
 
-    def _look(self) -> None:
-        self.inputs = self.machine.hidden_input(self.visible)
-        self.base = (self.visible @ self.machine.base)[:, None]
-        self.bias = (self.visible @ self.machine.visible_bias)[:, None]
+    @classmethod
+    def at_beta_zero(
+        cls, rbm: EnergyModel, chains: int, generator: Generator | None
+    ) -> "AnnealingState":
+        """Draw independent chains from the base-rate model."""
+        return cls(rbm, bernoulli_from_logits(rbm.base.expand(chains, -1), generator), generator)
+
+    def _set_visible(self, visible: Tensor) -> None:
+        """Store the visible units, with the terms of the free energy that do not depend on beta."""
+        self.visible = visible
+        self.hidden_input = self.rbm.hidden_input(visible)
+        self.base_term = (visible @ self.rbm.base)[:, None]
+        self.bias_term = (visible @ self.rbm.visible_bias)[:, None]
 
     def free_energy(self, beta: float | Tensor) -> Tensor:
-        """F_beta(v) in nats, (rows,)."""
-        return (
-            -((1 - beta) * self.base + beta * self.bias)
-            - F.softplus(beta * self.inputs).sum(1, keepdim=True)
-        ).squeeze(1)
+        """Return F_beta(v) in nats, (chains,)."""
+        linear = (1 - beta) * self.base_term + beta * self.bias_term
+        softplus = F.softplus(beta * self.hidden_input).sum(1, keepdim=True)
+        return (-linear - softplus).squeeze(1)
 
-    def move(self, beta: float | Tensor) -> None:
-        """One Gibbs sweep at `beta`."""
-        hidden = bernoulli_from_logits(beta * self.inputs, self.generator)
-        self.visible = bernoulli_from_logits(
-            torch.lerp(self.machine.base, self.machine.visible_input(hidden), beta), self.generator
-        )
-        self._look()
-
-
-def _at_the_base(
-    machine: EnergyModel, chains: int, generator: torch.Generator | None
-) -> AnnealingState:
-    return AnnealingState(
-        machine, bernoulli_from_logits(machine.base.expand(chains, -1), generator), generator
-    )
+    def gibbs_step(self, beta: float | Tensor) -> None:
+        """Update the chains by one Gibbs step that leaves P_beta invariant."""
+        hidden = bernoulli_from_logits(beta * self.hidden_input, self.generator)
+        log_odds = torch.lerp(self.rbm.base, self.rbm.visible_input(hidden), beta)
+        self._set_visible(bernoulli_from_logits(log_odds, self.generator))
 
 
 @torch.no_grad()
 def ais(
-    machine: EnergyModel,
+    rbm: EnergyModel,
     *,
     betas: int | Sequence[float] = 10000,
     chains: int = 256,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     progress: Progress = no_progress,
 ) -> Estimate:
-    """Annealed importance sampling from the base rates to the machine. Salakhutdinov and Murray (2008), section 4.1.
+    """Estimate log Z by annealed importance sampling from the base-rate model to the RBM.
 
-    `betas` rise from 0 to 1, or are so many equal steps. By Jensen it tends to give too low a log Z, so too good a likelihood.
+    Salakhutdinov and Murray, On the quantitative analysis of deep belief networks (2008),
+    section 4.1. The estimate of Z is unbiased. By Jensen's inequality log Z is underestimated on
+    average, so the log-likelihood is overestimated.
+
+    Args:
+        rbm: the model.
+        betas: number of equal AIS steps, or the inverse temperatures from 0 to 1.
+        chains: number of independent chains.
+        generator: source of random numbers.
+        progress: progress bar.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> rbm = EnergyModel(visible=4, hidden=3)
+        >>> estimate = ais(rbm, betas=100, chains=50)
+        >>> abs(estimate.log_z - exact_log_z(rbm)) < 0.05
+        True
     """
-    states = _at_the_base(machine, chains, generator)
-    log_weights = torch.zeros(chains, dtype=torch.double, device=machine.base.device)
-    for before, beta in progress(list(pairwise(_way(betas))), "forward AIS"):
-        log_weights += states.free_energy(before) - states.free_energy(beta)
-        states.move(beta)
-    return _estimate(log_weights, log_base(machine), 1)
+    state = AnnealingState.at_beta_zero(rbm, chains, generator)
+    log_weights = torch.zeros(chains, dtype=torch.double, device=rbm.base.device)
+    schedule = list(pairwise(_beta_schedule(betas)))
+    for previous, beta in progress(schedule, "forward AIS"):
+        log_weights += state.free_energy(previous) - state.free_energy(beta)
+        state.gibbs_step(beta)
+    return _estimate(log_weights, base_log_z(rbm), 1)
 
 
 @torch.no_grad()
 def reverse_ais(
-    machine: EnergyModel,
+    rbm: EnergyModel,
     start: Tensor,
     *,
     betas: int | Sequence[float] = 10000,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     progress: Progress = no_progress,
 ) -> Estimate:
-    """Annealing from samples `start` (chains, visible) of the machine back to its base rates, along `betas` from the last to the first.
+    """Estimate log Z by annealing samples of the RBM back to the base-rate model.
 
-    Where they are exact, it tends to give too high a log Z. Burda, Grosse and Salakhutdinov (1412.8566).
+    Burda, Grosse and Salakhutdinov, Accurate and conservative estimates of MRF log-likelihood
+    using reverse annealing (arXiv:1412.8566). If `start` are exact samples, log Z is
+    overestimated on average, so that forward and reverse AIS bracket the true value.
+
+    Args:
+        rbm: the model.
+        start: samples of the RBM, (chains, visible).
+        betas: number of equal AIS steps, or the inverse temperatures from 0 to 1; they are
+            visited in reverse order.
+        generator: source of random numbers.
+        progress: progress bar.
     """
-    states = AnnealingState(machine, start, generator)
-    log_weights = torch.zeros(len(start), dtype=torch.double, device=machine.base.device)
-    for before, beta in progress(list(pairwise(reversed(_way(betas)))), "reverse AIS"):
-        states.move(before)
-        log_weights += states.free_energy(before) - states.free_energy(beta)
-    return _estimate(log_weights, log_base(machine), -1)
+    state = AnnealingState(rbm, start, generator)
+    log_weights = torch.zeros(len(start), dtype=torch.double, device=rbm.base.device)
+    schedule = list(pairwise(reversed(_beta_schedule(betas))))
+    for previous, beta in progress(schedule, "reverse AIS"):
+        state.gibbs_step(previous)
+        log_weights += state.free_energy(previous) - state.free_energy(beta)
+    return _estimate(log_weights, base_log_z(rbm), -1)
 
 
-def _way(betas: int | Sequence[float]) -> Sequence[float]:
-    return (
-        torch.linspace(0, 1, betas + 1, dtype=torch.double).tolist()
-        if isinstance(betas, int)
-        else betas
-    )
+def _beta_schedule(betas: int | Sequence[float]) -> Sequence[float]:
+    if isinstance(betas, int):
+        return torch.linspace(0, 1, betas + 1, dtype=torch.double).tolist()
+    return betas
 
 
-def _estimate(log_weights: Tensor, log_base: float, sign: int) -> Estimate:
-    """From log importance weights of Z / Z_base (sign 1) or of Z_base / Z (sign -1)."""
+def _estimate(log_weights: Tensor, log_z_base: float, sign: int) -> Estimate:
+    """Return log Z from log importance weights of Z / Z_base (sign 1) or Z_base / Z (sign -1)."""
     count = len(log_weights)
     weights = (log_weights - log_weights.max()).exp()
     log_mean = log_weights.logsumexp(0).item() - math.log(count)
-    error = (weights.std() / weights.mean() / math.sqrt(count)).item() if count > 1 else math.inf
-    return Estimate(
-        log_base + sign * log_mean, error, (weights.sum().square() / weights.square().sum()).item()
-    )
+    error = math.inf
+    if count > 1:
+        error = (weights.std() / weights.mean() / math.sqrt(count)).item()
+    effective_sample_size = (weights.sum().square() / weights.square().sum()).item()
+    return Estimate(log_z_base + sign * log_mean, error, effective_sample_size)
 
 
 class PilotRun(NamedTuple):
-    """What a short annealing finds on its way, between the `betas` (stops + 1,) of its stops."""
+    """Result of a short annealing run, which shows where the path from beta = 0 to 1 is hard."""
 
-    betas: Tensor
-    barrier: Tensor  # (stops,), deviation of dF/dbeta over the chains times the length in beta: what keeps neighbours from swapping
-    friction: Tensor  # (stops,), deviation of the log weights gathered from stop to stop: what makes annealing err
-    visible: Tensor  # (stops + 1, chains, visible), the chains at the stops, as booleans
+    betas: Tensor  # ends of the intervals, (intervals + 1,)
+    # Standard deviation over chains of dF/dbeta, times the width of the interval, (intervals,).
+    # It is proportional to the rejection rate of swaps (the communication barrier).
+    barrier: Tensor
+    # Standard deviation of the log weight that an interval adds, (intervals,): the error of AIS.
+    friction: Tensor
+    visible: (
+        Tensor  # chains at the ends of the intervals, (intervals + 1, chains, visible), boolean
+    )
 
-    def way(self, count: int) -> list[float]:
-        """`count` steps of beta, each of the same friction: the least variance of log weights. Sivak and Crooks (1201.4166)."""
-        return equal_parts(self.betas, self.friction, count).tolist()
+    def schedule(self, num_steps: int) -> list[float]:
+        """Return inverse temperatures for `num_steps` AIS steps of equal friction.
+
+        They minimize the variance of the log weights (Sivak and Crooks, Thermodynamic metrics and
+        optimal paths, arXiv:1201.4166).
+        """
+        return space_betas(self.betas, self.friction, num_steps).tolist()
 
 
 @torch.no_grad()
 def run_pilot(
-    machine: EnergyModel,
+    rbm: EnergyModel,
     chains: int,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     progress: Progress = no_progress,
 ) -> PilotRun:
-    """Anneal `chains` in equal steps, and note at every stop how far they spread."""
-    states = _at_the_base(machine, chains, generator)
-    visible, barrier, friction = [states.visible.bool()], [], []
-    steps = torch.linspace(0, 1, STOPS * STRIDE + 1, dtype=torch.double)
-    for stop in progress(range(STOPS), "scout"):
-        gathered = torch.zeros(chains, dtype=torch.double, device=machine.base.device)
-        for before, beta in pairwise(steps[STRIDE * stop : STRIDE * (stop + 1) + 1].tolist()):
-            step = states.free_energy(before) - states.free_energy(beta)
-            gathered += step
-            states.move(beta)
-        barrier.append(STRIDE * step.double().std())
-        friction.append(gathered.std())
-        visible.append(states.visible.bool())
-    lengths = [torch.stack(length) for length in (barrier, friction)]
-    lengths = [length.clamp(min=LEAST_SHARE * length.mean().item() + 1e-12) for length in lengths]
+    """Anneal `chains` chains in equal steps and measure the spread of each interval."""
+    state = AnnealingState.at_beta_zero(rbm, chains, generator)
+    visible = [state.visible.bool()]
+    barrier = []
+    friction = []
+    stride = PILOT_STEPS_PER_INTERVAL
+    betas = torch.linspace(0, 1, PILOT_INTERVALS * stride + 1, dtype=torch.double)
+    for interval in progress(range(PILOT_INTERVALS), "pilot run"):
+        log_weights = torch.zeros(chains, dtype=torch.double, device=rbm.base.device)
+        interval_betas = betas[stride * interval : stride * (interval + 1) + 1].tolist()
+        for previous, beta in pairwise(interval_betas):
+            step = state.free_energy(previous) - state.free_energy(beta)
+            log_weights += step
+            state.gibbs_step(beta)
+        barrier.append(stride * step.double().std())
+        friction.append(log_weights.std())
+        visible.append(state.visible.bool())
     return PilotRun(
-        steps[::STRIDE].to(machine.base.device), lengths[0], lengths[1], torch.stack(visible)
+        betas[::stride].to(rbm.base.device),
+        _with_minimum(torch.stack(barrier)),
+        _with_minimum(torch.stack(friction)),
+        torch.stack(visible),
     )
 
 
-RATIO_ITERATIONS = 50
-MOST = 100  # temperatures, however hard the machine
+def _with_minimum(lengths: Tensor) -> Tensor:
+    return lengths.clamp(min=MIN_RELATIVE_LENGTH * lengths.mean().item() + 1e-12)
 
 
 @torch.no_grad()
 def bridge(
-    machine: EnergyModel,
+    rbm: EnergyModel,
     *,
     chains: int,
     burn_in: int,
-    sweeps: int,
-    temperatures: int | None = None,
-    start: PilotRun | None = None,
-    generator: torch.Generator | None = None,
+    steps: int,
+    num_temperatures: int | None = None,
+    pilot: PilotRun | None = None,
+    generator: Generator | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Estimate, Tensor]:
-    """log Z by bridge sampling between the neighbours of a ladder that begins at the stops of a scout, and its samples (chains, visible).
+    """Estimate log Z by bridge sampling between neighboring temperatures of replica exchange.
 
-    Replicas swap v by the free energies of the scaled machines, which sum h out and so reject less than energies do. By default there
-    are as many `temperatures` as let half of the swaps through (Syed et al., 1905.02939, section 5). Bennett's acceptance ratio (1976).
-    The error is that of the mean over the chains, which are independent.
+    Replicas are visible units alone and swap by their free energies F_beta, which sum the hidden
+    units out and so reject less than energies of (v, h) do. log Z is the sum of the log ratios of
+    neighbors, each by Bennett's acceptance ratio (Bennett, Efficient estimation of free energy
+    differences from Monte Carlo data, 1976). The error is the standard error of the mean over the
+    chains, which are independent.
+
+    Args:
+        rbm: the model.
+        chains: number of independent ensembles of replicas.
+        burn_in: steps during which the betas adapt; they are not used for the estimate.
+        steps: steps that are used, rounded down to an even number.
+        num_temperatures: number of inverse temperatures. By default half of the swaps are
+            accepted (Syed et al., arXiv:1905.02939, section 5).
+        pilot: pilot run whose chains the replicas start at; by default a new one.
+        generator: source of random numbers.
+        progress: progress bar.
+
+    Returns:
+        The estimate, and samples of the RBM, (chains, visible).
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> rbm = EnergyModel(visible=4, hidden=3)
+        >>> estimate, samples = bridge(rbm, chains=20, burn_in=10, steps=20, num_temperatures=3)
+        >>> abs(estimate.log_z - exact_log_z(rbm)) < 0.05, samples.shape
+        (True, torch.Size([20, 4]))
     """
-    start = start or run_pilot(machine, chains, generator, progress)
-    barrier = start.barrier.sum().item() / math.sqrt(
-        math.pi
-    )  # the rejections that add up along the way, where F_beta is near normal
-    temperatures = temperatures or (
-        2 + math.ceil(min(2 * barrier, MOST)) if math.isfinite(barrier) else 2
-    )
-    rungs = ReplicaExchange(temperatures, chains, adapt=True).to(machine.base)
-    rungs.betas.copy_(equal_parts(start.betas, start.barrier, temperatures - 1))
-    nearest = (start.betas[:, None] - rungs.betas).abs().argmin(0)
-    states = AnnealingState(
-        machine, start.visible[nearest].flatten(0, 1).to(machine.base), generator
-    )
+    pilot = pilot or run_pilot(rbm, chains, generator, progress)
+    num_temperatures = num_temperatures or _num_temperatures(pilot)
+    replicas = ReplicaExchange(num_temperatures, chains, adapt=True).to(rbm.base)
+    replicas.betas.copy_(space_betas(pilot.betas, pilot.barrier, num_temperatures - 1))
+    nearest = (pilot.betas[:, None] - replicas.betas).abs().argmin(0)
+    start = pilot.visible[nearest].flatten(0, 1).to(rbm.base)
+    state = AnnealingState(rbm, start, generator)
     for _ in progress(range(burn_in), "tempering"):
-        _sweep(states, rungs)
-    rungs.adapt = False
-    pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for sweep in progress(range(2 * (sweeps // 2)), "bridge"):
-        pairs[sweep % 2].append(_sweep(states, rungs))
-    ratios, influences = zip(
-        *(_acceptance_ratio(*torch.stack(found, 2)) for found in pairs), strict=True
-    )
-    influence = influences[0] + influences[1]
-    of_chains = influence.mean(0)
-    error = (of_chains.std() / math.sqrt(chains)).item()
-    effective = min(
-        influence.var() * chains / of_chains.var(), torch.tensor(influence.numel())
+        _bridge_step(state, replicas)
+    replicas.adapt = False
+    even_and_odd: tuple[list[Tensor], list[Tensor]] = ([], [])  # rounds alternate between pairs
+    for step in progress(range(2 * (steps // 2)), "bridge"):
+        even_and_odd[step % 2].append(_bridge_step(state, replicas))
+    total_log_ratio = 0.0
+    influence = torch.zeros((), dtype=torch.double, device=rbm.base.device)
+    for differences in even_and_odd:
+        log_ratio, pair_influence = _log_ratios(*torch.stack(differences, 2))
+        total_log_ratio += log_ratio
+        influence = influence + pair_influence
+    chain_influence = influence.mean(0)
+    error = (chain_influence.std() / math.sqrt(chains)).item()
+    effective_sample_size = min(
+        influence.var() * chains / chain_influence.var(), torch.tensor(influence.numel())
     ).item()
-    return Estimate(log_base(machine) + sum(ratios), error, effective), rungs.top(
-        states.visible.unflatten(0, rungs.place.shape)
-    )
+    samples = replicas.at_beta_one(state.visible.unflatten(0, replicas.beta_index.shape))
+    log_z = base_log_z(rbm) + total_log_ratio
+    return Estimate(log_z, error, effective_sample_size), samples
 
 
-def _sweep(states: AnnealingState, rungs: ReplicaExchange) -> Tensor:
-    """A Gibbs sweep on every rung, then swaps; F_k+1 - F_k of the samples at k and at k+1 of each pair, before: (2, pairs, chains)."""
-    lower = rungs.lower()
-    neighbour = torch.arange(len(rungs.betas), device=lower.device)
-    neighbour[lower], neighbour[lower + 1] = lower + 1, lower.clone()
-    here, there = (
-        betas[rungs.place].view(-1, 1) for betas in (rungs.betas, rungs.betas[neighbour])
-    )
-    states.move(here)
-    difference = rungs.at(
-        (states.free_energy(there) - states.free_energy(here)).view_as(rungs.place)
-    )
-    below, above = difference[lower], -difference[lower + 1]
-    rungs.exchange(lower, above - below, states.generator)
-    return torch.stack((below, above)).double()
+def _num_temperatures(pilot: PilotRun) -> int:
+    """Return the number of temperatures at which half of the swaps are accepted."""
+    # Sum of the rejection rates along the path, where F_beta is nearly normal.
+    barrier = pilot.barrier.sum().item() / math.sqrt(math.pi)
+    if not math.isfinite(barrier):
+        return 2
+    return 2 + math.ceil(min(2 * barrier, MAX_INTERMEDIATE_TEMPERATURES))
 
 
-def _acceptance_ratio(below: Tensor, above: Tensor) -> tuple[float, Tensor]:
-    """The sum over pairs of log Z_k+1 / Z_k, and what each sample adds to it: (sweeps, chains).
+def _bridge_step(state: AnnealingState, replicas: ReplicaExchange) -> Tensor:
+    """Update every replica by a Gibbs step, then swap neighbors.
 
-    `below` and `above`, (pairs, sweeps, chains), are E_k+1 - E_k of the samples at either rung.
+    Returns:
+        F_k+1 - F_k before the swaps, of the samples at k and of those at k + 1,
+        (2, pairs, chains).
     """
-    shift = (below.mean((1, 2), keepdim=True) + above.mean((1, 2), keepdim=True)) / 2
-    for _ in range(RATIO_ITERATIONS):
-        forth, back = (shift - below).sigmoid(), (above - shift).sigmoid()
-        shift = shift + (back.mean((1, 2), keepdim=True) / forth.mean((1, 2), keepdim=True)).log()
-    influence = forth / forth.mean((1, 2), keepdim=True) - back / back.mean((1, 2), keepdim=True)
+    lower = replicas.lower_indices()
+    neighbor = torch.arange(len(replicas.betas), device=lower.device)
+    neighbor[lower] = lower + 1
+    neighbor[lower + 1] = lower.clone()
+    beta = replicas.betas[replicas.beta_index].view(-1, 1)
+    neighbor_beta = replicas.betas[neighbor][replicas.beta_index].view(-1, 1)
+    state.gibbs_step(beta)
+    difference = state.free_energy(neighbor_beta) - state.free_energy(beta)
+    by_beta = replicas.by_beta(difference.view_as(replicas.beta_index))
+    at_lower = by_beta[lower]
+    at_upper = -by_beta[lower + 1]
+    replicas.exchange(lower, at_upper - at_lower, state.generator)
+    return torch.stack((at_lower, at_upper)).double()
+
+
+def _log_ratios(at_lower: Tensor, at_upper: Tensor) -> tuple[float, Tensor]:
+    """Return the sum over pairs of log Z_k+1 / Z_k by Bennett's acceptance ratio.
+
+    Args:
+        at_lower: F_k+1 - F_k of the samples at k, (pairs, steps, chains).
+        at_upper: F_k+1 - F_k of the samples at k + 1, (pairs, steps, chains).
+
+    Returns:
+        The sum, and the influence of each sample on it, (steps, chains).
+    """
+    samples = (1, 2)
+    shift = (at_lower.mean(samples, keepdim=True) + at_upper.mean(samples, keepdim=True)) / 2
+    for _ in range(ACCEPTANCE_RATIO_ITERATIONS):
+        forward = (shift - at_lower).sigmoid()
+        backward = (at_upper - shift).sigmoid()
+        forward_mean = forward.mean(samples, keepdim=True)
+        backward_mean = backward.mean(samples, keepdim=True)
+        shift = shift + (backward_mean / forward_mean).log()
+    influence = forward / forward_mean - backward / backward_mean
     return -shift.sum().item(), influence.sum(0)
-
-
-LADDER = {"burn_in": 200, "sweeps": 400}  # of the ladder between base rates and machine
-LOG_Z, EFFECTIVE_SIZE = (
-    Metric("log_z", "nats"),
-    Metric("effective_size", "samples", higher_is_better=True),
-)
-FAR_APART, FEW = (
-    1.0,
-    10,
-)  # nats between estimates, and effective samples, beyond which nothing is quoted
 
 
 @dataclass(frozen=True)
 class LogZ:
-    """log Z in nats with its standard error, the estimates that it is made of, and whether it may be quoted, where that was judged."""
+    """log Z in nats with its standard error, the estimates it combines, and a verdict.
+
+    If the value was not checked, `reliable` is `None`.
+    """
 
     value: float
     error: float
@@ -314,104 +419,125 @@ class LogZ:
 
 
 def estimate_log_z(
-    machine: EnergyModel, how: EvalConfig, generator: Generator, progress: Progress = no_progress
+    rbm: EnergyModel,
+    eval_config: EvalConfig,
+    generator: Generator | None = None,
+    progress: Progress = no_progress,
 ) -> LogZ:
-    """Exact where a layer can be enumerated; else a short look is at forward AIS alone, a thorough one at the whole sandwich.
+    """Return log Z exactly if a layer is small enough to enumerate, otherwise estimate it.
 
-    Forward AIS tends to err on one side, reverse AIS on the other: the middle is taken, with half their distance as an error.
+    With `eval_config.cross_check` forward AIS, reverse AIS and bridge sampling check one another.
+    Forward and reverse AIS err on opposite sides: the value is their midpoint, and half of their
+    distance is part of the error. Otherwise the value is that of forward AIS alone.
+
+    Example:
+        >>> result = estimate_log_z(EnergyModel(4, 3), EvalConfig(cross_check=True))
+        >>> result.reliable, result.verdict
+        (True, 'log Z is exact (enumeration)')
     """
-    if min(machine.visible, machine.hidden) <= ENUMERABLE - (0 if how.cross_check else 4):
-        exact = exact_log_z(machine)
-        return LogZ(
-            exact,
-            0.0,
-            {},
-            math.isfinite(exact) if how.cross_check else None,
-            "log Z is exact, by enumeration",
-        )
-    if not how.cross_check:
-        look = ais(
-            machine,
-            betas=how.ais_steps,
-            chains=how.ais_chains,
-            generator=generator,
-            progress=progress,
-        )
-        return LogZ(look.log_z, look.error)
-    found = run_pilot(machine, how.ais_chains, generator, progress)
-    way = found.way(how.ais_steps)
-    forward = ais(machine, betas=way, chains=how.ais_chains, generator=generator, progress=progress)
-    by_bridge, samples = bridge(
-        machine,
-        **LADDER,
-        chains=how.ais_chains,
-        start=found,
+    check = eval_config.cross_check
+    max_units = MAX_ENUMERATED_UNITS if check else MAX_QUICK_ENUMERATED_UNITS
+    if min(rbm.visible, rbm.hidden) <= max_units:
+        value = exact_log_z(rbm)
+        reliable = math.isfinite(value) if check else None
+        return LogZ(value, 0.0, reliable=reliable, verdict="log Z is exact (enumeration)")
+    chains = eval_config.ais_chains
+    steps = eval_config.ais_steps
+    if not check:
+        forward = ais(rbm, betas=steps, chains=chains, generator=generator, progress=progress)
+        return LogZ(forward.log_z, forward.error)
+    pilot = run_pilot(rbm, chains, generator, progress)
+    betas = pilot.schedule(steps)
+    forward = ais(rbm, betas=betas, chains=chains, generator=generator, progress=progress)
+    bridge_estimate, samples = bridge(
+        rbm,
+        chains=chains,
+        burn_in=BRIDGE_BURN_IN_STEPS,
+        steps=BRIDGE_STEPS,
+        pilot=pilot,
         generator=generator,
         progress=progress,
     )
-    reverse = reverse_ais(machine, samples, betas=way, generator=generator, progress=progress)
-    middle, half = (forward.log_z + reverse.log_z) / 2, abs(forward.log_z - reverse.log_z) / 2
-    error = math.hypot(half, forward.error / 2, reverse.error / 2)
-    estimates = {"forward": forward, "reverse": reverse, "bridge": by_bridge}
-    return LogZ(middle, error, estimates, *_verdict(**estimates))
+    reverse = reverse_ais(rbm, samples, betas=betas, generator=generator, progress=progress)
+    midpoint = (forward.log_z + reverse.log_z) / 2
+    half_distance = abs(forward.log_z - reverse.log_z) / 2
+    error = math.hypot(half_distance, forward.error / 2, reverse.error / 2)
+    estimates = {"forward": forward, "reverse": reverse, "bridge": bridge_estimate}
+    return LogZ(midpoint, error, estimates, *_verdict(**estimates))
 
 
 def _verdict(forward: Estimate, reverse: Estimate, bridge: Estimate) -> tuple[bool, str]:
-    apart = abs(forward.log_z - reverse.log_z)
-    smallest = min(
-        forward.effective_sample_size, reverse.effective_sample_size, bridge.effective_sample_size
-    )
-    concat_condition = max(abs(bridge.log_z - forward.log_z), abs(bridge.log_z - reverse.log_z))
-    if not all(map(math.isfinite, (*forward, *reverse, *bridge))):
+    """Return whether the three estimates agree well enough to report log Z, and the reason."""
+    estimates = (forward, reverse, bridge)
+    distance = abs(forward.log_z - reverse.log_z)
+    smallest = min(estimate.effective_sample_size for estimate in estimates)
+    bridge_distance = max(abs(bridge.log_z - forward.log_z), abs(bridge.log_z - reverse.log_z))
+    if not all(math.isfinite(value) for estimate in estimates for value in estimate):
         return (
             False,
-            "an estimate of log Z or of its error is not finite: the machine has diverged, or ais_chains=1",
+            "an estimate of log Z or its error is not finite: "
+            "the model has diverged, or ais_chains=1",
         )
-    if apart > FAR_APART:
-        return False, f"forward and reverse AIS are {apart:.1f} nats apart, give them more betas"
-    if smallest < FEW:
+    if distance > MAX_DISAGREEMENT_NATS:
         return (
             False,
-            f"the effective sample size is only {smallest:.1f}, give them more betas or chains",
+            f"forward and reverse AIS differ by {distance:.1f} nats: increase evaluation.ais_steps",
         )
-    if concat_condition > max(FAR_APART, 3 * bridge.error):
+    if smallest < MIN_EFFECTIVE_SAMPLES:
         return (
             False,
-            f"bridge sampling lies {concat_condition:.1f} nats from AIS: the chains do not mix",
+            f"the effective sample size is only {smallest:.1f}: "
+            "increase evaluation.ais_steps or evaluation.ais_chains",
+        )
+    if bridge_distance > max(MAX_DISAGREEMENT_NATS, 3 * bridge.error):
+        return (
+            False,
+            f"bridge sampling differs from AIS by {bridge_distance:.1f} nats: "
+            "the chains do not mix",
         )
     return (
         True,
-        f"forward and reverse AIS are {apart:.2f} nats apart, and effective sample sizes are {smallest:.0f} or more",
+        f"forward and reverse AIS differ by {distance:.2f} nats, "
+        f"and all effective sample sizes are at least {smallest:.0f}",
     )
 
 
-def log_likelihood(free: Tensor, log_z: LogZ) -> Metrics:
-    """Mean log P(v) in nats of images with these free energies, with the errors of the mean and of log Z together."""
-    mean, spread = -free.double().mean().item(), (free.double().std() / math.sqrt(len(free))).item()
-    measured = [
-        MetricValue(LOG_LIKELIHOOD, mean - log_z.value, math.hypot(spread, log_z.error)),
-        MetricValue(LOG_Z, log_z.value, log_z.error),
-    ]
-    for name, estimate in log_z.estimates.items():
-        measured += [
-            MetricValue(
-                named(LOG_LIKELIHOOD, name),
-                mean - estimate.log_z,
-                math.hypot(spread, estimate.error),
-            ),
-            MetricValue(named(LOG_Z, name), estimate.log_z, estimate.error),
-            MetricValue(named(EFFECTIVE_SIZE, name), estimate.effective_sample_size),
+def log_likelihood_metrics(free_energy: Tensor, log_z: LogZ) -> Metrics:
+    """Return the mean log P(v) = -F(v) - log Z in nats, and log Z.
+
+    The error of the log-likelihood combines the standard error of the mean over images with the
+    error of log Z. Each estimate of log Z adds metrics with the suffix _forward, _reverse or
+    _bridge.
+
+    Args:
+        free_energy: F(v) of the images in nats, (images,).
+        log_z: result of `estimate_log_z`.
+    """
+    mean = -free_energy.double().mean().item()
+    mean_error = (free_energy.double().std() / math.sqrt(len(free_energy))).item()
+
+    def metric_values(suffix: str, value: float, error: float) -> list[MetricValue]:
+        total_error = math.hypot(mean_error, error)
+        return [
+            MetricValue(_with_suffix(LOG_LIKELIHOOD, suffix), mean - value, total_error),
+            MetricValue(_with_suffix(LOG_Z, suffix), value, error),
         ]
+
+    values = metric_values("", log_z.value, log_z.error)
+    for name, estimate in log_z.estimates.items():
+        effective_size = _with_suffix(EFFECTIVE_SIZE, f"_{name}")
+        values += metric_values(f"_{name}", estimate.log_z, estimate.error)
+        values.append(MetricValue(effective_size, estimate.effective_sample_size))
     if log_z.reliable is None:
-        return Metrics.of(*measured)
-    reliable, why = log_z.reliable, log_z.verdict
+        return Metrics.of(*values)
+    reliable = log_z.reliable
+    reason = log_z.verdict
     if not math.isfinite(mean - log_z.value):
-        reliable, why = False, "the machine has diverged"
-    return Metrics.of(
-        *measured, reliable=reliable, verdict=f"{'reliable' if reliable else 'do not quote'}: {why}"
-    )
+        reliable = False
+        reason = "the model has diverged"
+    verdict = f"{'reliable' if reliable else 'not reliable'}: {reason}"
+    return Metrics.of(*values, reliable=reliable, verdict=verdict)
 
 
-def named(metric: Metric, estimator: str) -> Metric:
-    """The same by one estimator of several."""
-    return replace(metric, name=f"{metric.name}_{estimator}")
+def _with_suffix(metric: Metric, suffix: str) -> Metric:
+    return replace(metric, name=metric.name + suffix)

@@ -1,4 +1,4 @@
-"""Where the negatives of an RBM's gradient come from."""
+"""Negative phases: estimators of the model's expectation in the gradient of an RBM."""
 
 from abc import ABC, abstractmethod
 from itertools import islice
@@ -11,135 +11,196 @@ from flowgen.models.rbm.energy import EnergyModel
 from flowgen.models.rbm.sampling import ParallelTempering, bernoulli_from_logits, mean_field
 from flowgen.utils.errors import check_whole
 
-MOST = 10**5  # sweeps of a step, and chains: more would never end
+MAX_GIBBS_STEPS = 10**5  # per optimizer step
+MAX_CHAINS = 10**5
 
 
 class NegativePhase(nn.Module, ABC):
-    """Draws negatives without gradient; what it keeps between updates are buffers, so that a checkpoint holds them."""
+    """Base class of the negative phases, which draw negatives without a gradient.
+
+    Chains that persist between updates are buffers, so that a checkpoint contains them.
+    """
+
+    def __init__(self, gibbs_steps: int):
+        super().__init__()
+        check_whole(high=MAX_GIBBS_STEPS, gibbs_steps=gibbs_steps)
+        self.gibbs_steps = gibbs_steps
 
     def allocate(self, visible: int, hidden: int) -> None:
-        """Make room for chains of a machine of this size."""
+        """Create buffers for the chains of an RBM with these numbers of units."""
 
-    def start(self, machine: EnergyModel) -> None:
-        """Begin the chains anew."""
+    def initialize_chains(self, rbm: EnergyModel) -> None:
+        """Draw the initial state of persistent chains."""
 
     @abstractmethod
-    def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Negatives (batch, visible) and their hidden inputs (batch, hidden), given the data and theirs."""
+    def forward(
+        self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw negatives.
 
-    def diagnostics(self, machine: EnergyModel) -> dict[str, float]:
-        """How well the chains mix."""
+        Args:
+            rbm: the model.
+            data: visible units of the batch, (batch, visible).
+            hidden_input: their hidden inputs, (batch, hidden).
+
+        Returns:
+            Negatives (chains, visible) and their hidden inputs (chains, hidden). CD and MeanField
+            return as many negatives as there are data, PCD and Tempering one for each chain.
+        """
+
+    def diagnostics(self, rbm: EnergyModel) -> dict[str, float]:
+        """Return quantities that show how well persistent chains mix."""
         return {}
 
 
 class CD(NegativePhase):
-    """Contrastive divergence: `sweeps` of Gibbs sampling from the data. Hinton (2002)."""
+    """Contrastive divergence: Gibbs sampling from the data.
 
-    def __init__(self, *, gibbs_steps: int):
-        super().__init__()
-        check_whole(high=MOST, gibbs_steps=gibbs_steps)
-        self.gibbs_steps = gibbs_steps
+    Hinton, Training products of experts by minimizing contrastive divergence (2002).
 
-    def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    Args:
+        gibbs_steps: number of Gibbs steps, the k of CD-k.
+    """
+
+    def __init__(self, *, gibbs_steps: int = 1):
+        super().__init__(gibbs_steps)
+
+    def forward(
+        self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        visible = data
         for _ in range(self.gibbs_steps):
-            data = bernoulli_from_logits(machine.visible_input(bernoulli_from_logits(inputs)))
-            inputs = machine.hidden_input(data)
-        return data, inputs
+            hidden = bernoulli_from_logits(hidden_input)
+            visible = bernoulli_from_logits(rbm.visible_input(hidden))
+            hidden_input = rbm.hidden_input(visible)
+        return visible, hidden_input
 
 
 class PCD(NegativePhase):
-    """Persistent contrastive divergence: `chains` that go on where the last update left them. Tieleman (2008)."""
+    """Persistent contrastive divergence: chains that continue from update to update.
 
-    hidden_units: Tensor
-    last_free_energy: Tensor
+    Tieleman, Training restricted Boltzmann machines using approximations to the likelihood
+    gradient (2008).
 
-    def __init__(self, *, gibbs_steps: int, num_chains: int):
-        super().__init__()
-        check_whole(high=MOST, gibbs_steps=gibbs_steps, num_chains=num_chains)
-        self.gibbs_steps, self.num_chains = gibbs_steps, num_chains
+    Args:
+        gibbs_steps: number of Gibbs steps per update.
+        num_chains: number of persistent chains.
+    """
+
+    hidden_units: Tensor  # (chains, hidden)
+    last_free_energy: Tensor  # (chains,), in nats, at the last call of `diagnostics`
+
+    def __init__(self, *, gibbs_steps: int = 1, num_chains: int = 100):
+        super().__init__(gibbs_steps)
+        check_whole(high=MAX_CHAINS, num_chains=num_chains)
+        self.num_chains = num_chains
 
     def allocate(self, visible: int, hidden: int) -> None:
         self.register_buffer("hidden_units", torch.zeros(self.num_chains, hidden))
         self.register_buffer("last_free_energy", torch.zeros(self.num_chains))
 
-    def start(self, machine: EnergyModel) -> None:
-        self.hidden_units.copy_(
-            bernoulli_from_logits(machine.hidden_bias.expand_as(self.hidden_units))
-        )
+    def initialize_chains(self, rbm: EnergyModel) -> None:
+        log_odds = rbm.hidden_bias.expand_as(self.hidden_units)
+        self.hidden_units.copy_(bernoulli_from_logits(log_odds))
 
-    def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor
+    ) -> tuple[Tensor, Tensor]:
         for _ in range(self.gibbs_steps):
-            negative = bernoulli_from_logits(machine.visible_input(self.hidden_units))
-            inputs = machine.hidden_input(negative)
-            self.hidden_units.copy_(
-                bernoulli_from_logits(inputs)
-            )  # in place, as a captured CUDA graph needs it
-        return negative, inputs
+            negative = bernoulli_from_logits(rbm.visible_input(self.hidden_units))
+            hidden_input = rbm.hidden_input(negative)
+            # In place, because a captured CUDA graph reads the same memory again.
+            self.hidden_units.copy_(bernoulli_from_logits(hidden_input))
+        return negative, hidden_input
 
-    def diagnostics(self, machine: EnergyModel) -> dict[str, float]:
-        return {
-            "autocorrelation": _autocorrelation(machine, self.hidden_units, self.last_free_energy)
-        }
+    def diagnostics(self, rbm: EnergyModel) -> dict[str, float]:
+        autocorrelation = _autocorrelation(rbm, self.hidden_units, self.last_free_energy)
+        return {"autocorrelation": autocorrelation}
 
 
 class Tempering(NegativePhase):
-    """The rung at beta = 1 of a ladder of parallel tempering that persists. Desjardins et al. (2010); Cho, Raiko and Ilin (2010)."""
+    """Persistent parallel tempering, whose replicas at beta = 1 are the negatives.
 
-    last_free_energy: Tensor
+    Desjardins et al., Tempered Markov chain Monte Carlo for training of restricted Boltzmann
+    machines (2010); Cho, Raiko and Ilin, Parallel tempering is efficient for learning restricted
+    Boltzmann machines (2010).
 
-    def __init__(self, *, gibbs_steps: int, num_chains: int, num_temperatures: int, adapt: bool):
-        super().__init__()
-        check_whole(high=MOST, gibbs_steps=gibbs_steps)
-        self.gibbs_steps = gibbs_steps
-        self.ladder = ParallelTempering(num_temperatures, num_chains, adapt)
+    Args:
+        gibbs_steps: number of Gibbs steps, each followed by swaps, per update.
+        num_chains: number of independent ensembles.
+        num_temperatures: number of inverse temperatures from 0 to 1.
+        adapt: whether to adapt the inverse temperatures to the swap rates.
+    """
+
+    last_free_energy: Tensor  # (chains,), in nats, at the last call of `diagnostics`
+
+    def __init__(
+        self,
+        *,
+        gibbs_steps: int = 1,
+        num_chains: int = 100,
+        num_temperatures: int = 10,
+        adapt: bool = True,
+    ):
+        super().__init__(gibbs_steps)
+        self.replicas = ParallelTempering(num_temperatures, num_chains, adapt)
         self.register_buffer("last_free_energy", torch.zeros(num_chains))
 
     def allocate(self, visible: int, hidden: int) -> None:
-        self.ladder.allocate(hidden)
+        self.replicas.allocate(hidden)
 
-    def start(self, machine: EnergyModel) -> None:
-        self.ladder.hidden.copy_(
-            bernoulli_from_logits(machine.hidden_bias.expand_as(self.ladder.hidden))
-        )
+    def initialize_chains(self, rbm: EnergyModel) -> None:
+        log_odds = rbm.hidden_bias.expand_as(self.replicas.hidden)
+        self.replicas.hidden.copy_(bernoulli_from_logits(log_odds))
 
-    def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor
+    ) -> tuple[Tensor, Tensor]:
         for _ in range(self.gibbs_steps):
-            negative, inputs = self.ladder.sweep(machine)
-        return self.ladder.top(negative), self.ladder.top(inputs)
+            negative, hidden_input = self.replicas.step(rbm)
+        return self.replicas.at_beta_one(negative), self.replicas.at_beta_one(hidden_input)
 
-    def diagnostics(self, machine: EnergyModel) -> dict[str, float]:
-        rates = self.ladder.swap_rates()
+    def diagnostics(self, rbm: EnergyModel) -> dict[str, float]:
+        swap_rates = self.replicas.swap_rates()
+        hidden = self.replicas.at_beta_one(self.replicas.hidden)
         return {
-            "autocorrelation": _autocorrelation(
-                machine, self.ladder.top(self.ladder.hidden), self.last_free_energy
-            ),
-            "swap_rate": rates.mean().item(),
-            "swap_rate_lowest": rates.min().item(),
-            "round_trips": self.ladder.round_trips.item(),
+            "autocorrelation": _autocorrelation(rbm, hidden, self.last_free_energy),
+            "swap_rate": swap_rates.mean().item(),
+            "swap_rate_lowest": swap_rates.min().item(),
+            "round_trips": self.replicas.round_trips.item(),
         }
 
 
 class MeanField(NegativePhase):
-    """`sweeps` of mean field from the data. Welling and Hinton (2002)."""
+    """Deterministic mean-field updates from the data instead of Gibbs sampling.
 
-    def __init__(self, *, gibbs_steps: int):
-        super().__init__()
-        check_whole(high=MOST, gibbs_steps=gibbs_steps)
-        self.gibbs_steps = gibbs_steps
+    Welling and Hinton, A new learning algorithm for mean field Boltzmann machines (2002).
 
-    def forward(self, machine: EnergyModel, data: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        negative, _ = next(islice(mean_field(machine, data), self.gibbs_steps - 1, None))
-        return negative, machine.hidden_input(negative)
+    Args:
+        gibbs_steps: number of mean-field updates of both layers.
+    """
+
+    def __init__(self, *, gibbs_steps: int = 5):
+        super().__init__(gibbs_steps)
+
+    def forward(
+        self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        negative, _ = next(islice(mean_field(rbm, data), self.gibbs_steps - 1, None))
+        return negative, rbm.hidden_input(negative)
 
 
 @torch.no_grad()
-def _autocorrelation(machine: EnergyModel, hidden: Tensor, last: Tensor) -> float:
-    """Over the chains, the correlation of their hidden units' free energy with that at the last call; near 1 where they hardly move."""
-    free = -(hidden @ machine.hidden_bias) - F.softplus(machine.visible_input(hidden)).sum(-1)
-    correlation = (
-        torch.corrcoef(torch.stack((free, last)))[0, 1].nan_to_num(0.0).item()
-        if len(free) > 1
-        else 0.0
-    )
-    last.copy_(free)
+def _autocorrelation(rbm: EnergyModel, hidden: Tensor, last_free_energy: Tensor) -> float:
+    """Return the correlation over chains of the hidden units' free energy with its last value.
+
+    It is near 1 if the chains hardly move. The new free energies replace `last_free_energy`.
+    """
+    visible_input = rbm.visible_input(hidden)
+    free_energy = -(hidden @ rbm.hidden_bias) - F.softplus(visible_input).sum(-1)
+    correlation = 0.0
+    if len(free_energy) > 1:
+        pair = torch.stack((free_energy, last_free_energy))
+        correlation = torch.corrcoef(pair)[0, 1].nan_to_num(0.0).item()
+    last_free_energy.copy_(free_energy)
     return correlation

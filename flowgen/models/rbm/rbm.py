@@ -1,7 +1,6 @@
-"""Restricted Boltzmann machines over binary images."""
+"""Restricted Boltzmann machines as generative models of binary images."""
 
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -21,44 +20,78 @@ from flowgen.models.base import (
 )
 from flowgen.models.rbm.energy import ContrastiveLoss, EnergyModel
 from flowgen.models.rbm.evaluation import evaluate_rbm
-from flowgen.models.rbm.negative_phase import CD, NegativePhase
+from flowgen.models.rbm.negative_phase import PCD, NegativePhase
 from flowgen.models.rbm.sampling import (
-    SWEEPS,
+    INPAINTING_STEPS,
     Sampler,
     gibbs,
+    inpaint_clamped,
     mean_field,
-    restore,
     tempering,
     white_noise,
 )
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.metrics import LOG_LIKELIHOOD, LOG_PROBABILITY, UNNORMALIZED, Metric, Metrics
 
-METHODS: dict[str, Sampler] = {"gibbs": gibbs, "tempering": tempering, "mean-field": mean_field}
-BASE_RATE_IMAGES = 0.5  # images of either colour, added to the counts of every pixel, so that its log-odds stay finite
-OFFSET_MEMORY = 0.99  # of the running means by which the gradient is centred
+SAMPLERS: dict[str, Sampler] = {"gibbs": gibbs, "tempering": tempering, "mean-field": mean_field}
+# Images of either color added to the counts of each pixel, so that its log-odds are finite.
+BASE_RATE_PSEUDOCOUNT = 0.5
+OFFSET_DECAY = 0.99  # of the exponential moving averages that center the gradient
+MIN_TEMPERATURE = 1e-6
 
 
 class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
-    """A machine over binary images, whose `base` are the log-odds of the data's pixels.
+    """Restricted Boltzmann machine over binary images.
 
-    `visible` is a number of units or the shape (channels, height, width) of an image. The gradient of the loss is the one that
-    `negative_phase` estimates, with both layers centred where `centred` is set (Montavon and Mueller 2012; Melchior, Fischer and
-    Wiskott, 1311.1354). `l1` and `l2` are priors on the weights alone; `sparsity` pulls the mean activity of every hidden unit towards
-    `activity`. `conf/model/rbm.yaml` says what each argument means.
+    P(v) = exp(-F(v)) / Z with the free energy of `EnergyModel`. The gradient of -log P(data) is
+    estimated with the samples of `negative_phase`. The likelihood is exact if one layer is small
+    enough to enumerate, and otherwise an estimate (see `flowgen.models.rbm.log_z`).
+
+    Smolensky, Information processing in dynamical systems: foundations of harmony theory (1986);
+    Hinton, A practical guide to training restricted Boltzmann machines (2010).
+
+    Args:
+        visible: shape (channels, height, width) of the images, or a number of visible units.
+        hidden: number of hidden units.
+        bits: bits per pixel; an RBM has binary pixels, so that only 1 is possible.
+        negative_phase: estimator of the model's expectation; PCD with one Gibbs step of 100
+            chains by default.
+        centered: subtract running means from both layers in the gradient (Montavon and Mueller,
+            2012; Melchior, Fischer and Wiskott, arXiv:1311.1354).
+        l1: strength of a Laplace prior on the weights.
+        l2: strength of a Gaussian prior on the weights.
+        sparsity_cost: strength of a cross-entropy penalty that pulls the mean activity of each
+            hidden unit to `sparsity_target` (Hinton's guide, section 11).
+        sparsity_target: target of the mean activity, between 0 and 1.
+
+    Attributes:
+        weight: (visible, hidden).
+        visible_bias: (visible,).
+        hidden_bias: (hidden,).
+        log_z: log Z in nats of a reliable evaluation of these weights, or None.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> rbm = RBM(visible=(1, 4, 4), hidden=8)
+        >>> images = torch.randint(0, 2, (32, 1, 4, 4), dtype=torch.uint8)
+        >>> rbm.initialize(images)
+        >>> rbm(images).backward()
+        >>> samples, unnormalized_log_prob = rbm.eval().sample(5, sweeps=10)
+        >>> samples.shape, samples.dtype, rbm.score(images).shape
+        (torch.Size([5, 1, 4, 4]), torch.uint8, torch.Size([32]))
     """
 
-    likelihood = "estimate"
     metric = LOG_LIKELIHOOD
-    shares_batches = False  # its chains go on from step to step as one
-    completions = tuple(METHODS)
+    likelihood = "estimate"
+    shares_batches = False  # its chains cannot be split between processes
+    completions = tuple(SAMPLERS)
     visible_offset: Tensor
     hidden_offset: Tensor
 
     def __init__(
         self,
-        visible: int | Sequence[int],
-        hidden: int,
+        visible: int | Sequence[int] = (1, 28, 28),
+        hidden: int = 500,
         *,
         bits: int = 1,
         negative_phase: NegativePhase | None = None,
@@ -71,33 +104,34 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         shape = (1, 1, visible) if isinstance(visible, int) else tuple(visible)
         if len(shape) != 3:
             raise UserError(
-                f"visible must be a number of units, or channels, height and width, not {visible!r}"
+                f"visible must be a number of units or (channels, height, width), not {visible!r}"
             )
-        check_whole(**dict(zip(("channels", "height", "width"), shape, strict=True)), hidden=hidden)
+        channels, height, width = shape
+        check_whole(channels=channels, height=height, width=width, hidden=hidden)
         if bits != 1:
-            raise UserError(f"an RBM is of binary pixels, not of bits={bits}: leave data.bits at 1")
+            raise UserError(f"an RBM needs binary pixels, not bits={bits}: set data.bits=1")
         check_choice((True, False), centered=centered)
         check_number(l1=l1, l2=l2, sparsity_cost=sparsity_cost, sparsity_target=sparsity_target)
         if sparsity_cost and not 0 < sparsity_target < 1:
-            raise UserError(f"activity must lie between 0 and 1, not at {sparsity_target}")
-        units = math.prod(shape)
-        super().__init__(units, hidden)
-        self.image_shape, self.bits = (shape[0], shape[1], shape[2]), bits
-        self.centered, self.l1, self.l2, self.sparsity_cost, self.sparsity_target = (
-            centered,
-            l1,
-            l2,
-            sparsity_cost,
-            sparsity_target,
-        )
-        self.log_z: float | None = None  # in nats, of `score`
-        self.register_buffer("visible_offset", torch.full((units,), 0.5))
-        self.register_buffer("hidden_offset", torch.full((hidden,), 0.5))
+            raise UserError(f"sparsity_target must be between 0 and 1, not {sparsity_target}")
         if not isinstance(negative_phase, NegativePhase | None):
             raise UserError(
-                f"write model/negative_phase={negative_phase}, with a slash, when training begins"
+                "model.negative_phase is a group of settings: "
+                f"write model/negative_phase={negative_phase} with a slash"
             )
-        self.negative_phase = negative_phase or CD(gibbs_steps=1)
+        units = math.prod(shape)
+        super().__init__(units, hidden)
+        self.image_shape = (channels, height, width)
+        self.bits = bits
+        self.centered = centered
+        self.l1 = l1
+        self.l2 = l2
+        self.sparsity_cost = sparsity_cost
+        self.sparsity_target = sparsity_target
+        self.log_z: float | None = None
+        self.register_buffer("visible_offset", torch.full((units,), 0.5))
+        self.register_buffer("hidden_offset", torch.full((hidden,), 0.5))
+        self.negative_phase = negative_phase or PCD()
         self.negative_phase.allocate(units, hidden)
 
     @classmethod
@@ -105,38 +139,54 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         return {"visible": list(shape), "bits": bits}
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """F(data).mean() - F(negative).mean(), and the priors: its gradient is the negative phase's estimate for -log P(data)."""
+        """Return the contrastive loss and the penalties, a scalar.
+
+        The loss is mean F(data) - mean F(negatives). Its value does not measure the fit; its
+        gradient is the estimate of the gradient of -log P(data) by the negative phase.
+        """
         with torch.autocast(images.device.type, enabled=False):
-            data = self.units(images)
+            data = self.to_visible(images)
             with torch.no_grad():
-                inputs = self.hidden_input(data)
-                negative, negative_inputs = self.negative_phase(self, data, inputs)
+                hidden_input = self.hidden_input(data)
+                negative, negative_input = self.negative_phase(self, data, hidden_input)
                 if self.training:
-                    self.visible_offset.lerp_(data.mean(0), 1 - OFFSET_MEMORY)
-                    self.hidden_offset.lerp_(inputs.sigmoid().mean(0), 1 - OFFSET_MEMORY)
-            offsets = (self.visible_offset, self.hidden_offset) if self.centered else None
-            batch = (data, inputs, negative, negative_inputs, offsets)
-            loss = ContrastiveLoss.apply(self.weight, self.visible_bias, self.hidden_bias, *batch)
+                    hidden = hidden_input.sigmoid()
+                    self.visible_offset.lerp_(data.mean(0), 1 - OFFSET_DECAY)
+                    self.hidden_offset.lerp_(hidden.mean(0), 1 - OFFSET_DECAY)
+            loss = ContrastiveLoss.apply(
+                self.weight,
+                self.visible_bias,
+                self.hidden_bias,
+                data,
+                hidden_input,
+                negative,
+                negative_input,
+                (self.visible_offset, self.hidden_offset) if self.centered else None,
+            )
             if self.l1:
                 loss = loss + self.l1 * self.weight.abs().sum()
             if self.l2:
                 loss = loss + 0.5 * self.l2 * self.weight.square().sum()
             if self.sparsity_cost:
-                active = self.hidden_input(data).sigmoid().mean(0)
-                loss = loss + self.sparsity_cost * F.binary_cross_entropy(
-                    active, torch.full_like(active, self.sparsity_target), reduction="sum"
-                )
+                activity = self.hidden_input(data).sigmoid().mean(0)
+                target = torch.full_like(activity, self.sparsity_target)
+                penalty = F.binary_cross_entropy(activity, target, reduction="sum")
+                loss = loss + self.sparsity_cost * penalty
             return loss
 
     @torch.no_grad()
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Start the visible biases at the base rates, and the chains there too. Hinton, A practical guide to training RBMs, section 8."""
-        data = self.units(images)
-        rate = (data.sum(0) + BASE_RATE_IMAGES) / (len(data) + 2 * BASE_RATE_IMAGES)
-        self.base.copy_(rate.logit())
+        """Set the visible biases to the log-odds of the pixels, and draw the initial chains.
+
+        Hinton, A practical guide to training RBMs (2010), section 8.
+        """
+        data = self.to_visible(images)
+        count = len(data) + 2 * BASE_RATE_PSEUDOCOUNT
+        rates = (data.sum(0) + BASE_RATE_PSEUDOCOUNT) / count
+        self.base.copy_(rates.logit())
         self.visible_bias.copy_(self.base)
-        self.visible_offset.copy_(rate)
-        self.negative_phase.start(self)
+        self.visible_offset.copy_(rates)
+        self.negative_phase.initialize_chains(self)
 
     @torch.no_grad()
     def evaluate(
@@ -145,12 +195,11 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         reference: Iterable[Tensor] = (),
         eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
-        """The log-likelihood in nats and what is measured beside it, see `evaluation.judge`."""
-        data = torch.cat([self.units(images) for images in batches])
-        trained = [self.units(images) for images in reference]
-        return evaluate_rbm(
-            self, data, torch.cat(trained) if trained else None, eval_config, self.progress
-        )
+        """Return the log-likelihood in nats and further metrics, see `evaluate_rbm`."""
+        data = torch.cat([self.to_visible(images) for images in batches])
+        train_batches = [self.to_visible(images) for images in reference]
+        train_data = torch.cat(train_batches) if train_batches else None
+        return evaluate_rbm(self, data, train_data, eval_config, self.progress)
 
     def score(
         self,
@@ -160,23 +209,27 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         num_importance_samples: int = 1,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """-F(v) - log Z; without log Z where no evaluation has found a reliable one. Nothing is drawn."""
-        return -self.free_energy(self.units(images)) - (self.log_z or 0.0)
+        """Return log P(v) = -F(v) - log Z of each image in nats, (batch,).
+
+        Without a reliable log Z the result is -F(v), the unnormalized log-probability. The
+        result is deterministic and ignores the keyword arguments.
+        """
+        return -self.free_energy(self.to_visible(images)) - (self.log_z or 0.0)
 
     @property
     def score_metric(self) -> Metric:
         return UNNORMALIZED if self.log_z is None else LOG_PROBABILITY
 
-    def load_eval_results(self, figures: Mapping[str, Any]) -> None:
-        """log Z, where it may be quoted."""
-        log_z = figures.get("log_z")
-        self.log_z = (
-            log_z if figures.get("reliable") is True and isinstance(log_z, int | float) else None
-        )
+    def load_eval_results(self, metrics: Mapping[str, Any]) -> None:
+        """Use log Z of an evaluation of the same weights if it is reliable."""
+        log_z = metrics.get("log_z")
+        is_reliable = metrics.get("reliable") is True and isinstance(log_z, int | float)
+        self.log_z = log_z if is_reliable else None
 
     def train(self, mode: bool = True) -> "RBM":
-        """Training changes log Z, so that none is kept."""
-        self.log_z = None if mode else self.log_z
+        """Set the training mode. Training changes log Z, so that the stored value is dropped."""
+        if mode:
+            self.log_z = None
         return super().train(mode)
 
     @torch.no_grad()
@@ -188,25 +241,41 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         method: str = "tempering",
         sweeps: int = 500,
     ) -> tuple[Tensor, Tensor]:
-        """Images grown from white noise in `sweeps` of a sampler, at beta = 1 / temperature, and their -F(v)."""
-        check_choice(METHODS, method=method)
+        """Draw images with Markov chains that start at white noise.
+
+        Args:
+            count: number of images.
+            temperature: 1 / beta.
+            generator: source of random numbers.
+            method: name of the sampler, a key of `SAMPLERS`.
+            sweeps: number of steps of the sampler.
+
+        Returns:
+            Images (count, channels, height, width), and -F(v) in nats, (count,).
+        """
+        check_choice(SAMPLERS, method=method)
         noise = white_noise(self, count, generator)
-        states = METHODS[method](self, noise, beta=1 / max(temperature, 1e-6), generator=generator)
-        visible = deque(self.progress(islice(states, sweeps), method, sweeps), maxlen=1)[0][
-            0
-        ].round()  # mean field's are probabilities
-        return self.images(visible), -self.free_energy(visible)
+        beta = 1 / max(temperature, MIN_TEMPERATURE)
+        steps = islice(SAMPLERS[method](self, noise, beta=beta, generator=generator), sweeps)
+        visible = noise
+        for chains, _ in self.progress(steps, method, sweeps):
+            visible = chains
+        visible = visible.round()  # mean field returns probabilities
+        return self.to_images(visible), -self.free_energy(visible)
 
     @torch.no_grad()
     def iter_chains(
         self, count: int, method: str, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """White noise, then P(v = 1) after every sweep."""
-        check_choice(METHODS, method=method)
+        """Yield white noise, then P(v = 1 | h) after each step of the sampler, without end.
+
+        Each item has the shape (count, channels, height, width) and values from 0 to 1.
+        """
+        check_choice(SAMPLERS, method=method)
         noise = white_noise(self, count, generator)
         yield noise.view(-1, *self.image_shape)
-        for _, expected in METHODS[method](self, noise, generator=generator):
-            yield expected.view(-1, *self.image_shape)
+        for _, probabilities in SAMPLERS[method](self, noise, generator=generator):
+            yield probabilities.view(-1, *self.image_shape)
 
     def inpaint(
         self,
@@ -217,42 +286,60 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         sweeps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> InpaintingResult:
-        """P(v = 1) of clamped chains, see `completion.restore`."""
-        check_choice(METHODS, method=method)
+        """Sample the unknown pixels of an image with clamped chains, see `inpaint_clamped`.
+
+        Args:
+            images: one image, (1, channels, height, width).
+            known: true where a pixel is known, (channels, height, width).
+            method: name of the sampler, a key of `SAMPLERS`.
+            sweeps: number of steps of the sampler, `INPAINTING_STEPS` by default.
+            generator: source of random numbers.
+
+        Raises:
+            UserError: for an unknown method, or if `known` is a linear measurement.
+        """
+        check_choice(SAMPLERS, method=method)
         if isinstance(known, LinearMeasurement):
             raise UserError(
-                "an RBM restores pixels where others are known: leave whole pixels out, or name a flow with --run"
+                "an RBM can only inpaint missing pixels: "
+                "choose other known pixels, or choose a flow with --run"
             )
-        image, sampler = self.units(images), METHODS[method]
-        draws, mean = restore(
-            self, image, known.flatten(), sampler, sweeps or SWEEPS, generator, self.progress
+        draws, mean = inpaint_clamped(
+            self,
+            self.to_visible(images),
+            known.flatten(),
+            SAMPLERS[method],
+            sweeps or INPAINTING_STEPS,
+            generator,
+            self.progress,
         )
         return InpaintingResult(draws.view(-1, *self.image_shape), mean.view(self.image_shape))
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """P(h = 1 | v) of every hidden unit."""
-        return self.hidden_input(self.units(images)).sigmoid()
+        """Return P(h = 1 | v) of all hidden units, (batch, hidden)."""
+        return self.hidden_input(self.to_visible(images)).sigmoid()
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """The most probable image given the hidden units."""
-        return self.images((self.visible_input(latent) > 0).to(self.dtype))
+        """Return the most probable images given the hidden units, (batch, hidden)."""
+        return self.to_images((self.visible_input(latent) > 0).to(self.dtype))
 
     def diagnostics(self) -> dict[str, float]:
         return self.negative_phase.diagnostics(self)
 
     def filters(self) -> Tensor:
-        """The weights of every hidden unit as an image, (hidden, channels, height, width), the largest first."""
-        return (
-            self.weight.detach()
-            .T[self.weight.norm(dim=0).argsort(descending=True)]
-            .reshape(-1, *self.image_shape)
-        )
+        """Return the weights of each hidden unit as an image, those of the largest norm first.
 
-    def units(self, images: Tensor) -> Tensor:
-        """Images of levels as visible units: (batch, visible)."""
+        The shape is (hidden, channels, height, width).
+        """
+        order = self.weight.norm(dim=0).argsort(descending=True)
+        return self.weight.detach().T[order].reshape(-1, *self.image_shape)
+
+    def to_visible(self, images: Tensor) -> Tensor:
+        """Return images (batch, channels, height, width) as visible units, (batch, visible)."""
         return images.flatten(1).to(self.dtype)
 
-    def images(self, visible: Tensor) -> Tensor:
+    def to_images(self, visible: Tensor) -> Tensor:
+        """Return visible units (batch, visible) as uint8 images."""
         return visible.to(torch.uint8).view(-1, *self.image_shape)

@@ -1,4 +1,4 @@
-"""Block Gibbs sampling and mean field of an RBM, each on a whole batch at once."""
+"""Samplers of an RBM: block Gibbs sampling, mean field, parallel tempering, clamped inpainting."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -11,250 +11,355 @@ from flowgen.models.rbm.energy import EnergyModel
 from flowgen.utils.console import Progress, no_progress
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
-Visible = tuple[
-    Tensor, Tensor
-]  # visible units, and the probabilities that they were drawn with: both (batch, visible)
-Sampler = Callable[..., Iterator[Visible]]
+# The visible units after a step of the chains, and the probabilities P(v = 1 | h) that they were
+# drawn with, both (chains, visible).
+ChainStep = tuple[Tensor, Tensor]
+Sampler = Callable[..., Iterator[ChainStep]]
+
+MAX_TEMPERATURES = 10**4
+ADAPTATION_INTERVAL = 100  # steps over which swaps are counted before the betas are moved
+MIN_REJECTION_RATE = 1e-3  # keeps neighboring betas apart where every swap is accepted
+TEMPERING_BURN_IN_STEPS = 400  # steps of `tempering` during which the betas adapt
+INPAINTING_CHAINS = 64
+INPAINTING_STEPS = 1000
 
 
 def bernoulli_from_logits(log_odds: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Independent binary units with these log-odds."""
+    """Draw independent binary units with these log-odds, as 0 or 1 in the same dtype."""
     uniform = torch.rand(
         log_odds.shape, generator=generator, device=log_odds.device, dtype=log_odds.dtype
     )
-    return uniform.lt_(
-        log_odds.sigmoid()
-    )  # 0 or 1 in place: half the cost of a comparison that is then converted
+    # In place: half the cost of a comparison that is converted afterwards.
+    return uniform.lt_(log_odds.sigmoid())
 
 
-def white_noise(
-    machine: EnergyModel, count: int, generator: torch.Generator | None = None
-) -> Tensor:
-    return bernoulli_from_logits(machine.visible_bias.new_zeros(count, machine.visible), generator)
+def white_noise(rbm: EnergyModel, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw `count` vectors of visible units with P(v = 1) = 1/2, (count, visible)."""
+    return bernoulli_from_logits(rbm.visible_bias.new_zeros(count, rbm.visible), generator)
 
 
 def clamp_known(visible: Tensor, start: Tensor, known: Tensor | None) -> Tensor:
+    """Return `visible` with the values of `start` at the known units; `known` may be None."""
     return visible if known is None else torch.where(known, start, visible)
 
 
 def gibbs(
-    machine: EnergyModel,
+    rbm: EnergyModel,
     start: Tensor,
     *,
     beta: float = 1.0,
     known: Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> Iterator[Visible]:
-    """h ~ P(h|v), v ~ P(v|h), from `start` (batch, visible), at inverse temperature `beta`; pixels where `known` stay as they are."""
+) -> Iterator[ChainStep]:
+    """Run block Gibbs sampling without end: h ~ P(h | v), then v ~ P(v | h).
+
+    Args:
+        rbm: the model.
+        start: initial visible units of the chains, (chains, visible).
+        beta: inverse temperature; the chains sample from P(v, h)^beta up to normalization.
+        known: true where a unit is clamped to its value in `start`, (visible,).
+        generator: source of random numbers.
+
+    Returns:
+        An iterator over the steps, each the visible units and their probabilities given the
+        hidden units, both (chains, visible).
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> rbm = EnergyModel(visible=4, hidden=3)
+        >>> chains = gibbs(rbm, white_noise(rbm, 10))
+        >>> visible, probabilities = next(chains)
+        >>> visible.shape, bool(((visible == 0) | (visible == 1)).all())
+        (torch.Size([10, 4]), True)
+    """
     visible = start
     while True:
-        hidden = bernoulli_from_logits(beta * machine.hidden_input(visible), generator)
-        log_odds = beta * machine.visible_input(hidden)
+        hidden = bernoulli_from_logits(beta * rbm.hidden_input(visible), generator)
+        log_odds = beta * rbm.visible_input(hidden)
         visible = clamp_known(bernoulli_from_logits(log_odds, generator), start, known)
         yield visible, clamp_known(log_odds.sigmoid(), start, known)
 
 
 def mean_field(
-    machine: EnergyModel,
+    rbm: EnergyModel,
     start: Tensor,
     *,
     beta: float = 1.0,
     known: Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> Iterator[Visible]:
-    """lambda = sigmoid(beta (c + W'mu)), mu = sigmoid(beta (b + W lambda)): coordinate ascent on the ELBO of log Z."""
+) -> Iterator[ChainStep]:
+    """Run naive mean-field updates without end: coordinate ascent on the ELBO of log Z.
+
+    Each step computes lambda = sigmoid(beta (c + W'mu)) and mu = sigmoid(beta (b + W lambda)).
+    It draws nothing. Arguments and result are those of `gibbs`; visible units are the means mu.
+    """
     visible = start
     while True:
-        visible = clamp_known(
-            (
-                beta * machine.visible_input((beta * machine.hidden_input(visible)).sigmoid())
-            ).sigmoid(),
-            start,
-            known,
-        )
+        hidden = (beta * rbm.hidden_input(visible)).sigmoid()
+        means = (beta * rbm.visible_input(hidden)).sigmoid()
+        visible = clamp_known(means, start, known)
         yield visible, visible
 
 
-ADAPT_EVERY = 100  # sweeps over which swaps are counted before the rungs are spaced anew
-LEAST_REJECTION = 1e-3  # so that two neighbours never fall into one
-
-
 class ReplicaExchange(nn.Module):
-    """Replica exchange: `chains` ensembles of `temperatures` replicas, which swap inverse temperatures rather than states.
+    """Replica exchange between inverse temperatures from beta = 0 to beta = 1.
 
-    Even and odd pairs of neighbours take turns (Okabe et al. 2001), which lets a replica drift from end to end (Syed et al.,
-    1905.02939). `adapt` spaces `betas` anew every so often, so that all pairs swap alike (section 5.1 there). Everything is a buffer:
-    `betas`, `place` (temperatures, chains), the rung of each replica, and the counts of swaps and round trips.
+    Each of `num_chains` independent ensembles has one replica at every temperature. A swap
+    exchanges the temperatures of two replicas, and states stay where they are. Even and odd pairs
+    of neighbors alternate (Okabe et al., 2001), which lets a replica drift from one end to the
+    other (Syed et al., Non-reversible parallel tempering, arXiv:1905.02939). With `adapt` the
+    betas move every `ADAPTATION_INTERVAL` steps so that all pairs swap equally often (section 5.1
+    of the same paper).
+
+    All state is in buffers, so that a checkpoint contains it.
+
+    Args:
+        num_temperatures: number of inverse temperatures, at least 2.
+        num_chains: number of independent ensembles.
+        adapt: whether to adapt the betas to the swap rates.
     """
 
-    betas: Tensor
-    place: Tensor
-    sweeps: Tensor
-    swapped: Tensor
-    tried: Tensor
-    from_bottom: Tensor
-    round_trips: Tensor
+    betas: Tensor  # (temperatures,), increasing from 0 to 1
+    beta_index: Tensor  # (temperatures, chains), index into `betas` of each replica
+    num_steps: Tensor  # rounds of swaps so far
+    accepted_swaps: (
+        Tensor  # (temperatures - 1,), sums of acceptance rates since the last adaptation
+    )
+    proposed_swaps: Tensor  # (temperatures - 1,), rounds of each pair since the last adaptation
+    came_from_zero: Tensor  # (temperatures, chains), true if beta = 0 was visited after beta = 1
+    round_trips: Tensor  # number of times that a replica moved from beta = 0 to beta = 1
 
-    def __init__(self, temperatures: int, chains: int, adapt: bool):
+    def __init__(self, num_temperatures: int, num_chains: int, adapt: bool):
         super().__init__()
-        check_whole(high=10**4, temperatures=temperatures)
-        check_whole(chains=chains)
+        check_whole(high=MAX_TEMPERATURES, num_temperatures=num_temperatures)
+        check_whole(num_chains=num_chains)
         check_choice((True, False), adapt=adapt)
-        if temperatures < 2:
-            raise UserError("a ladder needs temperatures=2 at least: its ends")
+        if num_temperatures < 2:
+            raise UserError("num_temperatures must be at least 2: beta = 0 and beta = 1")
         self.adapt = adapt
-        self.register_buffer("betas", torch.linspace(0, 1, temperatures))
-        self.register_buffer("place", torch.arange(temperatures)[:, None].repeat(1, chains))
-        self.register_buffer("sweeps", torch.zeros((), dtype=torch.long))
-        self.register_buffer("swapped", torch.zeros(temperatures - 1))
-        self.register_buffer("tried", torch.zeros(temperatures - 1))
-        self.register_buffer("from_bottom", torch.zeros(temperatures, chains, dtype=torch.bool))
+        shape = (num_temperatures, num_chains)
+        self.register_buffer("betas", torch.linspace(0, 1, num_temperatures))
+        self.register_buffer(
+            "beta_index", torch.arange(num_temperatures)[:, None].repeat(1, num_chains)
+        )
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("accepted_swaps", torch.zeros(num_temperatures - 1))
+        self.register_buffer("proposed_swaps", torch.zeros(num_temperatures - 1))
+        self.register_buffer("came_from_zero", torch.zeros(shape, dtype=torch.bool))
         self.register_buffer("round_trips", torch.zeros((), dtype=torch.long))
 
-    def top(self, states: Tensor) -> Tensor:
-        """What of `states` (temperatures, chains, ...) is at beta = 1: (chains, ...)."""
-        return self.at(states)[-1]
+    def at_beta_one(self, states: Tensor) -> Tensor:
+        """Return the states at beta = 1, (chains, ...), of `states` (temperatures, chains, ...)."""
+        return self.by_beta(states)[-1]
 
-    def at(self, states: Tensor) -> Tensor:
-        """`states` in the order of the rungs."""
-        return states[self.place.argsort(0), torch.arange(states.shape[1], device=states.device)]
+    def by_beta(self, states: Tensor) -> Tensor:
+        """Return `states` (temperatures, chains, ...) of the replicas in the order of `betas`."""
+        replica = self.beta_index.argsort(0)
+        return states[replica, torch.arange(states.shape[1], device=states.device)]
 
-    def lower(self) -> Tensor:
-        """The lower rung of each pair whose turn it is."""
-        return torch.arange(int(self.sweeps) % 2, len(self.betas) - 1, 2, device=self.betas.device)
+    def lower_indices(self) -> Tensor:
+        """Return the index of the lower beta of each pair that may swap in this round, (pairs,)."""
+        first = int(self.num_steps) % 2
+        return torch.arange(first, len(self.betas) - 1, 2, device=self.betas.device)
 
-    def exchange(self, lower: Tensor, odds: Tensor, generator: torch.Generator | None) -> None:
-        """Swap the replicas at rungs `lower` with those above them with probability min(1, exp(odds)), (pairs, chains)."""
-        replica = self.place.argsort(0)
-        self.sweeps += 1
-        uniform = torch.rand(odds.shape, generator=generator, device=odds.device, dtype=odds.dtype)
-        accepted = uniform < odds.exp()
-        self.place.scatter_(0, replica[lower], lower[:, None] + accepted.long())
-        self.place.scatter_(0, replica[lower + 1], lower[:, None] + 1 - accepted.long())
-        self.swapped[lower] += accepted.to(self.swapped).mean(1)
-        self.tried[lower] += 1
-        top = self.place == len(self.betas) - 1
-        self.round_trips += (top & self.from_bottom).sum()
-        self.from_bottom.logical_and_(~top).logical_or_(self.place == 0)
-        if self.adapt and int(self.sweeps) % ADAPT_EVERY == 0:
-            rejected = (1 - self.swap_rates()).clamp(min=LEAST_REJECTION)
-            self.betas.copy_(equal_parts(self.betas, rejected, len(rejected)))
-            self.swapped.zero_()
-            self.tried.zero_()
+    def exchange(
+        self, lower: Tensor, log_ratio: Tensor, generator: torch.Generator | None = None
+    ) -> None:
+        """Swap neighbors with probability min(1, exp(log_ratio)) and count the swaps.
+
+        Args:
+            lower: result of `lower_indices`, (pairs,).
+            log_ratio: log of the Metropolis ratio of each swap, (pairs, chains).
+            generator: source of random numbers.
+        """
+        replica = self.beta_index.argsort(0)
+        self.num_steps += 1
+        uniform = torch.rand(
+            log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype
+        )
+        accepted = uniform < log_ratio.exp()
+        self.beta_index.scatter_(0, replica[lower], lower[:, None] + accepted.long())
+        self.beta_index.scatter_(0, replica[lower + 1], lower[:, None] + 1 - accepted.long())
+        self.accepted_swaps[lower] += accepted.to(self.accepted_swaps).mean(1)
+        self.proposed_swaps[lower] += 1
+        is_at_one = self.beta_index == len(self.betas) - 1
+        self.round_trips += (is_at_one & self.came_from_zero).sum()
+        self.came_from_zero.logical_and_(~is_at_one).logical_or_(self.beta_index == 0)
+        if self.adapt and int(self.num_steps) % ADAPTATION_INTERVAL == 0:
+            rejection_rates = (1 - self.swap_rates()).clamp(min=MIN_REJECTION_RATE)
+            self.betas.copy_(space_betas(self.betas, rejection_rates, len(rejection_rates)))
+            self.accepted_swaps.zero_()
+            self.proposed_swaps.zero_()
 
     def swap_rates(self) -> Tensor:
-        """The share of swaps accepted, a pair of neighbours each, since they were last counted anew."""
-        return self.swapped / self.tried.clamp(min=1)
+        """Return the share of accepted swaps of each pair of neighbors, (temperatures - 1,).
+
+        The counts start again after each adaptation of the betas.
+        """
+        return self.accepted_swaps / self.proposed_swaps.clamp(min=1)
 
 
-def equal_parts(betas: Tensor, lengths: Tensor, count: int) -> Tensor:
-    """The count + 1 inverse temperatures, ends included, that cut the way along `betas` in parts of equal length.
+def space_betas(betas: Tensor, lengths: Tensor, num_intervals: int) -> Tensor:
+    """Return inverse temperatures that divide a path into intervals of equal length.
 
-    The pieces between `betas`, (n + 1,), are of these `lengths`, (n,), all above 0.
+    Args:
+        betas: increasing inverse temperatures, (n + 1,).
+        lengths: lengths > 0 of the intervals between them, (n,), such as rejection rates.
+        num_intervals: number of intervals of the result.
+
+    Returns:
+        Inverse temperatures, (num_intervals + 1,), with the same ends as `betas`. Length is
+        interpolated linearly within each interval.
+
+    Example:
+        >>> space_betas(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3.0, 1.0]), 4)
+        tensor([0.0000, 0.1667, 0.3333, 0.5000, 1.0000])
     """
-    way = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-    wanted = torch.linspace(0, 1, count + 1, device=way.device, dtype=way.dtype) * way[-1]
-    right = torch.searchsorted(way, wanted).clamp(1, len(lengths))
-    share = (wanted - way[right - 1]) / (way[right] - way[right - 1])
-    cuts = torch.lerp(betas[right - 1], betas[right], share)
-    cuts[0], cuts[-1] = betas[0], betas[-1]
-    return cuts
-
-
-BURN_IN = 400  # sweeps of `tempering` in which the ladder adapts
-
-
-def tempering(
-    machine: EnergyModel,
-    start: Tensor,
-    *,
-    beta: float = 1.0,
-    known: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    temperatures: int = 20,
-) -> Iterator[Visible]:
-    """The machine's own rung of a ladder that adapts to begin with; every rung begins at `start`.
-
-    A ladder that went on to adapt to its own chains would not keep their law.
-    """
-    ladder = ParallelTempering(temperatures, len(start), adapt=True)
-    ladder.allocate(machine.hidden)
-    ladder.to(start)
-    ladder.hidden.copy_(bernoulli_from_logits(beta * machine.hidden_input(start), generator))
-    while True:
-        ladder.adapt = int(ladder.sweeps) < BURN_IN
-        visible, _ = ladder.sweep(machine, beta, start, known, generator)
-        log_odds = beta * machine.visible_input(ladder.top(ladder.hidden))
-        yield ladder.top(visible), clamp_known(log_odds.sigmoid(), start, known)
+    cumulative = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    fractions = torch.linspace(
+        0, 1, num_intervals + 1, device=cumulative.device, dtype=cumulative.dtype
+    )
+    positions = fractions * cumulative[-1]
+    right = torch.searchsorted(cumulative, positions).clamp(1, len(lengths))
+    left = right - 1
+    share = (positions - cumulative[left]) / (cumulative[right] - cumulative[left])
+    result = torch.lerp(betas[left], betas[right], share)
+    result[0] = betas[0]
+    result[-1] = betas[-1]
+    return result
 
 
 class ParallelTempering(ReplicaExchange):
-    """Parallel tempering of (v, h): a Gibbs sweep on every rung, then swaps with probability min(1, exp(dbeta dU)), U = dE/dbeta in nats.
+    """Parallel tempering of (v, h): a Gibbs step at every temperature, then swaps of neighbors.
 
-    `hidden` (temperatures, chains, hidden), a buffer, is the state of each replica.
+    Two neighbors swap with probability min(1, exp(dbeta dU)), where U = dE_beta/dbeta in nats and
+    E_beta = beta E(v, h) - (1 - beta) base.v. The buffer `hidden` (temperatures, chains, hidden)
+    is the state of the replicas.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> rbm = EnergyModel(visible=4, hidden=3)
+        >>> replicas = ParallelTempering(num_temperatures=5, num_chains=10, adapt=True)
+        >>> replicas.allocate(rbm.hidden)
+        >>> for _ in range(20):
+        ...     visible, hidden_input = replicas.step(rbm)
+        >>> replicas.at_beta_one(visible).shape
+        torch.Size([10, 4])
     """
 
     hidden: Tensor
 
     def allocate(self, hidden: int) -> None:
-        self.register_buffer("hidden", torch.zeros(*self.place.shape, hidden))
+        """Create the buffer of the replicas' hidden units, all zero."""
+        self.register_buffer("hidden", torch.zeros(*self.beta_index.shape, hidden))
 
-    @_disable_dynamo  # the swaps' bookkeeping is no work for a compiler; torch.compiler.disable would import one, a second long
-    def sweep(
+    # The bookkeeping of swaps is not worth compiling. `torch.compiler.disable` would do the same
+    # but imports the compiler, which takes a second.
+    @_disable_dynamo
+    def step(
         self,
-        machine: EnergyModel,
+        rbm: EnergyModel,
         beta: float = 1.0,
         start: Tensor | None = None,
         known: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """v ~ P(v|h), h ~ P(h|v) on every rung, then swaps: the visible units and hidden inputs of all replicas.
+        """Draw v ~ P(v | h) and h ~ P(h | v) at every temperature, then swap.
 
-        `beta` scales the machine at the top: 1 is the machine itself.
+        Args:
+            rbm: the model.
+            beta: factor on the energy of the model; 1 is the model itself.
+            start: values of the clamped units, (chains, visible).
+            known: true where a unit is clamped, (visible,).
+            generator: source of random numbers.
+
+        Returns:
+            The visible units (temperatures, chains, visible) and hidden inputs
+            (temperatures, chains, hidden) of all replicas.
         """
-        rung = self.betas[self.place][..., None]
-        visible = bernoulli_from_logits(
-            machine.visible_input(self.hidden).mul_(rung * beta).addcmul_(1 - rung, machine.base),
-            generator,
-        )
+        replica_beta = self.betas[self.beta_index][..., None]
+        log_odds = rbm.visible_input(self.hidden).mul_(replica_beta * beta)
+        visible = bernoulli_from_logits(log_odds.addcmul_(1 - replica_beta, rbm.base), generator)
         if start is not None:
             visible = clamp_known(visible, start, known)
-        inputs = machine.hidden_input(visible)
-        self.hidden.copy_(
-            bernoulli_from_logits(inputs * (rung * beta), generator)
-        )  # in place, so that what restores buffers restores it
-        slope = visible @ (machine.base - beta * machine.visible_bias) - beta * torch.linalg.vecdot(
-            inputs, self.hidden
-        )
-        lower, slopes = self.lower(), self.at(slope)
-        odds = (self.betas[lower + 1] - self.betas[lower])[:, None] * (
-            slopes[lower + 1] - slopes[lower]
-        )
-        self.exchange(lower, odds, generator)
+        inputs = rbm.hidden_input(visible)
+        # In place, so that restoring the buffers restores the chains.
+        self.hidden.copy_(bernoulli_from_logits(inputs * (replica_beta * beta), generator))
+        linear = visible @ (rbm.base - beta * rbm.visible_bias)
+        energy_slope = linear - beta * torch.linalg.vecdot(inputs, self.hidden)
+        lower = self.lower_indices()
+        slopes = self.by_beta(energy_slope)
+        beta_difference = (self.betas[lower + 1] - self.betas[lower])[:, None]
+        log_ratio = beta_difference * (slopes[lower + 1] - slopes[lower])
+        self.exchange(lower, log_ratio, generator)
         return visible, inputs
 
 
-CHAINS, SWEEPS = 64, 1000
+def tempering(
+    rbm: EnergyModel,
+    start: Tensor,
+    *,
+    beta: float = 1.0,
+    known: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    num_temperatures: int = 20,
+) -> Iterator[ChainStep]:
+    """Run parallel tempering without end and yield the replicas at the model's own temperature.
+
+    All replicas start at `start`. The betas adapt during the first `TEMPERING_BURN_IN_STEPS`
+    steps only: chains whose temperatures keep adapting to them do not keep their distribution.
+    Other arguments and the result are those of `gibbs`.
+    """
+    replicas = ParallelTempering(num_temperatures, len(start), adapt=True)
+    replicas.allocate(rbm.hidden)
+    replicas.to(start)
+    replicas.hidden.copy_(bernoulli_from_logits(beta * rbm.hidden_input(start), generator))
+    while True:
+        replicas.adapt = int(replicas.num_steps) < TEMPERING_BURN_IN_STEPS
+        visible, _ = replicas.step(rbm, beta, start, known, generator)
+        log_odds = beta * rbm.visible_input(replicas.at_beta_one(replicas.hidden))
+        yield replicas.at_beta_one(visible), clamp_known(log_odds.sigmoid(), start, known)
 
 
 @torch.no_grad()
-def restore(
-    machine: EnergyModel,
+def inpaint_clamped(
+    rbm: EnergyModel,
     image: Tensor,
     known: Tensor,
     sampler: Sampler,
-    sweeps: int = SWEEPS,
+    steps: int = INPAINTING_STEPS,
     generator: torch.Generator | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Tensor, Tensor]:
-    """P(v = 1) of every chain at its end, (chains, visible), and their mean over all chains and the second half of the sweeps.
+    """Sample the unknown units given the known ones with clamped chains.
 
-    The chains begin with white noise where pixels of `image` (1, visible) are not `known` (visible,).
+    The unknown units of all `INPAINTING_CHAINS` chains start as white noise.
+
+    Args:
+        rbm: the model.
+        image: visible units, (1, visible); values at unknown units are ignored.
+        known: true where a unit is known, (visible,).
+        sampler: `gibbs`, `tempering` or `mean_field`.
+        steps: number of steps.
+        generator: source of random numbers.
+        progress: progress bar.
+
+    Returns:
+        P(v = 1) of every chain after the last step, (chains, visible), and its mean over all
+        chains and the second half of the steps, (visible,).
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> rbm = EnergyModel(visible=4, hidden=3)
+        >>> known = torch.tensor([True, True, False, False])
+        >>> samples, mean = inpaint_clamped(rbm, torch.ones(1, 4), known, gibbs, steps=10)
+        >>> samples.shape, mean[:2]
+        (torch.Size([64, 4]), tensor([1., 1.]))
     """
-    start = torch.where(known, image, white_noise(machine, CHAINS, generator))
-    total, count = torch.zeros_like(start[0]), 0
-    states = islice(sampler(machine, start, known=known, generator=generator), sweeps)
-    for sweep, (_, expected) in enumerate(progress(states, "completion", sweeps)):
-        if sweep >= sweeps // 2:
-            total, count = total + expected.mean(0), count + 1
-    return expected, total / count
+    start = torch.where(known, image, white_noise(rbm, INPAINTING_CHAINS, generator))
+    total = torch.zeros_like(start[0])
+    chain_steps = islice(sampler(rbm, start, known=known, generator=generator), steps)
+    for index, (_, probabilities) in enumerate(progress(chain_steps, "inpainting", steps)):
+        if index >= steps // 2:
+            total = total + probabilities.mean(0)
+    return probabilities, total / (steps - steps // 2)

@@ -1,0 +1,169 @@
+"""Sample quality, interpolation and statistics against known values."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_models import glow, noise, started
+
+from flowgen.data.mnist import MNISTSample
+from flowgen.evaluation import interpolation, sample_quality, stats
+from flowgen.evaluation.interpolation import interpolate_pairs, slerp, step_sizes, unevenness
+from flowgen.evaluation.sample_quality import frechet_distance, measure_sample_quality
+from flowgen.utils.errors import UserError
+
+
+def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
+    """Independent components: |m - m'|^2 + sum (s - s')^2."""
+    first_std, second_std = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.5, 1.0, 0.5])
+    first = first_std * torch.randn(200_000, 3)
+    second = 1.0 + second_std * torch.randn(200_000, 3)
+    expected = 3.0 + (first_std - second_std).square().sum().item()
+    quality = measure_sample_quality(first[:2000], second[:2000])
+    assert quality.frechet == pytest.approx(expected, rel=0.15)
+    first, second = first.double(), second.double()
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=0.01)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+
+
+def test_coverage_falls_for_missing_modes_and_for_blank_samples():
+    def two_modes():
+        return torch.cat((torch.randn(300, 2), 20 + torch.randn(300, 2)))
+
+    real, one_mode = two_modes(), torch.randn(600, 2)
+    assert measure_sample_quality(two_modes(), real).coverage > 0.9
+    quality = measure_sample_quality(one_mode, real)
+    assert quality.coverage == pytest.approx(0.5, abs=0.05)
+    assert quality.spread < 0.5
+    # Outliers, whose neighborhoods contain nearly everything.
+    with_outliers = torch.cat((torch.randn(590, 64), 10 * torch.randn(10, 64)))
+    real = with_outliers / torch.arange(1, 65)
+    assert measure_sample_quality(torch.zeros(600, 64), real).coverage < 0.3
+
+
+def test_distance_from_mean_is_one_for_a_real_point_and_zero_for_the_mean():
+    real = 3 + torch.randn(500, 8)
+    distance = sample_quality.distance_from_mean
+    assert distance(real.mean(0), real) == pytest.approx(0, abs=1e-5)
+    distances = torch.tensor([distance(point, real) for point in real])
+    assert distances.mean().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_first_component_is_the_pixel_that_varies_most():
+    images = torch.rand(500, 1, 4, 4) * torch.tensor([10.0] + 15 * [0.01]).view(1, 4, 4)
+    before = torch.random.get_rng_state()
+    coordinates = sample_quality.PrincipalComponents(images)(images)
+    expected = images[:, 0, 0, 0].std().item()
+    assert coordinates[:, 0].std().item() == pytest.approx(expected, rel=0.01)
+    assert torch.equal(torch.random.get_rng_state(), before), "the global random state must stay"
+
+
+def test_a_paired_difference_cancels_variation_that_the_images_share():
+    images = torch.randn(400).mul(10).tolist()
+    shifts = torch.randn(400).mul(0.1).tolist()
+    shifted = [image + 1 + shift for image, shift in zip(images, shifts, strict=True)]
+    difference = stats.paired_difference(shifted, images)
+    assert difference.value == pytest.approx(1, abs=0.03)
+    assert difference.error == pytest.approx(0.1 / 20, rel=0.15)
+    assert difference.count == 400
+
+
+def test_means_have_a_standard_error_of_two_digits():
+    mean = stats.mean([1.0, 2.0, 3.0])
+    assert (mean.value, mean.error) == pytest.approx((2.0, 1 / math.sqrt(3)))
+    assert stats.mean([5.0]) == stats.Mean(5.0, 0.0, 1)
+    assert str(stats.Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012"
+    assert str(stats.Mean(12.0, 3.4, 9)) == "12.0 ± 3.4"
+
+
+def test_interpolation_through_pixels_is_even_and_both_paths_meet_at_the_ends():
+    model = started("glow")
+    first, second = noise(5, 6) // 2, noise(5, 6) // 2
+    latent, pixels = interpolate_pairs(model, first, second, torch.linspace(0, 1, 5))
+    assert latent.shape == pixels.shape == (5, *first.shape)
+    for path in (latent, pixels):
+        assert torch.equal(path[0].float(), first.float())
+        assert torch.equal(path[-1].float(), second.float())
+    assert unevenness(pixels, 5) == pytest.approx(torch.ones(6), abs=1e-3)
+    assert unevenness(latent, 5).min() > 1
+    assert step_sizes(latent, 5).shape == (4, 6)
+
+
+def test_step_sizes_and_unevenness_of_known_paths():
+    uneven = torch.tensor([0, 1, 4]).view(3, 1, 1, 1, 1).expand(3, 2, 1, 4, 4)
+    assert unevenness(uneven, 5) == pytest.approx(torch.full((2,), 1.5))
+    black_to_white = torch.stack((torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 31)))
+    assert step_sizes(black_to_white, 5) == pytest.approx(torch.ones(1, 2))
+
+
+def test_interpolation_follows_the_given_curve():
+    model = started("glow")
+    images = noise(5, 2) // 2
+    first, second = images[:1], images[1:]
+    fractions = torch.tensor([0.25, 0.5])
+    latents = slerp(model.encode(first), model.encode(second), fractions[:, None])
+    expected = model.decode(latents)
+    on_circle, _ = interpolate_pairs(model, first, second, fractions, slerp)
+    on_line, _ = interpolate_pairs(model, first, second, fractions)
+    assert torch.equal(on_circle[:, 0], expected)
+    assert not torch.equal(on_line[:, 0], expected)
+
+
+def test_lerp_and_slerp_are_exact_at_the_ends():
+    start, end = torch.randn(5, 7), torch.randn(5, 7)
+    for curve in (interpolation.lerp, interpolation.slerp):
+        assert torch.equal(curve(start, end, torch.zeros(5, 1)), start)
+        assert torch.equal(curve(start, end, torch.ones(5, 1)), end)
+
+
+def test_fid_without_its_weights_or_its_package_is_refused(monkeypatch, tmp_path):
+    variable = sample_quality.FID_WEIGHTS_VARIABLE
+    path = tmp_path / "weights.pth"
+    monkeypatch.delenv(variable, raising=False)
+    assert sample_quality.find_fid_weights() is None
+    monkeypatch.setenv(variable, str(path))
+    with pytest.raises(UserError, match="is not a file"):
+        sample_quality.find_fid_weights()
+    path.touch()
+    monkeypatch.setattr(sample_quality, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="not installed"):
+        sample_quality.find_fid_weights()
+    monkeypatch.setattr(sample_quality, "find_spec", lambda name: object())
+    assert sample_quality.find_fid_weights() == path
+
+
+def test_flow_report_compares_samples_with_test_images():
+    """Test images as samples have the best quality; gray images have none of it."""
+    data, model = MNISTSample(bits=5, random_flip=False), glow(image_shape=(1, 28, 28), levels=2)
+    test = torch.cat(list(data.batches("test", 100, 60)))
+    model.initialize(test)
+    samples = {0.0: [torch.full_like(test, 4)], 1.0: [test, test]}
+    report = sample_quality.flow_report(model, data, samples, pairs=4, steps=6)
+    gray, same = report["samples"][0][0], report["samples"][1][0]
+    assert same["coverage"] == 1
+    assert same["spread"] == pytest.approx(1)
+    assert same["frechet"] == pytest.approx(0, abs=1e-3)
+    assert gray["coverage"] < 0.75
+    assert gray["spread"] == 0
+    assert gray["frechet"] > report["training"]["frechet"]
+    assert report["images"] == len(report["bits"]) == 60
+    assert report["mean_sample"] > 0
+    mean_bits = sample_quality.bits_per_dim_of_images(model, test).mean().item()
+    assert mean_bits == pytest.approx(sum(report["bits"]) / 60)
+    assert len(report["walk"]["unevenness"]) == 4
+    assert [len(bits) for bits in report["walk"]["bits"]] == [6, 6]
+    assert report == json.loads(json.dumps(report)), "the report must be plain data"
+
+
+def test_the_classifier_reports_the_share_of_confident_predictions():
+    classifier = sample_quality.Classifier((1, 8, 8), bits=5, num_classes=3).eval()
+    images = noise(5, 20, channels=1)
+    label, confidence = classifier.predict(images)
+    assert label.shape == confidence.shape == (20,)
+    assert torch.equal(classifier(images).argmax(1), label)
+    classifier.layers[-1].bias.data[1] = 100.0
+    assert classifier.share_readable(images) == 1.0
+    classifier.layers[-1].weight.data.zero_()
+    classifier.layers[-1].bias.data.zero_()
+    assert classifier.share_readable(images) == 0.0
