@@ -7,7 +7,7 @@ import torch
 from conftest import SMALL, fit
 from test_models import glow, load_from_checkpoint, noise
 
-from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample_images
 from flowgen.data.dataset import ImageDataset, Split
 from flowgen.data.mnist import MNISTSample
 from flowgen.models.flows.flow import Flow
@@ -124,9 +124,9 @@ def test_many_samples_are_of_each_class_in_turn_from_batch_to_batch(monkeypatch)
     """At temperature 0 a sample is the middle of its class."""
     model = glow(num_classes=3).eval()
     model.initialize(*stripes(30))
-    whole, _ = draw(model, 8, 0.0, seed=0)
-    monkeypatch.setattr("flowgen.commands.sample.BATCH", 4)
-    split, _ = draw(model, 8, 0.0, seed=0)
+    whole, _ = sample_images(model, 8, 0.0, seed=0)
+    monkeypatch.setattr("flowgen.commands.sample.BATCH_SIZE", 4)
+    split, _ = sample_images(model, 8, 0.0, seed=0)
     assert torch.equal(split, whole) and torch.equal(whole, whole[torch.arange(8) % 3])
     assert not torch.equal(whole[0], whole[1])
 

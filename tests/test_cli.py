@@ -16,7 +16,7 @@ from PIL import Image
 
 import flowgen
 from flowgen.commands.interpolate import great_circle, line
-from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample_images
 from flowgen.config.compose import read_config
 from flowgen.data.preprocess import read_images
 from flowgen.models.flows.flow import Flow
@@ -416,7 +416,7 @@ def test_runs_whose_folders_are_named_by_the_time_lie_side_by_side(images, comma
             1,
         ),
         (["report", " "], "an empty name is no run", 1),
-        (["chain", "--sweeps", "1" + 30 * "0"], "--sweeps", 2),
+        (["chain", "--steps", "1" + 30 * "0"], "--steps", 2),
         (["chain", "--frames", "1" + 30 * "0"], "--frames", 2),
         (["interpolate", "a.png", "b.png", "--steps", "1" + 30 * "0"], "--steps", 2),
         (["report", ""], "an empty name is no run", 1),
@@ -472,7 +472,7 @@ def test_a_zip_of_samples_holds_them_one_by_one(tiny_run, command, tmp_path):
         == 0
     )
     model = flowgen.load(tiny_run)
-    images, _ = draw(model, 67, 0.7, 0)
+    images, _ = sample_images(model, 67, 0.7, 0)
     with zipfile.ZipFile(tmp_path / "samples.zip") as archive:
         assert archive.namelist() == [f"{place:07d}.png" for place in range(67)]
         with archive.open("0000066.png") as file:

@@ -22,7 +22,7 @@ from PIL import Image
 from test_cli import assert_plain
 from werkzeug.test import Client
 
-from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample_images
 from flowgen.data.preprocess import read_images
 from flowgen.serving.session import ModelSession
 from flowgen.serving.web.app import ExplorerApp, open_server
@@ -156,7 +156,7 @@ def test_the_command_draws_the_same_samples(ask, command, tmp_path, label):
 
 
 def test_a_picture_holds_its_levels_exactly(ask, glow):
-    images, scores = draw(glow.model, 2, 0.7, 3)
+    images, scores = sample_images(glow.model, 2, 0.7, 3)
     for picture, wanted in zip(
         two_samples(ask), images[scores.argsort(descending=True)], strict=True
     ):
@@ -405,8 +405,8 @@ def test_questions_about_no_pictures_get_one_sentence(ask, ask_rbm):
     assert "name attributes" in ask.refuses("edit", image=picture)
     assert "choose one of 0, 1" in ask.refuses("edit", image=picture, amounts={"Smiling": 1})
     assert "amount must be a number" in ask.refuses("edit", image=picture, amounts={"1": "much"})
-    assert "keeps every pixel" in ask.refuses("complete", **completion, mask=whole)
-    assert "keeps no pixel" in ask.refuses("complete", **completion, mask=none)
+    assert "every pixel as known" in ask.refuses("complete", **completion, mask=whole)
+    assert "no pixel as known" in ask.refuses("complete", **completion, mask=none)
     assert "method must be" in ask.refuses(
         "complete", **completion | {"method": ["gibbs"]}, mask=mask(HALF)
     )
@@ -510,7 +510,7 @@ def test_many_requests_at_once_are_neither_lost_nor_mixed_up(glow):
     """`FLOWGEN_REQUESTS=2000` asks as many."""
     expected = {}
     for seed in range(50):
-        expected[seed] = url(rendering.png(draw(glow.model, 1, 0.7, seed)[0][0], 5))
+        expected[seed] = url(rendering.png(sample_images(glow.model, 1, 0.7, seed)[0][0], 5))
     assert len(set(expected.values())) > 45
     with open_server(glow, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

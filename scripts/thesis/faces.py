@@ -13,7 +13,7 @@ from parts import data_section
 from torch import Tensor
 
 import flowgen
-from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample_images
 from flowgen.config.compose import conf_folder, flatten, read_config
 from flowgen.config.instantiate import build_data
 from flowgen.data.dataset import ImageDataset
@@ -212,7 +212,7 @@ def of_outlook(flows: list[Run], bits: int) -> Iterator[Figure]:
 
     def samples(at: Path) -> None:
         titles = [f"{name}, {each[-1]['step']:,} steps" for name, each in rows.items()]
-        drawn = [draw(flowgen.load(run.folder, "auto"), 12, 0.7, 0)[0] for run in flows]
+        drawn = [sample_images(flowgen.load(run.folder, "auto"), 12, 0.7, 0)[0] for run in flows]
         rendering.blocks(list(zip(titles, drawn, strict=True)), bits, 12).save(at)
 
     caption = "Validation bits/dim of every network by the images seen; the first steps lie above the frame."

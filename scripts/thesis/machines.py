@@ -9,7 +9,7 @@ from figure import Figure, by_command
 from PIL import Image
 
 import flowgen
-from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample_images
 from flowgen.data.dataset import ImageDataset
 from flowgen.training.run_dir import Run
 from flowgen.utils import plots, rendering
@@ -77,7 +77,7 @@ def of_slides(runs: list[Run], folder: Path, digits: ImageDataset) -> Iterator[F
     yield Figure(
         "S.2",
         caption,
-        each(lambda model: rendering.to_image(draw(model, 20, 1.0, 0)[0], 1, 20)),
+        each(lambda model: rendering.to_image(sample_images(model, 20, 1.0, 0)[0], 1, 20)),
         machines,
         command,
         SETTINGS,
