@@ -14,7 +14,7 @@ from torch import Tensor
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.chain import Chain
 from flowgen.bijections.elementwise import MarginalGaussianization
-from flowgen.commands.complete import linear
+from flowgen.commands.complete import measurement
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.hmc import StepSize, evaluate_density, hmc_step
 from flowgen.models.flows.inpainting import InpaintingChains, PixelPosterior
@@ -128,15 +128,15 @@ def test_many_missing_pixels_take_no_more_gradients():
     assert abs(standard.mean()) < 0.1 and standard.std().item() == pytest.approx(1.05, abs=0.1)
 
 
-@pytest.mark.parametrize("keep", ["smaller:2", "grey"])
+@pytest.mark.parametrize("keep", ["downsample:2", "grayscale"])
 def test_a_gaussian_field_is_restored_from_sums_by_its_posterior(keep):
     """Given y = A x + N(0, s^2) with s half a level: mean + K (y - A mean), C - K A C, with K = C A^T (A C A^T + s^2)^-1."""
-    shape = (1, 4, 4) if keep == "smaller:2" else (3, 2, 2)
+    shape = (1, 4, 4) if keep == "downsample:2" else (3, 2, 2)
     places = torch.cartesian_prod(*(torch.arange(float(side)) for side in shape)).double()
     covariance = 0.1**2 * torch.exp(-torch.cdist(places, places) / 3)
     mean = 0.5 + 0.02 * (places[:, 1] - places[:, 2])
     flow = flow_of(Field(mean, torch.linalg.cholesky(covariance), shape), shape)
-    known = linear(keep, shape)
+    known = measurement(keep, shape)
     images = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
     draws = flow.restore(
         images, known, DRAWS, 600, torch.Generator().manual_seed(0)
@@ -238,11 +238,11 @@ def test_complete_shows_a_flows_answers(tiny_run, images, command, tmp_path):
     words = [
         "complete",
         images / "000.png",
-        "--keep",
+        "--known",
         "left",
         "--run",
         tiny_run,
-        "--sweeps",
+        "--steps",
         20,
         "--out",
     ]
@@ -257,25 +257,30 @@ def test_complete_colours_and_enlarges(tiny_run, images, command, tmp_path):
     whole.resize((4, 4), Image.Resampling.BOX).save(small)
     whole.convert("L").save(tmp_path / "grey.png")
     for path, keep in (
-        (small, "smaller:2"),
-        (images / "000.png", "smaller:4"),
-        (tmp_path / "grey.png", "grey"),
+        (small, "downsample:2"),
+        (images / "000.png", "downsample:4"),
+        (tmp_path / "grey.png", "grayscale"),
     ):
         status, output, error = command(
-            "complete", path, "--keep", keep, "--run", tiny_run, "--sweeps", 20
+            "complete", path, "--known", keep, "--run", tiny_run, "--steps", 20
         )
         assert status == 0 and "acceptance" in error and Image.open(output.strip()).width > 500, (
             error
         )
-    words = ["complete", images / "000.png", "--run", tiny_run, "--keep"]
-    assert_plain(command(*words, "smaller:3"), "one of 2, 4, 8, not '3'")
-    assert_plain(command(*words, "smaller"), "one of 2, 4, 8, not ''")
-    assert_plain(command("complete", small, "--run", tiny_run, "--keep", "smaller:4"), "4x4 pixels")
+    words = ["complete", images / "000.png", "--run", tiny_run, "--known"]
+    assert_plain(command(*words, "downsample:3"), "one of 2, 4, 8, not '3'")
+    assert_plain(command(*words, "downsample"), "one of 2, 4, 8, not ''")
+    assert_plain(
+        command("complete", small, "--run", tiny_run, "--known", "downsample:4"), "4x4 pixels"
+    )
 
 
 def test_what_is_kept_of_sums_is_what_is_shown_of_them():
     images = torch.rand(2, 3, 4, 4)
-    grey, smaller = linear("grey", (3, 4, 4)).of(images), linear("smaller:2", (3, 4, 4)).of(images)
+    grey, smaller = (
+        measurement("grayscale", (3, 4, 4)).of(images),
+        measurement("downsample:2", (3, 4, 4)).of(images),
+    )
     assert torch.allclose(
         grey,
         (0.299 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2])[:, None].expand(
@@ -283,13 +288,13 @@ def test_what_is_kept_of_sums_is_what_is_shown_of_them():
         ),
     )
     assert torch.allclose(smaller[:, :, 1, 3], images[:, :, :2, 2:].mean((2, 3)))
-    with pytest.raises(UserError, match="colour images"):
-        linear("grey", (1, 28, 28))
+    with pytest.raises(UserError, match="color images"):
+        measurement("grayscale", (1, 28, 28))
     machine = COMPLETE["rbm"]()
     with pytest.raises(UserError, match="an RBM restores pixels"):
         machine.inpaint(
             torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
-            linear("smaller:2", (1, 8, 8)),
+            measurement("downsample:2", (1, 8, 8)),
             method="gibbs",
         )
 

@@ -104,5 +104,5 @@ def test_what_a_flow_of_the_plane_is_not_drawn_by_is_refused(command, tmp_path):
     ):
         status, _, error = command("sample", "--run", tmp_path / "run", *how)
         assert (
-            status == 1 and "a flow of the plane is drawn" in error and len(error.splitlines()) == 1
+            status == 1 and "two-dimensional flow is plotted" in error and len(error.splitlines()) == 1
         )

@@ -196,11 +196,11 @@ def test_sample_and_chain_by_every_method(rbm_run, command, method):
         "sample",
         "--run",
         rbm_run,
-        "--method",
+        "--sampler",
         method,
         "--count",
         5,
-        "--sweeps",
+        "--steps",
         3,
         "--temperature",
         1,
@@ -208,7 +208,7 @@ def test_sample_and_chain_by_every_method(rbm_run, command, method):
     assert status == 0, error
     assert Image.open(out.strip()).width > 200
     status, out, error = command(
-        "chain", "--run", rbm_run, "--method", method, "--frames", 6, "--count", 9
+        "chain", "--run", rbm_run, "--sampler", method, "--frames", 6, "--count", 9
     )
     assert status == 0, error
     frames = [frame.copy() for frame in ImageSequence.Iterator(Image.open(out.strip()))]
@@ -222,7 +222,7 @@ def test_complete_keeps_what_is_known(rbm_run, images, command, tmp_path, keep):
     mask.save(tmp_path / "mask.png")
     keep = str(tmp_path / "mask.png") if keep == "mask" else keep
     status, out, error = command(
-        "complete", images / "000.png", "--keep", keep, "--run", rbm_run, "--sweeps", 20
+        "complete", images / "000.png", "--known", keep, "--run", rbm_run, "--steps", 20
     )
     assert status == 0, error
     page = Image.open(out.strip())
@@ -230,13 +230,13 @@ def test_complete_keeps_what_is_known(rbm_run, images, command, tmp_path, keep):
     one = command(
         "complete",
         images / "000.png",
-        "--keep",
+        "--known",
         keep,
         "--run",
         rbm_run,
-        "--sweeps",
+        "--steps",
         20,
-        "--method",
+        "--sampler",
         "gibbs",
     )
     assert Image.open(one[1].strip()).height < page.height / 2
@@ -259,7 +259,7 @@ def test_the_newest_run_that_fits_is_taken(elsewhere, images, command):
     )
     assert "outputs/rbm" in command("chain", "--frames", 2, "--count", 4)[1]
     assert "outputs/glow" in command("sample", "--count", 2)[1]
-    assert "outputs/rbm" in command("sample", "--count", 2, "--method", "gibbs", "--sweeps", 2)[1]
+    assert "outputs/rbm" in command("sample", "--count", 2, "--sampler", "gibbs", "--steps", 2)[1]
 
 
 def assert_plain(outcome: tuple[int, str, str], words: str, status: int = 1) -> None:
@@ -272,21 +272,21 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
     wrong = save_image(tmp_path / "wrong.png", (16, 16, 3))
     for name, shade in (("all", 255), ("none", 0)):
         Image.new("L", (8, 8), shade).save(tmp_path / f"{name}.png")
-    complete = ("complete", images / "000.png", "--run", rbm_run, "--keep")
+    complete = ("complete", images / "000.png", "--run", rbm_run, "--known")
     assert_plain(
-        command("complete", wrong, "--keep", "left", "--run", rbm_run),
+        command("complete", wrong, "--known", "left", "--run", rbm_run),
         "16x16 pixels, and the images of this model are 8x8",
     )
-    assert_plain(command(*complete, tmp_path / "all.png"), "keeps every pixel")
-    assert_plain(command(*complete, tmp_path / "none.png"), "keeps no pixel")
+    assert_plain(command(*complete, tmp_path / "all.png"), "every pixel as known")
+    assert_plain(command(*complete, tmp_path / "none.png"), "no pixel as known")
     assert_plain(command(*complete, wrong), "resize it first")
     assert_plain(
         command(*complete, "middle"),
-        "--keep is left, right, top, bottom, border, random:PERCENT, grey",
+        "--known must be left, right, top, bottom, border, random:PERCENT, grayscale",
     )
     assert_plain(command(*complete, tmp_path / "lost.png"), "does not exist")
     assert_plain(
-        command(*complete, "left", "--method", "magic"),
+        command(*complete, "left", "--sampler", "magic"),
         "method must be one of gibbs, tempering, mean-field, not 'magic'",
     )
     assert_plain(
@@ -294,18 +294,18 @@ def test_bad_input_gets_one_plain_line(rbm_run, tiny_run, images, tmp_path, comm
     )
     assert_plain(
         command(
-            "complete", images / "000.png", "--keep", "left", "--run", tiny_run, "--method", "gibbs"
+            "complete", images / "000.png", "--known", "left", "--run", tiny_run, "--sampler", "gibbs"
         ),
         "must be langevin",
     )
     for share in ("0", "100", "half"):
         assert_plain(command(*complete, f"random:{share}"), "random:PERCENT")
     assert_plain(
-        command("sample", "--run", tiny_run, "--method", "gibbs"),
+        command("sample", "--run", tiny_run, "--sampler", "gibbs"),
         "is no run of a model that draws by Markov chains",
     )
     assert_plain(command("chain", "--run", rbm_run, "--out", "film.png"), "let it end in .gif", 2)
-    assert_plain(command("chain", "--run", rbm_run, "--method", "magic"), "magic", 2)
+    assert_plain(command("chain", "--run", rbm_run, "--sampler", "magic"), "magic", 2)
     assert_plain(command("chain", "--run", rbm_run, "--frames", 10**9), "--frames=1000000000 needs")
     assert_plain(
         command("train", *TINY, f"data.root={images}", "data.bits=8", "trainer.steps=1"),

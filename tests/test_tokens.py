@@ -268,14 +268,14 @@ def test_sample_tells_how_many_sweeps_it_took(command, images, tmp_path):
     )
     assert status == 0, error
     status, _, error = command("sample", "--run", tmp_path / "run", "--jacobi", "--count", 2)
-    assert status == 0 and "sweeps of the blocks: " in error
+    assert status == 0 and "Jacobi iterations per block: " in error
     status, _, error = command(
         "sample", "--run", tmp_path / "run", "--jacobi", "--count", 2, "--out", tmp_path / "two.zip"
     )
-    assert status == 0 and error.count("sweeps of the blocks: ") == 1
+    assert status == 0 and error.count("Jacobi iterations per block: ") == 1
     status, _, error = command("sample", "--run", tmp_path / "run", "--guidance", 1)
     assert status == 1 and "model.num_classes=10" in error and len(error.splitlines()) == 1
-    for words in (["--jacobi", "--sweeps", 3], ["--guidance", 1, "--method", "gibbs"]):
+    for words in (["--jacobi", "--steps", 3], ["--guidance", 1, "--sampler", "gibbs"]):
         assert command("sample", *words)[0] == 1
 
 
