@@ -15,10 +15,10 @@ from conftest import SMALL, save_image
 from PIL import Image
 
 import flowgen
-from flowgen.commands.interpolate import great_circle, line
 from flowgen.commands.sample import sample_images
 from flowgen.config.compose import read_config
 from flowgen.data.preprocess import read_images
+from flowgen.evaluation.interpolation import great_circle, line
 from flowgen.models.flows.flow import Flow
 from flowgen.utils import rendering
 

@@ -163,7 +163,7 @@ def load_directions(
         return class_directions(model)
     config = checkpoint["config"]
 
-    def compute_moments() -> dict[str, Any]:
+    def find_moments() -> dict[str, Any]:
         if table:
             labeled = _images_of_table(model, config, table, count)
         else:
@@ -178,7 +178,7 @@ def load_directions(
     if table and table.is_file():
         source = hashlib.sha256(table.read_bytes()).hexdigest()
     settings = (source, table and str(table.resolve()), count)
-    cached = cached_artifact(run, checkpoint, "directions", settings, compute_moments)
+    cached = cached_artifact(run, checkpoint, "directions", settings, find_moments)
     statistics = Moments(*(cached[name] for name in Moments._fields))
     directions = directions_from(statistics, tuple(cached["names"]), cached["classes"], method)
     return replace(directions, changes=directions.changes.to(model.device, model.dtype))

@@ -171,9 +171,9 @@ def model_card(
     images = f"{metrics['images']:,} images of " if metrics.get("images") else ""
     return f"""# {title}
 
-A {model} of {dataset_name(config["data"])}, {config["data"].get("bits")} bits, with
-{num_parameters:,} parameters, trained by flowgen for {metadata["step"]:,} optimizer steps on
-{metadata["images_seen"]:,} images (with repetition).
+{model} model of {dataset_name(config["data"])} images with {config["data"].get("bits")} bits per
+channel. It has {num_parameters:,} parameters and was trained by flowgen for {metadata["step"]:,}
+optimizer steps on {metadata["images_seen"]:,} images, counting repetitions.
 
 ![Samples]({picture})
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowgen.config.loading import load_from_checkpoint
 from flowgen.config.runs import find_checkpoint
 from flowgen.data.preprocess import read_images
-from flowgen.evaluation.interpolation import great_circle, line, walk
+from flowgen.evaluation import interpolation
 from flowgen.models.base import GenerativeModel
 from flowgen.utils import rendering
 from flowgen.utils.console import progress_bar
@@ -76,6 +76,7 @@ def interpolate_images(
         latent: Images decoded from the latents, uint8 (steps, channels, height, width).
         pixels: Images interpolated pixel by pixel, with the same shape and type.
     """
-    curve = great_circle if spherical else line
-    latent, pixels = walk(model, start, end, torch.linspace(0, 1, steps), curve)
+    curve = interpolation.great_circle if spherical else interpolation.line
+    fractions = torch.linspace(0, 1, steps)
+    latent, pixels = interpolation.walk(model, start, end, fractions, curve)
     return latent[:, 0], pixels[:, 0].round().to(torch.uint8)
