@@ -310,7 +310,7 @@ def test_ood_comparison_has_both_directions_if_there_is_a_model_of_the_other_dat
 TOY = {
     "_target_": "flowgen.data.toy2d.Toy2D",
     "name": "moons",
-    "count": 8,
+    "num_points": 8,
     "bits": 8,
     "random_flip": False,
 }

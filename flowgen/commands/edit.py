@@ -91,9 +91,9 @@ def edit(
     )
     path = out or run_dir.folder / "edit.png"
     is_gif = path.suffix.lower() == ".gif"
-    shares = _shares(is_pair=bool(amounts), is_gif=is_gif)
-    steps = move_along(model, directions, images, amount_of, shares)
-    unchanged = steps[shares.abs().argmin()]
+    fractions = _fractions(is_pair=bool(amounts), is_gif=is_gif)
+    steps = move_along(model, directions, images, amount_of, fractions)
+    unchanged = steps[fractions.abs().argmin()]
     if (unchanged != images).float().mean() > MAX_CHANGED_SHARE:
         log.warning(
             "This model does not reconstruct the images from their latents, so more than the "
@@ -105,7 +105,7 @@ def edit(
     else:
         rows = steps.transpose(0, 1).flatten(0, 1)
         title = _title(amount_of, is_pair=bool(amounts))
-        rendering.blocks([(title, rows)], model.bits, columns=len(shares)).save(path)
+        rendering.blocks([(title, rows)], model.bits, columns=len(fractions)).save(path)
     return path
 
 
@@ -224,8 +224,8 @@ def _training_images(config: dict[str, Any], count: int) -> LabeledImages:
     return LabeledImages(names, classes, batches, len(attributes))
 
 
-def _shares(is_pair: bool, is_gif: bool) -> Tensor:
-    """Return the shares of the amounts that are shown."""
+def _fractions(is_pair: bool, is_gif: bool) -> Tensor:
+    """Return the fractions of the amounts that are shown."""
     start, end = (0.0, 1.0) if is_pair else (-MAX_AMOUNT, MAX_AMOUNT)
     if is_gif:
         return torch.linspace(start, end, GIF_FRAMES)
