@@ -168,7 +168,7 @@ def test_invalid_names_are_refused_before_any_request(command, name):
 def test_push_needs_a_name_a_run_and_a_license(tiny_run, command):
     assert_plain(command("push", tiny_run, "faces"), "is no name of a model on the Hub")
     assert_plain(command("push", "nowhere", "me/faces"), "flowgen runs")
-    assert_plain(command("push", tiny_run, "me/faces"), "Pass --license NAME")
+    assert_plain(command("push", tiny_run, "me/faces"), "pass --license NAME")
 
 
 def test_without_huggingface_hub_the_error_says_how_to_install_it(tiny_run, command, monkeypatch):
@@ -183,7 +183,7 @@ def test_without_huggingface_hub_the_error_says_how_to_install_it(tiny_run, comm
     [["data=celeba"], ["data=celeba_hq"], ["data=folder", "data.root=/home/me/FFHQ64"]],
 )
 def test_models_of_research_faces_are_not_pushed(overrides):
-    with pytest.raises(UserError, match="This model must not be published"):
+    with pytest.raises(UserError, match="this model must not be published"):
         license_id(data_section(overrides), "mit")
 
 
@@ -205,7 +205,7 @@ def test_the_license_of_a_folder_of_faces_is_exported_with_the_model(tiny_run, c
         exported = tmp_path / f"{target}.safetensors"
         assert command("export", source, exported)[0] == 0
         push = ["push", exported, "me/faces", "--license", "mit"]
-        assert_plain(command(*push), "This model must not be published")
+        assert_plain(command(*push), "this model must not be published")
         assert "FFHQ (NVIDIA) is licensed under" in exported.with_suffix(".md").read_text()
 
 
@@ -224,5 +224,5 @@ def test_a_model_has_the_license_of_its_images(overrides, license_name, expected
 
 
 def test_another_license_than_that_of_the_images_is_an_error():
-    with pytest.raises(UserError, match="Its license is therefore mit"):
+    with pytest.raises(UserError, match="The license of the model is therefore mit"):
         license_id(data_section(["data=fashion_mnist"]), "cc0-1.0")

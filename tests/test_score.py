@@ -295,7 +295,7 @@ def test_ood_comparison_has_both_directions_if_there_is_a_model_of_the_other_dat
     arguments += ["--ood", f"data.root={os.path.relpath(other)}"]
     status, output, error = command(*arguments)
     assert status == 0, error
-    assert "Train one" in error
+    assert "train one" in error
     likelihood = auroc_rows(output)["likelihood"]
     assert float(likelihood[1]) > 0.9
     assert len(likelihood) == 4

@@ -220,7 +220,7 @@ def test_export_includes_the_evaluation_of_the_run(tiny_run, command, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mine.pt", "Choose a name that ends in .safetensors"),
+        ("mine.pt", "choose a name that ends in .safetensors"),
         ("nowhere/mine.safetensors", "does not exist: make it"),
         ("there.safetensors", "there.md exists already"),
     ],

@@ -96,7 +96,7 @@ def measurement(known: str, image_shape: tuple[int, int, int]) -> LinearMeasurem
     if known == "grayscale":
         if channels != len(LUMA_WEIGHTS):
             raise UserError(
-                "--known grayscale needs a model of color images. Choose another run with --run."
+                "--known grayscale needs a model of color images: choose another run with --run"
             )
         weights = torch.tensor(LUMA_WEIGHTS)[:, None, None]
         return LinearMeasurement(weights, color_weights=True)
@@ -106,8 +106,8 @@ def measurement(known: str, image_shape: tuple[int, int, int]) -> LinearMeasurem
     factors = [str(side) for side in divisors if height % side == width % side == 0]
     if factor not in factors:
         raise UserError(
-            f"--known downsample:FACTOR: FACTOR must be one of {', '.join(factors)}, "
-            f"not {factor!r}."
+            f"FACTOR of --known downsample:FACTOR must be one of {', '.join(factors)}, "
+            f"not {factor!r}"
         )
     side = int(factor)
     return LinearMeasurement(torch.full((channels, 1, 1), 1 / side**2), side=side)
@@ -160,7 +160,7 @@ def mask(known: str, image_shape: tuple[int, int, int], seed: int = 0) -> Tensor
         raise UserError(
             "--known must be left, right, top, bottom, border, random:PERCENT, grayscale, "
             "downsample:FACTOR, or the path of an image that is white where pixels are known, "
-            f"not {known!r}."
+            f"not {known!r}"
         )
     check_mask(mask, known)
     return mask
@@ -170,13 +170,13 @@ def check_mask(mask: Tensor, name: str) -> None:
     """Raise a `UserError` that mentions `name` if all pixels or no pixels are known."""
     if mask.all():
         raise UserError(
-            f"{name} marks every pixel as known, so nothing is left to inpaint. Make the missing "
-            "pixels black."
+            f"{name} marks every pixel as known, so nothing is left to inpaint: make the missing "
+            "pixels black"
         )
     if not mask.any():
         raise UserError(
-            f"{name} marks no pixel as known. Make the known pixels white, or generate whole "
-            "images with `flowgen sample`."
+            f"{name} marks no pixel as known: make the known pixels white, or generate whole "
+            "images with `flowgen sample`"
         )
 
 

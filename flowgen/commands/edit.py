@@ -96,8 +96,8 @@ def edit(
     unchanged = steps[fractions.abs().argmin()]
     if (unchanged != images).float().mean() > MAX_CHANGED_SHARE:
         log.warning(
-            "This model does not reconstruct the images from their latents, so more than the "
-            "attributes changes."
+            "this model does not reconstruct the images from their latents, so more than the "
+            "attributes changes"
         )
     if is_gif:
         frames = list(steps)
@@ -112,11 +112,11 @@ def edit(
 def _amounts(attributes: Sequence[str], amounts: Sequence[float]) -> dict[str, float]:
     """Return the amount of each attribute, 1 by default."""
     if len(set(attributes)) < len(attributes):
-        raise UserError("An attribute is given twice. Give each one once, with its --amount.")
+        raise UserError("an attribute is given twice: give each one once, with its --amount")
     if len(amounts) not in (0, 1, len(attributes)):
         raise UserError(
-            f"{len(amounts)} values of --amount do not match {len(attributes)} of --attribute. "
-            "Give one --amount per attribute, or one for all."
+            f"{len(amounts)} values of --amount do not match {len(attributes)} of --attribute: "
+            "give one --amount per attribute, or one for all"
         )
     if len(amounts) != len(attributes):
         amounts = [amounts[0] if amounts else 1.0] * len(attributes)
@@ -171,7 +171,7 @@ def load_directions(
         batches = progress(labeled.batches, "latents", -(-labeled.num_images // BATCH))
         result = moments(model, batches)
         kind = "classes" if labeled.classes else "attributes"
-        log.info("Directions of %d %s from %d images", len(labeled.names), kind, labeled.num_images)
+        log.info("directions of %d %s from %d images", len(labeled.names), kind, labeled.num_images)
         return {"names": list(labeled.names), "classes": labeled.classes, **result._asdict()}
 
     source: Any = sorted(config["data"].items(), key=str)
@@ -215,8 +215,8 @@ def _training_images(config: dict[str, Any], count: int) -> LabeledImages:
         attributes = one_hot(train.labels, data.num_classes)
     else:
         raise UserError(
-            "The images of this run have no labels. Put CelebA's attribute list into their "
-            "folder, sort them into one folder per class, or pass a table with --labels."
+            "the images of this run have no labels: put CelebA's attribute list into their "
+            "folder, sort them into one folder per class, or pass a table with --labels"
         )
     attributes = attributes[hashed_subset(len(train), count)]
     images = data.batches("train", BATCH, count)

@@ -77,14 +77,14 @@ def export(*, run: str, path: Path, called: str | None = None) -> list[Path]:
     """
     if path.suffix != SUFFIX:
         raise UserError(
-            f"{path} is not the name of a model file. Choose a name that ends in {SUFFIX}."
+            f"{path} is not the name of a model file: choose a name that ends in {SUFFIX}"
         )
     check_folder_of(path)
     card = path.with_suffix(".md")
     picture = path.with_suffix(".png")
     for file in (path, card, picture):
         if file.exists():
-            raise UserError(f"{file} exists already. Choose another name, or move the file away.")
+            raise UserError(f"{file} exists already: choose another name, or move the file away")
     run_dir, checkpoint = find_checkpoint(run)
     config = checkpoint["config"]
     config["data"] = with_dataset_name(config["data"])
@@ -244,18 +244,20 @@ def license_id(data: dict[str, Any], license_name: str | None) -> str:
     if dataset_license is None:
         if license_name is None:
             raise UserError(
-                "The license of these images is unknown. Pass --license NAME with a license "
-                "under which they let you publish a model."
+                "the license of these images is unknown: pass --license NAME with a license "
+                "under which they let you publish a model"
             )
         return license_name
     text, spdx_id = dataset_license
     if spdx_id is None:
         raise UserError(
-            f"This model must not be published: {text} Keep it, or write it to a file of your "
+            f"this model must not be published: {text} Keep it, or write it to a file of your "
             "own with `flowgen export`."
         )
     if license_name not in (None, spdx_id):
-        raise UserError(f"{text} Its license is therefore {spdx_id}. Leave out --license.")
+        raise UserError(
+            f"{text} The license of the model is therefore {spdx_id}: leave out --license"
+        )
     return spdx_id
 
 

@@ -53,8 +53,8 @@ def interpolate(
     latent, pixels = interpolate_images(model, start, end, steps, spherical)
     if not torch.equal(latent[[0, -1]], torch.cat((start, end))):
         log.warning(
-            "The ends of the latent row differ from the images, because this model does not "
-            "reconstruct images exactly."
+            "the ends of the latent row differ from the images, because this model does not "
+            "reconstruct images exactly"
         )
     path = out or run_dir.folder / "interpolation.png"
     if path.suffix.lower() == ".gif":

@@ -62,7 +62,7 @@ def _find_runs(name: str) -> list[Run]:
     """Return the run of this name, or all runs in the folder of this name."""
     if not name.strip():
         raise UserError(
-            "An empty name is no run. Pass the name of a run, or a folder of runs such as outputs."
+            "an empty name is not a run: pass a run, or a folder of runs such as outputs"
         )
     folders = {(parent / name).resolve() for parent in (Path(), OUTPUTS)}
     folders = {folder for folder in folders if folder.is_dir()}

@@ -100,7 +100,7 @@ def _required_capability(kwargs: Mapping[str, Any]) -> type[GenerativeModel]:
     if mcmc and (tokens or "label" in kwargs):
         raise UserError(
             "--label, --guidance and --jacobi are options for flows, --sampler and --steps for "
-            "RBMs. Use options of one kind."
+            "RBMs: use options of one kind"
         )
     if mcmc:
         return SupportsMCMC
@@ -114,13 +114,13 @@ def _check_toy2d_options(
 ) -> None:
     if len(temperatures) > 1:
         raise UserError(
-            "A two-dimensional flow is plotted at one temperature. Run this command once per "
-            "temperature, each time with a different --out."
+            "a two-dimensional flow is plotted at one temperature: run this command once per "
+            "temperature, each time with a different --out"
         )
     if kwargs or is_zip:
         raise UserError(
-            "A two-dimensional flow is plotted as one picture. Use only the options --count, "
-            "--temperature, --seed and --out FILE.png."
+            "a two-dimensional flow is plotted as one picture: use only the options --count, "
+            "--temperature, --seed and --out FILE.png"
         )
 
 
@@ -153,8 +153,8 @@ def _save_zip(
     """Write each sample to its own file in a zip archive, one batch at a time."""
     if len(temperatures) > 1:
         raise UserError(
-            "A zip archive holds the samples of one temperature. Run this command once per "
-            "temperature, each time with a different --out."
+            "a zip archive contains the samples of one temperature: run this command once per "
+            "temperature, each time with a different --out"
         )
     samples = sample_batches(model, count, temperatures[0], seed, **kwargs)
     batches = progress_bar(samples, "samples", -(-count // BATCH_SIZE))
@@ -178,8 +178,8 @@ def _save_picture(
         images, log_probs = sample_images(model, count, temperature, seed, **kwargs)
         if overflows := int((~log_probs.isfinite()).sum()):
             log.warning(
-                "%d of %d samples at temperature %g exceed the range of float32. "
-                "Use a lower temperature.",
+                "%d of %d samples at temperature %g exceed the range of float32: "
+                "use a lower temperature",
                 overflows,
                 count,
                 temperature,

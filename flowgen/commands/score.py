@@ -122,7 +122,7 @@ def score(
     scorer = load_scorer(run, count, seed, device)
     if score is not None and score not in scorer.detector.names:
         names = ", ".join(scorer.detector.names)
-        raise UserError(f"--score {score} needs a flow. For this model, choose one of {names}.")
+        raise UserError(f"--score {score} needs a flow: for this model, choose one of {names}")
     if paths:
         yield from _score_images(scorer, paths, score or DEFAULT, table, seed, out)
     if ood:
@@ -223,7 +223,7 @@ def _score_images(
                 most_typical + batch, key=lambda item: item.metrics["typicality"]
             )[:MAX_TILES]
     if not count:
-        raise UserError("None of the images could be read. Choose other images.")
+        raise UserError("no image could be read: choose other images")
     yield from _format_table(scorer.metric_name, score, most_anomalous)
     if count > MAX_ROWS:
         hint = "" if table else ": --csv FILE writes them all"
@@ -322,14 +322,13 @@ def ood_comparison(
         other_run = _find_run_on(section, scorer.model.metric)
     else:
         if len(ood) > 1:
-            raise UserError("--ood names several runs. Compare with one run at a time.")
+            raise UserError("--ood names several runs: compare with one run at a time")
         other_run = ood[0]
         section = find_checkpoint(other_run)[1]["config"]["data"]
     directions = [(scorer, section, images_for(scorer, section))]
     if other_run is None:
         log.warning(
-            "The reverse comparison needs a model of %s. Train one, or pass its run with "
-            "--ood RUN.",
+            "the reverse comparison needs a model of %s: train one, or pass its run with --ood RUN",
             _dataset_title(section),
         )
     else:
@@ -360,8 +359,8 @@ def images_for(scorer: Scorer, section: dict[str, Any]) -> ImageDataset:
     data = build_data({"data": matched})
     if (data.image_shape, data.bits) != (model.image_shape, model.bits):
         raise UserError(
-            f"Images of shape {data.image_shape} do not fit a model of {model.image_shape}. "
-            "Compare data of the same shape."
+            f"images of shape {data.image_shape} do not fit a model of {model.image_shape}: "
+            "compare data of the same shape"
         )
     return data
 
