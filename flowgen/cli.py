@@ -102,7 +102,6 @@ def command(module: str, computes: bool = False, room: str = "commands") -> Any:
 
 run_option = click.option(
     "--run",
-    "name",
     metavar="RUN",
     shell_complete=complete_run,
     help="Run folder, checkpoint, name under outputs/, zoo/NAME, or hf:OWNER/NAME.",
@@ -169,19 +168,20 @@ def resume(name: str, overrides: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("name", metavar="RUN", shell_complete=complete_run)
+@click.argument("run", metavar="RUN", shell_complete=complete_run)
 @click.argument("path", type=PATH, metavar="FILE.safetensors")
-def export(name: str, path: Path) -> None:
+def export(run: str, path: Path) -> None:
     """Write RUN's model into one file that --run reads, with a card and samples beside it."""
-    for file in command("export", computes=True).export(name=name, path=path):
+    for file in command("export", computes=True).export(run=run, path=path):
         click.echo(file)
 
 
 @click.command()
-@click.argument("name", metavar="RUN", shell_complete=complete_run)
+@click.argument("run", metavar="RUN", shell_complete=complete_run)
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option(
-    "--licence",
+    "--license",
+    "license_name",
     metavar="NAME",
     help="Of a model of images whose terms flowgen does not know, as the Hub spells it: cc-by-4.0.",
 )
@@ -227,10 +227,10 @@ def push(**options: Any) -> None:
     help="Of a tarflow: all patches at once, in sweeps, in place of one after the other.",
 )
 @click.option(
-    "--method", type=click.Choice(SAMPLERS), help="Sampler of an RBM; by default tempering."
+    "--sampler", type=click.Choice(SAMPLERS), help="Sampler of an RBM; by default tempering."
 )
 @click.option(
-    "--sweeps", type=click.IntRange(1, 10**9), help="Of it, from white noise; by default 500."
+    "--steps", type=click.IntRange(1, 10**9), help="Of it, from white noise; by default 500."
 )
 @device_option
 @click.option(
@@ -275,7 +275,7 @@ def interpolate(**options: Any) -> None:
     help="As CelebA's list has it, of a table's column, or a class: 8. May be repeated.",
 )
 @click.option(
-    "--by",
+    "--amount",
     "amounts",
     multiple=True,
     type=Number("amount", "1 or -0.5"),
@@ -291,7 +291,7 @@ def interpolate(**options: Any) -> None:
     help="Attributes of your own: lines of an image's file and numbers.",
 )
 @click.option(
-    "--method",
+    "--direction",
     type=click.Choice(("ridge", "difference")),
     default="ridge",
     show_default=True,
@@ -307,21 +307,20 @@ def interpolate(**options: Any) -> None:
 @device_option
 @out_option
 def edit(**options: Any) -> None:
-    """Move images along attributes in the latents: a strip, or, with --by, each image beside what becomes of it. FILE.gif is a film."""
+    """Move images along attributes in the latents: a strip, or, with --amount, each image beside what becomes of it. FILE.gif is a film."""
     click.echo(command("edit", computes=True).edit(**options))
 
 
 @click.command()
 @click.argument("image", type=PATH, metavar="IMG")
 @click.option(
-    "--keep",
+    "--known",
     required=True,
     metavar="SIDE|MASK",
-    help="What is known: left, right, top, bottom, border, random:PERCENT, grey, smaller:FACTOR, or an image, white where known.",
+    help="What is known: left, right, top, bottom, border, random:PERCENT, grayscale, downsample:FACTOR, or an image, white where known.",
 )
 @click.option(
-    "--method",
-    "methods",
+    "--sampler",
     multiple=True,
     metavar="NAME",
     shell_complete=lambda ctx, param, incomplete: [
@@ -331,7 +330,7 @@ def edit(**options: Any) -> None:
 )
 @run_option
 @click.option(
-    "--sweeps",
+    "--steps",
     type=click.IntRange(1, 10**9),
     help="Steps of the method; by default 1000 of an RBM's, 400 of a flow's.",
 )
@@ -344,7 +343,7 @@ def complete(**options: Any) -> None:
 
 
 @click.command()
-@click.option("--method", type=click.Choice(SAMPLERS), default="tempering", show_default=True)
+@click.option("--sampler", type=click.Choice(SAMPLERS), default="tempering", show_default=True)
 @run_option
 @click.option(
     "--count",
@@ -355,7 +354,7 @@ def complete(**options: Any) -> None:
 )
 @click.option("--frames", type=click.IntRange(1, 10**9), default=100, show_default=True)
 @click.option(
-    "--sweeps",
+    "--steps",
     type=click.IntRange(1, 10**9),
     default=1,
     show_default=True,
@@ -386,10 +385,10 @@ OUTLIER_SCORES = (
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @device_option
 @click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
-def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
+def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
     """Measure a model on the whole test split, as in `flowgen evaluate num_importance_samples=8`."""
     found = command("evaluate", computes=True).evaluate(
-        name=name, overrides=list(overrides), device=device
+        name=run, overrides=list(overrides), device=device
     )
     if as_json:
         click.echo(json.dumps(found.row()))
@@ -407,21 +406,21 @@ def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str,
 @click.argument("paths", nargs=-1, type=PATH, metavar="[IMG|FOLDER|ZIP]...")
 @run_option
 @click.option(
-    "--against",
+    "--ood",
     multiple=True,
     metavar="data=NAME|RUN",
     shell_complete=complete_override,
     help="How well each score tells the test images of the run from those of other data, and back; data.root= may be added.",
 )
 @click.option(
-    "--by", type=click.Choice(OUTLIER_SCORES), help="Score that tells which are the strangest."
+    "--score", type=click.Choice(OUTLIER_SCORES), help="Score that tells which are the strangest."
 )
 @click.option(
     "--count",
     type=click.IntRange(2),
     default=1000,
     show_default=True,
-    help="Validation images, and test images of --against.",
+    help="Validation images, and test images of --ood.",
 )
 @click.option(
     "--csv", "table", type=PATH, metavar="FILE", help="Write every score of every image here."
@@ -429,15 +428,13 @@ def evaluate(name: str | None, as_json: bool, device: str, overrides: tuple[str,
 @seed_option
 @device_option
 @out_option
-def score(paths: tuple[Path, ...], against: tuple[str, ...], **options: Any) -> None:
+def score(paths: tuple[Path, ...], ood: tuple[str, ...], **options: Any) -> None:
     """Tell how likely and how strange images are: bits/dim, percentile among validation images, scores, p-values."""
-    if not paths and not against:
+    if not paths and not ood:
         raise click.UsageError(
-            "nothing to score: name images, a folder or a zip of them, or compare data by --against data=NAME"
+            "nothing to score: name images, a folder or a zip of them, or compare data by --ood data=NAME"
         )
-    for line in command("score", computes=True).score(
-        paths=list(paths), against=list(against), **options
-    ):
+    for line in command("score", computes=True).score(paths=list(paths), ood=list(ood), **options):
         click.echo(line)
 
 

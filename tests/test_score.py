@@ -1,6 +1,7 @@
-"""How strange images are: the scores, what they are worth, and `flowgen score`."""
+"""Out-of-distribution scores, their calibration, and `flowgen score`."""
 
 import csv
+import io
 import logging
 import math
 import os
@@ -12,68 +13,81 @@ import torch
 from conftest import SMALL, save_image
 from PIL import Image
 from test_cli import assert_plain
-from test_models import MODELS, glow, initialized, random_images
+from test_models import MODELS, glow, noise, started
 
 import flowgen
 from flowgen.bijections.reshape import FactorOut
-from flowgen.commands import score as against
+from flowgen.commands import score as score_module
 from flowgen.commands.score import Scorer
 from flowgen.config.instantiate import build_data
-from flowgen.data.preprocess import ImageStream
+from flowgen.data.preprocess import ImageStream, read_images
 from flowgen.evaluation.ood import OODDetector, auroc, log_kernel_density, png_complexity
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError
 
 FLOWS = [name for name in MODELS if name not in ("iaf",)]
+RBM = [
+    "model=rbm",
+    "data=folder",
+    "data.size=8",
+    "model.hidden=4",
+    "trainer.steps=3",
+    "trainer.minutes=null",
+]
 
 
-def held_out(count: int, **changes: float) -> dict[str, torch.Tensor]:
-    """Statistics of a made-up flow: independent normals of deviation 10 about a mean."""
+def made_up_statistics(count: int, **changes: float) -> dict[str, torch.Tensor]:
+    """Return statistics of a made-up flow: independent normals with standard deviation 10."""
     means = {
         "log_prob": -500.0,
         "log_base": -1000.0,
         "log_det": 500.0,
         "last_level": -100.0,
         "complexity": 900.0,
-    } | changes
-    return {name: mean + 10 * torch.randn(count) for name, mean in means.items()}
+    }
+    return {name: mean + 10 * torch.randn(count) for name, mean in (means | changes).items()}
 
 
-def test_auroc_of_two_gaussians_is_the_closed_form_within_its_error():
-    """Phi(d / sqrt 2) for unit Gaussians at a distance d."""
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_auroc_of_two_gaussians_is_the_closed_form():
+    """AUROC = Phi(d / sqrt 2) for unit Gaussians at distance d."""
     for distance in (0.0, 1.0, 2.5):
-        found = auroc(torch.randn(2000).double(), distance + torch.randn(2000).double())
+        result = auroc(torch.randn(2000).double(), distance + torch.randn(2000).double())
         expected = 0.5 * (1 + math.erf(distance / 2))
-        assert abs(found.value - expected) < 4 * found.error and 0 < found.error < 0.02
+        assert abs(result.value - expected) < 4 * result.error
+        assert 0 < result.error < 0.02
     assert auroc(torch.zeros(50), torch.zeros(50)).value == 0.5
-    assert (
-        auroc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0])).value == 0.875
-    )  # one tie among four pairs
+    one_tie_in_four_pairs = auroc(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0]))
+    assert one_tie_in_four_pairs.value == 0.875
 
 
-def test_the_error_of_auroc_is_that_of_new_images():
-    found = [
+def test_auroc_error_is_the_spread_over_new_samples():
+    results = [
         auroc(torch.randn(300), 1 + torch.randn(300), resamples=100, seed=seed)
         for seed in range(100)
     ]
-    spread = torch.tensor([each.value for each in found]).std().item()
-    assert found[0].error == pytest.approx(spread, rel=0.3)
+    spread = torch.tensor([result.value for result in results]).std().item()
+    assert results[0].error == pytest.approx(spread, rel=0.3)
 
 
-def test_p_values_raise_the_false_alarms_that_they_promise():
-    outliers, own = OODDetector(held_out(4000)), held_out(4000)
-    for name, p in outliers.p_values(outliers.scores(own)).items():
+def test_p_values_have_the_promised_false_alarm_rate():
+    detector = OODDetector(made_up_statistics(4000))
+    scores = detector.scores(made_up_statistics(4000))
+    for name, p_values in detector.p_values(scores).items():
         for rate in (0.01, 0.05, 0.1):
             error = math.sqrt(rate * (1 - rate) * (1 / 4000 + 1 / 2000))
-            assert abs((p <= rate).double().mean().item() - rate) < 4 * error, name
-    few = OODDetector(held_out(18))
-    assert min(
-        p.min().item() for p in few.p_values(few.scores(held_out(500))).values()
-    ) == pytest.approx(1 / 10)  # 9 calibrate
+            assert abs((p_values <= rate).double().mean().item() - rate) < 4 * error, name
+    small = OODDetector(made_up_statistics(18))  # 9 images calibrate the p-values
+    p_values = small.p_values(small.scores(made_up_statistics(500)))
+    assert min(values.min().item() for values in p_values.values()) == pytest.approx(1 / 10)
 
 
 @pytest.mark.parametrize(
-    ("changes", "blind", "seeing"),
+    ("changes", "undetected", "detected"),
     [
         (
             {"log_prob": -300.0, "complexity": 300.0},
@@ -88,253 +102,209 @@ def test_p_values_raise_the_false_alarms_that_they_promise():
         ({"last_level": -200.0}, ["likelihood", "complexity"], ["last_level", "density_of_states"]),
     ],
 )
-def test_each_score_sees_what_it_is_for(changes, blind, seeing):
-    outliers = OODDetector(held_out(1000))
-    own, others = (outliers.scores(held_out(200, **each)) for each in ({}, changes))
-    found = {name: auroc(own[name], others[name]).value for name in own}
-    assert all(found[name] > 0.99 for name in seeing) and all(
-        found[name] < 0.6 for name in blind
-    ), found
+def test_each_score_detects_what_it_is_designed_for(changes, undetected, detected):
+    detector = OODDetector(made_up_statistics(1000))
+    inliers = detector.scores(made_up_statistics(200))
+    outliers = detector.scores(made_up_statistics(200, **changes))
+    aurocs = {name: auroc(inliers[name], outliers[name]).value for name in inliers}
+    assert all(aurocs[name] > 0.99 for name in detected), aurocs
+    assert all(aurocs[name] < 0.6 for name in undetected), aurocs
 
 
-def test_what_is_usual_needs_four_images():
+def test_calibration_needs_four_images():
     with pytest.raises(UserError, match="at least 4 validation images"):
-        OODDetector(held_out(3))
-    assert all(
-        scores.isfinite().all() for scores in OODDetector(held_out(4)).scores(held_out(2)).values()
-    )
+        OODDetector(made_up_statistics(3))
+    scores = OODDetector(made_up_statistics(4)).scores(made_up_statistics(2))
+    assert all(values.isfinite().all() for values in scores.values())
 
 
-def test_percentile_is_the_share_of_likelier_images():
-    outliers = OODDetector(held_out(10) | {"log_prob": torch.arange(10.0)})
-    assert outliers.percentile(torch.tensor([-1.0, 0.0, 4.5, 9.0, 10.0])).tolist() == [
-        100,
-        90,
-        50,
-        0,
-        0,
-    ]
-    assert outliers.percentile(torch.tensor([math.nan, -math.inf])).tolist() == [100, 100], (
-        "all others are likelier"
-    )
+def test_percentile_is_the_share_of_more_likely_images():
+    detector = OODDetector(made_up_statistics(10) | {"log_prob": torch.arange(10.0)})
+    percentiles = detector.percentile(torch.tensor([-1.0, 0.0, 4.5, 9.0, 10.0]))
+    assert percentiles.tolist() == [100, 90, 50, 0, 0]
+    not_finite = detector.percentile(torch.tensor([math.nan, -math.inf]))
+    assert not_finite.tolist() == [100, 100]
 
 
-@pytest.mark.parametrize("broken", [math.nan, -math.inf])
-def test_a_held_out_image_beyond_floats_is_the_strangest_and_leaves_the_others_their_p_values(
-    broken, caplog, monkeypatch
+@pytest.mark.parametrize("overflow", [math.nan, -math.inf])
+def test_validation_images_without_finite_likelihood_count_as_most_anomalous(
+    overflow, caplog, monkeypatch
 ):
     monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
-    usual = held_out(40)
-    usual["log_prob"][[0, 1]] = broken  # one of those that fit, one of those that calibrate
-    outliers = OODDetector(usual)
+    statistics = made_up_statistics(40)
+    statistics["log_prob"][0] = overflow  # fits the scores
+    statistics["log_prob"][1] = overflow  # calibrates the p-values
+    detector = OODDetector(statistics)
     assert "2 of 40 validation images have scores beyond the range of float32" in caplog.text
-    strange = held_out(1, log_prob=-900.0)
-    p_values = outliers.p_values(outliers.scores(strange))
+    anomaly = made_up_statistics(1, log_prob=-900.0)
+    p_values = detector.p_values(detector.scores(anomaly))
     for name in ("likelihood", "complexity", "combined", "typicality", "density_of_states"):
         assert p_values[name].item() == pytest.approx(2 / 21), name
-    assert outliers.percentile(strange["log_prob"]).item() == 95
+    assert detector.percentile(anomaly["log_prob"]).item() == 95
     with pytest.raises(UserError, match="nearly all"):
-        OODDetector(usual | {"log_prob": torch.full((40,), broken)})
+        OODDetector(statistics | {"log_prob": torch.full((40,), overflow)})
 
 
-def test_the_kernel_density_is_that_of_the_points():
-    found = log_kernel_density(torch.linspace(-2, 2, 5).double(), torch.randn(20_000).double())
-    assert found == pytest.approx(
-        (-0.5 * torch.linspace(-2, 2, 5).square() - 0.5 * math.log(2 * math.pi)).double(), abs=0.3
-    )
+def test_kernel_density_of_gaussian_samples_is_gaussian():
+    values = torch.linspace(-2, 2, 5).double()
+    expected = -0.5 * values.square() - 0.5 * math.log(2 * math.pi)
+    density = log_kernel_density(values, torch.randn(20_000).double())
+    assert density == pytest.approx(expected, abs=0.3)
 
 
-def test_a_lossless_code_is_short_for_what_is_simple():
+def test_complexity_is_small_for_simple_images():
     ramp = torch.arange(0, 224, 8, dtype=torch.uint8)
-    flat, slope, random = (
-        torch.zeros(28, 28),
-        (ramp[:, None] + ramp).float(),
-        torch.randint(0, 256, (28, 28)).float(),
-    )
+    flat = torch.zeros(28, 28)
+    slope = (ramp[:, None] + ramp).float()
+    random = torch.randint(0, 256, (28, 28)).float()
     images = torch.stack((flat, slope, slope.T.roll(1), random)).to(torch.uint8)[:, None]
-    found = png_complexity(images) / 784
-    assert found[0] < 0.2 and found[1] < 0.6 and found[2] < 0.8 and 8 <= found[3] < 8.2
-    surface = (
-        128 + 100 * torch.sin(torch.arange(28.0)[:, None] / 5) * torch.cos(torch.arange(28.0) / 4)
-    ).to(torch.uint8)
-    assert png_complexity(surface[None, None]) < 8 * len(png_of(surface))
+    bits_per_pixel = png_complexity(images) / 784
+    assert bits_per_pixel[0] < 0.2
+    assert bits_per_pixel[1] < 0.6
+    assert bits_per_pixel[2] < 0.8
+    assert 8 <= bits_per_pixel[3] < 8.2
+    row = torch.sin(torch.arange(28.0) / 5)
+    column = torch.cos(torch.arange(28.0) / 4)
+    surface = (128 + 100 * row[:, None] * column).to(torch.uint8)
+    assert png_complexity(surface[None, None]) < 8 * len(png_bytes(surface))
 
 
-def png_of(images: torch.Tensor) -> bytes:
-    import io
-
+def png_bytes(image: torch.Tensor) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(images.numpy()).save(file, "PNG", optimize=True)
+    Image.fromarray(image.numpy()).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_the_terms_of_a_flow_add_up(name):
-    model, images = initialized(name), random_images(5, 4)
+def test_statistics_of_a_flow_add_up_to_its_log_probability(name):
+    model = started(name)
+    images = noise(5, 4)
     assert isinstance(model, Flow)
-    found = model.statistics(images, torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(0)
-    assert torch.allclose(found["log_prob"], model.score(images, generator=generator), rtol=1e-4)
+    statistics = model.statistics(images, torch.Generator().manual_seed(0))
+    log_prob = model.score(images, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(statistics["log_prob"], log_prob, rtol=1e-4)
     x, _ = model._dequantize(images, torch.Generator().manual_seed(0))
-    assert torch.allclose(found["log_base"] + found["log_det"], model.log_density(x), rtol=1e-4)
+    log_density = model.log_density(x)
+    assert torch.allclose(statistics["log_base"] + statistics["log_det"], log_density, rtol=1e-4)
     splits = [module for module in model.bijection.modules() if isinstance(module, FactorOut)]
     if not splits:
-        assert torch.allclose(found["last_level"], model.log_density(x), rtol=1e-4)
+        assert torch.allclose(statistics["last_level"], log_density, rtol=1e-4)
         return
-    given = []
-    splits[-1].inner.register_forward_pre_hook(lambda module, arguments: given.append(arguments[0]))
+    inputs = []
+    splits[-1].inner.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     model.log_density(x)
-    z, log_det = splits[-1].inner(given[0])
-    assert z.shape[1] < model.dimensions and torch.allclose(
-        found["last_level"], flow_log_normal(z) + log_det, rtol=1e-4
-    )
+    z, log_det = splits[-1].inner(inputs[0])
+    assert z.shape[1] < model.dimensions
+    last_level = torch.distributions.Normal(0, 1).log_prob(z).sum(1) + log_det
+    assert torch.allclose(statistics["last_level"], last_level, rtol=1e-4)
 
 
-def flow_log_normal(z: torch.Tensor) -> torch.Tensor:
-    return torch.distributions.Normal(0, 1).log_prob(z).sum(1)
-
-
-@pytest.mark.parametrize("networks", [True, False])
-def test_the_terms_of_a_flow_with_classes_are_means_over_its_posterior(networks):
-    model, images = (
-        MODELS["glow"](bits=5, classes=3, condition_networks=networks),
-        random_images(5, 4),
-    )
-    model.initialize(random_images(5))
+@pytest.mark.parametrize("condition_networks", [True, False])
+def test_statistics_of_a_class_conditional_flow_are_posterior_means(condition_networks):
+    model = MODELS["glow"](bits=5, num_classes=3, condition_networks=condition_networks)
+    images = noise(5, 4)
+    model.initialize(noise(5))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    found = model.statistics(images, torch.Generator().manual_seed(0))
-    assert torch.allclose(
-        found["log_prob"],
-        model.score(images, generator=torch.Generator().manual_seed(0)),
-        rtol=1e-5,
-    )
+    statistics = model.statistics(images, torch.Generator().manual_seed(0))
+    log_prob = model.score(images, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(statistics["log_prob"], log_prob, rtol=1e-5)
     x, _ = model._dequantize(images, torch.Generator().manual_seed(0))
-    of_classes = model.class_log_density(x)
+    of_classes = model._log_density_of_classes(x)
     expected = (of_classes.softmax(1) * of_classes).sum(1)
-    assert torch.allclose(found["log_base"] + found["log_det"], expected, rtol=1e-5)
+    assert torch.allclose(statistics["log_base"] + statistics["log_det"], expected, rtol=1e-5)
 
 
-def test_a_stream_reads_images_folders_and_zips_and_counts_what_it_cannot(tmp_path, images, caplog):
+def test_image_stream_reads_files_folders_and_zips_and_counts_broken_images(
+    tmp_path, images, caplog
+):
     with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
         archive.write(images / "000.png", "a.png")
-        archive.writestr("b.png", "words")
-    stream = ImageStream(
-        [images / "001.png", images, tmp_path / "some.zip"], size=8, channels=3, crop=None, bits=5
-    )
+        archive.writestr("b.png", "not an image")
+    paths = [images / "001.png", images, tmp_path / "some.zip"]
+    stream = ImageStream(paths, size=8, channels=3, crop=None, bits=5)
     batches = list(stream.batches(16))
-    assert len(stream) == 43 and [len(names) for names, _ in batches] == [16, 16, 10]
-    assert batches[0][1].shape == (16, 3, 8, 8) and batches[0][1].max() < 32
-    assert torch.equal(batches[0][1][0], batches[0][1][2]) and batches[2][0][-1].endswith(
-        "some.zip/a.png"
-    )
-    assert "1 of 43 images skipped: b.png" in caplog.text
+    assert len(stream) == 43
+    assert [len(names) for names, _ in batches] == [16, 16, 10]
+    first = batches[0][1]
+    assert first.shape == (16, 3, 8, 8)
+    assert first.max() < 32
+    assert torch.equal(first[0], first[2])
+    assert batches[2][0][-1].endswith("some.zip/a.png")
+    assert "1 of 43 images left out: b.png" in caplog.text
     for path in (tmp_path / "nowhere", tmp_path / "nowhere.zip"):
         with pytest.raises(UserError, match="does not exist"):
             ImageStream([path], size=8, channels=3, crop=None, bits=5)
 
 
-def test_score_lists_the_strangest_first_and_writes_all(tiny_run, images, command, tmp_path):
+def test_score_lists_the_most_anomalous_first_and_writes_all(tiny_run, images, command, tmp_path):
     torch.manual_seed(1)
-    Image.fromarray(torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()).save(
-        images / "noise.png"
-    )
-    for name in ("validation_mine.pt", f"validation_{16 * 'a'}_{8 * '1'}.pt"):
+    pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(images / "noise.png")
+    stale = f"validation_{16 * 'a'}_{8 * '1'}.pt"
+    for name in ("validation_mine.pt", stale):
         (tiny_run / name).touch()
-    words = [
-        "score",
-        images,
-        images / "noise.png",
-        "--run",
-        tiny_run,
-        "--csv",
-        tmp_path / "all.csv",
-        "--out",
-        tmp_path / "score.png",
-    ]
-    status, output, error = command(*words)
+    table = tmp_path / "all.csv"
+    picture = tmp_path / "score.png"
+    arguments = ["score", images, images / "noise.png", "--run", tiny_run]
+    arguments += ["--csv", table, "--out", picture]
+    status, output, error = command(*arguments)
     assert status == 0, error
     lines = output.splitlines()
-    assert "noise.png" in lines[1] and len(lines) == 1 + 20 + 1 + 2 and "and 22 more" in output
-    rows = list(csv.DictReader((tmp_path / "all.csv").open()))
-    assert (
-        len(rows) == 42
-        and {"bits_per_dim", "percentile", "combined", "combined_p", "last_level_p"}
-        <= rows[0].keys()
-    )
-    strange = max(rows, key=lambda row: float(row["bits_per_dim"]))
-    assert strange["image"].endswith("noise.png") and float(strange["percentile"]) == 100
-    picture = (tmp_path / "score.png").read_bytes()
-    assert (
-        command(*words)[1] == output and (tmp_path / "score.png").read_bytes() == picture
-    )  # the second time from what was kept
-    assert (
-        len(list(tiny_run.glob("validation_*.pt"))) == 2
-        and (tiny_run / "validation_mine.pt").exists()
-    ), "only what it kept itself goes"
+    assert "most anomalous by combined first" in lines[0]
+    assert "noise.png" in lines[1]
+    assert "and 22 more" in output
+    assert len(lines) == 1 + 20 + 1 + 2
+    rows = read_csv(table)
+    assert len(rows) == 42
+    columns = {"bits_per_dim", "percentile", "combined", "combined_p", "last_level_p"}
+    assert columns <= rows[0].keys()
+    worst = max(rows, key=lambda row: float(row["bits_per_dim"]))
+    assert worst["image"].endswith("noise.png")
+    assert float(worst["percentile"]) == 100
+    first_picture = picture.read_bytes()
+    assert command(*arguments)[1] == output, "the second time with cached statistics"
+    assert picture.read_bytes() == first_picture
+    assert len(list(tiny_run.glob("validation_*.pt"))) == 2
+    assert (tiny_run / "validation_mine.pt").exists(), "only cached files are deleted"
 
 
-def test_the_bits_per_dim_of_score_are_the_models(tiny_run, images, command, tmp_path):
-    assert (
-        command("score", images / "000.png", "--run", tiny_run, "--csv", tmp_path / "all.csv")[0]
-        == 0
-    )
+def test_score_prints_the_bits_per_dim_of_the_model(tiny_run, images, command, tmp_path):
+    table = tmp_path / "all.csv"
+    assert command("score", images / "000.png", "--run", tiny_run, "--csv", table)[0] == 0
     model = flowgen.load(tiny_run)
-    from flowgen.data.preprocess import read_images
-
     pixels = read_images(images / "000.png", 8, 3, None, 5)
-    expected = -model.score(pixels, generator=torch.Generator().manual_seed(0)).item() / (
-        192 * math.log(2)
-    )
-    assert float(
-        next(csv.DictReader((tmp_path / "all.csv").open()))["bits_per_dim"]
-    ) == pytest.approx(expected, rel=1e-4)
+    log_prob = model.score(pixels, generator=torch.Generator().manual_seed(0)).item()
+    expected = -log_prob / (192 * math.log(2))
+    assert float(read_csv(table)[0]["bits_per_dim"]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_against_prints_both_ways_where_a_run_of_the_other_data_is_there(
-    tiny_run, command, tmp_path, monkeypatch
+def test_ood_comparison_has_both_directions_if_there_is_a_model_of_the_other_data(
+    tiny_run, command, tmp_path
 ):
+    def auroc_rows(output: str) -> dict[str, list[str]]:
+        return {line.split()[0]: line.split() for line in output.splitlines() if "±" in line}
+
     other = tmp_path / "others"
+    other.mkdir()
     for number in range(80):
         pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8)
-        other.mkdir(exist_ok=True)
         Image.fromarray(pixels.numpy()).save(other / f"{number}.png")
-    words = [
-        "score",
-        "--run",
-        tiny_run,
-        "--against",
-        "data=folder",
-        "--against",
-        f"data.root={os.path.relpath(other)}",
-    ]
-    status, output, error = command(*words)
-    assert status == 0 and "train one" in error, error
-    rows = {line.split()[0]: line.split() for line in output.splitlines() if "±" in line}
-    assert float(rows["likelihood"][1]) > 0.9 and len(rows["likelihood"]) == 4
-    assert (
-        command(
-            "train",
-            *SMALL,
-            f"data.root={other}",
-            "trainer.steps=2",
-            "output_dir=outputs/model.width=8",
-        )[0]
-        == 0
-    )
-    both = command(*words)[1]
-    assert (
-        len(
-            {line.split()[0]: line.split() for line in both.splitlines() if "±" in line}[
-                "likelihood"
-            ]
-        )
-        == 7
-    )
-    assert command("score", "--run", tiny_run, "--against", "outputs/model.width=8")[1] == both, (
-        "a run of a sweep"
-    )
+    arguments = ["score", "--run", tiny_run, "--ood", "data=folder"]
+    arguments += ["--ood", f"data.root={os.path.relpath(other)}"]
+    status, output, error = command(*arguments)
+    assert status == 0, error
+    assert "train one" in error
+    likelihood = auroc_rows(output)["likelihood"]
+    assert float(likelihood[1]) > 0.9
+    assert len(likelihood) == 4
+    run = "outputs/model.width=8"  # the name of a run of a sweep
+    training = [*SMALL, f"data.root={other}", "trainer.steps=2", f"output_dir={run}"]
+    assert command("train", *training)[0] == 0
+    both = command(*arguments)[1]
+    assert len(auroc_rows(both)["likelihood"]) == 7
+    assert command("score", "--run", tiny_run, "--ood", run)[1] == both
 
 
 TOY = {
@@ -346,116 +316,90 @@ TOY = {
 }
 
 
-def judge_with(model: Flow) -> Scorer:
-    return Scorer(model, {"data": TOY}, build_data({"data": TOY}), Path(), OODDetector(held_out(4)))
+def scorer_of(model: Flow) -> Scorer:
+    detector = OODDetector(made_up_statistics(4))
+    return Scorer(model, {"data": TOY}, build_data({"data": TOY}), Path(), detector)
 
 
-def test_data_that_does_not_fit_either_way_fails_before_any_is_scored(monkeypatch):
-    monkeypatch.setattr(against, "find_checkpoint", lambda name: (None, {"config": {"data": TOY}}))
-    monkeypatch.setattr(against, "load_scorer", lambda *given: judge_with(glow()))
-    monkeypatch.setattr(against, "compare_ood", lambda *given: pytest.fail("scored"))
+def test_data_of_another_shape_fails_before_any_image_is_scored(monkeypatch):
+    checkpoint = {"config": {"data": TOY}}
+    monkeypatch.setattr(score_module, "find_checkpoint", lambda name: (None, checkpoint))
+    monkeypatch.setattr(score_module, "load_scorer", lambda *args: scorer_of(glow()))
+    monkeypatch.setattr(score_module, "compare_ood", lambda *args: pytest.fail("scored"))
+    scorer = scorer_of(glow(image_shape=(2, 1, 1), bits=8))
     with pytest.raises(UserError, match="do not fit"):
-        list(against.compare(judge_with(glow(image_shape=(2, 1, 1), bits=8)), ["run"], 8, 0, "cpu"))
+        list(score_module.ood_comparison(scorer, ["run"], 8, 0, "cpu"))
 
 
 @pytest.mark.parametrize(
-    ("words", "answer", "status"),
+    ("arguments", "message", "status"),
     [
         ([], "nothing to score", 2),
         (["nowhere.png"], "does not exist", 1),
-        (["nowhere"], "does not exist: choose images", 1),
+        (["nowhere"], "does not exist: name images", 1),
         (["text.png"], "is not an image", 1),
-        (["empty"], "contains no images: choose images", 1),
-        (["a.png", "--by", "beauty"], "beauty", 2),
-        (["a.png", "--csv", "nowhere/all.csv"], "does not exist: create it", 1),
+        (["empty"], "holds no image: name images", 1),
+        (["a.png", "--score", "beauty"], "beauty", 2),
+        (["a.png", "--csv", "nowhere/all.csv"], "does not exist: make it", 1),
         (["a.png", "--out", "page.html"], "no name of a picture", 2),
         (["a.png", "--count", "1"], "--count", 2),
-        (["--against", "data=cats"], "names no data", 1),
-        (["--against", "data=folder"], "data.root", 1),
-        (["--against", "data=folder", "--against", "data.colour=3"], "data.colour", 1),
-        (["--against", "data=mnist"], "torchvision", 1),
-        (["--against", "nowhere"], "flowgen runs", 1),
-        (["--against", "a", "--against", "b"], "several runs", 1),
+        (["--ood", "data=cats"], "names no data", 1),
+        (["--ood", "data=folder"], "data.root", 1),
+        (["--ood", "data=folder", "--ood", "data.colour=3"], "data.colour", 1),
+        (["--ood", "data=mnist"], "torchvision", 1),
+        (["--ood", "nowhere"], "flowgen runs", 1),
+        (["--ood", "a", "--ood", "b"], "several runs", 1),
     ],
 )
-def test_what_cannot_be_scored_gets_one_line(
-    tiny_run, command, elsewhere, monkeypatch, words, answer, status
+def test_score_errors_are_one_line(
+    tiny_run, command, elsewhere, monkeypatch, arguments, message, status
 ):
+    def fail_download(name, folder):
+        raise UserError("torchvision could not download it: get it")
+
     save_image(elsewhere / "a.png")
-    (elsewhere / "text.png").write_text("words")
+    (elsewhere / "text.png").write_text("not an image")
     (elsewhere / "empty").mkdir()
-    monkeypatch.setattr("flowgen.data.dataset.download", refuse)
-    assert_plain(command("score", *words, "--run", tiny_run), answer, status)
+    monkeypatch.setattr("flowgen.data.mnist._download", fail_download)
+    assert_plain(command("score", *arguments, "--run", tiny_run), message, status)
 
 
-def refuse(files, folder):
-    raise UserError("torchvision could not download it: get it")
-
-
-def test_an_rbm_scores_in_nats_images_whose_bits_are_drawn_like_its_own(
-    command, elsewhere, images, monkeypatch
-):
-    words = [
-        "model=rbm",
-        "data=folder",
-        f"data.root={images}",
-        "data.size=8",
-        "model.hidden=4",
-        "trainer.steps=3",
-        "trainer.minutes=null",
-    ]
-    assert command("train", *words, "output_dir=outputs/rbm")[0] == 0
+def test_an_rbm_scores_binarized_images_in_nats(command, images):
+    training = [*RBM, f"data.root={images}", "output_dir=outputs/rbm"]
+    assert command("train", *training)[0] == 0
     status, _, error = command("score", images, "--csv", "all.csv")
     assert status == 0, error
-    rows = list(csv.DictReader((elsewhere / "all.csv").open()))
-    assert (
-        len(rows) == 40
-        and "bits_per_dim" not in rows[0]
-        and "last_level" not in rows[0]
-        and math.isfinite(float(rows[0]["combined"]))
-    )
+    rows = read_csv("all.csv")
+    assert len(rows) == 40
+    assert "bits_per_dim" not in rows[0]
+    assert "last_level" not in rows[0]
+    assert math.isfinite(float(rows[0]["combined"]))
     assert_plain(
-        command("score", images, "--by", "last_level"),
+        command("score", images, "--score", "last_level"),
         "choose one of likelihood, complexity, combined, typicality",
     )
-    grey = ImageStream([images], size=8, channels=1, crop=None, bits=1, binarization="dynamic")
-    shares = torch.stack([pixels for _, pixels in grey.batches(40)][:1]).float().mean()
-    exact = (
-        torch.stack(
-            [
-                pixels
-                for _, pixels in ImageStream(
-                    [images], size=8, channels=1, crop=None, bits=8
-                ).batches(40)
-            ]
-        )
-        .float()
-        .mean()
-        / 255
-    )
-    assert shares == pytest.approx(exact.item(), abs=0.05)
 
 
-def test_what_is_usual_is_found_anew_where_log_z_is(command, images):
-    words = [
-        "model=rbm",
-        "data=folder",
-        f"data.root={images}",
-        "data.size=8",
-        "model.hidden=4",
-        "trainer.steps=3",
-        "trainer.minutes=null",
-    ]
-    assert command("train", *words, "output_dir=outputs/rbm")[0] == 0
+def test_image_stream_binarizes_at_random_with_the_brightness_as_probability(images):
+    sampled = ImageStream([images], size=8, channels=1, crop=None, bits=1, binarization="dynamic")
+    exact = ImageStream([images], size=8, channels=1, crop=None, bits=8)
+    ((_, bits),) = sampled.batches(40)
+    ((_, pixels),) = exact.batches(40)
+    expected = pixels.float().mean().item() / 255
+    assert bits.float().mean().item() == pytest.approx(expected, abs=0.05)
 
-    def scored() -> list[dict[str, str]]:
+
+def test_calibration_is_repeated_after_log_z_is_estimated(command, images):
+    def scores() -> list[dict[str, str]]:
         assert command("score", images, "--csv", "all.csv")[0] == 0
-        with open("all.csv") as file:
-            return list(csv.DictReader(file))
+        return read_csv("all.csv")
 
-    before = scored()
+    training = [*RBM, f"data.root={images}", "output_dir=outputs/rbm"]
+    assert command("train", *training)[0] == 0
+    before = scores()
     assert command("evaluate")[0] == 0
-    after = scored()
-    assert "unnormalized_log_probability" in before[0] and "log_probability" in after[0]
+    after = scores()
+    assert "unnormalized_log_probability" in before[0]
+    assert "log_probability" in after[0]
     for name in ("percentile", "likelihood_p"):
         assert [row[name] for row in after] == [row[name] for row in before]

@@ -1,4 +1,4 @@
-"""`flowgen complete`."""
+"""Inpainting: `flowgen complete`."""
 
 import logging
 from collections.abc import Sequence
@@ -19,138 +19,196 @@ from flowgen.utils import rendering
 from flowgen.utils.console import progress_bar
 from flowgen.utils.errors import UserError
 
-DRAWS = 5  # that are shown
-LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey: ITU-R BT.601, as Pillow converts
-SHARES = [str(percent) for percent in range(1, 100)]
+MAX_SAMPLES_SHOWN = 5
+LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in Pillow
+PERCENTAGES = [str(percent) for percent in range(1, 100)]
 log = logging.getLogger("flowgen")
 
 
 def complete(
     *,
     image: Path,
-    keep: str,
-    methods: Sequence[str],
-    name: str | None,
-    sweeps: int | None,
+    known: str,
+    sampler: Sequence[str],
+    run: str | None,
+    steps: int | None,
     seed: int,
     device: str,
     out: Path | None,
 ) -> Path:
-    """Save, for each method, the image, what is kept of it, the restored ones' mean and spread, and some of them. Raises FlowgenError."""
-    run, _, model = find_model(name, device, SupportsInpainting)
+    """Save an inpainting of an image.
+
+    The picture has one row per sampler: the image, its known part, the mean and the spread of
+    the samples, and some of the samples.
+
+    Args:
+        image: Image file of the model's size, or, for "downsample:FACTOR", also of the smaller
+            size.
+        known: The known part of the image, see `measurement` and `mask`.
+        sampler: Names of the samplers; empty for all that the model has.
+        run: Name of the run, or None for the most recent one that supports inpainting.
+        steps: Number of steps of the sampler, or None for its default.
+        seed: Seed of the samples and of a random mask.
+        device: Name of the device, or "auto".
+        out: Output file.
+
+    Returns:
+        The path of the file.
+    """
+    run_dir, _, model = find_model(run, device, SupportsInpainting)
     model.set_progress(progress_bar)
-    sums = linear(keep, model.image_shape)
-    images = _read(image, model, sums).to(model.device)
-    known = sums or mask(keep, model.image_shape, seed).to(model.device)
-    whole = images / (2**model.bits - 1)
-    kept = (
-        known.apply(whole)
-        if isinstance(known, LinearMeasurement)
-        else torch.where(known, whole, 0.5)
-    )
+    linear = measurement(known, model.image_shape)
+    images = _read_image(image, model, linear).to(model.device)
+    brightness = images / (2**model.bits - 1)
+    observation: Tensor | LinearMeasurement
+    if linear is None:
+        observation = mask(known, model.image_shape, seed).to(model.device)
+        observed = torch.where(observation, brightness, 0.5)
+    else:
+        observation = linear
+        observed = linear.apply(brightness)
     rows = []
-    for method in methods or model.completions:
-        (draws, mean, figures), spread = inpaint_image(model, images, known, method, sweeps, seed)
-        for figure, value in figures.items():
-            log.info("%s: %s %.3f", method, figure.replace("_", " "), value)
-        shown = torch.cat((whole, kept, mean[None], spread[None], draws[:DRAWS]))
-        rows.append((f"{method}: image, kept, mean, spread, draws", to_uint8(shown)))
-    target = out or run.folder / "completion.png"
-    rendering.titled_grids(rows, 8, columns=4 + DRAWS).save(target)
-    return target
+    for name in sampler or model.completions:
+        result, spread = inpaint_image(model, images, observation, name, steps, seed)
+        for metric, value in result.metrics.items():
+            log.info("%s: %s %.3f", name, metric.replace("_", " "), value)
+        samples = result.draws[:MAX_SAMPLES_SHOWN]
+        row = torch.cat((brightness, observed, result.mean[None], spread[None], samples))
+        rows.append((f"{name}: image, known part, mean, spread, samples", to_uint8(row)))
+    path = out or run_dir.folder / "completion.png"
+    rendering.titled_grids(rows, 8, columns=4 + MAX_SAMPLES_SHOWN).save(path)
+    return path
 
 
-def linear(keep: str, shape: tuple[int, int, int]) -> LinearMeasurement | None:
-    """The sums of pixels that `--keep grey` or `--keep smaller:FACTOR` keep, None of other words. Raises FlowgenError where none fit."""
-    channels, height, width = shape
-    word, _, factor = keep.partition(":")
-    if keep == "grey":
-        if channels != len(LUMA):
+def measurement(known: str, image_shape: tuple[int, int, int]) -> LinearMeasurement | None:
+    """Return the linear measurement that a value of `--known` describes.
+
+    Args:
+        known: "grayscale" (luma of a color image) or "downsample:FACTOR" (means over blocks of
+            FACTOR x FACTOR pixels).
+        image_shape: Channels, height and width of the images.
+
+    Returns:
+        The measurement, or None for other values, which describe a mask.
+    """
+    channels, height, width = image_shape
+    name, _, factor = known.partition(":")
+    if known == "grayscale":
+        if channels != len(LUMA_WEIGHTS):
             raise UserError(
-                "--keep grey is for models of colour images, which this is none of: name another with --run"
+                "--known grayscale needs a model of color images: choose another run with --run"
             )
-        return LinearMeasurement(torch.tensor(LUMA)[:, None, None], grayscale=True)
-    if word != "smaller":
+        weights = torch.tensor(LUMA_WEIGHTS)[:, None, None]
+        return LinearMeasurement(weights, grayscale=True)
+    if name != "downsample":
         return None
-    factors = [
-        str(side) for side in range(2, min(height, width) + 1) if height % side == width % side == 0
-    ]
+    divisors = range(2, min(height, width) + 1)
+    factors = [str(side) for side in divisors if height % side == width % side == 0]
     if factor not in factors:
         raise UserError(
-            f"--keep smaller:FACTOR wants a factor of the size, one of {', '.join(factors)}, not {factor!r}"
+            f"FACTOR of --known downsample:FACTOR must be one of {', '.join(factors)}, "
+            f"not {factor!r}"
         )
-    return LinearMeasurement(torch.full((channels, 1, 1), 1 / int(factor) ** 2), factor=int(factor))
+    side = int(factor)
+    return LinearMeasurement(torch.full((channels, 1, 1), 1 / side**2), factor=side)
 
 
-def _read(image: Path, model: GenerativeModel, sums: LinearMeasurement | None) -> Tensor:
-    """The image; one that is smaller already is read as it is and enlarged, each pixel to a block."""
+def _read_image(image: Path, model: GenerativeModel, linear: LinearMeasurement | None) -> Tensor:
+    """Read an image; one that has been downsampled already is enlarged, one block per pixel."""
     channels, height, width = model.image_shape
-    if (
-        sums is not None
-        and sums.factor > 1
-        and (size := image_size(image)) == (height // sums.factor, width // sums.factor)
-    ):
-        small = read_unscaled(image, (channels, *size), model.bits)
-        return small.repeat_interleave(sums.factor, 2).repeat_interleave(sums.factor, 3)
+    if linear is not None and linear.factor > 1:
+        small_size = (height // linear.factor, width // linear.factor)
+        if image_size(image) == small_size:
+            small = read_unscaled(image, (channels, *small_size), model.bits)
+            return small.repeat_interleave(linear.factor, 2).repeat_interleave(linear.factor, 3)
     return read_unscaled(image, model.image_shape, model.bits)
 
 
-def inpaint_image(
-    model: SupportsInpainting,
-    images: Tensor,
-    known: Tensor | LinearMeasurement,
-    method: str,
-    sweeps: int | None,
-    seed: int,
-) -> tuple[InpaintingResult, Tensor]:
-    """What the method makes of an image (1, channels, height, width) from this seed on, and the spread of its draws, from 0 to 1."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-    completion = model.inpaint(images, known, method=method, sweeps=sweeps, generator=generator)
-    return completion, 2 * completion.draws.std(
-        0, correction=0
-    )  # at most 1, where one half is black and the other white
+def mask(known: str, image_shape: tuple[int, int, int], seed: int = 0) -> Tensor:
+    """Return the mask that a value of `--known` describes.
 
+    Args:
+        known: The known half ("left", "right", "top", "bottom"), "border" (all but the center),
+            "random:PERCENT" (of the pixels), or the path of an image that is white where pixels
+            are known.
+        image_shape: Channels, height and width of the images.
+        seed: Seed of a random mask.
 
-def mask(keep: str, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """What `--keep` names, true where a pixel is known: (channels, height, width). Raises FlowgenError where nothing is left to do."""
-    _, height, width = shape
-    known = torch.zeros(shape, dtype=torch.bool)
+    Returns:
+        A boolean mask (channels, height, width), true where a pixel is known.
+    """
+    _, height, width = image_shape
+    mask = torch.zeros(image_shape, dtype=torch.bool)
     halves = {
         "left": (slice(None), slice(width // 2)),
         "right": (slice(None), slice(width // 2, None)),
         "top": (slice(height // 2), slice(None)),
         "bottom": (slice(height // 2, None), slice(None)),
     }
-    word, _, share = keep.partition(":")
-    if keep in halves:
-        known[:, *halves[keep]] = True
-    elif keep == "border":
-        known[:] = True
-        known[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = False
-    elif word == "random" and share in SHARES:
+    name, _, percent = known.partition(":")
+    if known in halves:
+        mask[:, *halves[known]] = True
+    elif known == "border":
+        mask[:] = True
+        mask[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = False
+    elif name == "random" and percent in PERCENTAGES:
         generator = torch.Generator().manual_seed(seed)
-        known[:] = torch.rand(height, width, generator=generator) < int(share) / 100
-    elif Path(keep).suffix:
-        known[:] = read_unscaled(Path(keep), (1, height, width), 1)[0] == 1
+        mask[:] = torch.rand(height, width, generator=generator) < int(percent) / 100
+    elif Path(known).suffix:
+        mask[:] = read_unscaled(Path(known), (1, height, width), 1)[0] == 1
     else:
-        words = "left, right, top, bottom, border, random:PERCENT, grey, smaller:FACTOR, or an image that is white where pixels are known"
-        raise UserError(f"--keep is {words}, not {keep!r}")
-    check_mask(known, keep)
-    return known
+        raise UserError(
+            "--known must be left, right, top, bottom, border, random:PERCENT, grayscale, "
+            "downsample:FACTOR, or the path of an image that is white where pixels are known, "
+            f"not {known!r}"
+        )
+    check_mask(mask, known)
+    return mask
 
 
-def check_mask(known: Tensor, keep: str) -> None:
-    """Raise FlowgenError where no pixel is left to restore, or none is known; `keep` names the mask."""
-    if known.all():
+def check_mask(mask: Tensor, name: str) -> None:
+    """Raise a `UserError` that mentions `name` if all pixels or no pixels are known."""
+    if mask.all():
         raise UserError(
-            f"{keep} keeps every pixel, so that none is left to restore: make what is missing black"
+            f"{name} marks every pixel as known, so nothing is left to inpaint: make the missing "
+            "pixels black"
         )
-    if not known.any():
+    if not mask.any():
         raise UserError(
-            f"{keep} keeps no pixel: make what is known white, or draw whole images with `flowgen sample`"
+            f"{name} marks no pixel as known: make the known pixels white, or generate whole "
+            "images with `flowgen sample`"
         )
+
+
+def inpaint_image(
+    model: SupportsInpainting,
+    images: Tensor,
+    known: Tensor | LinearMeasurement,
+    sampler: str,
+    steps: int | None,
+    seed: int,
+) -> tuple[InpaintingResult, Tensor]:
+    """Inpaint one image.
+
+    Args:
+        model: The model.
+        images: The image (1, channels, height, width). Its unknown part is ignored.
+        known: Mask (channels, height, width), or a linear measurement.
+        sampler: Name of the sampler.
+        steps: Number of steps of the sampler, or None for its default.
+        seed: Seed of the samples.
+
+    Returns:
+        result: Samples and their mean, with values in [0, 1].
+        spread: Twice the standard deviation of the samples (channels, height, width), in
+            [0, 1]: it is 1 for a pixel that is black in one half of the samples and white in the
+            other.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    result = model.inpaint(images, known, method=sampler, sweeps=steps, generator=generator)
+    return result, 2 * result.draws.std(0, correction=0)
 
 
 def to_uint8(brightness: Tensor) -> Tensor:
-    """Brightness from 0 to 1, of pixels or probabilities, as levels of 8 bits."""
+    """Convert brightness or probabilities in [0, 1] to 8-bit pixel values on the CPU."""
     return (255 * brightness).round().to(torch.uint8).cpu()

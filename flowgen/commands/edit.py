@@ -1,10 +1,11 @@
-"""The directions of attributes in a run's latents, found once and kept with the run."""
+"""Editing of attributes in latent space: `flowgen edit`."""
 
 import hashlib
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +31,96 @@ from flowgen.utils import rendering
 from flowgen.utils.console import Progress, progress_bar
 from flowgen.utils.errors import UserError
 
-COUNT = 10_000  # images at most that they are found from
+DEFAULT_COUNT = 10_000  # maximum number of labeled images used to find directions
+MAX_AMOUNT = 2.0  # both ends of the strip are at this amount of the attributes
+STRIP_LENGTH = 9  # images per strip
+GIF_FRAMES = 25  # frames of an animation, one way
+MAX_CHANGED_SHARE = 0.01  # of the pixel values may be off by rounding at amount 0
 log = logging.getLogger("flowgen")
+
+
+class LabeledImages(NamedTuple):
+    """Images with attributes: pairs of batches (images, attributes)."""
+
+    names: tuple[str, ...]  # of the attributes
+    classes: bool  # attributes are one-hot classes
+    batches: Iterator[tuple[Tensor, Tensor]]
+    num_images: int
+
+
+def edit(
+    *,
+    paths: Sequence[Path],
+    attributes: Sequence[str],
+    amounts: Sequence[float],
+    run: str | None,
+    table: Path | None,
+    direction: str,
+    count: int,
+    device: str,
+    out: Path | None,
+) -> Path:
+    """Save images that are moved along the latent directions of attributes, one row per image.
+
+    An amount of 1 leads from the mean latent of images without an attribute to the mean latent
+    of those with it; for classes, from the class of the image to another class.
+
+    Args:
+        paths: Image files, cropped, resized and quantized like the data of the run.
+        attributes: Names of attributes or classes, which are changed together.
+        amounts: One amount per attribute, or one for all; each image is then shown before and
+            after the change. Empty for a strip from -2 to 2.
+        run: Name of the run, or None for the most recent one.
+        table: CSV file with attributes of images, or None for the labels of the training images.
+        direction: "ridge" (regression on all attributes) or "difference" (of means).
+        count: Maximum number of labeled images used to find directions.
+        device: Name of the device, or "auto".
+        out: Output file. A name that ends in .gif selects an animation there and back.
+
+    Returns:
+        The path of the file.
+    """
+    amount_of = _amounts(attributes, amounts)
+    run_dir, checkpoint, model = find_model(run, device, GenerativeModel)
+    model.set_progress(progress_bar)
+    channels, size, _ = model.image_shape
+    crop = checkpoint["config"]["data"].get("crop")
+    images = torch.cat([read_images(path, size, channels, crop, model.bits) for path in paths])
+    directions = load_directions(
+        run_dir, checkpoint, model, wanted=attributes, table=table, count=count, method=direction
+    )
+    path = out or run_dir.folder / "edit.png"
+    is_gif = path.suffix.lower() == ".gif"
+    fractions = _fractions(is_pair=bool(amounts), is_gif=is_gif)
+    steps = move_along(model, directions, images, amount_of, fractions)
+    unchanged = steps[fractions.abs().argmin()]
+    if (unchanged != images).float().mean() > MAX_CHANGED_SHARE:
+        log.warning(
+            "this model does not reconstruct the images from their latents, so more than the "
+            "attributes changes"
+        )
+    if is_gif:
+        frames = list(steps)
+        rendering.save_gif([*frames, *frames[-2:0:-1]], model.bits, len(paths), path)
+    else:
+        rows = steps.transpose(0, 1).flatten(0, 1)
+        title = _title(amount_of, is_pair=bool(amounts))
+        rendering.titled_grids([(title, rows)], model.bits, columns=len(fractions)).save(path)
+    return path
+
+
+def _amounts(attributes: Sequence[str], amounts: Sequence[float]) -> dict[str, float]:
+    """Return the amount of each attribute, 1 by default."""
+    if len(set(attributes)) < len(attributes):
+        raise UserError("an attribute is given twice: give each one once, with its --amount")
+    if len(amounts) not in (0, 1, len(attributes)):
+        raise UserError(
+            f"{len(amounts)} values of --amount do not match {len(attributes)} of --attribute: "
+            "give one --amount per attribute, or one for all"
+        )
+    if len(amounts) != len(attributes):
+        amounts = [amounts[0] if amounts else 1.0] * len(attributes)
+    return dict(zip(attributes, amounts, strict=True))
 
 
 def load_directions(
@@ -41,160 +130,110 @@ def load_directions(
     *,
     wanted: Collection[str] = (),
     table: Path | None = None,
-    count: int = COUNT,
+    count: int = DEFAULT_COUNT,
     method: str = "ridge",
     progress: Progress = progress_bar,
 ) -> Directions:
-    """Of the attributes in `table`, a CSV file, else of what the training images are known to have: CelebA's attributes, or classes.
+    """Find the latent directions of attributes, or read them from the cache in the run.
 
-    A model that knows classes itself needs no images for them, unless it is something else that is `wanted`. Raises FlowgenError where no
-    attribute is known.
+    Args:
+        run: The run of the model.
+        checkpoint: Its checkpoint.
+        model: The model of the checkpoint.
+        wanted: Names of attributes that are needed. A class-conditional model has its own
+            directions for its classes, which are returned if nothing else is wanted.
+        table: CSV file with attributes of images, or None for the training images with their
+            attributes or classes.
+        count: Maximum number of labeled images.
+        method: "ridge" or "difference", see `flowgen.evaluation.latent_directions`.
+        progress: Progress bar for the batches of images.
+
+    Returns:
+        The directions, on the device of the model.
+
+    Raises:
+        UserError: if the images have no labels.
     """
     if (
-        isinstance(model, ClassConditional)
+        table is None
+        and isinstance(model, ClassConditional)
         and model.num_classes is not None
-        and table is None
-        and set(wanted) <= set(map(str, range(model.num_classes)))
+        and set(wanted) <= {str(label) for label in range(model.num_classes)}
     ):
         return class_directions(model)
     config = checkpoint["config"]
-    of_images = (
-        hashlib.sha256(table.read_bytes()).hexdigest()
-        if table and table.is_file()
-        else sorted(config["data"].items(), key=str)
-    )
 
-    def find() -> dict[str, Any]:
-        names, classes, images, total = (
-            _from_table(model, config, table, count) if table else _from_training(config, count)
-        )
-        found = compute_moments(model, progress(images, "latents", -(-total // BATCH_SIZE)))
-        log.info(
-            "directions of %d %s from %d images",
-            len(names),
-            "classes" if classes else "attributes",
-            total,
-        )
-        return {"names": list(names), "classes": classes, **found._asdict()}
+    def find_moments() -> dict[str, Any]:
+        if table:
+            labeled = _images_of_table(model, config, table, count)
+        else:
+            labeled = _training_images(config, count)
+        batches = progress(labeled.batches, "latents", -(-labeled.num_images // BATCH_SIZE))
+        result = compute_moments(model, batches)
+        kind = "classes" if labeled.classes else "attributes"
+        log.info("directions of %d %s from %d images", len(labeled.names), kind, labeled.num_images)
+        return {"names": list(labeled.names), "classes": labeled.classes, **result._asdict()}
 
-    found = cached_artifact(
-        run, checkpoint, "directions", (of_images, table and str(table.resolve()), count), find
-    )
-    of_latents = Moments(*(found[name] for name in Moments._fields))
-    directions = fit_directions(of_latents, tuple(found["names"]), found["classes"], method)
-    return Directions(
-        directions.names, directions.changes.to(model.device, model.dtype), directions.classes
-    )
+    source: Any = sorted(config["data"].items(), key=str)
+    if table and table.is_file():
+        source = hashlib.sha256(table.read_bytes()).hexdigest()
+    settings = (source, table and str(table.resolve()), count)
+    cached = cached_artifact(run, checkpoint, "directions", settings, find_moments)
+    statistics = Moments(*(cached[name] for name in Moments._fields))
+    directions = fit_directions(statistics, tuple(cached["names"]), cached["classes"], method)
+    return replace(directions, changes=directions.changes.to(model.device, model.dtype))
 
 
-Labelled = tuple[tuple[str, ...], bool, Iterator[tuple[Tensor, Tensor]], int]
-
-
-def _from_training(config: dict[str, Any], count: int) -> Labelled:
-    data = build_data(config)
-    train = data.train
-    if train.attributes is not None:
-        names, classes, attributes = data.attributes, False, train.attributes
-    elif train.labels is not None and data.num_classes is not None:
-        names, classes, attributes = (
-            tuple(map(str, range(data.num_classes))),
-            True,
-            one_hot(train.labels, data.num_classes),
-        )
-    else:
-        raise UserError(
-            "nothing is known of this run's images: put CelebA's list beside them, sort them into folders, or name a table with --labels"
-        )
-    chosen = attributes[hashed_subset(len(train), count)]
-    return (
-        names,
-        classes,
-        zip(data.batches("train", BATCH_SIZE, count), chosen.split(BATCH_SIZE), strict=True),
-        len(chosen),
-    )
-
-
-def _from_table(model: GenerativeModel, config: dict[str, Any], path: Path, count: int) -> Labelled:
+def _images_of_table(
+    model: GenerativeModel, config: dict[str, Any], path: Path, count: int
+) -> LabeledImages:
     table = read_table(path)
-    chosen = hashed_subset(len(table.files), count)
-    how = {key: config["data"].get(key) for key in ("crop", "binarization")}
+    subset = hashed_subset(len(table.files), count)
     channels, size, _ = model.image_shape
     stream = ImageStream(
-        [table.files[place] for place in chosen.tolist()],
+        [table.files[index] for index in subset.tolist()],
         size=size,
         channels=channels,
         bits=model.bits,
-        **how,
+        crop=config["data"].get("crop"),
+        binarization=config["data"].get("binarization"),
     )
-    pairs = zip(
-        (images for _, images in stream.batches(BATCH_SIZE)),
-        table.values[chosen].split(BATCH_SIZE),
-        strict=True,
-    )
-    return table.names, False, pairs, len(chosen)
+    images = (images for _, images in stream.batches(BATCH_SIZE))
+    batches = zip(images, table.values[subset].split(BATCH_SIZE), strict=True)
+    return LabeledImages(table.names, False, batches, len(subset))
 
 
-FARTHEST, STEPS, FRAMES = 2.0, 9, 25
-ALIKE = 0.01  # of the pixels may fall into the next level by rounding
-
-
-def edit(
-    *,
-    paths: Sequence[Path],
-    attributes: Sequence[str],
-    amounts: Sequence[float],
-    name: str | None,
-    table: Path | None,
-    method: str,
-    count: int,
-    device: str,
-    out: Path | None,
-) -> Path:
-    """Save images as they change along attributes, a row each: from -2 to 2, or, with `amounts`, beside what these make of them.
-
-    An amount of 1 leads from the images without an attribute to those with it, or from the image's class to another. A path that ends
-    in .gif becomes a film there and back. Raises FlowgenError.
-    """
-    if len(set(attributes)) < len(attributes):
-        raise UserError("an attribute is named twice: name each once, with its --by")
-    if len(amounts) not in (0, 1, len(attributes)):
-        raise UserError(
-            f"{len(amounts)} times --by does not fit {len(attributes)} times --attribute: give one for each, or one for all"
-        )
-    run, checkpoint, model = find_model(name, device, GenerativeModel)
-    model.set_progress(progress_bar)
-    channels, size, _ = model.image_shape
-    crop = checkpoint["config"]["data"].get("crop")
-    images = torch.cat([read_images(path, size, channels, crop, model.bits) for path in paths])
-    found = load_directions(
-        run, checkpoint, model, wanted=attributes, table=table, count=count, method=method
-    )
-    per = dict(
-        zip(
-            attributes,
-            list(amounts) * (len(attributes) if len(amounts) == 1 else 1)
-            or [1.0] * len(attributes),
-            strict=True,
-        )
-    )
-    target = out or run.folder / "edit.png"
-    film = target.suffix.lower() == ".gif"
-    start, end = (0.0, 1.0) if amounts else (-FARTHEST, FARTHEST)
-    shares = torch.linspace(start, end, FRAMES if film else 2 if amounts else STEPS)
-    rows = move_along(model, found, images, per, shares)
-    if (rows[shares.abs().argmin()] != images).float().mean() > ALIKE:  # at share 0
-        log.warning(
-            "this model does not restore the images from their latents: what changes is not the attributes alone"
-        )
-    if film:
-        frames = list(rows)
-        rendering.save_gif([*frames, *frames[-2:0:-1]], model.bits, len(paths), target)
+def _training_images(config: dict[str, Any], count: int) -> LabeledImages:
+    data = build_data(config)
+    train = data.train
+    classes = train.attributes is None
+    if train.attributes is not None:
+        names = data.attributes
+        attributes = train.attributes
+    elif train.labels is not None and data.num_classes is not None:
+        names = tuple(str(label) for label in range(data.num_classes))
+        attributes = one_hot(train.labels, data.num_classes)
     else:
-        said = ", ".join(
-            f"{attribute} by {by:g}" if amounts else attribute for attribute, by in per.items()
+        raise UserError(
+            "the images of this run have no labels: put CelebA's attribute list into their "
+            "folder, sort them into one folder per class, or pass a table with --labels"
         )
-        title = f"the image, and {said}" if amounts else f"{said}: from {start:g} to {end:g}"
-        rendering.titled_grids(
-            [(title, rows.transpose(0, 1).flatten(0, 1))], model.bits, columns=len(shares)
-        ).save(target)
-    return target
+    attributes = attributes[hashed_subset(len(train), count)]
+    images = data.batches("train", BATCH_SIZE, count)
+    batches = zip(images, attributes.split(BATCH_SIZE), strict=True)
+    return LabeledImages(names, classes, batches, len(attributes))
+
+
+def _fractions(is_pair: bool, is_gif: bool) -> Tensor:
+    """Return the fractions of the amounts that are shown."""
+    start, end = (0.0, 1.0) if is_pair else (-MAX_AMOUNT, MAX_AMOUNT)
+    if is_gif:
+        return torch.linspace(start, end, GIF_FRAMES)
+    return torch.linspace(start, end, 2 if is_pair else STRIP_LENGTH)
+
+
+def _title(amount_of: dict[str, float], is_pair: bool) -> str:
+    if is_pair:
+        changes = [f"{attribute} by {amount:g}" for attribute, amount in amount_of.items()]
+        return f"the image, and {', '.join(changes)}"
+    return f"{', '.join(amount_of)}: from {-MAX_AMOUNT:g} to {MAX_AMOUNT:g}"

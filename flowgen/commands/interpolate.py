@@ -1,4 +1,4 @@
-"""`flowgen interpolate`."""
+"""Interpolation between two images: `flowgen interpolate`."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 from flowgen.config.loading import load_from_checkpoint
 from flowgen.config.runs import find_checkpoint
 from flowgen.data.preprocess import read_images
-from flowgen.evaluation.interpolation import interpolate_pairs, lerp, slerp
+from flowgen.evaluation import interpolation
 from flowgen.models.base import GenerativeModel
 from flowgen.utils import rendering
 from flowgen.utils.console import progress_bar
@@ -22,46 +22,61 @@ def interpolate(
     *,
     first: Path,
     second: Path,
-    name: str | None,
+    run: str | None,
     steps: int,
     spherical: bool,
     device: str,
     out: Path | None,
 ) -> Path:
-    """Save the way from one image to the other, through the latents above and through the pixels below. Raises FlowgenError.
+    """Save an interpolation in latent space, with one in pixel space below it for comparison.
 
-    Both are cropped, resized and quantised like the data of the run. A path that ends in .gif becomes a film there and back.
+    Args:
+        first: Image file, cropped, resized and quantized like the data of the run.
+        second: Image file, prepared in the same way.
+        run: Name of the run, or None for the most recent one.
+        steps: Number of images per row, including both ends.
+        spherical: Interpolate along a great circle instead of a line.
+        device: Name of the device, or "auto".
+        out: Output file. A name that ends in .gif selects an animation there and back.
+
+    Returns:
+        The path of the file.
     """
-    run, checkpoint = find_checkpoint(name)
-    model, crop = load_from_checkpoint(checkpoint, device), checkpoint["config"]["data"].get("crop")
-    channels, size, _ = model.image_shape
-    start, end = (read_images(path, size, channels, crop, model.bits) for path in (first, second))
-    side = max(rendering.MIN_SIDE, size)
-    check_memory("--steps", steps, 8 * side**2)
+    run_dir, checkpoint = find_checkpoint(run)
+    model = load_from_checkpoint(checkpoint, device)
     model.set_progress(progress_bar)
+    channels, size, _ = model.image_shape
+    crop = checkpoint["config"]["data"].get("crop")
+    start = read_images(first, size, channels, crop, model.bits)
+    end = read_images(second, size, channels, crop, model.bits)
+    check_memory("--steps", steps, 8 * max(rendering.MIN_SIDE, size) ** 2)
     latent, pixels = interpolate_images(model, start, end, steps, spherical)
     if not torch.equal(latent[[0, -1]], torch.cat((start, end))):
         log.warning(
-            "the ends of the latent row differ from the images, which this model does not restore exactly from their latents"
+            "the ends of the latent row differ from the images, because this model does not "
+            "reconstruct images exactly"
         )
-    target = out or run.folder / "interpolation.png"
-    if target.suffix.lower() == ".gif":
+    path = out or run_dir.folder / "interpolation.png"
+    if path.suffix.lower() == ".gif":
         frames = [torch.stack(pair) for pair in zip(latent, pixels, strict=True)]
-        rendering.save_gif([*frames, *frames[-2:0:-1]], model.bits, 2, target)
+        rendering.save_gif([*frames, *frames[-2:0:-1]], model.bits, 2, path)
     else:
-        rows = [
-            (f"{'great circle' if spherical else 'line'} in the latents", latent),
-            ("line in the pixels", pixels),
-        ]
-        rendering.titled_grids(rows, model.bits, columns=steps).save(target)
-    return target
+        curve = "great circle" if spherical else "line"
+        rows = [(f"{curve} in the latents", latent), ("line in the pixels", pixels)]
+        rendering.titled_grids(rows, model.bits, columns=steps).save(path)
+    return path
 
 
 def interpolate_images(
     model: GenerativeModel, start: Tensor, end: Tensor, steps: int, spherical: bool
 ) -> tuple[Tensor, Tensor]:
-    """From one image (1, channels, height, width) to the other, both ends among the `steps`: levels through the latents, and the pixels."""
-    latent, pixels = interpolate_pairs(
-        model, start, end, torch.linspace(0, 1, steps), slerp if spherical else lerp
-    )
+    """Interpolate between two images (1, channels, height, width) in latent and in pixel space.
+
+    Returns:
+        latent: Images decoded from the latents, uint8 (steps, channels, height, width).
+        pixels: Images interpolated pixel by pixel, with the same shape and type.
+    """
+    curve = interpolation.slerp if spherical else interpolation.lerp
+    fractions = torch.linspace(0, 1, steps)
+    latent, pixels = interpolation.interpolate_pairs(model, start, end, fractions, curve)
     return latent[:, 0], pixels[:, 0].round().to(torch.uint8)

@@ -1,6 +1,7 @@
-"""`flowgen report`: runs as one page that needs nothing but itself."""
+"""Self-contained HTML page about runs: `flowgen report`."""
 
 import io
+from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -18,165 +19,177 @@ from flowgen.utils.html import Picture, Section, data_url, image_data_url, write
 from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, Metric, MetricValue
 
 CAPTIONS = {
-    "curves.png": "Training loss, validation figure, learning rate and gradient norm (flowgen train).",
-    "features.png": "The weights of the hidden units, the largest first: orange above zero, blue below (flowgen train).",
+    "curves.png": "Training loss, validation metric, learning rate and gradient norm "
+    "(flowgen train).",
+    "features.png": "Weights of the hidden units, largest first: orange is positive, blue is "
+    "negative (flowgen train).",
     "sample.png": "Samples (flowgen sample).",
-    "interpolation.png": "From one image to another, through the latents above and the pixels below (flowgen interpolate).",
-    "completion.png": "The image, what is kept of it, the mean of the restored ones, and some of them (flowgen complete).",
-    "chain_gibbs.gif": "Gibbs chains from white noise (flowgen chain --method gibbs).",
-    "chain_tempering.gif": "Chains of parallel tempering from white noise (flowgen chain --method tempering).",
-    "chain_mean-field.gif": "Mean field from white noise (flowgen chain --method mean-field).",
+    "interpolation.png": "Interpolation between two images, through the latents above and through "
+    "the pixels below (flowgen interpolate).",
+    "completion.png": "The image, its known part, mean, spread and samples of the inpainting "
+    "(flowgen complete).",
+    "chain_gibbs.gif": "Gibbs chains that start from white noise (flowgen chain --sampler gibbs).",
+    "chain_tempering.gif": "Parallel tempering chains that start from white noise "
+    "(flowgen chain --sampler tempering).",
+    "chain_mean-field.gif": "Mean field iterations that start from white noise "
+    "(flowgen chain --sampler mean-field).",
 }
 
 
 def report(*, names: list[str], out: Path | None) -> Path:
-    """Write one HTML page about the runs `names`, or those below a folder of that name. Raises FlowgenError."""
+    """Write an HTML page about runs.
+
+    Args:
+        names: Names of runs, or of folders with runs.
+        out: Output file, or None for report.html in the folder of a single run, or else in the
+            current folder.
+
+    Returns:
+        The path of the file.
+    """
     if out is not None:
         check_folder_of(out)
-    runs = [run for name in names for run in _runs(name)]
-    target = out or (runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html"))
-    how_many = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    lead = [f"{datetime.now(UTC):%Y-%m-%d}, {how_many}. Errors are standard errors."]
-    write_html(target, "flowgen report", lead, sections_of(runs))
-    return target
+    runs = [run for name in names for run in _find_runs(name)]
+    default = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    lead = [f"{datetime.now(UTC):%Y-%m-%d}, {count}. Errors are standard errors."]
+    path = out or default
+    write_html(path, "flowgen report", lead, _sections(runs))
+    return path
 
 
-def sections_of(runs: list[Run]) -> list[Section]:
-    """All runs side by side, where their configurations differ, and each by itself."""
-    configs = [flatten(read_config(run.config)) for run in runs]
-    head, *table = overview(runs)
-    names = [row[0] for row in table]
-    anchors = [f"run{number}" for number in range(1, len(runs) + 1)]
-    linked = [
-        [Markup('<a href="#{}">{}</a>').format(anchor, row[0]), *row[1:]]
-        for anchor, row in zip(anchors, table, strict=True)
-    ]
-    found = [
-        Section(
-            "runs",
-            "",
-            table=[head, *linked],
-            pictures=_curves(names, [run.read_metrics() for run in runs]),
+def _find_runs(name: str) -> list[Run]:
+    """Return the run of this name, or all runs in the folder of this name."""
+    if not name.strip():
+        raise UserError(
+            "an empty name is not a run: pass a run, or a folder of runs such as outputs"
         )
+    folders = {(parent / name).resolve() for parent in (Path(), OUTPUTS)}
+    folders = {folder for folder in folders if folder.is_dir()}
+    if not folders or any((folder / "config.yaml").exists() for folder in folders):
+        return [find_run(name)]
+    runs = readable_runs(*folders)
+    return [run for run in runs if run.folder.resolve() not in folders] or [find_run(name)]
+
+
+def _sections(runs: list[Run]) -> list[Section]:
+    """Return the comparison of all runs, the differences of their settings, and each run."""
+    configs = [flatten(read_config(run.config)) for run in runs]
+    head, *rows = overview(runs)
+    names = [row[0] for row in rows]
+    anchors = [f"run{number}" for number in range(1, len(runs) + 1)]
+    link = Markup('<a href="#{}">{}</a>')
+    linked = [
+        [link.format(anchor, name), *cells]
+        for anchor, (name, *cells) in zip(anchors, rows, strict=True)
     ]
-    if differences := {
-        key: values for key, values in _differences(configs).items() if key != "output_dir"
-    }:
-        table = [
-            ["setting", *names],
-            *([key, *map(str, values)] for key, values in differences.items()),
-        ]
-        found.append(Section("differences", "Where the configurations differ", table=table))
-    return found + [_section(*each) for each in zip(anchors, names, runs, configs, strict=True)]
+    curves = _validation_curves(names, [run.read_metrics() for run in runs])
+    sections = [Section("runs", "", table=[head, *linked], pictures=curves)]
+    if differences := _differences(configs):
+        table = [["setting", *names], *differences]
+        sections.append(Section("differences", "Where the configurations differ", table=table))
+    for anchor, name, run, config in zip(anchors, names, runs, configs, strict=True):
+        sections.append(_run_section(anchor, name, run, config))
+    return sections
 
 
 def overview(runs: list[Run]) -> list[list[str]]:
-    """A table with a row for each run: its name, without the folder that all share, what it is, its figure, and what it has cost."""
-    table = [["run", "model", "data", "figure", "step", "images/s", "hours", "memory, GiB"]]
-    for name, run in zip(_short([str(run.folder) for run in runs]), runs, strict=True):
-        config, rows = flatten(read_config(run.config)), run.read_metrics()
-        model, data = (
-            str(config.get(f"{section}._target_", "")).rpartition(".")[2]
-            for section in ("model", "data")
-        )
-        table.append([name, model, config.get("data.name") or data, *_reached(rows), *_costs(rows)])
+    """Return a table with a heading and one row per run: its model, data, metric and costs."""
+    table = [["run", "model", "data", "metric", "step", "images/s", "hours", "memory, GiB"]]
+    for name, run in zip(_short_names([run.folder for run in runs]), runs, strict=True):
+        config = flatten(read_config(run.config))
+        rows = run.read_metrics()
+        model = str(config.get("model._target_", "")).rpartition(".")[2]
+        data = str(config.get("data._target_", "")).rpartition(".")[2]
+        data = config.get("data.name") or data
+        table.append([name, model, data, _metric(rows), _last_step(rows), *_costs(rows)])
     return table
 
 
-def _reached(rows: list[dict[str, Any]]) -> tuple[str, str]:
-    """The test figure with its error, or, before the end, the best on the validation split; and the last step."""
-    return str(
-        best_metric(rows) or "not evaluated yet"
-    ), f"{max((row['step'] for row in rows), default=0):,}"
+def _short_names(folders: list[Path]) -> list[str]:
+    """Return the paths without the leading folders that all of them share."""
+    if len(folders) == 1:
+        return [str(folders[0])]
+    parts = [folder.parts for folder in folders]
+    shared = 0
+    for index, column in enumerate(zip(*parts, strict=False)):
+        if len(set(column)) > 1:
+            shared = index
+            break
+    return [str(Path(*names[shared:])) if names[shared:] else names[-1] for names in parts]
+
+
+def _metric(rows: list[dict[str, Any]]) -> str:
+    """Return the test metric with its error; before the end, the best validation metric."""
+    return str(best_metric(rows) or "not evaluated yet")
+
+
+def _last_step(rows: list[dict[str, Any]]) -> str:
+    return f"{max((row['step'] for row in rows), default=0):,}"
 
 
 def _costs(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
-    """The median speed, the hours with evaluation and samples, and the most memory, of the GPU or else of the process."""
+    """Return median images per second, hours, and peak memory (of the GPU if there is one).
+
+    The hours include evaluation and sampling.
+    """
     train = [row for row in rows if row["split"] == "train" and row.get("images_per_second")]
     if not train:
         return "", "", ""
-    speed, memory = (
-        median(row["images_per_second"] for row in train),
-        max(row.get("memory_gib") or 0.0 for row in train),
-    )
-    return f"{speed:,.1f}", f"{train[-1].get('seconds', 0.0) / 3600:.2f}", f"{memory:.2f}"
+    speed = median(row["images_per_second"] for row in train)
+    hours = train[-1].get("seconds", 0.0) / 3600
+    memory = max(row.get("memory_gib") or 0.0 for row in train)
+    return f"{speed:,.1f}", f"{hours:.2f}", f"{memory:.2f}"
 
 
-def _runs(name: str) -> list[Run]:
-    if not name.strip():
-        raise UserError("an empty name is no run: name one, or a folder of runs such as outputs")
-    if not any((folder / name).is_dir() for folder in (Path(), OUTPUTS)):
-        return [find_run(name)]
-    folders = {
-        (folder / name).resolve() for folder in (Path(), OUTPUTS) if (folder / name).is_dir()
-    }
-    below = [run for run in readable_runs(*folders) if run.config.parent.resolve() not in folders]
-    return (
-        below
-        if below and not any((folder / "config.yaml").exists() for folder in folders)
-        else [find_run(name)]
-    )
-
-
-def _short(folders: list[str]) -> list[str]:
-    """Names without the folder that all of them share."""
-    if len(folders) == 1:
-        return folders
-    parts = [Path(folder).parts for folder in folders]
-    shared = next(
-        (place for place, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1), 0
-    )
-    return [str(Path(*each[shared:])) if each[shared:] else each[-1] for each in parts]
-
-
-def _section(anchor: str, name: str, run: Run, config: dict[str, Any]) -> Section:
-    samples = sorted(run.folder.glob("samples/step_????????.png"))[-1:]
-    own = [run.folder / file for file in CAPTIONS if (run.folder / file).exists()]
-    shown = [
-        Picture(f"Samples at step {int(path.stem[5:]):,} (flowgen train).", data_url(path))
-        for path in samples
-    ]
-    shown += [Picture(CAPTIONS[path.name], data_url(path)) for path in own]
-    best, step = _reached(run.read_metrics())
-    settings = "\n".join(f"{key}: {value}" for key, value in config.items())
-    return Section(
-        anchor,
-        name,
-        [f"{best}, step {step}. {run.environment()}"],
-        pictures=shown,
-        details=("Configuration", settings),
-    )
-
-
-def _curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]:
-    """A picture for each metric and number of bits, since values at different bits do not compare."""
-    lines: dict[tuple[Metric, int], dict[str, list[tuple[int, float]]]] = {}
-    for name, each in zip(names, rows, strict=True):
-        for row in validation_rows(each):
+def _validation_curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]:
+    """Plot each metric at each number of bits: values at different bits are not comparable."""
+    curves: dict[tuple[Metric, int], dict[str, list[tuple[int, float]]]]
+    curves = defaultdict(lambda: defaultdict(list))
+    for name, rows_of_run in zip(names, rows, strict=True):
+        for row in validation_rows(rows_of_run):
             for metric in COMPARED:
-                if measured := MetricValue.from_row(row, metric):
-                    lines.setdefault((metric, row.get("bits", 1)), {}).setdefault(name, []).append(
-                        (row["step"], measured.value)
-                    )
-    found = []
-    for (metric, bits), of_runs in sorted(
-        lines.items(), key=lambda line: (line[0][0].name, line[0][1])
-    ):
-        file, words = (
-            io.BytesIO(),
-            metric.name.replace("_", " ") + f" at {bits} bits" * (metric == BITS_PER_DIM),
+                if value := MetricValue.from_row(row, metric):
+                    key = (metric, row.get("bits", 1))
+                    curves[key][name].append((row["step"], value.value))
+    pictures = []
+    for metric, bits in sorted(curves, key=lambda key: (key[0].name, key[1])):
+        text = metric.name.replace("_", " ")
+        if metric == BITS_PER_DIM:
+            text = f"{text} at {bits} bits"
+        file = io.BytesIO()
+        plots.lines(
+            curves[metric, bits],
+            file,
+            xlabel="step",
+            ylabel=f"validation {text}, {metric.unit}",
+            outliers=(0.05, 0.05),
         )
-        label = f"validation {words}, {metric.unit}"
-        plots.lines(of_runs, file, xlabel="step", ylabel=label, outliers=(0.05, 0.05))
-        found.append(
-            Picture(f"Validation {words} against the step.", image_data_url(file.getvalue(), "png"))
-        )
-    return found
+        source = image_data_url(file.getvalue(), "png")
+        pictures.append(Picture(f"Validation {text} against the step.", source))
+    return pictures
 
 
-def _differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    keys = sorted({key for config in configs for key in config})
-    table = {key: [config.get(key, "") for config in configs] for key in keys}
-    return {
-        key: values for key, values in table.items() if any(value != values[0] for value in values)
-    }
+def _differences(configs: list[dict[str, Any]]) -> list[list[str]]:
+    """Return a row for every setting that differs between the runs."""
+    rows = []
+    for key in sorted({key for config in configs for key in config} - {"output_dir"}):
+        values = [config.get(key, "") for config in configs]
+        if any(value != values[0] for value in values):
+            rows.append([key, *map(str, values)])
+    return rows
+
+
+def _run_section(anchor: str, name: str, run: Run, config: dict[str, Any]) -> Section:
+    """Return the pictures of a run and its configuration."""
+    pictures = []
+    for path in sorted(run.folder.glob("samples/step_????????.png"))[-1:]:
+        step = int(path.stem.removeprefix("step_"))
+        pictures.append(Picture(f"Samples at step {step:,} (flowgen train).", data_url(path)))
+    for file, caption in CAPTIONS.items():
+        if (run.folder / file).exists():
+            pictures.append(Picture(caption, data_url(run.folder / file)))
+    rows = run.read_metrics()
+    summary = f"{_metric(rows)}, step {_last_step(rows)}. {run.environment()}"
+    settings = "\n".join(f"{key}: {value}" for key, value in config.items())
+    return Section(anchor, name, [summary], pictures=pictures, details=("Configuration", settings))

@@ -1,12 +1,13 @@
-"""`flowgen sample`."""
+"""Sampling: `flowgen sample` and `flowgen chain`."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowgen.commands.complete import to_uint8
 from flowgen.config.instantiate import build_data
@@ -24,188 +25,246 @@ from flowgen.utils.errors import UserError
 from flowgen.utils.memory import check_memory
 from flowgen.utils.rendering import TOY2D_SHAPE, is_toy2d
 
-BATCH = 64
-COLUMNS = 8  # images in a row
-IMAGES, POINTS = (
-    32,
-    10000,
-)  # samples where no number is given: of images, and of a flow of the plane
-GRID = 300  # the side of the picture of its density
+BATCH_SIZE = 64
+COLUMNS = 8  # images per row
+DEFAULT_IMAGES = 32
+DEFAULT_POINTS = 10_000  # samples of a two-dimensional flow
+DENSITY_RESOLUTION = 300  # pixels along each side of the density plot
 log = logging.getLogger("flowgen")
 
 
 def sample(
     *,
-    name: str | None,
+    run: str | None,
     temperatures: Sequence[float],
     count: int | None,
     seed: int,
     label: int | None,
     guidance: float | None,
     jacobi: bool,
-    method: str | None,
-    sweeps: int | None,
+    sampler: str | None,
+    steps: int | None,
     device: str,
     out: Path | None,
 ) -> Path:
-    """Save `count` samples for each temperature, a block of rows each, from high to low log-probability. Raises FlowgenError.
+    """Save samples of a model as a picture or as a zip archive of images.
 
-    Without temperatures, at the one that the run's own samples had. A zip takes any number, each an image of its own. `label` is the
-    class to draw, of a flow that knows any, `guidance` and `jacobi` are a TarFlow's; `method` and `sweeps` choose an RBM's sampler. A flow
-    of the plane is drawn as a whole instead, at one temperature, by default 1.
+    The picture has one block of rows per temperature, sorted from high to low log-probability.
+    A flow of two-dimensional points is plotted instead, see `plot_toy2d`.
+
+    Args:
+        run: Name of the run, or None for the most recent one that fits the other options.
+        temperatures: Sampling temperatures; empty for the temperature of the run.
+        count: Number of samples per temperature.
+        seed: Seed of the samples. Every temperature starts from the same random numbers.
+        label: Class to sample, for class-conditional models.
+        guidance: Classifier-free guidance weight, for TarFlow.
+        jacobi: Update all patches in parallel (Jacobi iterations), for TarFlow.
+        sampler: MCMC sampler, for RBMs.
+        steps: Number of steps of the sampler, for RBMs.
+        device: Name of the device, or "auto".
+        out: Output file. A name that ends in .zip selects the archive.
+
+    Returns:
+        The path of the file.
     """
-    by_tokens = guidance is not None or jacobi
-    if (label is not None or by_tokens) and (method or sweeps):
-        raise UserError(
-            "--label, --guidance and --jacobi are for flows, --method and --sweeps for RBMs: leave out some"
-        )
-    options = {
+    settings = {
         "label": label,
         "guidance": guidance,
         "jacobi": jacobi or None,
-        "method": method,
-        "sweeps": sweeps,
+        "method": sampler,
+        "sweeps": steps,
     }
-    how = {key: value for key, value in options.items() if value is not None}
-    ability = (
-        SupportsMCMC
-        if method or sweeps
-        else SupportsTokenSampling
-        if by_tokens
-        else ClassConditional
-        if label is not None
-        else GenerativeModel
-    )
-    run, checkpoint, model = find_model(name, device, ability)
+    kwargs = {name: value for name, value in settings.items() if value is not None}
+    run_dir, checkpoint, model = find_model(run, device, _required_capability(kwargs))
     model.set_progress(progress_bar)
-    path = out or run.folder / "sample.png"
+    path = out or run_dir.folder / "sample.png"
+    is_zip = path.suffix.lower() == ".zip"
     if is_toy2d(model.image_shape) and isinstance(model, Flow):
-        if len(temperatures) > 1:
-            raise UserError(
-                "a flow of the plane is drawn at one temperature: call this once for each, with an --out of its own"
-            )
-        if how or path.suffix.lower() == ".zip":
-            raise UserError(
-                "a flow of the plane is drawn as a whole, into one picture: leave out all but --count, --temperature and --out FILE.png"
-            )
-        target = torch.cat(list(build_data(checkpoint["config"]).batches("test", POINTS, POINTS)))
+        _check_toy2d_options(temperatures, kwargs, is_zip)
+        data = build_data(checkpoint["config"])
+        target = torch.cat(list(data.batches("test", DEFAULT_POINTS, DEFAULT_POINTS)))
         temperature = temperatures[0] if temperatures else 1.0
-        plane(model, target, temperature, count or POINTS, seed, path)
+        plot_toy2d(model, target, temperature, count or DEFAULT_POINTS, seed, path)
         return path
-    titled, count, temperatures = (
-        [],
-        count or IMAGES,
-        temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]],
-    )
-    if path.suffix.lower() == ".zip":
-        if len(temperatures) > 1:
-            raise UserError(
-                "a zip holds the samples of one temperature: call this once for each, with an --out of its own"
-            )
-        batches = draws(model, count, temperatures[0], seed, **how)
-        rendering.save_zip(
-            (images for images, _ in progress_bar(batches, "samples", -(-count // BATCH))),
-            model.bits,
-            path,
-        )
-        return path
-    side = max(rendering.MIN_SIDE, *model.image_shape[1:])
-    check_memory(
-        "--count",
-        count,
-        4 * side**2 * len(temperatures),
-        hint=" in a picture, and any number in --out FILE.zip",
-    )
-    for temperature in temperatures:
-        images, scores = draw(model, count, temperature, seed, **how)
-        if broken := int((~scores.isfinite()).sum()):
-            log.warning(
-                "%d of %d samples at temperature %g are beyond what float32 holds: try a lower one",
-                broken,
-                count,
-                temperature,
-            )
-        said = (
-            [f"class {label}"] * (label is not None)
-            + [str(method)] * bool(method)
-            + [f"temperature {temperature:g}"]
-        )
-        titled.append((", ".join(said), images[scores.argsort(descending=True)]))
-    rendering.titled_grids(titled, model.bits, columns=min(count, COLUMNS)).save(path)
+    temperatures = temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]]
+    save = _save_zip if is_zip else _save_picture
+    save(model, temperatures, count or DEFAULT_IMAGES, seed, kwargs, path)
     return path
 
 
-def draw(
-    model: GenerativeModel, count: int, temperature: float, seed: int, **how: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` samples and how probable they are; the same latents at every temperature, since each starts from the same seed."""
-    images, scores = zip(
-        *progress_bar(draws(model, count, temperature, seed, **how), "samples", -(-count // BATCH)),
-        strict=True,
-    )
-    return torch.cat(images), torch.cat(scores)
-
-
-def draws(
-    model: GenerativeModel, count: int, temperature: float, seed: int, **how: Any
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same in batches, which go on with the classes where the one before ended."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-    sweeps: list[list[int]] = []
-    for start in range(0, count, BATCH):
-        place = (
-            {"start_index": start}
-            if isinstance(model, ClassConditional) and model.num_classes is not None
-            else {}
+def _required_capability(kwargs: Mapping[str, Any]) -> type[GenerativeModel]:
+    """Return the capability that a model needs for these arguments of its `sample` method."""
+    mcmc = "method" in kwargs or "sweeps" in kwargs
+    tokens = "guidance" in kwargs or "jacobi" in kwargs
+    if mcmc and (tokens or "label" in kwargs):
+        raise UserError(
+            "--label, --guidance and --jacobi are options for flows, --sampler and --steps for "
+            "RBMs: use options of one kind"
         )
-        yield model.sample(min(BATCH, count - start), temperature, generator, **place, **how)
-        if isinstance(model, SupportsTokenSampling) and "jacobi" in how:
-            sweeps.append(model.sweeps())
-    if sweeps:
-        log.info(
-            "sweeps of the blocks: %s",
-            ", ".join(str(max(each)) for each in zip(*sweeps, strict=True)),
+    if mcmc:
+        return SupportsMCMC
+    if tokens:
+        return SupportsTokenSampling
+    return ClassConditional if "label" in kwargs else GenerativeModel
+
+
+def _check_toy2d_options(
+    temperatures: Sequence[float], kwargs: Mapping[str, Any], is_zip: bool
+) -> None:
+    if len(temperatures) > 1:
+        raise UserError(
+            "a two-dimensional flow is plotted at one temperature: run this command once per "
+            "temperature, each time with a different --out"
+        )
+    if kwargs or is_zip:
+        raise UserError(
+            "a two-dimensional flow is plotted as one picture: use only the options --count, "
+            "--temperature, --seed and --out FILE.png"
         )
 
 
 @torch.no_grad()
-def plane(
-    model: Flow, target: torch.Tensor, temperature: float, count: int, seed: int, path: Path
+def plot_toy2d(
+    model: Flow, target: Tensor, temperature: float, count: int, seed: int, path: Path
 ) -> None:
-    """A flow of the plane in four pictures: the target, N(0, I), the one carried into the other, and the density."""
+    """Plot a two-dimensional flow: target points, latent points, samples, and model density."""
     generator = torch.Generator(model.device).manual_seed(seed)
     latent = temperature * torch.randn(count, 2, generator=generator, device=model.device)
-    carried = model.decode_continuous(latent).flatten(1)
-    side = (torch.arange(GRID, device=model.device) + 0.5) / GRID
-    x, y = torch.meshgrid(side, side, indexing="xy")
+    samples = model.decode_continuous(latent).flatten(1)
+    centers = (torch.arange(DENSITY_RESOLUTION, device=model.device) + 0.5) / DENSITY_RESOLUTION
+    x, y = torch.meshgrid(centers, centers, indexing="xy")
     grid = torch.stack((x, y), -1).view(-1, *TOY2D_SHAPE)
-    density = torch.cat([model.log_density(part).exp() for part in grid.split(10000)]).view(
-        GRID, GRID
-    )
+    density = torch.cat([model.log_density(points).exp() for points in grid.split(10_000)])
+    density = density.view(DENSITY_RESOLUTION, DENSITY_RESOLUTION)
     noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
     target = ((target.cpu() + noise) / model.bins).flatten(1)
-    plots.flow_panels(target, latent.cpu(), carried.cpu(), density.cpu(), temperature, path)
+    plots.flow_panels(target, latent.cpu(), samples.cpu(), density.cpu(), temperature, path)
+
+
+def _save_zip(
+    model: GenerativeModel,
+    temperatures: Sequence[float],
+    count: int,
+    seed: int,
+    kwargs: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """Write each sample to its own file in a zip archive, one batch at a time."""
+    if len(temperatures) > 1:
+        raise UserError(
+            "a zip archive contains the samples of one temperature: run this command once per "
+            "temperature, each time with a different --out"
+        )
+    samples = sample_batches(model, count, temperatures[0], seed, **kwargs)
+    batches = progress_bar(samples, "samples", -(-count // BATCH_SIZE))
+    rendering.save_zip((images for images, _ in batches), model.bits, path)
+
+
+def _save_picture(
+    model: GenerativeModel,
+    temperatures: Sequence[float],
+    count: int,
+    seed: int,
+    kwargs: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """Save one block of rows per temperature, each sorted by log-probability."""
+    side = max(rendering.MIN_SIDE, *model.image_shape[1:])
+    hint = " in a picture, and any number in --out FILE.zip"
+    check_memory("--count", count, 4 * side**2 * len(temperatures), hint)
+    blocks = []
+    for temperature in temperatures:
+        images, log_probs = sample_images(model, count, temperature, seed, **kwargs)
+        if overflows := int((~log_probs.isfinite()).sum()):
+            log.warning(
+                "%d of %d samples at temperature %g exceed the range of float32: "
+                "use a lower temperature",
+                overflows,
+                count,
+                temperature,
+            )
+        title = _title(kwargs.get("label"), kwargs.get("method"), temperature)
+        blocks.append((title, images[log_probs.argsort(descending=True)]))
+    rendering.titled_grids(blocks, model.bits, columns=min(count, COLUMNS)).save(path)
+
+
+def sample_images(
+    model: GenerativeModel, count: int, temperature: float, seed: int, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Draw samples; the same seed gives the same latents at every temperature.
+
+    Returns:
+        images: Samples (count, channels, height, width).
+        log_probs: Their log-probabilities as far as the model knows them, (count,).
+    """
+    samples = sample_batches(model, count, temperature, seed, **kwargs)
+    batches = progress_bar(samples, "samples", -(-count // BATCH_SIZE))
+    images, log_probs = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(log_probs)
+
+
+def sample_batches(
+    model: GenerativeModel, count: int, temperature: float, seed: int, **kwargs: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw samples in batches; the order of the classes continues from batch to batch."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    is_conditional = isinstance(model, ClassConditional) and model.num_classes is not None
+    iterations: list[list[int]] = []
+    for start in range(0, count, BATCH_SIZE):
+        position = {"first": start} if is_conditional else {}
+        batch_size = min(BATCH_SIZE, count - start)
+        yield model.sample(batch_size, temperature, generator, **position, **kwargs)
+        if isinstance(model, SupportsTokenSampling) and "jacobi" in kwargs:
+            iterations.append(model.sweeps())
+    if iterations:
+        per_block = [max(counts) for counts in zip(*iterations, strict=True)]
+        log.info("Jacobi iterations per block: %s", ", ".join(map(str, per_block)))
+
+
+def _title(label: int | None, sampler: str | None, temperature: float) -> str:
+    parts = [f"temperature {temperature:g}"]
+    if sampler:
+        parts.insert(0, sampler)
+    if label is not None:
+        parts.insert(0, f"class {label}")
+    return ", ".join(parts)
 
 
 @torch.no_grad()
 def chain(
     *,
-    method: str,
-    name: str | None,
+    sampler: str,
+    run: str | None,
     count: int,
     frames: int,
-    sweeps: int,
+    steps: int,
     seed: int,
     device: str,
     out: Path | None,
 ) -> Path:
-    """Save a film of `count` chains from white noise: P(v = 1) after every `sweeps` sweeps. Raises FlowgenError."""
-    run, _, model = find_model(name, device, SupportsMCMC)
+    """Save an animation of Markov chains that start from white noise.
+
+    Args:
+        sampler: MCMC sampler.
+        run: Name of the run, or None for the most recent run of an RBM.
+        count: Number of chains.
+        frames: Number of frames after the initial one. A frame shows P(v = 1) of every chain.
+        steps: Number of steps of the sampler between two frames.
+        seed: Seed of the chains.
+        device: Name of the device, or "auto".
+        out: Output file, a GIF.
+
+    Returns:
+        The path of the file.
+    """
+    run_dir, _, model = find_model(run, device, SupportsMCMC)
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
     check_memory("--frames", frames, 3 * count * side**2)
-    states = model.iter_chains(count, method, torch.Generator(model.device).manual_seed(seed))
-    shown = islice(progress_bar(states, method, sweeps * frames), 0, sweeps * frames + 1, sweeps)
-    target = out or run.folder / f"chain_{method}.gif"
-    columns = max(1, round(count**0.5))
-    rendering.save_gif([to_uint8(frame) for frame in shown], 8, columns, target)
-    return target
+    generator = torch.Generator(model.device).manual_seed(seed)
+    num_steps = steps * frames
+    states = progress_bar(model.iter_chains(count, sampler, generator), sampler, num_steps)
+    pictures = [to_uint8(state) for state in islice(states, 0, num_steps + 1, steps)]
+    path = out or run_dir.folder / f"chain_{sampler}.gif"
+    rendering.save_gif(pictures, 8, max(1, round(count**0.5)), path)
+    return path

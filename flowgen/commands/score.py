@@ -1,4 +1,4 @@
-"""A model with what is usual among its validation images, by which other images are judged."""
+"""Likelihood and out-of-distribution scores of images: `flowgen score`."""
 
 import csv
 import logging
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flowgen.commands.runs import readable_runs
@@ -28,54 +29,109 @@ from flowgen.utils.console import Progress, progress_bar
 from flowgen.utils.errors import UserError, check_folder_of
 from flowgen.utils.metrics import BITS_PER_DIM, Metric
 
-BATCH = 50
+BATCH_SIZE = 50
+MAX_ROWS = 20  # images in the printed table
+MAX_TILES = 8  # images in each half of the picture
+COLUMNS = 4  # tiles per row
+SIGNIFICANCE_LEVELS = (0.01, 0.05, 0.1)  # at which false alarms are counted
+log = logging.getLogger("flowgen")
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A model, its configuration and data, where its pictures go, and the outliers among its images."""
+    """A model with an out-of-distribution detector that is calibrated on its validation images."""
 
     model: GenerativeModel
     config: dict[str, Any]
     data: ImageDataset
-    folder: Path
-    outliers: OODDetector
+    folder: Path  # of the run
+    detector: OODDetector
 
     @property
-    def figure(self) -> str:
-        """The name of the column that says how likely images are: bits/dim, or nats."""
-        return likelihood_of(self.model).name
+    def metric_name(self) -> str:
+        """Name of the likelihood column: bits/dim, or a log-probability in nats."""
+        return likelihood_metric(self.model).name
 
-    def figures(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """The likelihood in the model's unit, its percentile, and every score with its p-value: (batch,) each."""
-        found = ood_statistics_of(self.model, images, generator)
-        scores = self.outliers.scores(found)
-        named = {
-            self.figure: to_metric_unit(self.model, found["log_prob"]),
-            "percentile": self.outliers.percentile(found["log_prob"]),
+    def metrics(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Score a batch of images.
+
+        Returns:
+            The likelihood in the unit of the model, its percentile among the validation images,
+            and every score NAME with its p-value NAME_p, each of shape (batch,).
+        """
+        statistics = ood_statistics_of(self.model, images, generator)
+        scores = self.detector.scores(statistics)
+        metrics = {
+            self.metric_name: to_metric_unit(self.model, statistics["log_prob"]),
+            "percentile": self.detector.percentile(statistics["log_prob"]),
         }
-        for name, p in self.outliers.p_values(scores).items():
-            named |= {name: scores[name], f"{name}_p": p}
-        return named
+        for name, p_values in self.detector.p_values(scores).items():
+            metrics[name] = scores[name]
+            metrics[f"{name}_p"] = p_values
+        return metrics
 
 
-def likelihood_of(model: GenerativeModel) -> Metric:
-    """What `in_unit` is."""
-    return model.metric if model.metric == BITS_PER_DIM else model.score_metric
+class ImageScore(NamedTuple):
+    """An image (channels, height, width) with its metrics."""
+
+    name: str
+    image: Tensor
+    metrics: dict[str, float]
 
 
-def to_metric_unit(model: GenerativeModel, log_prob: Tensor) -> Tensor:
-    """A log-probability in nats as bits/dim, where the model is compared by these."""
-    return (
-        log_prob / (-math.log(2) * math.prod(model.image_shape))
-        if model.metric == BITS_PER_DIM
-        else log_prob
-    )
+class OODResult(NamedTuple):
+    """Comparison of the test images of a run (in-distribution) with other images."""
+
+    title: str
+    aurocs: dict[str, AUROC]  # by score
+    false_alarms: dict[str, list[float]]  # rates by score, one per significance level
+    effective_count: float  # of images: sets the error of the rates, see `compare_ood`
 
 
-def load_scorer(name: str | None, count: int, seed: int, device: str) -> Scorer:
-    """The run's model, with `count` of its validation images judged beforehand. Raises FlowgenError."""
-    return make_scorer(*find_model(name, device, GenerativeModel), count, seed)
+def score(
+    *,
+    paths: list[Path],
+    run: str | None,
+    ood: list[str],
+    score: str | None,
+    count: int,
+    table: Path | None,
+    seed: int,
+    device: str,
+    out: Path | None,
+) -> Iterator[str]:
+    """Score images, or compare the scores of two data sets, and yield the lines of the report.
+
+    The most anomalous and the most typical images are saved in a picture.
+
+    Args:
+        paths: Image files, folders and zip archives.
+        run: Name of the run, or None for the most recent one.
+        ood: Overrides that describe another data set, or the name of a run on it; empty for no
+            comparison.
+        score: Score that sorts the images, or None for the default.
+        count: Number of validation images for the calibration, and of test images for the
+            comparison.
+        table: CSV file for all metrics of all images, or None.
+        seed: Seed of the dequantization noise.
+        device: Name of the device, or "auto".
+        out: Picture file, or None for score.png in the folder of the run.
+    """
+    if table is not None:
+        check_folder_of(table)
+    scorer = load_scorer(run, count, seed, device)
+    if score is not None and score not in scorer.detector.names:
+        names = ", ".join(scorer.detector.names)
+        raise UserError(f"--score {score} needs a flow: for this model, choose one of {names}")
+    if paths:
+        yield from _score_images(scorer, paths, score or DEFAULT_SCORE, table, seed, out)
+    if ood:
+        yield from ood_comparison(scorer, ood, count, seed, device)
+
+
+def load_scorer(run: str | None, count: int, seed: int, device: str) -> Scorer:
+    """Load the model of a run and calibrate its scores on `count` validation images."""
+    return make_scorer(*find_model(run, device, GenerativeModel), count, seed)
 
 
 def make_scorer(
@@ -86,30 +142,29 @@ def make_scorer(
     seed: int,
     progress: Progress = progress_bar,
 ) -> Scorer:
-    """The same of what `find_model` gives; `progress` is handed the validation images, a batch at a time."""
+    """Calibrate the scores of a model on `count` validation images, or use the cached statistics.
+
+    Args:
+        run: The run of the model.
+        checkpoint: Its checkpoint.
+        model: The model of the checkpoint.
+        count: Maximum number of validation images.
+        seed: Seed of the dequantization noise.
+        progress: Progress bar for the batches of validation images.
+    """
     config = checkpoint["config"]
     data = build_data(config)
     data.to(model.device)
 
-    def judged() -> dict[str, Tensor]:
-        held_out = min(count, len(data.validation))
-        return ood_statistics_of_all(
-            model, data.batches("validation", BATCH, held_out), held_out, seed, progress
-        )
+    def compute_statistics() -> dict[str, Tensor]:
+        num_images = min(count, len(data.validation))
+        batches = data.batches("validation", BATCH_SIZE, num_images)
+        return ood_statistics_of_all(model, batches, num_images, seed, progress)
 
-    settings = (
-        sorted(config["data"].items(), key=str),
-        checkpoint["metrics"].get("log_z"),
-        count,
-        seed,
-    )
-    return Scorer(
-        model,
-        config,
-        data,
-        run.folder,
-        OODDetector(cached_artifact(run, checkpoint, "validation", settings, judged)),
-    )
+    log_z = checkpoint["metrics"].get("log_z")
+    settings = (sorted(config["data"].items(), key=str), log_z, count, seed)
+    statistics = cached_artifact(run, checkpoint, "validation", settings, compute_statistics)
+    return Scorer(model, config, data, run.folder, OODDetector(statistics))
 
 
 def ood_statistics_of_all(
@@ -119,262 +174,250 @@ def ood_statistics_of_all(
     seed: int,
     progress: Progress = progress_bar,
 ) -> dict[str, Tensor]:
-    """See `statistics_of`, of `count` images in batches: (count,) each."""
+    """Return the statistics of `ood_statistics_of` for all of `count` images, (count,) each."""
     generator = torch.Generator(model.device).manual_seed(seed)
-    found = [
-        ood_statistics_of(model, images, generator)
-        for images in progress(batches, "held-out images", -(-count // BATCH))
-    ]
-    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+    batches = progress(batches, "held-out images", -(-count // BATCH_SIZE))
+    statistics = [ood_statistics_of(model, images, generator) for images in batches]
+    return {name: torch.cat([batch[name] for batch in statistics]) for name in statistics[0]}
 
 
 @torch.no_grad()
 def ood_statistics_of(
     model: GenerativeModel, images: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """What the model says of images and how complex they are, (batch,) each, on the CPU; in float32, as `flowgen evaluate`."""
-    found = model.statistics(images.to(model.device), generator)
-    return {name: values.cpu() for name, values in found.items()} | {
-        "complexity": png_complexity(images.cpu())
-    }
+    """Return the statistics that the detector needs, (batch,) each, on the CPU.
 
-
-RATES = (0.01, 0.05, 0.1)  # of false alarms
-log = logging.getLogger("flowgen")
-
-
-class OODResult(NamedTuple):
-    """From the test images of a run to others: AUROC by score, and the false alarms by score at each of `RATES`.
-
-    The error of the latter is that of `images`, the harmonic sum of the test images and of those that calibrate.
+    These are the statistics of the model, in float32 as in `flowgen evaluate`, and the complexity
+    of the images.
     """
-
-    title: str
-    found: dict[str, AUROC]
-    alarms: dict[str, list[float]]
-    images: float
+    statistics = model.statistics(images.to(model.device), generator)
+    on_cpu = {name: values.cpu() for name, values in statistics.items()}
+    return on_cpu | {"complexity": png_complexity(images.cpu())}
 
 
-def compare(judge: Scorer, words: list[str], count: int, seed: int, device: str) -> Iterator[str]:
-    """AUROC of every score, `count` test images of the run against as many of other data, and back; and the p-values' false alarms.
-
-    `words` are a data set as for training, or the run of a model of it. Without a run the way back is that of the newest model of those
-    images. Raises FlowgenError for a data set or a run that there is not.
-    """
-    if any(word.startswith("data=") for word in words):
-        section = data_section(words)
-        name = _model_of(section, judge.model.metric)
-    else:
-        if len(words) > 1:
-            raise UserError(
-                "--against names several runs: name one, or compare one after the other"
-            )
-        name = words[0]
-        section = find_checkpoint(name)[1]["config"]["data"]
-    ways = [(judge, section, images_for(judge, section))]
-    if name is None:
-        log.warning(
-            "the way back needs a model of %s: train one, or name its run by --against RUN",
-            _title(section),
-        )
-    else:
-        back = load_scorer(name, count, seed, device)
-        ways.append((back, judge.config["data"], images_for(back, judge.config["data"])))
-    yield from _ood_table([compare_ood(*way, count, seed) for way in ways])
+def likelihood_metric(model: GenerativeModel) -> Metric:
+    """Return the metric of the values of `to_metric_unit`."""
+    return model.metric if model.metric == BITS_PER_DIM else model.score_metric
 
 
-def images_for(judge: Scorer, section: dict[str, Any]) -> ImageDataset:
-    """The images of another data section, made into those that the run's model takes. Raises FlowgenError where these do not fit."""
-    other = build_data(
-        {
-            "data": match_model(
-                section, judge.config["data"], judge.model.image_shape, judge.model.bits
-            )
-        }
-    )
-    if (other.image_shape, other.bits) != (judge.model.image_shape, judge.model.bits):
-        raise UserError(
-            f"images of {other.image_shape} do not fit a model of {judge.model.image_shape}: compare data of the same shape"
-        )
-    return other
+def to_metric_unit(model: GenerativeModel, log_prob: Tensor) -> Tensor:
+    """Convert log-probabilities in nats to bits/dim if the model is compared in bits/dim."""
+    if model.metric != BITS_PER_DIM:
+        return log_prob
+    return log_prob / (-math.log(2) * math.prod(model.image_shape))
 
 
-def compare_ood(
-    judge: Scorer, section: dict[str, Any], other: ImageDataset, count: int, seed: int
-) -> OODResult:
-    """From the run's test images to the `other` ones of a data section, at most `count` of each."""
-    other.to(judge.model.device)
-    sides = []
-    for data in (judge.data, other):
-        batches = data.batches("test", BATCH, count)
-        sides.append(
-            judge.outliers.scores(
-                ood_statistics_of_all(judge.model, batches, min(count, len(data.test)), seed)
-            )
-        )
-    own, others = sides
-    p_values = judge.outliers.p_values(own)
-    alarms = {
-        name: [(p <= rate).double().mean().item() for rate in RATES] for name, p in p_values.items()
-    }
-    title = f"{_title(judge.config['data'])} -> {_title(section)}"
-    independent = 1 / (1 / len(own["likelihood"]) + 1 / len(judge.outliers.calibration["log_prob"]))
-    return OODResult(
-        title, {name: auroc(own[name], others[name]) for name in own}, alarms, independent
-    )
-
-
-def _ood_table(ways: list[OODResult]) -> Iterator[str]:
-    width = max(len(way.title) for way in ways)
-    yield f"{'AUROC':18} " + "  ".join(f"{way.title:>{width}}" for way in ways)
-    for name in dict.fromkeys(name for way in ways for name in way.found):
-        yield f"{name:18} " + "  ".join(f"{way.found.get(name, '')!s:>{width}}" for way in ways)
-    for way in ways:
-        yield f"\n{'false alarms, %':18} " + "  ".join(
-            f"at {100 * rate:2.0f} ± {100 * math.sqrt(rate * (1 - rate) / way.images):.1f}"
-            for rate in RATES
-        )
-        for name, rates in way.alarms.items():
-            yield f"{name:18} " + "  ".join(f"{100 * rate:11.1f}" for rate in rates)
-
-
-def _model_of(section: dict[str, Any], metric: Metric) -> str | None:
-    """The newest run, else the model of the zoo, that was trained on these images and is compared by this metric."""
-    configs = [
-        (str(run.folder), read_config(run.config)) for run in readable_runs() if run.checkpoints()
-    ]
-    configs += [(name, read_portable_metadata(zoo_file(name))["config"]) for name in zoo()]
-    of_it = [(name, config) for name, config in configs if same_dataset(config["data"], section)]
-    return next(
-        (
-            name
-            for name, config in of_it
-            if getattr(resolve_target("model", config["model"]), "metric", None) == metric
-        ),
-        None,
-    )
-
-
-def _title(section: dict[str, Any]) -> str:
-    return str(
-        section.get("name")
-        or (section.get("search_dirs") or [section.get("root") or "mnist_sample"])[0]
-    )
-
-
-SHOWN, PICTURED, COLUMNS = 20, 8, 4
-
-
-class ImageScore(NamedTuple):
-    """An image, its figures by name, and how far its likelihood lies from the usual one."""
-
-    name: str
-    images: Tensor
-    figures: dict[str, float]
-
-
-def score(
-    *,
-    paths: list[Path],
-    name: str | None,
-    against: list[str],
-    by: str | None,
-    count: int,
-    table: Path | None,
-    seed: int,
-    device: str,
-    out: Path | None,
+def _score_images(
+    scorer: Scorer, paths: list[Path], score: str, table: Path | None, seed: int, out: Path | None
 ) -> Iterator[str]:
-    """Lines that say how strange images are to a model, and, with `against`, how well that tells other data from the run's own.
-
-    The strangest and the most typical go into a picture, all into `table`, a CSV file. Raises FlowgenError.
-    """
-    if table is not None:
-        check_folder_of(table)
-    judge = load_scorer(name, count, seed, device)
-    if by is not None and by not in judge.outliers.names:
-        raise UserError(
-            f"--by {by} needs a flow, which this model is none: choose one of {', '.join(judge.outliers.names)}"
-        )
-    if paths:
-        yield from _images(judge, paths, by or DEFAULT_SCORE, table, seed, out)
-    if against:
-        yield from compare(judge, against, count, seed, device)
-
-
-def _images(
-    judge: Scorer, paths: list[Path], by: str, table: Path | None, seed: int, out: Path | None
-) -> Iterator[str]:
-    channels, size, _ = judge.model.image_shape
-    check_color_channels(channels)
-    how = {key: judge.config["data"].get(key) for key in ("crop", "binarization")}
-    stream = ImageStream(
-        paths, size=size, channels=channels, bits=judge.model.bits, seed=seed, **how
-    )
-    strangest: list[ImageScore] = []
-    typical: list[ImageScore] = []
-    seen = 0
-    with _table(table) as write:
-        for scored in _scored(judge, stream, seed):
-            write(scored)
-            seen += len(scored)
-            strangest = sorted(strangest + scored, key=lambda image: -image.figures[by])[:SHOWN]
-            typical = sorted(typical + scored, key=lambda image: image.figures["typicality"])[
-                :PICTURED
-            ]
-    if not seen:
-        raise UserError("none of the images could be read: name others")
-    unit = judge.figure
-    yield f"{unit.replace('_', ' '):>14} {'percentile':>11} {'p-value':>8}  image, the strangest by {by} first"
-    for image in strangest:
-        figures = image.figures
-        yield f"{figures[unit]:14.3f} {figures['percentile']:11.1f} {figures[f'{by}_p']:8.4f}  {image.name}"
-    if seen > SHOWN:
-        yield f"... and {seen - SHOWN} more" + ("" if table else ": --csv FILE writes them all")
-    target = out or judge.folder / "score.png"
-    titled = [(f"the strangest by {by}", strangest[:PICTURED]), ("the most typical", typical)]
-    rendering.stack_titled([(title, _tiles(judge, images, by)) for title, images in titled]).save(
-        target
-    )
-    yield from [str(path) for path in (target, table) if path]
-
-
-def _scored(judge: Scorer, stream: ImageStream, seed: int) -> Iterator[list[ImageScore]]:
-    generator = torch.Generator(judge.model.device).manual_seed(seed)
-    for names, images in progress_bar(stream.batches(BATCH), "images", -(-len(stream) // BATCH)):
-        figures = judge.figures(images, generator)
-        rows = [
-            {key: values[place].item() for key, values in figures.items()}
-            for place in range(len(names))
-        ]
-        yield [ImageScore(*each) for each in zip(names, images, rows, strict=True)]
-
-
-def _tiles(judge: Scorer, images: list[ImageScore], by: str) -> Any:
-    titles = [
-        f"{Path(image.name).name[-16:]}\n{image.figures[judge.figure]:.3f}, p {image.figures[f'{by}_p']:.3f}"
-        for image in images
+    most_anomalous: list[ImageScore] = []
+    most_typical: list[ImageScore] = []
+    count = 0
+    with _csv_writer(table) as write:
+        for batch in _score_batches(scorer, paths, seed):
+            write(batch)
+            count += len(batch)
+            most_anomalous = sorted(most_anomalous + batch, key=lambda item: -item.metrics[score])
+            most_anomalous = most_anomalous[:MAX_ROWS]
+            most_typical = sorted(
+                most_typical + batch, key=lambda item: item.metrics["typicality"]
+            )[:MAX_TILES]
+    if not count:
+        raise UserError("no image could be read: choose other images")
+    yield from _format_table(scorer.metric_name, score, most_anomalous)
+    if count > MAX_ROWS:
+        hint = "" if table else ": --csv FILE writes them all"
+        yield f"... and {count - MAX_ROWS} more{hint}"
+    picture = out or scorer.folder / "score.png"
+    blocks = [
+        (f"most anomalous by {score}", _tiles(scorer, most_anomalous[:MAX_TILES], score)),
+        ("most typical", _tiles(scorer, most_typical, score)),
     ]
-    return rendering.titled_tiles(
-        torch.stack([image.images for image in images]), judge.model.bits, titles, COLUMNS
-    )
+    rendering.stack_titled(blocks).save(picture)
+    yield str(picture)
+    if table:
+        yield str(table)
 
 
 @contextmanager
-def _table(path: Path | None) -> Iterator[Callable[[list[ImageScore]], None]]:
-    """What writes a line for each image into a CSV file, as the scores come; nothing where no file is wanted."""
+def _csv_writer(path: Path | None) -> Iterator[Callable[[list[ImageScore]], None]]:
+    """Yield a function that appends scores to a CSV file; it does nothing without a path."""
     if path is None:
-        yield lambda scored: None
+        yield lambda batch: None
         return
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
 
-        def write(scored: list[ImageScore]) -> None:
+        def write(batch: list[ImageScore]) -> None:
             if file.tell() == 0:
-                writer.writerow(["image", *scored[0].figures])
-            writer.writerows(
-                [image.name, *(f"{value:.6g}" for value in image.figures.values())]
-                for image in scored
-            )
+                writer.writerow(["image", *batch[0].metrics])
+            for item in batch:
+                writer.writerow([item.name, *(f"{value:.6g}" for value in item.metrics.values())])
 
         yield write
+
+
+def _score_batches(scorer: Scorer, paths: list[Path], seed: int) -> Iterator[list[ImageScore]]:
+    channels, size, _ = scorer.model.image_shape
+    check_color_channels(channels)
+    stream = ImageStream(
+        paths,
+        size=size,
+        channels=channels,
+        bits=scorer.model.bits,
+        seed=seed,
+        crop=scorer.config["data"].get("crop"),
+        binarization=scorer.config["data"].get("binarization"),
+    )
+    generator = torch.Generator(scorer.model.device).manual_seed(seed)
+    batches = progress_bar(stream.batches(BATCH_SIZE), "images", -(-len(stream) // BATCH_SIZE))
+    for names, images in batches:
+        metrics = scorer.metrics(images, generator)
+        yield [
+            ImageScore(
+                name, images[index], {key: values[index].item() for key, values in metrics.items()}
+            )
+            for index, name in enumerate(names)
+        ]
+
+
+def _format_table(metric_name: str, score: str, items: list[ImageScore]) -> Iterator[str]:
+    heading = metric_name.replace("_", " ")
+    yield f"{heading:>14} {'percentile':>11} {'p-value':>8}  image, most anomalous by {score} first"
+    for item in items:
+        likelihood = item.metrics[metric_name]
+        percentile = item.metrics["percentile"]
+        p_value = item.metrics[f"{score}_p"]
+        yield f"{likelihood:14.3f} {percentile:11.1f} {p_value:8.4f}  {item.name}"
+
+
+def _tiles(scorer: Scorer, items: list[ImageScore], score: str) -> Image.Image:
+    titles = []
+    for item in items:
+        likelihood = item.metrics[scorer.metric_name]
+        p_value = item.metrics[f"{score}_p"]
+        titles.append(f"{Path(item.name).name[-16:]}\n{likelihood:.3f}, p {p_value:.3f}")
+    images = torch.stack([item.image for item in items])
+    return rendering.titled_tiles(images, scorer.model.bits, titles, COLUMNS)
+
+
+def ood_comparison(
+    scorer: Scorer, ood: list[str], count: int, seed: int, device: str
+) -> Iterator[str]:
+    """Yield a table of AUROCs and false alarm rates between the run's data and other data.
+
+    The comparison is made with the model of the run and, if there is one, in the other direction
+    with a model of the other data.
+
+    Args:
+        scorer: The scorer of the run.
+        ood: Overrides such as data=NAME and data.root=FOLDER, which select the most recent run on
+            these data for the other direction, or the name of a run.
+        count: Maximum number of test images of each data set.
+        seed: Seed of the dequantization noise.
+        device: Name of the device, or "auto".
+    """
+    if any(override.startswith("data=") for override in ood):
+        section = data_section(ood)
+        other_run = _find_run_on(section, scorer.model.metric)
+    else:
+        if len(ood) > 1:
+            raise UserError("--ood names several runs: compare with one run at a time")
+        other_run = ood[0]
+        section = find_checkpoint(other_run)[1]["config"]["data"]
+    directions = [(scorer, section, images_for(scorer, section))]
+    if other_run is None:
+        log.warning(
+            "the reverse comparison needs a model of %s: train one, or pass its run with --ood RUN",
+            _dataset_title(section),
+        )
+    else:
+        own_section = scorer.config["data"]
+        other_scorer = load_scorer(other_run, count, seed, device)
+        directions.append((other_scorer, own_section, images_for(other_scorer, own_section)))
+    yield from _format_ood_table([compare_ood(*each, count, seed) for each in directions])
+
+
+def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
+    """Return the most recent run, or else the zoo model, on these data with this metric."""
+    configs = [
+        (str(run.folder), read_config(run.config)) for run in readable_runs() if run.checkpoints()
+    ]
+    configs += [(name, read_portable_metadata(zoo_file(name))["config"]) for name in zoo()]
+    for name, config in configs:
+        if same_dataset(config["data"], section):
+            model_class = resolve_target("model", config["model"])
+            if getattr(model_class, "metric", None) == metric:
+                return name
+    return None
+
+
+def images_for(scorer: Scorer, section: dict[str, Any]) -> ImageDataset:
+    """Build another data set with images of the shape and bits that the scorer's model takes."""
+    model = scorer.model
+    matched = match_model(section, scorer.config["data"], model.image_shape, model.bits)
+    data = build_data({"data": matched})
+    if (data.image_shape, data.bits) != (model.image_shape, model.bits):
+        raise UserError(
+            f"images of shape {data.image_shape} do not fit a model of {model.image_shape}: "
+            "compare data of the same shape"
+        )
+    return data
+
+
+def compare_ood(
+    scorer: Scorer, section: dict[str, Any], other: ImageDataset, count: int, seed: int
+) -> OODResult:
+    """Compare the run's test images with those of another data set, at most `count` of each.
+
+    A false alarm rate has two sources of error: the test images and the images that calibrate the
+    p-values. Its standard error is sqrt(rate (1 - rate) / n) with 1/n = 1/n_test + 1/n_calibration.
+    """
+    model = scorer.model
+    detector = scorer.detector
+    other.to(model.device)
+
+    def test_scores(data: ImageDataset) -> dict[str, Tensor]:
+        batches = data.batches("test", BATCH_SIZE, count)
+        num_images = min(count, len(data.test))
+        return detector.scores(ood_statistics_of_all(model, batches, num_images, seed))
+
+    inliers = test_scores(scorer.data)
+    outliers = test_scores(other)
+    false_alarms = {
+        name: [(p_values <= level).double().mean().item() for level in SIGNIFICANCE_LEVELS]
+        for name, p_values in detector.p_values(inliers).items()
+    }
+    num_test = len(inliers["likelihood"])
+    num_calibration = len(detector.calibration["log_prob"])
+    return OODResult(
+        title=f"{_dataset_title(scorer.config['data'])} -> {_dataset_title(section)}",
+        aurocs={name: auroc(inliers[name], outliers[name]) for name in inliers},
+        false_alarms=false_alarms,
+        effective_count=1 / (1 / num_test + 1 / num_calibration),
+    )
+
+
+def _format_ood_table(results: list[OODResult]) -> Iterator[str]:
+    width = max(len(result.title) for result in results)
+    titles = "  ".join(f"{result.title:>{width}}" for result in results)
+    yield f"{'AUROC':18} {titles}"
+    for name in dict.fromkeys(name for result in results for name in result.aurocs):
+        cells = [str(result.aurocs.get(name, "")) for result in results]
+        yield f"{name:18} " + "  ".join(f"{cell:>{width}}" for cell in cells)
+    for result in results:
+        levels = []
+        for level in SIGNIFICANCE_LEVELS:
+            error = math.sqrt(level * (1 - level) / result.effective_count)
+            levels.append(f"at {100 * level:2.0f} ± {100 * error:.1f}")
+        yield f"\n{'false alarms, %':18} {'  '.join(levels)}"
+        for name, rates in result.false_alarms.items():
+            yield f"{name:18} " + "  ".join(f"{100 * rate:11.1f}" for rate in rates)
+
+
+def _dataset_title(section: dict[str, Any]) -> str:
+    if section.get("name"):
+        return str(section["name"])
+    if section.get("search_dirs"):
+        return str(section["search_dirs"][0])
+    return str(section.get("root") or "mnist_sample")

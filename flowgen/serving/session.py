@@ -19,10 +19,10 @@ from torch import Tensor
 from flowgen.commands.complete import check_mask, inpaint_image, to_uint8
 from flowgen.commands.edit import load_directions
 from flowgen.commands.interpolate import interpolate_images
-from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample_images
 from flowgen.commands.score import (
     Scorer,
-    likelihood_of,
+    likelihood_metric,
     make_scorer,
     ood_statistics_of,
     to_metric_unit,
@@ -172,7 +172,7 @@ class ModelSession:
 
     @property
     def unit(self) -> str:
-        metric = likelihood_of(self.model)
+        metric = likelihood_metric(self.model)
         return (
             metric.unit
             if metric == BITS_PER_DIM
@@ -225,7 +225,7 @@ class ModelSession:
             if value is not None
         }
         with self.turns.take("drawing samples"):
-            images, scores = draw(self.model, count, temperature, seed, **how)
+            images, scores = sample_images(self.model, count, temperature, seed, **how)
         return images[scores.argsort(descending=True)].cpu()
 
     def figures(self, images: Tensor) -> tuple[float, float | None, float | None]:
@@ -237,7 +237,7 @@ class ModelSession:
         value = to_metric_unit(self.model, found["log_prob"]).item()
         if self.judge is None:
             return value, None, None
-        outliers = self.judge.outliers
+        outliers = self.judge.detector
         return (
             value,
             outliers.percentile(found["log_prob"]).item(),

@@ -193,6 +193,8 @@ def _is_sound(state: dict[str, Any]) -> bool:
     config, metrics = state["config"], state["progress"]
     return (
         all(isinstance(config.get(section), dict) for section in ("model", "data", "trainer"))
+        and isinstance(config.get("evaluation", {}), dict)
+        and all(isinstance(config[key].get("_target_", ""), str) for key in ("model", "data"))
         and is_count(config.get("seed"))
         and is_number(config["trainer"]["sample_temperature"])
         and is_count(state["step"])

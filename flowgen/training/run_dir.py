@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flowgen.training.checkpoint import (
     is_row,
     read_checkpoint,
@@ -218,6 +216,8 @@ def cached_artifact(
 
     Those of this `kind` that were found of other weights make room for it.
     """
+    import torch  # here, because listing runs must not wait for it
+
     weights, how = (
         weights_hash(checkpoint),
         hashlib.blake2s(repr(settings).encode(), digest_size=4).hexdigest(),
