@@ -91,9 +91,9 @@ def decode_png(file: bytes, size: int, channels: int) -> Tensor:
     raise UserError("An image does not have the size of the model's images. Open it again.")
 
 
-def _image_size(file: bytes, formats: tuple[str, ...]) -> tuple[int, int]:
+def _image_size(file: bytes, allowed_formats: tuple[str, ...]) -> tuple[int, int]:
     """Return the width and height in the file's header."""
-    with Image.open(io.BytesIO(file), formats=formats) as image:
+    with Image.open(io.BytesIO(file), formats=allowed_formats) as image:
         return image.size
 
 
@@ -175,7 +175,7 @@ def _raise_if_canceled(canceled: threading.Event) -> None:
 class Score(NamedTuple):
     """The likelihood of one image, and its rank among the validation images.
 
-    The rank is None until `ModelSession.score_validation_images` is done.
+    The rank is missing until `ModelSession.score_validation_images` is done.
     """
 
     value: float  # in `ModelSession.unit`
@@ -232,7 +232,7 @@ class ModelSession:
     def command_line(self, command: str, *args: str, **options: object) -> str:
         """Return the `flowgen` command that makes the same images.
 
-        Options that are None or False are omitted. Options that are True have no value.
+        Options with the value None or False are omitted. True stands for an option without value.
         """
         argv = ["flowgen", command, *args, "--run", self.name]
         for key, value in options.items():

@@ -293,7 +293,7 @@ def bot(
 
     # Start the thread only after Telegram has accepted the token: if the process ends while
     # torch computes in another thread, the interpreter aborts.
-    async def score_in_background(_: Application) -> None:  # type: ignore[type-arg]
+    async def score_in_background(_: Application) -> None:
         threading.Thread(target=session.score_validation_images, daemon=True).start()
 
     builder = ApplicationBuilder().token(token).concurrent_updates(MAX_CONCURRENT_UPDATES)

@@ -5,7 +5,6 @@ images has the command line that makes the same images.
 """
 
 import base64
-import binascii
 import math
 from collections.abc import Callable
 from typing import Any
@@ -239,8 +238,8 @@ def _boolean(payload: Payload, name: str) -> bool:
 
 def _file(payload: Payload, name: str) -> bytes:
     """Decode a data URL of any media type."""
-    value = payload.get(name)
     try:
-        return base64.b64decode(value.rpartition("base64,")[2], validate=True)  # type: ignore[union-attr]
-    except (AttributeError, binascii.Error, ValueError) as error:
+        url: str = payload[name]
+        return base64.b64decode(url.rpartition("base64,")[2], validate=True)
+    except (AttributeError, KeyError, ValueError) as error:
         raise UserError(f"{name} must be an image as a data URL.") from error
