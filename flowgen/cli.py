@@ -475,7 +475,7 @@ def _readable(value: float) -> str:
 
 
 @click.command()
-@click.argument("run", metavar="[RUN]", required=False, shell_complete=complete_run)
+@click.argument("name", metavar="[RUN]", required=False, shell_complete=complete_run)
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -485,15 +485,15 @@ def _readable(value: float) -> str:
     help="0 is any that is free.",
 )
 @device_option
-def explore(run: str | None, port: int, device: str) -> None:
+def explore(name: str | None, port: int, device: str) -> None:
     """Play with a model on a page at 127.0.0.1: sample, mix, walk, complete, score."""
     command("app", computes=True, room="serving.web").explore(
-        run=run, port=port, device=device, echo=click.echo
+        name=name, port=port, device=device, say=click.echo
     )
 
 
 @click.command()
-@click.argument("run", metavar="[RUN]", required=False, shell_complete=complete_run)
+@click.argument("name", metavar="[RUN]", required=False, shell_complete=complete_run)
 @click.option(
     "--token-file",
     type=PATH,
@@ -501,22 +501,22 @@ def explore(run: str | None, port: int, device: str) -> None:
     help="Holds the bot's token, mode 600; by default FLOWGEN_BOT_TOKEN does.",
 )
 @click.option(
-    "--allow-chat",
-    "allowed_chats",
+    "--allow",
+    "allowed",
     type=int,
     multiple=True,
     metavar="CHAT",
     help="Talk to this chat alone; may be repeated.",
 )
 @click.option(
-    "--api-url", metavar="URL", help="A server of the Bot API of your own; by default Telegram's."
+    "--api", metavar="URL", help="A server of the Bot API of your own; by default Telegram's."
 )
 @device_option
 def bot(**options: Any) -> None:
     """Chat with a model on Telegram: /generate, /walk with two photos, /score with one."""
     if not find_spec("telegram"):
         raise UserError("the bot needs python-telegram-bot: pip install 'flowgen[bot]'")
-    command("telegram", computes=True, room="serving").bot(echo=click.echo, **options)
+    command("telegram", computes=True, room="serving").bot(say=click.echo, **options)
 
 
 COMMANDS = (
