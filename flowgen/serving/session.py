@@ -361,7 +361,7 @@ class ModelSession:
         with self.lock.acquire("starting chains"):
             chain_id = f"{time.monotonic_ns():x}"
             generator = torch.Generator(model.device).manual_seed(seed)
-            self.chains[chain_id] = model.film(count, sampler, generator)
+            self.chains[chain_id] = model.iter_chains(count, sampler, generator)
             while len(self.chains) > MAX_CHAINS:
                 del self.chains[next(iter(self.chains))]
         return chain_id
