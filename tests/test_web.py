@@ -94,7 +94,7 @@ def two_samples(page: Page, **options: object) -> list[str]:
 
 
 def mask(known: torch.Tensor) -> str:
-    return encode(rendering.png(known[None].to(torch.uint8), 1))
+    return encode(rendering.encode_png(known[None].to(torch.uint8), 1))
 
 
 HALF = torch.ones(8, 8, dtype=torch.bool)
@@ -151,7 +151,7 @@ def test_sample_command_line_draws_the_same_images(page, command, tmp_path, labe
     assert len(result["images"]) == 5
     picture = run_command_line(result["command"], command, tmp_path)
     title = "temperature 0.6" if label is None else "class 1, temperature 0.6"
-    expected = rendering.blocks([(title, to_images(result["images"]))], 8, columns=5)
+    expected = rendering.titled_grids([(title, to_images(result["images"]))], 8, columns=5)
     assert picture.tobytes() == expected.tobytes()
 
 
@@ -176,7 +176,7 @@ def test_interpolate_command_line_makes_the_same_images(page, command, tmp_path)
         ("great circle in the latents", to_images(result["latent"])),
         ("line in the pixels", to_images(result["pixels"])),
     ]
-    assert picture.tobytes() == rendering.blocks(rows, 8, columns=5).tobytes()
+    assert picture.tobytes() == rendering.titled_grids(rows, 8, columns=5).tobytes()
 
 
 def test_edit_command_line_makes_the_same_image(page, command, tmp_path):
@@ -186,7 +186,7 @@ def test_edit_command_line_makes_the_same_image(page, command, tmp_path):
     save(image, Path("a.png"))
     picture = run_command_line(result["command"], command, tmp_path)
     title = "the image, and 1 by 1, 0 by -0.5"
-    expected = rendering.blocks([(title, to_images([image, result["image"]]))], 8, columns=2)
+    expected = rendering.titled_grids([(title, to_images([image, result["image"]]))], 8, columns=2)
     assert picture.tobytes() == expected.tobytes()
 
 
@@ -240,7 +240,7 @@ def test_complete_command_line_makes_the_same_images(page, command, tmp_path):
     save(mask(HALF), Path("mask.png"))
     picture = run_command_line(result["command"], command, tmp_path)
     urls = [result["mean"], result["spread"], *result["draws"][:5]]
-    expected = rendering.to_image(to_images(urls), 8, columns=7)
+    expected = rendering.image_grid(to_images(urls), 8, columns=7)
     # The command also shows the image and its known pixels, left of these seven images.
     box = (expected.width - 406, 4, expected.width - 2, 56)
     same_box = (picture.width - 406, picture.height - 56, picture.width - 2, picture.height - 4)
@@ -395,7 +395,7 @@ def test_invalid_requests_get_one_line(page, rbm_page):
     everything = mask(torch.ones(8, 8))
     nothing = mask(torch.zeros(8, 8))
     inpainting = {"image": first, "sampler": "langevin", "steps": 5, "seed": 0}
-    wrong_size = encode(rendering.png(torch.zeros(3, 7, 8, dtype=torch.uint8), 5))
+    wrong_size = encode(rendering.encode_png(torch.zeros(3, 7, 8, dtype=torch.uint8), 5))
     assert "as a data URL" in page.error("score")
     assert "as a data URL" in page.error("score", image=5)
     assert "as a data URL" in page.error("score", image="data:image/png;base64,%%%")
@@ -454,7 +454,7 @@ def test_hostile_images_get_one_line_and_write_no_file(page, elsewhere):
             assert "fault" not in error
             assert "bug" not in error
     for side, expected in ((8000, "million pixels"), (30_000, "is not an image")):
-        bomb = rendering.file_of(Image.new("1", (side, side)))
+        bomb = rendering.to_png(Image.new("1", (side, side)))
         assert len(bomb) < 200_000
         assert expected in page.error("upload", image=encode(bomb))
     assert sorted(Path().rglob("*")) == before
@@ -525,7 +525,7 @@ def test_many_requests_at_once_get_their_own_responses(glow):
     expected = {}
     for seed in range(50):
         image = sample_images(glow.model, 1, 0.7, seed)[0][0]
-        expected[seed] = encode(rendering.png(image, 5))
+        expected[seed] = encode(rendering.encode_png(image, 5))
     assert len(set(expected.values())) > 45
     with open_server(glow, 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -381,7 +381,7 @@ class ModelSession:
         features = self.model.filters()
         if features is None:
             raise UserError("This model has no filters. Use the run of an RBM.")
-        return rendering.signed(features, columns=10, most=100)
+        return rendering.weight_grid(features, columns=10, max_tiles=100)
 
     def score_validation_images(self, count: int = NUM_VALIDATION_IMAGES) -> None:
         """Score validation images so that `score` can return percentiles.

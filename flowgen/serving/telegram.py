@@ -211,9 +211,9 @@ class Chat:
             self.session.sample, count=1, temperature=temperature, seed=seed
         )
         score = await asyncio.to_thread(self._describe_score, image)
-        picture = rendering.to_image(image, self.session.model.bits, 1, SAMPLE_SIDE)
+        picture = rendering.image_grid(image, self.session.model.bits, 1, SAMPLE_SIDE)
         await message.reply_photo(
-            rendering.file_of(picture),
+            rendering.to_png(picture),
             caption=f"Temperature {temperature:g}, seed {seed}. {score}",
         )
 
@@ -230,8 +230,8 @@ class Chat:
             self.session.interpolate, images[0], images[1], INTERPOLATION_STEPS, False
         )
         rows = [("through the latents", latent), ("through the pixels", pixels)]
-        picture = rendering.blocks(rows, self.session.model.bits, INTERPOLATION_STEPS)
-        await message.reply_photo(rendering.file_of(picture))
+        picture = rendering.titled_grids(rows, self.session.model.bits, INTERPOLATION_STEPS)
+        await message.reply_photo(rendering.to_png(picture))
 
     def _describe_score(self, image: Tensor) -> str:
         score = self.session.score(image)

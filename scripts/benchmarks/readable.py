@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import flowgen
-from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample_images
 from flowgen.data.mnist import MNIST
 from flowgen.evaluation.sample_quality import Classifier, train_classifier
 
@@ -47,7 +47,7 @@ def main() -> None:
     for run in options.runs:
         model = flowgen.load(run)
         for temperature in options.temperature:
-            images, _ = draw(model, options.count, temperature, seed=0)
+            images, _ = sample_images(model, options.count, temperature, seed=0)
             images = images.cpu() * 255 if model.bits == 1 else images.cpu()
             right = ""
             if model.num_classes:

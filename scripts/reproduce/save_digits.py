@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flowgen.data.mnist import MNISTSample
-from flowgen.utils.rendering import picture_of
+from flowgen.utils.rendering import to_pil
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     data = MNISTSample(bits=8, random_flip=False)
     options.folder.mkdir(parents=True, exist_ok=True)
     for number in options.numbers:
-        picture_of(data.test.images[number]).save(options.folder / f"digit_{number // 50}.png")
+        to_pil(data.test.images[number]).save(options.folder / f"digit_{number // 50}.png")
 
 
 if __name__ == "__main__":

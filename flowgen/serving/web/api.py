@@ -14,7 +14,7 @@ from torch import Tensor
 from flowgen.serving.session import ModelSession
 from flowgen.utils import rendering
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
-from flowgen.utils.html import encoded
+from flowgen.utils.html import image_data_url
 
 MAX_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
 MAX_SAMPLES = 64
@@ -179,7 +179,7 @@ def advance_chains(session: ModelSession, payload: Payload) -> Response:
 
 def filters(session: ModelSession, payload: Payload) -> Response:
     """Return the weights of hidden units as one image."""
-    return {"image": encoded(rendering.file_of(session.filters()), "png")}
+    return {"image": image_data_url(rendering.to_png(session.filters()), "png")}
 
 
 HANDLERS: tuple[Callable[[ModelSession, Payload], Response], ...] = (
@@ -202,7 +202,7 @@ ENDPOINTS = {handler.__name__: handler for handler in HANDLERS}
 
 def _data_urls(images: Tensor, bits: int) -> list[str]:
     """Encode each image as the data URL of a PNG, without loss."""
-    return [encoded(rendering.png(image, bits), "png") for image in images]
+    return [image_data_url(rendering.encode_png(image, bits), "png") for image in images]
 
 
 def _chain_options(session: ModelSession, payload: Payload) -> dict[str, Any]:

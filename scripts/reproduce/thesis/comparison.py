@@ -12,7 +12,7 @@ from figure import Figure, kept
 from scipy.stats import ttest_ind, ttest_rel
 
 import flowgen
-from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample_images
 from flowgen.data.dataset import ImageDataset
 from flowgen.evaluation import sample_quality, stats
 from flowgen.training.run_dir import Run, validation_rows
@@ -62,7 +62,7 @@ def judged(run: Run, data: ImageDataset, count: int) -> dict[str, Any]:
             {each: range(REPEATS if each else 1) for each in TEMPERATURES},
         )  # at 0 all samples are one
         samples = {
-            each: [draw(model, most, each, seed)[0] for seed in seeds[each]]
+            each: [sample_images(model, most, each, seed)[0] for seed in seeds[each]]
             for each in TEMPERATURES
         }
         return sample_quality.flow_report(model, data, samples, weights=weights)

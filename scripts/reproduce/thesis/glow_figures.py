@@ -13,7 +13,7 @@ from parts import data_section
 from torch import Tensor
 
 import flowgen
-from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample_images
 from flowgen.config.compose import conf_folder, flatten, read_config
 from flowgen.config.instantiate import build_data
 from flowgen.data.dataset import ImageDataset
@@ -23,7 +23,7 @@ from flowgen.training.run_dir import Run, validation_rows
 from flowgen.utils import plots, rendering
 from flowgen.utils.console import user_message
 from flowgen.utils.errors import UserError
-from flowgen.utils.rendering import picture_of
+from flowgen.utils.rendering import to_pil
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 EXPERIMENTS = {  # the thesis' figures: of training, of samples, of interpolations
@@ -96,7 +96,7 @@ def of_data(data: ImageDataset, name: str, root: str | None) -> Iterator[Figure]
     told = f"The same {cut}, resized to {data.image_shape[1]}x{data.image_shape[2]}, in {data.bits} bits, with noise u ~ U[0, 1) within the levels."
 
     def grid(shown: Tensor) -> Callable[[Path], None]:
-        return lambda at: rendering.to_image(shown, 8, 8, 128).save(at)
+        return lambda at: rendering.image_grid(shown, 8, 8, 128).save(at)
 
     yield Figure(
         "3.1",
@@ -185,7 +185,7 @@ def _of_interpolations(
         "test_0": data.test.images[0],
     }
     for name, image in ends.items():
-        picture_of(image).save(folder / f"{name}.png")
+        to_pil(image).save(folder / f"{name}.png")
     how = "through the latents above and the pixels below, in steps of 0.05: those at 0.45, 0.5 and 0.75 are the 10th, 11th and 16th"
     outside = "from an image that is not in the training set to one that is"
     for number, start, way in zip(
@@ -212,8 +212,8 @@ def of_outlook(flows: list[Run], bits: int) -> Iterator[Figure]:
 
     def samples(at: Path) -> None:
         titles = [f"{name}, {each[-1]['step']:,} steps" for name, each in rows.items()]
-        drawn = [draw(flowgen.load(run.folder, "auto"), 12, 0.7, 0)[0] for run in flows]
-        rendering.blocks(list(zip(titles, drawn, strict=True)), bits, 12).save(at)
+        drawn = [sample_images(flowgen.load(run.folder, "auto"), 12, 0.7, 0)[0] for run in flows]
+        rendering.titled_grids(list(zip(titles, drawn, strict=True)), bits, 12).save(at)
 
     caption = "Validation bits/dim of every network by the images seen; the first steps lie above the frame."
     how: Any = {

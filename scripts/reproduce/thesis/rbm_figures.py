@@ -9,11 +9,11 @@ from figure import Figure, by_command
 from PIL import Image
 
 import flowgen
-from flowgen.commands.sample import draw
+from flowgen.commands.sample import sample_images
 from flowgen.data.dataset import ImageDataset
 from flowgen.training.run_dir import Run
 from flowgen.utils import plots, rendering
-from flowgen.utils.rendering import picture_of
+from flowgen.utils.rendering import to_pil
 
 SETTINGS = "The slides name neither training times nor learning rates."
 
@@ -58,7 +58,7 @@ def of_slides(runs: list[Run], folder: Path, digits: ImageDataset) -> Iterator[F
     *machines, half_six = runs
 
     def each(shown: Callable[[Any], Image.Image]) -> Callable[[Path], None]:
-        return lambda at: rendering.stack(
+        return lambda at: rendering.stack_titled(
             [(run.folder.name, shown(flowgen.load(run.folder))) for run in machines]
         ).save(at)
 
@@ -66,7 +66,7 @@ def of_slides(runs: list[Run], folder: Path, digits: ImageDataset) -> Iterator[F
     yield Figure(
         "S.1",
         caption,
-        each(lambda model: rendering.signed(model.filters(), 20, 40)),
+        each(lambda model: rendering.weight_grid(model.filters(), 20, 40)),
         machines,
         difference=SETTINGS,
     )
@@ -77,7 +77,7 @@ def of_slides(runs: list[Run], folder: Path, digits: ImageDataset) -> Iterator[F
     yield Figure(
         "S.2",
         caption,
-        each(lambda model: rendering.to_image(draw(model, 20, 1.0, 0)[0], 1, 20)),
+        each(lambda model: rendering.image_grid(sample_images(model, 20, 1.0, 0)[0], 1, 20)),
         machines,
         command,
         SETTINGS,
@@ -97,7 +97,7 @@ def of_slides(runs: list[Run], folder: Path, digits: ImageDataset) -> Iterator[F
         difference="The slides judge by the reconstruction error, which is no likelihood.",
     )
     if digits.test.labels is not None:
-        picture_of(digits.test.images[digits.test.labels == 6][0]).save(folder / "six.png")
+        to_pil(digits.test.images[digits.test.labels == 6][0]).save(folder / "six.png")
     command = f"complete {folder / 'six.png'} --keep left --run {half_six.folder} --sweeps 500"
     caption = "A digit 6 of the test set, its left half, and what each sampler restores from it."
     yield by_command("S.4", caption, half_six, command, "The slides show clamped Gibbs alone.")
