@@ -1,4 +1,4 @@
-"""Disks that fill up at a random byte or take nothing, signals, and clocks that jump."""
+"""Trainings on disks that become full or read-only, with signals, and with a clock that jumps."""
 
 import contextlib
 import resource
@@ -10,142 +10,157 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from kills import Ground, Result, damaged, difference, go_on
-from points import drawn, send_after
+from forkserver import Outcome, run_flowgen
+from kill_points import make_rng, send_after
+from kills import (
+    Result,
+    Workspace,
+    difference,
+    finish,
+    invalid_checkpoint,
+    train_or_resume,
+)
 from trainings import TRAININGS
-from zygote import Outcome, flowgen
 
-ROOMY = 2**28  # bytes
+LARGE_DISK_BYTES = 2**28
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def can_mount(folder: Path) -> bool:
-    with contextlib.suppress(OSError, subprocess.CalledProcessError), _disk(folder / "trial", 4096):
+    """Tell if this process may mount file systems."""
+    with (
+        contextlib.suppress(OSError, subprocess.CalledProcessError),
+        mounted(folder / "trial", 4096),
+    ):
         return True
     return False
 
 
 @contextlib.contextmanager
-def _disk(folder: Path, size: int) -> Iterator[None]:
-    """A file system of its own, of so many bytes in memory."""
+def mounted(folder: Path, num_bytes: int) -> Iterator[None]:
+    """Mount a file system in memory on a new folder."""
     folder.mkdir(parents=True)
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "faults", str(folder)],
-        check=True,
-        capture_output=True,
-    )
+    argv = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "fuzz", str(folder)]
+    subprocess.run(argv, check=True, capture_output=True)
     try:
         yield
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def _change(folder: Path, how: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+def remount(folder: Path, option: str) -> None:
+    """Change an option of a mounted file system."""
+    subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], check=True)
 
 
-def _limit_files(size: int) -> None:
-    """Where nothing can be mounted: no file may grow beyond `size` bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+def limit_file_size(num_bytes: int) -> None:
+    """Let no file of this process grow further, as a substitute for a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
-def full_disk(ground: Ground, seed: int, number: int) -> Result:
-    """A training whose disk fills up; once there is room, it is gone on with, and compared."""
-    random = drawn(seed, "disk", number)
-    name = list(TRAININGS)[number % len(TRAININGS)]
-    ground.left_alone(name)
-    folder, run = (
-        ground.folder / "disks" / str(number),
-        ground.folder / "alone" / name.replace(", ", "-") / "run",
-    )
-    sizes = [path.stat().st_size for path in run.rglob("*") if path.is_file()]
-    if ground.mounts:
-        with _disk(folder, max(4096, int(random.random() * sum(sizes)))):
-            ended = go_on(name, ground, folder, aside=ground.folder)
-            _change(folder, f"size={ROOMY}")
-            return _compare("full disk (tmpfs)", ground, name, folder, ended)
+def full_disk(workspace: Workspace, seed: int, index: int) -> Result:
+    """Let the disk of a training become full, make room, resume the training, and compare it."""
+    rng = make_rng(seed, "disk", index)
+    name = list(TRAININGS)[index % len(TRAININGS)]
+    workspace.reference(name)
+    folder = workspace.folder / "disks" / str(index)
+    files = [path for path in workspace.reference_run(name).rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in files]
+    if workspace.can_mount:
+        with mounted(folder, max(4096, int(rng.random() * sum(sizes)))):
+            outcome = train_or_resume(name, workspace, folder, output_dir=workspace.folder)
+            remount(folder, f"size={LARGE_DISK_BYTES}")
+            return _compare("full disk (tmpfs)", workspace, name, folder, outcome)
     folder.mkdir(parents=True)
-    ended = go_on(
-        name, ground, folder, prepare=partial(_limit_files, int(random.random() * max(sizes)))
-    )
-    return _compare("full disk (RLIMIT_FSIZE)", ground, name, folder, ended)
+    prepare = partial(limit_file_size, int(rng.random() * max(sizes)))
+    outcome = train_or_resume(name, workspace, folder, prepare=prepare)
+    return _compare("full disk (RLIMIT_FSIZE)", workspace, name, folder, outcome)
 
 
-def _compare(kind: str, ground: Ground, name: str, folder: Path, ended: Outcome) -> Result:
-    hit = int(ended.status != 0)
-    if fault := ended.fault or damaged(folder / "run"):
-        return Result(kind, name, hit, f"{fault}: {ended.last}")
-    again = go_on(name, ground, folder) if hit else ended
-    if again.status and "has ended" not in again.error:
-        return Result(kind, name, hit, again.fault or again.last)
-    return Result(kind, name, hit, difference(ground.left_alone(name), folder / "run"))
+def _compare(kind: str, workspace: Workspace, name: str, folder: Path, outcome: Outcome) -> Result:
+    run = folder / "run"
+    hits = int(outcome.status != 0)
+    if fault := outcome.fault or invalid_checkpoint(run):
+        return Result(kind, name, hits, f"{fault}: {outcome.last_line}")
+    if hits:
+        return Result(kind, name, hits, finish(name, workspace, folder))
+    return Result(kind, name, hits, difference(workspace.reference(name), run))
 
 
-def read_only(ground: Ground, seed: int, number: int) -> Result:
-    """What writes into a run says in a sentence that it cannot."""
-    name = list(TRAININGS)[number % len(TRAININGS)]
-    ground.left_alone(name)
-    folder = ground.folder / "read-only" / str(number)
-    with _disk(folder, ROOMY):
-        shutil.copytree(ground.folder / "alone" / name.replace(", ", "-") / "run", folder / "run")
-        _change(folder, "ro")
-        commands = (
-            ["resume", folder / "run", "trainer.steps=9"],
-            ["sample", "--run", folder / "run"],
-            ["report", folder / "run"],
-        )
-        ended = [flowgen(words, folder, aside=ground.folder) for words in commands]
-    faults = [each.fault or ("" if each.status == 1 else "did not say so") for each in ended]
-    return Result("read-only folder", name, len(ended), ", ".join(filter(None, faults)))
+def read_only_disk(workspace: Workspace, seed: int, index: int) -> Result:
+    """Run commands that write on a read-only disk. Each must fail with one plain sentence."""
+    name = list(TRAININGS)[index % len(TRAININGS)]
+    workspace.reference(name)
+    folder = workspace.folder / "read-only" / str(index)
+    run = folder / "run"
+    commands: list[list[object]] = [
+        ["resume", run, "trainer.steps=9"],
+        ["sample", "--run", run],
+        ["report", run],
+    ]
+    with mounted(folder, LARGE_DISK_BYTES):
+        shutil.copytree(workspace.reference_run(name), run)
+        remount(folder, "ro")
+        outcomes = [run_flowgen(args, folder, output_dir=workspace.folder) for args in commands]
+    faults = [
+        outcome.fault or "did not report the error"
+        for outcome in outcomes
+        if outcome.fault or outcome.status != 1
+    ]
+    return Result("read-only disk", name, len(outcomes), ", ".join(faults))
 
 
-def signalled(ground: Ground, seed: int, number: int) -> Result:
-    """SIGTERM and its like at a random moment: saved or not, the run goes on to the same end."""
-    random = drawn(seed, "signal", number)
-    name = list(TRAININGS)[number % len(TRAININGS)]
-    alone, sent = ground.left_alone(name), SIGNALS[number % len(SIGNALS)]
-    folder = ground.folder / "signals" / str(number)
+def signaled(workspace: Workspace, seed: int, index: int) -> Result:
+    """Send a signal to a training at a random moment, resume the training, and compare it."""
+    rng = make_rng(seed, "signal", index)
+    name = list(TRAININGS)[index % len(TRAININGS)]
+    reference = workspace.reference(name)
+    number = SIGNALS[index % len(SIGNALS)]
+    folder = workspace.folder / "signals" / str(index)
     folder.mkdir(parents=True)
-    ended = go_on(name, ground, folder, then=send_after(random.uniform(0, alone.seconds), sent))
-    kind = f"{sent.name} at a moment"
-    if ended.status not in (0, -sent, 128 + sent, 130):
-        return Result(kind, name, 1, ended.fault or f"status {ended.status}: {ended.last}")
-    again = go_on(name, ground, folder) if ended.status else ended
-    if again.status and "has ended" not in again.error:
-        return Result(kind, name, 1, again.fault or again.last)
-    return Result(kind, name, int(ended.status != 0), difference(alone, folder / "run"))
+    on_start = send_after(rng.uniform(0, reference.seconds), number)
+    outcome = train_or_resume(name, workspace, folder, on_start=on_start)
+    kind = f"{number.name} at a random moment"
+    if outcome.status == 0:
+        return Result(kind, name, 0, difference(reference, folder / "run"))
+    if outcome.status not in (-number, 128 + number, 130):
+        fault = outcome.fault or f"status {outcome.status}: {outcome.last_line}"
+        return Result(kind, name, 1, fault)
+    return Result(kind, name, 1, finish(name, workspace, folder))
 
 
-def clock(ground: Ground, seed: int, number: int) -> Result:
-    """The wall clock jumps by up to ten years, back or forth, at every look at it, and the machine may sleep for hours."""
-    random = drawn(seed, "clock", number)
-    name = list(TRAININGS)[number % len(TRAININGS)]
-    folder = ground.folder / "clocks" / str(number)
+def clock_jumps(workspace: Workspace, seed: int, index: int) -> Result:
+    """Train while the clock jumps by up to ten years and the machine seems to sleep for hours."""
+    rng = make_rng(seed, "clock", index)
+    name = list(TRAININGS)[index % len(TRAININGS)]
+    folder = workspace.folder / "clocks" / str(index)
     folder.mkdir(parents=True)
 
-    def jump() -> None:
-        wall, steady, slept = time.time, time.monotonic, [0.0]
+    def patch_clocks() -> None:
+        wall_time = time.time
+        steady_time = time.monotonic
+        slept_seconds = 0.0
 
         def monotonic() -> float:
-            slept[0] += random.random() ** 9 * 10**4
-            return steady() + slept[0]
+            nonlocal slept_seconds
+            slept_seconds += rng.random() ** 9 * 10**4
+            return steady_time() + slept_seconds
 
-        time.time = lambda: wall() + random.uniform(-1, 1) * 3e8
+        time.time = lambda: wall_time() + rng.uniform(-1, 1) * 3e8
         time.monotonic = monotonic
 
-    ended = go_on(name, ground, folder, prepare=jump)
-    return Result(
-        "clock jumps", name, 1, ended.fault or difference(ground.left_alone(name), folder / "run")
-    )
+    outcome = train_or_resume(name, workspace, folder, prepare=patch_clocks)
+    fault = outcome.fault or difference(workspace.reference(name), folder / "run")
+    return Result("clock jumps", name, 1, fault)
 
 
-def others(ground: Ground, seed: int, count: int) -> Iterator[Result]:
-    """So many full disks, among them half as many signals, and for four of them a clock that jumps and a folder that is read-only."""
-    for number in range(count):
-        yield full_disk(ground, seed, number)
-        if number % 2 == 0:
-            yield signalled(ground, seed, number // 2)
-        if number % 4 == 0:
-            yield clock(ground, seed, number // 4)
-        if number % 4 == 0 and ground.mounts:
-            yield read_only(ground, seed, number // 4)
+def disk_faults(workspace: Workspace, seed: int, count: int) -> Iterator[Result]:
+    """Test `count` full disks, half as many signals, and a quarter of each other fault."""
+    for index in range(count):
+        yield full_disk(workspace, seed, index)
+        if index % 2 == 0:
+            yield signaled(workspace, seed, index // 2)
+        if index % 4 == 0:
+            yield clock_jumps(workspace, seed, index // 4)
+            if workspace.can_mount:
+                yield read_only_disk(workspace, seed, index // 4)

@@ -1,69 +1,20 @@
-"""Command lines as tired people and curious ones type them."""
+"""Random command lines of `flowgen`, valid and invalid."""
 
 import random
 from pathlib import Path
 
-Random = random.Random
 NUMBERS = (
-    "1" + 30 * "0",
-    "9" * 5000,
-    "\u0661",
-    *[
-        "0",
-        "1",
-        "-1",
-        "2",
-        "1.5",
-        "1e3",
-        "1000000",
-        "1000000000000",
-        "nan",
-        "inf",
-        "-inf",
-        "0x10",
-        "true",
-        "null",
-    ],
+    *("0", "1", "-1", "2", "1.5", "1e3", "1000000", "1000000000000", "nan", "inf", "-inf"),
+    *("0x10", "true", "null", "1" + 30 * "0", "9" * 5000, "\u0661"),
 )
-SIGNS = (
-    "x",
-    "..",
-    ".",
-    "~",
-    "*",
-    "a=b",
-    "'",
-    '"',
-    "(",
-    "[1,2]",
-    "{a:1}",
-    "[",
-    "${x}",
-    "${model.width}",
-    "$HOME",
-    "-",
-    "--",
-    "-h",
-    "--help",
-    "???",
-    "%s",
-    "{}",
-    "\\",
+SYMBOLS = (
+    *("x", "..", ".", "~", "*", "a=b", "'", '"', "(", "[1,2]", "{a:1}", "[", "${x}"),
+    *("${model.width}", "$HOME", "-", "--", "-h", "--help", "???", "%s", "{}", "\\"),
 )
-TEXTS = ("", " ", "a\nb", "\x1b[31m", "\u00e9", "\udcff", 5000 * "x", *SIGNS)
+TEXTS = ("", " ", "a\nb", "\x1b[31m", "\u00e9", "\udcff", 5000 * "x", *SYMBOLS)
 COMMANDS = (
-    "train",
-    "resume",
-    "sample",
-    "interpolate",
-    "complete",
-    "chain",
-    "evaluate",
-    "score",
-    "report",
-    "runs",
-    "export",
-    "edit",
+    *("train", "resume", "sample", "interpolate", "complete", "chain", "evaluate", "score"),
+    *("report", "runs", "export", "edit"),
 )
 RUNS = (
     "flow",
@@ -75,7 +26,7 @@ RUNS = (
     "nowhere",
     "images/00.png",
 )
-OLD = (
+EXISTING_PATHS = (
     "images",
     "images/00.png",
     "images.zip",
@@ -86,8 +37,7 @@ OLD = (
     "outputs/rbm/config.yaml",
     "outputs",
 )
-FILES = ("images/00.png", "images/01.png", "labels.csv", *OLD)
-NEW = (
+NEW_PATHS = (
     "nowhere",
     "new.png",
     "new.gif",
@@ -97,66 +47,51 @@ NEW = (
     "nowhere/new.png",
     "new.safetensors",
 )
-PATHS = (*OLD, *NEW, "/dev/null", "/dev/full", "/dev/stdin")
+IMAGES = ("images/00.png", "images/01.png", "labels.csv", *EXISTING_PATHS)
+PATHS = (*EXISTING_PATHS, *NEW_PATHS, "/dev/null", "/dev/full", "/dev/stdin")
+WORDS = (
+    *("gibbs", "tempering", "mean-field", "langevin", "likelihood", "combined", "left", "border"),
+    *("random:500", "data=mnist_sample", "data=folder", "cpu", "cuda", "meta", "job"),
+)
 OPTIONS = {
     "sample": (
-        "--run",
-        "--temperature",
-        "--count",
-        "--seed",
-        "--label",
-        "--method",
-        "--sweeps",
-        "--device",
-        "--out",
+        *("--run", "--temperature", "--count", "--seed", "--label", "--sampler", "--steps"),
+        *("--device", "--out"),
     ),
     "interpolate": ("--run", "--steps", "--spherical", "--device", "--out"),
-    "complete": ("--keep", "--method", "--run", "--sweeps", "--seed", "--device", "--out"),
+    "complete": ("--known", "--sampler", "--run", "--steps", "--seed", "--device", "--out"),
     "chain": (
-        "--method",
-        "--run",
-        "--count",
-        "--frames",
-        "--sweeps",
-        "--seed",
-        "--device",
-        "--out",
+        *("--sampler", "--run", "--count", "--frames", "--steps", "--seed", "--device", "--out"),
     ),
     "evaluate": ("--run", "--json", "--device"),
-    "score": ("--run", "--against", "--by", "--count", "--csv", "--seed", "--device", "--out"),
+    "score": ("--run", "--ood", "--score", "--count", "--csv", "--seed", "--device", "--out"),
     "report": ("--out",),
     "edit": (
-        "--attribute",
-        "--by",
-        "--labels",
-        "--method",
-        "--run",
-        "--count",
-        "--device",
+        *("--attribute", "--amount", "--labels", "--direction", "--run", "--count", "--device"),
         "--out",
     ),
     "train": ("-m", "--cfg", "--resolve", "--info", "--package"),
 }
 FLAGS = ("--spherical", "--json", "-m", "--resolve")
-NAMES = "gibbs tempering mean-field langevin likelihood combined left border random:500 data=mnist_sample data=folder cpu cuda meta job"
-METHODS = tuple(NAMES.split())
-KNOWN = {  # what mostly goes with an option, so that many a line comes far
+VALID_VALUES = {  # half of the values are valid, so that many commands get far
     "--run": RUNS,
     "--out": PATHS,
     "--csv": PATHS,
-    "--keep": ("left", "random:50", "images/00.png", "border"),
+    "--known": ("left", "random:50", "images/00.png", "border", "grayscale", "downsample:2"),
     "--device": ("cpu", "cuda", "meta"),
-    "--method": ("gibbs", "tempering", "mean-field", "langevin", "difference"),
-    "--by": ("likelihood", "combined", "1"),
+    "--sampler": ("gibbs", "tempering", "mean-field", "langevin"),
+    "--direction": ("ridge", "difference"),
+    "--amount": ("1", "-0.5"),
+    "--score": ("likelihood", "combined"),
+    "--ood": ("data=mnist_sample", "flow"),
     "--attribute": ("smiling", "age", "Male"),
     "--labels": ("labels.csv", *PATHS),
     "--count": ("2", "4", "70"),
-    "--sweeps": ("1", "3"),
-    "--steps": ("2", "5"),
+    "--steps": ("1", "3", "5"),
     "--frames": ("2", "3"),
     "--temperature": ("0", "0.7", "1"),
 }
-SMALL = (
+TRAIN = (
     "trainer=cpu",
     "data=folder",
     "data.root=images",
@@ -172,59 +107,63 @@ MODELS = (
     ("model=maf", "model.num_transforms=1", *FLOW),
     ("model=rbm", "model.hidden=4"),
 )
-ENDS = ("trainer.steps=2", "trainer.minutes=0.005")
+LIMITS = ("trainer.steps=2", "trainer.minutes=0.005")
 
 
-def _value(draw: Random) -> str:
-    return draw.choice(draw.choice((NUMBERS, NUMBERS, TEXTS, PATHS, METHODS)))
+def _random_value(rng: random.Random) -> str:
+    return rng.choice(rng.choice((NUMBERS, NUMBERS, TEXTS, PATHS, WORDS)))
 
 
-def _setting(draw: Random, model: str) -> str:
-    from flowgen.config.compose import setting_names
+def _random_override(rng: random.Random, model: str) -> str:
+    from flowgen.config.settings import setting_names
 
-    here = {"trainer=cpu", "data=folder", model}
-    mine = [name for name, choices in setting_names().items() if not choices or here & set(choices)]
-    return f"{draw.choice(mine)}={_value(draw)}"
+    chosen = {"trainer=cpu", "data=folder", model}
+    keys = [key for key, options in setting_names().items() if not options or chosen & set(options)]
+    return f"{rng.choice(keys)}={_random_value(rng)}"
 
 
-def _positional(command: str, draw: Random) -> list[str]:
-    image = draw.choice(FILES)
+def _random_arguments(command: str, rng: random.Random) -> list[str]:
+    image = rng.choice(IMAGES)
     if command in ("complete", "score"):
         return [image]
     if command == "interpolate":
         return [image, "images/02.png"]
     if command == "edit":
         return [image, "--attribute", "smiling", "--labels", "labels.csv"]
-    if command in ("resume", "report", "export"):
-        return [draw.choice(RUNS), *(["new.safetensors"] if command == "export" else [])]
+    if command in ("resume", "report"):
+        return [rng.choice(RUNS)]
+    if command == "export":
+        return [rng.choice(RUNS), "new.safetensors"]
     return []
 
 
-def odd_line(draw: Random, folder: Path) -> list[str]:
-    """Words for `flowgen`, most of them as they should be; run in `folder`. Trainings among them end by themselves."""
-    command = draw.choice(COMMANDS)
-    words = [command, *_positional(command, draw)]
-    for option in draw.sample(
-        OPTIONS.get(command, ()), min(draw.choice((0, 1, 2, 3)), len(OPTIONS.get(command, ())))
-    ):
-        known = KNOWN.get(option, ("0",))
-        words += (
-            [option]
-            if option in FLAGS
-            else [option, draw.choice(known) if draw.random() < 0.5 else _value(draw)]
-        )
+def _random_options(command: str, rng: random.Random) -> list[str]:
+    options = OPTIONS.get(command, ())
+    args = []
+    for option in rng.sample(options, min(rng.choice((0, 1, 2, 3)), len(options))):
+        args.append(option)
+        if option not in FLAGS:
+            values = VALID_VALUES.get(option, ("0",))
+            args.append(rng.choice(values) if rng.random() < 0.5 else _random_value(rng))
+    return args
+
+
+def random_command_line(rng: random.Random, folder: Path) -> list[str]:
+    """Return arguments for `flowgen` in a folder of `fuzz_files.make_folder`.
+
+    Most of them are valid. Trainings end after a short time.
+    """
+    command = rng.choice(COMMANDS)
+    args = [command, *_random_arguments(command, rng), *_random_options(command, rng)]
     if command in ("train", "resume", "evaluate"):
-        model = draw.choice(MODELS)
-        words += [
-            *((*SMALL, *model) if command == "train" else []),
-            *(_setting(draw, model[0]) for _ in range(draw.choice((0, 1, 1, 2)))),
-        ]
-        words += [] if command == "evaluate" else [ENDS[0], ENDS[1]]
-        words += (
-            [f"output_dir=new{draw.randrange(10**6)}"]
-            if command == "train" and draw.random() < 0.8
-            else []
-        )
-    if draw.random() < 0.2:
-        words.insert(draw.randrange(len(words) + 1), _value(draw))
-    return [word.replace("\0", "") for word in words]
+        model = rng.choice(MODELS)
+        if command == "train":
+            args += [*TRAIN, *model]
+        args += [_random_override(rng, model[0]) for _ in range(rng.choice((0, 1, 1, 2)))]
+        if command != "evaluate":
+            args += LIMITS
+        if command == "train" and rng.random() < 0.8:
+            args.append(f"output_dir=new{rng.randrange(10**6)}")
+    if rng.random() < 0.2:
+        args.insert(rng.randrange(len(args) + 1), _random_value(rng))
+    return [arg.replace("\0", "") for arg in args]

@@ -1,4 +1,8 @@
-"""Where a process can be stopped: at a random moment, or at the Nth time that it is about to write, flush, rename, link or delete."""
+"""Points at which a process is killed.
+
+A point is a moment before or after a write, flush, rename, link or deletion of a file. Processes
+can also be killed at random moments.
+"""
 
 import builtins
 import io
@@ -10,104 +14,115 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CALLS = ("fsync", "rename", "replace", "link", "unlink", "mkdir")
-Fault = Callable[[], None]
+COUNTED_CALLS = ("fsync", "rename", "replace", "link", "unlink", "mkdir")  # of the module os
 
 
 def kill_at(point: int, share: float) -> Callable[[], None]:
-    """What makes a child kill itself at this point; inside a write, once this share of the bytes is on its way to the disk."""
+    """Return a function that makes its process kill itself at a point.
 
-    def stop() -> None:
+    Args:
+        point: Number of the point, from 1.
+        share: Share of the bytes of a write that reach the file before. Other calls are executed
+            before the kill if it is at least 0.5.
+    """
+
+    def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    return lambda: watch(_Counter(point, share, stop))
+    return lambda: install(PointCounter(point, share, kill))
 
 
-def count_into(path: Path) -> Callable[[], None]:
-    """What makes a child keep the number of points that it has come by in the file at `path`."""
-    return lambda: watch(_Counter(0, 0.0, lambda: None, os.open(path, os.O_WRONLY | os.O_CREAT)))
+def count_points(path: Path) -> Callable[[], None]:
+    """Return a function that makes its process write the number of its points to a file."""
+    return lambda: install(
+        PointCounter(0, 0.0, lambda: None, os.open(path, os.O_WRONLY | os.O_CREAT))
+    )
 
 
-class _Counter:
-    """Counts points; at number `point` it calls `fault`, after the `share` of a write."""
+class PointCounter:
+    """Counts points. At number `point`, `action` must be called after the `share` of a write."""
 
-    def __init__(self, point: int, share: float, fault: Fault, file: int | None = None):
-        self.point, self.share, self.fault, self.file, self.passed = point, share, fault, file, 0
+    def __init__(
+        self, point: int, share: float, action: Callable[[], None], file: int | None = None
+    ):
+        self.point = point
+        self.share = share
+        self.action = action
+        self.file = file
+        self.count = 0
 
     def __call__(self) -> bool:
-        self.passed += 1
+        """Count a point and tell if it is the one for the action."""
+        self.count += 1
         if self.file is not None:
-            os.pwrite(self.file, b"%d" % self.passed, 0)
-        return self.passed == self.point
+            os.pwrite(self.file, b"%d" % self.count, 0)
+        return self.count == self.point
 
 
-def watch(counter: _Counter) -> None:
-    """Patch this process: files opened to write, and what `os` does to names."""
+def install(counter: PointCounter) -> None:
+    """Patch `open` and the module os of this process so that they count points."""
 
-    class Raw(io.FileIO):
+    class CountingFile(io.FileIO):
         def write(self, data: Any) -> int:
             if counter():
-                super().write(memoryview(data)[: int(counter.share * memoryview(data).nbytes)])
-                counter.fault()
+                view = memoryview(data)
+                super().write(view[: int(counter.share * view.nbytes)])
+                counter.action()
             return super().write(data) or 0
 
-    whole = builtins.open
+    original_open = builtins.open
 
-    def opened(
+    def counting_open(
         file: Any,
         mode: str = "r",
         buffering: int = -1,
         encoding: Any = None,
         errors: Any = None,
-        *rest: Any,
-        **named: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        binary = mode.replace("b", "").replace("t", "")
-        if not set(mode) & set("wax") or isinstance(file, int) or str(file).startswith("/dev/"):
-            return whole(file, mode, buffering, encoding, errors, *rest, **named)
-        buffered = (
-            io.BufferedRandom(Raw(file, binary))
-            if "+" in mode
-            else io.BufferedWriter(Raw(file, binary))
-        )
-        return (
-            buffered
-            if "b" in mode
-            else io.TextIOWrapper(
-                buffered, encoding or "utf-8", errors, line_buffering=buffering == 1
-            )
+        is_written = bool(set(mode) & set("wax"))
+        if not is_written or isinstance(file, int) or str(file).startswith("/dev/"):
+            return original_open(file, mode, buffering, encoding, errors, *args, **kwargs)
+        raw = CountingFile(file, mode.replace("b", "").replace("t", ""))
+        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        if "b" in mode:
+            return buffered
+        line_buffering = buffering == 1
+        return io.TextIOWrapper(
+            buffered, encoding or "utf-8", errors, line_buffering=line_buffering
         )
 
-    builtins.open = io.open = opened
-    for name in CALLS:
-        setattr(os, name, _counted(getattr(os, name), counter))
+    builtins.open = io.open = counting_open
+    for name in COUNTED_CALLS:
+        setattr(os, name, _counting(getattr(os, name), counter))
 
 
-def _counted(call: Callable[..., Any], counter: _Counter) -> Callable[..., Any]:
-    def counted(*arguments: Any, **named: Any) -> Any:
+def _counting(call: Callable[..., Any], counter: PointCounter) -> Callable[..., Any]:
+    def counting_call(*args: Any, **kwargs: Any) -> Any:
         if not counter():
-            return call(*arguments, **named)
-        if counter.share < 0.5:  # before, or after
-            counter.fault()
-        found = call(*arguments, **named)
-        counter.fault()
-        return found
+            return call(*args, **kwargs)
+        if counter.share < 0.5:
+            counter.action()
+        result = call(*args, **kwargs)
+        counter.action()
+        return result
 
-    return counted
+    return counting_call
 
 
-def send_after(seconds: float, number: signal.Signals) -> Callable[[int], None]:
-    """What sends a process this signal after so long, if it is still there."""
+def send_after(seconds: float, signal_number: signal.Signals) -> Callable[[int], None]:
+    """Return a function that sends a signal to a process if it still runs after some time."""
 
-    def wait(pid: int) -> None:
+    def wait_and_send(pid: int) -> None:
         handle = os.pidfd_open(pid)
         if not select.select([handle], [], [], seconds)[0]:
-            signal.pidfd_send_signal(handle, number)
+            signal.pidfd_send_signal(handle, signal_number)
         os.close(handle)
 
-    return wait
+    return wait_and_send
 
 
-def drawn(seed: int, *place: object) -> random.Random:
-    """The random numbers of one fault, the same for ever."""
-    return random.Random(" ".join(map(str, (seed, *place))))
+def make_rng(seed: int, *key: object) -> random.Random:
+    """Return the random numbers of one test case. They depend on the arguments alone."""
+    return random.Random(" ".join(map(str, (seed, *key))))

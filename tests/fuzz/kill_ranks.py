@@ -1,4 +1,7 @@
-"""SIGKILL of one of two processes that train together; gone on with by two, each run must end with the bits of one that was left alone."""
+"""Kills one of two processes that train together, and resumes the training.
+
+The result must equal that of an uninterrupted training by two processes bit by bit.
+"""
 
 import os
 import shutil
@@ -11,110 +14,115 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kills import Alone, Ground, Result, difference
-from points import drawn
-from trainings import state_of, words_of
-from zygote import Outcome, flowgen
+from forkserver import Outcome, run_flowgen
+from kill_points import make_rng
+from kills import Reference, Result, Workspace, difference, is_finished
+from trainings import folder_name, state_of, train_args
 
 NAMES = ("nice", "realnvp", "glow", "maf")  # an RBM trains in one process
-TOLD = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-TOGETHER = "trainer.num_processes=2"
-STARTS = 20.0  # seconds, at most, until both are there
+LAUNCHER_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+MAX_KILLS = 3  # per training
+MAX_START_SECONDS = 20.0  # until both processes run
 
 
 def fork_ranks(folder: Path) -> None:
-    """In the child, which is to be the launcher: fork the processes of a training; their ids go into `folder`."""
+    """Make the launcher in this process fork its workers. Their ids are written to `folder`."""
     from torch.distributed.launcher import api
 
     from flowgen import cli
 
-    start = api.elastic_launch
+    elastic_launch = api.elastic_launch
 
-    def forked(config: api.LaunchConfig, executable: str) -> Any:
-        def rank(*words: str) -> None:
-            for number in TOLD:  # whose handlers are the launcher's
+    def launch_forked(config: api.LaunchConfig, executable: str) -> Any:
+        def run_rank(*argv: str) -> None:
+            for number in LAUNCHER_SIGNALS:  # do not inherit the handlers of the launcher
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             (folder / f"rank{os.environ['RANK']}").write_text(str(os.getpid()))
-            sys.argv = ["flowgen", *words[2:]]  # of `python -m flowgen WORDS`
+            sys.argv = ["flowgen", *argv[2:]]  # argv is -m flowgen ARGS
             cli.main()
 
-        return start(replace(config, start_method="fork", run_id="faults"), rank)
+        return elastic_launch(replace(config, start_method="fork", run_id="fuzz"), run_rank)
 
-    api.elastic_launch = forked  # type: ignore[misc,assignment]
-
-
-def _leave(pid: int) -> None:
-    """Alone."""
+    api.elastic_launch = launch_forked  # type: ignore[misc,assignment]
 
 
-def _kill(folder: Path, rank: int, after: float, pid: int) -> None:
-    """Kill this rank so many seconds after both are there, if they still are."""
-    names, began = [folder / f"rank{number}" for number in range(2)], time.monotonic()
-    while not all(name.exists() and name.read_text() for name in names):
-        if (
-            time.monotonic() - began > STARTS
-            or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        ):
+def _kill_rank_after(folder: Path, rank: int, seconds: float, launcher: int) -> None:
+    """Kill a process some time after both have started, if both still run."""
+    files = [folder / f"rank{index}" for index in range(2)]
+    start = time.monotonic()
+    while not all(file.exists() and file.read_text() for file in files):
+        if time.monotonic() - start > MAX_START_SECONDS or _is_zombie(launcher):
             return
         time.sleep(0.01)
-    time.sleep(after)
-    victim = int(names[rank].read_text())
-    if Path(f"/proc/{victim}").exists() and Path(f"/proc/{pid}").exists():
-        os.kill(victim, signal.SIGKILL)
+    time.sleep(seconds)
+    pid = int(files[rank].read_text())
+    if Path(f"/proc/{pid}").exists() and Path(f"/proc/{launcher}").exists():
+        os.kill(pid, signal.SIGKILL)
 
 
-def _go_on(name: str, ground: Ground, folder: Path, **how: Any) -> Outcome:
+def _is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def _train_or_resume(name: str, workspace: Workspace, folder: Path, **kwargs: Any) -> Outcome:
     run = folder / "run"
     for path in folder.glob("rank*"):
         path.unlink()
-    words = (
-        ["resume", run]
-        if (run / "config.yaml").exists()
-        else words_of(name, ground.images, run, TOGETHER)
-    )
-    return flowgen(words, folder, prepare=partial(fork_ranks, folder), **how)
+    if (run / "config.yaml").exists():
+        args: list[object] = ["resume", run]
+    else:
+        args = [*train_args(name, workspace.images, run, "trainer.num_processes=2")]
+    return run_flowgen(args, folder, prepare=partial(fork_ranks, folder), **kwargs)
 
 
-def _left_alone(name: str, ground: Ground) -> Alone:
-    """Of two processes; its seconds are those in which both are there."""
+def _reference(name: str, workspace: Workspace) -> Reference:
+    """Return the uninterrupted training by two processes, with the time that both run."""
     key = f"{name}, two processes"
-    if key not in ground.alone:
-        folder = ground.folder / "alone" / key.replace(", ", "-")
+    if key not in workspace.references:
+        folder = workspace.folder / "references" / folder_name(key)
         folder.mkdir(parents=True)
-        ended = _go_on(name, ground, folder)
-        assert not ended.status, ended.error
-        there = max(path.stat().st_mtime for path in folder.glob("rank*"))
-        ground.alone[key] = Alone(state_of(folder / "run"), time.time() - there, 0)
-    return ground.alone[key]
+        outcome = _train_or_resume(name, workspace, folder)
+        assert not outcome.status, outcome.error
+        start = max(path.stat().st_mtime for path in folder.glob("rank*"))
+        seconds = time.time() - start
+        workspace.references[key] = Reference(state_of(folder / "run"), seconds, 0)
+    return workspace.references[key]
 
 
-def _kill_rank(ground: Ground, seed: int, number: int) -> Result:
-    """Training `number`: one of its processes is killed, perhaps often; the launcher says so, and the run goes on to the same end."""
-    random = drawn(seed, "rank", number)
-    name, rank = NAMES[number // 2 % len(NAMES)], number % 2
-    alone = _left_alone(name, ground)
-    folder, kind, hits = ground.folder / "ranks" / str(number), f"kill of rank {rank} of 2", 0
+def _kill_rank(workspace: Workspace, seed: int, index: int) -> Result:
+    """Kill one process of a training up to three times, resume it, and compare the result."""
+    rng = make_rng(seed, "rank", index)
+    name = NAMES[index // 2 % len(NAMES)]
+    rank = index % 2
+    kind = f"kill of rank {rank} of 2"
+    reference = _reference(name, workspace)
+    folder = workspace.folder / "ranks" / str(index)
     folder.mkdir(parents=True)
-    for turn in range(4):
-        then = (
-            partial(_kill, folder, rank, random.uniform(0, alone.seconds)) if turn < 3 else _leave
-        )
-        ended = _go_on(name, ground, folder, then=then)
-        if ended.status == 0 or "has ended" in ended.error:
+    hits = 0
+    for turn in range(MAX_KILLS + 1):
+        kwargs: dict[str, Any] = {}
+        if turn < MAX_KILLS:
+            seconds = rng.uniform(0, reference.seconds)
+            kwargs = {"on_start": partial(_kill_rank_after, folder, rank, seconds)}
+        outcome = _train_or_resume(name, workspace, folder, **kwargs)
+        if outcome.status == 0 or is_finished(outcome):
             break
-        if ended.fault or "processes has died" not in ended.last:
-            return Result(kind, name, hits, ended.fault or ended.last)
+        if outcome.fault or "processes has died" not in outcome.last_line:
+            return Result(kind, name, hits, outcome.fault or outcome.last_line)
         hits += 1
-    fault = difference(alone, folder / "run")
+    fault = difference(reference, folder / "run")
     if not fault:
         shutil.rmtree(folder)
     return Result(kind, name, hits, fault)
 
 
-def kills_of_ranks(ground: Ground, seed: int, count: int) -> Iterator[Result]:
-    """Trainings by two processes until so many kills have hit."""
-    hits, number = 0, 0
+def kill_ranks(workspace: Workspace, seed: int, count: int) -> Iterator[Result]:
+    """Run trainings by two processes until `count` kills have hit."""
+    hits = 0
+    index = 0
     while hits < count:
-        yield (result := _kill_rank(ground, seed, number))
-        hits, number = hits + result.hits, number + 1
+        result = _kill_rank(workspace, seed, index)
+        yield result
+        hits += result.hits
+        index += 1

@@ -1,4 +1,7 @@
-"""SIGKILL at random moments and inside every write; gone on with, each run must end with the bits of one that was left alone."""
+"""Kills trainings by SIGKILL at random moments and inside file operations, and resumes them.
+
+The result must equal that of an uninterrupted training bit by bit.
+"""
 
 import os
 import shutil
@@ -7,87 +10,106 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from points import count_into, drawn, kill_at, send_after
-from trainings import STEPS, TRAININGS, make_images, same, state_of, words_of
-from zygote import KILLED, Outcome, flowgen
+from forkserver import KILLED, Outcome, run_flowgen
+from kill_points import count_points, kill_at, make_rng, send_after
+from trainings import STEPS, TRAININGS, folder_name, make_images, same, state_of, train_args
 
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.utils.errors import UserError
 
-AGAIN = 0.9  # of those that go on are killed once more
-FRESH = 0.1  # have a cache of images of their own
-MOST = 12  # kills of one training
-START = 0.3  # of what a training does, which one that goes on does too
+REPEAT_PROBABILITY = 0.9  # of killing a resumed training again
+OWN_CACHE_PROBABILITY = 0.1  # of a training with its own cache of images
+MAX_KILLS = 12  # per training
+STARTUP_SHARE = 0.3  # share of a training that is repeated when it is resumed
 
 
 class Result(NamedTuple):
-    """One run: what it is of, how often it was killed, what was wrong with it at the end, "" for nothing."""
+    """The result of one test case. `fault` is "" if everything is right."""
 
     kind: str
-    what: str
-    hits: int
+    name: str
+    hits: int  # how many kills or other disturbances hit the training
     fault: str
 
 
-class Alone(NamedTuple):
-    """A training that was left alone: how it ended, how long that took, and how many points it came by."""
+class Reference(NamedTuple):
+    """An uninterrupted training."""
 
     state: dict[str, Any]
     seconds: float
-    points: int
+    num_points: int
 
 
-class Ground:
-    """Where the trainings of one session are: images, a cache that is shared, and what each ends with when it is left alone."""
+class Workspace:
+    """Images, a shared cache, and uninterrupted trainings for comparison.
 
-    def __init__(self, folder: Path, mounts: bool = False):
-        self.folder, self.images, self.mounts = folder, make_images(folder / "images"), mounts
-        self.alone: dict[str, Alone] = {}
-        self.share_cache()
+    Args:
+        folder: An empty folder.
+        can_mount: Whether file systems can be mounted below the folder.
+    """
 
-    def share_cache(self) -> None:
-        """Have commands take prepared images from where the others do."""
+    def __init__(self, folder: Path, can_mount: bool = False):
+        self.folder = folder
+        self.images = make_images(folder / "images")
+        self.can_mount = can_mount
+        self.references: dict[str, Reference] = {}
+        self.use_shared_cache()
+
+    def use_shared_cache(self) -> None:
+        """Make commands use the shared cache of images."""
         os.environ["FLOWGEN_CACHE"] = str(self.folder / "cache")
 
-    def left_alone(self, name: str) -> Alone:
-        if name not in self.alone:
-            folder = self.folder / "alone" / name.replace(", ", "-")
-            folder.mkdir(parents=True)
-            counted = flowgen(
-                words_of(name, self.images, folder / "run"),
-                folder,
-                prepare=count_into(folder / "points"),
-            )
-            assert not counted.status, counted.error
-            self.alone[name] = Alone(
-                state_of(folder / "run"), counted.seconds, int((folder / "points").read_text())
-            )
-        return self.alone[name]
+    def reference_run(self, name: str) -> Path:
+        """Return the folder of the uninterrupted training, after `reference`."""
+        return self.folder / "references" / folder_name(name) / "run"
+
+    def reference(self, name: str) -> Reference:
+        """Return the uninterrupted training. The first call runs it."""
+        if name not in self.references:
+            run = self.reference_run(name)
+            run.parent.mkdir(parents=True)
+            points = run.parent / "points"
+            args = train_args(name, self.images, run)
+            outcome = run_flowgen(args, run.parent, prepare=count_points(points))
+            assert not outcome.status, outcome.error
+            num_points = int(points.read_text())
+            self.references[name] = Reference(state_of(run), outcome.seconds, num_points)
+        return self.references[name]
 
 
-def go_on(name: str, ground: Ground, folder: Path, **how: Any) -> Outcome:
-    """As a user would: by `resume` where the run has a configuration, else by training again in the same folder."""
+def train_or_resume(name: str, workspace: Workspace, folder: Path, **kwargs: Any) -> Outcome:
+    """Resume the training in a folder, or start it if it has no configuration yet."""
     run = folder / "run"
-    words = (
-        ["resume", run] if (run / "config.yaml").exists() else words_of(name, ground.images, run)
-    )
-    return flowgen(words, folder, **how)
+    if (run / "config.yaml").exists():
+        return run_flowgen(["resume", run], folder, **kwargs)
+    return run_flowgen(train_args(name, workspace.images, run), folder, **kwargs)
 
 
-def difference(alone: Alone, run: Path) -> str:
-    """In what a run ended otherwise than the one that was left alone."""
-    wanted, found = alone.state, state_of(run)
-    return ", ".join(
-        key for key in sorted({*wanted, *found}) if not same(wanted.get(key), found.get(key))
-    )
+def finish(name: str, workspace: Workspace, folder: Path) -> str:
+    """Resume a training to its end. Return a description of the fault or of the differences."""
+    outcome = train_or_resume(name, workspace, folder)
+    if outcome.status and not is_finished(outcome):
+        return outcome.fault or outcome.last_line
+    return difference(workspace.reference(name), folder / "run")
 
 
-def damaged(run: Path) -> str:
-    """What is wrong with checkpoints that something has stopped the writing of: under their names all must be whole."""
-    files = {
-        path.stat().st_ino: path for path in (run / "checkpoints").glob("*.pt")
-    }  # several names may be of one
-    for path in files.values():
+def is_finished(outcome: Outcome) -> bool:
+    """Tell if a command failed because the training had ended before."""
+    return "has ended" in outcome.error
+
+
+def difference(reference: Reference, run: Path) -> str:
+    """Return the names of the parts in which a run differs from the uninterrupted training."""
+    expected = reference.state
+    state = state_of(run)
+    keys = sorted({*expected, *state})
+    return ", ".join(key for key in keys if not same(expected.get(key), state.get(key)))
+
+
+def invalid_checkpoint(run: Path) -> str:
+    """Return the error of the first invalid checkpoint, or ""."""
+    paths = {path.stat().st_ino: path for path in (run / "checkpoints").glob("*.pt")}
+    for path in paths.values():
         try:
             read_checkpoint(path)
         except UserError as error:
@@ -95,51 +117,56 @@ def damaged(run: Path) -> str:
     return ""
 
 
-def left(run: Path) -> float:
-    """About what share of a training a run has yet to do, by its rows, one for each step."""
-    rows = run / "metrics.jsonl"
-    return (
-        min(1.0, START + 1 - rows.read_bytes().count(b'"train"') / STEPS) if rows.exists() else 1.0
-    )
+def remaining_share(run: Path) -> float:
+    """Return about what share of a training is still to do."""
+    metrics = run / "metrics.jsonl"
+    if not metrics.exists():
+        return 1.0
+    steps = metrics.read_bytes().count(b'"train"')
+    return min(1.0, STARTUP_SHARE + 1 - steps / STEPS)
 
 
-def kill(ground: Ground, seed: int, number: int, folder: Path) -> Result:
-    """Training `number`: killed, gone on with, perhaps killed again, gone on with to the end, and compared."""
-    random = drawn(seed, "kill", number)
-    name = list(TRAININGS)[number % len(TRAININGS)]
-    alone, hits, what = ground.left_alone(name), 0, f"{number}: {name}"
-    kind = ("in a write", "at a moment")[(number + number // len(TRAININGS)) % 2]
-    if random.random() < FRESH:
+def kill_training(workspace: Workspace, seed: int, index: int, folder: Path) -> Result:
+    """Kill and resume a training several times, and compare its result."""
+    rng = make_rng(seed, "kill", index)
+    name = list(TRAININGS)[index % len(TRAININGS)]
+    reference = workspace.reference(name)
+    is_in_write = (index + index // len(TRAININGS)) % 2 == 0
+    kind = "kill in a write" if is_in_write else "kill at a random moment"
+    case = f"{index}: {name}"
+    hits = 0
+    if rng.random() < OWN_CACHE_PROBABILITY:
         os.environ["FLOWGEN_CACHE"] = str(folder / "cache")
-    for turn in range(MOST):
-        if turn and random.random() >= AGAIN:
+    for turn in range(MAX_KILLS):
+        if turn and rng.random() >= REPEAT_PROBABILITY:
             break
-        share = random.random() * left(folder / "run")
-        how: dict[str, Any] = {"prepare": kill_at(1 + int(share * alone.points), random.random())}
-        if kind == "at a moment":
-            how = {"then": send_after(1.1 * share * alone.seconds, signal.SIGKILL)}
-        ended = go_on(name, ground, folder, **how)
-        hits += ended.status == KILLED
-        if ended.status == 0 or "has ended" in ended.error:
+        share = rng.random() * remaining_share(folder / "run")
+        kwargs: dict[str, Any]
+        if is_in_write:
+            kwargs = {"prepare": kill_at(1 + int(share * reference.num_points), rng.random())}
+        else:
+            kwargs = {"on_start": send_after(1.1 * share * reference.seconds, signal.SIGKILL)}
+        outcome = train_or_resume(name, workspace, folder, **kwargs)
+        if outcome.status == KILLED:
+            hits += 1
+        elif outcome.status == 0 or is_finished(outcome):
             break
-        if ended.status != KILLED:
-            return Result(f"kill {kind}", what, hits, ended.fault or ended.last)
-    if fault := damaged(folder / "run"):
-        return Result(f"kill {kind}", what, hits, fault)
-    ended = go_on(name, ground, folder)
-    if ended.status and "has ended" not in ended.error:
-        return Result(f"kill {kind}", what, hits, ended.fault or ended.last)
-    return Result(f"kill {kind}", what, hits, difference(alone, folder / "run"))
+        else:
+            return Result(kind, case, hits, outcome.fault or outcome.last_line)
+    fault = invalid_checkpoint(folder / "run") or finish(name, workspace, folder)
+    return Result(kind, case, hits, fault)
 
 
-def kills(ground: Ground, seed: int, count: int) -> Iterator[Result]:
-    """Runs until so many kills have hit."""
-    hits, number = 0, 0
+def kill_trainings(workspace: Workspace, seed: int, count: int) -> Iterator[Result]:
+    """Run trainings until `count` kills have hit."""
+    hits = 0
+    index = 0
     while hits < count:
-        folder = ground.folder / "kills" / str(number)
+        folder = workspace.folder / "kills" / str(index)
         folder.mkdir(parents=True)
-        result = kill(ground, seed, number, folder)
+        result = kill_training(workspace, seed, index, folder)
         if not result.fault:
             shutil.rmtree(folder)
         yield result
-        hits, number = hits + result.hits, number + 1
+        hits += result.hits
+        index += 1

@@ -1,4 +1,7 @@
-"""`make faults`: kills, full disks, signals, foreign files and odd command lines by the thousand, and a table of how they ended."""
+"""Run all fuzzers and print a table of their results: `make faults`.
+
+They kill trainings, fill disks, send signals, damage files and draw command lines at random.
+"""
 
 import argparse
 import contextlib
@@ -11,131 +14,127 @@ from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
 
-import disks
-import foreign
+import disk_faults
+import forkserver
+import fuzz_files
+import kill_ranks
 import kills
-import ranks
-import zygote
-from kills import Ground, Result
+from kills import Result, Workspace
 
 PARTS = ("kills", "ranks", "disks", "files", "lines")
-MEMORY = Path("/dev/shm")  # where a thousand trainings spare the disk
+MEMORY_DISK = Path("/dev/shm")  # a thousand trainings would wear out a disk
 
 
-def make_quick() -> None:
-    """A small curves.png in place of matplotlib's, which would take nine tenths of the time; fewer batches for statistics, fewer sweeps."""
+def speed_up() -> None:
+    """Replace slow parts of trainings: the plot, batch statistics and samples of an RBM."""
     from PIL import Image
 
     from flowgen.models.rbm.rbm import RBM
-    from flowgen.training import trainer as look
+    from flowgen.training import trainer
     from flowgen.utils import plots
 
-    plots.curves = lambda rows, metric, path: Image.new("L", (64, 64)).save(path)
-    look.STATISTICS = 2
+    plots.curves = lambda rows, metric, path: Image.new("L", (64, 64)).save(path, "PNG")
+    trainer.BN_UPDATE_BATCHES = 2
     RBM.sample = partialmethod(RBM.sample, sweeps=9)  # type: ignore[assignment]
 
 
-def results(ground: Ground, seed: int, count: int, parts: list[str]) -> Iterator[Result]:
-    """Of all parts at the same pace, so that each has come as far as the others whenever this is stopped."""
-    few, many, of_ranks = max(1, count // 5), 2 * count, max(1, count // 50)
-    folder = (
-        foreign.Folder(ground, ground.folder / "whole" / "folder")
-        if {"files", "lines"} & set(parts)
-        else None
-    )
-    each: dict[str, tuple[int, Iterator[Result]]] = {
-        "kills": (count, kills.kills(ground, seed, count)),
-        "ranks": (of_ranks, ranks.kills_of_ranks(ground, seed, of_ranks)),
-        "disks": (2 * few, disks.others(ground, seed, few)),
+def run_parts(workspace: Workspace, seed: int, count: int, parts: list[str]) -> Iterator[Result]:
+    """Yield the results of the parts. All parts make progress at the same pace."""
+    num_ranks = max(1, count // 50)
+    num_disks = max(1, count // 5)
+    num_files = 2 * count
+    results: dict[str, tuple[int, Iterator[Result]]] = {
+        "kills": (count, kills.kill_trainings(workspace, seed, count)),
+        "ranks": (num_ranks, kill_ranks.kill_ranks(workspace, seed, num_ranks)),
+        "disks": (2 * num_disks, disk_faults.disk_faults(workspace, seed, num_disks)),
     }
-    if folder:
-        each |= {
-            "files": (many, foreign.foreign_files(folder, seed, many)),
-            "lines": (many, foreign.odd_lines(folder, seed, many)),
-        }
-    done = dict.fromkeys(parts, 0.0)
-    while done:
-        part = min(done, key=lambda name: done[name])
-        wanted, coming = each[part]
-        ground.share_cache()  # which some of them leave for one of their own
-        if (result := next(coming, None)) is None:
-            del done[part]
+    if {"files", "lines"} & set(parts):
+        folder = fuzz_files.Folder(workspace, workspace.folder / "original" / "folder")
+        results["files"] = (num_files, fuzz_files.fuzz_files(folder, seed, num_files))
+        results["lines"] = (num_files, fuzz_files.fuzz_command_lines(folder, seed, num_files))
+    progress = dict.fromkeys(parts, 0.0)
+    while progress:
+        part = min(progress, key=lambda name: progress[name])
+        total, part_results = results[part]
+        workspace.use_shared_cache()  # some test cases use their own cache
+        result = next(part_results, None)
+        if result is None:
+            del progress[part]
         else:
-            done[part] += (result.hits if part in ("kills", "ranks") else 1) / wanted
+            progress[part] += (result.hits if part in ("kills", "ranks") else 1) / total
             yield result
 
 
-def keep(seed: int, result: Result, path: Path) -> None:
-    """A line of JSON more, so that what is stopped counts as far as it has come."""
+def save_result(seed: int, result: Result, path: Path) -> None:
+    """Append a result to a file of JSON lines."""
     with path.open("a") as file:
         file.write(json.dumps({"seed": seed, **result._asdict()}) + "\n")
 
 
-def kept(path: Path) -> list[tuple[int, Result]]:
-    """All that runs of any seed have left there."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [(line.pop("seed"), Result(**line)) for line in lines]
+def load_results(path: Path) -> list[tuple[int, Result]]:
+    """Return seeds and results of a file of JSON lines."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(row.pop("seed"), Result(**row)) for row in rows]
 
 
-def table(found: list[tuple[int, Result]]) -> str:
-    """A row for each kind: of which seeds, how many runs, how many of them were hit how often, and how many were at fault."""
-    rows = ["| what | seeds | runs | hits | at fault |", "| --- | --- | --- | --- | --- |"]
-    for kind in dict.fromkeys(result.kind for _, result in found):
-        mine = [result for _, result in found if result.kind == kind]
-        seeds = ", ".join(map(str, sorted({seed for seed, result in found if result.kind == kind})))
-        hits, faults = (
-            sum(result.hits for result in mine),
-            sum(bool(result.fault) for result in mine),
-        )
-        rows.append(f"| {kind} | {seeds} | {len(mine)} | {hits} | {faults} |")
+def table(results: list[tuple[int, Result]]) -> str:
+    """Return a Markdown table with one row for each kind of result."""
+    rows = ["| kind | seeds | runs | hits | faults |", "| --- | --- | --- | --- | --- |"]
+    for kind in dict.fromkeys(result.kind for _, result in results):
+        seeds = sorted({seed for seed, result in results if result.kind == kind})
+        of_kind = [result for _, result in results if result.kind == kind]
+        hits = sum(result.hits for result in of_kind)
+        faults = sum(bool(result.fault) for result in of_kind)
+        names = ", ".join(map(str, seeds))
+        rows.append(f"| {kind} | {names} | {len(of_kind)} | {hits} | {faults} |")
     return "\n".join(rows)
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--count",
         type=int,
         default=20,
-        help="kills; a fiftieth of it of ranks, a fifth of it full disks, twice as many files and lines",
+        help="number of kills; the numbers of other faults are proportional: a fiftieth for "
+        "processes, a fifth for full disks, twice as many for files and command lines",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument(
-        "--at",
+        "--folder",
         type=Path,
-        help="an empty folder to work in, which is kept; by default one in memory that is deleted",
+        help="an empty folder for all files, which is kept; by default a temporary one in memory",
     )
     parser.add_argument(
         "--results",
         type=Path,
-        help="a file of JSON lines, one for each result; the table is of all that it holds",
+        help="a file of JSON lines to which the results are appended; the table shows all of them",
     )
-    options = parser.parse_args()
-    zygote.warm()
-    make_quick()
-    began = time.monotonic()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    forkserver.preload()
+    speed_up()
+    start = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(
-        prefix="faults-", dir=MEMORY if MEMORY.is_dir() else None
-    ) as temporary:
-        at, path = (
-            options.at or Path(temporary) / "ground",
-            options.results or Path(temporary) / "results",
-        )
+    memory_disk = MEMORY_DISK if MEMORY_DISK.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory_disk) as temporary:
+        folder = args.folder or Path(temporary) / "workspace"
+        path = args.results or Path(temporary) / "results"
         path.touch()
         with contextlib.suppress(KeyboardInterrupt):
-            for result in results(
-                Ground(at, disks.can_mount(at)), options.seed, options.count, list(options.parts)
-            ):
-                keep(options.seed, result, path)
+            workspace = Workspace(folder, disk_faults.can_mount(folder))
+            for result in run_parts(workspace, args.seed, args.count, list(args.parts)):
+                save_result(args.seed, result, path)
                 if result.fault:
-                    print(f"AT FAULT: {result.kind}, {result.what}: {result.fault}", flush=True)
-        found = kept(path)
-    print(
-        f"\n{options.count} kills asked for, {(time.monotonic() - began) / 60:.0f} min\n\n{table(found)}"
-    )
-    sys.exit(any(result.fault for _, result in found))
+                    print(f"FAULT: {result.kind}, {result.name}: {result.fault}", flush=True)
+        results = load_results(path)
+    minutes = (time.monotonic() - start) / 60
+    print(f"\n{args.count} kills requested, {minutes:.0f} min\n\n{table(results)}")
+    sys.exit(any(result.fault for _, result in results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Short trainings of every model, and whether two of them ended the same."""
+"""Short trainings of every model, and the comparison of their results."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+STEPS = 6
 FLOW = ("data.bits=5", "model.width=4")
 RBM = (
     "data.bits=1",
@@ -43,68 +44,88 @@ TRAININGS = {
     "rbm, pcd": (*RBM, "model/negative_phase=pcd"),
     "rbm, tempering": (*RBM, "model/negative_phase=tempering"),
 }
-STEPS = 6
-EVERY = f"trainer=cpu trainer.minutes=null trainer.steps={STEPS} trainer.batch_size=4 trainer.init_images=8 trainer.lr=1e-3".split()
-TIMELY = {"log": 1, "evaluate": 2, "save": 4, "sample": 6, "keep": 3}
-OFTEN = [
+TRAINER = (
+    "trainer=cpu",
+    "trainer.minutes=null",
+    f"trainer.steps={STEPS}",
+    "trainer.batch_size=4",
+    "trainer.init_images=8",
+    "trainer.lr=1e-3",
     "trainer.eval_images=4",
-    *(f"trainer.{what}_every={steps}" for what, steps in TIMELY.items()),
-]
-TIMES = ("seconds", "images_per_second", "memory_gib")  # which differ from run to run
+    "trainer.log_every=1",
+    "trainer.eval_every=2",
+    "trainer.save_every=4",
+    "trainer.sample_every=6",
+    "trainer.checkpoint_every=3",
+)
+VARYING_METRICS = ("seconds", "images_per_second", "memory_gib")  # differ from run to run
+
+
+def folder_name(name: str) -> str:
+    """Return the name of a training without spaces."""
+    return name.replace(", ", "-")
 
 
 def make_images(folder: Path) -> Path:
+    """Save twelve random images."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    for number in range(12):
+    for index in range(12):
         pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{number:02d}.png")
+        Image.fromarray(pixels.numpy()).save(folder / f"{index:02d}.png")
     return folder
 
 
-def words_of(name: str, images: Path, out: Path, *more: str) -> list[str]:
-    here = ["data=folder", f"data.root={images}", "data.size=4", f"output_dir={out}", "resume=true"]
-    return ["train", *here, *TRAININGS[name], *EVERY, *OFTEN, *more]
+def train_args(name: str, images: Path, run: Path, *overrides: str) -> list[str]:
+    """Return the arguments of `flowgen` for a training."""
+    data = ["data=folder", f"data.root={images}", "data.size=4"]
+    output = [f"output_dir={run}", "resume=true"]
+    return ["train", *data, *output, *TRAININGS[name], *TRAINER, *overrides]
 
 
 def state_of(run: Path) -> dict[str, Any]:
-    """All that a training leaves, but for times: checkpoints, rows, pictures; and the names of files that are half written."""
-    state: dict[str, Any] = {
-        "half written": sorted(str(path.relative_to(run)) for path in run.rglob("*.part"))
-    }
-    files: dict[int, Any] = {}  # several names may be of one
+    """Return everything that a training leaves, except for times.
+
+    The state has checkpoints, metrics, pictures, and the names of partly written files.
+    """
+    partial = sorted(str(path.relative_to(run)) for path in run.rglob("*.part"))
+    state: dict[str, Any] = {"partial files": partial}
+    files: dict[int, Any] = {}  # by inode, since a file may have several names
     for path in sorted((run / "checkpoints").glob("*.pt")):
-        if (file := path.stat().st_ino) not in files:
-            files[file] = torch.load(path, weights_only=True)
-            files[file]["progress"].pop("seconds")
-            files[file].pop("config")
-        state[path.name] = files[file]
+        inode = path.stat().st_ino
+        if inode not in files:
+            files[inode] = torch.load(path, weights_only=True)
+            files[inode]["progress"].pop("seconds")
+            files[inode].pop("config")
+        state[path.name] = files[inode]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    state["rows"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-    state["samples"] = {
-        path.name: path.read_bytes() for path in sorted((run / "samples").iterdir())
-    }
+    for row in rows:
+        for key in VARYING_METRICS:
+            row.pop(key, None)
+    state["metrics"] = rows
+    samples = sorted((run / "samples").iterdir())
+    state["samples"] = {path.name: path.read_bytes() for path in samples}
     return state
 
 
-def same(one: Any, other: Any) -> bool:
-    """Bit by bit."""
-    if isinstance(one, torch.Tensor):
+def same(first: Any, second: Any) -> bool:
+    """Compare two states bit by bit."""
+    if isinstance(first, torch.Tensor):
         return (
-            isinstance(other, torch.Tensor)
-            and one.dtype == other.dtype
-            and one.shape == other.shape
-            and _bytes(one) == _bytes(other)
+            isinstance(second, torch.Tensor)
+            and first.dtype == second.dtype
+            and first.shape == second.shape
+            and _bytes(first) == _bytes(second)
         )
-    if isinstance(one, dict):
+    if isinstance(first, dict):
         return (
-            isinstance(other, dict)
-            and one.keys() == other.keys()
-            and all(same(value, other[key]) for key, value in one.items())
+            isinstance(second, dict)
+            and first.keys() == second.keys()
+            and all(same(value, second[key]) for key, value in first.items())
         )
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
 
 
 def _bytes(value: torch.Tensor) -> bytes:
