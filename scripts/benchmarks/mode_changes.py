@@ -1,7 +1,8 @@
-"""How many digits do the chains of an RBM visit? Gibbs sampling and parallel tempering from the same start, in a figure.
+"""Compare how many digits the chains of an RBM visit by Gibbs sampling and parallel tempering.
 
-A classifier, trained on the run's training images, names the digit of every state; a mode change is a state
-whose digit it is sure of (`SURE`) and which is not the last one that it was sure of.
+A classifier, trained on the training images of the run, names the digit of every state. A mode
+change is a state with another digit than the last one, if the classifier's probability of the digit
+is at least `CONFIDENCE_THRESHOLD`. All chains start at the same test digits.
 """
 
 import argparse
@@ -14,65 +15,72 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.config.instantiate import build_data
-from flowgen.config.loading import load_from_checkpoint
-from flowgen.config.runs import find_checkpoint
-from flowgen.evaluation.sample_quality import SURE, Classifier, train_classifier
-from flowgen.models.rbm.rbm import METHODS, RBM
+from flowgen.config.loading import find_model
+from flowgen.evaluation.sample_quality import CONFIDENCE_THRESHOLD, Classifier, train_classifier
+from flowgen.models.rbm.rbm import RBM, SAMPLERS
+
+STYLES = {"gibbs": ("--", "#d55e00"), "tempering": ("-", "#0072b2")}  # line style, color
 
 
 @torch.no_grad()
-def visits(
-    rbm: RBM, classifier: Classifier, start: Tensor, method: str, sweeps: int
+def count_visits(
+    rbm: RBM, classifier: Classifier, start: Tensor, sampler: str, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Mode changes and different digits so far, on average over the chains: (sweeps,) each."""
+    """Run chains and count mode changes and different digits.
+
+    Returns:
+        The counts after each step, averaged over the chains, (steps,) each.
+    """
     generator = torch.Generator().manual_seed(0)
-    last = classifier.surety(start.view(-1, *rbm.image_shape))[0]
-    seen = F.one_hot(last, 10).bool()
-    changes, totals, digits = torch.zeros(len(start)), [], []
-    for visible, _ in islice(METHODS[method](rbm, start, generator=generator), sweeps):
-        digit, surety = classifier.surety(visible.view(-1, *rbm.image_shape))
-        now = torch.where(surety >= SURE, digit, last)
-        changes += now != last
-        seen |= F.one_hot(now, 10).bool()
-        last = now
-        totals.append(changes.mean())
-        digits.append(seen.float().sum(1).mean())
-    return torch.stack(totals), torch.stack(digits)
+    last, _ = classifier.predict(start.view(-1, *rbm.image_shape))
+    visited = F.one_hot(last, 10).bool()
+    changes = torch.zeros(len(start))
+    mean_changes = []
+    mean_digits = []
+    for visible, _ in islice(SAMPLERS[sampler](rbm, start, generator=generator), steps):
+        digit, confidence = classifier.predict(visible.view(-1, *rbm.image_shape))
+        current = torch.where(confidence >= CONFIDENCE_THRESHOLD, digit, last)
+        changes += current != last
+        visited |= F.one_hot(current, 10).bool()
+        last = current
+        mean_changes.append(changes.mean())
+        mean_digits.append(visited.float().sum(1).mean())
+    return torch.stack(mean_changes), torch.stack(mean_digits)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?")
     parser.add_argument("--chains", type=int, default=100)
-    parser.add_argument("--sweeps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("mode_changes.png"))
-    options = parser.parse_args()
+    args = parser.parse_args()
     torch.manual_seed(0)
-    run, checkpoint = find_checkpoint(options.run, wanted=RBM)
-    rbm, data = load_from_checkpoint(checkpoint), build_data(checkpoint["config"])
-    assert isinstance(rbm, RBM)
+    run, checkpoint, rbm = find_model(args.run, "cpu", RBM)
+    data = build_data(checkpoint["config"])
     classifier = train_classifier(data)
     assert data.test.labels is not None
-    named = classifier.surety(torch.cat(list(data.batches("test", 1000))))[0]
-    print(
-        f"{run.folder}: the classifier names {100 * named.eq(data.test.labels).float().mean():.1f} % of the test digits rightly"
-    )
-    start = rbm.units(next(data.batches("test", options.chains)))
-    page = Figure(figsize=(9, 4), layout="constrained")
-    left, right = page.subplots(1, 2)
-    for method, style in (("gibbs", "--"), ("tempering", "-")):
-        changes, digits = visits(rbm, classifier, start, method, options.sweeps)
-        colour = {"gibbs": "#d55e00", "tempering": "#0072b2"}[method]
-        left.plot(range(1, options.sweeps + 1), changes, style, color=colour, label=method)
-        right.plot(range(1, options.sweeps + 1), digits, style, color=colour, label=method)
+    labels, _ = classifier.predict(torch.cat(list(data.batches("test", 1000))))
+    accuracy = 100 * labels.eq(data.test.labels).float().mean()
+    print(f"{run.folder}: accuracy of the classifier on test digits: {accuracy:.1f} %")
+    start = rbm.to_visible(next(data.batches("test", args.chains)))
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    x = range(1, args.steps + 1)
+    for sampler, (style, color) in STYLES.items():
+        changes, digits = count_visits(rbm, classifier, start, sampler, args.steps)
+        left.plot(x, changes, style, color=color, label=sampler)
+        right.plot(x, digits, style, color=color, label=sampler)
         print(
-            f"{method}: {changes[-1]:.1f} mode changes and {digits[-1]:.2f} different digits a chain in {options.sweeps} sweeps"
+            f"{sampler}: {changes[-1]:.1f} mode changes and {digits[-1]:.2f} different digits per "
+            f"chain in {args.steps} steps"
         )
-    left.set(xlabel="sweeps", ylabel="mode changes a chain")
-    right.set(xlabel="sweeps", ylabel="different digits visited a chain", ylim=(0, 10))
+    left.set(xlabel="steps", ylabel="mode changes per chain")
+    right.set(xlabel="steps", ylabel="different digits visited per chain", ylim=(0, 10))
     left.legend()
-    page.suptitle(f"{options.chains} chains from the same test digits, {rbm.hidden} hidden units")
-    page.savefig(options.out, dpi=120)
+    num_hidden = len(rbm.hidden_bias)
+    figure.suptitle(f"{args.chains} chains from the same test digits, {num_hidden} hidden units")
+    figure.savefig(args.out, dpi=120)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""How many samples can be read? The share that a classifier of MNIST, trained on all its training images, is sure of (0.9).
+"""Measure the share of readable samples of models of digits.
 
-The same share of the test digits stands beside it, and for class-conditional models how often a sample is of the class asked for.
+A sample is readable if a classifier, trained on the training images of MNIST, assigns a probability
+of at least 0.9 to a class. The script also prints this share for the test digits, and how often a
+sample of a class-conditional model has the requested class.
 """
 
 import argparse
@@ -14,49 +16,60 @@ from flowgen.data.mnist import MNIST
 from flowgen.evaluation.sample_quality import Classifier, train_classifier
 
 
+def load_classifier(data: MNIST, path: Path | None) -> Classifier:
+    """Load a classifier from a file, or train it and save it to the file."""
+    if path and path.exists():
+        classifier = Classifier((1, 28, 28), 8, 10).eval()
+        classifier.load_state_dict(torch.load(path, weights_only=True))
+        return classifier
+    classifier = train_classifier(data)
+    if path:
+        torch.save(classifier.state_dict(), path)
+    return classifier
+
+
+def describe_samples(classifier: Classifier, run: str, temperature: float, count: int) -> str:
+    """Sample a model and return its shares of readable and of right digits as text."""
+    model = flowgen.load(run)
+    images = sample_images(model, count, temperature, seed=0)[0].cpu()
+    if model.bits == 1:
+        images = images * 255
+    num_readable = int(32 * classifier.share_readable(images[:32]))
+    text = (
+        f"{run} at temperature {temperature:g}: readable {classifier.share_readable(images):.3f}, "
+        f"{num_readable} of the first 32"
+    )
+    if model.num_classes:
+        requested = torch.arange(len(images)) % model.num_classes
+        share = (classifier.predict(images)[0] == requested).float().mean()
+        text += f", of the requested class {share:.3f}"
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--temperature", type=float, nargs="*", default=[0.7])
-    parser.add_argument("--count", type=int, default=320)
-    parser.add_argument(
-        "--root", help="the folder with MNIST's idx files; by default looked for, or downloaded"
-    )
-    parser.add_argument("--keep", type=Path, help="a file that keeps the trained classifier")
-    options = parser.parse_args()
+    parser.add_argument("--count", type=int, default=320, help="samples per temperature")
+    parser.add_argument("--root", help="folder with the IDX files of MNIST")
+    parser.add_argument("--classifier", type=Path, help="a file that stores the classifier")
+    args = parser.parse_args()
     data = MNIST(
         name="MNIST",
-        root=options.root,
+        root=args.root,
         search_dirs=["mnist", "MNIST"],
         size=28,
         bits=8,
         random_flip=False,
     )
-    if options.keep and options.keep.exists():
-        classifier = Classifier((1, 28, 28), 8, 10).eval()
-        classifier.load_state_dict(torch.load(options.keep, weights_only=True))
-    else:
-        classifier = train_classifier(data)
-        if options.keep:
-            torch.save(classifier.state_dict(), options.keep)
-    label, surety = classifier.surety(data.test.images)
-    accuracy = (label == data.test.labels).float().mean().item()
-    print(
-        f"test digits: readable {(surety >= 0.9).float().mean():.3f}, named rightly {accuracy:.4f}"
-    )
-    for run in options.runs:
-        model = flowgen.load(run)
-        for temperature in options.temperature:
-            images, _ = sample_images(model, options.count, temperature, seed=0)
-            images = images.cpu() * 255 if model.bits == 1 else images.cpu()
-            right = ""
-            if model.num_classes:
-                payload = torch.arange(len(images)) % model.num_classes
-                right = f", of the class asked for {(classifier.surety(images)[0] == payload).float().mean():.3f}"
-            first = int(32 * classifier.readable(images[:32]))
-            print(
-                f"{run} at temperature {temperature:g}: readable {classifier.readable(images):.3f}, {first} of the first 32{right}"
-            )
+    classifier = load_classifier(data, args.classifier)
+    label, _ = classifier.predict(data.test.images)
+    accuracy = (label == data.test.labels).float().mean()
+    readable = classifier.share_readable(data.test.images)
+    print(f"test digits: readable {readable:.3f}, accuracy of the classifier {accuracy:.4f}")
+    for run in args.runs:
+        for temperature in args.temperature:
+            print(describe_samples(classifier, run, temperature, args.count))
 
 
 if __name__ == "__main__":

@@ -1,122 +1,128 @@
-"""What a training step of a Glow costs by its parts: python scripts/step.py [OVERRIDE...], as `flowgen train` takes them.
+"""Measure the shares of a Glow's training step with torch.profiler.
 
-Shares of the time by torch.profiler: first the phases of a step, one after the other, then the kinds of operations in all of them.
+Usage: python scripts/benchmarks/step.py [OVERRIDE...], with overrides of `flowgen train`.
+
+The first table has the phases of a step, the second one the kinds of operations in all phases.
 """
 
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from flowgen import cli
 from flowgen.data.dataset import ImageDataset
-from flowgen.training import optim as optimisation
-from flowgen.training import trainer as loop
-from flowgen.training.state import TrainState
+from flowgen.training import trainer
+from flowgen.training.trainer import Trainer
 
-WARM, MEASURED = 3, 5  # steps
-SETTINGS = [
+WARMUP_STEPS = 3
+MEASURED_STEPS = 5
+OVERRIDES = [
     "model=glow",
     "data=mnist_sample",
     "trainer=cpu",
     "trainer.minutes=null",
-    f"trainer.steps={WARM + MEASURED}",
-]
-QUIET = [
+    f"trainer.steps={WARMUP_STEPS + MEASURED_STEPS}",
     "trainer.eval_images=16",
-    *(f"trainer.{name}=1000000" for name in ("evaluate_every", "sample_every", "save_every")),
+    "trainer.eval_every=1000000",
+    "trainer.sample_every=1000000",
+    "trainer.save_every=1000000",
 ]
-PHASES = ("the batch", "forward", "backward", "norm and clipping", "optimiser and average")
-KINDS = {
+PHASES: dict[str, list[tuple[Any, str]]] = {  # functions of each phase
+    "batch": [(ImageDataset, "train_batch")],
+    "forward": [(Trainer, "compute_loss")],
+    "backward": [(torch.Tensor, "backward")],
+    "norm and clipping": [
+        (trainer, "gradient_norm"),
+        (torch.nn.utils, "clip_grads_with_norm_"),
+    ],
+    "optimizer and EMA": [(torch.optim.Adam, "step"), (AveragedModel, "update_parameters")],
+}
+OPERATIONS = {  # by a part of the name; the first match counts
     "convolution_backward": "convolutions, backward",
     "convolution": "convolutions, forward",
-    "_fused_adam": "optimiser",
-}
-KINDS |= {
+    "_fused_adam": "optimizer",
     "copy": "copies",
     "cat": "copies",
     "clone": "copies",
-    "mm": "matrices",
-    "linalg": "matrices",
+    "mm": "matrix products",
+    "linalg": "matrix products",
 }
 
 
-def phase(owner: Any, name: str, label: str) -> None:
-    """Have the profiler show the calls of a function under this label."""
+def label_calls(owner: Any, name: str, label: str) -> None:
+    """Show the calls of a function under a label in the profile."""
     call = getattr(owner, name)
 
-    def shown(*arguments: Any, **named: Any) -> Any:
+    def labeled(*args: Any, **kwargs: Any) -> Any:
         with record_function(label):
-            return call(*arguments, **named)
+            return call(*args, **kwargs)
 
-    setattr(owner, name, shown)
-
-
-def kind(operation: str) -> str:
-    found = [label for part, label in KINDS.items() if part in operation]
-    return (
-        found[0]
-        if found
-        else "other operations, number by number"
-        if operation.startswith("aten::")
-        else "Python and the rest"
-    )
+    setattr(owner, name, labeled)
 
 
-def main(words: list[str]) -> None:
-    phase(ImageDataset, "next", "the batch")
-    phase(torch.Tensor, "backward", "backward")
-    phase(loop, "gradient_norm", "norm and clipping")
-    phase(optimisation.Optimisation, "clip_gradients", "norm and clipping")
-    phase(TrainState, "update", "optimiser and average")
-    step, done = loop.Training.step, [0]
-    profiler = profile(activities=[ProfilerActivity.CPU])
+def kind_of(operation: str) -> str:
+    """Return the kind of an operation of the profile."""
+    for part, kind in OPERATIONS.items():
+        if part in operation:
+            return kind
+    return "elementwise and other" if operation.startswith("aten::") else "Python and other"
 
-    def watched(training: loop.Training) -> dict[str, float]:
-        if done[0] == WARM:
-            phase(training.state.model, "forward", "forward")
+
+def profiled(step: Callable[[Trainer], Any], profiler: profile) -> Callable[[Trainer], Any]:
+    """Return a training step that starts and stops the profiler."""
+    num_steps = 0
+
+    def profiled_step(self: Trainer) -> Any:
+        nonlocal num_steps
+        if num_steps == WARMUP_STEPS:
             profiler.start()
         with record_function("step"):
-            row = step(training)
-        done[0] += 1
-        if done[0] == WARM + MEASURED:
+            row = step(self)
+        num_steps += 1
+        if num_steps == WARMUP_STEPS + MEASURED_STEPS:
             profiler.stop()
         return row
 
-    loop.Training.step = watched  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as name:
-        sys.argv = [
-            "flowgen",
-            "train",
-            *SETTINGS,
-            *QUIET,
-            f"output_dir={Path(name) / 'run'}",
-            *words,
-        ]
-        cli.main()
-    table(profiler)
+    return profiled_step
 
 
-def table(profiler: profile) -> None:
+def print_tables(profiler: profile) -> None:
+    """Print the shares of phases and of operations."""
     events = profiler.key_averages()
-    whole = {event.key: event.cpu_time_total for event in events if event.key in (*PHASES, "step")}
-    print(
-        f"a step takes {whole['step'] / MEASURED / 1000:.0f} ms\n\n| phase | share of a step |\n| --- | ---: |"
-    )
-    for name in PHASES:
-        print(f"| {name} | {whole[name] / whole['step']:.0%} |")
-    print(
-        f"| the rest | {1 - sum(whole[name] for name in PHASES) / whole['step']:.0%} |\n\n| operations | share of a step |\n| --- | ---: |"
-    )
+    times = {event.key: event.cpu_time_total for event in events}
+    step_time = times["step"]
+    print(f"a step takes {step_time / MEASURED_STEPS / 1000:.0f} ms\n")
+    print("| phase | share of a step |\n| --- | ---: |")
+    for label in PHASES:
+        print(f"| {label} | {times.get(label, 0) / step_time:.0%} |")
+    rest = step_time - sum(times.get(label, 0) for label in PHASES)
+    print(f"| other | {rest / step_time:.0%} |\n")
+    print("| operations | share of a step |\n| --- | ---: |")
     kinds: Counter[str] = Counter()
     for event in events:
-        kinds[kind(event.key)] += event.self_cpu_time_total
-    for name, time in kinds.most_common():
-        print(f"| {name} | {time / kinds.total():.0%} |")
+        kinds[kind_of(event.key)] += event.self_cpu_time_total
+    for kind, time in kinds.most_common():
+        print(f"| {kind} | {time / kinds.total():.0%} |")
+
+
+def main(overrides: list[str]) -> None:
+    for label, functions in PHASES.items():
+        for owner, name in functions:
+            label_calls(owner, name, label)
+    profiler = profile(activities=[ProfilerActivity.CPU])
+    Trainer.training_step = profiled(Trainer.training_step, profiler)  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        sys.argv = ["flowgen", "train", *OVERRIDES, f"output_dir={run}", *overrides]
+        cli.main()
+    print_tables(profiler)
 
 
 if __name__ == "__main__":

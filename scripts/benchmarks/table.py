@@ -218,7 +218,9 @@ def main() -> None:
         row.fill()
     for data in given.data:
         picture = FOLDER / f"{data}_{given.minutes:g}.png"
-        rendering.stack_titled([row.samples() for row in rows if row.found["data"] == data]).save(picture)
+        rendering.stack_titled([row.samples() for row in rows if row.found["data"] == data]).save(
+            picture
+        )
     print(
         HEAD, "|" + " --- |" * HEAD.count(" | ") + " --- |", *(row.line() for row in rows), sep="\n"
     )

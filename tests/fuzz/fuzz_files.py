@@ -64,10 +64,9 @@ def confine(folder: Path) -> Callable[[], None]:
     allowed = (f"{folder.resolve()}/", os.devnull, "/proc/")
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
+        num_paths = NUM_PATHS.get(event, 0)
         if event == "open":
             num_paths = int(args[2] & WRITE_FLAGS != 0)
-        else:
-            num_paths = NUM_PATHS.get(event, 0)
         for path in args[:num_paths]:
             if isinstance(path, int):
                 continue

@@ -1,4 +1,7 @@
-"""Every figure of the thesis and of the slides, in one page: `make reproduce-thesis` runs this, from where it was stopped."""
+"""Reproduce every figure of the thesis and of the slides on one page: `make reproduce-thesis`.
+
+The script continues where it was stopped.
+"""
 
 import argparse
 import sys
@@ -7,11 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import comparison
-import faces as of_faces
-import machines
+import glow_figures
+import rbm_figures
 from figure import MAKE, Figure
+from jobs import DIGITS, FACE_GROUPS, GROUPS, PRESETS, data_section, jobs, train
 from markupsafe import Markup
-from parts import DIGITS, FACED, GROUPS, SCALES, data_section, parts, train
 
 from flowgen.commands.report import overview
 from flowgen.config.compose import read_config
@@ -23,22 +26,18 @@ from flowgen.utils.console import setup_logging
 from flowgen.utils.errors import UserError
 from flowgen.utils.html import Picture, Section, data_url, write_html
 
-FACES = ("celeba_hq", "celeba", "folder")
-JUDGED = {
-    "full": 2000,
-    "small": 400,
-    "smoke": 32,
-}  # samples and test images of the comparison, at most
+FACE_DATA = ("celeba_hq", "celeba", "folder")
+MAX_COMPARED = {"full": 2000, "small": 400, "smoke": 32}  # samples and test images
 TITLES = {
     "data": "Data",
     "glow_conv": "Experiment 1: the original coupling network",
     "glow_resnet": "Experiment 2: a ResNet in every coupling",
-    "comparison": "The comparison",
+    "comparison": "Comparison of the experiments",
     "toy": "The toy figure (appendix B)",
-    "slides": "The slides' restricted Boltzmann machines",
-    "outlook": "The outlook: other networks, and the other reading of 32 steps",
+    "slides": "The restricted Boltzmann machines of the slides",
+    "outlook": "Outlook: other networks, and the other meaning of 32 steps",
 }
-THESIS = [
+THESIS_ROW = [  # of the table of costs
     "the thesis",
     "Glow",
     "CelebA-HQ",
@@ -47,173 +46,199 @@ THESIS = [
     "",
     "72, from 12 to 144",
     "12",
-]  # in the table of costs
+]
 SOURCES = (
-    "every figure names its command, its runs, and how it differs from the original; errors are standard errors. V. Sydorskyi, bachelor "
-    "thesis (Kyiv, 2020); N. Khomutov, slides on restricted Boltzmann machines (Moscow State University, 2014)."
+    "each figure has its command, its runs, and its differences from the original. Errors are "
+    "standard errors. Sources: V. Sydorskyi, bachelor thesis (Kyiv, 2020); N. Khomutov, slides on "
+    "restricted Boltzmann machines (Moscow State University, 2014)."
 )
 
 
 class Reproduction:
-    """What was asked for: the scale, the data, and the folder in which everything lies."""
+    """The trainings and the page of one preset and data set.
 
-    def __init__(self, scale: str, data: str, root: str | None, groups: list[str]):
-        self.scale, self.groups = scale, groups
-        self.data, root = ("mnist_sample", None) if scale == "smoke" else (data, root)
+    Args:
+        preset: One of `PRESETS`.
+        data: One of `FACE_DATA`.
+        root: Folder or zip of the images, or None to search for them.
+        groups: Groups of trainings to run.
+    """
+
+    def __init__(self, preset: str, data: str, root: str | None, groups: list[str]):
+        if preset == "smoke":
+            self.data = "mnist_sample"
+            root = None
+        else:
+            self.data = data
+        self.preset = preset
+        self.groups = groups
         self.root = None if root is None else str(Path(root).expanduser().resolve())
-        self.folder = Path("outputs/thesis") / f"{scale}_{self.data}"
-        self.words = [f"data={self.data}"] + (
-            [] if self.root is None else [f"data.root={self.root}"]
-        )
-        some = [f"PARTS='{' '.join(groups)}'"] if groups != list(GROUPS) else []
-        self.command = " ".join(
-            [MAKE, f"SCALE={scale}", f"DATA={data}", *([f"ROOT='{root}'"] if root else []), *some]
-        )
+        self.folder = Path("outputs/thesis") / f"{preset}_{self.data}"
+        self.face_overrides = [f"data={self.data}"]
+        if self.root is not None:
+            self.face_overrides.append(f"data.root={self.root}")
+        variables = [f"PRESET={preset}", f"DATA={data}"]
+        if root:
+            variables.append(f"ROOT='{root}'")
+        if groups != list(GROUPS):
+            variables.append(f"PARTS='{' '.join(groups)}'")
+        self.command = " ".join([MAKE, *variables])
 
     def runs(self, group: str) -> list[Run]:
-        return [Run(self.folder / part.folder) for part in parts(self.scale, group)]
+        """Return the runs of a group."""
+        return [Run(self.folder / job.folder) for job in jobs(self.preset, group)]
 
-    def finished(self) -> list[str]:
-        """The groups whose every part has come to its end."""
+    def finished_groups(self) -> list[str]:
+        """Return the groups without unfinished runs."""
         return [group for group in GROUPS if all(run.has_ended() for run in self.runs(group))]
 
-    def check(self) -> tuple[ImageDataset | None, ImageDataset | None]:
-        """The faces and the digits, where they will be shown. Raises FlowgenError with the cure where anything is missing."""
-        sample_quality.network()
-        shown = {*self.groups, *self.finished()}
-        for run in (run for group in FACED for run in self.runs(group) if run.config.exists()):
-            if (used := read_config(run.config)["data"].get("root")) != self.root:
-                cure = f"give ROOT={used or ''} as then, or move {self.folder} away to begin anew"
-                raise UserError(
-                    f"{run.folder} was trained on {used or 'images found in FLOWGEN_DATA'}: {cure}"
-                )
-        faces = of_faces.prepared(self.data, self.root, self.scale) if FACED & shown else None
-        return faces, build_data(
-            {"data": data_section(DIGITS[self.scale]) | {"bits": 1}}
-        ) if "slides" in shown else None
+    def load_data(self) -> tuple[ImageDataset | None, ImageDataset | None]:
+        """Return the faces and the digits if the page shows them.
+
+        Raises:
+            UserError: If anything is missing, before anything is trained.
+        """
+        sample_quality.find_fid_weights()
+        for group in FACE_GROUPS:
+            for run in self.runs(group):
+                self._check_root(run)
+        shown = {*self.groups, *self.finished_groups()}
+        faces = None
+        digits = None
+        if FACE_GROUPS & shown:
+            faces = glow_figures.load_faces(self.data, self.root, self.preset)
+        if "slides" in shown:
+            digits = build_data({"data": data_section(DIGITS[self.preset]) | {"bits": 1}})
+        return faces, digits
+
+    def _check_root(self, run: Run) -> None:
+        if not run.config.exists():
+            return
+        root = read_config(run.config)["data"].get("root")
+        if root != self.root:
+            images = root or "images found in FLOWGEN_DATA"
+            raise UserError(
+                f"{run.folder} was trained on {images}. Set ROOT={root or ''}, or move "
+                f"{self.folder} away to start again."
+            )
 
     def train(self, group: str) -> bool:
-        """Train what has not come to its end, from where it was stopped; whether there was any. Raises FlowgenError where one fails."""
-        left = [
-            part
-            for part in parts(self.scale, group)
-            if not Run(self.folder / part.folder).has_ended()
+        """Run or resume the unfinished trainings of a group. Return whether there were any.
+
+        Raises:
+            UserError: If a training fails.
+        """
+        unfinished = [
+            job for job in jobs(self.preset, group) if not Run(self.folder / job.folder).has_ended()
         ]
-        for part in left:
-            train(part.command(self.scale, self.words, self.folder / part.folder))
-        return bool(left)
+        for job in unfinished:
+            train(job.command(self.preset, self.face_overrides, self.folder / job.folder))
+        return bool(unfinished)
 
     def sections(
         self, faces: ImageDataset | None, digits: ImageDataset | None
     ) -> Iterator[Section]:
-        runs = {group: self.runs(group) for group in self.finished()}
-        both = {
+        """Yield the sections of the page for all finished groups."""
+        runs = {group: self.runs(group) for group in self.finished_groups()}
+        experiments = {
             f"experiment {number}": runs[name][0]
-            for number, name in enumerate(of_faces.EXPERIMENTS, 1)
+            for number, name in enumerate(glow_figures.EXPERIMENTS, 1)
             if name in runs
         }
         if faces is not None:
-            yield self._section("data", of_faces.of_data(faces, self.data, self.root))
-            for name in [name for name in of_faces.EXPERIMENTS if name in runs]:
-                yield self._section(
-                    name, of_faces.of_experiment(runs[name][0], name, faces, self.folder)
-                )
-        if faces is not None and len(both) == 2:
-            found = {
-                name: comparison.judged(run, faces, JUDGED[self.scale])
-                for name, run in both.items()
-            }
-            said, table = (
-                comparison.sentences(found, faces.bits),
-                [*overview(list(both.values())), THESIS],
-            )
-            yield self._section("comparison", comparison.figures(both, found, faces), said, table)
+            yield self._section("data", glow_figures.data_figures(faces, self.data, self.root))
+            for name in glow_figures.EXPERIMENTS:
+                if name in runs:
+                    figures = glow_figures.experiment_figures(
+                        runs[name][0], name, faces, self.folder
+                    )
+                    yield self._section(name, figures)
+        if faces is not None and len(experiments) == 2:
+            yield self._comparison_section(experiments, faces)
         if "toy" in runs:
-            yield self._section("toy", [machines.of_toy(runs["toy"][0])])
+            yield self._section("toy", [rbm_figures.toy_figure(runs["toy"][0])])
         if "slides" in runs and digits is not None:
-            said, table = (
-                [machines.best_of_prior(machines.likelihoods(runs["slides"]))],
+            yield self._section(
+                "slides",
+                rbm_figures.slides_figures(runs["slides"], self.folder, digits),
+                [rbm_figures.best_of_prior(rbm_figures.likelihoods(runs["slides"]))],
                 overview(runs["slides"]),
             )
-            yield self._section(
-                "slides", machines.of_slides(runs["slides"], self.folder, digits), said, table
-            )
         if faces is not None and "outlook" in runs:
-            yield self._section(
-                "outlook", of_faces.of_outlook([*both.values(), *runs["outlook"]], faces.bits)
-            )
+            flows = [*experiments.values(), *runs["outlook"]]
+            yield self._section("outlook", glow_figures.outlook_figures(flows, faces.bits))
+
+    def _comparison_section(self, experiments: dict[str, Run], faces: ImageDataset) -> Section:
+        count = MAX_COMPARED[self.preset]
+        reports = {name: comparison.report(run, faces, count) for name, run in experiments.items()}
+        return self._section(
+            "comparison",
+            comparison.figures(experiments, reports, faces),
+            comparison.sentences(reports, faces.bits),
+            [*overview(list(experiments.values())), THESIS_ROW],
+        )
 
     def _section(
         self,
         name: str,
         figures: Iterable[Figure],
-        said: Sequence[str] = (),
+        sentences: Sequence[str] = (),
         table: Sequence[list[str]] = (),
     ) -> Section:
-        trained = []
-        for part, run in zip(parts(self.scale, name), self.runs(name), strict=True):
-            command = " ".join(["flowgen", *part.command(self.scale, self.words, run.folder)])
-            departs = of_faces.changes(run, part.experiment, self.data) if name in FACED else ""
-            trained.append(
-                Markup("Trained by <code>{}</code>; {}. {}").format(
-                    command, run.environment(), departs
-                )
-            )
-        return Section(
-            name,
-            TITLES[name],
-            [*trained, *said],
-            table,
-            [self._picture(figure) for figure in figures],
-        )
+        paragraphs: list[str] = []
+        if name in GROUPS:
+            for job, run in zip(jobs(self.preset, name), self.runs(name), strict=True):
+                args = job.command(self.preset, self.face_overrides, run.folder)
+                differences = ""
+                if name in FACE_GROUPS:
+                    differences = glow_figures.differences(run, job.experiment, self.data)
+                text = Markup("Trained by <code>{}</code>; {}. {}")
+                command = " ".join(["flowgen", *args])
+                paragraphs.append(text.format(command, run.environment(), differences))
+        pictures = [self._picture(figure) for figure in figures]
+        return Section(name, TITLES[name], [*paragraphs, *sentences], table, pictures)
 
     def _picture(self, figure: Figure) -> Picture:
-        links = Markup("").join(
-            Markup(', run <a href="{0}">{0}</a>').format(run.folder.name) for run in figure.runs
-        )
-        command = figure.command.replace(MAKE, self.command)
+        link = Markup(', run <a href="{0}">{0}</a>')
+        links = Markup("").join(link.format(run.folder.name) for run in figure.runs)
         caption = Markup("{}<br>\n<code>{}</code>{}. {}").format(
-            figure.caption, command, links, figure.difference
+            figure.caption,
+            figure.command.replace(MAKE, self.command),
+            links,
+            figure.difference,
         )
-        return Picture(caption, data_url(figure.drawn(self.folder / "figures")), figure.number)
+        return Picture(caption, data_url(figure.path(self.folder / "figures")), figure.number)
 
-    def write(self, faces: ImageDataset | None, digits: ImageDataset | None) -> Path:
-        """The page of all that has been trained."""
-        target, missing = (
-            self.folder / "thesis.html",
-            "; ".join(TITLES[group] for group in GROUPS if group not in self.finished()),
-        )
-        made = Markup("{:%Y-%m-%d}. Scale: {}, data: {}. Made by <code>{}</code>; {}")
+    def write_page(self, faces: ImageDataset | None, digits: ImageDataset | None) -> Path:
+        """Write the page with all finished groups."""
+        path = self.folder / "thesis.html"
+        template = Markup("{:%Y-%m-%d}. Preset: {}, data: {}. Made by <code>{}</code>; {}")
         lead: list[str] = [
-            made.format(datetime.now(UTC), self.scale, self.data, self.command, SOURCES)
+            template.format(datetime.now(UTC), self.preset, self.data, self.command, SOURCES)
         ]
-        lead += (
-            [f"Not there yet: {missing}. The same command goes on with that."] if missing else []
-        )
-        write_html(
-            target,
-            "The thesis and the slides, reproduced",
-            lead,
-            list(self.sections(faces, digits)),
-            contents=True,
-        )
-        return target
+        finished = self.finished_groups()
+        missing = [TITLES[group] for group in GROUPS if group not in finished]
+        if missing:
+            lead.append(f"Missing: {'; '.join(missing)}. Run the same command again to add it.")
+        title = "The thesis and the slides, reproduced"
+        write_html(path, title, lead, list(self.sections(faces, digits)), contents=True)
+        return path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/thesis", description=__doc__)
-    parser.add_argument("--scale", choices=SCALES, default="full")
-    parser.add_argument("--data", choices=FACES, default="celeba_hq", help="the faces")
-    parser.add_argument("--root", help="where they are: a folder or a zip")
+    parser = argparse.ArgumentParser(prog="scripts/reproduce/thesis", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--data", choices=FACE_DATA, default="celeba_hq", help="images of faces")
+    parser.add_argument("--root", help="folder or zip of the images")
     parser.add_argument("--parts", nargs="*", choices=GROUPS, default=list(GROUPS))
-    given = parser.parse_args()
+    args = parser.parse_args()
     setup_logging()
     try:
-        wanted = Reproduction(given.scale, given.data, given.root, given.parts or list(GROUPS))
-        faces, digits = wanted.check()
-        for group in wanted.groups:
-            if wanted.train(group) or group == wanted.groups[-1]:
-                print(wanted.write(faces, digits), flush=True)
+        reproduction = Reproduction(args.preset, args.data, args.root, args.parts or list(GROUPS))
+        faces, digits = reproduction.load_data()
+        for group in reproduction.groups:
+            if reproduction.train(group) or group == reproduction.groups[-1]:
+                print(reproduction.write_page(faces, digits), flush=True)
     except UserError as error:
         sys.exit(f"make reproduce-thesis: {error}")
 

@@ -1,4 +1,4 @@
-"""What a numbered figure of the page is, and keeping what was drawn or measured."""
+"""Figures of the page, and files that are made again when their runs change."""
 
 import contextlib
 import io
@@ -12,11 +12,21 @@ from typing import Any, NamedTuple
 from flowgen.cli import cli
 from flowgen.training.run_dir import Run
 
-MAKE = "make reproduce-thesis"  # the page puts in what it was called with
+MAKE = "make reproduce-thesis"  # the page replaces it by the command that made the page
 
 
 class Figure(NamedTuple):
-    """One figure of the page: `draw` writes it to a path, `runs` are what it shows, `difference` is how it departs from the original."""
+    """A figure of the page.
+
+    Attributes:
+        number: Its number in the thesis.
+        caption: Its caption.
+        draw: Writes the picture to a path.
+        runs: The runs that it shows.
+        command: The command that makes it.
+        difference: How it differs from the original.
+        suffix: Suffix of the picture.
+    """
 
     number: str
     caption: str
@@ -26,39 +36,37 @@ class Figure(NamedTuple):
     difference: str = ""
     suffix: str = ".png"
 
-    def drawn(self, folder: Path) -> Path:
-        """Its file, drawn where it is missing or older than the last checkpoint of its runs."""
-        return _fresh(folder / f"figure_{self.number}{self.suffix}", self.runs, self.draw)
+    def path(self, folder: Path) -> Path:
+        """Return the path of the picture. Draw it if it is missing or older than its runs."""
+        return _updated(folder / f"figure_{self.number}{self.suffix}", self.runs, self.draw)
 
 
-def by_command(
+def command_figure(
     number: str, caption: str, run: Run, command: str, difference: str, suffix: str = ".png"
 ) -> Figure:
-    """The figure that `command`, of the words of `flowgen`, makes of a run."""
+    """Return a figure that the command `flowgen COMMAND` draws."""
 
-    def draw(at: Path) -> None:
+    def draw(path: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            cli([*shlex.split(command), "--out", str(at)], standalone_mode=False)
+            cli([*shlex.split(command), "--out", str(path)], standalone_mode=False)
 
     return Figure(number, caption, draw, [run], f"flowgen {command}", difference, suffix)
 
 
-def kept(run: Run, name: str, find: Callable[[], Any]) -> Any:
-    """What `find` returns, kept beside the run as JSON."""
-    return json.loads(
-        _fresh(
-            run.folder / name, [run], lambda aside: aside.write_text(json.dumps(find()))
-        ).read_text()
-    )
+def cached_json(run: Run, name: str, compute: Callable[[], Any]) -> Any:
+    """Return the result of `compute`, which is stored in the folder of the run as JSON."""
+
+    def write(path: Path) -> None:
+        path.write_text(json.dumps(compute()))
+
+    return json.loads(_updated(run.folder / name, [run], write).read_text())
 
 
-def _fresh(path: Path, runs: Sequence[Run], make: Callable[[Path], object]) -> Path:
+def _updated(path: Path, runs: Sequence[Run], write: Callable[[Path], object]) -> Path:
     newest = max((run.last.stat().st_mtime for run in runs), default=math.inf)
     if not path.exists() or path.stat().st_mtime < newest:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_stem(
-            f".{path.stem}"
-        )  # a run that is killed leaves no half of a picture under its name
-        make(aside)
-        aside.replace(path)
+        temporary = path.with_stem(f".{path.stem}")  # a kill must not leave a partial file
+        write(temporary)
+        temporary.replace(path)
     return path

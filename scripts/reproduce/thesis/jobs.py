@@ -1,97 +1,110 @@
-"""What is trained for the thesis and the slides; `conf/scale` says what a scale changes."""
+"""The trainings for the thesis and the slides. `conf/preset` has the settings of the presets."""
 
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from flowgen.config.compose import conf_folder
+from flowgen.config.settings import conf_folder
 from flowgen.utils.errors import UserError
 
-SCALES = ("full", "small", "smoke")
+sys.path.append(str(Path(__file__).parents[2]))
+from run_flowgen import run_flowgen  # noqa: E402
+
+PRESETS = ("full", "small", "smoke")
 GROUPS = ("glow_conv", "glow_resnet", "toy", "slides", "outlook")
-FACED = {"glow_conv", "glow_resnet", "outlook"}  # groups that train on faces
+FACE_GROUPS = {"glow_conv", "glow_resnet", "outlook"}  # groups that train on faces
 DIGITS = {"full": "mnist", "small": "mnist", "smoke": "mnist_sample"}
-MACHINES = ("filters", "l2_1e3", "l2_1e6", "l1_1e3", "l1_1e6", "cd1", "cd10", "tempering")
+RBMS = ("filters", "l2_1e3", "l2_1e6", "l1_1e3", "l1_1e6", "cd1", "cd10", "tempering")
+OUTLOOK_NETWORKS = ("glow_conv_32", "glow_resnet_blocks", "glow_gated")
+HIDDEN_UNITS = {"full": (50, 100, 300), "small": (100,), "smoke": (8,)}
 
 
-class Part(NamedTuple):
-    """One training: its group, the experiment, the run's folder below that of the scale, and the hidden units of a machine."""
+class Job(NamedTuple):
+    """One training.
+
+    Attributes:
+        group: One of `GROUPS`.
+        experiment: Name of the experiment in `conf/experiment`.
+        folder: Folder of the run in the folder of the reproduction.
+        hidden: Number of hidden units of an RBM.
+    """
 
     group: str
     experiment: str
     folder: str
     hidden: int | None = None
 
-    def command(self, scale: str, faces: list[str], out: Path) -> list[str]:
-        """What is trained, as words of `flowgen`; `faces` are those that name the faces."""
-        kind = (
-            "faces" if self.group in FACED else "digits" if self.group == "slides" else self.group
-        )
-        files = [
-            name
-            for name in (self.folder, kind)
-            if (conf_folder() / "preset" / scale / f"{name}.yaml").exists()
-        ]
-        data = {"faces": faces, "digits": [f"data={DIGITS[scale]}"]}.get(kind, [])
-        hidden = [] if self.hidden is None else [f"model.hidden={self.hidden}"]
-        settings = [f"scale={scale}/{name}" for name in files[:1]]
-        return [
-            "train",
-            f"experiment={self.experiment}",
-            *settings,
-            *data,
-            *hidden,
-            f"output_dir={out}",
-            "resume=true",
-        ]
+    def command(self, preset: str, face_overrides: list[str], run: Path) -> list[str]:
+        """Return the arguments of `flowgen`.
+
+        Args:
+            preset: One of `PRESETS`.
+            face_overrides: Overrides that choose the images of faces.
+            run: Folder of the run.
+        """
+        kind = self.group
+        overrides: list[str] = []
+        if self.group in FACE_GROUPS:
+            kind = "faces"
+            overrides = list(face_overrides)
+        elif self.group == "slides":
+            kind = "digits"
+            overrides = [f"data={DIGITS[preset]}"]
+        if self.hidden is not None:
+            overrides.append(f"model.hidden={self.hidden}")
+        for name in (self.folder, kind):
+            if (conf_folder() / "preset" / preset / f"{name}.yaml").exists():
+                overrides.insert(0, f"preset={preset}/{name}")
+                break
+        experiment = f"experiment={self.experiment}"
+        return ["train", experiment, *overrides, f"output_dir={run}", "resume=true"]
 
 
 def data_section(name: str, root: str | None = None) -> dict[str, Any]:
-    """`conf/data/NAME.yaml`, at `root` where that is given."""
-    found = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
-    return found if root is None else found | {"root": root}
+    """Return the settings of a data set, optionally with another root."""
+    section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
+    return section if root is None else section | {"root": root}
 
 
-def parts(scale: str, group: str) -> list[Part]:
-    """What a scale trains for a group: of the slides' 24 machines and the outlook's 3 networks, 3 and 1 at the smallest scale."""
+def jobs(preset: str, group: str) -> list[Job]:
+    """Return the trainings of a group.
+
+    With the preset full, the slides have 24 RBMs and the outlook has 3 networks. The preset smoke
+    has 3 RBMs and 1 network.
+    """
     if group == "slides":
-        sizes = {"full": (50, 100, 300), "small": (100,), "smoke": (8,)}[scale]
-        names = ("filters", "l1_1e3", "cd10") if scale == "smoke" else MACHINES
-        chosen = [
-            (name, size)
-            for name in names
-            for size in ((50, 100, 300) if (scale, name) == ("small", "filters") else sizes)
-        ]
-        machines = [
-            Part(group, f"slides/{name}", f"{name}_{hidden}", hidden) for name, hidden in chosen
-        ]
-        return [
-            *machines,
-            Part(group, "slides/half_six", "half_six", 8 if scale == "smoke" else None),
-        ]
-    networks = (
-        ["glow_gated"] if scale == "smoke" else ["glow_conv_32", "glow_resnet_blocks", "glow_gated"]
-    )
-    return [
-        Part(group, f"thesis/{name}", name)
-        for name in (networks if group == "outlook" else [group])
-        if group in GROUPS
-    ]
+        return _slides_jobs(preset)
+    if group == "outlook":
+        names = ["glow_gated"] if preset == "smoke" else OUTLOOK_NETWORKS
+        return [Job(group, f"thesis/{name}", name) for name in names]
+    return [Job(group, f"thesis/{group}", group)]
 
 
-def train(words: list[str]) -> None:
-    """Run `flowgen train` in a process whose memory is its own, to its end or until it is stopped. Raises FlowgenError for the latter."""
-    print(f"\n$ flowgen {' '.join(words)}", flush=True)
-    process = subprocess.Popen([sys.executable, "-m", "flowgen", *words])
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it by itself
-    terminate = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
-    status = process.wait()
-    signal.signal(signal.SIGINT, interrupt), signal.signal(signal.SIGTERM, terminate)
+def _slides_jobs(preset: str) -> list[Job]:
+    result = []
+    for name in ("filters", "l1_1e3", "cd10") if preset == "smoke" else RBMS:
+        sizes = HIDDEN_UNITS[preset]
+        if preset == "small" and name == "filters":
+            sizes = HIDDEN_UNITS["full"]
+        for hidden in sizes:
+            result.append(Job("slides", f"slides/{name}", f"{name}_{hidden}", hidden))
+    half_six_hidden = 8 if preset == "smoke" else None
+    result.append(Job("slides", "slides/half_six", "half_six", half_six_hidden))
+    return result
+
+
+def train(args: list[str]) -> None:
+    """Run `flowgen ARGS` to its end.
+
+    Raises:
+        UserError: If it fails or is stopped.
+    """
+    print(f"\n$ flowgen {' '.join(args)}", flush=True)
+    status = run_flowgen(*args).returncode
     if status:
         raise UserError(
-            f"{words[-2]} ended with status {status}, see above: the same command goes on from here"
+            f"{args[-2]} ended with status {status}, see above. Run the same command again to "
+            "continue."
         )
