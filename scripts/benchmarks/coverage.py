@@ -1,7 +1,7 @@
-"""How often the truth lies in a completion's 90 % intervals: held-out images, one half of each kept.
+"""Measure how often the true pixels are in the 90 % intervals of completions of test images.
 
-`python scripts/coverage.py --count 200`: a Glow's Langevin chains, training images at random, and, where it is of
-such images, an RBM's Gibbs chains on binary pixels.
+The script compares the HMC chains of a flow, random training images, and, if it has images of the
+same shape, the Gibbs chains of an RBM on binary pixels.
 """
 
 import argparse
@@ -18,99 +18,101 @@ from flowgen.models.flows.flow import Flow
 from flowgen.models.rbm.rbm import RBM
 from flowgen.training.device import autocast_dtype
 
-CHAINS, BATCH = (
-    9,
-    8,
-)  # of ten places among nine draws the truth takes each equally often: half of the first and last lie outside
+# The true value has each of ten ranks among nine samples with equal probability. Half of the first
+# and of the last rank are outside of the 90 % interval.
+NUM_CHAINS = 9
+BATCH_SIZE = 8
+RBM_STEPS = 500
 
 
-def places(draws: Tensor, truth: Tensor) -> Tensor:
-    """The place of every true number (N, P) among its draws (N, chains, P), from 0 to 1, ties broken at random."""
-    below, ties = (draws < truth[:, None]).sum(1), (draws == truth[:, None]).sum(1)
-    return (below + torch.rand(truth.shape) * (ties + 1)) / (draws.shape[1] + 1)
+def ranks(samples: Tensor, truth: Tensor) -> Tensor:
+    """Return the ranks of true values among samples, from 0 to 1, with ties broken at random.
+
+    Args:
+        samples: (N, chains, P).
+        truth: (N, P).
+    """
+    below = (samples < truth[:, None]).sum(1)
+    ties = (samples == truth[:, None]).sum(1)
+    return (below + torch.rand(truth.shape) * (ties + 1)) / (samples.shape[1] + 1)
 
 
-def report(name: str, draws: Tensor, truth: Tensor) -> None:
-    """Coverage over all missing numbers and over those that vary among the draws, with the error over images; and the mean's own error."""
-    inside = ((places(draws, truth) - 0.5).abs() < 0.45).double()
-    varied = (draws.amax(1) > draws.amin(1)).double()
-    over = [
-        ((each * some).sum() / some.sum()).item()
-        for each, some in zip(inside, varied, strict=True)
-        if some.any()
+def print_row(name: str, samples: Tensor, truth: Tensor) -> None:
+    """Print coverage of all pixels, coverage of pixels with different samples, and mean error.
+
+    Standard errors are over images.
+    """
+    covered = ((ranks(samples, truth) - 0.5).abs() < 0.45).double()
+    varies = (samples.amax(1) > samples.amin(1)).double()
+    of_varying = [
+        ((image_covered * image_varies).sum() / image_varies.sum()).item()
+        for image_covered, image_varies in zip(covered, varies, strict=True)
+        if image_varies.any()
     ]
-    absolute = (draws.mean(1) - truth).abs().mean(1)
-    print(
-        f"{name:24} {mean(inside.mean(1).tolist())!s:18} {mean(over)!s:18} {mean(absolute.tolist())}",
-        flush=True,
-    )
+    error = (samples.mean(1) - truth).abs().mean(1)
+    cells = [mean(covered.mean(1).tolist()), mean(of_varying)]
+    print(f"{name:24} {cells[0]!s:18} {cells[1]!s:18} {mean(error.tolist())}", flush=True)
 
 
-def of_flow(flow: Flow, images: Tensor, known: Tensor, steps: int) -> Tensor:
-    """Levels of the missing pixels over their largest, (N, chains, P)."""
-    dtype, drawn = autocast_dtype("auto", flow.device), []
-    for number, part in enumerate(images.split(BATCH)):
+def complete_with_flow(flow: Flow, images: Tensor, known: Tensor, num_steps: int) -> Tensor:
+    """Return samples of the unknown pixels with values from 0 to 1, (N, chains, P)."""
+    dtype = autocast_dtype("auto", flow.device)
+    samples = []
+    for index, batch in enumerate(images.split(BATCH_SIZE)):
+        generator = torch.Generator().manual_seed(index)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            found = flow.restore(part, known, CHAINS, steps, torch.Generator().manual_seed(number))
-        pixels = (found.points * flow.bins).floor().clamp(0, flow.bins - 1) / (flow.bins - 1)
-        drawn.append(pixels.view(len(part), CHAINS, -1)[..., ~known.flatten()])
-        print(
-            f"{number * BATCH + len(part)} of {len(images)} images, acceptance {found.acceptance:.2f}",
-            flush=True,
+            chains = flow.inpainting_chains(batch, known, NUM_CHAINS, num_steps, generator)
+        pixels = (chains.samples * flow.bins).floor().clamp(0, flow.bins - 1) / (flow.bins - 1)
+        samples.append(pixels.view(len(batch), NUM_CHAINS, -1)[..., ~known.flatten()])
+        done = index * BATCH_SIZE + len(batch)
+        print(f"{done} of {len(images)} images, acceptance {chains.acceptance:.2f}", flush=True)
+    return torch.cat(samples)
+
+
+def complete_with_rbm(rbm: RBM, images: Tensor, known: Tensor) -> Tensor:
+    """Return binary samples of the unknown pixels, (N, chains, P)."""
+    samples = []
+    for index, image in enumerate(images):
+        generator = torch.Generator().manual_seed(index)
+        result = rbm.inpaint(
+            image[None], known, method="gibbs", sweeps=RBM_STEPS, generator=generator
         )
-    return torch.cat(drawn)
-
-
-def of_machine(machine: RBM, images: Tensor, known: Tensor) -> Tensor:
-    drawn = []
-    for number, image in enumerate(images):
-        generator = torch.Generator().manual_seed(number)
-        chains = machine.inpaint(
-            image[None], known, method="gibbs", sweeps=500, generator=generator
-        ).draws[:CHAINS]
-        drawn.append(torch.bernoulli(chains, generator=generator).flatten(1)[:, ~known.flatten()])
-    return torch.stack(drawn)
+        pixels = torch.bernoulli(result.draws[:NUM_CHAINS], generator=generator)
+        samples.append(pixels.flatten(1)[:, ~known.flatten()])
+    return torch.stack(samples)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flow", default="zoo/glow_mnist", metavar="RUN")
-    parser.add_argument("--machine", default="zoo/rbm_mnist", metavar="RUN")
+    parser.add_argument("--rbm", default="zoo/rbm_mnist", metavar="RUN")
     parser.add_argument("--count", type=int, default=200, metavar="N", help="test images")
-    parser.add_argument("--steps", type=int, default=300, metavar="N", help="gradients a chain")
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="gradients per chain")
     parser.add_argument(
-        "--keep", default="left", metavar="SIDE|MASK", help="as of flowgen complete"
+        "--known", default="left", metavar="SIDE|MASK", help="as for flowgen complete"
     )
-    options = parser.parse_args()
+    args = parser.parse_args()
     torch.manual_seed(0)
-    _, checkpoint, flow = find_model(options.flow, "cpu", Flow)
+    _, checkpoint, flow = find_model(args.flow, "cpu", Flow)
     data: ImageDataset = build_data(checkpoint["config"])
-    known = mask(options.keep, data.image_shape)
-    pixels = torch.cat(list(data.batches("test", 100, options.count)))
+    known = mask(args.known, data.image_shape)
+    images = torch.cat(list(data.batches("test", 100, args.count)))
 
-    def missing(images: Tensor) -> Tensor:
+    def unknown_pixels(images: Tensor) -> Tensor:
         return images.flatten(1)[:, ~known.flatten()].float() / (2**data.bits - 1)
 
-    draws = of_flow(flow, pixels, known, options.steps)
-    print(f"{'':24} {'coverage':18} {'where draws vary':18} mean absolute error")
-    report(f"flow, {options.keep} kept", draws, missing(pixels))
-    chosen = torch.randint(len(data.train), (len(pixels), CHAINS))
-    report(
-        "training images",
-        missing(data.train.images[chosen.flatten()] >> (8 - data.bits)).view(
-            len(pixels), CHAINS, -1
-        ),
-        missing(pixels),
-    )
-    _, _, machine = find_model(options.machine, "cpu", RBM)
-    if machine.image_shape != data.image_shape:
-        return
-    bits = (pixels >= 2 ** (data.bits - 1)).to(torch.uint8)
-    report(
-        "RBM, binary pixels",
-        of_machine(machine, bits, known),
-        bits.flatten(1)[:, ~known.flatten()].float(),
-    )
+    samples = complete_with_flow(flow, images, known, args.steps)
+    print(f"{'':24} {'coverage':18} {'of varying pixels':18} mean absolute error")
+    print_row(f"flow, known: {args.known}", samples, unknown_pixels(images))
+    indices = torch.randint(len(data.train), (len(images), NUM_CHAINS))
+    others = unknown_pixels(data.train.images[indices.flatten()] >> (8 - data.bits))
+    others = others.view(len(images), NUM_CHAINS, -1)
+    print_row("training images", others, unknown_pixels(images))
+    _, _, rbm = find_model(args.rbm, "cpu", RBM)
+    if rbm.image_shape == data.image_shape:
+        binary = (images >= 2 ** (data.bits - 1)).to(torch.uint8)
+        truth = binary.flatten(1)[:, ~known.flatten()].float()
+        print_row("RBM, binary pixels", complete_with_rbm(rbm, binary, known), truth)
 
 
 if __name__ == "__main__":

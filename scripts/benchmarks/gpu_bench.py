@@ -1,7 +1,7 @@
 """Measure the training speed of a Glow on a GPU with different settings of the trainer.
 
-Usage: python scripts/benchmarks/gpu_bench.py. It takes ten minutes on a GPU. On a CPU it runs a tiny
-model in a minute or two.
+Usage: python scripts/benchmarks/gpu_bench.py. It takes ten minutes on a GPU. On a CPU it runs a
+tiny model in a minute or two.
 
 Every row is a training by `flowgen train` on random images: images per second over its second half,
 peak memory, and startup time, which includes loading, compiling and the first half. The rows vary

@@ -2,12 +2,13 @@
 
 Usage: python scripts/benchmarks/large_set.py [GIB]
 
-The script writes random images in the format of ImageNet-64, by default 3 GiB, below /tmp or TMPDIR.
-It needs twice that space for a while. Then it trains three times in two ways. One way has a limit of
-1 GiB for the memory of the process (RLIMIT_DATA, which does not count pages of files that are only
-read), and the page cache of the system has no images, so that all images are read from the disk. The
-other way has no limit, and the page cache has all images. Finally, a training with the limit is
-stopped and resumed. Its weights must equal those of a training without the limit bit by bit.
+The script writes random images in the format of ImageNet-64, by default 3 GiB, below /tmp or
+TMPDIR. It needs twice that space for a while. Then it trains three times in two ways. One way has a
+limit of 1 GiB for the memory of the process (RLIMIT_DATA, which does not count pages of files that
+are only read), and the page cache of the system has no images, so that all images are read from the
+disk. The other way has no limit, and the page cache has all images. Finally, a training with the
+limit is stopped and resumed. Its weights must equal those of a training without the limit bit by
+bit.
 """
 
 import json

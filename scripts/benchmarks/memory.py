@@ -40,7 +40,16 @@ def build(depth: int) -> Glow:
     """Build a Glow with two levels of `depth` steps of flow."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = Glow(image_shape=(3, SIZE, SIZE), bits=5, levels=2, steps_per_level=depth, width=32)
+    model = Glow(
+        image_shape=(3, SIZE, SIZE),
+        bits=5,
+        levels=2,
+        steps_per_level=depth,
+        width=32,
+        base="learned",
+        final_actnorm=False,
+        gaussianize=False,
+    )
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in model.modules():
         if isinstance(module, ZeroConv2d):  # imitate a trained model instead of the identity

@@ -1,4 +1,4 @@
-"""The comparison of the two experiments of the thesis: metrics, figures, and tests of its claims."""
+"""The comparison of the two experiments of the thesis: metrics, figures, tests of claims."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -10,7 +10,7 @@ from flowgen.config.settings import conf_folder
 from flowgen.utils.errors import UserError
 
 sys.path.append(str(Path(__file__).parents[2]))
-from run_flowgen import run_flowgen  # noqa: E402
+from run_flowgen import run_flowgen
 
 PRESETS = ("full", "small", "smoke")
 GROUPS = ("glow_conv", "glow_resnet", "toy", "slides", "outlook")
