@@ -30,7 +30,7 @@ from flowgen.commands.score import (
 from flowgen.config.loading import find_model
 from flowgen.data.preprocess import check_color_channels, preprocess
 from flowgen.evaluation.latent_directions import Directions, move_along
-from flowgen.evaluation.ood import DEFAULT
+from flowgen.evaluation.ood import DEFAULT_SCORE
 from flowgen.models.base import ClassConditional, GenerativeModel, SupportsInpainting, SupportsMCMC
 from flowgen.utils import rendering
 from flowgen.utils.console import user_message
@@ -288,7 +288,7 @@ class ModelSession:
             return Score(value, None, None)
         detector = self.scorer.detector
         p_values = detector.p_values(detector.scores(statistics))
-        return Score(value, detector.percentile(log_prob).item(), p_values[DEFAULT].item())
+        return Score(value, detector.percentile(log_prob).item(), p_values[DEFAULT_SCORE].item())
 
     def interpolate(
         self, first: Tensor, second: Tensor, steps: int, spherical: bool
