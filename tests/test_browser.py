@@ -205,7 +205,7 @@ def test_errors_are_shown_and_invalid_files_change_nothing(visit, tmp_path, glow
     monkeypatch.setattr(glow, "scorer_error", "out of luck")
     visited = visit("glow")
     page = visited.page
-    visited.wait_for("#percentile-hint", has_text="Percentiles are unavailable: out of luck")
+    visited.wait_for("#percentile-hint", has_text="Percentiles are unavailable: out of luck.")
     page.click("#interpolation-form button")
     visited.wait_for("#message.error", has_text="A and B")
     page.click("#complete-form button")

@@ -329,6 +329,6 @@ def test_invalid_arguments_of_bot_get_one_line(two_runs, command, tmp_path, monk
     assert "SECRET" not in result[2]
     monkeypatch.setenv("FLOWGEN_BOT_TOKEN", TOKEN)
     assert_plain(command("bot", "nowhere"), "flowgen runs")
-    assert_plain(command("bot", run, "--device", "tpu"), "hoose auto")
+    assert_plain(command("bot", run, "--device", "tpu"), "choose auto")
     monkeypatch.setattr("flowgen.cli.find_spec", lambda name: None)
     assert_plain(command("bot", run), "flowgen[bot]")

@@ -226,7 +226,7 @@ def test_status_tells_why_there_are_no_percentiles(two_runs, monkeypatch, caplog
     monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
     session.score_validation_images()
     assert "out of luck" in Page(session)("status")["scorer_error"]
-    assert "Percentiles are unavailable: RuntimeError: out of luck" in caplog.text
+    assert "percentiles are unavailable: RuntimeError: out of luck" in caplog.text
 
 
 def test_complete_command_line_makes_the_same_images(page, command, tmp_path):
@@ -400,13 +400,13 @@ def test_invalid_requests_get_one_line(page, rbm_page):
     assert "as a data URL" in page.error("score", image=5)
     assert "as a data URL" in page.error("score", image="data:image/png;base64,%%%")
     assert "as a data URL" in page.error("score", image="../../etc/passwd")
-    assert "Open it again" in page.error("score", image=encode(b"/etc/passwd"))
+    assert "open it again" in page.error("score", image=encode(b"/etc/passwd"))
     assert "the size" in page.error("score", image=wrong_size)
     pair = {"first": first, "second": second}
     assert "steps must be" in page.error("interpolate", **pair, steps=1, spherical=True)
     assert "spherical must be" in page.error("interpolate", **pair, steps=3, spherical="yes")
     assert "amounts must be" in page.error("edit", image=first)
-    assert "hoose one of 0, 1" in page.error("edit", image=first, amounts={"Smiling": 1})
+    assert "choose one of 0, 1" in page.error("edit", image=first, amounts={"Smiling": 1})
     assert "amount must be a number" in page.error("edit", image=first, amounts={"1": "much"})
     assert "every pixel as known" in page.error("complete", **inpainting, mask=everything)
     assert "no pixel as known" in page.error("complete", **inpainting, mask=nothing)
@@ -488,7 +488,7 @@ def test_running_request_can_be_canceled(page, glow):
         page("cancel", request_id="mine")
         response = future.result(20)
     assert response.status_code == 400
-    assert response.json["error"] == "The request was stopped."
+    assert response.json["error"] == "the request was stopped"
     assert len(two_samples(page)) == 2
     assert page("status")["status"] == ""
 
@@ -515,7 +515,7 @@ def test_cancel_stops_only_the_named_request_while_it_waits(page, glow):
         assert steps == [0, 1, 2], "the request that holds the lock continues"
     mine, other = (future.result(20) for future in futures)
     assert mine.status_code == 400
-    assert mine.json["error"] == "The request was stopped."
+    assert mine.json["error"] == "the request was stopped"
     assert other.status_code == 200
     assert not lock._requests
 
@@ -575,7 +575,7 @@ def test_invalid_arguments_of_explore_get_one_line(two_runs, command):
     assert_plain(command("explore", run, "--port", "70000"), "--port", 2)
     assert_plain(command("explore", run, "--port", "web"), "--port", 2)
     assert_plain(command("explore", run, "more"), "more", 2)
-    assert_plain(command("explore", run, "--device", "tpu"), "hoose auto")
+    assert_plain(command("explore", run, "--device", "tpu"), "choose auto")
     with open_server(ModelSession(str(two_runs / "rbm"), "cpu"), 0) as server:
         assert_plain(
             command("explore", run, "--port", server.port),

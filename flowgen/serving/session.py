@@ -66,12 +66,12 @@ def decode_upload(file: bytes, size: int, channels: int, crop: int | None) -> Te
         width, height = _image_size(file, UPLOAD_FORMATS)
         if width * height > MAX_PIXELS:
             limit = MAX_PIXELS // 10**6
-            raise UserError(f"has more than {limit} million pixels. Shrink it first.")
+            raise UserError(f"has more than {limit} million pixels: shrink it first")
         return preprocess(file, size, channels, crop)[None]
     except UserError as error:
-        raise UserError(f"The image {error}") from error
+        raise UserError(f"the image {error}") from error
     except Exception as error:  # decoders raise exceptions of any kind on hostile files
-        raise UserError("The file is not an image or is truncated. Choose another file.") from error
+        raise UserError("the file is not an image or is truncated: choose another file") from error
 
 
 def decode_png(file: bytes, size: int, channels: int) -> Tensor:
@@ -87,8 +87,8 @@ def decode_png(file: bytes, size: int, channels: int) -> Tensor:
         if _image_size(file, ("PNG",)) == (size, size):
             return preprocess(file, size, channels, None)[None]
     except Exception as error:
-        raise UserError("An image was not produced by this page. Open it again.") from error
-    raise UserError("An image does not have the size of the model's images. Open it again.")
+        raise UserError("an image was not produced by this page: open it again") from error
+    raise UserError("an image does not have the size of the model's images: open it again")
 
 
 def _image_size(file: bytes, allowed_formats: tuple[str, ...]) -> tuple[int, int]:
@@ -169,7 +169,7 @@ class ModelLock:
 
 def _raise_if_canceled(canceled: threading.Event) -> None:
     if canceled.is_set():
-        raise UserError("The request was stopped.")
+        raise UserError("the request was stopped")
 
 
 class Score(NamedTuple):
@@ -268,9 +268,9 @@ class ModelSession:
     ) -> Tensor:
         """Draw the images of `flowgen sample`, the most probable first."""
         if label is not None and not self.capabilities["classes"]:
-            raise UserError("This model is not class-conditional. Omit label.")
+            raise UserError("this model is not class-conditional: omit label")
         if (sampler or steps) and not self.capabilities["chains"]:
-            raise UserError("This model does not use Markov chains. Omit sampler and steps.")
+            raise UserError("this model does not use Markov chains: omit sampler and steps")
         options = {"label": label, "method": sampler, "sweeps": steps}
         kwargs: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
         with self.lock.acquire("drawing samples"):
@@ -342,8 +342,8 @@ class ModelSession:
         """
         model = self.model
         if not isinstance(model, SupportsInpainting):
-            raise UserError("This model does not support inpainting. Use the run of a flow.")
-        check_mask(known, "The mask")
+            raise UserError("this model does not support inpainting: use the run of a flow")
+        check_mask(known, "the mask")
         with self.lock.acquire("completing", request_id):
             (draws, mean, metrics), spread = inpaint_image(
                 model, image.to(model.device), known.to(model.device), sampler, steps, seed
@@ -357,7 +357,7 @@ class ModelSession:
         """
         model = self.model
         if not isinstance(model, SupportsMCMC):
-            raise UserError("This model does not use Markov chains. Use the run of an RBM.")
+            raise UserError("this model does not use Markov chains: use the run of an RBM")
         with self.lock.acquire("starting chains"):
             chain_id = f"{time.monotonic_ns():x}"
             generator = torch.Generator(model.device).manual_seed(seed)
@@ -373,14 +373,14 @@ class ModelSession:
         """
         with self.lock.acquire("running chains"), torch.no_grad():
             if chain_id not in self.chains:
-                raise UserError("These chains have ended. Start new ones.")
+                raise UserError("these chains have ended: start new ones")
             return to_uint8(next(islice(self.chains[chain_id], steps - 1, None)))
 
     def filters(self) -> Image.Image:
         """Return the weights of hidden units as a grid of images."""
         features = self.model.filters()
         if features is None:
-            raise UserError("This model has no filters. Use the run of an RBM.")
+            raise UserError("this model has no filters: use the run of an RBM")
         return rendering.weight_grid(features, columns=10, max_tiles=100)
 
     def score_validation_images(self, count: int = NUM_VALIDATION_IMAGES) -> None:
@@ -400,4 +400,4 @@ class ModelSession:
             )
         except Exception as error:  # nobody sees an exception of a background thread
             self.scorer_error = user_message(error)
-            log.error("Percentiles are unavailable: %s", self.scorer_error)
+            log.error("percentiles are unavailable: %s", self.scorer_error)

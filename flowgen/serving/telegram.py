@@ -63,21 +63,21 @@ def read_token(path: Path | None) -> str:
         token = os.environ.get(TOKEN_VARIABLE, "")
         if not token:
             raise UserError(
-                f"The bot needs a token. Get one from @BotFather on Telegram. Set {TOKEN_VARIABLE} "
-                "or pass the file that contains it with --token-file."
+                f"the bot needs a token: get one from @BotFather on Telegram, and set {TOKEN_VARIABLE} "
+                "or pass the file that contains it with --token-file"
             )
     else:
         source = str(path)
         if not path.is_file():
-            raise UserError(f"{path} is not a file. Pass the file that contains the bot's token.")
+            raise UserError(f"{path} is not a file: pass the file that contains the bot's token")
         if path.stat().st_mode & 0o077:
-            raise UserError(f"Other users can read {path}. Run `chmod 600 {path}` first.")
+            raise UserError(f"other users can read {path}: run `chmod 600 {path}` first")
         token = path.read_text(errors="replace")
     token = token.strip()
     if not re.fullmatch(r"\d+:[\w-]+", token):
         raise UserError(
-            f"{source} does not contain a valid token. A token consists of digits, a colon and "
-            "letters."
+            f"{source} does not contain a valid token: a token consists of digits, a colon and "
+            "letters"
         )
     return token
 
@@ -152,7 +152,7 @@ class Chat:
             try:
                 await reply()
             except UserError as error:
-                await message.reply_text(f"Sorry: {error}")
+                await message.reply_text(f"Sorry: {error}.")
             finally:
                 self.busy.discard(chat_id)
 
@@ -309,10 +309,10 @@ def bot(
     try:
         application.run_polling(allowed_updates=["message"])
     except InvalidToken:  # its message contains the token, so do not chain it
-        raise UserError("Telegram rejects the token. Get another one from @BotFather.") from None
+        raise UserError("Telegram rejects the token: get another one from @BotFather") from None
     except NetworkError as error:
         name = type(error).__name__
-        raise UserError(f"Telegram is unreachable ({name}). Try again later.") from None
+        raise UserError(f"Telegram is unreachable ({name}): try again later") from None
     except Exception as error:
         raise UserError(user_message(error).replace(token, "TOKEN")) from None
     exit_process()

@@ -89,8 +89,8 @@ class Row:
             stored = json.loads(self.file.read_text())
             if stored["overrides"] != overrides:
                 sys.exit(
-                    f"{self.file} has other overrides: {stored['overrides']}. Use the same "
-                    "overrides, or move it away."
+                    f"{self.file} has other overrides, {stored['overrides']}: use the same "
+                    "overrides, or move it away"
                 )
             self.values = stored
 
@@ -213,8 +213,8 @@ def timed_flowgen(
             on_failure(seconds)
     if not succeeded:
         sys.exit(
-            f"The command ended with status {result.returncode}, see above. Run the same command "
-            "again to continue."
+            f"the command ended with status {result.returncode}, see above: run the same command "
+            "again to continue"
         )
     return result.stdout, seconds
 

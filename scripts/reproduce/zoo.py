@@ -31,9 +31,7 @@ def export(name: str, train: bool) -> None:
     command_line = " ".join(["flowgen", *command])
     # Evaluate the exported file, since the export rounds convolutions. Then add the metrics.
     export_safetensors(checkpoint, {}, command_line, path, half=True)
-    result = run_flowgen(
-        "evaluate", "--run", f"{PREFIX}{name}", "--json", stdout=subprocess.PIPE
-    )
+    result = run_flowgen("evaluate", "--run", f"{PREFIX}{name}", "--json", stdout=subprocess.PIPE)
     result.check_returncode()
     metrics = json.loads(result.stdout)
     export_safetensors(checkpoint, metrics, command_line, path, half=True)

@@ -79,7 +79,7 @@ def preload() -> None:
         importlib.import_module(name)
     _preload_hydra()
     if len(list(Path("/proc/self/task").iterdir())) > 1:
-        sys.exit("Cannot fork several threads. Set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1.")
+        sys.exit("cannot fork several threads: set OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1")
     gc.collect()
     gc.freeze()  # otherwise the garbage collection of every child would copy all objects
 

@@ -124,7 +124,7 @@ def edit(session: ModelSession, payload: Payload) -> Response:
     image = session.read_image(_file(payload, "image"))
     requested = payload.get("amounts")
     if not isinstance(requested, dict) or not requested:
-        raise UserError("amounts must be an object with a number for each attribute.")
+        raise UserError("amounts must be an object with a number for each attribute")
     amounts: dict[str, float] = {}
     args: list[str] = []
     for name, value in requested.items():
@@ -227,7 +227,7 @@ def _number(payload: Payload, name: str, low: float = 0.0) -> float:
     try:
         check_number(low, **{name: payload.get(name)})
     except OverflowError as error:
-        raise UserError(f"{name} is too large. Choose a smaller number.") from error
+        raise UserError(f"{name} is too large: choose a smaller number") from error
     return float(payload[name])
 
 
@@ -242,4 +242,4 @@ def _file(payload: Payload, name: str) -> bytes:
         url: str = payload[name]
         return base64.b64decode(url.rpartition("base64,")[2], validate=True)
     except (AttributeError, KeyError, ValueError) as error:
-        raise UserError(f"{name} must be an image as a data URL.") from error
+        raise UserError(f"{name} must be an image as a data URL") from error

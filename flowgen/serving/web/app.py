@@ -99,19 +99,19 @@ class ExplorerApp:
     def _call_endpoint(self, request: LocalhostRequest, host: str) -> dict[str, Any]:
         name = request.path.removeprefix(API_PREFIX)
         if request.path != API_PREFIX + name or name not in ENDPOINTS:
-            raise NotFound("Page not found.")
+            raise NotFound("page not found")
         if request.method != "POST":
             raise MethodNotAllowed(["POST"])
         if request.headers.get("Origin") != f"http://{host}":
-            raise Forbidden("Only the page itself may send requests.")
+            raise Forbidden("only the page itself may send requests")
         if request.mimetype != "application/json":
-            raise UnsupportedMediaType("Requests must have the content type application/json.")
+            raise UnsupportedMediaType("requests must have the content type application/json")
         try:
             payload = json.loads(request.get_data(cache=False))
         except (ValueError, RecursionError) as error:
-            raise BadRequest("The request is not valid JSON.") from error
+            raise BadRequest("the request is not valid JSON") from error
         if not isinstance(payload, dict):
-            raise BadRequest("The request must be a JSON object.")
+            raise BadRequest("the request must be a JSON object")
         return ENDPOINTS[name](self.session, payload)
 
 
@@ -144,7 +144,7 @@ def explore(*, run: str | None, port: int, device: str, echo: Callable[[str], No
     session = ModelSession(run, device)
     with open_server(session, port) as server:
         threading.Thread(target=session.score_validation_images, daemon=True).start()
-        echo(f"Serving {session.name} at http://{HOST}:{server.port}/ until Ctrl-C")
+        echo(f"serving {session.name} at http://{HOST}:{server.port}/ until Ctrl-C")
         server.serve_forever()  # returns on KeyboardInterrupt
     exit_process()
 
@@ -162,8 +162,8 @@ def open_server(session: ModelSession, port: int) -> BaseWSGIServer:
         listener.bind((HOST, port))
     except OSError as error:
         raise UserError(
-            f"Port {port} is unavailable ({error.strerror}). Choose another port, "
-            "or --port 0 for any free port."
+            f"port {port} is unavailable ({error.strerror}): choose another port, "
+            "or --port 0 for any free port"
         ) from error
     listener.listen(MAX_PENDING_CONNECTIONS)
     with listener:

@@ -118,8 +118,8 @@ class Reproduction:
         if root != self.root:
             images = root or "images found in FLOWGEN_DATA"
             raise UserError(
-                f"{run.folder} was trained on {images}. Set ROOT={root or ''}, or move "
-                f"{self.folder} away to start again."
+                f"{run.folder} was trained on {images}: set ROOT={root or ''}, or move "
+                f"{self.folder} away to start again"
             )
 
     def train(self, group: str) -> bool:

@@ -52,8 +52,8 @@ def load_faces(data: str, root: str | None, preset: str) -> ImageDataset:
     """
     if preset == "full" and not torch.cuda.is_available():
         raise UserError(
-            "PRESET=full trains for days on one GPU, and this machine has no GPU. PRESET=small "
-            "takes an hour on two cores."
+            "PRESET=full trains for days on one GPU, and this machine has no GPU: PRESET=small "
+            "takes an hour on two cores"
         )
     if data == "folder" and root is None:
         raise UserError(
@@ -65,8 +65,8 @@ def load_faces(data: str, root: str | None, preset: str) -> ImageDataset:
     except UserError as error:
         message = user_message(error).removesuffix(".")
         raise UserError(
-            f"{message}. Set its place by ROOT=FOLDER, or use other images: DATA=celeba "
-            "ROOT=FOLDER, or DATA=folder ROOT=FOLDER."
+            f"{message}; set its place by ROOT=FOLDER, or use other images by DATA=celeba "
+            "ROOT=FOLDER or DATA=folder ROOT=FOLDER"
         ) from error
 
 

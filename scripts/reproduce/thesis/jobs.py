@@ -105,6 +105,6 @@ def train(args: list[str]) -> None:
     status = run_flowgen(*args).returncode
     if status:
         raise UserError(
-            f"{args[-2]} ended with status {status}, see above. Run the same command again to "
-            "continue."
+            f"{args[-2]} ended with status {status}, see above: run the same command again to "
+            "continue"
         )

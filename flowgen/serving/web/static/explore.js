@@ -683,7 +683,7 @@ async function waitForPercentiles() {
       "Percentile: the percentage of validation images that are more likely.";
     refreshScores();
   } else if (error) {
-    $("percentile-hint").textContent = `Percentiles are unavailable: ${error}`;
+    $("percentile-hint").textContent = `Percentiles are unavailable: ${error}.`;
   } else {
     $("percentile-hint").textContent =
       "Percentiles appear when the validation images have been scored.";
