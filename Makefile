@@ -3,7 +3,7 @@ PYTHON ?= python3
 FLOWGEN := .venv/bin/flowgen
 DEMO := outputs/demo
 
-SCALE ?= full
+PRESET ?= full
 DATA ?= celeba_hq
 
 FAULTS ?= 20
@@ -26,7 +26,7 @@ demo: $(FLOWGEN) ## what trained models draw, then 1,500 steps of training on em
 	$(FLOWGEN) train experiment=demo output_dir=$(DEMO) resume=true
 	$(FLOWGEN) evaluate --run $(DEMO)
 	$(FLOWGEN) sample --run $(DEMO) --temperature 0.5 --temperature 0.7
-	.venv/bin/python scripts/save_digits.py $(DEMO)
+	.venv/bin/python scripts/reproduce/save_digits.py $(DEMO)
 	$(FLOWGEN) interpolate $(DEMO)/digit_2.png $(DEMO)/digit_7.png --run $(DEMO)
 	@echo
 	@echo "Look at   outputs/zoo/glow_mnist/sample.png and outputs/zoo/rbm_mnist/sample.png: models that the package brings"
@@ -44,16 +44,16 @@ lint: $(FLOWGEN) ## style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-reproduce-thesis: $(FLOWGEN) ## every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
-	.venv/bin/python scripts/thesis --scale $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
+reproduce-thesis: $(FLOWGEN) ## every figure of the thesis and of the slides: PRESET=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
+	.venv/bin/python scripts/reproduce/thesis --preset $(PRESET) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
 
 faults: $(FLOWGEN) ## kills, full disks, foreign files, odd command lines and properties, minutes: FAULTS=1000 for as many kills, hours
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 .venv/bin/python scripts/faults/faults.py --count $(FAULTS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 .venv/bin/python tests/fuzz/run.py --count $(FAULTS)
 	FLOWGEN_EXAMPLES=$$((10 * $(FAULTS))) .venv/bin/pytest -n 2 tests/test_properties.py
 
 zoo: $(FLOWGEN) ## train the models that the package brings: hours
-	.venv/bin/python scripts/zoo.py $(NAMES)
+	.venv/bin/python scripts/reproduce/zoo.py $(NAMES)
 
 bench: $(FLOWGEN) ## training speed beside other packages
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	.venv/bin/python scripts/bench.py
+	.venv/bin/python scripts/benchmarks/bench.py

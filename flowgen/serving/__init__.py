@@ -1,0 +1,1 @@
+"""The web page and the Telegram bot, which let a user play with a trained model."""

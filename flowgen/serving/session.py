@@ -1,4 +1,4 @@
-"""Images from outside, which nobody vouches for."""
+"""A loaded model that answers the requests of the web page and of the Telegram bot."""
 
 import io
 import logging
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from PIL import Image
@@ -37,172 +37,224 @@ from flowgen.utils.console import user_message
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import BITS_PER_DIM
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
-MOST_PIXELS = 40_000_000  # a camera's, and no more than half a GB when decoded
+UPLOAD_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+MAX_PIXELS = 40_000_000  # as large as photos get; decoding takes at most half a GB
+MAX_CHAINS = 4  # sets of Markov chains that are kept for the page
+NUM_VALIDATION_IMAGES = 1000  # the defaults of `flowgen score`, so that both print the same figures
+SCORE_SEED = 0
 
-
-def read_upload(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
-    """An image of any of `FORMATS`, see `prepare`: (1, channels, size, size) at 8 bits. Raises FlowgenError for any other file."""
-    try:
-        width, height = _size(file, FORMATS)
-        if width * height > MOST_PIXELS:
-            raise UserError(
-                f"is larger than {MOST_PIXELS // 10**6} million pixels: make it smaller first"
-            )
-        return preprocess(file, size, channels, crop)[None]
-    except UserError as error:
-        raise UserError(f"the image {error}") from error
-    except Exception as error:  # a hostile file makes a decoder raise whatever it does
-        raise UserError("the image is not an image, or is cut short") from error
-
-
-def read_saved(file: bytes, size: int, channels: int) -> Tensor:
-    """A PNG of size x size pixels, as those that are handed out: (1, channels, size, size) at 8 bits. Raises FlowgenError for others."""
-    try:
-        if _size(file, ("PNG",)) == (size, size):
-            return preprocess(file, size, channels, None)[None]
-    except Exception as error:
-        raise UserError("a picture is not one of those from here: open it again") from error
-    raise UserError("a picture has another size than the model's: open it again")
-
-
-def _size(file: bytes, formats: tuple[str, ...]) -> tuple[int, int]:
-    """Width and height, as the file's head says."""
-    with Image.open(io.BytesIO(file), formats=formats) as image:
-        return image.size
-
-
+log = logging.getLogger("flowgen")
 T = TypeVar("T")
 
 
+def decode_upload(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
+    """Decode an untrusted image file and preprocess it like the training images.
+
+    Args:
+        file: The content of a file in one of `UPLOAD_FORMATS`.
+        size: Height and width of the result in pixels.
+        channels: 1 or 3.
+        crop: Side of the central square that is cut out first, see `preprocess`.
+
+    Returns:
+        One 8-bit image (1, channels, size, size).
+
+    Raises:
+        UserError: If the file is not an image, is truncated or is too large.
+    """
+    try:
+        width, height = _image_size(file, UPLOAD_FORMATS)
+        if width * height > MAX_PIXELS:
+            limit = MAX_PIXELS // 10**6
+            raise UserError(f"has more than {limit} million pixels: shrink it first")
+        return preprocess(file, size, channels, crop)[None]
+    except UserError as error:
+        raise UserError(f"the image {error}") from error
+    except Exception as error:  # decoders raise exceptions of any kind on hostile files
+        raise UserError("the file is not an image or is truncated: choose another file") from error
+
+
+def decode_png(file: bytes, size: int, channels: int) -> Tensor:
+    """Decode a PNG that this program has produced.
+
+    Returns:
+        One 8-bit image (1, channels, size, size).
+
+    Raises:
+        UserError: If the file is not a PNG of size x size pixels.
+    """
+    try:
+        if _image_size(file, ("PNG",)) == (size, size):
+            return preprocess(file, size, channels, None)[None]
+    except Exception as error:
+        raise UserError("an image was not produced by this page: open it again") from error
+    raise UserError("an image does not have the size of the model's images: open it again")
+
+
+def _image_size(file: bytes, allowed_formats: tuple[str, ...]) -> tuple[int, int]:
+    """Return the width and height in the file's header."""
+    with Image.open(io.BytesIO(file), formats=allowed_formats) as image:
+        return image.size
+
+
 def exit_process() -> NoReturn:
-    """End the process at once and well: torch, at work in other threads, does not survive the interpreter's own end."""
+    """End the process at once with status 0.
+
+    A regular exit of the interpreter crashes if torch still computes in another thread.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 class ModelLock:
-    """A lock around a model; `doing` says what is done in the turn that is taken, nothing where none is."""
+    """A lock around a model. It shows the status of the work and can cancel requests.
+
+    Attributes:
+        status: Description of the work in progress, or "" if the lock is free.
+    """
 
     def __init__(self) -> None:
-        self.doing = ""
-        self._lock, self._stopped = threading.Lock(), threading.Event()
-        self._asked: dict[
-            str | None, threading.Event
-        ] = {}  # what stops each question that waits or is answered
+        self.status = ""
+        self._lock = threading.Lock()
+        self._canceled = threading.Event()  # the event of the request that holds the lock
+        self._requests: dict[str, threading.Event] = {}
 
     @contextmanager
-    def take(self, doing: str, question: str | None = None) -> Iterator[None]:
-        """Wait for the turn and take it. Raises FlowgenError where the `question` that it is for has been stopped."""
-        stopped = self._asked[question] = threading.Event()
+    def acquire(self, status: str, request_id: str | None = None) -> Iterator[None]:
+        """Hold the lock.
+
+        Args:
+            status: Description of the work.
+            request_id: Name of the request for `cancel`.
+
+        Raises:
+            UserError: If the request was canceled while it waited.
+        """
+        canceled = threading.Event()
+        if request_id is not None:
+            self._requests[request_id] = canceled
         try:
             with self._lock:
-                _check(stopped)
-                self.doing, self._stopped = doing, stopped
+                _raise_if_canceled(canceled)
+                self.status = status
+                self._canceled = canceled
                 try:
                     yield
                 finally:
-                    self.doing = ""
+                    self.status = ""
         finally:
-            self._asked.pop(question, None)
+            if request_id is not None:
+                self._requests.pop(request_id, None)
 
-    def stop(self, question: str) -> None:
-        """End the work on a question, where it waits for its turn or goes by `watched` steps: it raises FlowgenError."""
-        if stopped := self._asked.get(question):
-            stopped.set()
+    def cancel(self, request_id: str) -> None:
+        """Make a request raise UserError while it waits or at its next `cancellable` step."""
+        if canceled := self._requests.get(request_id):
+            canceled.set()
 
-    def watched(self, steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-        """A `Progress` for work within a turn."""
-        for number, step in enumerate(steps):
-            _check(self._stopped)
-            self.doing = f"{what}: {number} of {total}"
+    def cancellable(self, steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+        """Yield `steps` and update the status. A `Progress` for code that holds the lock."""
+        for index, step in enumerate(steps):
+            _raise_if_canceled(self._canceled)
+            self.status = f"{what}: {index} of {total}"
             yield step
 
-    def each(self, steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-        """A `Progress` that takes a turn for every step, so that others come in between."""
+    def interleave(self, steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+        """Yield `steps` and hold the lock for each. A `Progress` that lets others in between."""
         for step in steps:
-            with self.take(what):
+            with self.acquire(what):
                 yield step
-            time.sleep(0.01)  # in which another thread takes the lock
+            time.sleep(0.01)  # let another thread take the lock
 
 
-def _check(stopped: threading.Event) -> None:
-    if stopped.is_set():
-        raise UserError("stopped")
+def _raise_if_canceled(canceled: threading.Event) -> None:
+    if canceled.is_set():
+        raise UserError("the request was stopped")
 
 
-CHAINS_KEPT = 4
-HELD_OUT, SEED = 1000, 0  # as `flowgen score`, so that figures are the same
-log = logging.getLogger("flowgen")
+class Score(NamedTuple):
+    """The likelihood of one image, and its rank among the validation images.
+
+    The rank is missing until `ModelSession.score_validation_images` is done.
+    """
+
+    value: float  # in `ModelSession.unit`
+    percentile: float | None  # percentage of validation images that are more likely
+    p_value: float | None
 
 
 class ModelSession:
-    """The model of a run, asked by many threads in turn; every answer depends on its question alone.
+    """The model of a run. Many threads can use it; they take turns.
 
-    Images are levels (batch, channels, height, width). What cannot be answered raises FlowgenError, here and below.
+    Every result depends on the arguments alone, not on earlier calls. Images are uint8 pixel
+    values (batch, channels, height, width). Methods raise UserError for impossible requests.
+
+    Args:
+        run: A run, a model file or a Hub name. None means the newest run.
+        device: "auto", "cpu" or "cuda".
     """
 
-    def __init__(self, name: str | None, device: str = "auto"):
-        self.run, self.checkpoint, self.model = find_model(name, device, GenerativeModel)
+    def __init__(self, run: str | None, device: str = "auto"):
+        self.run, self.checkpoint, self.model = find_model(run, device, GenerativeModel)
         self.channels, self.size, _ = self.model.image_shape
         check_color_channels(self.channels)
-        self.name = name or str(self.run.folder)
-        self.judge: Scorer | None = None  # until validation images have been judged
-        self.no_judge = ""  # why there will be none
-        self.directions: Directions | None = None  # until they have been asked for
-        self.turns = ModelLock()
-        self.films: dict[str, Iterator[Tensor]] = {}
-        self.model.set_progress(self.turns.watched)
+        self.name = run or str(self.run.folder)
+        self.scorer: Scorer | None = None  # set by `score_validation_images`
+        self.scorer_error = ""  # the reason if `score_validation_images` failed
+        self.directions: Directions | None = None  # set by `attributes`
+        self.lock = ModelLock()
+        self.chains: dict[str, Iterator[Tensor]] = {}
+        self.model.set_progress(self.lock.cancellable)
 
     @property
     def capabilities(self) -> dict[str, bool]:
-        """What the model can be asked for, beside samples, scores and walks."""
-        classes = isinstance(self.model, ClassConditional) and self.model.num_classes is not None
+        """Optional abilities of the model."""
+        model = self.model
         return {
-            "classes": classes,
-            "chains": isinstance(self.model, SupportsMCMC),
-            "complete": isinstance(self.model, SupportsInpainting),
+            "classes": isinstance(model, ClassConditional) and model.num_classes is not None,
+            "chains": isinstance(model, SupportsMCMC),
+            "inpainting": isinstance(model, SupportsInpainting),
         }
 
     @property
-    def methods(self) -> list[str]:
-        """By which it completes, and an RBM draws."""
+    def samplers(self) -> list[str]:
+        """Samplers for inpainting. An RBM uses them for new images too."""
         return list(self.model.completions) if isinstance(self.model, SupportsInpainting) else []
 
     @property
     def unit(self) -> str:
+        """Unit of `Score.value`."""
         metric = likelihood_metric(self.model)
-        return (
-            metric.unit
-            if metric == BITS_PER_DIM
-            else f"{metric.name.replace('_', ' ')}, {metric.unit}"
-        )
+        if metric == BITS_PER_DIM:
+            return metric.unit
+        return f"{metric.name.replace('_', ' ')}, {metric.unit}"
 
-    def command(self, name: str, *words: str, **options: Any) -> str:
-        """The command line that makes the same picture; options that are None or False are left out, and those that are True bare."""
-        given = {"run": self.name} | {
-            key: value for key, value in options.items() if value is not None and value is not False
-        }
-        line = [
-            word
-            for key, value in given.items()
-            for word in (f"--{key}", str(value))[: 1 + (value is not True)]
-        ]
-        return shlex.join(["flowgen", name, *words, *line])
+    def command_line(self, command: str, *args: str, **options: object) -> str:
+        """Return the `flowgen` command that makes the same images.
 
-    def read(self, file: bytes) -> Tensor:
-        """An image from outside, prepared like the data of the run."""
+        Options with the value None or False are omitted. True stands for an option without value.
+        """
+        argv = ["flowgen", command, *args, "--run", self.name]
+        for key, value in options.items():
+            if value is None or value is False:
+                continue
+            argv.append(f"--{key}")
+            if value is not True:
+                argv.append(str(value))
+        return shlex.join(argv)
+
+    def read_upload(self, file: bytes) -> Tensor:
+        """Return an image of the user, preprocessed like the training images."""
         crop = self.checkpoint["config"]["data"].get("crop")
-        return read_upload(file, self.size, self.channels, crop) >> (8 - self.model.bits)
+        return decode_upload(file, self.size, self.channels, crop) >> (8 - self.model.bits)
 
-    def exactly(self, file: bytes) -> Tensor:
-        """The levels that a picture from here holds."""
-        return read_saved(file, self.size, self.channels) >> (8 - self.model.bits)
+    def read_image(self, file: bytes) -> Tensor:
+        """Return the exact pixel values of a PNG that this program has produced."""
+        return decode_png(file, self.size, self.channels) >> (8 - self.model.bits)
 
-    def mask(self, file: bytes) -> Tensor:
-        """True where a picture of the model's size is white: (channels, height, width)."""
-        return (read_saved(file, self.size, 1)[0] >= 128).expand(self.model.image_shape)
+    def read_mask(self, file: bytes) -> Tensor:
+        """Return a mask (channels, height, width) that is true where a PNG is white."""
+        return (decode_png(file, self.size, 1)[0] >= 128).expand(self.model.image_shape)
 
     def sample(
         self,
@@ -211,118 +263,141 @@ class ModelSession:
         temperature: float,
         seed: int,
         label: int | None = None,
-        method: str | None = None,
-        sweeps: int | None = None,
+        sampler: str | None = None,
+        steps: int | None = None,
     ) -> Tensor:
-        """As `flowgen sample` draws them, the most probable first."""
+        """Draw the images of `flowgen sample`, the most probable first."""
         if label is not None and not self.capabilities["classes"]:
-            raise UserError("this model knows no classes: leave label out")
-        if (method or sweeps) and not self.capabilities["chains"]:
-            raise UserError("this model draws by no Markov chains: leave method and sweeps out")
-        how = {
-            key: value
-            for key, value in {"label": label, "method": method, "sweeps": sweeps}.items()
-            if value is not None
-        }
-        with self.turns.take("drawing samples"):
-            images, scores = sample_images(self.model, count, temperature, seed, **how)
+            raise UserError("this model is not class-conditional: omit label")
+        if (sampler or steps) and not self.capabilities["chains"]:
+            raise UserError("this model does not use Markov chains: omit sampler and steps")
+        options = {"label": label, "method": sampler, "sweeps": steps}
+        kwargs: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+        with self.lock.acquire("drawing samples"):
+            images, scores = sample_images(self.model, count, temperature, seed, **kwargs)
         return images[scores.argsort(descending=True)].cpu()
 
-    def figures(self, images: Tensor) -> tuple[float, float | None, float | None]:
-        """Of one image, as `flowgen score` gives them: its likelihood in `unit`; percentile and p-value, once there is a `judge`."""
-        with self.turns.take("scoring"):
-            found = ood_statistics_of(
-                self.model, images, torch.Generator(self.model.device).manual_seed(SEED)
-            )
-        value = to_metric_unit(self.model, found["log_prob"]).item()
-        if self.judge is None:
-            return value, None, None
-        outliers = self.judge.detector
-        return (
-            value,
-            outliers.percentile(found["log_prob"]).item(),
-            outliers.p_values(outliers.scores(found))[DEFAULT_SCORE].item(),
-        )
+    def score(self, image: Tensor) -> Score:
+        """Return the likelihood of one image as `flowgen score` prints it."""
+        generator = torch.Generator(self.model.device).manual_seed(SCORE_SEED)
+        with self.lock.acquire("scoring"):
+            statistics = ood_statistics_of(self.model, image, generator)
+        log_prob = statistics["log_prob"]
+        value = to_metric_unit(self.model, log_prob).item()
+        if self.scorer is None:
+            return Score(value, None, None)
+        detector = self.scorer.detector
+        p_values = detector.p_values(detector.scores(statistics))
+        return Score(value, detector.percentile(log_prob).item(), p_values[DEFAULT_SCORE].item())
 
-    def walk(
+    def interpolate(
         self, first: Tensor, second: Tensor, steps: int, spherical: bool
     ) -> tuple[Tensor, Tensor]:
-        """As `flowgen interpolate`: through the latents, and through the pixels."""
-        with self.turns.take("walking"):
+        """Return `steps` images through the latents and `steps` images through the pixels."""
+        with self.lock.acquire("interpolating"):
             return interpolate_images(self.model, first, second, steps, spherical)
 
     def attributes(self) -> tuple[str, ...]:
-        """The names along which `edit` moves; at first they may have to be found among the training images, between others' questions."""
-        self.directions = self.directions or load_directions(
-            self.run, self.checkpoint, self.model, progress=self.turns.each
-        )
+        """Return the names of the attributes that `edit` can change.
+
+        The first call may compute the directions from the training images. Other requests are
+        answered between its batches.
+        """
+        if self.directions is None:
+            self.directions = load_directions(
+                self.run, self.checkpoint, self.model, progress=self.lock.interleave
+            )
         return self.directions.names
 
-    def edit(self, images: Tensor, amounts: dict[str, float]) -> Tensor:
-        """As `flowgen edit` moves one image along attributes."""
+    def edit(self, image: Tensor, amounts: dict[str, float]) -> Tensor:
+        """Move one image along attributes as `flowgen edit` does."""
         self.attributes()
         assert self.directions is not None
-        with self.turns.take("editing"):
-            return move_along(self.model, self.directions, images, amounts, torch.ones(1))[0]
+        with self.lock.acquire("editing"):
+            return move_along(self.model, self.directions, image, amounts, torch.ones(1))[0]
 
     def inpaint(
         self,
-        images: Tensor,
+        image: Tensor,
         known: Tensor,
         *,
-        method: str,
-        sweeps: int,
+        sampler: str,
+        steps: int,
         seed: int,
-        question: str | None = None,
+        request_id: str | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
-        """As `flowgen complete`, as levels of 8 bits: the mean, the spread, the draws; and what tells how the method fared.
+        """Draw the unknown pixels of an image as `flowgen complete` does.
 
-        `turns.stop` ends it by the name of the question.
+        Args:
+            image: One image (1, channels, height, width).
+            known: Mask (channels, height, width), true where pixels are known.
+            sampler: One of `samplers`.
+            steps: Number of steps of the sampler.
+            seed: Seed of the random numbers.
+            request_id: Name of the request for `ModelLock.cancel`.
+
+        Returns:
+            8-bit images (2 + draws, channels, height, width): the mean, the standard deviation
+            and the draws; and diagnostics of the sampler.
         """
         model = self.model
         if not isinstance(model, SupportsInpainting):
-            raise UserError("this model restores no pixels: use a run of another")
+            raise UserError("this model does not support inpainting: use the run of a flow")
         check_mask(known, "the mask")
-        with self.turns.take("completing", question):
-            images, known = images.to(model.device), known.to(model.device)
-            (draws, mean, figures), spread = inpaint_image(
-                model, images, known, method, sweeps, seed
+        with self.lock.acquire("completing", request_id):
+            (draws, mean, metrics), spread = inpaint_image(
+                model, image.to(model.device), known.to(model.device), sampler, steps, seed
             )
-        return to_uint8(torch.cat((mean[None], spread[None], draws))), dict(figures)
+        return to_uint8(torch.cat((mean[None], spread[None], draws))), dict(metrics)
 
-    def start_chains(self, *, method: str, seed: int, count: int) -> str:
-        """The name of chains that begin in white noise, see `advance`; the oldest make room for them."""
-        if not isinstance(self.model, SupportsMCMC):
-            raise UserError("this model draws by no Markov chains: use a run of an RBM")
-        with self.turns.take("starting chains"):
-            name = f"{time.monotonic_ns():x}"
-            self.films[name] = self.model.iter_chains(
-                count, method, torch.Generator(self.model.device).manual_seed(seed)
-            )
-            while len(self.films) > CHAINS_KEPT:
-                del self.films[next(iter(self.films))]
-        return name
+    def start_chains(self, *, sampler: str, seed: int, count: int) -> str:
+        """Start Markov chains in white noise and return their id for `advance_chains`.
 
-    def advance(self, name: str, sweeps: int) -> Tensor:
-        """P(v = 1) of every chain after so many more sweeps, at first the noise itself, as levels of 8 bits."""
-        with self.turns.take("running chains"), torch.no_grad():
-            if name not in self.films:
+        Only the `MAX_CHAINS` newest sets of chains are kept.
+        """
+        model = self.model
+        if not isinstance(model, SupportsMCMC):
+            raise UserError("this model does not use Markov chains: use the run of an RBM")
+        with self.lock.acquire("starting chains"):
+            chain_id = f"{time.monotonic_ns():x}"
+            generator = torch.Generator(model.device).manual_seed(seed)
+            self.chains[chain_id] = model.iter_chains(count, sampler, generator)
+            while len(self.chains) > MAX_CHAINS:
+                del self.chains[next(iter(self.chains))]
+        return chain_id
+
+    def advance_chains(self, chain_id: str, steps: int) -> Tensor:
+        """Advance chains by `steps` and return P(v = 1) of every chain as 8-bit images.
+
+        The first step returns the initial noise.
+        """
+        with self.lock.acquire("running chains"), torch.no_grad():
+            if chain_id not in self.chains:
                 raise UserError("these chains have ended: start new ones")
-            return to_uint8(next(islice(self.films[name], sweeps - 1, None)))
+            return to_uint8(next(islice(self.chains[chain_id], steps - 1, None)))
 
     def filters(self) -> Image.Image:
-        """The weights of hidden units as a grid."""
+        """Return the weights of hidden units as a grid of images."""
         features = self.model.filters()
         if features is None:
-            raise UserError("this model has no filters that can be drawn: use a run of an RBM")
+            raise UserError("this model has no filters: use the run of an RBM")
         return rendering.weight_grid(features, columns=10, max_tiles=100)
 
-    def score_validation_images(self, count: int = HELD_OUT) -> None:
-        """So that percentiles can be told; others are answered between one batch and the next."""
+    def score_validation_images(self, count: int = NUM_VALIDATION_IMAGES) -> None:
+        """Score validation images so that `score` can return percentiles.
+
+        It is meant for a background thread. It answers other requests between its batches and
+        stores errors in `scorer_error`.
+        """
         try:
-            self.judge = make_scorer(
-                self.run, self.checkpoint, self.model, count, SEED, progress=self.turns.each
+            self.scorer = make_scorer(
+                self.run,
+                self.checkpoint,
+                self.model,
+                count,
+                SCORE_SEED,
+                progress=self.lock.interleave,
             )
-        except Exception as error:  # in a thread of its own, where nobody else would hear of it
-            self.no_judge = user_message(error)
-            log.error("no percentiles: %s", self.no_judge)
+        except Exception as error:  # nobody sees an exception of a background thread
+            self.scorer_error = user_message(error)
+            log.error("percentiles are unavailable: %s", self.scorer_error)

@@ -1,4 +1,7 @@
-"""The bot's token, with which anyone could speak in its name: where it comes from, and how it stays out of every output."""
+"""The Telegram bot of `flowgen bot`.
+
+Whoever knows the token of a bot can act as the bot, so the token must not appear in any output.
+"""
 
 import asyncio
 import logging
@@ -12,264 +15,304 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from telegram import Message, Update
 from telegram.error import InvalidToken, NetworkError, TelegramError
-from telegram.ext import ApplicationBuilder, ContextTypes, MessageHandler, filters
+from telegram.ext import Application, ApplicationBuilder, ContextTypes, MessageHandler, filters
+from torch import Tensor
 
 from flowgen.serving.session import ModelSession, exit_process
 from flowgen.utils import rendering
 from flowgen.utils.console import user_message
 from flowgen.utils.errors import UserError
 
-VARIABLE = "FLOWGEN_BOT_TOKEN"
-LONGEST = 300  # characters of a message
+TOKEN_VARIABLE = "FLOWGEN_BOT_TOKEN"
+MAX_LOG_CHARACTERS = 300  # per log message
+MAX_TEMPERATURE = 1.0
+MAX_PHOTO_BYTES = 8 * 2**20
+MAX_CONCURRENT_UPDATES = 16
+INTERPOLATION_STEPS = 9
+SAMPLE_SIDE = 256  # pixels
+PHOTOS_NEEDED = {"walk": 2, "score": 1}
+HELP = f"""/generate sends an image drawn at temperature 1.
+/generate 0.678 sends an image drawn at that temperature, from 0 to {MAX_TEMPERATURE:g}. \
+Low temperatures give typical images, high temperatures give varied images.
+/walk and two photos: interpolates from one to the other, through the latents and the pixels.
+/score and a photo: tells how likely the photo is under the model."""
+BUSY = "I am still working on your last request."
+TEMPERATURE_HINT = (
+    f"The temperature must be a number from 0 to {MAX_TEMPERATURE:g} with a decimal point, "
+    "such as /generate 0.678."
+)
+
+Task = Callable[[], Awaitable[None]]
+log = logging.getLogger("flowgen")
 
 
 def read_token(path: Path | None) -> str:
-    """From a file that nobody else may read, else from the environment. Raises FlowgenError, in which the token is not."""
+    """Read the token of the bot.
+
+    Args:
+        path: A file that only its owner may read. None means the environment variable
+            FLOWGEN_BOT_TOKEN.
+
+    Raises:
+        UserError: If there is no valid token. The message does not contain the token.
+    """
     if path is None:
-        token, source = os.environ.get(VARIABLE, ""), VARIABLE
+        source = TOKEN_VARIABLE
+        token = os.environ.get(TOKEN_VARIABLE, "")
         if not token:
             raise UserError(
-                f"the bot has no token: get one from Telegram's @BotFather, and set {VARIABLE} or name its file by --token-file"
+                f"the bot needs a token: get one from @BotFather on Telegram, and set {TOKEN_VARIABLE} "
+                "or pass the file that contains it with --token-file"
             )
     else:
+        source = str(path)
         if not path.is_file():
-            raise UserError(f"{path} is no file: name the one that holds the bot's token")
+            raise UserError(f"{path} is not a file: pass the file that contains the bot's token")
         if path.stat().st_mode & 0o077:
-            raise UserError(f"{path} may be read by others: `chmod 600 {path}` first")
-        token, source = path.read_text(errors="replace"), str(path)
+            raise UserError(f"other users can read {path}: run `chmod 600 {path}` first")
+        token = path.read_text(errors="replace")
     token = token.strip()
     if not re.fullmatch(r"\d+:[\w-]+", token):
         raise UserError(
-            f"what {source} holds is no token: it should be digits, a colon, and letters"
+            f"{source} does not contain a valid token: a token consists of digits, a colon and "
+            "letters"
         )
     return token
 
 
 class RedactingFormatter(logging.Formatter):
-    """Messages in one line, without tracebacks and without the token, which is part of every address that is asked."""
+    """Formats a message as one line without the token and without tracebacks.
+
+    Every URL of the Bot API contains the token, so messages of libraries may contain it.
+    """
 
     def __init__(self, token: str):
         super().__init__()
         self.token = token
 
     def format(self, record: logging.LogRecord) -> str:
-        return " ".join(record.getMessage().replace(self.token, "TOKEN").split())[:LONGEST]
+        """Return the redacted line."""
+        line = " ".join(record.getMessage().replace(self.token, "TOKEN").split())
+        return line[:MAX_LOG_CHARACTERS]
 
 
-def mask_logs(token: str) -> None:
-    """Keep the token out of whatever is logged in this process, and the addresses that httpx logs altogether."""
-    screen = logging.StreamHandler(sys.stderr)
-    logging.getLogger().addHandler(
-        screen
-    )  # else what has no handler would go to standard error as it is
-    for handler in (screen, *logging.getLogger("flowgen").handlers):
+def redact_logs(token: str) -> None:
+    """Remove the token from all log messages of this process."""
+    # Without a handler of the root logger, messages would go to standard error unredacted.
+    root_handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(root_handler)
+    for handler in (root_handler, *log.handlers):
         handler.setFormatter(RedactingFormatter(token))
-    for library in ("httpx", "httpcore", "telegram"):
+    for library in ("httpx", "httpcore", "telegram"):  # they log URLs at level INFO
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
-HOTTEST = 1.0
-MOST_BYTES = 8 * 2**20  # of a photo
-STEPS, SIDE = 9, 256
-NEEDS = {"walk": 2, "score": 1}  # photos
-HELP = f"""/generate sends a picture at temperature 1.
-/generate 0.678 sends one at that temperature, from 0 to {HOTTEST:g}: low is typical, high is varied.
-/walk and two photos: the way from one to the other, through the latents and through the pixels.
-/score and a photo: how likely it is."""
-BUSY = "One thing at a time: I am still at your last request."
-Work = Callable[[], Awaitable[None]]
-log = logging.getLogger("flowgen")
-
-
 @dataclass
-class Request:
-    """What a chat wants to know of photos, and the file ids of those that it has sent."""
+class PendingRequest:
+    """A command that needs photos, and the file ids of the photos so far."""
 
-    about: str
+    command: str
     photos: list[str] = field(default_factory=list)
 
 
 class Chat:
-    """The bot's side of every chat; one request of a chat is worked on at a time, and only `allowed` chats are listened to, if any."""
+    """Handlers for the messages of all chats.
 
-    def __init__(self, answers: ModelSession, allowed: tuple[int, ...] = ()):
-        self.answers, self.allowed = answers, allowed
-        self.requests: dict[int, Request] = {}
+    A chat has one request in progress at a time. Different chats do not wait for each other.
+
+    Args:
+        session: The model.
+        allowed_chats: Ids of the chats that are answered. Empty means all chats.
+    """
+
+    def __init__(self, session: ModelSession, allowed_chats: tuple[int, ...] = ()):
+        self.session = session
+        self.allowed_chats = allowed_chats
+        self.pending: dict[int, PendingRequest] = {}
         self.busy: set[int] = set()
 
-    async def hear(self, update: Update, context: ContextTypes.DEFAULT_TYPE) -> None:
-        """Any message."""
+    async def on_message(self, update: Update, context: ContextTypes.DEFAULT_TYPE) -> None:
+        """Answer a message."""
         message = update.message
         if message is None:
             return
-        if self.allowed and message.chat_id not in self.allowed:
-            await message.reply_text(
-                f"This bot talks to others only. Your chat is {message.chat_id}."
-            )
+        chat_id = message.chat_id
+        if self.allowed_chats and chat_id not in self.allowed_chats:
+            await message.reply_text(f"This bot does not answer this chat. Its id is {chat_id}.")
             return
-        answer = self._answer(message)
-        if isinstance(answer, str):
-            await message.reply_text(answer)
-        elif answer is not None and message.chat_id in self.busy:
+        reply = self._handle(message)
+        if isinstance(reply, str):
+            await message.reply_text(reply)
+        elif reply is not None and chat_id in self.busy:
             await message.reply_text(BUSY)
-        elif answer is not None:
-            self.busy.add(message.chat_id)
+        elif reply is not None:
+            self.busy.add(chat_id)
             try:
-                await answer()
+                await reply()
             except UserError as error:
                 await message.reply_text(f"Sorry: {error}.")
             finally:
-                self.busy.discard(message.chat_id)
+                self.busy.discard(chat_id)
 
-    async def stumble(self, update: object, context: ContextTypes.DEFAULT_TYPE) -> None:
-        """After a fault of ours, or of the network."""
+    async def on_error(self, update: object, context: ContextTypes.DEFAULT_TYPE) -> None:
+        """Log an unexpected error and apologize."""
         error = context.error
         if isinstance(error, Exception) and not isinstance(error, TelegramError):
             log.error("%s", user_message(error))
         else:
             log.error("Telegram: %s", error)
         if isinstance(update, Update) and update.message is not None:
-            await update.message.reply_text("Sorry, that went wrong here. Try again.")
+            await update.message.reply_text("Sorry, something went wrong. Try again.")
 
-    def _answer(self, message: Message) -> str | Work | None:
-        """What to say at once, or work to do; nothing while a photo of an album is still to come."""
+    def _handle(self, message: Message) -> str | Task | None:
+        """Return a reply, or a task, or None if a photo of an album is still missing."""
         words = (message.text or message.caption or "").split()
-        name = (
-            words[0].partition("@")[0].removeprefix("/")
-            if words and words[0].startswith("/")
-            else ""
-        )
-        if name in NEEDS:
-            self.requests[message.chat_id] = Request(name)
+        command = ""
+        if words and words[0].startswith("/"):
+            command = words[0].partition("@")[0].removeprefix("/")
+        if command in PHOTOS_NEEDED:
+            self.pending[message.chat_id] = PendingRequest(command)
         photo = _photo(message)
         if photo is not None:
-            return self._with(photo, message)
-        if name == "generate":
-            temperature = _temperature(words[1]) if len(words) > 1 else HOTTEST
-            if temperature is None or len(words) > 2:
-                return f"A temperature is a number from 0 to {HOTTEST:g} with a point, as in /generate 0.678"
+            return self._add_photo(*photo, message)
+        if command == "generate":
+            temperature = _temperature(words[1:])
+            if temperature is None:
+                return TEMPERATURE_HINT
             return lambda: self._generate(message, temperature)
-        said = {
-            "start": f"Hello! I draw pictures with {self.answers.name}.\n{HELP}",
+        replies = {
+            "start": f"Hello! I draw images with {self.session.name}.\n{HELP}",
             "help": HELP,
             "walk": "Send me two photos, one after the other.",
             "score": "Send me a photo.",
         }
-        return said.get(name, f"I do not understand that.\n{HELP}")
+        return replies.get(command, f"I do not understand that.\n{HELP}")
 
-    def _with(self, photo: tuple[str, int], message: Message) -> str | Work | None:
-        request = self.requests.get(message.chat_id)
+    def _add_photo(self, file_id: str, num_bytes: int, message: Message) -> str | Task | None:
+        request = self.pending.get(message.chat_id)
         if request is None:
-            return "What shall I do with it? Say /score or /walk first."
-        if photo[1] > MOST_BYTES:
-            return f"A photo may have {MOST_BYTES // 2**20} MiB at most."
-        last = len(request.photos) + 1 == NEEDS[request.about]
-        if last and message.chat_id in self.busy:  # the request stays as it is
+            return "Send /score or /walk first, so that I know what to do with the photo."
+        if num_bytes > MAX_PHOTO_BYTES:
+            return f"The photo is too large. Send at most {MAX_PHOTO_BYTES // 2**20} MiB."
+        is_last = len(request.photos) + 1 == PHOTOS_NEEDED[request.command]
+        if is_last and message.chat_id in self.busy:  # the request stays pending
             return f"{BUSY} Send me this photo again after that."
-        request.photos.append(photo[0])
-        if not last:
-            return None if message.media_group_id else "And the other one?"
-        del self.requests[message.chat_id]
-        return lambda: self._look(message, request)
+        request.photos.append(file_id)
+        if not is_last:
+            return None if message.media_group_id else "Now send the other photo."
+        del self.pending[message.chat_id]
+        return lambda: self._run(message, request)
 
     async def _generate(self, message: Message, temperature: float) -> None:
         seed = random.randrange(2**31)
-        images = await asyncio.to_thread(
-            self.answers.sample, count=1, temperature=temperature, seed=seed
+        image = await asyncio.to_thread(
+            self.session.sample, count=1, temperature=temperature, seed=seed
         )
-        figures = await asyncio.to_thread(self._figures, images)
-        picture = rendering.image_grid(images, self.answers.model.bits, 1, SIDE)
+        score = await asyncio.to_thread(self._describe_score, image)
+        picture = rendering.image_grid(image, self.session.model.bits, 1, SAMPLE_SIDE)
         await message.reply_photo(
             rendering.to_png(picture),
-            caption=f"Temperature {temperature:g}, seed {seed}. {figures}",
+            caption=f"Temperature {temperature:g}, seed {seed}. {score}",
         )
 
-    async def _look(self, message: Message, request: Request) -> None:
-        files = [
-            await (await message.get_bot().get_file(photo)).download_as_bytearray()
-            for photo in request.photos
-        ]
-        images = [await asyncio.to_thread(self.answers.read, bytes(file)) for file in files]
-        if request.about == "score":
-            await message.reply_text(await asyncio.to_thread(self._figures, images[0]))
+    async def _run(self, message: Message, request: PendingRequest) -> None:
+        images = []
+        for file_id in request.photos:
+            file = await message.get_bot().get_file(file_id)
+            data = bytes(await file.download_as_bytearray())
+            images.append(await asyncio.to_thread(self.session.read_upload, data))
+        if request.command == "score":
+            await message.reply_text(await asyncio.to_thread(self._describe_score, images[0]))
             return
         latent, pixels = await asyncio.to_thread(
-            self.answers.walk, images[0], images[1], STEPS, False
+            self.session.interpolate, images[0], images[1], INTERPOLATION_STEPS, False
         )
         rows = [("through the latents", latent), ("through the pixels", pixels)]
-        await message.reply_photo(
-            rendering.to_png(rendering.titled_grids(rows, self.answers.model.bits, STEPS))
-        )
+        picture = rendering.titled_grids(rows, self.session.model.bits, INTERPOLATION_STEPS)
+        await message.reply_photo(rendering.to_png(picture))
 
-    def _figures(self, images: torch.Tensor) -> str:
-        value, percentile, p = self.answers.figures(images)
-        said = f"{value:.3f} {self.answers.unit}"
-        if percentile is None:
-            return f"{said}."
-        return f"{said}, percentile {percentile:.0f}: so many of a hundred validation images are likelier. p = {p:.3f}."
+    def _describe_score(self, image: Tensor) -> str:
+        score = self.session.score(image)
+        text = f"{score.value:.3f} {self.session.unit}"
+        if score.percentile is None:
+            return f"{text}."
+        return (
+            f"{text}. {score.percentile:.0f} % of the validation images are more likely. "
+            f"p = {score.p_value:.3f}."
+        )
 
 
 def _photo(message: Message) -> tuple[str, int] | None:
-    """The file of the largest copy of a photo, or of an image that was sent as a file, and its size."""
-    sizes = [message.document] if message.document else message.photo
-    return (sizes[-1].file_id, sizes[-1].file_size or 0) if sizes else None
+    """Return the file id and the size in bytes of a photo or of an image sent as a file."""
+    files = [message.document] if message.document else message.photo
+    if not files:
+        return None
+    largest = files[-1]  # Telegram sorts the copies of a photo by size
+    return largest.file_id, largest.file_size or 0
 
 
-def _temperature(word: str) -> float | None:
+def _temperature(words: list[str]) -> float | None:
+    """Parse the arguments of /generate. None means that they are invalid."""
+    if not words:
+        return MAX_TEMPERATURE
     try:
-        number = float(word)
+        (temperature,) = map(float, words)
     except ValueError:
         return None
-    return number if math.isfinite(number) and 0 <= number <= HOTTEST else None
-
-
-AT_ONCE = 16  # chats
+    is_valid = math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE
+    return temperature if is_valid else None
 
 
 def bot(
     *,
-    name: str | None,
+    run: str | None,
     token_file: Path | None,
-    allowed: tuple[int, ...],
-    api: str | None,
+    allowed_chats: tuple[int, ...],
+    api_url: str | None,
     device: str,
-    say: Callable[[str], None],
+    echo: Callable[[str], None],
 ) -> None:
-    """Answer until interrupted; `api` is a server of the Bot API other than Telegram's own. Raises FlowgenError."""
+    """Answer messages until Ctrl-C.
+
+    Args:
+        run: A run, a model file or a Hub name. None means the newest run.
+        token_file: The file that contains the token, see `read_token`.
+        allowed_chats: Ids of the chats that are answered. Empty means all chats.
+        api_url: A server of the Bot API. None means Telegram's server.
+        device: "auto", "cpu" or "cuda".
+        echo: Prints a message when the bot starts.
+
+    Raises:
+        UserError: If Telegram rejects the token or is unreachable.
+    """
     token = read_token(token_file)
-    answers = ModelSession(name, device)
-    mask_logs(token)
+    session = ModelSession(run, device)
+    redact_logs(token)
 
-    async def begin(
-        _: object,
-    ) -> (
-        None
-    ):  # once Telegram has taken the token: a thread at work would abort a process that ends before
-        threading.Thread(target=answers.score_validation_images, daemon=True).start()
+    # Start the thread only after Telegram has accepted the token: if the process ends while
+    # torch computes in another thread, the interpreter aborts.
+    async def score_in_background(_: Application) -> None:
+        threading.Thread(target=session.score_validation_images, daemon=True).start()
 
-    builder = ApplicationBuilder().token(token).concurrent_updates(AT_ONCE).post_init(begin)
-    if api is not None:
-        builder = builder.base_url(f"{api.rstrip('/')}/bot").base_file_url(
-            f"{api.rstrip('/')}/file/bot"
-        )
+    builder = ApplicationBuilder().token(token).concurrent_updates(MAX_CONCURRENT_UPDATES)
+    builder = builder.post_init(score_in_background)
+    if api_url is not None:
+        base_url = api_url.rstrip("/")
+        builder = builder.base_url(f"{base_url}/bot").base_file_url(f"{base_url}/file/bot")
     application = builder.build()
-    chat = Chat(answers, allowed)
-    application.add_handler(MessageHandler(filters.ALL, chat.hear))
-    application.add_error_handler(chat.stumble)
-    say(f"{answers.name} chats until Ctrl-C")
+    chat = Chat(session, allowed_chats)
+    application.add_handler(MessageHandler(filters.ALL, chat.on_message))
+    application.add_error_handler(chat.on_error)
+    echo(f"{session.name} answers on Telegram until Ctrl-C")
     try:
         application.run_polling(allowed_updates=["message"])
-    except InvalidToken:
-        raise UserError(
-            "Telegram refuses the token: get another from @BotFather"
-        ) from None  # its own sentence holds the token
+    except InvalidToken:  # its message contains the token, so do not chain it
+        raise UserError("Telegram rejects the token: get another one from @BotFather") from None
     except NetworkError as error:
-        raise UserError(
-            f"Telegram cannot be reached ({type(error).__name__}): try again later"
-        ) from None
+        name = type(error).__name__
+        raise UserError(f"Telegram is unreachable ({name}): try again later") from None
     except Exception as error:
         raise UserError(user_message(error).replace(token, "TOKEN")) from None
     exit_process()

@@ -1,7 +1,10 @@
-"""What the page can ask, each a JSON object to another; every answer with pictures has the command line that makes the same ones."""
+"""The JSON endpoints of the web page.
+
+Each endpoint maps a JSON object to a JSON object. Images travel as data URLs. Every response with
+images has the command line that makes the same images.
+"""
 
 import base64
-import binascii
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,190 +16,209 @@ from flowgen.utils import rendering
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.html import image_data_url
 
-MOST_SEED = 2**53 - 1  # that a browser's numbers hold exactly
-PREFIX = "data:image/png;base64,"
+MAX_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
+MAX_SAMPLES = 64
+MAX_LABEL = 10**6
+MAX_FRAMES = 10**6
+
 Payload = dict[str, Any]
+Response = dict[str, Any]
 
 
-def about(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    model, config = answers.model, answers.checkpoint["config"]
+def about(session: ModelSession, payload: Payload) -> Response:
+    """Describe the model."""
+    model = session.model
+    config = session.checkpoint["config"]
+    target = str(config["data"].get("_target_"))
     return {
-        "run": answers.name,
+        "run": session.name,
         "model": type(model).__name__,
-        "data": config["data"].get("name")
-        or str(config["data"].get("_target_")).rpartition(".")[2],
-        "step": answers.checkpoint["step"],
+        "data": config["data"].get("name") or target.rpartition(".")[2],
+        "step": session.checkpoint["step"],
         "shape": list(model.image_shape),
         "bits": model.bits,
-        "classes": model.num_classes,
-        "able_to": answers.capabilities,
-        "methods": answers.methods,
+        "num_classes": model.num_classes,
+        "capabilities": session.capabilities,
+        "samplers": session.samplers,
         "temperature": config["trainer"]["sample_temperature"],
-        "unit": answers.unit,
-        "percentiles": answers.judge is not None,
+        "unit": session.unit,
     }
 
 
-def doing(answers: ModelSession, payload: Payload) -> dict[str, Any]:
+def status(session: ModelSession, payload: Payload) -> Response:
+    """Describe the work in progress, and tell if scores have percentiles."""
     return {
-        "doing": answers.turns.doing,
-        "percentiles": answers.judge is not None,
-        "no_percentiles": answers.no_judge,
+        "status": session.lock.status,
+        "percentiles": session.scorer is not None,
+        "scorer_error": session.scorer_error,
     }
 
 
-def stop(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    answers.turns.stop(str(payload.get("question")))
+def cancel(session: ModelSession, payload: Payload) -> Response:
+    """Cancel the request with this request_id."""
+    session.lock.cancel(str(payload.get("request_id")))
     return {}
 
 
-def read(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    return {"picture": _shown(answers, answers.read(_file(payload, "image")))[0]}
+def upload(session: ModelSession, payload: Payload) -> Response:
+    """Preprocess an image of the user like the training images."""
+    image = session.read_upload(_file(payload, "image"))
+    return {"image": _data_urls(image, session.model.bits)[0]}
 
 
-def sample(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    count, seed = _whole(payload, "count", 1, 64), _whole(payload, "seed", 0, MOST_SEED)
-    label = None if payload.get("label") is None else _whole(payload, "label", 0, 10**6)
-    temperature = _number(payload, "temperature")
-    method = None if payload.get("method") is None else _method(answers, payload)
-    sweeps = None if payload.get("sweeps") is None else _whole(payload, "sweeps", 1, 1000)
-    how: dict[str, Any] = {
-        "count": count,
-        "temperature": temperature,
-        "seed": seed,
-        "label": label,
-        "method": method,
-        "sweeps": sweeps,
+def sample(session: ModelSession, payload: Payload) -> Response:
+    """Draw images."""
+    options: dict[str, Any] = {
+        "count": _integer(payload, "count", 1, MAX_SAMPLES),
+        "temperature": _number(payload, "temperature"),
+        "seed": _integer(payload, "seed", 0, MAX_SEED),
     }
-    images = answers.sample(**how)
+    if payload.get("label") is not None:
+        options["label"] = _integer(payload, "label", 0, MAX_LABEL)
+    if payload.get("sampler") is not None:
+        options["sampler"] = _sampler(session, payload)
+    if payload.get("steps") is not None:
+        options["steps"] = _integer(payload, "steps", 1, 1000)
+    images = session.sample(**options)
     return {
-        "seed": seed,
-        "pictures": _shown(answers, images),
-        "command": answers.command("sample", **how),
+        "seed": options["seed"],
+        "images": _data_urls(images, session.model.bits),
+        "command": session.command_line("sample", **options),
     }
 
 
-def score(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    value, percentile, p = answers.figures(answers.exactly(_file(payload, "image")))
-    shown = value if math.isfinite(value) else None  # JSON has no other numbers
+def score(session: ModelSession, payload: Payload) -> Response:
+    """Return the likelihood of an image."""
+    result = session.score(session.read_image(_file(payload, "image")))
     return {
-        "value": shown,
-        "percentile": percentile,
-        "p": p,
-        "command": answers.command("score", "a.png"),
+        "value": result.value if math.isfinite(result.value) else None,  # JSON has no infinity
+        "percentile": result.percentile,
+        "p_value": result.p_value,
+        "command": session.command_line("score", "a.png"),
     }
 
 
-def walk(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    first, second = (answers.exactly(_file(payload, name)) for name in ("first", "second"))
-    steps, spherical = _whole(payload, "steps", 2, 33), _flag(payload, "spherical")
-    latent, pixels = answers.walk(first, second, steps, spherical)
-    command = answers.command("interpolate", "a.png", "b.png", steps=steps, spherical=spherical)
+def interpolate(session: ModelSession, payload: Payload) -> Response:
+    """Interpolate between two images."""
+    first = session.read_image(_file(payload, "first"))
+    second = session.read_image(_file(payload, "second"))
+    steps = _integer(payload, "steps", 2, 33)
+    spherical = _boolean(payload, "spherical")
+    latent, pixels = session.interpolate(first, second, steps, spherical)
     return {
-        "latent": _shown(answers, latent),
-        "pixels": _shown(answers, pixels),
-        "command": command,
+        "latent": _data_urls(latent, session.model.bits),
+        "pixels": _data_urls(pixels, session.model.bits),
+        "command": session.command_line(
+            "interpolate", "a.png", "b.png", steps=steps, spherical=spherical
+        ),
     }
 
 
-def attributes(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    return {"attributes": list(answers.attributes())}
+def attributes(session: ModelSession, payload: Payload) -> Response:
+    """Return the names of the attributes that `edit` can change."""
+    return {"attributes": list(session.attributes())}
 
 
-def edit(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    image, amounts = answers.exactly(_file(payload, "image")), payload.get("amounts")
-    if not isinstance(amounts, dict) or not amounts:
-        raise UserError("amounts must name attributes, each with a number")
-    by = {
-        name: _number({"amount": amount}, "amount", low=-100.0) for name, amount in amounts.items()
-    }
-    words = [
-        word for name, amount in by.items() for word in ("--attribute", name, "--by", str(amount))
-    ]
+def edit(session: ModelSession, payload: Payload) -> Response:
+    """Move an image along attributes."""
+    image = session.read_image(_file(payload, "image"))
+    requested = payload.get("amounts")
+    if not isinstance(requested, dict) or not requested:
+        raise UserError("amounts must be an object with a number for each attribute")
+    amounts: dict[str, float] = {}
+    args: list[str] = []
+    for name, value in requested.items():
+        amounts[name] = _number({"amount": value}, "amount", low=-100.0)
+        args += ["--attribute", name, "--amount", str(amounts[name])]
     return {
-        "picture": _shown(answers, answers.edit(image, by))[0],
-        "command": answers.command("edit", "a.png", *words),
+        "image": _data_urls(session.edit(image, amounts), session.model.bits)[0],
+        "command": session.command_line("edit", "a.png", *args),
     }
 
 
-def complete(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    images, known = answers.exactly(_file(payload, "image")), answers.mask(_file(payload, "mask"))
-    how: dict[str, Any] = {
-        "method": _method(answers, payload),
-        "sweeps": _whole(payload, "sweeps", 1, 2000),
-        "seed": _whole(payload, "seed", 0, MOST_SEED),
+def complete(session: ModelSession, payload: Payload) -> Response:
+    """Draw the unknown pixels of an image."""
+    image = session.read_image(_file(payload, "image"))
+    known = session.read_mask(_file(payload, "mask"))
+    options: dict[str, Any] = {
+        "sampler": _sampler(session, payload),
+        "steps": _integer(payload, "steps", 1, 2000),
+        "seed": _integer(payload, "seed", 0, MAX_SEED),
     }
-    question = str(payload["question"]) if "question" in payload else None
-    shown, figures = answers.inpaint(images, known, **how, question=question)
-    mean, spread, *draws = [
-        image_data_url(rendering.encode_png(image, 8), "png") for image in shown
-    ]
-    command = answers.command("complete", "a.png", keep="mask.png", **how)
-    return {"mean": mean, "spread": spread, "draws": draws, "figures": figures, "command": command}
-
-
-def start_chains(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    return {"chains": answers.start_chains(**_chains(answers, payload))}
-
-
-def advance(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    """The next frame; `frames` are those before it, which the command counts."""
-    sweeps, frames = _whole(payload, "sweeps", 1, 100), _whole(payload, "frames", 0, 10**6)
-    frame = answers.advance(str(payload.get("chains")), sweeps)
-    command = answers.command(
-        "chain", **_chains(answers, payload), sweeps=sweeps, frames=max(frames, 1)
-    )
+    request_id = str(payload["request_id"]) if "request_id" in payload else None
+    images, metrics = session.inpaint(image, known, **options, request_id=request_id)
+    mean, spread, *draws = _data_urls(images, 8)
     return {
-        "pictures": [image_data_url(rendering.encode_png(image, 8), "png") for image in frame],
-        "command": command,
+        "mean": mean,
+        "spread": spread,
+        "draws": draws,
+        "metrics": metrics,
+        "command": session.command_line("complete", "a.png", known="mask.png", **options),
     }
 
 
-def filters(answers: ModelSession, payload: Payload) -> dict[str, Any]:
-    return {"picture": image_data_url(rendering.to_png(answers.filters()), "png")}
+def start_chains(session: ModelSession, payload: Payload) -> Response:
+    """Start Markov chains in white noise."""
+    return {"chain_id": session.start_chains(**_chain_options(session, payload))}
 
 
-HANDLERS = (
+def advance_chains(session: ModelSession, payload: Payload) -> Response:
+    """Return the next frame of chains.
+
+    `frames` is the number of earlier frames. Only the command line depends on it.
+    """
+    steps = _integer(payload, "steps", 1, 100)
+    frames = _integer(payload, "frames", 0, MAX_FRAMES)
+    images = session.advance_chains(str(payload.get("chain_id")), steps)
+    options = _chain_options(session, payload)
+    return {
+        "images": _data_urls(images, 8),
+        "command": session.command_line("chain", **options, steps=steps, frames=max(frames, 1)),
+    }
+
+
+def filters(session: ModelSession, payload: Payload) -> Response:
+    """Return the weights of hidden units as one image."""
+    return {"image": image_data_url(rendering.to_png(session.filters()), "png")}
+
+
+HANDLERS: tuple[Callable[[ModelSession, Payload], Response], ...] = (
     about,
-    doing,
-    stop,
-    read,
+    status,
+    cancel,
+    upload,
     sample,
     score,
-    walk,
+    interpolate,
     attributes,
     edit,
     complete,
     start_chains,
-    advance,
+    advance_chains,
     filters,
 )
-ENDPOINTS: dict[str, Callable[[ModelSession, Payload], dict[str, Any]]] = {
-    way.__name__: way for way in HANDLERS
-}
+ENDPOINTS = {handler.__name__: handler for handler in HANDLERS}
 
 
-def _shown(answers: ModelSession, images: Tensor) -> list[str]:
-    """Each image as the address of a PNG that holds its levels exactly."""
-    return [
-        image_data_url(rendering.encode_png(image, answers.model.bits), "png") for image in images
-    ]
+def _data_urls(images: Tensor, bits: int) -> list[str]:
+    """Encode each image as the data URL of a PNG, without loss."""
+    return [image_data_url(rendering.encode_png(image, bits), "png") for image in images]
 
 
-def _chains(answers: ModelSession, payload: Payload) -> dict[str, Any]:
+def _chain_options(session: ModelSession, payload: Payload) -> dict[str, Any]:
     return {
-        "method": _method(answers, payload),
-        "count": _whole(payload, "count", 1, 64),
-        "seed": _whole(payload, "seed", 0, MOST_SEED),
+        "sampler": _sampler(session, payload),
+        "count": _integer(payload, "count", 1, MAX_SAMPLES),
+        "seed": _integer(payload, "seed", 0, MAX_SEED),
     }
 
 
-def _method(answers: ModelSession, payload: Payload) -> str:
-    check_choice(answers.methods, method=payload.get("method"))
-    return str(payload["method"])
+def _sampler(session: ModelSession, payload: Payload) -> str:
+    check_choice(session.samplers, sampler=payload.get("sampler"))
+    return str(payload["sampler"])
 
 
-def _whole(payload: Payload, name: str, low: int, high: int) -> int:
+def _integer(payload: Payload, name: str, low: int, high: int) -> int:
     check_whole(low, high, **{name: payload.get(name)})
     return int(payload[name])
 
@@ -205,21 +227,19 @@ def _number(payload: Payload, name: str, low: float = 0.0) -> float:
     try:
         check_number(low, **{name: payload.get(name)})
     except OverflowError as error:
-        raise UserError(f"{name} is larger than any number: give a smaller one") from error
+        raise UserError(f"{name} is too large: choose a smaller number") from error
     return float(payload[name])
 
 
-def _flag(payload: Payload, name: str) -> bool:
+def _boolean(payload: Payload, name: str) -> bool:
     check_choice((True, False), **{name: payload.get(name)})
     return bool(payload[name])
 
 
 def _file(payload: Payload, name: str) -> bytes:
-    """The bytes of an image, which comes as a data URL of whatever kind."""
-    value = payload.get(name)
-    if not isinstance(value, str):
-        raise UserError(f"{name} must be an image, as a data URL")
+    """Decode a data URL of any media type."""
     try:
-        return base64.b64decode(value.rpartition("base64,")[2], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(f"{name} must be an image, as a data URL") from error
+        url: str = payload[name]
+        return base64.b64decode(url.rpartition("base64,")[2], validate=True)
+    except (AttributeError, KeyError, ValueError) as error:
+        raise UserError(f"{name} must be an image as a data URL") from error

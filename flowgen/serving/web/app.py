@@ -1,4 +1,4 @@
-"""The page's files and its questions, over HTTP: who may ask, how much, and what they get."""
+"""The WSGI application and the local HTTP server of `flowgen explore`."""
 
 import json
 import logging
@@ -25,15 +25,21 @@ from flowgen.serving.web.api import ENDPOINTS
 from flowgen.utils.console import user_message
 from flowgen.utils.errors import UserError
 
+HOST = "127.0.0.1"
+API_PREFIX = "/api/"
+MAX_REQUEST_BYTES = 8 * 2**20
+MAX_PENDING_CONNECTIONS = 128
+SOCKET_TIMEOUT_SECONDS = 60
 STATIC = Path(__file__).parent / "static"
-FILES = {
+STATIC_FILES = {  # URL path: file name, media type
     "/": ("explore.html", "text/html"),
     "/explore.js": ("explore.js", "text/javascript"),
     "/explore.css": ("explore.css", "text/css"),
 }
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
@@ -43,113 +49,129 @@ log = logging.getLogger("flowgen")
 
 
 class LocalhostRequest(Request):
-    """What a browser on this machine may send: to this host by name, against DNS rebinding, and not more than it needs."""
+    """A request that must name this machine as its host and has a limited size.
+
+    The check of the host prevents DNS rebinding.
+    """
 
     trusted_hosts = ("127.0.0.1", "localhost")  # type: ignore[assignment]
-    max_content_length = 8 * 2**20
+    max_content_length = MAX_REQUEST_BYTES
 
 
 class ExplorerApp:
-    """A WSGI application: GET for the files, which are read once, and POST /ask/NAME with a JSON object for the `QUESTIONS`.
+    """A WSGI application that serves the page's files and the JSON endpoints.
 
-    Only the page itself may ask: another site that the browser has open sends its own Origin. Wrong requests get their status and a
-    JSON object with one sentence as its `error`.
+    `GET` returns a static file. `POST /api/NAME` with a JSON object calls an endpoint of
+    `flowgen.serving.web.api`. Endpoints only accept requests of the page itself: requests of other
+    sites in the same browser have another Origin header. A failed request gets an HTTP error status
+    and a JSON object with the message as `error`.
     """
 
-    def __init__(self, answers: ModelSession):
-        self.answers = answers
+    def __init__(self, session: ModelSession):
+        self.session = session
         self.files = {
-            path: ((STATIC / name).read_bytes(), kind) for path, (name, kind) in FILES.items()
+            path: ((STATIC / name).read_bytes(), media_type)
+            for path, (name, media_type) in STATIC_FILES.items()
         }
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         return self.respond(LocalhostRequest(environ))(environ, start_response)
 
     def respond(self, request: LocalhostRequest) -> Response:
+        """Return the response to any request."""
         try:
-            host = request.host  # raises where it is foreign
+            host = request.host  # raises SecurityError for other hosts
             if request.path in self.files:
                 if request.method not in ("GET", "HEAD"):
                     raise MethodNotAllowed(["GET", "HEAD"])
-                content, kind = self.files[request.path]
-                return Response(content, mimetype=kind, headers=HEADERS)
-            return _json(self._answer(request, host))
+                content, media_type = self.files[request.path]
+                return Response(content, mimetype=media_type, headers=HEADERS)
+            return _json_response(self._call_endpoint(request, host))
         except HTTPException as error:
-            return _json({"error": error.description}, error.code or 500)
+            return _json_response({"error": error.description}, error.code or 500)
         except UserError as error:
-            return _json({"error": str(error)}, 400)
+            return _json_response({"error": str(error)}, 400)
         except Exception as error:
-            log.error("%s", user_message(error))
-            return _json({"error": user_message(error)}, 500)
+            message = user_message(error)
+            log.error("%s", message)
+            return _json_response({"error": message}, 500)
 
-    def _answer(self, request: LocalhostRequest, host: str) -> dict[str, Any]:
-        _, _, name = request.path.partition("/ask/")
-        if request.path != f"/ask/{name}" or name not in ENDPOINTS:
-            raise NotFound("there is nothing here")
+    def _call_endpoint(self, request: LocalhostRequest, host: str) -> dict[str, Any]:
+        name = request.path.removeprefix(API_PREFIX)
+        if request.path != API_PREFIX + name or name not in ENDPOINTS:
+            raise NotFound("page not found")
         if request.method != "POST":
             raise MethodNotAllowed(["POST"])
         if request.headers.get("Origin") != f"http://{host}":
-            raise Forbidden("only the page itself may ask")
+            raise Forbidden("only the page itself may send requests")
         if request.mimetype != "application/json":
-            raise UnsupportedMediaType("a question is JSON")
+            raise UnsupportedMediaType("requests must have the content type application/json")
         try:
             payload = json.loads(request.get_data(cache=False))
         except (ValueError, RecursionError) as error:
-            raise BadRequest("the question is no JSON") from error
+            raise BadRequest("the request is not valid JSON") from error
         if not isinstance(payload, dict):
-            raise BadRequest("a question is one JSON object")
-        return ENDPOINTS[name](self.answers, payload)
+            raise BadRequest("the request must be a JSON object")
+        return ENDPOINTS[name](self.session, payload)
 
 
-def _json(content: dict[str, Any], status: int = 200) -> Response:
-    return Response(
-        json.dumps(content, allow_nan=False), status, HEADERS, mimetype="application/json"
-    )
-
-
-HOST = "127.0.0.1"
-WAITING = 128  # connections
+def _json_response(content: dict[str, Any], status: int = 200) -> Response:
+    text = json.dumps(content, allow_nan=False)
+    return Response(text, status, HEADERS, mimetype="application/json")
 
 
 class Handler(WSGIRequestHandler):
-    """Says nothing of requests that went well, and waits no longer than this for a browser's next words."""
+    """A request handler with a timeout that does not log requests."""
 
-    timeout = 60  # seconds
+    timeout = SOCKET_TIMEOUT_SECONDS
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        pass
+        """Log nothing."""
 
     def log(self, type: str, message: str, *args: Any) -> None:
-        pass
+        """Log nothing."""
 
 
-def explore(*, name: str | None, port: int, device: str, say: Callable[[str], None]) -> None:
-    """Serve the page until it is interrupted; `say` is told where it is. Raises FlowgenError."""
-    answers = ModelSession(name, device)
-    with open_server(answers, port) as server:
-        threading.Thread(target=answers.score_validation_images, daemon=True).start()
-        say(f"{answers.name} at http://{HOST}:{server.port}/ until Ctrl-C")
-        server.serve_forever()  # which takes an interrupt for its end
+def explore(*, run: str | None, port: int, device: str, echo: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        run: A run, a model file or a Hub name. None means the newest run.
+        port: TCP port. 0 means any free port.
+        device: "auto", "cpu" or "cuda".
+        echo: Prints the address of the page.
+    """
+    session = ModelSession(run, device)
+    with open_server(session, port) as server:
+        threading.Thread(target=session.score_validation_images, daemon=True).start()
+        echo(f"serving {session.name} at http://{HOST}:{server.port}/ until Ctrl-C")
+        server.serve_forever()  # returns on KeyboardInterrupt
     exit_process()
 
 
-def open_server(answers: ModelSession, port: int) -> BaseWSGIServer:
-    """Bound, not yet serving; port 0 is any that is free. Raises FlowgenError where the port is taken."""
-    listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def open_server(session: ModelSession, port: int) -> BaseWSGIServer:
+    """Return a server that is bound to the port but does not serve yet.
+
+    Raises:
+        UserError: If the port is not available.
+    """
+    # werkzeug would end the process if the port was taken, so bind the socket here.
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((HOST, port))
+        listener.bind((HOST, port))
     except OSError as error:
         raise UserError(
-            f"port {port} cannot be had ({error.strerror}): name another, or --port 0 for any that is free"
+            f"port {port} is unavailable ({error.strerror}): choose another port, "
+            "or --port 0 for any free port"
         ) from error
-    listening.listen(WAITING)
-    with listening:
+    listener.listen(MAX_PENDING_CONNECTIONS)
+    with listener:
         return make_server(
             HOST,
             port,
-            ExplorerApp(answers),
+            ExplorerApp(session),
             threaded=True,
             request_handler=Handler,
-            fd=listening.fileno(),
+            fd=listener.fileno(),
         )

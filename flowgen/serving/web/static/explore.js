@@ -1,116 +1,164 @@
 "use strict";
-// Pictures are the addresses of PNGs that hold a model's levels exactly. Two of them are in hand, A and B; all else is asked of the server.
+// An image is the data URL of a PNG that holds the model's pixel values exactly.
+// The user selects two images, A and B. The server computes everything else.
+
+const MAX_FILE_BYTES = 5.5e6; // base64 adds a third, and the server accepts 8 MiB
+const MAX_DRAWS_SHOWN = 10;
+const NUM_CHAINS = 16;
+const STATUS_INTERVAL_MS = 1000;
+const PERCENTILE_INTERVAL_MS = 3000;
+const FRAME_INTERVAL_MS = 120;
 
 const $ = (id) => document.getElementById(id);
-const hand = { A: null, B: null };
+const selection = { A: null, B: null };
 let model = null;
 
-function element(name, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
+function createElement(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
 }
 
-function say(text, wrong = false) {
-  $("said").textContent = text;
-  $("said").classList.toggle("wrong", wrong);
+function showMessage(text, isError = false) {
+  $("message").textContent = text;
+  $("message").classList.toggle("error", isError);
 }
 
-// Asking: while an answer takes long, the status says what the server is at, and Stop is offered.
+// Requests
 
-async function post(name, asked) {
-  const response = await fetch(`/ask/${name}`, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(asked) });
-  const answer = await response.json();
-  if (!response.ok) throw new Error(answer.error);
-  return answer;
+async function post(endpoint, payload) {
+  const response = await fetch(`/api/${endpoint}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(payload),
+  });
+  const result = await response.json();
+  if (!response.ok) throw new Error(result.error);
+  return result;
 }
 
-async function ask(name, asked, button = null) {
+// Send a request and return the result, or null after an error. During a long request, show the
+// server's status. Requests with a request_id can be stopped.
+async function request(endpoint, payload, button = null) {
   if (button) button.disabled = true;
-  let answered = false;
+  let isDone = false;
   const timer = setInterval(async () => {
-    const { doing } = await post("doing", {}).catch(() => ({ doing: "" }));
-    if (answered) return;
-    if (doing) say(`${doing} …`);
-    if (asked.question) $("stop").hidden = false;
-  }, 1000);
+    const { status } = await post("status", {}).catch(() => ({ status: "" }));
+    if (isDone) return;
+    if (status) showMessage(`${status} …`);
+    if (payload.request_id) $("stop").hidden = false;
+  }, STATUS_INTERVAL_MS);
   try {
-    const answer = await post(name, asked);
-    if (name !== "advance") say(""); // chains would silence others
-    return answer;
+    const result = await post(endpoint, payload);
+    if (endpoint !== "advance_chains") showMessage(""); // running chains must not clear messages
+    return result;
   } catch (error) {
-    say(error instanceof TypeError ? "The server does not answer: is flowgen explore still running?" : `${error.message}`, true);
+    const isOffline = error instanceof TypeError; // raised by fetch
+    showMessage(
+      isOffline ? "The server does not respond. Is flowgen explore still running?" : error.message,
+      true,
+    );
     return null;
   } finally {
-    answered = true;
+    isDone = true;
     clearInterval(timer);
-    if (asked.question) $("stop").hidden = true;
+    if (payload.request_id) $("stop").hidden = true;
     if (button) button.disabled = false;
   }
 }
 
-// Scores: one picture after another, those that are still shown.
+// Scores, computed one after another for the images that are still visible
 
-const waiting = [];
-let scoring = false;
+const scoreQueue = [];
+let isScoring = false;
 
-async function scoreWaiting() {
-  if (scoring) return;
-  scoring = true;
-  while (waiting.length) {
-    const { figures, picture } = waiting.shift();
-    if (!figures.isConnected) continue;
+async function processScoreQueue() {
+  if (isScoring) return;
+  isScoring = true;
+  while (scoreQueue.length) {
+    const { element, image } = scoreQueue.shift();
+    if (!element.isConnected) continue;
     try {
-      write(figures, await post("score", { image: picture }));
+      showScore(element, await post("score", { image }));
     } catch (error) {
-      figures.textContent = "no score";
-      figures.title = error.message;
+      element.textContent = "no score";
+      element.title = error.message;
     }
   }
-  scoring = false;
+  isScoring = false;
 }
 
-function write(figures, found) {
-  const value = found.value === null ? "beyond float32" : found.value.toFixed(Math.abs(found.value) < 100 ? 3 : 1);
-  const place = found.percentile === null ? "" : `percentile ${found.percentile.toFixed(0)}`;
-  figures.replaceChildren(element("b", { textContent: value }), found.value === null ? "" : model.short, element("br"), place);
-  figures.title = `${value} ${model.unit}${place && `, ${place}: so many of a hundred validation images are likelier. p = ${found.p.toFixed(4)}`}`;
-  const button = figures.closest("button");
-  if (button) button.setAttribute("aria-label", `${button.dataset.name}: ${value} ${model.unit}, ${place}`);
-  if (figures.closest("#slot-A")) showCommand("score-command", found.command);
+function formatNumber(value) {
+  return value.toFixed(Math.abs(value) < 100 ? 3 : 1);
 }
 
-function scored(picture) {
-  const figures = element("span", { className: "figures", textContent: "…" });
-  figures.dataset.picture = picture;
-  waiting.push({ figures, picture });
-  return figures;
+function showScore(element, score) {
+  const isOverflow = score.value === null;
+  const value = isOverflow ? "exceeds float32" : formatNumber(score.value);
+  const percentile = score.percentile === null ? "" : `percentile ${score.percentile.toFixed(0)}`;
+  const unit = isOverflow ? "" : model.shortUnit;
+  element.replaceChildren(
+    createElement("b", { textContent: value }),
+    unit,
+    createElement("br"),
+    percentile,
+  );
+  element.title = `${value} ${model.unit}`;
+  if (percentile) {
+    const hint = "the percentage of validation images that are more likely";
+    element.title += `, ${percentile}: ${hint}. p = ${score.p_value.toFixed(4)}`;
+  }
+  const button = element.closest("button");
+  if (button) {
+    const label = `${button.dataset.name}: ${value} ${model.unit}, ${percentile}`;
+    button.setAttribute("aria-label", label);
+  }
+  if (element.closest("#slot-A")) showCommand("score-command", score.command);
 }
 
-function scoreAgain() {
-  for (const figures of document.querySelectorAll(".figures[data-picture]")) waiting.push({ figures, picture: figures.dataset.picture });
-  scoreWaiting();
+function createScore(image) {
+  const element = createElement("span", { className: "score", textContent: "…" });
+  element.dataset.image = image;
+  scoreQueue.push({ element, image });
+  return element;
 }
 
-// Pictures that can be taken in hand.
+function refreshScores() {
+  for (const element of document.querySelectorAll(".score[data-image]")) {
+    scoreQueue.push({ element, image: element.dataset.image });
+  }
+  processScoreQueue();
+}
 
-function tile(picture, name, { score = true, caption = "" } = {}) {
-  const figures = score ? scored(picture) : element("span", { className: "figures", textContent: caption });
-  const made = element("button", { type: "button", className: "tile", title: "Take in hand" }, element("img", { src: picture, alt: "" }), figures);
-  made.dataset.name = name;
-  made.setAttribute("aria-label", name);
-  made.addEventListener("click", async () => {
-    const whole = score ? picture : (await ask("read", { image: picture }))?.picture; // probabilities become a picture
-    if (whole) take(whole, name);
-    for (const other of document.querySelectorAll(".tile[aria-pressed]")) other.removeAttribute("aria-pressed");
-    made.setAttribute("aria-pressed", "true");
+// Tiles: images that can be selected
+
+function createTile(image, name, { hasScore = true, caption = "" } = {}) {
+  const text = hasScore
+    ? createScore(image)
+    : createElement("span", { className: "score", textContent: caption });
+  const picture = createElement("img", { src: image, alt: "" });
+  const tile = createElement(
+    "button",
+    { type: "button", className: "tile", title: "Select" },
+    picture,
+    text,
+  );
+  tile.dataset.name = name;
+  tile.setAttribute("aria-label", name);
+  tile.addEventListener("click", async () => {
+    // Images without a score may be probabilities. The server converts them to pixel values.
+    const pixels = hasScore ? image : (await request("upload", { image }))?.image;
+    if (pixels) selectImage(pixels, name);
+    for (const pressed of document.querySelectorAll(".tile[aria-pressed]"))
+      pressed.removeAttribute("aria-pressed");
+    tile.setAttribute("aria-pressed", "true");
   });
-  return made;
+  return tile;
 }
 
-function fill(id, tiles) {
+function showTiles(id, tiles) {
   $(id).replaceChildren(...tiles);
-  scoreWaiting();
+  processScoreQueue();
 }
 
 document.addEventListener("keydown", (event) => {
@@ -118,76 +166,113 @@ document.addEventListener("keydown", (event) => {
   const group = document.activeElement?.closest(".tiles");
   if (!step || !group) return;
   const tiles = [...group.querySelectorAll(".tile")];
-  tiles[Math.min(Math.max(tiles.indexOf(document.activeElement) + step, 0), tiles.length - 1)].focus();
+  const index = tiles.indexOf(document.activeElement) + step;
+  tiles[Math.min(Math.max(index, 0), tiles.length - 1)].focus();
   event.preventDefault();
 });
 
-function take(picture, name, slot = document.querySelector("[name=target]:checked").value) {
-  hand[slot] = { picture, name };
-  if (slot === "A" && !hand.B) document.querySelector("[name=target][value=B]").checked = true;
-  showHand(slot);
-  say(`${name} is ${slot}.`);
+// The selected images A and B
+
+function selectImage(image, name, slot = document.querySelector("[name=target]:checked").value) {
+  selection[slot] = { image, name };
+  if (slot === "A" && !selection.B) document.querySelector("[name=target][value=B]").checked = true;
+  showSlot(slot);
+  showMessage(`${name} is ${slot}.`);
 }
 
-function showHand(slot) {
-  const held = hand[slot];
-  const file = element("input", { type: "file", accept: "image/png,image/jpeg,image/webp,image/gif,image/bmp" });
-  file.setAttribute("aria-label", `Open an image file as ${slot}`);
-  file.addEventListener("change", () => open(file.files[0], slot));
-  const buttons = element("span", { className: "buttons" }, element("label", { className: "button" }, "Open", file));
-  const shown = held ? element("img", { src: held.picture, alt: `${slot}: ${held.name}` }) : element("div", { className: "empty", textContent: "drop an image" });
-  if (held) buttons.append(element("a", { className: "button", href: held.picture, download: `${slot.toLowerCase()}.png`, textContent: "Save" }));
-  $(`slot-${slot}`).replaceChildren(element("h3", { textContent: slot }), shown, ...(held ? [scored(held.picture)] : []), buttons);
-  scoreWaiting();
-  if (slot === "A" && model.able_to.complete) startBrush();
+function showSlot(slot) {
+  const selected = selection[slot];
+  const input = createElement("input", {
+    type: "file",
+    accept: "image/png,image/jpeg,image/webp,image/gif,image/bmp",
+  });
+  input.setAttribute("aria-label", `Open an image file as ${slot}`);
+  input.addEventListener("change", () => openFile(input.files[0], slot));
+  const title = createElement("h3", { textContent: slot });
+  const buttons = createElement(
+    "span",
+    { className: "buttons" },
+    createElement("label", { className: "button" }, "Open", input),
+  );
+  if (selected) {
+    const download = `${slot.toLowerCase()}.png`;
+    buttons.append(
+      createElement("a", {
+        className: "button",
+        href: selected.image,
+        download,
+        textContent: "Save",
+      }),
+    );
+    const picture = createElement("img", { src: selected.image, alt: `${slot}: ${selected.name}` });
+    $(`slot-${slot}`).replaceChildren(title, picture, createScore(selected.image), buttons);
+  } else {
+    const placeholder = createElement("div", { className: "empty", textContent: "drop an image" });
+    $(`slot-${slot}`).replaceChildren(title, placeholder, buttons);
+  }
+  processScoreQueue();
+  if (slot === "A" && model.capabilities.inpainting) startBrush();
 }
 
-async function open(file, slot) {
-  if (!file) return;
-  if (file.size > 5.5e6) return say("That file is larger than 5.5 MB: make it smaller first.", true);
-  const picture = await new Promise((resolve) => {
+function readDataUrl(file) {
+  return new Promise((resolve) => {
     const reader = new FileReader();
     reader.addEventListener("load", () => resolve(reader.result));
     reader.addEventListener("error", () => resolve(null));
     reader.readAsDataURL(file);
   });
-  const answer = picture && (await ask("read", { image: picture }));
-  if (answer) take(answer.picture, "an image of yours", slot);
+}
+
+async function openFile(file, slot) {
+  if (!file) return;
+  if (file.size > MAX_FILE_BYTES) {
+    showMessage("The file is larger than 5.5 MB. Shrink the image first.", true);
+    return;
+  }
+  const image = await readDataUrl(file);
+  const result = image && (await request("upload", { image }));
+  if (result) selectImage(result.image, "Your image", slot);
 }
 
 for (const slot of ["A", "B"]) {
-  const place = $(`slot-${slot}`);
-  place.addEventListener("dragover", () => place.classList.add("over"));
-  for (const end of ["dragleave", "drop"]) place.addEventListener(end, () => place.classList.remove("over"));
-  place.addEventListener("drop", (event) => open(event.dataTransfer.files[0], slot));
+  const element = $(`slot-${slot}`);
+  element.addEventListener("dragover", () => element.classList.add("over"));
+  for (const type of ["dragleave", "drop"])
+    element.addEventListener(type, () => element.classList.remove("over"));
+  element.addEventListener("drop", (event) => openFile(event.dataTransfer.files[0], slot));
 }
-for (const name of ["dragover", "drop"]) document.addEventListener(name, (event) => event.preventDefault()); // a file dropped beside them opens nothing
+// Otherwise the browser would leave the page to show a file that is dropped outside of the slots.
+for (const type of ["dragover", "drop"])
+  document.addEventListener(type, (event) => event.preventDefault());
 $("swap").addEventListener("click", () => {
-  [hand.A, hand.B] = [hand.B, hand.A];
-  showHand("A");
-  showHand("B");
+  [selection.A, selection.B] = [selection.B, selection.A];
+  showSlot("A");
+  showSlot("B");
 });
 
-// Commands to copy, and what sliders say.
+// Commands and sliders
 
 function showCommand(id, text) {
-  const code = element("code", { textContent: text });
-  const copy = element("button", { type: "button", textContent: "Copy" });
-  copy.setAttribute("aria-label", `Copy ${text}`);
-  copy.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(text).then(() => say("Copied."), () => getSelection().selectAllChildren(code));
+  const code = createElement("code", { textContent: text });
+  const button = createElement("button", { type: "button", textContent: "Copy" });
+  button.setAttribute("aria-label", `Copy ${text}`);
+  button.addEventListener("click", () => {
+    const selectText = () => getSelection().selectAllChildren(code); // if the clipboard is blocked
+    navigator.clipboard.writeText(text).then(() => showMessage("Copied."), selectText);
   });
-  $(id).replaceChildren(code, copy);
+  $(id).replaceChildren(code, button);
   $(id).hidden = false;
 }
 
 function showValue(input) {
   const output = document.querySelector(`output[for="${input.id}"]`);
-  if (output) output.textContent = input.id === "share" ? `${Math.round((100 * input.value) / input.max)} %` : input.value;
+  if (!output) return;
+  output.textContent =
+    input.id === "share" ? `${Math.round((100 * input.value) / input.max)} %` : input.value;
 }
 document.addEventListener("input", (event) => showValue(event.target));
 
-const whole = (id) => Number.parseInt($(id).value, 10);
+const intValue = (id) => Number.parseInt($(id).value, 10);
 
 function onSubmit(id, action) {
   $(id).addEventListener("submit", (event) => {
@@ -196,91 +281,147 @@ function onSubmit(id, action) {
   });
 }
 
-// Samples.
+// Samples
 
 async function drawSamples(button = $("sample-form").querySelector("button")) {
-  const asked = { count: whole("count"), temperature: Number($("temperature").value), seed: whole("seed") };
-  if (model.able_to.classes && $("label").value) asked.label = whole("label");
-  if (model.able_to.chains) Object.assign(asked, { method: $("sampler").value, sweeps: whole("sample-sweeps") });
-  const answer = await ask("sample", asked, button);
-  if (!answer) return;
-  fill("sample-tiles", answer.pictures.map((picture, place) => tile(picture, `Sample ${place + 1} of seed ${answer.seed}`)));
-  showCommand("sample-command", answer.command);
+  const payload = {
+    count: intValue("count"),
+    temperature: Number($("temperature").value),
+    seed: intValue("seed"),
+  };
+  if (model.capabilities.classes && $("label").value) payload.label = intValue("label");
+  if (model.capabilities.chains)
+    Object.assign(payload, { sampler: $("sampler").value, steps: intValue("sample-steps") });
+  const result = await request("sample", payload, button);
+  if (!result) return;
+  const tiles = result.images.map((image, index) =>
+    createTile(image, `Sample ${index + 1} of seed ${result.seed}`),
+  );
+  showTiles("sample-tiles", tiles);
+  showCommand("sample-command", result.command);
 }
 onSubmit("sample-form", drawSamples);
-for (const id of ["temperature", "label", "count", "sampler", "sample-sweeps"]) $(id).addEventListener("change", () => $("sample-form").requestSubmit());
+for (const id of ["temperature", "label", "count", "sampler", "sample-steps"]) {
+  $(id).addEventListener("change", () => $("sample-form").requestSubmit());
+}
 $("next-seed").addEventListener("click", () => {
-  $("seed").value = whole("seed") + 1;
+  $("seed").value = intValue("seed") + 1;
   $("sample-form").requestSubmit();
 });
 
-// The walk.
+// Interpolation
 
-let way = [];
+let latentImages = [];
 
-onSubmit("walk-form", async (button) => {
-  if (!hand.A || !hand.B) return say("Take two pictures in hand first, A and B.", true);
-  const asked = { first: hand.A.picture, second: hand.B.picture, steps: whole("steps"), spherical: $("spherical").checked };
-  const answer = await ask("walk", asked, button);
-  if (!answer) return;
-  way = answer.latent;
-  $("share").max = way.length - 1;
-  $("share").value = (way.length - 1) / 2;
-  $("walk-result").hidden = false;
-  $("inexact").hidden = way[0] === hand.A.picture && way.at(-1) === hand.B.picture;
+onSubmit("interpolation-form", async (button) => {
+  if (!selection.A || !selection.B) {
+    showMessage("Select two images first, A and B.", true);
+    return;
+  }
+  const first = selection.A.image;
+  const second = selection.B.image;
+  const payload = {
+    first,
+    second,
+    steps: intValue("interpolation-steps"),
+    spherical: $("spherical").checked,
+  };
+  const result = await request("interpolate", payload, button);
+  if (!result) return;
+  latentImages = result.latent;
+  $("share").max = latentImages.length - 1;
+  $("share").value = (latentImages.length - 1) / 2;
+  $("interpolation-result").hidden = false;
+  $("inexact").hidden = latentImages[0] === first && latentImages.at(-1) === second;
   showMixture();
-  fill("latent-tiles", answer.latent.map((picture, place) => tile(picture, `Step ${place} through the latents`)));
-  fill("pixels-tiles", answer.pixels.map((picture, place) => tile(picture, `Step ${place} through the pixels`)));
-  showCommand("walk-command", answer.command);
+  showTiles(
+    "latent-tiles",
+    result.latent.map((image, index) => createTile(image, `Step ${index} through the latents`)),
+  );
+  showTiles(
+    "pixels-tiles",
+    result.pixels.map((image, index) => createTile(image, `Step ${index} through the pixels`)),
+  );
+  showCommand("interpolation-command", result.command);
 });
+
 function showMixture() {
   showValue($("share"));
-  fill("mix", [tile(way[whole("share")], `The mixture with ${document.querySelector("output[for=share]").textContent} of B`)]);
+  const percent = document.querySelector("output[for=share]").textContent;
+  showTiles("mixture", [
+    createTile(latentImages[intValue("share")], `The mixture with ${percent} of B`),
+  ]);
 }
 $("share").addEventListener("input", showMixture);
 
-// Attributes: a slider each, from -2 to 2, where 0 leaves A alone.
+// Attributes, with one slider each
+
+const displayName = (attribute) => attribute.replaceAll("_", " ");
+
+function createSlider(attribute, index) {
+  const slider = createElement("input", {
+    type: "range",
+    id: `amount-${index}`,
+    min: -2,
+    max: 2,
+    step: 0.1,
+    value: 0,
+  });
+  slider.dataset.attribute = attribute;
+  const output = createElement("output", { textContent: "0" });
+  output.setAttribute("for", slider.id);
+  return createElement("label", {}, `${displayName(attribute)} `, output, slider);
+}
 
 async function findDirections() {
-  const answer = await ask("attributes", {}, $("find"));
-  if (!answer) return;
-  $("find").hidden = true;
+  const result = await request("attributes", {}, $("find-directions"));
+  if (!result) return;
+  $("find-directions").hidden = true;
   $("edit-form").hidden = false;
-  $("edit-hint").textContent = "1 is as far as from the training images without an attribute to those with it, or from A's class to another.";
-  const sliders = answer.attributes.map((name, place) => {
-    const slider = element("input", { type: "range", id: `amount-${place}`, min: -2, max: 2, step: 0.1, value: 0 });
-    slider.dataset.attribute = name;
-    const output = element("output", { textContent: "0" });
-    output.setAttribute("for", slider.id);
-    return element("label", {}, `${name.replaceAll("_", " ")} `, output, slider);
-  });
-  $("amounts").replaceChildren(...sliders);
+  $("edit-hint").textContent =
+    "An amount of 1 leads from the average training image without an attribute " +
+    "to the average image with it, or from the class of A to another class.";
+  $("amounts").replaceChildren(...result.attributes.map(createSlider));
 }
 
-async function moveA() {
-  const moved = [...$("amounts").querySelectorAll("input")].filter((slider) => Number(slider.value) !== 0);
-  const amounts = Object.fromEntries(moved.map((slider) => [slider.dataset.attribute, Number(slider.value)]));
-  if (!hand.A) return say("Take a picture in hand first, as A.", true);
-  if (!moved.length) return fill("edit-tiles", []);
-  const answer = await ask("edit", { image: hand.A.picture, amounts });
-  if (!answer) return;
-  const said = Object.entries(amounts).map(([name, by]) => `${name.replaceAll("_", " ")} by ${by}`);
-  fill("edit-tiles", [tile(hand.A.picture, "A as it is"), tile(answer.picture, `A with ${said.join(", ")}`)]);
-  showCommand("edit-command", answer.command);
+async function editImage() {
+  const amounts = {};
+  for (const slider of $("amounts").querySelectorAll("input")) {
+    if (Number(slider.value) !== 0) amounts[slider.dataset.attribute] = Number(slider.value);
+  }
+  if (!selection.A) {
+    showMessage("Select an image as A first.", true);
+    return;
+  }
+  const image = selection.A.image;
+  const changes = Object.entries(amounts).map(
+    ([attribute, amount]) => `${displayName(attribute)} by ${amount}`,
+  );
+  if (!changes.length) {
+    showTiles("edit-tiles", []);
+    return;
+  }
+  const result = await request("edit", { image, amounts });
+  if (!result) return;
+  showTiles("edit-tiles", [
+    createTile(image, "A unchanged"),
+    createTile(result.image, `A with ${changes.join(", ")}`),
+  ]);
+  showCommand("edit-command", result.command);
 }
-$("find").addEventListener("click", findDirections);
-$("amounts").addEventListener("change", moveA);
+$("find-directions").addEventListener("click", findDirections);
+$("amounts").addEventListener("change", editImage);
 $("edit-form").addEventListener("submit", (event) => event.preventDefault());
 $("reset").addEventListener("click", () => {
   for (const slider of $("amounts").querySelectorAll("input")) {
     slider.value = 0;
     showValue(slider);
   }
-  fill("edit-tiles", []);
+  showTiles("edit-tiles", []);
   $("edit-command").hidden = true;
 });
 
-// The brush: what is erased is a set of pixels, seen on a canvas on which each pixel is a square.
+// The brush. `erased` has one entry per pixel; `scale` is the side of a pixel on the canvas.
 
 const brush = { erased: new Uint8Array(0), image: new Image(), x: 0, y: 0, scale: 1 };
 
@@ -289,175 +430,264 @@ function startBrush() {
   brush.erased = new Uint8Array(height * width);
   brush.scale = Math.max(4, Math.floor(512 / height));
   Object.assign($("canvas"), { width: width * brush.scale, height: height * brush.scale });
-  [brush.x, brush.y] = [width >> 1, height >> 1];
-  $("keep").value = "all";
+  brush.x = width >> 1;
+  brush.y = height >> 1;
+  $("known").value = "all";
   brush.image = new Image();
   brush.image.addEventListener("load", showBrush);
-  if (hand.A) brush.image.src = hand.A.picture;
+  if (selection.A) brush.image.src = selection.A.image;
 }
 
 function showBrush() {
-  const [, height, width] = model.shape;
-  const canvas = $("canvas");
-  const paint = canvas.getContext("2d");
-  paint.imageSmoothingEnabled = false;
-  paint.drawImage(brush.image, 0, 0, canvas.width, canvas.height);
-  const side = brush.scale;
-  brush.erased.forEach((gone, place) => {
-    if (!gone) return;
-    const [x, y] = [place % width, Math.floor(place / width)];
-    paint.fillStyle = (x + y) % 2 ? "#c8783c" : "#d99a68";
-    paint.fillRect(x * side, y * side, side, side);
-  });
-  if (document.activeElement === canvas) {
-    paint.strokeStyle = "#2f8fe0";
-    paint.lineWidth = 2;
-    const size = whole("brush-size");
-    paint.strokeRect((brush.x - (size >> 1)) * side, (brush.y - (size >> 1)) * side, size * side, size * side);
-  }
-  const gone = brush.erased.reduce((sum, each) => sum + each, 0);
-  const said = gone ? `${gone} of ${height * width} pixels are erased.` : "Nothing is erased: paint on the picture, or choose what to keep.";
-  if ($("erased").textContent !== said) $("erased").textContent = said;
-  const mask = element("canvas", { width, height });
-  const pixels = new ImageData(width, height);
-  brush.erased.forEach((gone, place) => pixels.data.set(gone ? [0, 0, 0, 255] : [255, 255, 255, 255], 4 * place));
-  mask.getContext("2d").putImageData(pixels, 0, 0);
-  $("save-mask").href = mask.toDataURL("image/png");
+  drawCanvas();
+  const numErased = brush.erased.reduce((sum, isErased) => sum + isErased, 0);
+  const text = numErased
+    ? `${numErased} of ${brush.erased.length} pixels are erased.`
+    : "No pixels are erased. Paint on the image or choose the known pixels.";
+  // Screen readers announce every assignment.
+  if ($("erased").textContent !== text) $("erased").textContent = text;
+  $("save-mask").href = maskUrl();
 }
 
-function stroke(x, y, erase) {
+function drawCanvas() {
+  const width = model.shape[2];
+  const canvas = $("canvas");
+  const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  context.drawImage(brush.image, 0, 0, canvas.width, canvas.height);
+  const side = brush.scale;
+  brush.erased.forEach((isErased, index) => {
+    if (!isErased) return;
+    const x = index % width;
+    const y = Math.floor(index / width);
+    context.fillStyle = (x + y) % 2 ? "#c8783c" : "#d99a68";
+    context.fillRect(x * side, y * side, side, side);
+  });
+  if (document.activeElement === canvas) {
+    const size = intValue("brush-size");
+    const left = brush.x - (size >> 1);
+    const top = brush.y - (size >> 1);
+    context.strokeStyle = "#2f8fe0";
+    context.lineWidth = 2;
+    context.strokeRect(left * side, top * side, size * side, size * side);
+  }
+}
+
+// The mask as a PNG: white pixels are known.
+function maskUrl() {
   const [, height, width] = model.shape;
-  const size = whole("brush-size");
-  [brush.x, brush.y] = [x, y];
-  for (let row = y - (size >> 1); row < y - (size >> 1) + size; row++)
-    for (let column = x - (size >> 1); column < x - (size >> 1) + size; column++)
-      if (row >= 0 && row < height && column >= 0 && column < width) brush.erased[row * width + column] = erase ? 1 : 0;
+  const mask = createElement("canvas", { width, height });
+  const pixels = new ImageData(width, height);
+  brush.erased.forEach((isErased, index) => {
+    const gray = isErased ? 0 : 255;
+    pixels.data.set([gray, gray, gray, 255], 4 * index);
+  });
+  mask.getContext("2d").putImageData(pixels, 0, 0);
+  return mask.toDataURL("image/png");
+}
+
+function paint(x, y, erase) {
+  const [, height, width] = model.shape;
+  const size = intValue("brush-size");
+  const left = x - (size >> 1);
+  const top = y - (size >> 1);
+  brush.x = x;
+  brush.y = y;
+  for (let row = Math.max(top, 0); row < Math.min(top + size, height); row++) {
+    for (let column = Math.max(left, 0); column < Math.min(left + size, width); column++) {
+      brush.erased[row * width + column] = erase ? 1 : 0;
+    }
+  }
   showBrush();
 }
 
-const erasing = () => document.querySelector("[name=brush]:checked").value === "erase";
-function pointed(event) {
+function paintAtPointer(event) {
+  const [, height, width] = model.shape;
   const box = $("canvas").getBoundingClientRect();
-  stroke(Math.floor(((event.clientX - box.left) / box.width) * model.shape[2]), Math.floor(((event.clientY - box.top) / box.height) * model.shape[1]), erasing());
+  const x = Math.floor(((event.clientX - box.left) / box.width) * width);
+  const y = Math.floor(((event.clientY - box.top) / box.height) * height);
+  paint(x, y, document.querySelector("[name=brush]:checked").value === "erase");
 }
 $("canvas").addEventListener("pointerdown", (event) => {
   $("canvas").setPointerCapture(event.pointerId);
-  pointed(event);
+  paintAtPointer(event);
 });
-$("canvas").addEventListener("pointermove", (event) => event.buttons && pointed(event));
+$("canvas").addEventListener("pointermove", (event) => {
+  if (event.buttons) paintAtPointer(event);
+});
 $("canvas").addEventListener("keydown", (event) => {
   const [, height, width] = model.shape;
-  const [right, down] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] ?? [0, 0];
-  brush.x = Math.min(Math.max(brush.x + right, 0), width - 1);
-  brush.y = Math.min(Math.max(brush.y + down, 0), height - 1);
-  if (event.key === " ") stroke(brush.x, brush.y, true);
-  else if (event.key === "r" || event.key === "R") stroke(brush.x, brush.y, false);
-  else if (right || down) showBrush();
+  const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  const move = moves[event.key];
+  if (move) {
+    brush.x = Math.min(Math.max(brush.x + move[0], 0), width - 1);
+    brush.y = Math.min(Math.max(brush.y + move[1], 0), height - 1);
+    showBrush();
+  } else if (event.key === " ") paint(brush.x, brush.y, true);
+  else if (event.key.toLowerCase() === "r") paint(brush.x, brush.y, false);
   else return;
   event.preventDefault();
 });
-for (const name of ["focus", "blur"]) $("canvas").addEventListener(name, showBrush);
-$("keep").addEventListener("change", () => {
+for (const type of ["focus", "blur"]) $("canvas").addEventListener(type, showBrush);
+$("known").addEventListener("change", () => {
   const [, height, width] = model.shape;
-  const [top, left] = [Math.floor(height / 4), Math.floor(width / 4)];
-  const keeps = {
+  const top = Math.floor(height / 4);
+  const left = Math.floor(width / 4);
+  const isKnown = {
     all: () => true,
     left: (x) => x < Math.floor(width / 2),
     right: (x) => x >= Math.floor(width / 2),
     top: (x, y) => y < Math.floor(height / 2),
     bottom: (x, y) => y >= Math.floor(height / 2),
     border: (x, y) => x < left || x >= width - left || y < top || y >= height - top,
-  };
-  brush.erased = brush.erased.map((_, place) => (keeps[$("keep").value](place % width, Math.floor(place / width)) ? 0 : 1));
+  }[$("known").value];
+  brush.erased = brush.erased.map((_, index) =>
+    isKnown(index % width, Math.floor(index / width)) ? 0 : 1,
+  );
   showBrush();
 });
-let completion = ""; // the question that Stop ends
+
+// Inpainting
+
+let inpaintingId = ""; // the request that the Stop button cancels
 
 onSubmit("complete-form", async (button) => {
-  if (!hand.A) return say("Take a picture in hand first, as A.", true);
-  completion = crypto.randomUUID();
-  const asked = { image: hand.A.picture, mask: $("save-mask").href, method: $("method").value, sweeps: whole("sweeps"), seed: whole("complete-seed") };
-  const answer = await ask("complete", { ...asked, question: completion }, button);
-  if (!answer) return;
+  if (!selection.A) {
+    showMessage("Select an image as A first.", true);
+    return;
+  }
+  inpaintingId = crypto.randomUUID();
+  const payload = {
+    image: selection.A.image,
+    mask: $("save-mask").href,
+    sampler: $("complete-sampler").value,
+    steps: intValue("complete-steps"),
+    seed: intValue("complete-seed"),
+    request_id: inpaintingId,
+  };
+  const result = await request("complete", payload, button);
+  if (!result) return;
   $("complete-result").hidden = false;
-  const draws = answer.draws.slice(0, 10);
-  const still = { score: false };
-  fill("complete-tiles", [
-    tile(answer.mean, "The mean of the completions", { ...still, caption: "mean" }),
-    tile(answer.spread, "The spread of the completions", { ...still, caption: "spread" }),
-    ...draws.map((picture, place) => tile(picture, `Completion ${place + 1}`, model.bits > 1 ? {} : still)),
+  const draws = result.draws.slice(0, MAX_DRAWS_SHOWN);
+  const hasScore = model.bits > 1; // draws of an RBM are probabilities
+  showTiles("complete-tiles", [
+    createTile(result.mean, "The mean of the completions", { hasScore: false, caption: "mean" }),
+    createTile(result.spread, "The standard deviation of the completions", {
+      hasScore: false,
+      caption: "spread",
+    }),
+    ...draws.map((image, index) => createTile(image, `Completion ${index + 1}`, { hasScore })),
   ]);
-  const facts = Object.entries(answer.figures).map(([name, value]) => `${name.replaceAll("_", " ")} ${value.toFixed(3)}`);
-  $("complete-figures").textContent = `${draws.length} of ${answer.draws.length} draws. ${facts.join(", ")}`;
-  showCommand("complete-command", answer.command);
+  const metrics = Object.entries(result.metrics).map(
+    ([name, value]) => `${displayName(name)} ${value.toFixed(3)}`,
+  );
+  $("complete-metrics").textContent =
+    `${draws.length} of ${result.draws.length} draws. ${metrics.join(", ")}`;
+  showCommand("complete-command", result.command);
 });
-$("stop").addEventListener("click", () => post("stop", { question: completion }));
+$("stop").addEventListener("click", () => post("cancel", { request_id: inpaintingId }));
 
-// Chains that run while they are watched.
+// Markov chains
 
-let running = 0;
+let chainsRun = 0; // Start and Pause increase it, which ends the loop of earlier chains
 
-async function runChains(how, name) {
-  const mine = ++running;
+async function runChains(options, chainId) {
+  const run = ++chainsRun;
   $("pause").disabled = false;
-  for (let frames = 0; mine === running; frames++) {
-    const answer = await ask("advance", { ...how, chains: name, frames, sweeps: frames ? how.sweeps : 1 });
-    if (!answer || mine !== running) break;
-    fill("chains-tiles", answer.pictures.map((picture, place) => tile(picture, `Chain ${place + 1}`, { score: false })));
-    $("sweep").textContent = `P(v = 1) at sweep ${frames * how.sweeps}.`;
-    showCommand("chains-command", answer.command);
-    await new Promise((resolve) => setTimeout(resolve, 120));
+  for (let frames = 0; run === chainsRun; frames++) {
+    const steps = frames ? options.steps : 1; // the first step returns the initial noise
+    const result = await request("advance_chains", {
+      ...options,
+      chain_id: chainId,
+      frames,
+      steps,
+    });
+    if (!result || run !== chainsRun) break;
+    const tiles = result.images.map((image, index) =>
+      createTile(image, `Chain ${index + 1}`, { hasScore: false }),
+    );
+    showTiles("chains-tiles", tiles);
+    $("chains-step").textContent = `P(v = 1) after step ${frames * options.steps}.`;
+    showCommand("chains-command", result.command);
+    await new Promise((resolve) => setTimeout(resolve, FRAME_INTERVAL_MS));
   }
 }
 onSubmit("chains-form", async (button) => {
-  const how = { method: $("chains-method").value, seed: whole("chains-seed"), count: 16, sweeps: whole("chains-sweeps") };
-  const answer = await ask("start_chains", how, button);
-  if (answer) runChains(how, answer.chains);
+  const options = {
+    sampler: $("chains-sampler").value,
+    seed: intValue("chains-seed"),
+    count: NUM_CHAINS,
+    steps: intValue("chains-steps"),
+  };
+  const result = await request("start_chains", options, button);
+  if (result) runChains(options, result.chain_id);
 });
 $("pause").addEventListener("click", async () => {
-  running++;
+  chainsRun++;
   $("pause").disabled = true;
-  for (const each of $("chains-tiles").querySelectorAll(".tile")) {
-    const answer = await ask("read", { image: each.querySelector("img").src });
-    if (answer) each.querySelector(".figures").replaceWith(scored(answer.picture));
+  for (const tile of $("chains-tiles").querySelectorAll(".tile")) {
+    const result = await request("upload", { image: tile.querySelector("img").src });
+    if (result) tile.querySelector(".score").replaceWith(createScore(result.image));
   }
-  scoreWaiting();
+  processScoreQueue();
 });
 $("show-filters").addEventListener("click", async () => {
-  const answer = await ask("filters", {}, $("show-filters"));
-  if (answer) Object.assign($("filters-picture"), { src: answer.picture, hidden: false, alt: "Weights of up to a hundred hidden units, as images" });
+  const result = await request("filters", {}, $("show-filters"));
+  if (!result) return;
+  const alt = "Weights of up to a hundred hidden units as images";
+  Object.assign($("filters-image"), { src: result.image, hidden: false, alt });
 });
 
-// The beginning.
+// Start of the page
 
-async function begin() {
-  model = await ask("about", {});
-  if (!model) return;
-  model.short = model.unit === "bits/dim" ? " bits/dim" : " nats";
-  document.title = `flowgen explore ${model.run}`;
+function describeModel() {
   const [channels, height, width] = model.shape;
-  $("about").textContent = `${model.run}: ${model.model} of ${model.data}, ${width}x${height}${channels === 3 ? " in colour" : ""}, ${model.bits} bit${model.bits > 1 ? "s" : ""}, step ${model.step}`;
+  const color = channels === 3 ? " in color" : "";
+  const bits = model.bits > 1 ? `${model.bits} bits` : "1 bit";
+  const size = `${width}x${height}${color}, ${bits}`;
+  return `${model.run}: ${model.model} trained on ${model.data}, ${size}, step ${model.step}`;
+}
+
+async function startPage() {
+  model = await request("about", {});
+  if (!model) return;
+  model.shortUnit = model.unit === "bits/dim" ? " bits/dim" : " nats";
+  document.title = `flowgen explore ${model.run}`;
+  $("about").textContent = describeModel();
   $("temperature").value = model.temperature;
-  for (let label = 0; label < (model.num_classes ?? 0); label++) $("label").append(element("option", { value: label, textContent: label }));
-  for (const list of document.querySelectorAll("select.methods")) list.append(...model.methods.map((name) => element("option", { textContent: name })));
-  if (model.able_to.chains) $("sampler").value = "tempering"; // as flowgen sample
-  for (const each of document.querySelectorAll(".classes")) each.hidden = !model.able_to.classes;
-  for (const each of document.querySelectorAll("label.chains, #chains, #filters")) each.hidden = !model.able_to.chains;
-  document.querySelector(".methods-label").hidden = model.methods.length < 2;
-  $("complete").hidden = !model.able_to.complete;
+  for (let label = 0; label < (model.num_classes ?? 0); label++) {
+    $("label").append(createElement("option", { value: label, textContent: label }));
+  }
+  for (const list of document.querySelectorAll("select.samplers")) {
+    list.append(...model.samplers.map((name) => createElement("option", { textContent: name })));
+  }
+  const { classes, chains, inpainting } = model.capabilities;
+  if (chains) $("sampler").value = "tempering"; // the default of flowgen sample
+  for (const element of document.querySelectorAll(".classes")) element.hidden = !classes;
+  for (const element of document.querySelectorAll("label.chains, #chains, #filters"))
+    element.hidden = !chains;
+  $("complete-sampler-label").hidden = model.samplers.length < 2;
+  $("complete").hidden = !inpainting;
   for (const input of document.querySelectorAll("input[type=range]")) showValue(input);
-  for (const slot of ["A", "B"]) showHand(slot);
-  watchPercentiles();
-  if (model.able_to.classes) findDirections(); // which such a model knows
+  showSlot("A");
+  showSlot("B");
+  waitForPercentiles();
+  if (classes) findDirections(); // class-conditional models need no computation
   await drawSamples();
 }
 
-async function watchPercentiles() {
-  const hint = $("percentile-hint");
-  const { percentiles, no_percentiles: reason } = await post("doing", {}).catch(() => ({}));
-  if (percentiles) hint.textContent = "Percentile: so many of a hundred validation images are likelier.";
-  else hint.textContent = reason ? `No percentiles: ${reason}.` : "Percentiles come as soon as validation images have been scored.";
-  if (percentiles) scoreAgain();
-  else if (!reason) setTimeout(watchPercentiles, 3000);
+async function waitForPercentiles() {
+  const { percentiles, scorer_error: error } = await post("status", {}).catch(() => ({}));
+  if (percentiles) {
+    $("percentile-hint").textContent =
+      "Percentile: the percentage of validation images that are more likely.";
+    refreshScores();
+  } else if (error) {
+    $("percentile-hint").textContent = `Percentiles are unavailable: ${error}.`;
+  } else {
+    $("percentile-hint").textContent =
+      "Percentiles appear when the validation images have been scored.";
+    setTimeout(waitForPercentiles, PERCENTILE_INTERVAL_MS);
+  }
 }
-begin();
+startPage();

@@ -1,0 +1,119 @@
+"""Measure how often the true pixels are in the 90 % intervals of completions of test images.
+
+The script compares the HMC chains of a flow, random training images, and, if it has images of the
+same shape, the Gibbs chains of an RBM on binary pixels.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from flowgen.commands.complete import mask
+from flowgen.config.instantiate import build_data
+from flowgen.config.loading import find_model
+from flowgen.data.dataset import ImageDataset
+from flowgen.evaluation.stats import mean
+from flowgen.models.flows.flow import Flow
+from flowgen.models.rbm.rbm import RBM
+from flowgen.training.device import autocast_dtype
+
+# The true value has each of ten ranks among nine samples with equal probability. Half of the first
+# and of the last rank are outside of the 90 % interval.
+NUM_CHAINS = 9
+BATCH_SIZE = 8
+RBM_STEPS = 500
+
+
+def ranks(samples: Tensor, truth: Tensor) -> Tensor:
+    """Return the ranks of true values among samples, from 0 to 1, with ties broken at random.
+
+    Args:
+        samples: (N, chains, P).
+        truth: (N, P).
+    """
+    below = (samples < truth[:, None]).sum(1)
+    ties = (samples == truth[:, None]).sum(1)
+    return (below + torch.rand(truth.shape) * (ties + 1)) / (samples.shape[1] + 1)
+
+
+def print_row(name: str, samples: Tensor, truth: Tensor) -> None:
+    """Print coverage of all pixels, coverage of pixels with different samples, and mean error.
+
+    Standard errors are over images.
+    """
+    covered = ((ranks(samples, truth) - 0.5).abs() < 0.45).double()
+    varies = (samples.amax(1) > samples.amin(1)).double()
+    of_varying = [
+        ((image_covered * image_varies).sum() / image_varies.sum()).item()
+        for image_covered, image_varies in zip(covered, varies, strict=True)
+        if image_varies.any()
+    ]
+    error = (samples.mean(1) - truth).abs().mean(1)
+    cells = [mean(covered.mean(1).tolist()), mean(of_varying)]
+    print(f"{name:24} {cells[0]!s:18} {cells[1]!s:18} {mean(error.tolist())}", flush=True)
+
+
+def complete_with_flow(flow: Flow, images: Tensor, known: Tensor, num_steps: int) -> Tensor:
+    """Return samples of the unknown pixels with values from 0 to 1, (N, chains, P)."""
+    dtype = autocast_dtype("auto", flow.device)
+    samples = []
+    for index, batch in enumerate(images.split(BATCH_SIZE)):
+        generator = torch.Generator().manual_seed(index)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            chains = flow.inpainting_chains(batch, known, NUM_CHAINS, num_steps, generator)
+        pixels = (chains.samples * flow.bins).floor().clamp(0, flow.bins - 1) / (flow.bins - 1)
+        samples.append(pixels.view(len(batch), NUM_CHAINS, -1)[..., ~known.flatten()])
+        done = index * BATCH_SIZE + len(batch)
+        print(f"{done} of {len(images)} images, acceptance {chains.acceptance:.2f}", flush=True)
+    return torch.cat(samples)
+
+
+def complete_with_rbm(rbm: RBM, images: Tensor, known: Tensor) -> Tensor:
+    """Return binary samples of the unknown pixels, (N, chains, P)."""
+    samples = []
+    for index, image in enumerate(images):
+        generator = torch.Generator().manual_seed(index)
+        result = rbm.inpaint(
+            image[None], known, method="gibbs", sweeps=RBM_STEPS, generator=generator
+        )
+        pixels = torch.bernoulli(result.draws[:NUM_CHAINS], generator=generator)
+        samples.append(pixels.flatten(1)[:, ~known.flatten()])
+    return torch.stack(samples)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--flow", default="zoo/glow_mnist", metavar="RUN")
+    parser.add_argument("--rbm", default="zoo/rbm_mnist", metavar="RUN")
+    parser.add_argument("--count", type=int, default=200, metavar="N", help="test images")
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="gradients per chain")
+    parser.add_argument(
+        "--known", default="left", metavar="SIDE|MASK", help="as for flowgen complete"
+    )
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    _, checkpoint, flow = find_model(args.flow, "cpu", Flow)
+    data: ImageDataset = build_data(checkpoint["config"])
+    known = mask(args.known, data.image_shape)
+    images = torch.cat(list(data.batches("test", 100, args.count)))
+
+    def unknown_pixels(images: Tensor) -> Tensor:
+        return images.flatten(1)[:, ~known.flatten()].float() / (2**data.bits - 1)
+
+    samples = complete_with_flow(flow, images, known, args.steps)
+    print(f"{'':24} {'coverage':18} {'of varying pixels':18} mean absolute error")
+    print_row(f"flow, known: {args.known}", samples, unknown_pixels(images))
+    indices = torch.randint(len(data.train), (len(images), NUM_CHAINS))
+    others = unknown_pixels(data.train.images[indices.flatten()] >> (8 - data.bits))
+    others = others.view(len(images), NUM_CHAINS, -1)
+    print_row("training images", others, unknown_pixels(images))
+    _, _, rbm = find_model(args.rbm, "cpu", RBM)
+    if rbm.image_shape == data.image_shape:
+        binary = (images >= 2 ** (data.bits - 1)).to(torch.uint8)
+        truth = binary.flatten(1)[:, ~known.flatten()].float()
+        print_row("RBM, binary pixels", complete_with_rbm(rbm, binary, known), truth)
+
+
+if __name__ == "__main__":
+    main()

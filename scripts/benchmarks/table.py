@@ -1,0 +1,267 @@
+"""Train flows at equal cost and print a table of their results.
+
+    python scripts/benchmarks/table.py --data mnist --models glow tarflow --minutes 15 [OVERRIDE...]
+
+Every model is trained on every data set for the same CPU time. Overrides, such as data.root=FOLDER,
+go to every `flowgen train`. Results are stored in outputs/table/DATA_MODEL_MINUTES/row.json as soon
+as they are known. The same command continues where it was stopped. It prints all rows and shows
+samples of all models of a data set in one picture. Two short trainings determine the number of
+steps for the given time, since wall-clock time would depend on other work of the machine.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import flowgen
+from flowgen.config.compose import read_config
+from flowgen.training.run_dir import Run
+from flowgen.utils import rendering
+from flowgen.utils.files import atomic_write
+
+sys.path.append(str(Path(__file__).parents[1]))
+from run_flowgen import run_flowgen
+
+FOLDER = Path("outputs/table")
+SHORT_STEPS = 10  # of the two trainings that measure the cost of a step
+LONG_STEPS = 60
+IMPORTANCE_SAMPLES = (1, 16)
+TEMPERATURE = 0.7
+NUM_SAMPLES = 16
+MODELS = ["glow", "realnvp", "nice", "maf", "tarflow", "jet"]
+COLUMNS = [
+    "data",
+    "model",
+    *(f"test bits/dim, importance samples: {count}" for count in IMPORTANCE_SAMPLES),
+    "parameters, millions",
+    "training images seen",
+    "CPU minutes",
+    "GFLOPs per image",
+]
+NUMBERS = {  # keys of the last columns, with divisor and format
+    "parameters": (1e6, ".2f"),
+    "images_seen": (1, ",.0f"),
+    "cpu_seconds": (60, ".1f"),
+    "flops": (1e9, ".3f"),
+}
+
+
+class Row:
+    """A row of the table, stored in a file.
+
+    Args:
+        data: Name of the data set.
+        model: Name of the model.
+        minutes: CPU minutes of the training.
+        overrides: Overrides for `flowgen train`.
+    """
+
+    def __init__(self, data: str, model: str, minutes: float, overrides: list[str]):
+        self.folder = FOLDER / f"{data}_{model}_{minutes:g}"
+        self.run = Run(self.folder / "run")
+        self.file = self.folder / "row.json"
+        self.minutes = minutes
+        self.overrides = [
+            f"model={model}",
+            f"data={data}",
+            "trainer.minutes=null",
+            "trainer.num_threads=1",
+            *overrides,
+        ]
+        self.values: dict[str, Any] = {
+            "data": data,
+            "model": model,
+            "minutes": minutes,
+            "overrides": overrides,
+        }
+        if self.file.exists():
+            stored = json.loads(self.file.read_text())
+            if stored["overrides"] != overrides:
+                sys.exit(
+                    f"{self.file} has other overrides, {stored['overrides']}: use the same "
+                    "overrides, or move it away"
+                )
+            self.values = stored
+
+    def cached(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Return a stored value, or compute and store it."""
+        if key not in self.values:
+            self.store(key, compute())
+        return self.values[key]
+
+    def store(self, key: str, value: Any) -> None:
+        """Store a value in the file."""
+        self.values[key] = value
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.file) as temporary:
+            temporary.write_text(json.dumps(self.values, indent=1) + "\n")
+
+    def fill(self) -> None:
+        """Train and measure what is not stored yet."""
+        steps = self.cached("steps", self.measure_steps)
+        if not self.run.has_ended():
+            self.train(steps)
+        batch_size = read_config(self.run.config)["trainer"]["batch_size"]
+        self.cached("images_seen", lambda: steps * batch_size)
+        run = str(self.run.folder)
+        self.cached("parameters", lambda: count_parameters(run))
+        self.cached("flops", lambda: count_flops(run))
+        for count in IMPORTANCE_SAMPLES:
+            self.cached(f"metrics_{count}", lambda count=count: self.evaluate(count))
+        self.cached("samples", self.sample)
+
+    def measure_steps(self) -> int:
+        """Return the number of steps that take the given CPU time."""
+        seconds = []
+        for steps in (SHORT_STEPS, LONG_STEPS):
+            run = self.folder / "short"
+            shutil.rmtree(run, ignore_errors=True)
+            overrides = [f"trainer.steps={steps}", "trainer.eval_images=1", f"output_dir={run}"]
+            seconds.append(timed_flowgen("train", *self.overrides, *overrides)[1])
+            shutil.rmtree(run)
+        seconds_per_step = max(1e-4, (seconds[1] - seconds[0]) / (LONG_STEPS - SHORT_STEPS))
+        return max(1, round(60 * self.minutes / seconds_per_step))
+
+    def train(self, steps: int) -> None:
+        """Train or resume the model."""
+        overrides = [
+            f"trainer.steps={steps}",
+            f"trainer.eval_every={max(1, steps // 5)}",
+            f"trainer.sample_every={steps}",
+            f"output_dir={self.run.folder}",
+            "resume=true",
+        ]
+        _, seconds = timed_flowgen(
+            "train", *self.overrides, *overrides, on_failure=self.add_cpu_seconds
+        )
+        self.add_cpu_seconds(seconds)
+
+    def add_cpu_seconds(self, seconds: float) -> None:
+        """Add to the CPU time of the training."""
+        self.store("cpu_seconds", self.values.get("cpu_seconds", 0.0) + seconds)
+
+    def evaluate(self, num_importance_samples: int) -> dict[str, float]:
+        """Return test metrics."""
+        output, _ = timed_flowgen(
+            "evaluate",
+            "--run",
+            str(self.run.folder),
+            "--json",
+            f"num_importance_samples={num_importance_samples}",
+        )
+        metrics = json.loads(output)
+        return {key: value for key, value in metrics.items() if key not in ("run", "split")}
+
+    def sample(self) -> str:
+        """Draw samples and return the path of their picture."""
+        path = self.folder / "samples.png"
+        options = f"--count {NUM_SAMPLES} --temperature {TEMPERATURE} --out {path}"
+        timed_flowgen("sample", "--run", str(self.run.folder), *options.split())
+        return str(path)
+
+    def titled_samples(self) -> tuple[str, Image.Image]:
+        """Return the name of the model and the picture of its samples."""
+        return self.values["model"], Image.open(self.values["samples"])
+
+    def line(self) -> str:
+        """Return the row as Markdown."""
+        cells = [self.values["data"], f"`{self.values['model']}`"]
+        for count in IMPORTANCE_SAMPLES:
+            metrics = self.values.get(f"metrics_{count}")
+            cell = ""
+            if metrics:
+                cell = f"{metrics['bits_per_dim']:.3f} ± {metrics['bits_per_dim_error']:.3f}"
+            cells.append(cell)
+        for key, (divisor, number_format) in NUMBERS.items():
+            value = self.values.get(key)
+            cells.append("" if value is None else format(value / divisor, number_format))
+        return f"| {' | '.join(cells)} |"
+
+
+def timed_flowgen(
+    *args: str, on_failure: Callable[[float], None] = lambda seconds: None
+) -> tuple[str, float]:
+    """Run a command and return its output and its CPU time in seconds.
+
+    Args:
+        *args: Arguments of `flowgen`.
+        on_failure: Is called with the CPU time if the command fails.
+
+    Raises:
+        SystemExit: If the command fails.
+    """
+    print("$ flowgen", *args, file=sys.stderr, flush=True)
+    start = children_cpu_seconds()
+    succeeded = False
+    try:
+        result = run_flowgen(*args, stdout=subprocess.PIPE)
+        succeeded = result.returncode == 0
+    finally:
+        seconds = children_cpu_seconds() - start
+        if not succeeded:
+            on_failure(seconds)
+    if not succeeded:
+        sys.exit(
+            f"the command ended with status {result.returncode}, see above: run the same command "
+            "again to continue"
+        )
+    return result.stdout, seconds
+
+
+def children_cpu_seconds() -> float:
+    """Return the CPU time of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def count_parameters(run: str) -> int:
+    """Return the number of parameters of a model."""
+    return sum(parameter.numel() for parameter in flowgen.load(run).parameters())
+
+
+def count_flops(run: str) -> float:
+    """Return the FLOPs of convolutions and matrix products in a training step per image."""
+    model = flowgen.load(run)
+    images = torch.zeros(2, *model.image_shape, dtype=torch.uint8)
+    labels = None if model.num_classes is None else torch.zeros(2, dtype=torch.long)
+    # On a CPU, the counter only counts the math kernel of attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(images, labels).backward()
+    return counter.get_total_flops() / len(images)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", nargs="*", default=["mnist"])
+    parser.add_argument("--models", nargs="*", default=MODELS)
+    parser.add_argument("--minutes", type=float, default=15.0, help="CPU time of each training")
+    args, overrides = parser.parse_known_args()
+    rows = [
+        Row(data, model, args.minutes, overrides) for data in args.data for model in args.models
+    ]
+    for row in rows:
+        row.fill()
+    for data in args.data:
+        pictures = [row.titled_samples() for row in rows if row.values["data"] == data]
+        rendering.stack_titled(pictures).save(FOLDER / f"{data}_{args.minutes:g}.png")
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|" + " --- |" * len(COLUMNS))
+    for row in rows:
+        print(row.line())
+
+
+if __name__ == "__main__":
+    main()

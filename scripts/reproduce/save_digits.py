@@ -1,0 +1,31 @@
+"""Save some of the embedded test digits as PNG files, for example for `flowgen interpolate`."""
+
+import argparse
+from pathlib import Path
+
+from flowgen.data.mnist import MNISTSample
+from flowgen.utils.rendering import to_pil
+
+IMAGES_PER_DIGIT = 50  # the test split is sorted by digit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "indices",
+        type=int,
+        nargs="*",
+        default=[110, 370],
+        help=f"indices in the test split, 0 to 499; it has {IMAGES_PER_DIGIT} images per digit",
+    )
+    args = parser.parse_args()
+    data = MNISTSample(bits=8, random_flip=False)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for index in args.indices:
+        path = args.folder / f"digit_{index // IMAGES_PER_DIGIT}.png"
+        to_pil(data.test.images[index]).save(path)
+
+
+if __name__ == "__main__":
+    main()
