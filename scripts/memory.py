@@ -15,7 +15,7 @@ import torch
 
 from flowgen.bijections.chain import set_activation_memory
 from flowgen.bijections.networks import ZeroConv2d
-from flowgen.bijections.reversible import MEMORY
+from flowgen.bijections.reversible import ACTIVATION_MEMORY
 from flowgen.config.instantiate import build_model
 from flowgen.models.base import GenerativeModel
 
@@ -78,11 +78,11 @@ def apart(what: str, memory: str, depth: int) -> float:
 
 if __name__ == "__main__":
     print(
-        f"| steps a level | weights | {' | '.join(MEMORY)} | time beside keep: {' | '.join(MEMORY[1:])} |"
+        f"| steps a level | weights | {' | '.join(ACTIVATION_MEMORY)} | time beside keep: {' | '.join(ACTIVATION_MEMORY[1:])} |"
     )
-    print(f"|{' ---: |' * (2 * len(MEMORY) + 1)}")
+    print(f"|{' ---: |' * (2 * len(ACTIVATION_MEMORY) + 1)}")
     for depth in map(int, sys.argv[1:] or DEPTHS):
-        sizes = " | ".join(f"{apart('memory', memory, depth):.1f} MiB" for memory in MEMORY)
-        kept, *others = [apart("seconds", memory, depth) for memory in MEMORY]
+        sizes = " | ".join(f"{apart('memory', memory, depth):.1f} MiB" for memory in ACTIVATION_MEMORY)
+        kept, *others = [apart("seconds", memory, depth) for memory in ACTIVATION_MEMORY]
         times = " | ".join(f"{seconds / kept:.2f}" for seconds in others)
         print(f"| {depth} | {weights(built(depth)):.1f} MiB | {sizes} | {times} |", flush=True)

@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flowgen
 from flowgen.config.compose import read_config
-from flowgen.training.run_dir import Run, atomic_write
+from flowgen.training.run_dir import Run
+from flowgen.utils.files import atomic_write
 from flowgen.utils import rendering
 
 FOLDER = Path("outputs/table")
@@ -78,7 +79,8 @@ class Row:
     def keep(self, key: str, value: Any) -> None:
         self.found[key] = value
         self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.file, json.dumps(self.found, indent=1) + "\n")
+        with atomic_write(self.file) as temporary:
+            temporary.write_text(json.dumps(self.found, indent=1) + "\n")
 
     def fill(self) -> None:
         steps = self.know("steps", lambda: max(1, round(60 * self.minutes / self.cost())))

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.linear import ChannelAffine
-from flowgen.bijections.networks import batch_moments, check_normalizable
 
 
 class ActNorm(ChannelAffine):
@@ -58,10 +57,28 @@ class BatchNorm(Bijection):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.training:
             return self._map(x, self.mean, self.variance)
-        check_normalizable(x)
-        mean, variance, count = batch_moments(x)
+        mean, variance, count = self.batch_moments(x)
+        if count < 2:
+            # The sentence of torch's batch norm layers.
+            raise ValueError(
+                "Expected more than 1 value per channel when training, "
+                f"got input size {tuple(x.shape)}"
+            )
         self._remember(mean.detach(), variance.detach() * (count / (count - 1)))
         return self._map(x, mean, variance)
+
+    def batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Return the batch statistics that `forward` uses in training.
+
+        Subclasses that train in several processes override this.
+
+        Returns:
+            Mean and biased variance of each channel, both (channels,), and the number of values
+            per channel.
+        """
+        values = x.transpose(0, 1).flatten(1)
+        variance, mean = torch.var_mean(values, dim=1, correction=0)
+        return mean, variance, values.shape[1]
 
     def reset_running_stats(self) -> None:
         self.mean.zero_()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.continuous import CNF
-from flowgen.bijections.reversible import MEMORY, Forward, checkpointed, reversible
+from flowgen.bijections.reversible import ACTIVATION_MEMORY, Forward, checkpointed, reversible
 from flowgen.utils.errors import UserError, check_choice
 
 
@@ -83,7 +83,7 @@ def set_activation_memory(model: nn.Module, memory: str) -> None:
 
     Raises FlowgenError for a model that cannot be recomputed, or has parameters in bijections that cannot be recovered.
     """
-    check_choice(MEMORY, memory=memory)
+    check_choice(ACTIVATION_MEMORY, memory=memory)
     chains = [module for module in model.modules() if isinstance(module, Chain)]
     if memory != "store" and not supports_checkpointing(model):
         raise UserError(

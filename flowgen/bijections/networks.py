@@ -1,8 +1,9 @@
 """What the networks inside couplings are made of: layers that may start from data."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,37 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from flowgen.utils.console import Progress, no_progress
-from flowgen.utils.distributed import all_reduce_sum, batch_rank, draw
-from flowgen.utils.errors import UserError
+
+
+class RandomSource(nn.Module):
+    """Source of the random numbers that a model draws for a batch in training.
+
+    A module that needs noise owns a `RandomSource` and calls it in place of `torch.rand` or
+    `torch.randn`. Training in several processes replaces it by a source that draws the numbers of
+    the whole batch and returns the rows of this process.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> RandomSource()(torch.rand, (2, 3)).shape
+        torch.Size([2, 3])
+    """
+
+    def forward(
+        self,
+        draw: Callable[..., Tensor],
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return `draw(shape, generator=generator, **kwargs)`.
+
+        Args:
+            draw: `torch.rand`, `torch.randn` or a function with the same arguments.
+            shape: Shape of the result. The first dimension is the batch.
+            generator: Random number generator, or None for torch's global one.
+            kwargs: Further arguments of `draw`, such as `device` and `dtype`.
+        """
+        return draw(shape, generator=generator, **kwargs)
 
 
 class Conditioner(nn.Module, ABC):
@@ -129,60 +159,26 @@ class ActNormLayer(Conditioner):
         return self(x)
 
 
-def check_normalizable(x: Tensor) -> None:
-    """Raises FlowgenError for a batch of one number a channel, which has no variance."""
-    if batch_rank().size * x[:, 0].numel() < 2:
-        raise UserError(
-            "batch normalisation needs more than one image at a time: give trainer.batch_size at least 2 a part"
-        )
-
-
-def batch_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean and variance of every channel, (C,) each, over the whole batch, and over how many numbers a channel."""
-    numbers, size = x.transpose(0, 1).flatten(1), batch_rank().size
-    count = size * numbers.shape[1]
-    if size == 1:
-        variance, mean = torch.var_mean(numbers, dim=1, correction=0)
-        return mean, variance, count
-    mean = all_reduce_sum(numbers.sum(1)) / count
-    return mean, all_reduce_sum((numbers - mean[:, None]).square().sum(1)) / count, count
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """torch's own, over the whole batch where several processes share one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or batch_rank().size == 1:
-            return super().forward(x)
-        assert (
-            self.running_mean is not None
-            and self.running_var is not None
-            and self.num_batches_tracked is not None
-        )
-        mean, variance, count = batch_moments(x.to(self.weight.dtype))
-        weight = self.momentum or 0.0
-        self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.detach(), weight)
-        self.running_var.lerp_(variance.detach() * (count / (count - 1)), weight)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul((self.bias - mean * scale)[:, None, None], x, scale[:, None, None]).to(
-            x.dtype
-        )
-
-
 def has_dropout(network: nn.Module) -> bool:
     """Whether dropout makes it another function at every call in training."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
 
 
 class Dropout(nn.Dropout):
-    """torch's own, but that what is lost of a share of a batch is what the whole one would lose there."""
+    """`nn.Dropout` that draws its mask from a `RandomSource`.
+
+    The mask therefore does not depend on how a batch is split across processes.
+    """
+
+    def __init__(self, p: float = 0.5):
+        super().__init__(p)
+        self.random_source = RandomSource()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
-        stays = draw(torch.rand, x.shape, device=x.device) >= self.p
-        return x * stays / (1 - self.p)
+        mask = self.random_source(torch.rand, x.shape, device=x.device) >= self.p
+        return x * mask / (1 - self.p)
 
 
 class ResidualBlock(Conditioner):
@@ -302,11 +298,9 @@ class RealNVPNetwork(Conditioner):
     @staticmethod
     def _normalized(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
         convolution = weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, padding="same"))
-        return [BatchNorm2d(in_channels), nn.ReLU(), convolution]
+        return [nn.BatchNorm2d(in_channels), nn.ReLU(), convolution]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            check_normalizable(x)
         x = self.first(x)
         for block in self.blocks:
             x = x + block(x)

@@ -16,10 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from flowgen.bijections.base import Bijection
 from flowgen.bijections.batchnorm import batch_norm_layers
 from flowgen.bijections.networks import has_dropout
-from flowgen.utils.distributed import Rank, batch_rank, split
 
 Forward = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-MEMORY = ("store", "checkpoint", "reversible")
+ACTIVATION_MEMORY = ("store", "checkpoint", "reversible")
 LONGEST = (
     128  # bijections that are recovered from one output, since rounding errors grow on the way
 )
@@ -29,26 +28,24 @@ def checkpointed(bijection: Bijection) -> Forward:
     """`bijection`, computed again in the backward pass."""
 
     def step(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        share = batch_rank()
         how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout(bijection)}
-        if share.size > 1 or batch_norm_layers(bijection):  # which no compiler takes
-            how["context_fn"] = lambda: (nullcontext(), _again(bijection, share))
+        if batch_norm_layers(bijection):  # torch.compile does not support context_fn
+            how["context_fn"] = lambda: (nullcontext(), _again(bijection))
         return checkpoint(bijection, x, condition, **how)
 
     return step
 
 
 @contextmanager
-def _again(bijection: Bijection, share: Rank) -> Iterator[None]:
-    """Meanwhile batches, this share of whole ones, have been seen already: no statistics remember them."""
+def _again(bijection: Bijection) -> Iterator[None]:
+    """Keep recomputation from updating running statistics a second time."""
     kept = [
         (buffer, buffer.clone())
         for layer in batch_norm_layers(bijection)
         for buffer in layer.buffers()
     ]
     try:
-        with split(share):
-            yield
+        yield
     finally:
         for buffer, before in kept:
             buffer.data.copy_(before)  # which the backward pass does not notice

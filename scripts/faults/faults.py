@@ -27,11 +27,11 @@ def make_quick() -> None:
     from PIL import Image
 
     from flowgen.models.rbm.rbm import RBM
-    from flowgen.training import trainer as look
+    from flowgen.training import trainer
     from flowgen.utils import plots
 
     plots.curves = lambda rows, metric, path: Image.new("L", (64, 64)).save(path)
-    look.STATISTICS = 2
+    trainer.BN_UPDATE_BATCHES = 2
     RBM.sample = partialmethod(RBM.sample, sweeps=9)  # type: ignore[assignment]
 
 

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from flowgen.bijections.chain import Chain
 from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboard
-from flowgen.bijections.networks import ConvNetwork
+from flowgen.bijections.networks import ConvNetwork, RandomSource
 from flowgen.bijections.univariate import Affine
-from flowgen.utils.distributed import draw
 from flowgen.utils.errors import check_choice
 
 STEPS, WIDTH = 4, 32
@@ -19,6 +18,10 @@ END = 1 - 2**-16  # where a level of 8 bits and its noise still stay below the n
 
 class Uniform(nn.Module):
     """u ~ U[0, 1). Theis, van den Oord and Bethge (1511.01844), section 3.1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.random_source = RandomSource()
 
     def forward(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None
@@ -31,7 +34,7 @@ class Uniform(nn.Module):
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
     ) -> Tensor:
         """All that is drawn for these levels."""
-        return draw(torch.rand, images.shape, generator, device=images.device, dtype=dtype)
+        return self.random_source(torch.rand, images.shape, generator, device=images.device, dtype=dtype)
 
     def initialize(self, images: Tensor, dtype: torch.dtype) -> None:
         """Uniform noise has nothing to learn."""
@@ -45,6 +48,7 @@ class Variational(nn.Module):
 
     def __init__(self, channels: int, size: int, bins: int):
         super().__init__()
+        self.random_source = RandomSource()
         self.bins = bins
         kind = checkerboard if size > 1 else channelwise
         masks = [kind(channels, size, size, step % 2 == 1) for step in range(STEPS)]
@@ -72,12 +76,11 @@ class Variational(nn.Module):
     def _image(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         return 2 * (images + 0.5).to(dtype) / self.bins - 1
 
-    @staticmethod
     def start(
-        images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
+        self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
     ) -> Tensor:
         """All that is drawn for these levels."""
-        return draw(torch.randn, images.shape, generator, device=images.device, dtype=dtype)
+        return self.random_source(torch.randn, images.shape, generator, device=images.device, dtype=dtype)
 
 
 class Gaussian(Uniform):
@@ -90,7 +93,7 @@ class Gaussian(Uniform):
     def start(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
     ) -> Tensor:
-        e = draw(torch.randn, images.shape, generator, device=images.device, dtype=dtype)
+        e = self.random_source(torch.randn, images.shape, generator, device=images.device, dtype=dtype)
         return 0.5 + self.deviation * self.bins * e
 
 

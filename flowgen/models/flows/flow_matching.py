@@ -11,11 +11,11 @@ from flowgen.bijections.base import Bijection
 from flowgen.bijections.chain import Chain
 from flowgen.bijections.continuous import CNF, VelocityField
 from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
+from flowgen.bijections.networks import RandomSource
 from flowgen.bijections.reshape import Flatten
 from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.tarflow import check_transformers, patch_size
-from flowgen.utils.distributed import draw
 from flowgen.utils.errors import check_choice, check_number, check_whole
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
 
@@ -75,6 +75,7 @@ class FlowMatching(Flow):
             num_classes,
             condition_networks,
         )
+        self.random_source = RandomSource()
         self.loss_metric = None
         self.averages_logs = (
             numbers > exact_trace_dims
@@ -90,9 +91,9 @@ class FlowMatching(Flow):
         *before, flow = self.bijection.bijections  # type: ignore[misc]
         x, _ = Chain(*before)(self._dequantize(images)[0])
         one_hot = self._one_hot(labels)
-        z = draw(torch.randn, x.shape, device=x.device, dtype=x.dtype)
+        z = self.random_source(torch.randn, x.shape, device=x.device, dtype=x.dtype)
         z = z if one_hot is None else z + one_hot @ self._class_means()
-        t = draw(torch.rand, x.shape[:1], device=x.device, dtype=x.dtype)
+        t = self.random_source(torch.rand, x.shape[:1], device=x.device, dtype=x.dtype)
         v = flow.velocity(torch.lerp(z, x, t[:, None]), t, self._condition(one_hot))
         return (v - (x - z)).square().mean()
 

@@ -17,12 +17,11 @@ from flowgen.bijections.batchnorm import ActNorm
 from flowgen.bijections.chain import Chain
 from flowgen.bijections.elementwise import MarginalGaussianization, Standardize
 from flowgen.bijections.linear import FusedAffine, InvertibleConv1x1LU
-from flowgen.bijections.networks import CausalTransformer
+from flowgen.bijections.networks import CausalTransformer, RandomSource
 from flowgen.bijections.reshape import Flatten, Roll, Squeeze
 from flowgen.bijections.univariate import TRANSFORMS, guided
 from flowgen.models.base import MAX_DEPTH, SupportsTokenSampling, square_shape
 from flowgen.models.flows.flow import Flow
-from flowgen.utils.distributed import draw
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 
 
@@ -145,6 +144,7 @@ class TarFlow(Flow, SupportsTokenSampling):
             num_classes,
             condition_networks,
         )
+        self.random_source = RandomSource()
         self.affine, self.guidance = transform == "affine", 0.0
 
     @torch.no_grad()
@@ -209,6 +209,6 @@ class TarFlow(Flow, SupportsTokenSampling):
         if one_hot is None or not self.training or not self.condition_networks:
             return one_hot
         untold = (
-            draw(torch.rand, torch.Size((len(one_hot), 1)), device=one_hot.device) < LABEL_DROPOUT
+            self.random_source(torch.rand, (len(one_hot), 1), device=one_hot.device) < LABEL_DROPOUT
         )
         return torch.where(untold, 1 / one_hot.shape[1], one_hot)
