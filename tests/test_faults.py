@@ -29,7 +29,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts" / "faults"
         (Outcome(1, "", "Traceback (most recent call last):\nflowgen: x", 1.0), "a traceback"),
         (
             Outcome(
-                1, "", "flowgen: KeyError: x (this is a fault of flowgen: --debug shows where)", 1.0
+                1, "", "flowgen: KeyError: x (this is a bug in flowgen: --debug shows the traceback)", 1.0
             ),
             "a fault of flowgen",
         ),

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
             return f"hung for {WAITS} s"
         if "Traceback" in self.error or "Traceback" in self.output:
             return "a traceback"
-        if "fault of flowgen" in self.error:
+        if "bug in flowgen" in self.error:
             return "a fault of flowgen"
         sentences = sum(line.startswith("flowgen: ") for line in self.error.splitlines())
         if self.status and (
