@@ -21,7 +21,7 @@ from flowgen.models.base import GenerativeModel
 from flowgen.training.checkpoint import FORMAT, write_checkpoint
 from flowgen.training.device import autocast_dtype
 from flowgen.training.optim import learning_rate_factor
-from flowgen.training.trainer import STATISTICS
+from flowgen.training.trainer import BN_UPDATE_BATCHES
 
 if TYPE_CHECKING:
     from flowgen.serving.session import ModelSession
@@ -61,7 +61,12 @@ RBM = [
 
 CHECKPOINT = {  # the least that is a checkpoint
     "format": FORMAT,
-    "config": {"model": {}, "data": {}, "trainer": {}, "seed": 0},
+    "config": {
+        "model": {},
+        "data": {},
+        "trainer": {"sample_temperature": 1.0},
+        "seed": 0,
+    },
     "step": 1,
     "images_seen": 1,
     "model": {},
@@ -104,7 +109,7 @@ def fit(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 50.0)
         optimizer.step()
-    update_bn(model, (batch(steps + number) for number in range(STATISTICS)))
+    update_bn(model, (batch(steps + number) for number in range(BN_UPDATE_BATCHES)))
     model.eval()
 
 

@@ -38,7 +38,7 @@ from flowgen.config.instantiate import build, build_model_and_data
 from flowgen.config.loading import load_weights
 from flowgen.config.runs import find_checkpoint, find_file, find_run
 from flowgen.training.checkpoint import eval_weights, read_checkpoint
-from flowgen.training.run_dir import NoRun, Run
+from flowgen.training.run_dir import Run
 from flowgen.training.signals import reraise_signal
 from flowgen.utils.console import setup_logging, user_message
 from flowgen.utils.errors import UserError, check_choice, check_whole
@@ -88,7 +88,7 @@ def log_to_file(run: Run) -> Iterator[None]:
 
 if TYPE_CHECKING:  # training imports torch, which help, completion and mistakes need not wait for
     from flowgen.training.distributed import ProcessGroup
-    from flowgen.training.trainer import Trainer
+    from flowgen.training.trainer import TrainerConfig
 
 
 class RunFinishedError(UserError):
@@ -184,7 +184,7 @@ def _run_training(
         folder, config, checkpoint = team.broadcast_from_main(
             lambda: (run.folder if run else Path(), config, checkpoint)
         )
-        run_training_in_group(team, run or NoRun(folder), config, checkpoint, remark)
+        run_training_in_group(team, run or Run(folder), config, checkpoint, remark)
 
 
 def run_training_in_group(
@@ -196,17 +196,18 @@ def run_training_in_group(
 ) -> None:
     import torch
 
-    from flowgen.training.device import environment
+    from flowgen.training.device import Runtime, environment
     from flowgen.training.sanity_checks import warn_test_leakage
+    from flowgen.training.trainer import Trainer
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
-    trainer = _trainer(
-        config["trainer"] | ({"num_threads": "auto"} if team.size > 1 else {})
-    )  # each process has cores of its own
+    trainer_config = _trainer_config(config)
+    # Each of several processes has cores of its own.
+    num_threads = trainer_config.num_threads if team.size == 1 else "auto"
+    runtime = Runtime(trainer_config.device, num_threads, trainer_config.precision)
     if team.size == 1:
-        config["trainer"]["num_threads"] = (
-            trainer.machine.num_threads
-        )  # kept, since a resumed run has the same bits on as many threads alone
+        # A resumed run is exact to the bit with the same number of threads.
+        config["trainer"]["num_threads"] = runtime.num_threads
     torch.manual_seed(config["seed"])
     model, data, config = build_model_and_data(config)
     source = config.get("init_from")
@@ -225,16 +226,15 @@ def run_training_in_group(
             parameters / 1e6,
             *counts,
         )
-        log.info("environment: %s", environment(trainer.machine.device, team.size))
+        log.info("environment: %s", environment(runtime.device, team.size))
         if remark:
             log.info("%s", remark)
         if team.is_main:
             warn_test_leakage(data)
         if checkpoint is not None:
-            log.info("going on from step %d", checkpoint["step"])
-        stopped = trainer.train(
-            model, data, run, config, checkpoint, trained=source is not None, team=team
-        )
+            log.info("resuming from step %d", checkpoint["step"])
+        trainer = Trainer(trainer_config, model, data, run, config, team, runtime)
+        stopped = trainer.fit(checkpoint, init_weights=source is not None)
         if stopped is not None:
             log.info(
                 "stopped by %s and saved: go on with `flowgen resume %s`",
@@ -242,13 +242,11 @@ def run_training_in_group(
                 run.folder,
             )
             reraise_signal(stopped)
-        log.info("done: %s", run.folder)
+        log.info("finished: %s", run.folder)
 
 
-def _trainer(settings: dict[str, Any]) -> "Trainer":
-    return build(
-        "trainer", {key: value for key, value in settings.items() if key != "num_processes"}
-    )
+def _trainer_config(config: dict[str, Any]) -> "TrainerConfig":
+    return build("trainer", config["trainer"])
 
 
 def _take_weights(model: Any, config: dict[str, Any], source: str) -> None:
@@ -268,17 +266,15 @@ def _take_weights(model: Any, config: dict[str, Any], source: str) -> None:
 def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
     if checkpoint is None:
         return
-    step, minutes, cadence = (
-        checkpoint["step"],
-        checkpoint["progress"]["seconds"] / 60,
-        _trainer(config["trainer"]).cadence,
-    )
-    if cadence.minutes and minutes >= cadence.minutes:
-        more = f"trainer.minutes={2 * max(minutes, cadence.minutes):.2g}"
-    elif cadence.steps and step >= cadence.steps:
+    step = checkpoint["step"]
+    minutes = checkpoint["progress"]["seconds"] / 60
+    limits = _trainer_config(config)
+    if limits.minutes and minutes >= limits.minutes:
+        more = f"trainer.minutes={2 * max(minutes, limits.minutes):.2g}"
+    elif limits.steps and step >= limits.steps:
         more = f"trainer.steps={2 * step}"
-    elif cadence.patience and checkpoint["progress"].get("evals_since_best", 0) >= cadence.patience:
-        more = f"trainer.patience={2 * cadence.patience}"
+    elif limits.patience and checkpoint["progress"].get("evals_since_best", 0) >= limits.patience:
+        more = f"trainer.patience={2 * limits.patience}"
     else:
         return
     raise RunFinishedError(

@@ -8,7 +8,7 @@ from hashlib import blake2s
 from pathlib import Path
 from typing import Any
 
-from flowgen.training.checkpoint import MOST_BYTES
+from flowgen.training.checkpoint import MAX_CONFIG_BYTES
 from flowgen.utils.errors import UserError
 from flowgen.utils.files import atomic_write
 
@@ -85,7 +85,7 @@ def read_config(path: Path) -> dict[str, Any]:
     from yaml import AliasEvent, MappingNode, YAMLError, compose, parse
 
     try:
-        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError("a pipe would be waited for, and a huge file read for minutes")
         text = path.read_text()
         if "*" in text and any(isinstance(event, AliasEvent) for event in parse(text)):

@@ -11,7 +11,7 @@ from yaml import YAMLError, safe_load
 
 from flowgen.config.instantiate import resolve_target
 from flowgen.training.checkpoint import (
-    MOST_BYTES,
+    MAX_CONFIG_BYTES,
     SUFFIX,
     ZOO,
     read_checkpoint,
@@ -132,7 +132,9 @@ def _says_it_is_of(run: Run, wanted: type | None) -> bool:
     with contextlib.suppress(OSError, YAMLError, ValueError, RecursionError):
         run.check_contained()
         config = (
-            safe_load(run.config.read_text()) if run.config.stat().st_size <= MOST_BYTES else None
+            safe_load(run.config.read_text())
+            if run.config.stat().st_size <= MAX_CONFIG_BYTES
+            else None
         )
         return isinstance(config, dict) and _is_of(config, wanted)
     return False

@@ -1,254 +1,300 @@
-"""What older runs wrote otherwise, put into today's words when they are read."""
+"""Checkpoint files: write, read, validate, export to safetensors, and the zoo of trained models.
+
+A checkpoint is a file of torch.save with the keys of `REQUIRED_KEYS`, read with
+`weights_only=True`, so that pickled code never runs. torch is imported on first use: listing runs
+does not need it.
+"""
 
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from flowgen.utils.errors import UserError
+from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import COMPARED
 
-FORMAT = 1  # of the checkpoints that are written; 1 starts with version 0.2.0
-MOST_BYTES = 2**20  # of a configuration, which reading takes seconds of
-OF_TRAINING = ("loss", "lr", "grad_norm", "images_per_second", "seconds", "memory_gib", "bits")
-OF_IMAGES = ("images", "log_z", "log_z_error")
-FIGURES = tuple(metric.name + ending for metric in COMPARED for ending in ("", "_error"))
-NUMBERS = {*OF_TRAINING, *OF_IMAGES, *FIGURES}  # that others compute with
-MAX_ABS_VALUE = 1e100  # beyond which no axis can be drawn
-log = logging.getLogger("flowgen")
+FORMAT = 1  # version of the file format; version 0.2.0 of flowgen started with 1
+MAX_CONFIG_BYTES = 2**20  # of a configuration; larger ones take seconds to read
+MAX_COUNT = 2**63
+MAX_STEP = 2**53  # in metrics.jsonl: JSON numbers are float64
+MAX_ABS_VALUE = 1e100  # of a metric; no axis can show more
+REQUIRED_KEYS = {
+    "config",
+    "step",
+    "images_seen",
+    "model",
+    "ema",
+    "optimizer",
+    "progress",
+    "nan_recovery",
+}
+NUMERIC_METRICS = {  # keys of metrics that commands compute with
+    "loss",
+    "lr",
+    "grad_norm",
+    "images_per_second",
+    "seconds",
+    "memory_gib",
+    "bits",
+    "images",
+    "log_z",
+    "log_z_error",
+    *(metric.name for metric in COMPARED),
+    *(f"{metric.name}_error" for metric in COMPARED),
+}
+PROGRESS_KEYS = {"best", "seconds", "evals_since_best", "best_ema"}
+NAN_RECOVERY_KEYS = {"failed", "skipped", "rewinds", "failed_at", "rewound_to", "lr_scale"}
+SUFFIX = ".safetensors"
+ZOO = Path(__file__).parents[1] / "zoo"  # trained models in the package
+METADATA_TYPES = {  # of a safetensors export
+    "config": dict,
+    "step": int,
+    "images_seen": int,
+    "metrics": dict,
+    "command": str,
+}
+NOT_EXPORTED = {  # parts of a checkpoint that an export lacks
+    "optimizer": {},
+    "progress": {"best": 0.0, "seconds": 0.0},
+    "nan_recovery": {},
+}
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Every row that a training could have written; the others, such as one that a crash cut short, are counted in a warning."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    rows = [row for line in lines if (row := _parse_row(line)) is not None]
-    if len(rows) < len(lines):
-        log.warning(
-            "%s: %d of %d lines were cut short or are no rows of a training, and are left out",
-            path,
-            len(lines) - len(rows),
-            len(lines),
-        )
-    return rows
+def write_checkpoint(state: dict[str, Any], path: Path, links: Iterable[Path] = ()) -> None:
+    """Write a checkpoint under several names.
 
+    Every file is complete or keeps its previous content. `path` comes last, so that it is only
+    updated once the others exist.
 
-def _parse_row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and is_row(row) else None
+    Args:
+        state: the content, without its format.
+        path: the file.
+        links: further names of the same file: hard links, or copies if the file system has none.
 
-
-def is_row(row: dict[str, Any]) -> bool:
-    """Whether a training could have written it."""
-    step, split = row.get("step"), row.get("split")
-    scalars = all(
-        value is None or isinstance(value, bool | str) or is_number(value) for value in row.values()
-    )
-    numbers = all(
-        value is None or is_number(value) for name, value in row.items() if name in NUMBERS
-    )
-    return (
-        type(step) is int and 0 <= step < 2**53 and isinstance(split, str) and scalars and numbers
-    )
-
-
-def is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < MAX_ABS_VALUE  # type: ignore[arg-type]
-
-
-KEYS = {"config", "step", "images_seen", "model", "ema", "optimizer", "progress"}
-COUNTERS = {"failed", "skipped", "rewinds", "failed_at", "rewound_to", "lr_scale"}  # of failures
-
-
-def write_checkpoint(state: dict[str, Any], path: Path, others: Iterable[Path] = ()) -> None:
-    """Write aside, flush, rename: to each of `others` first and to `path` last, so that `path` never speaks of what is not there.
-
-    Raises FlowgenError where the disk does not take it; what stood under these names stays.
+    Raises:
+        UserError: if the disk is full or not writable.
     """
-    import torch  # here, so that listing runs need not wait for it
+    import torch
 
-    aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.unlink(
-            missing_ok=True
-        )  # where a kill left it, it may be one of `others` by a second name
-        with open(aside, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        for other in others:
-            _second_name(aside, other)
-        aside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        aside.unlink(missing_ok=True)
-        reason = (
-            error.strerror
-            if isinstance(error, OSError) and error.strerror
-            else "the disk is full or not writable"
-        )
-        cure = f"make room, then go on from the last good checkpoint with `flowgen resume {path.parent.parent}`"
-        raise UserError(f"could not save {path} ({reason}): {cure}") from error
+        with atomic_write(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            for link in links:
+                _link_or_copy(temporary, link)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        reason = "the disk is full or not writable"
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        raise UserError(
+            f"could not save {path} ({reason}): free some space, then continue from the last "
+            f"checkpoint with `flowgen resume {path.parent.parent}`"
+        ) from error
 
 
-def _second_name(path: Path, other: Path) -> None:
-    aside = other.with_name(other.name + ".part")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(path, aside)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, aside)
-    aside.replace(other)
+def _link_or_copy(source: Path, target: Path) -> None:
+    with atomic_write(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, temporary)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises FlowgenError for what is none, or is cut short; pickled code never runs."""
+    """Read a checkpoint onto the CPU and validate it.
+
+    Raises:
+        UserError: if the file is damaged, of another format, or not a checkpoint.
+    """
     import torch
 
     if not path.exists():
         raise UserError(f"{path} does not exist: `flowgen runs` lists the runs")
     try:
         if not path.is_file():
-            raise OSError("a pipe would be waited for")
+            raise OSError("reading a pipe would block")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises whatever the unpickler stumbles over
+    except Exception as error:  # the unpickler raises anything on a damaged file
         raise UserError(
-            f"{path} is cut short or no checkpoint of flowgen: name another run or checkpoint"
+            f"{path} is damaged or not a checkpoint of flowgen: choose another run or checkpoint"
         ) from error
-    if (
-        not isinstance(state, dict)
-        or not state.keys() >= KEYS
-        or not isinstance(state["config"], dict)
-    ):
-        raise UserError(f"{path} is no checkpoint of flowgen: name another run or checkpoint")
-    return checked(state, path)
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise UserError(f"{path} is not a checkpoint of flowgen: choose another run or checkpoint")
+    return validate(state, path)
 
 
-def checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Validate a checkpoint.
+def validate(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the checkpoint if its format and all of its values are valid.
 
     Raises:
-        UserError: for another format, and for values that no training writes.
+        UserError: otherwise.
     """
     version = state.get("format")
-    if version is None or (type(version) is int and version > FORMAT):
-        age = "an older" if version is None else "a later"
+    if version is None or "rescue" in state or "figures" in state:  # keys before version 0.2.0
         raise UserError(
-            f"{path} was written by {age} version of flowgen, which this one cannot read"
+            f"{path} was written by a version of flowgen before 0.2.0, whose format is not "
+            "supported: train the model again, or use that version"
+        )
+    if type(version) is int and version > FORMAT:
+        raise UserError(
+            f"{path} was written by a later version of flowgen: upgrade flowgen to read it"
         )
     try:
-        _check_plain(state["config"])
-        sound = version == FORMAT and type(version) is int and _is_sound(state)
+        _check_config(state["config"])
+        valid = type(version) is int and version == FORMAT and _is_valid(state)
     except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError):
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise UserError(
-            f"{path} holds values that no training writes: name another run or checkpoint"
+            f"{path} contains values that no training writes: choose another run or checkpoint"
         )
     return state
 
 
-def _check_plain(config: Any) -> None:
-    """Raise ValueError or TypeError where that is no plain data, holds half a character, which could not be written, or is too long.
+def _check_config(config: Any) -> None:
+    """Raise ValueError or TypeError unless the configuration is plain data of a bounded size.
 
-    What a file says once it may repeat without end: only as much is looked at as a configuration may have.
+    A few bytes of a pickle can repeat one list millions of times. Encoding in pieces stops early,
+    and fails on lone surrogates, which could not be written to a file.
     """
-    length = 0
+    size = 0
     for piece in json.JSONEncoder(ensure_ascii=False).iterencode(config):
-        length += len(piece.encode())
-        if length > MOST_BYTES:
+        size += len(piece.encode())
+        if size > MAX_CONFIG_BYTES:
             raise ValueError("too long")
 
 
-def _is_sound(state: dict[str, Any]) -> bool:
-    """Whether every part is of the kind that a training writes, or, of its figures, an evaluation."""
+def is_number(value: object) -> bool:
+    """Return whether a value is a number that can be plotted."""
+    return type(value) in (int, float) and abs(value) < MAX_ABS_VALUE  # type: ignore[arg-type]
 
-    def is_tensor(value: Any) -> bool:
-        from torch import Tensor  # here, so that models without their weights are listed without it
 
-        return isinstance(value, Tensor)
-
-    def of_tensors(value: Any) -> bool:
-        return isinstance(value, dict) and all(
-            isinstance(key, str) and is_tensor(each) for key, each in value.items()
-        )
-
-    def is_count(value: Any) -> bool:
-        return type(value) is int and 0 <= value < 2**63
-
-    def of_numbers(value: Any, names: set[str]) -> bool:
-        return (
-            isinstance(value, dict)
-            and value.keys() <= names
-            and all(type(each) in (int, float) for each in value.values())
-        )
-
-    config, metrics = state["config"], state["progress"]
+def is_metrics_row(row: Any) -> bool:
+    """Return whether a training could have written this row of metrics."""
     return (
-        all(isinstance(config.get(section), dict) for section in ("model", "data", "trainer"))
-        and isinstance(config.get("evaluation", {}), dict)
-        and all(isinstance(config[key].get("_target_", ""), str) for key in ("model", "data"))
-        and is_count(config.get("seed"))
-        and is_number(config["trainer"]["sample_temperature"])
-        and is_count(state["step"])
-        and is_count(state["images_seen"])
-        and of_tensors(state["model"])
-        and (state["ema"] is None or of_tensors(state["ema"]))
-        and isinstance(averages := state.get("emas", []), list)
-        and all(of_tensors(each) for each in averages)
-        and isinstance(state["optimizer"], dict)
-        and isinstance(state.get("metric", ""), str)
-        and of_numbers(metrics, {"best", "seconds", "evals_since_best", "best_ema"})
-        and is_count(metrics.get("evals_since_best", 0))
-        and is_count(metrics.get("best_ema", 0))
-        and metrics.get("best_ema", 0) < (len(averages) or 1)
-        and not math.isnan(metrics["best"])
-        and 0 <= metrics["seconds"] < math.inf
-        and of_numbers(state["nan_recovery"], COUNTERS)
-        and is_row(state.get("metrics", {}) | {"step": state["step"], "split": "test"})
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and 0 <= row["step"] < MAX_STEP
+        and isinstance(row.get("split"), str)
+        and all(
+            value is None
+            or is_number(value)
+            or (isinstance(value, bool | str) and name not in NUMERIC_METRICS)
+            for name, value in row.items()
+        )
     )
 
 
-def weights_hash(checkpoint: dict[str, Any]) -> str:
-    """A short name of the weights of a checkpoint, the same for the same weights alone."""
-    import torch
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_COUNT
 
-    found = hashlib.sha256()
-    for name, value in sorted(eval_weights(checkpoint).items()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+
+def _is_weights(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    if not value:
+        return True  # without torch, for the metadata of an export
+
+    from torch import Tensor
+
+    return all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
+
+
+def _is_config(value: Any) -> bool:
+    return (
+        all(isinstance(value.get(section), dict) for section in ("model", "data", "trainer"))
+        and _is_count(value.get("seed"))
+        and is_number(value["trainer"]["sample_temperature"])
+    )
+
+
+def _is_progress(value: Any) -> bool:
+    return (
+        _has_numbers(value, PROGRESS_KEYS)
+        and _is_count(value.get("evals_since_best", 0))
+        and _is_count(value.get("best_ema", 0))
+        and not math.isnan(value["best"])
+        and 0 <= value["seconds"] < math.inf
+    )
+
+
+def _has_numbers(value: Any, names: set[str]) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() <= names
+        and all(type(number) in (int, float) for number in value.values())
+    )
+
+
+CHECKS: dict[str, Callable[[Any], bool]] = {  # of the required parts of a checkpoint
+    "config": _is_config,
+    "step": _is_count,
+    "images_seen": _is_count,
+    "model": _is_weights,
+    "ema": lambda value: value is None or _is_weights(value),
+    "optimizer": lambda value: isinstance(value, dict),
+    "progress": _is_progress,
+    "nan_recovery": lambda value: _has_numbers(value, NAN_RECOVERY_KEYS),
+}
+
+
+def _is_valid(state: dict[str, Any]) -> bool:
+    """Return whether every part has the type and range that training and evaluation write."""
+    emas = state.get("emas", [])
+    return (
+        all(is_valid(state[key]) for key, is_valid in CHECKS.items())
+        and isinstance(emas, list)
+        and all(map(_is_weights, emas))
+        and state["progress"].get("best_ema", 0) < max(1, len(emas))
+        and isinstance(state.get("metric", ""), str)
+        and is_metrics_row(state.get("metrics", {}) | {"step": state["step"], "split": "test"})
+    )
 
 
 def eval_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The averaged weights of a checkpoint, or, where there are none, those that were trained."""
+    """Return the averaged weights of a checkpoint, or the trained ones if it has no average."""
     if checkpoint["ema"] is None:
         return checkpoint["model"]
+    prefix = "module."
     return {
-        name.removeprefix("module."): value
+        name.removeprefix(prefix): value
         for name, value in checkpoint["ema"].items()
-        if name.startswith("module.")
+        if name.startswith(prefix)
     }
 
 
-SUFFIX = ".safetensors"
-ZOO = Path(__file__).parents[1] / "zoo"  # the models that the package brings
+def weights_hash(checkpoint: dict[str, Any]) -> str:
+    """Return 16 hexadecimal digits that identify the evaluated weights of a checkpoint."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(eval_weights(checkpoint).items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def zoo() -> list[str]:
-    """What `--run` can name without any training: zoo/glow_mnist and its like."""
+    """Return the names of the trained models in the package, such as zoo/glow_mnist."""
     return sorted(f"zoo/{path.stem}" for path in ZOO.glob(f"*{SUFFIX}"))
 
 
 def zoo_file(name: str) -> Path:
-    """Raises FlowgenError where the zoo has no such model."""
+    """Return the file of a model of the zoo.
+
+    Raises:
+        UserError: if the zoo has no such model.
+    """
     if name not in zoo():
         raise UserError(f"{name} is not in the zoo: choose one of {', '.join(zoo())}")
     return ZOO / f"{name.removeprefix('zoo/')}{SUFFIX}"
@@ -256,69 +302,86 @@ def zoo_file(name: str) -> Path:
 
 def export_safetensors(
     checkpoint: dict[str, Any],
-    figures: dict[str, Any],
+    metrics: dict[str, Any],
     command: str,
     path: Path,
     half: bool = False,
 ) -> None:
-    """The averaged weights, where there are any, and what says where they come from; nothing of this machine's folders.
+    """Write the evaluated weights, their configuration and their metrics to a safetensors file.
 
-    `half` stores convolutions in half precision, to be judged as they are read again.
+    No path of this machine is written.
+
+    Args:
+        checkpoint: a checkpoint from `read_checkpoint` or `read_safetensors`.
+        metrics: results of `flowgen evaluate`.
+        command: the command that trained the model.
+        path: the file to write.
+        half: store convolutions in half precision.
     """
     import torch
     from safetensors.torch import save_file
 
-    data = {
-        key: None if key == "root" else value for key, value in checkpoint["config"]["data"].items()
+    config = dict(checkpoint["config"])
+    config["data"] = {
+        key: None if key == "root" else value for key, value in config["data"].items()
     }
-    about = {
+    config["output_dir"] = None
+    config["init_from"] = None
+    metadata = {
         "format": FORMAT,
-        "config": checkpoint["config"] | {"output_dir": None, "init_from": None, "data": data},
+        "config": config,
         "step": checkpoint["step"],
         "images_seen": checkpoint["images_seen"],
-        "metrics": {key: value for key, value in figures.items() if key != "run"},
+        "metrics": {key: value for key, value in metrics.items() if key != "run"},
         "command": command,
     }
-    weights = {
-        name: value.to(torch.float16 if half and value.dim() == 4 else value.dtype)
-        .contiguous()
-        .clone()
-        for name, value in eval_weights(checkpoint).items()
-    }
+    weights = {}
+    for name, value in eval_weights(checkpoint).items():
+        dtype = torch.float16 if half and value.dim() == 4 else value.dtype
+        weights[name] = value.to(dtype).contiguous().clone()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path, metadata={"flowgen": json.dumps(about)})
+    save_file(weights, path, metadata={"flowgen": json.dumps(metadata)})
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
-    """A checkpoint to use, though none to go on from: it holds no optimiser. Raises FlowgenError for what is none; no code can run."""
-    return _read(path, weights=True)
+    """Read an exported model as a checkpoint without optimizer state. No code can run.
+
+    Raises:
+        UserError: if the file is damaged, of another format, or not an export of flowgen.
+    """
+    return _read_safetensors(path, with_weights=True)
 
 
 def read_portable_metadata(path: Path) -> dict[str, Any]:
-    """Its config, step, images_seen, figures and command, without its weights. Raises FlowgenError for what is none."""
-    return _read(path, weights=False)
+    """Read config, step, images_seen, metrics and command of an export, without its weights.
+
+    Raises:
+        UserError: as `read_safetensors`.
+    """
+    return _read_safetensors(path, with_weights=False)
 
 
-def _read(path: Path, weights: bool) -> dict[str, Any]:
+def _read_safetensors(path: Path, with_weights: bool) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
+    weights = {}
     try:
-        with safe_open(path, "pt" if weights else "np") as file:  # "pt" imports torch at once
-            about = json.loads((file.metadata() or {})["flowgen"])
-            json.dumps(
-                about, ensure_ascii=False
-            ).encode()  # half a character could be neither shown nor passed on
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118, it is no dict
+        with safe_open(path, "pt" if with_weights else "np") as file:  # "pt" imports torch
+            metadata = json.loads((file.metadata() or {})["flowgen"])
+            json.dumps(metadata, ensure_ascii=False).encode()  # fails on lone surrogates
+            if with_weights:
+                for name in file.keys():  # noqa: SIM118  # not a dict
+                    weights[name] = file.get_tensor(name)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: `flowgen runs` lists the runs") from error
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is cut short or no model of flowgen: name another run or file"
+            f"{path} is damaged or not a model of flowgen: choose another run or file"
         ) from error
-    known = {"config": dict, "step": int, "images_seen": int, "metrics": dict, "command": str}
-    if not isinstance(about, dict) or any(
-        not isinstance(about.get(key), kind) for key, kind in known.items()
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} is not a model of flowgen: choose another run or file")
+    if "figures" not in metadata and any(
+        not isinstance(metadata.get(key), kind) for key, kind in METADATA_TYPES.items()
     ):
-        raise UserError(f"{path} is no model of flowgen: name another run or file")
-    untold = {"optimizer": {}, "progress": {"best": 0.0, "seconds": 0.0}, "nan_recovery": {}}
-    return checked(about | untold | {"model": tensors, "ema": None}, path)
+        raise UserError(f"{path} is not a model of flowgen: choose another run or file")
+    return validate(metadata | NOT_EXPORTED | {"model": weights, "ema": None}, path)

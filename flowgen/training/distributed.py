@@ -1,14 +1,14 @@
-"""The processes that train one model together, started by torchrun or by `trainer.num_processes`.
+"""Training of one model in several processes, started by torchrun or `trainer.num_processes`.
 
-Each holds the whole model and computes its rows of every batch. The first alone reads and writes files. Whatever decides, all decide
-at once, from the same numbers.
+Every process holds the whole model and computes its rows of each batch. Only the main process
+reads and writes files. All processes take every decision at the same step, from the same numbers.
 """
 
 import contextlib
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -17,17 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from flowgen.utils.distributed import Rank, WorkerDiedError, collective
+from flowgen.bijections.batchnorm import BatchNorm
+from flowgen.bijections.networks import RandomSource
+from flowgen.utils.distributed import Rank, WorkerDiedError, all_reduce_sum, collective
 from flowgen.utils.errors import UserError
-from flowgen.utils.launcher import LOST, OURS, is_distributed
+from flowgen.utils.launcher import EXIT_WORKER_DIED, LAUNCHED_ENV, is_distributed
 
 T = TypeVar("T")
-AFTER_THE_FIRST = 0.5  # seconds
-PATIENCE = timedelta(days=1)  # for one that prepares images; one that dies is noticed at once
+ERROR_DELAY_SECONDS = 0.5  # by which workers report an error after the main process
+TIMEOUT = timedelta(days=1)  # one process may prepare images; a dead one is noticed at once
 
 
 class ProcessGroup(Rank):
-    """This process and the others; alone, it does what it is told and waits for nobody. Raises LostError where another one is gone."""
+    """This process and those that train with it; a group of one does nothing and never waits.
+
+    Its methods raise `WorkerDiedError` if another process has died.
+    """
 
     @property
     def is_main(self) -> bool:
@@ -35,36 +40,42 @@ class ProcessGroup(Rank):
         return self.rank == 0
 
     def check_divides(self, batch_size: int, grad_accum_steps: int) -> None:
-        """Raises FlowgenError where the batch has not as many rows for each process."""
-        if batch_size % (self.size * grad_accum_steps):
-            parts = f"{self.size} processes" + f" of {grad_accum_steps} parts each" * (
-                grad_accum_steps > 1
-            )
-            least = self.size * grad_accum_steps
-            good = max(least, batch_size // least * least)
+        """Raise `UserError` unless each process gets equally many rows of every micro-batch."""
+        divisor = self.size * grad_accum_steps
+        if batch_size % divisor:
+            parts = f"{self.size} processes"
+            if grad_accum_steps > 1:
+                parts += f" of {grad_accum_steps} micro-batches each"
+            valid_size = max(divisor, batch_size // divisor * divisor)
             raise UserError(
-                f"batch_size={batch_size} cannot be shared among {parts}: set trainer.batch_size={good}"
+                f"batch_size={batch_size} cannot be split among {parts}: "
+                f"set trainer.batch_size={valid_size}"
             )
 
     def check_device(self, device: torch.device) -> None:
-        """Raises FlowgenError where each process is to have a GPU of its own, and this machine has fewer."""
-        place, there = _place(), torch.cuda.device_count()
-        if self.size > 1 and device.type == "cuda" and place >= there:
-            cure = "start no more processes than that, or set trainer.device=cpu"
+        """Raise `UserError` if there are fewer GPUs on this machine than processes."""
+        num_gpus = torch.cuda.device_count()
+        if self.size > 1 and device.type == "cuda" and _local_rank() >= num_gpus:
+            gpus = "1 GPU" if num_gpus == 1 else f"{num_gpus} GPUs"
             raise UserError(
-                f"process {place + 1} of this machine finds {there} GPU{'s' * (there != 1)}: {cure}"
+                f"process {_local_rank() + 1} of this machine finds {gpus}: "
+                "start no more processes than GPUs, or set trainer.device=cpu"
             )
 
-    def broadcast_from_main(self, answer: Callable[..., T], *arguments: Any) -> T:
-        """What `answer` gives in the first process; it is not called in the others."""
+    def broadcast_from_main(self, function: Callable[..., T], *args: Any) -> T:
+        """Call `function` in the main process and return its result in all processes."""
         if self.size == 1:
-            return answer(*arguments)
-        box = [answer(*arguments) if self.is_main else None]
+            return function(*args)
+        box = [function(*args) if self.is_main else None]
         collective(dist.broadcast_object_list, box, src=0, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]
 
+    def barrier(self) -> None:
+        """Wait until the main process arrives here."""
+        self.broadcast_from_main(lambda: None)
+
     def sync_clock_and_signal(self, seconds: float, signal: int | None) -> tuple[float, int | None]:
-        """The first one's clock, and a signal that any of them has been sent."""
+        """Return the main process's clock, and the signal that any process has received."""
         if self.size == 1:
             return seconds, signal
         numbers = torch.tensor([seconds * self.is_main, signal or 0], dtype=torch.float64)
@@ -72,70 +83,173 @@ class ProcessGroup(Rank):
         return numbers[0].item(), int(numbers[1]) or None
 
     def all_reduce_grads(self, model: nn.Module, loss: Tensor) -> Tensor:
-        """The mean loss of all; every gradient of the model becomes the mean of theirs, by one message, as many would cost more."""
+        """Average all gradients of the model over the processes, and return the mean loss.
+
+        One message carries them all, because many small ones are slower.
+        """
         if self.size == 1:
             return loss
         gradients = [
             parameter.grad for parameter in model.parameters() if parameter.grad is not None
         ]
-        flat = torch.cat([each.flatten() for each in (*gradients, loss)])
+        tensors = [*gradients, loss]
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         collective(dist.all_reduce, flat)
-        *means, loss = flat.div_(self.size).split([each.numel() for each in (*gradients, loss)])
+        *means, mean_loss = flat.div_(self.size).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(
-            gradients, [mean.view_as(each) for mean, each in zip(means, gradients, strict=True)]
+            gradients,
+            [mean.view_as(gradient) for mean, gradient in zip(means, gradients, strict=True)],
         )
-        return loss.squeeze()
+        return mean_loss.squeeze()
 
     def broadcast_weights(self, model: nn.Module) -> None:
-        """Those of the first process for all."""
+        """Copy the weights of the main process to all processes."""
         if self.size > 1:
-            model.load_state_dict(
-                self.broadcast_from_main(
-                    lambda: {name: value.cpu() for name, value in model.state_dict().items()}
-                )
+            weights = self.broadcast_from_main(
+                lambda: {name: value.cpu() for name, value in model.state_dict().items()}
             )
+            model.load_state_dict(weights)
 
 
-ALONE = ProcessGroup()
+SINGLE_PROCESS = ProcessGroup()
 
 
-def _place() -> int:
-    """Which of the processes of this machine this one is, from 0."""
+class ShardedRandomSource(RandomSource):
+    """Random source of a process that computes its rows of a batch.
+
+    It draws for the whole batch and returns its own rows, so that results do not depend on the
+    number of processes. Draws with a generator, or in evaluation mode, are for the rows alone.
+    """
+
+    def __init__(self, rank: int, world_size: int):
+        super().__init__()
+        self.rank = rank
+        self.world_size = world_size
+
+    def forward(
+        self,
+        draw: Callable[..., Tensor],
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if generator is not None or not self.training:
+            return draw(shape, generator=generator, **kwargs)
+        batch_size, *rest = shape
+        whole = draw((self.world_size * batch_size, *rest), **kwargs)
+        return whole.view(self.world_size, batch_size, *rest)[self.rank]
+
+
+def _synchronized_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return mean, biased variance and count per channel over the batches of all processes."""
+    values = x.transpose(0, 1).flatten(1)
+    count = int(dist.get_world_size()) * values.shape[1]
+    mean = all_reduce_sum(values.sum(1)) / count
+    variance = all_reduce_sum((values - mean[:, None]).square().sum(1)) / count
+    return mean, variance, count
+
+
+class SyncBatchNorm(BatchNorm):
+    """`BatchNorm` over the batches of all processes."""
+
+    def batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        return _synchronized_moments(x)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` over the batches of all processes.
+
+    `nn.SyncBatchNorm` supports GPUs only.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        mean, variance, count = _synchronized_moments(x.to(self.weight.dtype))
+        momentum = self.momentum or 0.0
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.detach(), momentum)
+        self.running_var.lerp_(variance.detach() * (count / (count - 1)), momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        y = torch.addcmul(shift[:, None, None], x, scale[:, None, None])
+        return y.to(x.dtype)
+
+
+def shard_batches(model: nn.Module, rank: int, world_size: int) -> None:
+    """Prepare a model in training mode for batches of which each process has an equal part.
+
+    Every random source and every batch norm is replaced, as
+    `nn.SyncBatchNorm.convert_sync_batchnorm` does; parameters and buffers stay the same objects.
+    Copies that were made before, such as EMAs, still take whole batches.
+
+    Args:
+        model: the model, changed in place.
+        rank: number of this process, from 0.
+        world_size: number of processes.
+    """
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if type(module) is RandomSource:
+                sharded: nn.Module = ShardedRandomSource(rank, world_size)
+            elif type(module) is BatchNorm:
+                sharded = _with_state_of(module, SyncBatchNorm)
+            elif type(module) is nn.BatchNorm2d:
+                sharded = _with_state_of(module, SyncBatchNorm2d)
+            else:
+                continue
+            setattr(parent, name, sharded.train(module.training))
+
+
+def _with_state_of(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Return a module of `cls` that shares all attributes of `module`."""
+    converted = cls.__new__(cls)
+    converted.__dict__.update(module.__dict__)
+    return converted
+
+
+def _local_rank() -> int:
+    """Return the number of this process on this machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 @contextmanager
 def join() -> Iterator[ProcessGroup]:
-    """Meet the others, by gloo between CPUs and nccl between GPUs; alone where none were started.
+    """Join the processes that a launcher has started: gloo between CPUs, nccl between GPUs.
 
-    Of an error that several run into, the first to do so tells.
+    Without a launcher this yields a group of one. If several processes fail, only the first
+    reports its error.
     """
     if not is_distributed():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
-    if _place() < torch.cuda.device_count():
-        torch.cuda.set_device(_place())
-    # Imported later, as an optimiser does, it would keep the group's threads into the interpreter's end, which they may then abort
+    if _local_rank() < torch.cuda.device_count():
+        torch.cuda.set_device(_local_rank())
+    # An optimizer imports torch._dynamo. After init_process_group that import would keep the
+    # group's threads alive until the interpreter exits, and they may abort it.
     importlib.import_module("torch._dynamo")
-    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield ProcessGroup(rank, size)
     except WorkerDiedError as error:
-        if OURS in os.environ:  # whose parent tells
-            raise SystemExit(LOST) from error
-        _tell_once(store, error)
+        if LAUNCHED_ENV in os.environ:  # the parent process reports it
+            raise SystemExit(EXIT_WORKER_DIED) from error
+        _raise_once(store, error)
     except Exception as error:
-        _tell_once(store, error, AFTER_THE_FIRST if rank else 0.0)
+        _raise_once(store, error, ERROR_DELAY_SECONDS if rank else 0.0)
     finally:
         dist.destroy_process_group()
 
 
-def _tell_once(store: dist.Store, error: Exception, wait: float = 0.0) -> NoReturn:
-    """Raise the error where no other process has told one already: the first one's goes first."""
-    time.sleep(wait)
-    with contextlib.suppress(RuntimeError):  # where the store was in the process that died
-        if store.add("told", 1) > 1:
+def _raise_once(store: dist.Store, error: Exception, delay_seconds: float = 0.0) -> NoReturn:
+    """Raise the error, or exit silently if another process has already reported one."""
+    time.sleep(delay_seconds)
+    with contextlib.suppress(RuntimeError):  # the store may have died with its process
+        if store.add("errors", 1) > 1:
             raise SystemExit(1) from error
     raise error

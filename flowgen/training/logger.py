@@ -1,4 +1,4 @@
-"""Where what a run measures goes as it arises: metrics.jsonl, TensorBoard, train.log, and the screen."""
+"""Output of a training: metrics.jsonl, TensorBoard, train.log, pictures and the terminal."""
 
 import logging
 import math
@@ -19,107 +19,85 @@ log = logging.getLogger("flowgen")
 
 
 class Logger:
-    """A progress bar on a terminal, plain lines where there is none, and everything on disk.
+    """Writes the metrics and samples of a run, and shows its progress.
 
-    `start` and `total` are where training stands and ends in `unit`s, steps or seconds, for the bar.
+    A terminal shows a progress bar; elsewhere every log line is printed.
+
+    Args:
+        run: the directory to write to.
+        model: names the metric of the curves.
+        step: the optimizer step at which this training starts.
+        start: the position of the progress bar at the start, in `unit`s.
+        total: its end.
+        unit: "step", or "s" for seconds.
     """
 
     def __init__(
         self, run: Run, model: GenerativeModel, step: int, start: float, total: float, unit: str
     ):
-        self.run, self.model = run, model
+        self.run = run
+        self.model = model
         self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1 if step else None)
-        self.terminal = sys.stderr.isatty()
+        self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=math.ceil(total),
             initial=math.floor(start),
             unit=unit,
-            disable=not self.terminal,
+            disable=not self.is_terminal,
             dynamic_ncols=True,
         )
-        self.outlook = EtaLogger(f"{unit}s" if unit == "step" else "seconds", start, total)
+        self.eta = EtaLogger("steps" if unit == "step" else "seconds", start, total)
 
     def __enter__(self) -> "Logger":
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.bar.close()
         self.board.close()
 
-    def advance(self, place: float) -> None:
-        self.bar.update(min(place, self.bar.total) - self.bar.n)
-        if not self.terminal:
-            self.outlook.at(place)
+    def advance(self, position: float) -> None:
+        """Move the progress bar."""
+        self.bar.update(min(position, self.bar.total) - self.bar.n)
+        if not self.is_terminal:
+            self.eta.update(position)
 
-    def write(self, step: int, split: str, judgement: Metrics) -> None:
-        """One line of what was measured on one split; the facts about how are for files alone."""
-        row = judgement.row()
+    def write(self, step: int, split: str, metrics: Metrics) -> None:
+        """Write the metrics of one split; facts such as the number of images only to files."""
+        row = metrics.row()
         self.run.write_metrics(step, split, row)
         for name, value in row.items():
             self.board.add_scalar(f"{split}/{name}", value, step)
-        words = "  ".join(map(_in_words, judgement.measured.values()))
-        if split != "train":
-            log.info("step %d  %s  %s", step, split, words)
-        elif self.terminal:
-            self.bar.set_postfix_str(words)
-            log.debug("step %d  train  %s", step, words)
-        else:
-            log.info("step %d  train  %s", step, words)
+        text = "  ".join(_format(value) for value in metrics.measured.values())
+        level = logging.INFO
+        if split == "train" and self.is_terminal:
+            self.bar.set_postfix_str(text)
+            level = logging.DEBUG
+        log.log(level, "step %d  %s  %s", step, split, text)
 
-    def samples(self, step: int, images: torch.Tensor, bits: int) -> None:
-        """A grid of samples, as a file and for TensorBoard."""
+    def write_samples(self, step: int, images: torch.Tensor, bits: int) -> None:
+        """Write a grid of samples as a file and to TensorBoard."""
         image = rendering.image_grid(images, bits, columns=8)
         image.save(self.run.sample_grid(step))
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
-            image.height, image.width, -1
-        )
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(image.height, image.width, -1)
         self.board.add_image("samples", pixels, step, dataformats="HWC")
 
-    def filters(self, features: torch.Tensor | None) -> None:
-        """What the model looks for, where it can be drawn."""
-        if features is not None:
-            rendering.weight_grid(features).save(self.run.filters)
+    def write_filters(self, filters: torch.Tensor | None) -> None:
+        """Write the filters of the model, if it has any that can be drawn."""
+        if filters is not None:
+            rendering.weight_grid(filters).save(self.run.filters)
 
-    def curves(self) -> None:
+    def plot_curves(self) -> None:
+        """Plot the metrics of the run so far."""
         plots.curves(self.run.read_metrics(), self.model.metric, self.run.curves)
 
 
-class NullLogger(Logger):
-    """Of a process that leaves the files and the screen to another one."""
-
-    def __init__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
-
-    def advance(self, place: float) -> None:
-        pass
-
-    def write(self, step: int, split: str, judgement: Metrics) -> None:
-        pass
-
-    def samples(self, step: int, images: torch.Tensor, bits: int) -> None:
-        pass
-
-    def filters(self, features: torch.Tensor | None) -> None:
-        pass
-
-    def curves(self) -> None:
-        pass
-
-
-def _in_words(measured: MetricValue) -> str:
-    value, error = measured.value, measured.error
-    number = str(value) if isinstance(value, int) else f"{value:.4g}"
-    return f"{measured.metric.name} {number}" + (f" ± {error:.2g}" if error else "")
+def _format(value: MetricValue) -> str:
+    number = str(value.value) if isinstance(value.value, int) else f"{value.value:.4g}"
+    error = f" ± {value.error:.2g}" if value.error else ""
+    return f"{value.metric.name} {number}{error}"

@@ -1,4 +1,4 @@
-"""What is done where numbers stop being numbers: steps are skipped, training goes back, and the culprit is named."""
+"""Recovery from losses that are not finite: skip the step, roll back, and name the culprit."""
 
 import logging
 import math
@@ -11,17 +11,23 @@ from torch import Tensor, nn
 
 from flowgen.utils.errors import UserError
 
-PATIENCE = 5  # steps in a row that may fail before training goes back
-REWINDS = 3  # times that training goes back before it gives up
-HELPED = 1000  # steps past a failure after which a return has helped
+MAX_FAILED_STEPS = 5  # consecutive failures before training rolls back
+MAX_REWINDS = 3  # rollbacks without success before training gives up
+RECOVERED_AFTER_STEPS = 1000  # steps past a failure after which a rollback counts as a success
 log = logging.getLogger("flowgen")
 
 
 @dataclass
 class NaNRecovery:
-    """The failures of a training: `failed` steps in a row, `skipped` ones in all, `rewinds` since the last that helped.
+    """Counters of failed steps, saved in every checkpoint.
 
-    The learning rate is to be multiplied by `lr_scale`, which every return halves.
+    Attributes:
+        failed: consecutive failed steps.
+        skipped: failed steps in total.
+        rewinds: rollbacks since the last one that succeeded.
+        failed_at: the step of the last rollback.
+        rewound_to: the step of the checkpoint that it restored.
+        lr_scale: factor of the learning rate, halved by every rollback.
     """
 
     failed: int = 0
@@ -32,12 +38,17 @@ class NaNRecovery:
     lr_scale: float = 1.0
 
     def record(self, finite: bool, buffers: Iterable[Tensor]) -> bool:
-        """Count a step; whether training must go back: after `PATIENCE` failures, or one that spoilt what a forward pass itself changes."""
+        """Count a step and return whether training must roll back.
+
+        It must after `MAX_FAILED_STEPS` failures, or if a failed forward pass left `buffers`
+        (running statistics, Markov chains) that are not finite.
+        """
         if finite:
             self.failed = 0
             return False
-        self.failed, self.skipped = self.failed + 1, self.skipped + 1
-        return self.failed == PATIENCE or not all(
+        self.failed += 1
+        self.skipped += 1
+        return self.failed == MAX_FAILED_STEPS or not all(
             bool(buffer.isfinite().all()) for buffer in buffers
         )
 
@@ -48,51 +59,72 @@ class NaNRecovery:
         culprit: str,
         lr: float,
     ) -> dict[str, Any]:
-        """The checkpoint to go back to from `step`, trained at `lr` times `lr_scale`: the last good one, at a second return an older one.
+        """Return the checkpoint to restore, and halve the learning rate.
 
-        `last_good` is that of a `Run`.
-        Raises FlowgenError where `REWINDS` returns did not help.
+        The first rollback takes the latest checkpoint, a repeated one an older checkpoint.
+
+        Args:
+            latest_valid_checkpoint: `Run.latest_valid_checkpoint`.
+            step: the optimizer step that failed, from 1.
+            culprit: the output of `first_nonfinite_module`.
+            lr: the configured learning rate, which the log line multiplies by `lr_scale`.
+
+        Raises:
+            UserError: if `MAX_REWINDS` rollbacks did not help.
         """
-        again = step <= self.failed_at + HELPED
-        if again and self.rewinds == REWINDS:
+        again = step <= self.failed_at + RECOVERED_AFTER_STEPS
+        if again and self.rewinds == MAX_REWINDS:
             raise UserError(
-                f"the loss is not finite, first at {culprit}, and {REWINDS} returns with half the learning rate each did not help: "
-                f"train again with trainer.lr below {lr * self.lr_scale:.2g}, or a smaller trainer.grad_clip"
+                f"the loss is not finite, first at {culprit}, and {MAX_REWINDS} rollbacks, each "
+                f"with half the learning rate, did not help: train again with trainer.lr below "
+                f"{lr * self.lr_scale:.2g}, or a smaller trainer.grad_clip"
             )
         self.rewinds = self.rewinds + 1 if again else 1
         checkpoint = latest_valid_checkpoint(self.rewound_to if self.rewinds > 1 else math.inf)
-        assert checkpoint is not None  # one is written before the first step
-        self.failed, self.failed_at, self.rewound_to, self.lr_scale = (
-            0,
+        assert checkpoint is not None  # the trainer saves one before the first step
+        self.failed = 0
+        self.failed_at = step
+        self.rewound_to = checkpoint["step"]
+        self.lr_scale /= 2
+        log.warning(
+            "step %d: the loss is not finite, first at %s: "
+            "back to step %d with a learning rate of %.2g",
             step,
-            checkpoint["step"],
-            self.lr_scale / 2,
+            culprit,
+            self.rewound_to,
+            lr * self.lr_scale,
         )
-        where = "step %d: the loss is not finite, first at %s: back to step %d with a learning rate of %.2g"
-        log.warning(where, step, culprit, self.rewound_to, lr * self.lr_scale)
         return checkpoint
 
 
 @torch.no_grad()
 def first_nonfinite_module(model: nn.Module, replay: Callable[[], object]) -> str:
-    """The name of the first module whose output is not finite in `replay`, the failed step; else the parameter whose gradient is not.
+    """Return the name of the module or gradient that first became NaN or infinite.
 
-    Gradients are read off the parameters as the failed step left them.
+    Args:
+        model: the model as the failed step left it, with its gradients.
+        replay: a function that runs the forward passes of the failed step again.
+
+    Returns:
+        the first module whose output is not finite, else the first parameter whose gradient is
+        not finite, else "the loss".
     """
-    bad: list[str] = []
+    culprits: list[str] = []
 
-    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
+    def make_hook(name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
             if not all(
                 torch.isfinite(tensor).all() for tensor in tensors if isinstance(tensor, Tensor)
             ):
-                bad.append(f"{name} ({type(module).__name__})")
+                culprits.append(f"{name} ({type(module).__name__})")
 
         return hook
 
     handles = [
-        module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name
+        module.register_forward_hook(make_hook(name))
+        for name, module in model.named_modules()
+        if name
     ]
     try:
         replay()
@@ -101,6 +133,6 @@ def first_nonfinite_module(model: nn.Module, replay: Callable[[], object]) -> st
             handle.remove()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            bad.append(f"the gradient of {name}")
+            culprits.append(f"the gradient of {name}")
             break
-    return bad[0] if bad else "the loss"
+    return culprits[0] if culprits else "the loss"

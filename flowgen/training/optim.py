@@ -1,30 +1,63 @@
-"""The learning rate as a function of where training stands."""
+"""Optimizers, the learning-rate schedule and exponential moving averages (EMA) of the weights."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
+from flowgen.utils.errors import UserError
+
+OPTIMIZERS = ("adam", "sgd")
+TensorList = tuple[Tensor, ...] | list[Tensor]
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    lr: float,
+    *,
+    momentum: float = 0.9,
+    betas: Sequence[float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Return the optimizer of all parameters of `model`: `adam` is AdamW, `sgd` has momentum."""
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=True)
+    beta1, beta2 = betas
+    return torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=True
+    )
 
 
 def learning_rate_factor(step: int, progress: float, warmup: int, warmdown_ratio: float) -> float:
-    """The share of the full learning rate for update `step` (from 0), when `progress` of the training, 0 to 1, is done.
+    """Return the fraction of the full learning rate for one optimizer step.
 
-    It rises linearly over the first `warmup` updates, min(1, (step+1)/warmup), and falls linearly to zero over the last `decay` of
-    the training, min(1, (1-progress)/decay); a decay of 0 leaves it constant.
+    The rate rises linearly over the first `warmup` steps, min(1, (step + 1) / warmup). It falls
+    linearly to zero over the last part of training, min(1, (1 - progress) / warmdown_ratio).
+
+    Args:
+        step: the number of the optimizer step, from 0.
+        progress: the fraction of training that is finished, 0 to 1.
+        warmup: number of warm-up steps; 0 for none.
+        warmdown_ratio: the fraction of training over which the rate falls; 0 for none.
     """
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     fall = min(1.0, max(0.0, 1.0 - progress) / warmdown_ratio) if warmdown_ratio else 1.0
     return rise * fall
 
 
-def warmup_steps(warmup: int | str, images: int, batch_size: int) -> int:
-    """`warmup` in steps: a whole number is one already, "1 epoch" counts passes over the `images` of the training split.
+def warmup_steps(warmup: int | str, num_images: int, batch_size: int) -> int:
+    """Return `warmup` in optimizer steps.
 
-    Raises FlowgenError for anything else.
+    Args:
+        warmup: a number of steps, or a number of epochs such as "1 epoch".
+        num_images: number of training images, which make one epoch.
+        batch_size: images per optimizer step.
+
+    Raises:
+        UserError: if `warmup` is neither.
     """
     if isinstance(warmup, int) and not isinstance(warmup, bool) and warmup >= 0:
         return warmup
@@ -33,121 +66,33 @@ def warmup_steps(warmup: int | str, images: int, batch_size: int) -> int:
         raise UserError(
             f"warmup must be a number of steps, or of epochs as in '1 epoch', not {warmup!r}"
         )
-    return round(float(epochs[1]) * images / batch_size)
+    return round(float(epochs[1]) * num_images / batch_size)
 
 
-OPTIMIZERS = ("adam", "sgd")
+def ema_decays(ema_decay: float | Sequence[float]) -> list[float]:
+    """Return `trainer.ema_decay`, one number or several, as a list."""
+    if isinstance(ema_decay, Sequence) and not isinstance(ema_decay, str):
+        return list(ema_decay)
+    return [ema_decay]
 
 
-def decays(ema_decay: float | Sequence[float]) -> list[float]:
-    """Of each average, where `trainer.ema_decay` is one number or several."""
-    return (
-        list(ema_decay)
-        if isinstance(ema_decay, Sequence) and not isinstance(ema_decay, str)
-        else [ema_decay]
-    )
+def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """Return a copy of `model` whose weights are an exponential moving average of the model's.
 
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Adam with decoupled weight decay, or descent with momentum: linear warm-up, clipped gradients, averaged weights.
-
-    `conf/trainer/` explains the fields. Raises FlowgenError for values that make no sense.
+    The memory grows with training: the decay of update n is min(decay, (1 + n) / (10 + n)).
     """
 
-    batch_size: int
-    grad_accum_steps: int
-    optimizer: str
-    momentum: float
-    lr: float
-    warmup: int | str
-    warmdown_ratio: float
-    grad_clip: float
-    ema_decay: float | Sequence[float]
-    init_images: int
-    betas: Sequence[float]
-    weight_decay: float
+    @torch.no_grad()
+    def update(averages: TensorList, weights: TensorList, num_averaged: Tensor | int) -> None:
+        count = int(num_averaged)
+        warm_decay = min(decay, (1 + count) / (10 + count))
+        torch._foreach_lerp_(averages, weights, 1 - warm_decay)
 
-    def __post_init__(self) -> None:
-        check_whole(
-            batch_size=self.batch_size,
-            grad_accum_steps=self.grad_accum_steps,
-            init_images=self.init_images,
-        )
-        check_choice(OPTIMIZERS, optimizer=self.optimizer)
-        check_number(
-            lr=self.lr,
-            warmdown_ratio=self.warmdown_ratio,
-            grad_clip=self.grad_clip,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
-        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
-            raise UserError(
-                f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}"
-            )
-        if not self.ema_decays:
-            raise UserError(
-                "ema must be a number, 0 for none, or several, as in trainer.ema_decay=[0.99,0.999], not []"
-            )
-        for beta in self.betas:
-            check_number(betas=beta)
-        for average in self.ema_decays:
-            check_number(ema_decay=average)
-        if self.warmdown_ratio > 1 or max(*self.ema_decays, self.momentum, *self.betas) >= 1:
-            below = f"{self.ema_decay}, {self.momentum} and {self.betas}"
-            raise UserError(
-                f"decay must be at most 1, not {self.warmdown_ratio}, and ema, momentum and betas below 1, not {below}"
-            )
-        if self.batch_size % self.grad_accum_steps:
-            raise UserError(
-                f"batch_size={self.batch_size} cannot be split into accumulate={self.grad_accum_steps} equal parts"
-            )
-        warmup_steps(self.warmup, 1, 1)
-
-    @property
-    def ema_decays(self) -> list[float]:
-        """How long each average of the weights remembers them."""
-        return decays(self.ema_decay)
-
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                model.parameters(), lr=self.lr, momentum=self.momentum, fused=True
-            )
-        first, second = self.betas
-        return torch.optim.AdamW(
-            model.parameters(),
-            lr=self.lr,
-            betas=(first, second),
-            weight_decay=self.weight_decay,
-            fused=True,
-        )
-
-    def rate(self, step: int, progress: float, images: int) -> float:
-        """The learning rate of update `step` (from 0) at this share of the training, over so many images."""
-        return self.lr * learning_rate_factor(
-            step, progress, warmup_steps(self.warmup, images, self.batch_size), self.warmdown_ratio
-        )
-
-    def parts(self, images: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-        """A batch in the parts that go through the model one after the other."""
-        pieces = images.chunk(self.grad_accum_steps)
-        return list(
-            zip(
-                pieces,
-                [None] * len(pieces) if labels is None else labels.chunk(self.grad_accum_steps),
-                strict=True,
-            )
-        )
-
-    def clip_gradients(self, model: nn.Module, norm: Tensor) -> None:
-        """Scale all gradients, whose norm this is, so that it is at most `clip`."""
-        if self.grad_clip:
-            nn.utils.clip_grads_with_norm_(model.parameters(), self.grad_clip, norm)
+    multi_avg_fn: Callable[[TensorList, TensorList, Tensor | int], None] = update
+    return AveragedModel(model, multi_avg_fn=multi_avg_fn)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    return nn.utils.get_total_norm(
-        [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    )
+    """Return the 2-norm of all gradients of `model` together."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return nn.utils.get_total_norm(gradients)

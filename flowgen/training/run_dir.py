@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, metrics, log, pictures and checkpoints."""
+"""The directory of a run: configuration, metrics, log, pictures and checkpoints."""
 
 import hashlib
 import json
@@ -11,22 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from flowgen.training.checkpoint import (
-    is_row,
+    is_metrics_row,
     read_checkpoint,
-    read_rows,
     weights_hash,
     write_checkpoint,
 )
 from flowgen.utils.errors import UserError
+from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import COMPARED, MetricValue, finite
 
-FOLDERS = {"checkpoints", "samples", "tensorboard"}
+SUBDIRECTORIES = {"checkpoints", "samples", "tensorboard"}
 SUFFIXES = {".gif", ".html", ".json", ".jsonl", ".log", ".part", ".png", ".pt", ".yaml"}
 log = logging.getLogger("flowgen")
 
 
 class Run:
-    """The files of one run, by name; README says what each holds."""
+    """The files of one run.
+
+    Args:
+        folder: the directory, which need not exist.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -41,167 +45,191 @@ class Run:
         self.best = folder / "checkpoints" / "best.pt"
 
     def check_contained(self) -> None:
-        """Raise `FlowgenError` where one of its files is a pipe, or a link by which files elsewhere would be read or written."""
-        place, files = (
-            self.folder.resolve(),
-            [
-                path
-                for path in _entries(self.folder)
-                if path.name in FOLDERS or path.suffix in SUFFIXES
-            ],
-        )
-        for path in [
-            *files,
-            *(below for folder in files if folder.name in FOLDERS for below in _entries(folder)),
-        ]:
-            if not path.resolve().is_relative_to(place):
+        """Check that no file of the run is a link to another directory, or a pipe.
+
+        Raises:
+            UserError: otherwise, because files elsewhere would be read or overwritten.
+        """
+        root = self.folder.resolve()
+        paths = [
+            path
+            for path in _entries(self.folder)
+            if path.name in SUBDIRECTORIES or path.suffix in SUFFIXES
+        ]
+        for folder in [path for path in paths if path.name in SUBDIRECTORIES]:
+            paths += _entries(folder)
+        for path in paths:
+            if not path.resolve().is_relative_to(root):
                 raise UserError(
-                    f"{path} is a link that leads out of the run's folder: put there what it leads to, or delete it"
+                    f"{path} is a link to a file outside of the run: "
+                    "replace it by a copy of that file, or delete it"
                 )
             if path.exists() and not (path.is_file() or path.is_dir()):
-                raise UserError(f"{path} is no file, but a pipe or the like: delete it")
+                raise UserError(f"{path} is not a regular file: delete it")
 
     def sample_grid(self, step: int) -> Path:
+        """Return the path of the samples of an optimizer step; its directory exists."""
         path = self.folder / "samples" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         return path
 
     def step_path(self, step: int) -> Path:
+        """Return the path of the numbered checkpoint of an optimizer step."""
         return self.last.with_name(f"step_{step:08d}.pt")
 
     def save(self, state: dict[str, Any], *, best: bool = False, keep: bool = False) -> None:
-        """Write `last.pt`, and name it `best.pt` or by its step too where asked."""
-        write_checkpoint(
-            state, self.last, [self.best] * best + [self.step_path(state["step"])] * keep
-        )
+        """Save a checkpoint as `last.pt`.
+
+        Args:
+            state: the content.
+            best: save it as `best.pt` too.
+            keep: save it under the number of its step too.
+        """
+        links = []
+        if best:
+            links.append(self.best)
+        if keep:
+            links.append(self.step_path(state["step"]))
+        write_checkpoint(state, self.last, links)
 
     def checkpoints(self) -> list[Path]:
-        """`last.pt`, the numbered ones from the latest on, `best.pt`."""
+        """Return the existing checkpoints: `last.pt`, the numbered ones in reverse, `best.pt`."""
         numbered = sorted(self.last.parent.glob("step_*.pt"), reverse=True)
         return [path for path in (self.last, *numbered, self.best) if path.exists()]
 
     def latest_valid_checkpoint(self, before: float = math.inf) -> dict[str, Any] | None:
-        """The latest readable checkpoint of a step below `before`, where there is such a one, else the latest of all.
+        """Read the latest valid checkpoint of a step below `before`, or the latest of all.
 
-        None where the run has none. Raises FlowgenError where all are damaged.
+        Returns:
+            the checkpoint, or None if the run has none.
+
+        Raises:
+            UserError: if all checkpoints are damaged.
         """
-        good = []
+        valid = []
         for path in self.checkpoints():
             try:
-                good.append(read_checkpoint(path))
+                valid.append(read_checkpoint(path))
             except UserError as error:
                 log.warning("%s", error)
-            if good and good[-1]["step"] < before and path != self.best:
-                return good[-1]
-        if not good and self.checkpoints():
+            if valid and valid[-1]["step"] < before and path != self.best:
+                return valid[-1]
+        if not valid and self.checkpoints():
             raise UserError(
-                f"no checkpoint of {self.folder} can be read: train anew into another folder"
+                f"no checkpoint of {self.folder} can be read: train again with another output_dir"
             )
-        return max(good, key=lambda state: (state["step"] < before, state["step"]), default=None)
+        return max(valid, key=lambda state: (state["step"] < before, state["step"]), default=None)
 
     def write_metrics(self, step: int, split: str, row: dict[str, Any]) -> None:
-        """Append one line; what is not finite becomes null."""
+        """Append a row to metrics.jsonl; values that are not finite become null."""
         with open(self.metrics, "a") as file:
             file.write(json.dumps({"step": step, "split": split, **finite(row)}) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All rows but what no training has written, such as one that a crash cut short."""
+        """Return all valid rows of metrics.jsonl."""
         return read_rows(self.metrics)
 
-    def has_ended(self) -> bool:
-        """Whether its training has come to its end, where the test split is judged, and has not been given more since."""
-        rows = self.read_metrics()
-        return any(
-            row["split"] == "test" and row["step"] == max(each["step"] for each in rows)
-            for row in rows
-        )
+    def truncate_metrics(self, step: int) -> None:
+        """Delete the rows after `step`, which a resumed run writes again."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        with atomic_write(self.metrics) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def save_evaluation(self, checkpoint: dict[str, Any], figures: dict[str, Any]) -> None:
-        """Keep what an evaluation of these weights has found, for whoever loads them again."""
-        atomic_write(
-            self.evaluation, json.dumps({"weights": weights_hash(checkpoint), **figures}) + "\n"
-        )
+    def has_ended(self) -> bool:
+        """Return whether training has finished: its last step was evaluated on the test split."""
+        rows = self.read_metrics()
+        last_step = max((row["step"] for row in rows), default=0)
+        return any(row["split"] == "test" and row["step"] == last_step for row in rows)
+
+    def save_evaluation(self, checkpoint: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Save the metrics of a checkpoint for later commands."""
+        content = {"weights": weights_hash(checkpoint), **metrics}
+        with atomic_write(self.evaluation) as temporary:
+            temporary.write_text(json.dumps(content) + "\n")
 
     def load_evaluation(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """What `keep_evaluation` was given of these weights, {} where it was not."""
+        """Return the saved metrics of a checkpoint, or {} if there are none of its weights."""
         try:
-            cached_artifact = (
-                json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
-            )
+            metrics = json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
         except (OSError, ValueError, RecursionError):
             return {}
-        sound = isinstance(cached_artifact, dict) and is_row(
-            cached_artifact | {"step": checkpoint["step"], "split": "test"}
-        )
-        return (
-            cached_artifact
-            if sound and cached_artifact.pop("weights", None) == weights_hash(checkpoint)
-            else {}
-        )
+        if not isinstance(metrics, dict):
+            return {}
+        if not is_metrics_row(metrics | {"step": checkpoint["step"], "split": "test"}):
+            return {}
+        if metrics.pop("weights", None) != weights_hash(checkpoint):
+            return {}
+        return metrics
 
     def environment(self) -> str:
-        """What it was trained on, as its log has it."""
+        """Return the versions and hardware of the last training, as its log describes them."""
+        marker = "environment: "
         lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
-        return next(
-            (
-                line.partition("environment: ")[2]
-                for line in reversed(lines)
-                if "environment: " in line
-            ),
-            "",
-        )
-
-    def truncate_metrics(self, step: int) -> None:
-        """Drop the metrics later than `step`, which a resumed run writes again."""
-        rows = [row for row in self.read_metrics() if row["step"] <= step]
-        atomic_write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        for line in reversed(lines):
+            if marker in line:
+                return line.partition(marker)[2]
+        return ""
 
 
 def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-class NoRun(Run):
-    """Of a process that leaves the files to another one."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the valid rows of a metrics.jsonl, and warn if others are skipped.
 
-    def save(self, state: dict[str, Any], *, best: bool = False, keep: bool = False) -> None:
-        pass
+    A crash can cut the last line short.
+    """
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    rows = [row for line in lines if (row := _parse_row(line)) is not None]
+    if len(rows) < len(lines):
+        log.warning(
+            "%s: skipped %d of %d lines, which are incomplete or not metrics of a training",
+            path,
+            len(lines) - len(rows),
+            len(lines),
+        )
+    return rows
 
-    def truncate_metrics(self, step: int) -> None:
-        pass
 
-
-def atomic_write(path: Path, text: str) -> None:
-    """So that a crash leaves the old file whole."""
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(text)
-    aside.replace(path)
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return row if is_metrics_row(row) else None
 
 
 def validation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows by which a training was steered: of the validation split, or of the test split in runs that had no other."""
-    split = "validation" if any(row["split"] == "validation" for row in rows) else "test"
+    """Return the rows of the validation split, or of the test split if there are none."""
+    has_validation = any(row["split"] == "validation" for row in rows)
+    split = "validation" if has_validation else "test"
     return [row for row in rows if row["split"] == split]
 
 
 def best_metric(rows: list[dict[str, Any]]) -> MetricValue | None:
-    """Of a run that has ended what was measured on the test split; before that, the best on the validation split."""
+    """Return the result of a run.
+
+    This is the test metric of a finished run, else the best metric on the validation split.
+    """
     for metric in COMPARED:
-        steered = [
-            (row["step"], found)
+        validations = [
+            (row["step"], value)
             for row in validation_rows(rows)
-            if (found := MetricValue.from_row(row, metric))
+            if (value := MetricValue.from_row(row, metric))
         ]
-        if steered:
-            last = [row for row in rows if row["split"] == "test" and row["step"] == steered[-1][0]]
-            ended = [found for row in last if (found := MetricValue.from_row(row, metric))]
-            return (
-                ended[-1]
-                if ended
-                else min(
-                    (found for _, found in steered), key=lambda found: metric.cost(found.value)
-                )
-            )
+        if not validations:
+            continue
+        last_step, _ = validations[-1]
+        tests = [
+            value
+            for row in rows
+            if row["split"] == "test" and row["step"] == last_step
+            if (value := MetricValue.from_row(row, metric))
+        ]
+        if tests:
+            return tests[-1]
+        return min((value for _, value in validations), key=lambda value: metric.cost(value.value))
     return None
 
 
@@ -210,36 +238,31 @@ def cached_artifact(
     checkpoint: dict[str, Any],
     kind: str,
     settings: object,
-    find: Callable[[], dict[str, Any]],
+    compute: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    """What `find` finds of these weights under these `settings`: numbers and tensors, in a file of the run's folder from then on.
+    """Return the result of a long computation on a checkpoint, from the run's directory if there.
 
-    Those of this `kind` that were found of other weights make room for it.
+    Args:
+        run: the directory of the cache.
+        checkpoint: its weights are part of the key. Results of other weights are deleted.
+        kind: the name of the computation.
+        settings: its arguments, which are part of the key.
+        compute: the computation; its result contains numbers and tensors.
     """
-    import torch  # here, because listing runs must not wait for it
+    import torch
 
-    weights, how = (
-        weights_hash(checkpoint),
-        hashlib.blake2s(repr(settings).encode(), digest_size=4).hexdigest(),
-    )
-    path = run.folder / f"{kind}_{weights}_{how}.pt"
-    with suppress(
-        Exception
-    ):  # none yet, or one that is damaged, over which the unpickler may stumble in any way
+    weights = weights_hash(checkpoint)
+    settings_hash = hashlib.blake2s(repr(settings).encode(), digest_size=4).hexdigest()
+    path = run.folder / f"{kind}_{weights}_{settings_hash}.pt"
+    with suppress(Exception):  # no file yet, or the unpickler raises anything on a damaged one
         return torch.load(path, weights_only=True)
-    found, aside = find(), path.with_name(f"{path.name}.part")
-    with suppress(
-        OSError, RuntimeError
-    ):  # a folder that is not ours to write to, or a full disk, which torch.save reports as the latter
-        try:
-            torch.save(found, aside)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-        for older in run.folder.iterdir():
-            if (
-                re.fullmatch(rf"{kind}_[0-9a-f]{{16}}_[0-9a-f]{{8}}\.pt", older.name)
-                and weights not in older.name
-            ):
-                older.unlink()
-    return found
+    result = compute()
+    # A directory of another user, or a full disk, which torch.save reports as RuntimeError.
+    with suppress(OSError, RuntimeError):
+        with atomic_write(path) as temporary:
+            torch.save(result, temporary)
+        for other in run.folder.iterdir():
+            is_artifact = re.fullmatch(rf"{kind}_[0-9a-f]{{16}}_[0-9a-f]{{8}}\.pt", other.name)
+            if is_artifact and weights not in other.name:
+                other.unlink()
+    return result

@@ -1,4 +1,4 @@
-"""Images that occur more than once: within a set, whose entropy they lower, and in two sets that should have none in common."""
+"""Warnings about implausible results: likelihoods below the entropy, leaked test images."""
 
 import hashlib
 import logging
@@ -13,75 +13,100 @@ from flowgen.data.dataset import ImageDataset
 from flowgen.utils.metrics import MetricValue, beats_entropy_bound
 from flowgen.utils.rendering import is_toy2d
 
-LOOKED_AT = 1024  # bytes of each image at most; those that agree in them are compared as a whole
+MAX_DIGEST_BYTES = 1024  # per image; images with equal digests are compared as a whole
+MAX_LISTED_INDICES = 3
+MAX_TRAIN_BYTES = 2**33  # of training images that are searched for test images
+MAX_INVERSION_ERROR = 1e-3  # relative; gradients have about the same error
+log = logging.getLogger("flowgen")
 
 
 def find_duplicates(train: Tensor, test: Tensor) -> list[int]:
-    """The places in `test` of the images that are in `train` too, pixel for pixel; points of the plane agree by chance and are none."""
+    """Return the indices of test images that are training images too, pixel for pixel.
+
+    Points of toy data sets coincide by chance and do not count.
+
+    Args:
+        train: uint8 images (batch, channels, height, width).
+        test: the same.
+    """
     if is_toy2d(tuple(train.shape[1:])):
         return []
-    places = defaultdict(list)
-    for place, digest in enumerate(_digests(test, LOOKED_AT)):
-        places[digest].append(place)
-    found = set()
-    for number, digest in enumerate(_digests(train, LOOKED_AT)):
-        if digest in places:
-            found |= {place for place in places[digest] if torch.equal(test[place], train[number])}
-    return sorted(found)
+    candidates = defaultdict(list)
+    for index, digest in enumerate(_digests(test, MAX_DIGEST_BYTES)):
+        candidates[digest].append(index)
+    duplicates: set[int] = set()
+    for train_index, digest in enumerate(_digests(train, MAX_DIGEST_BYTES)):
+        if digest in candidates:
+            duplicates |= {
+                index
+                for index in candidates[digest]
+                if torch.equal(test[index], train[train_index])
+            }
+    return sorted(duplicates)
 
 
 def entropy(batches: Iterable[Tensor]) -> float:
-    """Of the images' frequencies, in bits an image: -sum f log2 f, which no mean of -log2 p can fall below (Gibbs' inequality)."""
+    """Return the entropy of the empirical distribution of the images, in bits per image.
+
+    It is -sum f log2 f over the frequencies f of all distinct images. By Gibbs' inequality no
+    model has a smaller mean of -log2 p(x) on them.
+    """
     counts = Counter(digest for batch in batches for digest in _digests(batch))
     total = counts.total()
     return -sum(count / total * math.log2(count / total) for count in counts.values())
 
 
-def _digests(images: Tensor, most: int | None = None) -> Iterator[bytes]:
+def _digests(images: Tensor, max_bytes: int | None = None) -> Iterator[bytes]:
     flat = images.flatten(1).cpu()
-    if most is not None:
-        flat = flat[:, :: -(-flat.shape[1] // most)]
+    if max_bytes is not None:
+        stride = -(-flat.shape[1] // max_bytes)
+        flat = flat[:, ::stride]
     for part in flat.split(4096):
         for row in part.contiguous().numpy():
             yield hashlib.blake2b(row, digest_size=16).digest()
 
 
-MAX_NAMES = 3
-MAX_ABS_VALUE = 2**33  # bytes of training images that are read for it
-FAR_OFF = 1e-3  # of the largest activation: gradients are about as far off
-log = logging.getLogger("flowgen")
-
-
 def warn_implausible_likelihood(
-    measured: MetricValue, data: ImageDataset, batches: Iterable[Tensor]
+    value: MetricValue, data: ImageDataset, batches: Iterable[Tensor]
 ) -> None:
-    """Warn where the likelihood of these images is better than their entropy allows."""
+    """Warn if a likelihood is better than the entropy of the evaluated images allows."""
     bits = entropy(batches)
-    if beats_entropy_bound(measured, bits, math.prod(data.image_shape)):
-        least = f"the entropy of these images is {bits:.2f} bits each, {bits / math.prod(data.image_shape):.4f} bits/dim"
+    dimensions = math.prod(data.image_shape)
+    if beats_entropy_bound(value, bits, dimensions):
         log.warning(
-            "%s cannot be: %s, and no model is below; the checkpoint or the model's code is wrong",
-            measured,
-            least,
+            "%s is below the entropy bound, which is impossible: the entropy of these images is "
+            "%.2f bits per image, %.4f bits/dim; the checkpoint or the model's code is wrong",
+            value,
+            bits,
+            bits / dimensions,
         )
 
 
 def warn_test_leakage(data: ImageDataset) -> None:
-    """Warn of test images that are training images too, where looking at all of them takes seconds."""
-    if data.train.images.nbytes > MAX_ABS_VALUE:
+    """Warn if test images are training images too. Large data sets are not searched."""
+    if data.train.images.nbytes > MAX_TRAIN_BYTES:
         return
-    if places := find_duplicates(data.train.images, data.test.images):
-        named = ", ".join(map(str, places[:MAX_NAMES])) + ", ..." * (len(places) > MAX_NAMES)
-        words = "%d of %d test images are training images too, pixel for pixel (numbers %s): test figures are flattered"
-        log.warning(words, len(places), len(data.test), named)
+    duplicates = find_duplicates(data.train.images, data.test.images)
+    if not duplicates:
+        return
+    listed = ", ".join(map(str, duplicates[:MAX_LISTED_INDICES]))
+    if len(duplicates) > MAX_LISTED_INDICES:
+        listed += ", ..."
+    log.warning(
+        "%d of %d test images are training images too, pixel for pixel (indices %s): "
+        "test metrics are too good",
+        len(duplicates),
+        len(data.test),
+        listed,
+    )
 
 
-def warn_inaccurate_inverse(health: dict[str, float]) -> dict[str, float]:
-    """The same figures, with a word where activations that `trainer.activation_memory=reversible` recovered are too far off to differentiate at."""
-    error = health.get("inversion_error", 0.0)
-    if not error <= FAR_OFF:
+def warn_inaccurate_inverse(diagnostics: dict[str, float]) -> None:
+    """Warn if activations recovered by trainer.activation_memory=reversible are inaccurate."""
+    error = diagnostics.get("inversion_error", 0.0)
+    if not error <= MAX_INVERSION_ERROR:  # also true of NaN
         log.warning(
-            "trainer.activation_memory=reversible recovers activations to %.1g of the largest only: go on with trainer.activation_memory=checkpoint",
+            "trainer.activation_memory=reversible recovers activations with a relative error of "
+            "%.1g: continue with trainer.activation_memory=checkpoint",
             error,
         )
-    return health

@@ -1,20 +1,21 @@
-"""Stopping on Ctrl-C, on SIGTERM or at the end of a job's time, without losing the step in hand."""
+"""Stop training on Ctrl-C, SIGTERM or a cluster's warning signal after the current step."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-QUEUE = (
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # by which a launcher learns that its job will be stopped and queued again
+# Slurm and submitit announce with these that the job will be stopped and queued again.
+REQUEUE_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
 
 
 class GracefulStop:
-    """While entered, remembers SIGINT or SIGTERM in `signal` in place of dying; a second one interrupts at once.
+    """Context manager that stores SIGINT or SIGTERM in `signal` instead of ending the process.
 
-    So too what a launcher listens to, which is to have it once the run is saved: see `pass_on`.
+    A second signal interrupts at once. Signals for which a launcher has installed a handler are
+    stored too; `reraise_signal` passes them on once the run is saved.
     """
 
     def __init__(self) -> None:
@@ -23,34 +24,33 @@ class GracefulStop:
     def __enter__(self) -> "GracefulStop":
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():
-            default = [signal.SIGTERM] * (
-                signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-            )  # else a launcher has its reasons
-            numbers = [
-                signal.SIGINT,
-                *default,
-                *(number for number in QUEUE if callable(signal.getsignal(number))),
-            ]
-            self._handlers = {number: signal.signal(number, self._note) for number in numbers}
+            numbers = [signal.SIGINT]
+            if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # else a launcher handles it
+                numbers.append(signal.SIGTERM)
+            numbers += [number for number in REQUEUE_SIGNALS if callable(signal.getsignal(number))]
+            self._handlers = {number: signal.signal(number, self._store) for number in numbers}
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _store(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
 
 
 def reraise_signal(number: int) -> NoReturn:
-    """Exit as one whom this signal stopped, unless a launcher's handler, which queues the job again, does so first."""
-    if number in QUEUE:
+    """Exit with the status of a process that this signal ended.
+
+    A launcher's handler, which queues the job again, runs first.
+    """
+    if number in REQUEUE_SIGNALS:
         signal.raise_signal(number)
     raise SystemExit(128 + number)

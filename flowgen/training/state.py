@@ -1,154 +1,160 @@
-"""All that a run is at one moment, captured into a checkpoint and restored from it."""
+"""Training state: everything that a checkpoint stores and a resumed run restores."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from flowgen.bijections.batchnorm import update_bn
 from flowgen.bijections.networks import batch_norm_layers
 from flowgen.models.base import GenerativeModel
 from flowgen.training.nan_recovery import NaNRecovery
-from flowgen.training.optim import OptimConfig, decays
+from flowgen.training.optim import build_ema, ema_decays
 from flowgen.utils.errors import UserError
 
-MOMENTS = {
+OPTIMIZER_STATE = {  # tensors that each optimizer stores per parameter
     "adam": {"step", "exp_avg", "exp_avg_sq"},
     "sgd": {"momentum_buffer"},
-}  # of every parameter
-Tensors = tuple[Tensor, ...] | list[Tensor]
+}
 
 
 class TrainState:
-    """The model, its averages, its optimiser, and how far they are; beside it what never goes back: time, the best figure, failures."""
+    """Model, EMAs, optimizer and progress of one training.
 
-    def __init__(self, model: GenerativeModel, optimisation: OptimConfig):
-        self.model, self.optimizer, self.kind = (
-            model,
-            optimisation.build(model),
-            optimisation.optimizer,
-        )
-        # Statistics of batch normalisation are estimated on a copy, so that a look at the model leaves its training alone.
-        wanted = any(optimisation.ema_decays) or batch_norm_layers(model)
-        self.decays = optimisation.ema_decays if wanted else []
-        self.averages = [
-            AveragedModel(model, multi_avg_fn=_warm_average(decay)) for decay in self.decays
-        ]
-        self.chosen = 0  # of the averages: the best at the last look at the validation images
-        self.estimated_at: tuple[int, int] | None = None
-        self.step = self.images_seen = 0
-        self.seconds, self.best, self.nan_recovery = 0.0, math.inf, NaNRecovery()
-        self.evals_since_best = 0  # evaluations since the best one
+    Attributes:
+        emas: one averaged copy of the model per decay; empty if there is nothing to average.
+        best_ema: index of the EMA that was best at the last validation.
+        step: optimizer steps taken.
+        images_seen: training images consumed, which fixes the position in the data.
+        seconds: training time, including earlier parts of a resumed run.
+        best: the best (lowest) validation cost so far.
+        evals_since_best: validations since that one.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        optimizer: torch.optim.Optimizer,
+        optimizer_name: str,
+        decays: Sequence[float],
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.optimizer_name = optimizer_name
+        # Batch norm needs a copy even without an average: its evaluation statistics are estimated
+        # there, so that an evaluation does not change the training model.
+        needs_copy = any(decays) or bool(batch_norm_layers(model))
+        self.ema_decays = list(decays) if needs_copy else []
+        self.emas = [build_ema(model, decay) for decay in self.ema_decays]
+        self.best_ema = 0
+        self.step = 0
+        self.images_seen = 0
+        self.seconds = 0.0
+        self.best = math.inf
+        self.evals_since_best = 0
+        self.nan_recovery = NaNRecovery()
+        self._bn_updated_at: tuple[int, int] | None = None  # step and EMA
 
     @property
     def ema_model(self) -> GenerativeModel:
-        """The model to judge and to sample from."""
-        model = self.averages[self.chosen].module if self.averages else self.model
+        """The model to evaluate and to sample from: the best EMA, or the model itself."""
+        model = self.emas[self.best_ema].module if self.emas else self.model
         assert isinstance(model, GenerativeModel)
         return model
 
-    def update(self, rate: float) -> None:
-        """One step of the optimiser at this learning rate, and of the averages."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        for average in self.averages:
-            average.update_parameters(self.model)
-
-    def estimate(self, batches: Iterable[tuple[Any, ...]]) -> None:
-        """Give the chosen average batch statistics of its own, once a step."""
-        at = self.step, self.chosen
-        if self.averages and self.estimated_at != at:
+    def update_bn(self, batches: Iterable[tuple[Any, ...]]) -> None:
+        """Estimate the batch statistics of the best EMA over `batches`, once per step."""
+        current = (self.step, self.best_ema)
+        if self.emas and self._bn_updated_at != current:
             update_bn(self.ema_model, batches)
-            self.estimated_at = at
+            self._bn_updated_at = current
 
     def capture(self) -> dict[str, Any]:
-        """Of several averages the chosen one is there twice, and written once."""
-        averages = [average.state_dict() for average in self.averages]
+        """Return the content of a checkpoint.
+
+        The best of several EMAs is in it twice; torch.save writes its tensors once.
+        """
+        emas = [ema.state_dict() for ema in self.emas]
         return {
             "step": self.step,
             "images_seen": self.images_seen,
             "model": self.model.state_dict(),
-            "ema": averages[self.chosen] if averages else None,
-            "emas": averages if len(averages) > 1 else [],
+            "ema": emas[self.best_ema] if emas else None,
+            "emas": emas if len(emas) > 1 else [],
             "optimizer": self.optimizer.state_dict(),
             "progress": {
                 "best": self.best,
                 "seconds": self.seconds,
                 "evals_since_best": self.evals_since_best,
-                "best_ema": self.chosen,
+                "best_ema": self.best_ema,
             },
             "metric": self.model.metric.name,
             "nan_recovery": dataclasses.asdict(self.nan_recovery),
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Take up a run where its checkpoint left it. Raises FlowgenError where that is of another model."""
+        """Continue exactly where `checkpoint` was saved.
+
+        Raises:
+            UserError: if the checkpoint belongs to another model.
+        """
         self.rollback(checkpoint)
-        metrics = checkpoint["progress"]
-        self.seconds = metrics["seconds"]
-        if (
-            checkpoint.get("metric", self.model.metric.name) == self.model.metric.name
-        ):  # with other noise it may be another figure
-            self.best, self.evals_since_best = metrics["best"], metrics.get("evals_since_best", 0)
+        progress = checkpoint["progress"]
+        self.seconds = progress["seconds"]
+        # With another kind of noise the metric is another one, and its best value means nothing.
+        if checkpoint.get("metric", self.model.metric.name) == self.model.metric.name:
+            self.best = progress["best"]
+            self.evals_since_best = progress.get("evals_since_best", 0)
         self.nan_recovery = NaNRecovery(**checkpoint["nan_recovery"])
 
     def rollback(self, checkpoint: dict[str, Any]) -> None:
-        """Take up its weights, the optimiser's moments and the place in the data; the optimiser's settings stay those of today."""
-        settings = [
+        """Restore weights, optimizer state and position in the data, but not time or failures.
+
+        Hyperparameters of the optimizer stay those of the current configuration.
+        """
+        hyperparameters = [
             {name: value for name, value in group.items() if name != "params"}
             for group in self.optimizer.param_groups
         ]
         try:
             self.model.load_state_dict(checkpoint["model"])
-            self.chosen = self._load_averages(checkpoint)
-            if (
-                self.kind == checkpoint["config"]["trainer"]["optimizer"]
-            ):  # moments of another kind would be of no use
+            self.best_ema = self._load_emas(checkpoint)
+            if self.optimizer_name == checkpoint["config"]["trainer"]["optimizer"]:
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
-                self._check_moments()
+                self._check_optimizer_state()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
-                "the checkpoint is of another model than its configuration says: name another one"
+                "the checkpoint does not fit the model of its own configuration: choose another one"
             ) from error
-        for group, its_settings in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(its_settings)
-        self.step, self.images_seen = checkpoint["step"], checkpoint["images_seen"]
-        self.estimated_at = None
+        for group, current in zip(self.optimizer.param_groups, hyperparameters, strict=True):
+            group.update(current)
+        self.step = checkpoint["step"]
+        self.images_seen = checkpoint["images_seen"]
+        self._bn_updated_at = None
 
-    def _load_averages(self, checkpoint: dict[str, Any]) -> int:
-        """Which was chosen; where they remembered otherwise, all go on from that one."""
-        kept = checkpoint.get("emas") or [checkpoint["ema"]]
-        alike = decays(checkpoint["config"]["trainer"]["ema_decay"]) == self.decays
-        for average, state in zip(
-            self.averages, kept if alike else [checkpoint["ema"]] * len(self.averages), strict=True
-        ):
+    def _load_emas(self, checkpoint: dict[str, Any]) -> int:
+        """Load all EMAs and return the index of the best; with other decays all start from it."""
+        if ema_decays(checkpoint["config"]["trainer"]["ema_decay"]) == self.ema_decays:
+            states = checkpoint.get("emas") or [checkpoint["ema"]]
+            best_ema = checkpoint["progress"].get("best_ema", 0)
+        else:
+            states = [checkpoint["ema"]] * len(self.emas)
+            best_ema = 0
+        for ema, state in zip(self.emas, states, strict=True):
             if state is not None:
-                average.load_state_dict(state)
-        return checkpoint["progress"].get("best_ema", 0) if alike else 0
+                ema.load_state_dict(state)
+        return best_ema
 
-    def _check_moments(self) -> None:
-        """Raise ValueError where the optimiser could not take its next step with them."""
-        known = MOMENTS[self.kind]
-        for parameter, moments in self.optimizer.state.items():
-            if moments.keys() != known:
-                raise ValueError("other moments")
-            for name, value in moments.items():
+    def _check_optimizer_state(self) -> None:
+        """Raise ValueError if the optimizer cannot take its next step with its loaded state."""
+        names = OPTIMIZER_STATE[self.optimizer_name]
+        for parameter, state in self.optimizer.state.items():
+            if state.keys() != names:
+                raise ValueError("other tensors")
+            for name, value in state.items():
                 shape = () if name == "step" else parameter.shape
                 if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
-                    raise ValueError(f"{name} is of another shape")
-
-
-def _warm_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    """An exponential moving average whose memory grows with the run: decay_n = min(decay, (1 + n) / (10 + n))."""
-
-    @torch.no_grad()
-    def update(averages: Tensors, currents: Tensors, count: Tensor | int) -> None:
-        number = int(count)
-        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + number) / (10 + number)))
-
-    return update
+                    raise ValueError(f"{name} has another shape")

@@ -1,8 +1,8 @@
-"""How many of the machine's cores a command computes on, and how its threads wait for one another beside other work.
+"""Number of CPU threads on a machine that is shared with other work.
 
-OpenMP's threads meet at the end of each of thousands of small operations a step, and spin there until the last one has come. Where
-another process keeps one of their cores, they spin for its whole turn: training on two cores of which one is busy can be twenty times
-slower than on one.
+OpenMP threads meet at the end of each of thousands of small operations per step, and spin until
+the last one arrives. If another process occupies one of their cores, they spin for its whole time
+slice: training on two cores of which one is busy can be twenty times slower than on one.
 """
 
 import contextlib
@@ -14,127 +14,152 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from flowgen.utils.errors import UserError
 
-SPINS = "10000"  # tenths of a millisecond; the 300,000 that libgomp takes by itself gain a few percent on an idle machine
-SHORTEST = 0.5  # seconds of looking at the machine
-LONGEST = 60.0  # seconds after which a reading is out of date
-ENOUGH = 0.6  # of a core that is free: a thread there does not hold the others up
-CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by the user, for all programs
-CGROUPS = Path("/sys/fs/cgroup")
+# Spins before a thread sleeps, about a tenth of a millisecond. The default of libgomp, 300,000,
+# is a few percent faster on an idle machine.
+SPIN_COUNT = "10000"
+MIN_INTERVAL_SECONDS = 0.5  # between two measurements of CPU times
+MAX_AGE_SECONDS = 60.0  # of a measurement
+MIN_FREE_SHARE = 0.6  # share of a core that must be free for one more thread
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # set by the user for all programs
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 log = logging.getLogger("flowgen")
 
 
-class Reading(NamedTuple):
-    """Seconds that have passed, that this process's cores were idle, and that it has computed; each since some beginning."""
+class CpuTimes(NamedTuple):
+    """Seconds since some start: of the clock, of idle cores in total, of this process's work."""
 
     clock: float
     idle: float
     own: float
 
 
-_readings: list[Reading] = []  # the last one, which the next is compared with
+_last_times: list[CpuTimes] = []  # at most one measurement, which the next is compared with
 
 
 def prepare_threads() -> None:
-    """Bound the spinning, unless the user has, and begin to watch the machine; to be called before torch is loaded."""
+    """Limit the spinning, unless the user has set it, and start to measure the machine's load.
+
+    Call this before torch is imported, whose OpenMP reads the variable then.
+    """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-    if not _readings:
-        _readings.append(read_clocks())
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    if not _last_times:
+        _last_times.append(cpu_times())
 
 
-def use_threads(threads: int | str = "auto") -> int:
-    """Compute on so many threads from here on, and say how many; `auto`: one for each core that is free and allowed.
+def use_threads(num_threads: int | str = "auto") -> int:
+    """Set the number of torch's CPU threads and return it.
 
-    Free is what other processes have left idle since `prepare_threads`: loading torch takes long enough to find out. A number in
-    OMP_NUM_THREADS or MKL_NUM_THREADS is obeyed. Raises FlowgenError for what is neither `auto` nor a number.
+    Args:
+        num_threads: the number; or "auto" for one thread per core that other processes have left
+            idle since `prepare_threads`. With OMP_NUM_THREADS or MKL_NUM_THREADS set, "auto" is
+            that number.
+
+    Raises:
+        UserError: for anything else.
     """
     import torch
 
-    if threads != "auto" and (type(threads) is not int or threads < 1):
-        raise UserError(f"threads must be auto or a whole number of at least 1, not {threads!r}")
-    most = _all_threads()
-    chosen = any(name in os.environ for name in CHOSEN)
-    room = most if chosen else max(1, int(min(most, free_cores() + 1 - ENOUGH, quota())))
-    number = room if threads == "auto" else int(threads)
-    if number > room:
-        log.warning(
-            "%d threads, which is slow where other work leaves %d: trainer.num_threads=auto chooses anew",
-            number,
-            room,
+    if num_threads != "auto" and (type(num_threads) is not int or num_threads < 1):
+        raise UserError(
+            f"num_threads must be auto or a whole number of at least 1, not {num_threads!r}"
         )
-    elif threads == "auto" and number < most:
-        log.info(
-            "%d of %d threads, so as not to wait for the cores that other work keeps busy",
+    max_threads = _default_threads()
+    if any(name in os.environ for name in THREAD_VARIABLES):
+        free_threads = max_threads
+    else:
+        free = free_cores() + 1 - MIN_FREE_SHARE
+        free_threads = max(1, int(min(max_threads, free, cpu_quota())))
+    number = free_threads if num_threads == "auto" else int(num_threads)
+    if number > free_threads:
+        log.warning(
+            "%d threads are slow while other work leaves room for %d: "
+            "trainer.num_threads=auto selects their number again",
             number,
-            most,
+            free_threads,
+        )
+    elif num_threads == "auto" and number < max_threads:
+        log.info(
+            "using %d of %d threads, because other work keeps the other cores busy",
+            number,
+            max_threads,
         )
     torch.set_num_threads(number)
     return number
 
 
 @cache
-def _all_threads() -> int:
-    """What torch takes by itself: the physical cores that this process may use."""
+def _default_threads() -> int:
+    """Return torch's default: the physical cores that this process may use."""
     import torch
 
     return torch.get_num_threads()
 
 
 def free_cores() -> float:
-    """How many cores other processes leave to this one, on average since the last reading, if that was within a minute."""
-    now = read_clocks()
-    if not _readings or now.clock - _readings[0].clock > LONGEST:
-        _readings[:] = [now]
-    time.sleep(max(0.0, _readings[0].clock + SHORTEST - now.clock))
-    before, now = _readings[0], read_clocks()
-    _readings[:] = [now]
+    """Return how many cores other processes leave idle, on average since the last measurement.
+
+    A measurement older than a minute is repeated.
+    """
+    now = cpu_times()
+    if not _last_times or now.clock - _last_times[0].clock > MAX_AGE_SECONDS:
+        _last_times[:] = [now]
+    time.sleep(max(0.0, _last_times[0].clock + MIN_INTERVAL_SECONDS - now.clock))
+    before = _last_times[0]
+    now = cpu_times()
+    _last_times[:] = [now]
     return (now.idle - before.idle + now.own - before.own) / (now.clock - before.clock)
 
 
-def read_clocks() -> Reading:
-    own = os.times()
-    return Reading(time.monotonic(), _idle_seconds(), own.user + own.system)
+def cpu_times() -> CpuTimes:
+    """Measure the clock, the idle time of all cores and the CPU time of this process."""
+    own = psutil.Process().cpu_times()
+    return CpuTimes(time.monotonic(), _idle_seconds(), own.user + own.system)
 
 
 def _idle_seconds() -> float:
-    """Summed over the cores that this process may use, of which all count as idle where no one tells."""
+    """Return the idle time summed over the cores that this process may use.
+
+    If the system does not report it, all cores count as idle.
+    """
     try:
-        lines = Path("/proc/stat").read_text().splitlines()
-        times = {words[0]: words[1:] for words in map(str.split, lines)}
-        of_cores = [times[f"cpu{core}"] for core in os.sched_getaffinity(0)]
-    except (OSError, KeyError, AttributeError):
+        cores = psutil.cpu_times(percpu=True)
+        process = psutil.Process()
+        allowed = process.cpu_affinity() if hasattr(process, "cpu_affinity") else None
+        cores = [cores[index] for index in allowed or range(len(cores))]
+    except (OSError, IndexError, psutil.Error):
         return time.monotonic() * (os.cpu_count() or 1)
-    return sum(int(idle) + int(waiting) for _, _, _, idle, waiting, *_ in of_cores) / os.sysconf(
-        "SC_CLK_TCK"
-    )
+    return sum(core.idle + getattr(core, "iowait", 0.0) for core in cores)
 
 
-def quota() -> float:
-    """Cores' worth of time that the control groups of this process allow it, of version 1 or 2; infinite where none bounds it."""
-    allowed = [math.inf]
-    for root in (CGROUPS, CGROUPS / "cpu"):
-        for folder in {
-            above for group in of_process() for above in (root / group, *(root / group).parents)
-        }:
+def cpu_quota() -> float:
+    """Return how many cores' worth of time the control groups allow; infinity without a limit.
+
+    psutil does not read control groups; version 1 and version 2 differ in their files.
+    """
+    limits = [math.inf]
+    for root in (CGROUP_ROOT, CGROUP_ROOT / "cpu"):
+        folders = {
+            folder for group in cgroups() for folder in (root / group, *(root / group).parents)
+        }
+        for folder in folders:
             for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-                with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no bound
-                    time_allowed, period = map(
-                        int, " ".join((folder / name).read_text() for name in names).split()
-                    )
-                    allowed += [time_allowed / period] * (time_allowed > 0)
-    return max(1.0, min(allowed))
+                with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+                    text = " ".join((folder / name).read_text() for name in names)
+                    quota, period = map(int, text.split())
+                    if quota > 0:
+                        limits.append(quota / period)
+    return max(1.0, min(limits))
 
 
-def of_process() -> list[str]:
-    """The control groups of this process, as paths below the root of each hierarchy."""
+def cgroups() -> list[str]:
+    """Return the control groups of this process, as paths below the root of a hierarchy."""
+    groups = [""]
     with contextlib.suppress(OSError):
-        return [
-            "",
-            *(
-                line.split(":", 2)[2].lstrip("/")
-                for line in Path("/proc/self/cgroup").read_text().splitlines()
-            ),
-        ]
-    return [""]
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        groups += [line.split(":", 2)[2].lstrip("/") for line in lines]
+    return groups

@@ -1,497 +1,579 @@
-"""How long training goes on, and how often things happen on the way."""
+"""The training loop."""
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgen.bijections.base import set_activation_memory
 from flowgen.bijections.networks import batch_norm_layers
+from flowgen.bijections.reversible import ACTIVATION_MEMORY
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training.device import Runtime, check_batch_fits, peak_memory, reset_peak_memory
-from flowgen.training.distributed import ALONE, ProcessGroup
-from flowgen.training.logger import Logger, NullLogger
+from flowgen.training.distributed import SINGLE_PROCESS, ProcessGroup, shard_batches
+from flowgen.training.logger import Logger
 from flowgen.training.nan_recovery import first_nonfinite_module
-from flowgen.training.optim import OptimConfig, gradient_norm
+from flowgen.training.optim import (
+    OPTIMIZERS,
+    build_optimizer,
+    ema_decays,
+    gradient_norm,
+    learning_rate_factor,
+    warmup_steps,
+)
 from flowgen.training.run_dir import Run
 from flowgen.training.sanity_checks import warn_implausible_likelihood, warn_inaccurate_inverse
 from flowgen.training.signals import GracefulStop
 from flowgen.training.state import TrainState
-from flowgen.utils.distributed import split
-from flowgen.utils.errors import UserError, check_number, check_whole
+from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.memory import check_memory
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
 
-SHORTEST = 0.001  # minutes
+MIN_MINUTES = 0.001
+NUM_SAMPLES = 32  # images in a grid of samples
+BN_UPDATE_BATCHES = 40  # training batches over which batch statistics are estimated
+WHOLE_NUMBERS = (  # settings that must be whole numbers of at least 1
+    "batch_size",
+    "grad_accum_steps",
+    "init_images",
+    "log_every",
+    "eval_every",
+    "sample_every",
+    "save_every",
+    "checkpoint_every",
+)
+OPTIONAL_WHOLE_NUMBERS = ("steps", "patience", "eval_images", "num_processes")  # or null
+NUMBERS = ("lr", "warmdown_ratio", "grad_clip", "momentum", "weight_decay", "sample_temperature")
+log = logging.getLogger("flowgen")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Intervals:
-    """Training ends after `steps` or `minutes`, whichever comes first, or after `patience` evaluations in a row without a better figure.
+class TrainerConfig:
+    """All settings of a training, with the defaults of conf/trainer/cpu.yaml.
 
-    Intervals are in steps, `conf/trainer/` says of what. Raises FlowgenError for what is no such thing.
+    Training ends after `steps` or `minutes`, whichever comes first, or after `patience`
+    validations in a row without a better result.
+
+    Raises:
+        UserError: if a value is out of range or two values contradict each other.
+
+    Example:
+        >>> TrainerConfig(steps=1000, lr=1e-3).ema_decay
+        0.99
     """
 
-    steps: int | None
-    minutes: float | None
-    log_every: int
-    eval_every: int
-    eval_images: int | None
-    sample_every: int
-    sample_temperature: float
-    save_every: int
-    checkpoint_every: int
-    checkpoint_steps: list[int]
-    patience: int | None
+    steps: int | None = None  # optimizer steps; null: no limit
+    minutes: float | None = 5  # minutes of training, evaluation and sampling; null: no limit
+    batch_size: int = 16  # images per optimizer step
+    grad_accum_steps: int = 1  # micro-batches per optimizer step
+    optimizer: str = "adam"  # adam (AdamW) or sgd
+    momentum: float = 0.9  # of sgd
+    betas: Sequence[float] = (0.9, 0.999)  # of adam
+    weight_decay: float = 0.0  # of adam, decoupled
+    lr: float = 4e-3  # full learning rate
+    warmup: int | str = 100  # steps, or epochs as in "1 epoch"
+    warmdown_ratio: float = 0.5  # last part of training, over which the learning rate falls to 0
+    grad_clip: float = 50.0  # largest gradient norm; 0: no limit
+    ema_decay: float | Sequence[float] = 0.99  # of the averaged weights; 0: no average
+    init_images: int = 256  # training images for data-dependent initialization
+    device: str = "cpu"  # auto, cpu or cuda
+    num_processes: int | None = None  # processes on this machine; null: one, or torchrun's
+    num_threads: int | str = "auto"  # CPU threads; auto: one per free core
+    precision: str = "auto"  # of the networks: float32, bfloat16 or auto
+    compile: bool = False  # use torch.compile
+    activation_memory: str = "store"  # for the backward pass: store, checkpoint or reversible
+    log_every: int = 10  # steps between log lines
+    eval_every: int = 1000  # steps between validations
+    patience: int | None = None  # validations without a better result before training ends
+    eval_images: int | None = 500  # images of each evaluated split; null: all
+    sample_every: int = 1000  # steps between grids of samples
+    sample_temperature: float = 0.7  # of these samples
+    save_every: int = 250  # steps between checkpoints
+    checkpoint_every: int = 1_000_000  # steps between numbered checkpoints, which are kept
+    checkpoint_steps: list[int] = field(default_factory=list)  # more steps with such a checkpoint
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise UserError("training has no end: set trainer.steps or trainer.minutes")
-        if self.steps is not None:
-            check_whole(steps=self.steps)
         if self.minutes is not None:
-            check_number(SHORTEST, minutes=self.minutes)
-        check_whole(
-            log_every=self.log_every, eval_every=self.eval_every, sample_every=self.sample_every
-        )
-        check_whole(save_every=self.save_every, checkpoint_every=self.checkpoint_every)
-        check_number(sample_temperature=self.sample_temperature)
-        if self.patience is not None:
-            check_whole(patience=self.patience)
-        if self.eval_images is not None:
-            check_whole(eval_images=self.eval_images)
+            check_number(MIN_MINUTES, minutes=self.minutes)
         if not isinstance(self.checkpoint_steps, list):
             raise UserError(
-                f"keep_at must be a list of steps, as in trainer.checkpoint_steps=[1000,5000], not {self.checkpoint_steps!r}"
+                "checkpoint_steps must be a list of steps, as in "
+                f"trainer.checkpoint_steps=[1000,5000], not {self.checkpoint_steps!r}"
             )
+        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
+            raise UserError(
+                f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}"
+            )
+        if not self.ema_decays:
+            raise UserError(
+                "ema_decay must be a number, 0 for no average, or several, as in "
+                "trainer.ema_decay=[0.99,0.999], not []"
+            )
+        for name in WHOLE_NUMBERS:
+            check_whole(**{name: getattr(self, name)})
+        for name in OPTIONAL_WHOLE_NUMBERS:
+            if getattr(self, name) is not None:
+                check_whole(**{name: getattr(self, name)})
         for step in self.checkpoint_steps:
             check_whole(checkpoint_steps=step)
+        for name in NUMBERS:
+            check_number(**{name: getattr(self, name)})
+        for beta in self.betas:
+            check_number(betas=beta)
+        for decay in self.ema_decays:
+            check_number(ema_decay=decay)
+        if self.warmdown_ratio > 1:
+            raise UserError(f"warmdown_ratio must be at most 1, not {self.warmdown_ratio}")
+        if max(*self.ema_decays, self.momentum, *self.betas) >= 1:
+            raise UserError(
+                "ema_decay, momentum and betas must be below 1, not "
+                f"{self.ema_decay}, {self.momentum} and {self.betas}"
+            )
+        if self.batch_size % self.grad_accum_steps:
+            raise UserError(
+                f"batch_size={self.batch_size} cannot be split into "
+                f"grad_accum_steps={self.grad_accum_steps} equal parts"
+            )
+        warmup_steps(self.warmup, 1, 1)
+        check_choice(OPTIMIZERS, optimizer=self.optimizer)
+        check_choice((True, False), compile=self.compile)
+        check_choice(ACTIVATION_MEMORY, activation_memory=self.activation_memory)
+        if self.compile and self.activation_memory == "reversible":
+            raise UserError(
+                "activation_memory=reversible cannot be compiled: "
+                "set trainer.compile=false, or trainer.activation_memory=checkpoint"
+            )
+
+    @property
+    def ema_decays(self) -> list[float]:
+        """The decay of each EMA."""
+        return ema_decays(self.ema_decay)
 
     def progress(self, step: int, seconds: float) -> float:
-        """The share of the training that is done after so many steps and seconds, from 0 on; at 1 it ends."""
+        """Return the finished fraction of training; at 1 it ends."""
         by_steps = step / self.steps if self.steps else 0.0
         by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
         return max(by_steps, by_time)
 
-    def due(self, what: str, step: int) -> bool:
-        """Whether it is time to `log`, `evaluate`, `sample` or `save`; what has no interval is left to the end."""
-        return step % getattr(self, f"{what}_every", math.inf) == 0
-
-    def keeps(self, step: int) -> bool:
-        """Whether the checkpoint of this step is kept."""
-        return step % self.checkpoint_every == 0 or step in self.checkpoint_steps
-
-
-STATISTICS = (
-    40  # batches of training images that the statistics of batch normalisation are estimated over
-)
-
-
-@dataclass
-class Evaluator:
-    """At the averaged weights; the weights that are trained, their optimiser and their batches stay as they are."""
-
-    cadence: Intervals
-    optimisation: OptimConfig
-    machine: Runtime
-    state: TrainState
-    data: ImageDataset
-    journal: Logger | NullLogger
-    seed: int
-
-    def eval_model(self) -> GenerativeModel:
-        """The chosen average in evaluation mode, its batch statistics a function of the seed and the state alone."""
-        self.machine.seed(self.seed, self.state.step)
-        size = self.optimisation.batch_size // self.optimisation.grad_accum_steps
-        seen = self.state.images_seen
-        self.state.estimate(
-            self.data.train_batch(seen + size * number, size, self.seed)
-            for number in range(STATISTICS)
-        )
-        return self.state.ema_model.eval()
-
-    def validate(self) -> bool:
-        """Choose the best of the averages on the validation split; whether it is the best so far, by which training is steered."""
-        state, metric = self.state, self.state.model.metric
-        judgements = [
-            self._judgement("validation", average) for average in range(len(state.averages) or 1)
-        ]
-        costs = [metric.cost(each[metric.name].value) for each in judgements]
-        state.chosen = costs.index(min(costs))
-        which = (
-            [MetricValue(Metric("ema"), state.decays[state.chosen], split="validation")]
-            if len(costs) > 1
-            else []
-        )
-        self.journal.write(state.step, "validation", judgements[state.chosen] | Metrics.of(*which))
-        better = min(costs) < state.best
-        state.best, state.evals_since_best = (
-            min(*costs, state.best),
-            0 if better else state.evals_since_best + 1,
-        )
-        return better
-
-    def test(self) -> None:
-        """Measure the chosen average on the test split, by which nothing is steered, and warn of a figure that is too good."""
-        judgement, images = self._judgement("test", self.state.chosen), self._images("test")
-        self.journal.write(self.state.step, "test", judgement)
-        warn_implausible_likelihood(judgement[self.state.model.metric.name], self.data, images)
-
-    def _judgement(self, split: str, average: int) -> Metrics:
-        """What is measured of one of the averages, which is then the chosen one."""
-        self.state.chosen = average
-        judgement = self.eval_model().evaluate(self._images(split), self._images("train")).on(split)
-        self.state.model.train()
-        return judgement
-
-    def _images(self, split: str) -> Iterator[Tensor]:
-        return self.data.batches(split, self.optimisation.batch_size, self.cadence.eval_images)
-
-    def sample(self) -> None:
-        """Show 32 samples of the chosen average, and the features that it has."""
-        generator = torch.Generator(self.machine.device).manual_seed(
-            self.seed
-        )  # the same latents at every look
-        images, _ = self.eval_model().sample(32, self.cadence.sample_temperature, generator)
-        self.state.model.train()
-        self.journal.samples(self.state.step, images, self.data.bits)
-        self.journal.filters(self.state.ema_model.filters())
-
-
-class Training:
-    """One training of one model."""
-
-    def __init__(
-        self,
-        cadence: Intervals,
-        optimisation: OptimConfig,
-        machine: Runtime,
-        state: TrainState,
-        data: ImageDataset,
-        run: Run,
-        config: dict[str, Any],
-        team: ProcessGroup,
-    ):
-        self.team, self.rows = (
-            team,
-            team.rows(optimisation.batch_size, optimisation.grad_accum_steps)
-            if team.size > 1
-            else None,
-        )
-        self.cadence, self.optimisation, self.machine = cadence, optimisation, machine
-        self.state, self.data, self.run, self.config, self.seed = (
-            state,
-            data,
-            run,
-            config,
-            config["seed"],
-        )
-        self.done = {"save": state.step}  # the step at which each thing was last done
-        self.busy, self.logged = 0.0, state.step  # seconds of computing since this step
-        in_steps = self.cadence.steps is not None
-        at, total, unit = (
-            (state.step, self.cadence.steps, "step")
-            if in_steps
-            else (state.seconds, 60 * (self.cadence.minutes or 0.0), "s")
-        )
-        self.journal = (
-            Logger(run, state.model, state.step, at, total or 0, unit)
-            if team.is_main
-            else NullLogger()
-        )
-        self.look = Evaluator(cadence, optimisation, machine, state, data, self.journal, self.seed)
-
-    def loop(self) -> int | None:
-        """Step after step to the end, or to a signal, which is returned."""
-        state, row = self.state, {}
-        started, stopped = time.monotonic() - state.seconds, None
-        with GracefulStop() as stop, self.journal:
-            while not self.over and stopped is None:
-                began = time.monotonic()
-                row = self.step()
-                if state.nan_recovery.record(is_good(row), state.model.buffers()):
-                    self.rollback()
-                    row = {}
-                    continue
-                state.step, state.images_seen = (
-                    state.step + 1,
-                    state.images_seen + self.optimisation.batch_size,
-                )
-                self.busy += time.monotonic() - began
-                state.seconds, _ = self.team.sync_clock_and_signal(time.monotonic() - started, None)
-                self.report(row)
-                state.seconds, stopped = self.team.sync_clock_and_signal(
-                    time.monotonic() - started, stop.signal
-                )
-            if self.over and row:
-                self.report(row)  # what the last step has not been followed by yet
-            if self.done["save"] != state.step:
-                self.save()
-            self.journal.curves()
-        return stopped
-
-    def step(self) -> dict[str, float]:
-        """Fill the gradients of one batch, and move the weights where all is finite."""
-        state = self.state
-        rate = state.nan_recovery.lr_scale * self.optimisation.rate(
-            state.step, self.progress, len(self.data.train)
-        )
-        state.model.zero_grad()
-        losses = []
-        for loss in self.losses(state.model):
-            loss.backward()
-            losses.append(loss.detach())
-        mean = self.team.all_reduce_grads(state.model, torch.stack(losses).sum())
-        norm = gradient_norm(state.model)
-        numbers = torch.stack([mean, norm]).tolist()  # one wait for the device, not two
-        row = {"loss": numbers[0], "lr": rate, "grad_norm": numbers[1]}
-        if is_good(row):
-            self.optimisation.clip_gradients(state.model, norm)
-            state.update(rate)
-        return row
-
-    def losses(self, model: Callable[..., Tensor]) -> Iterator[Tensor]:
-        """The shares of this step's loss, of one part of its batch after the other; the same whenever the step is taken again."""
-        self.machine.seed(self.seed, self.state.step)
-        parts = self.optimisation.parts(
-            *self.data.next_batch(
-                self.state.images_seen, self.optimisation.batch_size, self.seed, self.rows
-            )
-        )
-        for images, labels in parts:
-            with self.machine.autocast(), split(self.team):
-                loss = model(images, labels) / len(parts)
-            yield loss
-
-    def rollback(self) -> None:
-        """To a good checkpoint, which the data and the random numbers follow; what was not compiled calls the hooks of the diagnosis."""
-        state = self.state
-        culprit = first_nonfinite_module(
-            state.model, lambda: list(self.losses(state.model.forward))
-        )
-        latest_valid_checkpoint = partial(
-            self.team.broadcast_from_main, self.run.latest_valid_checkpoint
-        )
-        state.rollback(
-            state.nan_recovery.rewind(
-                latest_valid_checkpoint, state.step + 1, culprit, self.optimisation.lr
-            )
-        )
-        self.run.truncate_metrics(state.step)
-        self.busy, self.logged = 0.0, state.step
-
-    @property
-    def progress(self) -> float:
-        return self.cadence.progress(self.state.step, self.state.seconds)
-
-    @property
-    def over(self) -> bool:
-        patience = self.cadence.patience
-        return self.progress >= 1 or (
-            patience is not None and self.state.evals_since_best >= patience
-        )
-
-    def due(self, what: str) -> bool:
-        """Whether to do this after this step: at its time, or at the end, but once."""
-        due = (self.over or self.cadence.due(what, self.state.step)) and self.done.get(
-            what
-        ) != self.state.step
-        if due:
-            self.done[what] = self.state.step
-        return due
-
-    def report(self, row: dict[str, float]) -> None:
-        """Log, judge, sample and save, each at its time."""
-        state = self.state
-        self.journal.advance(state.step if self.cadence.steps is not None else state.seconds)
-        if self.due("log"):
-            self.log(row)
-        best = self.due("eval") and self.look.validate()
-        if self.due("test"):
-            self.look.test()
-        if (
-            self.done.get("eval") == state.step and not self.over
-        ):  # then they are drawn once, at the end
-            self.journal.curves()
-        if self.due("sample"):
-            self.look.sample()
-        keep = self.cadence.keeps(state.step)
-        if (
-            best
-            or (keep and self.done["save"] != state.step)
-            or (not state.nan_recovery.failed and self.due("save"))
-        ):
-            self.save(best, keep)
-
-    def log(self, row: dict[str, float]) -> None:
-        state = self.state
-        speed = (state.step - self.logged) * self.optimisation.batch_size / self.busy
-        row = (
-            row
-            | {"images_per_second": speed, "skipped": state.nan_recovery.skipped}
-            | warn_inaccurate_inverse(state.model.diagnostics())
-        )
-        measured = [MetricValue(Metric(name), value) for name, value in row.items()]
-        if state.model.loss_metric is not None:
-            measured.insert(0, MetricValue(state.model.loss_metric, row["loss"]))
-        facts = {"seconds": state.seconds, "memory_gib": peak_memory(self.machine.device)}
-        self.journal.write(state.step, "train", Metrics.of(*measured, **facts))
-        self.busy, self.logged = 0.0, state.step
-
-    def save(self, best: bool = False, keep: bool = False) -> None:
-        """What was judged is what the checkpoint holds."""
-        self.look.eval_model()
-        self.state.model.train()
-        self.run.save({"config": self.config, **self.state.capture()}, best=best, keep=keep)
-        self.done["save"] = self.state.step
-
-
-def is_good(row: dict[str, float]) -> bool:
-    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-
-
-log = logging.getLogger("flowgen")
-
 
 class Trainer:
-    """How to train, on what machine; `conf/trainer/` explains the settings, which are those of `Cadence` and `Optimisation`, in one list.
+    """One training of one model.
 
-    Raises FlowgenError for settings that make no sense.
+    Args:
+        config: all settings.
+        model: the model to train, on the CPU.
+        data: training, validation and test images.
+        run: the directory for metrics, samples and checkpoints; only the main process writes.
+        run_config: the configuration that checkpoints store; its `seed` and the step fix all
+            random numbers.
+        group: the processes that train the model together.
+        runtime: the device and precision; by default those of `config`.
     """
 
     def __init__(
         self,
-        *,
-        device: str,
-        num_threads: int | str,
-        precision: str,
-        compile: bool,
-        activation_memory: str,
-        **settings: Any,
-    ):
-        of_cadence = {field.name for field in fields(Intervals)}
-        self.cadence = Intervals(
-            **{name: value for name, value in settings.items() if name in of_cadence}
-        )
-        self.optimisation = OptimConfig(
-            **{name: value for name, value in settings.items() if name not in of_cadence}
-        )
-        self.machine = Runtime(
-            device=device,
-            num_threads=num_threads,
-            precision=precision,
-            compile=compile,
-            activation_memory=activation_memory,
-        )
-
-    def train(
-        self,
+        config: TrainerConfig,
         model: GenerativeModel,
         data: ImageDataset,
         run: Run,
-        config: dict[str, Any],
-        checkpoint: dict[str, Any] | None,
-        trained: bool = False,
-        team: ProcessGroup = ALONE,
+        run_config: dict[str, Any],
+        group: ProcessGroup = SINGLE_PROCESS,
+        runtime: Runtime | None = None,
+    ):
+        self.config = config
+        self.model = model
+        self.data = data
+        self.run = run
+        self.run_config = run_config
+        self.seed: int = run_config["seed"]
+        self.group = group
+        self.runtime = runtime or Runtime(config.device, config.num_threads, config.precision)
+        self.rows: Tensor | None = None  # indices of this process's rows of every batch
+        if group.size > 1:
+            self._check_group()
+            self.rows = group.rows(config.batch_size, config.grad_accum_steps)
+        self.state: TrainState
+        self.logger: Logger | None = None  # in the main process only
+        self.last_done: dict[str, int] = {}  # the step at which each task was last done
+        self.last_log_step = 0
+        self.compute_seconds = 0.0  # in training steps since then
+
+    def fit(
+        self, checkpoint: dict[str, Any] | None = None, init_weights: bool = False
     ) -> int | None:
-        """Train to the end, from the start or from `checkpoint`; a signal that asked to stop is returned once the run is saved.
+        """Train to the end. Every process of the group calls this method.
 
-        Every process of the `team` is to call this, and ends when the run is saved.
+        Args:
+            checkpoint: where to continue; None: start from scratch.
+            init_weights: whether the model starts from trained weights, so that data-dependent
+                initialization is skipped.
 
-        A model that is `trained` already keeps its weights at the start; any other looks at some images first.
-        Raises FlowgenError where a batch does not fit into memory, and where losses stay non-finite after several returns to the last
-        good checkpoint.
+        Returns:
+            the signal that stopped training early, once the run is saved, or None.
+
+        Raises:
+            UserError: if a batch does not fit into memory, or if losses stay non-finite after
+                several rollbacks.
         """
-        if team.size > 1 and not model.shares_batches:
-            raise UserError(
-                "this model trains in one process alone: leave trainer.num_processes and torchrun out, and give each device a run"
+        self._prepare(checkpoint, init_weights)
+        state = self.state
+        row: dict[str, float] = {}
+        stop_signal = None
+        start_time = time.monotonic() - state.seconds
+        with GracefulStop() as stop, self.logger or nullcontext():
+            while not self.finished and stop_signal is None:
+                step_start = time.monotonic()
+                row = self.training_step()
+                if state.nan_recovery.record(is_finite(row), self.model.buffers()):
+                    self.rollback()
+                    row = {}
+                    continue
+                state.step += 1
+                state.images_seen += self.config.batch_size
+                self.compute_seconds += time.monotonic() - step_start
+                # All processes follow one clock and stop at the same step.
+                state.seconds, _ = self.group.sync_clock_and_signal(
+                    time.monotonic() - start_time, None
+                )
+                self._after_step(row)
+                state.seconds, stop_signal = self.group.sync_clock_and_signal(
+                    time.monotonic() - start_time, stop.signal
+                )
+            if self.finished and row:
+                self._after_step(row)  # time may have run out during the last evaluation
+            if self.last_done["save"] != state.step:
+                self.save_checkpoint()
+            if self.logger:
+                self.logger.plot_curves()
+        self.group.barrier()  # a launcher would kill the process that still saves
+        return stop_signal
+
+    def training_step(self) -> dict[str, float]:
+        """Take one optimizer step, unless the loss or a gradient is not finite.
+
+        Returns:
+            loss, learning rate and gradient norm.
+        """
+        model = self.model
+        optimizer = self.state.optimizer
+        lr = self.learning_rate()
+        model.zero_grad()
+        losses = []
+        for images, labels in self.micro_batches():
+            loss = self.compute_loss(model, images, labels)
+            loss.backward()
+            losses.append(loss.detach())
+        mean_loss = self.group.all_reduce_grads(model, torch.stack(losses).sum())
+        grad_norm = gradient_norm(model)
+        # One transfer waits for the device once.
+        loss_value, norm_value = torch.stack([mean_loss, grad_norm]).tolist()
+        row = {"loss": loss_value, "lr": lr, "grad_norm": norm_value}
+        if not is_finite(row):
+            return row
+        if self.config.grad_clip:
+            nn.utils.clip_grads_with_norm_(model.parameters(), self.config.grad_clip, grad_norm)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        optimizer.step()
+        for ema in self.state.emas:
+            ema.update_parameters(model)
+        return row
+
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next optimizer step."""
+        config = self.config
+        warmup = warmup_steps(config.warmup, len(self.data.train), config.batch_size)
+        factor = learning_rate_factor(self.state.step, self.progress, warmup, config.warmdown_ratio)
+        return self.state.nan_recovery.lr_scale * (config.lr * factor)
+
+    def micro_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Seed the step and yield its micro-batches: images and labels.
+
+        All depends on the seed and the step alone, so that a step can be repeated.
+        """
+        self.runtime.seed(self.seed, self.state.step)
+        images, labels = self.data.next_batch(
+            self.state.images_seen, self.config.batch_size, self.seed, self.rows
+        )
+        parts = self.config.grad_accum_steps
+        image_parts = images.chunk(parts)
+        label_parts = [None] * parts if labels is None else labels.chunk(parts)
+        yield from zip(image_parts, label_parts, strict=True)
+
+    def compute_loss(
+        self, forward: Callable[..., Tensor], images: Tensor, labels: Tensor | None
+    ) -> Tensor:
+        """Return the share of one micro-batch in the loss of its step."""
+        with self.runtime.autocast():
+            return forward(images, labels) / self.config.grad_accum_steps
+
+    def rollback(self) -> None:
+        """Restore the last good checkpoint after non-finite losses.
+
+        Data order and random numbers follow the step. The diagnosis replays the uncompiled model,
+        whose modules call their hooks.
+        """
+        state = self.state
+        culprit = first_nonfinite_module(
+            self.model,
+            lambda: [
+                self.compute_loss(self.model.forward, *batch) for batch in self.micro_batches()
+            ],
+        )
+        latest_valid_checkpoint = partial(
+            self.group.broadcast_from_main, self.run.latest_valid_checkpoint
+        )
+        state.rollback(
+            state.nan_recovery.rewind(
+                latest_valid_checkpoint, state.step + 1, culprit, self.config.lr
             )
-        team.check_device(self.machine.device)
-        team.check_divides(self.optimisation.batch_size, self.optimisation.grad_accum_steps)
-        for name in ("batch_size", "init_images"):
-            check_memory(
-                f"trainer.{name}", getattr(self.optimisation, name), 5 * math.prod(data.image_shape)
-            )  # a byte and a float32 a number
+        )
+        if self.group.is_main:
+            self.run.truncate_metrics(state.step)
+        self._restart_speed()
+
+    @property
+    def progress(self) -> float:
+        """The finished fraction of training."""
+        return self.config.progress(self.state.step, self.state.seconds)
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has reached its end or run out of patience."""
+        patience = self.config.patience
+        return self.progress >= 1 or (
+            patience is not None and self.state.evals_since_best >= patience
+        )
+
+    def _after_step(self, row: dict[str, float]) -> None:
+        """Log, evaluate, sample and save, if it is time to."""
+        config = self.config
+        state = self.state
+        if self.logger:
+            self.logger.advance(state.step if config.steps is not None else state.seconds)
+        if self._is_due("log", config.log_every):
+            self.log_step(row)
+        is_best = self._is_due("eval", config.eval_every) and self.validate()
+        if self._is_due("test", math.inf):
+            self.test()
+        if self.logger and self.last_done.get("eval") == state.step and not self.finished:
+            self.logger.plot_curves()  # at the end `fit` plots them
+        if self._is_due("sample", config.sample_every):
+            self.sample()
+        keep = state.step % config.checkpoint_every == 0 or state.step in config.checkpoint_steps
         if (
-            self.machine.compile
-            and self.machine.activation_memory == "checkpoint"
-            and (team.size > 1 or batch_norm_layers(model))
+            is_best
+            or (keep and self.last_done["save"] != state.step)
+            or (not state.nan_recovery.failed and self._is_due("save", config.save_every))
         ):
+            self.save_checkpoint(best=is_best, keep=keep)
+
+    def _is_due(self, task: str, interval: float) -> bool:
+        """Return whether to do a task after this step: at its interval or the end, but once."""
+        step = self.state.step
+        due = self.finished or step % interval == 0
+        if not due or self.last_done.get(task) == step:
+            return False
+        self.last_done[task] = step
+        return True
+
+    def log_step(self, row: dict[str, float]) -> None:
+        """Write the metrics of the last training step."""
+        state = self.state
+        speed = (state.step - self.last_log_step) * self.config.batch_size / self.compute_seconds
+        diagnostics = self.model.diagnostics()
+        warn_inaccurate_inverse(diagnostics)
+        row = row | {"images_per_second": speed, "skipped": state.nan_recovery.skipped}
+        values = [MetricValue(Metric(name), value) for name, value in (row | diagnostics).items()]
+        if self.model.loss_metric is not None:
+            values.insert(0, MetricValue(self.model.loss_metric, row["loss"]))
+        memory = peak_memory(self.runtime.device)
+        metrics = Metrics.of(*values, seconds=state.seconds, memory_gib=memory)
+        if self.logger:
+            self.logger.write(state.step, "train", metrics)
+        self._restart_speed()
+
+    def _restart_speed(self) -> None:
+        self.compute_seconds = 0.0
+        self.last_log_step = self.state.step
+
+    def eval_model(self) -> GenerativeModel:
+        """Return the best EMA in evaluation mode.
+
+        Its batch statistics are estimated over training batches that the seed and the state fix.
+        """
+        self.runtime.seed(self.seed, self.state.step)
+        size = self.config.batch_size // self.config.grad_accum_steps
+        seen = self.state.images_seen
+        self.state.update_bn(
+            self.data.train_batch(seen + size * index, size, self.seed)
+            for index in range(BN_UPDATE_BATCHES)
+        )
+        return self.state.ema_model.eval()
+
+    def validate(self) -> bool:
+        """Evaluate all EMAs on the validation split and select the best.
+
+        Returns:
+            whether it is the best so far.
+        """
+        state = self.state
+        metric = self.model.metric
+        results = [self._evaluate("validation", index) for index in range(len(state.emas) or 1)]
+        costs = [metric.cost(result[metric.name].value) for result in results]
+        state.best_ema = costs.index(min(costs))
+        metrics = results[state.best_ema]
+        if len(costs) > 1:
+            decay = state.ema_decays[state.best_ema]
+            metrics |= Metrics.of(MetricValue(Metric("ema"), decay, split="validation"))
+        if self.logger:
+            self.logger.write(state.step, "validation", metrics)
+        is_best = min(costs) < state.best
+        state.best = min(*costs, state.best)
+        state.evals_since_best = 0 if is_best else state.evals_since_best + 1
+        return is_best
+
+    def test(self) -> None:
+        """Evaluate the best EMA on the test split, which influences nothing."""
+        metrics = self._evaluate("test", self.state.best_ema)
+        if self.logger:
+            self.logger.write(self.state.step, "test", metrics)
+        warn_implausible_likelihood(
+            metrics[self.model.metric.name], self.data, self._eval_batches("test")
+        )
+
+    def _evaluate(self, split: str, ema_index: int) -> Metrics:
+        """Return the metrics of one EMA, which becomes the selected one."""
+        self.state.best_ema = ema_index
+        metrics = self.eval_model().evaluate(self._eval_batches(split), self._eval_batches("train"))
+        self.model.train()
+        return metrics.on(split)
+
+    def _eval_batches(self, split: str) -> Iterator[Tensor]:
+        return self.data.batches(split, self.config.batch_size, self.config.eval_images)
+
+    def sample(self) -> None:
+        """Draw samples of the best EMA, from the same latents every time."""
+        generator = torch.Generator(self.runtime.device).manual_seed(self.seed)
+        images, _ = self.eval_model().sample(NUM_SAMPLES, self.config.sample_temperature, generator)
+        self.model.train()
+        if self.logger:
+            self.logger.write_samples(self.state.step, images, self.data.bits)
+            self.logger.write_filters(self.state.ema_model.filters())
+
+    def save_checkpoint(self, best: bool = False, keep: bool = False) -> None:
+        """Save the state, with the batch statistics that an evaluation of this step uses.
+
+        Args:
+            best: save it as `best.pt` too.
+            keep: save it under the number of its step too.
+        """
+        self.eval_model()
+        self.model.train()
+        if self.group.is_main:
+            content = {"config": self.run_config, **self.state.capture()}
+            self.run.save(content, best=best, keep=keep)
+        self.last_done["save"] = self.state.step
+
+    def _check_group(self) -> None:
+        if not self.model.shares_batches:
             raise UserError(
-                "batch normalisation and several processes are compiled with trainer.activation_memory=store alone: leave out one or the other"
+                "this model trains in one process: remove trainer.num_processes and torchrun, "
+                "and start one run per device"
             )
-        try:
-            set_activation_memory(model, self.machine.activation_memory)
-        except ValueError as error:
-            raise UserError(f"trainer.activation_memory: {error}") from error
-        reset_peak_memory(self.machine.device)
-        data.to(self.machine.device)
-        model.to(self.machine.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if checkpoint is None and not trained:
-            model.initialize(*data.train_batch(0, self.optimisation.init_images, config["seed"]))
+        self.group.check_device(self.runtime.device)
+        self.group.check_divides(self.config.batch_size, self.config.grad_accum_steps)
+
+    def _prepare(self, checkpoint: dict[str, Any] | None, init_weights: bool) -> None:
+        """Initialize or restore the model, and create state and logger."""
+        config = self.config
+        model = self.model
+        device = self.runtime.device
+        self._check_memory()
+        set_activation_memory(model, config.activation_memory)
+        reset_peak_memory(device)
+        self.data.to(device)
+        model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if checkpoint is None and not init_weights:
+            model.initialize(*self.data.train_batch(0, config.init_images, self.seed))
         check_batch_fits(
             model,
-            data,
-            self.machine,
-            self.optimisation.batch_size,
-            self.optimisation.grad_accum_steps * team.size,
+            self.data,
+            self.runtime,
+            config.batch_size,
+            config.grad_accum_steps * self.group.size,
         )
-        team.broadcast_weights(model)
-        state = TrainState(model, self.optimisation)
+        self.group.broadcast_weights(model)
+        optimizer = build_optimizer(
+            model,
+            config.optimizer,
+            config.lr,
+            momentum=config.momentum,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+        self.state = TrainState(model, optimizer, config.optimizer, config.ema_decays)
+        if self.group.size > 1:  # after the EMAs are copied, which evaluate whole batches
+            shard_batches(model, self.group.rank, self.group.size)
         if checkpoint is not None:
-            state.restore(checkpoint)
-            run.truncate_metrics(state.step)
-        if self.machine.compile:  # CUDA graphs spare a GPU its thousand launches a step, but overwrite gradients that accumulate
-            model.compile(
-                mode="reduce-overhead" if self.optimisation.grad_accum_steps == 1 else "default"
+            self.state.restore(checkpoint)
+            if self.group.is_main:
+                self.run.truncate_metrics(self.state.step)
+        self.last_done = {"save": self.state.step}
+        self._restart_speed()
+        if self.group.is_main:
+            self.logger = self._make_logger()
+        if config.compile:
+            # CUDA graphs save launches, but overwrite gradients that accumulate.
+            model.compile(mode="reduce-overhead" if config.grad_accum_steps == 1 else "default")
+        if checkpoint is None:
+            self.save_checkpoint()
+        if config.compile:
+            self._warm_up()
+
+    def _check_memory(self) -> None:
+        config = self.config
+        bytes_per_image = 5 * math.prod(self.data.image_shape)  # one byte and one float32 per value
+        for name in ("batch_size", "init_images"):
+            check_memory(f"trainer.{name}", getattr(config, name), bytes_per_image)
+        recomputes = config.compile and config.activation_memory == "checkpoint"
+        if recomputes and (self.group.size > 1 or batch_norm_layers(self.model)):
+            raise UserError(
+                "trainer.compile=true with batch normalization or several processes needs "
+                "trainer.activation_memory=store: set it, or trainer.compile=false"
             )
-        training = Training(
-            self.cadence, self.optimisation, self.machine, state, data, run, config, team
-        )
-        with explain_small_batches():
-            if checkpoint is None:
-                training.save()
-            if self.machine.compile:
-                warm_up(training)
-            stopped = training.loop()
-        team.broadcast_from_main(
-            lambda: None
-        )  # a launcher would end the one that saves when another has ended
-        return stopped
+
+    def _make_logger(self) -> Logger:
+        state = self.state
+        if self.config.steps is not None:
+            return Logger(self.run, self.model, state.step, state.step, self.config.steps, "step")
+        total_seconds = 60 * (self.config.minutes or 0.0)
+        return Logger(self.run, self.model, state.step, state.seconds, total_seconds, "s")
+
+    def _warm_up(self) -> None:
+        """Compile the model on the first batch, without training it."""
+        log.info("compiling the model, which may take minutes")
+        start_time = time.monotonic()
+        # A forward pass changes running statistics and Markov chains.
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        for images, labels in self.micro_batches():
+            self.compute_loss(self.model, images, labels).backward()
+        self.model.zero_grad()
+        for buffer, original in buffers:
+            buffer.copy_(original)
+        log.info("compiled in %.0f s", time.monotonic() - start_time)
 
 
-@contextmanager
-def explain_small_batches() -> Iterator[None]:
-    """Turn the error of batch norm layers for one image into one that names the setting."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            "batch normalization needs more than one image per micro-batch: "
-            "increase trainer.batch_size, or decrease trainer.grad_accum_steps"
-        ) from error
-
-
-def warm_up(training: Training) -> None:
-    """Compile on the first batch, and say how long it took; nothing is learnt."""
-    log.info("compiling the model, which may take minutes")
-    began, model = time.monotonic(), training.state.model
-    buffers = [
-        (buffer, buffer.clone()) for buffer in model.buffers()
-    ]  # statistics of batches, and chains
-    for loss in training.losses(model):
-        loss.backward()
-    model.zero_grad()
-    for buffer, before in buffers:
-        buffer.copy_(before)
-    log.info("compiled in %.0f s", time.monotonic() - began)
+def is_finite(row: dict[str, float]) -> bool:
+    """Return whether loss and gradient norm of a training step are finite."""
+    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])

@@ -1,4 +1,4 @@
-"""What the user is told: messages on standard error, and one sentence for an error of any kind."""
+"""Messages for the user: logging to the terminal, progress bars and one-line errors."""
 
 import errno
 import logging
@@ -11,105 +11,133 @@ from typing import Protocol, TypeVar
 from flowgen.utils.errors import UserError
 from flowgen.utils.launcher import is_worker
 
+T = TypeVar("T")
+ETA_AFTER_SECONDS = 10.0  # of work, before its speed is known
+MIN_REMAINING_SECONDS = 60.0  # shorter waits are not announced
+log = logging.getLogger("flowgen")
+
 
 def setup_logging() -> None:
-    """Messages go to standard error, above a progress bar where one is drawn."""
+    """Send log messages to standard error, above the progress bar if there is one."""
     from tqdm import tqdm
 
-    class Screen(logging.Handler):
+    class ScreenHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             tqdm.write(escape_control(self.format(record)), file=sys.stderr)
 
-    log = logging.getLogger("flowgen")
     log.setLevel(logging.DEBUG)
     log.propagate = False
     if not log.handlers:
-        screen = Screen(logging.ERROR if is_worker() else logging.INFO)
-        log.addHandler(screen)
+        log.addHandler(ScreenHandler(logging.ERROR if is_worker() else logging.INFO))
 
 
 def escape_control(text: str) -> str:
-    """With what would move a terminal's cursor or change its colours, or is half a character, spelt out: names may be anybody's."""
+    """Escape control characters and lone surrogates, which untrusted names may contain."""
     return "".join(
-        each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text
+        char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text
     )
 
 
 def user_message(error: Exception) -> str:
-    """One line for an error, whatever it is."""
+    """Return one line that explains an error of any kind."""
+    text = str(error)
     if isinstance(error, UserError):
-        return str(error)
+        return text
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full: make room, then go on from the last good checkpoint with `flowgen resume RUN`"
+        return (
+            "the disk is full: free some space, "
+            "then continue from the last checkpoint with `flowgen resume RUN`"
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the disk'}: {error.strerror}"
-    if (
-        isinstance(error, MemoryError)
-        or "out of memory" in str(error)
-        or "can't allocate memory" in str(error)
-    ):
-        return "not enough memory: choose a smaller trainer.batch_size, --count or model.width, or set trainer.grad_accum_steps=2"
-    if "InvalidCxxCompiler" in str(error):
-        return "trainer.compile=true needs a C++ compiler, and there is none: install g++, or leave it at false"
-    return f"{type(error).__name__}: {' '.join(str(error).split())} (this is a fault of flowgen: --debug shows where)"
-
-
-log = logging.getLogger("flowgen")
-T = TypeVar("T")
-ENOUGH = 10.0  # seconds of work, after which it is known how fast it goes
-LONG = 60.0  # seconds to go that are worth a line
+    out_of_memory = ("out of memory", "can't allocate memory")
+    if isinstance(error, MemoryError) or any(phrase in text for phrase in out_of_memory):
+        return (
+            "not enough memory: choose a smaller trainer.batch_size, --count or model.width, "
+            "or set trainer.grad_accum_steps=2"
+        )
+    if "Expected more than 1 value per channel" in text:
+        return (
+            "batch normalization needs more than one image at a time: "
+            "set trainer.batch_size to at least 2 per micro-batch"
+        )
+    if "InvalidCxxCompiler" in text:
+        return "trainer.compile=true needs a C++ compiler: install g++, or set it to false"
+    return (
+        f"{type(error).__name__}: {' '.join(text.split())} "
+        "(this is a bug in flowgen: --debug shows the traceback)"
+    )
 
 
 class Progress(Protocol):
-    def __call__(self, steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-        """The same `steps`, of which there are `total`; `what` names the work."""
+    """A function that wraps an iterable to show its progress."""
+
+    def __call__(
+        self, steps: Iterable[T], description: str, total: int | None = None, /
+    ) -> Iterable[T]:
+        """Return an iterable over the same `steps`; `total` is their number."""
 
 
-def no_progress(steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """Shows nothing."""
+def no_progress(steps: Iterable[T], description: str, total: int | None = None, /) -> Iterable[T]:
+    """Show nothing."""
     return steps
 
 
-def progress_bar(steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """A bar on standard error while the steps are taken, where that is a terminal; elsewhere a line on how long they will take."""
+def progress_bar(steps: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """Show a progress bar on a terminal, or log the remaining time once without one."""
     from tqdm import tqdm
 
-    shown = tqdm(steps, desc=what, total=total, unit="", disable=None, leave=False)
-    return _with_outlook(shown, what, total) if shown.disable and total else shown
+    bar = tqdm(steps, desc=description, total=total, unit="", disable=None, leave=False)
+    return _with_eta(bar, description, total) if bar.disable and total else bar
 
 
-def _with_outlook(steps: Iterable[T], what: str, total: int) -> Iterator[T]:
-    outlook = EtaLogger(what, 0, total)
-    for number, step in enumerate(steps):
-        outlook.at(number)
+def _with_eta(steps: Iterable[T], description: str, total: int) -> Iterator[T]:
+    eta = EtaLogger(description, 0, total)
+    for index, step in enumerate(steps):
+        eta.update(index)
         yield step
 
 
 class EtaLogger:
-    """Says once, in a line, how long the rest of long work will take; places are counted from `start` to `end`."""
+    """Log once how long the rest of long work will take.
 
-    def __init__(self, what: str, start: float, end: float):
-        self.what, self.start, self.end, self.began, self.said = (
-            what,
-            start,
-            end,
-            time.monotonic(),
-            False,
-        )
+    Args:
+        description: what is counted, such as "steps".
+        start: position at the beginning.
+        end: position at the end.
+    """
 
-    def at(self, place: float) -> None:
-        """Where the work stands: after a while it is known how fast it goes."""
-        passed = time.monotonic() - self.began
-        if self.said or passed < ENOUGH or place <= self.start:
+    def __init__(self, description: str, start: float, end: float):
+        self.description = description
+        self.start = start
+        self.end = end
+        self.start_time = time.monotonic()
+        self.finished = False
+
+    def update(self, position: float) -> None:
+        """Report the current position."""
+        elapsed = time.monotonic() - self.start_time
+        if self.finished or elapsed < ETA_AFTER_SECONDS or position <= self.start:
             return
-        left = passed * (self.end - place) / (place - self.start)
-        if left > LONG:
-            log.info("%s: %d of %d, about %s to go", self.what, place, self.end, in_words(left))
-        self.said = True
+        remaining = elapsed * (self.end - position) / (position - self.start)
+        if remaining > MIN_REMAINING_SECONDS:
+            log.info(
+                "%s: %d of %d, about %s to go",
+                self.description,
+                position,
+                self.end,
+                format_duration(remaining),
+            )
+        self.finished = True
 
 
-def in_words(seconds: float) -> str:
-    """90 as "2 min", 7200 as "2 h"."""
+def format_duration(seconds: float) -> str:
+    """Return 90 as "2 min", 7200 as "2 h".
+
+    Example:
+        >>> format_duration(7200)
+        '2 h'
+    """
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"

@@ -1,0 +1,91 @@
+"""Warnings about impossible likelihoods and about test images in the training set."""
+
+import math
+import shutil
+import time
+
+import pytest
+import torch
+from conftest import SMALL
+
+from flowgen.data.toy2d import Toy2D
+from flowgen.models.flows.flow import Flow
+from flowgen.training import sanity_checks
+from flowgen.training.sanity_checks import entropy, find_duplicates, warn_test_leakage
+from flowgen.utils.metrics import BITS_PER_DIM, LOG_LIKELIHOOD, MetricValue, beats_entropy_bound
+
+
+def test_entropy_is_that_of_the_frequencies():
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 2, 2)
+    assert entropy([images[:3], images[3:]]) == math.log2(6)
+    assert math.isclose(entropy([images[[0, 0, 0, 1]]]), 0.75 * math.log2(4 / 3) + 0.25 * 2)
+    assert entropy([images[:1]]) == 0
+
+
+def test_no_distribution_has_a_likelihood_below_the_entropy():
+    """The best model of four images, two of them equal, attains their entropy exactly."""
+    images = torch.tensor([0, 0, 1, 2], dtype=torch.uint8).view(4, 1, 1, 1)
+    best = -torch.tensor([0.5, 0.5, 0.25, 0.25]).log2().mean().item()
+    nats = -best * math.log(2)
+    bits = entropy([images])
+
+    def is_impossible(*value):
+        return beats_entropy_bound(MetricValue(*value), bits, 1)
+
+    assert not is_impossible(BITS_PER_DIM, best)
+    assert is_impossible(BITS_PER_DIM, best - 0.01)
+    assert not is_impossible(BITS_PER_DIM, best - 0.01, 0.01)
+    assert not is_impossible(LOG_LIKELIHOOD, nats)
+    assert is_impossible(LOG_LIKELIHOOD, nats + 0.01)
+    assert not is_impossible(LOG_LIKELIHOOD, math.nan)
+
+
+def test_a_flow_with_a_wrong_log_determinant_causes_a_warning(tiny_run, command, monkeypatch):
+    warning = "below the entropy bound, which is impossible"
+    assert warning not in command("evaluate", "--run", tiny_run)[2]
+    bits = Flow._bits_per_dim
+    monkeypatch.setattr(Flow, "_bits_per_dim", lambda self, score: bits(self, score) - 8)
+    assert warning in command("evaluate", "--run", tiny_run)[2]
+    assert warning in command("resume", tiny_run, "trainer.steps=8")[2]
+
+
+def test_test_images_in_the_training_set_are_counted(images, command, tmp_path):
+    argv = ["train", *SMALL, f"data.root={images}", "trainer.steps=1"]
+    error = command(*argv, f"output_dir={tmp_path / 'one'}")[2]
+    assert "test images are training images" not in error
+    for path in sorted(images.iterdir()):
+        shutil.copy(path, path.with_name(f"copy_{path.name}"))
+    error = command(*argv, f"output_dir={tmp_path / 'two'}")[2]
+    assert "test images are training images too, pixel for pixel (indices 0" in error
+    error = command("evaluate", "--run", tmp_path / "two")[2]
+    assert "test images are training images too" in error
+
+
+def test_large_data_sets_are_not_searched(monkeypatch):
+    monkeypatch.setattr(sanity_checks, "MAX_TRAIN_BYTES", 100)
+    monkeypatch.setattr(
+        sanity_checks, "find_duplicates", lambda *arguments: pytest.fail("the set is searched")
+    )
+    warn_test_leakage(Toy2D(name="moons", num_points=4000, bits=3, random_flip=False))
+
+
+def test_duplicates_agree_in_every_pixel():
+    train = torch.randint(256, (500, 3, 40, 40), dtype=torch.uint8)
+    other = train[7].clone()
+    other[0, 0, 1] += 1  # a pixel that the digest skips
+    test = torch.stack((train[3], other, 255 - train[4], train[499], train[3]))
+    assert find_duplicates(train, test) == [0, 3, 4]
+
+
+def test_points_of_toy_data_may_coincide():
+    data = Toy2D(name="moons", num_points=4000, bits=3, random_flip=False)
+    assert find_duplicates(data.train.images, data.test.images) == []
+
+
+def test_sixty_thousand_images_are_compared_in_two_seconds():
+    train = torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8)
+    test = torch.randint(256, (10_000, 1, 28, 28), dtype=torch.uint8)
+    test[5] = train[59_999]
+    start = time.process_time()
+    assert find_duplicates(train, test) == [5]
+    assert time.process_time() - start < 2  # 0.2 s on an idle core
