@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from test_capabilities import INPAINTING_MODELS
-from test_cli import assert_plain
 from test_models import MODELS, initialized, random_images
 from torch import Tensor
 
@@ -101,6 +100,12 @@ def assert_moments(draws: Tensor, mean: Tensor, variance: Tensor) -> None:
     variance_error = (draws.var(0) / variance - 1).abs()
     assert (mean_error < 4 * (variance / len(draws)).sqrt()).all(), (draws.mean(0), mean)
     assert (variance_error < 4 * math.sqrt(2 / len(draws))).all(), (draws.var(0), variance)
+
+
+def assert_error(result: tuple[int, str, str], text: str) -> None:
+    """Check that a command failed with one sentence that contains `text`."""
+    status, _, error = result
+    assert status == 1 and text in error and len(error.splitlines()) == 1, error
 
 
 def test_a_gaussian_field_is_inpainted_by_its_conditional():
@@ -278,10 +283,10 @@ def test_complete_colorizes_and_enlarges(tiny_run, images, command, tmp_path):
         assert status == 0 and "acceptance" in error, error
         assert Image.open(output.strip()).width > 500
     arguments = ["complete", images / "000.png", "--run", tiny_run, "--known"]
-    assert_plain(command(*arguments, "downsample:3"), "one of 2, 4, 8, not '3'")
-    assert_plain(command(*arguments, "downsample"), "one of 2, 4, 8, not ''")
+    assert_error(command(*arguments, "downsample:3"), "one of 2, 4, 8, not '3'")
+    assert_error(command(*arguments, "downsample"), "one of 2, 4, 8, not ''")
     result = command("complete", small, "--run", tiny_run, "--known", "downsample:4")
-    assert_plain(result, "4x4 pixels")
+    assert_error(result, "4x4 pixels")
 
 
 def test_measurements_are_weighted_means_of_pixels():

@@ -293,7 +293,7 @@ def test_invalid_arguments_are_rejected(changes, message):
         ("tarflow", {"permutation": "lu"}, "permutation must be one of none, actnorm, plu"),
         ("tarflow", {"patch": 3}, "patch=3 does not divide"),
         ("tarflow", {"dropout": 1.0}, "dropout must be below 1"),
-        ("tarflow", {"num_heads": 3}, "must be a multiple of num_heads=3"),
+        ("tarflow", {"num_heads": 3}, "is not a multiple of num_heads=3"),
     ],
 )
 def test_invalid_arguments_of_other_models_are_rejected(name, changes, message):

@@ -80,7 +80,7 @@ def check_transformer(
         raise UserError(f"dropout must be below 1, not {dropout}")
     if width % num_heads:
         raise UserError(
-            f"width={width} must be a multiple of num_heads={num_heads}: change one of them"
+            f"width={width} is not a multiple of num_heads={num_heads}: change one of them"
         )
 
 

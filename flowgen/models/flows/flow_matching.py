@@ -104,7 +104,7 @@ class FlowMatching(Flow):
         bijection = Chain(
             *gaussianization(gaussianize, channels, bits),
             Flatten(channels, size, size),
-            Standardize(dim, False),  # fixed to the statistics of the first batch
+            Standardize(dim, learned=False),
             cnf,
         )
         super().__init__(bijection, image_shape, bits, "uniform", num_classes, condition_networks)

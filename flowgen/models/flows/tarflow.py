@@ -112,10 +112,9 @@ class TarFlow(Flow, SupportsTokenSampling):
                 resolution**2, channels, width, num_heads, depth, dropout, cond_channels
             )
             head = (autoregressive_head if local else TokenHead)(channels, width, univariate)
-            is_reversed = index % 2 == 1
             return [
                 *choose(mixing, permutation=permutation),
-                TokenAutoregressive(network, head, is_reversed),
+                TokenAutoregressive(network, head, reverse=index % 2 == 1),
             ]
 
         def shift(index: int) -> list[Bijection]:
