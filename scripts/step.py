@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from flowgen import cli
 from flowgen.data.dataset import ImageDataset
-from flowgen.training import optim as optimisation
-from flowgen.training import trainer as loop
-from flowgen.training.state import TrainState
+from flowgen.training import trainer as trainer_module
+from flowgen.training.trainer import Trainer
 
 WARM, MEASURED = 3, 5  # steps
 SETTINGS = [
@@ -28,7 +28,7 @@ SETTINGS = [
 ]
 QUIET = [
     "trainer.eval_images=16",
-    *(f"trainer.{name}=1000000" for name in ("evaluate_every", "sample_every", "save_every")),
+    *(f"trainer.{name}=1000000" for name in ("eval_every", "sample_every", "save_every")),
 ]
 PHASES = ("the batch", "forward", "backward", "norm and clipping", "optimiser and average")
 KINDS = {
@@ -70,24 +70,25 @@ def kind(operation: str) -> str:
 def main(words: list[str]) -> None:
     phase(ImageDataset, "next", "the batch")
     phase(torch.Tensor, "backward", "backward")
-    phase(loop, "gradient_norm", "norm and clipping")
-    phase(optimisation.Optimisation, "clip_gradients", "norm and clipping")
-    phase(TrainState, "update", "optimiser and average")
-    step, done = loop.Training.step, [0]
+    phase(trainer_module, "gradient_norm", "norm and clipping")
+    phase(torch.nn.utils, "clip_grads_with_norm_", "norm and clipping")
+    phase(torch.optim.AdamW, "step", "optimiser and average")
+    phase(AveragedModel, "update_parameters", "optimiser and average")
+    step, done = Trainer.training_step, [0]
     profiler = profile(activities=[ProfilerActivity.CPU])
 
-    def watched(training: loop.Training) -> dict[str, float]:
+    def watched(trainer: Trainer) -> dict[str, float]:
         if done[0] == WARM:
-            phase(training.state.model, "forward", "forward")
+            phase(trainer.model, "forward", "forward")
             profiler.start()
         with record_function("step"):
-            row = step(training)
+            row = step(trainer)
         done[0] += 1
         if done[0] == WARM + MEASURED:
             profiler.stop()
         return row
 
-    loop.Training.step = watched  # type: ignore[method-assign]
+    Trainer.training_step = watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
         sys.argv = [
             "flowgen",
