@@ -212,7 +212,7 @@ def sample_batches(
     is_conditional = isinstance(model, ClassConditional) and model.num_classes is not None
     iterations: list[list[int]] = []
     for start in range(0, count, BATCH_SIZE):
-        position = {"first": start} if is_conditional else {}
+        position = {"start_index": start} if is_conditional else {}
         batch_size = min(BATCH_SIZE, count - start)
         yield model.sample(batch_size, temperature, generator, **position, **kwargs)
         if isinstance(model, SupportsTokenSampling) and "jacobi" in kwargs:

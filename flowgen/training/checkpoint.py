@@ -215,6 +215,8 @@ def _is_config(value: Any) -> bool:
         all(isinstance(value.get(section), dict) for section in ("model", "data", "trainer"))
         and _is_count(value.get("seed"))
         and is_number(value["trainer"]["sample_temperature"])
+        and isinstance(value.get("evaluation", {}), dict)
+        and all(isinstance(value[key].get("_target_", ""), str) for key in ("model", "data"))
     )
 
 
