@@ -164,7 +164,7 @@ def train(words: tuple[str, ...]) -> None:
 def resume(name: str, overrides: tuple[str, ...]) -> None:
     """Go on from RUN's last good checkpoint, with its own configuration but for each KEY=VALUE."""
     module = command("train")
-    module.follow() if is_worker() else module.resume(name=name, overrides=list(overrides))
+    module.run_worker() if is_worker() else module.resume(name=name, overrides=list(overrides))
 
 
 @click.command()

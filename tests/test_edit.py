@@ -9,9 +9,9 @@ import torch
 from conftest import SMALL
 from PIL import Image
 from test_cli import assert_plain
-from test_completion import field, flow_of
+from test_completion import make_flow, small_field
 from test_labels import attribute_list
-from test_models import MODELS, noise
+from test_models import MODELS, random_images
 
 import flowgen
 from flowgen.data.attributes import read_table
@@ -40,7 +40,7 @@ def batches(flow, latents, attributes):
 
 def test_ridge_separates_correlated_attributes_and_the_mean_difference_does_not():
     """z = a B + N(0, I) where a1 = a2 nine times in ten: the slope of z along a1 is B1 + 0.8 B2."""
-    flow, _, _ = field()
+    flow, _, _ = small_field()
     changes = torch.randn(2, 16).double()
     first = torch.rand(NUM_IMAGES) < 0.5
     second = first ^ (torch.rand(NUM_IMAGES) < 0.1)
@@ -59,7 +59,7 @@ def test_ridge_separates_correlated_attributes_and_the_mean_difference_does_not(
 
 
 def test_classes_have_their_means_and_an_image_leaves_its_own_class():
-    flow, _, _ = field()
+    flow, _, _ = small_field()
     means = torch.randn(3, 16).double()
     labels = torch.arange(NUM_IMAGES) % 3
     latents = means[labels] + torch.randn(NUM_IMAGES, 16)
@@ -75,8 +75,8 @@ def test_classes_have_their_means_and_an_image_leaves_its_own_class():
 
 
 def test_a_class_conditional_flow_moves_by_the_difference_of_class_means():
-    flow, _, _ = field()
-    conditional = flow_of(flow.bijection, (1, 4, 4), classes=2)
+    flow, _, _ = small_field()
+    conditional = make_flow(flow.bijection, (1, 4, 4), num_classes=2)
     conditional.means.data = torch.stack((torch.zeros(16), 0.5 * torch.ones(16))).double()
     images = flow.sample(20, generator=torch.Generator().manual_seed(1))[0]
     directions = class_directions(conditional)
@@ -93,12 +93,12 @@ def test_a_class_conditional_flow_moves_by_the_difference_of_class_means():
 
 def test_the_condition_of_networks_moves_to_the_other_class_but_not_beyond():
     model = MODELS["glow"](bits=5, num_classes=2)
-    model.initialize(noise(5))
+    model.initialize(random_images(5))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     model.eval()
-    images = noise(5, 3)
+    images = random_images(5, 3)
     directions = class_directions(model)
     assert directions.changes.shape == (2, 192 + 2)
     labels = torch.zeros(3, dtype=torch.long)
@@ -117,8 +117,8 @@ def test_the_condition_of_networks_moves_to_the_other_class_but_not_beyond():
 
 def test_images_are_encoded_once_in_batches_with_the_same_result(monkeypatch):
     model = MODELS["glow"](bits=5, num_classes=2, condition_networks=False)
-    images = noise(5, 7)
-    model.initialize(noise(5))
+    images = random_images(5, 7)
+    model.initialize(random_images(5))
     model.eval()
     directions = class_directions(model)
     shares = torch.tensor([0.0, 1.0])
@@ -268,7 +268,7 @@ def test_edit_uses_folders_as_classes(images, command, tmp_path):
         (["Smiling", "--labels", "nowhere.csv"], "cannot be read as a table", 1),
         (["Smiling", "--labels", "/dev/null"], "cannot be read as a table", 1),
         (["Smiling", "--count", "1"], "--count", 2),
-        (["Smiling", "--out", "strip"], "no name of a picture", 2),
+        (["Smiling", "--out", "strip"], "is not the path of", 2),
         (["Smiling", "--run", "nowhere"], "flowgen runs", 1),
     ],
 )

@@ -149,8 +149,8 @@ def test_errors_of_the_hub_are_one_line(hub, tiny_run):
     }
     for name, message in (
         ("me/nothing", "me/nothing is not on the Hub"),
-        ("me/other", "me/other on the Hub is no model of flowgen"),
-        ("me/broken", "no model of flowgen"),
+        ("me/other", "me/other on the Hub is not a model of flowgen"),
+        ("me/broken", "not a model of flowgen"),
     ):
         assert_plain(run(hub, "sample", "--run", f"hf:{name}"), message)
     push = ["push", tiny_run, "me/faces", "--license", "mit"]
@@ -162,11 +162,11 @@ def test_errors_of_the_hub_are_one_line(hub, tiny_run):
     ["hf:", "hf:me", "hf:me/../../x", "hf:me/a/b", "hf:/x", "hf:me/.x", "hf:me/x y", "hf:me/x\n"],
 )
 def test_invalid_names_are_refused_before_any_request(command, name):
-    assert_plain(command("sample", "--run", name), "is no name of a model on the Hub")
+    assert_plain(command("sample", "--run", name), "is not the name of a model on the Hub")
 
 
 def test_push_needs_a_name_a_run_and_a_license(tiny_run, command):
-    assert_plain(command("push", tiny_run, "faces"), "is no name of a model on the Hub")
+    assert_plain(command("push", tiny_run, "faces"), "is not the name of a model on the Hub")
     assert_plain(command("push", "nowhere", "me/faces"), "flowgen runs")
     assert_plain(command("push", tiny_run, "me/faces"), "pass --license NAME")
 

@@ -13,7 +13,7 @@ import torch
 from conftest import SMALL, save_image
 from PIL import Image
 from test_cli import assert_plain
-from test_models import MODELS, glow, noise, started
+from test_models import MODELS, glow, initialized, random_images
 
 import flowgen
 from flowgen.bijections.reshape import FactorOut
@@ -177,8 +177,8 @@ def png_bytes(image: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_statistics_of_a_flow_add_up_to_its_log_probability(name):
-    model = started(name)
-    images = noise(5, 4)
+    model = initialized(name)
+    images = random_images(5, 4)
     assert isinstance(model, Flow)
     statistics = model.statistics(images, torch.Generator().manual_seed(0))
     log_prob = model.score(images, generator=torch.Generator().manual_seed(0))
@@ -202,8 +202,8 @@ def test_statistics_of_a_flow_add_up_to_its_log_probability(name):
 @pytest.mark.parametrize("condition_networks", [True, False])
 def test_statistics_of_a_class_conditional_flow_are_posterior_means(condition_networks):
     model = MODELS["glow"](bits=5, num_classes=3, condition_networks=condition_networks)
-    images = noise(5, 4)
-    model.initialize(noise(5))
+    images = random_images(5, 4)
+    model.initialize(random_images(5))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -211,7 +211,7 @@ def test_statistics_of_a_class_conditional_flow_are_posterior_means(condition_ne
     log_prob = model.score(images, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(statistics["log_prob"], log_prob, rtol=1e-5)
     x, _ = model._dequantize(images, torch.Generator().manual_seed(0))
-    of_classes = model._log_density_of_classes(x)
+    of_classes = model.class_log_density(x)
     expected = (of_classes.softmax(1) * of_classes).sum(1)
     assert torch.allclose(statistics["log_base"] + statistics["log_det"], expected, rtol=1e-5)
 
@@ -232,7 +232,7 @@ def test_image_stream_reads_files_folders_and_zips_and_counts_broken_images(
     assert first.max() < 32
     assert torch.equal(first[0], first[2])
     assert batches[2][0][-1].endswith("some.zip/a.png")
-    assert "1 of 43 images left out: b.png" in caplog.text
+    assert "1 of 43 images skipped: b.png" in caplog.text
     for path in (tmp_path / "nowhere", tmp_path / "nowhere.zip"):
         with pytest.raises(UserError, match="does not exist"):
             ImageStream([path], size=8, channels=3, crop=None, bits=5)
@@ -336,14 +336,14 @@ def test_data_of_another_shape_fails_before_any_image_is_scored(monkeypatch):
     [
         ([], "nothing to score", 2),
         (["nowhere.png"], "does not exist", 1),
-        (["nowhere"], "does not exist: name images", 1),
+        (["nowhere"], "does not exist: choose images", 1),
         (["text.png"], "is not an image", 1),
-        (["empty"], "holds no image: name images", 1),
+        (["empty"], "contains no images: choose images", 1),
         (["a.png", "--score", "beauty"], "beauty", 2),
-        (["a.png", "--csv", "nowhere/all.csv"], "does not exist: make it", 1),
-        (["a.png", "--out", "page.html"], "no name of a picture", 2),
+        (["a.png", "--csv", "nowhere/all.csv"], "does not exist: create it", 1),
+        (["a.png", "--out", "page.html"], "is not the path of", 2),
         (["a.png", "--count", "1"], "--count", 2),
-        (["--ood", "data=cats"], "names no data", 1),
+        (["--ood", "data=cats"], "does not name a data set", 1),
         (["--ood", "data=folder"], "data.root", 1),
         (["--ood", "data=folder", "--ood", "data.colour=3"], "data.colour", 1),
         (["--ood", "data=mnist"], "torchvision", 1),
@@ -360,7 +360,7 @@ def test_score_errors_are_one_line(
     save_image(elsewhere / "a.png")
     (elsewhere / "text.png").write_text("not an image")
     (elsewhere / "empty").mkdir()
-    monkeypatch.setattr("flowgen.data.mnist._download", fail_download)
+    monkeypatch.setattr("flowgen.data.dataset.download", fail_download)
     assert_plain(command("score", *arguments, "--run", tiny_run), message, status)
 
 

@@ -128,7 +128,7 @@ def test_an_older_format_is_refused(exported):
     del metadata["format"]
     weights = read_safetensors(exported)["model"]
     save_file(weights, exported, metadata={"flowgen": json.dumps(metadata)})
-    with pytest.raises(UserError, match="older version of flowgen"):
+    with pytest.raises(UserError, match=r"version of flowgen before 0.2.0"):
         read_safetensors(exported)
 
 
@@ -221,7 +221,7 @@ def test_export_includes_the_evaluation_of_the_run(tiny_run, command, tmp_path):
     ("name", "message"),
     [
         ("mine.pt", "choose a name that ends in .safetensors"),
-        ("nowhere/mine.safetensors", "does not exist: make it"),
+        ("nowhere/mine.safetensors", "does not exist: create it"),
         ("there.safetensors", "there.md exists already"),
     ],
 )

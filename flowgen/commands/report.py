@@ -111,11 +111,8 @@ def _short_names(folders: list[Path]) -> list[str]:
     if len(folders) == 1:
         return [str(folders[0])]
     parts = [folder.parts for folder in folders]
-    shared = 0
-    for index, column in enumerate(zip(*parts, strict=False)):
-        if len(set(column)) > 1:
-            shared = index
-            break
+    columns = enumerate(zip(*parts, strict=False))
+    shared = next((index for index, names in columns if len(set(names)) > 1), 0)
     return [str(Path(*names[shared:])) if names[shared:] else names[-1] for names in parts]
 
 

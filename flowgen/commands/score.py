@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from heapq import nlargest, nsmallest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,11 +218,12 @@ def _score_images(
         for batch in _score_batches(scorer, paths, seed):
             write(batch)
             count += len(batch)
-            most_anomalous = sorted(most_anomalous + batch, key=lambda item: -item.metrics[score])
-            most_anomalous = most_anomalous[:MAX_ROWS]
-            most_typical = sorted(
-                most_typical + batch, key=lambda item: item.metrics["typicality"]
-            )[:MAX_TILES]
+            most_anomalous = nlargest(
+                MAX_ROWS, most_anomalous + batch, key=lambda item: item.metrics[score]
+            )
+            most_typical = nsmallest(
+                MAX_TILES, most_typical + batch, key=lambda item: item.metrics["typicality"]
+            )
     if not count:
         raise UserError("no image could be read: choose other images")
     yield from _format_table(scorer.metric_name, score, most_anomalous)
@@ -416,8 +418,5 @@ def _format_ood_table(results: list[OODResult]) -> Iterator[str]:
 
 
 def _dataset_title(section: dict[str, Any]) -> str:
-    if section.get("name"):
-        return str(section["name"])
-    if section.get("search_dirs"):
-        return str(section["search_dirs"][0])
-    return str(section.get("root") or "mnist_sample")
+    search_dirs = section.get("search_dirs") or [section.get("root") or "mnist_sample"]
+    return str(section.get("name") or search_dirs[0])

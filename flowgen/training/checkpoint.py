@@ -68,8 +68,8 @@ NOT_EXPORTED = {  # parts of a checkpoint that an export lacks
 def write_checkpoint(state: dict[str, Any], path: Path, links: Iterable[Path] = ()) -> None:
     """Write a checkpoint under several names.
 
-    Every file is complete or keeps its previous content. `path` comes last, so that it is only
-    updated once the others exist.
+    Every file is complete or keeps its previous content. `path` comes last:
+    it is only updated once the others exist.
 
     Args:
         state: the content, without its format.
@@ -215,6 +215,8 @@ def _is_config(value: Any) -> bool:
         all(isinstance(value.get(section), dict) for section in ("model", "data", "trainer"))
         and _is_count(value.get("seed"))
         and is_number(value["trainer"]["sample_temperature"])
+        and isinstance(value.get("evaluation", {}), dict)
+        and all(isinstance(value[key].get("_target_", ""), str) for key in ("model", "data"))
     )
 
 

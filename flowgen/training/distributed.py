@@ -36,7 +36,7 @@ class ProcessGroup(Rank):
 
     @property
     def is_main(self) -> bool:
-        """Whether this process reads and writes files."""
+        """True in the process that reads and writes files."""
         return self.rank == 0
 
     def check_divides(self, batch_size: int, grad_accum_steps: int) -> None:

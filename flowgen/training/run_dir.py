@@ -148,7 +148,7 @@ class Run:
             temporary.write_text(json.dumps(content) + "\n")
 
     def load_evaluation(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Return the saved metrics of a checkpoint, or {} if there are none of its weights."""
+        """Return the saved metrics of a checkpoint, or {} if no evaluation of its weights was saved."""
         try:
             metrics = json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
         except (OSError, ValueError, RecursionError):
@@ -201,7 +201,7 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def validation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the validation split, or of the test split if there are none."""
+    """Return the rows of the validation split; without a validation split, of the test split."""
     has_validation = any(row["split"] == "validation" for row in rows)
     split = "validation" if has_validation else "test"
     return [row for row in rows if row["split"] == split]

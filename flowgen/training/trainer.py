@@ -59,8 +59,8 @@ log = logging.getLogger("flowgen")
 class TrainerConfig:
     """All settings of a training, with the defaults of conf/trainer/cpu.yaml.
 
-    Training ends after `steps` or `minutes`, whichever comes first, or after `patience`
-    validations in a row without a better result.
+    Training ends after `steps`, after `minutes`, or after `patience` validations in a row without
+    a better result: at the first of these limits.
 
     Raises:
         UserError: if a value is out of range or two values contradict each other.
@@ -349,7 +349,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether training has reached its end or run out of patience."""
+        """True once training has reached its end or run out of patience."""
         patience = self.config.patience
         return self.progress >= 1 or (
             patience is not None and self.state.evals_since_best >= patience
@@ -430,16 +430,17 @@ class Trainer:
         state = self.state
         metric = self.model.metric
         results = [self._evaluate("validation", index) for index in range(len(state.emas) or 1)]
-        costs = [metric.cost(result[metric.name].value) for result in results]
-        state.best_ema = costs.index(min(costs))
+        cost_of_ema = [metric.cost(result[metric.name].value) for result in results]
+        lowest_cost = min(cost_of_ema)
+        state.best_ema = cost_of_ema.index(lowest_cost)
         metrics = results[state.best_ema]
-        if len(costs) > 1:
+        if len(cost_of_ema) > 1:
             decay = state.ema_decays[state.best_ema]
             metrics |= Metrics.of(MetricValue(Metric("ema"), decay, split="validation"))
         if self.logger:
             self.logger.write(state.step, "validation", metrics)
-        is_best = min(costs) < state.best
-        state.best = min(*costs, state.best)
+        is_best = lowest_cost < state.best
+        state.best = min(lowest_cost, state.best)
         state.evals_since_best = 0 if is_best else state.evals_since_best + 1
         return is_best
 

@@ -102,7 +102,7 @@ class EtaLogger:
     """Log once how long the rest of long work will take.
 
     Args:
-        description: what is counted, such as "steps".
+        description: name of the work or its unit, such as "steps".
         start: position at the beginning.
         end: position at the end.
     """

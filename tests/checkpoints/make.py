@@ -4,8 +4,8 @@ They prove that later versions read format 1, so run this for new models only, b
 
     python tests/checkpoints/make.py NAME...
 
-Each NAME.pt.gz has a NAME.json with the metrics of `flowgen evaluate`. The part of NAME before a dash
-is the model.
+Each NAME.pt.gz has a NAME.json with the metrics of `flowgen evaluate`. The part of NAME before a
+dash is the model.
 """
 
 import gzip

@@ -226,9 +226,9 @@ def _integer(payload: Payload, name: str, low: int, high: int) -> int:
 def _number(payload: Payload, name: str, low: float = 0.0) -> float:
     try:
         check_number(low, **{name: payload.get(name)})
+        return float(payload[name])
     except OverflowError as error:
         raise UserError(f"{name} is too large: choose a smaller number") from error
-    return float(payload[name])
 
 
 def _boolean(payload: Payload, name: str) -> bool:
