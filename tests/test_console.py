@@ -77,6 +77,6 @@ def test_models_report_the_progress_of_loops(glow, rbm):
         kwargs = {"method": "gibbs", "sweeps": 4} if session is rbm else {}
         session.model.set_progress(record)
         images, _ = session.model.sample(2, **kwargs)
-        session.model.score(images, draws=3)
+        session.model.score(images, num_importance_samples=3)
         session.model.set_progress(no_progress)
-    assert loops == [("draws", 3), ("gibbs", 4)]
+    assert loops == [("importance samples", 3), ("gibbs", 4)]
