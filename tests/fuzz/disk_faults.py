@@ -103,7 +103,7 @@ def read_only_disk(workspace: Workspace, seed: int, index: int) -> Result:
         remount(folder, "ro")
         outcomes = [run_flowgen(args, folder, output_dir=workspace.folder) for args in commands]
     faults = [
-        outcome.fault or "did not report the error"
+        f"{outcome.fault or 'did not report the error'}: {outcome.last_line}"
         for outcome in outcomes
         if outcome.fault or outcome.status != 1
     ]
