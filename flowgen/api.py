@@ -384,7 +384,8 @@ def create_model(
             if isinstance(value, str):
                 check_option(f"model/{key}", value)
                 value = read_yaml(f"model/{key}/{value}")
-            value = section[key] | value
+            else:
+                value = section[key] | value
         section[key] = value
     if bits is None:
         bits = content.get("data", {}).get("bits", 8)

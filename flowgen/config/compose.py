@@ -64,7 +64,8 @@ def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]
     note = trainer_note(tree.hydra.runtime.choices)
     OmegaConf.set_struct(tree, False)
     set_values(tree, values, references=True)
-    named_by_time = "${now:" in str(OmegaConf.to_container(tree)["output_dir"])
+    output_dir = OmegaConf.masked_copy(tree, "output_dir")
+    named_by_time = "${now:" in OmegaConf.to_yaml(output_dir)
     try:
         tree.output_dir = str(tree.output_dir)  # refers to the hydra section
     except OmegaConfBaseException as error:

@@ -124,7 +124,6 @@ def same_dataset(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
     The root counts only for folders, which have no other name.
     """
-    keys = DATASET_KEYS
-    if not first.get("search_dirs") and "root" in first:
-        keys = (*DATASET_KEYS, "root")
+    is_folder = not first.get("search_dirs") and "root" in first
+    keys = (*DATASET_KEYS, "root") if is_folder else DATASET_KEYS
     return all(first.get(key) == second.get(key) for key in keys)
