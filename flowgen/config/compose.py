@@ -54,8 +54,11 @@ def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]
 
     check_overrides(overrides)
     register_resolvers()
-    groups = [word for word in overrides if word.partition("=")[0] in GROUPS]
-    values = [word for word in resolve_stop_criterion(overrides) if word not in groups]
+    groups = [text for text in overrides if text.partition("=")[0] in GROUPS]
+    values = [text for text in resolve_stop_criterion(overrides) if text not in groups]
+    for text in overrides:
+        if text.startswith("hydra") or (text in groups and ("," in text or "(" in text)):
+            raise UserError(f"{text} is for a sweep: add -m, as in `flowgen train -m {text}`")
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             tree: Any = compose("train", groups, return_hydra_config=True)
