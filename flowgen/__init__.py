@@ -1,31 +1,54 @@
-"""flowgen: likelihood-based image models, trained, judged and used from one command line."""
+"""flowgen: train, evaluate and use likelihood-based image models.
 
-from typing import TYPE_CHECKING
+Example:
+    >>> import flowgen
+    >>> model = flowgen.create_model("glow", image_shape=(1, 8, 8), bits=5, levels=1, width=4)
+    >>> model.image_shape, model.bits
+    ((1, 8, 8), 5)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from flowgen.models.base import GenerativeModel
+    from flowgen.api import (
+        create_model,
+        evaluate,
+        list_datasets,
+        list_models,
+        load,
+        resume,
+        score,
+        train,
+    )
+    from flowgen.training.run_dir import Run
+    from flowgen.utils.errors import UserError
 
 __version__ = "0.1.0"
+__all__ = [
+    "Run",
+    "UserError",
+    "create_model",
+    "evaluate",
+    "list_datasets",
+    "list_models",
+    "load",
+    "resume",
+    "score",
+    "train",
+]
+_MODULES = {"Run": "flowgen.training.run_dir", "UserError": "flowgen.utils.errors"}
+_SUBPACKAGES = ("bijections", "data", "evaluation", "models", "training")
 
 
-def load(run: "str | Path", device: str = "cpu") -> "GenerativeModel":
-    """The model of a run folder, a checkpoint file or a name under `outputs/`, ready to use.
-
-    It is in evaluation mode, with the averaged (EMA) weights where there are any. Raises `FlowgenError` where `run` is none.
-    """
-    from flowgen.config.loading import (
-        load_model,  # torch takes seconds to import, and `flowgen --help` must not wait for it
-    )
-
-    return load_model(run, device)
-
-
-def __getattr__(name: str) -> object:
-    """`flowgen.models` and its like on first use."""
-    import importlib
-
-    if name in ("bijections", "data", "models", "training"):
+def __getattr__(name: str) -> Any:
+    """Import the API and the subpackages on first use, so that `import flowgen` needs no torch."""
+    if name in __all__:
+        return getattr(importlib.import_module(_MODULES.get(name, "flowgen.api")), name)
+    if name in _SUBPACKAGES:
         return importlib.import_module(f"flowgen.{name}")
     raise AttributeError(f"module 'flowgen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})

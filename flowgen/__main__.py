@@ -1,4 +1,4 @@
-"""`python -m flowgen` is `flowgen`."""
+"""`python -m flowgen` runs the command line."""
 
 from flowgen.cli import main
 

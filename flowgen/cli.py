@@ -1,37 +1,70 @@
-"""What the commands share on the command line: kinds of values, options, their completion, and how a command is called."""
+"""The command line: options, help and error messages of every command."""
 
 import json
 import logging
 import math
+import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from flowgen.config.compose import group_options, setting_names
+from flowgen.config.settings import group_options, setting_names, settings_help
 from flowgen.training.threads import prepare_threads, use_threads
 from flowgen.utils.console import escape_control, setup_logging, user_message
 from flowgen.utils.errors import UserError, check_folder_of
-from flowgen.utils.launcher import is_worker
 
 PATH = click.Path(path_type=Path)
 SAMPLERS = ("gibbs", "tempering", "mean-field")
-PICTURES = {".gif", ".jpg", ".png", ".webp"}
+DIRECTIONS = ("ridge", "difference")
+OOD_SCORES = (
+    "likelihood",
+    "typicality",
+    "complexity",
+    "combined",
+    "last_level",
+    "density_of_states",
+)
+IMAGE_SUFFIXES = {".gif", ".jpg", ".png", ".webp"}
+MAX_COUNT = 10**9
+GROUPS = {
+    "Train": ("train", "resume", "runs", "models", "data"),
+    "Draw": ("sample", "interpolate", "complete", "edit", "chain"),
+    "Evaluate": ("evaluate", "score", "report"),
+    "Share": ("export", "push", "explore", "bot"),
+}
+TRAIN_HELP = """\
+Usage: flowgen train [OPTION]... [OVERRIDE]...
+
+  Train a model. Choose options with GROUP=NAME and change settings with KEY=VALUE:
+
+    flowgen train model=glow data=celeba trainer.minutes=60 output_dir=outputs/faces
+    flowgen train experiment=demo
+    flowgen train -m model.width=64,128 seed=1,2
+
+Options:
+  -m, --multirun       Train one run for each combination of the listed values.
+  --cfg job            Print the configuration and exit.
+  -h, --help [GROUP]   Show all settings, or those of one group, as in --help model=rbm.
+
+"""
 
 
-class Number(click.ParamType):
-    """A finite number of at least `least`: `what` it is, and an example."""
+class FiniteFloat(click.ParamType):
+    """A finite number with a lower bound."""
 
     name = "number"
 
-    def __init__(self, what: str, example: str, least: float = -math.inf):
-        self.what, self.example, self.least = what, example, least
+    def __init__(self, what: str, example: str, minimum: float = -math.inf):
+        self.what = what
+        self.example = example
+        self.minimum = minimum
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -40,74 +73,84 @@ class Number(click.ParamType):
             number = float(value)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number) or number < self.least:
-            least = "" if self.least == -math.inf else f" of at least {self.least:g}"
-            self.fail(
-                f"{value!r} is no {self.what}: give a number{least}, such as {self.example}",
-                param,
-                ctx,
-            )
+        if not math.isfinite(number) or number < self.minimum:
+            limit = "" if self.minimum == -math.inf else f" of at least {self.minimum:g}"
+            text = f"{value!r} is not a {self.what}: give a number{limit}, such as {self.example}"
+            self.fail(text, param, ctx)
         return number
 
 
-def check_picture(path: Path | None, more: Collection[str] = ()) -> Path | None:
-    """Before the work is done, not after it."""
-    endings = sorted({*PICTURES, *more})
-    if path is not None and path.suffix.lower() not in endings:
-        raise click.UsageError(
-            f"{path} is no name of a picture: let it end in one of {', '.join(endings)}"
-        )
+def check_output(path: Path | None, suffixes: Collection[str], kind: str) -> Path | None:
+    """Check the name of an output file before any work is done."""
+    if path is None:
+        return None
+    if path.suffix.lower() not in suffixes:
+        names = ", ".join(sorted(suffixes))
+        raise click.UsageError(f"{path} is not the path of {kind}: use one of the endings {names}")
     try:
-        if path is not None:
-            check_folder_of(path)
+        check_folder_of(path)
     except UserError as error:
         raise click.UsageError(str(error)) from error
     return path
 
 
 def complete_override(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """`model=gl` to `model=glow`, and so for every group of the configuration; `trainer.st` to `trainer.steps=`."""
+    """Complete `model=gl` to `model=glow` and `trainer.st` to `trainer.steps=`."""
     group, equals, _ = incomplete.partition("=")
     if equals:
-        return [
-            f"{group}={name}"
-            for name in group_options(group)
-            if f"{group}={name}".startswith(incomplete)
-        ]
-    return [f"{name}=" for name in setting_names() if name.startswith(incomplete)]
+        candidates = [f"{group}={name}" for name in group_options(group)]
+    else:
+        candidates = [f"{name}=" for name in setting_names()]
+    return [candidate for candidate in candidates if candidate.startswith(incomplete)]
 
 
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    from flowgen.config.runs import list_runs
+    """Complete the name of a run or of a model in the zoo."""
+    from flowgen.config.runs import OUTPUTS, list_runs
     from flowgen.training.checkpoint import zoo
 
-    names = [
-        str(run.folder if incomplete.startswith("outputs") else run.folder.relative_to("outputs"))
-        for run in list_runs()
-    ]
-    return [name for name in [*names, *zoo()] if name.startswith(incomplete)]
+    folders = [run.folder for run in list_runs()]
+    if not incomplete.startswith(OUTPUTS.name):
+        folders = [folder.relative_to(OUTPUTS) for folder in folders]
+    candidates = [*map(str, folders), *zoo()]
+    return [candidate for candidate in candidates if candidate.startswith(incomplete)]
 
 
-def command(module: str, computes: bool = False, room: str = "commands") -> Any:
-    """A module of `flowgen.commands`, or of another room, imported when its command runs.
+def command(module: str, computes: bool = False, package: str = "commands") -> Any:
+    """Import the module of a command when it runs.
 
-    What `computes` with a model does so on the cores that are free.
+    Args:
+        module: its name.
+        computes: whether it computes with a model, on all free cores.
+        package: its package.
     """
     setup_logging()
-    imported = import_module(f"flowgen.{room}.{module}")
+    imported = import_module(".".join(filter(None, ("flowgen", package, module))))
     if computes:
         use_threads()
     return imported
 
 
+run_argument = click.argument("run", metavar="RUN", shell_complete=complete_run)
+optional_run_argument = click.argument(
+    "run", metavar="[RUN]", required=False, shell_complete=complete_run
+)
+overrides_argument = click.argument(
+    "overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override
+)
 run_option = click.option(
     "--run",
     metavar="RUN",
     shell_complete=complete_run,
-    help="Run folder, checkpoint, name under outputs/, zoo/NAME, or hf:OWNER/NAME.",
+    help="Run folder, checkpoint file, name under outputs/, zoo/NAME or hf:OWNER/NAME.",
 )
 seed_option = click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, metavar="N", show_default=True
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    metavar="N",
+    show_default=True,
+    help="Random seed.",
 )
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu or cuda."
@@ -116,136 +159,158 @@ out_option = click.option(
     "--out",
     type=PATH,
     metavar="FILE",
-    callback=lambda ctx, param, path: check_picture(path),
-    help="Where to write; by default into the run's folder.",
+    callback=lambda ctx, param, path: check_output(path, IMAGE_SUFFIXES, "an image"),
+    help="Output file; by default in the folder of the run.",
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+steps_type = click.IntRange(1, MAX_COUNT)
 
 
-HYDRA_FLAGS = {
-    "-m",
-    "--multirun",
-    "--help",
-    "-h",
-    "--cfg",
-    "-c",
-    "--resolve",
-    "--info",
-    "-i",
-    "--package",
-    "-p",
-    "--version",
-}
+class GroupedCommands(click.Group):
+    """A group whose help lists the commands in sections, with complete summaries."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in GROUPS.items():
+            rows = [(name, self.commands[name].short_help or "") for name in names]
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
 
-@click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
-@click.argument(
-    "words",
-    nargs=-1,
-    type=click.UNPROCESSED,
-    metavar="[OVERRIDE]...",
-    shell_complete=complete_override,
+@click.group(
+    cls=GroupedCommands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-def train(words: tuple[str, ...]) -> None:
-    """Train a model: model=glow data=celeba trainer.steps=2000 output_dir=DIR; train --help lists what there is."""
-    words = tuple("--help" if word == "-h" else word for word in words)
-    unknown = [
-        word for word in words if word.startswith("-") and word.partition("=")[0] not in HYDRA_FLAGS
-    ]
-    if unknown:
-        raise click.UsageError(
-            f"no such option: {unknown[0]}; what to train is said as KEY=VALUE, see `flowgen train --help`"
-        )
-    command("train").train(words=list(words))
+@click.version_option(package_name="flowgen", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """Train, evaluate and use likelihood-based image models.
+
+    RUN is the folder of a run, a checkpoint file, a name under outputs/, a model of the package
+    (zoo/NAME) or of the Hugging Face Hub (hf:OWNER/NAME). Without it, a command uses the newest
+    run that fits.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
-@click.command()
-@click.argument("name", metavar="RUN", shell_complete=complete_run)
-@click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
-def resume(name: str, overrides: tuple[str, ...]) -> None:
-    """Go on from RUN's last good checkpoint, with its own configuration but for each KEY=VALUE."""
-    module = command("train")
-    module.run_worker() if is_worker() else module.resume(name=name, overrides=list(overrides))
+@cli.command(add_help_option=False, short_help="Train a model on images.")
+@overrides_argument
+@click.option("-m", "--multirun", is_flag=True, help="Train all combinations of listed values.")
+@click.option("--cfg", type=click.Choice(["job"]), help="Print the configuration and exit.")
+@click.option("-h", "--help", "show_help", is_flag=True, help="Show the settings.")
+def train(overrides: tuple[str, ...], multirun: bool, cfg: str | None, show_help: bool) -> None:
+    """Train a model: GROUP=NAME chooses options, KEY=VALUE changes settings."""
+    if show_help:
+        width = min(max(shutil.get_terminal_size().columns, 80), 120)
+        text = settings_help(overrides, width)
+        click.echo(text if overrides else TRAIN_HELP + text)
+    elif cfg:
+        if multirun:
+            raise click.UsageError("--cfg job shows one configuration: leave -m out")
+        click.echo(command("train").config_text(overrides=list(overrides)), nl=False)
+    else:
+        command("train").train(overrides=list(overrides), multirun=multirun)
 
 
-@click.command()
-@click.argument("run", metavar="RUN", shell_complete=complete_run)
-@click.argument("path", type=PATH, metavar="FILE.safetensors")
-def export(run: str, path: Path) -> None:
-    """Write RUN's model into one file that --run reads, with a card and samples beside it."""
-    for file in command("export", computes=True).export(run=run, path=path):
-        click.echo(file)
+@cli.command(short_help="Continue a run from its last checkpoint.")
+@run_argument
+@overrides_argument
+def resume(run: str, overrides: tuple[str, ...]) -> None:
+    """Continue RUN from its last valid checkpoint, or from a checkpoint file.
+
+    It keeps its own configuration, except for overrides such as trainer.minutes=60.
+    """
+    command("train").resume(run=run, overrides=list(overrides))
 
 
-@click.command()
-@click.argument("run", metavar="RUN", shell_complete=complete_run)
-@click.argument("repository", metavar="OWNER/NAME")
-@click.option(
-    "--license",
-    "license_name",
-    metavar="NAME",
-    help="Of a model of images whose terms flowgen does not know, as the Hub spells it: cc-by-4.0.",
-)
-@click.option(
-    "--private", is_flag=True, help="For nobody's eyes but yours, where the repository is new."
-)
-def push(**options: Any) -> None:
-    """Put RUN's model on the Hugging Face Hub, with a card and samples; --run hf:OWNER/NAME reads it from there."""
-    for line in command("export", computes=True).push(**options):
-        click.echo(line)
+@cli.command(short_help="List runs and the models of the zoo.")
+def runs() -> None:
+    """List the runs under outputs/, the newest first, and the models of the zoo."""
+    rows = list(command("runs").runs())
+    if all(row.name.startswith("zoo/") for row in rows):
+        click.echo("no runs under outputs/ yet: train one with `flowgen train`")
+    for row in rows:
+        line = f"{row.name:48}  {row.model:8} {row.data:14} step {row.step:<8} {row.best}"
+        click.echo(escape_control(line))
 
 
-@click.command()
+@cli.command(short_help="List the models that can be trained.")
+@json_option
+def models(as_json: bool) -> None:
+    """List the models that can be trained with model=NAME, with their papers."""
+    rows = command("api", package="").list_models()
+    if as_json:
+        click.echo(json.dumps([row._asdict() for row in rows]))
+        return
+    for row in rows:
+        paper = f" ({row.paper})" if row.paper else ""
+        click.echo(f"{row.name:14} {row.description}{paper}")
+
+
+@cli.command(short_help="List the data sets that can be trained on.")
+@json_option
+def data(as_json: bool) -> None:
+    """List the data sets of data=NAME and whether they are present.
+
+    They are looked for in the folder of the environment variable FLOWGEN_DATA, or in data/.
+    """
+    rows = command("api", package="").list_datasets()
+    if as_json:
+        click.echo(json.dumps([row._asdict() for row in rows]))
+        return
+    for row in rows:
+        source = f" ({row.source})" if row.source else ""
+        click.echo(f"{row.name:14} {row.availability:12} {row.description}{source}")
+
+
+@cli.command(short_help="Draw a grid of samples.")
 @run_option
 @click.option(
     "--temperature",
     "temperatures",
-    type=Number("temperature", "0.7", least=0),
+    type=FiniteFloat("temperature", "0.7", minimum=0),
     multiple=True,
-    help="May be repeated; by default the run's, 0.7 for flows.",
+    help="May be repeated; by default that of the run, 0.7 for flows.",
 )
 @click.option(
     "--count",
-    type=click.IntRange(1, 10**9),
-    help="Samples for each temperature; by default 32, and 10,000 points in the plane.",
+    type=steps_type,
+    help="Samples per temperature; by default 32 images or 10,000 points.",
 )
 @seed_option
 @click.option(
     "--label",
     type=click.IntRange(0),
     metavar="N",
-    help="Class to draw, of a flow trained with model.num_classes; by default each in turn.",
+    help="Class of a class-conditional model; by default all classes in turn.",
 )
 @click.option(
     "--guidance",
     type=click.FloatRange(0),
     metavar="W",
-    help="Of a tarflow with classes: the more typical of their class.",
+    help="Weight of classifier-free guidance (class-conditional TarFlow).",
 )
 @click.option(
-    "--jacobi",
-    is_flag=True,
-    help="Of a tarflow: all patches at once, in sweeps, in place of one after the other.",
+    "--jacobi", is_flag=True, help="Sample all tokens in parallel by Jacobi iteration (TarFlow)."
 )
-@click.option(
-    "--sampler", type=click.Choice(SAMPLERS), help="Sampler of an RBM; by default tempering."
-)
-@click.option(
-    "--steps", type=click.IntRange(1, 10**9), help="Of it, from white noise; by default 500."
-)
+@click.option("--sampler", type=click.Choice(SAMPLERS), help="Sampler of an RBM [tempering].")
+@click.option("--steps", type=steps_type, help="Steps of this sampler [500].")
 @device_option
 @click.option(
     "--out",
     type=PATH,
     metavar="FILE|FILE.zip",
-    callback=lambda ctx, param, path: check_picture(path, more={".zip"}),
-    help="Where to write; by default into the run's folder. A zip holds each sample by itself.",
+    callback=lambda ctx, param, path: check_output(path, {*IMAGE_SUFFIXES, ".zip"}, "an image"),
+    help="Output file, by default in the folder of the run; a zip has one file per sample.",
 )
 def sample(**options: Any) -> None:
-    """Draw a grid of samples, a block of rows for each temperature, sorted by log-probability."""
+    """Draw a grid of samples, one block per temperature, sorted by log-probability."""
     click.echo(command("sample", computes=True).sample(**options))
 
 
-@click.command()
+@cli.command(short_help="Interpolate between two images.")
 @click.argument("first", type=PATH, metavar="IMG1")
 @click.argument("second", type=PATH, metavar="IMG2")
 @run_option
@@ -254,70 +319,27 @@ def sample(**options: Any) -> None:
     type=click.IntRange(2, 10**6),
     default=9,
     show_default=True,
-    help="Pictures in a row, both ends among them.",
+    help="Images in a row, including both ends.",
 )
-@click.option("--spherical", is_flag=True, help="Along a great circle rather than a line.")
+@click.option("--spherical", is_flag=True, help="Follow a great circle instead of a line.")
 @device_option
 @out_option
 def interpolate(**options: Any) -> None:
-    """Walk from one image to another: through the latents above, through the pixels below. FILE.gif is a film."""
+    """Interpolate between two images in the latent space, and in pixels for comparison.
+
+    FILE.gif is an animation.
+    """
     click.echo(command("interpolate", computes=True).interpolate(**options))
 
 
-@click.command()
-@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="IMG...")
-@click.option(
-    "--attribute",
-    "attributes",
-    multiple=True,
-    required=True,
-    metavar="NAME",
-    help="As CelebA's list has it, of a table's column, or a class: 8. May be repeated.",
-)
-@click.option(
-    "--amount",
-    "amounts",
-    multiple=True,
-    type=Number("amount", "1 or -0.5"),
-    metavar="A",
-    help="1: as far as from images without it to those with it. By default from -2 to 2.",
-)
-@run_option
-@click.option(
-    "--labels",
-    "table",
-    type=PATH,
-    metavar="FILE.csv",
-    help="Attributes of your own: lines of an image's file and numbers.",
-)
-@click.option(
-    "--direction",
-    type=click.Choice(("ridge", "difference")),
-    default="ridge",
-    show_default=True,
-    help="How directions are found: freed of the other attributes, or the plain difference of means.",
-)
-@click.option(
-    "--count",
-    type=click.IntRange(2, 10**9),
-    default=10_000,
-    show_default=True,
-    help="Labelled images that they are found from.",
-)
-@device_option
-@out_option
-def edit(**options: Any) -> None:
-    """Move images along attributes in the latents: a strip, or, with --amount, each image beside what becomes of it. FILE.gif is a film."""
-    click.echo(command("edit", computes=True).edit(**options))
-
-
-@click.command()
+@cli.command(short_help="Fill in the missing part of an image.")
 @click.argument("image", type=PATH, metavar="IMG")
 @click.option(
     "--known",
     required=True,
-    metavar="SIDE|MASK",
-    help="What is known: left, right, top, bottom, border, random:PERCENT, grayscale, downsample:FACTOR, or an image, white where known.",
+    metavar="SIDE|border|random:PERCENT|grayscale|downsample:FACTOR|MASK",
+    help="Known part: left, right, top, bottom, border, random:PERCENT of the pixels, the "
+    "grayscale or downsampled image, or a mask image that is white at known pixels.",
 )
 @click.option(
     "--sampler",
@@ -326,83 +348,113 @@ def edit(**options: Any) -> None:
     shell_complete=lambda ctx, param, incomplete: [
         name for name in SAMPLERS if name.startswith(incomplete)
     ],
-    help="Of an RBM gibbs, tempering or mean-field; a flow has langevin alone. May be repeated; by default all, one below the other.",
+    help="gibbs, tempering or mean-field for RBMs, langevin for flows. May be repeated; by "
+    "default all.",
 )
 @run_option
 @click.option(
-    "--steps",
-    type=click.IntRange(1, 10**9),
-    help="Steps of the method; by default 1000 of an RBM's, 400 of a flow's.",
+    "--steps", type=steps_type, help="Steps of the sampler; by default 1000 (RBM) or 400 (flow)."
 )
 @seed_option
 @device_option
 @out_option
 def complete(**options: Any) -> None:
-    """Restore the missing part of an image: sample what is unknown given what is known."""
+    """Fill in the missing part of an image: sample unknown pixels given the known ones."""
     click.echo(command("complete", computes=True).complete(**options))
 
 
-@click.command()
-@click.option("--sampler", type=click.Choice(SAMPLERS), default="tempering", show_default=True)
+@cli.command(short_help="Change attributes of images, such as a smile.")
+@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="IMG...")
+@click.option(
+    "--attribute",
+    "attributes",
+    multiple=True,
+    required=True,
+    metavar="NAME",
+    help="Attribute of CelebA, column of --labels, or class such as 8. May be repeated.",
+)
+@click.option(
+    "--amount",
+    "amounts",
+    multiple=True,
+    type=FiniteFloat("amount", "1 or -0.5"),
+    metavar="A",
+    help="1 is the mean distance of images with and without it; by default from -2 to 2.",
+)
 @run_option
 @click.option(
-    "--count",
-    type=click.IntRange(1, 10**9),
-    default=64,
-    show_default=True,
-    help="Chains side by side.",
+    "--labels",
+    "table",
+    type=PATH,
+    metavar="FILE.csv",
+    help="Your own attributes: one line per image with its file name and numbers.",
 )
-@click.option("--frames", type=click.IntRange(1, 10**9), default=100, show_default=True)
 @click.option(
-    "--steps",
-    type=click.IntRange(1, 10**9),
-    default=1,
+    "--direction",
+    type=click.Choice(DIRECTIONS),
+    default="ridge",
     show_default=True,
-    help="From frame to frame.",
+    help="Latent direction: ridge regression on all attributes, or difference of means.",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(2, MAX_COUNT),
+    default=10_000,
+    show_default=True,
+    help="Labeled images that the directions are computed from.",
+)
+@device_option
+@out_option
+def edit(**options: Any) -> None:
+    """Move images along attributes in the latent space.
+
+    The result is a strip of amounts or, with --amount, each image next to its edit. FILE.gif is
+    an animation.
+    """
+    click.echo(command("edit", computes=True).edit(**options))
+
+
+@cli.command(short_help="Animate the Markov chains of an RBM.")
+@click.option(
+    "--sampler",
+    type=click.Choice(SAMPLERS),
+    default="tempering",
+    show_default=True,
+    help="Sampler.",
+)
+@run_option
+@click.option("--count", type=steps_type, default=64, show_default=True, help="Number of chains.")
+@click.option("--frames", type=steps_type, default=100, show_default=True, help="Frames.")
+@click.option(
+    "--steps", type=steps_type, default=1, show_default=True, help="Sampler steps per frame."
 )
 @seed_option
 @device_option
-@out_option
-def chain(out: Path | None, **options: Any) -> None:
-    """Film an RBM's chains growing images from white noise, FILE.gif."""
-    if out is not None and out.suffix.lower() != ".gif":
-        raise click.UsageError(f"{out} is no name of a film: let it end in .gif")
-    click.echo(command("sample", computes=True).chain(out=out, **options))
-
-
-OUTLIER_SCORES = (
-    "likelihood",
-    "typicality",
-    "complexity",
-    "combined",
-    "last_level",
-    "density_of_states",
+@click.option(
+    "--out",
+    type=PATH,
+    metavar="FILE.gif",
+    callback=lambda ctx, param, path: check_output(path, {".gif"}, "an animation"),
+    help="Output file; by default in the folder of the run.",
 )
+def chain(**options: Any) -> None:
+    """Animate the Markov chains of an RBM, which start from white noise."""
+    click.echo(command("sample", computes=True).chain(**options))
 
 
-@click.command()
+@cli.command(short_help="Evaluate a model on the test images.")
 @run_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@json_option
 @device_option
-@click.argument("overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_override)
+@overrides_argument
 def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
-    """Measure a model on the whole test split, as in `flowgen evaluate num_importance_samples=8`."""
-    found = command("evaluate", computes=True).evaluate(
-        name=run, overrides=list(overrides), device=device
-    )
-    if as_json:
-        click.echo(json.dumps(found.row()))
-        return
-    for key, fact in found.of.items():
-        click.echo(f"{key:32} {fact}")
-    for key, each in found.judgement.measured.items():
-        error = "" if each.error is None else f" +- {_readable(each.error)}"
-        click.echo(f"{key:32} {_readable(each.value)}{error} {each.metric.unit}".rstrip())
-    for key, fact in found.judgement.facts.items():
-        click.echo(f"{key:32} {fact}")
+    """Evaluate a model on the test split, as in `flowgen evaluate num_importance_samples=8`."""
+    module = command("evaluate", computes=True)
+    report = module.evaluate(run=run, overrides=list(overrides), device=device)
+    click.echo(json.dumps(report.row()) if as_json else report)
 
 
-@click.command()
+@cli.command(short_help="Score images and find unusual ones.")
 @click.argument("paths", nargs=-1, type=PATH, metavar="[IMG|FOLDER|ZIP]...")
 @run_option
 @click.option(
@@ -410,10 +462,11 @@ def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, 
     multiple=True,
     metavar="data=NAME|RUN",
     shell_complete=complete_override,
-    help="How well each score tells the test images of the run from those of other data, and back; data.root= may be added.",
+    help="Compare with the test images of other data, in both directions; add data.root= if "
+    "needed.",
 )
 @click.option(
-    "--score", type=click.Choice(OUTLIER_SCORES), help="Score that tells which are the strangest."
+    "--score", type=click.Choice(OOD_SCORES), help="Score that ranks the images by anomaly."
 )
 @click.option(
     "--count",
@@ -423,147 +476,122 @@ def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, 
     help="Validation images, and test images of --ood.",
 )
 @click.option(
-    "--csv", "table", type=PATH, metavar="FILE", help="Write every score of every image here."
+    "--csv", "table", type=PATH, metavar="FILE", help="Write all scores of all images here."
 )
 @seed_option
 @device_option
 @out_option
 def score(paths: tuple[Path, ...], ood: tuple[str, ...], **options: Any) -> None:
-    """Tell how likely and how strange images are: bits/dim, percentile among validation images, scores, p-values."""
+    """Score images: bits/dim, percentile among validation images, anomaly scores and p-values."""
     if not paths and not ood:
         raise click.UsageError(
-            "nothing to score: name images, a folder or a zip of them, or compare data by --ood data=NAME"
+            "nothing to score: give images, a folder or a zip, or compare data with --ood data=NAME"
         )
-    for line in command("score", computes=True).score(paths=list(paths), ood=list(ood), **options):
+    module = command("score", computes=True)
+    for line in module.score(paths=list(paths), ood=list(ood), **options):
         click.echo(line)
 
 
-@click.command()
+@cli.command(short_help="Compare runs on one HTML page.")
 @click.argument("names", nargs=-1, required=True, metavar="RUN...", shell_complete=complete_run)
 @click.option(
     "--out",
     type=PATH,
     metavar="FILE.html",
-    help="Where to write; by default report.html here, or in the run's folder.",
+    help="Output file; by default report.html here, or in the folder of a single run.",
 )
 def report(names: tuple[str, ...], out: Path | None) -> None:
-    """Show runs, or all below a folder, in one page: curves, samples, differences, configuration."""
+    """Compare runs, or all runs in a folder, on one page: curves, samples and settings."""
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
-        raise click.UsageError(f"{out} is no name of a page: let it end in .html")
+        raise click.UsageError(f"{out} is not the path of a page: it must end in .html")
     click.echo(command("report").report(names=list(names), out=out))
 
 
-@click.command()
-def runs() -> None:
-    """List the runs under outputs/, newest first, and the models of the zoo, with their figures."""
-    rows = list(command("runs").runs())
-    if all(row.name.startswith("zoo/") for row in rows):
-        click.echo("no runs under outputs/ yet: train one with `flowgen train`")
-    for row in rows:
-        click.echo(
-            escape_control(
-                f"{row.name:48}  {row.model:8} {row.data:14} step {row.step:<8} {row.best}"
-            )
-        )
+@cli.command(short_help="Export a model to one file.")
+@run_argument
+@click.argument("path", type=PATH, metavar="FILE.safetensors")
+def export(run: str, path: Path) -> None:
+    """Export the model of RUN to a file that --run reads, with a model card and samples."""
+    for file in command("export", computes=True).export(run=run, path=path):
+        click.echo(file)
 
 
-def _readable(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "unknown"
+@cli.command(short_help="Upload a model to the Hugging Face Hub.")
+@run_argument
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option(
+    "--license",
+    "license_name",
+    metavar="NAME",
+    help="License in the spelling of the Hub, such as cc-by-4.0, if flowgen does not know it.",
+)
+@click.option("--private", is_flag=True, help="Create a private repository.")
+def push(**options: Any) -> None:
+    """Upload the model of RUN with a model card and samples; --run hf:OWNER/NAME reads it."""
+    for line in command("export", computes=True).push(**options):
+        click.echo(line)
 
 
-@click.command()
-@click.argument("name", metavar="[RUN]", required=False, shell_complete=complete_run)
+@cli.command(short_help="Use a model in the browser.")
+@optional_run_argument
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=8700,
     show_default=True,
     metavar="N",
-    help="0 is any that is free.",
+    help="Port; 0 chooses a free one.",
 )
 @device_option
-def explore(name: str | None, port: int, device: str) -> None:
-    """Play with a model on a page at 127.0.0.1: sample, mix, walk, complete, score."""
-    command("app", computes=True, room="serving.web").explore(
-        name=name, port=port, device=device, say=click.echo
-    )
+def explore(**options: Any) -> None:
+    """Use a model on a page at 127.0.0.1: sample, mix, interpolate, complete and score."""
+    module = command("app", computes=True, package="serving.web")
+    module.explore(echo=click.echo, **options)
 
 
-@click.command()
-@click.argument("name", metavar="[RUN]", required=False, shell_complete=complete_run)
+@cli.command(short_help="Run a Telegram bot that uses a model.")
+@optional_run_argument
 @click.option(
     "--token-file",
     type=PATH,
     metavar="FILE",
-    help="Holds the bot's token, mode 600; by default FLOWGEN_BOT_TOKEN does.",
+    help="File with the bot's token and mode 600; by default the variable FLOWGEN_BOT_TOKEN.",
 )
 @click.option(
-    "--allow",
-    "allowed",
+    "--allow-chat",
+    "allowed_chats",
     type=int,
     multiple=True,
     metavar="CHAT",
-    help="Talk to this chat alone; may be repeated.",
+    help="Answer only in this chat. May be repeated.",
 )
-@click.option(
-    "--api", metavar="URL", help="A server of the Bot API of your own; by default Telegram's."
-)
+@click.option("--api-url", metavar="URL", help="Server of the Bot API; by default Telegram's.")
 @device_option
 def bot(**options: Any) -> None:
     """Chat with a model on Telegram: /generate, /walk with two photos, /score with one."""
     if not find_spec("telegram"):
         raise UserError("the bot needs python-telegram-bot: pip install 'flowgen[bot]'")
-    command("telegram", computes=True, room="serving").bot(say=click.echo, **options)
+    command("telegram", computes=True, package="serving").bot(echo=click.echo, **options)
 
 
-COMMANDS = (
-    train,
-    resume,
-    sample,
-    interpolate,
-    edit,
-    complete,
-    chain,
-    evaluate,
-    score,
-    explore,
-    bot,
-    report,
-    runs,
-    export,
-    push,
-)
+COMMANDS = tuple(cli.commands.values())
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="flowgen", message="%(prog)s %(version)s")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.pass_context
-def cli(ctx: click.Context, debug: bool) -> None:
-    """Train, judge and use likelihood-based image models.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Every error is one line on standard error and an exit status.
 
-    RUN is a run's folder, a checkpoint file, a name under outputs/, zoo/NAME, a model that the package brings, or hf:OWNER/NAME, one on the
-    Hugging Face Hub; without it, the newest run that fits.
+    Args:
+        arguments: words after `flowgen`; by default those of this process.
     """
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
-
-
-for each in COMMANDS:
-    cli.add_command(each)
-
-
-def main() -> None:
-    """Run the command line; every error ends as one line on standard error and an exit status."""
     prepare_threads()
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
-    if not debug:  # what fails in TensorBoard's thread comes up in this one too, and a log that cannot be written is told by that
+    if not debug:
+        # Errors of TensorBoard's thread are raised here too, and warnings of libraries about a
+        # file do not help its user.
         threading.excepthook = lambda failure: None
         logging.raiseExceptions = False
-        logging.lastResort = (
-            None  # what Python, torch and Pillow think of a file is no business of the user's
-        )
+        logging.lastResort = None
         warnings.simplefilter("ignore")
     try:
         cli.main(
@@ -572,18 +600,18 @@ def main() -> None:
             standalone_mode=False,
         )
     except (KeyboardInterrupt, click.Abort):
-        _end("interrupted", 130)
+        _exit("interrupted", 130)
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "flowgen"
-        _end(f"{error.format_message()} (`{command} --help` says more)", 2)
+        name = error.ctx.command_path if error.ctx else "flowgen"
+        _exit(f"{error.format_message().rstrip('.')} (see `{name} --help`)", 2)
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:
         if debug:
             raise
-        _end(user_message(error), 1)
+        _exit(user_message(error), 1)
 
 
-def _end(message: str, status: int) -> None:
+def _exit(message: str, status: int) -> NoReturn:
     print(f"flowgen: {escape_control(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(status)

@@ -1,4 +1,7 @@
-"""What the tests share: one thread each, unless OMP_NUM_THREADS says otherwise, tiny data sets and runs, a short training."""
+"""Shared fixtures: tiny data sets and runs, and a short training loop.
+
+Each test process uses one thread, unless OMP_NUM_THREADS is set.
+"""
 
 import os
 import shutil
@@ -21,16 +24,15 @@ from flowgen.models.base import GenerativeModel
 from flowgen.training.checkpoint import FORMAT, write_checkpoint
 from flowgen.training.device import autocast_dtype
 from flowgen.training.optim import learning_rate_factor
-from flowgen.training.trainer import BN_UPDATE_BATCHES
 
 if TYPE_CHECKING:
     from flowgen.serving.session import ModelSession
 
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as a shell starts what runs in the background; commands under test inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell ignores it in background jobs, and commands under test would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+BN_UPDATE_BATCHES = 40  # as in the trainer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,14 +61,9 @@ RBM = [
     "trainer.minutes=null",
 ]
 
-CHECKPOINT = {  # the least that is a checkpoint
+CHECKPOINT = {  # the smallest valid checkpoint
     "format": FORMAT,
-    "config": {
-        "model": {},
-        "data": {},
-        "trainer": {"sample_temperature": 1.0},
-        "seed": 0,
-    },
+    "config": {"model": {}, "data": {}, "trainer": {}, "seed": 0},
     "step": 1,
     "images_seen": 1,
     "model": {},
@@ -79,7 +76,7 @@ CHECKPOINT = {  # the least that is a checkpoint
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every test runs in a folder of its own, with a cache of its own and no data folder."""
+    """Run every test in a new folder, with an empty cache and no data folder."""
     folder = tmp_path_factory.mktemp("work")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("FLOWGEN_CACHE", str(folder / "cache"))
@@ -95,12 +92,13 @@ def seed() -> None:
 def fit(
     model: GenerativeModel, batch: Callable[[int], tuple], steps: int, lr: float, decay: float = 0.0
 ) -> None:
-    """Train an initialised model on batch(0), batch(1), ... as the trainer does: in its precision, with batch statistics of the end."""
+    """Train an initialized model on batch(0), batch(1), ... as the trainer does.
+
+    It uses the same precision, and updates the batch statistics at the end.
+    """
     model.train()
-    optimizer, dtype = (
-        torch.optim.Adam(model.parameters(), lr),
-        autocast_dtype("auto", torch.device("cpu")),
-    )
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    dtype = autocast_dtype("auto", torch.device("cpu"))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * learning_rate_factor(step, step / steps, 0, decay)
         optimizer.zero_grad()
@@ -109,13 +107,13 @@ def fit(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 50.0)
         optimizer.step()
-    update_bn(model, (batch(steps + number) for number in range(BN_UPDATE_BATCHES)))
+    update_bn(model, (batch(steps + index) for index in range(BN_UPDATE_BATCHES)))
     model.eval()
 
 
 @contextmanager
 def started(*words: object) -> Iterator[subprocess.Popen[str]]:
-    """`flowgen WORDS` in a process of its own, which is gone afterwards, however the test ends."""
+    """Run `flowgen WORDS` in another process, and kill it at the end."""
     command = [sys.executable, "-m", "flowgen", *map(str, words)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -123,11 +121,11 @@ def started(*words: object) -> Iterator[subprocess.Popen[str]]:
         try:
             yield process
         finally:
-            process.kill()  # or the end of the block would wait for it
+            process.kill()  # otherwise the end of the block waits for it
 
 
 def save_image(path: Path, shape: tuple[int, ...] = (8, 8, 3)) -> Path:
-    """A smooth random picture, so that there is something to learn."""
+    """Save a smooth random image, which a model can learn."""
     path.parent.mkdir(parents=True, exist_ok=True)
     slope = torch.linspace(0, 1, shape[0]).view(-1, *[1] * (len(shape) - 1)) * torch.rand(shape[2:])
     pixels = (torch.rand(1) + slope).expand(shape) / 2
@@ -137,10 +135,10 @@ def save_image(path: Path, shape: tuple[int, ...] = (8, 8, 3)) -> Path:
 
 
 def save_images(folder: Path) -> Path:
-    """40 small colour images."""
+    """Save 40 small color images."""
     torch.manual_seed(0)
-    for number in range(40):
-        save_image(folder / f"{number:03d}.png")
+    for index in range(40):
+        save_image(folder / f"{index:03d}.png")
     return folder
 
 
@@ -153,7 +151,10 @@ def images(tmp_path: Path) -> Path:
 def command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run `flowgen ARGUMENTS` in this process: exit status, standard output, standard error."""
+    """Return a function that runs `flowgen ARGUMENTS` in this process.
+
+    It returns exit status, standard output and standard error.
+    """
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["flowgen", *map(str, arguments)])
@@ -170,13 +171,12 @@ def command(
 
 
 def trained(folder: Path, **runs: list[str]) -> Path:
-    """A folder with runs of these names, each trained as its words say."""
+    """Train runs with these names and overrides in a folder, and return the folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLOWGEN_CACHE", str(folder / "cache"))
         patch.chdir(folder)
-        for name, words in runs.items():
-            patch.setattr(sys, "argv", ["flowgen", "train", *words, f"output_dir={folder / name}"])
-            cli.main()
+        for name, overrides in runs.items():
+            cli.main(["train", *overrides, f"output_dir={folder / name}"])
     return folder
 
 
@@ -193,7 +193,7 @@ def six_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_run(six_steps: Path, images: Path, tmp_path: Path) -> Path:
-    """A Glow trained for six steps."""
+    """Return a copy of the run of a Glow that was trained for six steps."""
     run = Path(shutil.copytree(six_steps, tmp_path / "run"))
     config = read_config(run / "config.yaml")
     config["data"]["root"] = str(images)
@@ -205,10 +205,10 @@ def tiny_run(six_steps: Path, images: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs `glow`, of colour images of two classes, and `rbm`, and the images."""
+    """Return a folder with color images of two classes and the runs `glow` and `rbm`."""
     folder = tmp_path_factory.mktemp("runs")
-    for number in range(40):
-        save_image(folder / "images" / "ab"[number % 2] / f"{number:03d}.png")
+    for index in range(40):
+        save_image(folder / "images" / "ab"[index % 2] / f"{index:03d}.png")
     root = f"data.root={folder / 'images'}"
     return trained(
         folder, glow=[*SMALL, root, "model.num_classes=2", "trainer.steps=6"], rbm=[*RBM, root]

@@ -1,8 +1,11 @@
-"""The rules of the house: who may import whom, how long files get, what every configuration must do."""
+"""Rules of the code base: layers, import budgets, short functions, complete configurations."""
 
 import ast
 import importlib
 import inspect
+import json
+import os
+import subprocess
 import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
@@ -10,23 +13,28 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
-from flowgen.cli import COMMANDS
-from flowgen.config.compose import conf_folder, group_options, register_resolvers, resolve_config
-from flowgen.config.instantiate import build_model, with_image_shape
+from flowgen.cli import COMMANDS, GROUPS
+from flowgen.config.compose import compose_config
+from flowgen.config.instantiate import build_model, resolve_target, with_image_shape
+from flowgen.config.settings import (
+    SECTIONS,
+    conf_folder,
+    group_options,
+    settings_of_file,
+    settings_of_option,
+)
 
 PACKAGE = Path(__file__).parents[1] / "flowgen"
 FILES = sorted(PACKAGE.rglob("*.py"))
-LAYERS = [  # from the top; a module imports only its own package and layers below it
+LAYERS = [  # from the top; a module imports only its own package and lower layers
     {"__main__"},
     {"cli"},
     {"serving"},
     {"commands"},
-    {"api", "__init__"},
+    {"__init__"},
+    {"api"},
     {"config"},
     {"training", "evaluation"},
     {"models", "data"},
@@ -34,13 +42,45 @@ LAYERS = [  # from the top; a module imports only its own package and layers bel
     {"utils"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-SCREEN = 60  # lines of a function below its signature and docstring
-ONLY_IN = {
-    "hydra": {"config/compose.py", "commands/train.py"},
-    "omegaconf": {"config/compose.py", "commands/train.py"},
+MAX_FUNCTION_LINES = 60  # below the signature and the docstring
+MAX_MODULES_TRAIN = 60  # of flowgen before the first optimizer step
+MAX_MODULES_SAMPLE = 45
+ONLY_IN = {  # files that may import a library
+    "hydra": {"config/compose.py", "config/instantiate.py", "commands/train.py"},
+    "omegaconf": {"config/compose.py", "config/instantiate.py", "commands/train.py"},
     "click": {"cli.py"},
+    "torchvision": {"utils/vision.py"},
     "tqdm": {"utils/console.py", "training/logger.py", "data/cache.py"},
 }
+WINDOWS = """
+import importlib.abc, os, signal, sys
+
+HIDDEN = ("fcntl", "grp", "pwd", "resource", "termios")
+
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+if "torch" in sys.argv[1]:
+    import torch  # has its own code for Windows, which is not tested here
+for name in HIDDEN:
+    sys.modules.pop(name, None)
+sys.meta_path.insert(0, Hide())
+for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL"):
+    delattr(signal, name)
+for name in ("sched_getaffinity", "fork", "sysconf", "getuid", "geteuid"):
+    delattr(os, name)
+"""
+
+
+def relative_name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(("flowgen", *parts)).removesuffix(".__init__")
 
 
 def imports(path: Path) -> list[str]:
@@ -49,163 +89,229 @@ def imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names += (
-                [f"{node.module}.{alias.name}" for alias in node.names]
-                if node.module == "flowgen"
-                else [node.module or ""]
-            )
+            if node.module == "flowgen":
+                names += [f"flowgen.{alias.name}" for alias in node.names]
+            else:
+                names.append(node.module or "")
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_downwards(path):
-    relative = path.relative_to(PACKAGE)
-    floor = relative.parts[0].removesuffix(".py")
+@pytest.mark.parametrize("path", FILES, ids=relative_name)
+def test_imports_point_down_the_layers(path):
+    layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     for name in imports(path):
-        first, _, rest = name.partition(".")
-        if first == "flowgen":
+        library, _, rest = name.partition(".")
+        if library == "flowgen":
             other = rest.split(".")[0]
-            assert other == floor or LAYER[other] > LAYER[floor], f"{relative} imports {name}"
-        if first in ONLY_IN:
-            assert {str(relative), floor} & ONLY_IN[first], f"{relative} imports {name}"
-
-
-def module_of(path: Path) -> str:
-    return ".".join(("flowgen", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
-        ".__init__"
-    )
+            assert other == layer or LAYER[other] > LAYER[layer], f"{path} imports {name}"
+        if library in ONLY_IN:
+            assert {relative_name(path), layer} & ONLY_IN[library], f"{path} imports {name}"
 
 
 def imported_modules(path: Path, modules: set[str]) -> set[str]:
-    """The modules of flowgen that a file imports anywhere in it, under TYPE_CHECKING and inside functions too."""
+    """Return all modules of flowgen that a file imports, also in functions and for types."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {
-                name if (name := f"{node.module}.{alias.name}") in modules else str(node.module)
-                for alias in node.names
-            }
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & modules
+            found |= submodules or {str(node.module)}
     return found & modules
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    modules = {module_of(path): path for path in FILES}
+def test_modules_do_not_import_each_other_in_a_cycle():
+    modules = {module_name(path): path for path in FILES}
     graph = {name: imported_modules(path, set(modules)) for name, path in modules.items()}
+    del graph["flowgen"]  # its exports are lazy
+    graph = {name: others - {"flowgen"} for name, others in graph.items()}
     try:
         tuple(TopologicalSorter(graph).static_order())
     except CycleError as error:
         pytest.fail(" <- ".join(error.args[1]))
 
 
-def length(path: Path) -> int:
-    return len(path.read_text().splitlines())
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_functions_fit_a_screen(path):
+@pytest.mark.parametrize("path", FILES, ids=relative_name)
+def test_functions_fit_on_a_screen(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             first = body[0].lineno if body else node.lineno
-            assert (node.end_lineno or 0) - first <= SCREEN, node.name
+            assert (node.end_lineno or 0) - first <= MAX_FUNCTION_LINES, node.name
 
 
-def compose_config(*overrides: str) -> dict:
-    register_resolvers()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose(
-            "train",
-            [*overrides, "output_dir=somewhere", "hydra.runtime.output_dir=somewhere"],
-            return_hydra_config=True,
-        )
-        HydraConfig.instance().set_config(cfg)
-        return resolve_config(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
-
-
-def shape_of(data: dict) -> tuple[int, int, int]:
-    """What the data would say of its images if it lay here."""
-    if data["_target_"].rpartition(".")[2] in ("CIFAR10", "SVHN", "DownsampledImageNet"):
-        return 3, data.get("size", 32), data.get("size", 32)
-    side = data.get("size", 28)
-    return (
-        (2, 1, 1) if data["_target_"].endswith("Toy2D") else (data.get("channels", 1), side, side)
+def run_python(code: str, *arguments: str) -> str:
+    completed = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
     )
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
+
+
+def count_modules(code: str) -> int:
+    names = json.loads(run_python(code).splitlines()[-1])
+    print(*names, sep="\n")
+    return len(names)
+
+
+def test_training_imports_few_modules_before_its_first_step():
+    """The first step begins with the first call of backward."""
+    code = """if True:
+        import json, os, sys, torch
+        from flowgen.cli import main
+
+        def stop(*arguments, **kwargs):
+            names = sorted(name for name in sys.modules if name.partition(".")[0] == "flowgen")
+            print(json.dumps(names), flush=True)
+            os._exit(0)
+
+        torch.Tensor.backward = stop
+        main(["train", "model=glow", "model.width=4", "trainer.steps=1", "trainer.init_images=8"])
+    """
+    assert count_modules(code) <= MAX_MODULES_TRAIN
+
+
+def test_sampling_imports_few_modules():
+    code = """if True:
+        import json, sys
+        from flowgen.cli import main
+
+        main(["sample", "--run", "zoo/glow_mnist", "--count", "1", "--out", "a.png"])
+        names = sorted(name for name in sys.modules if name.partition(".")[0] == "flowgen")
+        print(json.dumps(names))
+    """
+    assert count_modules(code) <= MAX_MODULES_SAMPLE
+
+
+def test_command_line_starts_without_modules_that_windows_lacks():
+    code = WINDOWS + "from flowgen.cli import main\nmain(['--help'])\nmain(['train', '--help'])"
+    output = run_python(code, "")
+    assert "interpolate" in output
+    assert "trainer.steps" in output
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative_name)
+def test_every_module_can_be_imported_without_modules_that_windows_lacks(path):
+    name = module_name(path)
+    if name == "flowgen.serving.telegram":
+        pytest.importorskip("telegram")
+    run_python(f"{WINDOWS}import {name}", "torch")
+
+
+SHAPES = {"CIFAR10": (3, 32, 32), "SVHN": (3, 32, 32), "Toy2D": (2, 1, 1)}
+
+
+def image_shape(data: dict) -> tuple[int, int, int]:
+    """Return the shape of the images of a data section, whether or not they are present."""
+    name = data["_target_"].rpartition(".")[2]
+    if name in SHAPES:
+        return SHAPES[name]
+    channels = 3 if name == "DownsampledImageNet" else 1
+    side = data.get("size", 28)
+    return data.get("channels", channels), side, side
 
 
 @pytest.mark.parametrize("name", group_options("experiment"))
 def test_every_experiment_composes_and_builds_its_model(name):
     text = (conf_folder() / "experiment" / f"{name}.yaml").read_text()
-    assert text.startswith("# @package _global_\n# "), (
-        "the first comment says which figure, and what to expect"
-    )
-    config = compose_config(f"experiment={name}")
-    config["model"] |= {"width": 4} if "width" in config["model"] else {}
-    build_model(with_image_shape(config, shape_of(config["data"]), config["data"]["bits"]))
+    assert text.startswith("# @package _global_\n# "), "the first comment describes the experiment"
+    config, _, _ = compose_config([f"experiment={name}"])
+    if "width" in config["model"]:
+        config["model"]["width"] = 4
+    build_model(with_image_shape(config, image_shape(config["data"]), config["data"]["bits"]))
 
 
 @pytest.fixture(scope="module")
-def kinds() -> list[tuple[tuple[int, int, int], int]]:
-    """Shapes and bits of all data sets."""
-    sections = [
-        compose_config(f"data={name}")["data"] for name in group_options("data") if name != "folder"
-    ]
-    return sorted({(shape_of(section), section["bits"]) for section in sections})
+def image_formats() -> list[tuple[tuple[int, int, int], int]]:
+    """Return image shape and bits of all data sets."""
+    names = [name for name in group_options("data") if name != "folder"]
+    sections = [compose_config([f"data={name}"])[0]["data"] for name in names]
+    return sorted({(image_shape(section), section["bits"]) for section in sections})
 
 
 @pytest.mark.parametrize("name", group_options("model"))
-def test_every_model_fits_every_data_set(name, kinds):
-    config = compose_config(f"model={name}")
-    config["model"] |= {key: 16 for key in ("width", "hidden") if key in config["model"]}
-    for shape, bits in kinds:
-        build_model(
-            with_image_shape(config, shape, min(bits, config["data"]["bits"]))
-        )  # of an RBM 1
+def test_every_model_fits_every_data_set(name, image_formats):
+    config, _, _ = compose_config([f"model={name}"])
+    for key in ("width", "hidden"):
+        if key in config["model"]:
+            config["model"][key] = 16
+    for shape, bits in image_formats:
+        build_model(with_image_shape(config, shape, min(bits, config["data"]["bits"])))
+
+
+@pytest.mark.parametrize("name", group_options("data"))
+def test_every_argument_of_a_data_set_is_a_setting(name):
+    section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
+    arguments = inspect.signature(resolve_target("data", section)).parameters
+    assert set(arguments) == section.keys() - {"_target_"}
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [(section, name) for section in SECTIONS for name in group_options(section)],
+)
+def test_every_setting_has_a_meaning(section, name):
+    for key, setting in settings_of_option(section, name).items():
+        assert setting.meaning, f"conf/{section}/{name}.yaml: {key} has no comment"
+        if setting.choices and isinstance(setting.default, str):
+            assert setting.default in setting.choices, key
+
+
+def test_every_general_setting_has_a_meaning():
+    assert all(setting.meaning for setting in settings_of_file("train").values())
+
+
+def test_help_has_every_command_in_one_group():
+    names = [name for group in GROUPS.values() for name in group]
+    assert sorted(names) == sorted(command.name for command in COMMANDS)
 
 
 @pytest.mark.parametrize(
     "name",
-    sorted(each.name for each in COMMANDS if (PACKAGE / "commands" / f"{each.name}.py").exists()),
+    sorted(
+        command.name
+        for command in COMMANDS
+        if (PACKAGE / "commands" / f"{command.name}.py").exists()
+    ),
 )
-def test_the_function_of_a_command_takes_keywords_alone(name):
+def test_functions_of_commands_take_keywords_only(name):
     function = getattr(importlib.import_module(f"flowgen.commands.{name}"), name)
-    assert all(
-        each.kind is each.KEYWORD_ONLY for each in inspect.signature(function).parameters.values()
-    )
+    parameters = inspect.signature(function).parameters.values()
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters)
 
 
 @pytest.mark.parametrize("path", sorted(conf_folder().rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_configuration_says_what_it_is(path):
+def test_every_configuration_has_a_description(path):
     assert path.read_text().startswith("# ")
     yaml.safe_load(path.read_text())
 
 
-def test_every_import_is_declared_and_every_requirement_has_a_floor_that_the_pins_meet():
+PACKAGES = {  # of imports with another name
+    "PIL": "pillow",
+    "hydra": "hydra-core",
+    "telegram": "python-telegram-bot",
+    "torch_fidelity": "torch-fidelity",
+    "yaml": "pyyaml",
+}
+
+
+def test_every_import_is_declared_and_every_requirement_has_a_floor_below_its_pin():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-    extras = [word for words in project["optional-dependencies"].values() for word in words]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
     required = {
-        each.name.lower(): each.specifier
-        for each in map(Requirement, project["dependencies"] + extras)
-        if each.name != "flowgen"
+        requirement.name.lower(): requirement.specifier
+        for requirement in map(Requirement, project["dependencies"] + extras)
+        if requirement.name != "flowgen"
     }
-    names = {
-        "PIL": "pillow",
-        "yaml": "pyyaml",
-        "hydra": "hydra-core",
-        "torch_fidelity": "torch-fidelity",
-        "telegram": "python-telegram-bot",
-    }
-    found = (
-        {name.partition(".")[0] for path in FILES for name in imports(path)}
-        - set(sys.stdlib_module_names)
-        - {"flowgen"}
-    )
-    assert {names.get(name, name) for name in found} <= set(required)
-    pinned = dict(
-        line.lower().split("==")
-        for line in (PACKAGE.parent / "constraints.txt").read_text().splitlines()
-    )
+    libraries = {name.partition(".")[0] for path in FILES for name in imports(path)}
+    libraries -= {*sys.stdlib_module_names, "flowgen"}
+    assert {PACKAGES.get(name, name) for name in libraries} <= set(required)
+    constraints = (PACKAGE.parent / "constraints.txt").read_text().lower()
+    pinned = dict(line.split("==") for line in constraints.splitlines())
     for name, specifier in required.items():
-        assert any(each.operator == ">=" for each in specifier), f"{name} has no floor"
+        assert any(part.operator == ">=" for part in specifier), f"{name} has no floor"
         assert specifier.contains(pinned[name]), f"{name} is pinned below its floor, or not at all"

@@ -1,4 +1,4 @@
-"""How trainings start: overrides, the trainer of the machine, sweeps, going on with what is there."""
+"""Start of trainings: overrides, trainer=auto, sweeps, and runs that are continued."""
 
 import json
 import os
@@ -14,25 +14,35 @@ import torch
 from conftest import SMALL, save_image
 from hydra.core.hydra_config import HydraConfig
 
+from flowgen import api
 from flowgen.commands import train
-from flowgen.commands import train as resume
-from flowgen.config import compose as resolvers
-from flowgen.config.compose import override, quote_overrides, read_config, save_config
+from flowgen.config import settings
+from flowgen.config.compose import (
+    compose_config,
+    override,
+    quote_overrides,
+    read_config,
+    save_config,
+)
 from flowgen.config.runs import find_checkpoint
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.glow import Glow
 from flowgen.models.flows.realnvp import RealNVP
 from flowgen.models.rbm.rbm import RBM
-from flowgen.training import run_dir as run_module
+from flowgen.training import run_dir
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.logger import Logger
 from flowgen.utils.errors import UserError
 
-RUN = {"trainer": {"steps": 5, "lr": 0.1, "keep_at": []}, "data": {"root": None}, "seed": 0}
+RUN = {
+    "trainer": {"steps": 5, "lr": 0.1, "checkpoint_steps": []},
+    "data": {"root": None},
+    "seed": 0,
+}
 
 
 @pytest.mark.parametrize(
-    ("word", "value"),
+    ("text", "value"),
     [
         ("trainer.steps=null", None),
         ("trainer.lr=1e-3", 1e-3),
@@ -40,109 +50,109 @@ RUN = {"trainer": {"steps": 5, "lr": 0.1, "keep_at": []}, "data": {"root": None}
         ("trainer.steps='1 epoch'", "1 epoch"),
     ],
 )
-def test_resume_reads_values_as_train_does(word, value):
-    key = word.partition("=")[0].partition(".")[2]
-    assert override(RUN, [word])["trainer"] == RUN["trainer"] | {key: value}
+def test_train_and_resume_read_values_alike(text, value):
+    key = text.partition("=")[0].partition(".")[2]
+    assert override(RUN, [text])["trainer"] == RUN["trainer"] | {key: value}
+    assert compose_config([text])[0]["trainer"][key] == value
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("text", "message"),
     [
-        ("trainer.stepz=3", "did you mean trainer.steps?"),
+        ("trainer.stepz=3", "did you mean trainer.steps[?]"),
         ("trainer=gpu", "one by one"),
         ("trainer.steps=1,2", "sweep with `flowgen train -m`"),
         ("trainer.checkpoint_steps=[1", "close its brackets"),
         ("trainer.lr", "write KEY=VALUE"),
+        ("data.root=${oc.env:HOME}", "write the value"),
     ],
 )
-def test_words_that_resume_cannot_follow_are_said_plainly(word, said):
-    with pytest.raises(UserError, match=said.replace("?", "[?]")):
-        override(RUN, [word])
+def test_overrides_that_resume_cannot_apply(text, message):
+    with pytest.raises(UserError, match=message):
+        override(RUN, [text])
 
 
 def test_folders_may_have_any_name(monkeypatch):
     monkeypatch.setenv("HOME", "/home/jürgen")
-    for typed, meant in {
+    for typed, path in {
         "~/x": "/home/jürgen/x",
         "/a=(b)/it's": "/a=(b)/it's",
         "/plain": "/plain",
     }.items():
-        assert override(RUN, [f"data.root={typed}"])["data"]["root"] == meant
-    assert quote_overrides(["--cfg", "job", "output_dir=/plain", "trainer.warmup=1 epoch"]) == [
-        "--cfg",
-        "job",
-        "output_dir=/plain",
-        "trainer.warmup=1 epoch",
-    ]
+        assert override(RUN, [f"data.root={typed}"])["data"]["root"] == path
+    unchanged = ["output_dir=/plain", "trainer.warmup=1 epoch"]
+    assert quote_overrides(unchanged) == unchanged
+
+
+def test_references_are_resolved_when_a_run_is_composed():
+    config, _, _ = compose_config(["trainer.eval_every=${trainer.steps}", "trainer.steps=7"])
+    assert config["trainer"]["eval_every"] == 7
+
+
+def test_only_the_given_stop_criterion_is_kept():
+    for given, other in (("steps", "minutes"), ("minutes", "steps")):
+        for trainer in ("cpu", "gpu"):
+            section = compose_config([f"trainer={trainer}", f"trainer.{given}=3"])[0]["trainer"]
+            assert section[given] == 3
+            assert section[other] is None
+    both = compose_config(["trainer.steps=3", "trainer.minutes=4"])[0]["trainer"]
+    assert (both["steps"], both["minutes"]) == (3, 4)
 
 
 def runs_in(sweep: Path) -> list[str]:
     return sorted(path.parent.name for path in sweep.glob("*/config.yaml"))
 
 
-def assert_same_end(one: Path, other: Path) -> None:
-    """Two runs that ended at the same step with the same bits."""
-    resolve_stop_criterion, other_end = (
-        read_checkpoint(run / "checkpoints" / "last.pt") for run in (one, other)
-    )
-    assert resolve_stop_criterion["step"] == other_end["step"]
+def assert_same_end(first: Path, second: Path) -> None:
+    """Check that two runs ended at the same step with the same bits."""
+    states = [read_checkpoint(run / "checkpoints" / "last.pt") for run in (first, second)]
+    assert states[0]["step"] == states[1]["step"]
     for part in ("model", "ema"):
-        assert resolve_stop_criterion[part].keys() == other_end[part].keys()
+        assert states[0][part].keys() == states[1][part].keys()
         assert all(
-            torch.equal(value, other_end[part][name])
-            for name, value in resolve_stop_criterion[part].items()
+            torch.equal(value, states[1][part][name]) for name, value in states[0][part].items()
         ), part
 
 
-def forget_the_end(run: Path) -> None:
-    """As if the run had been killed after its numbered checkpoint."""
+def remove_end(run: Path) -> None:
+    """Leave a run as if it had been killed after its numbered checkpoint."""
     (run / "checkpoints" / "last.pt").unlink()
     (run / "checkpoints" / "best.pt").unlink()
 
 
 @pytest.mark.parametrize(
-    ("here", "device", "batch_size"),
-    [(True, "cuda", 128), (False, "cpu", 16)],
+    ("has_gpu", "device", "batch_size"), [(True, "cuda", 128), (False, "cpu", 16)]
 )
-def test_the_trainer_suits_the_machine(command, monkeypatch, tmp_path, here, device, batch_size):
-    monkeypatch.setattr(resolvers, "DRIVERS", (str(tmp_path),))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
+def test_auto_chooses_the_trainer_of_the_machine(
+    command, monkeypatch, tmp_path, has_gpu, device, batch_size
+):
+    monkeypatch.setattr(settings, "GPU_DRIVERS", (str(tmp_path),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     output = command("train", "--cfg", "job")[1]
-    assert f"  device: {device}\n" in output and f"  batch_size: {batch_size}\n" in output
-    assert (
-        f"trainer=auto is trainer={'gpu' if here else 'cpu'} on this machine"
-        in command("train", "--help")[1]
-    )
-    for words in (["trainer=cpu"], ["experiment=demo"]):
-        assert "  device: cpu\n" in command("train", *words, "--cfg", "job")[1]
+    assert f"  device: {device}\n" in output
+    assert f"  batch_size: {batch_size}\n" in output
+    name = "gpu" if has_gpu else "cpu"
+    assert f"trainer=auto is trainer={name} on this machine" in command("train", "--help")[1]
+    for overrides in (["trainer=cpu"], ["experiment=demo"]):
+        assert "  device: cpu\n" in command("train", *overrides, "--cfg", "job")[1]
     assert "  device: cuda\n" in command("train", "trainer=gpu", "--cfg", "job")[1]
 
 
-def test_help_asks_torch_only_where_there_is_a_driver(monkeypatch, tmp_path):
-    code = "import sys; from flowgen.config import resolvers; resolvers.DRIVERS = (); from flowgen.commands.train import train\n"
-    code += "try: train(words=['--help'])\nfinally: print('torch' in sys.modules)"
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    ).stdout
-    assert output.splitlines()[-1] == "False" and "trainer=auto is trainer=cpu" in output
-
-
-def test_a_run_keeps_what_auto_chose(tiny_run):
-    assert read_config(tiny_run / "config.yaml")["trainer"]["device"] == (
-        "cuda" if torch.cuda.is_available() else "cpu"
-    )
+def test_run_stores_the_choice_of_auto(tiny_run):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert read_config(tiny_run / "config.yaml")["trainer"]["device"] == device
     assert "trainer=auto is trainer=" in (tiny_run / "train.log").read_text()
 
 
-def test_a_sweep_without_a_folder_of_its_own(images, command, elsewhere):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=1", "model.log_scale=tanh,sigmoid", "-m"]
-    assert command("train", *words)[0] == 0
+def test_sweep_has_a_default_folder(images, command, elsewhere):
+    overrides = [*SMALL, f"data.root={images}", "trainer.steps=1", "model.log_scale=tanh,sigmoid"]
+    assert command("train", *overrides, "-m")[0] == 0
     (sweep,) = (elsewhere / "outputs").glob("*/*_glow_folder")
     assert len(runs_in(sweep)) == 2
 
 
 @pytest.mark.parametrize(
-    ("words", "names"),
+    ("overrides", "names"),
     [
         (
             ["trainer.steps=5", "seed=1,2", "output_dir=/tmp/x", "trainer.device=cpu"],
@@ -160,52 +170,52 @@ def test_a_sweep_without_a_folder_of_its_own(images, command, elsewhere):
         ([f"trainer.warmup={'x' * 200}", "seed=1,2"], ["seed=1,549d4585", "seed=2,a445dc07"]),
     ],
 )
-def test_names_of_a_sweeps_folders(command, monkeypatch, tmp_path, words, names):
-    made = []
-    monkeypatch.setattr(
-        train,
-        "_job_of_sweep",
-        lambda cfg: made.append(Path(HydraConfig.get().runtime.output_dir).name),
-    )
+def test_folders_of_a_sweep_are_named_by_its_overrides(
+    command, monkeypatch, tmp_path, overrides, names
+):
+    folders = []
+
+    def job(cfg):
+        folders.append(Path(HydraConfig.get().runtime.output_dir).name)
+
+    monkeypatch.setattr(train, "sweep_job", job)
     monkeypatch.chdir(tmp_path)
-    assert command("train", *[word.replace("/tmp", str(tmp_path)) for word in words], "-m") == (
-        0,
-        "",
-        "",
-    )
-    assert made == names
+    arguments = [text.replace("/tmp", str(tmp_path)) for text in overrides]
+    assert command("train", *arguments, "-m") == (0, "", "")
+    assert folders == names
 
 
-def test_a_sweep_skips_what_has_ended_and_goes_on_with_the_rest(images, command, tmp_path):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=4", "trainer.checkpoint_steps=[2]", "-m"]
-    assert command("train", *words, "seed=1,2", f"output_dir={tmp_path / 'whole'}")[0] == 0
-    assert command("train", *words, "seed=1,2", f"output_dir={tmp_path / 'sweep'}")[0] == 0
-    ended, killed = ((tmp_path / "sweep" / name) for name in runs_in(tmp_path / "sweep"))
-    forget_the_end(killed)
-    before = (ended / "metrics.jsonl").stat().st_mtime_ns
-    status, _, error = command("train", *words, "seed=1,2,3", f"output_dir={tmp_path / 'sweep'}")
-    assert (
-        status == 0
-        and error.count("skipped: ") == 1
-        and f"skipped: {ended} has ended, at step 4" in error
-    )
-    assert (ended / "metrics.jsonl").stat().st_mtime_ns == before
-    assert error.count("going on from step 2") == 1 and len(runs_in(tmp_path / "sweep")) == 3
+def test_sweep_skips_finished_runs_and_continues_the_others(images, command, tmp_path):
+    overrides = [*SMALL, f"data.root={images}", "trainer.steps=4", "trainer.checkpoint_steps=[2]"]
+    sweep = tmp_path / "sweep"
+    for folder in (tmp_path / "whole", sweep):
+        arguments = [*overrides, "seed=1,2", f"output_dir={folder}", "-m"]
+        assert command("train", *arguments)[0] == 0
+    finished, killed = (sweep / name for name in runs_in(sweep))
+    remove_end(killed)
+    before = (finished / "metrics.jsonl").stat().st_mtime_ns
+    status, _, error = command("train", *overrides, "seed=1,2,3", f"output_dir={sweep}", "-m")
+    assert status == 0
+    assert error.count("skipped: ") == 1
+    assert f"skipped: {finished} has ended at step 4" in error
+    assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+    assert error.count("resuming from step 2") == 1
+    assert len(runs_in(sweep)) == 3
     assert_same_end(killed, tmp_path / "whole" / killed.name)
 
 
-def test_runs_of_several_processes_fail_and_end_in_a_sweep_as_others_do(
+def test_runs_with_several_processes_fail_and_finish_in_a_sweep_like_others(
     images, command, tmp_path, monkeypatch
 ):
-    """Each is left to other processes, which tell what is wrong with it and exit."""
-    handed = []
+    """Other processes train each run; they report their errors and exit."""
+    launched = []
 
-    def launch(processes, words, cure):
-        handed.append(words[1])
+    def launch(num_processes, arguments, hint):
+        launched.append(Path(arguments[1]))
         raise SystemExit(1)
 
-    monkeypatch.setattr(resume, "launch", launch)
-    words = [
+    monkeypatch.setattr(api, "launch", launch)
+    overrides = [
         *SMALL,
         f"data.root={images}",
         "trainer.steps=4",
@@ -213,208 +223,208 @@ def test_runs_of_several_processes_fail_and_end_in_a_sweep_as_others_do(
         f"output_dir={tmp_path / 'sweep'}",
         "-m",
     ]
-    with monkeypatch.context() as alone:
-        alone.setattr(resume, "to_launch", lambda devices: 0)
-        assert command("train", *words, "seed=1,3")[0] == 0
-    status, _, error = command("train", *words, "seed=1,2")
-    assert (
-        status == 1
-        and error.count("skipped: ") == 1
-        and len(handed) == 1
-        and Path(handed[0]).name.startswith("seed=2")
-    )
-    assert (
-        f"1 of 2 runs of the sweep failed: {Path(handed[0]).name}: " in error.splitlines()[-1]
-        and not Path(handed[0]).exists()
-    )
+    with monkeypatch.context() as single:
+        single.setattr(api, "num_processes_to_launch", lambda num_processes: 0)
+        assert command("train", *overrides, "seed=1,3")[0] == 0
+    status, _, error = command("train", *overrides, "seed=1,2")
+    assert status == 1
+    assert error.count("skipped: ") == 1
+    (failed,) = launched
+    assert failed.name.startswith("seed=2")
+    assert f"1 of 2 runs of the sweep failed: {failed.name}: " in error.splitlines()[-1]
+    assert not failed.exists()
 
 
-def test_a_named_checkpoint_is_gone_on_with_by_several_processes_too(
-    tiny_run, command, monkeypatch
-):
-    handed = []
+def test_several_processes_continue_a_named_checkpoint(tiny_run, command, monkeypatch):
+    launched = []
     monkeypatch.setattr(
-        resume, "launch", lambda processes, words, cure: handed.append((processes, words))
+        api, "launch", lambda processes, arguments, hint: launched.append((processes, arguments))
     )
     last = str(tiny_run / "checkpoints" / "last.pt")
-    assert command("resume", last, "trainer.num_processes=2", "trainer.steps=9")[0] == 0
-    assert handed == [(2, ["resume", last, "trainer.num_processes=2", "trainer.steps=9"])]
+    overrides = ["trainer.num_processes=2", "trainer.steps=9"]
+    assert command("resume", last, *overrides)[0] == 0
+    assert launched == [(2, ["resume", last, *overrides])]
 
 
-def test_a_sweep_does_not_go_on_with_another_configuration(images, command, tmp_path):
-    words = [*SMALL, "trainer.steps=1", "seed=1,2", f"output_dir={tmp_path / 'sweep'}", "-m"]
-    assert command("train", *words, f"data.root={images}")[0] == 0
-    status, _, error = command(
-        "train", *words, f"data.root={shutil.copytree(images, tmp_path / 'others')}"
-    )
-    assert status == 1 and "2 of 2 runs of the sweep failed" in error
-    assert f"data.root={images} there and {tmp_path / 'others'} here" in error.splitlines()[-1]
+def test_status_of_a_failed_process_is_the_exit_status(tiny_run, command, monkeypatch):
+    def launch(num_processes, arguments, hint):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(api, "launch", launch)
+    for status in (1, 7, 128 + signal.SIGTERM):
+        assert (
+            command("resume", tiny_run, "trainer.num_processes=2", "trainer.steps=9")[0] == status
+        )
 
 
-def test_a_failing_job_in_another_process_fails_the_sweep(images, command, tmp_path):
+def test_sweep_does_not_continue_a_run_with_other_settings(images, command, tmp_path):
+    overrides = [*SMALL, "trainer.steps=1", "seed=1,2", f"output_dir={tmp_path / 'sweep'}", "-m"]
+    assert command("train", *overrides, f"data.root={images}")[0] == 0
+    others = shutil.copytree(images, tmp_path / "others")
+    status, _, error = command("train", *overrides, f"data.root={others}")
+    assert status == 1
+    assert "2 of 2 runs of the sweep failed" in error
+    assert f"data.root={images} there and {others} here" in error.splitlines()[-1]
+
+
+def test_failing_job_in_another_process_fails_the_sweep(images, command, tmp_path):
     pytest.importorskip(
         "hydra_plugins.hydra_joblib_launcher", reason="hydra-joblib-launcher is not installed"
     )
-    words = [
-        *SMALL,
-        f"data.root={images}",
-        "trainer.steps=1",
-        f"output_dir={tmp_path / 'sweep'}",
-        "model.width=zero,8,nil",
-        "-m",
-    ]
-    status, _, error = command("train", *words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    sweep = tmp_path / "sweep"
+    overrides = [*SMALL, f"data.root={images}", "trainer.steps=1", f"output_dir={sweep}"]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    status, _, error = command("train", *overrides, "model.width=zero,8,nil", *launcher, "-m")
     last = error.splitlines()[-1]
-    assert status == 1 and last.startswith("flowgen: 2 of 3 runs of the sweep failed: ")
-    assert (
-        "model.width=zero" in last
-        and "model.width=nil" in last
-        and "width must be a whole number" in last
-    )
-    assert len(runs_in(tmp_path / "sweep")) == 1 and len(list((tmp_path / "sweep").iterdir())) == 2
+    assert status == 1
+    assert last.startswith("flowgen: 2 of 3 runs of the sweep failed: ")
+    assert "model.width=zero" in last
+    assert "model.width=nil" in last
+    assert "width must be a whole number" in last
+    assert len(runs_in(sweep)) == 1
+    assert len([path for path in sweep.iterdir() if path.is_dir()]) == 1
 
 
 @pytest.mark.long
-def test_a_job_that_is_queued_again_goes_on(images, tmp_path):
+def test_job_that_is_queued_again_continues(images, tmp_path):
     pytest.importorskip(
         "hydra_plugins.hydra_submitit_launcher", reason="hydra-submitit-launcher is not installed"
     )
-    words = [
+    overrides = [
         *SMALL,
         f"data.root={images}",
         "trainer.minutes=0.1",
         "trainer.save_every=100000",
         "seed=range(1,2)",
         f"output_dir={tmp_path}",
-        "-m",
+        "hydra/launcher=submitit_local",
     ]
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "flowgen", "train", *words, "hydra/launcher=submitit_local"]
-    )
+    sweep = subprocess.Popen([sys.executable, "-m", "flowgen", "train", *overrides, "-m"])
     while sweep.poll() is None and not list(tmp_path.glob("*/metrics.jsonl")):
         time.sleep(0.05)
     (controller,) = (path.name for path in (tmp_path / ".submitit").glob("[0-9]*"))
     job = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()[0]
-    os.kill(int(job), signal.SIGUSR2)  # what SLURM sends before a job's time is up
+    os.kill(int(job), signal.SIGUSR2)  # SLURM sends it before a job's time is up
     assert sweep.wait() == 0
     (run,) = (path.parent for path in tmp_path.glob("*/metrics.jsonl"))
     log = (run / "train.log").read_text()
-    (gone_on,) = (
-        int(line.split()[-1]) for line in log.splitlines() if "going on from step" in line
+    (resumed_step,) = (
+        int(line.split()[-1]) for line in log.splitlines() if "resuming from step" in line
     )
-    assert "stopped by SIGUSR2 and saved" in log and "done: " in log
-    assert 0 < gone_on < read_checkpoint(run / "checkpoints" / "last.pt")["step"]
+    assert "stopped by SIGUSR2 and saved" in log
+    assert "finished: " in log
+    assert 0 < resumed_step < read_checkpoint(run / "checkpoints" / "last.pt")["step"]
 
 
-def test_resume_true_ends_with_the_same_bits(images, command, tmp_path):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=4", "trainer.checkpoint_steps=[2]"]
-    assert command("train", *words, f"output_dir={tmp_path / 'whole'}")[0] == 0
-    again = [*words, f"output_dir={tmp_path / 'run'}", "resume=true"]
+def test_resumed_run_ends_with_the_same_bits(images, command, tmp_path):
+    overrides = [*SMALL, f"data.root={images}", "trainer.steps=4", "trainer.checkpoint_steps=[2]"]
+    assert command("train", *overrides, f"output_dir={tmp_path / 'whole'}")[0] == 0
+    run = tmp_path / "run"
+    again = [*overrides, f"output_dir={run}", "resume=true"]
     assert command("train", *again)[0] == 0
-    forget_the_end(tmp_path / "run")
+    remove_end(run)
     status, _, error = command("train", *again)
-    assert (
-        status == 0
-        and "going on from step 2" in error
-        and "resume" not in read_config(tmp_path / "run" / "config.yaml")
-    )
-    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    assert status == 0
+    assert "resuming from step 2" in error
+    assert "resume" not in read_config(run / "config.yaml")
+    assert_same_end(run, tmp_path / "whole")
 
 
-def test_resume_true_says_what_stands_against_it(tiny_run, images, command):
-    words = [*SMALL, f"data.root={images}", f"output_dir={tiny_run}", "resume=true"]
+def test_resume_true_skips_finished_runs_and_refuses_other_settings(tiny_run, images, command):
+    overrides = [*SMALL, f"data.root={images}", f"output_dir={tiny_run}", "resume=true"]
     before = (tiny_run / "config.yaml").read_text()
-    for more, ends, said in (
-        (["trainer.steps=6"], 0, "has ended, at step 6"),
+    for more, expected_status, message in (
+        (["trainer.steps=6"], 0, "has ended at step 6"),
         (["trainer.steps=9", "model.width=4"], 1, "model.width=8 there and 4 here"),
     ):
-        status, _, error = command("train", *words, *more)
-        assert status == ends and said in error and "flowgen resume" in error
+        status, _, error = command("train", *overrides, *more)
+        assert status == expected_status
+        assert message in error
+        assert "flowgen resume" in error
     assert (tiny_run / "config.yaml").read_text() == before
 
 
-def test_a_signal_of_a_launchers_is_passed_on_once_the_run_is_saved(
+def test_signal_of_a_launcher_is_passed_on_once_the_run_is_saved(
     images, command, tmp_path, monkeypatch
 ):
     def queue_again(number, frame):
         raise SystemExit(len(list(tmp_path.glob("run/checkpoints/last.pt"))) + 2)
 
+    def interrupt(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        write(*arguments)
+
     write = Logger.write
-    monkeypatch.setattr(
-        Logger, "write", lambda *rest: (os.kill(os.getpid(), signal.SIGUSR2), write(*rest))
-    )
+    monkeypatch.setattr(Logger, "write", interrupt)
     before = signal.signal(signal.SIGUSR2, queue_again)
-    words = [
-        *SMALL,
-        f"data.root={images}",
-        "trainer.steps=9",
-        "trainer.save_every=100",
-        f"output_dir={tmp_path / 'run'}",
-    ]
+    overrides = [*SMALL, f"data.root={images}", "trainer.steps=9", "trainer.save_every=100"]
     try:
-        status, _, error = command("train", *words)
+        status, _, error = command("train", *overrides, f"output_dir={tmp_path / 'run'}")
     finally:
         signal.signal(signal.SIGUSR2, before)
-    assert status == 3 and "stopped by SIGUSR2 and saved" in error
+    assert status == 3
+    assert "stopped by SIGUSR2 and saved" in error
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
 
 
-def test_init_starts_from_a_runs_averaged_weights(tiny_run, command, tmp_path):
-    for number in range(20):
-        save_image(tmp_path / "others" / f"{number}.png")
-    words = [
+def test_init_from_starts_with_the_ema_weights_of_a_run(tiny_run, command, tmp_path):
+    for index in range(20):
+        save_image(tmp_path / "others" / f"{index}.png")
+    run = tmp_path / "new"
+    overrides = [
         *SMALL,
         f"data.root={tmp_path / 'others'}",
         "trainer.steps=1",
         "trainer.lr=0",
-        f"output_dir={tmp_path / 'new'}",
+        f"output_dir={run}",
         "trainer.ema_decay=0.5",
     ]
-    assert command("train", *words, f"init_from={os.path.relpath(tiny_run)}")[0] == 0
-    assert read_config(tmp_path / "new" / "config.yaml")["init"] == str(tiny_run)
-    figures = [
-        json.loads(
-            command("evaluate", "--run", run, "--json", f"data.root={tmp_path / 'images'}")[1]
-        )
-        for run in (tiny_run, tmp_path / "new")
+    assert command("train", *overrides, f"init_from={os.path.relpath(tiny_run)}")[0] == 0
+    assert read_config(run / "config.yaml")["init_from"] == str(tiny_run)
+    root = f"data.root={tmp_path / 'images'}"
+    rows = [
+        json.loads(command("evaluate", "--run", name, "--json", root)[1])
+        for name in (tiny_run, run)
     ]
-    assert figures[0]["bits_per_dim"] == figures[1]["bits_per_dim"]
+    assert rows[0]["bits_per_dim"] == rows[1]["bits_per_dim"]
 
 
-def test_init_says_what_does_not_fit(tiny_run, images, command, tmp_path):
-    words = [*SMALL, f"data.root={images}", "trainer.steps=1", f"output_dir={tmp_path / 'new'}"]
-    status, _, error = command("train", *words, f"init_from={tiny_run}", "model.width=4")
-    assert status == 1 and "do not fit, model.width=8 there and 4 here" in error.splitlines()[-1]
-    assert (
-        command("train", *words, "init_from=nowhere")[2]
-        .splitlines()[-1]
-        .startswith("flowgen: nowhere is no run")
-    )
-    assert not (tmp_path / "new").exists()
+def test_init_from_names_the_settings_that_do_not_fit(tiny_run, images, command, tmp_path):
+    run = tmp_path / "new"
+    overrides = [*SMALL, f"data.root={images}", "trainer.steps=1", f"output_dir={run}"]
+    status, _, error = command("train", *overrides, f"init_from={tiny_run}", "model.width=4")
+    assert status == 1
+    assert "do not fit, model.width=8 there and 4 here" in error.splitlines()[-1]
+    error = command("train", *overrides, "init_from=nowhere")[2]
+    assert error.splitlines()[-1].startswith("flowgen: nowhere is not a run")
+    assert not run.exists()
 
 
-def test_the_newest_run_that_fits_is_found_by_its_configuration(tiny_run, elsewhere, monkeypatch):
-    runs = [
-        shutil.copytree(tiny_run, elsewhere / "outputs" / name)
-        for name in ("flow", "rbm", "classes")
-    ]
-    for age, (run, model) in enumerate(
-        zip(
-            runs, ({}, {"_target_": "flowgen.models.rbm.rbm.RBM"}, {"num_classes": 10}), strict=True
-        )
-    ):
+def test_newest_fitting_run_is_found_by_its_configuration(tiny_run, elsewhere, monkeypatch):
+    changes = {
+        "flow": {},
+        "rbm": {"_target_": "flowgen.models.rbm.rbm.RBM"},
+        "classes": {"num_classes": 10},
+    }
+    runs = [shutil.copytree(tiny_run, elsewhere / "outputs" / name) for name in changes]
+    for age, run in enumerate(runs):
         config = read_config(run / "config.yaml")
-        save_config(config | {"model": config["model"] | model}, run / "config.yaml")
+        config["model"] |= changes[run.name]
+        save_config(config, run / "config.yaml")
         os.utime(run / "config.yaml", (age, age))
     (runs[1] / "config.yaml").touch()
-    read = []
-    monkeypatch.setattr(
-        run_module, "read_checkpoint", lambda path: read.append(path) or read_checkpoint(path)
-    )
-    assert find_checkpoint(None, wanted=Flow)[0].folder.name == "classes" and len(read) == 1
-    assert find_checkpoint(None, wanted=Glow)[0].folder.name == "classes" and len(read) == 2
+    paths = []
+
+    def recorded(path):
+        paths.append(path)
+        return read_checkpoint(path)
+
+    monkeypatch.setattr(run_dir, "read_checkpoint", recorded)
+    for number, wanted in enumerate((Flow, Glow), 1):
+        assert find_checkpoint(None, wanted=wanted)[0].folder.name == "classes"
+        assert len(paths) == number
     with pytest.raises(UserError, match=r"no run of a RealNVP .* model=realnvp"):
         find_checkpoint(None, wanted=RealNVP)
-    with pytest.raises(UserError, match="is no run of an RBM"):
+    with pytest.raises(UserError, match="is not a run of an RBM"):
         find_checkpoint(str(runs[0]), wanted=RBM)
-    assert len(read) == 3
+    assert len(paths) == 3

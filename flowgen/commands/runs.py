@@ -15,6 +15,8 @@ log = logging.getLogger("flowgen")
 
 
 class RunSummary(NamedTuple):
+    """One line of `flowgen runs`."""
+
     name: str
     model: str
     data: str
@@ -23,42 +25,36 @@ class RunSummary(NamedTuple):
 
 
 def runs() -> Iterator[RunSummary]:
-    """The runs under `outputs/`, newest first, then the models that the package brings, each with its last step and its test figure.
+    """Yield the runs under `outputs/`, the newest first, and then the models of the zoo.
 
-    Before a run's end it is the best validation figure.
+    `best` is the test metric of a finished run, or the best validation metric until then.
     """
     for run in readable_runs():
-        yield _row(str(run.folder), read_config(run.config), run.read_metrics())
+        yield _summary(str(run.folder), read_config(run.config), run.read_metrics())
     for name in zoo():
-        about = read_portable_metadata(zoo_file(name))
-        yield _row(
-            name, about["config"], [{"split": "test", "step": about["step"], **about["metrics"]}]
-        )
+        metadata = read_portable_metadata(zoo_file(name))
+        row = {"split": "test", "step": metadata["step"], **metadata["metrics"]}
+        yield _summary(name, metadata["config"], [row])
 
 
-def _row(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> RunSummary:
-    model, data = (
-        str(config[section].get("_target_")).rpartition(".")[2] for section in ("model", "data")
-    )
-    source = config["data"].get("name") or Path(config["data"].get("root") or data).name
-    return RunSummary(
-        name,
-        model,
-        source,
-        max((row["step"] for row in metrics), default=0),
-        str(best_metric(metrics) or "not evaluated yet"),
-    )
+def _summary(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> RunSummary:
+    model = str(config["model"].get("_target_")).rpartition(".")[2]
+    data = config["data"]
+    folder = data.get("root") or str(data.get("_target_")).rpartition(".")[2]
+    step = max((row["step"] for row in metrics), default=0)
+    best = str(best_metric(metrics) or "not evaluated yet")
+    return RunSummary(name, model, data.get("name") or Path(folder).name, step, best)
 
 
 def readable_runs(*folders: Path) -> list[Run]:
-    """`list_runs` without those whose configuration cannot be read, each of which is named in a warning."""
+    """Return `list_runs` without runs whose configuration is not readable, with a warning each."""
     readable = []
     for run in list_runs(*folders):
         try:
             run.check_contained()
             read_config(run.config)
         except UserError as error:
-            log.warning("left out: %s", error)
+            log.warning("skipped: %s", error)
         else:
             readable.append(run)
     return readable

@@ -1,4 +1,4 @@
-"""The classes that configurations name."""
+"""Objects of the classes that configurations name, from an allow-list of packages."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -6,118 +6,167 @@ from typing import TYPE_CHECKING, Any
 from flowgen.utils.errors import UserError
 from flowgen.utils.memory import free_memory
 
-ROOMS = {
-    "data": "flowgen.data",
-    "trainer": "flowgen.training.trainer",
-}  # where the classes of a section are; the others' are models
-
-
-def resolve_target(section: str, config: dict[str, Any]) -> type[Any]:
-    """The class that `_target_` names in a section of a configuration.
-
-    Raises FlowgenError for what is no class of flowgen's for this purpose, so that a configuration from a stranger's checkpoint can run
-    no code.
-    """
-    module, _, name = str(config.get("_target_")).rpartition(".")
-    if not module.startswith("flowgen."):
-        raise UserError(f"{section}._target_={config.get('_target_')} is not part of flowgen")
-    try:
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{section}._target_={module}.{name} does not exist") from error
-    room = ROOMS.get(section, "flowgen.models")
-    if not isinstance(target, type) or not f"{target.__module__}.".startswith(f"{room}."):
-        raise UserError(f"{section}._target_={module}.{name} is not a class of {room}")
-    return target
-
-
 if TYPE_CHECKING:
     from flowgen.data.dataset import ImageDataset
     from flowgen.models.base import GenerativeModel
 
+ALLOWED = {  # a configuration may come from a stranger's checkpoint and must not run other code
+    "model": "flowgen.models",
+    "data": "flowgen.data",
+    "trainer": "flowgen.training",
+    "evaluation": "flowgen.models.base.EvalConfig",
+}
+
+
+def resolve_target(section: str, config: dict[str, Any]) -> type[Any]:
+    """Return the class that `_target_` names in a section of a configuration.
+
+    Raises:
+        UserError: unless it is a class of the package that the section may use.
+    """
+    path = str(config.get("_target_"))
+    module, _, name = path.rpartition(".")
+    if not module.startswith("flowgen."):
+        raise UserError(f"{section}._target_={path} is not part of flowgen")
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{section}._target_={path} does not exist") from error
+    allowed = ALLOWED[section]
+    if not isinstance(target, type) or not _is_in(target, allowed):
+        raise UserError(f"{section}._target_={path} is not a class of {allowed}")
+    return target
+
+
+def _is_in(target: type[Any], allowed: str) -> bool:
+    return f"{target.__module__}.{target.__qualname__}.".startswith(f"{allowed}.")
+
 
 def build(section: str, config: dict[str, Any]) -> Any:
-    """The object that a section of a configuration describes: `_target_`, a class of flowgen, called with all the rest.
+    """Build the object that a section of a configuration describes.
 
-    Raises FlowgenError for any other target, and for arguments that the class refuses.
+    Args:
+        section: model, data, trainer or evaluation.
+        config: `_target_`, a class of the section's package, and its keyword arguments.
+
+    Raises:
+        UserError: for any other class and for arguments that the class refuses.
     """
-    arguments = {
-        key: build(key, value) if _is_node(value) else value
-        for key, value in config.items()
-        if key != "_target_"
-    }
-    target = resolve_target(section, config)
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+    from omegaconf.errors import OmegaConfBaseException
+
+    check_section(section, section, config)
     try:
-        return target(**arguments)
-    except UserError as error:
-        message = str(error)
-        raise UserError(message if f"{section}." in message else f"{section}: {message}") from error
-    except TypeError as error:
-        raise UserError(f"{section}: {error}") from error
+        return instantiate(config, _convert_="all")
+    except OmegaConfBaseException as error:
+        raise UserError(f"{section}: {str(error).partition(chr(10))[0]}") from error
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            message = str(cause)
+            message = message if f"{section}." in message else f"{section}: {message}"
+            raise UserError(message) from cause
+        if cause is None or isinstance(cause, TypeError):
+            raise UserError(f"{section}: {cause or error}") from error
+        raise cause from None
 
 
-def _is_node(value: object) -> bool:
-    return isinstance(value, dict) and "_target_" in value
+def check_section(section: str, key: str, node: Any) -> None:
+    """Check everything in a section that `hydra.utils.instantiate` would act on.
+
+    Raises:
+        UserError: for classes outside the allow-list, other keys that start with an underscore,
+            and references to other values.
+    """
+    if isinstance(node, dict):
+        if "_target_" in node or key == section:
+            resolve_target(section, node)
+        for name, value in node.items():
+            if str(name).startswith("_") and name != "_target_":
+                raise UserError(f"{key}.{name} is not a setting")
+            check_section(section, f"{key}.{name}", value)
+    elif isinstance(node, list):
+        for value in node:
+            check_section(section, key, value)
+    elif isinstance(node, str) and ("${" in node or node == "???"):
+        raise UserError(f"{key}={node} is a reference, not a value: write its value")
 
 
 def build_data(config: dict[str, Any]) -> "ImageDataset":
+    """Build the data set of a configuration."""
     from flowgen.data.dataset import ImageDataset
 
     section = config["data"]
     data = build("data", section)
     if not isinstance(data, ImageDataset):
-        raise UserError(f"data._target_={section['_target_']} is no data set")
+        raise UserError(f"data._target_={section['_target_']} is not a data set")
     return data
 
 
 def with_image_shape(
     config: dict[str, Any], shape: tuple[int, int, int], bits: int
 ) -> dict[str, Any]:
-    """`config` with a model section that says what images the model is of, as a run keeps it: all that `build_model` needs."""
-    stated = _model_class(config["model"]).image_kwargs(shape, bits)
-    return config | {"model": stated | config["model"]}
+    """Return `config` with the image shape and bits of the data in its model section.
+
+    Args:
+        config: a configuration.
+        shape: channels, height and width.
+        bits: bits per pixel value.
+    """
+    image_kwargs = _model_class(config["model"]).image_kwargs(shape, bits)
+    return config | {"model": image_kwargs | config["model"]}
 
 
 def build_model(config: dict[str, Any]) -> "GenerativeModel":
-    """The untrained model of a configuration from `model_for`; its weights depend on torch's random state."""
-    section = config["model"]
-    _model_class(section)
-    _check_memory(section)
-    return build("model", section)
+    """Build the untrained model of a configuration with an image shape.
+
+    The weights depend on the random state of torch.
+    """
+    _model_class(config["model"])
+    _check_memory(config["model"])
+    return build("model", config["model"])
 
 
 def _check_memory(section: dict[str, Any]) -> None:
-    """Raise FlowgenError where its numbers alone are more than the memory that is free: counted on a device that has shapes alone."""
+    """Raise UserError if the weights alone need more memory than is free."""
     import torch
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without values
             state = build("model", section).state_dict()
-    except (NotImplementedError, RuntimeError):  # a constructor that looks at values
+    except (NotImplementedError, RuntimeError):  # a constructor that computes with values
         return
-    needed, free = sum(value.nbytes for value in state.values()), free_memory()
+    needed = sum(value.nbytes for value in state.values()) / 2**30
+    free = free_memory() / 2**30
     if needed > free:
-        of_it = f"needs {needed / 2**30:,.0f} GiB of memory for its weights alone, and {free / 2**30:,.1f} GiB are free"
         raise UserError(
-            f"model: it {of_it}: choose a smaller model.width, model.hidden or data.size"
+            f"the model needs {needed:,.0f} GiB of memory for its weights alone, and "
+            f"{free:,.1f} GiB are free: choose a smaller model.width, model.hidden or data.size"
         )
 
 
 def _model_class(section: dict[str, Any]) -> type["GenerativeModel"]:
     from flowgen.models.base import GenerativeModel
 
-    found = resolve_target("model", section)
-    if not issubclass(found, GenerativeModel):
-        raise UserError(f"model._target_={section['_target_']} is no model")
-    return found
+    target = resolve_target("model", section)
+    if not issubclass(target, GenerativeModel):
+        raise UserError(f"model._target_={section['_target_']} is not a model")
+    return target
 
 
 def build_model_and_data(
     config: dict[str, Any],
 ) -> tuple["GenerativeModel", "ImageDataset", dict[str, Any]]:
-    """The model, its data, and the configuration from `model_for`.
+    """Build the model and the data of a configuration.
 
-    Raises FlowgenError where a trained model is of other images than the data: every figure would be wrong.
+    Returns:
+        The model, the data, and the configuration with the image shape in its model section.
+
+    Raises:
+        UserError: if the model and the data do not fit each other.
     """
     data = build_data(config)
     config = with_image_shape(config, data.image_shape, data.bits)
@@ -127,23 +176,23 @@ def build_model_and_data(
 
 
 def check_fits_data(model: "GenerativeModel", data: "ImageDataset") -> None:
-    """Raise FlowgenError where a model is of other images than the data."""
-    pairs = zip(
-        ("channels", "height", "width", "bits"),
-        (*model.image_shape, model.bits),
-        (*data.image_shape, data.bits),
-        strict=True,
-    )
-    for name, of_model, of_data in pairs:
-        if of_model != of_data:
+    """Raise UserError if the images or classes of the data do not fit the model."""
+    names = ("channels", "height", "width", "bits")
+    model_values = (*model.image_shape, model.bits)
+    data_values = (*data.image_shape, data.bits)
+    for name, expected, actual in zip(names, model_values, data_values, strict=True):
+        if expected != actual:
             raise UserError(
-                f"a model of {name}={of_model} does not fit data of {name}={of_data}: leave it as it was, or train another"
+                f"a model with {name}={expected} does not fit data with {name}={actual}: "
+                "keep the settings of the run, or train another model"
             )
     if model.num_classes is not None and data.num_classes is None:
         raise UserError(
-            f"model.num_classes={model.num_classes} needs labels, which this data has not: leave it out, or give every class a folder"
+            f"model.num_classes={model.num_classes} needs labels, but this data has none: "
+            "leave it out, or sort the images into one folder per class"
         )
     if model.num_classes not in (None, data.num_classes):
         raise UserError(
-            f"model.num_classes={model.num_classes} does not fit the {data.num_classes} classes of the data: set it to {data.num_classes}"
+            f"model.num_classes={model.num_classes} does not fit the {data.num_classes} classes "
+            f"of the data: set it to {data.num_classes}"
         )

@@ -1,40 +1,47 @@
-"""Models out of checkpoints."""
+"""Models from checkpoints, and data sections for them."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flowgen.config.compose import check_overrides, conf_folder, group_options, override
+from flowgen.config.compose import check_overrides, override
 from flowgen.config.instantiate import build_model
+from flowgen.config.settings import group_options, read_yaml
 from flowgen.utils.errors import UserError
 
 if TYPE_CHECKING:
     from flowgen.models.base import GenerativeModel
     from flowgen.training.run_dir import Run
 
+ModelT = TypeVar("ModelT", bound="GenerativeModel")
+DATASET_KEYS = ("_target_", "name", "search_dirs")  # identify a data set
 
-Able = TypeVar("Able", bound="GenerativeModel")
 
-
-def load_model(run: str | os.PathLike[str], device: str = "cpu") -> "GenerativeModel":
-    """See `flowgen.load`."""
+def load_model(run: str, device: str = "cpu") -> "GenerativeModel":
+    """Load the model of a run; see `flowgen.load`."""
     from flowgen.config.runs import find_checkpoint
 
-    return load_from_checkpoint(find_checkpoint(str(run))[1], device)
+    return load_from_checkpoint(find_checkpoint(run)[1], device)
 
 
 def find_model(
-    name: str | None, device: str, ability: type[Able]
-) -> tuple["Run", dict[str, Any], Able]:
-    """The run of `find_checkpoint`, its checkpoint and its model, which has this ability. Raises FlowgenError where there is none."""
+    run: str | None, device: str, capability: type[ModelT]
+) -> tuple["Run", dict[str, Any], ModelT]:
+    """Find a run, or the most recent one with a capability, and load its model.
+
+    Returns:
+        The run, its checkpoint and the model.
+
+    Raises:
+        UserError: if there is no such run, or its model lacks the capability.
+    """
     from flowgen.config.runs import find_checkpoint
 
-    run, checkpoint = find_checkpoint(name, ability)
-    return run, checkpoint, load_from_checkpoint(checkpoint, device)  # type: ignore[return-value]
+    found, checkpoint = find_checkpoint(run, capability)
+    return found, checkpoint, load_from_checkpoint(checkpoint, device)  # type: ignore[return-value]
 
 
 def load_from_checkpoint(checkpoint: dict[str, Any], device: str = "cpu") -> "GenerativeModel":
-    """The model of a checkpoint that has been read, with its averaged weights where there are any, and what was found of them."""
+    """Build the model of a checkpoint with its EMA weights, if any, and its evaluation results."""
     from flowgen.training.checkpoint import eval_weights
     from flowgen.training.device import choose_device
 
@@ -45,48 +52,64 @@ def load_from_checkpoint(checkpoint: dict[str, Any], device: str = "cpu") -> "Ge
 
 
 def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
-    """Raises FlowgenError where they are another model's, or no numbers."""
-    spoilt = [name for name, value in weights.items() if not value.isfinite().all()]
-    if spoilt:
-        raise UserError(
-            f"the checkpoint's {spoilt[0]} is not finite: name an earlier checkpoint, or train again with a lower trainer.lr"
-        )
+    """Load weights into a model.
+
+    Raises:
+        UserError: if they are not finite or belong to another model.
+    """
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{name} of the checkpoint is not finite: choose an earlier checkpoint, "
+                "or train again with a lower trainer.lr"
+            )
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
-            "the checkpoint's weights are not those of the model that its configuration describes: leave what shapes the model as it was"
+            "the weights of the checkpoint do not fit the model of its configuration: "
+            "keep the model settings of the run"
         ) from error
 
 
-WHICH = ("_target_", "name", "search_dirs", "root")  # what says which images a data section is of
+def data_section(overrides: list[str]) -> dict[str, Any]:
+    """Return the data section of `data=NAME data.KEY=VALUE...`, as `flowgen train` composes it.
 
-
-def data_section(words: list[str]) -> dict[str, Any]:
-    """What `data=NAME data.KEY=VALUE...` describe, as train would. Raises FlowgenError for a set that there is not."""
-    from yaml import safe_load
-
-    check_overrides(words)
-    named = [word.partition("=")[2] for word in words if word.startswith("data=")]
-    if len(named) != 1 or named[0] not in group_options("data"):
+    Raises:
+        UserError: for an unknown data set or a data set without its root.
+    """
+    check_overrides(overrides)
+    chosen = [text.partition("=")[2] for text in overrides if text.startswith("data=")]
+    if len(chosen) != 1:
+        names = ", ".join(group_options("data"))
         raise UserError(
-            f"{' '.join(words)} names no data: write data= and one of {', '.join(group_options('data'))}"
+            f"{' '.join(overrides)} does not name a data set: write data= and one of {names}"
         )
-    section = safe_load((conf_folder() / "data" / f"{named[0]}.yaml").read_text())
-    section = override({"data": section}, [word for word in words if not word.startswith("data=")])[
-        "data"
-    ]
+    values = [text for text in overrides if not text.startswith("data=")]
+    section: dict[str, Any] = override({"data": read_yaml(f"data/{chosen[0]}")}, values)["data"]
     if section.get("root") == "???":
-        raise UserError(f"data={named[0]} needs data.root: add data.root=FOLDER")
+        raise UserError(f"data={chosen[0]} needs data.root: add data.root=FOLDER")
     if section.get("root") is not None:
-        section["root"] = str(Path(str(section["root"])).expanduser().resolve())
+        section["root"] = absolute_path(section["root"])
     return section
+
+
+def absolute_path(path: Any) -> str:
+    """Return a path that stays valid in another working directory."""
+    return str(Path(str(path)).expanduser().resolve())
 
 
 def match_model(
     section: dict[str, Any], own: dict[str, Any], shape: tuple[int, int, int], bits: int
 ) -> dict[str, Any]:
-    """The section with its images made into those that a model of `shape` (channels, height, width) and `bits` takes, as its `own` were."""
+    """Return a data section whose images have the shape and bits of a model.
+
+    Args:
+        section: the data section to change.
+        own: the data section that the model was trained with.
+        shape: channels, height and width of the model's images.
+        bits: bits per pixel value of the model's images.
+    """
     wanted = {
         "channels": shape[0],
         "size": shape[1],
@@ -96,7 +119,11 @@ def match_model(
     return section | {key: value for key, value in wanted.items() if key in section}
 
 
-def same_dataset(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two sections are of one set; where it lies counts only for a folder, which has no other name."""
-    keys = WHICH if not one.get("search_dirs") and "root" in one else WHICH[:3]
-    return all(one.get(key) == other.get(key) for key in keys)
+def same_dataset(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Return whether two data sections describe the same data set.
+
+    The root counts only for folders, which have no other name.
+    """
+    is_folder = not first.get("search_dirs") and "root" in first
+    keys = (*DATASET_KEYS, "root") if is_folder else DATASET_KEYS
+    return all(first.get(key) == second.get(key) for key in keys)

@@ -1,4 +1,4 @@
-"""Runs by name: a folder, a checkpoint file, or a name under `outputs/`."""
+"""Runs and their checkpoints, found by folder, file or name, and models on the Hugging Face Hub."""
 
 import contextlib
 import re
@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from yaml import YAMLError, safe_load
 
+from flowgen.config.compose import MAX_CONFIG_BYTES
 from flowgen.config.instantiate import resolve_target
-from flowgen.training.checkpoint import (
-    MAX_CONFIG_BYTES,
-    SUFFIX,
-    ZOO,
-    read_checkpoint,
-    read_safetensors,
-    zoo_file,
-)
+from flowgen.training.checkpoint import SUFFIX, ZOO, read_checkpoint, read_safetensors, zoo_file
 from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError
 
@@ -25,10 +19,13 @@ if TYPE_CHECKING:
     from flowgen.models.base import Capability
 
 OUTPUTS = Path("outputs")
+PREFIX = "hf:"  # of names on the Hub
+FILE = f"model{SUFFIX}"  # of a model on the Hub
+NAME = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w-]*(\.[\w-]+)*", re.ASCII)
 
 
 def list_runs(*folders: Path) -> list[Run]:
-    """Every run under these folders, by default under `outputs/`, the newest first."""
+    """Return all runs under the folders, by default under `outputs/`, the newest first."""
     configs = [
         path
         for folder in folders or (OUTPUTS,)
@@ -36,30 +33,33 @@ def list_runs(*folders: Path) -> list[Run]:
         for path in folder.rglob("config.yaml")
         if path.is_file()
     ]
-    return [
-        Run(path.parent)
-        for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True)
-    ]
+    configs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [Run(path.parent) for path in configs]
 
 
 def find_run(name: str) -> Run:
-    """The run whose folder, checkpoint or name under `outputs/` this is; of a file elsewhere and of zoo and Hub, where its pictures go.
+    """Return a run by its folder, a checkpoint in it, or its name under `outputs/`.
 
-    Raises FlowgenError where there is none, and where its files lead elsewhere.
+    The run of a file elsewhere, of the zoo or of the Hub is a folder under `outputs/` for what
+    commands write.
+
+    Raises:
+        UserError: if there is no such run, or if its files are links to other folders.
     """
-    run = _named(name)
+    run = _find_named(name)
     run.check_contained()
     return run
 
 
-def _named(name: str) -> Run:
+def _find_named(name: str) -> Run:
     if name.startswith(PREFIX):
         return Run(OUTPUTS / "hf" / check_name(name.removeprefix(PREFIX)))
     if name.startswith("zoo/"):
         return Run(OUTPUTS / zoo_file(name).relative_to(ZOO.parent).with_suffix(""))
     file = find_file(name)
     if file is not None:
-        return Run(file.parent.parent if _lies_in_a_run(file) else OUTPUTS / "files" / file.stem)
+        in_run = file.parent.name == "checkpoints" and file.suffix != SUFFIX
+        return Run(file.parent.parent if in_run else OUTPUTS / "files" / file.stem)
     for path in (Path(name), OUTPUTS / name):
         if path.is_dir() and (path / "config.yaml").exists():
             return Run(path)
@@ -67,81 +67,80 @@ def _named(name: str) -> Run:
     matches = [run for run in list_runs() if parts and run.folder.parts[-len(parts) :] == parts]
     if len(matches) == 1:
         return matches[0]
-    raise UserError(
-        f"{name or 'an empty name'} is {'several runs' if matches else 'no run'}: `flowgen runs` lists them"
-    )
+    problem = "is the name of several runs" if matches else "is not a run"
+    raise UserError(f"{name or 'an empty name'} {problem}: `flowgen runs` lists all runs")
 
 
 def find_file(name: str) -> Path | None:
-    """The file that this names, here or under `outputs/`, None of a run by another name."""
+    """Return the file `name`, here or under `outputs/`, or None if there is no such file."""
     return next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
 
 
-def _lies_in_a_run(file: Path) -> bool:
-    return file.parent.name == "checkpoints" and file.suffix != SUFFIX
-
-
 def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, dict[str, Any]]:
-    """The checkpoint file `name`, else the last good checkpoint of the run `name`, else of the newest run.
+    """Return a run and its checkpoint, with the results of an evaluation of these weights.
 
-    It is of a `wanted` model, named by its class or by an ability of `flowgen.models.base`, and comes with the `figures` that an
-    evaluation has found for these weights. Raises FlowgenError where there is none.
+    Args:
+        name: a checkpoint file, or a run, of which the last valid checkpoint is read. None: the
+            newest run with a checkpoint of a wanted model.
+        wanted: a model class or a capability of `flowgen.models.base` that the model must have.
+
+    Raises:
+        UserError: if there is no such checkpoint.
     """
     if name is None:
-        for run in list_runs():
-            if (
-                _says_it_is_of(run, wanted)
-                and (checkpoint := run.latest_valid_checkpoint()) is not None
-            ):
-                return run, _evaluated(run, checkpoint)
-        raise UserError(
-            f"no {_kind(wanted)} under outputs/ has a checkpoint: {_how_to_train(wanted)}, or name one with --run"
-        )
+        return _newest_checkpoint(wanted)
     run = find_run(name)
-    path = find_file(name)
-    if name.startswith(("zoo/", PREFIX)):
-        checkpoint = read_safetensors(
-            download(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else zoo_file(name)
-        )
-    elif path is not None and path.suffix == SUFFIX:
-        checkpoint = read_safetensors(path)
-    else:
-        checkpoint = read_checkpoint(path) if path else run.latest_valid_checkpoint()
+    checkpoint = _read_named(name, run)
     if checkpoint is None:
+        raise UserError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}`")
+    if not _is_wanted(checkpoint["config"], wanted):
         raise UserError(
-            f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}` goes on with it"
+            f"{name} is not a {_kind(wanted)}, which this command needs: choose another with "
+            f"--run, or {_training_hint(wanted)}"
         )
-    if not _is_of(checkpoint["config"], wanted):
-        raise UserError(
-            f"{name} is no {_kind(wanted)}, which this command needs: name another with --run, or {_how_to_train(wanted)}"
-        )
-    with contextlib.suppress(
-        OSError
-    ):  # of a file elsewhere, for what the command makes, unless --out says where
+    with contextlib.suppress(OSError):  # the command may write elsewhere
         run.folder.mkdir(parents=True, exist_ok=True)
-    return run, _evaluated(run, checkpoint)
+    return run, _with_results(run, checkpoint)
 
 
-def _evaluated(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """With the `figures` that an evaluation found for these weights: a portable file brings its own."""
-    return checkpoint | {"metrics": checkpoint.get("metrics", {}) | run.load_evaluation(checkpoint)}
+def _newest_checkpoint(wanted: type | None) -> tuple[Run, dict[str, Any]]:
+    for run in list_runs():
+        checkpoint = run.latest_valid_checkpoint() if _describes(run, wanted) else None
+        if checkpoint is not None:
+            return run, _with_results(run, checkpoint)
+    raise UserError(
+        f"no {_kind(wanted)} under outputs/ has a checkpoint: {_training_hint(wanted)}, "
+        "or choose one with --run"
+    )
 
 
-def _says_it_is_of(run: Run, wanted: type | None) -> bool:
-    """Whether the run's folder describes a `wanted` model: it is read sooner than a checkpoint."""
+def _read_named(name: str, run: Run) -> dict[str, Any] | None:
+    if name.startswith(PREFIX):
+        return read_safetensors(download(name.removeprefix(PREFIX)))
+    if name.startswith("zoo/"):
+        return read_safetensors(zoo_file(name))
+    file = find_file(name)
+    if file is None:
+        return run.latest_valid_checkpoint()
+    return read_safetensors(file) if file.suffix == SUFFIX else read_checkpoint(file)
+
+
+def _with_results(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    results = checkpoint.get("metrics", {}) | run.load_evaluation(checkpoint)
+    return checkpoint | {"metrics": results}
+
+
+def _describes(run: Run, wanted: type | None) -> bool:
+    """Return whether the run's folder describes a wanted model, which is faster to read."""
     with contextlib.suppress(OSError, YAMLError, ValueError, RecursionError):
         run.check_contained()
-        config = (
-            safe_load(run.config.read_text())
-            if run.config.stat().st_size <= MAX_CONFIG_BYTES
-            else None
-        )
-        return isinstance(config, dict) and _is_of(config, wanted)
+        if run.config.stat().st_size <= MAX_CONFIG_BYTES:
+            config = safe_load(run.config.read_text(encoding="utf-8"))
+            return isinstance(config, dict) and _is_wanted(config, wanted)
     return False
 
 
-def _is_of(config: dict[str, Any], wanted: type | None) -> bool:
-    """Whether it describes a `wanted` model. Raises FlowgenError where its model is none of flowgen's classes."""
+def _is_wanted(config: dict[str, Any], wanted: type | None) -> bool:
     if wanted is None:
         return True
     from flowgen.models.base import GenerativeModel
@@ -150,65 +149,64 @@ def _is_of(config: dict[str, Any], wanted: type | None) -> bool:
     return issubclass(model, GenerativeModel) and model.supports(wanted, config["model"])
 
 
-def _is_ability(wanted: type) -> TypeGuard[type["Capability"]]:
+def _is_capability(wanted: type) -> TypeGuard[type["Capability"]]:
     from flowgen.models.base import Capability
 
     return Capability in wanted.__bases__
 
 
 def _kind(wanted: type | None) -> str:
+    """Return a phrase such as `run of a model that restores missing pixels`."""
     from flowgen.models.base import GenerativeModel
 
-    if wanted in (None, GenerativeModel):
+    if wanted is None or wanted is GenerativeModel:
         return "run"
-    if _is_ability(wanted):
+    if _is_capability(wanted):
         return f"run of a model that {wanted.description}"
-    return f"run of {'an' if wanted.__name__.isupper() else 'a'} {wanted.__name__}"
+    article = "an" if wanted.__name__.isupper() else "a"
+    return f"run of {article} {wanted.__name__}"
 
 
-def _how_to_train(wanted: type | None) -> str:
+def _training_hint(wanted: type | None) -> str:
+    """Return the command that trains a wanted model."""
     from flowgen.models.flows.glow import Glow
 
-    if wanted is None or (issubclass(Glow, wanted) and not _is_ability(wanted)):
-        words = ""
-    else:
-        words = (
-            f" {wanted.train_hint}" if _is_ability(wanted) else f" model={wanted.__name__.lower()}"
-        )
-    return f"train one with `flowgen train{words}`"
-
-
-PREFIX = "hf:"
-FILE = f"model{SUFFIX}"
-NAME = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w-]*(\.[\w-]+)*", re.ASCII)
+    options = ""
+    if wanted is not None and _is_capability(wanted):
+        options = f" {wanted.train_hint}"
+    elif wanted is not None and not issubclass(Glow, wanted):
+        options = f" model={wanted.__name__.lower()}"
+    return f"train one with `flowgen train{options}`"
 
 
 def check_name(name: str) -> str:
-    """Raises FlowgenError for what is no OWNER/NAME."""
+    """Return a name on the Hub if it has the form OWNER/NAME, else raise UserError."""
     if not NAME.fullmatch(name):
         raise UserError(
-            f"{name!r} is no name of a model on the Hub: write OWNER/NAME, of letters, digits, and - _ . between them"
+            f"{name!r} is not the name of a model on the Hub: write OWNER/NAME with letters and "
+            "digits, and - _ . between them"
         )
     return name
 
 
 def download(name: str) -> Path:
-    """The file of the model OWNER/NAME, in the package's own cache, got anew where it has changed. Raises FlowgenError."""
+    """Download the model OWNER/NAME if it is not in the cache, and return its file."""
     with _hub(check_name(name)) as hub:
         return Path(hub.hf_hub_download(name, FILE, library_name="flowgen"))
 
 
 def upload(folder: Path, name: str, private: bool) -> str:
-    """The files of a folder as the model OWNER/NAME, which is made where it is not there: its address. Raises FlowgenError."""
+    """Upload the files of a folder as the model OWNER/NAME and return its URL."""
     with _hub(check_name(name)) as hub:
         api = hub.HfApi(library_name="flowgen")
-        address = api.create_repo(name, private=private, exist_ok=True)
+        url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="A model of flowgen")
-    return str(address)
+    return str(url)
 
 
 @contextmanager
 def _hub(name: str) -> Iterator[Any]:
+    """Yield the package huggingface_hub and turn its errors into UserError."""
     try:
         import huggingface_hub
         from huggingface_hub.errors import (
@@ -224,18 +222,20 @@ def _hub(name: str) -> Iterator[Any]:
         yield huggingface_hub
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"{name} is not here yet, and the Hub does not answer: try again when it does"
+            f"{name} is not in the cache and the Hub does not answer: try again later"
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{name} is not on the Hub, or not yours to see: check its name, or log in with HF_TOKEN"
+            f"{name} is not on the Hub or is private: check the name, or log in with HF_TOKEN"
         ) from error
     except EntryNotFoundError as error:
         raise UserError(
-            f"{name} on the Hub is no model of flowgen, which has a {FILE}: name another with --run"
+            f"{name} on the Hub is not a model of flowgen, because it has no {FILE}: "
+            "choose another with --run"
         ) from error
-    except Exception as error:  # what the package and its clients raise has no base class
+    except Exception as error:  # errors of the package and its HTTP client have no common base
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"the Hub did not do it for {name} ({reason}): log in with HF_TOKEN, or try again later"
+            f"the request to the Hub failed for {name} ({reason}): log in with HF_TOKEN, "
+            "or try again later"
         ) from error

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 from figure import Figure, command_figure
-from flowgen.config.settings import conf_folder, flatten
 from jobs import data_section
 from original_images import original_images
 from torch import Tensor
@@ -18,6 +17,7 @@ import flowgen
 from flowgen.commands.sample import sample_images
 from flowgen.config.compose import read_config
 from flowgen.config.instantiate import build_data
+from flowgen.config.settings import conf_folder, flatten
 from flowgen.data.dataset import ImageDataset
 from flowgen.training.optim import learning_rate_factor, warmup_steps
 from flowgen.training.run_dir import Run, validation_rows

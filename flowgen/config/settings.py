@@ -1,0 +1,286 @@
+"""Settings of `flowgen train` and their meaning, read from the comments of the YAML files in conf/.
+
+A comment belongs to the key on its line and continues on the indented comment lines below it.
+A sentence `One of a, b, c.` in it lists the choices. The first comment line of a file describes it.
+Nothing here imports torch or Hydra, so help and completion answer at once.
+"""
+
+import difflib
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flowgen.utils.errors import UserError
+
+SECTIONS = ("model", "data", "trainer")  # every run has one option of each
+GROUPS = (*SECTIONS, "experiment", "preset", "model/negative_phase")
+NESTED_GROUPS = ("experiment", "preset")  # their options lie in folders, as thesis/toy does
+GENERAL = {"evaluation": "settings of `flowgen evaluate`", "general": "settings of the run"}
+GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
+KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):(?: .*?)??(?: +# (?P<comment>.*))?")
+COMMENT = re.compile(r"(?P<indent> *)# (?P<comment>.*)")
+CHOICES = re.compile(r"One of ([^.]+)\.")
+MAX_KEY_WIDTH = 36  # characters of the columns of a table of settings
+MAX_DEFAULT_WIDTH = 14
+
+
+class Setting(NamedTuple):
+    """A key that `flowgen train KEY=VALUE` can set."""
+
+    key: str
+    default: Any
+    meaning: str
+    choices: tuple[str, ...] = ()
+
+
+def conf_folder() -> Path:
+    """Return the folder of the YAML files: in the installed package or in the repository."""
+    package = Path(__file__).parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def group_options(group: str) -> list[str]:
+    """Return the options of a group.
+
+    Example:
+        >>> group_options("model/negative_phase")
+        ['cd', 'mean_field', 'pcd', 'tempering']
+    """
+    folder = conf_folder() / group
+    paths = folder.rglob("*.yaml") if group in NESTED_GROUPS else folder.glob("*.yaml")
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
+
+
+def check_option(group: str, name: str) -> None:
+    """Raise UserError unless `group` has the option `name`."""
+    known = group_options(group)
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise UserError(f"there is no {group}={name}{hint}: choose one of {', '.join(known)}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+@cache
+def read_yaml(name: str) -> dict[str, Any]:
+    """Return the content of conf/NAME.yaml, such as model/glow."""
+    from yaml import safe_load
+
+    return dict(safe_load(read_text(name)) or {})
+
+
+def read_text(name: str) -> str:
+    return (conf_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def description(name: str) -> str:
+    """Return the first comment line of conf/NAME.yaml.
+
+    Example:
+        >>> description("model/negative_phase/cd")
+        'Contrastive divergence (CD-k): chains start at the data (Hinton 2002)'
+    """
+    comments = [line for line in read_text(name).splitlines() if line.startswith("# ")]
+    return next(line[2:] for line in comments if not line.startswith("# @package"))
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `config` with full keys.
+
+    Example:
+        >>> flatten({"model": {"width": 8}, "seed": 0})
+        {'model.width': 8, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def read_comments(text: str) -> dict[str, str]:
+    """Return the comments of a YAML text by full key, such as `model.width`.
+
+    A comment above a key, at the same indentation, belongs to a key without one of its own.
+    """
+    comments: dict[str, str] = {}
+    parents: list[tuple[int, str]] = []
+    above: list[str] = []
+    key = ""
+    for line in text.splitlines():
+        if match := COMMENT.fullmatch(line):
+            if key and len(match["indent"]) > parents[-1][0]:
+                comments[key] = f"{comments[key]} {match['comment']}".strip()
+            else:
+                above.append(match["comment"])
+            continue
+        if match := KEY.fullmatch(line):
+            indent = len(match["indent"])
+            parents = [parent for parent in parents if parent[0] < indent]
+            parents.append((indent, match["key"]))
+            key = ".".join(name for _, name in parents)
+            comments[key] = match["comment"] or " ".join(above)
+        above = []
+    return comments
+
+
+@cache
+def settings_of_file(name: str) -> dict[str, Setting]:
+    """Return the settings that conf/NAME.yaml defines in its own section, by full key."""
+    section = "" if name == "train" else f"{name.rpartition('/')[0].replace('/', '.')}."
+    comments = read_comments(read_text(name))
+    settings = {}
+    for key, default in flatten(read_yaml(name)).items():
+        top = key.partition(".")[0]
+        if top in ("defaults", "hydra") or key.endswith("_target_"):
+            continue
+        if section and top in SECTIONS and f"{top}." != section:
+            continue  # the default of a model for another section
+        choices = CHOICES.search(comments[key])
+        words = tuple(choices[1].split(", ")) if choices else ()
+        full_key = key if key.startswith(section) else section + key
+        settings[full_key] = Setting(full_key, default, comments[key], words)
+    return settings
+
+
+def default_trainer() -> str:
+    """Return the option that trainer=auto stands for: gpu if torch can use one, else cpu."""
+    if not any(Path(driver).exists() for driver in GPU_DRIVERS):
+        return "cpu"  # without importing torch
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def settings_of_option(section: str, name: str) -> dict[str, Setting]:
+    """Return the settings of an option by full key, with those of the options it builds on."""
+    if (section, name) == ("trainer", "auto"):
+        name = default_trainer()
+    settings: dict[str, Setting] = {}
+    own = dict(settings_of_file(f"{section}/{name}"))
+    for entry in read_yaml(f"{section}/{name}").get("defaults", []):
+        if isinstance(entry, dict):  # negative_phase@model.negative_phase: pcd
+            own |= settings_of_file(f"{section}/negative_phase/{next(iter(entry.values()))}")
+        elif entry != "_self_":
+            settings |= settings_of_option(section, entry)
+    for key, setting in own.items():
+        inherited = key in settings and not setting.meaning
+        settings[key] = settings[key]._replace(default=setting.default) if inherited else setting
+    return settings
+
+
+def setting_names() -> dict[str, list[str]]:
+    """Return every key and group of `flowgen train` and the options that have it, as model=glow.
+
+    The list is empty for groups and for keys that every run has.
+    """
+    names: dict[str, list[str]] = {name: [] for name in (*GROUPS, *settings_of_file("train"))}
+    for section in SECTIONS:
+        for option in group_options(section):
+            for key in settings_of_option(section, option):
+                names.setdefault(key, []).append(f"{section}={option}")
+    for option in group_options("model/negative_phase"):
+        for key in settings_of_file(f"model/negative_phase/{option}"):
+            if "model=rbm" not in names.setdefault(key, []):
+                names[key].append(f"model/negative_phase={option}")
+    return dict(sorted(names.items()))
+
+
+def settings_help(topics: Sequence[str] = (), width: int = 100) -> str:
+    """Return tables of settings with defaults and meanings.
+
+    Args:
+        topics: groups to show, as in `model` or `model=rbm`; all if there are none. Overrides of
+            single settings are ignored.
+        width: maximum length of a line.
+
+    Raises:
+        UserError: for an unknown group or option.
+    """
+    defaults = [entry for entry in read_yaml("train")["defaults"] if isinstance(entry, dict)]
+    options = {key: value for entry in defaults for key, value in entry.items()}
+    shown = []
+    for topic in topics:
+        group, equals, option = topic.partition("=")
+        if group in GROUPS:
+            if equals:
+                check_option(group, option)
+                options[group] = option
+            shown.append(group)
+        elif group in GENERAL:
+            shown.append(group)
+        elif not equals:
+            known = (*GROUPS, *GENERAL)
+            raise UserError(f"there is no group {topic!r}: choose one of {', '.join(known)}")
+    tables = [_table(group, options, width) for group in shown or (*SECTIONS, *GENERAL)]
+    return "\n\n".join(tables)
+
+
+def _table(group: str, options: dict[str, str], width: int) -> str:
+    if group in GENERAL:
+        head = f"{group}: {GENERAL[group]}"
+        in_evaluation = group == "evaluation"
+        settings = [
+            setting
+            for key, setting in settings_of_file("train").items()
+            if key.startswith("evaluation.") == in_evaluation
+        ]
+        rows = [
+            (setting.key, format_value(setting.default), setting.meaning) for setting in settings
+        ]
+    elif group in SECTIONS:
+        name = options[group]
+        head = f"{group}={name}: {description(f'{group}/{name}')}\n"
+        head += textwrap.fill(f"{group}= is one of {', '.join(group_options(group))}.", width)
+        if (group, name) == ("trainer", "auto"):
+            head += f"\ntrainer=auto is trainer={default_trainer()} on this machine."
+        changed = flatten({group: read_yaml(f"model/{options['model']}").get(group, {})})
+        rows = [
+            (key, format_value(changed.get(key, setting.default)), setting.meaning)
+            for key, setting in settings_of_option(group, name).items()
+        ]
+    else:
+        head = f"{group}="
+        names = group_options(group)
+        rows = [(name, "", description(f"{group}/{name}")) for name in names]
+    return "\n".join([head, *_format_rows(rows, width)])
+
+
+def format_value(value: Any) -> str:
+    """Return a default as YAML writes it.
+
+    Example:
+        >>> format_value(None), format_value(True), format_value([0.9, 0.999])
+        ('null', 'true', '[0.9,0.999]')
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(format_value, value))}]"
+    return str(value)
+
+
+def _format_rows(rows: list[tuple[str, str, str]], width: int) -> list[str]:
+    """Align three columns; the last one is wrapped."""
+    keys = min(MAX_KEY_WIDTH, max(len(key) for key, _, _ in rows))
+    values = min(MAX_DEFAULT_WIDTH, max(len(value) for _, value, _ in rows))
+    indent = " " * (2 + keys + 2 + (values + 2 if values else 0))
+    lines = []
+    for key, value, meaning in rows:
+        start = f"  {key:{keys}}  {value:{values}}  "[: None if values else -2]
+        wrapped = textwrap.wrap(meaning, max(20, width - len(indent)), break_on_hyphens=False)
+        if len(start) > len(indent):
+            lines += [start.rstrip(), *(indent + line for line in wrapped)]
+        else:
+            lines.append((start + "".join(wrapped[:1])).rstrip())
+            lines += [indent + line for line in wrapped[1:]]
+    return lines

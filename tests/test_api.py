@@ -1,0 +1,248 @@
+"""The Python API: the examples of the design, errors, threads, and the lists of models and data."""
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import flowgen
+from flowgen import api
+from flowgen.config.compose import read_config
+from flowgen.config.settings import group_options
+from flowgen.models.flows.glow import Glow
+from flowgen.models.rbm.rbm import RBM
+from flowgen.training.logger import Logger
+
+TINY = [
+    "data=mnist_sample",
+    "model=glow",
+    "model.levels=1",
+    "model.steps_per_level=1",
+    "model.width=4",
+    "trainer.steps=2",
+    "trainer.init_images=16",
+    "trainer.eval_images=16",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the design's example with tiny settings."""
+    folder = tmp_path_factory.mktemp("api")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return flowgen.train(*TINY, f"output_dir={folder / 'run'}")
+
+
+def test_import_needs_no_torch():
+    code = "import sys, flowgen; print('torch' in sys.modules, sorted(flowgen.__all__))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert output.stdout.startswith("False")
+    assert all(name in dir(flowgen) for name in flowgen.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        flowgen.nothing  # noqa: B018
+
+
+def test_package_is_marked_as_typed():
+    assert Path(flowgen.__file__).with_name("py.typed").exists()
+
+
+def test_example_of_the_design(run, capsys):
+    assert isinstance(run, flowgen.Run)
+    assert run.last.exists()
+    model = flowgen.load(run, device="cpu")
+    assert not model.training
+    images, log_prob = model.sample(16, temperature=0.7)
+    assert images.shape == (16, 1, 28, 28)
+    assert images.dtype == torch.uint8
+    assert log_prob.shape == (16,)
+    result = flowgen.evaluate(run, device="cpu")
+    assert set(result) == {"bits_per_dim"}
+    assert result["bits_per_dim"].error > 0
+    assert result.row()["images"] == 500
+    assert re.search(r"bits_per_dim +\d+\.\d{4} ± \d\.\d{4} bits/dim", str(result))
+    scores = flowgen.score(model, images)
+    assert scores.shape == (16,)
+    assert torch.equal(scores, flowgen.score(model, images))
+    assert capsys.readouterr().out == ""
+
+
+def test_run_can_be_named_by_folder_name_and_checkpoint(run):
+    states = [
+        flowgen.load(name, device="cpu").state_dict()
+        for name in (run, run.folder, str(run.folder), run.last)
+    ]
+    for state in states[1:]:
+        assert all(torch.equal(value, state[name]) for name, value in states[0].items())
+
+
+def test_training_works_twice_in_one_process_with_the_same_bits(tmp_path, run):
+    again = flowgen.train(*TINY, f"output_dir={tmp_path / 'run'}")
+    weights = [torch.load(each.last, weights_only=True)["model"] for each in (run, again)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_default_folder_is_that_of_the_command_line(elsewhere):
+    run = flowgen.train(*TINY)
+    assert run.folder.resolve().is_relative_to(elsewhere / "outputs")
+    assert run.folder.name.endswith("_glow_mnist_sample")
+    assert read_config(run.config)["output_dir"] == str(run.folder)
+
+
+def test_training_works_in_a_thread(tmp_path):
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(flowgen.train(*TINY, f"output_dir={tmp_path / 'run'}"))
+    )
+    thread.start()
+    thread.join()
+    assert results[0].last.exists()
+
+
+def test_resume_continues_a_run(tmp_path):
+    run = flowgen.train(*TINY, f"output_dir={tmp_path / 'run'}")
+    with pytest.raises(flowgen.UserError, match="has ended at step 2"):
+        flowgen.resume(run)
+    assert flowgen.resume(run, "trainer.steps=3").folder == run.folder
+    assert torch.load(run.last, weights_only=True)["step"] == 3
+
+
+def test_finished_run_is_skipped_if_resume_is_set(tmp_path, caplog):
+    overrides = [*TINY, f"output_dir={tmp_path / 'run'}", "resume=true"]
+    run = flowgen.train(*overrides)
+    before = run.last.stat().st_mtime_ns
+    assert flowgen.train(*overrides).folder == run.folder
+    assert run.last.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=glw"], "no model=glw, did you mean glow"),
+        (["trainer.stepz=3"], "did you mean trainer.steps"),
+        (["model.width=zero"], "width must be a whole number"),
+        (["data=folder"], "data.root is not set"),
+        (["nonsense"], "not an override"),
+        (["trainer.steps=1,2"], "several values"),
+        (["trainer.device=cuda:99"], "choose auto"),
+    ],
+)
+def test_mistakes_raise_user_errors(tmp_path, overrides, message):
+    with pytest.raises(flowgen.UserError, match=message):
+        flowgen.train(*TINY, f"output_dir={tmp_path / 'run'}", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_runs_and_devices_raise_user_errors(run):
+    for function in (flowgen.load, flowgen.evaluate, flowgen.resume):
+        with pytest.raises(flowgen.UserError, match="is not a run"):
+            function("nowhere")
+    with pytest.raises(flowgen.UserError, match="choose auto"):
+        flowgen.load(run, device="cuda:99")
+    with pytest.raises(flowgen.UserError, match="no setting"):
+        flowgen.evaluate(run, "num_samples=3")
+
+
+def test_keyboard_interrupt_saves_the_run_and_propagates(tmp_path, monkeypatch):
+    write = Logger.write
+
+    def interrupt(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        write(*arguments)
+
+    monkeypatch.setattr(Logger, "write", interrupt)
+    overrides = [*TINY, "trainer.steps=9", "trainer.log_every=1", f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(KeyboardInterrupt, match="is saved") as caught:
+        flowgen.train(*overrides)
+    assert caught.value.signal == signal.SIGINT
+    assert torch.load(caught.value.run.last, weights_only=True)["step"] == 1
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    flowgen.resume(caught.value.run)
+    assert torch.load(caught.value.run.last, weights_only=True)["step"] == 9
+
+
+def test_failure_of_another_process_is_an_error_and_exits_nothing(tmp_path, monkeypatch):
+    def launch(num_processes, arguments, hint):
+        raise SystemExit(3)
+
+    monkeypatch.setattr(api, "launch", launch)
+    with pytest.raises(flowgen.UserError, match="one of the processes failed") as caught:
+        flowgen.train(*TINY, "trainer.num_processes=2", f"output_dir={tmp_path / 'run'}")
+    assert caught.value.status == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_second_process_cannot_train_the_same_run(run):
+    with api.lock_run(run), pytest.raises(flowgen.UserError, match="another process is training"):
+        flowgen.resume(run, "trainer.steps=9")
+
+
+def test_scores_check_their_images(run):
+    model = flowgen.load(run, device="cpu")
+    with pytest.raises(flowgen.UserError, match=r"shape \(N, 1, 28, 28\)"):
+        flowgen.score(model, torch.zeros(2, 3, 28, 28, dtype=torch.uint8))
+    for images in (torch.zeros(2, 1, 28, 28), torch.full((2, 1, 28, 28), 256)):
+        with pytest.raises(flowgen.UserError, match="from 0 to 255"):
+            flowgen.score(model, images)
+
+
+def test_scores_are_those_of_the_evaluation(run):
+    from flowgen.config.instantiate import build_data
+
+    model = flowgen.load(run, device="cpu")
+    images = torch.cat(list(build_data(read_config(run.config)).batches("test", 64)))
+    bits = -flowgen.score(model, images).mean() / (784 * torch.tensor(2.0).log())
+    value = flowgen.evaluate(run, device="cpu")["bits_per_dim"]
+    assert abs(bits - value.value) < 3 * value.error
+
+
+def test_create_model_has_the_defaults_of_the_yaml():
+    model = flowgen.create_model("glow", image_shape=(3, 32, 32), bits=5, levels=2, width=8)
+    assert isinstance(model, Glow)
+    assert model.image_shape == (3, 32, 32)
+    assert model.bits == 5
+    rbm = flowgen.create_model("rbm", hidden=7, negative_phase="cd")
+    assert isinstance(rbm, RBM)
+    assert rbm.bits == 1
+    assert rbm.negative_phase.gibbs_steps == 1
+    changed = flowgen.create_model("rbm", hidden=7, negative_phase={"num_chains": 3})
+    assert changed.negative_phase.num_chains == 3
+
+
+def test_create_model_names_the_closest_setting():
+    with pytest.raises(flowgen.UserError, match="no setting wdith, did you mean width"):
+        flowgen.create_model("glow", wdith=8)
+    with pytest.raises(flowgen.UserError, match="choose one of"):
+        flowgen.create_model("glowing")
+
+
+@pytest.mark.parametrize("name", group_options("model"))
+def test_every_model_is_listed_and_created(name):
+    info = next(model for model in flowgen.list_models() if model.name == name)
+    assert info.description
+    assert info.paper
+    shape = (2, 1, 1) if "data=toy" in info.description else (1, 8, 8)
+    small = {"rbm": {"hidden": 4}, "nice": {"width": 8}, "maf": {"width": 8}}
+    assert isinstance(
+        flowgen.create_model(name, image_shape=shape, **small.get(name, {})), nn.Module
+    )
+
+
+def test_data_sets_are_listed_with_their_availability(elsewhere):
+    before = {data.name: data.availability for data in flowgen.list_datasets()}
+    assert list(before) == group_options("data")
+    assert before["mnist_sample"] == before["toy"] == "present"
+    assert before["mnist"] == before["cifar10"] == before["svhn"] == "downloadable"
+    assert before["celeba"] == before["imagenet32"] == "missing"
+    (elsewhere / "data" / "celeba").mkdir(parents=True)
+    after = {data.name: data.availability for data in flowgen.list_datasets()}
+    assert after == before | {"celeba": "present"}
