@@ -18,6 +18,7 @@ from flowgen.config.settings import (
     setting_names,
 )
 from flowgen.utils.errors import UserError
+from flowgen.utils.files import atomic_write
 
 MAX_CONFIG_BYTES = 2**20  # a longer file takes seconds to parse
 PATH_KEYS = ("output_dir", "data.root", "init_from")
@@ -341,9 +342,8 @@ def register_resolvers() -> None:
 def save_config(config: dict[str, Any], path: Path) -> None:
     from omegaconf import OmegaConf
 
-    temporary = path.with_name(f"{path.name}.part")
-    OmegaConf.save(OmegaConf.create(config), temporary)
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        OmegaConf.save(OmegaConf.create(config), temporary)
 
 
 def read_config(path: Path) -> dict[str, Any]:
