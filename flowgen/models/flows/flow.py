@@ -95,7 +95,7 @@ class Flow(ClassConditional, SupportsInpainting):
         condition_networks: with classes, make the class the condition of the bijection.
 
     Example:
-        >>> from flowgen.bijections.chain import Chain
+        >>> from flowgen.bijections.base import Chain
         >>> from flowgen.bijections.elementwise import Standardize
         >>> from flowgen.bijections.reshape import Flatten
         >>> _ = torch.manual_seed(0)
