@@ -501,7 +501,12 @@ class Trainer:
         model = self.model
         device = self.runtime.device
         self._check_memory()
-        set_activation_memory(model, config.activation_memory)
+        try:
+            set_activation_memory(model, config.activation_memory)
+        except ValueError as error:
+            raise UserError(
+                f"trainer.activation_memory={config.activation_memory}: {error}"
+            ) from error
         reset_peak_memory(device)
         self.data.to(device)
         model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
