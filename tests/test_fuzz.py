@@ -9,12 +9,13 @@ import fuzz_files
 import pytest
 import run as fuzz
 import torch
-from flowgen.config.settings import group_options
 from forkserver import Outcome
 from kill_points import make_rng
 from kills import Result
 from mutations import mutate
 from trainings import TRAININGS, same
+
+from flowgen.config.settings import group_options
 
 FUZZ = Path(__file__).parent / "fuzz"
 

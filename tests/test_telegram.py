@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import save_image, started
 from PIL import Image
-from test_cli import assert_plain
+from test_cli import assert_error
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
@@ -318,17 +318,17 @@ def test_token_comes_from_a_private_file_or_the_environment(tmp_path, monkeypatc
 def test_invalid_arguments_of_bot_get_one_line(two_runs, command, tmp_path, monkeypatch):
     monkeypatch.delenv("FLOWGEN_BOT_TOKEN", raising=False)
     run = two_runs / "glow"
-    assert_plain(command("bot", run), "@BotFather")
-    assert_plain(command("bot", run, "--token-file", tmp_path / "nowhere"), "is not a file")
-    assert_plain(command("bot", run, "--token-file", tmp_path), "is not a file")
-    assert_plain(command("bot", run, "--token", TOKEN), "--token", 2)
-    assert_plain(command("bot", run, "--allow-chat", "me"), "me", 2)
+    assert_error(command("bot", run), "@BotFather")
+    assert_error(command("bot", run, "--token-file", tmp_path / "nowhere"), "is not a file")
+    assert_error(command("bot", run, "--token-file", tmp_path), "is not a file")
+    assert_error(command("bot", run, "--token", TOKEN), "--token", 2)
+    assert_error(command("bot", run, "--allow-chat", "me"), "me", 2)
     monkeypatch.setenv("FLOWGEN_BOT_TOKEN", "SECRET")
     result = command("bot", run)
-    assert_plain(result, "FLOWGEN_BOT_TOKEN does not contain a valid token")
+    assert_error(result, "FLOWGEN_BOT_TOKEN does not contain a valid token")
     assert "SECRET" not in result[2]
     monkeypatch.setenv("FLOWGEN_BOT_TOKEN", TOKEN)
-    assert_plain(command("bot", "nowhere"), "flowgen runs")
-    assert_plain(command("bot", run, "--device", "tpu"), "choose auto")
+    assert_error(command("bot", "nowhere"), "flowgen runs")
+    assert_error(command("bot", run, "--device", "tpu"), "choose auto")
     monkeypatch.setattr("flowgen.cli.find_spec", lambda name: None)
-    assert_plain(command("bot", run), "flowgen[bot]")
+    assert_error(command("bot", run), "flowgen[bot]")

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import save_image, started
 from PIL import Image
-from test_cli import assert_plain
+from test_cli import assert_error
 from werkzeug.test import Client
 
 from flowgen.commands.sample import sample_images
@@ -570,14 +570,14 @@ def test_explore_serves_until_it_is_interrupted(two_runs):
 
 def test_invalid_arguments_of_explore_get_one_line(two_runs, command):
     run = two_runs / "glow"
-    assert_plain(command("explore", "nowhere"), "flowgen runs")
-    assert_plain(command("explore"), "flowgen train")
-    assert_plain(command("explore", run, "--port", "70000"), "--port", 2)
-    assert_plain(command("explore", run, "--port", "web"), "--port", 2)
-    assert_plain(command("explore", run, "more"), "more", 2)
-    assert_plain(command("explore", run, "--device", "tpu"), "choose auto")
+    assert_error(command("explore", "nowhere"), "flowgen runs")
+    assert_error(command("explore"), "flowgen train")
+    assert_error(command("explore", run, "--port", "70000"), "--port", 2)
+    assert_error(command("explore", run, "--port", "web"), "--port", 2)
+    assert_error(command("explore", run, "more"), "more", 2)
+    assert_error(command("explore", run, "--device", "tpu"), "choose auto")
     with open_server(ModelSession(str(two_runs / "rbm"), "cpu"), 0) as server:
-        assert_plain(
+        assert_error(
             command("explore", run, "--port", server.port),
             "--port 0 for any free port",
         )
@@ -597,4 +597,4 @@ def test_explore_refuses_a_model_of_two_dimensional_points(command):
     ]
     status, _, error = command("train", *overrides)
     assert status == 0, error
-    assert_plain(command("explore", "outputs/toy"), "2 channels")
+    assert_error(command("explore", "outputs/toy"), "2 channels")

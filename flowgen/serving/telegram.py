@@ -63,8 +63,8 @@ def read_token(path: Path | None) -> str:
         token = os.environ.get(TOKEN_VARIABLE, "")
         if not token:
             raise UserError(
-                f"the bot needs a token: get one from @BotFather on Telegram, and set {TOKEN_VARIABLE} "
-                "or pass the file that contains it with --token-file"
+                "the bot needs a token: get one from @BotFather on Telegram, and set "
+                f"{TOKEN_VARIABLE} or pass the file that contains it with --token-file"
             )
     else:
         source = str(path)

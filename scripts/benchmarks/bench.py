@@ -2,10 +2,10 @@
 
 All programs use the same number of threads. normflows is used as in its documentation
 (`GlowBlock`, `MultiscaleFlow`), with forward pass, backward pass and Adam; scikit-learn by
-`partial_fit`; learnergy by `fit`. Every program runs in its own process, the programs take turns, and the best round of each
-counts, since other work on the machine slows down single rounds. The last column is the speed
-relative to float32 matrix products on the same machine. It uses the arithmetic of flowgen's
-convolutions and matrix products, as counted by torch, for all programs.
+`partial_fit`; learnergy by `fit`. Every program runs in its own process, the programs take turns,
+and the best round of each counts, since other work on the machine slows down single rounds. The
+last column is the speed relative to float32 matrix products on the same machine. It uses the
+arithmetic of flowgen's convolutions and matrix products, as counted by torch, for all programs.
 """
 
 import argparse

@@ -87,6 +87,7 @@ def preload() -> None:
 def _preload_hydra() -> None:
     """Make Hydra find its plugins and build its grammar. This takes as long as a short training."""
     import hydra
+
     from flowgen.config.settings import conf_folder
 
     overrides = ["model=rbm", "model.hidden=4", "data=folder", "data.root=/tmp/a-b", "trainer=cpu"]
