@@ -3,7 +3,7 @@ PYTHON ?= python3
 FLOWGEN := .venv/bin/flowgen
 DEMO := outputs/demo
 
-PRESET ?= full
+SCALE ?= full
 DATA ?= celeba_hq
 
 FAULTS ?= 20
@@ -44,8 +44,8 @@ lint: $(FLOWGEN) ## check style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-reproduce-thesis: $(FLOWGEN) ## make every figure of the thesis and of the slides: PRESET=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
-	.venv/bin/python scripts/reproduce/thesis --preset $(PRESET) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
+reproduce-thesis: $(FLOWGEN) ## make every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
+	.venv/bin/python scripts/reproduce/thesis --preset $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
 
 faults: $(FLOWGEN) ## run the fuzzers (kills, full disks, damaged files, command lines): minutes, or hours with FAULTS=1000
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 .venv/bin/python tests/fuzz/run.py --count $(FAULTS)
