@@ -138,7 +138,7 @@ def test_a_missing_fid_network_is_reported_before_any_training(tmp_path, monkeyp
     [
         (["--preset", "small"], ["CelebA-HQ", "ROOT=FOLDER", "DATA=celeba", "DATA=folder"]),
         (["--preset", "small", "--data", "folder"], ["ROOT="]),
-        (["--preset", "full"], ["PRESET=small"]),
+        (["--preset", "full"], ["SCALE=small"]),
     ],
 )
 def test_missing_data_and_gpu_are_reported_before_any_training(
