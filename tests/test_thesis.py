@@ -18,7 +18,6 @@ import pytest
 import rbm_figures
 import torch
 from conftest import save_image
-from flowgen.config.settings import group_options
 from original_images import original_images
 from PIL import Image
 from test_architecture import image_shape
@@ -26,6 +25,7 @@ from test_report import Page
 
 from flowgen.config.compose import compose_config
 from flowgen.config.instantiate import build_model, with_image_shape
+from flowgen.config.settings import group_options
 from flowgen.data.image_folder import split_names
 from flowgen.data.preprocess import open_source
 
