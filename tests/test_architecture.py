@@ -62,8 +62,12 @@ class Hide(importlib.abc.MetaPathFinder):
         if name in HIDDEN:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
+# Libraries have their own code for Windows, which is not tested here.
+import filelock, psutil
+
 if "torch" in sys.argv[1]:
-    import torch  # has its own code for Windows, which is not tested here
+    import torch
+
 for name in HIDDEN:
     sys.modules.pop(name, None)
 sys.meta_path.insert(0, Hide())
