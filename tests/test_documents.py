@@ -114,7 +114,9 @@ def test_every_documented_command_runs(user_folder, command, monkeypatch):
     commands = [
         arguments
         for arguments in COMMANDS
-        if not any(map(PLACEHOLDER.search, arguments)) and arguments[0] not in SERVERS
+        if not any(map(PLACEHOLDER.search, arguments))
+        and arguments[0] not in SERVERS
+        and arguments != ["resume"]  # a mention in the text
     ]
     assert len(commands) > 15
     for arguments in commands:

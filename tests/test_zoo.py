@@ -9,7 +9,7 @@ import pytest
 import torch
 from enumeration import machine
 from safetensors.torch import save_file
-from test_cli import assert_plain
+from test_cli import assert_error
 
 import flowgen
 from flowgen.config.runs import find_checkpoint
@@ -227,6 +227,6 @@ def test_export_includes_the_evaluation_of_the_run(tiny_run, command, tmp_path):
 )
 def test_export_errors_are_one_line(tiny_run, command, elsewhere, name, message):
     (elsewhere / "there.md").write_text("mine")
-    assert_plain(command("export", tiny_run, name), message)
+    assert_error(command("export", tiny_run, name), message)
     assert not list(elsewhere.glob("*.safetensors"))
-    assert_plain(command("export", "nowhere", "mine.safetensors"), "flowgen runs")
+    assert_error(command("export", "nowhere", "mine.safetensors"), "flowgen runs")
