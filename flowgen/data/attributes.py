@@ -53,15 +53,15 @@ def read_table(path: Path) -> AttributeTable:
                 f"line {number} of {path} must have an image and {len(names)} numbers: fix it"
             )
     files = [path.parent / row[0] for row in rows]
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise UserError(
-            f"{missing}, named in {path}, does not exist: "
-            "give images relative to the table's folder"
-        )
+    for image in files:
+        if not image.is_file():
+            raise UserError(
+                f"{image}, named in {path}, does not exist: "
+                "give images relative to the table's folder"
+            )
     values = torch.tensor([[float(value) for value in row[1:]] for row in rows], dtype=torch.double)
-    signed = (values.abs() == 1).all(0)
-    return AttributeTable(names, files, torch.where(signed, (values + 1) / 2, values))
+    values = torch.where((values.abs() == 1).all(0), (values + 1) / 2, values)
+    return AttributeTable(names, files, values)
 
 
 def _is_number(word: str) -> bool:

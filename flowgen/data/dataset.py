@@ -6,12 +6,11 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 import torch
 from filelock import FileLock
@@ -21,7 +20,6 @@ from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.memory import free_memory
 
 BINARIZATION = ("threshold", "static", "dynamic")
-SPLITS = ("train", "validation", "test")
 VALIDATION_DIVISOR = 12  # one of 12 training images is a validation image
 log = logging.getLogger("flowgen")
 
@@ -61,14 +59,15 @@ def hashed_order(count: int) -> Tensor:
     return torch.tensor(sorted(range(count), key=digests.__getitem__), dtype=torch.long)
 
 
-def validation_mask(count: int) -> Tensor:
-    """Return a mask of the training images that are used for validation, bool (count,).
+def split_validation(images: Split) -> tuple[Split, Split]:
+    """Split training images into training and validation images, chosen by hash.
 
-    One in twelve is: 5,000 of 60,000.
+    One in twelve is for validation: 5,000 of 60,000.
     """
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[hashed_order(count)[: max(1, count // VALIDATION_DIVISOR)]] = True
-    return mask
+    count = len(images)
+    is_validation = torch.zeros(count, dtype=torch.bool)
+    is_validation[hashed_order(count)[: max(1, count // VALIDATION_DIVISOR)]] = True
+    return images[~is_validation], images[is_validation]
 
 
 def hashed_subset(count: int, limit: int | None) -> Tensor:
@@ -110,68 +109,46 @@ def data_folder() -> Path:
     return Path(os.environ.get("FLOWGEN_DATA", "data"))
 
 
-def check_search_dirs(search_dirs: Sequence[str]) -> None:
-    """Raise `UserError` unless every name is a path inside the data directory.
-
-    A configuration from a stranger must not read or write anywhere else.
-    """
-    for name in search_dirs:
-        if (
-            not isinstance(name, str)
-            or not name
-            or Path(name).is_absolute()
-            or ".." in Path(name).parts
-        ):
-            raise UserError(
-                f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
-                "data directory: set data.root to use another place"
-            )
-
-
-def find_dataset(root: str | None, search_dirs: Sequence[str], download_hint: str) -> Path:
-    """Return the path of a data set.
+def find_dataset(
+    root: str | None,
+    search_dirs: Sequence[str],
+    download_hint: str,
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    """Return the path of a data set, and download it first if necessary and possible.
 
     Args:
         root: The path itself, or None to search for it.
-        search_dirs: Names to look for in `data_folder()`, in this order.
+        search_dirs: Names to look for in `data_folder()`, in this order. A configuration from a
+            stranger must not read or write anywhere else.
         download_hint: A sentence that tells the user how to get the data.
+        files: The MD5 checksum of every file that can be downloaded, by its URL. They are
+            downloaded to the first of `search_dirs`.
 
     Raises:
         UserError: If the path does not exist, or no name was found.
     """
-    check_search_dirs(search_dirs)
+    for name in search_dirs:
+        is_path = isinstance(name, str) and name != ""
+        if not is_path or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(
+                f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
+                "data directory: set data.root to use another place"
+            )
     if root is not None:
         path = Path(root).expanduser()
         if not path.exists():
             raise UserError(f"data.root={root} does not exist. {download_hint}")
         return path
-    for name in search_dirs:
-        if (data_folder() / name).exists():
-            return data_folder() / name
     if not search_dirs:
         raise UserError(f"data.root is not set. {download_hint}")
-    raise UserError(f"{data_folder() / search_dirs[0]} does not exist. {download_hint}")
-
-
-def find_or_download(
-    root: str | None, search_dirs: Sequence[str], files: Mapping[str, str], download_hint: str
-) -> Path:
-    """Return the path of a data set as `find_dataset` does, and download it first if necessary.
-
-    It is downloaded to `data_folder()`, under the first of `search_dirs`, without a `root` and if
-    none of `search_dirs` exists there.
-
-    Args:
-        root: See `find_dataset`.
-        search_dirs: See `find_dataset`.
-        files: The MD5 checksum of every file, by its URL.
-        download_hint: See `find_dataset`.
-    """
-    check_search_dirs(search_dirs)
-    exists = any((data_folder() / name).exists() for name in search_dirs)
-    if root is None and search_dirs and not exists:
-        download(files, data_folder() / search_dirs[0])
-    return find_dataset(root, search_dirs, download_hint)
+    paths = [data_folder() / name for name in search_dirs]
+    path = next((path for path in paths if path.exists()), paths[0])
+    if files and not path.exists():
+        download(files, path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist. {download_hint}")
+    return path
 
 
 def download(files: Mapping[str, str], folder: Path) -> None:
@@ -194,13 +171,12 @@ def download(files: Mapping[str, str], folder: Path) -> None:
             partial.mkdir(exist_ok=True)
             for url, md5 in files.items():
                 path = partial / url.rpartition("/")[2]
-                if path.is_file() and _md5(path) == md5:
-                    continue
-                log.info("downloading %s", url)
-                torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-                if _md5(path) != md5:
-                    path.unlink()
-                    raise OSError("its checksum is wrong")
+                if not path.is_file() or _md5(path) != md5:
+                    log.info("downloading %s", url)
+                    torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+                    if _md5(path) != md5:
+                        path.unlink()
+                        raise OSError("its checksum is wrong")
             partial.rename(folder)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
@@ -210,16 +186,14 @@ def download(files: Mapping[str, str], folder: Path) -> None:
 
 
 def _md5(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-class BatchFunction(Protocol):
-    """A function such as `ImageDataset.train_batch`."""
-
-    def __call__(
-        self, images_seen: int, batch_size: int, seed: int, rows: Tensor | None = None
-    ) -> Batch: ...
+@lru_cache(maxsize=2)  # of the last epoch and of the next one, which may be prefetched
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of the training images in an epoch, a permutation (count,)."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator)
 
 
 class Prefetcher:
@@ -228,21 +202,18 @@ class Prefetcher:
     The batches are the same as without it, since each depends on its arguments alone.
     """
 
-    def __init__(self, train_batch: BatchFunction):
+    def __init__(self, train_batch: Callable[..., Batch]):
         self.train_batch = train_batch
         self.pool = ThreadPoolExecutor(1, "prefetch")
-        self.arguments: tuple[int, int, int] | None = None
-        self.future: Future[Batch] | None = None
+        self.futures: dict[tuple[int, int, int], Future[Batch]] = {}
 
     def __call__(
         self, images_seen: int, batch_size: int, seed: int, rows: Tensor | None = None
     ) -> Batch:
-        if self.future is not None and self.arguments == (images_seen, batch_size, seed):
-            batch = self.future.result()
-        else:
-            batch = self.train_batch(images_seen, batch_size, seed, rows)
-        self.arguments = (images_seen + batch_size, batch_size, seed)
-        self.future = self.pool.submit(self.train_batch, *self.arguments, rows)
+        future = self.futures.get((images_seen, batch_size, seed))
+        batch = future.result() if future else self.train_batch(images_seen, batch_size, seed, rows)
+        following = (images_seen + batch_size, batch_size, seed)
+        self.futures = {following: self.pool.submit(self.train_batch, *following, rows)}
         return batch
 
 
@@ -289,9 +260,8 @@ class ImageDataset:
         binarization: str = "threshold",
         attributes: tuple[str, ...] = (),
     ):
-        check_whole(bits=bits)
+        check_whole(1, 8, bits=bits)
         check_whole(0, train.images.shape[-1] - 1, random_shift=random_shift)
-        check_choice(range(1, 9), bits=bits)
         check_choice((True, False), random_flip=random_flip)
         check_choice(BINARIZATION, binarization=binarization)
         if not (len(train) and len(validation) and len(test)):
@@ -314,7 +284,6 @@ class ImageDataset:
         self.random_shift = random_shift
         self.attributes = attributes
         self.device = torch.device("cpu")
-        self._order: tuple[tuple[int, int], Tensor] = (-1, 0), torch.empty(0)
         self._prefetcher: Prefetcher | None = None
 
     @property
@@ -324,10 +293,14 @@ class ImageDataset:
         return channels, height, width
 
     @property
+    def splits(self) -> tuple[Split, Split, Split]:
+        """Training, validation and test split."""
+        return self.train, self.validation, self.test
+
+    @property
     def num_classes(self) -> int | None:
         """Number of classes, or None without labels."""
-        splits = (self.train, self.validation, self.test)
-        labels = [split.labels for split in splits if split.labels is not None]
+        labels = [split.labels for split in self.splits if split.labels is not None]
         return 1 + int(torch.cat(labels).max()) if labels else None
 
     def to(self, device: torch.device) -> "ImageDataset":
@@ -337,14 +310,12 @@ class ImageDataset:
         than half of the free memory are prefetched.
         """
         self.device = device
-        splits = (self.train, self.validation, self.test)
-        size = sum(split.images.nbytes for split in splits)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-        if size > free // 2:
+        if sum(split.images.nbytes for split in self.splits) > free // 2:
             self._prefetcher = Prefetcher(self.train_batch)
         elif device.type == "cuda":
             self.train, self.validation, self.test = (
-                replace(split, images=split.images.to(device)) for split in splits
+                replace(split, images=split.images.to(device)) for split in self.splits
             )
         return self
 
@@ -371,8 +342,8 @@ class ImageDataset:
         Returns:
             Images, uint8 (batch_size or n, channels, height, width), and labels, int64, or None.
         """
-        generator = torch.Generator(self.device)
-        generator.manual_seed(random.Random(f"{seed} {images_seen}").getrandbits(63))
+        batch_seed = random.Random(f"{seed} {images_seen}").getrandbits(63)
+        generator = torch.Generator(self.device).manual_seed(batch_seed)
         indices = self._train_indices(images_seen, batch_size, seed)
         selected = slice(None) if rows is None else rows
         if self.dynamic:  # draw for the whole batch, so that `rows` do not change the result
@@ -415,18 +386,11 @@ class ImageDataset:
         pieces = []
         while count:
             epoch, start = divmod(images_seen, len(self.train))
-            pieces.append(self._permutation(epoch, seed)[start : start + count])
+            order = epoch_order(len(self.train), seed, epoch)
+            pieces.append(order[start : start + count])
             images_seen += len(pieces[-1])
             count -= len(pieces[-1])
         return torch.cat(pieces)
-
-    def _permutation(self, epoch: int, seed: int) -> Tensor:
-        key, order = self._order
-        if key != (epoch, seed):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-            order = torch.randperm(len(self.train), generator=generator)
-            self._order = (epoch, seed), order  # one assignment, since two threads may draw
-        return order
 
     def _load(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Return images with `bits` bits on the device."""
@@ -454,8 +418,7 @@ def shift_images(images: Tensor, offsets: Tensor) -> Tensor:
         offsets: Pixels down and to the right for each image, integers (N, 2).
     """
     height, width = images.shape[2:]
-    y = torch.arange(height, device=images.device) - offsets[:, :1]
-    x = torch.arange(width, device=images.device) - offsets[:, 1:]
-    rows = y.clamp(0, height - 1)[:, None, :, None].expand(images.shape)
-    columns = x.clamp(0, width - 1)[:, None, None].expand(images.shape)
-    return images.gather(2, rows).gather(3, columns)
+    rows = (torch.arange(height, device=images.device) - offsets[:, :1]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=images.device) - offsets[:, 1:]).clamp(0, width - 1)
+    shifted = images.gather(2, rows[:, None, :, None].expand(images.shape))
+    return shifted.gather(3, columns[:, None, None].expand(images.shape))

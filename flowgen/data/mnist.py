@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.data.dataset import ImageDataset, Split, find_or_download, validation_mask
+from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -81,11 +81,10 @@ class MNIST(ImageDataset):
         search_dirs = SEARCH_DIRS[name] if search_dirs is None else search_dirs
         files = {URLS[name] + file: md5 for file, md5 in MD5[name].items()}
         hint = f"Set data.root to a folder with {name}'s idx files, or remove it to download them."
-        folder = find_or_download(root, search_dirs, files, hint)
-        train = read_split(folder, search_dirs, "train", size)
+        folder = find_dataset(root, search_dirs, hint, files)
+        train, validation = split_validation(read_split(folder, search_dirs, "train", size))
         test = read_split(folder, search_dirs, "t10k", size)
-        is_validation = validation_mask(len(train))
-        super().__init__(train[~is_validation], train[is_validation], test, **options)
+        super().__init__(train, validation, test, **options)
 
 
 def read_split(root: Path, search_dirs: Sequence[str], split: str, size: int) -> Split:
@@ -172,12 +171,8 @@ class MNISTSample(ImageDataset):
 
     def __init__(self, **options: Any):
         with np.load(DIGITS, allow_pickle=False) as file:
-            images = torch.from_numpy(file["images"])
-            labels = torch.from_numpy(file["labels"])
-        digits = Split(images[:, None], labels)
+            images = torch.from_numpy(file["images"])[:, None]
+            digits = Split(images, torch.from_numpy(file["labels"]))
         position = torch.arange(len(digits)) % 10  # the digits are sorted by class
-        is_validation = position == 5
-        is_test = position == 0
-        super().__init__(
-            digits[~is_validation & ~is_test], digits[is_validation], digits[is_test], **options
-        )
+        train = digits[(position != 0) & (position != 5)]
+        super().__init__(train, digits[position == 5], digits[position == 0], **options)

@@ -5,6 +5,7 @@ import logging
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -63,12 +64,21 @@ class ImageSource(NamedTuple):
         name = f"{self.path}/{in_archive[0]}" if in_archive else str(files[0])
         try:
             data = self.read(in_archive[0]) if in_archive else files[0].read_bytes()
-            lines = data.decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name} is not UTF-8 text: download it again or remove it") from error
+            lines = data.decode("utf-8-sig").replace(",", " ").splitlines()
         except Exception as error:  # a damaged archive raises any error of its decompressor
-            raise UserError(f"{name} cannot be read: download it again or remove it") from error
-        return name, [words for line in lines if (words := line.replace(",", " ").split())]
+            raise UserError(
+                f"{name} cannot be read as UTF-8 text: download it again or remove it"
+            ) from error
+        return name, [line.split() for line in lines if line.strip()]
+
+    def load(self, name: str, size: int, channels: int, crop: int | None) -> Tensor | UserError:
+        """Return an image as `preprocess` does, or the error if it cannot be read."""
+        try:
+            return preprocess(self.read(name), size, channels, crop)
+        except UserError as error:
+            return UserError(f"{name} {error}")
+        except Exception as error:  # a damaged archive raises any error of its decompressor
+            return UserError(f"{name} cannot be read ({error})")
 
 
 def open_source(root: Path) -> ImageSource:
@@ -191,10 +201,9 @@ def read_images(path: str | Path, size: int, channels: int, crop: int | None, bi
     """
     path = Path(path)
     check_color_channels(channels)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: choose an image file")
     if not path.is_file():
-        raise UserError(f"{path} does not exist: choose an image file")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {problem}: choose an image file")
     try:
         return preprocess(path.read_bytes(), size, channels, crop)[None] >> (8 - bits)
     except UserError as error:
@@ -265,9 +274,7 @@ class ImageStream:
         binarization: str | None = "threshold",
         seed: int = 0,
     ):
-        self.size = size
-        self.channels = channels
-        self.crop = crop
+        self.shape = (size, channels, crop)
         self.bits = bits
         self.binarize = bits == 1 and binarization not in (None, "threshold")
         self.generator = torch.Generator().manual_seed(seed)
@@ -284,37 +291,23 @@ class ImageStream:
 
         The last batch may be smaller.
         """
-        names: list[str] = []
-        images: list[Tensor] = []
-        for name, image in self._images():
-            names.append(name)
-            images.append(image)
-            if len(names) == batch_size:
-                yield names, self._batch(images)
-                names = []
-                images = []
-        if names:
-            yield names, self._batch(images)
+        images = self._images()
+        while chunk := list(islice(images, batch_size)):
+            batch = torch.stack([image for _, image in chunk])
+            if self.binarize:
+                batch = binarize(batch, self.generator)
+            yield [name for name, _ in chunk], batch >> (8 - self.bits)
         log_skipped(self.skipped, len(self))
-
-    def _batch(self, images: list[Tensor]) -> Tensor:
-        batch = torch.stack(images)
-        if self.binarize:
-            batch = binarize(batch, self.generator)
-        return batch >> (8 - self.bits)
 
     def _images(self) -> Iterator[tuple[str, Tensor]]:
         for source in self.sources:
             if isinstance(source, Path):
-                yield str(source), read_images(source, self.size, self.channels, self.crop, 8)[0]
+                yield str(source), read_images(source, *self.shape, 8)[0]
                 continue
             for name in source.names:
-                try:
-                    image = preprocess(source.read(name), self.size, self.channels, self.crop)
-                except UserError as error:
-                    self.skipped.append(f"{name} {error}")
-                except Exception as error:  # a damaged archive raises any error
-                    self.skipped.append(f"{name} cannot be read ({error})")
+                image = source.load(name, *self.shape)
+                if isinstance(image, UserError):
+                    self.skipped.append(str(image))
                 else:
                     yield f"{source.path}/{name}", image
 
@@ -322,10 +315,8 @@ class ImageStream:
 def log_skipped(skipped: Sequence[str], count: int) -> None:
     """Log which of `count` images were skipped, and why."""
     if skipped:
-        more = "; ..." if len(skipped) > 3 else ""
-        log.warning(
-            "%d of %d images skipped: %s%s", len(skipped), count, "; ".join(skipped[:3]), more
-        )
+        first = [*skipped[:3], "..."] if len(skipped) > 3 else skipped
+        log.warning("%d of %d images skipped: %s", len(skipped), count, "; ".join(first))
 
 
 def _open_path(path: Path) -> Path | ImageSource:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowgen.data.dataset import ImageDataset, Split, find_or_download, validation_mask
+from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
 from flowgen.utils.errors import UserError
 
 URL = "http://ufldl.stanford.edu/housenumbers/"
@@ -41,11 +41,9 @@ class SVHN(ImageDataset):
         **options: Any,
     ):
         files = {URL + name: md5 for name, md5 in MD5.items()}
-        folder = find_or_download(root, search_dirs, files, DOWNLOAD_HINT)
-        train = _read(folder / "train_32x32.mat")
-        test = _read(folder / "test_32x32.mat")
-        is_validation = validation_mask(len(train))
-        super().__init__(train[~is_validation], train[is_validation], test, **options)
+        folder = find_dataset(root, search_dirs, DOWNLOAD_HINT, files)
+        train, validation = split_validation(_read(folder / "train_32x32.mat"))
+        super().__init__(train, validation, _read(folder / "test_32x32.mat"), **options)
 
 
 def _read(path: Path) -> Split:
@@ -55,14 +53,12 @@ def _read(path: Path) -> Split:
     except ImportError as error:
         raise UserError("data=svhn needs the package scipy: pip install 'flowgen[svhn]'") from error
     try:
-        if not path.is_file():
-            raise FileNotFoundError(path)
         arrays = loadmat(path, variable_names=["X", "y"])
         images = arrays["X"]
         labels = arrays["y"].flatten()
-        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)) or not len(labels):
+        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
             raise ValueError("wrong shape or type")
-        if not (labels.min() >= 1 and labels.max() <= 10):
+        if not (labels.min() >= 1 and labels.max() <= 10):  # also fails for an empty array
             raise ValueError("wrong labels")
     except Exception as error:  # a damaged file raises errors of many kinds
         raise UserError(
