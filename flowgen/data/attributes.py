@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, user_error
 
 
 class AttributeTable(NamedTuple):
@@ -34,13 +34,11 @@ def read_table(path: Path) -> AttributeTable:
     Raises:
         UserError: If the file is not such a table.
     """
-    try:
+    with user_error(f"{path} cannot be read as a table: set --labels to a CSV file"):
         if not path.is_file():
             raise OSError("not a regular file")  # reading a pipe would wait forever
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row] or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a table: set --labels to a CSV file") from error
     names = tuple(name.strip() for name in header[1:])
     if not names or not rows or len(set(names)) < len(names) or "" in names:
         raise UserError(

@@ -64,8 +64,8 @@ def cached_images(
                 f"none of the {len(names)} images of {source.path} can be used: "
                 f"{index['refused'][0]}"
             )
-        images = _map_file(index_path.with_suffix(".bin"))
-        return images.view(-1, channels, size, size), set(index["kept"])
+        images = _map_file(index_path.with_suffix(".bin")).view(-1, channels, size, size)
+        return images, set(index["kept"])
 
 
 def cached_array(name: str, fingerprints: object, chunks: Callable[[], Iterable[Tensor]]) -> Tensor:
@@ -100,19 +100,17 @@ def _map_file(path: Path) -> Tensor:
 
     The operating system can drop its pages, so it may be larger than the memory.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+    with warnings.catch_warnings(action="ignore"):  # "The given NumPy array is not writable"
         return torch.from_numpy(np.memmap(path, mode="r"))
 
 
 def _lock(path: Path, images: Path) -> AcquireReturnProxy:
     """Acquire a lock, which is released at the end of a `with` block or if the process dies."""
-    lock = FileLock(path)
     try:
-        return lock.acquire(timeout=0)
+        return FileLock(path).acquire(timeout=0)
     except Timeout:
         log.info("waiting for another process that prepares %s", images)
-        return lock.acquire()
+        return FileLock(path).acquire()
 
 
 def _read_index(path: Path, image_bytes: int) -> dict[str, list[str]] | None:

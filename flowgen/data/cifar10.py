@@ -1,7 +1,6 @@
 """CIFAR-10: 60,000 color images of 32x32 pixels in ten classes. Krizhevsky (2009)."""
 
 import tarfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,12 @@ from typing import Any
 import torch
 
 from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, user_error
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 DOWNLOAD_HINT = f"Download {URL} and set data.root to it or to its folder."
 RECORD_BYTES = 1 + 3 * 32 * 32  # the class, then the red, green and blue values
-TRAIN_FILES = [f"data_batch_{number}.bin" for number in range(1, 6)]
 
 
 class CIFAR10(ImageDataset):
@@ -39,7 +37,8 @@ class CIFAR10(ImageDataset):
         **options: Any,
     ):
         files = _read_files(find_dataset(root, search_dirs, DOWNLOAD_HINT, {URL: MD5}))
-        train, validation = split_validation(_decode(files, TRAIN_FILES))
+        train_files = [f"data_batch_{number}.bin" for number in range(1, 6)]
+        train, validation = split_validation(_decode(files, train_files))
         test = _decode(files, ["test_batch.bin"])
         super().__init__(train, validation, test, random_flip=random_flip, **options)
 
@@ -49,17 +48,15 @@ def _read_files(root: Path) -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for path in root.rglob("*_batch*.bin")}
     archives = [root] if root.is_file() else sorted(root.rglob("cifar-10-binary.tar.gz"))
     if archives and not files:
-        try:
-            with tarfile.open(archives[0]) as archive:
-                for member in archive:
-                    if member.isfile() and member.name.endswith(".bin"):
-                        content = archive.extractfile(member).read()  # type: ignore[union-attr]
-                        files[Path(member.name).name] = content
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise UserError(
-                f"{archives[0]} is not CIFAR-10's archive, or is cut short: "
-                "delete it and download it again"
-            ) from error
+        message = (
+            f"{archives[0]} is not CIFAR-10's archive, or is cut short: "
+            "delete it and download it again"
+        )
+        with user_error(message), tarfile.open(archives[0]) as archive:
+            for member in archive:
+                if member.isfile() and member.name.endswith(".bin"):
+                    content = archive.extractfile(member).read()  # type: ignore[union-attr]
+                    files[Path(member.name).name] = content
     return files
 
 
@@ -69,8 +66,8 @@ def _decode(files: dict[str, bytes], names: list[str]) -> Split:
             raise UserError(
                 f"{name} is missing, empty, cut short or not a file of CIFAR-10. {DOWNLOAD_HINT}"
             )
-    data = bytearray(b"".join(files[name] for name in names))
-    table = torch.frombuffer(data, dtype=torch.uint8).view(-1, RECORD_BYTES)
+    data = b"".join(files[name] for name in names)
+    table = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, RECORD_BYTES)
     if table[:, 0].max() > 9:
         raise UserError(f"{names[0]} has other classes than the ten of CIFAR-10. {DOWNLOAD_HINT}")
     return Split(table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0].long())

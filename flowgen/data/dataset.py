@@ -19,7 +19,6 @@ from torch import Tensor
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.memory import free_memory
 
-BINARIZATION = ("threshold", "static", "dynamic")
 VALIDATION_DIVISOR = 12  # one of 12 training images is a validation image
 log = logging.getLogger("flowgen")
 
@@ -44,9 +43,11 @@ class Split:
         return len(self.images)
 
     def __getitem__(self, index: Tensor | slice) -> "Split":
-        labels = None if self.labels is None else self.labels[index]
-        attributes = None if self.attributes is None else self.attributes[index]
-        return Split(self.images[index], labels, attributes)
+        return Split(
+            self.images[index],
+            None if self.labels is None else self.labels[index],
+            None if self.attributes is None else self.attributes[index],
+        )
 
 
 @cache
@@ -65,8 +66,8 @@ def split_validation(images: Split) -> tuple[Split, Split]:
     One in twelve is for validation: 5,000 of 60,000.
     """
     count = len(images)
-    is_validation = torch.zeros(count, dtype=torch.bool)
-    is_validation[hashed_order(count)[: max(1, count // VALIDATION_DIVISOR)]] = True
+    chosen = hashed_order(count)[: max(1, count // VALIDATION_DIVISOR)]
+    is_validation = torch.isin(torch.arange(count), chosen)
     return images[~is_validation], images[is_validation]
 
 
@@ -76,8 +77,6 @@ def hashed_subset(count: int, limit: int | None) -> Tensor:
     A larger subset contains every smaller one. Without a limit, or with one that is at least
     `count`, the subset is all images.
     """
-    if limit is None or limit >= count:
-        return torch.arange(count)
     return hashed_order(count)[:limit].sort().values
 
 
@@ -129,26 +128,27 @@ def find_dataset(
         UserError: If the path does not exist, or no name was found.
     """
     for name in search_dirs:
-        is_path = isinstance(name, str) and name != ""
-        if not is_path or Path(name).is_absolute() or ".." in Path(name).parts:
+        if (
+            not isinstance(name, str)
+            or not name
+            or Path(name).is_absolute()
+            or ".." in Path(name).parts
+        ):
             raise UserError(
                 f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
                 "data directory: set data.root to use another place"
             )
-    if root is not None:
-        path = Path(root).expanduser()
-        if not path.exists():
-            raise UserError(f"data.root={root} does not exist. {download_hint}")
-        return path
-    if not search_dirs:
-        raise UserError(f"data.root is not set. {download_hint}")
     paths = [data_folder() / name for name in search_dirs]
-    path = next((path for path in paths if path.exists()), paths[0])
-    if files and not path.exists():
-        download(files, path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist. {download_hint}")
-    return path
+    if root is not None:
+        paths = [Path(root).expanduser()]
+    for path in paths:
+        if path.exists():
+            return path
+    if root is None and paths and files:
+        download(files, paths[0])
+        return paths[0]
+    problem = f"{paths[0]} does not exist" if paths else "data.root is not set"
+    raise UserError(f"{problem}. {download_hint}")
 
 
 def download(files: Mapping[str, str], folder: Path) -> None:
@@ -164,11 +164,10 @@ def download(files: Mapping[str, str], folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.part")
     url = ""
     try:
-        partial.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process downloads
             if folder.exists():
                 return
-            partial.mkdir(exist_ok=True)
+            partial.mkdir(parents=True, exist_ok=True)
             for url, md5 in files.items():
                 path = partial / url.rpartition("/")[2]
                 if not path.is_file() or _md5(path) != md5:
@@ -263,7 +262,7 @@ class ImageDataset:
         check_whole(1, 8, bits=bits)
         check_whole(0, train.images.shape[-1] - 1, random_shift=random_shift)
         check_choice((True, False), random_flip=random_flip)
-        check_choice(BINARIZATION, binarization=binarization)
+        check_choice(("threshold", "static", "dynamic"), binarization=binarization)
         if not (len(train) and len(validation) and len(test)):
             raise UserError(
                 f"{len(train)} training, {len(validation)} validation and {len(test)} test images "
@@ -293,14 +292,14 @@ class ImageDataset:
         return channels, height, width
 
     @property
-    def splits(self) -> tuple[Split, Split, Split]:
-        """Training, validation and test split."""
-        return self.train, self.validation, self.test
+    def splits(self) -> dict[str, Split]:
+        """Training, validation and test images by the name of the split."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes, or None without labels."""
-        labels = [split.labels for split in self.splits if split.labels is not None]
+        labels = [split.labels for split in self.splits.values() if split.labels is not None]
         return 1 + int(torch.cat(labels).max()) if labels else None
 
     def to(self, device: torch.device) -> "ImageDataset":
@@ -311,11 +310,11 @@ class ImageDataset:
         """
         self.device = device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-        if sum(split.images.nbytes for split in self.splits) > free // 2:
+        if sum(split.images.nbytes for split in self.splits.values()) > free // 2:
             self._prefetcher = Prefetcher(self.train_batch)
         elif device.type == "cuda":
             self.train, self.validation, self.test = (
-                replace(split, images=split.images.to(device)) for split in self.splits
+                replace(split, images=split.images.to(device)) for split in self.splits.values()
             )
         return self
 
@@ -375,22 +374,21 @@ class ImageDataset:
             batch_size: Number of images in a batch. The last one may be smaller.
             limit: Number of images, chosen by hash. All of them by default.
         """
-        splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        images = splits[split].images
+        images = self.splits[split].images
         generator = torch.Generator(self.device).manual_seed(0)  # for dynamic binarization
         for indices in hashed_subset(len(images), limit).split(batch_size):
             yield self._load(images, indices, generator)
 
     def _train_indices(self, images_seen: int, count: int, seed: int) -> Tensor:
         """Return the indices of the next `count` training images, across epochs."""
-        pieces = []
-        while count:
-            epoch, start = divmod(images_seen, len(self.train))
-            order = epoch_order(len(self.train), seed, epoch)
-            pieces.append(order[start : start + count])
-            images_seen += len(pieces[-1])
-            count -= len(pieces[-1])
-        return torch.cat(pieces)
+        size = len(self.train)
+        positions = torch.arange(images_seen, images_seen + count)
+        return torch.cat(
+            [
+                epoch_order(size, seed, epoch)[positions[positions // size == epoch] % size]
+                for epoch in (positions // size).unique().tolist()
+            ]
+        )
 
     def _load(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Return images with `bits` bits on the device."""

@@ -87,8 +87,9 @@ class ImageFolder(ImageDataset):
             attributes[usable] if attribute_names else None,
         )
         counts = [int(part.sum()) for part in usable.split([len(names) for names in split_lists])]
-        ends = pairwise([0, *accumulate(counts)])
-        train, validation, test = (everything[start:end] for start, end in ends)
+        train, validation, test = (
+            everything[start:end] for start, end in pairwise([0, *accumulate(counts)])
+        )
         super().__init__(
             train,
             validation,
@@ -106,23 +107,21 @@ def split_names(source: ImageSource) -> Sequence[list[str]]:
     CelebA's official splits if their list is next to the images, else `hash_split`. A list that
     does not name every image or leaves a split empty is not used, with a warning.
     """
-    found = source.find_list(PARTITION_LIST)
-    if found is None:
-        return hash_split(source.names)
-    path, rows = found
+    path, rows = source.find_list(PARTITION_LIST)
     number = {row[0]: row[1] for row in rows if len(row) == 2}
     named = [name for name in source.names if _file_name(name) in number]
     splits = [[name for name in named if number[_file_name(name)] == digit] for digit in "012"]
     if all(splits) and len(named) == len(source.names):
         return splits
-    log.warning(
-        "%s names %d of %d images, %d of them for training, %d for validation and %d for the test: "
-        "using a split by hash",
-        path,
-        len(named),
-        len(source.names),
-        *map(len, splits),
-    )
+    if path:
+        log.warning(
+            "%s names %d of %d images, %d of them for training, %d for validation and %d for the "
+            "test: using a split by hash",
+            path,
+            len(named),
+            len(source.names),
+            *map(len, splits),
+        )
     return hash_split(source.names)
 
 
@@ -151,10 +150,9 @@ def read_attributes(source: ImageSource, names: Sequence[str]) -> tuple[tuple[st
     Raises:
         UserError: If the list is cut short, is another list, or does not name every image.
     """
-    found = source.find_list(ATTRIBUTE_LIST)
-    if found is None:
+    path, rows = source.find_list(ATTRIBUTE_LIST)
+    if not path:
         return (), torch.empty(len(names), 0)
-    path, rows = found
     count = rows.pop(0)[0] if rows and len(rows[0]) == 1 else None
     header = [word for word in rows.pop(0) if word != "image_id"] if rows else []
     values_of = {name: values for name, *values in rows}

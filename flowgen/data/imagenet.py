@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowgen.data.cache import cached_array
 from flowgen.data.dataset import VALIDATION_DIVISOR, ImageDataset, Split, find_dataset, hash_name
-from flowgen.utils.errors import UserError, check_choice
+from flowgen.utils.errors import UserError, check_choice, user_error
 
 DOWNLOAD_HINT = (
     "Download the npz files of this size from https://image-net.org/download-images.php "
@@ -52,8 +52,8 @@ class DownsampledImageNet(ImageDataset):
         **options: Any,
     ):
         check_choice((32, 64), size=size)
-        if search_dirs is None:
-            search_dirs = (f"imagenet{size}", f"ImageNet{size}", f"Imagenet{size}")
+        default_dirs = (f"imagenet{size}", f"ImageNet{size}", f"Imagenet{size}")
+        search_dirs = default_dirs if search_dirs is None else search_dirs
         folder = find_dataset(root, search_dirs, DOWNLOAD_HINT)
         train_files = sorted(folder.rglob("train_data_batch_*.npz"), key=_batch_number)
         test_files = sorted(folder.rglob("val_data.npz"))
@@ -93,10 +93,9 @@ def _split_mask(path: Path, count: int, validation: bool | None) -> Tensor:
 
     It depends on the hash of the file's name and the index of the image.
     """
-    if validation is None:
-        return torch.ones(count, dtype=torch.bool)
     hashes = [hash_name(f"{path.name} {index}") for index in range(count)]
-    return torch.tensor([(value % VALIDATION_DIVISOR == 0) == validation for value in hashes])
+    is_validation = [value % VALIDATION_DIVISOR == 0 for value in hashes]
+    return torch.tensor([validation in (None, value) for value in is_validation])
 
 
 def _read_images(path: Path, size: int, validation: bool | None) -> Iterator[Tensor]:
@@ -133,19 +132,13 @@ def _open_array(
 
     `numpy.load` would read all images of a file at once, 1.6 GB at 64x64 pixels.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            read_header = {
-                (1, 0): npy.read_array_header_1_0,
-                (2, 0): npy.read_array_header_2_0,
-            }[npy.read_magic(file)]
-            shape, fortran_order, dtype = read_header(file)
-            if fortran_order or dtype.kind not in "iu" or not shape:
-                raise ValueError("an array of another kind")
-            yield shape, dtype, file
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive raises any error of its decompressor
-        raise UserError(
-            f"{path} is cut short or not a file of downsampled ImageNet. {DOWNLOAD_HINT}"
-        ) from error
+    headers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    with (
+        user_error(f"{path} is cut short or not a file of downsampled ImageNet. {DOWNLOAD_HINT}"),
+        zipfile.ZipFile(path) as archive,
+        archive.open(f"{name}.npy") as file,
+    ):
+        shape, fortran_order, dtype = headers[npy.read_magic(file)](file)
+        if fortran_order or dtype.kind not in "iu" or not shape:
+            raise ValueError("an array of another kind")
+        yield shape, dtype, file

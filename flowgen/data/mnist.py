@@ -2,7 +2,6 @@
 
 import gzip
 import math
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
-from flowgen.utils.errors import UserError, check_choice, check_whole
+from flowgen.utils.errors import UserError, check_choice, check_whole, user_error
 
-DIGITS = Path(__file__).with_name("digits.npz")
 SEARCH_DIRS = {
     "MNIST": ("mnist", "MNIST"),
     "FashionMNIST": ("fashion_mnist", "fashion-mnist", "FashionMNIST"),
@@ -128,16 +126,12 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     (yann.lecun.com/exdb/mnist).
     """
     start = 4 * (dimensions + 1)
-    try:
+    message = f"{path} is empty, cut short or not an idx file: delete it and download it again"
+    with user_error(message):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         magic, *shape = np.frombuffer(data, ">u4", dimensions + 1).tolist()
-        count = math.prod(shape)
-        if magic != 0x800 + dimensions or len(data) != start + count or not count:
+        if magic != 0x800 + dimensions or not 0 < math.prod(shape) == len(data) - start:
             raise ValueError("wrong header or length")
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise UserError(
-            f"{path} is empty, cut short or not an idx file: delete it and download it again"
-        ) from error
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=start).view(shape)
 
 
@@ -170,7 +164,7 @@ class MNISTSample(ImageDataset):
     """
 
     def __init__(self, **options: Any):
-        with np.load(DIGITS, allow_pickle=False) as file:
+        with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
             images = torch.from_numpy(file["images"])[:, None]
             digits = Split(images, torch.from_numpy(file["labels"]))
         position = torch.arange(len(digits)) % 10  # the digits are sorted by class

@@ -3,8 +3,7 @@
 import io
 import logging
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from flowgen.data.dataset import binarize
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, user_error
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -46,8 +45,10 @@ class ImageSource(NamedTuple):
         """Names of the images, sorted."""
         return list(self.fingerprints)
 
-    def find_list(self, stem: str) -> tuple[str, list[list[str]]] | None:
-        """Return the path of the list STEM.txt or STEM.csv and the words of its lines, or None.
+    def find_list(self, stem: str) -> tuple[str, list[list[str]]]:
+        """Return the path of the list STEM.txt or STEM.csv and the words of its lines.
+
+        Without such a list the path is empty.
 
         Raises:
             UserError: If the list cannot be read as text.
@@ -60,15 +61,11 @@ class ImageSource(NamedTuple):
             if path.suffix in LIST_SUFFIXES and path.is_file()
         ]
         if not in_archive and not files:
-            return None
+            return "", []
         name = f"{self.path}/{in_archive[0]}" if in_archive else str(files[0])
-        try:
+        with user_error(f"{name} cannot be read as UTF-8 text: download it again or remove it"):
             data = self.read(in_archive[0]) if in_archive else files[0].read_bytes()
             lines = data.decode("utf-8-sig").replace(",", " ").splitlines()
-        except Exception as error:  # a damaged archive raises any error of its decompressor
-            raise UserError(
-                f"{name} cannot be read as UTF-8 text: download it again or remove it"
-            ) from error
         return name, [line.split() for line in lines if line.strip()]
 
     def load(self, name: str, size: int, channels: int, crop: int | None) -> Tensor | UserError:
@@ -95,7 +92,7 @@ def open_source(root: Path) -> ImageSource:
     files = [
         path
         for path in sorted(root.rglob("*"))
-        if _is_image(str(path.relative_to(root))) and path.is_file()
+        if _is_visible(str(path.relative_to(root)), IMAGE_SUFFIXES) and path.is_file()
     ]
     if files:
         stats = {str(path.relative_to(root)): path.stat() for path in files}
@@ -113,15 +110,14 @@ def open_source(root: Path) -> ImageSource:
 
 
 def _open_zip(path: Path, sibling_dirs: Sequence[Path]) -> ImageSource:
-    try:
+    message = (
+        f"{path} is not a zip, or is cut short: "
+        "download it again, or set data.root to a folder of images"
+    )
+    with user_error(message):
         archive = zipfile.ZipFile(path)
-    except Exception as error:  # a damaged zip raises errors of many kinds
-        raise UserError(
-            f"{path} is not a zip, or is cut short: "
-            "download it again, or set data.root to a folder of images"
-        ) from error
     infos = sorted(
-        (info for info in archive.infolist() if _is_image(info.filename)),
+        (info for info in archive.infolist() if _is_visible(info.filename, IMAGE_SUFFIXES)),
         key=lambda info: info.filename,
     )
     if not infos:
@@ -133,20 +129,15 @@ def _open_zip(path: Path, sibling_dirs: Sequence[Path]) -> ImageSource:
         return archive.read(name)
 
     fingerprints = {info.filename: [info.CRC, info.file_size] for info in infos}
-    lists = [
-        name
-        for name in archive.namelist()
-        if PurePosixPath(name).suffix in LIST_SUFFIXES and not _is_hidden(name)
-    ]
+    lists = [name for name in archive.namelist() if _is_visible(name, LIST_SUFFIXES)]
     return ImageSource(path, fingerprints, read, lists, sibling_dirs)
 
 
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(name)
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+def _is_visible(name: str, suffixes: Collection[str]) -> bool:
+    """Return True if a file has one of the suffixes and is not hidden."""
+    path = PurePosixPath(name)
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in suffixes and not is_hidden
 
 
 def preprocess(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
@@ -168,11 +159,9 @@ def preprocess(file: bytes, size: int, channels: int, crop: int | None) -> Tenso
     Raises:
         UserError: If the file is not an image, is cut short, or is too small.
     """
-    try:
+    with user_error("is not an image, or is cut short"):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(file), formats=FORMATS))
         image = _convert(image, MODES[channels])
-    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
-        raise UserError("is not an image, or is cut short") from error
     if min(image.size) < size / 4:
         raise UserError(f"is {image.width}x{image.height} pixels, too small for {size}x{size}")
     if crop is not None and min(image.size) > crop:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, user_error
 
 URL = "http://ufldl.stanford.edu/housenumbers/"
 MD5 = {
@@ -52,17 +52,13 @@ def _read(path: Path) -> Split:
         from scipy.io import loadmat
     except ImportError as error:
         raise UserError("data=svhn needs the package scipy: pip install 'flowgen[svhn]'") from error
-    try:
+    message = f"{path} is missing, cut short or not a file of SVHN: download it again from {URL}"
+    with user_error(message):
         arrays = loadmat(path, variable_names=["X", "y"])
         images = arrays["X"]
         labels = arrays["y"].flatten()
-        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
-            raise ValueError("wrong shape or type")
-        if not (labels.min() >= 1 and labels.max() <= 10):  # also fails for an empty array
-            raise ValueError("wrong labels")
-    except Exception as error:  # a damaged file raises errors of many kinds
-        raise UserError(
-            f"{path} is missing, cut short or not a file of SVHN: download it again from {URL}"
-        ) from error
+        in_range = 1 <= labels.min() <= labels.max() <= 10  # an error for an empty array
+        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)) or not in_range:
+            raise ValueError("other images than those of SVHN")
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
     return Split(pixels, torch.from_numpy(labels.astype(np.int64) % 10))

@@ -53,8 +53,8 @@ def moons(count: int, generator: torch.Generator) -> Tensor:
 
 def rings(count: int, generator: torch.Generator) -> Tensor:
     """Draw points of four circles around one center, (count, 2)."""
-    radius = 0.8 * (1 + torch.randint(4, (count,), generator=generator))
-    radius = radius + 0.06 * torch.randn(count, generator=generator)
+    ring = 1 + torch.randint(4, (count,), generator=generator)
+    radius = 0.8 * ring + 0.06 * torch.randn(count, generator=generator)
     angle = 2 * math.pi * torch.rand(count, generator=generator)
     return radius[:, None] * torch.stack((angle.cos(), angle.sin()), 1)
 
