@@ -50,16 +50,9 @@ def read_table(path: Path) -> AttributeTable:
             raise UserError(
                 f"line {number} of {path} must have an image and {len(names)} numbers: fix it"
             )
-    files = [path.parent / row[0] for row in rows]
-    for image in files:
-        if not image.is_file():
-            raise UserError(
-                f"{image}, named in {path}, does not exist: "
-                "give images relative to the table's folder"
-            )
     values = torch.tensor([[float(value) for value in row[1:]] for row in rows], dtype=torch.double)
     values = torch.where((values.abs() == 1).all(0), (values + 1) / 2, values)
-    return AttributeTable(names, files, values)
+    return AttributeTable(names, [path.parent / row[0] for row in rows], values)
 
 
 def _is_number(word: str) -> bool:

@@ -117,8 +117,8 @@ def _read_index(path: Path, image_bytes: int) -> dict[str, list[str]] | None:
     """Return the index if it can be read and its images are complete."""
     try:
         index: dict[str, list[str]] = json.loads(path.read_text())
-        size = path.with_suffix(".bin").stat().st_size
-        return index if size == image_bytes * len(index["kept"]) else None
+        size = image_bytes * len(index["kept"])
+        return index if path.with_suffix(".bin").stat().st_size == size else None
     except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
         return None
 

@@ -48,11 +48,13 @@ def _read_files(root: Path) -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for path in root.rglob("*_batch*.bin")}
     archives = [root] if root.is_file() else sorted(root.rglob("cifar-10-binary.tar.gz"))
     if archives and not files:
-        message = (
-            f"{archives[0]} is not CIFAR-10's archive, or is cut short: "
-            "delete it and download it again"
-        )
-        with user_error(message), tarfile.open(archives[0]) as archive:
+        with (
+            user_error(
+                f"{archives[0]} is not CIFAR-10's archive, or is cut short: "
+                "delete it and download it again"
+            ),
+            tarfile.open(archives[0]) as archive,
+        ):
             for member in archive:
                 if member.isfile() and member.name.endswith(".bin"):
                     content = archive.extractfile(member).read()  # type: ignore[union-attr]

@@ -15,9 +15,6 @@ from flowgen.data.dataset import ImageDataset, Split, find_dataset, hash_split
 from flowgen.data.preprocess import ImageSource, open_source
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
-DOWNLOAD_HINT = (
-    "Set data.root to a folder of images, to a zip, or to a folder that contains one zip."
-)
 # Names of CelebA's lists. Each line has the name of a file, then
 PARTITION_LIST = "list_eval_partition"  # 0 (training), 1 (validation) or 2 (test)
 ATTRIBUTE_LIST = "list_attr_celeba"  # -1 or 1 for each attribute; a count and a header come first
@@ -59,7 +56,9 @@ class ImageFolder(ImageDataset):
         *,
         root: str | None = None,
         search_dirs: Sequence[str] = (),
-        download_hint: str = DOWNLOAD_HINT,
+        download_hint: str = (
+            "Set data.root to a folder of images, to a zip, or to a folder that contains one zip."
+        ),
         channels: int = 3,
         size: int = 64,
         crop: int | None = None,
@@ -193,8 +192,10 @@ def attribute_labels(name: str, attribute_names: Sequence[str], attributes: Tens
         )
     labels = attributes[:, attribute_names.index(name)].to(torch.uint8)
     if labels.min() == labels.max():
-        which = "every" if labels.max() else "no"
-        raise UserError(f"{which} image has data.attribute={name}: choose another attribute")
+        raise UserError(
+            f"{'every' if labels.max() else 'no'} image has data.attribute={name}: "
+            "choose another attribute"
+        )
     return labels
 
 

@@ -93,9 +93,10 @@ def _split_mask(path: Path, count: int, validation: bool | None) -> Tensor:
 
     It depends on the hash of the file's name and the index of the image.
     """
+    if validation is None:
+        return torch.ones(count, dtype=torch.bool)
     hashes = [hash_name(f"{path.name} {index}") for index in range(count)]
-    is_validation = [value % VALIDATION_DIVISOR == 0 for value in hashes]
-    return torch.tensor([validation in (None, value) for value in is_validation])
+    return torch.tensor([(value % VALIDATION_DIVISOR == 0) == validation for value in hashes])
 
 
 def _read_images(path: Path, size: int, validation: bool | None) -> Iterator[Tensor]:

@@ -77,9 +77,12 @@ class MNIST(ImageDataset):
         check_choice(URLS, name=name)
         check_whole(size=size)
         search_dirs = SEARCH_DIRS[name] if search_dirs is None else search_dirs
-        files = {URLS[name] + file: md5 for file, md5 in MD5[name].items()}
-        hint = f"Set data.root to a folder with {name}'s idx files, or remove it to download them."
-        folder = find_dataset(root, search_dirs, hint, files)
+        folder = find_dataset(
+            root,
+            search_dirs,
+            f"Set data.root to a folder with {name}'s idx files, or remove it to download them.",
+            {URLS[name] + file: md5 for file, md5 in MD5[name].items()},
+        )
         train, validation = split_validation(read_split(folder, search_dirs, "train", size))
         test = read_split(folder, search_dirs, "t10k", size)
         super().__init__(train, validation, test, **options)
@@ -126,8 +129,9 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     (yann.lecun.com/exdb/mnist).
     """
     start = 4 * (dimensions + 1)
-    message = f"{path} is empty, cut short or not an idx file: delete it and download it again"
-    with user_error(message):
+    with user_error(
+        f"{path} is empty, cut short or not an idx file: delete it and download it again"
+    ):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         magic, *shape = np.frombuffer(data, ">u4", dimensions + 1).tolist()
         if magic != 0x800 + dimensions or not 0 < math.prod(shape) == len(data) - start:

@@ -110,17 +110,13 @@ def open_source(root: Path) -> ImageSource:
 
 
 def _open_zip(path: Path, sibling_dirs: Sequence[Path]) -> ImageSource:
-    message = (
+    with user_error(
         f"{path} is not a zip, or is cut short: "
         "download it again, or set data.root to a folder of images"
-    )
-    with user_error(message):
+    ):
         archive = zipfile.ZipFile(path)
-    infos = sorted(
-        (info for info in archive.infolist() if _is_visible(info.filename, IMAGE_SUFFIXES)),
-        key=lambda info: info.filename,
-    )
-    if not infos:
+    names = sorted(name for name in archive.namelist() if _is_visible(name, IMAGE_SUFFIXES))
+    if not names:
         raise UserError(f"{path} contains no images: set data.root to a folder or a zip of images")
 
     def read(name: str) -> bytes:
@@ -128,7 +124,9 @@ def _open_zip(path: Path, sibling_dirs: Sequence[Path]) -> ImageSource:
             raise OSError(f"it unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
         return archive.read(name)
 
-    fingerprints = {info.filename: [info.CRC, info.file_size] for info in infos}
+    fingerprints = {
+        info.filename: [info.CRC, info.file_size] for info in map(archive.getinfo, names)
+    }
     lists = [name for name in archive.namelist() if _is_visible(name, LIST_SUFFIXES)]
     return ImageSource(path, fingerprints, read, lists, sibling_dirs)
 
@@ -161,7 +159,12 @@ def preprocess(file: bytes, size: int, channels: int, crop: int | None) -> Tenso
     """
     with user_error("is not an image, or is cut short"):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(file), formats=FORMATS))
-        image = _convert(image, MODES[channels])
+        if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert(MODES[channels])
     if min(image.size) < size / 4:
         raise UserError(f"is {image.width}x{image.height} pixels, too small for {size}x{size}")
     if crop is not None and min(image.size) > crop:
@@ -182,13 +185,12 @@ def check_color_channels(channels: int) -> None:
         )
 
 
-def read_images(path: str | Path, size: int, channels: int, crop: int | None, bits: int) -> Tensor:
+def read_images(path: Path, size: int, channels: int, crop: int | None, bits: int) -> Tensor:
     """Read one image file and preprocess it like the training data.
 
     Returns:
         A batch of one image, uint8 (1, channels, size, size), with `bits` bits.
     """
-    path = Path(path)
     check_color_channels(channels)
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
@@ -199,7 +201,7 @@ def read_images(path: str | Path, size: int, channels: int, crop: int | None, bi
         raise UserError(f"{path} {error}") from error
 
 
-def read_unscaled(path: str | Path, shape: tuple[int, int, int], bits: int) -> Tensor:
+def read_unscaled(path: Path, shape: tuple[int, int, int], bits: int) -> Tensor:
     """Read one image file that already has the shape (channels, height, width).
 
     An image of another size is refused, since resizing would move the pixels of a mask.
@@ -217,21 +219,13 @@ def read_unscaled(path: str | Path, shape: tuple[int, int, int], bits: int) -> T
     return images
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """Return the height and width of an image file, or (0, 0) for other files."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return image.height, image.width
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return 0, 0
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert(mode)
 
 
 class ImageStream:

@@ -15,9 +15,6 @@ MD5 = {
     "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
     "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
 }
-DOWNLOAD_HINT = (
-    f"Download train_32x32.mat and test_32x32.mat from {URL} and set data.root to their folder."
-)
 
 
 class SVHN(ImageDataset):
@@ -40,8 +37,12 @@ class SVHN(ImageDataset):
         search_dirs: Sequence[str] = ("svhn", "SVHN"),
         **options: Any,
     ):
-        files = {URL + name: md5 for name, md5 in MD5.items()}
-        folder = find_dataset(root, search_dirs, DOWNLOAD_HINT, files)
+        folder = find_dataset(
+            root,
+            search_dirs,
+            f"Download {' and '.join(MD5)} from {URL} and set data.root to their folder.",
+            {URL + name: md5 for name, md5 in MD5.items()},
+        )
         train, validation = split_validation(_read(folder / "train_32x32.mat"))
         super().__init__(train, validation, _read(folder / "test_32x32.mat"), **options)
 
@@ -52,8 +53,9 @@ def _read(path: Path) -> Split:
         from scipy.io import loadmat
     except ImportError as error:
         raise UserError("data=svhn needs the package scipy: pip install 'flowgen[svhn]'") from error
-    message = f"{path} is missing, cut short or not a file of SVHN: download it again from {URL}"
-    with user_error(message):
+    with user_error(
+        f"{path} is missing, cut short or not a file of SVHN: download it again from {URL}"
+    ):
         arrays = loadmat(path, variable_names=["X", "y"])
         images = arrays["X"]
         labels = arrays["y"].flatten()

@@ -47,8 +47,8 @@ def moons(count: int, generator: torch.Generator) -> Tensor:
     upper = torch.rand(count, generator=generator) < 0.5
     x = torch.where(upper, angle.cos(), 1 - angle.cos())
     y = torch.where(upper, angle.sin(), 0.5 - angle.sin())
-    noise = 0.07 * torch.randn(count, 2, generator=generator)
-    return 1.8 * (torch.stack((x - 0.5, y - 0.25), 1) + noise)
+    points = torch.stack((x - 0.5, y - 0.25), 1)
+    return 1.8 * (points + 0.07 * torch.randn(count, 2, generator=generator))
 
 
 def rings(count: int, generator: torch.Generator) -> Tensor:
