@@ -47,12 +47,11 @@ def check_number(low: float = 0.0, **values: object) -> None:
 def check_choice(choices: Iterable[object], **values: object) -> None:
     """Raise `UserError` unless every value is one of `choices`."""
     choices = list(choices)
-    options = ", ".join(map(str, choices))
-    if len(choices) > 1:
-        options = f"one of {options}"
+    one_of = "one of " if len(choices) > 1 else ""
     for name, value in values.items():
         if value not in choices:
-            raise UserError(f"{name} must be {options}, not {value!r}")
+            options = ", ".join(map(str, choices))
+            raise UserError(f"{name} must be {one_of}{options}, not {value!r}")
 
 
 def check_folder_of(path: Path) -> None:

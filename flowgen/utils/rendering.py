@@ -69,12 +69,10 @@ def save_zip(batches: Iterable[Tensor], bits: int, path: Path) -> None:
 
     Each batch is written before the next one is drawn.
     """
-    index = 0
+    images = (image for batch in batches for image in batch)
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for images in batches:
-            for image in images:
-                archive.writestr(f"{index:07d}.png", encode_png(image, bits))
-                index += 1
+        for index, image in enumerate(images):
+            archive.writestr(f"{index:07d}.png", encode_png(image, bits))
 
 
 def encode_png(image: Tensor, bits: int) -> bytes:
@@ -106,9 +104,8 @@ def weight_grid(weights: Tensor, columns: int = 20, max_tiles: int = 400) -> Ima
     scaled = weights[:max_tiles].mean(1).cpu().float()
     scaled = scaled / scaled.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
     color = torch.where(scaled[..., None] > 0, ORANGE, BLUE)
-    pixels = 255 + (color - 255) * scaled.abs()[..., None]
-    tiles = pixels.round().to(torch.uint8).permute(0, 3, 1, 2)
-    return image_grid(tiles, 8, columns=min(columns, len(tiles)))
+    pixels = (255 + (color - 255) * scaled.abs()[..., None]).round().to(torch.uint8)
+    return image_grid(pixels.permute(0, 3, 1, 2), 8, columns=min(columns, len(pixels)))
 
 
 def titled_grids(grids: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Image.Image:
