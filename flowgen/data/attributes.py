@@ -45,18 +45,14 @@ def read_table(path: Path) -> AttributeTable:
             f"{path} is not a table of attributes: "
             "write a line `image,NAME,NAME...` and a line for every image"
         )
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(header) or not all(map(_is_number, row[1:])):
-            raise UserError(
-                f"line {number} of {path} must have an image and {len(names)} numbers: fix it"
-            )
-    values = torch.tensor([[float(value) for value in row[1:]] for row in rows], dtype=torch.double)
+    table = []
+    for number, (_, *words) in enumerate(rows, 2):
+        with user_error(
+            f"line {number} of {path} must have an image and {len(names)} numbers: fix it"
+        ):
+            table.append([float(word) for word in words])
+            if len(words) != len(names) or not all(map(math.isfinite, table[-1])):
+                raise ValueError("too few or too many numbers, or infinite ones")
+    values = torch.tensor(table, dtype=torch.double)
     values = torch.where((values.abs() == 1).all(0), (values + 1) / 2, values)
     return AttributeTable(names, [path.parent / row[0] for row in rows], values)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        return math.isfinite(float(word))
-    except ValueError:
-        return False

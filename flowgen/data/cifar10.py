@@ -39,8 +39,13 @@ class CIFAR10(ImageDataset):
         files = _read_files(find_dataset(root, search_dirs, DOWNLOAD_HINT, {URL: MD5}))
         train_files = [f"data_batch_{number}.bin" for number in range(1, 6)]
         train, validation = split_validation(_decode(files, train_files))
-        test = _decode(files, ["test_batch.bin"])
-        super().__init__(train, validation, test, random_flip=random_flip, **options)
+        super().__init__(
+            train,
+            validation,
+            _decode(files, ["test_batch.bin"]),
+            random_flip=random_flip,
+            **options,
+        )
 
 
 def _read_files(root: Path) -> dict[str, bytes]:

@@ -138,9 +138,8 @@ def find_dataset(
                 f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
                 "data directory: set data.root to use another place"
             )
-    paths = [data_folder() / name for name in search_dirs]
-    if root is not None:
-        paths = [Path(root).expanduser()]
+    in_data_folder = [data_folder() / name for name in search_dirs]
+    paths = in_data_folder if root is None else [Path(root).expanduser()]
     for path in paths:
         if path.exists():
             return path
@@ -341,8 +340,9 @@ class ImageDataset:
         Returns:
             Images, uint8 (batch_size or n, channels, height, width), and labels, int64, or None.
         """
-        batch_seed = random.Random(f"{seed} {images_seen}").getrandbits(63)
-        generator = torch.Generator(self.device).manual_seed(batch_seed)
+        generator = torch.Generator(self.device).manual_seed(
+            random.Random(f"{seed} {images_seen}").getrandbits(63)
+        )
         indices = self._train_indices(images_seen, batch_size, seed)
         selected = slice(None) if rows is None else rows
         if self.dynamic:  # draw for the whole batch, so that `rows` do not change the result
@@ -418,5 +418,5 @@ def shift_images(images: Tensor, offsets: Tensor) -> Tensor:
     height, width = images.shape[2:]
     rows = (torch.arange(height, device=images.device) - offsets[:, :1]).clamp(0, height - 1)
     columns = (torch.arange(width, device=images.device) - offsets[:, 1:]).clamp(0, width - 1)
-    shifted = images.gather(2, rows[:, None, :, None].expand(images.shape))
-    return shifted.gather(3, columns[:, None, None].expand(images.shape))
+    rows = rows[:, None, :, None].expand(images.shape)
+    return images.gather(2, rows).gather(3, columns[:, None, None].expand(images.shape))

@@ -52,8 +52,8 @@ class DownsampledImageNet(ImageDataset):
         **options: Any,
     ):
         check_choice((32, 64), size=size)
-        default_dirs = (f"imagenet{size}", f"ImageNet{size}", f"Imagenet{size}")
-        search_dirs = default_dirs if search_dirs is None else search_dirs
+        if search_dirs is None:
+            search_dirs = [f"{name}{size}" for name in ("imagenet", "ImageNet", "Imagenet")]
         folder = find_dataset(root, search_dirs, DOWNLOAD_HINT)
         train_files = sorted(folder.rglob("train_data_batch_*.npz"), key=_batch_number)
         test_files = sorted(folder.rglob("val_data.npz"))

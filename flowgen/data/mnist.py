@@ -84,8 +84,9 @@ class MNIST(ImageDataset):
             {URLS[name] + file: md5 for file, md5 in MD5[name].items()},
         )
         train, validation = split_validation(read_split(folder, search_dirs, "train", size))
-        test = read_split(folder, search_dirs, "t10k", size)
-        super().__init__(train, validation, test, **options)
+        super().__init__(
+            train, validation, read_split(folder, search_dirs, "t10k", size), **options
+        )
 
 
 def read_split(root: Path, search_dirs: Sequence[str], split: str, size: int) -> Split:

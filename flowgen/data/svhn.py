@@ -59,8 +59,11 @@ def _read(path: Path) -> Split:
         arrays = loadmat(path, variable_names=["X", "y"])
         images = arrays["X"]
         labels = arrays["y"].flatten()
-        in_range = 1 <= labels.min() <= labels.max() <= 10  # an error for an empty array
-        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)) or not in_range:
+        if (
+            images.dtype != np.uint8
+            or images.shape != (32, 32, 3, len(labels))
+            or not 1 <= labels.min() <= labels.max() <= 10  # an error for an empty array
+        ):
             raise ValueError("other images than those of SVHN")
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
     return Split(pixels, torch.from_numpy(labels.astype(np.int64) % 10))

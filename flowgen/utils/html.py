@@ -63,11 +63,11 @@ def write_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("document.html").render(
-        title=title, lead=lead, sections=sections, contents=contents
-    )
+    template = environment.get_template("document.html")
     with atomic_write(path) as temporary:
-        temporary.write_text(page)
+        temporary.write_text(
+            template.render(title=title, lead=lead, sections=sections, contents=contents)
+        )
 
 
 def data_url(path: Path) -> str:

@@ -118,17 +118,18 @@ def stack_titled(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     font = ImageFont.load_default(14)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     boxes = [measure.multiline_textbbox((4, 4), title, font) for title, _ in pictures]
-    title_heights = [math.ceil(box[3]) + 4 for box in boxes]
-    widths = [picture.width for _, picture in pictures]
-    widths += [math.ceil(box[2]) + 4 for box in boxes]
-    height = sum(title_heights) + sum(picture.height for _, picture in pictures)
-    page = Image.new("RGB", (max(widths), height), "white")
+    sizes = [
+        (max(picture.width, math.ceil(box[2]) + 4), picture.height + math.ceil(box[3]) + 4)
+        for (_, picture), box in zip(pictures, boxes, strict=True)
+    ]
+    widths, heights = zip(*sizes, strict=True)
+    page = Image.new("RGB", (max(widths), sum(heights)), "white")
     draw = ImageDraw.Draw(page)
-    top = 0
-    for (title, picture), title_height in zip(pictures, title_heights, strict=True):
-        draw.multiline_text((4, top + 4), title, fill="black", font=font)
-        page.paste(picture, (0, top + title_height))
-        top += picture.height + title_height
+    bottom = 0
+    for (title, picture), height in zip(pictures, heights, strict=True):
+        draw.multiline_text((4, bottom + 4), title, fill="black", font=font)
+        bottom += height
+        page.paste(picture, (0, bottom - picture.height))
     return page
 
 
