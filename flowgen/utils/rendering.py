@@ -55,8 +55,8 @@ def _tile(tiles: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
     """Arrange images in rows on white, with a gap around each."""
     width = max(tile.width for tile in tiles) + gap
     height = max(tile.height for tile in tiles) + gap
-    rows = -(-len(tiles) // columns)
-    size = (width * min(columns, len(tiles)) + gap, height * rows + gap)
+    columns = min(columns, len(tiles))
+    size = (width * columns + gap, height * math.ceil(len(tiles) / columns) + gap)
     page = Image.new("RGB", size, "white")
     for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
