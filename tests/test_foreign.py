@@ -279,7 +279,7 @@ def test_names_from_elsewhere_leave_the_terminal_alone(tiny_run, command):
 
 @pytest.mark.parametrize("names", [["../elsewhere"], ["/tmp/elsewhere"], [""], [3]])
 def test_a_configuration_names_no_folder_outside_the_data_folder(tmp_path, names):
-    with pytest.raises(UserError, match="inside the data directory"):
+    with pytest.raises(UserError, match="inside the data folder"):
         MNIST(name="MNIST", root=None, search_dirs=names, size=28, bits=8, random_flip=False)
 
 
