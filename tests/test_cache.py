@@ -31,7 +31,7 @@ def cached(suffix: str) -> list[Path]:
 def test_the_cache_is_used_and_written_again_when_an_image_changes(images, monkeypatch):
     before = all_images(images)
     with monkeypatch.context() as patch:
-        patch.setattr("flowgen.data.cache.preprocess", None)  # decoding would fail
+        patch.setattr("flowgen.data.preprocess.preprocess", None)  # decoding would fail
         assert torch.equal(all_images(images), before)
     path = images / "000.png"
     Image.new("RGB", (8, 8), "red").save(path)

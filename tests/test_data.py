@@ -24,7 +24,7 @@ import flowgen
 import flowgen.data
 from flowgen.config.compose import conf_folder, group_options, read_config
 from flowgen.config.instantiate import resolve_target
-from flowgen.data.dataset import ImageDataset, Split, find_or_download
+from flowgen.data.dataset import ImageDataset, Split, find_dataset
 from flowgen.data.image_folder import ImageFolder
 from flowgen.data.imagenet import DownsampledImageNet
 from flowgen.data.mnist import MNIST, SEARCH_DIRS, MNISTSample
@@ -225,7 +225,7 @@ def test_a_run_remembers_the_shape_and_bits_of_its_images(tiny_run, images, comm
     assert model["bits"] == 5
     status, _, error = command("resume", tiny_run, "data.bits=8", "trainer.steps=9")
     assert status == 1
-    assert "bits=5 does not fit data of bits=8" in error
+    assert "bits=5 does not fit data with bits=8" in error
     shutil.rmtree(images)
     assert flowgen.load(tiny_run).image_shape == (3, 8, 8)
 
@@ -339,13 +339,13 @@ def served(folder: Path, **files: bytes) -> dict[str, str]:
 
 def test_missing_data_is_downloaded_once(tmp_path, elsewhere):
     files = served(tmp_path / "server", a=b"first", b=b"second")
-    path = find_or_download(None, ["new", "old"], files, "Get it.")
+    path = find_dataset(None, ["new", "old"], "Get it.", files)
     assert path == elsewhere / "data" / "new"
     assert sorted(file.name for file in path.iterdir()) == ["a", "b"]
     shutil.rmtree(tmp_path / "server")
-    assert find_or_download(None, ["new", "old"], files, "Get it.") == path
+    assert find_dataset(None, ["new", "old"], "Get it.", files) == path
     (elsewhere / "data" / "new").rename(elsewhere / "data" / "old")
-    assert find_or_download(None, ["new", "old"], files, "Get it.") == elsewhere / "data" / "old"
+    assert find_dataset(None, ["new", "old"], "Get it.", files) == elsewhere / "data" / "old"
 
 
 def test_a_download_with_a_wrong_checksum_is_refused_and_continued(tmp_path, elsewhere):
@@ -354,24 +354,24 @@ def test_a_download_with_a_wrong_checksum_is_refused_and_continued(tmp_path, els
     with pytest.raises(
         UserError, match=r"server/b could not be downloaded \(its checksum is wrong"
     ):
-        find_or_download(None, ["new"], files, "Get it.")
+        find_dataset(None, ["new"], "Get it.", files)
     assert not (elsewhere / "data" / "new").exists()
     (tmp_path / "server" / "b").write_bytes(b"second")
     (tmp_path / "server" / "a").unlink()  # it is complete and not downloaded again
-    path = find_or_download(None, ["new"], files, "Get it.")
+    path = find_dataset(None, ["new"], "Get it.", files)
     assert (path / "a").read_bytes() == b"first"
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"could not be downloaded .*or set data\.root"):
-        find_or_download(None, ["new"], {(tmp_path / "nowhere").as_uri(): ""}, "Get it.")
+        find_dataset(None, ["new"], "Get it.", {(tmp_path / "nowhere").as_uri(): ""})
 
 
 def test_nothing_is_downloaded_outside_the_data_directory(tmp_path):
     files = served(tmp_path / "server", a=b"first")
     for name in ("../new", "/new", ""):
         with pytest.raises(UserError, match="inside the data directory"):
-            find_or_download(None, [name], files, "Get it.")
+            find_dataset(None, [name], "Get it.", files)
 
 
 def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path):

@@ -156,7 +156,7 @@ def test_an_attribute_must_exist_and_differ_between_images(grays, attribute, mes
 
 def test_a_partition_that_is_not_text_is_an_error(grays):
     (grays / "list_eval_partition.txt").write_bytes(b"\xff\xfe000.png 0")
-    with pytest.raises(UserError, match="is not UTF-8 text"):
+    with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
         folder(grays)
 
 

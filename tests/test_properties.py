@@ -18,7 +18,13 @@ from flowgen.config.compose import check_overrides, override, read_config
 from flowgen.data.image_folder import ImageFolder
 from flowgen.data.mnist import read_idx
 from flowgen.data.preprocess import preprocess
-from flowgen.training.checkpoint import KEYS, NUMBERS, read_checkpoint, read_rows, read_safetensors
+from flowgen.training.checkpoint import (
+    NUMERIC_METRICS,
+    REQUIRED_KEYS,
+    read_checkpoint,
+    read_safetensors,
+)
+from flowgen.training.run_dir import read_rows
 from flowgen.utils.errors import UserError
 
 CONFIG = {
@@ -35,7 +41,7 @@ trees = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4),
     max_leaves=8,
 )
-rows = st.dictionaries(st.sampled_from(sorted(NUMBERS)) | names, scalars, max_size=4)
+rows = st.dictionaries(st.sampled_from(sorted(NUMERIC_METRICS)) | names, scalars, max_size=4)
 lines = st.binary(max_size=30) | rows.map(
     lambda row: json.dumps({"step": 1, "split": "test"} | row).encode()
 )
@@ -145,7 +151,7 @@ def test_idx_files(tmp_path, data):
 def test_damaged_checkpoints(tmp_path, data):
     (tmp_path / "last.pt").write_bytes(data)
     with accepted_or_refused():
-        assert read_checkpoint(tmp_path / "last.pt").keys() >= KEYS
+        assert read_checkpoint(tmp_path / "last.pt").keys() >= REQUIRED_KEYS
 
 
 @often
@@ -175,7 +181,7 @@ def test_metrics(tmp_path, lines):
     for row in read_rows(tmp_path / "metrics.jsonl"):
         assert row["step"] >= 0
         assert isinstance(row["split"], str)
-        for name in NUMBERS & row.keys():
+        for name in NUMERIC_METRICS & row.keys():
             assert row[name] is None or isinstance(row[name], int | float)
 
 

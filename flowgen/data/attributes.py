@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, user_error
 
 
 class AttributeTable(NamedTuple):
@@ -34,38 +34,25 @@ def read_table(path: Path) -> AttributeTable:
     Raises:
         UserError: If the file is not such a table.
     """
-    try:
+    with user_error(f"{path} cannot be read as a table: set --labels to a CSV file"):
         if not path.is_file():
             raise OSError("not a regular file")  # reading a pipe would wait forever
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row] or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a table: set --labels to a CSV file") from error
     names = tuple(name.strip() for name in header[1:])
     if not names or not rows or len(set(names)) < len(names) or "" in names:
         raise UserError(
             f"{path} is not a table of attributes: "
             "write a line `image,NAME,NAME...` and a line for every image"
         )
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(header) or not all(map(_is_number, row[1:])):
-            raise UserError(
-                f"line {number} of {path} must have an image and {len(names)} numbers: fix it"
-            )
-    files = [path.parent / row[0] for row in rows]
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise UserError(
-            f"{missing}, named in {path}, does not exist: "
-            "give images relative to the table's folder"
-        )
-    values = torch.tensor([[float(value) for value in row[1:]] for row in rows], dtype=torch.double)
-    signed = (values.abs() == 1).all(0)
-    return AttributeTable(names, files, torch.where(signed, (values + 1) / 2, values))
-
-
-def _is_number(word: str) -> bool:
-    try:
-        return math.isfinite(float(word))
-    except ValueError:
-        return False
+    table = []
+    for number, (_, *words) in enumerate(rows, 2):
+        with user_error(
+            f"line {number} of {path} must have an image and {len(names)} numbers: fix it"
+        ):
+            table.append([float(word) for word in words])
+            if len(words) != len(names) or not all(map(math.isfinite, table[-1])):
+                raise ValueError("too few or too many numbers, or infinite ones")
+    values = torch.tensor(table, dtype=torch.double)
+    values = torch.where((values.abs() == 1).all(0), (values + 1) / 2, values)
+    return AttributeTable(names, [path.parent / row[0] for row in rows], values)

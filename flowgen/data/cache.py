@@ -1,34 +1,28 @@
 """Preprocessed images on disk: decoded once, and memory-mapped when they exceed the memory."""
 
-import contextlib
 import hashlib
 import json
 import logging
-import mmap
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from flowgen.data.preprocess import ImageSource, log_skipped, preprocess
+from flowgen.data.preprocess import ImageSource, log_skipped
 from flowgen.utils.errors import UserError
 from flowgen.utils.files import atomic_write
 
 VERSION = 1  # of `preprocess`: a new number makes every cache file again
 CHUNK_IMAGES = 2048  # decoded before they are written
 log = logging.getLogger("flowgen")
-
-
-def cache_folder() -> Path:
-    """Return the directory of the cache: `FLOWGEN_CACHE`, or `~/.cache/flowgen` by default."""
-    return Path(os.environ.get("FLOWGEN_CACHE", "~/.cache/flowgen")).expanduser()
 
 
 def cached_images(
@@ -56,24 +50,22 @@ def cached_images(
     settings = _hash([VERSION, str(source.path.resolve()), size, channels, crop])
     contents = _hash([[name, source.fingerprints[name]] for name in names])
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     index_path = folder / f"{source.path.stem}-{settings}-{contents}.json"
     with _lock(folder / f"{settings}.lock", source.path):
         index = _read_index(index_path, channels * size**2)
         if index is None:
             for stale in folder.glob(f"*-{settings}-*"):  # nobody opens them without the lock
                 stale.unlink()
-            decode = partial(preprocess, size=size, channels=channels, crop=crop)
-            index = _write(index_path, source, names, decode)
-        used = index["kept"]
-        skipped = index["refused"]
-        log_skipped(skipped, len(names))
-        if not used:
+            load = partial(source.load, size=size, channels=channels, crop=crop)
+            index = _write(index_path, source.path.name, names, load)
+        log_skipped(index["refused"], len(names))
+        if not index["kept"]:
             raise UserError(
-                f"none of the {len(names)} images of {source.path} can be used: {skipped[0]}"
+                f"none of the {len(names)} images of {source.path} can be used: "
+                f"{index['refused'][0]}"
             )
-        images = _map_file(index_path.with_suffix(".bin"))
-        return images.view(len(used), channels, size, size), set(used)
+        images = _map_file(index_path.with_suffix(".bin")).view(-1, channels, size, size)
+        return images, set(index["kept"])
 
 
 def cached_array(name: str, fingerprints: object, chunks: Callable[[], Iterable[Tensor]]) -> Tensor:
@@ -87,18 +79,20 @@ def cached_array(name: str, fingerprints: object, chunks: Callable[[], Iterable[
     Returns:
         All bytes, uint8 (N,).
     """
-    cache_folder().mkdir(parents=True, exist_ok=True)
     path = cache_folder() / f"{name}-{_hash([VERSION, fingerprints])}.bin"
     with _lock(path.with_suffix(".lock"), path):
         if not path.exists():
             with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 for chunk in chunks():
-                    file.write(_to_bytes(chunk))
+                    file.write(chunk.numpy().tobytes())
         return _map_file(path) if path.stat().st_size else torch.empty(0, dtype=torch.uint8)
 
 
-def _to_bytes(images: Tensor) -> bytes:
-    return images.contiguous().numpy().tobytes()
+def cache_folder() -> Path:
+    """Return the directory of the cache, `FLOWGEN_CACHE` or `~/.cache/flowgen`, and create it."""
+    folder = Path(os.environ.get("FLOWGEN_CACHE", "~/.cache/flowgen")).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _map_file(path: Path) -> Tensor:
@@ -106,73 +100,54 @@ def _map_file(path: Path) -> Tensor:
 
     The operating system can drop its pages, so it may be larger than the memory.
     """
-    with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return torch.frombuffer(mapped, dtype=torch.uint8)
+    with warnings.catch_warnings(action="ignore"):  # "The given NumPy array is not writable"
+        return torch.from_numpy(np.memmap(path, mode="r"))
 
 
-@contextlib.contextmanager
-def _lock(path: Path, images: Path) -> Iterator[None]:
-    """Hold a lock, which is released if the process dies."""
-    lock = FileLock(path)
+def _lock(path: Path, images: Path) -> AcquireReturnProxy:
+    """Acquire a lock, which is released at the end of a `with` block or if the process dies."""
     try:
-        lock.acquire(timeout=0)
+        return FileLock(path).acquire(timeout=0)
     except Timeout:
         log.info("waiting for another process that prepares %s", images)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return FileLock(path).acquire()
 
 
 def _read_index(path: Path, image_bytes: int) -> dict[str, list[str]] | None:
     """Return the index if it can be read and its images are complete."""
     try:
-        entry = json.loads(path.read_text())
-        index = {key: [str(line) for line in entry[key]] for key in ("kept", "refused")}
-        complete = path.with_suffix(".bin").stat().st_size == image_bytes * len(index["kept"])
-        return index if complete else None
+        index: dict[str, list[str]] = json.loads(path.read_text())
+        size = image_bytes * len(index["kept"])
+        return index if path.with_suffix(".bin").stat().st_size == size else None
     except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
         return None
 
 
 def _write(
-    index_path: Path, source: ImageSource, names: list[str], decode: Callable[[bytes], Tensor]
+    index_path: Path, title: str, names: list[str], load: Callable[[str], Tensor | UserError]
 ) -> dict[str, list[str]]:
     """Write the images, then the index: if it exists, the images are complete."""
     index: dict[str, list[str]] = {"kept": [], "refused": []}
-    with atomic_write(index_path.with_suffix(".bin")) as temporary, open(temporary, "wb") as file:
-        for name, image in _decode(source, names, decode):
-            if isinstance(image, UserError):
-                index["refused"].append(f"{name} {image}")
-            else:
-                index["kept"].append(name)
-                file.write(_to_bytes(image))
+    with (
+        atomic_write(index_path.with_suffix(".bin")) as temporary,
+        open(temporary, "wb") as file,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(
+            total=len(names), desc=f"preparing {title}", unit="image", disable=None, leave=False
+        ) as bar,
+    ):
+        for start in range(0, len(names), CHUNK_IMAGES):
+            chunk = names[start : start + CHUNK_IMAGES]
+            for name, image in zip(chunk, pool.map(load, chunk), strict=True):
+                bar.update()
+                if isinstance(image, UserError):
+                    index["refused"].append(str(image))
+                else:
+                    index["kept"].append(name)
+                    file.write(image.numpy().tobytes())
     with atomic_write(index_path) as temporary:
         temporary.write_text(json.dumps(index))
     return index
-
-
-def _decode(
-    source: ImageSource, names: list[str], decode: Callable[[bytes], Tensor]
-) -> Iterator[tuple[str, Tensor | UserError]]:
-    def attempt(name: str) -> Tensor | UserError:
-        try:
-            return decode(source.read(name))
-        except UserError as error:
-            return error
-        except Exception as error:  # a damaged archive raises any error of its decompressor
-            return UserError(f"cannot be read ({error})")
-
-    title = f"preparing {source.path.name}"
-    bar = tqdm(total=len(names), desc=title, unit="image", disable=None, leave=False)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        for start in range(0, len(names), CHUNK_IMAGES):
-            chunk = names[start : start + CHUNK_IMAGES]
-            yield from zip(chunk, pool.map(attempt, chunk), strict=True)
-            bar.update(len(chunk))
 
 
 def _hash(value: object) -> str:

@@ -1,23 +1,19 @@
 """CIFAR-10: 60,000 color images of 32x32 pixels in ten classes. Krizhevsky (2009)."""
 
 import tarfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flowgen.data.dataset import ImageDataset, Split, find_or_download, validation_mask
-from flowgen.utils.errors import UserError
+from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
+from flowgen.utils.errors import UserError, user_error
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 DOWNLOAD_HINT = f"Download {URL} and set data.root to it or to its folder."
-IMAGE_SHAPE = (3, 32, 32)
 RECORD_BYTES = 1 + 3 * 32 * 32  # the class, then the red, green and blue values
-TRAIN_FILES = [f"data_batch_{number}.bin" for number in range(1, 6)]
-TEST_FILES = ["test_batch.bin"]
 
 
 class CIFAR10(ImageDataset):
@@ -40,50 +36,45 @@ class CIFAR10(ImageDataset):
         random_flip: bool = True,
         **options: Any,
     ):
-        files = _files(find_or_download(root, search_dirs, {URL: MD5}, DOWNLOAD_HINT))
-        train = _read(files, TRAIN_FILES)
-        test = _read(files, TEST_FILES)
-        is_validation = validation_mask(len(train))
+        files = _read_files(find_dataset(root, search_dirs, DOWNLOAD_HINT, {URL: MD5}))
+        train_files = [f"data_batch_{number}.bin" for number in range(1, 6)]
+        train, validation = split_validation(_decode(files, train_files))
         super().__init__(
-            train[~is_validation], train[is_validation], test, random_flip=random_flip, **options
+            train,
+            validation,
+            _decode(files, ["test_batch.bin"]),
+            random_flip=random_flip,
+            **options,
         )
 
 
-def _files(root: Path) -> dict[str, bytes]:
+def _read_files(root: Path) -> dict[str, bytes]:
     """Return the content of the batch files, loose or in the archive, by name."""
-    if root.is_file():
-        archives = [root]
-        files = {}
-    else:
-        archives = sorted(root.rglob("cifar-10-binary.tar.gz"))
-        files = {path.name: path.read_bytes() for path in root.rglob("*_batch*.bin")}
-    if files or not archives:
-        return files
-    try:
-        with tarfile.open(archives[0]) as archive:
+    files = {path.name: path.read_bytes() for path in root.rglob("*_batch*.bin")}
+    archives = [root] if root.is_file() else sorted(root.rglob("cifar-10-binary.tar.gz"))
+    if archives and not files:
+        with (
+            user_error(
+                f"{archives[0]} is not CIFAR-10's archive, or is cut short: "
+                "delete it and download it again"
+            ),
+            tarfile.open(archives[0]) as archive,
+        ):
             for member in archive:
                 if member.isfile() and member.name.endswith(".bin"):
-                    file = archive.extractfile(member)
-                    files[Path(member.name).name] = file.read() if file else b""
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise UserError(
-            f"{archives[0]} is not CIFAR-10's archive, or is cut short: "
-            "delete it and download it again"
-        ) from error
+                    content = archive.extractfile(member).read()  # type: ignore[union-attr]
+                    files[Path(member.name).name] = content
     return files
 
 
-def _read(files: dict[str, bytes], names: list[str]) -> Split:
-    missing = [name for name in names if name not in files]
-    if missing:
-        raise UserError(f"{missing[0]} is missing. {DOWNLOAD_HINT}")
+def _decode(files: dict[str, bytes], names: list[str]) -> Split:
     for name in names:
-        if not files[name] or len(files[name]) % RECORD_BYTES:
+        if not files.get(name) or len(files[name]) % RECORD_BYTES:
             raise UserError(
-                f"{name} is empty, cut short or not a file of CIFAR-10. {DOWNLOAD_HINT}"
+                f"{name} is missing, empty, cut short or not a file of CIFAR-10. {DOWNLOAD_HINT}"
             )
-    data = bytearray(b"".join(files[name] for name in names))
-    table = torch.frombuffer(data, dtype=torch.uint8).view(-1, RECORD_BYTES)
+    data = b"".join(files[name] for name in names)
+    table = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, RECORD_BYTES)
     if table[:, 0].max() > 9:
         raise UserError(f"{names[0]} has other classes than the ten of CIFAR-10. {DOWNLOAD_HINT}")
-    return Split(table[:, 1:].reshape(-1, *IMAGE_SHAPE), table[:, 0].long())
+    return Split(table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0].long())

@@ -6,12 +6,11 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 import torch
 from filelock import FileLock
@@ -20,8 +19,6 @@ from torch import Tensor
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.memory import free_memory
 
-BINARIZATION = ("threshold", "static", "dynamic")
-SPLITS = ("train", "validation", "test")
 VALIDATION_DIVISOR = 12  # one of 12 training images is a validation image
 log = logging.getLogger("flowgen")
 
@@ -36,19 +33,23 @@ class Split:
         images: Pixel values of 8 bits, uint8 (N, channels, height, width).
         labels: Class of each image, (N,).
         attributes: Attributes of each image, bool (N, number of attributes).
+        gray: The images before their random binarization, if there was one, for comparisons.
     """
 
     images: Tensor
     labels: Tensor | None = None
     attributes: Tensor | None = None
+    gray: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: Tensor | slice) -> "Split":
-        labels = None if self.labels is None else self.labels[index]
-        attributes = None if self.attributes is None else self.attributes[index]
-        return Split(self.images[index], labels, attributes)
+        return Split(
+            self.images[index],
+            None if self.labels is None else self.labels[index],
+            None if self.attributes is None else self.attributes[index],
+        )
 
 
 @cache
@@ -61,14 +62,15 @@ def hashed_order(count: int) -> Tensor:
     return torch.tensor(sorted(range(count), key=digests.__getitem__), dtype=torch.long)
 
 
-def validation_mask(count: int) -> Tensor:
-    """Return a mask of the training images that are used for validation, bool (count,).
+def split_validation(images: Split) -> tuple[Split, Split]:
+    """Split training images into training and validation images, chosen by hash.
 
-    One in twelve is: 5,000 of 60,000.
+    One in twelve is for validation: 5,000 of 60,000.
     """
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[hashed_order(count)[: max(1, count // VALIDATION_DIVISOR)]] = True
-    return mask
+    count = len(images)
+    chosen = hashed_order(count)[: max(1, count // VALIDATION_DIVISOR)]
+    is_validation = torch.isin(torch.arange(count), chosen)
+    return images[~is_validation], images[is_validation]
 
 
 def hashed_subset(count: int, limit: int | None) -> Tensor:
@@ -77,8 +79,6 @@ def hashed_subset(count: int, limit: int | None) -> Tensor:
     A larger subset contains every smaller one. Without a limit, or with one that is at least
     `count`, the subset is all images.
     """
-    if limit is None or limit >= count:
-        return torch.arange(count)
     return hashed_order(count)[:limit].sort().values
 
 
@@ -110,10 +110,24 @@ def data_folder() -> Path:
     return Path(os.environ.get("FLOWGEN_DATA", "data"))
 
 
-def check_search_dirs(search_dirs: Sequence[str]) -> None:
-    """Raise `UserError` unless every name is a path inside the data directory.
+def find_dataset(
+    root: str | None,
+    search_dirs: Sequence[str],
+    download_hint: str,
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    """Return the path of a data set, and download it first if necessary and possible.
 
-    A configuration from a stranger must not read or write anywhere else.
+    Args:
+        root: The path itself, or None to search for it.
+        search_dirs: Names to look for in `data_folder()`, in this order. A configuration from a
+            stranger must not read or write anywhere else.
+        download_hint: A sentence that tells the user how to get the data.
+        files: The MD5 checksum of every file that can be downloaded, by its URL. They are
+            downloaded to the first of `search_dirs`.
+
+    Raises:
+        UserError: If the path does not exist, or no name was found.
     """
     for name in search_dirs:
         if (
@@ -126,52 +140,16 @@ def check_search_dirs(search_dirs: Sequence[str]) -> None:
                 f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
                 "data directory: set data.root to use another place"
             )
-
-
-def find_dataset(root: str | None, search_dirs: Sequence[str], download_hint: str) -> Path:
-    """Return the path of a data set.
-
-    Args:
-        root: The path itself, or None to search for it.
-        search_dirs: Names to look for in `data_folder()`, in this order.
-        download_hint: A sentence that tells the user how to get the data.
-
-    Raises:
-        UserError: If the path does not exist, or no name was found.
-    """
-    check_search_dirs(search_dirs)
-    if root is not None:
-        path = Path(root).expanduser()
-        if not path.exists():
-            raise UserError(f"data.root={root} does not exist. {download_hint}")
-        return path
-    for name in search_dirs:
-        if (data_folder() / name).exists():
-            return data_folder() / name
-    if not search_dirs:
-        raise UserError(f"data.root is not set. {download_hint}")
-    raise UserError(f"{data_folder() / search_dirs[0]} does not exist. {download_hint}")
-
-
-def find_or_download(
-    root: str | None, search_dirs: Sequence[str], files: Mapping[str, str], download_hint: str
-) -> Path:
-    """Return the path of a data set as `find_dataset` does, and download it first if necessary.
-
-    It is downloaded to `data_folder()`, under the first of `search_dirs`, without a `root` and if
-    none of `search_dirs` exists there.
-
-    Args:
-        root: See `find_dataset`.
-        search_dirs: See `find_dataset`.
-        files: The MD5 checksum of every file, by its URL.
-        download_hint: See `find_dataset`.
-    """
-    check_search_dirs(search_dirs)
-    exists = any((data_folder() / name).exists() for name in search_dirs)
-    if root is None and search_dirs and not exists:
-        download(files, data_folder() / search_dirs[0])
-    return find_dataset(root, search_dirs, download_hint)
+    in_data_folder = [data_folder() / name for name in search_dirs]
+    paths = in_data_folder if root is None else [Path(root).expanduser()]
+    for path in paths:
+        if path.exists():
+            return path
+    if root is None and paths and files:
+        download(files, paths[0])
+        return paths[0]
+    problem = f"{paths[0]} does not exist" if paths else "data.root is not set"
+    raise UserError(f"{problem}. {download_hint}")
 
 
 def download(files: Mapping[str, str], folder: Path) -> None:
@@ -187,20 +165,18 @@ def download(files: Mapping[str, str], folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.part")
     url = ""
     try:
-        partial.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process downloads
             if folder.exists():
                 return
-            partial.mkdir(exist_ok=True)
+            partial.mkdir(parents=True, exist_ok=True)
             for url, md5 in files.items():
                 path = partial / url.rpartition("/")[2]
-                if path.is_file() and _md5(path) == md5:
-                    continue
-                log.info("downloading %s", url)
-                torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-                if _md5(path) != md5:
-                    path.unlink()
-                    raise OSError("its checksum is wrong")
+                if not path.is_file() or _md5(path) != md5:
+                    log.info("downloading %s", url)
+                    torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+                    if _md5(path) != md5:
+                        path.unlink()
+                        raise OSError("its checksum is wrong")
             partial.rename(folder)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
@@ -210,16 +186,14 @@ def download(files: Mapping[str, str], folder: Path) -> None:
 
 
 def _md5(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
-class BatchFunction(Protocol):
-    """A function such as `ImageDataset.train_batch`."""
-
-    def __call__(
-        self, images_seen: int, batch_size: int, seed: int, rows: Tensor | None = None
-    ) -> Batch: ...
+@lru_cache(maxsize=2)  # of the last epoch and of the next one, which may be prefetched
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of the training images in an epoch, a permutation (count,)."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator)
 
 
 class Prefetcher:
@@ -228,21 +202,18 @@ class Prefetcher:
     The batches are the same as without it, since each depends on its arguments alone.
     """
 
-    def __init__(self, train_batch: BatchFunction):
+    def __init__(self, train_batch: Callable[..., Batch]):
         self.train_batch = train_batch
         self.pool = ThreadPoolExecutor(1, "prefetch")
-        self.arguments: tuple[int, int, int] | None = None
-        self.future: Future[Batch] | None = None
+        self.futures: dict[tuple[int, int, int], Future[Batch]] = {}
 
     def __call__(
         self, images_seen: int, batch_size: int, seed: int, rows: Tensor | None = None
     ) -> Batch:
-        if self.future is not None and self.arguments == (images_seen, batch_size, seed):
-            batch = self.future.result()
-        else:
-            batch = self.train_batch(images_seen, batch_size, seed, rows)
-        self.arguments = (images_seen + batch_size, batch_size, seed)
-        self.future = self.pool.submit(self.train_batch, *self.arguments, rows)
+        future = self.futures.get((images_seen, batch_size, seed))
+        batch = future.result() if future else self.train_batch(images_seen, batch_size, seed, rows)
+        following = (images_seen + batch_size, batch_size, seed)
+        self.futures = {following: self.pool.submit(self.train_batch, *following, rows)}
         return batch
 
 
@@ -289,11 +260,10 @@ class ImageDataset:
         binarization: str = "threshold",
         attributes: tuple[str, ...] = (),
     ):
-        check_whole(bits=bits)
+        check_whole(1, 8, bits=bits)
         check_whole(0, train.images.shape[-1] - 1, random_shift=random_shift)
-        check_choice(range(1, 9), bits=bits)
         check_choice((True, False), random_flip=random_flip)
-        check_choice(BINARIZATION, binarization=binarization)
+        check_choice(("threshold", "static", "dynamic"), binarization=binarization)
         if not (len(train) and len(validation) and len(test)):
             raise UserError(
                 f"{len(train)} training, {len(validation)} validation and {len(test)} test images "
@@ -302,10 +272,10 @@ class ImageDataset:
         self.dynamic = bits == 1 and binarization == "dynamic"
         if bits == 1 and binarization != "threshold":
             generator = torch.Generator().manual_seed(0)
-            test = replace(test, images=binarize(test.images, generator))
+            test = replace(test, images=binarize(test.images, generator), gray=test.images)
             validation = replace(validation, images=binarize(validation.images, generator))
             if not self.dynamic:
-                train = replace(train, images=binarize(train.images, generator))
+                train = replace(train, images=binarize(train.images, generator), gray=train.images)
         self.train = train
         self.validation = validation
         self.test = test
@@ -314,7 +284,6 @@ class ImageDataset:
         self.random_shift = random_shift
         self.attributes = attributes
         self.device = torch.device("cpu")
-        self._order: tuple[tuple[int, int], Tensor] = (-1, 0), torch.empty(0)
         self._prefetcher: Prefetcher | None = None
 
     @property
@@ -324,10 +293,14 @@ class ImageDataset:
         return channels, height, width
 
     @property
+    def splits(self) -> dict[str, Split]:
+        """Training, validation and test images by the name of the split."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @property
     def num_classes(self) -> int | None:
         """Number of classes, or None without labels."""
-        splits = (self.train, self.validation, self.test)
-        labels = [split.labels for split in splits if split.labels is not None]
+        labels = [split.labels for split in self.splits.values() if split.labels is not None]
         return 1 + int(torch.cat(labels).max()) if labels else None
 
     def to(self, device: torch.device) -> "ImageDataset":
@@ -337,14 +310,12 @@ class ImageDataset:
         than half of the free memory are prefetched.
         """
         self.device = device
-        splits = (self.train, self.validation, self.test)
-        size = sum(split.images.nbytes for split in splits)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-        if size > free // 2:
+        if sum(split.images.nbytes for split in self.splits.values()) > free // 2:
             self._prefetcher = Prefetcher(self.train_batch)
         elif device.type == "cuda":
             self.train, self.validation, self.test = (
-                replace(split, images=split.images.to(device)) for split in splits
+                replace(split, images=split.images.to(device)) for split in self.splits.values()
             )
         return self
 
@@ -371,8 +342,9 @@ class ImageDataset:
         Returns:
             Images, uint8 (batch_size or n, channels, height, width), and labels, int64, or None.
         """
-        generator = torch.Generator(self.device)
-        generator.manual_seed(random.Random(f"{seed} {images_seen}").getrandbits(63))
+        generator = torch.Generator(self.device).manual_seed(
+            random.Random(f"{seed} {images_seen}").getrandbits(63)
+        )
         indices = self._train_indices(images_seen, batch_size, seed)
         selected = slice(None) if rows is None else rows
         if self.dynamic:  # draw for the whole batch, so that `rows` do not change the result
@@ -404,29 +376,21 @@ class ImageDataset:
             batch_size: Number of images in a batch. The last one may be smaller.
             limit: Number of images, chosen by hash. All of them by default.
         """
-        splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        images = splits[split].images
+        images = self.splits[split].images
         generator = torch.Generator(self.device).manual_seed(0)  # for dynamic binarization
         for indices in hashed_subset(len(images), limit).split(batch_size):
             yield self._load(images, indices, generator)
 
     def _train_indices(self, images_seen: int, count: int, seed: int) -> Tensor:
         """Return the indices of the next `count` training images, across epochs."""
-        pieces = []
-        while count:
-            epoch, start = divmod(images_seen, len(self.train))
-            pieces.append(self._permutation(epoch, seed)[start : start + count])
-            images_seen += len(pieces[-1])
-            count -= len(pieces[-1])
-        return torch.cat(pieces)
-
-    def _permutation(self, epoch: int, seed: int) -> Tensor:
-        key, order = self._order
-        if key != (epoch, seed):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-            order = torch.randperm(len(self.train), generator=generator)
-            self._order = (epoch, seed), order  # one assignment, since two threads may draw
-        return order
+        size = len(self.train)
+        positions = torch.arange(images_seen, images_seen + count)
+        return torch.cat(
+            [
+                epoch_order(size, seed, epoch)[positions[positions // size == epoch] % size]
+                for epoch in (positions // size).unique().tolist()
+            ]
+        )
 
     def _load(self, images: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Return images with `bits` bits on the device."""
@@ -454,8 +418,7 @@ def shift_images(images: Tensor, offsets: Tensor) -> Tensor:
         offsets: Pixels down and to the right for each image, integers (N, 2).
     """
     height, width = images.shape[2:]
-    y = torch.arange(height, device=images.device) - offsets[:, :1]
-    x = torch.arange(width, device=images.device) - offsets[:, 1:]
-    rows = y.clamp(0, height - 1)[:, None, :, None].expand(images.shape)
-    columns = x.clamp(0, width - 1)[:, None, None].expand(images.shape)
-    return images.gather(2, rows).gather(3, columns)
+    rows = (torch.arange(height, device=images.device) - offsets[:, :1]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=images.device) - offsets[:, 1:]).clamp(0, width - 1)
+    rows = rows[:, None, :, None].expand(images.shape)
+    return images.gather(2, rows).gather(3, columns[:, None, None].expand(images.shape))

@@ -1,10 +1,11 @@
 """Data sets of image files, with CelebA's official splits and attributes, or a class per folder."""
 
 import logging
+import os
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,36 +15,10 @@ from flowgen.data.dataset import ImageDataset, Split, find_dataset, hash_split
 from flowgen.data.preprocess import ImageSource, open_source
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
-DOWNLOAD_HINT = (
-    "Set data.root to a folder of images, to a zip, or to a folder that contains one zip."
-)
 # Names of CelebA's lists. Each line has the name of a file, then
 PARTITION_LIST = "list_eval_partition"  # 0 (training), 1 (validation) or 2 (test)
 ATTRIBUTE_LIST = "list_attr_celeba"  # -1 or 1 for each attribute; a count and a header come first
 log = logging.getLogger("flowgen")
-
-
-class Attributes(NamedTuple):
-    """Names of attributes, and which of them each image has, bool (N, number of names)."""
-
-    names: tuple[str, ...]
-    values: Tensor
-
-    def labels(self, name: str) -> Tensor:
-        """Return 1 for images with the attribute, else 0, (N,).
-
-        Raises:
-            UserError: If the attribute does not exist, or all images have the same value.
-        """
-        if name not in self.names:
-            raise UserError(
-                f"data.attribute={name} does not exist: choose one of {', '.join(self.names)}"
-            )
-        labels = self.values[:, self.names.index(name)].to(torch.uint8)
-        if labels.min() == labels.max():
-            which = "every" if labels.max() else "no"
-            raise UserError(f"{which} image has data.attribute={name}: choose another attribute")
-        return labels
 
 
 class ImageFolder(ImageDataset):
@@ -81,7 +56,9 @@ class ImageFolder(ImageDataset):
         *,
         root: str | None = None,
         search_dirs: Sequence[str] = (),
-        download_hint: str = DOWNLOAD_HINT,
+        download_hint: str = (
+            "Set data.root to a folder of images, to a zip, or to a folder that contains one zip."
+        ),
         channels: int = 3,
         size: int = 64,
         crop: int | None = None,
@@ -97,106 +74,84 @@ class ImageFolder(ImageDataset):
         source = open_source(find_dataset(root, search_dirs, download_hint))
         split_lists = split_names(source)
         names = [name for split in split_lists for name in split]
-        attributes = load_attributes(source, names, attribute)
+        attribute_names, attributes = load_attributes(source, names, required=bool(attribute))
         labels = folder_labels(names)
-        if attributes and attribute:
-            labels = attributes.labels(attribute)
+        if attribute:
+            labels = attribute_labels(attribute, attribute_names, attributes)
         images, usable_names = cached_images(source, names, size, channels, crop)
         usable = torch.tensor([name in usable_names for name in names])
         everything = Split(
             images,
             None if labels is None else labels[usable],
-            None if attributes is None else attributes.values[usable],
+            attributes[usable] if attribute_names else None,
         )
         counts = [int(part.sum()) for part in usable.split([len(names) for names in split_lists])]
-        ends = pairwise([0, *accumulate(counts)])
-        train, validation, test = (everything[start:end] for start, end in ends)
+        train, validation, test = (
+            everything[start:end] for start, end in pairwise([0, *accumulate(counts)])
+        )
         super().__init__(
             train,
             validation,
             test,
             bits=bits,
             random_flip=random_flip,
-            attributes=attributes.names if attributes else (),
+            attributes=attribute_names,
             **options,
         )
 
 
-def split_names(source: ImageSource) -> tuple[list[str], list[str], list[str]]:
+def split_names(source: ImageSource) -> Sequence[list[str]]:
     """Return the names of training, validation and test images.
 
-    CelebA's official splits if their list is next to the images, else `hash_split`.
+    CelebA's official splits if their list is next to the images, else `hash_split`. A list that
+    does not name every image or leaves a split empty is not used, with a warning.
     """
-    return official_split(source) or hash_split(source.names)
-
-
-def official_split(source: ImageSource) -> tuple[list[str], list[str], list[str]] | None:
-    """Return the splits of CelebA's list.
-
-    Returns None without a list, and, with a warning, if it does not name every image or leaves a
-    split empty.
-    """
-    found = source.find_list(PARTITION_LIST)
-    if found is None:
-        return None
-    path, rows = found
+    path, rows = source.find_list(PARTITION_LIST)
     number = {row[0]: row[1] for row in rows if len(row) == 2}
-    missing = [name for name in source.names if _file_name(name) not in number]
-    if missing:
+    named = [name for name in source.names if _file_name(name) in number]
+    splits = [[name for name in named if number[_file_name(name)] == digit] for digit in "012"]
+    if all(splits) and len(named) == len(source.names):
+        return splits
+    if path:
         log.warning(
-            "%s does not name %s and %d others: using a split by hash",
+            "%s names %d of %d images, %d of them for training, %d for validation and %d for the "
+            "test: using a split by hash",
             path,
-            missing[0],
-            len(missing) - 1,
+            len(named),
+            len(source.names),
+            *map(len, splits),
         )
-        return None
-    train, validation, test = (
-        [name for name in source.names if number[_file_name(name)] == digit] for digit in "012"
-    )
-    if not (train and validation and test):
-        log.warning(
-            "%s has %d training, %d validation and %d test images: using a split by hash",
-            path,
-            len(train),
-            len(validation),
-            len(test),
-        )
-        return None
-    return train, validation, test
+    return hash_split(source.names)
 
 
 def load_attributes(
-    source: ImageSource, names: list[str], attribute: str | None
-) -> Attributes | None:
-    """Return CelebA's attributes of images, or None.
+    source: ImageSource, names: Sequence[str], required: bool
+) -> tuple[tuple[str, ...], Tensor]:
+    """Return CelebA's attributes of images as `read_attributes` does.
 
-    A list that cannot be used is an error if `attribute` is one of its names; else a warning.
+    A list that cannot be used is an error if attributes are required; else a warning.
     """
     try:
-        attributes = read_attributes(source, names)
+        return read_attributes(source, names)
     except UserError as error:
-        if attribute:
+        if required:
             raise
         log.warning("attributes skipped: %s", error)
-        return None
-    if attribute and attributes is None:
-        raise UserError(
-            f"data.attribute={attribute} needs CelebA's list_attr_celeba.txt: "
-            "put it next to the images, or remove data.attribute"
-        )
-    return attributes
+        return (), torch.empty(len(names), 0)
 
 
-def read_attributes(source: ImageSource, names: Sequence[str]) -> Attributes | None:
-    """Return the attributes of images in CelebA's list, or None without a list.
+def read_attributes(source: ImageSource, names: Sequence[str]) -> tuple[tuple[str, ...], Tensor]:
+    """Return the attributes of images in CelebA's list, or no attributes without a list.
+
+    Returns:
+        Names of the attributes, and which of them each image has, bool (N, number of names).
 
     Raises:
         UserError: If the list is cut short, is another list, or does not name every image.
     """
-    found = source.find_list(ATTRIBUTE_LIST)
-    if found is None:
-        return None
-    path, rows = found
+    path, rows = source.find_list(ATTRIBUTE_LIST)
+    if not path:
+        return (), torch.empty(len(names), 0)
     count = rows.pop(0)[0] if rows and len(rows[0]) == 1 else None
     header = [word for word in rows.pop(0) if word != "image_id"] if rows else []
     values_of = {name: values for name, *values in rows}
@@ -217,8 +172,31 @@ def read_attributes(source: ImageSource, names: Sequence[str]) -> Attributes | N
         raise UserError(
             f"{path} contains other values than -1 and 1: download it again or remove it"
         )
-    values = torch.tensor([[value == "1" for value in values] for values in table])
-    return Attributes(tuple(header), values)
+    return tuple(header), torch.tensor([[value == "1" for value in values] for values in table])
+
+
+def attribute_labels(name: str, attribute_names: Sequence[str], attributes: Tensor) -> Tensor:
+    """Return 1 for images with the attribute `name`, else 0, (N,).
+
+    Raises:
+        UserError: If the attribute does not exist, or all images have the same value.
+    """
+    if not attribute_names:
+        raise UserError(
+            f"data.attribute={name} needs CelebA's list_attr_celeba.txt: "
+            "put it next to the images, or remove data.attribute"
+        )
+    if name not in attribute_names:
+        raise UserError(
+            f"data.attribute={name} does not exist: choose one of {', '.join(attribute_names)}"
+        )
+    labels = attributes[:, attribute_names.index(name)].to(torch.uint8)
+    if labels.min() == labels.max():
+        raise UserError(
+            f"{'every' if labels.max() else 'no'} image has data.attribute={name}: "
+            "choose another attribute"
+        )
+    return labels
 
 
 def folder_labels(names: Sequence[str]) -> Tensor | None:
@@ -227,9 +205,7 @@ def folder_labels(names: Sequence[str]) -> Tensor | None:
     Returns None if an image is in no subfolder, or all are in the same one.
     """
     parents = [PurePosixPath(name).parent.parts for name in names]
-    depth = 0  # of the folders that all images share
-    while len({parts[: depth + 1] for parts in parents}) == 1 and len(parents[0]) > depth:
-        depth += 1
+    depth = len(os.path.commonprefix(parents))  # noqa: RUF071 - of tuples: the shared folders
     folders = [parts[depth : depth + 1] for parts in parents]
     if () in folders:
         return None

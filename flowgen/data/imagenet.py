@@ -3,7 +3,6 @@
 Chrabaszcz, Loshchilov and Hutter (1707.08819).
 """
 
-import math
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from flowgen.data.cache import cached_array
 from flowgen.data.dataset import VALIDATION_DIVISOR, ImageDataset, Split, find_dataset, hash_name
-from flowgen.utils.errors import UserError, check_choice
+from flowgen.utils.errors import UserError, check_choice, user_error
 
 DOWNLOAD_HINT = (
     "Download the npz files of this size from https://image-net.org/download-images.php "
@@ -54,37 +53,39 @@ class DownsampledImageNet(ImageDataset):
     ):
         check_choice((32, 64), size=size)
         if search_dirs is None:
-            search_dirs = (f"imagenet{size}", f"ImageNet{size}", f"Imagenet{size}")
+            search_dirs = [f"{name}{size}" for name in ("imagenet", "ImageNet", "Imagenet")]
         folder = find_dataset(root, search_dirs, DOWNLOAD_HINT)
         train_files = sorted(folder.rglob("train_data_batch_*.npz"), key=_batch_number)
         test_files = sorted(folder.rglob("val_data.npz"))
         if not train_files or not test_files:
             missing = "val_data.npz" if train_files else "train_data_batch_1.npz"
             raise UserError(f"{folder} does not contain {missing}. {DOWNLOAD_HINT}")
-        shape = (3, size, size)
-        train = _split(train_files, shape, validation=False)
-        validation = _split(train_files, shape, validation=True)
-        test = _split(test_files[:1], shape, validation=None)
-        super().__init__(train, validation, test, random_flip=random_flip, **options)
+        super().__init__(
+            _read_split(train_files, size, validation=False),
+            _read_split(train_files, size, validation=True),
+            _read_split(test_files[:1], size, validation=None),
+            random_flip=random_flip,
+            **options,
+        )
 
 
 def _batch_number(path: Path) -> int:
     return int(re.sub(r"\D", "", path.stem) or 0)
 
 
-def _split(paths: list[Path], shape: tuple[int, int, int], validation: bool | None) -> Split:
+def _read_split(paths: list[Path], size: int, validation: bool | None) -> Split:
     """Return the images of files that are (or are not) for validation; all of them for None."""
     fingerprints = [
         [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, validation]
         for path in paths
     ]
     images = cached_array(
-        f"imagenet{shape[1]}",
+        f"imagenet{size}",
         fingerprints,
-        lambda: (chunk for path in paths for chunk in _read_images(path, shape, validation)),
+        lambda: (chunk for path in paths for chunk in _read_images(path, size, validation)),
     )
     labels = torch.cat([_read_labels(path, validation) for path in paths])
-    return Split(images.view(-1, *shape), labels)
+    return Split(images.view(-1, 3, size, size), labels)
 
 
 def _split_mask(path: Path, count: int, validation: bool | None) -> Tensor:
@@ -98,29 +99,25 @@ def _split_mask(path: Path, count: int, validation: bool | None) -> Tensor:
     return torch.tensor([(value % VALIDATION_DIVISOR == 0) == validation for value in hashes])
 
 
-def _read_images(
-    path: Path, shape: tuple[int, int, int], validation: bool | None
-) -> Iterator[Tensor]:
+def _read_images(path: Path, size: int, validation: bool | None) -> Iterator[Tensor]:
     """Yield the images of a split in a file, (n, values), some thousands at a time."""
-    width = math.prod(shape)
+    width = 3 * size**2
     with _open_array(path, "data") as (array_shape, dtype, file):
         if array_shape[1:] != (width,) or dtype != np.uint8:
             raise UserError(
-                f"{path} contains images of another size than {shape[2]}x{shape[1]}. "
-                f"{DOWNLOAD_HINT}"
+                f"{path} contains images of another size than {size}x{size}. {DOWNLOAD_HINT}"
             )
         for mask in _split_mask(path, array_shape[0], validation).split(CHUNK_IMAGES):
-            data = bytearray(_read_bytes(file, len(mask) * width))
-            yield torch.frombuffer(data, dtype=torch.uint8).view(-1, width)[mask]
+            data = bytearray(file.read(len(mask) * width))
+            yield torch.frombuffer(data, dtype=torch.uint8).view(len(mask), width)[mask]
 
 
 def _read_labels(path: Path, validation: bool | None) -> Tensor:
     """Return the classes of the same images, 0..999."""
     with _open_array(path, "data") as (array_shape, _, _):
         count = array_shape[0]
-    with _open_array(path, "labels") as (array_shape, dtype, file):
-        data = _read_bytes(file, math.prod(array_shape) * dtype.itemsize)
-        labels = torch.from_numpy(np.frombuffer(data, dtype).astype(np.int64) - 1)
+    with _open_array(path, "labels") as (_, dtype, file):
+        labels = torch.from_numpy(np.frombuffer(file.read(), dtype).astype(np.int64) - 1)
     if len(labels) != count or not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
         raise UserError(
             f"{path} does not have a class from 1 to {NUM_CLASSES} for each image. {DOWNLOAD_HINT}"
@@ -136,26 +133,13 @@ def _open_array(
 
     `numpy.load` would read all images of a file at once, 1.6 GB at 64x64 pixels.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            read_header = {
-                (1, 0): npy.read_array_header_1_0,
-                (2, 0): npy.read_array_header_2_0,
-            }[npy.read_magic(file)]
-            shape, fortran_order, dtype = read_header(file)
-            if fortran_order or dtype.kind not in "iu" or not shape:
-                raise ValueError("an array of another kind")
-            yield shape, dtype, file
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive raises any error of its decompressor
-        raise UserError(
-            f"{path} is cut short or not a file of downsampled ImageNet. {DOWNLOAD_HINT}"
-        ) from error
-
-
-def _read_bytes(file: IO[bytes], count: int) -> bytes:
-    data = file.read(count)
-    if len(data) < count:
-        raise EOFError("cut short")
-    return data
+    headers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    with (
+        user_error(f"{path} is cut short or not a file of downsampled ImageNet. {DOWNLOAD_HINT}"),
+        zipfile.ZipFile(path) as archive,
+        archive.open(f"{name}.npy") as file,
+    ):
+        shape, fortran_order, dtype = headers[npy.read_magic(file)](file)
+        if fortran_order or dtype.kind not in "iu" or not shape:
+            raise ValueError("an array of another kind")
+        yield shape, dtype, file

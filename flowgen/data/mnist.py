@@ -2,7 +2,6 @@
 
 import gzip
 import math
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.data.dataset import ImageDataset, Split, find_or_download, validation_mask
-from flowgen.utils.errors import UserError, check_choice, check_whole
+from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
+from flowgen.utils.errors import UserError, check_choice, check_whole, user_error
 
-DIGITS = Path(__file__).with_name("digits.npz")
 SEARCH_DIRS = {
     "MNIST": ("mnist", "MNIST"),
     "FashionMNIST": ("fashion_mnist", "fashion-mnist", "FashionMNIST"),
@@ -79,13 +77,16 @@ class MNIST(ImageDataset):
         check_choice(URLS, name=name)
         check_whole(size=size)
         search_dirs = SEARCH_DIRS[name] if search_dirs is None else search_dirs
-        files = {URLS[name] + file: md5 for file, md5 in MD5[name].items()}
-        hint = f"Set data.root to a folder with {name}'s idx files, or remove it to download them."
-        folder = find_or_download(root, search_dirs, files, hint)
-        train = read_split(folder, search_dirs, "train", size)
-        test = read_split(folder, search_dirs, "t10k", size)
-        is_validation = validation_mask(len(train))
-        super().__init__(train[~is_validation], train[is_validation], test, **options)
+        folder = find_dataset(
+            root,
+            search_dirs,
+            f"Set data.root to a folder with {name}'s idx files, or remove it to download them.",
+            {URLS[name] + file: md5 for file, md5 in MD5[name].items()},
+        )
+        train, validation = split_validation(read_split(folder, search_dirs, "train", size))
+        super().__init__(
+            train, validation, read_split(folder, search_dirs, "t10k", size), **options
+        )
 
 
 def read_split(root: Path, search_dirs: Sequence[str], split: str, size: int) -> Split:
@@ -129,16 +130,13 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     (yann.lecun.com/exdb/mnist).
     """
     start = 4 * (dimensions + 1)
-    try:
+    with user_error(
+        f"{path} is empty, cut short or not an idx file: delete it and download it again"
+    ):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         magic, *shape = np.frombuffer(data, ">u4", dimensions + 1).tolist()
-        count = math.prod(shape)
-        if magic != 0x800 + dimensions or len(data) != start + count or not count:
+        if magic != 0x800 + dimensions or not 0 < math.prod(shape) == len(data) - start:
             raise ValueError("wrong header or length")
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise UserError(
-            f"{path} is empty, cut short or not an idx file: delete it and download it again"
-        ) from error
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=start).view(shape)
 
 
@@ -171,13 +169,9 @@ class MNISTSample(ImageDataset):
     """
 
     def __init__(self, **options: Any):
-        with np.load(DIGITS, allow_pickle=False) as file:
-            images = torch.from_numpy(file["images"])
-            labels = torch.from_numpy(file["labels"])
-        digits = Split(images[:, None], labels)
+        with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
+            images = torch.from_numpy(file["images"])[:, None]
+            digits = Split(images, torch.from_numpy(file["labels"]))
         position = torch.arange(len(digits)) % 10  # the digits are sorted by class
-        is_validation = position == 5
-        is_test = position == 0
-        super().__init__(
-            digits[~is_validation & ~is_test], digits[is_validation], digits[is_test], **options
-        )
+        train = digits[(position != 0) & (position != 5)]
+        super().__init__(train, digits[position == 5], digits[position == 0], **options)

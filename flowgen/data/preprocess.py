@@ -3,8 +3,8 @@
 import io
 import logging
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from flowgen.data.dataset import binarize
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, user_error
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -45,8 +45,10 @@ class ImageSource(NamedTuple):
         """Names of the images, sorted."""
         return list(self.fingerprints)
 
-    def find_list(self, stem: str) -> tuple[str, list[list[str]]] | None:
-        """Return the path of the list STEM.txt or STEM.csv and the words of its lines, or None.
+    def find_list(self, stem: str) -> tuple[str, list[list[str]]]:
+        """Return the path of the list STEM.txt or STEM.csv and the words of its lines.
+
+        Without such a list the path is empty.
 
         Raises:
             UserError: If the list cannot be read as text.
@@ -59,16 +61,21 @@ class ImageSource(NamedTuple):
             if path.suffix in LIST_SUFFIXES and path.is_file()
         ]
         if not in_archive and not files:
-            return None
+            return "", []
         name = f"{self.path}/{in_archive[0]}" if in_archive else str(files[0])
-        try:
+        with user_error(f"{name} cannot be read as UTF-8 text: download it again or remove it"):
             data = self.read(in_archive[0]) if in_archive else files[0].read_bytes()
-            lines = data.decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name} is not UTF-8 text: download it again or remove it") from error
+            lines = data.decode("utf-8-sig").replace(",", " ").splitlines()
+        return name, [line.split() for line in lines if line.strip()]
+
+    def load(self, name: str, size: int, channels: int, crop: int | None) -> Tensor | UserError:
+        """Return an image as `preprocess` does, or the error if it cannot be read."""
+        try:
+            return preprocess(self.read(name), size, channels, crop)
+        except UserError as error:
+            return UserError(f"{name} {error}")
         except Exception as error:  # a damaged archive raises any error of its decompressor
-            raise UserError(f"{name} cannot be read: download it again or remove it") from error
-        return name, [words for line in lines if (words := line.replace(",", " ").split())]
+            return UserError(f"{name} cannot be read ({error})")
 
 
 def open_source(root: Path) -> ImageSource:
@@ -85,7 +92,7 @@ def open_source(root: Path) -> ImageSource:
     files = [
         path
         for path in sorted(root.rglob("*"))
-        if _is_image(str(path.relative_to(root))) and path.is_file()
+        if _is_visible(str(path.relative_to(root)), IMAGE_SUFFIXES) and path.is_file()
     ]
     if files:
         stats = {str(path.relative_to(root)): path.stat() for path in files}
@@ -103,18 +110,13 @@ def open_source(root: Path) -> ImageSource:
 
 
 def _open_zip(path: Path, sibling_dirs: Sequence[Path]) -> ImageSource:
-    try:
+    with user_error(
+        f"{path} is not a zip, or is cut short: "
+        "download it again, or set data.root to a folder of images"
+    ):
         archive = zipfile.ZipFile(path)
-    except Exception as error:  # a damaged zip raises errors of many kinds
-        raise UserError(
-            f"{path} is not a zip, or is cut short: "
-            "download it again, or set data.root to a folder of images"
-        ) from error
-    infos = sorted(
-        (info for info in archive.infolist() if _is_image(info.filename)),
-        key=lambda info: info.filename,
-    )
-    if not infos:
+    names = sorted(name for name in archive.namelist() if _is_visible(name, IMAGE_SUFFIXES))
+    if not names:
         raise UserError(f"{path} contains no images: set data.root to a folder or a zip of images")
 
     def read(name: str) -> bytes:
@@ -122,21 +124,18 @@ def _open_zip(path: Path, sibling_dirs: Sequence[Path]) -> ImageSource:
             raise OSError(f"it unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
         return archive.read(name)
 
-    fingerprints = {info.filename: [info.CRC, info.file_size] for info in infos}
-    lists = [
-        name
-        for name in archive.namelist()
-        if PurePosixPath(name).suffix in LIST_SUFFIXES and not _is_hidden(name)
-    ]
+    fingerprints = {
+        info.filename: [info.CRC, info.file_size] for info in map(archive.getinfo, names)
+    }
+    lists = [name for name in archive.namelist() if _is_visible(name, LIST_SUFFIXES)]
     return ImageSource(path, fingerprints, read, lists, sibling_dirs)
 
 
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(name)
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+def _is_visible(name: str, suffixes: Collection[str]) -> bool:
+    """Return True if a file has one of the suffixes and is not hidden."""
+    path = PurePosixPath(name)
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in suffixes and not is_hidden
 
 
 def preprocess(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
@@ -158,11 +157,14 @@ def preprocess(file: bytes, size: int, channels: int, crop: int | None) -> Tenso
     Raises:
         UserError: If the file is not an image, is cut short, or is too small.
     """
-    try:
+    with user_error("is not an image, or is cut short"):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(file), formats=FORMATS))
-        image = _convert(image, MODES[channels])
-    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
-        raise UserError("is not an image, or is cut short") from error
+        if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert(MODES[channels])
     if min(image.size) < size / 4:
         raise UserError(f"is {image.width}x{image.height} pixels, too small for {size}x{size}")
     if crop is not None and min(image.size) > crop:
@@ -183,25 +185,23 @@ def check_color_channels(channels: int) -> None:
         )
 
 
-def read_images(path: str | Path, size: int, channels: int, crop: int | None, bits: int) -> Tensor:
+def read_images(path: Path, size: int, channels: int, crop: int | None, bits: int) -> Tensor:
     """Read one image file and preprocess it like the training data.
 
     Returns:
         A batch of one image, uint8 (1, channels, size, size), with `bits` bits.
     """
-    path = Path(path)
     check_color_channels(channels)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: choose an image file")
     if not path.is_file():
-        raise UserError(f"{path} does not exist: choose an image file")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {problem}: choose an image file")
     try:
         return preprocess(path.read_bytes(), size, channels, crop)[None] >> (8 - bits)
     except UserError as error:
         raise UserError(f"{path} {error}") from error
 
 
-def read_unscaled(path: str | Path, shape: tuple[int, int, int], bits: int) -> Tensor:
+def read_unscaled(path: Path, shape: tuple[int, int, int], bits: int) -> Tensor:
     """Read one image file that already has the shape (channels, height, width).
 
     An image of another size is refused, since resizing would move the pixels of a mask.
@@ -219,21 +219,13 @@ def read_unscaled(path: str | Path, shape: tuple[int, int, int], bits: int) -> T
     return images
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """Return the height and width of an image file, or (0, 0) for other files."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return image.height, image.width
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return 0, 0
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert(mode)
 
 
 class ImageStream:
@@ -265,9 +257,7 @@ class ImageStream:
         binarization: str | None = "threshold",
         seed: int = 0,
     ):
-        self.size = size
-        self.channels = channels
-        self.crop = crop
+        self.shape = (size, channels, crop)
         self.bits = bits
         self.binarize = bits == 1 and binarization not in (None, "threshold")
         self.generator = torch.Generator().manual_seed(seed)
@@ -284,37 +274,23 @@ class ImageStream:
 
         The last batch may be smaller.
         """
-        names: list[str] = []
-        images: list[Tensor] = []
-        for name, image in self._images():
-            names.append(name)
-            images.append(image)
-            if len(names) == batch_size:
-                yield names, self._batch(images)
-                names = []
-                images = []
-        if names:
-            yield names, self._batch(images)
+        images = self._images()
+        while chunk := list(islice(images, batch_size)):
+            batch = torch.stack([image for _, image in chunk])
+            if self.binarize:
+                batch = binarize(batch, self.generator)
+            yield [name for name, _ in chunk], batch >> (8 - self.bits)
         log_skipped(self.skipped, len(self))
-
-    def _batch(self, images: list[Tensor]) -> Tensor:
-        batch = torch.stack(images)
-        if self.binarize:
-            batch = binarize(batch, self.generator)
-        return batch >> (8 - self.bits)
 
     def _images(self) -> Iterator[tuple[str, Tensor]]:
         for source in self.sources:
             if isinstance(source, Path):
-                yield str(source), read_images(source, self.size, self.channels, self.crop, 8)[0]
+                yield str(source), read_images(source, *self.shape, 8)[0]
                 continue
             for name in source.names:
-                try:
-                    image = preprocess(source.read(name), self.size, self.channels, self.crop)
-                except UserError as error:
-                    self.skipped.append(f"{name} {error}")
-                except Exception as error:  # a damaged archive raises any error
-                    self.skipped.append(f"{name} cannot be read ({error})")
+                image = source.load(name, *self.shape)
+                if isinstance(image, UserError):
+                    self.skipped.append(str(image))
                 else:
                     yield f"{source.path}/{name}", image
 
@@ -322,10 +298,8 @@ class ImageStream:
 def log_skipped(skipped: Sequence[str], count: int) -> None:
     """Log which of `count` images were skipped, and why."""
     if skipped:
-        more = "; ..." if len(skipped) > 3 else ""
-        log.warning(
-            "%d of %d images skipped: %s%s", len(skipped), count, "; ".join(skipped[:3]), more
-        )
+        first = [*skipped[:3], "..."] if len(skipped) > 3 else skipped
+        log.warning("%d of %d images skipped: %s", len(skipped), count, "; ".join(first))
 
 
 def _open_path(path: Path) -> Path | ImageSource:

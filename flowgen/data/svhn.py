@@ -7,17 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowgen.data.dataset import ImageDataset, Split, find_or_download, validation_mask
-from flowgen.utils.errors import UserError
+from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
+from flowgen.utils.errors import UserError, user_error
 
 URL = "http://ufldl.stanford.edu/housenumbers/"
 MD5 = {
     "train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
     "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3",
 }
-DOWNLOAD_HINT = (
-    f"Download train_32x32.mat and test_32x32.mat from {URL} and set data.root to their folder."
-)
 
 
 class SVHN(ImageDataset):
@@ -40,12 +37,14 @@ class SVHN(ImageDataset):
         search_dirs: Sequence[str] = ("svhn", "SVHN"),
         **options: Any,
     ):
-        files = {URL + name: md5 for name, md5 in MD5.items()}
-        folder = find_or_download(root, search_dirs, files, DOWNLOAD_HINT)
-        train = _read(folder / "train_32x32.mat")
-        test = _read(folder / "test_32x32.mat")
-        is_validation = validation_mask(len(train))
-        super().__init__(train[~is_validation], train[is_validation], test, **options)
+        folder = find_dataset(
+            root,
+            search_dirs,
+            f"Download {' and '.join(MD5)} from {URL} and set data.root to their folder.",
+            {URL + name: md5 for name, md5 in MD5.items()},
+        )
+        train, validation = split_validation(_read(folder / "train_32x32.mat"))
+        super().__init__(train, validation, _read(folder / "test_32x32.mat"), **options)
 
 
 def _read(path: Path) -> Split:
@@ -54,19 +53,17 @@ def _read(path: Path) -> Split:
         from scipy.io import loadmat
     except ImportError as error:
         raise UserError("data=svhn needs the package scipy: pip install 'flowgen[svhn]'") from error
-    try:
-        if not path.is_file():
-            raise FileNotFoundError(path)
+    with user_error(
+        f"{path} is missing, cut short or not a file of SVHN: download it again from {URL}"
+    ):
         arrays = loadmat(path, variable_names=["X", "y"])
         images = arrays["X"]
         labels = arrays["y"].flatten()
-        if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)) or not len(labels):
-            raise ValueError("wrong shape or type")
-        if not (labels.min() >= 1 and labels.max() <= 10):
-            raise ValueError("wrong labels")
-    except Exception as error:  # a damaged file raises errors of many kinds
-        raise UserError(
-            f"{path} is missing, cut short or not a file of SVHN: download it again from {URL}"
-        ) from error
+        if (
+            images.dtype != np.uint8
+            or images.shape != (32, 32, 3, len(labels))
+            or not 1 <= labels.min() <= labels.max() <= 10  # an error for an empty array
+        ):
+            raise ValueError("other images than those of SVHN")
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
     return Split(pixels, torch.from_numpy(labels.astype(np.int64) % 10))

@@ -35,16 +35,10 @@ class Toy2D(ImageDataset):
         check_choice(DISTRIBUTIONS, name=name)
         check_whole(num_points=num_points)
         generator = torch.Generator().manual_seed(0)
-        draw = DISTRIBUTIONS[name]
-        train = _to_pixels(draw(num_points, generator))
-        test = _to_pixels(draw(num_points, generator))
-        validation = _to_pixels(draw(num_points, generator))
+        points = torch.stack([DISTRIBUTIONS[name](num_points, generator) for _ in range(3)])
+        values = ((points + SPAN) * (256 / (2 * SPAN))).floor().clamp(0, 255).to(torch.uint8)
+        train, test, validation = map(Split, values.view(3, num_points, *TOY2D_SHAPE))
         super().__init__(train, validation, test, **options)
-
-
-def _to_pixels(points: Tensor) -> Split:
-    values = ((points + SPAN) * (256 / (2 * SPAN))).floor().clamp(0, 255)
-    return Split(values.to(torch.uint8).view(-1, *TOY2D_SHAPE))
 
 
 def moons(count: int, generator: torch.Generator) -> Tensor:
@@ -53,14 +47,14 @@ def moons(count: int, generator: torch.Generator) -> Tensor:
     upper = torch.rand(count, generator=generator) < 0.5
     x = torch.where(upper, angle.cos(), 1 - angle.cos())
     y = torch.where(upper, angle.sin(), 0.5 - angle.sin())
-    noise = 0.07 * torch.randn(count, 2, generator=generator)
-    return 1.8 * (torch.stack((x - 0.5, y - 0.25), 1) + noise)
+    points = torch.stack((x - 0.5, y - 0.25), 1)
+    return 1.8 * (points + 0.07 * torch.randn(count, 2, generator=generator))
 
 
 def rings(count: int, generator: torch.Generator) -> Tensor:
     """Draw points of four circles around one center, (count, 2)."""
-    radius = 0.8 * (1 + torch.randint(4, (count,), generator=generator))
-    radius = radius + 0.06 * torch.randn(count, generator=generator)
+    ring = 1 + torch.randint(4, (count,), generator=generator)
+    radius = 0.8 * ring + 0.06 * torch.randn(count, generator=generator)
     angle = 2 * math.pi * torch.rand(count, generator=generator)
     return radius[:, None] * torch.stack((angle.cos(), angle.sin()), 1)
 
@@ -77,8 +71,7 @@ def spirals(count: int, generator: torch.Generator) -> Tensor:
     """Draw points of a spiral with two arms, (count, 2)."""
     turn = 3 * math.pi * torch.rand(count, generator=generator).sqrt()
     arm = 2 * torch.randint(2, (count,), generator=generator) - 1
-    radius = turn / (3 * math.pi) * 3.4
-    points = radius[:, None] * torch.stack((turn.cos(), turn.sin()), 1)
+    points = torch.stack((turn.cos(), turn.sin()), 1) * (turn / (3 * math.pi) * 3.4)[:, None]
     return arm[:, None] * points + 0.08 * torch.randn(count, 2, generator=generator)
 
 

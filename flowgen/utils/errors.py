@@ -1,7 +1,8 @@
 """The error that users see, and checks that constructors share."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SYSTEM_DIRS = ("/dev", "/proc", "/sys")
@@ -9,6 +10,20 @@ SYSTEM_DIRS = ("/dev", "/proc", "/sys")
 
 class UserError(ValueError):
     """A mistake of the user. Its message is plain English and names the fix."""
+
+
+@contextmanager
+def user_error(message: str) -> Iterator[None]:
+    """Raise `UserError(message)` for any error in the block, except a `UserError`.
+
+    It is for the files of users: damaged ones raise errors of many kinds.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(message) from error
 
 
 def check_whole(low: int = 1, high: float = math.inf, **values: object) -> None:
@@ -32,12 +47,11 @@ def check_number(low: float = 0.0, **values: object) -> None:
 def check_choice(choices: Iterable[object], **values: object) -> None:
     """Raise `UserError` unless every value is one of `choices`."""
     choices = list(choices)
-    options = ", ".join(map(str, choices))
-    if len(choices) > 1:
-        options = f"one of {options}"
+    one_of = "one of " if len(choices) > 1 else ""
     for name, value in values.items():
         if value not in choices:
-            raise UserError(f"{name} must be {options}, not {value!r}")
+            options = ", ".join(map(str, choices))
+            raise UserError(f"{name} must be {one_of}{options}, not {value!r}")
 
 
 def check_folder_of(path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import user_error
 from flowgen.utils.files import atomic_write
 
 
@@ -63,19 +63,17 @@ def write_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("document.html").render(
-        title=title, lead=lead, sections=sections, contents=contents
-    )
+    template = environment.get_template("document.html")
     with atomic_write(path) as temporary:
-        temporary.write_text(page)
+        temporary.write_text(
+            template.render(title=title, lead=lead, sections=sections, contents=contents)
+        )
 
 
 def data_url(path: Path) -> str:
     """Return an image file as a data URL."""
-    try:
+    with user_error(f"{path} cannot be read: create it again"):
         return image_data_url(path.read_bytes(), path.suffix[1:])
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): create it again") from error
 
 
 def image_data_url(data: bytes, kind: str) -> str:

@@ -33,30 +33,17 @@ def _free_in_limits() -> Iterator[int]:
 
 
 def _free_in_cgroups() -> Iterator[int]:
-    """Yield what each control group of this process has left (version 2)."""
-    for folder in cgroup_folders():
+    """Yield what each control group of this process and its parents have left (version 2)."""
+    list_file = Path("/proc/self/cgroup")  # on Linux alone
+    lines = list_file.read_text().splitlines() if list_file.is_file() else []
+    groups = [CGROUPS / line[3:].lstrip("/") for line in lines if line.startswith("0::")]
+    for folder in (folder for group in groups for folder in (group, *group.parents)):
         limit_file = folder / "memory.max"
-        if not limit_file.is_file():
-            continue
-        limit = limit_file.read_text().strip()
+        limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
         if limit != "max":
             used = int((folder / "memory.current").read_text())
-            lines = (folder / "memory.stat").read_text().splitlines()
-            cached = [int(line.split()[1]) for line in lines if line.startswith("file ")]
-            yield int(limit) - used + sum(cached)  # cached pages of files are freed on demand
-
-
-def cgroup_folders() -> list[Path]:
-    """Return the folders of this process's control groups, version 2, from the innermost out.
-
-    Outside Linux there are no such folders.
-    """
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    groups = [CGROUPS / line[3:].lstrip("/") for line in lines if line.startswith("0::")]
-    return [folder for group in groups for folder in (group, *group.parents)]
+            stats = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+            yield int(limit) - used + int(stats.get("file", 0))  # cached pages are freed on demand
 
 
 def check_memory(
@@ -73,8 +60,7 @@ def check_memory(
     """
     free = free_memory() if free is None else free
     if count * bytes_each > free:
-        needed = f"{count * bytes_each / 2**30:,.0f} GiB"
         raise UserError(
-            f"{name}={count} needs at least {needed} of memory, and {free / 2**30:,.1f} GiB "
-            f"are free: at most {free // bytes_each} fit{hint}"
+            f"{name}={count} needs at least {count * bytes_each / 2**30:,.0f} GiB of memory, and "
+            f"{free / 2**30:,.1f} GiB are free: at most {free // bytes_each} fit{hint}"
         )

@@ -5,9 +5,9 @@ Lines differ in color, dash and marker, so that they can be distinguished withou
 
 import io
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
@@ -18,11 +18,9 @@ from flowgen.utils.metrics import Metric, MetricValue
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Points = Sequence[tuple[float, float]]
-Errors = Mapping[str, Sequence[float]]
-NO_ERRORS: Errors = MappingProxyType({})
-NO_OUTLIERS = (0.0, 0.0)
 
 # The palette of Okabe and Ito, safe for color-blind readers
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -38,9 +36,9 @@ def lines(
     *,
     xlabel: str,
     ylabel: str,
-    errors: Errors = NO_ERRORS,
+    errors: Mapping[str, Sequence[float]] | None = None,
     thin: Collection[str] = (),
-    outliers: tuple[float, float] = NO_OUTLIERS,
+    outliers: tuple[float, float] = (0.0, 0.0),
     right: tuple[str, float] | None = None,
 ) -> None:
     """Plot lines through the finite points (x, y) and write a PNG.
@@ -55,19 +53,16 @@ def lines(
         outliers: Shares of the lowest and the highest values that may be outside the frame.
         right: Label of a second y axis, and the offset that is added to y there.
     """
-    from matplotlib.figure import Figure
-
-    page = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = page.subplots()
-    _draw_lines(axes, named, errors=errors, thin=thin, outliers=outliers)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    if right:
-        label, offset = right
-        functions: Any = (lambda y: y + offset, lambda y: y - offset)
-        axes.secondary_yaxis("right", functions=functions).set_ylabel(label)
-    if len(named) > 1:
-        page.legend(loc="outside lower center", ncols=2, fontsize="small")
-    page.savefig(file, dpi=120, format="png")
+    with _figure(8, 4.5, file) as page:
+        axes = page.subplots()
+        _draw_lines(axes, named, errors or {}, thin, outliers)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        if right:
+            label, offset = right
+            functions: Any = (lambda y: y + offset, lambda y: y - offset)
+            axes.secondary_yaxis("right", functions=functions).set_ylabel(label)
+        if len(named) > 1:
+            page.legend(loc="outside lower center", ncols=2, fontsize="small")
 
 
 def dots(named: Mapping[str, tuple[float, float]], label: str, path: Path) -> None:
@@ -78,27 +73,23 @@ def dots(named: Mapping[str, tuple[float, float]], label: str, path: Path) -> No
         label: Label of the x axis.
         path: Path of the PNG.
     """
-    from matplotlib.figure import Figure
-
-    page = Figure(figsize=(8, 1.2 + 0.3 * len(named)), layout="constrained")
-    axes = page.subplots()
     names = list(named)[::-1]
     values, errors = zip(*(named[name] for name in names), strict=True)
-    axes.errorbar(values, range(len(names)), xerr=errors, fmt="o", color=COLORS[0], capsize=3)
-    for index, (value, error) in enumerate(zip(values, errors, strict=True)):
-        axes.annotate(
-            f"{value:.2f} ± {error:.2f}",
-            (value, index),
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7,
-        )
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_xlabel(label)
-    axes.margins(x=0.15)
-    axes.grid(alpha=0.3)
-    page.savefig(path, dpi=120, format="png")
+    with _figure(8, 1.2 + 0.3 * len(named), path) as page:
+        axes = page.subplots()
+        axes.errorbar(values, range(len(names)), xerr=errors, fmt="o", color=COLORS[0], capsize=3)
+        for index, (value, error) in enumerate(zip(values, errors, strict=True)):
+            axes.annotate(
+                f"{value:.2f} ± {error:.2f}",
+                (value, index),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set(xlabel=label, xmargin=0.15)
+        axes.grid(alpha=0.3)
 
 
 def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
@@ -112,8 +103,6 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
         metric: The metric of the model.
         path: Path of the PNG.
     """
-    from matplotlib.figure import Figure
-
     train = [row for row in rows if row["split"] == "train" and row.get("loss") is not None]
     losses = [(row["step"], row["loss"]) for row in train]
     loss_lines = {"training loss": losses, "training loss, moving average": moving_average(losses)}
@@ -125,45 +114,38 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
     if not losses and not metric_lines:
         return
     highest = (0.0, OUTLIER_SHARE)
-    lowest = (OUTLIER_SHARE, 0.0)
     if not train or metric.name in train[0]:
         panels = [(metric.name, loss_lines | metric_lines, highest)]
     else:  # the loss of an RBM is not a likelihood and gets its own panel
-        panels = [("loss", loss_lines, highest)]
-        if metric_lines:
-            outliers = lowest if metric.higher_is_better else highest
-            panels.insert(0, (metric.name, metric_lines, outliers))
-    page = Figure(figsize=(8, 3 + 3 * len(panels)), layout="constrained")
-    ratios = (*(2 for _ in panels), 1)
-    *upper, lower = page.subplots(len(panels) + 1, 1, sharex=True, height_ratios=ratios)
-    for axes, (label, named, outliers) in zip(upper, panels, strict=True):
-        _draw_lines(axes, named, thin=("training loss",), outliers=outliers)
-        axes.set_ylabel(label.replace("_", " "))
-        axes.legend()
-    norms = lower.twinx()
-    steps = [row["step"] for row in train]
-    for axes, key, label, color in (
-        (lower, "lr", "learning rate", COLORS[0]),
-        (norms, "grad_norm", "gradient norm", COLORS[1]),
-    ):
-        values = [row.get(key) or math.nan for row in train]
-        axes.plot(steps, values, color=color, linewidth=0.8)
-        axes.set_ylabel(label, color=color)
-    norms.set_yscale("log")
-    lower.set_xlabel("step")
-    page.savefig(path, dpi=120, format="png")
+        worst = (OUTLIER_SHARE, 0.0) if metric.higher_is_better else highest
+        panels = [(metric.name, metric_lines, worst), ("loss", loss_lines, highest)]
+    panels = [panel for panel in panels if any(panel[1].values())]
+    with _figure(8, 3 + 3 * len(panels), path) as page:
+        ratios = [2] * len(panels) + [1]
+        *upper, lower = page.subplots(len(panels) + 1, 1, sharex=True, height_ratios=ratios)
+        for axes, (label, named, outliers) in zip(upper, panels, strict=True):
+            _draw_lines(axes, named, {}, ("training loss",), outliers)
+            axes.set_ylabel(label.replace("_", " "))
+            axes.legend()
+        norms = lower.twinx()
+        for axes, key, label, color in (
+            (lower, "lr", "learning rate", COLORS[0]),
+            (norms, "grad_norm", "gradient norm", COLORS[1]),
+        ):
+            values = [row.get(key) or math.nan for row in train]
+            axes.plot([row["step"] for row in train], values, color=color, linewidth=0.8)
+            axes.set_ylabel(label, color=color)
+        norms.set_yscale("log")
+        lower.set_xlabel("step")
 
 
 def scatter_plot(points: Tensor, end: float) -> Image.Image:
     """Plot points (N, 2) in the square from 0 to `end`."""
-    from matplotlib.figure import Figure
-
-    page = Figure(figsize=(4, 4), layout="constrained")
-    axes = page.subplots()
-    axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=6, color=COLORS[0])
-    axes.set(xlim=(0, end), ylim=(0, end), aspect="equal")
     file = io.BytesIO()
-    page.savefig(file, dpi=100)
+    with _figure(4, 4, file, dpi=100) as page:
+        axes = page.subplots()
+        axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=6, color=COLORS[0])
+        axes.set(xlim=(0, end), ylim=(0, end), aspect="equal")
     return Image.open(file).convert("RGB")
 
 
@@ -187,31 +169,38 @@ def flow_panels(
         temperature: Standard deviation of the latents.
         path: Path of the PNG.
     """
-    from matplotlib.figure import Figure
-
-    page = Figure(figsize=(13, 3.6), layout="constrained")
-    axes = page.subplots(1, 4)
     angle = torch.atan2(latent[:, 1], latent[:, 0])
     style = {"c": angle.numpy(), "cmap": "twilight_shifted", "s": 2, "linewidths": 0}
-    axes[0].scatter(*target.T.numpy(), s=2, linewidths=0, color=COLORS[0])
-    axes[1].scatter(*latent.T.numpy(), **style)
-    axes[2].scatter(*samples.T.numpy(), **style)
-    picture = axes[3].imshow(
-        density.numpy(),
-        origin="lower",
-        extent=(0, 1, 0, 1),
-        cmap="magma",
-        vmax=density.quantile(0.998).item(),
-    )
-    page.colorbar(picture, ax=axes[3], label="density")
-    axes[1].set(xlim=(-4, 4), ylim=(-4, 4))
     base = "N(0, I)" if temperature == 1 else f"N(0, {temperature:g}² I)"
-    for panel, title in zip(axes, ("data", base, "samples", "density"), strict=True):
-        panel.set(title=title, aspect="equal")
-        panel.tick_params(labelsize=8)
-    for panel in (axes[0], axes[2]):
-        panel.set(xlim=(0, 1), ylim=(0, 1))
-    page.savefig(path, dpi=130, format="png")
+    with _figure(13, 3.6, path, dpi=130) as page:
+        axes = page.subplots(1, 4)
+        axes[0].scatter(*target.T.numpy(), s=2, linewidths=0, color=COLORS[0])
+        axes[1].scatter(*latent.T.numpy(), **style)
+        axes[2].scatter(*samples.T.numpy(), **style)
+        picture = axes[3].imshow(
+            density.numpy(),
+            origin="lower",
+            extent=(0, 1, 0, 1),
+            cmap="magma",
+            vmax=density.quantile(0.998).item(),
+        )
+        page.colorbar(picture, ax=axes[3], label="density")
+        for panel, title in zip(axes, ("data", base, "samples", "density"), strict=True):
+            square = (-4, 4) if title == base else (0, 1)
+            panel.set(title=title, aspect="equal", xlim=square, ylim=square)
+            panel.tick_params(labelsize=8)
+
+
+@contextmanager
+def _figure(
+    width: float, height: float, file: Path | BinaryIO, dpi: int = 120
+) -> Iterator["Figure"]:
+    """Yield a figure of this size in inches, then write it as a PNG."""
+    from matplotlib.figure import Figure  # slow to import, and rarely needed
+
+    page = Figure(figsize=(width, height), layout="constrained")
+    yield page
+    page.savefig(file, dpi=dpi, format="png")
 
 
 def moving_average(points: Points, memory: float = 0.95) -> list[tuple[float, float]]:
@@ -229,7 +218,7 @@ def moving_average(points: Points, memory: float = 0.95) -> list[tuple[float, fl
 
 
 def limits(
-    values: Iterable[float], outliers: tuple[float, float] = NO_OUTLIERS
+    values: Iterable[float], outliers: tuple[float, float] = (0.0, 0.0)
 ) -> tuple[float, float] | None:
     """Return the lowest and the highest finite value with a margin, or None without values.
 
@@ -247,10 +236,9 @@ def limits(
 def _draw_lines(
     axes: "Axes",
     named: Mapping[str, Points],
-    *,
-    errors: Errors = NO_ERRORS,
-    thin: Collection[str] = (),
-    outliers: tuple[float, float] = NO_OUTLIERS,
+    errors: Mapping[str, Sequence[float]],
+    thin: Collection[str],
+    outliers: tuple[float, float],
 ) -> None:
     finite = {
         name: [(x, math.nan if y is None else y) for x, y in points]
@@ -258,15 +246,20 @@ def _draw_lines(
         if points
     }
     for index, (name, points) in enumerate(finite.items()):
-        style: dict[str, Any] = {
-            "color": COLORS[index % len(COLORS)],
-            "linestyle": DASHES[index % len(DASHES)],
-            "linewidth": 0.6 if name in thin else 1.6,
-        }
-        if len(points) <= MAX_MARKERS and name not in thin:
-            style |= {"marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+        has_markers = len(points) <= MAX_MARKERS and name not in thin
         x, y = zip(*points, strict=True)
-        axes.errorbar(x, y, errors.get(name), label=name, capsize=3, **style)
+        axes.errorbar(
+            x,
+            y,
+            errors.get(name),
+            label=name,
+            capsize=3,
+            color=COLORS[index % len(COLORS)],
+            linestyle=DASHES[index % len(DASHES)],
+            linewidth=0.6 if name in thin else 1.6,
+            marker=MARKERS[index % len(MARKERS)] if has_markers else None,
+            markersize=4,
+        )
     if frame := limits((y for points in finite.values() for _, y in points), outliers):
         axes.set_ylim(*frame)
     axes.grid(alpha=0.3)

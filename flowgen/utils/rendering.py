@@ -55,8 +55,8 @@ def _tile(tiles: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
     """Arrange images in rows on white, with a gap around each."""
     width = max(tile.width for tile in tiles) + gap
     height = max(tile.height for tile in tiles) + gap
-    rows = -(-len(tiles) // columns)
-    size = (width * min(columns, len(tiles)) + gap, height * rows + gap)
+    columns = min(columns, len(tiles))
+    size = (width * columns + gap, height * math.ceil(len(tiles) / columns) + gap)
     page = Image.new("RGB", size, "white")
     for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
@@ -69,12 +69,10 @@ def save_zip(batches: Iterable[Tensor], bits: int, path: Path) -> None:
 
     Each batch is written before the next one is drawn.
     """
-    index = 0
+    images = (image for batch in batches for image in batch)
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for images in batches:
-            for image in images:
-                archive.writestr(f"{index:07d}.png", encode_png(image, bits))
-                index += 1
+        for index, image in enumerate(images):
+            archive.writestr(f"{index:07d}.png", encode_png(image, bits))
 
 
 def encode_png(image: Tensor, bits: int) -> bytes:
@@ -106,9 +104,8 @@ def weight_grid(weights: Tensor, columns: int = 20, max_tiles: int = 400) -> Ima
     scaled = weights[:max_tiles].mean(1).cpu().float()
     scaled = scaled / scaled.abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
     color = torch.where(scaled[..., None] > 0, ORANGE, BLUE)
-    pixels = 255 + (color - 255) * scaled.abs()[..., None]
-    tiles = pixels.round().to(torch.uint8).permute(0, 3, 1, 2)
-    return image_grid(tiles, 8, columns=min(columns, len(tiles)))
+    pixels = (255 + (color - 255) * scaled.abs()[..., None]).round().to(torch.uint8)
+    return image_grid(pixels.permute(0, 3, 1, 2), 8, columns=min(columns, len(pixels)))
 
 
 def titled_grids(grids: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Image.Image:
@@ -121,17 +118,18 @@ def stack_titled(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     font = ImageFont.load_default(14)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     boxes = [measure.multiline_textbbox((4, 4), title, font) for title, _ in pictures]
-    title_heights = [math.ceil(box[3]) + 4 for box in boxes]
-    widths = [picture.width for _, picture in pictures]
-    widths += [math.ceil(box[2]) + 4 for box in boxes]
-    height = sum(title_heights) + sum(picture.height for _, picture in pictures)
-    page = Image.new("RGB", (max(widths), height), "white")
+    sizes = [
+        (max(picture.width, math.ceil(box[2]) + 4), picture.height + math.ceil(box[3]) + 4)
+        for (_, picture), box in zip(pictures, boxes, strict=True)
+    ]
+    widths, heights = zip(*sizes, strict=True)
+    page = Image.new("RGB", (max(widths), sum(heights)), "white")
     draw = ImageDraw.Draw(page)
-    top = 0
-    for (title, picture), title_height in zip(pictures, title_heights, strict=True):
-        draw.multiline_text((4, top + 4), title, fill="black", font=font)
-        page.paste(picture, (0, top + title_height))
-        top += picture.height + title_height
+    bottom = 0
+    for (title, picture), height in zip(pictures, heights, strict=True):
+        draw.multiline_text((4, bottom + 4), title, fill="black", font=font)
+        bottom += height
+        page.paste(picture, (0, bottom - picture.height))
     return page
 
 
