@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SMALL
 from PIL import Image
-from test_cli import assert_plain
+from test_cli import assert_error
 from test_completion import make_flow, small_field
 from test_labels import attribute_list
 from test_models import MODELS, random_images
@@ -249,7 +249,7 @@ def test_edit_uses_folders_as_classes(images, command, tmp_path):
     assert status == 0
     assert "directions of 2 classes" in error
     assert flowgen.load(run).num_classes is None
-    assert_plain(command(*edit, "2"), "unknown class 2: choose one of 0, 1")
+    assert_error(command(*edit, "2"), "unknown class 2: choose one of 0, 1")
 
 
 @pytest.mark.parametrize(
@@ -274,18 +274,18 @@ def test_edit_uses_folders_as_classes(images, command, tmp_path):
 )
 def test_edit_errors_are_one_line(labeled, tiny_run, command, arguments, message, status):
     edit = ["edit", labeled / "000.png", "--run", tiny_run, "--attribute"]
-    assert_plain(command(*edit, *arguments), message, status)
+    assert_error(command(*edit, *arguments), message, status)
 
 
 def test_edit_without_images_attributes_or_labels_is_an_error(tiny_run, images, command):
     attribute = ["--attribute", "Smiling"]
-    assert_plain(command("edit", *attribute), "IMG", 2)
-    assert_plain(command("edit", images / "000.png"), "--attribute", 2)
-    assert_plain(
+    assert_error(command("edit", *attribute), "IMG", 2)
+    assert_error(command("edit", images / "000.png"), "--attribute", 2)
+    assert_error(
         command("edit", images / "000.png", "--run", tiny_run, *attribute),
         "the images of this run have no labels",
     )
-    assert_plain(
+    assert_error(
         command("edit", images / "no.png", "--run", tiny_run, *attribute), "does not exist"
     )
 
@@ -309,4 +309,4 @@ def test_errors_of_tables_are_one_line(tiny_run, images, command, text, message)
     table = images / "mine.csv"
     table.write_text(text)
     edit = ["edit", images / "000.png", "--run", tiny_run, "--attribute", "A"]
-    assert_plain(command(*edit, "--labels", table), message)
+    assert_error(command(*edit, "--labels", table), message)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import assert_plain
+from test_cli import assert_error
 
 from flowgen.commands.export import license_id
 from flowgen.config.loading import data_section
@@ -152,9 +152,9 @@ def test_errors_of_the_hub_are_one_line(hub, tiny_run):
         ("me/other", "me/other on the Hub is not a model of flowgen"),
         ("me/broken", "not a model of flowgen"),
     ):
-        assert_plain(run(hub, "sample", "--run", f"hf:{name}"), message)
+        assert_error(run(hub, "sample", "--run", f"hf:{name}"), message)
     push = ["push", tiny_run, "me/faces", "--license", "mit"]
-    assert_plain(run(hub, *push, token="hf_wrong"), "log in with HF_TOKEN")
+    assert_error(run(hub, *push, token="hf_wrong"), "log in with HF_TOKEN")
 
 
 @pytest.mark.parametrize(
@@ -162,20 +162,20 @@ def test_errors_of_the_hub_are_one_line(hub, tiny_run):
     ["hf:", "hf:me", "hf:me/../../x", "hf:me/a/b", "hf:/x", "hf:me/.x", "hf:me/x y", "hf:me/x\n"],
 )
 def test_invalid_names_are_refused_before_any_request(command, name):
-    assert_plain(command("sample", "--run", name), "is not the name of a model on the Hub")
+    assert_error(command("sample", "--run", name), "is not the name of a model on the Hub")
 
 
 def test_push_needs_a_name_a_run_and_a_license(tiny_run, command):
-    assert_plain(command("push", tiny_run, "faces"), "is not the name of a model on the Hub")
-    assert_plain(command("push", "nowhere", "me/faces"), "flowgen runs")
-    assert_plain(command("push", tiny_run, "me/faces"), "pass --license NAME")
+    assert_error(command("push", tiny_run, "faces"), "is not the name of a model on the Hub")
+    assert_error(command("push", "nowhere", "me/faces"), "flowgen runs")
+    assert_error(command("push", tiny_run, "me/faces"), "pass --license NAME")
 
 
 def test_without_huggingface_hub_the_error_says_how_to_install_it(tiny_run, command, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     install = "pip install 'flowgen[hub]'"
-    assert_plain(command("sample", "--run", "hf:me/faces"), install)
-    assert_plain(command("push", tiny_run, "me/faces", "--license", "mit"), install)
+    assert_error(command("sample", "--run", "hf:me/faces"), install)
+    assert_error(command("push", tiny_run, "me/faces", "--license", "mit"), install)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_faces_are_refused_before_anything_is_sent(tiny_run, command, tmp_path):
     path = tmp_path / "faces.safetensors"
     export_safetensors(checkpoint, {}, "flowgen train", path)
     push = ["push", path, "me/faces", "--license", "mit"]
-    assert_plain(command(*push), "non-commercial research only")
+    assert_error(command(*push), "non-commercial research only")
 
 
 def test_the_license_of_a_folder_of_faces_is_exported_with_the_model(tiny_run, command, tmp_path):
@@ -205,7 +205,7 @@ def test_the_license_of_a_folder_of_faces_is_exported_with_the_model(tiny_run, c
         exported = tmp_path / f"{target}.safetensors"
         assert command("export", source, exported)[0] == 0
         push = ["push", exported, "me/faces", "--license", "mit"]
-        assert_plain(command(*push), "this model must not be published")
+        assert_error(command(*push), "this model must not be published")
         assert "FFHQ (NVIDIA) is licensed under" in exported.with_suffix(".md").read_text()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conftest import SMALL
 from PIL import Image
-from test_cli import assert_plain
+from test_cli import assert_error
 
 
 class Page(HTMLParser):
@@ -105,5 +105,5 @@ def test_a_missing_run_is_an_error_and_a_checkpoint_selects_its_run(images, comm
         assert command("train", *training, f"output_dir=outputs/{name}")[0] == 0
     checkpoint = "outputs/one/checkpoints/last.pt"
     assert command("report", checkpoint)[1].strip() == "outputs/one/report.html"
-    assert_plain(command("report", "nothing"), "is not a run")
-    assert_plain(command("report", " "), "an empty name is not a run")
+    assert_error(command("report", "nothing"), "is not a run")
+    assert_error(command("report", " "), "an empty name is not a run")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SMALL, save_image
 from PIL import Image
-from test_cli import assert_plain
+from test_cli import assert_error
 from test_models import MODELS, glow, initialized, random_images
 
 import flowgen
@@ -361,7 +361,7 @@ def test_score_errors_are_one_line(
     (elsewhere / "text.png").write_text("not an image")
     (elsewhere / "empty").mkdir()
     monkeypatch.setattr("flowgen.data.dataset.download", fail_download)
-    assert_plain(command("score", *arguments, "--run", tiny_run), message, status)
+    assert_error(command("score", *arguments, "--run", tiny_run), message, status)
 
 
 def test_an_rbm_scores_binarized_images_in_nats(command, images):
@@ -374,7 +374,7 @@ def test_an_rbm_scores_binarized_images_in_nats(command, images):
     assert "bits_per_dim" not in rows[0]
     assert "last_level" not in rows[0]
     assert math.isfinite(float(rows[0]["combined"]))
-    assert_plain(
+    assert_error(
         command("score", images, "--score", "last_level"),
         "choose one of likelihood, complexity, combined, typicality",
     )

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from enumeration import machine
+from enumeration import small_rbm
 from safetensors.torch import save_file
-from test_cli import assert_plain
+from test_cli import assert_error
 
 import flowgen
 from flowgen.config.runs import find_checkpoint
@@ -136,7 +136,7 @@ def test_a_verdict_without_log_z_is_ignored(exported):
     metadata = read_portable_metadata(exported) | {"metrics": {"reliable": True}}
     weights = read_safetensors(exported)["model"]
     save_file(weights, exported, metadata={"flowgen": json.dumps(metadata)})
-    rbm = machine(6, 4)
+    rbm = small_rbm(6, 4)
     rbm.load_eval_results(read_safetensors(exported)["metrics"])
     assert rbm.log_z is None
     assert isinstance(flowgen.load(exported), Glow)
@@ -227,6 +227,6 @@ def test_export_includes_the_evaluation_of_the_run(tiny_run, command, tmp_path):
 )
 def test_export_errors_are_one_line(tiny_run, command, elsewhere, name, message):
     (elsewhere / "there.md").write_text("mine")
-    assert_plain(command("export", tiny_run, name), message)
+    assert_error(command("export", tiny_run, name), message)
     assert not list(elsewhere.glob("*.safetensors"))
-    assert_plain(command("export", "nowhere", "mine.safetensors"), "flowgen runs")
+    assert_error(command("export", "nowhere", "mine.safetensors"), "flowgen runs")
