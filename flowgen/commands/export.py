@@ -93,17 +93,14 @@ def export(*, run: str, path: Path, called: str | None = None) -> list[Path]:
     model = load_from_checkpoint(checkpoint)
     images, _ = sample_images(model, NUM_SAMPLES, config["trainer"]["sample_temperature"], seed=0)
     rendering.image_grid(images, model.bits, COLUMNS).save(picture)
-    dataset_license = license_of_dataset(config["data"])
-    card.write_text(
-        model_card(
-            title=called or path.stem,
-            run=called or path.name,
-            picture=picture.name,
-            metadata=read_portable_metadata(path),
-            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-            license_text=dataset_license.text if dataset_license else UNKNOWN_LICENSE,
-        )
+    text = model_card(
+        title=called or path.stem,
+        run=called or path.name,
+        picture=picture.name,
+        metadata=read_portable_metadata(path),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+    card.write_text(text)
     return [path, card, picture]
 
 
@@ -135,15 +132,10 @@ def dataset_name(data: dict[str, Any]) -> str:
 
 def _test_metrics(run_dir: Run, step: int) -> dict[str, Any]:
     """Return the test metrics that the run logged at this step."""
-    for row in reversed(run_dir.read_metrics()):
-        if row["split"] == "test" and row["step"] == step:
-            return {key: value for key, value in row.items() if key != "step"}
-    return {}
-
-
-def license_of_dataset(data: dict[str, Any]) -> License | None:
-    """Return the license of the images of a data section, or None if it is unknown."""
-    return LICENSES.get(dataset_name(data))
+    at_step = [
+        row for row in run_dir.read_metrics() if (row["split"], row["step"]) == ("test", step)
+    ]
+    return {key: value for key, value in at_step[-1].items() if key != "step"} if at_step else {}
 
 
 def model_card(
@@ -153,7 +145,6 @@ def model_card(
     picture: str,
     metadata: dict[str, Any],
     num_parameters: int,
-    license_text: str,
 ) -> str:
     """Return a model card in Markdown.
 
@@ -163,15 +154,15 @@ def model_card(
         picture: File name of the samples.
         metadata: Metadata of the model file.
         num_parameters: Number of parameters of the model.
-        license_text: License of the training images.
     """
     config = metadata["config"]
     metrics = metadata["metrics"]
     model = str(config["model"]["_target_"]).rpartition(".")[2]
+    dataset = dataset_name(config["data"])
     images = f"{metrics['images']:,} images of " if metrics.get("images") else ""
     return f"""# {title}
 
-{model} model of {dataset_name(config["data"])} images with {config["data"].get("bits")} bits per
+{model} model of {dataset} images with {config["data"].get("bits")} bits per
 channel. It has {num_parameters:,} parameters and was trained by flowgen for {metadata["step"]:,}
 optimizer steps on {metadata["images_seen"]:,} images, counting repetitions.
 
@@ -192,7 +183,7 @@ On {images}the test split:
 
 ## License
 
-{license_text}
+{LICENSES[dataset].text if dataset in LICENSES else UNKNOWN_LICENSE}
 
 ## Configuration
 
@@ -240,7 +231,7 @@ def license_id(data: dict[str, Any], license_name: str | None) -> str:
     Raises:
         UserError: if the license of the images forbids to publish the model.
     """
-    dataset_license = license_of_dataset(data)
+    dataset_license = LICENSES.get(dataset_name(data))
     if dataset_license is None:
         if license_name is None:
             raise UserError(
@@ -271,7 +262,7 @@ def front_matter(metadata: dict[str, Any], spdx_id: str) -> str:
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["flowgen", family, model.lower()],
     }
-    dataset = HUB_DATASETS.get(dataset_name(metadata["config"]["data"]))
-    if dataset:
-        facts["datasets"] = [dataset]
+    dataset = dataset_name(metadata["config"]["data"])
+    if dataset in HUB_DATASETS:
+        facts["datasets"] = [HUB_DATASETS[dataset]]
     return f"---\n{safe_dump(facts, sort_keys=False)}---\n"
