@@ -266,9 +266,10 @@ def _score_batches(scorer: Scorer, paths: list[Path], seed: int) -> Iterator[lis
 def _format_table(metric_name: str, score: str, items: list[ImageScore]) -> Iterator[str]:
     heading = metric_name.replace("_", " ")
     yield f"{heading:>14} {'percentile':>11} {'p-value':>8}  image, most anomalous by {score} first"
-    columns = (metric_name, "percentile", f"{score}_p")
     for name, _, metrics in items:
-        yield "{:14.3f} {:11.1f} {:8.4f}  {}".format(*(metrics[key] for key in columns), name)
+        percentile = metrics["percentile"]
+        p_value = metrics[f"{score}_p"]
+        yield f"{metrics[metric_name]:14.3f} {percentile:11.1f} {p_value:8.4f}  {name}"
 
 
 def _tiles(scorer: Scorer, items: list[ImageScore], score: str) -> Image.Image:
