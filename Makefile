@@ -3,24 +3,24 @@ PYTHON ?= python3
 FLOWGEN := .venv/bin/flowgen
 DEMO := outputs/demo
 
-PRESET ?= full
+SCALE ?= full
 DATA ?= celeba_hq
 
 FAULTS ?= 20
 
 .PHONY: help setup demo test lint faults bench zoo reproduce-thesis
 
-help: ## this list
+help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
 
-setup: $(FLOWGEN) ## a virtual environment with everything, in .venv
+setup: $(FLOWGEN) ## create a virtual environment with all extras in .venv
 
 $(FLOWGEN): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(FLOWGEN) ## what trained models draw, then 1,500 steps of training on embedded digits, about 3 minutes on two cores
+demo: $(FLOWGEN) ## sample from trained models, then train 1,500 steps on embedded digits; 3 minutes on two cores
 	$(FLOWGEN) sample --run zoo/glow_mnist
 	$(FLOWGEN) sample --run zoo/rbm_mnist
 	$(FLOWGEN) train experiment=demo output_dir=$(DEMO) resume=true
@@ -29,31 +29,31 @@ demo: $(FLOWGEN) ## what trained models draw, then 1,500 steps of training on em
 	.venv/bin/python scripts/reproduce/save_digits.py $(DEMO)
 	$(FLOWGEN) interpolate $(DEMO)/digit_2.png $(DEMO)/digit_7.png --run $(DEMO)
 	@echo
-	@echo "Look at   outputs/zoo/glow_mnist/sample.png and outputs/zoo/rbm_mnist/sample.png: models that the package brings"
-	@echo "          $(DEMO)/sample.png and $(DEMO)/interpolation.png: the model that was just trained here"
+	@echo "Look at   outputs/zoo/glow_mnist/sample.png and outputs/zoo/rbm_mnist/sample.png: samples of the models of the package"
+	@echo "          $(DEMO)/sample.png and $(DEMO)/interpolation.png: the new model"
 	@echo "Then try  source .venv/bin/activate"
 	@echo "          flowgen sample --run zoo/glow_mnist --label 3 --temperature 0.6"
 	@echo "          flowgen interpolate $(DEMO)/digit_2.png $(DEMO)/digit_7.png --run zoo/glow_mnist --out walk.gif"
 	@echo "          flowgen train data=folder data.root=PICTURES data.size=32 data.bits=5 trainer.minutes=30"
 
-test: $(FLOWGEN) ## every test
+test: $(FLOWGEN) ## run all tests
 	.venv/bin/pytest -n 2 --dist worksteal
 
-lint: $(FLOWGEN) ## style and types
+lint: $(FLOWGEN) ## check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-reproduce-thesis: $(FLOWGEN) ## every figure of the thesis and of the slides: PRESET=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
-	.venv/bin/python scripts/reproduce/thesis --preset $(PRESET) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
+reproduce-thesis: $(FLOWGEN) ## make every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
+	.venv/bin/python scripts/reproduce/thesis --preset $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
 
-faults: $(FLOWGEN) ## kills, full disks, foreign files, odd command lines and properties, minutes: FAULTS=1000 for as many kills, hours
+faults: $(FLOWGEN) ## run the fuzzers (kills, full disks, damaged files, command lines): minutes, or hours with FAULTS=1000
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 .venv/bin/python tests/fuzz/run.py --count $(FAULTS)
 	FLOWGEN_EXAMPLES=$$((10 * $(FAULTS))) .venv/bin/pytest -n 2 tests/test_properties.py
 
-zoo: $(FLOWGEN) ## train the models that the package brings: hours
+zoo: $(FLOWGEN) ## train the models of the package: hours
 	.venv/bin/python scripts/reproduce/zoo.py $(NAMES)
 
-bench: $(FLOWGEN) ## training speed beside other packages
+bench: $(FLOWGEN) ## compare the training speed with other packages
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	.venv/bin/python scripts/benchmarks/bench.py

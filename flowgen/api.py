@@ -97,7 +97,7 @@ class EvalReport(Mapping[str, MetricValue]):
     shows everything.
 
     Args:
-        conditions: what was evaluated: run, step, split.
+        conditions: run, step and split of the evaluation.
         metrics: the measured values.
     """
 
@@ -434,7 +434,7 @@ def _availability(name: str) -> str:
     section = read_yaml(f"data/{name}")
     if "root" not in section:  # generated, or part of a package
         return "present"
-    if any((data_folder() / folder).exists() for folder in section["search_dirs"]):
+    if any((data_folder() / folder).exists() for folder in section.get("search_dirs") or []):
         return "present"
     root = settings_of_file(f"data/{name}")["data.root"]
     return "downloadable" if "download" in root.meaning else "missing"

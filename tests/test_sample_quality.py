@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_models import glow, noise, started
+from test_models import glow, initialized, random_images
 
 from flowgen.data.mnist import MNISTSample
 from flowgen.evaluation import interpolation, sample_quality, stats
@@ -78,8 +78,8 @@ def test_means_have_a_standard_error_of_two_digits():
 
 
 def test_interpolation_through_pixels_is_even_and_both_paths_meet_at_the_ends():
-    model = started("glow")
-    first, second = noise(5, 6) // 2, noise(5, 6) // 2
+    model = initialized("glow")
+    first, second = random_images(5, 6) // 2, random_images(5, 6) // 2
     latent, pixels = interpolate_pairs(model, first, second, torch.linspace(0, 1, 5))
     assert latent.shape == pixels.shape == (5, *first.shape)
     for path in (latent, pixels):
@@ -98,8 +98,8 @@ def test_step_sizes_and_unevenness_of_known_paths():
 
 
 def test_interpolation_follows_the_given_curve():
-    model = started("glow")
-    images = noise(5, 2) // 2
+    model = initialized("glow")
+    images = random_images(5, 2) // 2
     first, second = images[:1], images[1:]
     fractions = torch.tensor([0.25, 0.5])
     latents = slerp(model.encode(first), model.encode(second), fractions[:, None])
@@ -158,7 +158,7 @@ def test_flow_report_compares_samples_with_test_images():
 
 def test_the_classifier_reports_the_share_of_confident_predictions():
     classifier = sample_quality.Classifier((1, 8, 8), bits=5, num_classes=3).eval()
-    images = noise(5, 20, channels=1)
+    images = random_images(5, 20, channels=1)
     label, confidence = classifier.predict(images)
     assert label.shape == confidence.shape == (20,)
     assert torch.equal(classifier(images).argmax(1), label)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from enumeration import all_states, small_rbm
-from test_models import glow, noise
+from test_models import glow, random_images
 from test_rbm_runs import TINY
 
 import flowgen
@@ -41,7 +41,7 @@ def test_an_unreliable_log_z_is_not_used():
 
 
 def test_the_mean_score_of_a_flow_is_its_evaluation():
-    model, images = glow(), noise(5, 10)
+    model, images = glow(), random_images(5, 10)
     model.initialize(images)
     generator = torch.Generator().manual_seed(0)
     score = model.score(images, num_importance_samples=3, generator=generator)

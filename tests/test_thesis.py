@@ -18,7 +18,6 @@ import pytest
 import rbm_figures
 import torch
 from conftest import save_image
-from flowgen.config.settings import group_options
 from original_images import original_images
 from PIL import Image
 from test_architecture import image_shape
@@ -26,6 +25,7 @@ from test_report import Page
 
 from flowgen.config.compose import compose_config
 from flowgen.config.instantiate import build_model, with_image_shape
+from flowgen.config.settings import group_options
 from flowgen.data.image_folder import split_names
 from flowgen.data.preprocess import open_source
 
@@ -138,7 +138,7 @@ def test_a_missing_fid_network_is_reported_before_any_training(tmp_path, monkeyp
     [
         (["--preset", "small"], ["CelebA-HQ", "ROOT=FOLDER", "DATA=celeba", "DATA=folder"]),
         (["--preset", "small", "--data", "folder"], ["ROOT="]),
-        (["--preset", "full"], ["PRESET=small"]),
+        (["--preset", "full"], ["SCALE=small"]),
     ],
 )
 def test_missing_data_and_gpu_are_reported_before_any_training(

@@ -110,7 +110,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_comments(text: str) -> dict[str, str]:
     """Return the comments of a YAML text by full key, such as `model.width`.
 
-    A comment above a key, at the same indentation, belongs to a key without one of its own.
+    A comment above a key, at the same indentation, belongs to a key without a comment on its line.
     """
     comments: dict[str, str] = {}
     parents: list[tuple[int, str]] = []
@@ -199,7 +199,7 @@ def settings_help(topics: Sequence[str] = (), width: int = 100) -> str:
     """Return tables of settings with defaults and meanings.
 
     Args:
-        topics: groups to show, as in `model` or `model=rbm`; all if there are none. Overrides of
+        topics: groups to show, as in `model` or `model=rbm`; all by default. Overrides of
             single settings are ignored.
         width: maximum length of a line.
 

@@ -148,7 +148,7 @@ class Run:
             temporary.write_text(json.dumps(content) + "\n")
 
     def load_evaluation(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Return the saved metrics of a checkpoint, or {} if no evaluation of its weights was saved."""
+        """Return the metrics that were saved for the weights of a checkpoint, or {}."""
         try:
             metrics = json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
         except (OSError, ValueError, RecursionError):

@@ -77,7 +77,7 @@ class Reproduction:
         self.face_overrides = [f"data={self.data}"]
         if self.root is not None:
             self.face_overrides.append(f"data.root={self.root}")
-        variables = [f"PRESET={preset}", f"DATA={data}"]
+        variables = [f"SCALE={preset}", f"DATA={data}"]
         if root:
             variables.append(f"ROOT='{root}'")
         if groups != list(GROUPS):
