@@ -132,24 +132,26 @@ def mask(known: str, image_shape: tuple[int, int, int], seed: int = 0) -> Tensor
         A boolean mask (channels, height, width), true where a pixel is known.
     """
     _, height, width = image_shape
-    mask = torch.zeros(image_shape, dtype=torch.bool)
-    halves = {
-        "left": (slice(None), slice(width // 2)),
-        "right": (slice(None), slice(width // 2, None)),
-        "top": (slice(height // 2), slice(None)),
-        "bottom": (slice(height // 2, None), slice(None)),
+    row = torch.arange(height)[:, None]
+    column = torch.arange(width)
+    masks = {
+        "left": column < width // 2,
+        "right": column >= width // 2,
+        "top": row < height // 2,
+        "bottom": row >= height // 2,
+        "border": (row < height // 4)
+        | (row >= height - height // 4)
+        | (column < width // 4)
+        | (column >= width - width // 4),
     }
     name, _, percent = known.partition(":")
-    if known in halves:
-        mask[:, *halves[known]] = True
-    elif known == "border":
-        mask[:] = True
-        mask[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = False
+    if known in masks:
+        mask = masks[known]
     elif name == "random" and percent in map(str, range(1, 100)):
         generator = torch.Generator().manual_seed(seed)
-        mask[:] = torch.rand(height, width, generator=generator) < int(percent) / 100
+        mask = torch.rand(height, width, generator=generator) < int(percent) / 100
     elif Path(known).suffix:
-        mask[:] = read_unscaled(Path(known), (1, height, width), 1)[0] == 1
+        mask = read_unscaled(Path(known), (1, height, width), 1)[0] == 1
     else:
         raise UserError(
             "--known must be left, right, top, bottom, border, random:PERCENT, grayscale, "
@@ -157,7 +159,7 @@ def mask(known: str, image_shape: tuple[int, int, int], seed: int = 0) -> Tensor
             f"not {known!r}"
         )
     check_mask(mask, known)
-    return mask
+    return mask.expand(image_shape)
 
 
 def check_mask(mask: Tensor, name: str) -> None:

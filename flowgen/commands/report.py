@@ -77,32 +77,35 @@ def _sections(runs: list[Run]) -> list[Section]:
     configs = [flatten(read_config(run.config)) for run in runs]
     head, *rows = overview(runs)
     names = [row[0] for row in rows]
-    link = Markup('<a href="#run{}">{}</a>')
+    anchors = [f"run{number}" for number in range(1, len(runs) + 1)]
+    link = Markup('<a href="#{}">{}</a>')
     linked = [
-        [link.format(number, name), *cells] for number, (name, *cells) in enumerate(rows, start=1)
+        [link.format(anchor, name), *cells]
+        for anchor, (name, *cells) in zip(anchors, rows, strict=True)
     ]
     curves = _validation_curves(names, [run.read_metrics() for run in runs])
     sections = [Section("runs", "", table=[head, *linked], pictures=curves)]
     if differences := _differences(configs):
         table = [["setting", *names], *differences]
         sections.append(Section("differences", "Where the configurations differ", table=table))
-    for number, (name, run, config) in enumerate(zip(names, runs, configs, strict=True), start=1):
-        sections.append(_run_section(f"run{number}", name, run, config))
-    return sections
+    return sections + list(map(_run_section, anchors, rows, runs, configs))
 
 
 def overview(runs: list[Run]) -> list[list[str]]:
-    """Return a table with a heading and one row per run: its model, data, metric and costs."""
+    """Return a table with a heading and one row per run: its model, data, metric and costs.
+
+    The metric is the test metric or, before the end, the best validation metric.
+    """
     table = [["run", "model", "data", "metric", "step", "images/s", "hours", "memory, GiB"]]
     for name, run in zip(_short_names([run.folder for run in runs]), runs, strict=True):
         config = flatten(read_config(run.config))
         rows = run.read_metrics()
-        model, data = (
-            str(config.get(f"{group}._target_", "")).rpartition(".")[2]
-            for group in ("model", "data")
-        )
-        data = config.get("data.name") or data
-        table.append([name, model, data, _metric(rows), _last_step(rows), *_costs(rows)])
+        model = str(config.get("model._target_", "")).rpartition(".")[2]
+        data = str(config.get("data._target_", "")).rpartition(".")[2]
+        metric = str(best_metric(rows) or "not evaluated yet")
+        step = f"{max((row['step'] for row in rows), default=0):,}"
+        costs = _costs(rows)
+        table.append([name, model, config.get("data.name") or data, metric, step, *costs])
     return table
 
 
@@ -114,15 +117,6 @@ def _short_names(folders: list[Path]) -> list[str]:
     columns = enumerate(zip(*parts, strict=False))
     shared = next((index for index, names in columns if len(set(names)) > 1), 0)
     return [str(Path(*names[shared:])) if names[shared:] else names[-1] for names in parts]
-
-
-def _metric(rows: list[dict[str, Any]]) -> str:
-    """Return the test metric with its error; before the end, the best validation metric."""
-    return str(best_metric(rows) or "not evaluated yet")
-
-
-def _last_step(rows: list[dict[str, Any]]) -> str:
-    return f"{max((row['step'] for row in rows), default=0):,}"
 
 
 def _costs(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
@@ -161,8 +155,8 @@ def _validation_curves(names: list[str], rows: list[list[dict[str, Any]]]) -> li
             ylabel=f"validation {text}, {metric.unit}",
             outliers=(0.05, 0.05),
         )
-        source = image_data_url(file.getvalue(), "png")
-        pictures.append(Picture(f"Validation {text} against the step.", source))
+        url = image_data_url(file.getvalue(), "png")
+        pictures.append(Picture(f"Validation {text} against the step.", url))
     return pictures
 
 
@@ -177,8 +171,8 @@ def _differences(configs: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def _run_section(anchor: str, name: str, run: Run, config: dict[str, Any]) -> Section:
-    """Return the pictures of a run and its configuration."""
+def _run_section(anchor: str, row: list[str], run: Run, config: dict[str, Any]) -> Section:
+    """Return the pictures of a run and its configuration, with its row of `overview`."""
     captions = {
         path: f"Samples at step {int(path.stem.removeprefix('step_')):,} (flowgen train)."
         for path in sorted(run.folder.glob("samples/step_????????.png"))[-1:]
@@ -187,7 +181,7 @@ def _run_section(anchor: str, name: str, run: Run, config: dict[str, Any]) -> Se
     pictures = [
         Picture(caption, data_url(path)) for path, caption in captions.items() if path.exists()
     ]
-    rows = run.read_metrics()
-    summary = f"{_metric(rows)}, step {_last_step(rows)}. {run.environment()}"
+    name, _, _, metric, step, *_ = row
+    summary = f"{metric}, step {step}. {run.environment()}"
     settings = "\n".join(f"{key}: {value}" for key, value in config.items())
     return Section(anchor, name, [summary], pictures=pictures, details=("Configuration", settings))

@@ -105,18 +105,20 @@ def sample(
 
 def _required_capability(kwargs: Mapping[str, Any]) -> type[GenerativeModel]:
     """Return the capability that a model needs for these arguments of its `sample` method."""
-    mcmc = "method" in kwargs or "sweeps" in kwargs
-    tokens = "guidance" in kwargs or "jacobi" in kwargs
-    if mcmc and (tokens or "label" in kwargs):
+    capabilities: dict[str, type[GenerativeModel]] = {
+        "guidance": SupportsTokenSampling,
+        "jacobi": SupportsTokenSampling,
+        "method": SupportsMCMC,
+        "sweeps": SupportsMCMC,
+        "label": ClassConditional,  # last, because models that sample tokens take a label too
+    }
+    needed = [capability for name, capability in capabilities.items() if name in kwargs]
+    if SupportsMCMC in needed and len(set(needed)) > 1:
         raise UserError(
             "--label, --guidance and --jacobi are options for flows, --sampler and --steps for "
             "RBMs: use options of one kind"
         )
-    if mcmc:
-        return SupportsMCMC
-    if tokens:
-        return SupportsTokenSampling
-    return ClassConditional if "label" in kwargs else GenerativeModel
+    return needed[0] if needed else GenerativeModel
 
 
 @torch.no_grad()
