@@ -31,7 +31,6 @@ from flowgen.utils import rendering
 from flowgen.utils.console import Progress, log, progress_bar
 from flowgen.utils.errors import UserError
 
-DEFAULT_COUNT = 10_000  # maximum number of labeled images used to find directions
 MAX_AMOUNT = 2.0  # both ends of the strip are at this amount of the attributes
 STRIP_LENGTH = 9  # images per strip
 GIF_FRAMES = 25  # frames of an animation, one way
@@ -121,7 +120,7 @@ def load_directions(
     *,
     wanted: Collection[str] = (),
     table: Path | None = None,
-    count: int = DEFAULT_COUNT,
+    count: int = 10_000,
     method: str = "ridge",
     progress: Progress = progress_bar,
 ) -> Directions:

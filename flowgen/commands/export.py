@@ -50,8 +50,6 @@ HUB_DATASETS = {
     "MNISTSample": "ylecun/mnist",
     "FashionMNIST": "zalando-datasets/fashion_mnist",
 }
-NUM_SAMPLES = 32
-COLUMNS = 8  # samples per row
 
 
 def export(*, run: str, path: Path, called: str | None = None) -> list[Path]:
@@ -83,8 +81,8 @@ def export(*, run: str, path: Path, called: str | None = None) -> list[Path]:
     metrics = checkpoint["metrics"] or _test_metrics(run_dir, checkpoint["step"])
     export_safetensors(checkpoint, metrics, checkpoint.get("command") or "flowgen train", path)
     model = load_from_checkpoint(checkpoint)
-    images, _ = sample_images(model, NUM_SAMPLES, config["trainer"]["sample_temperature"], seed=0)
-    rendering.image_grid(images, model.bits, COLUMNS).save(picture)
+    images, _ = sample_images(model, 32, config["trainer"]["sample_temperature"], seed=0)
+    rendering.image_grid(images, model.bits, columns=8).save(picture)
     card.write_text(
         model_card(
             title=called or path.stem,

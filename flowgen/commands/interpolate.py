@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.config.loading import load_from_checkpoint
-from flowgen.config.runs import find_checkpoint
+from flowgen.config.loading import find_model
 from flowgen.data.preprocess import read_images
 from flowgen.evaluation import interpolation
 from flowgen.models.base import GenerativeModel
@@ -41,8 +40,7 @@ def interpolate(
     Returns:
         The path of the file.
     """
-    run_dir, checkpoint = find_checkpoint(run)
-    model = load_from_checkpoint(checkpoint, device)
+    run_dir, checkpoint, model = find_model(run, device, GenerativeModel)
     model.set_progress(progress_bar)
     images = read_inputs([first, second], model, checkpoint["config"])
     check_memory("--steps", steps, 8 * max(rendering.MIN_SIDE, model.image_shape[1]) ** 2)
@@ -57,8 +55,8 @@ def interpolate(
         frames = torch.stack((latent, pixels), 1)
         rendering.save_gif([*frames, *frames[1:-1].flip(0)], model.bits, 2, path)
     else:
-        curve = "great circle" if spherical else "line"
-        rows = [(f"{curve} in the latents", latent), ("line in the pixels", pixels)]
+        title = "great circle in the latents" if spherical else "line in the latents"
+        rows = [(title, latent), ("line in the pixels", pixels)]
         rendering.titled_grids(rows, model.bits, columns=steps).save(path)
     return path
 

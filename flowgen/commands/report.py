@@ -104,8 +104,8 @@ def overview(runs: list[Run]) -> list[list[str]]:
         data = str(config.get("data._target_", "")).rpartition(".")[2]
         metric = str(best_metric(rows) or "not evaluated yet")
         step = f"{max((row['step'] for row in rows), default=0):,}"
-        costs = _costs(rows)
-        table.append([name, model, config.get("data.name") or data, metric, step, *costs])
+        data = config.get("data.name") or data
+        table.append([name, model, data, metric, step, *_costs(rows)])
     return table
 
 
@@ -127,10 +127,11 @@ def _costs(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
     train = [row for row in rows if row["split"] == "train" and row.get("images_per_second")]
     if not train:
         return "", "", ""
-    speed = median(row["images_per_second"] for row in train)
-    hours = train[-1].get("seconds", 0.0) / 3600
-    memory = max(row.get("memory_gib") or 0.0 for row in train)
-    return f"{speed:,.1f}", f"{hours:.2f}", f"{memory:.2f}"
+    return (
+        f"{median(row['images_per_second'] for row in train):,.1f}",
+        f"{train[-1].get('seconds', 0.0) / 3600:.2f}",
+        f"{max(row.get('memory_gib') or 0.0 for row in train):.2f}",
+    )
 
 
 def _validation_curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]:

@@ -25,7 +25,6 @@ from flowgen.utils.memory import check_memory
 from flowgen.utils.rendering import TOY2D_SHAPE, is_toy2d
 
 BATCH_SIZE = 64
-COLUMNS = 8  # images per row
 DEFAULT_IMAGES = 32
 DEFAULT_POINTS = 10_000  # samples of a two-dimensional flow
 DENSITY_RESOLUTION = 300  # pixels along each side of the density plot
@@ -166,7 +165,7 @@ def _save_picture(
             )
         title = f"{label}{sampler}temperature {temperature:g}"
         blocks.append((title, images[log_probs.argsort(descending=True)]))
-    rendering.titled_grids(blocks, model.bits, columns=min(count, COLUMNS)).save(path)
+    rendering.titled_grids(blocks, model.bits, columns=min(count, 8)).save(path)
 
 
 def sample_images(
@@ -192,8 +191,8 @@ def sample_batches(
     starts = range(0, count, BATCH_SIZE)
     for start in progress_bar(starts, "samples", len(starts)):
         position = {"start_index": start} if isinstance(model, ClassConditional) else {}
-        batch_size = min(BATCH_SIZE, count - start)
-        yield model.sample(batch_size, temperature, generator, **position, **kwargs)
+        size = min(BATCH_SIZE, count - start)
+        yield model.sample(size, temperature, generator, **position, **kwargs)
         if isinstance(model, SupportsTokenSampling) and "jacobi" in kwargs:
             iterations.append(model.sweeps())
     if iterations:

@@ -32,7 +32,6 @@ from flowgen.utils.metrics import BITS_PER_DIM, Metric
 BATCH_SIZE = 50
 MAX_ROWS = 20  # images in the printed table
 MAX_TILES = 8  # images in each half of the picture
-COLUMNS = 4  # tiles per row
 SIGNIFICANCE_LEVELS = (0.01, 0.05, 0.1)  # at which false alarms are counted
 
 
@@ -45,11 +44,6 @@ class Scorer:
     data: ImageDataset
     folder: Path  # of the run
     detector: OODDetector
-
-    @property
-    def metric_name(self) -> str:
-        """Name of the likelihood column: bits/dim, or a log-probability in nats."""
-        return likelihood_metric(self.model).name
 
 
 class ImageScore(NamedTuple):
@@ -202,7 +196,7 @@ def _score_images(
         )
     if not count:
         raise UserError("no image could be read: choose other images")
-    yield from _format_table(scorer.metric_name, score, most_anomalous)
+    yield from _format_table(likelihood_metric(scorer.model).name, score, most_anomalous)
     if count > MAX_ROWS:
         yield f"... and {count - MAX_ROWS} more{'' if table else ': --csv FILE writes them all'}"
     picture = out or scorer.folder / "score.png"
@@ -250,7 +244,9 @@ def _score_batches(scorer: Scorer, paths: list[Path], seed: int) -> Iterator[lis
     for names, images in batches:
         statistics = ood_statistics_of(scorer.model, images, generator)
         metrics = {
-            scorer.metric_name: to_metric_unit(scorer.model, statistics["log_prob"]),
+            likelihood_metric(scorer.model).name: to_metric_unit(
+                scorer.model, statistics["log_prob"]
+            ),
             "percentile": scorer.detector.percentile(statistics["log_prob"]),
         }
         scores = scorer.detector.scores(statistics)
@@ -274,11 +270,12 @@ def _format_table(metric_name: str, score: str, items: list[ImageScore]) -> Iter
 
 def _tiles(scorer: Scorer, items: list[ImageScore], score: str) -> Image.Image:
     titles = [
-        f"{Path(name).name[-16:]}\n{metrics[scorer.metric_name]:.3f}, p {metrics[f'{score}_p']:.3f}"
+        f"{Path(name).name[-16:]}\n"
+        f"{metrics[likelihood_metric(scorer.model).name]:.3f}, p {metrics[f'{score}_p']:.3f}"
         for name, _, metrics in items
     ]
     images = torch.stack([item.image for item in items])
-    return rendering.titled_tiles(images, scorer.model.bits, titles, COLUMNS)
+    return rendering.titled_tiles(images, scorer.model.bits, titles, columns=4)
 
 
 def ood_comparison(
@@ -312,9 +309,9 @@ def ood_comparison(
             _dataset_title(section),
         )
     else:
-        own_section = scorer.config["data"]
         other_scorer = load_scorer(other_run, count, seed, device)
-        directions.append((other_scorer, own_section, images_for(other_scorer, own_section)))
+        own_data = images_for(other_scorer, scorer.config["data"])
+        directions.append((other_scorer, scorer.config["data"], own_data))
     yield from _format_ood_table([compare_ood(*each, count, seed) for each in directions])
 
 

@@ -217,8 +217,9 @@ class ModelSession:
         crop = self.checkpoint["config"]["data"].get("crop")
         try:
             if math.prod(Image.open(io.BytesIO(file), formats=UPLOAD_FORMATS).size) > MAX_PIXELS:
-                limit = MAX_PIXELS // 10**6
-                raise UserError(f"has more than {limit} million pixels: shrink it first")
+                raise UserError(
+                    f"has more than {MAX_PIXELS // 10**6} million pixels: shrink it first"
+                )
             image = preprocess(file, self.size, self.channels, crop)[None]
         except UserError as error:
             raise UserError(f"the image {error}") from error
@@ -316,13 +317,13 @@ class ModelSession:
             8-bit images (2 + draws, channels, height, width): the mean, the standard deviation
             and the draws; and diagnostics of the sampler.
         """
-        model = self.model
-        if not isinstance(model, SupportsInpainting):
+        if not isinstance(self.model, SupportsInpainting):
             raise UserError("this model does not support inpainting: use the run of a flow")
         check_mask(known, "the mask")
+        device = self.model.device
         with self.lock.acquire("completing", request_id):
             (draws, mean, metrics), spread = inpaint_image(
-                model, image.to(model.device), known.to(model.device), sampler, steps, seed
+                self.model, image.to(device), known.to(device), sampler, steps, seed
             )
         return to_uint8(torch.cat((mean[None], spread[None], draws))), dict(metrics)
 
@@ -331,13 +332,12 @@ class ModelSession:
 
         Only the `MAX_CHAINS` newest sets of chains are kept.
         """
-        model = self.model
-        if not isinstance(model, SupportsMCMC):
+        if not isinstance(self.model, SupportsMCMC):
             raise UserError("this model does not use Markov chains: use the run of an RBM")
         with self.lock.acquire("starting chains"):
             chain_id = f"{time.monotonic_ns():x}"
-            generator = torch.Generator(model.device).manual_seed(seed)
-            self.chains[chain_id] = model.iter_chains(count, sampler, generator)
+            generator = torch.Generator(self.model.device).manual_seed(seed)
+            self.chains[chain_id] = self.model.iter_chains(count, sampler, generator)
             if len(self.chains) > MAX_CHAINS:
                 del self.chains[next(iter(self.chains))]
         return chain_id

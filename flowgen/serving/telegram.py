@@ -271,8 +271,12 @@ def bot(
     async def score_in_background(_: Application) -> None:
         threading.Thread(target=session.score_validation_images, daemon=True).start()
 
-    builder = ApplicationBuilder().token(token).concurrent_updates(MAX_CONCURRENT_UPDATES)
-    builder = builder.post_init(score_in_background)
+    builder = (
+        ApplicationBuilder()
+        .token(token)
+        .concurrent_updates(MAX_CONCURRENT_UPDATES)
+        .post_init(score_in_background)
+    )
     if api_url is not None:
         base_url = api_url.rstrip("/")
         builder = builder.base_url(f"{base_url}/bot").base_file_url(f"{base_url}/file/bot")
@@ -286,8 +290,9 @@ def bot(
     except InvalidToken:  # its message contains the token, so do not chain it
         raise UserError("Telegram rejects the token: get another one from @BotFather") from None
     except NetworkError as error:
-        reason = type(error).__name__
-        raise UserError(f"Telegram is unreachable ({reason}): try again later") from None
+        raise UserError(
+            f"Telegram is unreachable ({type(error).__name__}): try again later"
+        ) from None
     except Exception as error:
         raise UserError(user_message(error).replace(token, "TOKEN")) from None
     exit_process()

@@ -105,8 +105,9 @@ def _read_payload(request: LocalhostRequest) -> dict[str, Any]:
 
 
 def _json_response(content: dict[str, Any], status: int = 200) -> Response:
-    text = json.dumps(content, allow_nan=False)
-    return Response(text, status, HEADERS, mimetype="application/json")
+    return Response(
+        json.dumps(content, allow_nan=False), status, HEADERS, mimetype="application/json"
+    )
 
 
 class Handler(WSGIRequestHandler):
