@@ -1,6 +1,9 @@
 """Inpainting by flows: the sampler is compared with conditionals in closed form."""
 
 import math
+import re
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -362,3 +365,17 @@ def test_extreme_positions_decode_to_valid_images():
     for value in (-30.0, 30.0):
         decoded = posterior.decode(torch.full((9, 4), value))
         assert ((decoded > 0) & (decoded < 1)).all() and head(decoded)[0].isfinite().all()
+
+
+def test_coverage_of_varying_pixels_is_that_of_the_interval_under_the_right_law(capsys):
+    """For Bernoulli(0.05), selection by the samples alone would give a coverage of 0.934."""
+    script = Path(__file__).parents[1] / "scripts" / "benchmarks" / "coverage.py"
+    print_row = runpy.run_path(str(script))["print_row"]
+    torch.manual_seed(0)
+    values = torch.bernoulli(torch.full((200, 10, 400), 0.05))
+    print_row("exact", values[:, 1:], values[:, 0])
+    of_all, of_varying = (
+        float(value) for value in re.findall(r"([\d.]+) ±", capsys.readouterr().out)[:2]
+    )
+    assert of_all == pytest.approx(0.9, abs=0.005)
+    assert of_varying == pytest.approx(0.9, abs=0.008)
