@@ -1,6 +1,9 @@
 """Inpainting by flows: the sampler is compared with conditionals in closed form."""
 
 import math
+import re
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +180,19 @@ def test_a_gaussian_field_is_restored_from_sums_by_its_posterior(known):
     assert_moments(
         draws, mean + gain @ (y - rows @ mean), (covariance - gain @ rows @ covariance).diagonal()
     )
+
+
+def test_a_gray_image_is_restored_from_its_mean():
+    """One block covers the image, so the measured sums of one chain have no spread."""
+    flow, _, _ = small_field()
+    whole = measurement("downsample:4", (1, 4, 4))
+    images = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
+    result = flow.inpaint(
+        images, whole, method="langevin", generator=torch.Generator().manual_seed(0)
+    )
+    brightness = result.draws.mean((1, 2, 3))
+    # measured sums have a deviation of half a bin, and images are rounded once more
+    assert (brightness - images.double().mean() / 255).abs().max() < 4 / 256
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -362,3 +378,17 @@ def test_extreme_positions_decode_to_valid_images():
     for value in (-30.0, 30.0):
         decoded = posterior.decode(torch.full((9, 4), value))
         assert ((decoded > 0) & (decoded < 1)).all() and head(decoded)[0].isfinite().all()
+
+
+def test_coverage_of_varying_pixels_is_that_of_the_interval_under_the_right_law(capsys):
+    """For Bernoulli(0.05), selection by the samples alone would give a coverage of 0.934."""
+    script = Path(__file__).parents[1] / "scripts" / "benchmarks" / "coverage.py"
+    print_row = runpy.run_path(str(script))["print_row"]
+    torch.manual_seed(0)
+    values = torch.bernoulli(torch.full((200, 10, 400), 0.05))
+    print_row("exact", values[:, 1:], values[:, 0])
+    of_all, of_varying = (
+        float(value) for value in re.findall(r"([\d.]+) ±", capsys.readouterr().out)[:2]
+    )
+    assert of_all == pytest.approx(0.9, abs=0.005)
+    assert of_varying == pytest.approx(0.9, abs=0.008)

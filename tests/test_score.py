@@ -343,7 +343,7 @@ def test_data_of_another_shape_fails_before_any_image_is_scored(monkeypatch):
         (["a.png", "--csv", "nowhere/all.csv"], "does not exist: create it", 1),
         (["a.png", "--out", "page.html"], "is not the path of", 2),
         (["a.png", "--count", "1"], "--count", 2),
-        (["--ood", "data=cats"], "does not name a data set", 1),
+        (["--ood", "data=cats"], "there is no data=cats: choose one of", 1),
         (["--ood", "data=folder"], "data.root", 1),
         (["--ood", "data=folder", "--ood", "data.colour=3"], "data.colour", 1),
         (["--ood", "data=mnist"], "torchvision", 1),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from enumeration import machine
+from enumeration import small_rbm
 from safetensors.torch import save_file
 from test_cli import assert_error
 
@@ -136,7 +136,7 @@ def test_a_verdict_without_log_z_is_ignored(exported):
     metadata = read_portable_metadata(exported) | {"metrics": {"reliable": True}}
     weights = read_safetensors(exported)["model"]
     save_file(weights, exported, metadata={"flowgen": json.dumps(metadata)})
-    rbm = machine(6, 4)
+    rbm = small_rbm(6, 4)
     rbm.load_eval_results(read_safetensors(exported)["metrics"])
     assert rbm.log_z is None
     assert isinstance(flowgen.load(exported), Glow)

@@ -1,6 +1,5 @@
 """Inpainting: `flowgen complete`."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,16 +12,15 @@ from flowgen.models.base import (
     GenerativeModel,
     InpaintingResult,
     LinearMeasurement,
+    Observation,
     SupportsInpainting,
 )
 from flowgen.utils import rendering
-from flowgen.utils.console import progress_bar
+from flowgen.utils.console import log, progress_bar
 from flowgen.utils.errors import UserError
 
 MAX_SAMPLES_SHOWN = 5
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in Pillow
-PERCENTAGES = [str(percent) for percent in range(1, 100)]
-log = logging.getLogger("flowgen")
 
 
 def complete(
@@ -60,13 +58,12 @@ def complete(
     linear = measurement(known, model.image_shape)
     images = _read_image(image, model, linear).to(model.device)
     brightness = images / (2**model.bits - 1)
-    observation: Tensor | LinearMeasurement
-    if linear is None:
-        observation = mask(known, model.image_shape, seed).to(model.device)
-        observed = torch.where(observation, brightness, 0.5)
-    else:
-        observation = linear
-        observed = linear.apply(brightness)
+    observation: Observation = linear or mask(known, model.image_shape, seed).to(model.device)
+    observed = (
+        torch.where(observation, brightness, 0.5)
+        if isinstance(observation, Tensor)
+        else observation.apply(brightness)
+    )
     rows = []
     for name in sampler or model.completions:
         result, spread = inpaint_image(model, images, observation, name, steps, seed)
@@ -98,30 +95,27 @@ def measurement(known: str, image_shape: tuple[int, int, int]) -> LinearMeasurem
             raise UserError(
                 "--known grayscale needs a model of color images: choose another run with --run"
             )
-        weights = torch.tensor(LUMA_WEIGHTS)[:, None, None]
-        return LinearMeasurement(weights, grayscale=True)
+        return LinearMeasurement(torch.tensor(LUMA_WEIGHTS)[:, None, None], grayscale=True)
     if name != "downsample":
         return None
-    divisors = range(2, min(height, width) + 1)
-    factors = [str(side) for side in divisors if height % side == width % side == 0]
+    factors = [str(side) for side in range(2, height + 1) if height % side == width % side == 0]
     if factor not in factors:
         raise UserError(
             f"FACTOR of --known downsample:FACTOR must be one of {', '.join(factors)}, "
             f"not {factor!r}"
         )
-    side = int(factor)
-    return LinearMeasurement(torch.full((channels, 1, 1), 1 / side**2), factor=side)
+    weights = torch.full((channels, 1, 1), 1 / int(factor) ** 2)
+    return LinearMeasurement(weights, factor=int(factor))
 
 
 def _read_image(image: Path, model: GenerativeModel, linear: LinearMeasurement | None) -> Tensor:
     """Read an image; one that has been downsampled already is enlarged, one block per pixel."""
     channels, height, width = model.image_shape
-    if linear is not None and linear.factor > 1:
-        small_size = (height // linear.factor, width // linear.factor)
-        if image_size(image) == small_size:
-            small = read_unscaled(image, (channels, *small_size), model.bits)
-            return small.repeat_interleave(linear.factor, 2).repeat_interleave(linear.factor, 3)
-    return read_unscaled(image, model.image_shape, model.bits)
+    factor = linear.factor if linear else 1
+    if image_size(image) != (height // factor, width // factor):
+        factor = 1
+    small = read_unscaled(image, (channels, height // factor, width // factor), model.bits)
+    return small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
 def mask(known: str, image_shape: tuple[int, int, int], seed: int = 0) -> Tensor:
@@ -138,24 +132,26 @@ def mask(known: str, image_shape: tuple[int, int, int], seed: int = 0) -> Tensor
         A boolean mask (channels, height, width), true where a pixel is known.
     """
     _, height, width = image_shape
-    mask = torch.zeros(image_shape, dtype=torch.bool)
-    halves = {
-        "left": (slice(None), slice(width // 2)),
-        "right": (slice(None), slice(width // 2, None)),
-        "top": (slice(height // 2), slice(None)),
-        "bottom": (slice(height // 2, None), slice(None)),
+    row = torch.arange(height)[:, None]
+    column = torch.arange(width)
+    masks = {
+        "left": column < width // 2,
+        "right": column >= width // 2,
+        "top": row < height // 2,
+        "bottom": row >= height // 2,
+        "border": (row < height // 4)
+        | (row >= height - height // 4)
+        | (column < width // 4)
+        | (column >= width - width // 4),
     }
     name, _, percent = known.partition(":")
-    if known in halves:
-        mask[:, *halves[known]] = True
-    elif known == "border":
-        mask[:] = True
-        mask[:, height // 4 : height - height // 4, width // 4 : width - width // 4] = False
-    elif name == "random" and percent in PERCENTAGES:
+    if known in masks:
+        mask = masks[known]
+    elif name == "random" and percent in map(str, range(1, 100)):
         generator = torch.Generator().manual_seed(seed)
-        mask[:] = torch.rand(height, width, generator=generator) < int(percent) / 100
+        mask = torch.rand(height, width, generator=generator) < int(percent) / 100
     elif Path(known).suffix:
-        mask[:] = read_unscaled(Path(known), (1, height, width), 1)[0] == 1
+        mask = read_unscaled(Path(known), (1, height, width), 1)[0] == 1
     else:
         raise UserError(
             "--known must be left, right, top, bottom, border, random:PERCENT, grayscale, "
@@ -163,7 +159,7 @@ def mask(known: str, image_shape: tuple[int, int, int], seed: int = 0) -> Tensor
             f"not {known!r}"
         )
     check_mask(mask, known)
-    return mask
+    return mask.expand(image_shape)
 
 
 def check_mask(mask: Tensor, name: str) -> None:
@@ -183,7 +179,7 @@ def check_mask(mask: Tensor, name: str) -> None:
 def inpaint_image(
     model: SupportsInpainting,
     images: Tensor,
-    known: Tensor | LinearMeasurement,
+    known: Observation,
     sampler: str,
     steps: int | None,
     seed: int,

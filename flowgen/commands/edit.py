@@ -1,20 +1,20 @@
 """Editing of attributes in latent space: `flowgen edit`."""
 
 import hashlib
-import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowgen.commands.interpolate import read_inputs
 from flowgen.config.instantiate import build_data
 from flowgen.config.loading import find_model
 from flowgen.data.attributes import read_table
 from flowgen.data.dataset import hashed_subset
-from flowgen.data.preprocess import ImageStream, read_images
+from flowgen.data.preprocess import ImageStream
 from flowgen.evaluation.latent_directions import (
     BATCH_SIZE,
     Directions,
@@ -28,24 +28,13 @@ from flowgen.evaluation.latent_directions import (
 from flowgen.models.base import ClassConditional, GenerativeModel
 from flowgen.training.run_dir import Run, cached_artifact
 from flowgen.utils import rendering
-from flowgen.utils.console import Progress, progress_bar
+from flowgen.utils.console import Progress, log, progress_bar
 from flowgen.utils.errors import UserError
 
-DEFAULT_COUNT = 10_000  # maximum number of labeled images used to find directions
 MAX_AMOUNT = 2.0  # both ends of the strip are at this amount of the attributes
 STRIP_LENGTH = 9  # images per strip
 GIF_FRAMES = 25  # frames of an animation, one way
 MAX_CHANGED_SHARE = 0.01  # of the pixel values may be off by rounding at amount 0
-log = logging.getLogger("flowgen")
-
-
-class LabeledImages(NamedTuple):
-    """Images with attributes: pairs of batches (images, attributes)."""
-
-    names: tuple[str, ...]  # of the attributes
-    classes: bool  # attributes are one-hot classes
-    batches: Iterator[tuple[Tensor, Tensor]]
-    num_images: int
 
 
 def edit(
@@ -83,29 +72,30 @@ def edit(
     amount_of = _amounts(attributes, amounts)
     run_dir, checkpoint, model = find_model(run, device, GenerativeModel)
     model.set_progress(progress_bar)
-    channels, size, _ = model.image_shape
-    crop = checkpoint["config"]["data"].get("crop")
-    images = torch.cat([read_images(path, size, channels, crop, model.bits) for path in paths])
+    images = read_inputs(paths, model, checkpoint["config"])
     directions = load_directions(
         run_dir, checkpoint, model, wanted=attributes, table=table, count=count, method=direction
     )
     path = out or run_dir.folder / "edit.png"
     is_gif = path.suffix.lower() == ".gif"
-    fractions = _fractions(is_pair=bool(amounts), is_gif=is_gif)
+    limits = (0.0, 1.0) if amounts else (-MAX_AMOUNT, MAX_AMOUNT)
+    still_length = 2 if amounts else STRIP_LENGTH
+    fractions = torch.linspace(*limits, GIF_FRAMES if is_gif else still_length)
     steps = move_along(model, directions, images, amount_of, fractions)
-    unchanged = steps[fractions.abs().argmin()]
-    if (unchanged != images).float().mean() > MAX_CHANGED_SHARE:
+    if (steps[fractions.abs().argmin()] != images).float().mean() > MAX_CHANGED_SHARE:
         log.warning(
             "this model does not reconstruct the images from their latents, so more than the "
             "attributes changes"
         )
     if is_gif:
-        frames = list(steps)
-        rendering.save_gif([*frames, *frames[-2:0:-1]], model.bits, len(paths), path)
+        rendering.save_gif([*steps, *steps[1:-1].flip(0)], model.bits, len(paths), path)
     else:
-        rows = steps.transpose(0, 1).flatten(0, 1)
-        title = _title(amount_of, is_pair=bool(amounts))
-        rendering.titled_grids([(title, rows)], model.bits, columns=len(fractions)).save(path)
+        title = f"{', '.join(amount_of)}: from {-MAX_AMOUNT:g} to {MAX_AMOUNT:g}"
+        if amounts:
+            changes = [f"{attribute} by {amount:g}" for attribute, amount in amount_of.items()]
+            title = f"the image, and {', '.join(changes)}"
+        grid = (title, steps.transpose(0, 1).flatten(0, 1))
+        rendering.titled_grids([grid], model.bits, columns=len(fractions)).save(path)
     return path
 
 
@@ -130,7 +120,7 @@ def load_directions(
     *,
     wanted: Collection[str] = (),
     table: Path | None = None,
-    count: int = DEFAULT_COUNT,
+    count: int = 10_000,
     method: str = "ridge",
     progress: Progress = progress_bar,
 ) -> Directions:
@@ -164,27 +154,34 @@ def load_directions(
     config = checkpoint["config"]
 
     def find_moments() -> dict[str, Any]:
-        if table:
-            labeled = _images_of_table(model, config, table, count)
-        else:
-            labeled = _training_images(config, count)
-        batches = progress(labeled.batches, "latents", -(-labeled.num_images // BATCH_SIZE))
-        result = compute_moments(model, batches)
-        kind = "classes" if labeled.classes else "attributes"
-        log.info("directions of %d %s from %d images", len(labeled.names), kind, labeled.num_images)
-        return {"names": list(labeled.names), "classes": labeled.classes, **result._asdict()}
+        names, classes, attributes, images = (
+            _table_images(model, config, table, count) if table else _training_images(config, count)
+        )
+        batches = zip(images, attributes.split(BATCH_SIZE), strict=True)
+        num_batches = -(-len(attributes) // BATCH_SIZE)
+        moments = compute_moments(model, progress(batches, "latents", num_batches))
+        kind = "classes" if classes else "attributes"
+        log.info("directions of %d %s from %d images", len(names), kind, len(attributes))
+        return {"names": list(names), "classes": classes, **moments._asdict()}
 
-    source: Any = sorted(config["data"].items(), key=str)
-    if table and table.is_file():
-        source = hashlib.sha256(table.read_bytes()).hexdigest()
+    source = (
+        hashlib.sha256(table.read_bytes()).hexdigest()
+        if table and table.is_file()
+        else sorted(config["data"].items(), key=str)
+    )
     settings = (source, table and str(table.resolve()), count)
     cached = cached_artifact(run, checkpoint, "directions", settings, find_moments)
-    statistics = Moments(*(cached[name] for name in Moments._fields))
-    directions = fit_directions(statistics, tuple(cached["names"]), cached["classes"], method)
+    moments = Moments(*(cached[name] for name in Moments._fields))
+    directions = fit_directions(moments, tuple(cached["names"]), cached["classes"], method)
     return replace(directions, changes=directions.changes.to(model.device, model.dtype))
 
 
-def _images_of_table(
+# Names of attributes, whether they are one-hot classes, their values (N, attributes), and batches
+# of the images.
+LabeledImages = tuple[tuple[str, ...], bool, Tensor, Iterator[Tensor]]
+
+
+def _table_images(
     model: GenerativeModel, config: dict[str, Any], path: Path, count: int
 ) -> LabeledImages:
     table = read_table(path)
@@ -199,14 +196,12 @@ def _images_of_table(
         binarization=config["data"].get("binarization"),
     )
     images = (images for _, images in stream.batches(BATCH_SIZE))
-    batches = zip(images, table.values[subset].split(BATCH_SIZE), strict=True)
-    return LabeledImages(table.names, False, batches, len(subset))
+    return table.names, False, table.values[subset], images
 
 
 def _training_images(config: dict[str, Any], count: int) -> LabeledImages:
     data = build_data(config)
     train = data.train
-    classes = train.attributes is None
     if train.attributes is not None:
         names = data.attributes
         attributes = train.attributes
@@ -219,21 +214,4 @@ def _training_images(config: dict[str, Any], count: int) -> LabeledImages:
             "folder, sort them into one folder per class, or pass a table with --labels"
         )
     attributes = attributes[hashed_subset(len(train), count)]
-    images = data.batches("train", BATCH_SIZE, count)
-    batches = zip(images, attributes.split(BATCH_SIZE), strict=True)
-    return LabeledImages(names, classes, batches, len(attributes))
-
-
-def _fractions(is_pair: bool, is_gif: bool) -> Tensor:
-    """Return the fractions of the amounts that are shown."""
-    start, end = (0.0, 1.0) if is_pair else (-MAX_AMOUNT, MAX_AMOUNT)
-    if is_gif:
-        return torch.linspace(start, end, GIF_FRAMES)
-    return torch.linspace(start, end, 2 if is_pair else STRIP_LENGTH)
-
-
-def _title(amount_of: dict[str, float], is_pair: bool) -> str:
-    if is_pair:
-        changes = [f"{attribute} by {amount:g}" for attribute, amount in amount_of.items()]
-        return f"the image, and {', '.join(changes)}"
-    return f"{', '.join(amount_of)}: from {-MAX_AMOUNT:g} to {MAX_AMOUNT:g}"
+    return names, train.attributes is None, attributes, data.batches("train", BATCH_SIZE, count)

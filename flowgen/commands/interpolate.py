@@ -1,21 +1,19 @@
 """Interpolation between two images: `flowgen interpolate`."""
 
-import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowgen.config.loading import load_from_checkpoint
-from flowgen.config.runs import find_checkpoint
+from flowgen.config.loading import find_model
 from flowgen.data.preprocess import read_images
 from flowgen.evaluation import interpolation
 from flowgen.models.base import GenerativeModel
 from flowgen.utils import rendering
-from flowgen.utils.console import progress_bar
+from flowgen.utils.console import log, progress_bar
 from flowgen.utils.memory import check_memory
-
-log = logging.getLogger("flowgen")
 
 
 def interpolate(
@@ -42,29 +40,32 @@ def interpolate(
     Returns:
         The path of the file.
     """
-    run_dir, checkpoint = find_checkpoint(run)
-    model = load_from_checkpoint(checkpoint, device)
+    run_dir, checkpoint, model = find_model(run, device, GenerativeModel)
     model.set_progress(progress_bar)
-    channels, size, _ = model.image_shape
-    crop = checkpoint["config"]["data"].get("crop")
-    start = read_images(first, size, channels, crop, model.bits)
-    end = read_images(second, size, channels, crop, model.bits)
-    check_memory("--steps", steps, 8 * max(rendering.MIN_SIDE, size) ** 2)
-    latent, pixels = interpolate_images(model, start, end, steps, spherical)
-    if not torch.equal(latent[[0, -1]], torch.cat((start, end))):
+    images = read_inputs([first, second], model, checkpoint["config"])
+    check_memory("--steps", steps, 8 * max(rendering.MIN_SIDE, model.image_shape[1]) ** 2)
+    latent, pixels = interpolate_images(model, images[:1], images[1:], steps, spherical)
+    if not torch.equal(latent[[0, -1]], images):
         log.warning(
             "the ends of the latent row differ from the images, because this model does not "
             "reconstruct images exactly"
         )
     path = out or run_dir.folder / "interpolation.png"
     if path.suffix.lower() == ".gif":
-        frames = [torch.stack(pair) for pair in zip(latent, pixels, strict=True)]
-        rendering.save_gif([*frames, *frames[-2:0:-1]], model.bits, 2, path)
+        frames = torch.stack((latent, pixels), 1)
+        rendering.save_gif([*frames, *frames[1:-1].flip(0)], model.bits, 2, path)
     else:
-        curve = "great circle" if spherical else "line"
-        rows = [(f"{curve} in the latents", latent), ("line in the pixels", pixels)]
+        title = "great circle in the latents" if spherical else "line in the latents"
+        rows = [(title, latent), ("line in the pixels", pixels)]
         rendering.titled_grids(rows, model.bits, columns=steps).save(path)
     return path
+
+
+def read_inputs(paths: Sequence[Path], model: GenerativeModel, config: dict[str, Any]) -> Tensor:
+    """Read image files and crop, resize and quantize them like the data of the run."""
+    channels, size, _ = model.image_shape
+    crop = config["data"].get("crop")
+    return torch.cat([read_images(path, size, channels, crop, model.bits) for path in paths])
 
 
 def interpolate_images(
@@ -77,6 +78,7 @@ def interpolate_images(
         pixels: Images interpolated pixel by pixel, with the same shape and type.
     """
     curve = interpolation.slerp if spherical else interpolation.lerp
-    fractions = torch.linspace(0, 1, steps)
-    latent, pixels = interpolation.interpolate_pairs(model, start, end, fractions, curve)
+    latent, pixels = interpolation.interpolate_pairs(
+        model, start, end, torch.linspace(0, 1, steps), curve
+    )
     return latent[:, 0], pixels[:, 0].round().to(torch.uint8)

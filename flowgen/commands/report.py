@@ -3,6 +3,7 @@
 import io
 from collections import defaultdict
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,11 +51,10 @@ def report(*, names: list[str], out: Path | None) -> Path:
     if out is not None:
         check_folder_of(out)
     runs = [run for name in names for run in _find_runs(name)]
-    default = runs[0].folder / "report.html" if len(runs) == 1 else Path("report.html")
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    lead = [f"{datetime.now(UTC):%Y-%m-%d}, {count}. Errors are standard errors."]
-    path = out or default
-    write_html(path, "flowgen report", lead, _sections(runs))
+    lead = f"{datetime.now(UTC):%Y-%m-%d}, {count}. Errors are standard errors."
+    path = out or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
+    write_html(path, "flowgen report", [lead], _sections(runs))
     return path
 
 
@@ -64,8 +64,8 @@ def _find_runs(name: str) -> list[Run]:
         raise UserError(
             "an empty name is not a run: pass a run, or a folder of runs such as outputs"
         )
-    folders = {(parent / name).resolve() for parent in (Path(), OUTPUTS)}
-    folders = {folder for folder in folders if folder.is_dir()}
+    paths = {(parent / name).resolve() for parent in (Path(), OUTPUTS)}
+    folders = {path for path in paths if path.is_dir()}
     if not folders or any((folder / "config.yaml").exists() for folder in folders):
         return [find_run(name)]
     runs = readable_runs(*folders)
@@ -88,21 +88,24 @@ def _sections(runs: list[Run]) -> list[Section]:
     if differences := _differences(configs):
         table = [["setting", *names], *differences]
         sections.append(Section("differences", "Where the configurations differ", table=table))
-    for anchor, name, run, config in zip(anchors, names, runs, configs, strict=True):
-        sections.append(_run_section(anchor, name, run, config))
-    return sections
+    return sections + list(map(_run_section, anchors, rows, runs, configs))
 
 
 def overview(runs: list[Run]) -> list[list[str]]:
-    """Return a table with a heading and one row per run: its model, data, metric and costs."""
+    """Return a table with a heading and one row per run: its model, data, metric and costs.
+
+    The metric is the test metric or, before the end, the best validation metric.
+    """
     table = [["run", "model", "data", "metric", "step", "images/s", "hours", "memory, GiB"]]
     for name, run in zip(_short_names([run.folder for run in runs]), runs, strict=True):
         config = flatten(read_config(run.config))
         rows = run.read_metrics()
         model = str(config.get("model._target_", "")).rpartition(".")[2]
         data = str(config.get("data._target_", "")).rpartition(".")[2]
+        metric = str(best_metric(rows) or "not evaluated yet")
+        step = f"{max((row['step'] for row in rows), default=0):,}"
         data = config.get("data.name") or data
-        table.append([name, model, data, _metric(rows), _last_step(rows), *_costs(rows)])
+        table.append([name, model, data, metric, step, *_costs(rows)])
     return table
 
 
@@ -116,15 +119,6 @@ def _short_names(folders: list[Path]) -> list[str]:
     return [str(Path(*names[shared:])) if names[shared:] else names[-1] for names in parts]
 
 
-def _metric(rows: list[dict[str, Any]]) -> str:
-    """Return the test metric with its error; before the end, the best validation metric."""
-    return str(best_metric(rows) or "not evaluated yet")
-
-
-def _last_step(rows: list[dict[str, Any]]) -> str:
-    return f"{max((row['step'] for row in rows), default=0):,}"
-
-
 def _costs(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
     """Return median images per second, hours, and peak memory (of the GPU if there is one).
 
@@ -133,22 +127,22 @@ def _costs(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
     train = [row for row in rows if row["split"] == "train" and row.get("images_per_second")]
     if not train:
         return "", "", ""
-    speed = median(row["images_per_second"] for row in train)
-    hours = train[-1].get("seconds", 0.0) / 3600
-    memory = max(row.get("memory_gib") or 0.0 for row in train)
-    return f"{speed:,.1f}", f"{hours:.2f}", f"{memory:.2f}"
+    return (
+        f"{median(row['images_per_second'] for row in train):,.1f}",
+        f"{train[-1].get('seconds', 0.0) / 3600:.2f}",
+        f"{max(row.get('memory_gib') or 0.0 for row in train):.2f}",
+    )
 
 
 def _validation_curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]:
     """Plot each metric at each number of bits: values at different bits are not comparable."""
-    curves: dict[tuple[Metric, int], dict[str, list[tuple[int, float]]]]
-    curves = defaultdict(lambda: defaultdict(list))
+    curves: dict[tuple[Metric, int], dict[str, list[tuple[int, float]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for name, rows_of_run in zip(names, rows, strict=True):
-        for row in validation_rows(rows_of_run):
-            for metric in COMPARED:
-                if value := MetricValue.from_row(row, metric):
-                    key = (metric, row.get("bits", 1))
-                    curves[key][name].append((row["step"], value.value))
+        for row, metric in product(validation_rows(rows_of_run), COMPARED):
+            if value := MetricValue.from_row(row, metric):
+                curves[metric, row.get("bits", 1)][name].append((row["step"], value.value))
     pictures = []
     for metric, bits in sorted(curves, key=lambda key: (key[0].name, key[1])):
         text = metric.name.replace("_", " ")
@@ -162,31 +156,33 @@ def _validation_curves(names: list[str], rows: list[list[dict[str, Any]]]) -> li
             ylabel=f"validation {text}, {metric.unit}",
             outliers=(0.05, 0.05),
         )
-        source = image_data_url(file.getvalue(), "png")
-        pictures.append(Picture(f"Validation {text} against the step.", source))
+        url = image_data_url(file.getvalue(), "png")
+        pictures.append(Picture(f"Validation {text} against the step.", url))
     return pictures
 
 
 def _differences(configs: list[dict[str, Any]]) -> list[list[str]]:
     """Return a row for every setting that differs between the runs."""
-    rows = []
-    for key in sorted({key for config in configs for key in config} - {"output_dir"}):
-        values = [config.get(key, "") for config in configs]
-        if any(value != values[0] for value in values):
-            rows.append([key, *map(str, values)])
-    return rows
+    keys = sorted({key for config in configs for key in config} - {"output_dir"})
+    settings = {key: [config.get(key, "") for config in configs] for key in keys}
+    return [
+        [key, *map(str, values)]
+        for key, values in settings.items()
+        if any(value != values[0] for value in values)
+    ]
 
 
-def _run_section(anchor: str, name: str, run: Run, config: dict[str, Any]) -> Section:
-    """Return the pictures of a run and its configuration."""
-    pictures = []
-    for path in sorted(run.folder.glob("samples/step_????????.png"))[-1:]:
-        step = int(path.stem.removeprefix("step_"))
-        pictures.append(Picture(f"Samples at step {step:,} (flowgen train).", data_url(path)))
-    for file, caption in CAPTIONS.items():
-        if (run.folder / file).exists():
-            pictures.append(Picture(caption, data_url(run.folder / file)))
-    rows = run.read_metrics()
-    summary = f"{_metric(rows)}, step {_last_step(rows)}. {run.environment()}"
+def _run_section(anchor: str, row: list[str], run: Run, config: dict[str, Any]) -> Section:
+    """Return the pictures of a run and its configuration, with its row of `overview`."""
+    captions = {
+        path: f"Samples at step {int(path.stem.removeprefix('step_')):,} (flowgen train)."
+        for path in sorted(run.folder.glob("samples/step_????????.png"))[-1:]
+    }
+    captions |= {run.folder / file: caption for file, caption in CAPTIONS.items()}
+    pictures = [
+        Picture(caption, data_url(path)) for path, caption in captions.items() if path.exists()
+    ]
+    name, _, _, metric, step, *_ = row
+    summary = f"{metric}, step {step}. {run.environment()}"
     settings = "\n".join(f"{key}: {value}" for key, value in config.items())
     return Section(anchor, name, [summary], pictures=pictures, details=("Configuration", settings))

@@ -1,6 +1,5 @@
 """Sampling: `flowgen sample` and `flowgen chain`."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,17 +19,15 @@ from flowgen.models.base import (
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils import plots, rendering
-from flowgen.utils.console import progress_bar
+from flowgen.utils.console import log, progress_bar
 from flowgen.utils.errors import UserError
 from flowgen.utils.memory import check_memory
 from flowgen.utils.rendering import TOY2D_SHAPE, is_toy2d
 
 BATCH_SIZE = 64
-COLUMNS = 8  # images per row
 DEFAULT_IMAGES = 32
 DEFAULT_POINTS = 10_000  # samples of a two-dimensional flow
 DENSITY_RESOLUTION = 300  # pixels along each side of the density plot
-log = logging.getLogger("flowgen")
 
 
 def sample(
@@ -81,47 +78,46 @@ def sample(
     path = out or run_dir.folder / "sample.png"
     is_zip = path.suffix.lower() == ".zip"
     if is_toy2d(model.image_shape) and isinstance(model, Flow):
-        _check_toy2d_options(temperatures, kwargs, is_zip)
+        if kwargs or is_zip or len(temperatures) > 1:
+            raise UserError(
+                "a two-dimensional flow is plotted as one picture at one temperature: use only "
+                "the options --count, --temperature once, --seed and --out FILE.png"
+            )
         data = build_data(checkpoint["config"])
         target = torch.cat(list(data.batches("test", DEFAULT_POINTS, DEFAULT_POINTS)))
         temperature = temperatures[0] if temperatures else 1.0
         plot_toy2d(model, target, temperature, count or DEFAULT_POINTS, seed, path)
         return path
     temperatures = temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]]
-    save = _save_zip if is_zip else _save_picture
-    save(model, temperatures, count or DEFAULT_IMAGES, seed, kwargs, path)
+    if is_zip:
+        if len(temperatures) > 1:
+            raise UserError(
+                "a zip archive contains the samples of one temperature: run this command once "
+                "per temperature, each time with a different --out"
+            )
+        batches = sample_batches(model, count or DEFAULT_IMAGES, temperatures[0], seed, **kwargs)
+        rendering.save_zip((images for images, _ in batches), model.bits, path)
+    else:
+        _save_picture(model, temperatures, count or DEFAULT_IMAGES, seed, kwargs, path)
     return path
 
 
 def _required_capability(kwargs: Mapping[str, Any]) -> type[GenerativeModel]:
     """Return the capability that a model needs for these arguments of its `sample` method."""
-    mcmc = "method" in kwargs or "sweeps" in kwargs
-    tokens = "guidance" in kwargs or "jacobi" in kwargs
-    if mcmc and (tokens or "label" in kwargs):
+    capabilities: dict[str, type[GenerativeModel]] = {
+        "guidance": SupportsTokenSampling,
+        "jacobi": SupportsTokenSampling,
+        "method": SupportsMCMC,
+        "sweeps": SupportsMCMC,
+        "label": ClassConditional,  # last, because models that sample tokens take a label too
+    }
+    needed = [capability for name, capability in capabilities.items() if name in kwargs]
+    if SupportsMCMC in needed and len(set(needed)) > 1:
         raise UserError(
             "--label, --guidance and --jacobi are options for flows, --sampler and --steps for "
             "RBMs: use options of one kind"
         )
-    if mcmc:
-        return SupportsMCMC
-    if tokens:
-        return SupportsTokenSampling
-    return ClassConditional if "label" in kwargs else GenerativeModel
-
-
-def _check_toy2d_options(
-    temperatures: Sequence[float], kwargs: Mapping[str, Any], is_zip: bool
-) -> None:
-    if len(temperatures) > 1:
-        raise UserError(
-            "a two-dimensional flow is plotted at one temperature: run this command once per "
-            "temperature, each time with a different --out"
-        )
-    if kwargs or is_zip:
-        raise UserError(
-            "a two-dimensional flow is plotted as one picture: use only the options --count, "
-            "--temperature, --seed and --out FILE.png"
-        )
+    return needed[0] if needed else GenerativeModel
 
 
 @torch.no_grad()
@@ -133,32 +129,13 @@ def plot_toy2d(
     latent = temperature * torch.randn(count, 2, generator=generator, device=model.device)
     samples = model.decode_continuous(latent).flatten(1)
     centers = (torch.arange(DENSITY_RESOLUTION, device=model.device) + 0.5) / DENSITY_RESOLUTION
-    x, y = torch.meshgrid(centers, centers, indexing="xy")
-    grid = torch.stack((x, y), -1).view(-1, *TOY2D_SHAPE)
+    # (x, y) with x varying fastest, because an image is a list of rows
+    grid = torch.cartesian_prod(centers, centers).flip(1).view(-1, *TOY2D_SHAPE)
     density = torch.cat([model.log_density(points).exp() for points in grid.split(10_000)])
     density = density.view(DENSITY_RESOLUTION, DENSITY_RESOLUTION)
     noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
     target = ((target.cpu() + noise) / model.bins).flatten(1)
     plots.flow_panels(target, latent.cpu(), samples.cpu(), density.cpu(), temperature, path)
-
-
-def _save_zip(
-    model: GenerativeModel,
-    temperatures: Sequence[float],
-    count: int,
-    seed: int,
-    kwargs: Mapping[str, Any],
-    path: Path,
-) -> None:
-    """Write each sample to its own file in a zip archive, one batch at a time."""
-    if len(temperatures) > 1:
-        raise UserError(
-            "a zip archive contains the samples of one temperature: run this command once per "
-            "temperature, each time with a different --out"
-        )
-    samples = sample_batches(model, count, temperatures[0], seed, **kwargs)
-    batches = progress_bar(samples, "samples", -(-count // BATCH_SIZE))
-    rendering.save_zip((images for images, _ in batches), model.bits, path)
 
 
 def _save_picture(
@@ -173,6 +150,8 @@ def _save_picture(
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
     hint = " in a picture, and any number in --out FILE.zip"
     check_memory("--count", count, 4 * side**2 * len(temperatures), hint)
+    label = f"class {kwargs['label']}, " if "label" in kwargs else ""
+    sampler = f"{kwargs['method']}, " if "method" in kwargs else ""
     blocks = []
     for temperature in temperatures:
         images, log_probs = sample_images(model, count, temperature, seed, **kwargs)
@@ -184,9 +163,9 @@ def _save_picture(
                 count,
                 temperature,
             )
-        title = _title(kwargs.get("label"), kwargs.get("method"), temperature)
+        title = f"{label}{sampler}temperature {temperature:g}"
         blocks.append((title, images[log_probs.argsort(descending=True)]))
-    rendering.titled_grids(blocks, model.bits, columns=min(count, COLUMNS)).save(path)
+    rendering.titled_grids(blocks, model.bits, columns=min(count, 8)).save(path)
 
 
 def sample_images(
@@ -198,8 +177,7 @@ def sample_images(
         images: Samples (count, channels, height, width).
         log_probs: Their log-probabilities as far as the model knows them, (count,).
     """
-    samples = sample_batches(model, count, temperature, seed, **kwargs)
-    batches = progress_bar(samples, "samples", -(-count // BATCH_SIZE))
+    batches = sample_batches(model, count, temperature, seed, **kwargs)
     images, log_probs = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(log_probs)
 
@@ -209,26 +187,17 @@ def sample_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw samples in batches; the order of the classes continues from batch to batch."""
     generator = torch.Generator(model.device).manual_seed(seed)
-    is_conditional = isinstance(model, ClassConditional) and model.num_classes is not None
     iterations: list[list[int]] = []
-    for start in range(0, count, BATCH_SIZE):
-        position = {"start_index": start} if is_conditional else {}
-        batch_size = min(BATCH_SIZE, count - start)
-        yield model.sample(batch_size, temperature, generator, **position, **kwargs)
+    starts = range(0, count, BATCH_SIZE)
+    for start in progress_bar(starts, "samples", len(starts)):
+        position = {"start_index": start} if isinstance(model, ClassConditional) else {}
+        size = min(BATCH_SIZE, count - start)
+        yield model.sample(size, temperature, generator, **position, **kwargs)
         if isinstance(model, SupportsTokenSampling) and "jacobi" in kwargs:
             iterations.append(model.sweeps())
     if iterations:
-        per_block = [max(counts) for counts in zip(*iterations, strict=True)]
-        log.info("Jacobi iterations per block: %s", ", ".join(map(str, per_block)))
-
-
-def _title(label: int | None, sampler: str | None, temperature: float) -> str:
-    parts = [f"temperature {temperature:g}"]
-    if sampler:
-        parts.insert(0, sampler)
-    if label is not None:
-        parts.insert(0, f"class {label}")
-    return ", ".join(parts)
+        per_block = (str(max(counts)) for counts in zip(*iterations, strict=True))
+        log.info("Jacobi iterations per block: %s", ", ".join(per_block))
 
 
 @torch.no_grad()
@@ -261,10 +230,9 @@ def chain(
     run_dir, _, model = find_model(run, device, SupportsMCMC)
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
     check_memory("--frames", frames, 3 * count * side**2)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    num_steps = steps * frames
-    states = progress_bar(model.iter_chains(count, sampler, generator), sampler, num_steps)
-    pictures = [to_uint8(state) for state in islice(states, 0, num_steps + 1, steps)]
+    chains = model.iter_chains(count, sampler, torch.Generator(model.device).manual_seed(seed))
+    states = progress_bar(chains, sampler, steps * frames)
+    pictures = [to_uint8(state) for state in islice(states, 0, steps * frames + 1, steps)]
     path = out or run_dir.folder / f"chain_{sampler}.gif"
     rendering.save_gif(pictures, 8, max(1, round(count**0.5)), path)
     return path

@@ -1,11 +1,10 @@
 """Likelihood and out-of-distribution scores of images: `flowgen score`."""
 
 import csv
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from heapq import nlargest, nsmallest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,16 +25,14 @@ from flowgen.models.base import GenerativeModel
 from flowgen.training.checkpoint import read_portable_metadata, zoo, zoo_file
 from flowgen.training.run_dir import Run, cached_artifact
 from flowgen.utils import rendering
-from flowgen.utils.console import Progress, progress_bar
+from flowgen.utils.console import Progress, log, progress_bar
 from flowgen.utils.errors import UserError, check_folder_of
 from flowgen.utils.metrics import BITS_PER_DIM, Metric
 
 BATCH_SIZE = 50
 MAX_ROWS = 20  # images in the printed table
 MAX_TILES = 8  # images in each half of the picture
-COLUMNS = 4  # tiles per row
 SIGNIFICANCE_LEVELS = (0.01, 0.05, 0.1)  # at which false alarms are counted
-log = logging.getLogger("flowgen")
 
 
 @dataclass(frozen=True)
@@ -47,29 +44,6 @@ class Scorer:
     data: ImageDataset
     folder: Path  # of the run
     detector: OODDetector
-
-    @property
-    def metric_name(self) -> str:
-        """Name of the likelihood column: bits/dim, or a log-probability in nats."""
-        return likelihood_metric(self.model).name
-
-    def metrics(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Score a batch of images.
-
-        Returns:
-            The likelihood in the unit of the model, its percentile among the validation images,
-            and every score NAME with its p-value NAME_p, each of shape (batch,).
-        """
-        statistics = ood_statistics_of(self.model, images, generator)
-        scores = self.detector.scores(statistics)
-        metrics = {
-            self.metric_name: to_metric_unit(self.model, statistics["log_prob"]),
-            "percentile": self.detector.percentile(statistics["log_prob"]),
-        }
-        for name, p_values in self.detector.p_values(scores).items():
-            metrics[name] = scores[name]
-            metrics[f"{name}_p"] = p_values
-        return metrics
 
 
 class ImageScore(NamedTuple):
@@ -122,8 +96,10 @@ def score(
         check_folder_of(table)
     scorer = load_scorer(run, count, seed, device)
     if score is not None and score not in scorer.detector.names:
-        names = ", ".join(scorer.detector.names)
-        raise UserError(f"--score {score} needs a flow: for this model, choose one of {names}")
+        raise UserError(
+            f"--score {score} needs a flow: for this model, choose one of "
+            f"{', '.join(scorer.detector.names)}"
+        )
     if paths:
         yield from _score_images(scorer, paths, score or DEFAULT_SCORE, table, seed, out)
     if ood:
@@ -154,30 +130,26 @@ def make_scorer(
         progress: Progress bar for the batches of validation images.
     """
     config = checkpoint["config"]
-    data = build_data(config)
-    data.to(model.device)
-
-    def compute_statistics() -> dict[str, Tensor]:
-        num_images = min(count, len(data.validation))
-        batches = data.batches("validation", BATCH_SIZE, num_images)
-        return ood_statistics_of_all(model, batches, num_images, seed, progress)
-
+    data = build_data(config).to(model.device)
+    compute = partial(split_statistics, model, data, "validation", count, seed, progress)
     log_z = checkpoint["metrics"].get("log_z")
     settings = (sorted(config["data"].items(), key=str), log_z, count, seed)
-    statistics = cached_artifact(run, checkpoint, "validation", settings, compute_statistics)
+    statistics = cached_artifact(run, checkpoint, "validation", settings, compute)
     return Scorer(model, config, data, run.folder, OODDetector(statistics))
 
 
-def ood_statistics_of_all(
+def split_statistics(
     model: GenerativeModel,
-    batches: Iterable[Tensor],
+    data: ImageDataset,
+    split: str,
     count: int,
     seed: int,
     progress: Progress = progress_bar,
 ) -> dict[str, Tensor]:
-    """Return the statistics of `ood_statistics_of` for all of `count` images, (count,) each."""
+    """Return the `ood_statistics_of` at most `count` images of a split, (images,) each."""
     generator = torch.Generator(model.device).manual_seed(seed)
-    batches = progress(batches, "held-out images", -(-count // BATCH_SIZE))
+    num_batches = -(-min(count, len(getattr(data, split))) // BATCH_SIZE)
+    batches = progress(data.batches(split, BATCH_SIZE, count), "held-out images", num_batches)
     statistics = [ood_statistics_of(model, images, generator) for images in batches]
     return {name: torch.cat([batch[name] for batch in statistics]) for name in statistics[0]}
 
@@ -203,9 +175,8 @@ def likelihood_metric(model: GenerativeModel) -> Metric:
 
 def to_metric_unit(model: GenerativeModel, log_prob: Tensor) -> Tensor:
     """Convert log-probabilities in nats to bits/dim if the model is compared in bits/dim."""
-    if model.metric != BITS_PER_DIM:
-        return log_prob
-    return log_prob / (-math.log(2) * math.prod(model.image_shape))
+    is_bits = model.metric == BITS_PER_DIM
+    return log_prob / (-math.log(2) * math.prod(model.image_shape)) if is_bits else log_prob
 
 
 def _score_images(
@@ -214,22 +185,20 @@ def _score_images(
     most_anomalous: list[ImageScore] = []
     most_typical: list[ImageScore] = []
     count = 0
-    with _csv_writer(table) as write:
-        for batch in _score_batches(scorer, paths, seed):
-            write(batch)
-            count += len(batch)
-            most_anomalous = nlargest(
-                MAX_ROWS, most_anomalous + batch, key=lambda item: item.metrics[score]
-            )
-            most_typical = nsmallest(
-                MAX_TILES, most_typical + batch, key=lambda item: item.metrics["typicality"]
-            )
+    batches = _score_batches(scorer, paths, seed)
+    for batch in _write_csv(table, batches) if table else batches:
+        count += len(batch)
+        most_anomalous = nlargest(
+            MAX_ROWS, most_anomalous + batch, key=lambda item: item.metrics[score]
+        )
+        most_typical = nsmallest(
+            MAX_TILES, most_typical + batch, key=lambda item: item.metrics["typicality"]
+        )
     if not count:
         raise UserError("no image could be read: choose other images")
-    yield from _format_table(scorer.metric_name, score, most_anomalous)
+    yield from _format_table(likelihood_metric(scorer.model).name, score, most_anomalous)
     if count > MAX_ROWS:
-        hint = "" if table else ": --csv FILE writes them all"
-        yield f"... and {count - MAX_ROWS} more{hint}"
+        yield f"... and {count - MAX_ROWS} more{'' if table else ': --csv FILE writes them all'}"
     picture = out or scorer.folder / "score.png"
     blocks = [
         (f"most anomalous by {score}", _tiles(scorer, most_anomalous[:MAX_TILES], score)),
@@ -241,25 +210,24 @@ def _score_images(
         yield str(table)
 
 
-@contextmanager
-def _csv_writer(path: Path | None) -> Iterator[Callable[[list[ImageScore]], None]]:
-    """Yield a function that appends scores to a CSV file; it does nothing without a path."""
-    if path is None:
-        yield lambda batch: None
-        return
+def _write_csv(path: Path, batches: Iterable[list[ImageScore]]) -> Iterator[list[ImageScore]]:
+    """Yield the batches and write them to a CSV file."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-
-        def write(batch: list[ImageScore]) -> None:
-            if file.tell() == 0:
+        for index, batch in enumerate(batches):
+            if index == 0:
                 writer.writerow(["image", *batch[0].metrics])
             for item in batch:
                 writer.writerow([item.name, *(f"{value:.6g}" for value in item.metrics.values())])
-
-        yield write
+            yield batch
 
 
 def _score_batches(scorer: Scorer, paths: list[Path], seed: int) -> Iterator[list[ImageScore]]:
+    """Yield images with their metrics.
+
+    The metrics are the likelihood, its percentile among the validation images, and every score
+    NAME with its p-value NAME_p.
+    """
     channels, size, _ = scorer.model.image_shape
     check_color_channels(channels)
     stream = ImageStream(
@@ -274,33 +242,40 @@ def _score_batches(scorer: Scorer, paths: list[Path], seed: int) -> Iterator[lis
     generator = torch.Generator(scorer.model.device).manual_seed(seed)
     batches = progress_bar(stream.batches(BATCH_SIZE), "images", -(-len(stream) // BATCH_SIZE))
     for names, images in batches:
-        metrics = scorer.metrics(images, generator)
+        statistics = ood_statistics_of(scorer.model, images, generator)
+        metrics = {
+            likelihood_metric(scorer.model).name: to_metric_unit(
+                scorer.model, statistics["log_prob"]
+            ),
+            "percentile": scorer.detector.percentile(statistics["log_prob"]),
+        }
+        scores = scorer.detector.scores(statistics)
+        for name, p_values in scorer.detector.p_values(scores).items():
+            metrics |= {name: scores[name], f"{name}_p": p_values}
+        rows = zip(*(values.tolist() for values in metrics.values()), strict=True)
         yield [
-            ImageScore(
-                name, images[index], {key: values[index].item() for key, values in metrics.items()}
-            )
-            for index, name in enumerate(names)
+            ImageScore(name, image, dict(zip(metrics, row, strict=True)))
+            for name, image, row in zip(names, images, rows, strict=True)
         ]
 
 
 def _format_table(metric_name: str, score: str, items: list[ImageScore]) -> Iterator[str]:
     heading = metric_name.replace("_", " ")
     yield f"{heading:>14} {'percentile':>11} {'p-value':>8}  image, most anomalous by {score} first"
-    for item in items:
-        likelihood = item.metrics[metric_name]
-        percentile = item.metrics["percentile"]
-        p_value = item.metrics[f"{score}_p"]
-        yield f"{likelihood:14.3f} {percentile:11.1f} {p_value:8.4f}  {item.name}"
+    for name, _, metrics in items:
+        percentile = metrics["percentile"]
+        p_value = metrics[f"{score}_p"]
+        yield f"{metrics[metric_name]:14.3f} {percentile:11.1f} {p_value:8.4f}  {name}"
 
 
 def _tiles(scorer: Scorer, items: list[ImageScore], score: str) -> Image.Image:
-    titles = []
-    for item in items:
-        likelihood = item.metrics[scorer.metric_name]
-        p_value = item.metrics[f"{score}_p"]
-        titles.append(f"{Path(item.name).name[-16:]}\n{likelihood:.3f}, p {p_value:.3f}")
+    titles = [
+        f"{Path(name).name[-16:]}\n"
+        f"{metrics[likelihood_metric(scorer.model).name]:.3f}, p {metrics[f'{score}_p']:.3f}"
+        for name, _, metrics in items
+    ]
     images = torch.stack([item.image for item in items])
-    return rendering.titled_tiles(images, scorer.model.bits, titles, COLUMNS)
+    return rendering.titled_tiles(images, scorer.model.bits, titles, columns=4)
 
 
 def ood_comparison(
@@ -334,9 +309,9 @@ def ood_comparison(
             _dataset_title(section),
         )
     else:
-        own_section = scorer.config["data"]
         other_scorer = load_scorer(other_run, count, seed, device)
-        directions.append((other_scorer, own_section, images_for(other_scorer, own_section)))
+        own_data = images_for(other_scorer, scorer.config["data"])
+        directions.append((other_scorer, scorer.config["data"], own_data))
     yield from _format_ood_table([compare_ood(*each, count, seed) for each in directions])
 
 
@@ -346,12 +321,13 @@ def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
         (str(run.folder), read_config(run.config)) for run in readable_runs() if run.checkpoints()
     ]
     configs += [(name, read_portable_metadata(zoo_file(name))["config"]) for name in zoo()]
-    for name, config in configs:
-        if same_dataset(config["data"], section):
-            model_class = resolve_target("model", config["model"])
-            if getattr(model_class, "metric", None) == metric:
-                return name
-    return None
+    matches = (
+        name
+        for name, config in configs
+        if same_dataset(config["data"], section)
+        and getattr(resolve_target("model", config["model"]), "metric", None) == metric
+    )
+    return next(matches, None)
 
 
 def images_for(scorer: Scorer, section: dict[str, Any]) -> ImageDataset:
@@ -375,43 +351,36 @@ def compare_ood(
     A false alarm rate has two sources of error: the test images and the images that calibrate the
     p-values. Its standard error is sqrt(rate (1 - rate) / n) with 1/n = 1/n_test + 1/n_calibration.
     """
-    model = scorer.model
     detector = scorer.detector
-    other.to(model.device)
-
-    def test_scores(data: ImageDataset) -> dict[str, Tensor]:
-        batches = data.batches("test", BATCH_SIZE, count)
-        num_images = min(count, len(data.test))
-        return detector.scores(ood_statistics_of_all(model, batches, num_images, seed))
-
-    inliers = test_scores(scorer.data)
-    outliers = test_scores(other)
+    inliers, outliers = (
+        detector.scores(split_statistics(scorer.model, data, "test", count, seed))
+        for data in (scorer.data, other.to(scorer.model.device))
+    )
     false_alarms = {
         name: [(p_values <= level).double().mean().item() for level in SIGNIFICANCE_LEVELS]
         for name, p_values in detector.p_values(inliers).items()
     }
-    num_test = len(inliers["likelihood"])
-    num_calibration = len(detector.calibration["log_prob"])
+    counts = (len(inliers["likelihood"]), len(detector.calibration["log_prob"]))
     return OODResult(
         title=f"{_dataset_title(scorer.config['data'])} -> {_dataset_title(section)}",
         aurocs={name: auroc(inliers[name], outliers[name]) for name in inliers},
         false_alarms=false_alarms,
-        effective_count=1 / (1 / num_test + 1 / num_calibration),
+        effective_count=1 / sum(1 / count for count in counts),
     )
 
 
 def _format_ood_table(results: list[OODResult]) -> Iterator[str]:
     width = max(len(result.title) for result in results)
-    titles = "  ".join(f"{result.title:>{width}}" for result in results)
-    yield f"{'AUROC':18} {titles}"
+    yield f"{'AUROC':18} " + "  ".join(f"{result.title:>{width}}" for result in results)
     for name in dict.fromkeys(name for result in results for name in result.aurocs):
         cells = [str(result.aurocs.get(name, "")) for result in results]
         yield f"{name:18} " + "  ".join(f"{cell:>{width}}" for cell in cells)
     for result in results:
-        levels = []
-        for level in SIGNIFICANCE_LEVELS:
-            error = math.sqrt(level * (1 - level) / result.effective_count)
-            levels.append(f"at {100 * level:2.0f} ± {100 * error:.1f}")
+        errors = [math.sqrt(a * (1 - a) / result.effective_count) for a in SIGNIFICANCE_LEVELS]
+        levels = [
+            f"at {100 * level:2.0f} ± {100 * error:.1f}"
+            for level, error in zip(SIGNIFICANCE_LEVELS, errors, strict=True)
+        ]
         yield f"\n{'false alarms, %':18} {'  '.join(levels)}"
         for name, rates in result.false_alarms.items():
             yield f"{name:18} " + "  ".join(f"{100 * rate:11.1f}" for rate in rates)

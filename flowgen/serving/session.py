@@ -1,7 +1,7 @@
 """A loaded model that answers the requests of the web page and of the Telegram bot."""
 
 import io
-import logging
+import math
 import os
 import shlex
 import sys
@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -31,9 +32,9 @@ from flowgen.config.loading import find_model
 from flowgen.data.preprocess import check_color_channels, preprocess
 from flowgen.evaluation.latent_directions import Directions, move_along
 from flowgen.evaluation.ood import DEFAULT_SCORE
-from flowgen.models.base import ClassConditional, GenerativeModel, SupportsInpainting, SupportsMCMC
+from flowgen.models.base import GenerativeModel, SupportsInpainting, SupportsMCMC
 from flowgen.utils import rendering
-from flowgen.utils.console import user_message
+from flowgen.utils.console import log, user_message
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import BITS_PER_DIM
 
@@ -43,35 +44,7 @@ MAX_CHAINS = 4  # sets of Markov chains that are kept for the page
 NUM_VALIDATION_IMAGES = 1000  # the defaults of `flowgen score`, so that both print the same figures
 SCORE_SEED = 0
 
-log = logging.getLogger("flowgen")
 T = TypeVar("T")
-
-
-def decode_upload(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
-    """Decode an untrusted image file and preprocess it like the training images.
-
-    Args:
-        file: The content of a file in one of `UPLOAD_FORMATS`.
-        size: Height and width of the result in pixels.
-        channels: 1 or 3.
-        crop: Side of the central square that is cut out first, see `preprocess`.
-
-    Returns:
-        One 8-bit image (1, channels, size, size).
-
-    Raises:
-        UserError: If the file is not an image, is truncated or is too large.
-    """
-    try:
-        width, height = _image_size(file, UPLOAD_FORMATS)
-        if width * height > MAX_PIXELS:
-            limit = MAX_PIXELS // 10**6
-            raise UserError(f"has more than {limit} million pixels: shrink it first")
-        return preprocess(file, size, channels, crop)[None]
-    except UserError as error:
-        raise UserError(f"the image {error}") from error
-    except Exception as error:  # decoders raise exceptions of any kind on hostile files
-        raise UserError("the file is not an image or is truncated: choose another file") from error
 
 
 def decode_png(file: bytes, size: int, channels: int) -> Tensor:
@@ -84,17 +57,11 @@ def decode_png(file: bytes, size: int, channels: int) -> Tensor:
         UserError: If the file is not a PNG of size x size pixels.
     """
     try:
-        if _image_size(file, ("PNG",)) == (size, size):
+        if Image.open(io.BytesIO(file), formats=("PNG",)).size == (size, size):
             return preprocess(file, size, channels, None)[None]
     except Exception as error:
         raise UserError("an image was not produced by this page: open it again") from error
     raise UserError("an image does not have the size of the model's images: open it again")
-
-
-def _image_size(file: bytes, allowed_formats: tuple[str, ...]) -> tuple[int, int]:
-    """Return the width and height in the file's header."""
-    with Image.open(io.BytesIO(file), formats=allowed_formats) as image:
-        return image.size
 
 
 def exit_process() -> NoReturn:
@@ -118,7 +85,7 @@ class ModelLock:
         self.status = ""
         self._lock = threading.Lock()
         self._canceled = threading.Event()  # the event of the request that holds the lock
-        self._requests: dict[str, threading.Event] = {}
+        self._requests: dict[str | None, threading.Event] = {}
 
     @contextmanager
     def acquire(self, status: str, request_id: str | None = None) -> Iterator[None]:
@@ -132,8 +99,7 @@ class ModelLock:
             UserError: If the request was canceled while it waited.
         """
         canceled = threading.Event()
-        if request_id is not None:
-            self._requests[request_id] = canceled
+        self._requests[request_id] = canceled
         try:
             with self._lock:
                 _raise_if_canceled(canceled)
@@ -144,8 +110,7 @@ class ModelLock:
                 finally:
                     self.status = ""
         finally:
-            if request_id is not None:
-                self._requests.pop(request_id, None)
+            self._requests.pop(request_id, None)
 
     def cancel(self, request_id: str) -> None:
         """Make a request raise UserError while it waits or at its next `cancellable` step."""
@@ -201,7 +166,6 @@ class ModelSession:
         self.name = run or str(self.run.folder)
         self.scorer: Scorer | None = None  # set by `score_validation_images`
         self.scorer_error = ""  # the reason if `score_validation_images` failed
-        self.directions: Directions | None = None  # set by `attributes`
         self.lock = ModelLock()
         self.chains: dict[str, Iterator[Tensor]] = {}
         self.model.set_progress(self.lock.cancellable)
@@ -209,11 +173,10 @@ class ModelSession:
     @property
     def capabilities(self) -> dict[str, bool]:
         """Optional abilities of the model."""
-        model = self.model
         return {
-            "classes": isinstance(model, ClassConditional) and model.num_classes is not None,
-            "chains": isinstance(model, SupportsMCMC),
-            "inpainting": isinstance(model, SupportsInpainting),
+            "classes": self.model.num_classes is not None,
+            "chains": isinstance(self.model, SupportsMCMC),
+            "inpainting": isinstance(self.model, SupportsInpainting),
         }
 
     @property
@@ -225,9 +188,8 @@ class ModelSession:
     def unit(self) -> str:
         """Unit of `Score.value`."""
         metric = likelihood_metric(self.model)
-        if metric == BITS_PER_DIM:
-            return metric.unit
-        return f"{metric.name.replace('_', ' ')}, {metric.unit}"
+        name = "" if metric == BITS_PER_DIM else f"{metric.name.replace('_', ' ')}, "
+        return name + metric.unit
 
     def command_line(self, command: str, *args: str, **options: object) -> str:
         """Return the `flowgen` command that makes the same images.
@@ -236,17 +198,36 @@ class ModelSession:
         """
         argv = ["flowgen", command, *args, "--run", self.name]
         for key, value in options.items():
-            if value is None or value is False:
-                continue
-            argv.append(f"--{key}")
-            if value is not True:
-                argv.append(str(value))
+            if value is not None and value is not False:
+                argv += [f"--{key}"] if value is True else [f"--{key}", str(value)]
         return shlex.join(argv)
 
     def read_upload(self, file: bytes) -> Tensor:
-        """Return an image of the user, preprocessed like the training images."""
+        """Decode an untrusted image file and preprocess it like the training images.
+
+        Args:
+            file: The content of a file in one of `UPLOAD_FORMATS`.
+
+        Returns:
+            One image (1, channels, size, size).
+
+        Raises:
+            UserError: If the file is not an image, is truncated or is too large.
+        """
         crop = self.checkpoint["config"]["data"].get("crop")
-        return decode_upload(file, self.size, self.channels, crop) >> (8 - self.model.bits)
+        try:
+            if math.prod(Image.open(io.BytesIO(file), formats=UPLOAD_FORMATS).size) > MAX_PIXELS:
+                raise UserError(
+                    f"has more than {MAX_PIXELS // 10**6} million pixels: shrink it first"
+                )
+            image = preprocess(file, self.size, self.channels, crop)[None]
+        except UserError as error:
+            raise UserError(f"the image {error}") from error
+        except Exception as error:  # decoders raise exceptions of any kind on hostile files
+            raise UserError(
+                "the file is not an image or is truncated: choose another file"
+            ) from error
+        return image >> (8 - self.model.bits)
 
     def read_image(self, file: bytes) -> Tensor:
         """Return the exact pixel values of a PNG that this program has produced."""
@@ -297,24 +278,20 @@ class ModelSession:
         with self.lock.acquire("interpolating"):
             return interpolate_images(self.model, first, second, steps, spherical)
 
-    def attributes(self) -> tuple[str, ...]:
-        """Return the names of the attributes that `edit` can change.
+    @cached_property
+    def directions(self) -> Directions:
+        """Latent directions of the attributes that `edit` can change.
 
-        The first call may compute the directions from the training images. Other requests are
-        answered between its batches.
+        The first use may compute them from the training images. Other requests are answered
+        between its batches.
         """
-        if self.directions is None:
-            self.directions = load_directions(
-                self.run, self.checkpoint, self.model, progress=self.lock.interleave
-            )
-        return self.directions.names
+        return load_directions(self.run, self.checkpoint, self.model, progress=self.lock.interleave)
 
     def edit(self, image: Tensor, amounts: dict[str, float]) -> Tensor:
         """Move one image along attributes as `flowgen edit` does."""
-        self.attributes()
-        assert self.directions is not None
+        directions = self.directions  # computed before this thread holds the lock
         with self.lock.acquire("editing"):
-            return move_along(self.model, self.directions, image, amounts, torch.ones(1))[0]
+            return move_along(self.model, directions, image, amounts, torch.ones(1))[0]
 
     def inpaint(
         self,
@@ -340,13 +317,13 @@ class ModelSession:
             8-bit images (2 + draws, channels, height, width): the mean, the standard deviation
             and the draws; and diagnostics of the sampler.
         """
-        model = self.model
-        if not isinstance(model, SupportsInpainting):
+        if not isinstance(self.model, SupportsInpainting):
             raise UserError("this model does not support inpainting: use the run of a flow")
         check_mask(known, "the mask")
+        device = self.model.device
         with self.lock.acquire("completing", request_id):
             (draws, mean, metrics), spread = inpaint_image(
-                model, image.to(model.device), known.to(model.device), sampler, steps, seed
+                self.model, image.to(device), known.to(device), sampler, steps, seed
             )
         return to_uint8(torch.cat((mean[None], spread[None], draws))), dict(metrics)
 
@@ -355,14 +332,13 @@ class ModelSession:
 
         Only the `MAX_CHAINS` newest sets of chains are kept.
         """
-        model = self.model
-        if not isinstance(model, SupportsMCMC):
+        if not isinstance(self.model, SupportsMCMC):
             raise UserError("this model does not use Markov chains: use the run of an RBM")
         with self.lock.acquire("starting chains"):
             chain_id = f"{time.monotonic_ns():x}"
-            generator = torch.Generator(model.device).manual_seed(seed)
-            self.chains[chain_id] = model.iter_chains(count, sampler, generator)
-            while len(self.chains) > MAX_CHAINS:
+            generator = torch.Generator(self.model.device).manual_seed(seed)
+            self.chains[chain_id] = self.model.iter_chains(count, sampler, generator)
+            if len(self.chains) > MAX_CHAINS:
                 del self.chains[next(iter(self.chains))]
         return chain_id
 

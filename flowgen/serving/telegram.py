@@ -5,7 +5,6 @@ Whoever knows the token of a bot can act as the bot, so the token must not appea
 
 import asyncio
 import logging
-import math
 import os
 import random
 import re
@@ -15,14 +14,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from telegram import Message, Update
+from telegram import Document, Message, PhotoSize, Update
 from telegram.error import InvalidToken, NetworkError, TelegramError
 from telegram.ext import Application, ApplicationBuilder, ContextTypes, MessageHandler, filters
 from torch import Tensor
 
 from flowgen.serving.session import ModelSession, exit_process
 from flowgen.utils import rendering
-from flowgen.utils.console import user_message
+from flowgen.utils.console import log, user_message
 from flowgen.utils.errors import UserError
 
 TOKEN_VARIABLE = "FLOWGEN_BOT_TOKEN"
@@ -39,13 +38,7 @@ Low temperatures give typical images, high temperatures give varied images.
 /walk and two photos: interpolates from one to the other, through the latents and the pixels.
 /score and a photo: tells how likely the photo is under the model."""
 BUSY = "I am still working on your last request."
-TEMPERATURE_HINT = (
-    f"The temperature must be a number from 0 to {MAX_TEMPERATURE:g} with a decimal point, "
-    "such as /generate 0.678."
-)
-
 Task = Callable[[], Awaitable[None]]
-log = logging.getLogger("flowgen")
 
 
 def read_token(path: Path | None) -> str:
@@ -58,28 +51,22 @@ def read_token(path: Path | None) -> str:
     Raises:
         UserError: If there is no valid token. The message does not contain the token.
     """
-    if path is None:
-        source = TOKEN_VARIABLE
-        token = os.environ.get(TOKEN_VARIABLE, "")
-        if not token:
-            raise UserError(
-                "the bot needs a token: get one from @BotFather on Telegram, and set "
-                f"{TOKEN_VARIABLE} or pass the file that contains it with --token-file"
-            )
-    else:
-        source = str(path)
-        if not path.is_file():
-            raise UserError(f"{path} is not a file: pass the file that contains the bot's token")
-        if path.stat().st_mode & 0o077:
-            raise UserError(f"other users can read {path}: run `chmod 600 {path}` first")
-        token = path.read_text(errors="replace")
-    token = token.strip()
-    if not re.fullmatch(r"\d+:[\w-]+", token):
+    if path is None and not os.environ.get(TOKEN_VARIABLE):
         raise UserError(
-            f"{source} does not contain a valid token: a token consists of digits, a colon and "
-            "letters"
+            "the bot needs a token: get one from @BotFather on Telegram, and set "
+            f"{TOKEN_VARIABLE} or pass the file that contains it with --token-file"
         )
-    return token
+    if path is not None and not path.is_file():
+        raise UserError(f"{path} is not a file: pass the file that contains the bot's token")
+    if path is not None and path.stat().st_mode & 0o077:
+        raise UserError(f"other users can read {path}: run `chmod 600 {path}` first")
+    text = path.read_text(errors="replace") if path else os.environ[TOKEN_VARIABLE]
+    if not re.fullmatch(r"\d+:[\w-]+", text.strip()):
+        raise UserError(
+            f"{path or TOKEN_VARIABLE} does not contain a valid token: a token consists of "
+            "digits, a colon and letters"
+        )
+    return text.strip()
 
 
 class RedactingFormatter(logging.Formatter):
@@ -138,49 +125,49 @@ class Chat:
         message = update.message
         if message is None:
             return
-        chat_id = message.chat_id
-        if self.allowed_chats and chat_id not in self.allowed_chats:
-            await message.reply_text(f"This bot does not answer this chat. Its id is {chat_id}.")
-            return
         reply = self._handle(message)
+        if callable(reply) and message.chat_id in self.busy:
+            reply = BUSY
         if isinstance(reply, str):
             await message.reply_text(reply)
-        elif reply is not None and chat_id in self.busy:
-            await message.reply_text(BUSY)
         elif reply is not None:
-            self.busy.add(chat_id)
+            self.busy.add(message.chat_id)
             try:
                 await reply()
             except UserError as error:
                 await message.reply_text(f"Sorry: {error}.")
             finally:
-                self.busy.discard(chat_id)
+                self.busy.discard(message.chat_id)
 
     async def on_error(self, update: object, context: ContextTypes.DEFAULT_TYPE) -> None:
         """Log an unexpected error and apologize."""
         error = context.error
-        if isinstance(error, Exception) and not isinstance(error, TelegramError):
-            log.error("%s", user_message(error))
-        else:
+        if error is None or isinstance(error, TelegramError):
             log.error("Telegram: %s", error)
+        else:
+            log.error("%s", user_message(error))
         if isinstance(update, Update) and update.message is not None:
             await update.message.reply_text("Sorry, something went wrong. Try again.")
 
     def _handle(self, message: Message) -> str | Task | None:
         """Return a reply, or a task, or None if a photo of an album is still missing."""
-        words = (message.text or message.caption or "").split()
-        command = ""
-        if words and words[0].startswith("/"):
-            command = words[0].partition("@")[0].removeprefix("/")
+        chat_id = message.chat_id
+        if self.allowed_chats and chat_id not in self.allowed_chats:
+            return f"This bot does not answer this chat. Its id is {chat_id}."
+        first, *arguments = (message.text or message.caption or "").split() or [""]
+        command = first.removeprefix("/").partition("@")[0] if first.startswith("/") else ""
         if command in PHOTOS_NEEDED:
-            self.pending[message.chat_id] = PendingRequest(command)
-        photo = _photo(message)
-        if photo is not None:
-            return self._add_photo(*photo, message)
+            self.pending[chat_id] = PendingRequest(command)
+        files = [message.document] if message.document else message.photo
+        if files:
+            return self._add_photo(files[-1], message)  # the largest copy of the photo
         if command == "generate":
-            temperature = _temperature(words[1:])
+            temperature = _temperature(arguments)
             if temperature is None:
-                return TEMPERATURE_HINT
+                return (
+                    f"The temperature must be a number from 0 to {MAX_TEMPERATURE:g} with a "
+                    "decimal point, such as /generate 0.678."
+                )
             return lambda: self._generate(message, temperature)
         replies = {
             "start": f"Hello! I draw images with {self.session.name}.\n{HELP}",
@@ -190,16 +177,16 @@ class Chat:
         }
         return replies.get(command, f"I do not understand that.\n{HELP}")
 
-    def _add_photo(self, file_id: str, num_bytes: int, message: Message) -> str | Task | None:
+    def _add_photo(self, file: Document | PhotoSize, message: Message) -> str | Task | None:
         request = self.pending.get(message.chat_id)
         if request is None:
             return "Send /score or /walk first, so that I know what to do with the photo."
-        if num_bytes > MAX_PHOTO_BYTES:
+        if (file.file_size or 0) > MAX_PHOTO_BYTES:
             return f"The photo is too large. Send at most {MAX_PHOTO_BYTES // 2**20} MiB."
         is_last = len(request.photos) + 1 == PHOTOS_NEEDED[request.command]
         if is_last and message.chat_id in self.busy:  # the request stays pending
             return f"{BUSY} Send me this photo again after that."
-        request.photos.append(file_id)
+        request.photos.append(file.file_id)
         if not is_last:
             return None if message.media_group_id else "Now send the other photo."
         del self.pending[message.chat_id]
@@ -244,25 +231,13 @@ class Chat:
         )
 
 
-def _photo(message: Message) -> tuple[str, int] | None:
-    """Return the file id and the size in bytes of a photo or of an image sent as a file."""
-    files = [message.document] if message.document else message.photo
-    if not files:
-        return None
-    largest = files[-1]  # Telegram sorts the copies of a photo by size
-    return largest.file_id, largest.file_size or 0
-
-
 def _temperature(words: list[str]) -> float | None:
     """Parse the arguments of /generate. None means that they are invalid."""
-    if not words:
-        return MAX_TEMPERATURE
     try:
-        (temperature,) = map(float, words)
+        (temperature,) = map(float, words or [str(MAX_TEMPERATURE)])
     except ValueError:
         return None
-    is_valid = math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE
-    return temperature if is_valid else None
+    return temperature if 0 <= temperature <= MAX_TEMPERATURE else None
 
 
 def bot(
@@ -296,8 +271,12 @@ def bot(
     async def score_in_background(_: Application) -> None:
         threading.Thread(target=session.score_validation_images, daemon=True).start()
 
-    builder = ApplicationBuilder().token(token).concurrent_updates(MAX_CONCURRENT_UPDATES)
-    builder = builder.post_init(score_in_background)
+    builder = (
+        ApplicationBuilder()
+        .token(token)
+        .concurrent_updates(MAX_CONCURRENT_UPDATES)
+        .post_init(score_in_background)
+    )
     if api_url is not None:
         base_url = api_url.rstrip("/")
         builder = builder.base_url(f"{base_url}/bot").base_file_url(f"{base_url}/file/bot")
@@ -311,8 +290,9 @@ def bot(
     except InvalidToken:  # its message contains the token, so do not chain it
         raise UserError("Telegram rejects the token: get another one from @BotFather") from None
     except NetworkError as error:
-        name = type(error).__name__
-        raise UserError(f"Telegram is unreachable ({name}): try again later") from None
+        raise UserError(
+            f"Telegram is unreachable ({type(error).__name__}): try again later"
+        ) from None
     except Exception as error:
         raise UserError(user_message(error).replace(token, "TOKEN")) from None
     exit_process()

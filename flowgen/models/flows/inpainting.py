@@ -150,8 +150,12 @@ class MeasurementPosterior:
         self.shrinkage = torch.ones_like(images)
 
     def spread(self, h: Tensor) -> float:
-        """Return the standard deviation of the measured sums over images h."""
-        return self._measure(h).std().item()
+        """Return the standard deviation of the measured sums over images h.
+
+        It is at least that of the measurement, since a single sum has no spread: the mean of one
+        gray image.
+        """
+        return max(self._measure(h).std().item(), MEASUREMENT_DEVIATION / self.bins)
 
     def violation(self, h: Tensor) -> Tensor:
         """Return the squared distance of the sums of h from the measured ones: (chains,)."""

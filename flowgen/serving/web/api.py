@@ -7,6 +7,7 @@ images has the command line that makes the same images.
 import base64
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -29,11 +30,11 @@ def about(session: ModelSession, payload: Payload) -> Response:
     """Describe the model."""
     model = session.model
     config = session.checkpoint["config"]
-    target = str(config["data"].get("_target_"))
     return {
         "run": session.name,
         "model": type(model).__name__,
-        "data": config["data"].get("name") or target.rpartition(".")[2],
+        "data": config["data"].get("name")
+        or str(config["data"].get("_target_")).rpartition(".")[2],
         "step": session.checkpoint["step"],
         "shape": list(model.image_shape),
         "bits": model.bits,
@@ -68,17 +69,15 @@ def upload(session: ModelSession, payload: Payload) -> Response:
 
 def sample(session: ModelSession, payload: Payload) -> Response:
     """Draw images."""
+    given = {name for name, value in payload.items() if value is not None}
     options: dict[str, Any] = {
         "count": _integer(payload, "count", 1, MAX_SAMPLES),
         "temperature": _number(payload, "temperature"),
         "seed": _integer(payload, "seed", 0, MAX_SEED),
+        "label": _integer(payload, "label", 0, MAX_LABEL) if "label" in given else None,
+        "sampler": _sampler(session, payload) if "sampler" in given else None,
+        "steps": _integer(payload, "steps", 1, 1000) if "steps" in given else None,
     }
-    if payload.get("label") is not None:
-        options["label"] = _integer(payload, "label", 0, MAX_LABEL)
-    if payload.get("sampler") is not None:
-        options["sampler"] = _sampler(session, payload)
-    if payload.get("steps") is not None:
-        options["steps"] = _integer(payload, "steps", 1, 1000)
     images = session.sample(**options)
     return {
         "seed": options["seed"],
@@ -103,8 +102,9 @@ def interpolate(session: ModelSession, payload: Payload) -> Response:
     first = session.read_image(_file(payload, "first"))
     second = session.read_image(_file(payload, "second"))
     steps = _integer(payload, "steps", 2, 33)
-    spherical = _boolean(payload, "spherical")
-    latent, pixels = session.interpolate(first, second, steps, spherical)
+    spherical = payload.get("spherical")
+    check_choice((True, False), spherical=spherical)
+    latent, pixels = session.interpolate(first, second, steps, bool(spherical))
     return {
         "latent": _data_urls(latent, session.model.bits),
         "pixels": _data_urls(pixels, session.model.bits),
@@ -116,7 +116,7 @@ def interpolate(session: ModelSession, payload: Payload) -> Response:
 
 def attributes(session: ModelSession, payload: Payload) -> Response:
     """Return the names of the attributes that `edit` can change."""
-    return {"attributes": list(session.attributes())}
+    return {"attributes": list(session.directions.names)}
 
 
 def edit(session: ModelSession, payload: Payload) -> Response:
@@ -125,14 +125,13 @@ def edit(session: ModelSession, payload: Payload) -> Response:
     requested = payload.get("amounts")
     if not isinstance(requested, dict) or not requested:
         raise UserError("amounts must be an object with a number for each attribute")
-    amounts: dict[str, float] = {}
-    args: list[str] = []
-    for name, value in requested.items():
-        amounts[name] = _number({"amount": value}, "amount", low=-100.0)
-        args += ["--attribute", name, "--amount", str(amounts[name])]
+    amounts = {
+        name: _number({"amount": value}, "amount", low=-100.0) for name, value in requested.items()
+    }
+    args = [("--attribute", name, "--amount", str(amount)) for name, amount in amounts.items()]
     return {
         "image": _data_urls(session.edit(image, amounts), session.model.bits)[0],
-        "command": session.command_line("edit", "a.png", *args),
+        "command": session.command_line("edit", "a.png", *chain.from_iterable(args)),
     }
 
 
@@ -229,11 +228,6 @@ def _number(payload: Payload, name: str, low: float = 0.0) -> float:
         return float(payload[name])
     except OverflowError as error:
         raise UserError(f"{name} is too large: choose a smaller number") from error
-
-
-def _boolean(payload: Payload, name: str) -> bool:
-    check_choice((True, False), **{name: payload.get(name)})
-    return bool(payload[name])
 
 
 def _file(payload: Payload, name: str) -> bytes:

@@ -1,7 +1,7 @@
 """The WSGI application and the local HTTP server of `flowgen explore`."""
 
 import json
-import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -9,24 +9,17 @@ from pathlib import Path
 from typing import Any
 from wsgiref.types import StartResponse, WSGIEnvironment
 
-from werkzeug.exceptions import (
-    BadRequest,
-    Forbidden,
-    HTTPException,
-    MethodNotAllowed,
-    NotFound,
-    UnsupportedMediaType,
-)
+from werkzeug.exceptions import BadRequest, Forbidden, HTTPException
+from werkzeug.routing import Map, Rule
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
 from flowgen.serving.session import ModelSession, exit_process
 from flowgen.serving.web.api import ENDPOINTS
-from flowgen.utils.console import user_message
+from flowgen.utils.console import log, user_message
 from flowgen.utils.errors import UserError
 
 HOST = "127.0.0.1"
-API_PREFIX = "/api/"
 MAX_REQUEST_BYTES = 8 * 2**20
 MAX_PENDING_CONNECTIONS = 128
 SOCKET_TIMEOUT_SECONDS = 60
@@ -36,6 +29,13 @@ STATIC_FILES = {  # URL path: file name, media type
     "/explore.js": ("explore.js", "text/javascript"),
     "/explore.css": ("explore.css", "text/css"),
 }
+URLS = Map(
+    [
+        *(Rule(path, endpoint=path, methods=["GET"]) for path in STATIC_FILES),
+        *(Rule(f"/api/{name}", endpoint=name, methods=["POST"]) for name in ENDPOINTS),
+    ],
+    merge_slashes=False,
+)
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -45,7 +45,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-log = logging.getLogger("flowgen")
 
 
 class LocalhostRequest(Request):
@@ -69,10 +68,6 @@ class ExplorerApp:
 
     def __init__(self, session: ModelSession):
         self.session = session
-        self.files = {
-            path: ((STATIC / name).read_bytes(), media_type)
-            for path, (name, media_type) in STATIC_FILES.items()
-        }
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         return self.respond(LocalhostRequest(environ))(environ, start_response)
@@ -81,12 +76,14 @@ class ExplorerApp:
         """Return the response to any request."""
         try:
             host = request.host  # raises SecurityError for other hosts
-            if request.path in self.files:
-                if request.method not in ("GET", "HEAD"):
-                    raise MethodNotAllowed(["GET", "HEAD"])
-                content, media_type = self.files[request.path]
+            endpoint, _ = URLS.bind_to_environ(request).match()
+            if endpoint in STATIC_FILES:
+                name, media_type = STATIC_FILES[endpoint]
+                content = (STATIC / name).read_bytes()
                 return Response(content, mimetype=media_type, headers=HEADERS)
-            return _json_response(self._call_endpoint(request, host))
+            if request.headers.get("Origin") != f"http://{host}":
+                raise Forbidden("only the page itself may send requests")
+            return _json_response(ENDPOINTS[endpoint](self.session, _read_payload(request)))
         except HTTPException as error:
             return _json_response({"error": error.description}, error.code or 500)
         except UserError as error:
@@ -96,37 +93,27 @@ class ExplorerApp:
             log.error("%s", message)
             return _json_response({"error": message}, 500)
 
-    def _call_endpoint(self, request: LocalhostRequest, host: str) -> dict[str, Any]:
-        name = request.path.removeprefix(API_PREFIX)
-        if request.path != API_PREFIX + name or name not in ENDPOINTS:
-            raise NotFound("page not found")
-        if request.method != "POST":
-            raise MethodNotAllowed(["POST"])
-        if request.headers.get("Origin") != f"http://{host}":
-            raise Forbidden("only the page itself may send requests")
-        if request.mimetype != "application/json":
-            raise UnsupportedMediaType("requests must have the content type application/json")
-        try:
-            payload = json.loads(request.get_data(cache=False))
-        except (ValueError, RecursionError) as error:
-            raise BadRequest("the request is not valid JSON") from error
-        if not isinstance(payload, dict):
-            raise BadRequest("the request must be a JSON object")
-        return ENDPOINTS[name](self.session, payload)
+
+def _read_payload(request: LocalhostRequest) -> dict[str, Any]:
+    try:
+        payload = request.get_json()
+    except RecursionError as error:
+        raise BadRequest("the request is nested too deeply") from error
+    if not isinstance(payload, dict):
+        raise BadRequest("the request must be a JSON object")
+    return payload
 
 
 def _json_response(content: dict[str, Any], status: int = 200) -> Response:
-    text = json.dumps(content, allow_nan=False)
-    return Response(text, status, HEADERS, mimetype="application/json")
+    return Response(
+        json.dumps(content, allow_nan=False), status, HEADERS, mimetype="application/json"
+    )
 
 
 class Handler(WSGIRequestHandler):
     """A request handler with a timeout that does not log requests."""
 
     timeout = SOCKET_TIMEOUT_SECONDS
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Log nothing."""
 
     def log(self, type: str, message: str, *args: Any) -> None:
         """Log nothing."""
@@ -156,16 +143,13 @@ def open_server(session: ModelSession, port: int) -> BaseWSGIServer:
         UserError: If the port is not available.
     """
     # werkzeug would end the process if the port was taken, so bind the socket here.
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((HOST, port))
+        listener = socket.create_server((HOST, port), backlog=MAX_PENDING_CONNECTIONS)
     except OSError as error:
         raise UserError(
-            f"port {port} is unavailable ({error.strerror}): choose another port, "
+            f"port {port} is unavailable ({os.strerror(error.errno or 0)}): choose another port, "
             "or --port 0 for any free port"
         ) from error
-    listener.listen(MAX_PENDING_CONNECTIONS)
     with listener:
         return make_server(
             HOST,
