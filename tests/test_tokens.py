@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SMALL
 from test_bijections import tokens
-from test_models import MODELS, load_from_checkpoint, noise, started
+from test_models import MODELS, build_model, initialized, random_images
 
 from flowgen.bijections.autoregressive import TokenAutoregressive
 from flowgen.bijections.univariate import Affine, GuidedAffine
@@ -114,13 +114,13 @@ def test_inverses_report_progress_and_work_with_any_progress_wrapper():
 
 
 def test_encoding_in_float64_is_more_accurate_than_the_float32_forward():
-    model = load_from_checkpoint(
+    model = build_model(
         "tarflow", bits=8, num_layers=[1, 1], width=16, permutation="actnorm"
     )
-    model.initialize(noise(8, 256))
+    model.initialize(random_images(8, 256))
     perturb(model, 0.2)
     with torch.no_grad():
-        images = noise(8)
+        images = random_images(8)
         centers = (images + 0.5) / 256
         encoded_error, forward_error = (
             (model.bijection.inverse(z)[0] - centers).abs().max()
@@ -148,7 +148,7 @@ def test_jacobi_needs_one_iteration_if_tokens_are_independent():
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("tarflow")])
 def test_both_inverses_of_a_whole_model_agree(name):
-    model = started(name)
+    model = initialized(name)
     z = torch.randn(2, 192)
     cached, _ = model.bijection.inverse(z)
     for module in model.modules():
@@ -181,12 +181,12 @@ def test_masks_of_jet_are_halves_of_the_patches_each_with_its_complement():
 )
 def test_arguments_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
-        load_from_checkpoint("tarflow", **changes)
+        build_model("tarflow", **changes)
 
 
 def affine_with_classes() -> TarFlow:
-    model = load_from_checkpoint("tarflow", num_layers=[1, 1], transform="affine", num_classes=3)
-    model.initialize(noise(5), torch.arange(64) % 3)
+    model = build_model("tarflow", num_layers=[1, 1], transform="affine", num_classes=3)
+    model.initialize(random_images(5), torch.arange(64) % 3)
     perturb(model, 0.1)
     return model.double().eval()
 
@@ -247,7 +247,7 @@ def test_guidance_moves_away_from_the_mean_of_all_classes():
 
     p(x | y)^(1 + w) / p(x)^w is then the Gaussian about (1 + w) means[y] - w mean(means).
     """
-    model = load_from_checkpoint(
+    model = build_model(
         "tarflow",
         image_shape=(1, 4, 4),
         patch=2,
@@ -284,7 +284,7 @@ def test_training_drops_some_labels_and_evaluation_drops_none():
     ],
 )
 def test_guidance_needs_classes_and_affine_transforms(changes):
-    model = load_from_checkpoint("tarflow", **{"num_layers": [1], "transform": "affine"} | changes)
+    model = build_model("tarflow", **{"num_layers": [1], "transform": "affine"} | changes)
     with pytest.raises(ValueError, match="guidance needs"):
         model.sample(2, guidance=1.0)
 

@@ -30,34 +30,17 @@ class ChannelAffine(Bijection):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            return self._forward(x, *self.affine())
+            matrix, shift, log_det = self.affine()
+            return _apply_affine(x, matrix, shift), (log_det * x[0, 0].numel()).expand(len(x))
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
             matrix, shift, log_det = self.affine()
-            x = self._inverse(z, matrix, shift)
+            # In float64, because the layers that follow amplify this error.
+            inverse = torch.linalg.inv(matrix.double())
+            shift = -(inverse @ shift.double())
+            x = _apply_affine(z, inverse.to(z.dtype), shift.to(z.dtype))
             return x, (-log_det * z[0, 0].numel()).expand(len(z))
-
-    def invert_and_recompute(
-        self, z: Tensor, condition: Tensor | None = None
-    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        with torch.autocast(z.device.type, enabled=False):
-            matrix, shift, log_det = self.affine()
-            x = self._inverse(z, matrix.detach(), shift.detach()).requires_grad_()
-            return (x,), *self._forward(x, matrix, shift, log_det)
-
-    @staticmethod
-    def _forward(
-        x: Tensor, matrix: Tensor, shift: Tensor, log_det: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        z = _apply_affine(x, matrix, shift)
-        return z, (log_det * x[0, 0].numel()).expand(len(x))
-
-    @staticmethod
-    def _inverse(z: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-        # In float64, because the layers that follow amplify this error.
-        inverse = torch.linalg.inv(matrix.double())
-        return _apply_affine(z, inverse.to(z.dtype), -(inverse @ shift.double()).to(z.dtype))
 
 
 def _apply_affine(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
@@ -140,11 +123,9 @@ class Invertible1x1(ChannelAffine):
     Glow (1807.03039), section 3.2; Laparra et al., Iterative Gaussianization (1602.00229).
     """
 
-    shift: Tensor
-
     def __init__(self, channels: int):
         super().__init__()
-        self.register_buffer("shift", torch.zeros(channels), persistent=False)
+        self.shift = nn.Buffer(torch.zeros(channels), persistent=False)
 
     @abstractmethod
     def rotate(self, rotation: Tensor) -> None:
@@ -200,18 +181,14 @@ class InvertibleConv1x1LU(Invertible1x1):
         True
     """
 
-    permutation: Tensor
-    sign: Tensor
-    identity: Tensor
-
     def __init__(self, channels: int):
         super().__init__(channels)
         self.lower = nn.Parameter(torch.empty(channels, channels))
         self.upper = nn.Parameter(torch.empty(channels, channels))
         self.log_s = nn.Parameter(torch.empty(channels))
-        self.register_buffer("permutation", torch.empty(channels, channels))
-        self.register_buffer("sign", torch.empty(channels))
-        self.register_buffer("identity", torch.eye(channels), persistent=False)
+        self.permutation = nn.Buffer(torch.empty(channels, channels))
+        self.sign = nn.Buffer(torch.empty(channels))
+        self.identity = nn.Buffer(torch.eye(channels), persistent=False)
         self.rotate(_random_rotation(channels))
 
     @torch.no_grad()
