@@ -316,7 +316,7 @@ def test_chains_that_start_outside_the_support_reach_it():
     state = initial_state(torch.full((50, 1), 5.5), density)
     step_size = StepSize.find_reasonable(state, density, generator)
     for _ in range(200):
-        state = hmc_step(state, density, step_size, 5, True, generator)
+        state, _ = hmc_step(state, density, step_size, 5, True, generator)
     assert (state.position.abs() < 5).all() and state.log_density.isfinite().all()
 
 

@@ -1,7 +1,7 @@
 """The interface of all models, optional capabilities, and evaluation settings."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -12,14 +12,10 @@ from torch.nn import functional as F
 
 from flowgen.bijections.base import inversion_error
 from flowgen.utils.console import Progress, no_progress
-from flowgen.utils.errors import UserError, check_choice, check_whole
+from flowgen.utils.errors import check_choice, check_whole
 from flowgen.utils.metrics import LOG_PROBABILITY, Metric, Metrics
 
 Likelihood = Literal["exact", "bound", "estimate", "none"]
-MAX_DEPTH = 1000  # layers, blocks or couplings; deeper models would take hours to build
-MAX_IMPORTANCE_SAMPLES = 10**5  # the error of a figure is then 1/300 of that of one sample
-MAX_AIS_STEPS = 10**8
-MAX_AIS_CHAINS = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +42,13 @@ class EvalConfig:
     cross_check: bool = False
 
     def __post_init__(self) -> None:
-        check_whole(high=MAX_IMPORTANCE_SAMPLES, num_importance_samples=self.num_importance_samples)
-        check_whole(high=MAX_AIS_STEPS, ais_steps=self.ais_steps)
-        check_whole(high=MAX_AIS_CHAINS, ais_chains=self.ais_chains)
+        check_whole(high=10**5, num_importance_samples=self.num_importance_samples)
+        check_whole(high=10**8, ais_steps=self.ais_steps)
+        check_whole(high=10**6, ais_chains=self.ais_chains)
         check_choice((True, False), cross_check=self.cross_check)
 
 
 QUICK_EVAL = EvalConfig()
-
-
-def square_shape(image_shape: Sequence[int]) -> tuple[int, int]:
-    """Return the channels and the resolution of square images.
-
-    Args:
-        image_shape: (channels, height, width), where height and width are equal.
-    """
-    channels, height, width = image_shape
-    check_whole(channels=channels, height=height, width=width)
-    if height != width:
-        raise UserError(f"image_shape={list(image_shape)} is not square: choose one data.size")
-    return channels, height
 
 
 class GenerativeModel(nn.Module, ABC):

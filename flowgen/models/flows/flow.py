@@ -123,8 +123,6 @@ class Flow(ClassConditional, SupportsInpainting):
     ):
         super().__init__()
         check_whole(bits=bits)
-        if num_classes is not None:
-            check_whole(num_classes=num_classes)
         channels, height, width = image_shape
         self.image_shape = (channels, height, width)
         self.dimensions = channels * height * width
@@ -155,11 +153,10 @@ class Flow(ClassConditional, SupportsInpainting):
 
     @classmethod
     def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
-        if capability is ClassConditional and arguments.get("num_classes") is None:
-            return False
-        noisy = gaussian_deviation(arguments.get("dequantization")) is not None
-        if capability is SupportsInpainting and noisy:
-            return False
+        if capability is ClassConditional:
+            return arguments.get("num_classes") is not None
+        if capability is SupportsInpainting:
+            return gaussian_deviation(arguments.get("dequantization")) is None
         return super().supports(capability, arguments)
 
     # Training and likelihood
@@ -316,17 +313,15 @@ class Flow(ClassConditional, SupportsInpainting):
 
     def _sample_labels(self, count: int, label: int | None, start_index: int) -> Tensor | None:
         """Return the classes of samples, (count,), or None for a flow without classes."""
+        if label is None and self.num_classes is None:
+            return None
+        num_classes = len(self._class_means())
         if label is None:
-            if self.num_classes is None:
-                return None
-            indices = torch.arange(start_index, start_index + count, device=self.device)
-            return indices % self.num_classes
-        if self.num_classes is None:
-            raise UserError(NO_CLASSES)
-        if not 0 <= label < self.num_classes:
+            return torch.arange(start_index, start_index + count, device=self.device) % num_classes
+        if not 0 <= label < num_classes:
             raise UserError(
-                f"label {label} is not one of the model's {self.num_classes} classes: "
-                f"choose a number from 0 to {self.num_classes - 1}"
+                f"label {label} is not one of the model's {num_classes} classes: "
+                f"choose a number from 0 to {num_classes - 1}"
             )
         return torch.full((count,), label, device=self.device)
 
@@ -338,8 +333,7 @@ class Flow(ClassConditional, SupportsInpainting):
     def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the points x with these latents, and their log p(x)."""
         x, log_det = self.bijection.inverse(z, self._condition(one_hot))
-        log_base = self._log_base(z, self._condition(one_hot))
-        return x, log_base - log_det
+        return x, self._log_base(z, self._condition(one_hot)) - log_det
 
     def _denoise(self, x: Tensor, one_hot: Tensor | None) -> Tensor:
         if not isinstance(self.dequantizer, GaussianDequantizer):
@@ -356,15 +350,11 @@ class Flow(ClassConditional, SupportsInpainting):
         Without a generator x is the center of each bin, which is farthest from the neighboring
         bins, so that `decode` returns the same images.
         """
-        if generator is None:
-            x = self._bin_centers(images)
-        else:
-            x, _ = self._dequantize(images, generator)
+        x = self._dequantize(images, generator)[0] if generator else self._bin_centers(images)
         if not self.condition_networks:
             return self.bijection(x)[0]
         one_hot = self._one_hot(self.classify(images).argmax(1))
-        assert one_hot is not None
-        return torch.cat((self.bijection(x, one_hot)[0], one_hot), 1)
+        return torch.cat((self.bijection(x, one_hot)[0], one_hot), 1)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -380,6 +370,7 @@ class Flow(ClassConditional, SupportsInpainting):
 
     # Inpainting
 
+    @torch.no_grad()
     def inpaint(
         self,
         images: Tensor,
@@ -404,8 +395,7 @@ class Flow(ClassConditional, SupportsInpainting):
         deviation = pixels.std(0)
         if not isinstance(known, LinearMeasurement):
             deviation = deviation[~known.to(pixels.device)]
-        with torch.no_grad():
-            log_prob = self.score(pixels.to(torch.uint8), generator=generator).mean().item()
+        log_prob = self.score(pixels.to(torch.uint8), generator=generator).mean().item()
         metrics = {
             "acceptance": chains.acceptance,
             "spread": deviation.mean().item() / (self.bins - 1),

@@ -13,12 +13,13 @@ from flowgen.bijections.continuous import CNF, VelocityField
 from flowgen.bijections.elementwise import Standardize
 from flowgen.bijections.networks import RandomSource, override
 from flowgen.bijections.reshape import Flatten
-from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting, square_shape
+from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting
 from flowgen.models.flows.builders import (
     check_transformer,
     choose_patch,
     condition_size,
     gaussianization,
+    square_shape,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_number, check_whole

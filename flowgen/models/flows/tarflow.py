@@ -12,7 +12,7 @@ from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
 from flowgen.bijections.networks import CausalTransformer, RandomSource, override
 from flowgen.bijections.reshape import Flatten, Roll, Squeeze
 from flowgen.bijections.univariate import Affine, GuidedAffine
-from flowgen.models.base import SupportsTokenSampling, square_shape
+from flowgen.models.base import SupportsTokenSampling
 from flowgen.models.flows.builders import (
     check_transformer,
     choose,
@@ -20,6 +20,7 @@ from flowgen.models.flows.builders import (
     condition_size,
     gaussianization,
     make_transform,
+    square_shape,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_number
