@@ -59,8 +59,7 @@ class MADE(nn.Module):
         # the first value.
         lowest = -1 if cond_channels else 0
         degrees = torch.linspace(lowest, max(dim - 2, lowest), width).round().long()
-        input_mask = F.pad(degrees[:, None] >= inputs, (0, cond_channels), value=True)
-        self.first = MaskedLinear(input_mask)
+        self.first = MaskedLinear(F.pad(degrees[:, None] >= inputs, (0, cond_channels), value=True))
         self.middle = nn.ModuleList(
             MaskedLinear(degrees[:, None] >= degrees) for _ in range(num_layers - 1)
         )

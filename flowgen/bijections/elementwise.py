@@ -79,8 +79,7 @@ class EmpiricalCDF(Bijection):
         index = torch.searchsorted(self.share.cumsum(1), values.flatten(1), right=True)
         index = index.clamp(max=self.bins - 1).view(values.shape).transpose(0, 1)
         probability, cumulative = self._look_up(index)
-        x = (index + (z - cumulative) / probability) / self.bins
-        return x, -self._log_det(probability)
+        return (index + (z - cumulative) / probability) / self.bins, -self._log_det(probability)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -30,17 +30,34 @@ class ChannelAffine(Bijection):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            matrix, shift, log_det = self.affine()
-            return _apply_affine(x, matrix, shift), (log_det * x[0, 0].numel()).expand(len(x))
+            return self._forward(x, *self.affine())
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
             matrix, shift, log_det = self.affine()
-            # In float64, because the layers that follow amplify this error.
-            inverse = torch.linalg.inv(matrix.double())
-            shift = -(inverse @ shift.double())
-            x = _apply_affine(z, inverse.to(z.dtype), shift.to(z.dtype))
+            x = self._inverse(z, matrix, shift)
             return x, (-log_det * z[0, 0].numel()).expand(len(z))
+
+    def invert_and_recompute(
+        self, z: Tensor, condition: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        with torch.autocast(z.device.type, enabled=False):
+            matrix, shift, log_det = self.affine()
+            x = self._inverse(z, matrix.detach(), shift.detach()).requires_grad_()
+            return (x,), *self._forward(x, matrix, shift, log_det)
+
+    @staticmethod
+    def _forward(
+        x: Tensor, matrix: Tensor, shift: Tensor, log_det: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        z = _apply_affine(x, matrix, shift)
+        return z, (log_det * x[0, 0].numel()).expand(len(x))
+
+    @staticmethod
+    def _inverse(z: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
+        # In float64, because the layers that follow amplify this error.
+        inverse = torch.linalg.inv(matrix.double())
+        return _apply_affine(z, inverse.to(z.dtype), -(inverse @ shift.double()).to(z.dtype))
 
 
 def _apply_affine(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:

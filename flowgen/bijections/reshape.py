@@ -164,14 +164,13 @@ class FactorOut(Bijection):
         if self.network is None:
             return x_out, x_out.new_zeros(len(x_out))
         mean, log_deviation = self._predict(self.network, x_in, condition)
-        z_out = (x_out - mean) * (-log_deviation).exp()
-        return z_out, -log_deviation.flatten(1).sum(1)
+        return (x_out - mean) * (-log_deviation).exp(), -log_deviation.flatten(1).sum(1)
 
     @staticmethod
     def _predict(
         network: Conditioner, x_in: Tensor, condition: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
+        """Return mean and log-deviation of the other half."""
         # Without autocast: the prior is part of the likelihood, and bfloat16 is too coarse for it.
         with torch.autocast(x_in.device.type, enabled=False):
-            mean, log_deviation = network(concat_condition(x_in, condition)).chunk(2, dim=1)
-        return mean, log_deviation
+            return network(concat_condition(x_in, condition)).chunk(2, dim=1)

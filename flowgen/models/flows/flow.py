@@ -39,13 +39,6 @@ from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import BITS_PER_DIM, NOISY_BITS_PER_DIM, Metrics, MetricValue
 
 CLASS_MEAN_DEVIATION = 0.3  # standard deviation of each latent of the class means at the start
-NO_CLASSES = (
-    "this model has no classes: train one with model.num_classes=10 on data that has labels"
-)
-NO_LIKELIHOOD = (
-    "this flow was trained on noisy images (model.dequantization=gaussian:...) and has no "
-    "likelihood of images"
-)
 
 
 @torch.enable_grad()
@@ -440,7 +433,10 @@ class Flow(ClassConditional, SupportsInpainting):
 
     def _check_likelihood(self) -> None:
         if self.likelihood == "none":
-            raise UserError(NO_LIKELIHOOD)
+            raise UserError(
+                "this flow was trained on noisy images (model.dequantization=gaussian:...) and has "
+                "no likelihood of images"
+            )
 
     def _bits_per_dim(self, log_prob: Tensor) -> Tensor:
         return -log_prob / (self.dimensions * math.log(2))
@@ -480,5 +476,8 @@ class Flow(ClassConditional, SupportsInpainting):
 
     def _class_means(self) -> Tensor:
         if self.means is None:
-            raise UserError(NO_CLASSES)
+            raise UserError(
+                "this model has no classes: train one with model.num_classes=10 on data that has "
+                "labels"
+            )
         return self.means
