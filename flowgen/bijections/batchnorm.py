@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.networks import batch_norm_layers, override
+from flowgen.bijections.networks import batch_norm_layers, temporary_attributes
 
 
 class BatchNorm(Bijection):
@@ -126,6 +126,9 @@ def update_bn(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
         return
     for layer in layers:
         layer.reset_running_stats()
-    with override(layers, momentum=None), override(model.modules(), training=True):
+    with (
+        temporary_attributes(layers, momentum=None),
+        temporary_attributes(model.modules(), training=True),
+    ):
         for batch in batches:
             model(*batch)

@@ -61,12 +61,12 @@ class RandomSource(nn.Module):
 
 
 @contextmanager
-def override(objects: Iterable[object], **values: object) -> Iterator[None]:
+def temporary_attributes(objects: Iterable[object], **values: object) -> Iterator[None]:
     """Set attributes of all objects inside the context, and restore them afterwards.
 
     Example:
         >>> dropout = nn.Dropout(0.5)
-        >>> with override([dropout], p=0.1):
+        >>> with temporary_attributes([dropout], p=0.1):
         ...     print(dropout)
         Dropout(p=0.1, inplace=False)
         >>> dropout

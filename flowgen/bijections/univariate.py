@@ -333,7 +333,8 @@ class GuidedAffine(Affine):
         precision = 1 + weight - weight * ratio
         mean = ((1 + weight) * class_mean - weight * ratio * free_mean) / precision
         log_scale = class_log_scale + precision.log() / 2
-        return torch.cat((log_scale, log_scale)), torch.cat((-mean * log_scale.exp(),) * 2)
+        shift = -mean * log_scale.exp()
+        return torch.cat((log_scale, log_scale)), torch.cat((shift, shift))
 
 
 # Constructors by name; the argument is the name of a function in LOG_SCALES.
@@ -392,8 +393,8 @@ def _search_root(function: IncreasingFunction, target: Tensor, low: Tensor, high
         if converged.all():
             break
         use_newton = (x + step > low) & (x + step < high) & (step.abs() <= last_step / 2)
-        updated = torch.where(use_newton, x + step, (low + high) / 2)
-        next_x = torch.where(converged, x, updated)
+        next_x = torch.where(use_newton, x + step, (low + high) / 2)
+        next_x = torch.where(converged, x, next_x)
         last_step = (next_x - x).abs()
         x = next_x
     return x

@@ -42,6 +42,7 @@ class EvalConfig:
     cross_check: bool = False
 
     def __post_init__(self) -> None:
+        # The error of 10^5 importance samples is 1/300 of that of one.
         check_whole(high=10**5, num_importance_samples=self.num_importance_samples)
         check_whole(high=10**8, ais_steps=self.ais_steps)
         check_whole(high=10**6, ais_chains=self.ais_chains)

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowgen.bijections.base import Chain
 from flowgen.bijections.continuous import CNF, VelocityField
 from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.networks import RandomSource, override
+from flowgen.bijections.networks import RandomSource, temporary_attributes
 from flowgen.bijections.reshape import Flatten
 from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting
 from flowgen.models.flows.builders import (
@@ -160,5 +160,5 @@ class FlowMatching(Flow):
     def _bits_per_dim_at(self, tolerance: float, images: Tensor) -> Tensor:
         """Return the bits/dim of each image with another tolerance of the solver: (batch,)."""
         generator = torch.Generator(self.device).manual_seed(0)
-        with override([self.cnf], tolerance=tolerance):
+        with temporary_attributes([self.cnf], tolerance=tolerance):
             return self._bits_per_dim(self.log_prob(images, generator))

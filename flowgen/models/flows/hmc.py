@@ -100,7 +100,10 @@ def hmc_step(
         The new state, and the share of chains that accepted the end of their trajectory.
     """
     proposal, log_ratio = _leapfrog(state, density, step_size.value, leapfrog_steps, generator)
-    accepted = torch.empty_like(log_ratio).uniform_(generator=generator).log() < log_ratio
+    uniform = torch.rand(
+        log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype
+    )
+    accepted = uniform.log() < log_ratio
     if adapt:
         step_size.update(_mean_acceptance(state, log_ratio))
     new_state = ChainState(
@@ -120,7 +123,9 @@ def _leapfrog(
 ) -> tuple[ChainState, Tensor]:
     """Return the end of a trajectory, and the logarithm of the acceptance ratio, (chains,)."""
     position, log_density, gradient = state
-    momentum = torch.empty_like(position).normal_(generator=generator)
+    momentum = torch.randn(
+        position.shape, generator=generator, device=position.device, dtype=position.dtype
+    )
     start_energy = log_density - 0.5 * momentum.square().sum(1)
     for _ in range(leapfrog_steps):
         momentum = momentum + 0.5 * step_size * gradient

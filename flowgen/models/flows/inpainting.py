@@ -316,7 +316,12 @@ class InpaintingChains:
         self.acceptance = fmean(acceptance[num_trajectories // 2 :])
 
     def _noise(self) -> Tensor:
-        return torch.empty_like(self.position).normal_(generator=self.generator)
+        return torch.randn(
+            self.position.shape,
+            generator=self.generator,
+            device=self.position.device,
+            dtype=self.position.dtype,
+        )
 
     def _mean_and_condition(self) -> tuple[Tensor, Tensor | None]:
         if self.class_prior is None:

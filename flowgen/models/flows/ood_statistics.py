@@ -50,7 +50,9 @@ def _terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the three terms of `ood_statistics` under each of `means` (K, D): (batch, K) each."""
     outputs: list[tuple[Tensor, Tensor]] = []
-    with _last_level(bijection).register_forward_hook(lambda *call: outputs.append(call[-1])):
+    with _last_level(bijection).register_forward_hook(
+        lambda module, args, output: outputs.append(output)
+    ):
         z, log_det = bijection(x, condition)
     last_z, last_log_det = outputs[0]
     base = torch.stack([standard_normal_log_prob(z - mean) for mean in means], 1)

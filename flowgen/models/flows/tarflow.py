@@ -9,7 +9,7 @@ from flowgen.bijections.autoregressive import TokenAutoregressive, TokenHead, au
 from flowgen.bijections.base import Bijection, Chain, Invert
 from flowgen.bijections.elementwise import Standardize
 from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
-from flowgen.bijections.networks import CausalTransformer, RandomSource, override
+from flowgen.bijections.networks import CausalTransformer, RandomSource, temporary_attributes
 from flowgen.bijections.reshape import Flatten, Roll, Squeeze
 from flowgen.bijections.univariate import Affine, GuidedAffine
 from flowgen.models.base import SupportsTokenSampling
@@ -169,12 +169,15 @@ class TarFlow(Flow, SupportsTokenSampling):
             jacobi: update all tokens in parallel until they converge (Jacobi iteration).
         """
         check_number(guidance=guidance)
-        with override([self], guidance=guidance), override(self._blocks(), jacobi=jacobi):
+        with (
+            temporary_attributes([self], guidance=guidance),
+            temporary_attributes(self._blocks(), jacobi=jacobi),
+        ):
             return super().sample(count, temperature, generator, label, start_index)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return the latents of images, computed in float64."""
-        with override(self._blocks(), exact=True):
+        with temporary_attributes(self._blocks(), exact=True):
             return super().encode(images, generator)
 
     def sweeps(self) -> list[int]:
@@ -194,7 +197,7 @@ class TarFlow(Flow, SupportsTokenSampling):
         # Guidance of the base, exact if the transforms of both halves have the same scale.
         guided_z = z + self.guidance * (one_hot @ means - means.mean(0))
         heads = [block.head for block in self._blocks()]
-        with override(heads, transform=GuidedAffine(self.transform, self.guidance)):
+        with temporary_attributes(heads, transform=GuidedAffine(self.transform, self.guidance)):
             x, _ = self.bijection.inverse(guided_z.repeat(2, 1), conditions)
         x = x[: len(z)]
         return x, self.log_density(x, one_hot.argmax(1))
