@@ -254,7 +254,7 @@ def test_known_pixels_are_kept_and_the_seed_determines_the_result(name):
     known = torch.rand(3, 8, 8) < 0.4
     result, again = (
         model.inpaint(
-            images, known, method="langevin", sweeps=40, generator=torch.Generator().manual_seed(1)
+            images, known, sampler="langevin", steps=40, generator=torch.Generator().manual_seed(1)
         )
         for _ in range(2)
     )
@@ -319,7 +319,7 @@ def test_measurements_are_weighted_means_of_pixels():
         rbm.inpaint(
             torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
             measurement("downsample:2", (1, 8, 8)),
-            method="gibbs",
+            sampler="gibbs",
         )
 
 
@@ -332,7 +332,7 @@ def test_chains_that_start_outside_the_support_reach_it():
     state = initial_state(torch.full((50, 1), 5.5), density)
     step_size = StepSize.find_reasonable(state, density, generator)
     for _ in range(200):
-        state = hmc_step(state, density, step_size, 5, True, generator)
+        state, _ = hmc_step(state, density, step_size, 5, True, generator)
     assert (state.position.abs() < 5).all() and state.log_density.isfinite().all()
 
 

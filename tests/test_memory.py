@@ -7,12 +7,12 @@ import psutil
 import pytest
 import torch
 from conftest import SMALL
-from test_architecture import compose_config
 from test_training import rows
 
 from flowgen.bijections import reversible
 from flowgen.bijections.base import inversion_error, set_activation_memory
 from flowgen.bijections.networks import ZeroConv2d
+from flowgen.config.compose import compose_config
 from flowgen.config.instantiate import build_model, with_image_shape
 from flowgen.models.base import GenerativeModel
 from flowgen.models.rbm.negative_phase import PCD, Tempering
@@ -32,7 +32,7 @@ MODELS = {
 
 def build(overrides: list[str]) -> tuple[GenerativeModel, tuple]:
     """Return a model that is not the identity, in training mode, and a batch."""
-    config = compose_config("data=folder", "data.root=none", "data.bits=5", *overrides)
+    config, _, _ = compose_config(["data=folder", "data.root=none", "data.bits=5", *overrides])
     torch.manual_seed(0)
     model = build_model(with_image_shape(config, (3, 8, 8), 5))
     for module in model.modules():
@@ -131,7 +131,7 @@ def test_unsupported_modes_are_rejected(overrides, mode, message):
         ),
         (
             ["model=maf", "trainer.activation_memory=store", "trainer.batch_size=1"],
-            "increase trainer.batch_size",
+            "set trainer.batch_size to at least 2",
         ),
     ],
 )

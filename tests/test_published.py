@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_architecture import compose_config
 from torch import Tensor
 
+from flowgen.config.compose import compose_config
 from flowgen.config.instantiate import build_data
 from flowgen.data.cifar10 import CIFAR10
 from flowgen.data.dataset import ImageDataset
@@ -162,7 +162,8 @@ def test_published_files_are_read(name, tmp_path):
     written = write(tmp_path / "set")
     assert_contains(read(tmp_path / "set"), *written)
     assert_contains(read(tmp_path / "set"), *written)  # from the cache, if the data set has one
-    data = build_data(compose_config(f"data={name}", f"data.root={tmp_path / 'set'}"))
+    config, _, _ = compose_config([f"data={name}", f"data.root={tmp_path / 'set'}"])
+    data = build_data(config)
     assert data.image_shape == (3, 32, 32) and data.bits == 8
 
 

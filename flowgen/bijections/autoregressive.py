@@ -16,11 +16,9 @@ from flowgen.bijections.univariate import Transform
 class MaskedLinear(nn.Linear):
     """A linear layer whose output i depends on input j only where `mask[i, j]`."""
 
-    mask: Tensor
-
     def __init__(self, mask: Tensor):
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask, persistent=False)
+        self.mask = nn.Buffer(mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.masked_weight(), self.bias)
@@ -61,8 +59,7 @@ class MADE(nn.Module):
         # the first value.
         lowest = -1 if cond_channels else 0
         degrees = torch.linspace(lowest, max(dim - 2, lowest), width).round().long()
-        input_mask = F.pad(degrees[:, None] >= inputs, (0, cond_channels), value=True)
-        self.first = MaskedLinear(input_mask)
+        self.first = MaskedLinear(F.pad(degrees[:, None] >= inputs, (0, cond_channels), value=True))
         self.middle = nn.ModuleList(
             MaskedLinear(degrees[:, None] >= degrees) for _ in range(num_layers - 1)
         )
@@ -113,8 +110,7 @@ class MADE(nn.Module):
             hidden = sums.relu()
             for weight, bias in middle:
                 hidden = F.linear(hidden, weight, bias).relu()
-            params = F.linear(hidden, last[:, index], last_bias[:, index])
-            values.append(sample_fn(index, params))
+            values.append(sample_fn(index, F.linear(hidden, last[:, index], last_bias[:, index])))
             sums = torch.addcmul(sums, values[-1].to(sums.dtype), first[:, index])
         return torch.cat(values, 1)
 
@@ -157,8 +153,7 @@ class Autoregressive(Bijection):
         log_slopes = []
 
         def sample_fn(index: int, params: Tensor) -> Tensor:
-            value = z[:, index : index + 1]
-            x, log_slope = self.transform.inverse(value, params.to(z.dtype))
+            x, log_slope = self.transform.inverse(z[:, index : index + 1], params.to(z.dtype))
             log_slopes.append(log_slope)
             return x
 
@@ -197,8 +192,7 @@ class TokenHead(Bijection):
 
 def autoregressive_head(dim: int, width: int, transform: Transform) -> Autoregressive:
     """Return a head like `TokenHead` whose values also depend on those before them in the token."""
-    network = MADE(dim, width, 1, transform.num_params, cond_channels=width)
-    return Autoregressive(network, transform)
+    return Autoregressive(MADE(dim, width, 1, transform.num_params, width), transform)
 
 
 class TokenAutoregressive(Bijection):
@@ -253,23 +247,17 @@ class TokenAutoregressive(Bijection):
         self.progress: Progress = no_progress
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        network = self.network
-        head = self.head
-        tokens = self._to_tokens(x)
-        if self.exact:
-            network = _double_copy(network)
-            head = _double_copy(head)
-            tokens = tokens.double()
+        network = _double_copy(self.network) if self.exact else self.network
+        head = _double_copy(self.head) if self.exact else self.head
+        tokens = self._to_tokens(x.double() if self.exact else x)
         z, log_det = _map_tokens(head.forward, tokens, network(tokens, condition))
         return self._to_image(z, x).to(x.dtype), log_det.sum(1).to(x.dtype)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         invert = self._invert_by_jacobi if self.jacobi else self._invert_sequentially
+        network = _double_copy(self.network)
         x, log_det = invert(
-            self._to_tokens(z).double(),
-            condition,
-            _double_copy(self.network),
-            _double_copy(self.head),
+            self._to_tokens(z.double()), condition, network, _double_copy(self.head)
         )
         return self._to_image(x, z).to(z.dtype), log_det.to(z.dtype)
 
@@ -293,9 +281,8 @@ class TokenAutoregressive(Bijection):
         x = z
         log_det = z.new_zeros(z.shape[:2])
         num_final = 0  # leading tokens that no longer change
-        num_iterations = 0
-        for _ in range(z.shape[1]):
-            num_iterations += 1
+        for iteration in range(z.shape[1]):
+            self.num_iterations = iteration + 1
             contexts = network(x, condition)[:, num_final:]
             previous = x[:, num_final:]
             updated, change = _map_tokens(head.inverse, z[:, num_final:], contexts)
@@ -307,7 +294,6 @@ class TokenAutoregressive(Bijection):
                 break
             # The contexts of the first token that changed depend on final tokens only.
             num_final += int(changed.int().argmax()) + 1
-        self.num_iterations = num_iterations
         return x, log_det.sum(1)
 
     def _to_tokens(self, x: Tensor) -> Tensor:
@@ -333,10 +319,11 @@ M = TypeVar("M", bound=nn.Module)
 
 def _double_copy(module: M) -> M:
     """Return a copy in float64; gradients of its parameters reach those of `module`."""
-    memo: dict[int, object] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            memo[id(tensor)] = tensor.double()
+    memo: dict[int, object] = {
+        id(tensor): tensor.double()
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.is_floating_point()
+    }
     for part in module.modules():
         if isinstance(part, Autoregressive):
             memo[id(part.progress)] = part.progress  # a progress bar cannot be copied

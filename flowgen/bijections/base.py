@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,12 @@ class Bijection(nn.Module, ABC):
 
     Attributes:
         supports_checkpointing: Whether a chain can recompute the bijection in the backward pass.
+        supports_reversible: Whether the inverse is cheap and accurate enough to differentiate at
+            its result.
     """
 
     supports_checkpointing: bool = True
+    supports_reversible: bool = False
 
     @abstractmethod
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -39,11 +43,6 @@ class Bijection(nn.Module, ABC):
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Initialize from one batch of data before training and return the output for it."""
         return self(x, condition)[0]
-
-    @property
-    def supports_reversible(self) -> bool:
-        """True if the inverse is cheap and accurate enough to differentiate at its result."""
-        return False
 
     def invert_and_recompute(
         self, z: Tensor, condition: Tensor | None = None
@@ -105,10 +104,10 @@ class Chain(Bijection):
         return x
 
     def _steps(self, condition: Tensor | None) -> Iterable[Step]:
-        if self.activation_memory == "store" or not torch.is_grad_enabled():
+        # Memory-saving steps have no gradient for the condition.
+        needs_condition_grad = condition is not None and condition.requires_grad
+        if self.activation_memory == "store" or not torch.is_grad_enabled() or needs_condition_grad:
             return self.bijections
-        if condition is not None and condition.requires_grad:
-            return self.bijections  # memory-saving steps have no gradient for the condition
         return self._memory_saving_steps()
 
     def _memory_saving_steps(self) -> Iterator[Step]:
@@ -120,10 +119,9 @@ class Chain(Bijection):
             else:
                 yield from reversible([*group], self.inversion_errors)
 
-    def _saves_memory(self, bijection: nn.Module) -> bool:
+    def _saves_memory(self, bijection: Any) -> bool:
         """Return whether this chain saves the memory, and no chain inside the bijection."""
-        assert isinstance(bijection, Bijection)
-        return not _contains_chain(bijection) and (
+        return not _chains(bijection) and (
             self.activation_memory == "checkpoint" or bijection.supports_reversible
         )
 
@@ -174,8 +172,8 @@ def concat_condition(x: Tensor, condition: Tensor | None) -> Tensor:
     """Append the condition to the channels of x, as the input of a network.
 
     Args:
-        x: Values (batch, channels, ...).
-        condition: None, or (batch, cond_channels, ...). One without pixels, (batch,
+        x: Values (batch, channels) or (batch, channels, height, width).
+        condition: None, or a condition with the dimensions of x. One without pixels, (batch,
             cond_channels), is repeated at every pixel of x.
 
     Example:
@@ -185,8 +183,7 @@ def concat_condition(x: Tensor, condition: Tensor | None) -> Tensor:
     if condition is None:
         return x
     if condition.dim() < x.dim():
-        condition = condition.view(*condition.shape, *[1] * (x.dim() - condition.dim()))
-        condition = condition.expand(-1, -1, *x.shape[2:])
+        condition = condition[:, :, None, None].expand(-1, -1, *x.shape[2:])
     return torch.cat((x, condition.to(x.dtype)), 1)
 
 
@@ -204,15 +201,10 @@ def _chains(model: nn.Module) -> list[Chain]:
     return [module for module in model.modules() if isinstance(module, Chain)]
 
 
-def _contains_chain(bijection: nn.Module) -> bool:
-    return bool(_chains(bijection))
-
-
 def supports_checkpointing(model: nn.Module) -> bool:
     """Return whether `model` consists of chains whose bijections can be recomputed one by one."""
-    bijections = [module for module in model.modules() if isinstance(module, Bijection)]
-    return _contains_chain(model) and all(
-        bijection.supports_checkpointing for bijection in bijections
+    return bool(_chains(model)) and all(
+        module.supports_checkpointing for module in model.modules() if isinstance(module, Bijection)
     )
 
 
@@ -236,28 +228,21 @@ def set_activation_memory(model: nn.Module, mode: str) -> None:
         True
     """
     if mode not in ACTIVATION_MEMORY:
-        choices = ", ".join(ACTIVATION_MEMORY)
-        raise ValueError(f"activation memory must be one of {choices}, not {mode!r}")
+        raise ValueError(
+            f"activation memory must be one of {', '.join(ACTIVATION_MEMORY)}, not {mode!r}"
+        )
     if mode != "store" and not supports_checkpointing(model):
         raise ValueError(f"activation memory {mode!r} is not supported by this model: use 'store'")
     chains = _chains(model)
-    if mode == "reversible":
-        for chain in chains:
-            for bijection in chain.bijections:
-                _check_reversible(bijection)
+    parts = [part for chain in chains for part in chain.bijections if not _chains(part)]
+    for part in parts:
+        if mode == "reversible" and not part.supports_reversible and list(part.parameters()):
+            raise ValueError(
+                "activation memory 'reversible' cannot recover the input of this model's "
+                f"{type(part).__name__}: use 'checkpoint'"
+            )
     for chain in chains:
         chain.activation_memory = mode
-
-
-def _check_reversible(bijection: nn.Module) -> None:
-    assert isinstance(bijection, Bijection)
-    if _contains_chain(bijection) or bijection.supports_reversible:
-        return
-    if any(True for _ in bijection.parameters()):
-        raise ValueError(
-            "activation memory 'reversible' cannot recover the input of this model's "
-            f"{type(bijection).__name__}: use 'checkpoint'"
-        )
 
 
 def inversion_error(model: nn.Module) -> float | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection
-from flowgen.bijections.networks import batch_norm_layers
+from flowgen.bijections.networks import batch_norm_layers, temporary_attributes
 
 
 class BatchNorm(Bijection):
@@ -34,15 +34,13 @@ class BatchNorm(Bijection):
     """
 
     eps = 1e-5
-    mean: Tensor
-    variance: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
         self.momentum: float | None = 0.1
         self.num_batches = 0  # batches since `reset_running_stats`
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("variance", torch.ones(channels))
+        self.mean = nn.Buffer(torch.zeros(channels))
+        self.variance = nn.Buffer(torch.ones(channels))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.training:
@@ -54,13 +52,17 @@ class BatchNorm(Bijection):
                 "Expected more than 1 value per channel when training, "
                 f"got input size {tuple(x.shape)}"
             )
-        self._update_running_stats(mean.detach(), variance.detach() * (count / (count - 1)))
+        weight = self.momentum
+        if weight is None:
+            self.num_batches += 1
+            weight = 1 / self.num_batches
+        self.mean.lerp_(mean.detach(), weight)
+        self.variance.lerp_(variance.detach() * (count / (count - 1)), weight)
         return self._normalize(x, mean, variance)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_deviation = 0.5 * (self.variance + self.eps).log()
-        mean = _per_channel(self.mean, z)
-        x = torch.addcmul(mean, z, _per_channel(log_deviation.exp(), z))
+        x = torch.addcmul(_per_channel(self.mean, z), z, _per_channel(log_deviation.exp(), z))
         return x, (log_deviation.sum() * z[0, 0].numel()).expand(len(z))
 
     @torch.no_grad()
@@ -88,14 +90,6 @@ class BatchNorm(Bijection):
         self.mean.zero_()
         self.variance.fill_(1.0)
         self.num_batches = 0
-
-    def _update_running_stats(self, mean: Tensor, variance: Tensor) -> None:
-        weight = self.momentum
-        if weight is None:
-            self.num_batches += 1
-            weight = 1 / self.num_batches
-        self.mean.lerp_(mean, weight)
-        self.variance.lerp_(variance, weight)
 
     def _normalize(self, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         log_deviation = 0.5 * (variance + self.eps).log()
@@ -130,16 +124,11 @@ def update_bn(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
     layers = batch_norm_layers(model)
     if not layers:
         return
-    training = model.training
-    momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None
-    model.train()
-    try:
+    with (
+        temporary_attributes(layers, momentum=None),
+        temporary_attributes(model.modules(), training=True),
+    ):
         for batch in batches:
             model(*batch)
-    finally:
-        model.train(training)
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum

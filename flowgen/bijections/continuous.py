@@ -2,7 +2,7 @@
 
 import math
 from contextlib import nullcontext
-from importlib.util import find_spec
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -83,15 +83,12 @@ class CNF(Bijection):
     Hutchinson's estimate e^T (dv/dx) e with random signs e for each image, which is unbiased, and
     so is the log-determinant: FFJORD (1810.01367), section 3.1. The signs are seeded by the image,
     so an image has the same log-determinant in every batch, up to `tolerance`. If the solver does
-    not finish, all results are NaN.
+    not finish, all results are NaN. Needs the package torchdiffeq.
 
     Args:
         velocity: Module that maps x (batch, dim), t and the condition to the velocity (batch, dim).
         tolerance: Relative and absolute error per step of the solver.
         exact_trace_dims: Largest dimension with an exact trace.
-
-    Raises:
-        ImportError: The package torchdiffeq is not installed.
 
     Example:
         >>> class Shrink(nn.Module):
@@ -107,10 +104,6 @@ class CNF(Bijection):
 
     def __init__(self, velocity: nn.Module, tolerance: float, exact_trace_dims: int):
         super().__init__()
-        if find_spec("torchdiffeq") is None:
-            raise ImportError(
-                "continuous normalizing flows need torchdiffeq: pip install torchdiffeq"
-            )
         self.velocity = velocity
         self.tolerance = tolerance
         self.exact_trace_dims = exact_trace_dims
@@ -129,12 +122,8 @@ class CNF(Bijection):
         from torchdiffeq import odeint
 
         times = torch.tensor([start, end], device=x.device, dtype=x.dtype)
-        directions = self._directions(x)
+        derivative = partial(self._velocity_and_trace, condition, self._directions(x))
         tolerance = max(self.tolerance, 10 * torch.finfo(x.dtype).eps)
-
-        def derivative(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return self._velocity_and_trace(state[0], t, condition, directions)
-
         try:
             with torch.autocast(x.device.type, enabled=False):
                 positions, log_dets = odeint(
@@ -160,16 +149,20 @@ class CNF(Bijection):
         if x.shape[1] <= self.exact_trace_dims:
             axes = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
             return axes[:, None].expand(-1, len(x), -1)
-        generator = torch.Generator()
-        signs = []
-        for values in x.tolist():
-            generator.manual_seed(hash(tuple(values)) % 2**63)
-            signs.append(torch.randint(2, x.shape[1:], generator=generator))
+        seeds = [hash(tuple(values)) % 2**63 for values in x.tolist()]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        signs = [torch.randint(2, x.shape[1:], generator=generator) for generator in generators]
         return 2 * torch.stack(signs)[None].to(x) - 1
 
     def _velocity_and_trace(
-        self, x: Tensor, t: Tensor, condition: Tensor | None, directions: Tensor
+        self,
+        condition: Tensor | None,
+        directions: Tensor,
+        t: Tensor,
+        state: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
+        """Return the derivative of the state, the positions and log-determinants, at time t."""
+        x, _ = state
         needs_grad = torch.is_grad_enabled()
         traces = []
         for chunk in directions.split(MAX_DIRECTIONS):

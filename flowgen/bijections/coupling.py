@@ -1,7 +1,7 @@
 """Coupling layers: a network reads one part of the input and transforms the other."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection, concat_condition
 from flowgen.bijections.networks import Conditioner, batch_norm_layers, has_dropout
@@ -46,7 +46,7 @@ class Coupling(Bijection):
         return torch.cat([a, b], dim=1), log_slope.flatten(1).sum(1)
 
     @property
-    def supports_reversible(self) -> bool:
+    def supports_reversible(self) -> bool:  # type: ignore[override]
         return (
             self.transform.supports_reversible
             and not batch_norm_layers(self.network)
@@ -98,23 +98,23 @@ class MaskedCoupling(Bijection):
         True
     """
 
-    mask: Tensor
-
     def __init__(self, network: Conditioner, transform: Transform, mask: Tensor):
         super().__init__()
         self.network = network
         self.transform = transform
-        self.register_buffer("mask", mask.bool().contiguous(), persistent=False)
+        self.mask = nn.Buffer(mask.bool().contiguous(), persistent=False)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, log_slope = self.transform.forward(x, self._params(x, condition))
-        log_slope = torch.where(self.mask, 0.0, log_slope)
-        return torch.where(self.mask, x, z), log_slope.flatten(1).sum(1)
+        return torch.where(self.mask, x, z), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(
+            1
+        )
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_slope = self.transform.inverse(z, self._params(z, condition))
-        log_slope = torch.where(self.mask, 0.0, log_slope)
-        return torch.where(self.mask, z, x), log_slope.flatten(1).sum(1)
+        return torch.where(self.mask, z, x), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(
+            1
+        )
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -136,8 +136,8 @@ def checkerboard(channels: int, height: int, width: int, odd: bool) -> Tensor:
         tensor([[[1, 0, 1],
                  [0, 1, 0]]], dtype=torch.int32)
     """
-    mask = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == int(odd)
-    return mask.expand(channels, -1, -1)
+    row_plus_column = torch.arange(height)[:, None] + torch.arange(width)
+    return (row_plus_column % 2 == int(odd)).expand(channels, -1, -1)
 
 
 def channelwise(channels: int, height: int, width: int, second: bool) -> Tensor:
@@ -149,8 +149,8 @@ def channelwise(channels: int, height: int, width: int, second: bool) -> Tensor:
         <BLANKLINE>
                 [[1, 1, 1]]], dtype=torch.int32)
     """
-    half = torch.arange(channels) < channels // 2
-    return (~half if second else half)[:, None, None].expand(-1, height, width)
+    in_second_half = torch.arange(channels) >= channels // 2
+    return (in_second_half == second)[:, None, None].expand(-1, height, width)
 
 
 def stripes(channels: int, height: int, width: int, odd: bool) -> Tensor:

@@ -63,12 +63,11 @@ class EmpiricalCDF(Bijection):
     """
 
     uniform_weight = 0.1
-    share: Tensor  # probability of each bin, (channels, bins)
 
     def __init__(self, channels: int, bins: int):
         super().__init__()
         self.bins = bins
-        self.register_buffer("share", torch.full((channels, bins), 1 / bins))
+        self.share = nn.Buffer(torch.full((channels, bins), 1 / bins))  # probability of each bin
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         index = self._bin_index(x)
@@ -76,13 +75,11 @@ class EmpiricalCDF(Bijection):
         return cumulative + (x * self.bins - index) * probability, self._log_det(probability)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        channels_first = z.transpose(0, 1)
-        values = channels_first.flatten(1).contiguous()
-        index = torch.searchsorted(self.share.cumsum(1), values, right=True)
-        index = index.clamp(max=self.bins - 1).view(channels_first.shape).transpose(0, 1)
+        values = z.transpose(0, 1).contiguous()
+        index = torch.searchsorted(self.share.cumsum(1), values.flatten(1), right=True)
+        index = index.clamp(max=self.bins - 1).view(values.shape).transpose(0, 1)
         probability, cumulative = self._look_up(index)
-        x = (index + (z - cumulative) / probability) / self.bins
-        return x, -self._log_det(probability)
+        return (index + (z - cumulative) / probability) / self.bins, -self._log_det(probability)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -128,32 +125,28 @@ class MarginalGaussianization(Bijection):
 
     min_saved_bits = 1.0  # per value
     min_values_per_bin = 16  # fewer would fit the noise of the histogram
-    active: Tensor
 
     def __init__(self, channels: int, bins: int):
         super().__init__()
         self.equalize = EmpiricalCDF(channels, bins)
         self.logit = Logit(1e-3)
-        self.register_buffer("active", torch.tensor(False))
+        self.active = nn.Buffer(torch.tensor(False))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         uniform, cdf_log_det = self.equalize(x)
         z, log_det = self.logit(uniform)
-        log_det = torch.where(self.active, cdf_log_det + log_det, 0.0)
-        return torch.where(self.active, z, x), log_det
+        return torch.where(self.active, z, x), torch.where(self.active, cdf_log_det + log_det, 0.0)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         uniform, log_det = self.logit.inverse(z)
         x, cdf_log_det = self.equalize.inverse(uniform)
-        log_det = torch.where(self.active, cdf_log_det + log_det, 0.0)
-        return torch.where(self.active, x, z), log_det
+        return torch.where(self.active, x, z), torch.where(self.active, cdf_log_det + log_det, 0.0)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         self.equalize.initialize(x)
         saved_bits = self.equalize(x)[1].mean() / (x[0].numel() * math.log(2))
-        values_per_channel = x.transpose(0, 1).flatten(1).shape[1]
-        has_enough_data = values_per_channel >= self.min_values_per_bin * self.equalize.bins
+        has_enough_data = x[:, 0].numel() >= self.min_values_per_bin * self.equalize.bins
         self.active.copy_((saved_bits > self.min_saved_bits) & has_enough_data)
         return self(x)[0]
 
@@ -180,16 +173,12 @@ class Standardize(Bijection):
     """
 
     supports_reversible = True
-    mean: Tensor
-    log_deviation: Tensor
 
     def __init__(self, dim: int, learned: bool = True):
         super().__init__()
-        for name in ("mean", "log_deviation"):
-            if learned:
-                self.register_parameter(name, nn.Parameter(torch.zeros(dim)))
-            else:
-                self.register_buffer(name, torch.zeros(dim))
+        make = nn.Parameter if learned else nn.Buffer
+        self.mean = make(torch.zeros(dim))
+        self.log_deviation = make(torch.zeros(dim))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z = (x - self.mean) * (-self.log_deviation).exp()

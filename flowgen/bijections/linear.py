@@ -140,11 +140,9 @@ class Invertible1x1(ChannelAffine):
     Glow (1807.03039), section 3.2; Laparra et al., Iterative Gaussianization (1602.00229).
     """
 
-    shift: Tensor
-
     def __init__(self, channels: int):
         super().__init__()
-        self.register_buffer("shift", torch.zeros(channels), persistent=False)
+        self.shift = nn.Buffer(torch.zeros(channels), persistent=False)
 
     @abstractmethod
     def rotate(self, rotation: Tensor) -> None:
@@ -200,18 +198,14 @@ class InvertibleConv1x1LU(Invertible1x1):
         True
     """
 
-    permutation: Tensor
-    sign: Tensor
-    identity: Tensor
-
     def __init__(self, channels: int):
         super().__init__(channels)
         self.lower = nn.Parameter(torch.empty(channels, channels))
         self.upper = nn.Parameter(torch.empty(channels, channels))
         self.log_s = nn.Parameter(torch.empty(channels))
-        self.register_buffer("permutation", torch.empty(channels, channels))
-        self.register_buffer("sign", torch.empty(channels))
-        self.register_buffer("identity", torch.eye(channels), persistent=False)
+        self.permutation = nn.Buffer(torch.empty(channels, channels))
+        self.sign = nn.Buffer(torch.empty(channels))
+        self.identity = nn.Buffer(torch.eye(channels), persistent=False)
         self.rotate(_random_rotation(channels))
 
     @torch.no_grad()

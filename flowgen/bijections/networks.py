@@ -1,8 +1,9 @@
 """Conditioner networks: functions without an inverse that compute the parameters of a bijection."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise, product
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -57,6 +58,25 @@ class RandomSource(nn.Module):
             kwargs: Further arguments of `draw`, such as `device` and `dtype`.
         """
         return draw(shape, generator=generator, **kwargs)
+
+
+@contextmanager
+def temporary_attributes(objects: Iterable[object], **values: object) -> Iterator[None]:
+    """Set attributes of all objects inside the context, and restore them afterwards.
+
+    Example:
+        >>> dropout = nn.Dropout(0.5)
+        >>> with temporary_attributes([dropout], p=0.1):
+        ...     print(dropout)
+        Dropout(p=0.1, inplace=False)
+        >>> dropout
+        Dropout(p=0.5, inplace=False)
+    """
+    with ExitStack() as stack:
+        for item, (name, value) in product(objects, values.items()):
+            stack.callback(setattr, item, name, getattr(item, name))
+            setattr(item, name, value)
+        yield
 
 
 class Conditioner(nn.Module, ABC):
@@ -114,13 +134,12 @@ class NormalizedConv2d(Conditioner):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
-        if self.dilation > 1:
-            # The CPU's bfloat16 weight gradient of a dilated channels-last convolution is NaN
-            # for images of 32x32 and larger (torch 2.13).
-            x = x.contiguous()
-            weight = weight.contiguous()
-        return F.conv2d(x, weight, self.bias, padding="same", dilation=self.dilation)
+        if self.dilation == 1:
+            return F.conv2d(x, self.weight, self.bias, padding="same")
+        # The CPU's bfloat16 weight gradient of a dilated channels-last convolution is NaN for
+        # images of 32x32 and larger (torch 2.13).
+        weight = self.weight.contiguous()
+        return F.conv2d(x.contiguous(), weight, self.bias, padding="same", dilation=self.dilation)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
@@ -401,27 +420,24 @@ class TransformerBlock(nn.Module):
             Dropout(dropout),
         )
 
-    def forward(self, h: Tensor, causal: bool) -> Tensor:
-        queries, keys, values = self._project(h)
-        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
-        return self._residual(h, attended)
+    def forward(
+        self, h: Tensor, causal: bool = False, cache: KeysValues | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        """Return the output for tokens h, and the keys and values of all tokens so far.
 
-    def step(self, h: Tensor, cache: KeysValues | None) -> tuple[Tensor, KeysValues]:
-        """Return the causal output for the next token h (batch, 1, width), and the grown cache."""
-        queries, keys, values = self._project(h)
+        Args:
+            h: Tokens (batch, tokens, width).
+            causal: Whether each token only attends to itself and the tokens before it.
+            cache: Keys and values of tokens before h, to which h attends too.
+        """
+        projected = self.queries_keys_values(self.norm(h)).unflatten(2, (3, self.num_heads, -1))
+        queries, keys, values = projected.permute(2, 0, 3, 1, 4).unbind()
         if cache is not None:
             keys = torch.cat((cache[0], keys), 2)
             values = torch.cat((cache[1], values), 2)
-        attended = F.scaled_dot_product_attention(queries, keys, values)
-        return self._residual(h, attended), (keys, values)
-
-    def _project(self, h: Tensor) -> tuple[Tensor, ...]:
-        projected = self.queries_keys_values(self.norm(h)).unflatten(2, (3, self.num_heads, -1))
-        return projected.permute(2, 0, 3, 1, 4).unbind()
-
-    def _residual(self, h: Tensor, attended: Tensor) -> Tensor:
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
         h = h + self.merge(attended.transpose(1, 2).flatten(2))
-        return h + self.mlp(h)
+        return h + self.mlp(h), (keys, values)
 
 
 class CausalTransformer(nn.Module):
@@ -469,7 +485,7 @@ class CausalTransformer(nn.Module):
         previous = F.pad(self.embed(tokens[:, :-1]), (0, 0, 1, 0))
         h = self._embed_positions(len(tokens), condition) + previous
         for layer in self.layers:
-            h = layer(h, causal=True)
+            h, _ = layer(h, causal=True)
         return self.norm(h)
 
     def sample_sequentially(
@@ -499,7 +515,7 @@ class CausalTransformer(nn.Module):
             if tokens:
                 h = h + self.embed(tokens[-1])[:, None]
             for depth, layer in enumerate(self.layers):
-                h, cache[depth] = layer.step(h, cache[depth])  # type: ignore[operator]
+                h, cache[depth] = layer(h, cache=cache[depth])
             tokens.append(sample_fn(index, self.norm(h)[:, 0]))
         return torch.stack(tokens, 1)
 
@@ -507,11 +523,8 @@ class CausalTransformer(nn.Module):
         """Return the embeddings of position and condition, (batch, tokens, width)."""
         if condition is None or self.condition is None:
             return self.place.expand(batch_size, -1, -1)
-        if condition.dim() == 2:
-            condition = condition[:, None]
-        else:
-            condition = condition.flatten(2).transpose(1, 2)
-        return self.place + self.condition(condition.to(self.place.dtype))
+        tokens = condition.reshape(*condition.shape[:2], -1).transpose(1, 2)
+        return self.place + self.condition(tokens.to(self.place.dtype))
 
 
 class Transformer(Conditioner):
@@ -548,5 +561,5 @@ class Transformer(Conditioner):
     def forward(self, x: Tensor) -> Tensor:
         h = self.place + self.embed(x.flatten(2).transpose(1, 2))
         for layer in self.layers:
-            h = layer(h, causal=False)
+            h, _ = layer(h)
         return self.last(self.norm(h)).transpose(1, 2).unflatten(2, x.shape[2:])

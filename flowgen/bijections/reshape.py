@@ -1,7 +1,7 @@
 """Bijections that move values: reshapes, permutations, and the split of a multi-scale flow."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgen.bijections.base import Bijection, concat_condition
 from flowgen.bijections.networks import Conditioner
@@ -31,16 +31,15 @@ class Squeeze(Bijection):
         self.factor = factor
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rows = x.unflatten(3, (-1, self.factor))
-        blocks = rows.unflatten(2, (-1, self.factor))  # (B, C, H/f, f, W/f, f)
-        squeezed = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return squeezed.permute(0, 3, 1, 2), x.new_zeros(len(x))
+        # (B, C, H/f, f, W/f, f)
+        blocks = x.unflatten(3, (-1, self.factor)).unflatten(2, (-1, self.factor))
+        z = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)
+        return z, x.new_zeros(len(x))
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        shape = (-1, self.factor, self.factor)
-        blocks = z.permute(0, 2, 3, 1).unflatten(3, shape)  # (B, H/f, W/f, C, f, f)
-        x = blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-        return x, z.new_zeros(len(z))
+        # (B, H/f, W/f, C, f, f)
+        blocks = z.permute(0, 2, 3, 1).unflatten(3, (-1, self.factor, self.factor))
+        return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3), z.new_zeros(len(z))
 
 
 class Flatten(Bijection):
@@ -97,11 +96,9 @@ class Permute(Bijection):
         (True, True)
     """
 
-    order: Tensor
-
     def __init__(self, channels: int):
         super().__init__()
-        self.register_buffer("order", torch.randperm(channels))
+        self.order = nn.Buffer(torch.randperm(channels))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x[:, self.order], x.new_zeros(len(x))
@@ -167,14 +164,13 @@ class FactorOut(Bijection):
         if self.network is None:
             return x_out, x_out.new_zeros(len(x_out))
         mean, log_deviation = self._predict(self.network, x_in, condition)
-        z_out = (x_out - mean) * (-log_deviation).exp()
-        return z_out, -log_deviation.flatten(1).sum(1)
+        return (x_out - mean) * (-log_deviation).exp(), -log_deviation.flatten(1).sum(1)
 
     @staticmethod
     def _predict(
         network: Conditioner, x_in: Tensor, condition: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
+        """Return mean and log-deviation of the other half."""
         # Without autocast: the prior is part of the likelihood, and bfloat16 is too coarse for it.
         with torch.autocast(x_in.device.type, enabled=False):
-            mean, log_deviation = network(concat_condition(x_in, condition)).chunk(2, dim=1)
-        return mean, log_deviation
+            return network(concat_condition(x_in, condition)).chunk(2, dim=1)

@@ -40,8 +40,8 @@ class PlanarSylvesterBase(Bijection):
             hidden = z.new_zeros(len(z), 0)
             for unit in reversed(range(len(bias))):
                 unit_target = target[:, unit] - hidden @ product[unit, unit + 1 :]
-                preactivation = _invert_unit(unit_target, product[unit, unit])
-                hidden = torch.cat((preactivation.tanh()[:, None], hidden), 1)
+                unit_hidden = _invert_unit(unit_target, product[unit, unit]).tanh()
+                hidden = torch.cat((unit_hidden[:, None], hidden), 1)
             return z - F.linear(hidden, a), -_log_det(hidden, product)
 
 

@@ -8,6 +8,7 @@ chain and recover every input by inversion, so that memory does not grow with de
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,21 +27,16 @@ Step = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # as Bijection.
 
 def checkpointed(bijection: nn.Module) -> Step:
     """Return `bijection.forward` as a function that the backward pass computes again."""
-
-    def step(x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        kwargs: dict[str, Any] = {}
-        if batch_norm_layers(bijection):  # torch.compile does not support context_fn
-            kwargs["context_fn"] = lambda: (nullcontext(), _frozen_statistics(bijection))
-        return checkpoint(
-            bijection,
-            x,
-            condition,
-            use_reentrant=False,
-            preserve_rng_state=has_dropout(bijection),
-            **kwargs,
-        )
-
-    return step
+    kwargs: dict[str, Any] = {}
+    if batch_norm_layers(bijection):  # torch.compile does not support context_fn
+        kwargs["context_fn"] = lambda: (nullcontext(), _frozen_statistics(bijection))
+    return partial(
+        checkpoint,
+        bijection,
+        use_reentrant=False,
+        preserve_rng_state=has_dropout(bijection),
+        **kwargs,
+    )
 
 
 @contextmanager
@@ -95,8 +91,11 @@ class _ReversibleFunction(torch.autograd.Function):
         device_type = x.device.type
         ctx.bijections = bijections
         ctx.errors = errors
-        ctx.autocast_enabled = torch.is_autocast_enabled(device_type)
-        ctx.autocast_dtype = torch.get_autocast_dtype(device_type)
+        ctx.autocast = torch.autocast(
+            device_type,
+            torch.get_autocast_dtype(device_type),
+            enabled=torch.is_autocast_enabled(device_type),
+        )
         z = x
         log_det = x.new_zeros(len(x))
         for bijection in bijections:
@@ -112,9 +111,8 @@ class _ReversibleFunction(torch.autograd.Function):
         z_grad, log_det_grad = gradients
         z = z.detach()  # its graph would lead back to this function
         parameter_grads: list[Tensor | None] = []
-        autocast = torch.autocast(z.device.type, ctx.autocast_dtype, enabled=ctx.autocast_enabled)
         for bijection in reversed(ctx.bijections):
-            with torch.enable_grad(), autocast:
+            with torch.enable_grad(), ctx.autocast:
                 leaves, *outputs = bijection.invert_and_recompute(z, condition)
             # The log-determinant of a volume-preserving bijection is a constant.
             num_outputs = 2 if outputs[1].requires_grad else 1

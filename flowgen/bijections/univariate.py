@@ -2,12 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 MAX_ROOT_STEPS = 64  # of `find_root`; as many bisections reach the rounding error
@@ -55,16 +53,11 @@ def _tanh(raw: Tensor) -> Tensor:
     return 2 * torch.tanh(raw / 2)
 
 
-def _identity(raw: Tensor) -> Tensor:
-    """Return `raw`, for networks that bound it themselves."""
-    return raw
-
-
 LOG_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "bounded": bounded,
     "sigmoid": _sigmoid,
     "tanh": _tanh,
-    "plain": _identity,
+    "plain": nn.Identity(),  # for networks that bound it themselves
 }
 
 
@@ -130,14 +123,17 @@ class Affine(Transform):
         self.log_scale = LOG_SCALES[scale]
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = params.chunk(2, dim=1)
-        log_scale = self.log_scale(raw)
+        log_scale, shift = self.parse(params)
         return torch.addcmul(shift, x, log_scale.exp()), log_scale
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = params.chunk(2, dim=1)
-        log_scale = self.log_scale(raw)
+        log_scale, shift = self.parse(params)
         return (y - shift) * (-log_scale).exp(), -log_scale
+
+    def parse(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-scale and shift, both in the shape of x."""
+        raw, shift = params.chunk(2, dim=1)
+        return self.log_scale(raw), shift
 
 
 class MixtureOfLogistics(Transform):
@@ -293,19 +289,14 @@ class Spline(Transform):
         self, x: Tensor, edges: Tensor, knots: Tensor, values: Tensor, slopes: Tensor
     ) -> tuple[Tensor, ...]:
         """Return left edge, width, bottom, height and both end slopes of the bin of each x."""
+        tables = (knots, values, slopes)
         index = (x >= edges[1:-1]).sum(0, keepdim=True)
-
-        def look_up(table: Tensor, offset: int = 0) -> Tensor:
-            return table.gather(0, index + offset)[0]
-
-        left = look_up(knots)
-        bottom = look_up(values)
-        width = look_up(knots, 1) - left
-        height = look_up(values, 1) - bottom
-        return left, width, bottom, height, look_up(slopes), look_up(slopes, 1)
+        left, bottom, left_slope = (table.gather(0, index)[0] for table in tables)
+        right, top, right_slope = (table.gather(0, index + 1)[0] for table in tables)
+        return left, right - left, bottom, top - bottom, left_slope, right_slope
 
 
-class GuidedAffine(Transform):
+class GuidedAffine(Affine):
     """Classifier-free guidance of an affine transform.
 
     An affine transform models x as a Gaussian. For N_c with the parameters given a class, and N_u
@@ -331,53 +322,19 @@ class GuidedAffine(Transform):
     def __init__(self, affine: Affine, weight: float):
         self.affine = affine
         self.weight = weight
-        self.num_params = affine.num_params
-        self.plain = Affine("plain")
 
-    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        return self.plain.forward(x, self._guided_params(params))
-
-    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        return self.plain.inverse(y, self._guided_params(params))
-
-    def _guided_params(self, params: Tensor) -> Tensor:
-        raw, shift = params.chunk(2, dim=1)
+    def parse(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.weight
+        log_scale, shift = self.affine.parse(params)
         # The Gaussian of x has the deviation exp(-log_scale) and the mean -shift exp(-log_scale).
-        log_scale = self.affine.log_scale(raw)
         class_log_scale, free_log_scale = log_scale.chunk(2)
         class_mean, free_mean = (-shift * (-log_scale).exp()).chunk(2)
-        weight = self.weight
         ratio = (2 * (free_log_scale - class_log_scale)).exp().clamp(max=1)
         precision = 1 + weight - weight * ratio
         mean = ((1 + weight) * class_mean - weight * ratio * free_mean) / precision
         log_scale = class_log_scale + precision.log() / 2
-        guided_params = torch.cat((log_scale, -mean * log_scale.exp()), 1)
-        return guided_params.repeat(2, *[1] * (params.dim() - 1))
-
-
-class HasTransform(Protocol):
-    """An object with a `transform` that can be replaced."""
-
-    transform: Transform
-
-
-@contextmanager
-def guided(owners: Sequence[HasTransform], weight: float) -> Iterator[None]:
-    """Replace the affine transforms of `owners` by `GuidedAffine` within the context.
-
-    Args:
-        owners: Bijections whose `transform` is `Affine`, such as `TokenHead`.
-        weight: Guidance weight.
-    """
-    transforms = [owner.transform for owner in owners]
-    try:
-        for owner, transform in zip(owners, transforms, strict=True):
-            assert isinstance(transform, Affine)
-            owner.transform = GuidedAffine(transform, weight)
-        yield
-    finally:
-        for owner, transform in zip(owners, transforms, strict=True):
-            owner.transform = transform
+        shift = -mean * log_scale.exp()
+        return torch.cat((log_scale, log_scale)), torch.cat((shift, shift))
 
 
 # Constructors by name; the argument is the name of a function in LOG_SCALES.

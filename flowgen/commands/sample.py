@@ -69,8 +69,8 @@ def sample(
         "label": label,
         "guidance": guidance,
         "jacobi": jacobi or None,
-        "method": sampler,
-        "sweeps": steps,
+        "sampler": sampler,
+        "steps": steps,
     }
     kwargs = {name: value for name, value in settings.items() if value is not None}
     run_dir, checkpoint, model = find_model(run, device, _required_capability(kwargs))
@@ -107,8 +107,8 @@ def _required_capability(kwargs: Mapping[str, Any]) -> type[GenerativeModel]:
     capabilities: dict[str, type[GenerativeModel]] = {
         "guidance": SupportsTokenSampling,
         "jacobi": SupportsTokenSampling,
-        "method": SupportsMCMC,
-        "sweeps": SupportsMCMC,
+        "sampler": SupportsMCMC,
+        "steps": SupportsMCMC,
         "label": ClassConditional,  # last, because models that sample tokens take a label too
     }
     needed = [capability for name, capability in capabilities.items() if name in kwargs]
@@ -151,7 +151,7 @@ def _save_picture(
     hint = " in a picture, and any number in --out FILE.zip"
     check_memory("--count", count, 4 * side**2 * len(temperatures), hint)
     label = f"class {kwargs['label']}, " if "label" in kwargs else ""
-    sampler = f"{kwargs['method']}, " if "method" in kwargs else ""
+    sampler = f"{kwargs['method']}, " if "sampler" in kwargs else ""
     blocks = []
     for temperature in temperatures:
         images, log_probs = sample_images(model, count, temperature, seed, **kwargs)

@@ -3,33 +3,8 @@
 Names are imported on first use, so that one model does not import all others.
 """
 
-# ruff: noqa: F401
-
 from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from flowgen.models.base import (
-        Capability,
-        ClassConditional,
-        EvalConfig,
-        GenerativeModel,
-        InpaintingResult,
-        LinearMeasurement,
-        SupportsInpainting,
-        SupportsMCMC,
-        SupportsTokenSampling,
-    )
-    from flowgen.models.flows.flow import Flow
-    from flowgen.models.flows.flow_matching import FlowMatching
-    from flowgen.models.flows.glow import Glow
-    from flowgen.models.flows.jet import Jet
-    from flowgen.models.flows.maf import IAF, MAF
-    from flowgen.models.flows.nice import NICE
-    from flowgen.models.flows.planar import PlanarFlow, SylvesterFlow
-    from flowgen.models.flows.realnvp import RealNVP
-    from flowgen.models.flows.tarflow import TarFlow
-    from flowgen.models.rbm.rbm import RBM
+from typing import Any
 
 _MODULES = {
     "Capability": "base",
@@ -58,7 +33,7 @@ _SUBPACKAGES = ("base", "flows", "rbm")
 __all__ = [*_MODULES, *_SUBPACKAGES]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return import_module(f"{__name__}.{name}")
     if name in _MODULES:

@@ -1,7 +1,7 @@
 """The interface of all models, optional capabilities, and evaluation settings."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -12,14 +12,10 @@ from torch.nn import functional as F
 
 from flowgen.bijections.base import inversion_error
 from flowgen.utils.console import Progress, no_progress
-from flowgen.utils.errors import UserError, check_choice, check_whole
+from flowgen.utils.errors import check_choice, check_whole
 from flowgen.utils.metrics import LOG_PROBABILITY, Metric, Metrics
 
 Likelihood = Literal["exact", "bound", "estimate", "none"]
-MAX_DEPTH = 1000  # layers, blocks or couplings; deeper models would take hours to build
-MAX_IMPORTANCE_SAMPLES = 10**5  # the error of a figure is then 1/300 of that of one sample
-MAX_AIS_STEPS = 10**8
-MAX_AIS_CHAINS = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +42,14 @@ class EvalConfig:
     cross_check: bool = False
 
     def __post_init__(self) -> None:
-        check_whole(high=MAX_IMPORTANCE_SAMPLES, num_importance_samples=self.num_importance_samples)
-        check_whole(high=MAX_AIS_STEPS, ais_steps=self.ais_steps)
-        check_whole(high=MAX_AIS_CHAINS, ais_chains=self.ais_chains)
+        # The error of 10^5 importance samples is 1/300 of that of one.
+        check_whole(high=10**5, num_importance_samples=self.num_importance_samples)
+        check_whole(high=10**8, ais_steps=self.ais_steps)
+        check_whole(high=10**6, ais_chains=self.ais_chains)
         check_choice((True, False), cross_check=self.cross_check)
 
 
 QUICK_EVAL = EvalConfig()
-
-
-def square_shape(image_shape: Sequence[int]) -> tuple[int, int]:
-    """Return the channels and the resolution of square images.
-
-    Args:
-        image_shape: (channels, height, width), where height and width are equal.
-    """
-    channels, height, width = image_shape
-    check_whole(channels=channels, height=height, width=width)
-    if height != width:
-        raise UserError(f"image_shape={list(image_shape)} is not square: choose one data.size")
-    return channels, height
 
 
 class GenerativeModel(nn.Module, ABC):
@@ -296,7 +280,7 @@ class SupportsInpainting(Capability):
 
     description = "fills in missing pixels"
     train_hint = "model=glow"
-    completions: ClassVar[tuple[str, ...]]  # names of the samplers that `inpaint` accepts
+    samplers: ClassVar[tuple[str, ...]]  # names of the samplers that `inpaint` accepts
 
     @abstractmethod
     def inpaint(
@@ -304,8 +288,8 @@ class SupportsInpainting(Capability):
         images: Tensor,
         known: Observation,
         *,
-        method: str,
-        sweeps: int | None = None,
+        sampler: str,
+        steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> InpaintingResult:
         """Sample one image given its known part.
@@ -314,8 +298,8 @@ class SupportsInpainting(Capability):
             images: one image, (1, channels, height, width); unknown pixels are ignored.
             known: a mask that is True for known pixels, (channels, height, width), or a
                 `LinearMeasurement` of all pixels, which only flows accept.
-            method: one of `completions`.
-            sweeps: steps of the sampler; None uses its default.
+            sampler: one of `samplers`.
+            steps: steps of the sampler; None uses its default.
             generator: source of randomness.
         """
 
@@ -362,9 +346,9 @@ class SupportsMCMC(Capability):
 
     @abstractmethod
     def iter_chains(
-        self, count: int, method: str, generator: torch.Generator | None = None
+        self, count: int, sampler: str, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """Yield `count` chains at white noise, and then after every sweep, without end.
+        """Yield `count` chains at white noise, and then after every step, without end.
 
         Each item is brightness from 0 to 1, (count, channels, height, width).
         """
@@ -375,10 +359,10 @@ class SupportsMCMC(Capability):
         count: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        method: str = "tempering",
-        sweeps: int = 500,
+        sampler: str = "tempering",
+        steps: int = 500,
     ) -> tuple[Tensor, Tensor]:
-        """Draw images by `sweeps` steps of the sampler `method` from white noise."""
+        """Draw images by `steps` steps of the sampler from white noise."""
 
 
 class SupportsTokenSampling(Capability):
@@ -413,4 +397,4 @@ class SupportsTokenSampling(Capability):
 
     @abstractmethod
     def sweeps(self) -> list[int]:
-        """Return the Jacobi sweeps that each block took for the last samples."""
+        """Return the Jacobi iterations of each block for the last samples."""

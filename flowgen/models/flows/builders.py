@@ -1,18 +1,31 @@
 """Building blocks that the constructors of several flows share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import MarginalGaussianization
 from flowgen.bijections.networks import Conditioner
 from flowgen.bijections.reshape import FactorOut
 from flowgen.bijections.univariate import TRANSFORMS, Transform
-from flowgen.models.base import MAX_DEPTH
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 
+MAX_DEPTH = 1000  # layers, blocks or couplings; deeper models would take hours to build
 MAX_LEVELS = 30
 T = TypeVar("T")
+
+
+def square_shape(image_shape: Sequence[int]) -> tuple[int, int]:
+    """Return the channels and the resolution of square images.
+
+    Args:
+        image_shape: (channels, height, width), where height and width are equal.
+    """
+    channels, height, width = image_shape
+    check_whole(channels=channels, height=height, width=width)
+    if height != width:
+        raise UserError(f"image_shape={list(image_shape)} is not square: choose one data.size")
+    return channels, height
 
 
 def choose(options: Mapping[str, T], **argument: str) -> T:
@@ -102,18 +115,11 @@ def num_levels(size: int, levels: int | None) -> int:
     return levels
 
 
-class Level(Protocol):
-    """A function that builds one level of a multi-scale flow."""
-
-    def __call__(self, index: int, channels: int, resolution: int) -> list[Bijection]:
-        """Return bijections from (C, R, R) to (4C, R/2, R/2), with C channels and resolution R."""
-
-
 def multi_scale(
     num_splits: int,
     channels: int,
     resolution: int,
-    level: Level,
+    level: Callable[[int, int, int], list[Bijection]],
     last_level: Callable[[int, int], list[Bijection]],
     prior: Callable[[int], Conditioner | None],
     index: int = 0,
@@ -126,7 +132,8 @@ def multi_scale(
         num_splits: number of levels that end with a split.
         channels: channels of the images.
         resolution: height and width of the images.
-        level: builds level `index` from its number, its input channels and its resolution.
+        level: builds the bijections of a level, from (C, R, R) to (4C, R/2, R/2), given its
+            number, its input channels C and its resolution R.
         last_level: builds the bijections after the last split, which end with a vector.
         prior: builds the network that predicts the leaving half from the other half, given the
             number of channels before the split; None stands for N(0, I).
@@ -135,8 +142,7 @@ def multi_scale(
     if index >= num_splits:
         return Chain(*last_level(channels, resolution))
     bijections = level(index, channels, resolution)
-    network = prior(4 * channels)
     rest = multi_scale(
         num_splits, 2 * channels, resolution // 2, level, last_level, prior, index + 1
     )
-    return Chain(*bijections, FactorOut(rest, network))
+    return Chain(*bijections, FactorOut(rest, prior(4 * channels)))

@@ -1,7 +1,6 @@
 """Dequantization: noise that turns pixel values into points of a continuous density."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -18,18 +17,20 @@ VARIATIONAL_WIDTH = 32  # channels of the coupling networks
 MAX_NOISE = 1 - 2**-16  # an 8-bit pixel value plus this stays below the next value in float32
 
 
-class Dequantizer(nn.Module, ABC):
+class Dequantizer(nn.Module):
     """Noise u with a tractable density: a flow models x = (images + u) / 2^bits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.random_source = RandomSource()
 
-    @abstractmethod
     def draw_noise(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw all the random numbers that one call for these images uses."""
+        """Draw all the random numbers that one call for these images uses, by default N(0, I)."""
+        return self.random_source(
+            torch.randn, images.shape, generator, device=images.device, dtype=dtype
+        )
 
     def forward(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None
@@ -72,9 +73,7 @@ class GaussianDequantizer(Dequantizer):
     def draw_noise(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
     ) -> Tensor:
-        e = self.random_source(
-            torch.randn, images.shape, generator, device=images.device, dtype=dtype
-        )
+        e = super().draw_noise(images, dtype, generator)
         return 0.5 + self.deviation * self.bins * e
 
 
@@ -114,13 +113,6 @@ class VariationalDequantizer(Dequantizer):
         # The constants of the two Gaussians cancel.
         log_q = 0.5 * (g.square() - e.square()).flatten(1).sum(1) - log_det
         return MAX_NOISE * torch.special.ndtr(g), log_q - g[0].numel() * math.log(MAX_NOISE)
-
-    def draw_noise(
-        self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
-    ) -> Tensor:
-        return self.random_source(
-            torch.randn, images.shape, generator, device=images.device, dtype=dtype
-        )
 
     def initialize(self, images: Tensor, dtype: torch.dtype) -> None:
         self.bijection.initialize(self.draw_noise(images, dtype), self._condition(images, dtype))

@@ -39,13 +39,6 @@ from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import BITS_PER_DIM, NOISY_BITS_PER_DIM, Metrics, MetricValue
 
 CLASS_MEAN_DEVIATION = 0.3  # standard deviation of each latent of the class means at the start
-NO_CLASSES = (
-    "this model has no classes: train one with model.num_classes=10 on data that has labels"
-)
-NO_LIKELIHOOD = (
-    "this flow was trained on noisy images (model.dequantization=gaussian:...) and has no "
-    "likelihood of images"
-)
 
 
 @torch.enable_grad()
@@ -108,7 +101,7 @@ class Flow(ClassConditional, SupportsInpainting):
 
     likelihood: Likelihood = "bound"
     metric = BITS_PER_DIM
-    completions: ClassVar[tuple[str, ...]] = ("langevin",)
+    samplers: ClassVar[tuple[str, ...]] = ("langevin",)
     # Average log p(x) over importance samples, not p(x), whose mean would bound no likelihood.
     elbo_only = False
 
@@ -123,8 +116,6 @@ class Flow(ClassConditional, SupportsInpainting):
     ):
         super().__init__()
         check_whole(bits=bits)
-        if num_classes is not None:
-            check_whole(num_classes=num_classes)
         channels, height, width = image_shape
         self.image_shape = (channels, height, width)
         self.dimensions = channels * height * width
@@ -155,11 +146,10 @@ class Flow(ClassConditional, SupportsInpainting):
 
     @classmethod
     def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
-        if capability is ClassConditional and arguments.get("num_classes") is None:
-            return False
-        noisy = gaussian_deviation(arguments.get("dequantization")) is not None
-        if capability is SupportsInpainting and noisy:
-            return False
+        if capability is ClassConditional:
+            return arguments.get("num_classes") is not None
+        if capability is SupportsInpainting:
+            return gaussian_deviation(arguments.get("dequantization")) is None
         return super().supports(capability, arguments)
 
     # Training and likelihood
@@ -316,17 +306,15 @@ class Flow(ClassConditional, SupportsInpainting):
 
     def _sample_labels(self, count: int, label: int | None, start_index: int) -> Tensor | None:
         """Return the classes of samples, (count,), or None for a flow without classes."""
+        if label is None and self.num_classes is None:
+            return None
+        num_classes = len(self._class_means())
         if label is None:
-            if self.num_classes is None:
-                return None
-            indices = torch.arange(start_index, start_index + count, device=self.device)
-            return indices % self.num_classes
-        if self.num_classes is None:
-            raise UserError(NO_CLASSES)
-        if not 0 <= label < self.num_classes:
+            return torch.arange(start_index, start_index + count, device=self.device) % num_classes
+        if not 0 <= label < num_classes:
             raise UserError(
-                f"label {label} is not one of the model's {self.num_classes} classes: "
-                f"choose a number from 0 to {self.num_classes - 1}"
+                f"label {label} is not one of the model's {num_classes} classes: "
+                f"choose a number from 0 to {num_classes - 1}"
             )
         return torch.full((count,), label, device=self.device)
 
@@ -338,8 +326,7 @@ class Flow(ClassConditional, SupportsInpainting):
     def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the points x with these latents, and their log p(x)."""
         x, log_det = self.bijection.inverse(z, self._condition(one_hot))
-        log_base = self._log_base(z, self._condition(one_hot))
-        return x, log_base - log_det
+        return x, self._log_base(z, self._condition(one_hot)) - log_det
 
     def _denoise(self, x: Tensor, one_hot: Tensor | None) -> Tensor:
         if not isinstance(self.dequantizer, GaussianDequantizer):
@@ -356,15 +343,11 @@ class Flow(ClassConditional, SupportsInpainting):
         Without a generator x is the center of each bin, which is farthest from the neighboring
         bins, so that `decode` returns the same images.
         """
-        if generator is None:
-            x = self._bin_centers(images)
-        else:
-            x, _ = self._dequantize(images, generator)
+        x = self._dequantize(images, generator)[0] if generator else self._bin_centers(images)
         if not self.condition_networks:
             return self.bijection(x)[0]
         one_hot = self._one_hot(self.classify(images).argmax(1))
-        assert one_hot is not None
-        return torch.cat((self.bijection(x, one_hot)[0], one_hot), 1)
+        return torch.cat((self.bijection(x, one_hot)[0], one_hot), 1)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -380,13 +363,14 @@ class Flow(ClassConditional, SupportsInpainting):
 
     # Inpainting
 
+    @torch.no_grad()
     def inpaint(
         self,
         images: Tensor,
         known: Observation,
         *,
-        method: str,
-        sweeps: int | None = None,
+        sampler: str,
+        steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> InpaintingResult:
         """Sample one image given its known part, by Hamiltonian Monte Carlo.
@@ -394,18 +378,17 @@ class Flow(ClassConditional, SupportsInpainting):
         Args:
             images: one image, (1, channels, height, width).
             known: a mask (channels, height, width) or a `LinearMeasurement`.
-            method: "langevin".
-            sweeps: gradients per chain.
+            sampler: "langevin".
+            steps: gradients per chain.
             generator: source of randomness.
         """
-        check_choice(self.completions, method=method)
-        chains = self.inpainting_chains(images, known, NUM_CHAINS, sweeps or NUM_STEPS, generator)
+        check_choice(self.samplers, sampler=sampler)
+        chains = self.inpainting_chains(images, known, NUM_CHAINS, steps or NUM_STEPS, generator)
         pixels = (chains.samples * self.bins).floor().clamp(0, self.bins - 1)
         deviation = pixels.std(0)
         if not isinstance(known, LinearMeasurement):
             deviation = deviation[~known.to(pixels.device)]
-        with torch.no_grad():
-            log_prob = self.score(pixels.to(torch.uint8), generator=generator).mean().item()
+        log_prob = self.score(pixels.to(torch.uint8), generator=generator).mean().item()
         metrics = {
             "acceptance": chains.acceptance,
             "spread": deviation.mean().item() / (self.bins - 1),
@@ -450,7 +433,10 @@ class Flow(ClassConditional, SupportsInpainting):
 
     def _check_likelihood(self) -> None:
         if self.likelihood == "none":
-            raise UserError(NO_LIKELIHOOD)
+            raise UserError(
+                "this flow was trained on noisy images (model.dequantization=gaussian:...) and has "
+                "no likelihood of images"
+            )
 
     def _bits_per_dim(self, log_prob: Tensor) -> Tensor:
         return -log_prob / (self.dimensions * math.log(2))
@@ -490,5 +476,8 @@ class Flow(ClassConditional, SupportsInpainting):
 
     def _class_means(self) -> Tensor:
         if self.means is None:
-            raise UserError(NO_CLASSES)
+            raise UserError(
+                "this model has no classes: train one with model.num_classes=10 on data that has "
+                "labels"
+            )
         return self.means

@@ -1,7 +1,6 @@
 """Flow matching: Lipman, Chen, Ben-Hamu, Nickel and Le (2210.02747)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import chain
 from typing import Any
@@ -12,14 +11,15 @@ from torch import Tensor
 from flowgen.bijections.base import Chain
 from flowgen.bijections.continuous import CNF, VelocityField
 from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.networks import RandomSource
+from flowgen.bijections.networks import RandomSource, temporary_attributes
 from flowgen.bijections.reshape import Flatten
-from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting, square_shape
+from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting
 from flowgen.models.flows.builders import (
     check_transformer,
     choose_patch,
     condition_size,
     gaussianization,
+    square_shape,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_number, check_whole
@@ -100,12 +100,11 @@ class FlowMatching(Flow):
             dropout,
             condition_size(num_classes, condition_networks),
         )
-        cnf = CNF(velocity, tolerance, exact_trace_dims)
         bijection = Chain(
             *gaussianization(gaussianize, channels, bits),
             Flatten(channels, size, size),
             Standardize(dim, learned=False),
-            cnf,
+            CNF(velocity, tolerance, exact_trace_dims),
         )
         super().__init__(bijection, image_shape, bits, "uniform", num_classes, condition_networks)
         self.random_source = RandomSource()
@@ -153,23 +152,13 @@ class FlowMatching(Flow):
         iterator = iter(batches)
         first_batch = next(iterator)
         metrics = super().evaluate(chain((first_batch,), iterator), reference, eval_config)
-        tolerance = self.cnf.tolerance
-        coarse = self._bits_per_dim_at(tolerance, first_batch)
-        fine = self._bits_per_dim_at(TOLERANCE_RATIO * tolerance, first_batch)
+        coarse = self._bits_per_dim_at(self.cnf.tolerance, first_batch)
+        fine = self._bits_per_dim_at(TOLERANCE_RATIO * self.cnf.tolerance, first_batch)
         difference = (coarse - fine).abs().mean().item()
         return metrics | Metrics.of(MetricValue(SOLVER_DIFFERENCE, difference))
 
     def _bits_per_dim_at(self, tolerance: float, images: Tensor) -> Tensor:
         """Return the bits/dim of each image with another tolerance of the solver: (batch,)."""
-        with self._solver_tolerance(tolerance):
-            generator = torch.Generator(self.device).manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
+        with temporary_attributes([self.cnf], tolerance=tolerance):
             return self._bits_per_dim(self.log_prob(images, generator))
-
-    @contextmanager
-    def _solver_tolerance(self, tolerance: float) -> Iterator[None]:
-        previous = self.cnf.tolerance
-        self.cnf.tolerance = tolerance
-        try:
-            yield
-        finally:
-            self.cnf.tolerance = previous

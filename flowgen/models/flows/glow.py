@@ -1,6 +1,6 @@
 """Glow: Kingma and Dhariwal, Generative Flow with Invertible 1x1 Convolutions (1807.03039)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.coupling import Coupling
@@ -14,17 +14,24 @@ from flowgen.bijections.networks import (
     ZeroConv2d,
 )
 from flowgen.bijections.reshape import Flatten, Squeeze
-from flowgen.models.base import MAX_DEPTH, square_shape
 from flowgen.models.flows.builders import (
+    MAX_DEPTH,
     choose,
     condition_size,
     gaussianization,
     make_transform,
     multi_scale,
     num_levels,
+    square_shape,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_choice, check_whole
+
+NETWORKS: dict[str, Callable[..., Conditioner]] = {
+    "conv": ConvNetwork,
+    "resnet": ResNetwork,
+    "gated": GatedNetwork,
+}
 
 
 class Glow(Flow):
@@ -105,6 +112,8 @@ class Glow(Flow):
         make_convolution = choose(
             {"plu": InvertibleConv1x1LU, "plain": InvertibleConv1x1}, convolution=convolution
         )
+        make_network = choose(NETWORKS, network=network)
+        block_arguments = [] if network == "conv" else [num_blocks]
         univariate = make_transform(transform, log_scale)
         cond_channels = condition_size(num_classes, condition_networks)
         levels = num_levels(size, levels)
@@ -112,13 +121,23 @@ class Glow(Flow):
             raise UserError(
                 f"Glow cannot split gray images of size={size} in halves: choose an even data.size"
             )
-        depths = _steps_of_levels(steps_per_level, max(1, levels))
+        num_depths = max(1, levels)
+        depths = (
+            steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * num_depths
+        )
+        for depth in depths:
+            check_whole(high=MAX_DEPTH, steps_per_level=depth)
+        if len(depths) != num_depths:
+            raise UserError(
+                f"steps_per_level={depths} must have one number for each of {num_depths} levels, "
+                "or be a single number"
+            )
 
         def step(channels: int) -> list[Bijection]:
             mixing = FusedAffine(ActNorm(channels), make_convolution(channels))
             in_channels = channels // 2 + cond_channels
             out_channels = univariate.num_params * (channels - channels // 2)
-            conditioner = _make_network(network, in_channels, width, out_channels, num_blocks)
+            conditioner = make_network(in_channels, width, out_channels, *block_arguments)
             return [mixing, Coupling(conditioner, univariate)]
 
         def steps(index: int, channels: int) -> list[Bijection]:
@@ -146,36 +165,14 @@ class Glow(Flow):
                 return None
             return ZeroConv2d(channels // 2 + cond_channels, channels, 3)
 
-        flow = multi_scale(levels - 1, channels, size, level, last_level, prior)
         super().__init__(
-            Chain(*gaussianization(gaussianize, channels, bits), flow),
+            Chain(
+                *gaussianization(gaussianize, channels, bits),
+                multi_scale(levels - 1, channels, size, level, last_level, prior),
+            ),
             image_shape,
             bits,
             dequantization,
             num_classes,
             condition_networks,
         )
-
-
-def _steps_of_levels(steps_per_level: int | list[int], levels: int) -> list[int]:
-    """Return the number of steps of flow of each level."""
-    depths = steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * levels
-    for depth in depths:
-        check_whole(high=MAX_DEPTH, steps_per_level=depth)
-    if len(depths) != levels:
-        raise UserError(
-            f"steps_per_level={depths} must have one number for each of {levels} levels, "
-            "or be a single number"
-        )
-    return depths
-
-
-def _make_network(
-    name: str, in_channels: int, width: int, out_channels: int, num_blocks: int
-) -> Conditioner:
-    """Return the network of a coupling."""
-    check_choice(("conv", "resnet", "gated"), network=name)
-    if name == "conv":
-        return ConvNetwork(in_channels, width, out_channels)
-    block_network = ResNetwork if name == "resnet" else GatedNetwork
-    return block_network(in_channels, width, out_channels, num_blocks)

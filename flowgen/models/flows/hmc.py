@@ -24,13 +24,11 @@ class ChainState(NamedTuple):
         position: (chains, D).
         log_density: the log-density there, (chains,).
         gradient: the gradient of the log-density there, (chains, D).
-        accepted: True for chains that accepted their last proposal, (chains,).
     """
 
     position: Tensor
     log_density: Tensor
     gradient: Tensor
-    accepted: Tensor
 
 
 class StepSize:
@@ -72,10 +70,7 @@ class StepSize:
 
 def initial_state(position: Tensor, density: LogDensity) -> ChainState:
     """Return the state of chains that start at `position`, (chains, D)."""
-    log_density, gradient = _log_density_and_gradient(position, density)
-    return ChainState(
-        position, log_density, gradient, torch.ones_like(log_density, dtype=torch.bool)
-    )
+    return ChainState(position, *_log_density_and_gradient(position, density))
 
 
 def hmc_step(
@@ -85,7 +80,7 @@ def hmc_step(
     leapfrog_steps: int,
     adapt: bool,
     generator: torch.Generator | None = None,
-) -> ChainState:
+) -> tuple[ChainState, float]:
     """Run one Hamiltonian trajectory per chain, and accept or reject its end.
 
     The momentum is m ~ N(0, I). A leapfrog step of size e is m += e/2 grad log p(x), x += e m,
@@ -100,6 +95,9 @@ def hmc_step(
         leapfrog_steps: steps of a trajectory.
         adapt: adapt the step size to the acceptance of this trajectory.
         generator: source of randomness.
+
+    Returns:
+        The new state, and the share of chains that accepted the end of their trajectory.
     """
     proposal, log_ratio = _leapfrog(state, density, step_size.value, leapfrog_steps, generator)
     uniform = torch.rand(
@@ -108,12 +106,12 @@ def hmc_step(
     accepted = uniform.log() < log_ratio
     if adapt:
         step_size.update(_mean_acceptance(state, log_ratio))
-    return ChainState(
+    new_state = ChainState(
         torch.where(accepted[:, None], proposal.position, state.position),
         torch.where(accepted, proposal.log_density, state.log_density),
         torch.where(accepted[:, None], proposal.gradient, state.gradient),
-        accepted,
     )
+    return new_state, accepted.float().mean().item()
 
 
 def _leapfrog(
@@ -124,7 +122,7 @@ def _leapfrog(
     generator: torch.Generator | None,
 ) -> tuple[ChainState, Tensor]:
     """Return the end of a trajectory, and the logarithm of the acceptance ratio, (chains,)."""
-    position, log_density, gradient, _ = state
+    position, log_density, gradient = state
     momentum = torch.randn(
         position.shape, generator=generator, device=position.device, dtype=position.dtype
     )
@@ -135,8 +133,7 @@ def _leapfrog(
         log_density, gradient = _log_density_and_gradient(position, density)
         momentum = momentum + 0.5 * step_size * gradient
     log_ratio = log_density - 0.5 * momentum.square().sum(1) - start_energy
-    accepted = torch.ones_like(log_density, dtype=torch.bool)
-    return ChainState(position, log_density, gradient, accepted), log_ratio.nan_to_num(-torch.inf)
+    return ChainState(position, log_density, gradient), log_ratio.nan_to_num(-torch.inf)
 
 
 def _mean_acceptance(state: ChainState, log_ratio: Tensor) -> float:

@@ -4,9 +4,10 @@ The chains start near the most probable latents, are annealed in the latent spac
 sample the exact posterior in (almost) pixel space. `sample_posterior` runs all three stages.
 """
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,33 +53,41 @@ class ClassPrior(NamedTuple):
 
     def condition(self, labels: Tensor) -> Tensor | None:
         """Return the condition of the bijection for these classes."""
-        if not self.condition_networks:
-            return None
-        return F.one_hot(labels, len(self.means)).to(self.means.dtype)
+        one_hot = F.one_hot(labels, len(self.means)).to(self.means.dtype)
+        return one_hot if self.condition_networks else None
 
 
-class PixelPosterior:
-    """The posterior of images x = (images + u) / bins whose known pixel values are fixed.
-
-    Unknown pixels are sampled in the space h = head(x), and known ones as s, where u = sigmoid(s),
-    so that the positions of the chains are unbounded.
+@dataclass
+class Posterior:
+    """Base class of posteriors of images.
 
     Args:
         head: an elementwise bijection, the first one of the flow.
         body: the rest of the flow.
         images: pixel values, (chains, channels, height, width).
-        known: True for known pixels, (channels, height, width).
+        known: the known part.
         bins: number of pixel values, 2^bits.
     """
 
-    def __init__(self, head: Bijection, body: Bijection, images: Tensor, known: Tensor, bins: int):
-        self.head = head
-        self.body = body
-        self.images = images
-        self.known = known
-        self.bins = bins
-        self.low, _ = head((images + BIN_MARGIN) / bins)
-        self.high, _ = head((images + (1 - BIN_MARGIN)) / bins)
+    head: Bijection
+    body: Bijection
+    images: Tensor
+    known: Any
+    bins: int
+
+
+@dataclass
+class PixelPosterior(Posterior):
+    """The posterior of images x = (images + u) / bins whose known pixel values are fixed.
+
+    Unknown pixels are sampled in the space h = head(x), and known ones as s, where u = sigmoid(s),
+    so that the positions of the chains are unbounded. `known` is True for known pixels,
+    (channels, height, width).
+    """
+
+    def __post_init__(self) -> None:
+        self.low, _ = self.head((self.images + BIN_MARGIN) / self.bins)
+        self.high, _ = self.head((self.images + (1 - BIN_MARGIN)) / self.bins)
 
     def spread(self, h: Tensor) -> float:
         """Return the standard deviation of the known part over images h."""
@@ -121,33 +130,21 @@ class PixelPosterior:
         return log_base + log_det + head_log_det + log_slope.flatten(1).sum(1)
 
 
-class MeasurementPosterior:
+@dataclass
+class MeasurementPosterior(Posterior):
     """The posterior of images x given the measurement y = known.apply(x) + N(0, s^2).
 
     s is MEASUREMENT_DEVIATION bins. The posterior is much narrower along the measured sums than
     across. So the position q of a chain is a stretched version of h = head(x):
     h = q - (1 - t) d <d, q> in each group of pixels. d is the direction in which the sum grows at
-    the start of the chain, and t makes the posterior about as wide along d as across.
-
-    Args:
-        head: an elementwise bijection, the first one of the flow.
-        body: the rest of the flow.
-        images: pixel values whose sums are known, (chains, channels, height, width).
-        known: the measurement.
-        bins: number of pixel values, 2^bits.
+    the start of the chain, and t makes the posterior about as wide along d as across. `known` is
+    the `LinearMeasurement`.
     """
 
-    def __init__(
-        self, head: Bijection, body: Bijection, images: Tensor, known: LinearMeasurement, bins: int
-    ):
-        self.head = head
-        self.body = body
-        self.images = images
-        self.known = known
-        self.bins = bins
-        self.value = known.apply((images + 0.5) / bins)
-        self.direction = torch.zeros_like(images)
-        self.shrinkage = torch.ones_like(images)
+    def __post_init__(self) -> None:
+        self.value = self.known.apply((self.images + 0.5) / self.bins)
+        self.direction = torch.zeros_like(self.images)
+        self.shrinkage = torch.ones_like(self.images)
 
     def spread(self, h: Tensor) -> float:
         """Return the standard deviation of the measured sums over images h.
@@ -163,7 +160,7 @@ class MeasurementPosterior:
 
     def initial_position(self, h: Tensor) -> Tensor:
         """Return positions (chains, D) near h that match the measured sums, and select d and t."""
-        x = self.head.inverse(h)[0]
+        x, _ = self.head.inverse(h)
         x = _clamp_to_unit(x + self.value - self.known.apply(x), self.bins)
         with torch.enable_grad():
             h = self.head(x)[0].detach().requires_grad_(True)
@@ -286,17 +283,14 @@ class InpaintingChains:
     @torch.no_grad()
     def anneal(self, num_trajectories: int, leapfrog_steps: int) -> None:
         """Sample latents while the tolerance shrinks from one spread to MIN_TOLERANCE spreads."""
-        scales = [
-            self.spread * MIN_TOLERANCE ** (index / max(1, num_trajectories - 1))
-            for index in range(num_trajectories)
-        ]
-        step_size = None
-        for scale in self.progress(scales, "annealing", num_trajectories):
-            density = self._latent_density(scale)
+        density = self._latent_density(self.spread)
+        state = initial_state(self.position, density)
+        step_size = StepSize.find_reasonable(state, density, self.generator)
+        for index in self.progress(range(num_trajectories), "annealing", num_trajectories):
+            progress = index / max(1, num_trajectories - 1)
+            density = self._latent_density(self.spread * MIN_TOLERANCE**progress)
             state = initial_state(self.position, density)
-            if step_size is None:
-                step_size = StepSize.find_reasonable(state, density, self.generator)
-            state = hmc_step(state, density, step_size, leapfrog_steps, True, self.generator)
+            state, _ = hmc_step(state, density, step_size, leapfrog_steps, True, self.generator)
             self.position = state.position
         h = self._decode(self.position).nan_to_num(0.0, 0.0, 0.0)
         self.position = self.posterior.initial_position(h)
@@ -318,11 +312,12 @@ class InpaintingChains:
                 state = initial_state(self.position, self._posterior_density())
             adapt = index < num_trajectories // 2
             density = self._posterior_density()
-            state = hmc_step(state, density, step_size, leapfrog_steps, adapt, self.generator)
+            state, share_accepted = hmc_step(
+                state, density, step_size, leapfrog_steps, adapt, self.generator
+            )
             self.position = state.position
-            if not adapt:
-                acceptance.append(state.accepted.float().mean().item())
-        self.acceptance = math.fsum(acceptance) / len(acceptance)
+            acceptance.append(share_accepted)
+        self.acceptance = fmean(acceptance[num_trajectories // 2 :])
 
     def _noise(self) -> Tensor:
         return torch.randn(
@@ -409,9 +404,8 @@ def sample_posterior(
         log_density.softmax(1), num_chains, replacement=True, generator=generator
     )
     chains = make_chains(num_chains, labels.flatten())
-    rows = torch.arange(len(images), device=images.device)[:, None]
     mode_positions = modes.position.view(len(images), num_classes, -1)
-    chains.position = mode_positions[rows, labels].flatten(0, 1)
+    chains.position = mode_positions.take_along_dim(labels[:, :, None], 1).flatten(0, 1)
     chains.perturb(len(images))
     leapfrog_steps = max(1, min(LEAPFROG_STEPS, num_steps // 4))
     num_trajectories = max(4, num_steps // leapfrog_steps)
@@ -422,7 +416,6 @@ def sample_posterior(
 
 def _split_head(bijection: Bijection) -> tuple[Chain, Chain]:
     """Split off a leading elementwise bijection, if there is one."""
-    parts = list(bijection.bijections) if isinstance(bijection, Chain) else [bijection]
-    is_elementwise = isinstance(parts[0], EmpiricalCDF | MarginalGaussianization | Logit)
-    split = 1 if is_elementwise else 0
+    parts: list[Any] = list(bijection.bijections) if isinstance(bijection, Chain) else [bijection]
+    split = int(isinstance(parts[0], EmpiricalCDF | MarginalGaussianization | Logit))
     return Chain(*parts[:split]), Chain(*parts[split:])

@@ -11,13 +11,14 @@ from flowgen.bijections.elementwise import Standardize
 from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
 from flowgen.bijections.networks import Transformer
 from flowgen.bijections.reshape import Flatten, Permute, Squeeze
-from flowgen.models.base import MAX_DEPTH, square_shape
 from flowgen.models.flows.builders import (
+    MAX_DEPTH,
     check_transformer,
     choose_patch,
     condition_size,
     gaussianization,
     make_transform,
+    square_shape,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_choice, check_whole

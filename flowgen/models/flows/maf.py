@@ -8,8 +8,7 @@ from flowgen.bijections.base import Bijection, Chain, Flip, Invert
 from flowgen.bijections.batchnorm import BatchNorm
 from flowgen.bijections.elementwise import Standardize
 from flowgen.bijections.reshape import Flatten
-from flowgen.models.base import MAX_DEPTH, square_shape
-from flowgen.models.flows.builders import gaussianization, make_transform
+from flowgen.models.flows.builders import MAX_DEPTH, gaussianization, make_transform, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
 

@@ -7,8 +7,7 @@ from flowgen.bijections.coupling import Coupling
 from flowgen.bijections.elementwise import LogisticToNormal, Standardize
 from flowgen.bijections.networks import DenseNetwork
 from flowgen.bijections.reshape import Flatten
-from flowgen.models.base import MAX_DEPTH, square_shape
-from flowgen.models.flows.builders import gaussianization, make_transform
+from flowgen.models.flows.builders import MAX_DEPTH, gaussianization, make_transform, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
 

@@ -1,8 +1,6 @@
 """Statistics of a flow for out-of-distribution detection: the terms of its log-density."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +49,15 @@ def _terms(
     bijection: Bijection, x: Tensor, means: Tensor, condition: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the three terms of `ood_statistics` under each of `means` (K, D): (batch, K) each."""
-    with _recorded_outputs(_last_level(bijection)) as outputs:
+    outputs: list[tuple[Tensor, Tensor]] = []
+    with _last_level(bijection).register_forward_hook(
+        lambda module, args, output: outputs.append(output)
+    ):
         z, log_det = bijection(x, condition)
     last_z, last_log_det = outputs[0]
     base = torch.stack([standard_normal_log_prob(z - mean) for mean in means], 1)
-    last_dim = last_z.shape[1]
-    last = torch.stack([standard_normal_log_prob(last_z - mean[:last_dim]) for mean in means], 1)
+    last_means = means[:, : last_z.shape[1]]
+    last = torch.stack([standard_normal_log_prob(last_z - mean) for mean in last_means], 1)
     return base, log_det[:, None].expand_as(base), last + last_log_det[:, None]
 
 
@@ -67,14 +68,3 @@ def _last_level(bijection: Bijection) -> nn.Module:
     """
     splits = [module for module in bijection.modules() if isinstance(module, FactorOut)]
     return splits[-1].inner if splits else bijection
-
-
-@contextmanager
-def _recorded_outputs(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Record every output of a module inside the context."""
-    outputs: list[tuple[Tensor, Tensor]] = []
-    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()

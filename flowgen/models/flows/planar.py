@@ -6,8 +6,7 @@ from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import Standardize
 from flowgen.bijections.reshape import Flatten
 from flowgen.bijections.residual import Planar, Sylvester
-from flowgen.models.base import MAX_DEPTH, square_shape
-from flowgen.models.flows.builders import gaussianization
+from flowgen.models.flows.builders import MAX_DEPTH, gaussianization, square_shape
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
 

@@ -11,8 +11,13 @@ from flowgen.bijections.elementwise import Logit
 from flowgen.bijections.networks import RealNVPNetwork, ResNetwork
 from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.bijections.univariate import Affine
-from flowgen.models.base import MAX_DEPTH, square_shape
-from flowgen.models.flows.builders import make_transform, multi_scale, num_levels
+from flowgen.models.flows.builders import (
+    MAX_DEPTH,
+    make_transform,
+    multi_scale,
+    num_levels,
+    square_shape,
+)
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_whole
 
@@ -68,10 +73,8 @@ class RealNVP(Flow):
                 # The log-scales of the paper's network are bounded already.
                 network = RealNVPNetwork(channels, width, 2 * channels, num_blocks)
                 return MaskedCoupling(network, Affine("plain"), mask)
-            out_channels = univariate.num_params * channels
-            return MaskedCoupling(
-                ResNetwork(channels, width, out_channels, num_blocks), univariate, mask
-            )
+            resnet = ResNetwork(channels, width, univariate.num_params * channels, num_blocks)
+            return MaskedCoupling(resnet, univariate, mask)
 
         def couplings(
             channels: int, resolution: int, count: int, use_checkerboard: bool

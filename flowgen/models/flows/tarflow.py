@@ -1,7 +1,6 @@
 """TarFlow: Zhai et al., Normalizing Flows are Capable Generative Models (2412.06329)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,10 +9,10 @@ from flowgen.bijections.autoregressive import TokenAutoregressive, TokenHead, au
 from flowgen.bijections.base import Bijection, Chain, Invert
 from flowgen.bijections.elementwise import Standardize
 from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
-from flowgen.bijections.networks import CausalTransformer, RandomSource
+from flowgen.bijections.networks import CausalTransformer, RandomSource, temporary_attributes
 from flowgen.bijections.reshape import Flatten, Roll, Squeeze
-from flowgen.bijections.univariate import guided
-from flowgen.models.base import SupportsTokenSampling, square_shape
+from flowgen.bijections.univariate import Affine, GuidedAffine
+from flowgen.models.base import SupportsTokenSampling
 from flowgen.models.flows.builders import (
     check_transformer,
     choose,
@@ -21,6 +20,7 @@ from flowgen.models.flows.builders import (
     condition_size,
     gaussianization,
     make_transform,
+    square_shape,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_number
@@ -139,7 +139,7 @@ class TarFlow(Flow, SupportsTokenSampling):
             Chain(*bijections), image_shape, bits, dequantization, num_classes, condition_networks
         )
         self.random_source = RandomSource()
-        self.is_affine = transform == "affine"
+        self.transform = univariate
         self.guidance = 0.0
 
     @torch.no_grad()
@@ -169,16 +169,15 @@ class TarFlow(Flow, SupportsTokenSampling):
             jacobi: update all tokens in parallel until they converge (Jacobi iteration).
         """
         check_number(guidance=guidance)
-        self.guidance = guidance
-        try:
-            with self._block_options(jacobi=jacobi):
-                return super().sample(count, temperature, generator, label, start_index)
-        finally:
-            self.guidance = 0.0
+        with (
+            temporary_attributes([self], guidance=guidance),
+            temporary_attributes(self._blocks(), jacobi=jacobi),
+        ):
+            return super().sample(count, temperature, generator, label, start_index)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return the latents of images, computed in float64."""
-        with self._block_options(exact=True):
+        with temporary_attributes(self._blocks(), exact=True):
             return super().encode(images, generator)
 
     def sweeps(self) -> list[int]:
@@ -187,7 +186,7 @@ class TarFlow(Flow, SupportsTokenSampling):
     def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.guidance:
             return super()._invert(z, one_hot)
-        if one_hot is None or not self.is_affine or not self.condition_networks:
+        if one_hot is None or not self.condition_networks or not isinstance(self.transform, Affine):
             raise UserError(
                 "guidance needs classes and affine transforms: train with "
                 "model.num_classes=10 model.transform=affine"
@@ -198,24 +197,10 @@ class TarFlow(Flow, SupportsTokenSampling):
         # Guidance of the base, exact if the transforms of both halves have the same scale.
         guided_z = z + self.guidance * (one_hot @ means - means.mean(0))
         heads = [block.head for block in self._blocks()]
-        with guided(heads, self.guidance):  # type: ignore[arg-type]
+        with temporary_attributes(heads, transform=GuidedAffine(self.transform, self.guidance)):
             x, _ = self.bijection.inverse(guided_z.repeat(2, 1), conditions)
         x = x[: len(z)]
         return x, self.log_density(x, one_hot.argmax(1))
-
-    @contextmanager
-    def _block_options(self, jacobi: bool = False, exact: bool = False) -> Iterator[None]:
-        """Set options of all blocks inside the context, see `TokenAutoregressive`."""
-        blocks = self._blocks()
-        for block in blocks:
-            block.jacobi = jacobi
-            block.exact = exact
-        try:
-            yield
-        finally:
-            for block in blocks:
-                block.jacobi = False
-                block.exact = False
 
     def _blocks(self) -> list[TokenAutoregressive]:
         return [module for module in self.modules() if isinstance(module, TokenAutoregressive)]
@@ -225,6 +210,5 @@ class TarFlow(Flow, SupportsTokenSampling):
         one_hot = super()._one_hot(labels)
         if one_hot is None or not self.training or not self.condition_networks:
             return one_hot
-        shape = torch.Size((len(one_hot), 1))
-        dropped = self.random_source(torch.rand, shape, device=one_hot.device) < LABEL_DROPOUT
-        return torch.where(dropped, 1 / one_hot.shape[1], one_hot)
+        uniform = self.random_source(torch.rand, (len(one_hot), 1), device=one_hot.device)
+        return torch.where(uniform < LABEL_DROPOUT, 1 / one_hot.shape[1], one_hot)
