@@ -44,10 +44,10 @@ def test_inpainting_keeps_known_pixels_ignores_the_others_and_is_reproducible(in
     known[..., : shape[2] // 2] = True
     images = torch.randint(max_value + 1, (1, *shape), dtype=torch.uint8)
     changed = torch.where(known, images, max_value - images)
-    for method in model.completions:
+    for sampler in model.samplers:
         result, again = (
             model.inpaint(
-                image, known, method=method, sweeps=5, generator=torch.Generator().manual_seed(0)
+                image, known, sampler=sampler, steps=5, generator=torch.Generator().manual_seed(0)
             )
             for image in (images, changed)
         )
@@ -57,8 +57,8 @@ def test_inpainting_keeps_known_pixels_ignores_the_others_and_is_reproducible(in
             pixels = torch.where(known, brightness, 0) * max_value
             assert torch.allclose(pixels, torch.where(known, images, 0).float(), atol=0.51)
         assert torch.equal(result.draws, again.draws) and torch.equal(result.mean, again.mean)
-    with pytest.raises(UserError, match="method must be "):
-        model.inpaint(images, known, method="magic")
+    with pytest.raises(UserError, match="sampler must be "):
+        model.inpaint(images, known, sampler="magic")
 
 
 def test_the_mean_of_an_inpainting_is_the_exact_conditional():
@@ -72,7 +72,7 @@ def test_the_mean_of_an_inpainting_is_the_exact_conditional():
     states = states[(states == images.flatten())[:, known.flatten()].all(1)]
     expected = (-rbm.free_energy(states)).softmax(0) @ states
     generator = torch.Generator().manual_seed(0)
-    result = rbm.inpaint(images, known, method="gibbs", sweeps=400, generator=generator)
+    result = rbm.inpaint(images, known, sampler="gibbs", steps=400, generator=generator)
     assert torch.allclose(result.mean.flatten(), expected, atol=0.02)
 
 

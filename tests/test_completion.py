@@ -238,7 +238,7 @@ def test_known_pixels_are_kept_and_the_seed_determines_the_result(name):
     known = torch.rand(3, 8, 8) < 0.4
     result, again = (
         model.inpaint(
-            images, known, method="langevin", sweeps=40, generator=torch.Generator().manual_seed(1)
+            images, known, sampler="langevin", steps=40, generator=torch.Generator().manual_seed(1)
         )
         for _ in range(2)
     )
@@ -303,7 +303,7 @@ def test_measurements_are_weighted_means_of_pixels():
         rbm.inpaint(
             torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
             measurement("downsample:2", (1, 8, 8)),
-            method="gibbs",
+            sampler="gibbs",
         )
 
 

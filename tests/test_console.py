@@ -74,7 +74,7 @@ def test_models_report_the_progress_of_loops(glow, rbm):
         return steps
 
     for session in (glow, rbm):
-        kwargs = {"method": "gibbs", "sweeps": 4} if session is rbm else {}
+        kwargs = {"sampler": "gibbs", "steps": 4} if session is rbm else {}
         session.model.set_progress(record)
         images, _ = session.model.sample(2, **kwargs)
         session.model.score(images, num_importance_samples=3)

@@ -68,7 +68,7 @@ def complete(
         observation = linear
         observed = linear.apply(brightness)
     rows = []
-    for name in sampler or model.completions:
+    for name in sampler or model.samplers:
         result, spread = inpaint_image(model, images, observation, name, steps, seed)
         for metric, value in result.metrics.items():
             log.info("%s: %s %.3f", name, metric.replace("_", " "), value)
@@ -205,7 +205,7 @@ def inpaint_image(
             other.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    result = model.inpaint(images, known, method=sampler, sweeps=steps, generator=generator)
+    result = model.inpaint(images, known, sampler=sampler, steps=steps, generator=generator)
     return result, 2 * result.draws.std(0, correction=0)
 
 

@@ -72,8 +72,8 @@ def sample(
         "label": label,
         "guidance": guidance,
         "jacobi": jacobi or None,
-        "method": sampler,
-        "sweeps": steps,
+        "sampler": sampler,
+        "steps": steps,
     }
     kwargs = {name: value for name, value in settings.items() if value is not None}
     run_dir, checkpoint, model = find_model(run, device, _required_capability(kwargs))
@@ -95,7 +95,7 @@ def sample(
 
 def _required_capability(kwargs: Mapping[str, Any]) -> type[GenerativeModel]:
     """Return the capability that a model needs for these arguments of its `sample` method."""
-    mcmc = "method" in kwargs or "sweeps" in kwargs
+    mcmc = "sampler" in kwargs or "steps" in kwargs
     tokens = "guidance" in kwargs or "jacobi" in kwargs
     if mcmc and (tokens or "label" in kwargs):
         raise UserError(
@@ -184,7 +184,7 @@ def _save_picture(
                 count,
                 temperature,
             )
-        title = _title(kwargs.get("label"), kwargs.get("method"), temperature)
+        title = _title(kwargs.get("label"), kwargs.get("sampler"), temperature)
         blocks.append((title, images[log_probs.argsort(descending=True)]))
     rendering.titled_grids(blocks, model.bits, columns=min(count, COLUMNS)).save(path)
 

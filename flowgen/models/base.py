@@ -296,7 +296,7 @@ class SupportsInpainting(Capability):
 
     description = "fills in missing pixels"
     train_hint = "model=glow"
-    completions: ClassVar[tuple[str, ...]]  # names of the samplers that `inpaint` accepts
+    samplers: ClassVar[tuple[str, ...]]  # names of the samplers that `inpaint` accepts
 
     @abstractmethod
     def inpaint(
@@ -304,8 +304,8 @@ class SupportsInpainting(Capability):
         images: Tensor,
         known: Observation,
         *,
-        method: str,
-        sweeps: int | None = None,
+        sampler: str,
+        steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> InpaintingResult:
         """Sample one image given its known part.
@@ -314,8 +314,8 @@ class SupportsInpainting(Capability):
             images: one image, (1, channels, height, width); unknown pixels are ignored.
             known: a mask that is True for known pixels, (channels, height, width), or a
                 `LinearMeasurement` of all pixels, which only flows accept.
-            method: one of `completions`.
-            sweeps: steps of the sampler; None uses its default.
+            sampler: one of `samplers`.
+            steps: steps of the sampler; None uses its default.
             generator: source of randomness.
         """
 
@@ -362,9 +362,9 @@ class SupportsMCMC(Capability):
 
     @abstractmethod
     def iter_chains(
-        self, count: int, method: str, generator: torch.Generator | None = None
+        self, count: int, sampler: str, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
-        """Yield `count` chains at white noise, and then after every sweep, without end.
+        """Yield `count` chains at white noise, and then after every step, without end.
 
         Each item is brightness from 0 to 1, (count, channels, height, width).
         """
@@ -375,10 +375,10 @@ class SupportsMCMC(Capability):
         count: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        method: str = "tempering",
-        sweeps: int = 500,
+        sampler: str = "tempering",
+        steps: int = 500,
     ) -> tuple[Tensor, Tensor]:
-        """Draw images by `sweeps` steps of the sampler `method` from white noise."""
+        """Draw images by `steps` steps of the sampler from white noise."""
 
 
 class SupportsTokenSampling(Capability):
@@ -413,4 +413,4 @@ class SupportsTokenSampling(Capability):
 
     @abstractmethod
     def sweeps(self) -> list[int]:
-        """Return the Jacobi sweeps that each block took for the last samples."""
+        """Return the Jacobi iterations of each block for the last samples."""

@@ -219,7 +219,7 @@ class ModelSession:
     @property
     def samplers(self) -> list[str]:
         """Samplers for inpainting. An RBM uses them for new images too."""
-        return list(self.model.completions) if isinstance(self.model, SupportsInpainting) else []
+        return list(self.model.samplers) if isinstance(self.model, SupportsInpainting) else []
 
     @property
     def unit(self) -> str:
@@ -271,7 +271,7 @@ class ModelSession:
             raise UserError("this model is not class-conditional: omit label")
         if (sampler or steps) and not self.capabilities["chains"]:
             raise UserError("this model does not use Markov chains: omit sampler and steps")
-        options = {"label": label, "method": sampler, "sweeps": steps}
+        options = {"label": label, "sampler": sampler, "steps": steps}
         kwargs: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
         with self.lock.acquire("drawing samples"):
             images, scores = sample_images(self.model, count, temperature, seed, **kwargs)

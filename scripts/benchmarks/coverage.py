@@ -75,7 +75,7 @@ def complete_with_rbm(rbm: RBM, images: Tensor, known: Tensor) -> Tensor:
     for index, image in enumerate(images):
         generator = torch.Generator().manual_seed(index)
         result = rbm.inpaint(
-            image[None], known, method="gibbs", sweeps=RBM_STEPS, generator=generator
+            image[None], known, sampler="gibbs", steps=RBM_STEPS, generator=generator
         )
         pixels = torch.bernoulli(result.draws[:NUM_CHAINS], generator=generator)
         samples.append(pixels.flatten(1)[:, ~known.flatten()])

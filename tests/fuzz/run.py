@@ -35,7 +35,7 @@ def speed_up() -> None:
 
     plots.curves = lambda rows, metric, path: Image.new("L", (64, 64)).save(path, "PNG")
     trainer.BN_UPDATE_BATCHES = 2
-    RBM.sample = partialmethod(RBM.sample, sweeps=9)  # type: ignore[assignment]
+    RBM.sample = partialmethod(RBM.sample, steps=9)  # type: ignore[assignment]
 
 
 def run_parts(workspace: Workspace, seed: int, count: int, parts: list[str]) -> Iterator[Result]:

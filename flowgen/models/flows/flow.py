@@ -108,7 +108,7 @@ class Flow(ClassConditional, SupportsInpainting):
 
     likelihood: Likelihood = "bound"
     metric = BITS_PER_DIM
-    completions: ClassVar[tuple[str, ...]] = ("langevin",)
+    samplers: ClassVar[tuple[str, ...]] = ("langevin",)
     # Average log p(x) over importance samples, not p(x), whose mean would bound no likelihood.
     elbo_only = False
 
@@ -385,8 +385,8 @@ class Flow(ClassConditional, SupportsInpainting):
         images: Tensor,
         known: Observation,
         *,
-        method: str,
-        sweeps: int | None = None,
+        sampler: str,
+        steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> InpaintingResult:
         """Sample one image given its known part, by Hamiltonian Monte Carlo.
@@ -394,12 +394,12 @@ class Flow(ClassConditional, SupportsInpainting):
         Args:
             images: one image, (1, channels, height, width).
             known: a mask (channels, height, width) or a `LinearMeasurement`.
-            method: "langevin".
-            sweeps: gradients per chain.
+            sampler: "langevin".
+            steps: gradients per chain.
             generator: source of randomness.
         """
-        check_choice(self.completions, method=method)
-        chains = self.inpainting_chains(images, known, NUM_CHAINS, sweeps or NUM_STEPS, generator)
+        check_choice(self.samplers, sampler=sampler)
+        chains = self.inpainting_chains(images, known, NUM_CHAINS, steps or NUM_STEPS, generator)
         pixels = (chains.samples * self.bins).floor().clamp(0, self.bins - 1)
         deviation = pixels.std(0)
         if not isinstance(known, LinearMeasurement):

@@ -76,7 +76,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         >>> images = torch.randint(0, 2, (32, 1, 4, 4), dtype=torch.uint8)
         >>> rbm.initialize(images)
         >>> rbm(images).backward()
-        >>> samples, unnormalized_log_prob = rbm.eval().sample(5, sweeps=10)
+        >>> samples, unnormalized_log_prob = rbm.eval().sample(5, steps=10)
         >>> samples.shape, samples.dtype, rbm.score(images).shape
         (torch.Size([5, 1, 4, 4]), torch.uint8, torch.Size([32]))
     """
@@ -84,7 +84,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
     metric = LOG_LIKELIHOOD
     likelihood = "estimate"
     shares_batches = False  # its chains cannot be split between processes
-    completions = tuple(SAMPLERS)
+    samplers = tuple(SAMPLERS)
     visible_offset: Tensor
     hidden_offset: Tensor
 
@@ -238,8 +238,8 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         count: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        method: str = "tempering",
-        sweeps: int = 500,
+        sampler: str = "tempering",
+        steps: int = 500,
     ) -> tuple[Tensor, Tensor]:
         """Draw images with Markov chains that start at white noise.
 
@@ -247,34 +247,34 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
             count: number of images.
             temperature: 1 / beta.
             generator: source of random numbers.
-            method: name of the sampler, a key of `SAMPLERS`.
-            sweeps: number of steps of the sampler.
+            sampler: name of the sampler, a key of `SAMPLERS`.
+            steps: number of steps of the sampler.
 
         Returns:
             Images (count, channels, height, width), and -F(v) in nats, (count,).
         """
-        check_choice(SAMPLERS, method=method)
+        check_choice(SAMPLERS, sampler=sampler)
         noise = white_noise(self, count, generator)
         beta = 1 / max(temperature, MIN_TEMPERATURE)
-        steps = islice(SAMPLERS[method](self, noise, beta=beta, generator=generator), sweeps)
+        states = islice(SAMPLERS[sampler](self, noise, beta=beta, generator=generator), steps)
         visible = noise
-        for chains, _ in self.progress(steps, method, sweeps):
+        for chains, _ in self.progress(states, sampler, steps):
             visible = chains
         visible = visible.round()  # mean field returns probabilities
         return self.to_images(visible), -self.free_energy(visible)
 
     @torch.no_grad()
     def iter_chains(
-        self, count: int, method: str, generator: torch.Generator | None = None
+        self, count: int, sampler: str, generator: torch.Generator | None = None
     ) -> Iterator[Tensor]:
         """Yield white noise, then P(v = 1 | h) after each step of the sampler, without end.
 
         Each item has the shape (count, channels, height, width) and values from 0 to 1.
         """
-        check_choice(SAMPLERS, method=method)
+        check_choice(SAMPLERS, sampler=sampler)
         noise = white_noise(self, count, generator)
         yield noise.view(-1, *self.image_shape)
-        for _, probabilities in SAMPLERS[method](self, noise, generator=generator):
+        for _, probabilities in SAMPLERS[sampler](self, noise, generator=generator):
             yield probabilities.view(-1, *self.image_shape)
 
     def inpaint(
@@ -282,8 +282,8 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         images: Tensor,
         known: Observation,
         *,
-        method: str,
-        sweeps: int | None = None,
+        sampler: str,
+        steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> InpaintingResult:
         """Sample the unknown pixels of an image with clamped chains, see `inpaint_clamped`.
@@ -291,14 +291,14 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         Args:
             images: one image, (1, channels, height, width).
             known: true where a pixel is known, (channels, height, width).
-            method: name of the sampler, a key of `SAMPLERS`.
-            sweeps: number of steps of the sampler, `INPAINTING_STEPS` by default.
+            sampler: name of the sampler, a key of `SAMPLERS`.
+            steps: number of steps of the sampler, `INPAINTING_STEPS` by default.
             generator: source of random numbers.
 
         Raises:
-            UserError: for an unknown method, or if `known` is a linear measurement.
+            UserError: for an unknown sampler, or if `known` is a linear measurement.
         """
-        check_choice(SAMPLERS, method=method)
+        check_choice(SAMPLERS, sampler=sampler)
         if isinstance(known, LinearMeasurement):
             raise UserError(
                 "an RBM can only inpaint missing pixels: "
@@ -308,8 +308,8 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
             self,
             self.to_visible(images),
             known.flatten(),
-            SAMPLERS[method],
-            sweeps or INPAINTING_STEPS,
+            SAMPLERS[sampler],
+            steps or INPAINTING_STEPS,
             generator,
             self.progress,
         )
