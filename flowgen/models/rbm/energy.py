@@ -115,8 +115,7 @@ class ContrastiveLoss(torch.autograd.Function):
         ctx.save_for_backward(
             visible, hidden, visible_difference, hidden_difference, *(offsets or ())
         )
-        softplus = F.softplus(hidden_input) * signed_mean
-        return -(visible_difference @ visible_bias) - softplus.sum()
+        return -(visible_difference @ visible_bias) - (F.softplus(hidden_input) * signed_mean).sum()
 
     @staticmethod
     @once_differentiable

@@ -71,10 +71,9 @@ def exact_log_z(rbm: EnergyModel, layer: str | None = None) -> float:
             f"{units} {layer} units are too many to enumerate (at most {MAX_ENUMERATED_UNITS}): "
             "estimate log Z with ais"
         )
-    digits = torch.arange(units, device=weight.device)
     total = weight.new_tensor(-math.inf)
     for block in torch.arange(2**units, device=weight.device).split(STATES_PER_BLOCK):
-        states = (block[:, None] >> digits & 1).double()
+        states = (block[:, None] >> torch.arange(units, device=block.device) & 1).double()
         log_weights = states @ bias + F.softplus(states @ weight.T + other_bias).sum(1)
         total = torch.logaddexp(total, log_weights.logsumexp(0))
     return total.item()
@@ -120,8 +119,7 @@ class AnnealingState:
     def free_energy(self, beta: float | Tensor) -> Tensor:
         """Return F_beta(v) in nats, (chains,)."""
         linear = (1 - beta) * self.base_term + beta * self.bias_term
-        softplus = F.softplus(beta * self.hidden_input).sum(1, keepdim=True)
-        return (-linear - softplus).squeeze(1)
+        return -linear.squeeze(1) - F.softplus(beta * self.hidden_input).sum(1)
 
     def gibbs_step(self, beta: float | Tensor) -> None:
         """Update the chains by one Gibbs step that leaves P_beta invariant."""
@@ -161,8 +159,7 @@ def ais(
     """
     state = AnnealingState.at_beta_zero(rbm, chains, generator)
     log_weights = torch.zeros(chains, dtype=torch.double, device=rbm.base.device)
-    schedule = list(pairwise(_beta_schedule(betas)))
-    for previous, beta in progress(schedule, "forward AIS"):
+    for previous, beta in progress(_ais_steps(betas), "forward AIS"):
         log_weights += state.free_energy(previous) - state.free_energy(beta)
         state.gibbs_step(beta)
     return _estimate(log_weights, base_log_z(rbm), 1)
@@ -193,17 +190,17 @@ def reverse_ais(
     """
     state = AnnealingState(rbm, start, generator)
     log_weights = torch.zeros(len(start), dtype=torch.double, device=rbm.base.device)
-    schedule = list(pairwise(reversed(_beta_schedule(betas))))
-    for previous, beta in progress(schedule, "reverse AIS"):
+    for beta, previous in progress(_ais_steps(betas)[::-1], "reverse AIS"):
         state.gibbs_step(previous)
         log_weights += state.free_energy(previous) - state.free_energy(beta)
     return _estimate(log_weights, base_log_z(rbm), -1)
 
 
-def _beta_schedule(betas: int | Sequence[float]) -> Sequence[float]:
+def _ais_steps(betas: int | Sequence[float]) -> list[tuple[float, float]]:
+    """Return the inverse temperatures before and after each step, from 0 to 1."""
     if isinstance(betas, int):
-        return torch.linspace(0, 1, betas + 1, dtype=torch.double).tolist()
-    return betas
+        betas = torch.linspace(0, 1, betas + 1, dtype=torch.double).tolist()
+    return list(pairwise(betas))
 
 
 def _estimate(log_weights: Tensor, log_z_base: float, sign: int) -> Estimate:
@@ -212,8 +209,8 @@ def _estimate(log_weights: Tensor, log_z_base: float, sign: int) -> Estimate:
     weights = (log_weights - log_weights.max()).exp()
     log_mean = log_weights.logsumexp(0).item() - math.log(count)
     error = (weights.std() / weights.mean() / math.sqrt(count)).item() if count > 1 else math.inf
-    effective_sample_size = (weights.sum().square() / weights.square().sum()).item()
-    return Estimate(log_z_base + sign * log_mean, error, effective_sample_size)
+    effective_sample_size = weights.sum().square() / weights.square().sum()
+    return Estimate(log_z_base + sign * log_mean, error, effective_sample_size.item())
 
 
 class PilotRun(NamedTuple):
@@ -322,13 +319,13 @@ def bridge(
     replicas = ReplicaExchange(num_temperatures, chains, adapt=True).to(rbm.base)
     replicas.betas.copy_(space_betas(pilot.betas, pilot.barrier, num_temperatures - 1))
     nearest = (pilot.betas[:, None] - replicas.betas).abs().argmin(0)
-    start = pilot.visible[nearest].flatten(0, 1).to(rbm.base)
-    state = AnnealingState(rbm, start, generator)
+    state = AnnealingState(rbm, pilot.visible[nearest].flatten(0, 1).to(rbm.base), generator)
     for _ in progress(range(burn_in), "tempering"):
         _bridge_step(state, replicas)
     replicas.adapt = False
-    rounds = progress(range(2 * (steps // 2)), "bridge")
-    differences = [_bridge_step(state, replicas) for _ in rounds]
+    differences = [
+        _bridge_step(state, replicas) for _ in progress(range(2 * (steps // 2)), "bridge")
+    ]
     # Rounds alternate between the even and the odd pairs of neighbors.
     even, even_influence = _log_ratios(*torch.stack(differences[::2], 2))
     odd, odd_influence = _log_ratios(*torch.stack(differences[1::2], 2))
@@ -423,9 +420,9 @@ def estimate_log_z(
     if min(rbm.visible, rbm.hidden) <= max_units:
         value = exact_log_z(rbm)
         reliable = math.isfinite(value) if check else None
-        return LogZ(value, 0.0, reliable=reliable, verdict="log Z is exact (enumeration)")
-    chains = eval_config.ais_chains
+        return LogZ(value, 0.0, {}, reliable, "log Z is exact (enumeration)")
     steps = eval_config.ais_steps
+    chains = eval_config.ais_chains
     if not check:
         forward = ais(rbm, betas=steps, chains=chains, generator=generator, progress=progress)
         return LogZ(forward.log_z, forward.error)
@@ -457,33 +454,33 @@ def _verdict(forward: Estimate, reverse: Estimate, bridge: Estimate) -> tuple[bo
     distance = abs(forward.log_z - reverse.log_z)
     smallest = min(estimate.effective_sample_size for estimate in estimates)
     bridge_distance = max(abs(bridge.log_z - forward.log_z), abs(bridge.log_z - reverse.log_z))
-    if not all(math.isfinite(value) for estimate in estimates for value in estimate):
-        return (
-            False,
+    problems = (
+        (
+            not all(math.isfinite(value) for estimate in estimates for value in estimate),
             "an estimate of log Z or its error is not finite: "
             "the model has diverged, or ais_chains=1",
-        )
-    if distance > MAX_DISAGREEMENT_NATS:
-        return (
-            False,
+        ),
+        (
+            distance > MAX_DISAGREEMENT_NATS,
             f"forward and reverse AIS differ by {distance:.1f} nats: increase evaluation.ais_steps",
-        )
-    if smallest < MIN_EFFECTIVE_SAMPLES:
-        return (
-            False,
+        ),
+        (
+            smallest < MIN_EFFECTIVE_SAMPLES,
             f"the effective sample size is only {smallest:.1f}: "
             "increase evaluation.ais_steps or evaluation.ais_chains",
-        )
-    if bridge_distance > max(MAX_DISAGREEMENT_NATS, 3 * bridge.error):
-        return (
-            False,
+        ),
+        (
+            bridge_distance > max(MAX_DISAGREEMENT_NATS, 3 * bridge.error),
             f"bridge sampling differs from AIS by {bridge_distance:.1f} nats: "
             "the chains do not mix",
-        )
-    return (
-        True,
+        ),
+    )
+    for occurs, problem in problems:
+        if occurs:
+            return False, problem
+    return True, (
         f"forward and reverse AIS differ by {distance:.2f} nats, "
-        f"and all effective sample sizes are at least {smallest:.0f}",
+        f"and all effective sample sizes are at least {smallest:.0f}"
     )
 
 

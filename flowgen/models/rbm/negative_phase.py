@@ -95,8 +95,7 @@ class PCD(NegativePhase):
         self.last_free_energy = nn.Buffer(torch.zeros(self.num_chains))
 
     def initialize_chains(self, rbm: EnergyModel) -> None:
-        log_odds = rbm.hidden_bias.expand_as(self.hidden_units)
-        self.hidden_units.copy_(bernoulli_from_logits(log_odds))
+        self.hidden_units.copy_(bernoulli_from_logits(rbm.hidden_bias.expand_as(self.hidden_units)))
 
     def forward(
         self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor
@@ -143,8 +142,8 @@ class Tempering(NegativePhase):
         self.replicas.allocate(hidden)
 
     def initialize_chains(self, rbm: EnergyModel) -> None:
-        log_odds = rbm.hidden_bias.expand_as(self.replicas.hidden)
-        self.replicas.hidden.copy_(bernoulli_from_logits(log_odds))
+        hidden = self.replicas.hidden
+        hidden.copy_(bernoulli_from_logits(rbm.hidden_bias.expand_as(hidden)))
 
     def forward(
         self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor

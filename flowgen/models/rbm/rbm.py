@@ -47,15 +47,6 @@ MIN_TEMPERATURE = 1e-6
 INPAINTING_CHAINS = 64
 INPAINTING_STEPS = 1000
 
-PSEUDO_LOG_LIKELIHOOD = Metric("pseudo_log_likelihood", "nats", higher_is_better=True)
-RECONSTRUCTION_ERROR = Metric(
-    "reconstruction_error", "squared error per pixel", higher_is_better=False
-)
-EXPECTED_RECONSTRUCTION_ERROR = Metric(
-    "reconstruction_error_expected", "squared error per pixel", higher_is_better=False
-)
-FREE_ENERGY_GAP = Metric("free_energy_gap", "nats")
-
 
 class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
     """Restricted Boltzmann machine over binary images.
@@ -238,20 +229,22 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         log_z = estimate_log_z(self, eval_config, generator, self.progress)
         free_energy = self.free_energy(data)
         conditional = F.logsigmoid(self.free_energy(flipped) - free_energy).mean().item()
-        error = (data - bernoulli_from_logits(log_odds, generator)).square().mean().item()
-        expected_error = (data - log_odds.sigmoid()).square().mean().item()
-        values = [
-            MetricValue(PSEUDO_LOG_LIKELIHOOD, self.visible * conditional),
-            MetricValue(RECONSTRUCTION_ERROR, error),
-            MetricValue(EXPECTED_RECONSTRUCTION_ERROR, expected_error),
-        ]
+        pseudo_log_likelihood = Metric("pseudo_log_likelihood", "nats", higher_is_better=True)
+        values = [MetricValue(pseudo_log_likelihood, self.visible * conditional)]
+        reconstruction = bernoulli_from_logits(log_odds, generator)
+        for suffix, pixels in (("", reconstruction), ("_expected", log_odds.sigmoid())):
+            metric = Metric(
+                "reconstruction_error" + suffix, "squared error per pixel", higher_is_better=False
+            )
+            values.append(MetricValue(metric, (data - pixels).square().mean().item()))
         train_batches = [self.to_visible(images) for images in reference]
         if train_batches:
             train_free_energy = self.free_energy(torch.cat(train_batches))
             gap = free_energy.mean() - train_free_energy.mean()
             variances = [energy.var() / len(energy) for energy in (free_energy, train_free_energy)]
             gap_error = torch.stack(variances).sum().sqrt().item()
-            values.append(MetricValue(FREE_ENERGY_GAP, gap.item(), gap_error))
+            metric = Metric("free_energy_gap", "nats")
+            values.append(MetricValue(metric, gap.item(), gap_error))
         return log_likelihood_metrics(free_energy, log_z) | Metrics.of(*values, images=len(data))
 
     def score(
@@ -378,8 +371,8 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         for index, (_, draws) in enumerate(self.progress(chains, "inpainting", steps)):
             if index >= steps // 2:
                 total += draws.mean(0)
-        mean = total / (steps - steps // 2)
-        return InpaintingResult(draws.view(-1, *self.image_shape), mean.view(self.image_shape))
+        mean = (total / (steps - steps // 2)).view(self.image_shape)
+        return InpaintingResult(draws.view(-1, *self.image_shape), mean)
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -35,9 +35,9 @@ def white_noise(rbm: EnergyModel, count: int, generator: torch.Generator | None 
     return bernoulli_from_logits(rbm.visible_bias.new_zeros(count, rbm.visible), generator)
 
 
-def clamp_known(visible: Tensor, start: Tensor, known: Tensor | None) -> Tensor:
-    """Return `visible` with the values of `start` at the known units; `known` may be None."""
-    return visible if known is None else torch.where(known, start, visible)
+def clamp_known(visible: Tensor, start: Tensor | None, known: Tensor | None) -> Tensor:
+    """Return `visible` with the values of `start` at the known units, if there are any."""
+    return visible if start is None or known is None else torch.where(known, start, visible)
 
 
 def gibbs(
@@ -139,13 +139,13 @@ class ReplicaExchange(nn.Module):
 
     def by_beta(self, states: Tensor) -> Tensor:
         """Return `states` (temperatures, chains, ...) of the replicas in the order of `betas`."""
-        replica = self.beta_index.argsort(0)
-        return states[replica, torch.arange(states.shape[1], device=states.device)]
+        chain = torch.arange(states.shape[1], device=states.device)
+        return states[self.beta_index.argsort(0), chain]
 
     def lower_indices(self) -> Tensor:
         """Return the index of the lower beta of each pair that may swap in this round, (pairs,)."""
-        first = int(self.num_steps) % 2
-        return torch.arange(first, len(self.betas) - 1, 2, device=self.betas.device)
+        last = len(self.betas) - 1
+        return torch.arange(int(self.num_steps) % 2, last, 2, device=self.betas.device)
 
     def exchange(
         self, lower: Tensor, log_ratio: Tensor, generator: torch.Generator | None = None
@@ -204,8 +204,7 @@ def space_betas(betas: Tensor, lengths: Tensor, num_intervals: int) -> Tensor:
     left = right - 1
     share = (positions - cumulative[left]) / (cumulative[right] - cumulative[left])
     result = torch.lerp(betas[left], betas[right], share)
-    result[0] = betas[0]
-    result[-1] = betas[-1]
+    result[[0, -1]] = betas[[0, -1]]
     return result
 
 
@@ -257,19 +256,16 @@ class ParallelTempering(ReplicaExchange):
         """
         replica_beta = self.betas[self.beta_index][..., None]
         log_odds = rbm.visible_input(self.hidden).mul_(replica_beta * beta)
-        visible = bernoulli_from_logits(log_odds.addcmul_(1 - replica_beta, rbm.base), generator)
-        if start is not None:
-            visible = clamp_known(visible, start, known)
+        log_odds.addcmul_(1 - replica_beta, rbm.base)
+        visible = clamp_known(bernoulli_from_logits(log_odds, generator), start, known)
         inputs = rbm.hidden_input(visible)
         # In place, so that restoring the buffers restores the chains.
         self.hidden.copy_(bernoulli_from_logits(inputs * (replica_beta * beta), generator))
-        linear = visible @ (rbm.base - beta * rbm.visible_bias)
-        energy_slope = linear - beta * torch.linalg.vecdot(inputs, self.hidden)
+        slopes = visible @ (rbm.base - beta * rbm.visible_bias)
+        slopes = self.by_beta(slopes - beta * torch.linalg.vecdot(inputs, self.hidden))
         lower = self.lower_indices()
-        slopes = self.by_beta(energy_slope)
-        beta_difference = (self.betas[lower + 1] - self.betas[lower])[:, None]
-        log_ratio = beta_difference * (slopes[lower + 1] - slopes[lower])
-        self.exchange(lower, log_ratio, generator)
+        beta_differences = self.betas.diff()[lower, None]
+        self.exchange(lower, beta_differences * slopes.diff(dim=0)[lower], generator)
         return visible, inputs
 
 
