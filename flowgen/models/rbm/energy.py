@@ -131,8 +131,7 @@ class ContrastiveLoss(torch.autograd.Function):
         mu, lam = offsets
         # Two more rows in the same product subtract the offsets from the units.
         left = torch.cat((visible, -mu[None], -visible_difference[None])).mul_(scale)
-        right = torch.cat((hidden, hidden_difference[None], lam[None]))
-        weight_gradient = left.T @ right
+        weight_gradient = left.T @ torch.cat((hidden, hidden_difference[None], lam[None]))
         return (
             weight_gradient,
             visible_gradient - weight_gradient @ lam,

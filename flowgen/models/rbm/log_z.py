@@ -127,6 +127,15 @@ class AnnealingState:
         log_odds = torch.lerp(self.rbm.base, self.rbm.visible_input(hidden), beta)
         self._set_visible(bernoulli_from_logits(log_odds, self.generator))
 
+    def anneal(self, beta: float, next_beta: float) -> Tensor:
+        """Move the chains from one inverse temperature to the next, and return their log weights.
+
+        The log weights of the step are in double precision, (chains,).
+        """
+        log_weights = self.free_energy(beta) - self.free_energy(next_beta)
+        self.gibbs_step(next_beta)
+        return log_weights.double()
+
 
 @torch.no_grad()
 def ais(
@@ -158,10 +167,8 @@ def ais(
         True
     """
     state = AnnealingState.at_beta_zero(rbm, chains, generator)
-    log_weights = torch.zeros(chains, dtype=torch.double, device=rbm.base.device)
-    for previous, beta in progress(_ais_steps(betas), "forward AIS"):
-        log_weights += state.free_energy(previous) - state.free_energy(beta)
-        state.gibbs_step(beta)
+    steps = progress(_ais_steps(betas), "forward AIS")
+    log_weights = sum((state.anneal(*step) for step in steps), torch.zeros(()))
     return _estimate(log_weights, base_log_z(rbm), 1)
 
 
@@ -249,13 +256,9 @@ def run_pilot(
     betas = torch.linspace(0, 1, PILOT_INTERVALS * PILOT_STEPS + 1, dtype=torch.double)
     # Each window holds the betas of one interval with both of its ends.
     for window in progress(betas.unfold(0, PILOT_STEPS + 1, PILOT_STEPS).tolist(), "pilot run"):
-        log_weights = torch.zeros(chains, dtype=torch.double, device=rbm.base.device)
-        for previous, beta in pairwise(window):
-            step = state.free_energy(previous) - state.free_energy(beta)
-            log_weights += step
-            state.gibbs_step(beta)
-        barrier.append(PILOT_STEPS * step.double().std())
-        friction.append(log_weights.std())
+        log_weights = [state.anneal(*step) for step in pairwise(window)]
+        barrier.append(PILOT_STEPS * log_weights[-1].std())
+        friction.append(sum(log_weights, torch.zeros(())).std())
         visible.append(state.visible.bool())
     return PilotRun(
         betas[::PILOT_STEPS].to(rbm.base.device),
@@ -421,14 +424,13 @@ def estimate_log_z(
         value = exact_log_z(rbm)
         reliable = math.isfinite(value) if check else None
         return LogZ(value, 0.0, {}, reliable, "log Z is exact (enumeration)")
-    steps = eval_config.ais_steps
     chains = eval_config.ais_chains
-    if not check:
-        forward = ais(rbm, betas=steps, chains=chains, generator=generator, progress=progress)
-        return LogZ(forward.log_z, forward.error)
-    pilot = run_pilot(rbm, chains, generator, progress)
-    betas = pilot.schedule(steps)
+    steps = eval_config.ais_steps
+    pilot = run_pilot(rbm, chains, generator, progress) if check else None
+    betas = pilot.schedule(steps) if pilot else steps
     forward = ais(rbm, betas=betas, chains=chains, generator=generator, progress=progress)
+    if not check:
+        return LogZ(forward.log_z, forward.error)
     bridge_estimate, samples = bridge(
         rbm,
         chains=chains,

@@ -67,8 +67,8 @@ class CD(NegativePhase):
     ) -> tuple[Tensor, Tensor]:
         visible = data
         for _ in range(self.gibbs_steps):
-            hidden = bernoulli_from_logits(hidden_input)
-            visible = bernoulli_from_logits(rbm.visible_input(hidden))
+            log_odds = rbm.visible_input(bernoulli_from_logits(hidden_input))
+            visible = bernoulli_from_logits(log_odds)
             hidden_input = rbm.hidden_input(visible)
         return visible, hidden_input
 

@@ -46,6 +46,7 @@ OFFSET_DECAY = 0.99  # of the exponential moving averages that center the gradie
 MIN_TEMPERATURE = 1e-6
 INPAINTING_CHAINS = 64
 INPAINTING_STEPS = 1000
+SQUARED_ERROR = "squared error per pixel"  # unit of the reconstruction errors
 
 
 class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
@@ -229,22 +230,28 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         log_z = estimate_log_z(self, eval_config, generator, self.progress)
         free_energy = self.free_energy(data)
         conditional = F.logsigmoid(self.free_energy(flipped) - free_energy).mean().item()
-        pseudo_log_likelihood = Metric("pseudo_log_likelihood", "nats", higher_is_better=True)
-        values = [MetricValue(pseudo_log_likelihood, self.visible * conditional)]
         reconstruction = bernoulli_from_logits(log_odds, generator)
-        for suffix, pixels in (("", reconstruction), ("_expected", log_odds.sigmoid())):
-            metric = Metric(
-                "reconstruction_error" + suffix, "squared error per pixel", higher_is_better=False
-            )
-            values.append(MetricValue(metric, (data - pixels).square().mean().item()))
+        values = [
+            MetricValue(
+                Metric("pseudo_log_likelihood", "nats", higher_is_better=True),
+                self.visible * conditional,
+            ),
+            MetricValue(
+                Metric("reconstruction_error", SQUARED_ERROR, higher_is_better=False),
+                (data - reconstruction).square().mean().item(),
+            ),
+            MetricValue(
+                Metric("reconstruction_error_expected", SQUARED_ERROR, higher_is_better=False),
+                (data - log_odds.sigmoid()).square().mean().item(),
+            ),
+        ]
         train_batches = [self.to_visible(images) for images in reference]
         if train_batches:
             train_free_energy = self.free_energy(torch.cat(train_batches))
             gap = free_energy.mean() - train_free_energy.mean()
             variances = [energy.var() / len(energy) for energy in (free_energy, train_free_energy)]
             gap_error = torch.stack(variances).sum().sqrt().item()
-            metric = Metric("free_energy_gap", "nats")
-            values.append(MetricValue(metric, gap.item(), gap_error))
+            values.append(MetricValue(Metric("free_energy_gap", "nats"), gap.item(), gap_error))
         return log_likelihood_metrics(free_energy, log_z) | Metrics.of(*values, images=len(data))
 
     def score(
@@ -364,8 +371,8 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
             )
         steps = steps or INPAINTING_STEPS
         mask = known.flatten()
-        noise = white_noise(self, INPAINTING_CHAINS, generator)
-        start = torch.where(mask, self.to_visible(images), noise)
+        start = white_noise(self, INPAINTING_CHAINS, generator)
+        start = torch.where(mask, self.to_visible(images), start)
         chains = islice(SAMPLERS[sampler](self, start, known=mask, generator=generator), steps)
         total = torch.zeros_like(start[0])
         for index, (_, draws) in enumerate(self.progress(chains, "inpainting", steps)):

@@ -22,12 +22,11 @@ TEMPERING_BURN_IN_STEPS = 400  # steps of `tempering` during which the betas ada
 
 def bernoulli_from_logits(log_odds: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw independent binary units with these log-odds, as 0 or 1 in the same dtype."""
+    uniform = torch.rand(
+        log_odds.shape, generator=generator, device=log_odds.device, dtype=log_odds.dtype
+    )
     # In place: half the cost of a comparison that is converted afterwards.
-    return _uniform_like(log_odds, generator).lt_(log_odds.sigmoid())
-
-
-def _uniform_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return uniform.lt_(log_odds.sigmoid())
 
 
 def white_noise(rbm: EnergyModel, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -159,7 +158,10 @@ class ReplicaExchange(nn.Module):
         """
         replica = self.beta_index.argsort(0)
         self.num_steps.add_(1)
-        accepted = _uniform_like(log_ratio, generator) < log_ratio.exp()
+        uniform = torch.rand(
+            log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype
+        )
+        accepted = uniform < log_ratio.exp()
         self.beta_index.scatter_(0, replica[lower], lower[:, None] + accepted.long())
         self.beta_index.scatter_(0, replica[lower + 1], lower[:, None] + 1 - accepted.long())
         self.accepted_swaps[lower] += accepted.to(self.accepted_swaps).mean(1)
@@ -264,8 +266,8 @@ class ParallelTempering(ReplicaExchange):
         slopes = visible @ (rbm.base - beta * rbm.visible_bias)
         slopes = self.by_beta(slopes - beta * torch.linalg.vecdot(inputs, self.hidden))
         lower = self.lower_indices()
-        beta_differences = self.betas.diff()[lower, None]
-        self.exchange(lower, beta_differences * slopes.diff(dim=0)[lower], generator)
+        log_ratios = self.betas.diff()[:, None] * slopes.diff(dim=0)
+        self.exchange(lower, log_ratios[lower], generator)
         return visible, inputs
 
 
