@@ -251,25 +251,17 @@ def run_pilot(
     """Anneal `chains` chains in equal steps and measure the spread of each interval."""
     state = AnnealingState.at_beta_zero(rbm, chains, generator)
     visible = [state.visible.bool()]
-    barrier = []
-    friction = []
+    lengths = []
     betas = torch.linspace(0, 1, PILOT_INTERVALS * PILOT_STEPS + 1, dtype=torch.double)
     # Each window holds the betas of one interval with both of its ends.
     for window in progress(betas.unfold(0, PILOT_STEPS + 1, PILOT_STEPS).tolist(), "pilot run"):
         log_weights = [state.anneal(*step) for step in pairwise(window)]
-        barrier.append(PILOT_STEPS * log_weights[-1].std())
-        friction.append(sum(log_weights, torch.zeros(())).std())
+        friction = sum(log_weights, torch.zeros(())).std()
+        lengths.append(torch.stack((PILOT_STEPS * log_weights[-1].std(), friction)))
         visible.append(state.visible.bool())
-    return PilotRun(
-        betas[::PILOT_STEPS].to(rbm.base.device),
-        _with_minimum(torch.stack(barrier)),
-        _with_minimum(torch.stack(friction)),
-        torch.stack(visible),
-    )
-
-
-def _with_minimum(lengths: Tensor) -> Tensor:
-    return lengths.clamp(min=MIN_RELATIVE_LENGTH * lengths.mean().item() + 1e-12)
+    spread = torch.stack(lengths, 1)
+    barrier, friction = spread.clamp(min=MIN_RELATIVE_LENGTH * spread.mean(1, keepdim=True) + 1e-12)
+    return PilotRun(betas[::PILOT_STEPS].to(spread), barrier, friction, torch.stack(visible))
 
 
 @torch.no_grad()
@@ -334,11 +326,12 @@ def bridge(
     odd, odd_influence = _log_ratios(*torch.stack(differences[1::2], 2))
     influence = even_influence + odd_influence
     chain_influence = influence.mean(0)
-    effective_sample_size = (influence.var() * chains / chain_influence.var()).item()
     estimate = Estimate(
-        base_log_z(rbm) + (even + odd),
-        (chain_influence.std() / math.sqrt(chains)).item(),
-        min(effective_sample_size, influence.numel()),
+        log_z=base_log_z(rbm) + (even + odd),
+        error=(chain_influence.std() / math.sqrt(chains)).item(),
+        effective_sample_size=min(
+            (influence.var() * chains / chain_influence.var()).item(), influence.numel()
+        ),
     )
     return estimate, replicas.at_beta_one(state.visible.view(*replicas.beta_index.shape, -1))
 
@@ -425,9 +418,8 @@ def estimate_log_z(
         reliable = math.isfinite(value) if check else None
         return LogZ(value, 0.0, {}, reliable, "log Z is exact (enumeration)")
     chains = eval_config.ais_chains
-    steps = eval_config.ais_steps
     pilot = run_pilot(rbm, chains, generator, progress) if check else None
-    betas = pilot.schedule(steps) if pilot else steps
+    betas = pilot.schedule(eval_config.ais_steps) if pilot else eval_config.ais_steps
     forward = ais(rbm, betas=betas, chains=chains, generator=generator, progress=progress)
     if not check:
         return LogZ(forward.log_z, forward.error)

@@ -250,8 +250,8 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
             train_free_energy = self.free_energy(torch.cat(train_batches))
             gap = free_energy.mean() - train_free_energy.mean()
             variances = [energy.var() / len(energy) for energy in (free_energy, train_free_energy)]
-            gap_error = torch.stack(variances).sum().sqrt().item()
-            values.append(MetricValue(Metric("free_energy_gap", "nats"), gap.item(), gap_error))
+            error = sum(variances, torch.zeros(())).sqrt().item()
+            values.append(MetricValue(Metric("free_energy_gap", "nats"), gap.item(), error))
         return log_likelihood_metrics(free_energy, log_z) | Metrics.of(*values, images=len(data))
 
     def score(

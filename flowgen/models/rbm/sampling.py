@@ -200,8 +200,9 @@ def space_betas(betas: Tensor, lengths: Tensor, num_intervals: int) -> Tensor:
         tensor([0.0000, 0.1667, 0.3333, 0.5000, 1.0000])
     """
     cumulative = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-    fractions = torch.linspace(0, 1, num_intervals + 1, device=lengths.device, dtype=lengths.dtype)
-    positions = fractions * cumulative[-1]
+    positions = cumulative[-1] * torch.linspace(
+        0, 1, num_intervals + 1, device=lengths.device, dtype=lengths.dtype
+    )
     right = torch.searchsorted(cumulative, positions).clamp(1, len(lengths))
     left = right - 1
     share = (positions - cumulative[left]) / (cumulative[right] - cumulative[left])
