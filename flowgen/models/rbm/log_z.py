@@ -214,10 +214,12 @@ def _estimate(log_weights: Tensor, log_z_base: float, sign: int) -> Estimate:
     """Return log Z from log importance weights of Z / Z_base (sign 1) or Z_base / Z (sign -1)."""
     count = len(log_weights)
     weights = (log_weights - log_weights.max()).exp()
-    log_mean = log_weights.logsumexp(0).item() - math.log(count)
     error = (weights.std() / weights.mean() / math.sqrt(count)).item() if count > 1 else math.inf
-    effective_sample_size = weights.sum().square() / weights.square().sum()
-    return Estimate(log_z_base + sign * log_mean, error, effective_sample_size.item())
+    return Estimate(
+        log_z_base + sign * (log_weights.logsumexp(0).item() - math.log(count)),
+        error,
+        effective_sample_size=(weights.sum().square() / weights.square().sum()).item(),
+    )
 
 
 class PilotRun(NamedTuple):
@@ -415,8 +417,12 @@ def estimate_log_z(
     max_units = MAX_ENUMERATED_UNITS if check else MAX_QUICK_ENUMERATED_UNITS
     if min(rbm.visible, rbm.hidden) <= max_units:
         value = exact_log_z(rbm)
-        reliable = math.isfinite(value) if check else None
-        return LogZ(value, 0.0, {}, reliable, "log Z is exact (enumeration)")
+        return LogZ(
+            value,
+            error=0.0,
+            reliable=math.isfinite(value) if check else None,
+            verdict="log Z is exact (enumeration)",
+        )
     chains = eval_config.ais_chains
     pilot = run_pilot(rbm, chains, generator, progress) if check else None
     betas = pilot.schedule(eval_config.ais_steps) if pilot else eval_config.ais_steps

@@ -174,8 +174,9 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
                 loss = loss + 0.5 * self.l2 * self.weight.square().sum()
             if self.sparsity_cost:
                 activity = self.hidden_input(data).sigmoid().mean(0)
-                target = torch.full_like(activity, self.sparsity_target)
-                penalty = F.binary_cross_entropy(activity, target, reduction="sum")
+                penalty = F.binary_cross_entropy(
+                    activity, torch.full_like(activity, self.sparsity_target), reduction="sum"
+                )
                 loss = loss + self.sparsity_cost * penalty
             return loss
 
@@ -225,8 +226,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         generator = torch.Generator(data.device).manual_seed(0)
         pixel = torch.randint(self.visible, (len(data), 1), generator=generator, device=data.device)
         flipped = data.scatter(1, pixel, 1 - data.gather(1, pixel))
-        hidden = bernoulli_from_logits(self.hidden_input(data), generator)
-        log_odds = self.visible_input(hidden)
+        log_odds = self.visible_input(bernoulli_from_logits(self.hidden_input(data), generator))
         log_z = estimate_log_z(self, eval_config, generator, self.progress)
         free_energy = self.free_energy(data)
         conditional = F.logsigmoid(self.free_energy(flipped) - free_energy).mean().item()
@@ -250,8 +250,8 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
             train_free_energy = self.free_energy(torch.cat(train_batches))
             gap = free_energy.mean() - train_free_energy.mean()
             variances = [energy.var() / len(energy) for energy in (free_energy, train_free_energy)]
-            error = sum(variances, torch.zeros(())).sqrt().item()
-            values.append(MetricValue(Metric("free_energy_gap", "nats"), gap.item(), error))
+            error = torch.stack(variances).sum().sqrt()
+            values.append(MetricValue(Metric("free_energy_gap", "nats"), gap.item(), error.item()))
         return log_likelihood_metrics(free_energy, log_z) | Metrics.of(*values, images=len(data))
 
     def score(
@@ -371,15 +371,18 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
             )
         steps = steps or INPAINTING_STEPS
         mask = known.flatten()
-        start = white_noise(self, INPAINTING_CHAINS, generator)
-        start = torch.where(mask, self.to_visible(images), start)
+        start = torch.where(
+            mask, self.to_visible(images), white_noise(self, INPAINTING_CHAINS, generator)
+        )
         chains = islice(SAMPLERS[sampler](self, start, known=mask, generator=generator), steps)
         total = torch.zeros_like(start[0])
         for index, (_, draws) in enumerate(self.progress(chains, "inpainting", steps)):
             if index >= steps // 2:
                 total += draws.mean(0)
-        mean = (total / (steps - steps // 2)).view(self.image_shape)
-        return InpaintingResult(draws.view(-1, *self.image_shape), mean)
+        return InpaintingResult(
+            draws.view(-1, *self.image_shape),
+            mean=(total / (steps - steps // 2)).view(self.image_shape),
+        )
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

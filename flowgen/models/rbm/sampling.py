@@ -22,11 +22,10 @@ TEMPERING_BURN_IN_STEPS = 400  # steps of `tempering` during which the betas ada
 
 def bernoulli_from_logits(log_odds: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw independent binary units with these log-odds, as 0 or 1 in the same dtype."""
-    uniform = torch.rand(
-        log_odds.shape, generator=generator, device=log_odds.device, dtype=log_odds.dtype
-    )
     # In place: half the cost of a comparison that is converted afterwards.
-    return uniform.lt_(log_odds.sigmoid())
+    return torch.rand(
+        log_odds.shape, generator=generator, device=log_odds.device, dtype=log_odds.dtype
+    ).lt_(log_odds.sigmoid())
 
 
 def white_noise(rbm: EnergyModel, count: int, generator: torch.Generator | None = None) -> Tensor:
