@@ -161,7 +161,7 @@ def test_cd_draws_from_the_exact_kernel_and_its_bias_falls_with_the_gibbs_steps(
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(UserError, match=message):
         RBM(**{"visible": 4, "hidden": 3} | arguments)
-    with pytest.raises(UserError, match="num_temperatures must be at least 2"):
+    with pytest.raises(UserError, match="num_temperatures must be a whole number of at least 2"):
         ParallelTempering(1, 10, adapt=True)
 
 

@@ -12,7 +12,7 @@ from test_models import glow, random_images
 from test_rbm_runs import TINY
 
 import flowgen
-from flowgen.commands.evaluate import OF_LOG_Z, merged
+from flowgen.api import LOG_Z_KEYS, merge_evaluations
 from flowgen.config.runs import find_checkpoint
 from flowgen.models.base import EvalConfig
 from flowgen.training.checkpoint import export_safetensors, read_portable_metadata, zoo, zoo_file
@@ -59,7 +59,7 @@ def test_log_z_is_stored_with_the_evaluated_weights(images: Path, tmp_path: Path
     assert flowgen.load(run).score_metric == UNNORMALIZED
     assert command("evaluate", "--run", run, "data.binarization=threshold")[0] == 0
     stored = find_checkpoint(str(run))[1]["metrics"]
-    assert set(stored) == set(OF_LOG_Z), "log Z does not depend on the images"
+    assert set(stored) == set(LOG_Z_KEYS), "log Z does not depend on the images"
     metrics = json.loads(command("evaluate", "--run", run, "--json")[1])
     model = flowgen.load(run)
     pixels = all_states(8)[:, None].repeat(1, 8, 1).view(-1, 1, 8, 8).to(torch.uint8)
@@ -93,23 +93,23 @@ def test_merged_evaluations_keep_the_most_accurate_log_z_and_metrics_of_the_runs
         }
 
     fine, coarse = evaluation("fine", 0.1), evaluation("coarse", 0.5)
-    log_z_of_fine = {key: fine[key] for key in OF_LOG_Z}
-    assert merged({}, coarse, own=True) == coarse
-    assert merged(coarse | {"log_likelihood": 3}, coarse, own=True) == coarse
-    assert merged(coarse, fine, own=True) == fine
-    assert merged(fine, coarse, own=True) == fine
-    assert merged(fine, coarse, own=False) == fine
-    assert merged({}, fine, own=False) == log_z_of_fine
-    assert merged(coarse, fine, own=False) == coarse | log_z_of_fine
-    assert merged(log_z_of_fine, coarse, own=True) == coarse | log_z_of_fine
+    log_z_of_fine = {key: fine[key] for key in LOG_Z_KEYS}
+    assert merge_evaluations({}, coarse, own_data=True) == coarse
+    assert merge_evaluations(coarse | {"log_likelihood": 3}, coarse, own_data=True) == coarse
+    assert merge_evaluations(coarse, fine, own_data=True) == fine
+    assert merge_evaluations(fine, coarse, own_data=True) == fine
+    assert merge_evaluations(fine, coarse, own_data=False) == fine
+    assert merge_evaluations({}, fine, own_data=False) == log_z_of_fine
+    assert merge_evaluations(coarse, fine, own_data=False) == coarse | log_z_of_fine
+    assert merge_evaluations(log_z_of_fine, coarse, own_data=True) == coarse | log_z_of_fine
     unreliable = evaluation("unreliable", 0.01, reliable=False)
-    assert merged(fine, unreliable, own=True) == fine
-    assert merged({}, unreliable, own=True) == unreliable
+    assert merge_evaluations(fine, unreliable, own_data=True) == fine
+    assert merge_evaluations({}, unreliable, own_data=True) == unreliable
     flow = {"bits_per_dim": 2.0, "images": 9}
     again = {"bits_per_dim": 1.0, "images": 9, "bits": 8}
-    assert merged(flow, again, own=True) == again
-    assert merged(flow, again, own=False) == flow
-    assert merged({}, again, own=False) == {}
+    assert merge_evaluations(flow, again, own_data=True) == again
+    assert merge_evaluations(flow, again, own_data=False) == flow
+    assert merge_evaluations({}, again, own_data=False) == {}
 
 
 @pytest.mark.skipif("zoo/rbm_mnist" not in zoo(), reason="not in the zoo")

@@ -123,8 +123,11 @@ def set_values(tree: Any, overrides: Sequence[str], references: bool) -> None:
             )
         check_key(tree, key)
         if isinstance(OmegaConf.select(tree, key, throw_on_resolution_failure=False), type(tree)):
+            group = key.replace(".", "/")
             raise UserError(
-                f"{text} would replace a whole section: set values one by one, "
+                f"{key} is a group of settings: write {text.replace(key, group, 1)} with a slash"
+                if group_options(group)
+                else f"{text} would replace a whole section: set values one by one, "
                 "as in trainer.device=cuda"
             )
         try:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from flowgen.models.base import GenerativeModel
 
-Interpolation = Callable[[Tensor, Tensor, Tensor], Tensor]
 MIN_SINE = 1e-6  # below it the vectors are parallel, and slerp falls back to lerp
 
 
@@ -43,9 +42,8 @@ def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
     sine = torch.sin(angle)
     from_start = torch.sin((1 - fraction) * angle) * start / start_length
     from_end = torch.sin(fraction * angle) * end / end_length
-    direction = (from_start + from_end) / sine
+    on_circle = (from_start + from_end) / sine * lerp(start_length, end_length, fraction)
     is_straight = (sine.abs() < MIN_SINE) | (fraction == 0) | (fraction == 1)
-    on_circle = direction * lerp(start_length, end_length, fraction)
     return torch.where(is_straight, lerp(start, end, fraction), on_circle)
 
 
@@ -55,7 +53,7 @@ def interpolate_pairs(
     first: Tensor,
     second: Tensor,
     fractions: Tensor,
-    interpolation: Interpolation = lerp,
+    interpolation: Callable[[Tensor, Tensor, Tensor], Tensor] = lerp,
 ) -> tuple[Tensor, Tensor]:
     """Interpolate between pairs of images through the latent space, and through the pixels.
 
@@ -109,4 +107,4 @@ def unevenness(path: Tensor, bits: int) -> Tensor:
         tensor([1.5000])
     """
     sizes = step_sizes(path, bits)
-    return sizes.max(0).values / sizes.mean(0)
+    return sizes.amax(0) / sizes.mean(0)

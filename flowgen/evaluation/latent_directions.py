@@ -41,11 +41,15 @@ def compute_moments(model: GenerativeModel, batches: Iterable[tuple[Tensor, Tens
         z = model.encode(images.to(model.device), generator).double().cpu()
         batch = [torch.tensor(len(a), dtype=torch.double), z.sum(0), a.sum(0), a.T @ a, a.T @ z]
         sums = [total + new for total, new in zip(sums, batch, strict=True)] if sums else batch
-    count = sums[0]
-    z_mean, a_mean, aa_mean, az_mean = (total / count for total in sums[1:])
-    attribute_cov = aa_mean - torch.outer(a_mean, a_mean)
-    cross_cov = az_mean - torch.outer(a_mean, z_mean)
-    return Moments(count, z_mean, a_mean, attribute_cov, cross_cov)
+    count, *totals = sums
+    z_mean, a_mean, aa_mean, az_mean = (total / count for total in totals)
+    return Moments(
+        num_images=count,
+        latent_mean=z_mean,
+        attribute_mean=a_mean,
+        attribute_cov=aa_mean - torch.outer(a_mean, a_mean),
+        cross_cov=az_mean - torch.outer(a_mean, z_mean),
+    )
 
 
 def ridge(moments: Moments) -> Tensor:
@@ -110,14 +114,14 @@ class Directions:
         """
         for name in amounts:
             if name not in self.names:
-                kind = "class" if self.classes else "attribute"
-                raise UserError(f"unknown {kind} {name}: choose one of {', '.join(self.names)}")
+                raise UserError(
+                    f"unknown {'class' if self.classes else 'attribute'} {name}: "
+                    f"choose one of {', '.join(self.names)}"
+                )
         changes = self.changes[[self.names.index(name) for name in amounts]]
         weights = changes.new_tensor(list(amounts.values()))
-        shift = weights @ changes
-        if image_classes is None:
-            return shift
-        return shift - weights.sum() * self.changes[image_classes]
+        start = 0 if image_classes is None else weights.sum() * self.changes[image_classes]
+        return weights @ changes - start
 
     def nearest_class(self, latent: Tensor) -> Tensor:
         """Return the class with the nearest mean, (batch,), for latents (batch, D)."""
@@ -189,15 +193,12 @@ def move_along(
     generator = torch.Generator(model.device).manual_seed(0)
     batches = images.to(model.device).split(BATCH_SIZE)
     latent = torch.cat([model.encode(batch, generator) for batch in batches])
-    image_classes = None
-    if directions.classes:
-        if isinstance(model, ClassConditional) and model.num_classes is not None:
-            image_classes = torch.cat([model.classify(batch) for batch in batches]).argmax(1)
-        else:
-            image_classes = directions.nearest_class(latent)
-    shift = directions.shift(amounts, image_classes)
-    edited = (latent + fractions.to(latent)[:, None, None] * shift).flatten(0, 1)
-    decoded = torch.cat([model.decode(batch) for batch in edited.split(BATCH_SIZE)])
+    image_classes = directions.nearest_class(latent) if directions.classes else None
+    if directions.classes and isinstance(model, ClassConditional) and model.num_classes is not None:
+        image_classes = torch.cat([model.classify(batch) for batch in batches]).argmax(1)
+    shift = fractions.to(latent)[:, None, None] * directions.shift(amounts, image_classes)
+    edited = (latent + shift).flatten(0, 1).split(BATCH_SIZE)
+    decoded = torch.cat([model.decode(batch) for batch in edited])
     return decoded.view(len(fractions), *images.shape).cpu()
 
 

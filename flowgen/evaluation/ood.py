@@ -1,6 +1,5 @@
 """Out-of-distribution detection: scores, conformal p-values, AUROC."""
 
-import logging
 import math
 import zlib
 from typing import NamedTuple
@@ -9,12 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowgen.utils.console import log
 from flowgen.utils.errors import UserError
 
 DEFAULT_SCORE = "combined"  # works in both directions, where each of its parts fails in one
 MIN_HELD_OUT_IMAGES = 4  # two to fit a standard deviation, two to calibrate
-MIN_BANDWIDTH = 1e-12  # of the kernel density of a constant statistic
-log = logging.getLogger("flowgen")
 # Results of `GenerativeModel.statistics` by name, with the `complexity` of the images in bits;
 # (images,) each.
 Statistics = dict[str, Tensor]
@@ -42,6 +40,9 @@ class OODDetector:
     Args:
         validation: statistics of images that the model was not trained on.
 
+    Attributes:
+        names: names of the scores.
+
     Raises:
         UserError: for fewer than four images, or if hardly any has finite statistics.
 
@@ -61,23 +62,23 @@ class OODDetector:
                 f"out-of-distribution scores need at least {MIN_HELD_OUT_IMAGES} validation "
                 "images: choose a run with more data"
             )
-        num_broken = int((~_finite_rows(validation)).sum())
-        if num_broken:
+        finite = torch.stack([values.isfinite() for values in validation.values()]).all(0)
+        if not finite.all():
             log.warning(
                 "%d of %d validation images have scores beyond the range of float32: "
                 "they count as the most anomalous",
-                num_broken,
+                int((~finite).sum()),
                 count,
             )
-        fitted = {name: values[::2].double() for name, values in validation.items()}
-        self.calibration = {name: values[1::2].double() for name, values in validation.items()}
-        finite = _finite_rows(fitted)
-        if finite.sum() < MIN_HELD_OUT_IMAGES // 2:
+        if finite[::2].sum() < MIN_HELD_OUT_IMAGES // 2:
             raise UserError(
                 "nearly all validation images have scores beyond the range of float32: "
                 "choose another run, or an earlier checkpoint"
             )
-        self.fitted = {name: values[finite] for name, values in fitted.items()}
+        self.fitted = {
+            name: values[::2][finite[::2]].double() for name, values in validation.items()
+        }
+        self.calibration = {name: values[1::2].double() for name, values in validation.items()}
         self.log_probs = _nan_to_log_zero(validation["log_prob"]).sort().values
         self.moments = {
             name: (scores.mean(), scores.std())
@@ -86,11 +87,7 @@ class OODDetector:
         self.calibration_scores = {
             name: scores.sort().values for name, scores in self.scores(self.calibration).items()
         }
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the scores."""
-        return list(self.calibration_scores)
+        self.names = list(self.calibration_scores)
 
     def scores(self, statistics: Statistics) -> dict[str, Tensor]:
         """Return all scores by name, (batch,) each; larger is more anomalous."""
@@ -99,16 +96,17 @@ class OODDetector:
             (scores[name] - mean) / deviation for name, (mean, deviation) in self.moments.items()
         ]
         scores["combined"] = torch.stack(standardized).amax(0)
-        mean_log_prob = self.fitted["log_prob"].mean()
-        scores["typicality"] = (statistics["log_prob"].double() - mean_log_prob).abs()
+        scores["typicality"] = (
+            statistics["log_prob"].double() - self.fitted["log_prob"].mean()
+        ).abs()
         if "last_level" in statistics:
             scores["last_level"] = -statistics["last_level"].double()
-            densities = [
+            log_densities = [
                 log_kernel_density(values.double(), self.fitted[name])
                 for name, values in statistics.items()
                 if name != "complexity"
             ]
-            scores["density_of_states"] = -torch.stack(densities).sum(0)
+            scores["density_of_states"] = -torch.stack(log_densities).sum(0)
         return {
             name: values.nan_to_num(math.inf, posinf=math.inf) for name, values in scores.items()
         }
@@ -124,11 +122,6 @@ class OODDetector:
         """Return the share of all held-out images that are more likely, in percent."""
         rank = torch.searchsorted(self.log_probs, _nan_to_log_zero(log_prob), right=True)
         return 100 * (len(self.log_probs) - rank) / len(self.log_probs)
-
-
-def _finite_rows(statistics: Statistics) -> Tensor:
-    """Return a mask (images,) of the images whose statistics are all finite."""
-    return torch.stack([values.isfinite() for values in statistics.values()]).all(0)
 
 
 def _nan_to_log_zero(log_prob: Tensor) -> Tensor:
@@ -173,7 +166,8 @@ def log_kernel_density(values: Tensor, points: Tensor) -> Tensor:
         values: where to evaluate the density, (batch,).
         points: sample, (n,).
     """
-    bandwidth = (1.06 * points.std() * len(points) ** -0.2).clamp(min=MIN_BANDWIDTH)
+    # The minimum is for a constant statistic.
+    bandwidth = (1.06 * points.std() * len(points) ** -0.2).clamp(min=1e-12)
     distance = (values[:, None] - points) / bandwidth
     log_kernels = (-0.5 * distance.square()).logsumexp(1)
     return log_kernels - math.log(len(points)) - bandwidth.log() - 0.5 * math.log(2 * math.pi)
@@ -216,9 +210,9 @@ def auroc(inliers: Tensor, outliers: Tensor, resamples: int = 200, seed: int = 0
 
 def _auroc(inliers: Tensor, outliers: Tensor) -> Tensor:
     inliers = inliers.sort().values
-    below = torch.searchsorted(inliers, outliers).double()
-    up_to = torch.searchsorted(inliers, outliers, right=True).double()
-    return (below + up_to).mean() / (2 * len(inliers))
+    below = torch.searchsorted(inliers, outliers)
+    up_to = torch.searchsorted(inliers, outliers, right=True)
+    return (below + up_to).double().mean() / (2 * len(inliers))
 
 
 def png_complexity(images: Tensor) -> Tensor:
@@ -234,32 +228,16 @@ def png_complexity(images: Tensor) -> Tensor:
         >>> png_complexity(torch.zeros(1, 1, 28, 28, dtype=torch.uint8)).item() < 100
         True
     """
-    padded = F.pad(images, (1, 0, 1, 0))  # zeros beyond the left and the upper border
+    padded = F.pad(images.int(), (1, 0, 1, 0))  # zeros beyond the left and the upper border
     left = padded[..., 1:, :-1]
     above = padded[..., :-1, 1:]
-    corner = padded[..., :-1, :-1]
-    a = left.int()
-    b = above.int()
-    c = corner.int()
-    to_left = (b - c).abs()
-    to_above = (a - c).abs()
-    to_corner = (a + b - 2 * c).abs()
-    above_or_corner = torch.where(to_above <= to_corner, above, corner)
-    paeth = torch.where((to_left <= to_above) & (to_left <= to_corner), left, above_or_corner)
-    predictions = [
-        torch.zeros_like(images),
-        left,
-        above,
-        ((a + b) // 2).to(torch.uint8),
-        paeth,
-    ]
-    residuals = [(images - prediction).cpu() for prediction in predictions]
-    num_bytes = [[_deflated_size(image) for image in filtered] for filtered in residuals]
-    return 8.0 * torch.tensor(num_bytes).amin(0)
-
-
-def _deflated_size(values: Tensor) -> int:
-    """Return the number of bytes of the raw deflate stream; -15 omits header and checksum."""
-    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
-    data = values.contiguous().numpy().tobytes()
-    return len(compressor.compress(data) + compressor.flush())
+    neighbors = torch.stack((left, above, padded[..., :-1, :-1]))
+    # Paeth: the neighbor nearest to left + above - corner, the first one of equals.
+    nearest = (left + above - neighbors[2] - neighbors).abs().argmin(0, keepdim=True)
+    paeth = neighbors.gather(0, nearest)[0]
+    sizes = []
+    for prediction in (torch.zeros_like(left), left, above, (left + above) // 2, paeth):
+        residuals = (images - prediction).to(torch.uint8)  # modulo 256
+        # Raw deflate streams: -15 omits header and checksum.
+        sizes.append([len(zlib.compress(image.numpy().tobytes(), 9, -15)) for image in residuals])
+    return 8.0 * torch.tensor(sizes).amin(0)

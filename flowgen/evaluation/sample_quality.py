@@ -14,18 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
 from flowgen.data.dataset import ImageDataset
 from flowgen.evaluation.interpolation import interpolate_pairs, step_sizes, unevenness
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError
 
-NUM_COMPONENTS = 64
-COVERAGE_NEIGHBORS = 5  # k of Naeem et al.
 CONFIDENCE_THRESHOLD = 0.9  # probability of the predicted class from which an image is readable
 FID_WEIGHTS_VARIABLE = "FID_WEIGHTS"  # environment variable with the path of the network's weights
-CLASSIFIER_BATCH_SIZE = 500
 BATCH_SIZE = 64
 
 
@@ -43,14 +40,15 @@ class PrincipalComponents:
         torch.Size([100, 3])
     """
 
-    def __init__(self, images: Tensor, components: int = NUM_COMPONENTS):
+    def __init__(self, images: Tensor, components: int = 64):
         flat = images.flatten(1)
         self.mean = flat.mean(0)
-        rank = min(components, *flat.shape)
         # The algorithm is random: a fixed seed gives all models the same coordinates.
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.basis = torch.pca_lowrank(flat - self.mean, rank, center=False, niter=4)[2]
+            self.basis = torch.pca_lowrank(
+                flat - self.mean, min(components, *flat.shape), center=False, niter=4
+            )[2]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the coordinates of images (N, ...), (N, components)."""
@@ -102,15 +100,15 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     return (mean_distance + first_cov.trace() + second_cov.trace() - 2 * root_trace).item()
 
 
-def coverage(samples: Tensor, real: Tensor) -> float:
+def coverage(samples: Tensor, real: Tensor, num_neighbors: int = 5) -> float:
     """Return the share of real points (M, d) that have a sample (N, d) in their neighborhood.
 
-    The neighborhood of a real point is the ball up to its fifth nearest real neighbor. Outliers,
-    whose balls contain even a blank image, count only once each (Naeem et al., Reliable fidelity
-    and diversity metrics, arXiv:2002.09797, section 3).
+    The neighborhood of a real point is the ball up to its k-th nearest real neighbor, with k =
+    `num_neighbors`. Outliers, whose balls contain even a blank image, count only once each (Naeem
+    et al., Reliable fidelity and diversity metrics, arXiv:2002.09797, section 3).
     """
-    rank = min(COVERAGE_NEIGHBORS + 1, len(real))  # the nearest one is the point itself
-    radius = torch.cdist(real, real).kthvalue(rank, dim=1).values
+    # The nearest neighbor of a point is the point itself.
+    radius = torch.cdist(real, real).kthvalue(min(num_neighbors + 1, len(real)), dim=1).values
     return (torch.cdist(samples, real) <= radius).any(0).float().mean().item()
 
 
@@ -121,19 +119,6 @@ def distance_from_mean(point: Tensor, real: Tensor) -> float:
     """
     center = real.mean(0)
     return ((point - center).norm() / (real - center).norm(dim=1).mean()).item()
-
-
-class _RGBImages(Dataset[Tensor]):
-    """Data set of uint8 images (N, 3, height, width), as torch-fidelity expects it."""
-
-    def __init__(self, images: Tensor):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
 
 
 def find_fid_weights() -> Path | None:
@@ -171,9 +156,10 @@ def fid_metrics(samples: Tensor, real: Tensor, weights: Path) -> dict[str, float
     """
     from torch_fidelity import calculate_metrics
 
+    # torch-fidelity expects data sets of RGB images: a subset of a tensor is one.
     result = calculate_metrics(
-        input1=_RGBImages(samples.cpu().expand(-1, 3, -1, -1)),
-        input2=_RGBImages(real.cpu().expand(-1, 3, -1, -1)),
+        input1=Subset(samples.cpu().expand(-1, 3, -1, -1), range(len(samples))),  # type: ignore
+        input2=Subset(real.cpu().expand(-1, 3, -1, -1), range(len(real))),  # type: ignore
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(weights),
         fid=True,
@@ -208,12 +194,12 @@ class Classifier(nn.Module):
         super().__init__()
         self.scale = 2**bits - 1
         channels, height, width = image_shape
-        features = 32 * (height // 4) * (width // 4)
+        num_features = 32 * (height // 4) * (width // 4)
         self.layers = nn.Sequential(
             nn.Conv2d(channels, 16, 5, padding=2), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(16, 32, 5, padding=2), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.Dropout(0.3),
-            nn.Linear(features, 128), nn.ReLU(), nn.Linear(128, num_classes),
+            nn.Linear(num_features, 128), nn.ReLU(), nn.Linear(128, num_classes),
         )  # fmt: skip
 
     def forward(self, images: Tensor) -> Tensor:
@@ -223,15 +209,13 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the most probable class of each image and its probability, (batch,) each."""
-        batches = images.split(CLASSIFIER_BATCH_SIZE)
-        probabilities = torch.cat([self(batch).softmax(1) for batch in batches])
+        probabilities = torch.cat([self(batch).softmax(1) for batch in images.split(500)])
         confidence, label = probabilities.max(1)
         return label, confidence
 
     def share_readable(self, images: Tensor) -> float:
         """Return the share of images with a confidence of at least `CONFIDENCE_THRESHOLD`."""
-        _, confidence = self.predict(images)
-        return (confidence >= CONFIDENCE_THRESHOLD).float().mean().item()
+        return (self.predict(images)[1] >= CONFIDENCE_THRESHOLD).float().mean().item()
 
 
 def train_classifier(
@@ -298,7 +282,6 @@ def flow_report(
     count = len(next(iter(samples.values()))[0])
     train = torch.cat(list(data.batches("train", 500, 5 * count)))
     test = torch.cat(list(data.batches("test", 500, count)))
-    reference = train[: len(test)]
     project = PrincipalComponents(_to_unit_range(train[len(test) :], data.bits))
 
     def features(images: Tensor) -> Tensor:
@@ -314,17 +297,20 @@ def flow_report(
         return result
 
     half = min(pairs, len(test) // 2)
-    fractions = torch.linspace(0, 1, steps)
-    paths = interpolate_pairs(model, test[:half], test[half : 2 * half], fractions)
-    coldest = samples[min(samples)][0]
+    paths = interpolate_pairs(
+        model, test[:half], test[half : 2 * half], torch.linspace(0, 1, steps)
+    )
     return {
         "samples": [[quality(images) for images in sets] for sets in samples.values()],
-        "training": measure_sample_quality(features(reference), real)._asdict(),
-        "mean_sample": distance_from_mean(features(coldest[:1])[0], real),
+        "training": measure_sample_quality(features(train[: len(test)]), real)._asdict(),
+        "mean_sample": distance_from_mean(features(samples[min(samples)][0][:1])[0], real),
         "bits": bits_per_dim_of_images(model, test).tolist(),
         "walk": {
             "changes": [step_sizes(path, data.bits).mean(1).tolist() for path in paths],
-            "bits": [[_mean_bits_per_dim(model, images) for images in path] for path in paths],
+            "bits": [
+                [bits_per_dim_of_images(model, images).mean().item() for images in path]
+                for path in (paths[0], paths[1].round().to(torch.uint8))
+            ],
             "unevenness": unevenness(paths[0], data.bits).tolist(),
         },
         "images": len(test),
@@ -341,10 +327,6 @@ def bits_per_dim_of_images(model: Flow, images: Tensor) -> Tensor:
         for batch in images.split(BATCH_SIZE)
     ]
     return -torch.cat(log_probs).double() / (model.dimensions * math.log(2))
-
-
-def _mean_bits_per_dim(model: Flow, images: Tensor) -> float:
-    return bits_per_dim_of_images(model, images.round().to(torch.uint8)).mean().item()
 
 
 def _to_unit_range(images: Tensor, bits: int) -> Tensor:

@@ -34,24 +34,14 @@ class EnergyModel(nn.Module):
         torch.Size([1, 3])
     """
 
-    base: Tensor
-
     def __init__(self, visible: int, hidden: int):
         super().__init__()
+        self.visible = visible
+        self.hidden = hidden
         self.weight = nn.Parameter(INITIAL_WEIGHT_STD * torch.randn(visible, hidden))
         self.visible_bias = nn.Parameter(torch.zeros(visible))
         self.hidden_bias = nn.Parameter(torch.zeros(hidden))
-        self.register_buffer("base", torch.zeros(visible))
-
-    @property
-    def visible(self) -> int:
-        """Number of visible units."""
-        return len(self.weight)
-
-    @property
-    def hidden(self) -> int:
-        """Number of hidden units."""
-        return self.weight.shape[1]
+        self.base = nn.Buffer(torch.zeros(visible))
 
     def energy(self, v: Tensor, h: Tensor) -> Tensor:
         """Return E(v, h) in nats, (batch,), of v (batch, visible) and h (batch, hidden)."""
@@ -67,13 +57,11 @@ class EnergyModel(nn.Module):
 
     def hidden_input(self, v: Tensor) -> Tensor:
         """Return W'v + c, the log-odds of P(h = 1 | v): (..., hidden) of v (..., visible)."""
-        rows = v.reshape(-1, self.visible)
-        return torch.addmm(self.hidden_bias, rows, self.weight).view(*v.shape[:-1], self.hidden)
+        return F.linear(v, self.weight.T, self.hidden_bias)
 
     def visible_input(self, h: Tensor) -> Tensor:
         """Return W h + b, the log-odds of P(v = 1 | h): (..., visible) of h (..., hidden)."""
-        rows = h.reshape(-1, self.hidden)
-        return torch.addmm(self.visible_bias, rows, self.weight.T).view(*h.shape[:-1], self.visible)
+        return F.linear(h, self.weight, self.visible_bias)
 
 
 class ContrastiveLoss(torch.autograd.Function):
@@ -112,11 +100,13 @@ class ContrastiveLoss(torch.autograd.Function):
             negative_hidden_input: their hidden inputs, (chains, hidden).
             offsets: mu (visible,) and lambda (hidden,), or None for the plain gradient.
         """
-        signs = [
-            torch.full((len(rows), 1), sign / len(rows), device=rows.device, dtype=rows.dtype)
-            for rows, sign in ((data, 1), (negative, -1))
-        ]
-        signed_mean = torch.cat(signs)  # 1 / batch for the data, -1 / chains for the negatives
+        # The mean over the data minus the mean over the negatives is a sum with these weights.
+        signed_mean = torch.cat(
+            (
+                data.new_full((len(data), 1), 1 / len(data)),
+                negative.new_full((len(negative), 1), -1 / len(negative)),
+            )
+        )
         hidden_input = torch.cat((data_hidden_input, negative_hidden_input))
         visible = torch.cat((data, negative)) * signed_mean
         hidden = hidden_input.sigmoid()
@@ -125,8 +115,7 @@ class ContrastiveLoss(torch.autograd.Function):
         ctx.save_for_backward(
             visible, hidden, visible_difference, hidden_difference, *(offsets or ())
         )
-        softplus_difference = (F.softplus(hidden_input) * signed_mean).sum()
-        return -(visible_difference @ visible_bias) - softplus_difference
+        return -(visible_difference @ visible_bias) - (F.softplus(hidden_input) * signed_mean).sum()
 
     @staticmethod
     @once_differentiable
@@ -134,23 +123,18 @@ class ContrastiveLoss(torch.autograd.Function):
         """Return the gradients of weight, visible_bias and hidden_bias; other inputs get None."""
         visible, hidden, visible_difference, hidden_difference, *offsets = ctx.saved_tensors
         scale = -grad_outputs[0]
-        no_gradients = (None,) * 5
+        visible_gradient = scale * visible_difference
+        hidden_gradient = scale * hidden_difference
         if not offsets:
             weight_gradient = scale * (visible.T @ hidden)
-            return (
-                weight_gradient,
-                scale * visible_difference,
-                scale * hidden_difference,
-                *no_gradients,
-            )
+            return weight_gradient, visible_gradient, hidden_gradient, *(None,) * 5
         mu, lam = offsets
         # Two more rows in the same product subtract the offsets from the units.
         left = torch.cat((visible, -mu[None], -visible_difference[None])).mul_(scale)
-        right = torch.cat((hidden, hidden_difference[None], lam[None]))
-        weight_gradient = left.T @ right
+        weight_gradient = left.T @ torch.cat((hidden, hidden_difference[None], lam[None]))
         return (
             weight_gradient,
-            scale * visible_difference - weight_gradient @ lam,
-            scale * hidden_difference - mu @ weight_gradient,
-            *no_gradients,
+            visible_gradient - weight_gradient @ lam,
+            hidden_gradient - mu @ weight_gradient,
+            *(None,) * 5,
         )

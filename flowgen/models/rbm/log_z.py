@@ -22,7 +22,7 @@ MAX_QUICK_ENUMERATED_UNITS = 16  # during training, where seconds count
 STATES_PER_BLOCK = 2**14
 
 PILOT_INTERVALS = 40
-PILOT_STEPS_PER_INTERVAL = 25
+PILOT_STEPS = 25  # per interval
 MIN_RELATIVE_LENGTH = 0.1  # of an interval, relative to the mean: a short pilot run underestimates
 
 BRIDGE_BURN_IN_STEPS = 200
@@ -33,9 +33,6 @@ MAX_INTERMEDIATE_TEMPERATURES = 100
 MAX_DISAGREEMENT_NATS = 1.0  # between two estimates of a reliable log Z
 MIN_EFFECTIVE_SAMPLES = 10  # of each estimate of a reliable log Z
 
-LOG_Z = Metric("log_z", "nats")
-EFFECTIVE_SIZE = Metric("effective_size", "samples", higher_is_better=True)
-
 
 class Estimate(NamedTuple):
     """Estimate of log Z in nats, with its standard error and its effective sample size."""
@@ -45,6 +42,7 @@ class Estimate(NamedTuple):
     effective_sample_size: float  # number of independent samples with the same variance
 
 
+@torch.no_grad()
 def exact_log_z(rbm: EnergyModel, layer: str | None = None) -> float:
     """Return log Z in nats by summing over all states of one layer, in double precision.
 
@@ -64,22 +62,18 @@ def exact_log_z(rbm: EnergyModel, layer: str | None = None) -> float:
         (4.852, 4.852)
     """
     layer = layer or ("hidden" if rbm.hidden <= rbm.visible else "visible")
-    weight = rbm.weight.detach().double()
-    bias = rbm.hidden_bias.detach().double()
-    other_bias = rbm.visible_bias.detach().double()
-    if layer == "visible":
-        weight = weight.T
-        bias, other_bias = other_bias, bias
+    weight = (rbm.weight if layer == "hidden" else rbm.weight.T).double()
+    biases = [rbm.hidden_bias.double(), rbm.visible_bias.double()]
+    bias, other_bias = biases if layer == "hidden" else biases[::-1]
     units = len(bias)
     if units > MAX_ENUMERATED_UNITS:
         raise UserError(
             f"{units} {layer} units are too many to enumerate (at most {MAX_ENUMERATED_UNITS}): "
             "estimate log Z with ais"
         )
-    digits = torch.arange(units, device=weight.device)
     total = weight.new_tensor(-math.inf)
     for block in torch.arange(2**units, device=weight.device).split(STATES_PER_BLOCK):
-        states = (block[:, None] >> digits & 1).double()
+        states = (block[:, None] >> torch.arange(units, device=block.device) & 1).double()
         log_weights = states @ bias + F.softplus(states @ weight.T + other_bias).sum(1)
         total = torch.logaddexp(total, log_weights.logsumexp(0))
     return total.item()
@@ -125,14 +119,22 @@ class AnnealingState:
     def free_energy(self, beta: float | Tensor) -> Tensor:
         """Return F_beta(v) in nats, (chains,)."""
         linear = (1 - beta) * self.base_term + beta * self.bias_term
-        softplus = F.softplus(beta * self.hidden_input).sum(1, keepdim=True)
-        return (-linear - softplus).squeeze(1)
+        return -linear.squeeze(1) - F.softplus(beta * self.hidden_input).sum(1)
 
     def gibbs_step(self, beta: float | Tensor) -> None:
         """Update the chains by one Gibbs step that leaves P_beta invariant."""
         hidden = bernoulli_from_logits(beta * self.hidden_input, self.generator)
         log_odds = torch.lerp(self.rbm.base, self.rbm.visible_input(hidden), beta)
         self._set_visible(bernoulli_from_logits(log_odds, self.generator))
+
+    def anneal(self, beta: float, next_beta: float) -> Tensor:
+        """Move the chains from one inverse temperature to the next, and return their log weights.
+
+        The log weights of the step are in double precision, (chains,).
+        """
+        log_weights = self.free_energy(beta) - self.free_energy(next_beta)
+        self.gibbs_step(next_beta)
+        return log_weights.double()
 
 
 @torch.no_grad()
@@ -165,11 +167,8 @@ def ais(
         True
     """
     state = AnnealingState.at_beta_zero(rbm, chains, generator)
-    log_weights = torch.zeros(chains, dtype=torch.double, device=rbm.base.device)
-    schedule = list(pairwise(_beta_schedule(betas)))
-    for previous, beta in progress(schedule, "forward AIS"):
-        log_weights += state.free_energy(previous) - state.free_energy(beta)
-        state.gibbs_step(beta)
+    steps = progress(_ais_steps(betas), "forward AIS")
+    log_weights = sum((state.anneal(*step) for step in steps), torch.zeros(()))
     return _estimate(log_weights, base_log_z(rbm), 1)
 
 
@@ -198,29 +197,29 @@ def reverse_ais(
     """
     state = AnnealingState(rbm, start, generator)
     log_weights = torch.zeros(len(start), dtype=torch.double, device=rbm.base.device)
-    schedule = list(pairwise(reversed(_beta_schedule(betas))))
-    for previous, beta in progress(schedule, "reverse AIS"):
+    for beta, previous in progress(_ais_steps(betas)[::-1], "reverse AIS"):
         state.gibbs_step(previous)
         log_weights += state.free_energy(previous) - state.free_energy(beta)
     return _estimate(log_weights, base_log_z(rbm), -1)
 
 
-def _beta_schedule(betas: int | Sequence[float]) -> Sequence[float]:
+def _ais_steps(betas: int | Sequence[float]) -> list[tuple[float, float]]:
+    """Return the inverse temperatures before and after each step, from 0 to 1."""
     if isinstance(betas, int):
-        return torch.linspace(0, 1, betas + 1, dtype=torch.double).tolist()
-    return betas
+        betas = torch.linspace(0, 1, betas + 1, dtype=torch.double).tolist()
+    return list(pairwise(betas))
 
 
 def _estimate(log_weights: Tensor, log_z_base: float, sign: int) -> Estimate:
     """Return log Z from log importance weights of Z / Z_base (sign 1) or Z_base / Z (sign -1)."""
     count = len(log_weights)
     weights = (log_weights - log_weights.max()).exp()
-    log_mean = log_weights.logsumexp(0).item() - math.log(count)
-    error = math.inf
-    if count > 1:
-        error = (weights.std() / weights.mean() / math.sqrt(count)).item()
-    effective_sample_size = (weights.sum().square() / weights.square().sum()).item()
-    return Estimate(log_z_base + sign * log_mean, error, effective_sample_size)
+    error = (weights.std() / weights.mean() / math.sqrt(count)).item() if count > 1 else math.inf
+    return Estimate(
+        log_z_base + sign * (log_weights.logsumexp(0).item() - math.log(count)),
+        error,
+        effective_sample_size=(weights.sum().square() / weights.square().sum()).item(),
+    )
 
 
 class PilotRun(NamedTuple):
@@ -232,9 +231,8 @@ class PilotRun(NamedTuple):
     barrier: Tensor
     # Standard deviation of the log weight that an interval adds, (intervals,): the error of AIS.
     friction: Tensor
-    visible: (
-        Tensor  # chains at the ends of the intervals, (intervals + 1, chains, visible), boolean
-    )
+    # Chains at the ends of the intervals, boolean, (intervals + 1, chains, visible).
+    visible: Tensor
 
     def schedule(self, num_steps: int) -> list[float]:
         """Return inverse temperatures for `num_steps` AIS steps of equal friction.
@@ -255,30 +253,17 @@ def run_pilot(
     """Anneal `chains` chains in equal steps and measure the spread of each interval."""
     state = AnnealingState.at_beta_zero(rbm, chains, generator)
     visible = [state.visible.bool()]
-    barrier = []
-    friction = []
-    stride = PILOT_STEPS_PER_INTERVAL
-    betas = torch.linspace(0, 1, PILOT_INTERVALS * stride + 1, dtype=torch.double)
-    for interval in progress(range(PILOT_INTERVALS), "pilot run"):
-        log_weights = torch.zeros(chains, dtype=torch.double, device=rbm.base.device)
-        interval_betas = betas[stride * interval : stride * (interval + 1) + 1].tolist()
-        for previous, beta in pairwise(interval_betas):
-            step = state.free_energy(previous) - state.free_energy(beta)
-            log_weights += step
-            state.gibbs_step(beta)
-        barrier.append(stride * step.double().std())
-        friction.append(log_weights.std())
+    lengths = []
+    betas = torch.linspace(0, 1, PILOT_INTERVALS * PILOT_STEPS + 1, dtype=torch.double)
+    # Each window holds the betas of one interval with both of its ends.
+    for window in progress(betas.unfold(0, PILOT_STEPS + 1, PILOT_STEPS).tolist(), "pilot run"):
+        log_weights = [state.anneal(*step) for step in pairwise(window)]
+        friction = sum(log_weights, torch.zeros(())).std()
+        lengths.append(torch.stack((PILOT_STEPS * log_weights[-1].std(), friction)))
         visible.append(state.visible.bool())
-    return PilotRun(
-        betas[::stride].to(rbm.base.device),
-        _with_minimum(torch.stack(barrier)),
-        _with_minimum(torch.stack(friction)),
-        torch.stack(visible),
-    )
-
-
-def _with_minimum(lengths: Tensor) -> Tensor:
-    return lengths.clamp(min=MIN_RELATIVE_LENGTH * lengths.mean().item() + 1e-12)
+    spread = torch.stack(lengths, 1)
+    barrier, friction = spread.clamp(min=MIN_RELATIVE_LENGTH * spread.mean(1, keepdim=True) + 1e-12)
+    return PilotRun(betas[::PILOT_STEPS].to(spread), barrier, friction, torch.stack(visible))
 
 
 @torch.no_grad()
@@ -323,41 +308,34 @@ def bridge(
         (True, torch.Size([20, 4]))
     """
     pilot = pilot or run_pilot(rbm, chains, generator, progress)
-    num_temperatures = num_temperatures or _num_temperatures(pilot)
+    if num_temperatures is None:
+        # Sum of the rejection rates along the path, where F_beta is nearly normal. The sum is not
+        # finite for a diverged model, which gets two temperatures.
+        barrier = pilot.barrier.sum().nan_to_num(0.0, posinf=0.0).item() / math.sqrt(math.pi)
+        num_temperatures = 2 + math.ceil(min(2 * barrier, MAX_INTERMEDIATE_TEMPERATURES))
     replicas = ReplicaExchange(num_temperatures, chains, adapt=True).to(rbm.base)
     replicas.betas.copy_(space_betas(pilot.betas, pilot.barrier, num_temperatures - 1))
     nearest = (pilot.betas[:, None] - replicas.betas).abs().argmin(0)
-    start = pilot.visible[nearest].flatten(0, 1).to(rbm.base)
-    state = AnnealingState(rbm, start, generator)
+    state = AnnealingState(rbm, pilot.visible[nearest].flatten(0, 1).to(rbm.base), generator)
     for _ in progress(range(burn_in), "tempering"):
         _bridge_step(state, replicas)
     replicas.adapt = False
-    even_and_odd: tuple[list[Tensor], list[Tensor]] = ([], [])  # rounds alternate between pairs
-    for step in progress(range(2 * (steps // 2)), "bridge"):
-        even_and_odd[step % 2].append(_bridge_step(state, replicas))
-    total_log_ratio = 0.0
-    influence = torch.zeros((), dtype=torch.double, device=rbm.base.device)
-    for differences in even_and_odd:
-        log_ratio, pair_influence = _log_ratios(*torch.stack(differences, 2))
-        total_log_ratio += log_ratio
-        influence = influence + pair_influence
+    differences = [
+        _bridge_step(state, replicas) for _ in progress(range(2 * (steps // 2)), "bridge")
+    ]
+    # Rounds alternate between the even and the odd pairs of neighbors.
+    even, even_influence = _log_ratios(*torch.stack(differences[::2], 2))
+    odd, odd_influence = _log_ratios(*torch.stack(differences[1::2], 2))
+    influence = even_influence + odd_influence
     chain_influence = influence.mean(0)
-    error = (chain_influence.std() / math.sqrt(chains)).item()
-    effective_sample_size = min(
-        influence.var() * chains / chain_influence.var(), torch.tensor(influence.numel())
-    ).item()
-    samples = replicas.at_beta_one(state.visible.unflatten(0, replicas.beta_index.shape))
-    log_z = base_log_z(rbm) + total_log_ratio
-    return Estimate(log_z, error, effective_sample_size), samples
-
-
-def _num_temperatures(pilot: PilotRun) -> int:
-    """Return the number of temperatures at which half of the swaps are accepted."""
-    # Sum of the rejection rates along the path, where F_beta is nearly normal.
-    barrier = pilot.barrier.sum().item() / math.sqrt(math.pi)
-    if not math.isfinite(barrier):
-        return 2
-    return 2 + math.ceil(min(2 * barrier, MAX_INTERMEDIATE_TEMPERATURES))
+    estimate = Estimate(
+        log_z=base_log_z(rbm) + (even + odd),
+        error=(chain_influence.std() / math.sqrt(chains)).item(),
+        effective_sample_size=min(
+            (influence.var() * chains / chain_influence.var()).item(), influence.numel()
+        ),
+    )
+    return estimate, replicas.at_beta_one(state.visible.view(*replicas.beta_index.shape, -1))
 
 
 def _bridge_step(state: AnnealingState, replicas: ReplicaExchange) -> Tensor:
@@ -439,16 +417,18 @@ def estimate_log_z(
     max_units = MAX_ENUMERATED_UNITS if check else MAX_QUICK_ENUMERATED_UNITS
     if min(rbm.visible, rbm.hidden) <= max_units:
         value = exact_log_z(rbm)
-        reliable = math.isfinite(value) if check else None
-        return LogZ(value, 0.0, reliable=reliable, verdict="log Z is exact (enumeration)")
+        return LogZ(
+            value,
+            error=0.0,
+            reliable=math.isfinite(value) if check else None,
+            verdict="log Z is exact (enumeration)",
+        )
     chains = eval_config.ais_chains
-    steps = eval_config.ais_steps
-    if not check:
-        forward = ais(rbm, betas=steps, chains=chains, generator=generator, progress=progress)
-        return LogZ(forward.log_z, forward.error)
-    pilot = run_pilot(rbm, chains, generator, progress)
-    betas = pilot.schedule(steps)
+    pilot = run_pilot(rbm, chains, generator, progress) if check else None
+    betas = pilot.schedule(eval_config.ais_steps) if pilot else eval_config.ais_steps
     forward = ais(rbm, betas=betas, chains=chains, generator=generator, progress=progress)
+    if not check:
+        return LogZ(forward.log_z, forward.error)
     bridge_estimate, samples = bridge(
         rbm,
         chains=chains,
@@ -459,11 +439,13 @@ def estimate_log_z(
         progress=progress,
     )
     reverse = reverse_ais(rbm, samples, betas=betas, generator=generator, progress=progress)
-    midpoint = (forward.log_z + reverse.log_z) / 2
     half_distance = abs(forward.log_z - reverse.log_z) / 2
-    error = math.hypot(half_distance, forward.error / 2, reverse.error / 2)
-    estimates = {"forward": forward, "reverse": reverse, "bridge": bridge_estimate}
-    return LogZ(midpoint, error, estimates, *_verdict(**estimates))
+    return LogZ(
+        (forward.log_z + reverse.log_z) / 2,
+        math.hypot(half_distance, forward.error / 2, reverse.error / 2),
+        {"forward": forward, "reverse": reverse, "bridge": bridge_estimate},
+        *_verdict(forward, reverse, bridge_estimate),
+    )
 
 
 def _verdict(forward: Estimate, reverse: Estimate, bridge: Estimate) -> tuple[bool, str]:
@@ -472,33 +454,33 @@ def _verdict(forward: Estimate, reverse: Estimate, bridge: Estimate) -> tuple[bo
     distance = abs(forward.log_z - reverse.log_z)
     smallest = min(estimate.effective_sample_size for estimate in estimates)
     bridge_distance = max(abs(bridge.log_z - forward.log_z), abs(bridge.log_z - reverse.log_z))
-    if not all(math.isfinite(value) for estimate in estimates for value in estimate):
-        return (
-            False,
+    problems = (
+        (
+            not all(math.isfinite(value) for estimate in estimates for value in estimate),
             "an estimate of log Z or its error is not finite: "
             "the model has diverged, or ais_chains=1",
-        )
-    if distance > MAX_DISAGREEMENT_NATS:
-        return (
-            False,
+        ),
+        (
+            distance > MAX_DISAGREEMENT_NATS,
             f"forward and reverse AIS differ by {distance:.1f} nats: increase evaluation.ais_steps",
-        )
-    if smallest < MIN_EFFECTIVE_SAMPLES:
-        return (
-            False,
+        ),
+        (
+            smallest < MIN_EFFECTIVE_SAMPLES,
             f"the effective sample size is only {smallest:.1f}: "
             "increase evaluation.ais_steps or evaluation.ais_chains",
-        )
-    if bridge_distance > max(MAX_DISAGREEMENT_NATS, 3 * bridge.error):
-        return (
-            False,
+        ),
+        (
+            bridge_distance > max(MAX_DISAGREEMENT_NATS, 3 * bridge.error),
             f"bridge sampling differs from AIS by {bridge_distance:.1f} nats: "
             "the chains do not mix",
-        )
-    return (
-        True,
+        ),
+    )
+    for occurs, problem in problems:
+        if occurs:
+            return False, problem
+    return True, (
         f"forward and reverse AIS differ by {distance:.2f} nats, "
-        f"and all effective sample sizes are at least {smallest:.0f}",
+        f"and all effective sample sizes are at least {smallest:.0f}"
     )
 
 
@@ -517,27 +499,21 @@ def log_likelihood_metrics(free_energy: Tensor, log_z: LogZ) -> Metrics:
     mean_error = (free_energy.double().std() / math.sqrt(len(free_energy))).item()
 
     def metric_values(suffix: str, value: float, error: float) -> list[MetricValue]:
-        total_error = math.hypot(mean_error, error)
+        likelihood = replace(LOG_LIKELIHOOD, name=LOG_LIKELIHOOD.name + suffix)
         return [
-            MetricValue(_with_suffix(LOG_LIKELIHOOD, suffix), mean - value, total_error),
-            MetricValue(_with_suffix(LOG_Z, suffix), value, error),
+            MetricValue(likelihood, mean - value, math.hypot(mean_error, error)),
+            MetricValue(Metric("log_z" + suffix, "nats"), value, error),
         ]
 
     values = metric_values("", log_z.value, log_z.error)
     for name, estimate in log_z.estimates.items():
-        effective_size = _with_suffix(EFFECTIVE_SIZE, f"_{name}")
+        effective_size = Metric(f"effective_size_{name}", "samples", higher_is_better=True)
         values += metric_values(f"_{name}", estimate.log_z, estimate.error)
         values.append(MetricValue(effective_size, estimate.effective_sample_size))
     if log_z.reliable is None:
         return Metrics.of(*values)
-    reliable = log_z.reliable
-    reason = log_z.verdict
-    if not math.isfinite(mean - log_z.value):
-        reliable = False
-        reason = "the model has diverged"
+    is_finite = math.isfinite(mean - log_z.value)
+    reliable = log_z.reliable and is_finite
+    reason = log_z.verdict if is_finite else "the model has diverged"
     verdict = f"{'reliable' if reliable else 'not reliable'}: {reason}"
     return Metrics.of(*values, reliable=reliable, verdict=verdict)
-
-
-def _with_suffix(metric: Metric, suffix: str) -> Metric:
-    return replace(metric, name=metric.name + suffix)

@@ -21,13 +21,13 @@ class NegativePhase(nn.Module, ABC):
     Chains that persist between updates are buffers, so that a checkpoint contains them.
     """
 
-    def __init__(self, gibbs_steps: int):
+    def __init__(self, *, gibbs_steps: int = 1):
         super().__init__()
         check_whole(high=MAX_GIBBS_STEPS, gibbs_steps=gibbs_steps)
         self.gibbs_steps = gibbs_steps
 
-    def allocate(self, visible: int, hidden: int) -> None:
-        """Create buffers for the chains of an RBM with these numbers of units."""
+    def allocate(self, hidden: int) -> None:
+        """Create buffers for the chains of an RBM with this number of hidden units."""
 
     def initialize_chains(self, rbm: EnergyModel) -> None:
         """Draw the initial state of persistent chains."""
@@ -62,16 +62,13 @@ class CD(NegativePhase):
         gibbs_steps: number of Gibbs steps, the k of CD-k.
     """
 
-    def __init__(self, *, gibbs_steps: int = 1):
-        super().__init__(gibbs_steps)
-
     def forward(
         self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor
     ) -> tuple[Tensor, Tensor]:
         visible = data
         for _ in range(self.gibbs_steps):
-            hidden = bernoulli_from_logits(hidden_input)
-            visible = bernoulli_from_logits(rbm.visible_input(hidden))
+            log_odds = rbm.visible_input(bernoulli_from_logits(hidden_input))
+            visible = bernoulli_from_logits(log_odds)
             hidden_input = rbm.hidden_input(visible)
         return visible, hidden_input
 
@@ -87,21 +84,18 @@ class PCD(NegativePhase):
         num_chains: number of persistent chains.
     """
 
-    hidden_units: Tensor  # (chains, hidden)
-    last_free_energy: Tensor  # (chains,), in nats, at the last call of `diagnostics`
-
     def __init__(self, *, gibbs_steps: int = 1, num_chains: int = 100):
-        super().__init__(gibbs_steps)
+        super().__init__(gibbs_steps=gibbs_steps)
         check_whole(high=MAX_CHAINS, num_chains=num_chains)
         self.num_chains = num_chains
 
-    def allocate(self, visible: int, hidden: int) -> None:
-        self.register_buffer("hidden_units", torch.zeros(self.num_chains, hidden))
-        self.register_buffer("last_free_energy", torch.zeros(self.num_chains))
+    def allocate(self, hidden: int) -> None:
+        self.hidden_units = nn.Buffer(torch.zeros(self.num_chains, hidden))
+        # Of the chains, in nats, at the last call of `diagnostics`.
+        self.last_free_energy = nn.Buffer(torch.zeros(self.num_chains))
 
     def initialize_chains(self, rbm: EnergyModel) -> None:
-        log_odds = rbm.hidden_bias.expand_as(self.hidden_units)
-        self.hidden_units.copy_(bernoulli_from_logits(log_odds))
+        self.hidden_units.copy_(bernoulli_from_logits(rbm.hidden_bias.expand_as(self.hidden_units)))
 
     def forward(
         self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor
@@ -114,8 +108,7 @@ class PCD(NegativePhase):
         return negative, hidden_input
 
     def diagnostics(self, rbm: EnergyModel) -> dict[str, float]:
-        autocorrelation = _autocorrelation(rbm, self.hidden_units, self.last_free_energy)
-        return {"autocorrelation": autocorrelation}
+        return {"autocorrelation": _autocorrelation(rbm, self.hidden_units, self.last_free_energy)}
 
 
 class Tempering(NegativePhase):
@@ -132,8 +125,6 @@ class Tempering(NegativePhase):
         adapt: whether to adapt the inverse temperatures to the swap rates.
     """
 
-    last_free_energy: Tensor  # (chains,), in nats, at the last call of `diagnostics`
-
     def __init__(
         self,
         *,
@@ -142,16 +133,17 @@ class Tempering(NegativePhase):
         num_temperatures: int = 10,
         adapt: bool = True,
     ):
-        super().__init__(gibbs_steps)
+        super().__init__(gibbs_steps=gibbs_steps)
         self.replicas = ParallelTempering(num_temperatures, num_chains, adapt)
-        self.register_buffer("last_free_energy", torch.zeros(num_chains))
+        # At beta = 1, in nats, at the last call of `diagnostics`.
+        self.last_free_energy = nn.Buffer(torch.zeros(num_chains))
 
-    def allocate(self, visible: int, hidden: int) -> None:
+    def allocate(self, hidden: int) -> None:
         self.replicas.allocate(hidden)
 
     def initialize_chains(self, rbm: EnergyModel) -> None:
-        log_odds = rbm.hidden_bias.expand_as(self.replicas.hidden)
-        self.replicas.hidden.copy_(bernoulli_from_logits(log_odds))
+        hidden = self.replicas.hidden
+        hidden.copy_(bernoulli_from_logits(rbm.hidden_bias.expand_as(hidden)))
 
     def forward(
         self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor
@@ -181,7 +173,7 @@ class MeanField(NegativePhase):
     """
 
     def __init__(self, *, gibbs_steps: int = 5):
-        super().__init__(gibbs_steps)
+        super().__init__(gibbs_steps=gibbs_steps)
 
     def forward(
         self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor
@@ -196,11 +188,7 @@ def _autocorrelation(rbm: EnergyModel, hidden: Tensor, last_free_energy: Tensor)
 
     It is near 1 if the chains hardly move. The new free energies replace `last_free_energy`.
     """
-    visible_input = rbm.visible_input(hidden)
-    free_energy = -(hidden @ rbm.hidden_bias) - F.softplus(visible_input).sum(-1)
-    correlation = 0.0
-    if len(free_energy) > 1:
-        pair = torch.stack((free_energy, last_free_energy))
-        correlation = torch.corrcoef(pair)[0, 1].nan_to_num(0.0).item()
+    free_energy = -(hidden @ rbm.hidden_bias) - F.softplus(rbm.visible_input(hidden)).sum(-1)
+    pair = torch.stack((free_energy, last_free_energy))
     last_free_energy.copy_(free_energy)
-    return correlation
+    return torch.corrcoef(pair)[0, 1].nan_to_num(0.0).item() if len(free_energy) > 1 else 0.0

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.models.base import (
@@ -19,25 +19,34 @@ from flowgen.models.base import (
     SupportsMCMC,
 )
 from flowgen.models.rbm.energy import ContrastiveLoss, EnergyModel
-from flowgen.models.rbm.evaluation import evaluate_rbm
+from flowgen.models.rbm.log_z import estimate_log_z, log_likelihood_metrics
 from flowgen.models.rbm.negative_phase import PCD, NegativePhase
 from flowgen.models.rbm.sampling import (
-    INPAINTING_STEPS,
     Sampler,
+    bernoulli_from_logits,
     gibbs,
-    inpaint_clamped,
     mean_field,
     tempering,
     white_noise,
 )
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
-from flowgen.utils.metrics import LOG_LIKELIHOOD, LOG_PROBABILITY, UNNORMALIZED, Metric, Metrics
+from flowgen.utils.metrics import (
+    LOG_LIKELIHOOD,
+    LOG_PROBABILITY,
+    UNNORMALIZED,
+    Metric,
+    Metrics,
+    MetricValue,
+)
 
 SAMPLERS: dict[str, Sampler] = {"gibbs": gibbs, "tempering": tempering, "mean-field": mean_field}
 # Images of either color added to the counts of each pixel, so that its log-odds are finite.
 BASE_RATE_PSEUDOCOUNT = 0.5
 OFFSET_DECAY = 0.99  # of the exponential moving averages that center the gradient
 MIN_TEMPERATURE = 1e-6
+INPAINTING_CHAINS = 64
+INPAINTING_STEPS = 1000
+SQUARED_ERROR = "squared error per pixel"  # unit of the reconstruction errors
 
 
 class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
@@ -85,8 +94,6 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
     likelihood = "estimate"
     shares_batches = False  # its chains cannot be split between processes
     samplers = tuple(SAMPLERS)
-    visible_offset: Tensor
-    hidden_offset: Tensor
 
     def __init__(
         self,
@@ -119,8 +126,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
                 "model.negative_phase is a group of settings: "
                 f"write model/negative_phase={negative_phase} with a slash"
             )
-        units = math.prod(shape)
-        super().__init__(units, hidden)
+        super().__init__(math.prod(shape), hidden)
         self.image_shape = (channels, height, width)
         self.bits = bits
         self.centered = centered
@@ -129,10 +135,10 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         self.sparsity_cost = sparsity_cost
         self.sparsity_target = sparsity_target
         self.log_z: float | None = None
-        self.register_buffer("visible_offset", torch.full((units,), 0.5))
-        self.register_buffer("hidden_offset", torch.full((hidden,), 0.5))
+        self.visible_offset = nn.Buffer(torch.full((self.visible,), 0.5))
+        self.hidden_offset = nn.Buffer(torch.full((hidden,), 0.5))
         self.negative_phase = negative_phase or PCD()
-        self.negative_phase.allocate(units, hidden)
+        self.negative_phase.allocate(hidden)
 
     @classmethod
     def image_kwargs(cls, shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
@@ -150,9 +156,8 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
                 hidden_input = self.hidden_input(data)
                 negative, negative_input = self.negative_phase(self, data, hidden_input)
                 if self.training:
-                    hidden = hidden_input.sigmoid()
                     self.visible_offset.lerp_(data.mean(0), 1 - OFFSET_DECAY)
-                    self.hidden_offset.lerp_(hidden.mean(0), 1 - OFFSET_DECAY)
+                    self.hidden_offset.lerp_(hidden_input.sigmoid().mean(0), 1 - OFFSET_DECAY)
             loss = ContrastiveLoss.apply(
                 self.weight,
                 self.visible_bias,
@@ -169,8 +174,9 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
                 loss = loss + 0.5 * self.l2 * self.weight.square().sum()
             if self.sparsity_cost:
                 activity = self.hidden_input(data).sigmoid().mean(0)
-                target = torch.full_like(activity, self.sparsity_target)
-                penalty = F.binary_cross_entropy(activity, target, reduction="sum")
+                penalty = F.binary_cross_entropy(
+                    activity, torch.full_like(activity, self.sparsity_target), reduction="sum"
+                )
                 loss = loss + self.sparsity_cost * penalty
             return loss
 
@@ -181,8 +187,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         Hinton, A practical guide to training RBMs (2010), section 8.
         """
         data = self.to_visible(images)
-        count = len(data) + 2 * BASE_RATE_PSEUDOCOUNT
-        rates = (data.sum(0) + BASE_RATE_PSEUDOCOUNT) / count
+        rates = (data.sum(0) + BASE_RATE_PSEUDOCOUNT) / (len(data) + 2 * BASE_RATE_PSEUDOCOUNT)
         self.base.copy_(rates.logit())
         self.visible_bias.copy_(self.base)
         self.visible_offset.copy_(rates)
@@ -195,11 +200,59 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         reference: Iterable[Tensor] = (),
         eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
-        """Return the log-likelihood in nats and further metrics, see `evaluate_rbm`."""
+        """Return the log-likelihood and cheaper substitutes, with the same draws at every call.
+
+        - log_likelihood and log_z: see `log_z.log_likelihood_metrics`.
+        - pseudo_log_likelihood: sum_i log P(v_i | other v), in nats, estimated from one random
+          pixel i of each image: visible * log sigmoid(F(v with pixel i flipped) - F(v)).
+        - reconstruction_error: squared error per pixel after one Gibbs step;
+          reconstruction_error_expected: the same with P(v = 1 | h) for the last draw.
+        - free_energy_gap: mean F of the images minus mean F of the training images in `reference`,
+          in nats. A gap that grows shows overfitting (Hinton's guide, section 6).
+
+        Args:
+            batches: batches of images.
+            reference: batches of training images for the gap; it may be empty.
+            eval_config: settings of the estimate of log Z.
+
+        Example:
+            >>> rbm = RBM(visible=4, hidden=3)
+            >>> _ = torch.nn.init.zeros_(rbm.weight)
+            >>> images = torch.ones(10, 1, 1, 4, dtype=torch.uint8)
+            >>> print(rbm.evaluate([images])["log_likelihood"])  # 4 log 1/2
+            log_likelihood -2.773
+        """
         data = torch.cat([self.to_visible(images) for images in batches])
+        generator = torch.Generator(data.device).manual_seed(0)
+        pixel = torch.randint(self.visible, (len(data), 1), generator=generator, device=data.device)
+        flipped = data.scatter(1, pixel, 1 - data.gather(1, pixel))
+        log_odds = self.visible_input(bernoulli_from_logits(self.hidden_input(data), generator))
+        log_z = estimate_log_z(self, eval_config, generator, self.progress)
+        free_energy = self.free_energy(data)
+        conditional = F.logsigmoid(self.free_energy(flipped) - free_energy).mean().item()
+        reconstruction = bernoulli_from_logits(log_odds, generator)
+        values = [
+            MetricValue(
+                Metric("pseudo_log_likelihood", "nats", higher_is_better=True),
+                self.visible * conditional,
+            ),
+            MetricValue(
+                Metric("reconstruction_error", SQUARED_ERROR, higher_is_better=False),
+                (data - reconstruction).square().mean().item(),
+            ),
+            MetricValue(
+                Metric("reconstruction_error_expected", SQUARED_ERROR, higher_is_better=False),
+                (data - log_odds.sigmoid()).square().mean().item(),
+            ),
+        ]
         train_batches = [self.to_visible(images) for images in reference]
-        train_data = torch.cat(train_batches) if train_batches else None
-        return evaluate_rbm(self, data, train_data, eval_config, self.progress)
+        if train_batches:
+            train_free_energy = self.free_energy(torch.cat(train_batches))
+            gap = free_energy.mean() - train_free_energy.mean()
+            variances = [energy.var() / len(energy) for energy in (free_energy, train_free_energy)]
+            error = torch.stack(variances).sum().sqrt()
+            values.append(MetricValue(Metric("free_energy_gap", "nats"), gap.item(), error.item()))
+        return log_likelihood_metrics(free_energy, log_z) | Metrics.of(*values, images=len(data))
 
     def score(
         self,
@@ -222,9 +275,8 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
 
     def load_eval_results(self, metrics: Mapping[str, Any]) -> None:
         """Use log Z of an evaluation of the same weights if it is reliable."""
-        log_z = metrics.get("log_z")
-        is_reliable = metrics.get("reliable") is True and isinstance(log_z, int | float)
-        self.log_z = log_z if is_reliable else None
+        log_z = metrics.get("log_z") if metrics.get("reliable") is True else None
+        self.log_z = log_z if isinstance(log_z, int | float) else None
 
     def train(self, mode: bool = True) -> "RBM":
         """Set the training mode. Training changes log Z, so that the stored value is dropped."""
@@ -254,12 +306,11 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
             Images (count, channels, height, width), and -F(v) in nats, (count,).
         """
         check_choice(SAMPLERS, sampler=sampler)
-        noise = white_noise(self, count, generator)
+        visible = white_noise(self, count, generator)
         beta = 1 / max(temperature, MIN_TEMPERATURE)
-        states = islice(SAMPLERS[sampler](self, noise, beta=beta, generator=generator), steps)
-        visible = noise
-        for chains, _ in self.progress(states, sampler, steps):
-            visible = chains
+        states = islice(SAMPLERS[sampler](self, visible, beta=beta, generator=generator), steps)
+        for state, _ in self.progress(states, sampler, steps):
+            visible = state
         visible = visible.round()  # mean field returns probabilities
         return self.to_images(visible), -self.free_energy(visible)
 
@@ -277,6 +328,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         for _, probabilities in SAMPLERS[sampler](self, noise, generator=generator):
             yield probabilities.view(-1, *self.image_shape)
 
+    @torch.no_grad()
     def inpaint(
         self,
         images: Tensor,
@@ -286,7 +338,11 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> InpaintingResult:
-        """Sample the unknown pixels of an image with clamped chains, see `inpaint_clamped`.
+        """Sample the unknown pixels of an image given the known ones with clamped chains.
+
+        The unknown pixels of all `INPAINTING_CHAINS` chains start as white noise. The draws are
+        P(v = 1) of every chain after the last step. The mean is over all chains and the second
+        half of the steps.
 
         Args:
             images: one image, (1, channels, height, width).
@@ -297,6 +353,15 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
 
         Raises:
             UserError: for an unknown sampler, or if `known` is a linear measurement.
+
+        Example:
+            >>> _ = torch.manual_seed(0)
+            >>> rbm = RBM(visible=4, hidden=3)
+            >>> known = torch.tensor([True, True, False, False]).view(1, 1, 4)
+            >>> image = torch.ones(1, 1, 1, 4, dtype=torch.uint8)
+            >>> result = rbm.inpaint(image, known, sampler="gibbs", steps=10)
+            >>> result.draws.shape, result.mean[0, 0, :2]
+            (torch.Size([64, 1, 1, 4]), tensor([1., 1.]))
         """
         check_choice(SAMPLERS, sampler=sampler)
         if isinstance(known, LinearMeasurement):
@@ -304,16 +369,20 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
                 "an RBM can only inpaint missing pixels: "
                 "choose other known pixels, or choose a flow with --run"
             )
-        draws, mean = inpaint_clamped(
-            self,
-            self.to_visible(images),
-            known.flatten(),
-            SAMPLERS[sampler],
-            steps or INPAINTING_STEPS,
-            generator,
-            self.progress,
+        steps = steps or INPAINTING_STEPS
+        mask = known.flatten()
+        start = torch.where(
+            mask, self.to_visible(images), white_noise(self, INPAINTING_CHAINS, generator)
         )
-        return InpaintingResult(draws.view(-1, *self.image_shape), mean.view(self.image_shape))
+        chains = islice(SAMPLERS[sampler](self, start, known=mask, generator=generator), steps)
+        total = torch.zeros_like(start[0])
+        for index, (_, draws) in enumerate(self.progress(chains, "inpainting", steps)):
+            if index >= steps // 2:
+                total += draws.mean(0)
+        return InpaintingResult(
+            draws.view(-1, *self.image_shape),
+            mean=(total / (steps - steps // 2)).view(self.image_shape),
+        )
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

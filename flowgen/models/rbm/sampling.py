@@ -1,15 +1,13 @@
-"""Samplers of an RBM: block Gibbs sampling, mean field, parallel tempering, clamped inpainting."""
+"""Samplers of an RBM: block Gibbs sampling, mean field and parallel tempering."""
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from flowgen.models.rbm.energy import EnergyModel
-from flowgen.utils.console import Progress, no_progress
-from flowgen.utils.errors import UserError, check_choice, check_whole
+from flowgen.utils.errors import check_choice, check_whole
 
 # The visible units after a step of the chains, and the probabilities P(v = 1 | h) that they were
 # drawn with, both (chains, visible).
@@ -20,17 +18,14 @@ MAX_TEMPERATURES = 10**4
 ADAPTATION_INTERVAL = 100  # steps over which swaps are counted before the betas are moved
 MIN_REJECTION_RATE = 1e-3  # keeps neighboring betas apart where every swap is accepted
 TEMPERING_BURN_IN_STEPS = 400  # steps of `tempering` during which the betas adapt
-INPAINTING_CHAINS = 64
-INPAINTING_STEPS = 1000
 
 
 def bernoulli_from_logits(log_odds: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw independent binary units with these log-odds, as 0 or 1 in the same dtype."""
-    uniform = torch.rand(
-        log_odds.shape, generator=generator, device=log_odds.device, dtype=log_odds.dtype
-    )
     # In place: half the cost of a comparison that is converted afterwards.
-    return uniform.lt_(log_odds.sigmoid())
+    return torch.rand(
+        log_odds.shape, generator=generator, device=log_odds.device, dtype=log_odds.dtype
+    ).lt_(log_odds.sigmoid())
 
 
 def white_noise(rbm: EnergyModel, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -38,9 +33,9 @@ def white_noise(rbm: EnergyModel, count: int, generator: torch.Generator | None 
     return bernoulli_from_logits(rbm.visible_bias.new_zeros(count, rbm.visible), generator)
 
 
-def clamp_known(visible: Tensor, start: Tensor, known: Tensor | None) -> Tensor:
-    """Return `visible` with the values of `start` at the known units; `known` may be None."""
-    return visible if known is None else torch.where(known, start, visible)
+def clamp_known(visible: Tensor, start: Tensor | None, known: Tensor | None) -> Tensor:
+    """Return `visible` with the values of `start` at the known units, if there are any."""
+    return visible if start is None or known is None else torch.where(known, start, visible)
 
 
 def gibbs(
@@ -96,8 +91,7 @@ def mean_field(
     visible = start
     while True:
         hidden = (beta * rbm.hidden_input(visible)).sigmoid()
-        means = (beta * rbm.visible_input(hidden)).sigmoid()
-        visible = clamp_known(means, start, known)
+        visible = clamp_known((beta * rbm.visible_input(hidden)).sigmoid(), start, known)
         yield visible, visible
 
 
@@ -119,34 +113,23 @@ class ReplicaExchange(nn.Module):
         adapt: whether to adapt the betas to the swap rates.
     """
 
-    betas: Tensor  # (temperatures,), increasing from 0 to 1
-    beta_index: Tensor  # (temperatures, chains), index into `betas` of each replica
-    num_steps: Tensor  # rounds of swaps so far
-    accepted_swaps: (
-        Tensor  # (temperatures - 1,), sums of acceptance rates since the last adaptation
-    )
-    proposed_swaps: Tensor  # (temperatures - 1,), rounds of each pair since the last adaptation
-    came_from_zero: Tensor  # (temperatures, chains), true if beta = 0 was visited after beta = 1
-    round_trips: Tensor  # number of times that a replica moved from beta = 0 to beta = 1
-
     def __init__(self, num_temperatures: int, num_chains: int, adapt: bool):
         super().__init__()
-        check_whole(high=MAX_TEMPERATURES, num_temperatures=num_temperatures)
+        check_whole(2, MAX_TEMPERATURES, num_temperatures=num_temperatures)
         check_whole(num_chains=num_chains)
         check_choice((True, False), adapt=adapt)
-        if num_temperatures < 2:
-            raise UserError("num_temperatures must be at least 2: beta = 0 and beta = 1")
         self.adapt = adapt
-        shape = (num_temperatures, num_chains)
-        self.register_buffer("betas", torch.linspace(0, 1, num_temperatures))
-        self.register_buffer(
-            "beta_index", torch.arange(num_temperatures)[:, None].repeat(1, num_chains)
-        )
-        self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
-        self.register_buffer("accepted_swaps", torch.zeros(num_temperatures - 1))
-        self.register_buffer("proposed_swaps", torch.zeros(num_temperatures - 1))
-        self.register_buffer("came_from_zero", torch.zeros(shape, dtype=torch.bool))
-        self.register_buffer("round_trips", torch.zeros((), dtype=torch.long))
+        self.betas = nn.Buffer(torch.linspace(0, 1, num_temperatures))  # increasing
+        # Index into `betas` of each replica, (temperatures, chains).
+        self.beta_index = nn.Buffer(torch.arange(num_temperatures)[:, None].repeat(1, num_chains))
+        self.num_steps = nn.Buffer(torch.zeros((), dtype=torch.long))  # rounds of swaps so far
+        # Sums of the acceptance rates of each pair since the last adaptation, and its rounds.
+        self.accepted_swaps = nn.Buffer(torch.zeros(num_temperatures - 1))
+        self.proposed_swaps = nn.Buffer(torch.zeros(num_temperatures - 1))
+        # True if a replica visited beta = 0 after beta = 1, (temperatures, chains).
+        self.came_from_zero = nn.Buffer(torch.zeros_like(self.beta_index, dtype=torch.bool))
+        # Number of times that a replica moved from beta = 0 to beta = 1.
+        self.round_trips = nn.Buffer(torch.zeros((), dtype=torch.long))
 
     def at_beta_one(self, states: Tensor) -> Tensor:
         """Return the states at beta = 1, (chains, ...), of `states` (temperatures, chains, ...)."""
@@ -154,13 +137,13 @@ class ReplicaExchange(nn.Module):
 
     def by_beta(self, states: Tensor) -> Tensor:
         """Return `states` (temperatures, chains, ...) of the replicas in the order of `betas`."""
-        replica = self.beta_index.argsort(0)
-        return states[replica, torch.arange(states.shape[1], device=states.device)]
+        chain = torch.arange(states.shape[1], device=states.device)
+        return states[self.beta_index.argsort(0), chain]
 
     def lower_indices(self) -> Tensor:
         """Return the index of the lower beta of each pair that may swap in this round, (pairs,)."""
-        first = int(self.num_steps) % 2
-        return torch.arange(first, len(self.betas) - 1, 2, device=self.betas.device)
+        last = len(self.betas) - 1
+        return torch.arange(int(self.num_steps) % 2, last, 2, device=self.betas.device)
 
     def exchange(
         self, lower: Tensor, log_ratio: Tensor, generator: torch.Generator | None = None
@@ -173,7 +156,7 @@ class ReplicaExchange(nn.Module):
             generator: source of random numbers.
         """
         replica = self.beta_index.argsort(0)
-        self.num_steps += 1
+        self.num_steps.add_(1)
         uniform = torch.rand(
             log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype
         )
@@ -183,7 +166,7 @@ class ReplicaExchange(nn.Module):
         self.accepted_swaps[lower] += accepted.to(self.accepted_swaps).mean(1)
         self.proposed_swaps[lower] += 1
         is_at_one = self.beta_index == len(self.betas) - 1
-        self.round_trips += (is_at_one & self.came_from_zero).sum()
+        self.round_trips.add_((is_at_one & self.came_from_zero).sum())
         self.came_from_zero.logical_and_(~is_at_one).logical_or_(self.beta_index == 0)
         if self.adapt and int(self.num_steps) % ADAPTATION_INTERVAL == 0:
             rejection_rates = (1 - self.swap_rates()).clamp(min=MIN_REJECTION_RATE)
@@ -216,16 +199,14 @@ def space_betas(betas: Tensor, lengths: Tensor, num_intervals: int) -> Tensor:
         tensor([0.0000, 0.1667, 0.3333, 0.5000, 1.0000])
     """
     cumulative = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-    fractions = torch.linspace(
-        0, 1, num_intervals + 1, device=cumulative.device, dtype=cumulative.dtype
+    positions = cumulative[-1] * torch.linspace(
+        0, 1, num_intervals + 1, device=lengths.device, dtype=lengths.dtype
     )
-    positions = fractions * cumulative[-1]
     right = torch.searchsorted(cumulative, positions).clamp(1, len(lengths))
     left = right - 1
     share = (positions - cumulative[left]) / (cumulative[right] - cumulative[left])
     result = torch.lerp(betas[left], betas[right], share)
-    result[0] = betas[0]
-    result[-1] = betas[-1]
+    result[[0, -1]] = betas[[0, -1]]
     return result
 
 
@@ -247,11 +228,9 @@ class ParallelTempering(ReplicaExchange):
         torch.Size([10, 4])
     """
 
-    hidden: Tensor
-
     def allocate(self, hidden: int) -> None:
         """Create the buffer of the replicas' hidden units, all zero."""
-        self.register_buffer("hidden", torch.zeros(*self.beta_index.shape, hidden))
+        self.hidden = nn.Buffer(torch.zeros(*self.beta_index.shape, hidden))
 
     # The bookkeeping of swaps is not worth compiling. `torch.compiler.disable` would do the same
     # but imports the compiler, which takes a second.
@@ -279,19 +258,16 @@ class ParallelTempering(ReplicaExchange):
         """
         replica_beta = self.betas[self.beta_index][..., None]
         log_odds = rbm.visible_input(self.hidden).mul_(replica_beta * beta)
-        visible = bernoulli_from_logits(log_odds.addcmul_(1 - replica_beta, rbm.base), generator)
-        if start is not None:
-            visible = clamp_known(visible, start, known)
+        log_odds.addcmul_(1 - replica_beta, rbm.base)
+        visible = clamp_known(bernoulli_from_logits(log_odds, generator), start, known)
         inputs = rbm.hidden_input(visible)
         # In place, so that restoring the buffers restores the chains.
         self.hidden.copy_(bernoulli_from_logits(inputs * (replica_beta * beta), generator))
-        linear = visible @ (rbm.base - beta * rbm.visible_bias)
-        energy_slope = linear - beta * torch.linalg.vecdot(inputs, self.hidden)
+        slopes = visible @ (rbm.base - beta * rbm.visible_bias)
+        slopes = self.by_beta(slopes - beta * torch.linalg.vecdot(inputs, self.hidden))
         lower = self.lower_indices()
-        slopes = self.by_beta(energy_slope)
-        beta_difference = (self.betas[lower + 1] - self.betas[lower])[:, None]
-        log_ratio = beta_difference * (slopes[lower + 1] - slopes[lower])
-        self.exchange(lower, log_ratio, generator)
+        log_ratios = self.betas.diff()[:, None] * slopes.diff(dim=0)
+        self.exchange(lower, log_ratios[lower], generator)
         return visible, inputs
 
 
@@ -319,47 +295,3 @@ def tempering(
         visible, _ = replicas.step(rbm, beta, start, known, generator)
         log_odds = beta * rbm.visible_input(replicas.at_beta_one(replicas.hidden))
         yield replicas.at_beta_one(visible), clamp_known(log_odds.sigmoid(), start, known)
-
-
-@torch.no_grad()
-def inpaint_clamped(
-    rbm: EnergyModel,
-    image: Tensor,
-    known: Tensor,
-    sampler: Sampler,
-    steps: int = INPAINTING_STEPS,
-    generator: torch.Generator | None = None,
-    progress: Progress = no_progress,
-) -> tuple[Tensor, Tensor]:
-    """Sample the unknown units given the known ones with clamped chains.
-
-    The unknown units of all `INPAINTING_CHAINS` chains start as white noise.
-
-    Args:
-        rbm: the model.
-        image: visible units, (1, visible); values at unknown units are ignored.
-        known: true where a unit is known, (visible,).
-        sampler: `gibbs`, `tempering` or `mean_field`.
-        steps: number of steps.
-        generator: source of random numbers.
-        progress: progress bar.
-
-    Returns:
-        P(v = 1) of every chain after the last step, (chains, visible), and its mean over all
-        chains and the second half of the steps, (visible,).
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> rbm = EnergyModel(visible=4, hidden=3)
-        >>> known = torch.tensor([True, True, False, False])
-        >>> samples, mean = inpaint_clamped(rbm, torch.ones(1, 4), known, gibbs, steps=10)
-        >>> samples.shape, mean[:2]
-        (torch.Size([64, 4]), tensor([1., 1.]))
-    """
-    start = torch.where(known, image, white_noise(rbm, INPAINTING_CHAINS, generator))
-    total = torch.zeros_like(start[0])
-    chain_steps = islice(sampler(rbm, start, known=known, generator=generator), steps)
-    for index, (_, probabilities) in enumerate(progress(chain_steps, "inpainting", steps)):
-        if index >= steps // 2:
-            total = total + probabilities.mean(0)
-    return probabilities, total / (steps - steps // 2)
