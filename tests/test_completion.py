@@ -188,7 +188,7 @@ def test_a_gray_image_is_restored_from_its_mean():
     whole = measurement("downsample:4", (1, 4, 4))
     images = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
     result = flow.inpaint(
-        images, whole, method="langevin", generator=torch.Generator().manual_seed(0)
+        images, whole, sampler="langevin", generator=torch.Generator().manual_seed(0)
     )
     brightness = result.draws.mean((1, 2, 3))
     # measured sums have a deviation of half a bin, and images are rounded once more

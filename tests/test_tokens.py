@@ -114,9 +114,7 @@ def test_inverses_report_progress_and_work_with_any_progress_wrapper():
 
 
 def test_encoding_in_float64_is_more_accurate_than_the_float32_forward():
-    model = build_model(
-        "tarflow", bits=8, num_layers=[1, 1], width=16, permutation="actnorm"
-    )
+    model = build_model("tarflow", bits=8, num_layers=[1, 1], width=16, permutation="actnorm")
     model.initialize(random_images(8, 256))
     perturb(model, 0.2)
     with torch.no_grad():

@@ -151,7 +151,7 @@ def _save_picture(
     hint = " in a picture, and any number in --out FILE.zip"
     check_memory("--count", count, 4 * side**2 * len(temperatures), hint)
     label = f"class {kwargs['label']}, " if "label" in kwargs else ""
-    sampler = f"{kwargs['method']}, " if "sampler" in kwargs else ""
+    sampler = f"{kwargs['sampler']}, " if "sampler" in kwargs else ""
     blocks = []
     for temperature in temperatures:
         images, log_probs = sample_images(model, count, temperature, seed, **kwargs)
