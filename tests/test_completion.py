@@ -243,6 +243,25 @@ def test_classes_are_sampled_from_their_posterior():
     assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / DRAWS)
 
 
+def test_classes_are_sampled_from_their_posterior_outside_the_unit_interval():
+    """Pixels that leave [0, 1) while sampling keep their value in p(class | image).
+
+    Both classes agree on the known pixel, so each has probability 1/2. Most of the unknown pixel's
+    mass is above 1: clipped there, it would be assigned to the first class too often.
+    """
+    shape = (1, 1, 2)
+    field = LinearMap(torch.tensor([0.5, 1.1]).double(), 0.2 * torch.eye(2).double(), shape)
+    flow = make_flow(field, shape, num_classes=2)
+    with torch.no_grad():
+        flow.means.copy_(torch.tensor([[0.0, -1.0], [0.0, 1.0]]))
+    known = torch.tensor([[[True, False]]])
+    images = torch.full((1, *shape), 128, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    chains = flow.inpainting_chains(images, known, 1000, 400, generator)
+    share = (chains.labels == 0).double().mean().item()
+    assert share == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 1000))
+
+
 @pytest.mark.parametrize("name", ["glow", "glow with classes", "realnvp", "nice"])
 def test_known_pixels_are_kept_and_the_seed_determines_the_result(name):
     if name in MODELS:

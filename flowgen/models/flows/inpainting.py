@@ -105,12 +105,16 @@ class PixelPosterior(Posterior):
         logits = u.clamp(START_MARGIN, 1 - START_MARGIN).logit()
         return torch.where(self.known, logits, h).flatten(1)
 
-    def decode(self, position: Tensor) -> Tensor:
-        """Return the images x in (0, 1) at these positions."""
+    def points(self, position: Tensor) -> Tensor:
+        """Return the points x at these positions; unknown pixels may lie outside (0, 1)."""
         position = position.view(self.images.shape)
         inside = (self.images + position.sigmoid()) / self.bins
-        unknown = _clamp_to_unit(self.head.inverse(position)[0], self.bins)
-        return torch.where(self.known, inside, unknown)
+        return torch.where(self.known, inside, self.head.inverse(position)[0])
+
+    def decode(self, position: Tensor) -> Tensor:
+        """Return the images x in (0, 1) at these positions."""
+        x = self.points(position)
+        return torch.where(self.known, x, _clamp_to_unit(x, self.bins))
 
     def log_density(self, position: Tensor, mean: Tensor, condition: Tensor | None) -> Tensor:
         """Return the log-density of positions given the known pixels, up to a constant: (chains,).
@@ -172,9 +176,13 @@ class MeasurementPosterior(Posterior):
         self.shrinkage = (1 + ratio.square()).rsqrt()
         return (h + (1 / self.shrinkage - 1) * self._project(h)).flatten(1)
 
+    def points(self, position: Tensor) -> Tensor:
+        """Return the points x at these positions, which may lie outside (0, 1)."""
+        return self.head.inverse(self._unstretch(position))[0]
+
     def decode(self, position: Tensor) -> Tensor:
         """Return the images x in (0, 1) at these positions."""
-        return _clamp_to_unit(self.head.inverse(self._unstretch(position))[0], self.bins)
+        return _clamp_to_unit(self.points(position), self.bins)
 
     def log_density(self, position: Tensor, mean: Tensor, condition: Tensor | None) -> Tensor:
         """Return log p(h) + log p(y | h), up to a constant: (chains,).
@@ -307,7 +315,8 @@ class InpaintingChains:
         acceptance = []
         for index in self.progress(range(num_trajectories), "exact steps", num_trajectories):
             if self.class_prior:
-                weights = self.class_prior.class_log_density(self.samples).softmax(1)
+                points = self.posterior.points(self.position)
+                weights = self.class_prior.class_log_density(points).softmax(1)
                 self.labels = torch.multinomial(weights, 1, generator=self.generator)[:, 0]
                 state = initial_state(self.position, self._posterior_density())
             adapt = index < num_trajectories // 2
