@@ -1,5 +1,6 @@
 """Warnings about impossible likelihoods and about test images in the training set."""
 
+import logging
 import math
 import shutil
 import time
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import SMALL
 
+from flowgen.data.dataset import ImageDataset, Split
 from flowgen.data.toy2d import Toy2D
 from flowgen.models.flows.flow import Flow
 from flowgen.training import sanity_checks
@@ -75,6 +77,39 @@ def test_duplicates_agree_in_every_pixel():
     other[0, 0, 1] += 1  # a pixel that the digest skips
     test = torch.stack((train[3], other, 255 - train[4], train[499], train[3]))
     assert find_duplicates(train, test) == [0, 3, 4]
+
+
+RANDOM_BINARIZATION = [{"bits": 1, "binarization": kind} for kind in ("static", "dynamic")]
+
+
+@pytest.mark.parametrize(
+    ("options", "changed_bits"),
+    [
+        *[(options, 0) for options in RANDOM_BINARIZATION],
+        ({"bits": 1, "binarization": "threshold"}, 127),
+        ({"bits": 5}, 7),
+        ({"bits": 8}, 0),
+    ],
+)
+def test_copies_are_found_before_binarization_and_at_the_bits_of_the_model(
+    options, changed_bits, caplog, monkeypatch
+):
+    """The copies differ from the training images in bits that the model does not see."""
+    monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
+    train = torch.randint(256, (100, 1, 8, 8), dtype=torch.uint8)
+    test = torch.cat((train[50:70] ^ changed_bits, 255 - train[:5]))
+    warn_test_leakage(ImageDataset(Split(train), Split(train[:1]), Split(test), **options))
+    assert "20 of 25 test images are training images too" in caplog.text
+
+
+@pytest.mark.parametrize("options", [*RANDOM_BINARIZATION, {"bits": 8}])
+def test_images_of_other_gray_values_are_no_copies(options, caplog, monkeypatch):
+    """The images differ in their lowest bits, and are equal if they are cut off at 128."""
+    monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
+    train = torch.randint(256, (100, 1, 8, 8), dtype=torch.uint8)
+    split = Split(train[:20] ^ 7)
+    warn_test_leakage(ImageDataset(Split(train), split, split, **options))
+    assert caplog.text == ""
 
 
 def test_points_of_toy_data_may_coincide():

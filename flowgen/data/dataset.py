@@ -33,11 +33,13 @@ class Split:
         images: Pixel values of 8 bits, uint8 (N, channels, height, width).
         labels: Class of each image, (N,).
         attributes: Attributes of each image, bool (N, number of attributes).
+        gray: The images before their random binarization, if there was one, for comparisons.
     """
 
     images: Tensor
     labels: Tensor | None = None
     attributes: Tensor | None = None
+    gray: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -270,10 +272,10 @@ class ImageDataset:
         self.dynamic = bits == 1 and binarization == "dynamic"
         if bits == 1 and binarization != "threshold":
             generator = torch.Generator().manual_seed(0)
-            test = replace(test, images=binarize(test.images, generator))
+            test = replace(test, images=binarize(test.images, generator), gray=test.images)
             validation = replace(validation, images=binarize(validation.images, generator))
             if not self.dynamic:
-                train = replace(train, images=binarize(train.images, generator))
+                train = replace(train, images=binarize(train.images, generator), gray=train.images)
         self.train = train
         self.validation = validation
         self.test = test

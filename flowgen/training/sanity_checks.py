@@ -20,27 +20,30 @@ MAX_INVERSION_ERROR = 1e-3  # relative; gradients have about the same error
 log = logging.getLogger("flowgen")
 
 
-def find_duplicates(train: Tensor, test: Tensor) -> list[int]:
+def find_duplicates(train: Tensor, test: Tensor, bits: int = 8) -> list[int]:
     """Return the indices of test images that are training images too, pixel for pixel.
 
     Points of toy data sets coincide by chance and do not count.
 
     Args:
-        train: uint8 images (batch, channels, height, width).
+        train: 8-bit images, uint8 (batch, channels, height, width).
         test: the same.
+        bits: only the highest bits of a pixel value are compared.
     """
     if is_toy2d(tuple(train.shape[1:])):
         return []
+    shift = 8 - bits
     candidates = defaultdict(list)
-    for index, digest in enumerate(_digests(test, MAX_DIGEST_BYTES)):
+    for index, digest in enumerate(_digests(test, MAX_DIGEST_BYTES, shift)):
         candidates[digest].append(index)
     duplicates: set[int] = set()
-    for train_index, digest in enumerate(_digests(train, MAX_DIGEST_BYTES)):
+    for train_index, digest in enumerate(_digests(train, MAX_DIGEST_BYTES, shift)):
         if digest in candidates:
+            image = train[train_index].cpu() >> shift
             duplicates |= {
                 index
                 for index in candidates[digest]
-                if torch.equal(test[index], train[train_index])
+                if torch.equal(test[index].cpu() >> shift, image)
             }
     return sorted(duplicates)
 
@@ -56,13 +59,13 @@ def entropy(batches: Iterable[Tensor]) -> float:
     return -sum(count / total * math.log2(count / total) for count in counts.values())
 
 
-def _digests(images: Tensor, max_bytes: int | None = None) -> Iterator[bytes]:
+def _digests(images: Tensor, max_bytes: int | None = None, shift: int = 0) -> Iterator[bytes]:
     flat = images.flatten(1).cpu()
     if max_bytes is not None:
         stride = -(-flat.shape[1] // max_bytes)
         flat = flat[:, ::stride]
     for part in flat.split(4096):
-        for row in part.contiguous().numpy():
+        for row in (part.contiguous() >> shift).numpy():
             yield hashlib.blake2b(row, digest_size=16).digest()
 
 
@@ -83,10 +86,18 @@ def warn_implausible_likelihood(
 
 
 def warn_test_leakage(data: ImageDataset) -> None:
-    """Warn if test images are training images too. Large data sets are not searched."""
+    """Warn if test images are training images too. Large data sets are not searched.
+
+    They are compared at the bits of the model. Images with a random binarization are compared
+    before it, at 8 bits, since every gray value gives another distribution.
+    """
     if data.train.images.nbytes > MAX_TRAIN_BYTES:
         return
-    duplicates = find_duplicates(data.train.images, data.test.images)
+    train = data.train.images if data.train.gray is None else data.train.gray
+    if data.test.gray is None:
+        duplicates = find_duplicates(train, data.test.images, data.bits)
+    else:
+        duplicates = find_duplicates(train, data.test.gray)
     if not duplicates:
         return
     listed = ", ".join(map(str, duplicates[:MAX_LISTED_INDICES]))
