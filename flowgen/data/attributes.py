@@ -53,6 +53,13 @@ def read_table(path: Path) -> AttributeTable:
             table.append([float(word) for word in words])
             if len(words) != len(names) or not all(map(math.isfinite, table[-1])):
                 raise ValueError("too few or too many numbers, or infinite ones")
+    files = [path.parent / row[0] for row in rows]
+    for image in files:
+        if not image.is_file():
+            raise UserError(
+                f"{image}, named in {path}, does not exist: "
+                "give images relative to the table's folder"
+            )
     values = torch.tensor(table, dtype=torch.double)
     values = torch.where((values.abs() == 1).all(0), (values + 1) / 2, values)
-    return AttributeTable(names, [path.parent / row[0] for row in rows], values)
+    return AttributeTable(names, files, values)
