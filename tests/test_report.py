@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -107,3 +108,18 @@ def test_a_missing_run_is_an_error_and_a_checkpoint_selects_its_run(images, comm
     assert command("report", checkpoint)[1].strip() == "outputs/one/report.html"
     assert_error(command("report", "nothing"), "is not a run")
     assert_error(command("report", " "), "an empty name is not a run")
+
+
+def test_runs_of_a_sweep_are_compared_by_their_last_validation_metric(images, command):
+    """Whoever chooses the best run by its test metric selects on the test images."""
+    training = [*SMALL, f"data.root={images}", "trainer.steps=4", "trainer.eval_every=2"]
+    assert command("train", *training, "output_dir=outputs/run")[0] == 0
+    lines = Path("outputs/run/metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["split"] == "validation"]
+    assert len({row["bits_per_dim"] for row in rows}) == 2
+    expected = f"validation bits_per_dim {rows[-1]['bits_per_dim']:.3f}"
+    page = Path(command("report", "run")[1].strip()).read_text()
+    assert re.search(rf"<td>test bits_per_dim [^<]*</td><td>{expected}[^<]*</td>", page)
+    listed = {line.split()[0]: line for line in command("runs")[1].splitlines()}
+    assert re.search(rf"test bits_per_dim .* last {expected}", listed["outputs/run"])
+    assert all("validation" not in line for name, line in listed.items() if "zoo/" in name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from flowgen.commands.runs import readable_runs
+from flowgen.commands.runs import last_validation, readable_runs
 from flowgen.config.compose import flatten, read_config
 from flowgen.config.runs import OUTPUTS, find_run
 from flowgen.training.run_dir import Run, best_metric, validation_rows
@@ -94,9 +94,22 @@ def _sections(runs: list[Run]) -> list[Section]:
 def overview(runs: list[Run]) -> list[list[str]]:
     """Return a table with a heading and one row per run: its model, data, metric and costs.
 
-    The metric is the test metric or, before the end, the best validation metric.
+    The metric is the test metric or, before the end, the best validation metric. The last
+    validation metric compares runs without their test images.
     """
-    table = [["run", "model", "data", "metric", "step", "images/s", "hours", "memory, GiB"]]
+    table = [
+        [
+            "run",
+            "model",
+            "data",
+            "metric",
+            "last validation",
+            "step",
+            "images/s",
+            "hours",
+            "memory, GiB",
+        ]
+    ]
     for name, run in zip(_short_names([run.folder for run in runs]), runs, strict=True):
         config = flatten(read_config(run.config))
         rows = run.read_metrics()
@@ -105,7 +118,8 @@ def overview(runs: list[Run]) -> list[list[str]]:
         metric = str(best_metric(rows) or "not evaluated yet")
         step = f"{max((row['step'] for row in rows), default=0):,}"
         data = config.get("data.name") or data
-        table.append([name, model, data, metric, step, *_costs(rows)])
+        validation = str(last_validation(rows) or "")
+        table.append([name, model, data, metric, validation, step, *_costs(rows)])
     return table
 
 
@@ -182,7 +196,7 @@ def _run_section(anchor: str, row: list[str], run: Run, config: dict[str, Any]) 
     pictures = [
         Picture(caption, data_url(path)) for path, caption in captions.items() if path.exists()
     ]
-    name, _, _, metric, step, *_ = row
+    name, _, _, metric, _, step, *_ = row
     summary = f"{metric}, step {step}. {run.environment()}"
     settings = "\n".join(f"{key}: {value}" for key, value in config.items())
     return Section(anchor, name, [summary], pictures=pictures, details=("Configuration", settings))

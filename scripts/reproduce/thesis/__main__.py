@@ -42,6 +42,7 @@ THESIS_ROW = [  # of the table of costs
     "Glow",
     "CelebA-HQ",
     "",
+    "",
     "168,800 and 185,800",
     "",
     "72, from 12 to 144",
