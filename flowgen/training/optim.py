@@ -1,7 +1,8 @@
 """Optimizers, the learning-rate schedule and exponential moving averages (EMA) of the weights."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from torch.optim.swa_utils import AveragedModel
 from flowgen.utils.errors import UserError
 
 OPTIMIZERS = ("adam", "sgd")
-TensorList = tuple[Tensor, ...] | list[Tensor]
 
 
 def build_optimizer(
@@ -25,9 +25,12 @@ def build_optimizer(
     """Return the optimizer of all parameters of `model`: `adam` is AdamW, `sgd` has momentum."""
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=True)
-    beta1, beta2 = betas
     return torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=True
+        model.parameters(),
+        lr=lr,
+        betas=(betas[0], betas[1]),
+        weight_decay=weight_decay,
+        fused=True,
     )
 
 
@@ -83,13 +86,11 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     """
 
     @torch.no_grad()
-    def update(averages: TensorList, weights: TensorList, num_averaged: Tensor | int) -> None:
+    def update(averages: Any, weights: Any, num_averaged: Any) -> None:
         count = int(num_averaged)
-        warm_decay = min(decay, (1 + count) / (10 + count))
-        torch._foreach_lerp_(averages, weights, 1 - warm_decay)
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + count) / (10 + count)))
 
-    multi_avg_fn: Callable[[TensorList, TensorList, Tensor | int], None] = update
-    return AveragedModel(model, multi_avg_fn=multi_avg_fn)
+    return AveragedModel(model, multi_avg_fn=update)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

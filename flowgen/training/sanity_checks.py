@@ -34,14 +34,12 @@ def find_duplicates(train: Tensor, test: Tensor) -> list[int]:
     candidates = defaultdict(list)
     for index, digest in enumerate(_digests(test, MAX_DIGEST_BYTES)):
         candidates[digest].append(index)
-    duplicates: set[int] = set()
-    for train_index, digest in enumerate(_digests(train, MAX_DIGEST_BYTES)):
-        if digest in candidates:
-            duplicates |= {
-                index
-                for index in candidates[digest]
-                if torch.equal(test[index], train[train_index])
-            }
+    duplicates = {
+        index
+        for train_index, digest in enumerate(_digests(train, MAX_DIGEST_BYTES))
+        for index in candidates.get(digest, ())
+        if torch.equal(test[index], train[train_index])
+    }
     return sorted(duplicates)
 
 
@@ -56,12 +54,10 @@ def entropy(batches: Iterable[Tensor]) -> float:
     return -sum(count / total * math.log2(count / total) for count in counts.values())
 
 
-def _digests(images: Tensor, max_bytes: int | None = None) -> Iterator[bytes]:
+def _digests(images: Tensor, max_bytes: float = math.inf) -> Iterator[bytes]:
     flat = images.flatten(1).cpu()
-    if max_bytes is not None:
-        stride = -(-flat.shape[1] // max_bytes)
-        flat = flat[:, ::stride]
-    for part in flat.split(4096):
+    stride = max(1, math.ceil(flat.shape[1] / max_bytes))
+    for part in flat[:, ::stride].split(4096):
         for row in part.contiguous().numpy():
             yield hashlib.blake2b(row, digest_size=16).digest()
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flowgen.bijections.batchnorm import update_bn
 from flowgen.bijections.networks import batch_norm_layers
@@ -46,8 +45,7 @@ class TrainState:
         self.optimizer_name = optimizer_name
         # Batch norm needs a copy even without an average: its evaluation statistics are estimated
         # there, so that an evaluation does not change the training model.
-        needs_copy = any(decays) or bool(batch_norm_layers(model))
-        self.ema_decays = list(decays) if needs_copy else []
+        self.ema_decays = list(decays) if any(decays) or batch_norm_layers(model) else []
         self.emas = [build_ema(model, decay) for decay in self.ema_decays]
         self.best_ema = 0
         self.step = 0
@@ -115,46 +113,39 @@ class TrainState:
 
         Hyperparameters of the optimizer stay those of the current configuration.
         """
-        hyperparameters = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.optimizer.param_groups
-        ]
         try:
             self.model.load_state_dict(checkpoint["model"])
-            self.best_ema = self._load_emas(checkpoint)
+            self._load_emas(checkpoint)
             if self.optimizer_name == checkpoint["config"]["trainer"]["optimizer"]:
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
+                hyperparameters = self.optimizer.state_dict()["param_groups"]
+                self.optimizer.load_state_dict(
+                    checkpoint["optimizer"] | {"param_groups": hyperparameters}
+                )
                 self._check_optimizer_state()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 "the checkpoint does not fit the model of its own configuration: choose another one"
             ) from error
-        for group, current in zip(self.optimizer.param_groups, hyperparameters, strict=True):
-            group.update(current)
         self.step = checkpoint["step"]
         self.images_seen = checkpoint["images_seen"]
         self._bn_updated_at = None
 
-    def _load_emas(self, checkpoint: dict[str, Any]) -> int:
-        """Load all EMAs and return the index of the best; with other decays all start from it."""
-        if ema_decays(checkpoint["config"]["trainer"]["ema_decay"]) == self.ema_decays:
-            states = checkpoint.get("emas") or [checkpoint["ema"]]
-            best_ema = checkpoint["progress"].get("best_ema", 0)
-        else:
-            states = [checkpoint["ema"]] * len(self.emas)
-            best_ema = 0
+    def _load_emas(self, checkpoint: dict[str, Any]) -> None:
+        """Load all EMAs; with other decays than before all start from the best one."""
+        same_decays = ema_decays(checkpoint["config"]["trainer"]["ema_decay"]) == self.ema_decays
+        self.best_ema = checkpoint["progress"].get("best_ema", 0) if same_decays else 0
+        states = checkpoint.get("emas") if same_decays else []
+        states = states or [checkpoint["ema"]] * len(self.emas)
         for ema, state in zip(self.emas, states, strict=True):
             if state is not None:
                 ema.load_state_dict(state)
-        return best_ema
 
     def _check_optimizer_state(self) -> None:
         """Raise ValueError if the optimizer cannot take its next step with its loaded state."""
-        names = OPTIMIZER_STATE[self.optimizer_name]
         for parameter, state in self.optimizer.state.items():
-            if state.keys() != names:
+            if state.keys() != OPTIMIZER_STATE[self.optimizer_name]:
                 raise ValueError("other tensors")
             for name, value in state.items():
                 shape = () if name == "step" else parameter.shape
-                if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
+                if value is not None and value.shape != shape:
                     raise ValueError(f"{name} has another shape")

@@ -5,8 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from flowgen.bijections.reversible import ACTIVATION_MEMORY
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training.device import Runtime, check_batch_fits, peak_memory, reset_peak_memory
-from flowgen.training.distributed import SINGLE_PROCESS, ProcessGroup, shard_batches
+from flowgen.training.distributed import ProcessGroup, shard_batches
 from flowgen.training.logger import Logger
 from flowgen.training.nan_recovery import first_nonfinite_module
 from flowgen.training.optim import (
@@ -40,18 +39,6 @@ from flowgen.utils.metrics import Metric, Metrics, MetricValue
 MIN_MINUTES = 0.001
 NUM_SAMPLES = 32  # images in a grid of samples
 BN_UPDATE_BATCHES = 40  # training batches over which batch statistics are estimated
-WHOLE_NUMBERS = (  # settings that must be whole numbers of at least 1
-    "batch_size",
-    "grad_accum_steps",
-    "init_images",
-    "log_every",
-    "eval_every",
-    "sample_every",
-    "save_every",
-    "checkpoint_every",
-)
-OPTIONAL_WHOLE_NUMBERS = ("steps", "patience", "eval_images", "num_processes")  # or null
-NUMBERS = ("lr", "warmdown_ratio", "grad_clip", "momentum", "weight_decay", "sample_temperature")
 log = logging.getLogger("flowgen")
 
 
@@ -101,10 +88,9 @@ class TrainerConfig:
     checkpoint_steps: list[int] = field(default_factory=list)  # more steps with such a checkpoint
 
     def __post_init__(self) -> None:
+        decays = ema_decays(self.ema_decay)
         if self.steps is None and self.minutes is None:
             raise UserError("training has no end: set trainer.steps or trainer.minutes")
-        if self.minutes is not None:
-            check_number(MIN_MINUTES, minutes=self.minutes)
         if not isinstance(self.checkpoint_steps, list):
             raise UserError(
                 "checkpoint_steps must be a list of steps, as in "
@@ -114,27 +100,28 @@ class TrainerConfig:
             raise UserError(
                 f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}"
             )
-        if not self.ema_decays:
+        if not decays:
             raise UserError(
                 "ema_decay must be a number, 0 for no average, or several, as in "
                 "trainer.ema_decay=[0.99,0.999], not []"
             )
-        for name in WHOLE_NUMBERS:
-            check_whole(**{name: getattr(self, name)})
-        for name in OPTIONAL_WHOLE_NUMBERS:
-            if getattr(self, name) is not None:
-                check_whole(**{name: getattr(self, name)})
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.type is int or (setting.type == int | None and value is not None):
+                check_whole(**{setting.name: value})
+            elif setting.type is float:
+                check_number(**{setting.name: value})
+        if self.minutes is not None:
+            check_number(MIN_MINUTES, minutes=self.minutes)
         for step in self.checkpoint_steps:
             check_whole(checkpoint_steps=step)
-        for name in NUMBERS:
-            check_number(**{name: getattr(self, name)})
         for beta in self.betas:
             check_number(betas=beta)
-        for decay in self.ema_decays:
+        for decay in decays:
             check_number(ema_decay=decay)
         if self.warmdown_ratio > 1:
             raise UserError(f"warmdown_ratio must be at most 1, not {self.warmdown_ratio}")
-        if max(*self.ema_decays, self.momentum, *self.betas) >= 1:
+        if max(*decays, self.momentum, *self.betas) >= 1:
             raise UserError(
                 "ema_decay, momentum and betas must be below 1, not "
                 f"{self.ema_decay}, {self.momentum} and {self.betas}"
@@ -154,17 +141,6 @@ class TrainerConfig:
                 "set trainer.compile=false, or trainer.activation_memory=checkpoint"
             )
 
-    @property
-    def ema_decays(self) -> list[float]:
-        """The decay of each EMA."""
-        return ema_decays(self.ema_decay)
-
-    def progress(self, step: int, seconds: float) -> float:
-        """Return the finished fraction of training; at 1 it ends."""
-        by_steps = step / self.steps if self.steps else 0.0
-        by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
-        return max(by_steps, by_time)
-
 
 class Trainer:
     """One training of one model.
@@ -177,7 +153,7 @@ class Trainer:
         run_config: the configuration that checkpoints store; its `seed` and the step fix all
             random numbers.
         group: the processes that train the model together.
-        runtime: the device and precision; by default those of `config`.
+        runtime: the device and precision.
     """
 
     def __init__(
@@ -187,8 +163,8 @@ class Trainer:
         data: ImageDataset,
         run: Run,
         run_config: dict[str, Any],
-        group: ProcessGroup = SINGLE_PROCESS,
-        runtime: Runtime | None = None,
+        group: ProcessGroup,
+        runtime: Runtime,
     ):
         self.config = config
         self.model = model
@@ -197,16 +173,9 @@ class Trainer:
         self.run_config = run_config
         self.seed: int = run_config["seed"]
         self.group = group
-        self.runtime = runtime or Runtime(config.device, config.num_threads, config.precision)
+        self.runtime = runtime
         self.rows: Tensor | None = None  # indices of this process's rows of every batch
-        if group.size > 1:
-            self._check_group()
-            self.rows = group.rows(config.batch_size, config.grad_accum_steps)
-        self.state: TrainState
         self.logger: Logger | None = None  # in the main process only
-        self.last_done: dict[str, int] = {}  # the step at which each task was last done
-        self.last_log_step = 0
-        self.compute_seconds = 0.0  # in training steps since then
 
     def fit(
         self, checkpoint: dict[str, Any] | None = None, init_weights: bool = False
@@ -306,9 +275,8 @@ class Trainer:
             self.state.images_seen, self.config.batch_size, self.seed, self.rows
         )
         parts = self.config.grad_accum_steps
-        image_parts = images.chunk(parts)
         label_parts = [None] * parts if labels is None else labels.chunk(parts)
-        yield from zip(image_parts, label_parts, strict=True)
+        yield from zip(images.chunk(parts), label_parts, strict=True)
 
     def compute_loss(
         self, forward: Callable[..., Tensor], images: Tensor, labels: Tensor | None
@@ -330,22 +298,29 @@ class Trainer:
                 self.compute_loss(self.model.forward, *batch) for batch in self.micro_batches()
             ],
         )
-        latest_valid_checkpoint = partial(
-            self.group.broadcast_from_main, self.run.latest_valid_checkpoint
+        checkpoint = state.nan_recovery.rewind(
+            lambda before: self.group.broadcast_from_main(self.run.latest_valid_checkpoint, before),
+            state.step + 1,
+            culprit,
+            self.config.lr,
         )
-        state.rollback(
-            state.nan_recovery.rewind(
-                latest_valid_checkpoint, state.step + 1, culprit, self.config.lr
-            )
-        )
+        state.rollback(checkpoint)
         if self.group.is_main:
             self.run.truncate_metrics(state.step)
         self._restart_speed()
 
     @property
     def progress(self) -> float:
-        """The finished fraction of training."""
-        return self.config.progress(self.state.step, self.state.seconds)
+        """The finished fraction of training; at 1 it ends."""
+        config = self.config
+        by_steps = self.state.step / config.steps if config.steps else 0.0
+        by_time = self.state.seconds / (60 * config.minutes) if config.minutes else 0.0
+        return max(by_steps, by_time)
+
+    @property
+    def position(self) -> float:
+        """The position of the progress bar: optimizer steps, or seconds without a last step."""
+        return self.state.step if self.config.steps is not None else self.state.seconds
 
     @property
     def finished(self) -> bool:
@@ -360,7 +335,7 @@ class Trainer:
         config = self.config
         state = self.state
         if self.logger:
-            self.logger.advance(state.step if config.steps is not None else state.seconds)
+            self.logger.advance(self.position)
         if self._is_due("log", config.log_every):
             self.log_step(row)
         is_best = self._is_due("eval", config.eval_every) and self.validate()
@@ -397,8 +372,8 @@ class Trainer:
         values = [MetricValue(Metric(name), value) for name, value in (row | diagnostics).items()]
         if self.model.loss_metric is not None:
             values.insert(0, MetricValue(self.model.loss_metric, row["loss"]))
-        memory = peak_memory(self.runtime.device)
-        metrics = Metrics.of(*values, seconds=state.seconds, memory_gib=memory)
+        memory_gib = peak_memory(self.runtime.device)
+        metrics = Metrics.of(*values, seconds=state.seconds, memory_gib=memory_gib)
         if self.logger:
             self.logger.write(state.step, "train", metrics)
         self._restart_speed()
@@ -414,9 +389,8 @@ class Trainer:
         """
         self.runtime.seed(self.seed, self.state.step)
         size = self.config.batch_size // self.config.grad_accum_steps
-        seen = self.state.images_seen
         self.state.update_bn(
-            self.data.train_batch(seen + size * index, size, self.seed)
+            self.data.train_batch(self.state.images_seen + size * index, size, self.seed)
             for index in range(BN_UPDATE_BATCHES)
         )
         return self.state.ema_model.eval()
@@ -430,13 +404,12 @@ class Trainer:
         state = self.state
         metric = self.model.metric
         results = [self._evaluate("validation", index) for index in range(len(state.emas) or 1)]
-        cost_of_ema = [metric.cost(result[metric.name].value) for result in results]
-        lowest_cost = min(cost_of_ema)
-        state.best_ema = cost_of_ema.index(lowest_cost)
+        costs = [metric.cost(result[metric.name].value) for result in results]
+        lowest_cost = min(costs)
+        state.best_ema = costs.index(lowest_cost)
         metrics = results[state.best_ema]
-        if len(cost_of_ema) > 1:
-            decay = state.ema_decays[state.best_ema]
-            metrics |= Metrics.of(MetricValue(Metric("ema"), decay, split="validation"))
+        if len(results) > 1:
+            metrics |= Metrics.of(MetricValue(Metric("ema"), state.ema_decays[state.best_ema]))
         if self.logger:
             self.logger.write(state.step, "validation", metrics)
         is_best = lowest_cost < state.best
@@ -486,21 +459,12 @@ class Trainer:
             self.run.save(content, best=best, keep=keep)
         self.last_done["save"] = self.state.step
 
-    def _check_group(self) -> None:
-        if not self.model.shares_batches:
-            raise UserError(
-                "this model trains in one process: remove trainer.num_processes and torchrun, "
-                "and start one run per device"
-            )
-        self.group.check_device(self.runtime.device)
-        self.group.check_divides(self.config.batch_size, self.config.grad_accum_steps)
-
     def _prepare(self, checkpoint: dict[str, Any] | None, init_weights: bool) -> None:
         """Initialize or restore the model, and create state and logger."""
         config = self.config
         model = self.model
         device = self.runtime.device
-        self._check_memory()
+        self._check_settings()
         try:
             set_activation_memory(model, config.activation_memory)
         except ValueError as error:
@@ -518,6 +482,7 @@ class Trainer:
             self.runtime,
             config.batch_size,
             config.grad_accum_steps * self.group.size,
+            config.activation_memory,
         )
         self.group.broadcast_weights(model)
         optimizer = build_optimizer(
@@ -528,17 +493,20 @@ class Trainer:
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
-        self.state = TrainState(model, optimizer, config.optimizer, config.ema_decays)
+        self.state = TrainState(model, optimizer, config.optimizer, ema_decays(config.ema_decay))
         if self.group.size > 1:  # after the EMAs are copied, which evaluate whole batches
+            self.rows = self.group.rows(config.batch_size, config.grad_accum_steps)
             shard_batches(model, self.group.rank, self.group.size)
         if checkpoint is not None:
             self.state.restore(checkpoint)
             if self.group.is_main:
                 self.run.truncate_metrics(self.state.step)
-        self.last_done = {"save": self.state.step}
+        self.last_done = {"save": self.state.step}  # the step at which each task was last done
         self._restart_speed()
         if self.group.is_main:
-            self.logger = self._make_logger()
+            unit = "s" if config.steps is None else "step"
+            total = config.steps or 60 * (config.minutes or 0.0)
+            self.logger = Logger(self.run, model, self.state.step, self.position, total, unit)
         if config.compile:
             # CUDA graphs save launches, but overwrite gradients that accumulate.
             model.compile(mode="reduce-overhead" if config.grad_accum_steps == 1 else "default")
@@ -547,24 +515,26 @@ class Trainer:
         if config.compile:
             self._warm_up()
 
-    def _check_memory(self) -> None:
+    def _check_settings(self) -> None:
+        """Check that the model can be trained with these settings on this machine."""
         config = self.config
+        if self.group.size > 1:
+            if not self.model.shares_batches:
+                raise UserError(
+                    "this model trains in one process: remove trainer.num_processes and torchrun, "
+                    "and start one run per device"
+                )
+            self.group.check_device(self.runtime.device)
+            self.group.check_divides(config.batch_size, config.grad_accum_steps)
         bytes_per_image = 5 * math.prod(self.data.image_shape)  # one byte and one float32 per value
-        for name in ("batch_size", "init_images"):
-            check_memory(f"trainer.{name}", getattr(config, name), bytes_per_image)
+        check_memory("trainer.batch_size", config.batch_size, bytes_per_image)
+        check_memory("trainer.init_images", config.init_images, bytes_per_image)
         recomputes = config.compile and config.activation_memory == "checkpoint"
         if recomputes and (self.group.size > 1 or batch_norm_layers(self.model)):
             raise UserError(
                 "trainer.compile=true with batch normalization or several processes needs "
                 "trainer.activation_memory=store: set it, or trainer.compile=false"
             )
-
-    def _make_logger(self) -> Logger:
-        state = self.state
-        if self.config.steps is not None:
-            return Logger(self.run, self.model, state.step, state.step, self.config.steps, "step")
-        total_seconds = 60 * (self.config.minutes or 0.0)
-        return Logger(self.run, self.model, state.step, state.seconds, total_seconds, "s")
 
     def _warm_up(self) -> None:
         """Compile the model on the first batch, without training it."""
