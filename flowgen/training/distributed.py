@@ -106,9 +106,6 @@ class ProcessGroup(Rank):
             model.load_state_dict(weights)
 
 
-SINGLE_PROCESS = ProcessGroup()
-
-
 class ShardedRandomSource(RandomSource):
     """Random source of a process that computes its rows of a batch.
 
@@ -206,7 +203,7 @@ def join() -> Iterator[ProcessGroup]:
     reports its error.
     """
     if not is_distributed():
-        yield SINGLE_PROCESS
+        yield ProcessGroup()
         return
     if _local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(_local_rank())

@@ -65,11 +65,10 @@ class Logger(ExitStack):
         for name, value in row.items():
             self.board.add_scalar(f"{split}/{name}", value, step)
         text = "  ".join(_format(value) for value in metrics.measured.values())
-        level = logging.INFO
-        if split == "train" and not self.bar.disable:
+        on_bar = split == "train" and not self.bar.disable
+        if on_bar:
             self.bar.set_postfix_str(text)
-            level = logging.DEBUG
-        log.log(level, "step %d  %s  %s", step, split, text)
+        log.log(logging.DEBUG if on_bar else logging.INFO, "step %d  %s  %s", step, split, text)
 
     def write_samples(self, step: int, images: Tensor, bits: int) -> None:
         """Write a grid of samples as a file and to TensorBoard."""

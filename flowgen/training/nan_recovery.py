@@ -37,13 +37,13 @@ class NaNRecovery:
     rewound_to: int = -1
     lr_scale: float = 1.0
 
-    def record(self, finite: bool, buffers: Iterable[Tensor]) -> bool:
-        """Count a step and return whether training must roll back.
+    def record(self, values: Iterable[float], buffers: Iterable[Tensor]) -> bool:
+        """Count a step with these loss and gradient norm; return whether training must roll back.
 
         It must after `MAX_FAILED_STEPS` failures, or if a failed forward pass left `buffers`
         (running statistics, Markov chains) that are not finite.
         """
-        if finite:
+        if all(map(math.isfinite, values)):
             self.failed = 0
             return False
         self.failed += 1

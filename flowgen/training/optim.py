@@ -1,12 +1,10 @@
-"""Optimizers, the learning-rate schedule and exponential moving averages (EMA) of the weights."""
+"""Optimizers, the learning-rate schedule and the norm of the gradients."""
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from flowgen.utils.errors import UserError
 
@@ -70,27 +68,6 @@ def warmup_steps(warmup: int | str, num_images: int, batch_size: int) -> int:
             f"warmup must be a number of steps, or of epochs as in '1 epoch', not {warmup!r}"
         )
     return round(float(epochs[1]) * num_images / batch_size)
-
-
-def ema_decays(ema_decay: float | Sequence[float]) -> list[float]:
-    """Return `trainer.ema_decay`, one number or several, as a list."""
-    if isinstance(ema_decay, Sequence) and not isinstance(ema_decay, str):
-        return list(ema_decay)
-    return [ema_decay]
-
-
-def build_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """Return a copy of `model` whose weights are an exponential moving average of the model's.
-
-    The memory grows with training: the decay of update n is min(decay, (1 + n) / (10 + n)).
-    """
-
-    @torch.no_grad()
-    def update(averages: Any, weights: Any, num_averaged: Any) -> None:
-        count = int(num_averaged)
-        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + count) / (10 + count)))
-
-    return AveragedModel(model, multi_avg_fn=update)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from flowgen.bijections.batchnorm import update_bn
 from flowgen.bijections.networks import batch_norm_layers
 from flowgen.models.base import GenerativeModel
 from flowgen.training.nan_recovery import NaNRecovery
-from flowgen.training.optim import build_ema, ema_decays
 from flowgen.utils.errors import UserError
 
 OPTIMIZER_STATE = {  # tensors that each optimizer stores per parameter
@@ -59,9 +60,8 @@ class TrainState:
     @property
     def ema_model(self) -> GenerativeModel:
         """The model to evaluate and to sample from: the best EMA, or the model itself."""
-        model = self.emas[self.best_ema].module if self.emas else self.model
-        assert isinstance(model, GenerativeModel)
-        return model
+        ema_model: Any = self.emas[self.best_ema].module if self.emas else self.model
+        return ema_model
 
     def update_bn(self, batches: Iterable[tuple[Any, ...]]) -> None:
         """Estimate the batch statistics of the best EMA over `batches`, once per step."""
@@ -143,9 +143,30 @@ class TrainState:
     def _check_optimizer_state(self) -> None:
         """Raise ValueError if the optimizer cannot take its next step with its loaded state."""
         for parameter, state in self.optimizer.state.items():
-            if state.keys() != OPTIMIZER_STATE[self.optimizer_name]:
-                raise ValueError("other tensors")
-            for name, value in state.items():
-                shape = () if name == "step" else parameter.shape
-                if value is not None and value.shape != shape:
-                    raise ValueError(f"{name} has another shape")
+            fits = all(
+                value is None or value.shape == (() if name == "step" else parameter.shape)
+                for name, value in state.items()
+            )
+            if not fits or state.keys() != OPTIMIZER_STATE[self.optimizer_name]:
+                raise ValueError("the optimizer has other tensors")
+
+
+def ema_decays(ema_decay: float | Sequence[float]) -> list[float]:
+    """Return `trainer.ema_decay`, one number or several, as a list."""
+    if isinstance(ema_decay, Sequence) and not isinstance(ema_decay, str):
+        return list(ema_decay)
+    return [ema_decay]
+
+
+def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """Return a copy of `model` whose weights are an exponential moving average of the model's.
+
+    The memory grows with training: the decay of update n is min(decay, (1 + n) / (10 + n)).
+    """
+
+    @torch.no_grad()
+    def update(averages: Any, weights: Any, num_averaged: Any) -> None:
+        count = int(num_averaged)
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + count) / (10 + count)))
+
+    return AveragedModel(model, multi_avg_fn=update)

@@ -23,7 +23,6 @@ from flowgen.training.nan_recovery import first_nonfinite_module
 from flowgen.training.optim import (
     OPTIMIZERS,
     build_optimizer,
-    ema_decays,
     gradient_norm,
     learning_rate_factor,
     warmup_steps,
@@ -31,7 +30,7 @@ from flowgen.training.optim import (
 from flowgen.training.run_dir import Run
 from flowgen.training.sanity_checks import warn_implausible_likelihood, warn_inaccurate_inverse
 from flowgen.training.signals import GracefulStop
-from flowgen.training.state import TrainState
+from flowgen.training.state import TrainState, ema_decays
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.memory import check_memory
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
@@ -89,22 +88,24 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         decays = ema_decays(self.ema_decay)
-        if self.steps is None and self.minutes is None:
-            raise UserError("training has no end: set trainer.steps or trainer.minutes")
-        if not isinstance(self.checkpoint_steps, list):
-            raise UserError(
-                "checkpoint_steps must be a list of steps, as in "
-                f"trainer.checkpoint_steps=[1000,5000], not {self.checkpoint_steps!r}"
-            )
-        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
-            raise UserError(
-                f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}"
-            )
-        if not decays:
-            raise UserError(
-                "ema_decay must be a number, 0 for no average, or several, as in "
-                "trainer.ema_decay=[0.99,0.999], not []"
-            )
+        _check(
+            self.steps is not None or self.minutes is not None,
+            "training has no end: set trainer.steps or trainer.minutes",
+        )
+        _check(
+            isinstance(self.checkpoint_steps, list),
+            "checkpoint_steps must be a list of steps, as in "
+            f"trainer.checkpoint_steps=[1000,5000], not {self.checkpoint_steps!r}",
+        )
+        _check(
+            isinstance(self.betas, Sequence) and len(self.betas) == 2,
+            f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}",
+        )
+        _check(
+            len(decays) > 0,
+            "ema_decay must be a number, 0 for no average, or several, as in "
+            "trainer.ema_decay=[0.99,0.999], not []",
+        )
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.type is int or (setting.type == int | None and value is not None):
@@ -119,27 +120,28 @@ class TrainerConfig:
             check_number(betas=beta)
         for decay in decays:
             check_number(ema_decay=decay)
-        if self.warmdown_ratio > 1:
-            raise UserError(f"warmdown_ratio must be at most 1, not {self.warmdown_ratio}")
-        if max(*decays, self.momentum, *self.betas) >= 1:
-            raise UserError(
-                "ema_decay, momentum and betas must be below 1, not "
-                f"{self.ema_decay}, {self.momentum} and {self.betas}"
-            )
-        if self.batch_size % self.grad_accum_steps:
-            raise UserError(
-                f"batch_size={self.batch_size} cannot be split into "
-                f"grad_accum_steps={self.grad_accum_steps} equal parts"
-            )
+        _check(
+            self.warmdown_ratio <= 1, f"warmdown_ratio must be at most 1, not {self.warmdown_ratio}"
+        )
+        _check(
+            max(*decays, self.momentum, *self.betas) < 1,
+            "ema_decay, momentum and betas must be below 1, not "
+            f"{self.ema_decay}, {self.momentum} and {self.betas}",
+        )
+        _check(
+            self.batch_size % self.grad_accum_steps == 0,
+            f"batch_size={self.batch_size} cannot be split into "
+            f"grad_accum_steps={self.grad_accum_steps} equal parts",
+        )
         warmup_steps(self.warmup, 1, 1)
         check_choice(OPTIMIZERS, optimizer=self.optimizer)
         check_choice((True, False), compile=self.compile)
         check_choice(ACTIVATION_MEMORY, activation_memory=self.activation_memory)
-        if self.compile and self.activation_memory == "reversible":
-            raise UserError(
-                "activation_memory=reversible cannot be compiled: "
-                "set trainer.compile=false, or trainer.activation_memory=checkpoint"
-            )
+        _check(
+            not self.compile or self.activation_memory != "reversible",
+            "activation_memory=reversible cannot be compiled: "
+            "set trainer.compile=false, or trainer.activation_memory=checkpoint",
+        )
 
 
 class Trainer:
@@ -203,13 +205,12 @@ class Trainer:
             while not self.finished and stop_signal is None:
                 step_start = time.monotonic()
                 row = self.training_step()
-                if state.nan_recovery.record(is_finite(row), self.model.buffers()):
+                if state.nan_recovery.record(row.values(), self.model.buffers()):
                     self.rollback()
-                    row = {}
                     continue
                 state.step += 1
                 state.images_seen += self.config.batch_size
-                self.compute_seconds += time.monotonic() - step_start
+                self.step_seconds.append(time.monotonic() - step_start)
                 # All processes follow one clock and stop at the same step.
                 state.seconds, _ = self.group.sync_clock_and_signal(
                     time.monotonic() - start_time, None
@@ -247,7 +248,7 @@ class Trainer:
         # One transfer waits for the device once.
         loss_value, norm_value = torch.stack([mean_loss, grad_norm]).tolist()
         row = {"loss": loss_value, "lr": lr, "grad_norm": norm_value}
-        if not is_finite(row):
+        if not all(map(math.isfinite, row.values())):
             return row
         if self.config.grad_clip:
             nn.utils.clip_grads_with_norm_(model.parameters(), self.config.grad_clip, grad_norm)
@@ -307,7 +308,7 @@ class Trainer:
         state.rollback(checkpoint)
         if self.group.is_main:
             self.run.truncate_metrics(state.step)
-        self._restart_speed()
+        self.step_seconds.clear()
 
     @property
     def progress(self) -> float:
@@ -356,16 +357,15 @@ class Trainer:
     def _is_due(self, task: str, interval: float) -> bool:
         """Return whether to do a task after this step: at its interval or the end, but once."""
         step = self.state.step
-        due = self.finished or step % interval == 0
-        if not due or self.last_done.get(task) == step:
-            return False
-        self.last_done[task] = step
-        return True
+        due = (self.finished or step % interval == 0) and self.last_done.get(task) != step
+        if due:
+            self.last_done[task] = step
+        return due
 
     def log_step(self, row: dict[str, float]) -> None:
         """Write the metrics of the last training step."""
         state = self.state
-        speed = (state.step - self.last_log_step) * self.config.batch_size / self.compute_seconds
+        speed = len(self.step_seconds) * self.config.batch_size / sum(self.step_seconds)
         diagnostics = self.model.diagnostics()
         warn_inaccurate_inverse(diagnostics)
         row = row | {"images_per_second": speed, "skipped": state.nan_recovery.skipped}
@@ -376,11 +376,7 @@ class Trainer:
         metrics = Metrics.of(*values, seconds=state.seconds, memory_gib=memory_gib)
         if self.logger:
             self.logger.write(state.step, "train", metrics)
-        self._restart_speed()
-
-    def _restart_speed(self) -> None:
-        self.compute_seconds = 0.0
-        self.last_log_step = self.state.step
+        self.step_seconds.clear()
 
     def eval_model(self) -> GenerativeModel:
         """Return the best EMA in evaluation mode.
@@ -455,8 +451,7 @@ class Trainer:
         self.eval_model()
         self.model.train()
         if self.group.is_main:
-            content = {"config": self.run_config, **self.state.capture()}
-            self.run.save(content, best=best, keep=keep)
+            self.run.save({"config": self.run_config, **self.state.capture()}, best=best, keep=keep)
         self.last_done["save"] = self.state.step
 
     def _prepare(self, checkpoint: dict[str, Any] | None, init_weights: bool) -> None:
@@ -502,10 +497,10 @@ class Trainer:
             if self.group.is_main:
                 self.run.truncate_metrics(self.state.step)
         self.last_done = {"save": self.state.step}  # the step at which each task was last done
-        self._restart_speed()
+        self.step_seconds: list[float] = []  # of the training steps since the last log line
         if self.group.is_main:
-            unit = "s" if config.steps is None else "step"
             total = config.steps or 60 * (config.minutes or 0.0)
+            unit = "step" if config.steps else "s"
             self.logger = Logger(self.run, model, self.state.step, self.position, total, unit)
         if config.compile:
             # CUDA graphs save launches, but overwrite gradients that accumulate.
@@ -519,22 +514,22 @@ class Trainer:
         """Check that the model can be trained with these settings on this machine."""
         config = self.config
         if self.group.size > 1:
-            if not self.model.shares_batches:
-                raise UserError(
-                    "this model trains in one process: remove trainer.num_processes and torchrun, "
-                    "and start one run per device"
-                )
+            _check(
+                self.model.shares_batches,
+                "this model trains in one process: remove trainer.num_processes and torchrun, "
+                "and start one run per device",
+            )
             self.group.check_device(self.runtime.device)
             self.group.check_divides(config.batch_size, config.grad_accum_steps)
         bytes_per_image = 5 * math.prod(self.data.image_shape)  # one byte and one float32 per value
         check_memory("trainer.batch_size", config.batch_size, bytes_per_image)
         check_memory("trainer.init_images", config.init_images, bytes_per_image)
         recomputes = config.compile and config.activation_memory == "checkpoint"
-        if recomputes and (self.group.size > 1 or batch_norm_layers(self.model)):
-            raise UserError(
-                "trainer.compile=true with batch normalization or several processes needs "
-                "trainer.activation_memory=store: set it, or trainer.compile=false"
-            )
+        _check(
+            not (recomputes and (self.group.size > 1 or batch_norm_layers(self.model))),
+            "trainer.compile=true with batch normalization or several processes needs "
+            "trainer.activation_memory=store: set it, or trainer.compile=false",
+        )
 
     def _warm_up(self) -> None:
         """Compile the model on the first batch, without training it."""
@@ -550,6 +545,6 @@ class Trainer:
         log.info("compiled in %.0f s", time.monotonic() - start_time)
 
 
-def is_finite(row: dict[str, float]) -> bool:
-    """Return whether loss and gradient norm of a training step are finite."""
-    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+def _check(valid: bool, message: str) -> None:
+    if not valid:
+        raise UserError(message)
