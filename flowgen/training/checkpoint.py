@@ -96,11 +96,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     import torch
 
-    if not path.exists():
-        raise UserError(f"{path} does not exist: `flowgen runs` lists the runs")
+    if not path.is_file():  # reading a pipe would block
+        raise UserError(f"{path} does not exist or is not a file: `flowgen runs` lists the runs")
     try:
-        if not path.is_file():
-            raise OSError("reading a pipe would block")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on a damaged file
         raise UserError(

@@ -128,8 +128,8 @@ class ShardedRandomSource(RandomSource):
         if generator is not None or not self.training:
             return draw(shape, generator=generator, **kwargs)
         batch_size, *rest = shape
-        whole = draw((self.world_size * batch_size, *rest), **kwargs)
-        return whole.view(self.world_size, batch_size, *rest)[self.rank]
+        batch = draw((self.world_size * batch_size, *rest), **kwargs)
+        return batch.chunk(self.world_size)[self.rank]
 
 
 def _synchronized_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:

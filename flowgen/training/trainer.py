@@ -326,10 +326,8 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """True once training has reached its end or run out of patience."""
-        patience = self.config.patience
-        return self.progress >= 1 or (
-            patience is not None and self.state.evals_since_best >= patience
-        )
+        patience = self.config.patience or math.inf
+        return self.progress >= 1 or self.state.evals_since_best >= patience
 
     def _after_step(self, row: dict[str, float]) -> None:
         """Log, evaluate, sample and save, if it is time to."""
@@ -372,9 +370,9 @@ class Trainer:
         values = [MetricValue(Metric(name), value) for name, value in (row | diagnostics).items()]
         if self.model.loss_metric is not None:
             values.insert(0, MetricValue(self.model.loss_metric, row["loss"]))
-        memory_gib = peak_memory(self.runtime.device)
-        metrics = Metrics.of(*values, seconds=state.seconds, memory_gib=memory_gib)
         if self.logger:
+            memory_gib = peak_memory(self.runtime.device)
+            metrics = Metrics.of(*values, seconds=state.seconds, memory_gib=memory_gib)
             self.logger.write(state.step, "train", metrics)
         self.step_seconds.clear()
 
@@ -400,9 +398,9 @@ class Trainer:
         state = self.state
         metric = self.model.metric
         results = [self._evaluate("validation", index) for index in range(len(state.emas) or 1)]
-        costs = [metric.cost(result[metric.name].value) for result in results]
-        lowest_cost = min(costs)
-        state.best_ema = costs.index(lowest_cost)
+        cost_of_ema = [metric.cost(result[metric.name].value) for result in results]
+        lowest_cost = min(cost_of_ema)
+        state.best_ema = cost_of_ema.index(lowest_cost)
         metrics = results[state.best_ema]
         if len(results) > 1:
             metrics |= Metrics.of(MetricValue(Metric("ema"), state.ema_decays[state.best_ema]))
