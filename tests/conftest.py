@@ -63,7 +63,7 @@ RBM = [
 
 CHECKPOINT = {  # the smallest valid checkpoint
     "format": FORMAT,
-    "config": {"model": {}, "data": {}, "trainer": {}, "seed": 0},
+    "config": {"model": {}, "data": {}, "trainer": {"sample_temperature": 1.0}, "seed": 0},
     "step": 1,
     "images_seen": 1,
     "model": {},

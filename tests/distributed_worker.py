@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flowgen.commands.train import lock_run, run_training_in_group
+from flowgen.api import lock_run, run_training_in_group
 from flowgen.config.instantiate import build_model_and_data
 from flowgen.config.loading import load_weights
 from flowgen.models.base import EvalConfig

@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import SMALL
 from distributed_worker import evaluate, run_jobs
-from test_architecture import compose_config
 from test_training import rows, spawn, wait_for_step
 from torch import distributed as dist
 from torch import nn
 
 from flowgen.bijections.batchnorm import BatchNorm
 from flowgen.bijections.networks import Dropout, RandomSource
+from flowgen.config.compose import compose_config
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.distributed import (
     ProcessGroup,
@@ -89,7 +89,8 @@ def make_config(name: str, images: Path, steps: int) -> dict:
         "trainer.precision=float32",
         "trainer.eval_every=10",
     ]
-    return compose_config(*MODELS[name], f"data.root={images}", *settings)
+    config, _, _ = compose_config([*MODELS[name], f"data.root={images}", *settings])
+    return config
 
 
 def run_in_processes(num_processes: int, jobs: list, path: Path) -> str:

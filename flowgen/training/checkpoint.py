@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,6 @@ MAX_CONFIG_BYTES = 2**20  # of a configuration; larger ones take seconds to read
 MAX_COUNT = 2**63
 MAX_STEP = 2**53  # in metrics.jsonl: JSON numbers are float64
 MAX_ABS_VALUE = 1e100  # of a metric; no axis can show more
-REQUIRED_KEYS = {
-    "config",
-    "step",
-    "images_seen",
-    "model",
-    "ema",
-    "optimizer",
-    "progress",
-    "nan_recovery",
-}
 NUMERIC_METRICS = {  # keys of metrics that commands compute with
     "loss",
     "lr",
@@ -51,13 +42,6 @@ PROGRESS_KEYS = {"best", "seconds", "evals_since_best", "best_ema"}
 NAN_RECOVERY_KEYS = {"failed", "skipped", "rewinds", "failed_at", "rewound_to", "lr_scale"}
 SUFFIX = ".safetensors"
 ZOO = Path(__file__).parents[1] / "zoo"  # trained models in the package
-METADATA_TYPES = {  # of a safetensors export
-    "config": dict,
-    "step": int,
-    "images_seen": int,
-    "metrics": dict,
-    "command": str,
-}
 NOT_EXPORTED = {  # parts of a checkpoint that an export lacks
     "optimizer": {},
     "progress": {"best": 0.0, "seconds": 0.0},
@@ -86,14 +70,10 @@ def write_checkpoint(state: dict[str, Any], path: Path, links: Iterable[Path] = 
         with atomic_write(path) as temporary:
             with open(temporary, "wb") as file:
                 torch.save({"format": FORMAT, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
             for link in links:
                 _link_or_copy(temporary, link)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = "the disk is full or not writable"
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
+        reason = getattr(error, "strerror", None) or "the disk is full or not writable"
         raise UserError(
             f"could not save {path} ({reason}): free some space, then continue from the last "
             f"checkpoint with `flowgen resume {path.parent.parent}`"
@@ -116,11 +96,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     import torch
 
-    if not path.exists():
-        raise UserError(f"{path} does not exist: `flowgen runs` lists the runs")
+    if not path.is_file():  # reading a pipe would block
+        raise UserError(f"{path} does not exist or is not a file: `flowgen runs` lists the runs")
     try:
-        if not path.is_file():
-            raise OSError("reading a pipe would block")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on a damaged file
         raise UserError(
@@ -148,7 +126,6 @@ def validate(state: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path} was written by a later version of flowgen: upgrade flowgen to read it"
         )
     try:
-        _check_config(state["config"])
         valid = type(version) is int and version == FORMAT and _is_valid(state)
     except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError):
         valid = False
@@ -159,17 +136,15 @@ def validate(state: dict[str, Any], path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_config(config: Any) -> None:
-    """Raise ValueError or TypeError unless the configuration is plain data of a bounded size.
+def _is_small(config: Any) -> bool:
+    """Return whether the configuration is plain data of a bounded size.
 
     A few bytes of a pickle can repeat one list millions of times. Encoding in pieces stops early,
     and fails on lone surrogates, which could not be written to a file.
     """
-    size = 0
-    for piece in json.JSONEncoder(ensure_ascii=False).iterencode(config):
-        size += len(piece.encode())
-        if size > MAX_CONFIG_BYTES:
-            raise ValueError("too long")
+    pieces = json.JSONEncoder(ensure_ascii=False).iterencode(config)
+    sizes = accumulate(len(piece.encode()) for piece in pieces)
+    return all(size <= MAX_CONFIG_BYTES for size in sizes)
 
 
 def is_number(value: object) -> bool:
@@ -198,21 +173,21 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_weights(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    if not value:
-        return True  # without torch, for the metadata of an export
-
-    from torch import Tensor
-
-    return all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and _is_tensor(tensor) for name, tensor in value.items()
     )
+
+
+def _is_tensor(value: Any) -> bool:
+    from torch import Tensor  # not needed for the metadata of an export
+
+    return isinstance(value, Tensor)
 
 
 def _is_config(value: Any) -> bool:
     return (
-        all(isinstance(value.get(section), dict) for section in ("model", "data", "trainer"))
+        _is_small(value)
+        and all(isinstance(value.get(section), dict) for section in ("model", "data", "trainer"))
         and _is_count(value.get("seed"))
         and is_number(value["trainer"]["sample_temperature"])
         and isinstance(value.get("evaluation", {}), dict)
@@ -248,6 +223,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {  # of the required parts of a check
     "progress": _is_progress,
     "nan_recovery": lambda value: _has_numbers(value, NAN_RECOVERY_KEYS),
 }
+REQUIRED_KEYS = CHECKS.keys()
 
 
 def _is_valid(state: dict[str, Any]) -> bool:
@@ -267,11 +243,10 @@ def eval_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the averaged weights of a checkpoint, or the trained ones if it has no average."""
     if checkpoint["ema"] is None:
         return checkpoint["model"]
-    prefix = "module."
     return {
-        name.removeprefix(prefix): value
+        name.removeprefix("module."): value
         for name, value in checkpoint["ema"].items()
-        if name.startswith(prefix)
+        if name.startswith("module.")
     }
 
 
@@ -320,38 +295,24 @@ def export_safetensors(
         path: the file to write.
         half: store convolutions in half precision.
     """
-    import torch
     from safetensors.torch import save_file
 
-    config = dict(checkpoint["config"])
-    config["data"] = {
-        key: None if key == "root" else value for key, value in config["data"].items()
-    }
-    config["output_dir"] = None
-    config["init_from"] = None
+    config = checkpoint["config"]
+    data = {key: None if key == "root" else value for key, value in config["data"].items()}
     metadata = {
         "format": FORMAT,
-        "config": config,
+        "config": config | {"data": data, "output_dir": None, "init_from": None},
         "step": checkpoint["step"],
         "images_seen": checkpoint["images_seen"],
         "metrics": {key: value for key, value in metrics.items() if key != "run"},
         "command": command,
     }
-    weights = {}
-    for name, value in eval_weights(checkpoint).items():
-        dtype = torch.float16 if half and value.dim() == 4 else value.dtype
-        weights[name] = value.to(dtype).contiguous().clone()
+    weights = {
+        name: (value.half() if half and value.dim() == 4 else value).contiguous().clone()
+        for name, value in eval_weights(checkpoint).items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, path, metadata={"flowgen": json.dumps(metadata)})
-
-
-def read_safetensors(path: Path) -> dict[str, Any]:
-    """Read an exported model as a checkpoint without optimizer state. No code can run.
-
-    Raises:
-        UserError: if the file is damaged, of another format, or not an export of flowgen.
-    """
-    return _read_safetensors(path, with_weights=True)
 
 
 def read_portable_metadata(path: Path) -> dict[str, Any]:
@@ -360,30 +321,33 @@ def read_portable_metadata(path: Path) -> dict[str, Any]:
     Raises:
         UserError: as `read_safetensors`.
     """
-    return _read_safetensors(path, with_weights=False)
+    return read_safetensors(path, with_weights=False)
 
 
-def _read_safetensors(path: Path, with_weights: bool) -> dict[str, Any]:
+def read_safetensors(path: Path, with_weights: bool = True) -> dict[str, Any]:
+    """Read an exported model as a checkpoint without optimizer state. No code can run.
+
+    Raises:
+        UserError: if the file is damaged, of another format, or not an export of flowgen.
+    """
     from safetensors import SafetensorError, safe_open
 
-    weights = {}
     try:
         with safe_open(path, "pt" if with_weights else "np") as file:  # "pt" imports torch
             metadata = json.loads((file.metadata() or {})["flowgen"])
             json.dumps(metadata, ensure_ascii=False).encode()  # fails on lone surrogates
-            if with_weights:
-                for name in file.keys():  # noqa: SIM118  # not a dict
-                    weights[name] = file.get_tensor(name)
+            names = file.keys() if with_weights else []
+            weights = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: `flowgen runs` lists the runs") from error
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged or not a model of flowgen: choose another run or file"
         ) from error
-    if not isinstance(metadata, dict):
-        raise UserError(f"{path} is not a model of flowgen: choose another run or file")
-    if "figures" not in metadata and any(
-        not isinstance(metadata.get(key), kind) for key, kind in METADATA_TYPES.items()
+    if (
+        not isinstance(metadata, dict)
+        or not isinstance(metadata.get("command"), str)
+        or not metadata.keys() & {"metrics", "figures"}  # `validate` refuses figures, of old files
     ):
         raise UserError(f"{path} is not a model of flowgen: choose another run or file")
     return validate(metadata | NOT_EXPORTED | {"model": weights, "ema": None}, path)

@@ -46,7 +46,11 @@ class Runtime:
 
     def seed(self, seed: int, step: int) -> None:
         """Make all random numbers of an optimizer step a function of `seed` and `step`."""
-        seed_step(self.device, seed, step)
+        number = random.Random(f"{seed} {step}").getrandbits(63)
+        torch.default_generator.manual_seed(number)  # torch.manual_seed visits all back ends
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(number)
 
 
 def choose_device(name: str) -> torch.device:
@@ -76,8 +80,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     """
     forced = os.environ.get("FLOWGEN_PRECISION", "auto")
     check_choice(PRECISIONS, precision=precision, FLOWGEN_PRECISION=forced)
-    if precision == "auto":
-        precision = forced
+    precision = forced if precision == "auto" else precision
     if precision == "auto":
         if device.type == "cuda":
             supported = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -85,15 +88,6 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
             supported = torch.cpu._is_avx512_bf16_supported()  # no public name in torch 2.11
         precision = "bfloat16" if supported else "float32"
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
-def seed_step(device: torch.device, seed: int, step: int) -> None:
-    """Make all random numbers of an optimizer step a function of `seed` and `step`."""
-    number = random.Random(f"{seed} {step}").getrandbits(63)
-    torch.default_generator.manual_seed(number)  # torch.manual_seed visits all back ends
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(number)
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -150,7 +144,7 @@ def check_batch_fits(
     runtime: Runtime,
     batch_size: int,
     parts: int,
-    activation_memory: str = "store",
+    activation_memory: str,
 ) -> None:
     """Check that the activations of one micro-batch fit into memory.
 
@@ -183,7 +177,7 @@ def saved_tensor_bytes(
     model: GenerativeModel, runtime: Runtime, images: Tensor, labels: Tensor | None
 ) -> int:
     """Return the bytes of the tensors that a forward pass saves for the backward pass."""
-    sizes: dict[int, int] = {}
+    sizes: dict[int, int] = {}  # of each storage, by its address
     # A forward pass changes running statistics and Markov chains.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
@@ -194,9 +188,7 @@ def saved_tensor_bytes(
 
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
     with hooks, runtime.autocast():
-        loss = model.forward(images, labels)
-        total = sum(sizes.values())
-    del loss
+        model.forward(images, labels)
     for buffer, original in buffers:
         buffer.copy_(original)
-    return total
+    return sum(sizes.values())

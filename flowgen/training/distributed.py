@@ -4,12 +4,10 @@ Every process holds the whole model and computes its rows of each batch. Only th
 reads and writes files. All processes take every decision at the same step, from the same numbers.
 """
 
-import contextlib
-import importlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -43,13 +41,10 @@ class ProcessGroup(Rank):
         """Raise `UserError` unless each process gets equally many rows of every micro-batch."""
         divisor = self.size * grad_accum_steps
         if batch_size % divisor:
-            parts = f"{self.size} processes"
-            if grad_accum_steps > 1:
-                parts += f" of {grad_accum_steps} micro-batches each"
-            valid_size = max(divisor, batch_size // divisor * divisor)
             raise UserError(
-                f"batch_size={batch_size} cannot be split among {parts}: "
-                f"set trainer.batch_size={valid_size}"
+                f"batch_size={batch_size} cannot be split among {self.size} processes with "
+                f"grad_accum_steps={grad_accum_steps}: "
+                f"set trainer.batch_size={max(divisor, batch_size // divisor * divisor)}"
             )
 
     def check_device(self, device: torch.device) -> None:
@@ -111,9 +106,6 @@ class ProcessGroup(Rank):
             model.load_state_dict(weights)
 
 
-SINGLE_PROCESS = ProcessGroup()
-
-
 class ShardedRandomSource(RandomSource):
     """Random source of a process that computes its rows of a batch.
 
@@ -136,8 +128,8 @@ class ShardedRandomSource(RandomSource):
         if generator is not None or not self.training:
             return draw(shape, generator=generator, **kwargs)
         batch_size, *rest = shape
-        whole = draw((self.world_size * batch_size, *rest), **kwargs)
-        return whole.view(self.world_size, batch_size, *rest)[self.rank]
+        batch = draw((self.world_size * batch_size, *rest), **kwargs)
+        return batch.chunk(self.world_size)[self.rank]
 
 
 def _synchronized_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -152,8 +144,7 @@ def _synchronized_moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
 class SyncBatchNorm(BatchNorm):
     """`BatchNorm` over the batches of all processes."""
 
-    def batch_moments(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        return _synchronized_moments(x)
+    batch_moments = staticmethod(_synchronized_moments)
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -165,25 +156,25 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
         mean, variance, count = _synchronized_moments(x.to(self.weight.dtype))
-        momentum = self.momentum or 0.0
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.detach(), momentum)
-        self.running_var.lerp_(variance.detach() * (count / (count - 1)), momentum)
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(variance.detach() * (count / (count - 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        y = torch.addcmul(shift[:, None, None], x, scale[:, None, None])
-        return y.to(x.dtype)
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
+
+
+SYNCHRONIZED = {BatchNorm: SyncBatchNorm, nn.BatchNorm2d: SyncBatchNorm2d}
 
 
 def shard_batches(model: nn.Module, rank: int, world_size: int) -> None:
     """Prepare a model in training mode for batches of which each process has an equal part.
 
-    Every random source and every batch norm is replaced, as
-    `nn.SyncBatchNorm.convert_sync_batchnorm` does; parameters and buffers stay the same objects.
+    Every random source is replaced, and every batch norm gets another class, similar to
+    `nn.SyncBatchNorm.convert_sync_batchnorm`; parameters and buffers stay the same objects.
     Copies that were made before, such as EMAs, still take whole batches.
 
     Args:
@@ -191,24 +182,12 @@ def shard_batches(model: nn.Module, rank: int, world_size: int) -> None:
         rank: number of this process, from 0.
         world_size: number of processes.
     """
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if type(module) is RandomSource:
-                sharded: nn.Module = ShardedRandomSource(rank, world_size)
-            elif type(module) is BatchNorm:
-                sharded = _with_state_of(module, SyncBatchNorm)
-            elif type(module) is nn.BatchNorm2d:
-                sharded = _with_state_of(module, SyncBatchNorm2d)
-            else:
-                continue
-            setattr(parent, name, sharded.train(module.training))
-
-
-def _with_state_of(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """Return a module of `cls` that shares all attributes of `module`."""
-    converted = cls.__new__(cls)
-    converted.__dict__.update(module.__dict__)
-    return converted
+    for module in list(model.modules()):
+        if type(module) in SYNCHRONIZED:
+            module.__class__ = SYNCHRONIZED[type(module)]  # keeps its parameters and buffers
+        for name, child in list(module.named_children()):
+            if type(child) is RandomSource:
+                setattr(module, name, ShardedRandomSource(rank, world_size).train(child.training))
 
 
 def _local_rank() -> int:
@@ -224,13 +203,14 @@ def join() -> Iterator[ProcessGroup]:
     reports its error.
     """
     if not is_distributed():
-        yield SINGLE_PROCESS
+        yield ProcessGroup()
         return
     if _local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(_local_rank())
     # An optimizer imports torch._dynamo. After init_process_group that import would keep the
     # group's threads alive until the interpreter exits, and they may abort it.
-    importlib.import_module("torch._dynamo")
+    from torch import _dynamo  # noqa: F401
+
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -249,7 +229,7 @@ def join() -> Iterator[ProcessGroup]:
 def _raise_once(store: dist.Store, error: Exception, delay_seconds: float = 0.0) -> NoReturn:
     """Raise the error, or exit silently if another process has already reported one."""
     time.sleep(delay_seconds)
-    with contextlib.suppress(RuntimeError):  # the store may have died with its process
+    with suppress(RuntimeError):  # the store may have died with its process
         if store.add("errors", 1) > 1:
             raise SystemExit(1) from error
     raise error

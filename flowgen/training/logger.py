@@ -2,10 +2,10 @@
 
 import logging
 import math
-import sys
-from types import TracebackType
+from contextlib import ExitStack
 
-import torch
+import numpy as np
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -18,8 +18,8 @@ from flowgen.utils.metrics import Metrics, MetricValue
 log = logging.getLogger("flowgen")
 
 
-class Logger:
-    """Writes the metrics and samples of a run, and shows its progress.
+class Logger(ExitStack):
+    """Context manager that writes the metrics and samples of a run, and shows its progress.
 
     A terminal shows a progress bar; elsewhere every log line is printed.
 
@@ -35,35 +35,27 @@ class Logger:
     def __init__(
         self, run: Run, model: GenerativeModel, step: int, start: float, total: float, unit: str
     ):
+        super().__init__()
         self.run = run
         self.model = model
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1 if step else None)
-        self.is_terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=math.ceil(total),
-            initial=math.floor(start),
-            unit=unit,
-            disable=not self.is_terminal,
-            dynamic_ncols=True,
+        self.board = self.enter_context(
+            SummaryWriter(str(run.tensorboard), purge_step=step + 1 if step else None)
+        )
+        self.bar = self.enter_context(
+            tqdm(
+                total=math.ceil(total),
+                initial=math.floor(start),
+                unit=unit,
+                disable=None,  # unless standard error is a terminal
+                dynamic_ncols=True,
+            )
         )
         self.eta = EtaLogger("steps" if unit == "step" else "seconds", start, total)
-
-    def __enter__(self) -> "Logger":
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.bar.close()
-        self.board.close()
 
     def advance(self, position: float) -> None:
         """Move the progress bar."""
         self.bar.update(min(position, self.bar.total) - self.bar.n)
-        if not self.is_terminal:
+        if self.bar.disable:
             self.eta.update(position)
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
@@ -73,21 +65,18 @@ class Logger:
         for name, value in row.items():
             self.board.add_scalar(f"{split}/{name}", value, step)
         text = "  ".join(_format(value) for value in metrics.measured.values())
-        level = logging.INFO
-        if split == "train" and self.is_terminal:
+        on_bar = split == "train" and not self.bar.disable
+        if on_bar:
             self.bar.set_postfix_str(text)
-            level = logging.DEBUG
-        log.log(level, "step %d  %s  %s", step, split, text)
+        log.log(logging.DEBUG if on_bar else logging.INFO, "step %d  %s  %s", step, split, text)
 
-    def write_samples(self, step: int, images: torch.Tensor, bits: int) -> None:
+    def write_samples(self, step: int, images: Tensor, bits: int) -> None:
         """Write a grid of samples as a file and to TensorBoard."""
         image = rendering.image_grid(images, bits, columns=8)
         image.save(self.run.sample_grid(step))
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(image.height, image.width, -1)
-        self.board.add_image("samples", pixels, step, dataformats="HWC")
+        self.board.add_image("samples", np.array(image), step, dataformats="HWC")
 
-    def write_filters(self, filters: torch.Tensor | None) -> None:
+    def write_filters(self, filters: Tensor | None) -> None:
         """Write the filters of the model, if it has any that can be drawn."""
         if filters is not None:
             rendering.weight_grid(filters).save(self.run.filters)

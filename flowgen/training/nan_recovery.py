@@ -37,13 +37,13 @@ class NaNRecovery:
     rewound_to: int = -1
     lr_scale: float = 1.0
 
-    def record(self, finite: bool, buffers: Iterable[Tensor]) -> bool:
-        """Count a step and return whether training must roll back.
+    def record(self, values: Iterable[float], buffers: Iterable[Tensor]) -> bool:
+        """Count a step with these loss and gradient norm; return whether training must roll back.
 
         It must after `MAX_FAILED_STEPS` failures, or if a failed forward pass left `buffers`
         (running statistics, Markov chains) that are not finite.
         """
-        if finite:
+        if all(map(math.isfinite, values)):
             self.failed = 0
             return False
         self.failed += 1
@@ -109,30 +109,23 @@ def first_nonfinite_module(model: nn.Module, replay: Callable[[], object]) -> st
         the first module whose output is not finite, else the first parameter whose gradient is
         not finite, else "the loss".
     """
+    names = {module: name for name, module in model.named_modules() if name}
     culprits: list[str] = []
 
-    def make_hook(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            if not all(
-                torch.isfinite(tensor).all() for tensor in tensors if isinstance(tensor, Tensor)
-            ):
-                culprits.append(f"{name} ({type(module).__name__})")
+    def hook(module: nn.Module, inputs: object, output: object) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        finite = all(tensor.isfinite().all() for tensor in tensors if isinstance(tensor, Tensor))
+        if module in names and not finite:
+            culprits.append(f"{names[module]} ({type(module).__name__})")
 
-        return hook
-
-    handles = [
-        module.register_forward_hook(make_hook(name))
-        for name, module in model.named_modules()
-        if name
-    ]
+    handle = nn.modules.module.register_module_forward_hook(hook)
     try:
         replay()
     finally:
-        for handle in handles:
-            handle.remove()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            culprits.append(f"the gradient of {name}")
-            break
+        handle.remove()
+    culprits += [
+        f"the gradient of {name}"
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not parameter.grad.isfinite().all()
+    ]
     return culprits[0] if culprits else "the loss"

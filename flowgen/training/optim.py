@@ -1,16 +1,14 @@
-"""Optimizers, the learning-rate schedule and exponential moving averages (EMA) of the weights."""
+"""Optimizers, the learning-rate schedule and the norm of the gradients."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from flowgen.utils.errors import UserError
 
 OPTIMIZERS = ("adam", "sgd")
-TensorList = tuple[Tensor, ...] | list[Tensor]
 
 
 def build_optimizer(
@@ -25,9 +23,12 @@ def build_optimizer(
     """Return the optimizer of all parameters of `model`: `adam` is AdamW, `sgd` has momentum."""
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=True)
-    beta1, beta2 = betas
     return torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, fused=True
+        model.parameters(),
+        lr=lr,
+        betas=(betas[0], betas[1]),
+        weight_decay=weight_decay,
+        fused=True,
     )
 
 
@@ -67,29 +68,6 @@ def warmup_steps(warmup: int | str, num_images: int, batch_size: int) -> int:
             f"warmup must be a number of steps, or of epochs as in '1 epoch', not {warmup!r}"
         )
     return round(float(epochs[1]) * num_images / batch_size)
-
-
-def ema_decays(ema_decay: float | Sequence[float]) -> list[float]:
-    """Return `trainer.ema_decay`, one number or several, as a list."""
-    if isinstance(ema_decay, Sequence) and not isinstance(ema_decay, str):
-        return list(ema_decay)
-    return [ema_decay]
-
-
-def build_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """Return a copy of `model` whose weights are an exponential moving average of the model's.
-
-    The memory grows with training: the decay of update n is min(decay, (1 + n) / (10 + n)).
-    """
-
-    @torch.no_grad()
-    def update(averages: TensorList, weights: TensorList, num_averaged: Tensor | int) -> None:
-        count = int(num_averaged)
-        warm_decay = min(decay, (1 + count) / (10 + count))
-        torch._foreach_lerp_(averages, weights, 1 - warm_decay)
-
-    multi_avg_fn: Callable[[TensorList, TensorList, Tensor | int], None] = update
-    return AveragedModel(model, multi_avg_fn=multi_avg_fn)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -20,7 +20,7 @@ from flowgen.utils.errors import UserError
 from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import COMPARED, MetricValue, finite
 
-SUBDIRECTORIES = {"checkpoints", "samples", "tensorboard"}
+SUBDIRECTORIES = ("checkpoints", "samples", "tensorboard")
 SUFFIXES = {".gif", ".html", ".json", ".jsonl", ".log", ".part", ".png", ".pt", ".yaml"}
 log = logging.getLogger("flowgen")
 
@@ -50,16 +50,15 @@ class Run:
         Raises:
             UserError: otherwise, because files elsewhere would be read or overwritten.
         """
-        root = self.folder.resolve()
         paths = [
             path
-            for path in _entries(self.folder)
+            for path in sorted(self.folder.glob("*"))
             if path.name in SUBDIRECTORIES or path.suffix in SUFFIXES
         ]
-        for folder in [path for path in paths if path.name in SUBDIRECTORIES]:
-            paths += _entries(folder)
+        for name in SUBDIRECTORIES:
+            paths += sorted((self.folder / name).glob("*"))
         for path in paths:
-            if not path.resolve().is_relative_to(root):
+            if not path.resolve().is_relative_to(self.folder.resolve()):
                 raise UserError(
                     f"{path} is a link to a file outside of the run: "
                     "replace it by a copy of that file, or delete it"
@@ -85,9 +84,7 @@ class Run:
             best: save it as `best.pt` too.
             keep: save it under the number of its step too.
         """
-        links = []
-        if best:
-            links.append(self.best)
+        links = [self.best] if best else []
         if keep:
             links.append(self.step_path(state["step"]))
         write_checkpoint(state, self.last, links)
@@ -143,36 +140,25 @@ class Run:
 
     def save_evaluation(self, checkpoint: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Save the metrics of a checkpoint for later commands."""
-        content = {"weights": weights_hash(checkpoint), **metrics}
+        content = json.dumps({"weights": weights_hash(checkpoint), **metrics})
         with atomic_write(self.evaluation) as temporary:
-            temporary.write_text(json.dumps(content) + "\n")
+            temporary.write_text(content + "\n")
 
     def load_evaluation(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return the metrics that were saved for the weights of a checkpoint, or {}."""
-        try:
-            metrics = json.loads(self.evaluation.read_text()) if self.evaluation.is_file() else {}
-        except (OSError, ValueError, RecursionError):
-            return {}
-        if not isinstance(metrics, dict):
-            return {}
-        if not is_metrics_row(metrics | {"step": checkpoint["step"], "split": "test"}):
-            return {}
-        if metrics.pop("weights", None) != weights_hash(checkpoint):
+        metrics = _parse_json(self.evaluation.read_bytes()) if self.evaluation.is_file() else {}
+        valid = isinstance(metrics, dict) and is_metrics_row(
+            metrics | {"step": checkpoint["step"], "split": "test"}
+        )
+        if not valid or metrics.pop("weights", None) != weights_hash(checkpoint):
             return {}
         return metrics
 
     def environment(self) -> str:
         """Return the versions and hardware of the last training, as its log describes them."""
-        marker = "environment: "
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
-        for line in reversed(lines):
-            if marker in line:
-                return line.partition(marker)[2]
-        return ""
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+        text = self.log.read_text(errors="replace") if self.log.is_file() else ""
+        matches = re.findall("environment: (.*)", text)
+        return matches[-1] if matches else ""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -181,7 +167,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     A crash can cut the last line short.
     """
     lines = path.read_bytes().splitlines() if path.is_file() else []
-    rows = [row for line in lines if (row := _parse_row(line)) is not None]
+    rows = [row for row in map(_parse_json, lines) if is_metrics_row(row)]
     if len(rows) < len(lines):
         log.warning(
             "%s: skipped %d of %d lines, which are incomplete or not metrics of a training",
@@ -192,19 +178,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse_row(line: bytes) -> dict[str, Any] | None:
+def _parse_json(text: bytes) -> Any:
+    """Return the parsed value, or None if the text is not valid JSON."""
     try:
-        row = json.loads(line.decode())
+        return json.loads(text.decode())
     except (ValueError, RecursionError):
         return None
-    return row if is_metrics_row(row) else None
 
 
 def validation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of the validation split; without a validation split, of the test split."""
-    has_validation = any(row["split"] == "validation" for row in rows)
-    split = "validation" if has_validation else "test"
-    return [row for row in rows if row["split"] == split]
+    return [row for row in rows if row["split"] == "validation"] or [
+        row for row in rows if row["split"] == "test"
+    ]
 
 
 def best_metric(rows: list[dict[str, Any]]) -> MetricValue | None:
@@ -213,23 +199,16 @@ def best_metric(rows: list[dict[str, Any]]) -> MetricValue | None:
     This is the test metric of a finished run, else the best metric on the validation split.
     """
     for metric in COMPARED:
-        validations = [
-            (row["step"], value)
-            for row in validation_rows(rows)
-            if (value := MetricValue.from_row(row, metric))
-        ]
-        if not validations:
-            continue
-        last_step, _ = validations[-1]
-        tests = [
-            value
-            for row in rows
-            if row["split"] == "test" and row["step"] == last_step
-            if (value := MetricValue.from_row(row, metric))
-        ]
-        if tests:
-            return tests[-1]
-        return min((value for _, value in validations), key=lambda value: metric.cost(value.value))
+        validations = [row for row in validation_rows(rows) if row.get(metric.name) is not None]
+        if validations:
+            tests = [
+                row
+                for row in rows
+                if (row["split"], row["step"]) == ("test", validations[-1]["step"])
+                and row.get(metric.name) is not None
+            ]
+            best = min(validations, key=lambda row: metric.cost(row[metric.name]))
+            return MetricValue.from_row(tests[-1] if tests else best, metric)
     return None
 
 
@@ -261,8 +240,8 @@ def cached_artifact(
     with suppress(OSError, RuntimeError):
         with atomic_write(path) as temporary:
             torch.save(result, temporary)
-        for other in run.folder.iterdir():
-            is_artifact = re.fullmatch(rf"{kind}_[0-9a-f]{{16}}_[0-9a-f]{{8}}\.pt", other.name)
-            if is_artifact and weights not in other.name:
+        digit = "[0-9a-f]"
+        for other in run.folder.glob(f"{kind}_{digit * 16}_{digit * 8}.pt"):
+            if weights not in other.name:
                 other.unlink()
     return result

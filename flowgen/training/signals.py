@@ -2,8 +2,9 @@
 
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import NoReturn
+from contextlib import ExitStack
+from types import FrameType
+from typing import NoReturn, Self
 
 # Slurm and submitit announce with these that the job will be stopped and queued again.
 REQUEUE_SIGNALS = tuple(
@@ -11,7 +12,7 @@ REQUEUE_SIGNALS = tuple(
 )
 
 
-class GracefulStop:
+class GracefulStop(ExitStack):
     """Context manager that stores SIGINT or SIGTERM in `signal` instead of ending the process.
 
     A second signal interrupts at once. Signals for which a launcher has installed a handler are
@@ -19,26 +20,18 @@ class GracefulStop:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.signal: int | None = None
 
-    def __enter__(self) -> "GracefulStop":
-        self._handlers = {}
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT]
             if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # else a launcher handles it
                 numbers.append(signal.SIGTERM)
             numbers += [number for number in REQUEUE_SIGNALS if callable(signal.getsignal(number))]
-            self._handlers = {number: signal.signal(number, self._store) for number in numbers}
+            for number in numbers:
+                self.callback(signal.signal, number, signal.signal(number, self._store))
         return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
 
     def _store(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

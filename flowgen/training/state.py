@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from flowgen.bijections.batchnorm import update_bn
 from flowgen.bijections.networks import batch_norm_layers
 from flowgen.models.base import GenerativeModel
 from flowgen.training.nan_recovery import NaNRecovery
-from flowgen.training.optim import build_ema, ema_decays
 from flowgen.utils.errors import UserError
 
 OPTIMIZER_STATE = {  # tensors that each optimizer stores per parameter
@@ -46,8 +46,7 @@ class TrainState:
         self.optimizer_name = optimizer_name
         # Batch norm needs a copy even without an average: its evaluation statistics are estimated
         # there, so that an evaluation does not change the training model.
-        needs_copy = any(decays) or bool(batch_norm_layers(model))
-        self.ema_decays = list(decays) if needs_copy else []
+        self.ema_decays = list(decays) if any(decays) or batch_norm_layers(model) else []
         self.emas = [build_ema(model, decay) for decay in self.ema_decays]
         self.best_ema = 0
         self.step = 0
@@ -61,9 +60,8 @@ class TrainState:
     @property
     def ema_model(self) -> GenerativeModel:
         """The model to evaluate and to sample from: the best EMA, or the model itself."""
-        model = self.emas[self.best_ema].module if self.emas else self.model
-        assert isinstance(model, GenerativeModel)
-        return model
+        ema_model: Any = self.emas[self.best_ema].module if self.emas else self.model
+        return ema_model
 
     def update_bn(self, batches: Iterable[tuple[Any, ...]]) -> None:
         """Estimate the batch statistics of the best EMA over `batches`, once per step."""
@@ -115,46 +113,60 @@ class TrainState:
 
         Hyperparameters of the optimizer stay those of the current configuration.
         """
-        hyperparameters = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.optimizer.param_groups
-        ]
         try:
             self.model.load_state_dict(checkpoint["model"])
-            self.best_ema = self._load_emas(checkpoint)
+            self._load_emas(checkpoint)
             if self.optimizer_name == checkpoint["config"]["trainer"]["optimizer"]:
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
+                hyperparameters = self.optimizer.state_dict()["param_groups"]
+                self.optimizer.load_state_dict(
+                    checkpoint["optimizer"] | {"param_groups": hyperparameters}
+                )
                 self._check_optimizer_state()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 "the checkpoint does not fit the model of its own configuration: choose another one"
             ) from error
-        for group, current in zip(self.optimizer.param_groups, hyperparameters, strict=True):
-            group.update(current)
         self.step = checkpoint["step"]
         self.images_seen = checkpoint["images_seen"]
         self._bn_updated_at = None
 
-    def _load_emas(self, checkpoint: dict[str, Any]) -> int:
-        """Load all EMAs and return the index of the best; with other decays all start from it."""
-        if ema_decays(checkpoint["config"]["trainer"]["ema_decay"]) == self.ema_decays:
-            states = checkpoint.get("emas") or [checkpoint["ema"]]
-            best_ema = checkpoint["progress"].get("best_ema", 0)
-        else:
-            states = [checkpoint["ema"]] * len(self.emas)
-            best_ema = 0
+    def _load_emas(self, checkpoint: dict[str, Any]) -> None:
+        """Load all EMAs; with other decays than before all start from the best one."""
+        same_decays = ema_decays(checkpoint["config"]["trainer"]["ema_decay"]) == self.ema_decays
+        self.best_ema = checkpoint["progress"].get("best_ema", 0) if same_decays else 0
+        states = checkpoint.get("emas") if same_decays else []
+        states = states or [checkpoint["ema"]] * len(self.emas)
         for ema, state in zip(self.emas, states, strict=True):
             if state is not None:
                 ema.load_state_dict(state)
-        return best_ema
 
     def _check_optimizer_state(self) -> None:
         """Raise ValueError if the optimizer cannot take its next step with its loaded state."""
-        names = OPTIMIZER_STATE[self.optimizer_name]
         for parameter, state in self.optimizer.state.items():
-            if state.keys() != names:
-                raise ValueError("other tensors")
-            for name, value in state.items():
-                shape = () if name == "step" else parameter.shape
-                if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
-                    raise ValueError(f"{name} has another shape")
+            fits = all(
+                value is None or value.shape == (() if name == "step" else parameter.shape)
+                for name, value in state.items()
+            )
+            if not fits or state.keys() != OPTIMIZER_STATE[self.optimizer_name]:
+                raise ValueError("the optimizer has other tensors")
+
+
+def ema_decays(ema_decay: float | Sequence[float]) -> list[float]:
+    """Return `trainer.ema_decay`, one number or several, as a list."""
+    if isinstance(ema_decay, Sequence) and not isinstance(ema_decay, str):
+        return list(ema_decay)
+    return [ema_decay]
+
+
+def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """Return a copy of `model` whose weights are an exponential moving average of the model's.
+
+    The memory grows with training: the decay of update n is min(decay, (1 + n) / (10 + n)).
+    """
+
+    @torch.no_grad()
+    def update(averages: Any, weights: Any, num_averaged: Any) -> None:
+        count = int(num_averaged)
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + count) / (10 + count)))
+
+    return AveragedModel(model, multi_avg_fn=update)

@@ -72,8 +72,8 @@ def use_threads(num_threads: int | str = "auto") -> int:
     if any(name in os.environ for name in THREAD_VARIABLES):
         free_threads = max_threads
     else:
-        free = free_cores() + 1 - MIN_FREE_SHARE
-        free_threads = max(1, int(min(max_threads, free, cpu_quota())))
+        limit = min(max_threads, free_cores() + 1 - MIN_FREE_SHARE, cpu_quota())
+        free_threads = max(1, int(limit))
     number = free_threads if num_threads == "auto" else int(num_threads)
     if number > free_threads:
         log.warning(
@@ -142,17 +142,17 @@ def cpu_quota() -> float:
     psutil does not read control groups; version 1 and version 2 differ in their files.
     """
     limits = [math.inf]
-    for root in (CGROUP_ROOT, CGROUP_ROOT / "cpu"):
-        folders = {
-            folder for group in cgroups() for folder in (root / group, *(root / group).parents)
-        }
-        for folder in folders:
-            for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-                with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-                    text = " ".join((folder / name).read_text() for name in names)
-                    quota, period = map(int, text.split())
-                    if quota > 0:
-                        limits.append(quota / period)
+    for root, names in (
+        (CGROUP_ROOT, ("cpu.max",)),
+        (CGROUP_ROOT / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")),
+    ):
+        paths = [root / group for group in cgroups()]
+        for folder in {folder for path in paths for folder in (path, *path.parents)}:
+            with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+                text = " ".join((folder / name).read_text() for name in names)
+                quota, period = map(int, text.split())
+                if quota > 0:
+                    limits.append(quota / period)
     return max(1.0, min(limits))
 
 

@@ -5,8 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,13 +17,12 @@ from flowgen.bijections.reversible import ACTIVATION_MEMORY
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training.device import Runtime, check_batch_fits, peak_memory, reset_peak_memory
-from flowgen.training.distributed import SINGLE_PROCESS, ProcessGroup, shard_batches
+from flowgen.training.distributed import ProcessGroup, shard_batches
 from flowgen.training.logger import Logger
 from flowgen.training.nan_recovery import first_nonfinite_module
 from flowgen.training.optim import (
     OPTIMIZERS,
     build_optimizer,
-    ema_decays,
     gradient_norm,
     learning_rate_factor,
     warmup_steps,
@@ -32,7 +30,7 @@ from flowgen.training.optim import (
 from flowgen.training.run_dir import Run
 from flowgen.training.sanity_checks import warn_implausible_likelihood, warn_inaccurate_inverse
 from flowgen.training.signals import GracefulStop
-from flowgen.training.state import TrainState
+from flowgen.training.state import TrainState, ema_decays
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.memory import check_memory
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
@@ -40,18 +38,6 @@ from flowgen.utils.metrics import Metric, Metrics, MetricValue
 MIN_MINUTES = 0.001
 NUM_SAMPLES = 32  # images in a grid of samples
 BN_UPDATE_BATCHES = 40  # training batches over which batch statistics are estimated
-WHOLE_NUMBERS = (  # settings that must be whole numbers of at least 1
-    "batch_size",
-    "grad_accum_steps",
-    "init_images",
-    "log_every",
-    "eval_every",
-    "sample_every",
-    "save_every",
-    "checkpoint_every",
-)
-OPTIONAL_WHOLE_NUMBERS = ("steps", "patience", "eval_images", "num_processes")  # or null
-NUMBERS = ("lr", "warmdown_ratio", "grad_clip", "momentum", "weight_decay", "sample_temperature")
 log = logging.getLogger("flowgen")
 
 
@@ -101,69 +87,61 @@ class TrainerConfig:
     checkpoint_steps: list[int] = field(default_factory=list)  # more steps with such a checkpoint
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise UserError("training has no end: set trainer.steps or trainer.minutes")
+        decays = ema_decays(self.ema_decay)
+        _check(
+            self.steps is not None or self.minutes is not None,
+            "training has no end: set trainer.steps or trainer.minutes",
+        )
+        _check(
+            isinstance(self.checkpoint_steps, list),
+            "checkpoint_steps must be a list of steps, as in "
+            f"trainer.checkpoint_steps=[1000,5000], not {self.checkpoint_steps!r}",
+        )
+        _check(
+            isinstance(self.betas, Sequence) and len(self.betas) == 2,
+            f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}",
+        )
+        _check(
+            len(decays) > 0,
+            "ema_decay must be a number, 0 for no average, or several, as in "
+            "trainer.ema_decay=[0.99,0.999], not []",
+        )
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.type is int or (setting.type == int | None and value is not None):
+                check_whole(**{setting.name: value})
+            elif setting.type is float:
+                check_number(**{setting.name: value})
         if self.minutes is not None:
             check_number(MIN_MINUTES, minutes=self.minutes)
-        if not isinstance(self.checkpoint_steps, list):
-            raise UserError(
-                "checkpoint_steps must be a list of steps, as in "
-                f"trainer.checkpoint_steps=[1000,5000], not {self.checkpoint_steps!r}"
-            )
-        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
-            raise UserError(
-                f"betas must be two numbers, as in trainer.betas=[0.9,0.95], not {self.betas!r}"
-            )
-        if not self.ema_decays:
-            raise UserError(
-                "ema_decay must be a number, 0 for no average, or several, as in "
-                "trainer.ema_decay=[0.99,0.999], not []"
-            )
-        for name in WHOLE_NUMBERS:
-            check_whole(**{name: getattr(self, name)})
-        for name in OPTIONAL_WHOLE_NUMBERS:
-            if getattr(self, name) is not None:
-                check_whole(**{name: getattr(self, name)})
         for step in self.checkpoint_steps:
             check_whole(checkpoint_steps=step)
-        for name in NUMBERS:
-            check_number(**{name: getattr(self, name)})
         for beta in self.betas:
             check_number(betas=beta)
-        for decay in self.ema_decays:
+        for decay in decays:
             check_number(ema_decay=decay)
-        if self.warmdown_ratio > 1:
-            raise UserError(f"warmdown_ratio must be at most 1, not {self.warmdown_ratio}")
-        if max(*self.ema_decays, self.momentum, *self.betas) >= 1:
-            raise UserError(
-                "ema_decay, momentum and betas must be below 1, not "
-                f"{self.ema_decay}, {self.momentum} and {self.betas}"
-            )
-        if self.batch_size % self.grad_accum_steps:
-            raise UserError(
-                f"batch_size={self.batch_size} cannot be split into "
-                f"grad_accum_steps={self.grad_accum_steps} equal parts"
-            )
+        _check(
+            self.warmdown_ratio <= 1, f"warmdown_ratio must be at most 1, not {self.warmdown_ratio}"
+        )
+        _check(
+            max(*decays, self.momentum, *self.betas) < 1,
+            "ema_decay, momentum and betas must be below 1, not "
+            f"{self.ema_decay}, {self.momentum} and {self.betas}",
+        )
+        _check(
+            self.batch_size % self.grad_accum_steps == 0,
+            f"batch_size={self.batch_size} cannot be split into "
+            f"grad_accum_steps={self.grad_accum_steps} equal parts",
+        )
         warmup_steps(self.warmup, 1, 1)
         check_choice(OPTIMIZERS, optimizer=self.optimizer)
         check_choice((True, False), compile=self.compile)
         check_choice(ACTIVATION_MEMORY, activation_memory=self.activation_memory)
-        if self.compile and self.activation_memory == "reversible":
-            raise UserError(
-                "activation_memory=reversible cannot be compiled: "
-                "set trainer.compile=false, or trainer.activation_memory=checkpoint"
-            )
-
-    @property
-    def ema_decays(self) -> list[float]:
-        """The decay of each EMA."""
-        return ema_decays(self.ema_decay)
-
-    def progress(self, step: int, seconds: float) -> float:
-        """Return the finished fraction of training; at 1 it ends."""
-        by_steps = step / self.steps if self.steps else 0.0
-        by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
-        return max(by_steps, by_time)
+        _check(
+            not self.compile or self.activation_memory != "reversible",
+            "activation_memory=reversible cannot be compiled: "
+            "set trainer.compile=false, or trainer.activation_memory=checkpoint",
+        )
 
 
 class Trainer:
@@ -177,7 +155,7 @@ class Trainer:
         run_config: the configuration that checkpoints store; its `seed` and the step fix all
             random numbers.
         group: the processes that train the model together.
-        runtime: the device and precision; by default those of `config`.
+        runtime: the device and precision.
     """
 
     def __init__(
@@ -187,8 +165,8 @@ class Trainer:
         data: ImageDataset,
         run: Run,
         run_config: dict[str, Any],
-        group: ProcessGroup = SINGLE_PROCESS,
-        runtime: Runtime | None = None,
+        group: ProcessGroup,
+        runtime: Runtime,
     ):
         self.config = config
         self.model = model
@@ -197,16 +175,9 @@ class Trainer:
         self.run_config = run_config
         self.seed: int = run_config["seed"]
         self.group = group
-        self.runtime = runtime or Runtime(config.device, config.num_threads, config.precision)
+        self.runtime = runtime
         self.rows: Tensor | None = None  # indices of this process's rows of every batch
-        if group.size > 1:
-            self._check_group()
-            self.rows = group.rows(config.batch_size, config.grad_accum_steps)
-        self.state: TrainState
         self.logger: Logger | None = None  # in the main process only
-        self.last_done: dict[str, int] = {}  # the step at which each task was last done
-        self.last_log_step = 0
-        self.compute_seconds = 0.0  # in training steps since then
 
     def fit(
         self, checkpoint: dict[str, Any] | None = None, init_weights: bool = False
@@ -234,13 +205,12 @@ class Trainer:
             while not self.finished and stop_signal is None:
                 step_start = time.monotonic()
                 row = self.training_step()
-                if state.nan_recovery.record(is_finite(row), self.model.buffers()):
+                if state.nan_recovery.record(row.values(), self.model.buffers()):
                     self.rollback()
-                    row = {}
                     continue
                 state.step += 1
                 state.images_seen += self.config.batch_size
-                self.compute_seconds += time.monotonic() - step_start
+                self.step_seconds.append(time.monotonic() - step_start)
                 # All processes follow one clock and stop at the same step.
                 state.seconds, _ = self.group.sync_clock_and_signal(
                     time.monotonic() - start_time, None
@@ -278,7 +248,7 @@ class Trainer:
         # One transfer waits for the device once.
         loss_value, norm_value = torch.stack([mean_loss, grad_norm]).tolist()
         row = {"loss": loss_value, "lr": lr, "grad_norm": norm_value}
-        if not is_finite(row):
+        if not all(map(math.isfinite, row.values())):
             return row
         if self.config.grad_clip:
             nn.utils.clip_grads_with_norm_(model.parameters(), self.config.grad_clip, grad_norm)
@@ -306,9 +276,8 @@ class Trainer:
             self.state.images_seen, self.config.batch_size, self.seed, self.rows
         )
         parts = self.config.grad_accum_steps
-        image_parts = images.chunk(parts)
         label_parts = [None] * parts if labels is None else labels.chunk(parts)
-        yield from zip(image_parts, label_parts, strict=True)
+        yield from zip(images.chunk(parts), label_parts, strict=True)
 
     def compute_loss(
         self, forward: Callable[..., Tensor], images: Tensor, labels: Tensor | None
@@ -330,37 +299,42 @@ class Trainer:
                 self.compute_loss(self.model.forward, *batch) for batch in self.micro_batches()
             ],
         )
-        latest_valid_checkpoint = partial(
-            self.group.broadcast_from_main, self.run.latest_valid_checkpoint
+        checkpoint = state.nan_recovery.rewind(
+            lambda before: self.group.broadcast_from_main(self.run.latest_valid_checkpoint, before),
+            state.step + 1,
+            culprit,
+            self.config.lr,
         )
-        state.rollback(
-            state.nan_recovery.rewind(
-                latest_valid_checkpoint, state.step + 1, culprit, self.config.lr
-            )
-        )
+        state.rollback(checkpoint)
         if self.group.is_main:
             self.run.truncate_metrics(state.step)
-        self._restart_speed()
+        self.step_seconds.clear()
 
     @property
     def progress(self) -> float:
-        """The finished fraction of training."""
-        return self.config.progress(self.state.step, self.state.seconds)
+        """The finished fraction of training; at 1 it ends."""
+        config = self.config
+        by_steps = self.state.step / config.steps if config.steps else 0.0
+        by_time = self.state.seconds / (60 * config.minutes) if config.minutes else 0.0
+        return max(by_steps, by_time)
+
+    @property
+    def position(self) -> float:
+        """The position of the progress bar: optimizer steps, or seconds without a last step."""
+        return self.state.step if self.config.steps is not None else self.state.seconds
 
     @property
     def finished(self) -> bool:
         """True once training has reached its end or run out of patience."""
-        patience = self.config.patience
-        return self.progress >= 1 or (
-            patience is not None and self.state.evals_since_best >= patience
-        )
+        patience = self.config.patience or math.inf
+        return self.progress >= 1 or self.state.evals_since_best >= patience
 
     def _after_step(self, row: dict[str, float]) -> None:
         """Log, evaluate, sample and save, if it is time to."""
         config = self.config
         state = self.state
         if self.logger:
-            self.logger.advance(state.step if config.steps is not None else state.seconds)
+            self.logger.advance(self.position)
         if self._is_due("log", config.log_every):
             self.log_step(row)
         is_best = self._is_due("eval", config.eval_every) and self.validate()
@@ -381,31 +355,26 @@ class Trainer:
     def _is_due(self, task: str, interval: float) -> bool:
         """Return whether to do a task after this step: at its interval or the end, but once."""
         step = self.state.step
-        due = self.finished or step % interval == 0
-        if not due or self.last_done.get(task) == step:
-            return False
-        self.last_done[task] = step
-        return True
+        due = (self.finished or step % interval == 0) and self.last_done.get(task) != step
+        if due:
+            self.last_done[task] = step
+        return due
 
     def log_step(self, row: dict[str, float]) -> None:
         """Write the metrics of the last training step."""
         state = self.state
-        speed = (state.step - self.last_log_step) * self.config.batch_size / self.compute_seconds
+        speed = len(self.step_seconds) * self.config.batch_size / sum(self.step_seconds)
         diagnostics = self.model.diagnostics()
         warn_inaccurate_inverse(diagnostics)
         row = row | {"images_per_second": speed, "skipped": state.nan_recovery.skipped}
         values = [MetricValue(Metric(name), value) for name, value in (row | diagnostics).items()]
         if self.model.loss_metric is not None:
             values.insert(0, MetricValue(self.model.loss_metric, row["loss"]))
-        memory = peak_memory(self.runtime.device)
-        metrics = Metrics.of(*values, seconds=state.seconds, memory_gib=memory)
         if self.logger:
+            memory_gib = peak_memory(self.runtime.device)
+            metrics = Metrics.of(*values, seconds=state.seconds, memory_gib=memory_gib)
             self.logger.write(state.step, "train", metrics)
-        self._restart_speed()
-
-    def _restart_speed(self) -> None:
-        self.compute_seconds = 0.0
-        self.last_log_step = self.state.step
+        self.step_seconds.clear()
 
     def eval_model(self) -> GenerativeModel:
         """Return the best EMA in evaluation mode.
@@ -414,9 +383,8 @@ class Trainer:
         """
         self.runtime.seed(self.seed, self.state.step)
         size = self.config.batch_size // self.config.grad_accum_steps
-        seen = self.state.images_seen
         self.state.update_bn(
-            self.data.train_batch(seen + size * index, size, self.seed)
+            self.data.train_batch(self.state.images_seen + size * index, size, self.seed)
             for index in range(BN_UPDATE_BATCHES)
         )
         return self.state.ema_model.eval()
@@ -434,9 +402,8 @@ class Trainer:
         lowest_cost = min(cost_of_ema)
         state.best_ema = cost_of_ema.index(lowest_cost)
         metrics = results[state.best_ema]
-        if len(cost_of_ema) > 1:
-            decay = state.ema_decays[state.best_ema]
-            metrics |= Metrics.of(MetricValue(Metric("ema"), decay, split="validation"))
+        if len(results) > 1:
+            metrics |= Metrics.of(MetricValue(Metric("ema"), state.ema_decays[state.best_ema]))
         if self.logger:
             self.logger.write(state.step, "validation", metrics)
         is_best = lowest_cost < state.best
@@ -482,25 +449,15 @@ class Trainer:
         self.eval_model()
         self.model.train()
         if self.group.is_main:
-            content = {"config": self.run_config, **self.state.capture()}
-            self.run.save(content, best=best, keep=keep)
+            self.run.save({"config": self.run_config, **self.state.capture()}, best=best, keep=keep)
         self.last_done["save"] = self.state.step
-
-    def _check_group(self) -> None:
-        if not self.model.shares_batches:
-            raise UserError(
-                "this model trains in one process: remove trainer.num_processes and torchrun, "
-                "and start one run per device"
-            )
-        self.group.check_device(self.runtime.device)
-        self.group.check_divides(self.config.batch_size, self.config.grad_accum_steps)
 
     def _prepare(self, checkpoint: dict[str, Any] | None, init_weights: bool) -> None:
         """Initialize or restore the model, and create state and logger."""
         config = self.config
         model = self.model
         device = self.runtime.device
-        self._check_memory()
+        self._check_settings()
         try:
             set_activation_memory(model, config.activation_memory)
         except ValueError as error:
@@ -518,6 +475,7 @@ class Trainer:
             self.runtime,
             config.batch_size,
             config.grad_accum_steps * self.group.size,
+            config.activation_memory,
         )
         self.group.broadcast_weights(model)
         optimizer = build_optimizer(
@@ -528,17 +486,20 @@ class Trainer:
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
-        self.state = TrainState(model, optimizer, config.optimizer, config.ema_decays)
+        self.state = TrainState(model, optimizer, config.optimizer, ema_decays(config.ema_decay))
         if self.group.size > 1:  # after the EMAs are copied, which evaluate whole batches
+            self.rows = self.group.rows(config.batch_size, config.grad_accum_steps)
             shard_batches(model, self.group.rank, self.group.size)
         if checkpoint is not None:
             self.state.restore(checkpoint)
             if self.group.is_main:
                 self.run.truncate_metrics(self.state.step)
-        self.last_done = {"save": self.state.step}
-        self._restart_speed()
+        self.last_done = {"save": self.state.step}  # the step at which each task was last done
+        self.step_seconds: list[float] = []  # of the training steps since the last log line
         if self.group.is_main:
-            self.logger = self._make_logger()
+            total = config.steps or 60 * (config.minutes or 0.0)
+            unit = "step" if config.steps else "s"
+            self.logger = Logger(self.run, model, self.state.step, self.position, total, unit)
         if config.compile:
             # CUDA graphs save launches, but overwrite gradients that accumulate.
             model.compile(mode="reduce-overhead" if config.grad_accum_steps == 1 else "default")
@@ -547,24 +508,26 @@ class Trainer:
         if config.compile:
             self._warm_up()
 
-    def _check_memory(self) -> None:
+    def _check_settings(self) -> None:
+        """Check that the model can be trained with these settings on this machine."""
         config = self.config
-        bytes_per_image = 5 * math.prod(self.data.image_shape)  # one byte and one float32 per value
-        for name in ("batch_size", "init_images"):
-            check_memory(f"trainer.{name}", getattr(config, name), bytes_per_image)
-        recomputes = config.compile and config.activation_memory == "checkpoint"
-        if recomputes and (self.group.size > 1 or batch_norm_layers(self.model)):
-            raise UserError(
-                "trainer.compile=true with batch normalization or several processes needs "
-                "trainer.activation_memory=store: set it, or trainer.compile=false"
+        if self.group.size > 1:
+            _check(
+                self.model.shares_batches,
+                "this model trains in one process: remove trainer.num_processes and torchrun, "
+                "and start one run per device",
             )
-
-    def _make_logger(self) -> Logger:
-        state = self.state
-        if self.config.steps is not None:
-            return Logger(self.run, self.model, state.step, state.step, self.config.steps, "step")
-        total_seconds = 60 * (self.config.minutes or 0.0)
-        return Logger(self.run, self.model, state.step, state.seconds, total_seconds, "s")
+            self.group.check_device(self.runtime.device)
+            self.group.check_divides(config.batch_size, config.grad_accum_steps)
+        bytes_per_image = 5 * math.prod(self.data.image_shape)  # one byte and one float32 per value
+        check_memory("trainer.batch_size", config.batch_size, bytes_per_image)
+        check_memory("trainer.init_images", config.init_images, bytes_per_image)
+        recomputes = config.compile and config.activation_memory == "checkpoint"
+        _check(
+            not (recomputes and (self.group.size > 1 or batch_norm_layers(self.model))),
+            "trainer.compile=true with batch normalization or several processes needs "
+            "trainer.activation_memory=store: set it, or trainer.compile=false",
+        )
 
     def _warm_up(self) -> None:
         """Compile the model on the first batch, without training it."""
@@ -580,6 +543,6 @@ class Trainer:
         log.info("compiled in %.0f s", time.monotonic() - start_time)
 
 
-def is_finite(row: dict[str, float]) -> bool:
-    """Return whether loss and gradient norm of a training step are finite."""
-    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+def _check(valid: bool, message: str) -> None:
+    if not valid:
+        raise UserError(message)
