@@ -36,7 +36,6 @@ def find_duplicates(train: Tensor, test: Tensor, bits: int = 8) -> list[int]:
     candidates = defaultdict(list)
     for index, digest in enumerate(_digests(test, MAX_DIGEST_BYTES, shift)):
         candidates[digest].append(index)
-<<<<<<< HEAD
     duplicates: set[int] = set()
     for train_index, digest in enumerate(_digests(train, MAX_DIGEST_BYTES, shift)):
         if digest in candidates:
@@ -46,14 +45,6 @@ def find_duplicates(train: Tensor, test: Tensor, bits: int = 8) -> list[int]:
                 for index in candidates[digest]
                 if torch.equal(test[index].cpu() >> shift, image)
             }
-=======
-    duplicates = {
-        index
-        for train_index, digest in enumerate(_digests(train, MAX_DIGEST_BYTES))
-        for index in candidates.get(digest, ())
-        if torch.equal(test[index], train[train_index])
-    }
->>>>>>> r2-training
     return sorted(duplicates)
 
 
@@ -68,7 +59,6 @@ def entropy(batches: Iterable[Tensor]) -> float:
     return -sum(count / total * math.log2(count / total) for count in counts.values())
 
 
-<<<<<<< HEAD
 def _digests(images: Tensor, max_bytes: int | None = None, shift: int = 0) -> Iterator[bytes]:
     flat = images.flatten(1).cpu()
     if max_bytes is not None:
@@ -76,13 +66,6 @@ def _digests(images: Tensor, max_bytes: int | None = None, shift: int = 0) -> It
         flat = flat[:, ::stride]
     for part in flat.split(4096):
         for row in (part.contiguous() >> shift).numpy():
-=======
-def _digests(images: Tensor, max_bytes: float = math.inf) -> Iterator[bytes]:
-    flat = images.flatten(1).cpu()
-    stride = max(1, math.ceil(flat.shape[1] / max_bytes))
-    for part in flat[:, ::stride].split(4096):
-        for row in part.contiguous().numpy():
->>>>>>> r2-training
             yield hashlib.blake2b(row, digest_size=16).digest()
 
 
