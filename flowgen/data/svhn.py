@@ -23,8 +23,8 @@ DOWNLOAD_HINT = (
 class SVHN(ImageDataset):
     """The cropped digits of SVHN. Downloaded if missing and without `root`.
 
-    One in twelve training images is for validation. Reading the files needs scipy
-    (`pip install 'flowgen[svhn]'`).
+    One in twelve training images is for validation. Reading the files needs the
+    package scipy.
 
     Args:
         root: A folder with `train_32x32.mat` and `test_32x32.mat`, or None to look for them in
@@ -53,7 +53,7 @@ def _read(path: Path) -> Split:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise UserError("data=svhn needs the package scipy: pip install 'flowgen[svhn]'") from error
+        raise UserError("data=svhn needs the package scipy: pip install scipy") from error
     try:
         if not path.is_file():
             raise FileNotFoundError(path)
