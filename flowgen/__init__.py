@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flowgen.training.run_dir import Run
     from flowgen.utils.errors import UserError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Run",
     "UserError",

@@ -7,10 +7,11 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from os import PathLike
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
@@ -33,7 +34,6 @@ from flowgen.config.instantiate import (
 from flowgen.config.loading import absolute_path, load_from_checkpoint, load_weights
 from flowgen.config.runs import find_checkpoint, find_file, find_run
 from flowgen.config.settings import (
-    check_option,
     description,
     did_you_mean,
     flatten,
@@ -46,6 +46,7 @@ from flowgen.training.checkpoint import eval_weights, read_checkpoint
 from flowgen.training.run_dir import Run
 from flowgen.utils.console import progress_bar, setup_logging
 from flowgen.utils.errors import UserError, check_whole
+from flowgen.utils.files import data_folder
 from flowgen.utils.launcher import is_worker, launch, num_processes_to_launch
 from flowgen.utils.metrics import Metrics, MetricValue, finite
 
@@ -54,13 +55,12 @@ if TYPE_CHECKING:
 
     from flowgen.models.base import GenerativeModel
     from flowgen.training.distributed import ProcessGroup
-    from flowgen.training.trainer import TrainerConfig
 
 RunName = str | PathLike[str] | Run
 BATCH_SIZE = 64  # images that are evaluated or scored at once
 LOCK_FILE = ".lock"  # in the folder of a run, held by the process that trains it
 LOG_Z_KEYS = ("log_z", "log_z_error", "reliable", "verdict")
-PAPER = re.compile(r"(?P<text>.*) \((?P<paper>[^()]*\d{4}[^()]*)\)")
+PAPER = re.compile(r"^(.*?)(?: \(([^()]*\d{4}[^()]*)\))?$")  # a description and its source
 URL = re.compile(r"https?://[^\s'\"),]+")
 log = logging.getLogger("flowgen")
 
@@ -90,7 +90,7 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.signal = signal
 
 
-class EvalReport(Mapping[str, MetricValue]):
+class EvalReport(dict[str, MetricValue]):
     """Metrics of a model on the test split, by name.
 
     `report["bits_per_dim"].value` and `.error` are the mean and its standard error, `print(report)`
@@ -102,17 +102,9 @@ class EvalReport(Mapping[str, MetricValue]):
     """
 
     def __init__(self, conditions: dict[str, Any], metrics: Metrics):
+        super().__init__(metrics.measured)
         self.conditions = conditions
         self.metrics = metrics
-
-    def __getitem__(self, name: str) -> MetricValue:
-        return self.metrics.measured[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.metrics.measured)
-
-    def __len__(self) -> int:
-        return len(self.metrics.measured)
 
     def row(self) -> dict[str, Any]:
         """Return conditions, values, errors and facts as one flat dictionary, as in JSON."""
@@ -172,9 +164,8 @@ def train(*overrides: str) -> Run:
     """
     setup_logging()
     if is_worker():
-        return run_worker()
-    config, note, named_by_time = compose_config(overrides)
-    return train_config(config, note, numbered=named_by_time)
+        return fit_run()
+    return train_config(*compose_config(overrides))
 
 
 def resume(run: RunName, *overrides: str) -> Run:
@@ -192,7 +183,7 @@ def resume(run: RunName, *overrides: str) -> Run:
     """
     setup_logging()
     if is_worker():
-        return run_worker()
+        return fit_run()
     name = _name(run)
     found = find_run(name)
     file = find_file(name)
@@ -262,7 +253,6 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         >>> report["bits_per_dim"].error > 0
         True
     """
-    from flowgen.models.base import EvalConfig
     from flowgen.training.sanity_checks import warn_implausible_likelihood, warn_test_leakage
 
     found, checkpoint = find_checkpoint(None if run is None else _name(run))
@@ -274,18 +264,15 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     ]
     config = override(trained, full_keys)
     eval_config = build("evaluation", config["evaluation"])
-    if not isinstance(eval_config, EvalConfig):
-        raise UserError(
-            "evaluation._target_ is not flowgen.models.base.EvalConfig: do not change it"
-        )
     data = build_data(config)
     model = load_from_checkpoint(checkpoint | {"config": config}, device)
     check_fits_data(model, data)
     warn_test_leakage(data)
     data.to(model.device)
     model.set_progress(progress_bar)
-    num_batches = math.ceil(len(data.test) / BATCH_SIZE)
-    batches = progress_bar(data.batches("test", BATCH_SIZE), "images", num_batches)
+    batches = progress_bar(
+        data.batches("test", BATCH_SIZE), "images", math.ceil(len(data.test) / BATCH_SIZE)
+    )
     reference = data.batches("train", BATCH_SIZE, len(data.test))
     metrics = model.evaluate(batches, reference, eval_config).on("test")
     value = metrics[model.metric.name]
@@ -326,12 +313,11 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
     """
     import torch
 
-    shape = tuple(model.image_shape)
-    if tuple(images.shape[1:]) != shape:
-        raise UserError(f"images must have the shape (N, {', '.join(map(str, shape))})")
+    if tuple(images.shape[1:]) != tuple(model.image_shape):
+        raise UserError(f"images must have the shape (N, {', '.join(map(str, model.image_shape))})")
     max_value = 2**model.bits - 1
-    integers = not images.is_floating_point() and not images.is_complex()
-    if not integers or (len(images) and not 0 <= images.min() <= images.max() <= max_value):
+    is_integer = not images.is_floating_point() and not images.is_complex()
+    if not is_integer or not ((images >= 0) & (images <= max_value)).all():
         raise UserError(f"images must have integer pixel values from 0 to {max_value}")
     was_training = model.training
     model.eval()
@@ -370,28 +356,18 @@ def create_model(
         >>> sum(parameter.numel() for parameter in model.parameters()) > 10_000
         True
     """
-    check_option("model", name)
-    content = read_yaml(f"model/{name}")
-    section = dict(content.get("model", content))
-    for entry in content.get("defaults", []):
-        for key, option in entry.items():
-            section[key.partition("@")[0]] = read_yaml(f"model/{key.partition('@')[0]}/{option}")
+    overrides = [f"model={name}"]
+    if isinstance(changes.get("negative_phase"), str):
+        overrides.append(f"model/negative_phase={changes.pop('negative_phase')}")
+    config, _, _ = compose_config(overrides)
+    section = config["model"]
     for key, value in changes.items():
         if key not in section:
-            hint = did_you_mean(key, section)
-            raise UserError(f"model={name} has no setting {key}{hint}")
-        if isinstance(section[key], dict):
-            if isinstance(value, str):
-                check_option(f"model/{key}", value)
-                value = read_yaml(f"model/{key}/{value}")
-            else:
-                value = section[key] | value
-        section[key] = value
-    if bits is None:
-        bits = content.get("data", {}).get("bits", 8)
+            raise UserError(f"model={name} has no setting {key}{did_you_mean(key, section)}")
+        section[key] = section[key] | value if isinstance(section[key], dict) else value
     channels, height, width = image_shape
-    config = with_image_shape({"model": section}, (channels, height, width), bits)
-    return build_model(config)
+    bits = config["data"]["bits"] if bits is None else bits
+    return build_model(with_image_shape(config, (channels, height, width), bits))
 
 
 def list_models() -> list[ModelInfo]:
@@ -401,14 +377,8 @@ def list_models() -> list[ModelInfo]:
         >>> [model.paper for model in list_models() if model.name == "glow"]
         ['Kingma and Dhariwal, arXiv 1807.03039']
     """
-    models = []
-    for name in group_options("model"):
-        text = description(f"model/{name}")
-        match = PAPER.fullmatch(text)
-        models.append(
-            ModelInfo(name, match["text"], match["paper"]) if match else ModelInfo(name, text, "")
-        )
-    return models
+    texts = {name: description(f"model/{name}") for name in group_options("model")}
+    return [ModelInfo(name, *PAPER.findall(text)[0]) for name, text in texts.items()]
 
 
 def list_datasets() -> list[DatasetInfo]:
@@ -429,13 +399,10 @@ def list_datasets() -> list[DatasetInfo]:
 
 
 def _availability(name: str) -> str:
-    from flowgen.data.dataset import data_folder
-
     section = read_yaml(f"data/{name}")
-    if "root" not in section:  # generated, or part of a package
-        return "present"
-    if any((data_folder() / folder).exists() for folder in section.get("search_dirs") or []):
-        return "present"
+    folders = section.get("search_dirs") or []
+    if "root" not in section or any((data_folder() / folder).exists() for folder in folders):
+        return "present"  # without root, it is generated or part of the package
     root = settings_of_file(f"data/{name}")["data.root"]
     return "downloadable" if "download" in root.meaning else "missing"
 
@@ -535,10 +502,8 @@ def _launch(run: Run, num_processes: int, arguments: list[str], keep: bool) -> R
         launch(num_processes, ["resume", *arguments], hint)
     except SystemExit as error:
         if not keep and not run.checkpoints():
-            for path in (run.config, run.log, run.folder / LOCK_FILE):
-                path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                run.folder.rmdir()
+            run.config.unlink(missing_ok=True)
+            _remove_without_run(run)
         status = error.code if isinstance(error.code, int) else 1
         if status > 128:  # a signal
             raise TrainingInterrupted(run, status - 128) from error
@@ -546,26 +511,22 @@ def _launch(run: Run, num_processes: int, arguments: list[str], keep: bool) -> R
     return run
 
 
-def run_worker() -> Run:
-    """Train together with the main process, which has the configuration and the folder."""
-    return fit_run(None, {}, None)
-
-
 def fit_run(
-    run: Run | None,
-    config: dict[str, Any],
-    checkpoint: dict[str, Any] | None,
+    run: Run | None = None,
+    config: dict[str, Any] | None = None,
+    checkpoint: dict[str, Any] | None = None,
     note: str = "",
 ) -> Run:
-    """Train in this process, or in the group of processes that a launcher started."""
+    """Train in this process, or in the group of processes that a launcher started.
+
+    The main process has the run and its configuration, and sends them to the others.
+    """
     from flowgen.training.distributed import join
 
     with join() as group:
-        folder, config, checkpoint = group.broadcast_from_main(
-            lambda: (run.folder if run else Path(), config, checkpoint)
-        )
-        run_training_in_group(group, run or Run(folder), config, checkpoint, note)
-    return Run(folder)
+        shared: Any = group.broadcast_from_main(lambda: (run, config, checkpoint, note))
+        run_training_in_group(group, *shared)
+    return shared[0]
 
 
 def run_training_in_group(
@@ -594,7 +555,7 @@ def run_training_in_group(
     from flowgen.training.trainer import Trainer
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
-    trainer_config = build_trainer_config(config)
+    trainer_config = build("trainer", config["trainer"])
     # Each of several processes counts its own cores.
     num_threads = trainer_config.num_threads if group.size == 1 else "auto"
     runtime = Runtime(trainer_config.device, num_threads, trainer_config.precision)
@@ -611,11 +572,10 @@ def run_training_in_group(
     if group.is_main:
         save_config(config, run.config)
     with log_to_file(run) if group.is_main else contextlib.nullcontext():
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
         log.info(
             "%s: %.2f million parameters, %d training, %d validation and %d test images",
             run.folder,
-            num_parameters / 1e6,
+            sum(parameter.numel() for parameter in model.parameters()) / 1e6,
             len(data.train),
             len(data.validation),
             len(data.test),
@@ -630,24 +590,10 @@ def run_training_in_group(
         trainer = Trainer(trainer_config, model, data, run, config, group, runtime)
         stop_signal = trainer.fit(checkpoint, init_weights=init_from is not None)
         if stop_signal is not None:
-            log.info(
-                "stopped by %s and saved: continue with `flowgen resume %s`",
-                _signal_name(stop_signal),
-                run.folder,
-            )
+            name = Signals(stop_signal).name
+            log.info("stopped by %s and saved: continue with `flowgen resume %s`", name, run.folder)
             raise TrainingInterrupted(run, stop_signal)
         log.info("finished: %s", run.folder)
-
-
-def build_trainer_config(config: dict[str, Any]) -> "TrainerConfig":
-    """Return the checked trainer settings of a run's configuration."""
-    return build("trainer", config["trainer"])
-
-
-def _signal_name(number: int) -> str:
-    import signal
-
-    return signal.Signals(number).name
 
 
 def _make_paths_absolute(config: dict[str, Any]) -> None:
@@ -666,7 +612,7 @@ def _load_init_weights(model: "GenerativeModel", config: dict[str, Any], source:
         load_weights(model, eval_weights(checkpoint))
     except UserError as error:
         section = flatten({"model": config["model"]})
-        differences = _differences(section, flatten(checkpoint["config"])) or ["of another shape"]
+        differences = _differences(section, checkpoint["config"]) or ["of another shape"]
         raise UserError(
             f"the weights of init_from={source} do not fit, {', '.join(differences)}: "
             "train a model with the same settings"
@@ -677,45 +623,40 @@ def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, An
     """Raise RunFinishedError if the checkpoint is at the end of the run."""
     if checkpoint is None:
         return
-    limits = build_trainer_config(config)
+    limits = build("trainer", config["trainer"])
     step = checkpoint["step"]
-    minutes = checkpoint["progress"]["seconds"] / 60
-    evals_since_best = checkpoint["progress"].get("evals_since_best", 0)
-    if limits.minutes and minutes >= limits.minutes:
-        more = f"trainer.minutes={2 * max(minutes, limits.minutes):.2g}"
-    elif limits.steps and step >= limits.steps:
-        more = f"trainer.steps={2 * step}"
-    elif limits.patience and evals_since_best >= limits.patience:
-        more = f"trainer.patience={2 * limits.patience}"
-    else:
-        return
-    raise RunFinishedError(
-        f"{run.folder} has ended at step {step}: to train longer, "
-        f"`flowgen resume {run.folder} {more}`"
-    )
+    values = {
+        "minutes": checkpoint["progress"]["seconds"] / 60,
+        "steps": step,
+        "patience": checkpoint["progress"].get("evals_since_best", 0),
+    }
+    for name, value in values.items():
+        limit = getattr(limits, name)
+        if limit and value >= limit:
+            raise RunFinishedError(
+                f"{run.folder} has ended at step {step}: to train longer, "
+                f"`flowgen resume {run.folder} trainer.{name}={math.ceil(2 * value)}`"
+            )
 
 
 def _check_same_settings(run: Run, config: dict[str, Any]) -> None:
     """Raise UserError if a setting differs from those of the run, which may have more of them."""
-    ignored = ("output_dir", "trainer.num_processes")
-    wanted = {
-        key: value
-        for key, value in flatten(config).items()
-        if key not in ignored and value != "auto"
-    }
-    differences = _differences(wanted, flatten(read_config(run.config)))
-    if differences:
+    wanted = flatten(config)
+    for key in ("output_dir", "trainer.num_processes"):
+        wanted.pop(key, None)
+    if differences := _differences(wanted, read_config(run.config)):
         raise UserError(
             f"{run.folder} holds a run with other settings, {', '.join(differences)}: continue it "
             f"as it is with `flowgen resume {run.folder}`, or choose another output_dir="
         )
 
 
-def _differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+def _differences(here: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    there = flatten(config)
     return [
         f"{key}={there.get(key, 'nothing')} there and {value} here"
         for key, value in here.items()
-        if there.get(key) != value
+        if value not in (there.get(key), "auto")
     ]
 
 
@@ -740,10 +681,14 @@ def lock_run(run: Run) -> Iterator[None]:
     finally:
         lock.release()
         if not run.config.exists():
-            run.log.unlink(missing_ok=True)
-            (run.folder / LOCK_FILE).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # other files stay
-                run.folder.rmdir()
+            _remove_without_run(run)
+
+
+def _remove_without_run(run: Run) -> None:
+    for path in (run.log, run.folder / LOCK_FILE):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other files stay
+        run.folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -75,8 +75,11 @@ class FiniteFloat(click.ParamType):
             number = math.nan
         if not math.isfinite(number) or number < self.minimum:
             limit = "" if self.minimum == -math.inf else f" of at least {self.minimum:g}"
-            text = f"{value!r} is not a {self.what}: give a number{limit}, such as {self.example}"
-            self.fail(text, param, ctx)
+            self.fail(
+                f"{value!r} is not a {self.what}: give a number{limit}, such as {self.example}",
+                param,
+                ctx,
+            )
         return number
 
 
@@ -116,16 +119,15 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     return [candidate for candidate in candidates if candidate.startswith(incomplete)]
 
 
-def command(module: str, computes: bool = False, package: str = "commands") -> Any:
+def load(module: str, computes: bool = False) -> Any:
     """Import the module of a command when it runs.
 
     Args:
         module: its name.
         computes: whether it computes with a model, on all free cores.
-        package: its package.
     """
     setup_logging()
-    imported = import_module(".".join(filter(None, ("flowgen", package, module))))
+    imported = import_module(f"flowgen.{module}")
     if computes:
         use_threads()
     return imported
@@ -209,9 +211,9 @@ def train(overrides: tuple[str, ...], multirun: bool, cfg: str | None, show_help
     elif cfg:
         if multirun:
             raise click.UsageError("--cfg job shows one configuration: leave -m out")
-        click.echo(command("train").config_text(overrides=list(overrides)), nl=False)
+        click.echo(load("commands.train").config_text(overrides=list(overrides)), nl=False)
     else:
-        command("train").train(overrides=list(overrides), multirun=multirun)
+        load("commands.train").train(overrides=list(overrides), multirun=multirun)
 
 
 @cli.command(short_help="Continue a run from its last checkpoint.")
@@ -222,13 +224,13 @@ def resume(run: str, overrides: tuple[str, ...]) -> None:
 
     It keeps its own configuration, except for overrides such as trainer.minutes=60.
     """
-    command("train").resume(run=run, overrides=list(overrides))
+    load("commands.train").resume(run=run, overrides=list(overrides))
 
 
 @cli.command(short_help="List runs and the models of the zoo.")
 def runs() -> None:
     """List the runs under outputs/, the newest first, and the models of the zoo."""
-    rows = list(command("runs").runs())
+    rows = list(load("commands.runs").runs())
     if all(row.name.startswith("zoo/") for row in rows):
         click.echo("no runs under outputs/ yet: train one with `flowgen train`")
     for row in rows:
@@ -240,13 +242,7 @@ def runs() -> None:
 @json_option
 def models(as_json: bool) -> None:
     """List the models that can be trained with model=NAME, with their papers."""
-    rows = command("api", package="").list_models()
-    if as_json:
-        click.echo(json.dumps([row._asdict() for row in rows]))
-        return
-    for row in rows:
-        paper = f" ({row.paper})" if row.paper else ""
-        click.echo(f"{row.name:14} {row.description}{paper}")
+    echo_list(load("api").list_models(), as_json)
 
 
 @cli.command(short_help="List the data sets that can be trained on.")
@@ -256,13 +252,17 @@ def data(as_json: bool) -> None:
 
     They are looked for in the folder of the environment variable FLOWGEN_DATA, or in data/.
     """
-    rows = command("api", package="").list_datasets()
+    echo_list(load("api").list_datasets(), as_json)
+
+
+def echo_list(rows: Sequence[Any], as_json: bool) -> None:
+    """Print named tuples as JSON, or as lines: name, availability, description and source."""
     if as_json:
         click.echo(json.dumps([row._asdict() for row in rows]))
         return
-    for row in rows:
-        source = f" ({row.source})" if row.source else ""
-        click.echo(f"{row.name:14} {row.availability:12} {row.description}{source}")
+    for name, description, source, *availability in rows:
+        columns = "".join(f"{word:13}" for word in availability)
+        click.echo(f"{name:14} {columns}{description}{f' ({source})' if source else ''}")
 
 
 @cli.command(short_help="Draw a grid of samples.")
@@ -307,7 +307,7 @@ def data(as_json: bool) -> None:
 )
 def sample(**options: Any) -> None:
     """Draw a grid of samples, one block per temperature, sorted by log-probability."""
-    click.echo(command("sample", computes=True).sample(**options))
+    click.echo(load("commands.sample", computes=True).sample(**options))
 
 
 @cli.command(short_help="Interpolate between two images.")
@@ -329,7 +329,7 @@ def interpolate(**options: Any) -> None:
 
     FILE.gif is an animation.
     """
-    click.echo(command("interpolate", computes=True).interpolate(**options))
+    click.echo(load("commands.interpolate", computes=True).interpolate(**options))
 
 
 @cli.command(short_help="Fill in the missing part of an image.")
@@ -360,7 +360,7 @@ def interpolate(**options: Any) -> None:
 @out_option
 def complete(**options: Any) -> None:
     """Fill in the missing part of an image: sample unknown pixels given the known ones."""
-    click.echo(command("complete", computes=True).complete(**options))
+    click.echo(load("commands.complete", computes=True).complete(**options))
 
 
 @cli.command(short_help="Change attributes of images, such as a smile.")
@@ -411,7 +411,7 @@ def edit(**options: Any) -> None:
     The result is a strip of amounts or, with --amount, each image next to its edit. FILE.gif is
     an animation.
     """
-    click.echo(command("edit", computes=True).edit(**options))
+    click.echo(load("commands.edit", computes=True).edit(**options))
 
 
 @cli.command(short_help="Animate the Markov chains of an RBM.")
@@ -439,7 +439,7 @@ def edit(**options: Any) -> None:
 )
 def chain(**options: Any) -> None:
     """Animate the Markov chains of an RBM, which start from white noise."""
-    click.echo(command("sample", computes=True).chain(**options))
+    click.echo(load("commands.sample", computes=True).chain(**options))
 
 
 @cli.command(short_help="Evaluate a model on the test images.")
@@ -449,8 +449,9 @@ def chain(**options: Any) -> None:
 @overrides_argument
 def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
     """Evaluate a model on the test split, as in `flowgen evaluate num_importance_samples=8`."""
-    module = command("evaluate", computes=True)
-    report = module.evaluate(run=run, overrides=list(overrides), device=device)
+    report = load("commands.evaluate", computes=True).evaluate(
+        run=run, overrides=list(overrides), device=device
+    )
     click.echo(json.dumps(report.row()) if as_json else report)
 
 
@@ -487,8 +488,8 @@ def score(paths: tuple[Path, ...], ood: tuple[str, ...], **options: Any) -> None
         raise click.UsageError(
             "nothing to score: give images, a folder or a zip, or compare data with --ood data=NAME"
         )
-    module = command("score", computes=True)
-    for line in module.score(paths=list(paths), ood=list(ood), **options):
+    score_images = load("commands.score", computes=True).score
+    for line in score_images(paths=list(paths), ood=list(ood), **options):
         click.echo(line)
 
 
@@ -504,7 +505,7 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
     """Compare runs, or all runs in a folder, on one page: curves, samples and settings."""
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise click.UsageError(f"{out} is not the path of a page: it must end in .html")
-    click.echo(command("report").report(names=list(names), out=out))
+    click.echo(load("commands.report").report(names=list(names), out=out))
 
 
 @cli.command(short_help="Export a model to one file.")
@@ -512,7 +513,7 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
 @click.argument("path", type=PATH, metavar="FILE.safetensors")
 def export(run: str, path: Path) -> None:
     """Export the model of RUN to a file that --run reads, with a model card and samples."""
-    for file in command("export", computes=True).export(run=run, path=path):
+    for file in load("commands.export", computes=True).export(run=run, path=path):
         click.echo(file)
 
 
@@ -528,7 +529,7 @@ def export(run: str, path: Path) -> None:
 @click.option("--private", is_flag=True, help="Create a private repository.")
 def push(**options: Any) -> None:
     """Upload the model of RUN with a model card and samples; --run hf:OWNER/NAME reads it."""
-    for line in command("export", computes=True).push(**options):
+    for line in load("commands.export", computes=True).push(**options):
         click.echo(line)
 
 
@@ -545,8 +546,7 @@ def push(**options: Any) -> None:
 @device_option
 def explore(**options: Any) -> None:
     """Use a model on a page at 127.0.0.1: sample, mix, interpolate, complete and score."""
-    module = command("app", computes=True, package="serving.web")
-    module.explore(echo=click.echo, **options)
+    load("serving.web.app", computes=True).explore(echo=click.echo, **options)
 
 
 @cli.command(short_help="Run a Telegram bot that uses a model.")
@@ -570,8 +570,10 @@ def explore(**options: Any) -> None:
 def bot(**options: Any) -> None:
     """Chat with a model on Telegram: /generate, /walk with two photos, /score with one."""
     if not find_spec("telegram"):
-        raise UserError("the bot needs python-telegram-bot: pip install 'flowgen[bot]'")
-    command("telegram", computes=True, package="serving").bot(echo=click.echo, **options)
+        raise UserError(
+            "the bot needs the package python-telegram-bot: pip install python-telegram-bot"
+        )
+    load("serving.telegram", computes=True).bot(echo=click.echo, **options)
 
 
 COMMANDS = tuple(cli.commands.values())

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -42,6 +43,7 @@ LAYERS = [  # from the top; a module imports only its own package and lower laye
     {"utils"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+TEXT_SUFFIXES = {".css", ".html", ".js", ".md", ".py", ".rst", ".sh", ".toml", ".yaml", ".yml"}
 MAX_FUNCTION_LINES = 60  # below the signature and the docstring
 MAX_MODULES_TRAIN = 60  # of flowgen before the first optimizer step
 MAX_MODULES_SAMPLE = 45
@@ -285,6 +287,19 @@ def test_functions_of_commands_take_keywords_only(name):
 def test_every_configuration_has_a_description(path):
     assert path.read_text().startswith("# ")
     yaml.safe_load(path.read_text())
+
+
+def test_no_text_installs_flowgen_from_the_package_index():
+    """The name belongs to another project there: a clone is installed with `pip install .`."""
+    root = PACKAGE.parent
+    folders = [root / name for name in ("flowgen", "conf", "docs", "scripts", "tests")]
+    paths = [path for folder in folders for path in folder.rglob("*")]
+    paths += [*root.glob("*.md"), root / "Makefile"]
+    install = re.compile(r"flowgen\[[a-z]|(pip|uv) [^`\n]*install [^`\n]*['\" ]flowgen['\" `\n]")
+    for path in paths:
+        if path.suffix in TEXT_SUFFIXES or path.name == "Makefile":
+            match = install.search(path.read_text())
+            assert match is None, f"{path}: {match[0]}"
 
 
 PACKAGES = {  # of imports with another name

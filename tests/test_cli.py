@@ -61,6 +61,15 @@ def test_help_does_not_import_torch(arguments):
     assert output.splitlines()[-1] == "False False"
 
 
+@pytest.mark.parametrize("name", ["data", "models", "runs"])
+def test_lists_do_not_import_torch(name):
+    code = (
+        f"import sys; from flowgen.cli import main; main(['{name}']); print('torch' in sys.modules)"
+    )
+    output = run_python("-c", code).stdout
+    assert output.splitlines()[-1] == "False"
+
+
 def test_help_shows_complete_summaries_in_groups(command):
     status, output, _ = command("--help")
     assert status == 0
@@ -365,7 +374,7 @@ MISTAKES = [
         1,
     ),
     (["train", "model/negative_phase=cd"], "model/negative_phase", 1),
-    (["train", "hydra/launcher=cluster", "-m"], "flowgen[slurm]", 1),
+    (["train", "hydra/launcher=cluster", "-m"], "pip install hydra-submitit-launcher", 1),
     (["train", "hydra/launcher=basic"], "-m", 1),
     (["train", "model.wdith=3"], "did you mean model.width?", 1),
     (["train", "model.wdith=3,4", "-m"], "did you mean model.width?", 1),

@@ -173,7 +173,7 @@ def test_push_needs_a_name_a_run_and_a_license(tiny_run, command):
 
 def test_without_huggingface_hub_the_error_says_how_to_install_it(tiny_run, command, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    install = "pip install 'flowgen[hub]'"
+    install = "pip install huggingface_hub"
     assert_error(command("sample", "--run", "hf:me/faces"), install)
     assert_error(command("push", tiny_run, "me/faces", "--license", "mit"), install)
 

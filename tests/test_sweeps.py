@@ -19,8 +19,9 @@ from flowgen.commands import train
 from flowgen.config import settings
 from flowgen.config.compose import (
     compose_config,
+    input_lines,
     override,
-    quote_overrides,
+    parse_overrides,
     read_config,
     save_config,
 )
@@ -81,7 +82,7 @@ def test_folders_may_have_any_name(monkeypatch):
     }.items():
         assert override(RUN, [f"data.root={typed}"])["data"]["root"] == path
     unchanged = ["output_dir=/plain", "trainer.warmup=1 epoch"]
-    assert quote_overrides(unchanged) == unchanged
+    assert input_lines(parse_overrides(unchanged)) == unchanged
 
 
 def test_references_are_resolved_when_a_run_is_composed():

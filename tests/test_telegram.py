@@ -21,7 +21,7 @@ from test_cli import assert_error
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
-pytest.importorskip("telegram", reason="needs python-telegram-bot: pip install 'flowgen[bot]'")
+pytest.importorskip("telegram", reason="needs the package python-telegram-bot")
 from flowgen.serving.telegram import Chat, read_token
 from flowgen.utils.errors import UserError
 
@@ -331,4 +331,4 @@ def test_invalid_arguments_of_bot_get_one_line(two_runs, command, tmp_path, monk
     assert_error(command("bot", "nowhere"), "flowgen runs")
     assert_error(command("bot", run, "--device", "tpu"), "choose auto")
     monkeypatch.setattr("flowgen.cli.find_spec", lambda name: None)
-    assert_error(command("bot", run), "flowgen[bot]")
+    assert_error(command("bot", run), "pip install python-telegram-bot")

@@ -18,6 +18,7 @@ from flowgen.models.base import (
 from flowgen.utils import rendering
 from flowgen.utils.console import log, progress_bar
 from flowgen.utils.errors import UserError
+from flowgen.utils.rendering import to_uint8
 
 MAX_SAMPLES_SHOWN = 5
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in Pillow
@@ -203,8 +204,3 @@ def inpaint_image(
     generator = torch.Generator(model.device).manual_seed(seed)
     result = model.inpaint(images, known, sampler=sampler, steps=steps, generator=generator)
     return result, 2 * result.draws.std(0, correction=0)
-
-
-def to_uint8(brightness: Tensor) -> Tensor:
-    """Convert brightness or probabilities in [0, 1] to 8-bit pixel values on the CPU."""
-    return (255 * brightness).round().to(torch.uint8).cpu()

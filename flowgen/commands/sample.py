@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.commands.complete import to_uint8
 from flowgen.config.instantiate import build_data
 from flowgen.config.loading import find_model
 from flowgen.models.base import (
@@ -18,11 +17,11 @@ from flowgen.models.base import (
     SupportsTokenSampling,
 )
 from flowgen.models.flows.flow import Flow
-from flowgen.utils import plots, rendering
+from flowgen.utils import rendering
 from flowgen.utils.console import log, progress_bar
 from flowgen.utils.errors import UserError
 from flowgen.utils.memory import check_memory
-from flowgen.utils.rendering import TOY2D_SHAPE, is_toy2d
+from flowgen.utils.rendering import TOY2D_SHAPE, is_toy2d, to_uint8
 
 BATCH_SIZE = 64
 DEFAULT_IMAGES = 32
@@ -125,6 +124,8 @@ def plot_toy2d(
     model: Flow, target: Tensor, temperature: float, count: int, seed: int, path: Path
 ) -> None:
     """Plot a two-dimensional flow: target points, latent points, samples, and model density."""
+    from flowgen.utils import plots
+
     generator = torch.Generator(model.device).manual_seed(seed)
     latent = temperature * torch.randn(count, 2, generator=generator, device=model.device)
     samples = model.decode_continuous(latent).flatten(1)

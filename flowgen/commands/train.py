@@ -9,18 +9,16 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from flowgen import api
 from flowgen.config.compose import (
-    check_sweep,
     compose_config,
     first_line,
+    hydra_errors,
     register_resolvers,
     resolve_config,
-    sweep_error,
+    sweep_overrides,
     trainer_note,
 )
 from flowgen.config.settings import conf_folder
@@ -62,8 +60,7 @@ def exit_like_training() -> Iterator[None]:
 
 def config_text(*, overrides: list[str]) -> str:
     """Return the configuration that `flowgen train OVERRIDE...` would train, as YAML."""
-    config, _, _ = compose_config(overrides)
-    return OmegaConf.to_yaml(OmegaConf.create(config))
+    return OmegaConf.to_yaml(OmegaConf.create(compose_config(overrides)[0]))
 
 
 def sweep(overrides: list[str]) -> None:
@@ -79,14 +76,16 @@ def sweep(overrides: list[str]) -> None:
             "a sweep trains separate runs: start it without torchrun, "
             "or set trainer.num_processes=N for each run"
         )
-    task_overrides = check_sweep(overrides)
+    lines = sweep_overrides(overrides)
     try:
-        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="train"):
-            app = GlobalHydra.instance().hydra
-            assert app is not None
-            batches = app.multirun("train", sweep_job, task_overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise sweep_error(error) from error
+        with (
+            hydra_errors(),
+            hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="train"),
+        ):
+            app: Any = GlobalHydra.instance().hydra
+            batches = app.multirun("train", sweep_job, lines)
+    except UserError:
+        raise
     except Exception as error:  # a job that is killed may break its launcher
         raise UserError(f"the launcher of the sweep failed: {first_line(error)}") from error
     results = [job.return_value for batch in batches for job in batch]
@@ -103,13 +102,12 @@ def sweep(overrides: list[str]) -> None:
 def sweep_job(cfg: DictConfig) -> str | None:
     """Train one run of a sweep, or continue it; return the message of an error."""
     setup_logging()  # this may be another process
-    hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
+    runtime = HydraConfig.get().runtime
+    folder = Path(runtime.output_dir)
     cfg.output_dir = str(folder)  # the default refers to Hydra's section, which jobs do not have
+    cfg.resume = True
     try:
-        config: dict[str, Any] = resolve_config(cfg)
-        config["resume"] = True
-        api.train_config(config, trainer_note(hydra_config.runtime.choices))
+        api.train_config(resolve_config(cfg), trainer_note(runtime.choices))
     except api.TrainingInterrupted as error:
         reraise_signal(error.signal)  # ends the sweep
     except Exception as error:

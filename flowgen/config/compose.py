@@ -1,10 +1,20 @@
 """Configurations: composed from conf/ and overrides, changed by overrides, saved and read again."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2s
 from pathlib import Path
 from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from flowgen.config.settings import (
     GROUPS,
@@ -24,11 +34,12 @@ MAX_CONFIG_BYTES = 2**20  # a longer file takes seconds to parse
 PATH_KEYS = ("output_dir", "data.root", "init_from")
 LOCATION_KEYS = ("output_dir", "resume", "data.root", "trainer.device")  # not in names of runs
 EVALUATION_KEYS = ("num_importance_samples", "ais_steps", "ais_chains", "cross_check")
+STOP_KEYS = {"trainer.steps", "trainer.minutes"}
 MAX_SHOWN_CHARS = 100  # of an override in an error message
 MAX_NAME_BYTES = 200  # of a run's folder in a sweep; file systems allow 255
 LAUNCHER_HINT = (
-    "or install its plugin: pip install 'flowgen[slurm]' for submitit_slurm and submitit_local, "
-    "hydra-joblib-launcher for joblib"
+    "or install its plugin: pip install hydra-submitit-launcher for submitit_slurm and "
+    "submitit_local, pip install hydra-joblib-launcher for joblib"
 )
 
 
@@ -48,32 +59,22 @@ def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]
     Raises:
         UserError: for unknown keys, options and values.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    check_overrides(overrides)
     register_resolvers()
-    groups = [text for text in overrides if text.partition("=")[0] in GROUPS]
-    values = [text for text in resolve_stop_criterion(overrides) if text not in groups]
-    for text in overrides:
-        if text.startswith("hydra") or (text in groups and ("," in text or "(" in text)):
+    parsed = parse_overrides(resolve_stop_criterion(overrides))
+    groups = [item for item in parsed if item.get_key_element() in GROUPS]
+    for item in parsed:
+        is_sweep = item in groups and item.is_sweep_override()
+        if is_sweep or item.get_key_element().startswith("hydra"):
+            text = item.input_line
             raise UserError(f"{text} is for a sweep: add -m, as in `flowgen train -m {text}`")
-    try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            tree: Any = compose("train", groups, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(first_line(error)) from error
+    with hydra_errors(), initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        tree: Any = compose("train", input_lines(groups), return_hydra_config=True)
     note = trainer_note(tree.hydra.runtime.choices)
     OmegaConf.set_struct(tree, False)
-    set_values(tree, values, references=True)
-    output_dir = OmegaConf.masked_copy(tree, "output_dir")
-    named_by_time = "${now:" in OmegaConf.to_yaml(output_dir)
-    try:
+    set_values(tree, [item for item in parsed if item not in groups])
+    named_by_time = "${now:" in OmegaConf.to_yaml(OmegaConf.masked_copy(tree, "output_dir"))
+    with hydra_errors():
         tree.output_dir = str(tree.output_dir)  # refers to the hydra section
-    except OmegaConfBaseException as error:
-        raise UserError(first_line(error)) from error
     del tree["hydra"]
     return resolve_config(tree), note, named_by_time
 
@@ -91,89 +92,65 @@ def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     Raises:
         UserError: for unknown keys, lists to sweep over and references to other values.
     """
-    from omegaconf import OmegaConf
-
-    check_overrides(overrides)
+    parsed = parse_overrides(overrides)
+    for item in parsed:
+        if "${" in str(item.value()):
+            raise UserError(
+                f"{item.input_line} refers to another value, which only `flowgen train` allows: "
+                "write the value"
+            )
     tree: Any = OmegaConf.create(config)
-    set_values(tree, overrides, references=False)
+    set_values(tree, parsed)
     return OmegaConf.to_container(tree)  # type: ignore[return-value]
 
 
-def set_values(tree: Any, overrides: Sequence[str], references: bool) -> None:
+def set_values(tree: Any, overrides: Sequence[Override]) -> None:
     """Set the values of KEY=VALUE overrides in an OmegaConf tree, in place."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for text, parsed in zip(
-        overrides,
-        OverridesParser.create().parse_overrides(quote_overrides(overrides)),
-        strict=True,
-    ):
-        key = parsed.key_or_group
-        if parsed.is_sweep_override():
+    content: Any = OmegaConf.to_container(tree)
+    content.pop("hydra", None)
+    known = flatten(content)
+    for item in overrides:
+        key = item.get_key_element()
+        if item.is_sweep_override():
             raise UserError(
-                f"{text} has several values: give one, or sweep with `flowgen train -m`"
+                f"{item.input_line} has several values: give one, or sweep with `flowgen train -m`"
             )
-        value = parsed.value()
-        if not references and "${" in str(value):
-            raise UserError(
-                f"{text} refers to another value, which only `flowgen train` allows: "
-                "write the value"
-            )
-        check_key(tree, key)
-        if isinstance(OmegaConf.select(tree, key, throw_on_resolution_failure=False), type(tree)):
+        if any(name.startswith(f"{key}.") for name in known):
             group = key.replace(".", "/")
             raise UserError(
-                f"{key} is a group of settings: write {text.replace(key, group, 1)} with a slash"
+                f"{key} is a group of settings: write "
+                f"{str(item.input_line).replace(key, group, 1)} with a slash"
                 if group_options(group)
-                else f"{text} would replace a whole section: set values one by one, "
+                else f"{item.input_line} would replace a whole section: set values one by one, "
                 "as in trainer.device=cuda"
             )
-        try:
-            OmegaConf.update(tree, key, value, merge=True)
-        except OmegaConfBaseException as error:
-            raise UserError(first_line(error)) from error
+        if key not in known:
+            raise unknown_key_error(key, known)
+        with hydra_errors():
+            OmegaConf.update(tree, key, item.value(), merge=True)
 
 
-def check_key(tree: Any, key: str) -> None:
-    """Raise UserError unless the tree has the key."""
-    node: Any = tree
-    for name in key.split("."):
-        if not hasattr(node, "keys") or name not in node.keys():  # noqa: SIM118
-            break
-        node = node._get_node(name)
-    else:
-        return
+def unknown_key_error(key: str, known: Iterable[str] = ()) -> UserError:
+    """Return an error for a key that is not in `known`.
+
+    It names the options that have the key, or the closest key: in another section, or spelled
+    alike.
+    """
     names = setting_names()
     if options := names.get(key):
-        raise UserError(
+        return UserError(
             f"{key} is a setting of {' and '.join(options)} only: "
             "choose one of them, or leave it out"
         )
-    known = [full for full in flatten(_keys(tree)) if not full.endswith("_target_")]
-    raise unknown_key_error(key, [*known, *names])
-
-
-def _keys(tree: Any) -> dict[str, Any]:
-    """Return the keys of a tree as nested dicts, without resolving values."""
-    nodes = {name: tree._get_node(name) for name in tree if name != "hydra"}
-    return {
-        str(name): _keys(node) if isinstance(node, type(tree)) else None
-        for name, node in nodes.items()
-    }
-
-
-def unknown_key_error(key: str, known: Sequence[str]) -> UserError:
-    """Return an error that names the closest known key: in another section, or spelled alike."""
+    candidates = [name for name in (*known, *names) if not name.endswith("_target_")]
     name = key.partition(".")[2]
-    same = [other for other in known if name and other.partition(".")[2] == name]
-    hint = f", did you mean {same[0]}?" if same else did_you_mean(key, known)
+    same = [other for other in candidates if name and other.partition(".")[2] == name]
+    hint = f", did you mean {same[0]}?" if same else did_you_mean(key, candidates)
     return UserError(f"there is no setting {key}{hint}: `flowgen train --help` lists all settings")
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Check the syntax of overrides and the options of groups.
+    """Check the form of overrides and the options of groups.
 
     Raises:
         UserError: for an override that is not KEY=VALUE, an unknown option or an empty path.
@@ -204,22 +181,20 @@ def check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-def quote_overrides(overrides: Sequence[str]) -> list[str]:
-    """Quote paths that Hydra's grammar cannot read, as in data.root=~/faces=(new).
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Check and parse overrides. Paths such as data.root=~/faces=(new) need no quotes.
 
     Raises:
-        UserError: for other values that the grammar cannot read.
+        UserError: for overrides that `check_overrides` refuses or Hydra's grammar cannot read.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
+    check_overrides(overrides)
     parser = OverridesParser.create()
-    quoted = []
+    parsed = []
     for text in overrides:
-        key, _, value = text.partition("=")
         try:
-            parser.parse_override(text).value()
+            item = parser.parse_override(text)
         except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
+            key, _, value = text.partition("=")
             if key not in PATH_KEYS:
                 shown = text if len(text) < MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
                 raise UserError(
@@ -227,22 +202,22 @@ def quote_overrides(overrides: Sequence[str]) -> list[str]:
                     f"characters, as in \"{key}='...'\""
                 ) from error
             path = str(Path(value).expanduser()).replace("'", r"\'")
-            text = f"{key}='{path}'"
-        quoted.append(text)
-    return quoted
+            item = parser.parse_override(f"{key}='{path}'")
+        parsed.append(item)
+    return parsed
+
+
+def input_lines(overrides: Sequence[Override]) -> list[str]:
+    """Return parsed overrides as Hydra reads them, with quotes."""
+    return [str(item.input_line) for item in overrides]
 
 
 def resolve_stop_criterion(overrides: Sequence[str]) -> list[str]:
     """Unset the default of trainer.minutes if only trainer.steps is given, and vice versa."""
-    given = [
-        name
-        for name in ("steps", "minutes")
-        if any(text.startswith(f"trainer.{name}=") for text in overrides)
-    ]
-    if len(given) != 1:
-        return list(overrides)
-    other = "minutes" if given == ["steps"] else "steps"
-    return [*overrides, f"trainer.{other}=null"]
+    missing = STOP_KEYS - {text.partition("=")[0] for text in overrides}
+    if len(missing) == 1:
+        return [*overrides, f"{missing.pop()}=null"]
+    return list(overrides)
 
 
 def resolve_config(tree: Any) -> dict[str, Any]:
@@ -251,19 +226,31 @@ def resolve_config(tree: Any) -> dict[str, Any]:
     Raises:
         UserError: for a value that is missing or refers to an unknown one.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
     try:
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except MissingMandatoryValue as error:
-        key = error.full_key
-        raise UserError(f"{key} is not set: set it, as in {key}=...") from error
+        raise UserError(
+            f"{error.full_key} is not set: set it, as in {error.full_key}=..."
+        ) from error
     except (OmegaConfBaseException, RecursionError) as error:
         key = getattr(error, "full_key", None) or "a value"
         raise UserError(
             f"{key} refers to an unknown value or to itself by ${{...}}: write its value"
         ) from error
+
+
+@contextmanager
+def hydra_errors() -> Iterator[None]:
+    """Turn errors of Hydra and OmegaConf into `UserError`."""
+    try:
+        yield
+    except MissingConfigException as error:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        hint = f", {LAUNCHER_HINT}" if group == "hydra/launcher" else ""
+        options = ", ".join(error.options or [])
+        raise UserError(f"there is no {group}={name}: choose one of {options}{hint}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(first_line(error)) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -273,42 +260,24 @@ def first_line(error: BaseException) -> str:
     return " ".join(line for line in lines if line and not line.startswith(noise)) or repr(error)
 
 
-def sweep_error(error: BaseException) -> UserError:
-    """Return the message of a sweep that Hydra refuses."""
-    from hydra.errors import MissingConfigException
-
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        options = ", ".join(error.options or [])
-        hint = f", {LAUNCHER_HINT}" if group == "hydra/launcher" else ""
-        return UserError(f"there is no {group}={name}: choose one of {options}{hint}")
-    return UserError(first_line(error))
-
-
-def check_sweep(overrides: Sequence[str]) -> list[str]:
+def sweep_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a sweep for Hydra, with the names of the runs' folders.
 
     Raises:
         UserError: for unknown keys, options and values.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    check_overrides([text for text in overrides if not text.startswith("hydra")])
     register_resolvers()
-    quoted = resolve_stop_criterion(quote_overrides(overrides))
+    parsed = parse_overrides(resolve_stop_criterion(overrides))
     names = setting_names()
-    parsed = OverridesParser.create().parse_overrides(quoted)
-    for key in (each.key_or_group for each in parsed):
-        if key not in names and not key.startswith("hydra"):
-            raise unknown_key_error(key, list(names))
-    swept = ",".join(each.key_or_group for each in parsed if each.is_sweep_override())
-    return [*quoted, f"hydra.sweep.subdir=${{flowgen.folder:[{swept}]}}"]
+    for item in parsed:
+        if item.get_key_element() not in names and not item.get_key_element().startswith("hydra"):
+            raise unknown_key_error(item.get_key_element())
+    swept = ",".join(item.get_key_element() for item in parsed if item.is_sweep_override())
+    return [*input_lines(parsed), f"hydra.sweep.subdir=${{flowgen.folder:[{swept}]}}"]
 
 
 def chosen_option(group: str, *, _root_: Any) -> str:
     """Return the chosen option of a group: glow for model=glow."""
-    from hydra.core.hydra_config import HydraConfig
-
     composed = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
     return str(composed.runtime.choices[group])
 
@@ -318,33 +287,29 @@ def sweep_folder(swept: list[str], *, _root_: Any) -> str:
 
     A name that is too long has the swept values and a hash of all overrides.
     """
-    pairs = sorted(str(text).partition("=")[::2] for text in _root_.hydra.overrides.task)
-    in_sweep = [pair for pair in pairs if pair[0] in swept]
-    named = [
-        (key, value)
-        for key, value in pairs
-        if key in swept or (key not in LOCATION_KEYS and value != "null")
-    ]
-    full = ",".join(f"{key}={value}" for key, value in named).replace("/", "-").replace("'", "")
+    named = []
+    in_sweep = []
+    for key, value in sorted(str(text).split("=", 1) for text in _root_.hydra.overrides.task):
+        name = f"{key}={value}".replace("/", "-").replace("'", "")
+        if key in swept:
+            in_sweep.append(name)
+        if key in swept or (key not in LOCATION_KEYS and value != "null"):
+            named.append(name)
+    full = ",".join(named)
     if len(full.encode()) <= MAX_NAME_BYTES:
         return full
-    short = ",".join(f"{key}={value}" for key, value in in_sweep).replace("/", "-").replace("'", "")
     digest = blake2s(full.encode(), digest_size=4).hexdigest()
-    return f"{short[: MAX_NAME_BYTES // 2]},{digest}"
+    return f"{','.join(in_sweep)[: MAX_NAME_BYTES // 2]},{digest}"
 
 
 def register_resolvers() -> None:
     """Register the functions that conf/ refers to."""
-    from omegaconf import OmegaConf
-
     OmegaConf.register_new_resolver("flowgen.trainer", default_trainer, replace=True)
     OmegaConf.register_new_resolver("flowgen.choice", chosen_option, replace=True)
     OmegaConf.register_new_resolver("flowgen.folder", sweep_folder, replace=True)
 
 
 def save_config(config: dict[str, Any], path: Path) -> None:
-    from omegaconf import OmegaConf
-
     with atomic_write(path) as temporary:
         OmegaConf.save(OmegaConf.create(config), temporary)
 
@@ -355,28 +320,20 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: for a file that is not the configuration of a run.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import AliasEvent, MappingNode, YAMLError, compose, parse
-
     try:
         if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError("not a file of normal size")
         text = path.read_text(encoding="utf-8")
-        if "*" in text and any(isinstance(event, AliasEvent) for event in parse(text)):
+        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise ValueError("nested aliases can expand to gigabytes")
-        if not isinstance(compose(text), MappingNode):
+        if not isinstance(yaml.compose(text), yaml.MappingNode):
             raise ValueError("not a mapping")
-        config = OmegaConf.to_container(OmegaConf.create(text))
+        config: Any = OmegaConf.to_container(OmegaConf.create(text))
         json.dumps(config, ensure_ascii=False, default=str).encode()  # refuses lone surrogates
-    except (OSError, OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
+    except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read as a configuration: fix it, or choose another run"
         ) from error
-    if (
-        not isinstance(config, dict)
-        or "seed" not in config
-        or not all(isinstance(config.get(name), dict) for name in SECTIONS)
-    ):
+    if "seed" not in config or not all(isinstance(config.get(name), dict) for name in SECTIONS):
         raise UserError(f"{path} is not the configuration of a run")
     return {str(key): value for key, value in config.items()}

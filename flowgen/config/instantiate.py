@@ -1,7 +1,11 @@
 """Objects of the classes that configurations name, from an allow-list of packages."""
 
-import importlib
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf.errors import OmegaConfBaseException
 
 from flowgen.utils.errors import UserError
 from flowgen.utils.memory import free_memory
@@ -10,36 +14,40 @@ if TYPE_CHECKING:
     from flowgen.data.dataset import ImageDataset
     from flowgen.models.base import GenerativeModel
 
-ALLOWED = {  # a configuration may come from a stranger's checkpoint and must not run other code
-    "model": "flowgen.models",
-    "data": "flowgen.data",
-    "trainer": "flowgen.training",
+# A configuration may come from a stranger's checkpoint and must not run other code: a section
+# names a subclass of its base, and inside of it other classes of the same package.
+BASES = {
+    "model": "flowgen.models.base.GenerativeModel",
+    "data": "flowgen.data.dataset.ImageDataset",
+    "trainer": "flowgen.training.trainer.TrainerConfig",
     "evaluation": "flowgen.models.base.EvalConfig",
 }
 
 
-def resolve_target(section: str, config: dict[str, Any]) -> type[Any]:
+def resolve_target(section: str, config: dict[str, Any], nested: bool = False) -> type[Any]:
     """Return the class that `_target_` names in a section of a configuration.
 
+    Args:
+        section: model, data, trainer or evaluation.
+        config: the section, or a part of it.
+        nested: whether it is a part, which may name any class of the section's package.
+
     Raises:
-        UserError: unless it is a class of the package that the section may use.
+        UserError: for any other class.
     """
     path = str(config.get("_target_"))
-    module, _, name = path.rpartition(".")
-    if not module.startswith("flowgen."):
+    if not path.startswith("flowgen."):
         raise UserError(f"{section}._target_={path} is not part of flowgen")
     try:
-        target = getattr(importlib.import_module(module), name)
+        target = resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{section}._target_={path} does not exist") from error
-    allowed = ALLOWED[section]
-    if not isinstance(target, type) or not _is_in(target, allowed):
-        raise UserError(f"{section}._target_={path} is not a class of {allowed}")
+    package = ".".join(BASES[section].split(".")[:2])
+    if not isinstance(target, type) or not target.__module__.startswith(f"{package}."):
+        raise UserError(f"{section}._target_={path} is not a class of {package}")
+    if not nested and not issubclass(target, resolve_name(BASES[section])):
+        raise UserError(f"{section}._target_={path} does not extend {BASES[section]}")
     return target
-
-
-def _is_in(target: type[Any], allowed: str) -> bool:
-    return f"{target.__module__}.{target.__qualname__}.".startswith(f"{allowed}.")
 
 
 def build(section: str, config: dict[str, Any]) -> Any:
@@ -52,26 +60,18 @@ def build(section: str, config: dict[str, Any]) -> Any:
     Raises:
         UserError: for any other class and for arguments that the class refuses.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-    from omegaconf.errors import OmegaConfBaseException
-
     check_section(section, section, config)
     try:
         return instantiate(config, _convert_="all")
-    except OmegaConfBaseException as error:
-        raise UserError(f"{section}: {str(error).partition(chr(10))[0]}") from error
-    except InstantiationException as error:
+    except (InstantiationException, OmegaConfBaseException) as error:
         cause = error.__cause__
-        if isinstance(cause, InstantiationException):
+        if isinstance(cause, InstantiationException):  # of an object in the section
             cause = cause.__cause__
-        if isinstance(cause, UserError):
-            message = str(cause)
-            message = message if f"{section}." in message else f"{section}: {message}"
-            raise UserError(message) from cause
-        if cause is None or isinstance(cause, TypeError):
-            raise UserError(f"{section}: {cause or error}") from error
-        raise cause from None
+        if cause is not None and not isinstance(cause, UserError | TypeError):
+            raise cause from None
+        message = str(cause or error).partition("\n")[0]
+        prefix = "" if f"{section}." in message else f"{section}: "
+        raise UserError(f"{prefix}{message}") from error
 
 
 def check_section(section: str, key: str, node: Any) -> None:
@@ -83,7 +83,7 @@ def check_section(section: str, key: str, node: Any) -> None:
     """
     if isinstance(node, dict):
         if "_target_" in node or key == section:
-            resolve_target(section, node)
+            resolve_target(section, node, nested=key != section)
         for name, value in node.items():
             if str(name).startswith("_") and name != "_target_":
                 raise UserError(f"{key}.{name} is not a setting")
@@ -97,13 +97,7 @@ def check_section(section: str, key: str, node: Any) -> None:
 
 def build_data(config: dict[str, Any]) -> "ImageDataset":
     """Build the data set of a configuration."""
-    from flowgen.data.dataset import ImageDataset
-
-    section = config["data"]
-    data = build("data", section)
-    if not isinstance(data, ImageDataset):
-        raise UserError(f"data._target_={section['_target_']} is not a data set")
-    return data
+    return build("data", config["data"])
 
 
 def with_image_shape(
@@ -116,7 +110,7 @@ def with_image_shape(
         shape: channels, height and width.
         bits: bits per pixel value.
     """
-    image_kwargs = _model_class(config["model"]).image_kwargs(shape, bits)
+    image_kwargs = resolve_target("model", config["model"]).image_kwargs(shape, bits)
     return config | {"model": image_kwargs | config["model"]}
 
 
@@ -125,7 +119,6 @@ def build_model(config: dict[str, Any]) -> "GenerativeModel":
 
     The weights depend on the random state of torch.
     """
-    _model_class(config["model"])
     _check_memory(config["model"])
     return build("model", config["model"])
 
@@ -146,15 +139,6 @@ def _check_memory(section: dict[str, Any]) -> None:
             f"the model needs {needed:,.0f} GiB of memory for its weights alone, and "
             f"{free:,.1f} GiB are free: choose a smaller model.width, model.hidden or data.size"
         )
-
-
-def _model_class(section: dict[str, Any]) -> type["GenerativeModel"]:
-    from flowgen.models.base import GenerativeModel
-
-    target = resolve_target("model", section)
-    if not issubclass(target, GenerativeModel):
-        raise UserError(f"model._target_={section['_target_']} is not a model")
-    return target
 
 
 def build_model_and_data(

@@ -1,31 +1,27 @@
 """Models from checkpoints, and data sections for them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flowgen.config.compose import check_overrides, override
+from flowgen.config.compose import compose_config
 from flowgen.config.instantiate import build_model
-from flowgen.config.settings import group_options, read_yaml
+from flowgen.config.runs import find_checkpoint
+from flowgen.config.settings import group_options
+from flowgen.training.checkpoint import eval_weights
+from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError
 
 if TYPE_CHECKING:
     from flowgen.models.base import GenerativeModel
-    from flowgen.training.run_dir import Run
 
 ModelT = TypeVar("ModelT", bound="GenerativeModel")
 DATASET_KEYS = ("_target_", "name", "search_dirs")  # identify a data set
 
 
-def load_model(run: str, device: str = "cpu") -> "GenerativeModel":
-    """Load the model of a run; see `flowgen.load`."""
-    from flowgen.config.runs import find_checkpoint
-
-    return load_from_checkpoint(find_checkpoint(run)[1], device)
-
-
 def find_model(
     run: str | None, device: str, capability: type[ModelT]
-) -> tuple["Run", dict[str, Any], ModelT]:
+) -> tuple[Run, dict[str, Any], ModelT]:
     """Find a run, or the most recent one with a capability, and load its model.
 
     Returns:
@@ -34,15 +30,12 @@ def find_model(
     Raises:
         UserError: if there is no such run, or its model lacks the capability.
     """
-    from flowgen.config.runs import find_checkpoint
-
     found, checkpoint = find_checkpoint(run, capability)
     return found, checkpoint, load_from_checkpoint(checkpoint, device)  # type: ignore[return-value]
 
 
 def load_from_checkpoint(checkpoint: dict[str, Any], device: str = "cpu") -> "GenerativeModel":
     """Build the model of a checkpoint with its EMA weights, if any, and its evaluation results."""
-    from flowgen.training.checkpoint import eval_weights
     from flowgen.training.device import choose_device
 
     model = build_model(checkpoint["config"])
@@ -72,23 +65,19 @@ def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
         ) from error
 
 
-def data_section(overrides: list[str]) -> dict[str, Any]:
+def data_section(overrides: Sequence[str]) -> dict[str, Any]:
     """Return the data section of `data=NAME data.KEY=VALUE...`, as `flowgen train` composes it.
 
     Raises:
         UserError: for an unknown data set or a data set without its root.
     """
-    check_overrides(overrides)
-    chosen = [text.partition("=")[2] for text in overrides if text.startswith("data=")]
-    if len(chosen) != 1:
+    keys = [text.partition("=")[0] for text in overrides]
+    if keys.count("data") != 1 or not all(key.partition(".")[0] == "data" for key in keys):
         names = ", ".join(group_options("data"))
         raise UserError(
             f"{' '.join(overrides)} does not name a data set: write data= and one of {names}"
         )
-    values = [text for text in overrides if not text.startswith("data=")]
-    section: dict[str, Any] = override({"data": read_yaml(f"data/{chosen[0]}")}, values)["data"]
-    if section.get("root") == "???":
-        raise UserError(f"data={chosen[0]} needs data.root: add data.root=FOLDER")
+    section: dict[str, Any] = compose_config(overrides)[0]["data"]
     if section.get("root") is not None:
         section["root"] = absolute_path(section["root"])
     return section

@@ -3,20 +3,15 @@
 import contextlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
-from yaml import YAMLError, safe_load
-
-from flowgen.config.compose import MAX_CONFIG_BYTES
+from flowgen.config.compose import read_config
 from flowgen.config.instantiate import resolve_target
+from flowgen.config.settings import group_options
 from flowgen.training.checkpoint import SUFFIX, ZOO, read_checkpoint, read_safetensors, zoo_file
 from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from flowgen.models.base import Capability
 
 OUTPUTS = Path("outputs")
 PREFIX = "hf:"  # of names on the Hub
@@ -61,7 +56,7 @@ def _find_named(name: str) -> Run:
         in_run = file.parent.name == "checkpoints" and file.suffix != SUFFIX
         return Run(file.parent.parent if in_run else OUTPUTS / "files" / file.stem)
     for path in (Path(name), OUTPUTS / name):
-        if path.is_dir() and (path / "config.yaml").exists():
+        if (path / "config.yaml").exists():
             return Run(path)
     parts = Path(name).parts
     matches = [run for run in list_runs() if parts and run.folder.parts[-len(parts) :] == parts]
@@ -88,95 +83,74 @@ def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, 
         UserError: if there is no such checkpoint.
     """
     if name is None:
-        return _newest_checkpoint(wanted)
-    run = find_run(name)
-    checkpoint = _read_named(name, run)
-    if checkpoint is None:
-        raise UserError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}`")
-    if not _is_wanted(checkpoint["config"], wanted):
-        raise UserError(
-            f"{name} is not a {_kind(wanted)}, which this command needs: choose another with "
-            f"--run, or {_training_hint(wanted)}"
-        )
-    with contextlib.suppress(OSError):  # the command may write elsewhere
-        run.folder.mkdir(parents=True, exist_ok=True)
-    return run, _with_results(run, checkpoint)
+        run, checkpoint = _newest_checkpoint(wanted)
+    else:
+        run = find_run(name)
+        checkpoint = _read_named(name, run)
+        if not _is_wanted(checkpoint["config"], wanted):
+            raise UserError(
+                f"{name} is not a {_kind(wanted)}, which this command needs: choose another with "
+                f"--run, or {_training_hint(wanted)}"
+            )
+        with contextlib.suppress(OSError):  # the command may write elsewhere
+            run.folder.mkdir(parents=True, exist_ok=True)
+    results = checkpoint.get("metrics", {}) | run.load_evaluation(checkpoint)
+    return run, checkpoint | {"metrics": results}
 
 
 def _newest_checkpoint(wanted: type | None) -> tuple[Run, dict[str, Any]]:
     for run in list_runs():
         checkpoint = run.latest_valid_checkpoint() if _describes(run, wanted) else None
         if checkpoint is not None:
-            return run, _with_results(run, checkpoint)
+            return run, checkpoint
     raise UserError(
         f"no {_kind(wanted)} under outputs/ has a checkpoint: {_training_hint(wanted)}, "
         "or choose one with --run"
     )
 
 
-def _read_named(name: str, run: Run) -> dict[str, Any] | None:
+def _read_named(name: str, run: Run) -> dict[str, Any]:
     if name.startswith(PREFIX):
         return read_safetensors(download(name.removeprefix(PREFIX)))
-    if name.startswith("zoo/"):
-        return read_safetensors(zoo_file(name))
-    file = find_file(name)
-    if file is None:
-        return run.latest_valid_checkpoint()
-    return read_safetensors(file) if file.suffix == SUFFIX else read_checkpoint(file)
-
-
-def _with_results(run: Run, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    results = checkpoint.get("metrics", {}) | run.load_evaluation(checkpoint)
-    return checkpoint | {"metrics": results}
+    file = zoo_file(name) if name.startswith("zoo/") else find_file(name)
+    if file is not None:
+        return read_safetensors(file) if file.suffix == SUFFIX else read_checkpoint(file)
+    checkpoint = run.latest_valid_checkpoint()
+    if checkpoint is None:
+        raise UserError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}`")
+    return checkpoint
 
 
 def _describes(run: Run, wanted: type | None) -> bool:
     """Return whether the run's folder describes a wanted model, which is faster to read."""
-    with contextlib.suppress(OSError, YAMLError, ValueError, RecursionError):
+    with contextlib.suppress(UserError):
         run.check_contained()
-        if run.config.stat().st_size <= MAX_CONFIG_BYTES:
-            config = safe_load(run.config.read_text(encoding="utf-8"))
-            return isinstance(config, dict) and _is_wanted(config, wanted)
+        return _is_wanted(read_config(run.config), wanted)
     return False
 
 
 def _is_wanted(config: dict[str, Any], wanted: type | None) -> bool:
-    if wanted is None:
-        return True
-    from flowgen.models.base import GenerativeModel
-
-    model = resolve_target("model", config.get("model") or {})
-    return issubclass(model, GenerativeModel) and model.supports(wanted, config["model"])
-
-
-def _is_capability(wanted: type) -> TypeGuard[type["Capability"]]:
-    from flowgen.models.base import Capability
-
-    return Capability in wanted.__bases__
+    model = config["model"]
+    return wanted is None or resolve_target("model", model).supports(wanted, model)
 
 
 def _kind(wanted: type | None) -> str:
-    """Return a phrase such as `run of a model that restores missing pixels`."""
+    """Return a phrase such as `run of a model that fills in missing pixels`."""
     from flowgen.models.base import GenerativeModel
 
     if wanted is None or wanted is GenerativeModel:
         return "run"
-    if _is_capability(wanted):
-        return f"run of a model that {wanted.description}"
-    article = "an" if wanted.__name__.isupper() else "a"
-    return f"run of {article} {wanted.__name__}"
+    if description := vars(wanted).get("description"):  # of a capability
+        return f"run of a model that {description}"
+    return f"run of {'an' if wanted.__name__.isupper() else 'a'} {wanted.__name__}"
 
 
 def _training_hint(wanted: type | None) -> str:
     """Return the command that trains a wanted model."""
-    from flowgen.models.flows.glow import Glow
-
-    options = ""
-    if wanted is not None and _is_capability(wanted):
-        options = f" {wanted.train_hint}"
-    elif wanted is not None and not issubclass(Glow, wanted):
-        options = f" model={wanted.__name__.lower()}"
-    return f"train one with `flowgen train{options}`"
+    name = "" if wanted is None else wanted.__name__.lower()
+    default = f"model={name}" if name in group_options("model") else "model=glow"
+    hint = vars(wanted or object).get("train_hint", default)
+    return f"train one with `flowgen train {hint}`"
 
 
 def check_name(name: str) -> str:
@@ -204,31 +178,27 @@ def upload(folder: Path, name: str, private: bool) -> str:
     return str(url)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _hub(name: str) -> Iterator[Any]:
     """Yield the package huggingface_hub and turn its errors into UserError."""
     try:
         import huggingface_hub
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
+        from huggingface_hub import errors
     except ImportError as error:
         raise UserError(
-            "models on the Hub need the package huggingface_hub: pip install 'flowgen[hub]'"
+            "models on the Hub need the package huggingface_hub: pip install huggingface_hub"
         ) from error
     try:
         yield huggingface_hub
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise UserError(
             f"{name} is not in the cache and the Hub does not answer: try again later"
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise UserError(
             f"{name} is not on the Hub or is private: check the name, or log in with HF_TOKEN"
         ) from error
-    except EntryNotFoundError as error:
+    except errors.EntryNotFoundError as error:
         raise UserError(
             f"{name} on the Hub is not a model of flowgen, because it has no {FILE}: "
             "choose another with --run"

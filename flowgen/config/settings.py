@@ -6,6 +6,7 @@ Nothing here imports torch or Hydra, so help and completion answer at once.
 """
 
 import difflib
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -136,19 +137,18 @@ def read_comments(text: str) -> dict[str, str]:
 @cache
 def settings_of_file(name: str) -> dict[str, Setting]:
     """Return the settings that conf/NAME.yaml defines in its own section, by full key."""
-    section = "" if name == "train" else f"{name.rpartition('/')[0].replace('/', '.')}."
+    section = "" if name == "train" else name.rpartition("/")[0].replace("/", ".")
+    prefix = f"{section}." if section else ""
+    # A model may also change the defaults of other sections.
+    skipped = {"defaults", "hydra", *SECTIONS} - {section}
     comments = read_comments(read_text(name))
     settings = {}
     for key, default in flatten(read_yaml(name)).items():
-        top = key.partition(".")[0]
-        if top in ("defaults", "hydra") or key.endswith("_target_"):
-            continue
-        if section and top in SECTIONS and f"{top}." != section:
-            continue  # the default of a model for another section
-        choices = CHOICES.search(comments[key])
-        words = tuple(choices[1].split(", ")) if choices else ()
-        full_key = key if key.startswith(section) else section + key
-        settings[full_key] = Setting(full_key, default, comments[key], words)
+        if key.partition(".")[0] not in skipped and not key.endswith("_target_"):
+            choices = CHOICES.search(comments[key])
+            words = tuple(choices[1].split(", ")) if choices else ()
+            full_key = prefix + key.removeprefix(prefix)
+            settings[full_key] = Setting(full_key, default, comments[key], words)
     return settings
 
 
@@ -211,16 +211,14 @@ def settings_help(topics: Sequence[str] = (), width: int = 100) -> str:
     shown = []
     for topic in topics:
         group, equals, option = topic.partition("=")
-        if group in GROUPS:
-            if equals:
-                check_option(group, option)
-                options[group] = option
-            shown.append(group)
-        elif group in GENERAL:
+        if equals and group in GROUPS:
+            check_option(group, option)
+            options[group] = option
+        if group in GROUPS or group in GENERAL:
             shown.append(group)
         elif not equals:
-            known = (*GROUPS, *GENERAL)
-            raise UserError(f"there is no group {topic!r}: choose one of {', '.join(known)}")
+            known = ", ".join([*GROUPS, *GENERAL])
+            raise UserError(f"there is no group {topic!r}: choose one of {known}")
     tables = [_table(group, options, width) for group in shown or (*SECTIONS, *GENERAL)]
     return "\n\n".join(tables)
 
@@ -228,14 +226,10 @@ def settings_help(topics: Sequence[str] = (), width: int = 100) -> str:
 def _table(group: str, options: dict[str, str], width: int) -> str:
     if group in GENERAL:
         head = f"{group}: {GENERAL[group]}"
-        in_evaluation = group == "evaluation"
         settings = [
             setting
-            for key, setting in settings_of_file("train").items()
-            if key.startswith("evaluation.") == in_evaluation
-        ]
-        rows = [
-            (setting.key, format_value(setting.default), setting.meaning) for setting in settings
+            for setting in settings_of_file("train").values()
+            if setting.key.startswith("evaluation.") == (group == "evaluation")
         ]
     elif group in SECTIONS:
         name = options[group]
@@ -244,15 +238,16 @@ def _table(group: str, options: dict[str, str], width: int) -> str:
         if (group, name) == ("trainer", "auto"):
             head += f"\ntrainer=auto is trainer={default_trainer()} on this machine."
         changed = flatten({group: read_yaml(f"model/{options['model']}").get(group, {})})
-        rows = [
-            (key, format_value(changed.get(key, setting.default)), setting.meaning)
-            for key, setting in settings_of_option(group, name).items()
+        settings = [
+            setting._replace(default=changed.get(setting.key, setting.default))
+            for setting in settings_of_option(group, name).values()
         ]
     else:
         head = f"{group}="
-        names = group_options(group)
-        rows = [(name, "", description(f"{group}/{name}")) for name in names]
-    return "\n".join([head, *_format_rows(rows, width)])
+        settings = [
+            Setting(name, "", description(f"{group}/{name}")) for name in group_options(group)
+        ]
+    return "\n".join([head, *_format_rows(settings, width)])
 
 
 def format_value(value: Any) -> str:
@@ -262,25 +257,24 @@ def format_value(value: Any) -> str:
         >>> format_value(None), format_value(True), format_value([0.9, 0.999])
         ('null', 'true', '[0.9,0.999]')
     """
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(format_value, value))}]"
-    return str(value)
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-def _format_rows(rows: list[tuple[str, str, str]], width: int) -> list[str]:
-    """Align three columns; the last one is wrapped."""
-    keys = min(MAX_KEY_WIDTH, max(len(key) for key, _, _ in rows))
-    values = min(MAX_DEFAULT_WIDTH, max(len(value) for _, value, _ in rows))
-    indent = " " * (2 + keys + 2 + (values + 2 if values else 0))
+def _format_rows(settings: Sequence[Setting], width: int) -> list[str]:
+    """Align keys, defaults and meanings; the meanings are wrapped."""
+    values = [format_value(setting.default) for setting in settings]
+    key_width = min(MAX_KEY_WIDTH, max(len(setting.key) for setting in settings))
+    value_width = min(MAX_DEFAULT_WIDTH, max(map(len, values)))
+    indent = " " * (key_width + value_width + 6)
     lines = []
-    for key, value, meaning in rows:
-        start = f"  {key:{keys}}  {value:{values}}  "[: None if values else -2]
-        wrapped = textwrap.wrap(meaning, max(20, width - len(indent)), break_on_hyphens=False)
-        if len(start) > len(indent):
-            lines += [start.rstrip(), *(indent + line for line in wrapped)]
+    for setting, value in zip(settings, values, strict=True):
+        start = f"  {setting.key:{key_width}}  {value:{value_width}}  "
+        first, *rest = textwrap.wrap(
+            setting.meaning, width - len(indent), break_on_hyphens=False
+        ) or [""]
+        if len(start) > len(indent):  # the meaning begins on the next line
+            lines += [start.rstrip(), indent + first]
         else:
-            lines.append((start + "".join(wrapped[:1])).rstrip())
-            lines += [indent + line for line in wrapped[1:]]
+            lines.append((start + first).rstrip())
+        lines += [indent + line for line in rest]
     return lines

@@ -3,7 +3,6 @@
 import hashlib
 import http.client
 import logging
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from flowgen.utils.errors import UserError, check_choice, check_whole
+from flowgen.utils.files import data_folder
 from flowgen.utils.memory import free_memory
 
 VALIDATION_DIVISOR = 12  # one of 12 training images is a validation image
@@ -103,11 +103,6 @@ def hash_name(name: str) -> int:
     """Return the first 8 bytes of the SHA-256 of a file's name, without its directories."""
     data = PurePosixPath(name).name.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
-
-
-def data_folder() -> Path:
-    """Return the directory of the data sets: `FLOWGEN_DATA`, or `data` by default."""
-    return Path(os.environ.get("FLOWGEN_DATA", "data"))
 
 
 def find_dataset(

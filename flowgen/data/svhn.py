@@ -20,8 +20,8 @@ MD5 = {
 class SVHN(ImageDataset):
     """The cropped digits of SVHN. Downloaded if missing and without `root`.
 
-    One in twelve training images is for validation. Reading the files needs scipy
-    (`pip install 'flowgen[svhn]'`).
+    One in twelve training images is for validation. Reading the files needs the
+    package scipy.
 
     Args:
         root: A folder with `train_32x32.mat` and `test_32x32.mat`, or None to look for them in
@@ -52,7 +52,7 @@ def _read(path: Path) -> Split:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise UserError("data=svhn needs the package scipy: pip install 'flowgen[svhn]'") from error
+        raise UserError("data=svhn needs the package scipy: pip install scipy") from error
     with user_error(
         f"{path} is missing, cut short or not a file of SVHN: download it again from {URL}"
     ):

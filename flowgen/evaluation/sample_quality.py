@@ -138,7 +138,7 @@ def find_fid_weights() -> Path | None:
     if find_spec("torch_fidelity") is None:
         raise UserError(
             f"{FID_WEIGHTS_VARIABLE} is set, but torch-fidelity is not installed: "
-            "pip install 'flowgen[fidelity]'"
+            "pip install torch-fidelity"
         )
     return Path(path)
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgen.commands.complete import check_mask, inpaint_image, to_uint8
+from flowgen.commands.complete import check_mask, inpaint_image
 from flowgen.commands.edit import load_directions
 from flowgen.commands.interpolate import interpolate_images
 from flowgen.commands.sample import sample_images
@@ -325,7 +325,7 @@ class ModelSession:
             (draws, mean, metrics), spread = inpaint_image(
                 self.model, image.to(device), known.to(device), sampler, steps, seed
             )
-        return to_uint8(torch.cat((mean[None], spread[None], draws))), dict(metrics)
+        return rendering.to_uint8(torch.cat((mean[None], spread[None], draws))), dict(metrics)
 
     def start_chains(self, *, sampler: str, seed: int, count: int) -> str:
         """Start Markov chains in white noise and return their id for `advance_chains`.
@@ -350,7 +350,7 @@ class ModelSession:
         with self.lock.acquire("running chains"), torch.no_grad():
             if chain_id not in self.chains:
                 raise UserError("these chains have ended: start new ones")
-            return to_uint8(next(islice(self.chains[chain_id], steps - 1, None)))
+            return rendering.to_uint8(next(islice(self.chains[chain_id], steps - 1, None)))
 
     def filters(self) -> Image.Image:
         """Return the weights of hidden units as a grid of images."""

@@ -6,6 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def data_folder() -> Path:
+    """Return the directory of the data sets: `FLOWGEN_DATA`, or `data` by default."""
+    return Path(os.environ.get("FLOWGEN_DATA", "data"))
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path, then flush the file written there and rename it to `path`.

@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from flowgen.utils import plots
 from flowgen.utils.files import atomic_write
 
 TOY2D_SHAPE = (2, 1, 1)
@@ -39,11 +38,18 @@ def image_grid(images: Tensor, bits: int, columns: int, side: int = MIN_SIDE) ->
         side: Smaller images are enlarged to at least this many pixels.
     """
     if is_toy2d(images.shape[1:]):
+        from flowgen.utils import plots  # Matplotlib takes long to import
+
         return plots.scatter_plot(images.flatten(1).cpu(), 2**bits)
     factor = -(-side // min(images.shape[-2:]))
     pixels = _to_bytes(images, bits).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     tiles = [to_pil(image) for image in pixels]
     return tiles[0].convert("RGB") if len(tiles) == 1 else _tile(tiles, columns, GAP)
+
+
+def to_uint8(brightness: Tensor) -> Tensor:
+    """Convert brightness or probabilities in [0, 1] to 8-bit pixel values on the CPU."""
+    return (255 * brightness).round().to(torch.uint8).cpu()
 
 
 def to_pil(pixels: Tensor) -> Image.Image:

@@ -81,10 +81,7 @@ class FlowMatching(Flow):
         condition_networks: bool = True,
     ):
         if find_spec("torchdiffeq") is None:
-            raise UserError(
-                "flow matching needs the package torchdiffeq: "
-                "run pip install 'flowgen[flow_matching]'"
-            )
+            raise UserError("flow matching needs the package torchdiffeq: pip install torchdiffeq")
         channels, size = square_shape(image_shape)
         check_transformer([num_layers], width, num_heads, dropout)
         check_number(tolerance=tolerance)

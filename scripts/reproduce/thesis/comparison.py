@@ -212,7 +212,7 @@ def sentences(reports: Mapping[str, Any], bits: int) -> list[str]:
     if "fid" not in first["samples"][0][0]:
         result.append(
             "FID is skipped. To compute it, set FID_WEIGHTS to the file of torch-fidelity's "
-            "network and install flowgen[fidelity]."
+            "network and install the package torch-fidelity."
         )
     return result
 
