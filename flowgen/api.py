@@ -524,8 +524,8 @@ def fit_run(
     from flowgen.training.distributed import join
 
     with join() as group:
-        shared: Any = group.broadcast_from_main(lambda: (run, config, checkpoint))
-        run_training_in_group(group, *shared, note)
+        shared: Any = group.broadcast_from_main(lambda: (run, config, checkpoint, note))
+        run_training_in_group(group, *shared)
     return shared[0]
 
 
