@@ -449,9 +449,7 @@ def chain(**options: Any) -> None:
 @overrides_argument
 def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
     """Evaluate a model on the test split, as in `flowgen evaluate num_importance_samples=8`."""
-    report = load("commands.evaluate", computes=True).evaluate(
-        run=run, overrides=list(overrides), device=device
-    )
+    report = load("api", computes=True).evaluate(run, *overrides, device=device)
     click.echo(json.dumps(report.row()) if as_json else report)
 
 

@@ -65,8 +65,10 @@ def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]
     for item in parsed:
         is_sweep = item in groups and item.is_sweep_override()
         if is_sweep or item.get_key_element().startswith("hydra"):
-            text = item.input_line
-            raise UserError(f"{text} is for a sweep: add -m, as in `flowgen train -m {text}`")
+            raise UserError(
+                f"{item.input_line} is for a sweep: add -m, as in `flowgen train -m "
+                f"{item.input_line}`"
+            )
     with hydra_errors(), initialize_config_dir(str(conf_folder()), version_base="1.3"):
         tree: Any = compose("train", input_lines(groups), return_hydra_config=True)
     note = trainer_note(tree.hydra.runtime.choices)
@@ -106,9 +108,7 @@ def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 
 def set_values(tree: Any, overrides: Sequence[Override]) -> None:
     """Set the values of KEY=VALUE overrides in an OmegaConf tree, in place."""
-    content: Any = OmegaConf.to_container(tree)
-    content.pop("hydra", None)
-    known = flatten(content)
+    known = flatten(OmegaConf.to_container(tree))  # type: ignore[arg-type]
     for item in overrides:
         key = item.get_key_element()
         if item.is_sweep_override():
@@ -142,7 +142,11 @@ def unknown_key_error(key: str, known: Iterable[str] = ()) -> UserError:
             f"{key} is a setting of {' and '.join(options)} only: "
             "choose one of them, or leave it out"
         )
-    candidates = [name for name in (*known, *names) if not name.endswith("_target_")]
+    candidates = [
+        name
+        for name in (*known, *names)
+        if not name.startswith("hydra.") and not name.endswith("_target_")
+    ]
     name = key.partition(".")[2]
     same = [other for other in candidates if name and other.partition(".")[2] == name]
     hint = f", did you mean {same[0]}?" if same else did_you_mean(key, candidates)
@@ -233,9 +237,9 @@ def resolve_config(tree: Any) -> dict[str, Any]:
             f"{error.full_key} is not set: set it, as in {error.full_key}=..."
         ) from error
     except (OmegaConfBaseException, RecursionError) as error:
-        key = getattr(error, "full_key", None) or "a value"
         raise UserError(
-            f"{key} refers to an unknown value or to itself by ${{...}}: write its value"
+            f"{getattr(error, 'full_key', None) or 'a value'} refers to an unknown value or to "
+            "itself by ${...}: write its value"
         ) from error
 
 
@@ -287,19 +291,18 @@ def sweep_folder(swept: list[str], *, _root_: Any) -> str:
 
     A name that is too long has the swept values and a hash of all overrides.
     """
-    named = []
-    in_sweep = []
-    for key, value in sorted(str(text).split("=", 1) for text in _root_.hydra.overrides.task):
-        name = f"{key}={value}".replace("/", "-").replace("'", "")
-        if key in swept:
-            in_sweep.append(name)
-        if key in swept or (key not in LOCATION_KEYS and value != "null"):
-            named.append(name)
-    full = ",".join(named)
+    pairs = sorted(str(text).split("=", 1) for text in _root_.hydra.overrides.task)
+    names = [
+        (key, f"{key}={value}".replace("/", "-").replace("'", ""))
+        for key, value in pairs
+        if key in swept or (key not in LOCATION_KEYS and value != "null")
+    ]
+    full = ",".join(name for _, name in names)
     if len(full.encode()) <= MAX_NAME_BYTES:
         return full
+    short = ",".join(name for key, name in names if key in swept)
     digest = blake2s(full.encode(), digest_size=4).hexdigest()
-    return f"{','.join(in_sweep)[: MAX_NAME_BYTES // 2]},{digest}"
+    return f"{short[: MAX_NAME_BYTES // 2]},{digest}"
 
 
 def register_resolvers() -> None:

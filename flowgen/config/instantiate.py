@@ -161,10 +161,11 @@ def build_model_and_data(
 
 def check_fits_data(model: "GenerativeModel", data: "ImageDataset") -> None:
     """Raise UserError if the images or classes of the data do not fit the model."""
-    names = ("channels", "height", "width", "bits")
     model_values = (*model.image_shape, model.bits)
     data_values = (*data.image_shape, data.bits)
-    for name, expected, actual in zip(names, model_values, data_values, strict=True):
+    for name, expected, actual in zip(
+        ("channels", "height", "width", "bits"), model_values, data_values, strict=True
+    ):
         if expected != actual:
             raise UserError(
                 f"a model with {name}={expected} does not fit data with {name}={actual}: "
