@@ -121,17 +121,7 @@ class Glow(Flow):
             raise UserError(
                 f"Glow cannot split gray images of size={size} in halves: choose an even data.size"
             )
-        num_depths = max(1, levels)
-        depths = (
-            steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * num_depths
-        )
-        for depth in depths:
-            check_whole(high=MAX_DEPTH, steps_per_level=depth)
-        if len(depths) != num_depths:
-            raise UserError(
-                f"steps_per_level={depths} must have one number for each of {num_depths} levels, "
-                "or be a single number"
-            )
+        depths = _expand_depths(steps_per_level, max(1, levels))
 
         def step(channels: int) -> list[Bijection]:
             mixing = FusedAffine(ActNorm(channels), make_convolution(channels))
@@ -176,3 +166,18 @@ class Glow(Flow):
             num_classes,
             condition_networks,
         )
+
+
+def _expand_depths(steps_per_level: int | list[int], num_levels: int) -> list[int]:
+    """Return the number of steps of flow of each level."""
+    depths = (
+        steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * num_levels
+    )
+    for depth in depths:
+        check_whole(high=MAX_DEPTH, steps_per_level=depth)
+    if len(depths) != num_levels:
+        raise UserError(
+            f"steps_per_level={depths} must have one number for each of {num_levels} levels, "
+            "or be a single number"
+        )
+    return depths
