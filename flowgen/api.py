@@ -187,8 +187,8 @@ def resume(run: RunName, *overrides: str) -> Run:
     name = _name(run)
     found = find_run(name)
     file = find_file(name)
-    is_elsewhere = file and not file.resolve().is_relative_to(found.folder.resolve())
-    if is_elsewhere and found.config.exists():
+    in_run = file is None or file.resolve().is_relative_to(found.folder.resolve())
+    if not in_run and found.config.exists():
         raise UserError(
             f"{found.folder} holds a run already: continue it with "
             f"`flowgen resume {found.folder}`, or move it away"

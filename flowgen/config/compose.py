@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
@@ -280,12 +279,6 @@ def sweep_overrides(overrides: Sequence[str]) -> list[str]:
     return [*input_lines(parsed), f"hydra.sweep.subdir=${{flowgen.folder:[{swept}]}}"]
 
 
-def chosen_option(group: str, *, _root_: Any) -> str:
-    """Return the chosen option of a group: glow for model=glow."""
-    composed = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
-    return str(composed.runtime.choices[group])
-
-
 def sweep_folder(swept: list[str], *, _root_: Any) -> str:
     """Return the folder of a run in a sweep, named by its overrides: `experiment=a-b,seed=1`.
 
@@ -308,7 +301,6 @@ def sweep_folder(swept: list[str], *, _root_: Any) -> str:
 def register_resolvers() -> None:
     """Register the functions that conf/ refers to."""
     OmegaConf.register_new_resolver("flowgen.trainer", default_trainer, replace=True)
-    OmegaConf.register_new_resolver("flowgen.choice", chosen_option, replace=True)
     OmegaConf.register_new_resolver("flowgen.folder", sweep_folder, replace=True)
 
 
