@@ -137,12 +137,9 @@ class Glow(Flow):
             return [Squeeze(), *steps(index, 4 * channels)]
 
         def last_level(channels: int, resolution: int) -> list[Bijection]:
-            if levels:
-                bijections = level(levels - 1, channels, resolution)
-                channels = 4 * channels
-                resolution = resolution // 2
-            else:  # images of odd size cannot be squeezed
-                bijections = steps(0, channels)
+            bijections = level(levels - 1, channels, resolution) if levels else steps(0, channels)
+            if levels:  # images of odd size cannot be squeezed
+                channels, resolution = 4 * channels, resolution // 2
             if final_actnorm:
                 bijections.append(ActNorm(channels))
             bijections.append(Flatten(channels, resolution, resolution))
