@@ -156,6 +156,29 @@ def test_flow_report_compares_samples_with_test_images():
     assert report == json.loads(json.dumps(report)), "the report must be plain data"
 
 
+def test_flow_report_mixes_the_classes_of_sorted_images(monkeypatch):
+    """Images in the order of their classes would compare digits 0 and 1 with all digits."""
+    data, model = MNISTSample(bits=5, random_flip=False), glow(image_shape=(1, 28, 28), levels=2)
+    test = torch.cat(list(data.batches("test", 100, 200)))
+    model.initialize(test)
+    pairs = []
+
+    def record_pairs(model, first, second, fractions):
+        pairs.extend((first, second))
+        return interpolate_pairs(model, first, second, fractions)
+
+    monkeypatch.setattr(sample_quality, "interpolate_pairs", record_pairs)
+    report = sample_quality.flow_report(model, data, {1.0: [test]}, pairs=16, steps=2)
+    assert report["training"]["coverage"] > 0.85
+    assert report["training"]["frechet"] < 10
+    images = data.test.images.flatten(1) >> 3
+    classes = [
+        {int(data.test.labels[(images == image.flatten()).all(1)][0]) for image in side}
+        for side in pairs
+    ]
+    assert min(map(len, classes)) > 4
+
+
 def test_the_classifier_reports_the_share_of_confident_predictions():
     classifier = sample_quality.Classifier((1, 8, 8), bits=5, num_classes=3).eval()
     images = random_images(5, 20, channels=1)

@@ -280,7 +280,7 @@ def flow_report(
         - "images": N; "parameters": number of parameters.
     """
     count = len(next(iter(samples.values()))[0])
-    train = torch.cat(list(data.batches("train", 500, 5 * count)))
+    train = _shuffled(torch.cat(list(data.batches("train", 500, 5 * count))))
     test = torch.cat(list(data.batches("test", 500, count)))
     project = PrincipalComponents(_to_unit_range(train[len(test) :], data.bits))
 
@@ -297,8 +297,9 @@ def flow_report(
         return result
 
     half = min(pairs, len(test) // 2)
+    ends = _shuffled(test)
     paths = interpolate_pairs(
-        model, test[:half], test[half : 2 * half], torch.linspace(0, 1, steps)
+        model, ends[:half], ends[half : 2 * half], torch.linspace(0, 1, steps)
     )
     return {
         "samples": [[quality(images) for images in sets] for sets in samples.values()],
@@ -316,6 +317,15 @@ def flow_report(
         "images": len(test),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
+
+
+def _shuffled(images: Tensor) -> Tensor:
+    """Return images in a random order that is the same at every call.
+
+    Many data sets are sorted by class, so that parts of them are not samples of the whole.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return images[torch.randperm(len(images), generator=generator)]
 
 
 @torch.no_grad()
