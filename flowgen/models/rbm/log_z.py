@@ -25,7 +25,7 @@ PILOT_INTERVALS = 40
 PILOT_STEPS = 25  # per interval
 MIN_RELATIVE_LENGTH = 0.1  # of an interval, relative to the mean: a short pilot run underestimates
 
-BRIDGE_BURN_IN_STEPS = 200
+BRIDGE_BURN_IN_STEPS = 1000  # long enough that resampled chains forget their common origin
 BRIDGE_STEPS = 400
 ACCEPTANCE_RATIO_ITERATIONS = 50
 MAX_INTERMEDIATE_TEMPERATURES = 100
@@ -231,8 +231,10 @@ class PilotRun(NamedTuple):
     barrier: Tensor
     # Standard deviation of the log weight that an interval adds, (intervals,): the error of AIS.
     friction: Tensor
-    # Chains at the ends of the intervals, boolean, (intervals + 1, chains, visible).
+    # Chains at the ends of the intervals, boolean, (intervals + 1, chains, visible), and their log
+    # importance weights, (intervals + 1, chains).
     visible: Tensor
+    log_weights: Tensor
 
     def schedule(self, num_steps: int) -> list[float]:
         """Return inverse temperatures for `num_steps` AIS steps of equal friction.
@@ -253,17 +255,25 @@ def run_pilot(
     """Anneal `chains` chains in equal steps and measure the spread of each interval."""
     state = AnnealingState.at_beta_zero(rbm, chains, generator)
     visible = [state.visible.bool()]
+    log_weights = [torch.zeros(chains, dtype=torch.double, device=rbm.base.device)]
     lengths = []
     betas = torch.linspace(0, 1, PILOT_INTERVALS * PILOT_STEPS + 1, dtype=torch.double)
     # Each window holds the betas of one interval with both of its ends.
     for window in progress(betas.unfold(0, PILOT_STEPS + 1, PILOT_STEPS).tolist(), "pilot run"):
-        log_weights = [state.anneal(*step) for step in pairwise(window)]
-        friction = sum(log_weights, torch.zeros(())).std()
-        lengths.append(torch.stack((PILOT_STEPS * log_weights[-1].std(), friction)))
+        steps = [state.anneal(*step) for step in pairwise(window)]
+        total = sum(steps, torch.zeros(()))
+        lengths.append(torch.stack((PILOT_STEPS * steps[-1].std(), total.std())))
+        log_weights.append(log_weights[-1] + total)
         visible.append(state.visible.bool())
     spread = torch.stack(lengths, 1)
     barrier, friction = spread.clamp(min=MIN_RELATIVE_LENGTH * spread.mean(1, keepdim=True) + 1e-12)
-    return PilotRun(betas[::PILOT_STEPS].to(spread), barrier, friction, torch.stack(visible))
+    return PilotRun(
+        betas[::PILOT_STEPS].to(spread),
+        barrier,
+        friction,
+        torch.stack(visible),
+        torch.stack(log_weights),
+    )
 
 
 @torch.no_grad()
@@ -293,7 +303,8 @@ def bridge(
         steps: steps that are used, rounded down to an even number.
         num_temperatures: number of inverse temperatures. By default half of the swaps are
             accepted (Syed et al., arXiv:1905.02939, section 5).
-        pilot: pilot run whose chains the replicas start at; by default a new one.
+        pilot: pilot run; by default a new one. The replicas start at its chains, drawn by their
+            importance weights.
         generator: source of random numbers.
         progress: progress bar.
 
@@ -316,7 +327,12 @@ def bridge(
     replicas = ReplicaExchange(num_temperatures, chains, adapt=True).to(rbm.base)
     replicas.betas.copy_(space_betas(pilot.betas, pilot.barrier, num_temperatures - 1))
     nearest = (pilot.betas[:, None] - replicas.betas).abs().argmin(0)
-    state = AnnealingState(rbm, pilot.visible[nearest].flatten(0, 1).to(rbm.base), generator)
+    # Unweighted chains of the pilot run miss modes that gain weight after the chains freeze. The
+    # weights of a diverged model are not finite: it draws all chains equally.
+    weights = pilot.log_weights[nearest].softmax(1).nan_to_num(1.0)
+    drawn = torch.multinomial(weights, chains, replacement=True, generator=generator)
+    start = pilot.visible[nearest[:, None], drawn].flatten(0, 1).to(rbm.base)
+    state = AnnealingState(rbm, start, generator)
     for _ in progress(range(burn_in), "tempering"):
         _bridge_step(state, replicas)
     replicas.adapt = False
