@@ -119,7 +119,7 @@ def set_values(tree: Any, overrides: Sequence[Override]) -> None:
             raise UserError(
                 f"{key} is a group of settings: write "
                 f"{str(item.input_line).replace(key, group, 1)} with a slash"
-                if group_options(group)
+                if group != key and group_options(group)
                 else f"{item.input_line} would replace a whole section: set values one by one, "
                 "as in trainer.device=cuda"
             )
