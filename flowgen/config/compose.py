@@ -138,8 +138,7 @@ def unknown_key_error(key: str, known: Iterable[str] = ()) -> UserError:
     names = setting_names()
     if options := names.get(key):
         return UserError(
-            f"{key} is a setting of {' and '.join(options)} only: "
-            "choose one of them, or leave it out"
+            f"{key} is a setting of {', '.join(options)} only: choose one of them, or leave it out"
         )
     candidates = [
         name

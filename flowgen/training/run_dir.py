@@ -44,6 +44,9 @@ class Run:
         self.last = folder / "checkpoints" / "last.pt"
         self.best = folder / "checkpoints" / "best.pt"
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
     def check_contained(self) -> None:
         """Check that no file of the run is a link to another directory, or a pipe.
 
