@@ -10,9 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flowgen.config.settings import group_options
-
 from flowgen.config.runs import find_checkpoint
+from flowgen.config.settings import group_options
 from flowgen.training.checkpoint import SUFFIX, ZOO, export_safetensors
 
 sys.path.append(str(Path(__file__).parents[1]))

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from flowgen.config.settings import conf_folder
 
+from flowgen.config.settings import conf_folder
 from flowgen.utils.errors import UserError
 
 sys.path.append(str(Path(__file__).parents[2]))
