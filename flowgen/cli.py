@@ -348,8 +348,7 @@ def interpolate(**options: Any) -> None:
     shell_complete=lambda ctx, param, incomplete: [
         name for name in SAMPLERS if name.startswith(incomplete)
     ],
-    help="gibbs, tempering or mean-field for RBMs, langevin for flows. May be repeated; by "
-    "default all.",
+    help="gibbs, tempering or mean-field for RBMs, hmc for flows. May be repeated; by default all.",
 )
 @run_option
 @click.option(

@@ -145,7 +145,7 @@ def test_flow_with_the_mouse(visit, tmp_path):
     page.click("#complete-form button")
     visited.wait_for(
         "#complete-command code",
-        has_text="--known mask.png --sampler langevin --steps 20 --seed 3",
+        has_text="--known mask.png --sampler hmc --steps 20 --seed 3",
     )
     assert visited.tiles("#complete-tiles").count() == 12
     with page.expect_download() as download:

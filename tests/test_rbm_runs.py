@@ -220,7 +220,7 @@ def test_complete_explains_bad_input_in_one_line(rbm_run, tiny_run, images, tmp_
         "must be one of gibbs, tempering, mean-field, not 'magic'",
     )
     flow = ("complete", image, "--known", "left", "--run", tiny_run)
-    assert_one_line_error(command(*flow, "--sampler", "gibbs"), "must be langevin")
+    assert_one_line_error(command(*flow, "--sampler", "gibbs"), "must be hmc")
 
 
 def test_chain_and_sample_explain_bad_input_in_one_line(rbm_run, tiny_run, command):

@@ -125,7 +125,7 @@ def test_about_describes_the_model(page, rbm_page):
     assert about["num_classes"] == 2
     assert about["temperature"] == 0.7
     assert about["capabilities"] == {"classes": True, "chains": False, "inpainting": True}
-    assert about["samplers"] == ["langevin"]
+    assert about["samplers"] == ["hmc"]
     capabilities = rbm_page("about")["capabilities"]
     assert capabilities == {"classes": False, "chains": True, "inpainting": True}
 
@@ -231,7 +231,7 @@ def test_status_tells_why_there_are_no_percentiles(two_runs, monkeypatch, caplog
 
 def test_complete_command_line_makes_the_same_images(page, command, tmp_path):
     image = two_samples(page)[0]
-    options = {"sampler": "langevin", "steps": 20, "seed": 5}
+    options = {"sampler": "hmc", "steps": 20, "seed": 5}
     result = page("complete", image=image, mask=mask(HALF), **options)
     original, *draws = (url_half(url) for url in (image, *result["draws"]))
     assert len(draws) == 20
@@ -379,8 +379,8 @@ VALID = {"count": 1, "temperature": 0.7, "seed": 0}
         ({"temperature": 10**400}, "temperature is too large"),
         ({"label": 2}, "from 0 to 1"),
         ({"label": "../../etc/passwd"}, "label must be"),
-        ({"sampler": "gibbs"}, "sampler must be langevin"),
-        ({"sampler": "langevin"}, "does not use Markov chains"),
+        ({"sampler": "gibbs"}, "sampler must be hmc"),
+        ({"sampler": "hmc"}, "does not use Markov chains"),
         ({"steps": 5}, "does not use Markov chains"),
     ],
 )
@@ -394,7 +394,7 @@ def test_invalid_requests_get_one_line(page, rbm_page):
     first, second = two_samples(page)
     everything = mask(torch.ones(8, 8))
     nothing = mask(torch.zeros(8, 8))
-    inpainting = {"image": first, "sampler": "langevin", "steps": 5, "seed": 0}
+    inpainting = {"image": first, "sampler": "hmc", "steps": 5, "seed": 0}
     wrong_size = encode(rendering.encode_png(torch.zeros(3, 7, 8, dtype=torch.uint8), 5))
     assert "as a data URL" in page.error("score")
     assert "as a data URL" in page.error("score", image=5)
@@ -412,7 +412,7 @@ def test_invalid_requests_get_one_line(page, rbm_page):
     assert "no pixel as known" in page.error("complete", **inpainting, mask=nothing)
     wrong_sampler = inpainting | {"sampler": ["gibbs"]}
     assert "sampler must be" in page.error("complete", **wrong_sampler, mask=mask(HALF))
-    error = page.error("start_chains", sampler="langevin", seed=0, count=1)
+    error = page.error("start_chains", sampler="hmc", seed=0, count=1)
     assert "does not use Markov chains" in error
     assert "no filters" in page.error("filters")
     assert "not class-conditional" in rbm_page.error("sample", **VALID, label=0)
@@ -476,7 +476,7 @@ def test_running_request_can_be_canceled(page, glow):
     payload = {
         "image": two_samples(page)[0],
         "mask": mask(HALF),
-        "sampler": "langevin",
+        "sampler": "hmc",
         "steps": 2000,
         "seed": 0,
         "request_id": "mine",
@@ -498,7 +498,7 @@ def test_cancel_stops_only_the_named_request_while_it_waits(page, glow):
     payload = {
         "image": two_samples(page)[0],
         "mask": mask(HALF),
-        "sampler": "langevin",
+        "sampler": "hmc",
         "steps": 5,
         "seed": 0,
     }

@@ -12,7 +12,7 @@ class Coupling(Bijection):
     """Coupling of the two halves of the channels: z_a = h(x_a; network(x_b, condition)), z_b = x_b.
 
     x_a is the first half of the channels and x_b the second. log|det| is the sum of log h' over
-    x_a. Real NVP (1605.08803), section 3.2.
+    x_a. Glow (1807.03039), table 1.
 
     Args:
         network: Maps the channels of x_b, and those of the condition, to

@@ -1,4 +1,4 @@
-"""Data sets with training, validation and test images, in an order that never changes."""
+"""Data sets with fixed training, validation and test splits and a reproducible order."""
 
 import hashlib
 import http.client

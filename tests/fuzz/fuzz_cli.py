@@ -50,7 +50,7 @@ NEW_PATHS = (
 IMAGES = ("images/00.png", "images/01.png", "labels.csv", *EXISTING_PATHS)
 PATHS = (*EXISTING_PATHS, *NEW_PATHS, "/dev/null", "/dev/full", "/dev/stdin")
 WORDS = (
-    *("gibbs", "tempering", "mean-field", "langevin", "likelihood", "combined", "left", "border"),
+    *("gibbs", "tempering", "mean-field", "hmc", "likelihood", "combined", "left", "border"),
     *("random:500", "data=mnist_sample", "data=folder", "cpu", "cuda", "meta", "job"),
 )
 OPTIONS = {
@@ -79,7 +79,7 @@ VALID_VALUES = {  # half of the values are valid, so that many commands get far
     "--csv": PATHS,
     "--known": ("left", "random:50", "images/00.png", "border", "grayscale", "downsample:2"),
     "--device": ("cpu", "cuda", "meta"),
-    "--sampler": ("gibbs", "tempering", "mean-field", "langevin"),
+    "--sampler": ("gibbs", "tempering", "mean-field", "hmc"),
     "--direction": ("ridge", "difference"),
     "--amount": ("1", "-0.5"),
     "--score": ("likelihood", "combined"),

@@ -101,8 +101,8 @@ class Flow(ClassConditional, SupportsInpainting):
 
     likelihood: Likelihood = "bound"
     metric = BITS_PER_DIM
-    samplers: ClassVar[tuple[str, ...]] = ("langevin",)
-    # Average log p(x) over importance samples, not p(x), whose mean would bound no likelihood.
+    samplers: ClassVar[tuple[str, ...]] = ("hmc",)
+    # Report the mean of log p (an ELBO), if a log-mean-exp would not be a valid bound.
     elbo_only = False
 
     def __init__(
@@ -169,7 +169,7 @@ class Flow(ClassConditional, SupportsInpainting):
     def log_prob(
         self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Return log p(x) - log q(u) - D log 2^bits in nats, (batch,), of one sample u.
+        """Return log p(x) - log q(u) - D log 2^bits in nats, (batch,), for one noise sample u.
 
         Its mean over u is a lower bound of the log-probability of the images. Theis, van den Oord
         and Bethge (1511.01844), section 3.1; Flow++ (1902.00275), section 3.1.
@@ -285,7 +285,9 @@ class Flow(ClassConditional, SupportsInpainting):
         label: int | None = None,
         start_index: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Draw images, and return them with their log p(x) in nats, (count,).
+        """Draw images, and return them with the log-density of their points in nats, (count,).
+
+        It is log p(x | label) if the class conditions the networks, else log p(x).
 
         Args:
             count: number of images.
@@ -324,7 +326,10 @@ class Flow(ClassConditional, SupportsInpainting):
         return self._denoise(self._invert(z, None)[0], None)
 
     def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the points x with these latents, and their log p(x)."""
+        """Return the points x of these latents and their log-density.
+
+        It is log p(x | label) if the class conditions the networks, else log p(x).
+        """
         x, log_det = self.bijection.inverse(z, self._condition(one_hot))
         return x, self._log_base(z, self._condition(one_hot)) - log_det
 
@@ -378,7 +383,7 @@ class Flow(ClassConditional, SupportsInpainting):
         Args:
             images: one image, (1, channels, height, width).
             known: a mask (channels, height, width) or a `LinearMeasurement`.
-            sampler: "langevin".
+            sampler: "hmc".
             steps: gradients per chain.
             generator: source of randomness.
         """
