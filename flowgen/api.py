@@ -1,6 +1,6 @@
-"""Python API: train, evaluate and use models. The command line is a thin layer over it.
+"""Python API: train, evaluate and use models. The command line calls these functions.
 
-All functions raise `flowgen.UserError` for mistakes of the user and never exit the process.
+All functions raise `flowgen.UserError` for invalid input and never exit the process.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ class RunFinishedError(UserError):
 
 
 class WorkerFailedError(UserError):
-    """A process of a training with several processes failed, and has reported the reason."""
+    """A worker process failed and has already printed the reason."""
 
     def __init__(self, status: int):
         super().__init__("one of the processes failed: see its message above")
@@ -107,7 +107,7 @@ class EvalReport(dict[str, MetricValue]):
         self.metrics = metrics
 
     def row(self) -> dict[str, Any]:
-        """Return conditions, values, errors and facts as one flat dictionary, as in JSON."""
+        """Return everything as one flat dictionary that can be written as JSON."""
         return self.conditions | finite(self.metrics.row())
 
     def __str__(self) -> str:
@@ -150,7 +150,7 @@ def train(*overrides: str) -> Run:
         The run, a folder with checkpoints, metrics and samples.
 
     Raises:
-        UserError: for unknown settings and for data or models that do not fit.
+        UserError: for unknown settings and for incompatible data or models.
 
     Example:
         >>> import tempfile
@@ -233,7 +233,7 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
 
     Args:
         run: as in `load`; None: the newest run.
-        *overrides: KEY=VALUE of the evaluation or the run, such as `num_importance_samples=8`.
+        *overrides: KEY=VALUE of evaluation or run settings, such as `num_importance_samples=8`.
         device: auto, cpu or cuda.
 
     Returns:
@@ -494,7 +494,7 @@ def _start(run: Run, config: dict[str, Any], resume_run: bool, note: str) -> Run
 def _launch(run: Run, num_processes: int, arguments: list[str], keep: bool) -> Run:
     """Run `flowgen resume ARGUMENTS` in several processes.
 
-    If they fail before the first checkpoint, the folder of a new run is free again.
+    If they fail before the first checkpoint, the folder of a new run is deleted.
     """
     log.info("%s: %d processes", run.folder, num_processes)
     try:
@@ -556,7 +556,7 @@ def run_training_in_group(
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
     trainer_config = build("trainer", config["trainer"])
-    # Each of several processes counts its own cores.
+    # With several processes, each chooses its own number of threads.
     num_threads = trainer_config.num_threads if group.size == 1 else "auto"
     runtime = Runtime(trainer_config.device, num_threads, trainer_config.precision)
     if group.size == 1:
@@ -612,7 +612,7 @@ def _load_init_weights(model: "GenerativeModel", config: dict[str, Any], source:
         load_weights(model, eval_weights(checkpoint))
     except UserError as error:
         section = flatten({"model": config["model"]})
-        differences = _differences(section, checkpoint["config"]) or ["of another shape"]
+        differences = _differences(section, checkpoint["config"]) or ["different tensor shapes"]
         raise UserError(
             f"the weights of init_from={source} do not fit, {', '.join(differences)}: "
             "train a model with the same settings"
@@ -640,7 +640,7 @@ def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, An
 
 
 def _check_same_settings(run: Run, config: dict[str, Any]) -> None:
-    """Raise UserError if a setting differs from those of the run, which may have more of them."""
+    """Raise UserError if a setting differs from that of the run; missing settings are ignored."""
     wanted = flatten(config)
     for key in ("output_dir", "trainer.num_processes"):
         wanted.pop(key, None)
@@ -665,7 +665,7 @@ def lock_run(run: Run) -> Iterator[None]:
     """Lock the folder of a run for this process. A folder without a run is removed at the end.
 
     Raises:
-        RunLockedError: if another process has it.
+        RunLockedError: if another process holds the lock.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     run.check_contained()

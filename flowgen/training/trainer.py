@@ -211,7 +211,7 @@ class Trainer:
                 state.step += 1
                 state.images_seen += self.config.batch_size
                 self.step_seconds.append(time.monotonic() - step_start)
-                # All processes follow one clock and stop at the same step.
+                # Synchronize the clock, so that all processes stop at the same step.
                 state.seconds, _ = self.group.sync_clock_and_signal(
                     time.monotonic() - start_time, None
                 )
@@ -225,7 +225,7 @@ class Trainer:
                 self.save_checkpoint()
             if self.logger:
                 self.logger.plot_curves()
-        self.group.barrier()  # a launcher would kill the process that still saves
+        self.group.barrier()  # a launcher kills processes that outlive the others
         return stop_signal
 
     def training_step(self) -> dict[str, float]:
@@ -245,7 +245,7 @@ class Trainer:
             losses.append(loss.detach())
         mean_loss = self.group.all_reduce_grads(model, torch.stack(losses).sum())
         grad_norm = gradient_norm(model)
-        # One transfer waits for the device once.
+        # Transfer both numbers at once: a single device synchronization.
         loss_value, norm_value = torch.stack([mean_loss, grad_norm]).tolist()
         row = {"loss": loss_value, "lr": lr, "grad_norm": norm_value}
         if not all(map(math.isfinite, row.values())):
@@ -269,7 +269,7 @@ class Trainer:
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Seed the step and yield its micro-batches: images and labels.
 
-        All depends on the seed and the step alone, so that a step can be repeated.
+        Batches and noise depend only on seed and step, so that a step can be replayed.
         """
         self.runtime.seed(self.seed, self.state.step)
         images, labels = self.data.next_batch(
@@ -377,7 +377,7 @@ class Trainer:
         self.step_seconds.clear()
 
     def eval_model(self) -> GenerativeModel:
-        """Return the best EMA in evaluation mode.
+        """Return the best EMA, or the model if there is none, in evaluation mode.
 
         Its batch statistics are estimated over training batches that the seed and the state fix.
         """
@@ -412,7 +412,7 @@ class Trainer:
         return is_best
 
     def test(self) -> None:
-        """Evaluate the best EMA on the test split, which influences nothing."""
+        """Evaluate on the test split, for reporting only."""
         metrics = self._evaluate("test", self.state.best_ema)
         if self.logger:
             self.logger.write(self.state.step, "test", metrics)
@@ -431,7 +431,7 @@ class Trainer:
         return self.data.batches(split, self.config.batch_size, self.config.eval_images)
 
     def sample(self) -> None:
-        """Draw samples of the best EMA, from the same latents every time."""
+        """Draw samples with the same random seed every time."""
         generator = torch.Generator(self.runtime.device).manual_seed(self.seed)
         images, _ = self.eval_model().sample(NUM_SAMPLES, self.config.sample_temperature, generator)
         self.model.train()
@@ -501,7 +501,7 @@ class Trainer:
             unit = "step" if config.steps else "s"
             self.logger = Logger(self.run, model, self.state.step, self.position, total, unit)
         if config.compile:
-            # CUDA graphs save launches, but overwrite gradients that accumulate.
+            # CUDA graphs reduce launch overhead, but overwrite accumulated gradients.
             model.compile(mode="reduce-overhead" if config.grad_accum_steps == 1 else "default")
         if checkpoint is None:
             self.save_checkpoint()
