@@ -377,7 +377,7 @@ class Trainer:
         self.step_seconds.clear()
 
     def eval_model(self) -> GenerativeModel:
-        """Return the best EMA, or the model if there is none, in evaluation mode.
+        """Return the best EMA, or the model without EMA, in evaluation mode.
 
         Its batch statistics are estimated over training batches that the seed and the state fix.
         """
