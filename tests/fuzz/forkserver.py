@@ -75,6 +75,8 @@ def preload() -> None:
         "hydra.main",
         "torch.utils.tensorboard",
         "PIL.GifImagePlugin",
+        "torch._inductor.utils",  # makes its cache directory
+        "torch._dynamo",
     ):
         importlib.import_module(name)
     _preload_hydra()
