@@ -174,7 +174,7 @@ def likelihood_metric(model: GenerativeModel) -> Metric:
 
 
 def to_metric_unit(model: GenerativeModel, log_prob: Tensor) -> Tensor:
-    """Convert log-probabilities in nats to bits/dim if the model is compared in bits/dim."""
+    """Convert log-probabilities in nats to bits/dim if the model reports bits/dim."""
     is_bits = model.metric == BITS_PER_DIM
     return log_prob / (-math.log(2) * math.prod(model.image_shape)) if is_bits else log_prob
 
@@ -305,7 +305,8 @@ def ood_comparison(
     directions = [(scorer, section, images_for(scorer, section))]
     if other_run is None:
         log.warning(
-            "the reverse comparison needs a model of %s: train one, or pass its run with --ood RUN",
+            "the reverse comparison needs a model trained on %s: "
+            "train one, or pass its run with --ood RUN",
             _dataset_title(section),
         )
     else:

@@ -300,7 +300,7 @@ class SupportsInpainting(Capability):
                 `LinearMeasurement` of all pixels, which only flows accept.
             sampler: one of `samplers`.
             steps: steps of the sampler; None uses its default.
-            generator: source of randomness.
+            generator: random generator, or None for the global one.
         """
 
 
@@ -332,7 +332,7 @@ class ClassConditional(Capability):
         Args:
             count: number of images.
             temperature: see `GenerativeModel.sample`.
-            generator: source of randomness.
+            generator: random generator, or None for the global one.
             label: the class; None cycles through the classes.
             start_index: index of the first image in this cycle, for samples in several batches.
         """
@@ -387,7 +387,7 @@ class SupportsTokenSampling(Capability):
         Args:
             count: number of images.
             temperature: see `GenerativeModel.sample`.
-            generator: source of randomness.
+            generator: random generator, or None for the global one.
             label: see `ClassConditional.sample`.
             start_index: see `ClassConditional.sample`.
             guidance: weight of classifier-free guidance, which makes images more typical of

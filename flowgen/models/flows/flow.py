@@ -292,7 +292,7 @@ class Flow(ClassConditional, SupportsInpainting):
         Args:
             count: number of images.
             temperature: standard deviation of every latent around its mean.
-            generator: source of randomness.
+            generator: random generator, or None for the global one.
             label: the class; None cycles through the classes, if the flow has any.
             start_index: index of the first image in this cycle.
         """
@@ -385,7 +385,7 @@ class Flow(ClassConditional, SupportsInpainting):
             known: a mask (channels, height, width) or a `LinearMeasurement`.
             sampler: "hmc".
             steps: gradients per chain.
-            generator: source of randomness.
+            generator: random generator, or None for the global one.
         """
         check_choice(self.samplers, sampler=sampler)
         chains = self.inpainting_chains(images, known, NUM_CHAINS, steps or NUM_STEPS, generator)
@@ -417,7 +417,7 @@ class Flow(ClassConditional, SupportsInpainting):
             known: a mask (channels, height, width) or a `LinearMeasurement`.
             num_chains: chains per image.
             num_steps: gradients per chain.
-            generator: source of randomness.
+            generator: random generator, or None for the global one.
         """
         class_prior = None
         if self.means is not None:

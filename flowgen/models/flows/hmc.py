@@ -94,7 +94,7 @@ def hmc_step(
         step_size: the step size e.
         leapfrog_steps: steps of a trajectory.
         adapt: adapt the step size to the acceptance of this trajectory.
-        generator: source of randomness.
+        generator: random generator, or None for the global one.
 
     Returns:
         The new state, and the share of chains that accepted the end of their trajectory.

@@ -221,7 +221,7 @@ class InpaintingChains:
         posterior: the posterior of all images.
         class_prior: the classes of the flow, or None.
         labels: the current class of each chain, (chains,).
-        generator: source of randomness.
+        generator: random generator, or None for the global one.
         progress: reports the steps, see `GenerativeModel.set_progress`.
 
     Attributes:
@@ -383,7 +383,7 @@ def sample_posterior(
         bins: number of pixel values, 2^bits.
         num_chains: chains per image.
         num_steps: gradients per chain, half of them in the latent space.
-        generator: source of randomness.
+        generator: random generator, or None for the global one.
         progress: reports the steps.
 
     Returns:

@@ -161,7 +161,7 @@ class TarFlow(Flow, SupportsTokenSampling):
         Args:
             count: number of images.
             temperature: standard deviation of every latent around its mean.
-            generator: source of randomness.
+            generator: random generator, or None for the global one.
             label: the class; None cycles through the classes, if the flow has any.
             start_index: index of the first image in this cycle.
             guidance: the weight w of classifier-free guidance; needs classes and

@@ -89,7 +89,7 @@ class AnnealingState:
 
     The intermediate distribution is P_beta(v) ~ exp(-F_beta(v)) with
     F_beta(v) = -((1 - beta) base + beta b).v - sum_j softplus(beta (c + W'v))_j.
-    It sums the hidden units out. `beta` is one number, or (chains, 1).
+    The hidden units are marginalized out. `beta` is one number, or (chains, 1).
 
     Args:
         rbm: the model.
@@ -300,7 +300,7 @@ def bridge(
         rbm: the model.
         chains: number of independent ensembles of replicas.
         burn_in: steps during which the betas adapt; they are not used for the estimate.
-        steps: steps that are used, rounded down to an even number.
+        steps: sampling steps after the burn-in, rounded down to an even number.
         num_temperatures: number of inverse temperatures. By default half of the swaps are
             accepted (Syed et al., arXiv:1905.02939, section 5).
         pilot: pilot run; by default a new one. The replicas start at its chains, drawn by their
@@ -402,7 +402,7 @@ def _log_ratios(at_lower: Tensor, at_upper: Tensor) -> tuple[float, Tensor]:
 class LogZ:
     """log Z in nats with its standard error, the estimates it combines, and a verdict.
 
-    If the value was not checked, `reliable` is `None`.
+    Without `cross_check`, `reliable` is `None`.
     """
 
     value: float
