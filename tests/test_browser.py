@@ -175,6 +175,27 @@ def test_flow_with_the_keyboard(visit):
     visited.wait_for("#sample-command code", has_text="--seed 1")
 
 
+def test_a_late_response_does_not_replace_newer_samples(visit):
+    visited = visit("glow")
+    page = visited.page
+    late = []
+
+    def hold_seed_0(route):
+        if route.request.post_data_json["seed"] == 0:
+            late.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/api/sample", hold_seed_0)
+    page.click("#sample-form button >> text=Draw")
+    page.click("#next-seed")
+    visited.wait_for("#sample-command code", has_text="--seed 1")
+    with page.expect_response("**/api/sample"):
+        late[0].continue_()
+    page.wait_for_timeout(200)
+    assert page.locator("#sample-command code").inner_text().endswith("--seed 1")
+
+
 def test_every_control_has_a_name_for_screen_readers(visit):
     for session in ("glow", "rbm"):
         page = visit(session).page

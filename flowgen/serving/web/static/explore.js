@@ -283,6 +283,8 @@ function onSubmit(id, action) {
 
 // Samples
 
+let latestDraw = 0;
+
 async function drawSamples(button = $("sample-form").querySelector("button")) {
   const payload = {
     count: intValue("count"),
@@ -292,8 +294,9 @@ async function drawSamples(button = $("sample-form").querySelector("button")) {
   if (model.capabilities.classes && $("label").value) payload.label = intValue("label");
   if (model.capabilities.chains)
     Object.assign(payload, { sampler: $("sampler").value, steps: intValue("sample-steps") });
+  const draw = ++latestDraw;
   const result = await request("sample", payload, button);
-  if (!result) return;
+  if (!result || draw !== latestDraw) return; // an older response must not replace a newer one
   const tiles = result.images.map((image, index) =>
     createTile(image, `Sample ${index + 1} of seed ${result.seed}`),
   );
