@@ -19,10 +19,9 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx_click",
     "sphinx_copybutton",
     "mathml",
-    "settings_tables",
+    "generated",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"

@@ -269,6 +269,8 @@ def flow_report(
             rounding favors even pixel values.
 
     Returns:
+        A dictionary.
+
         - "samples": for each temperature and set the quality compared with N test images, with
           FID metrics if there are `weights`.
         - "training": the quality of N training images, as a reference.

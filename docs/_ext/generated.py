@@ -1,13 +1,15 @@
-"""Tables of settings, models and data sets that are generated from conf/*.yaml."""
+"""Directives for text that is generated: settings from conf/*.yaml, options from click."""
 
 import re
 
+import click
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from flowgen import cli
 from flowgen.api import list_datasets, list_models
 from flowgen.config.settings import (
     CHOICES,
@@ -128,6 +130,29 @@ class SettingsDirective(MarkdownDirective):
         return markdown_table(["Setting", f"Default with `model={model}`"], rows)
 
 
+class CommandUsage(MarkdownDirective):
+    """`{command} sample`: the usage of a command, its help, and a table of its options."""
+
+    required_arguments = 1
+
+    def lines(self) -> list[str]:
+        name = self.arguments[0]
+        command = cli.cli.commands[name]
+        context = click.Context(command, info_name=name)
+        usage = " ".join(["flowgen", name, *command.collect_usage_pieces(context)])
+        rows = []
+        for parameter in command.get_params(context):
+            if isinstance(parameter, click.Option):
+                words = ", ".join([*parameter.opts, *parameter.secondary_opts])
+                if not parameter.is_flag:
+                    words += f" {parameter.make_metavar(context)}"
+                default = parameter.default if parameter.show_default else ""
+                rows.append([code(words), code(str(default)), prose(parameter.help or "")])
+        help_text = (command.help or "").splitlines()
+        table = markdown_table(["Option", "Default", "Meaning"], rows)
+        return ["```text", usage, "```", "", *help_text, "", *table]
+
+
 class ModelTable(MarkdownDirective):
     """`{model-table}`: every model, its page, description and paper."""
 
@@ -159,6 +184,7 @@ class DataTable(MarkdownDirective):
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("settings", SettingsDirective)
+    app.add_directive("command", CommandUsage)
     app.add_directive("model-table", ModelTable)
     app.add_directive("data-table", DataTable)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
