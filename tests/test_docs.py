@@ -8,7 +8,7 @@ not run.
 
 An HTML comment before a block changes this:
 
-    <!-- slow -->      only checked: options, settings and files must exist; `make docs-long` runs it
+    <!-- slow -->      only checked: its options and settings exist; `make docs-long` runs it
     <!-- network -->   only checked: it needs a network, other programs or a display
 
 The commands of docs/results are records of measurements, so they are checked too, but not run.
@@ -32,7 +32,6 @@ import pytest
 import torch
 from conftest import save_image, trained
 from sybil import Example, Sybil
-from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
 from flowgen import cli
@@ -52,6 +51,7 @@ PAGES = sorted(
 MARKER = re.compile(r"<!-- *(slow|network) *-->\s*$")
 PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b")  # RUN, FACES: only in docs/results
 PROMPT = re.compile(r"^\$ ", re.M)
+LENGTH = re.compile(r'"trainer\.(steps|minutes)=\d+"')  # in Python
 OUTPUT = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SMALL_SETTINGS = [
     "trainer.steps=2",
@@ -112,8 +112,13 @@ def shrink(overrides: list[str]) -> list[str]:
 
 def settings_of_model(overrides: list[str]) -> set[str]:
     """Return the settings of the model that a training uses."""
-    config, _, _ = compose_config([word for word in overrides if "," not in word or "[" in word])
+    config, _, _ = compose_config(single_values(overrides))
     return {f"model.{key}" for key in config["model"]}
+
+
+def single_values(overrides: list[str]) -> list[str]:
+    """Return the overrides without the lists of a sweep."""
+    return [word for word in overrides if "," not in word or "[" in word]
 
 
 class Commands:
@@ -123,6 +128,7 @@ class Commands:
         self.run = run
         self.is_record = page.startswith("docs/results")
         self.output = ""
+        self.steps = 2  # of the run that `flowgen resume` continues
 
     def bash(self, example: Example) -> str | None:
         text = example.parsed.replace("\\\n", " ")
@@ -148,7 +154,11 @@ class Commands:
         if len(words) > 1 and words[1] in SERVERS:
             check(words)
             return
-        status, self.output, error = self.run(*small_command(words[1:]))
+        arguments = small_command(words[1:])
+        if arguments[0] == "resume":
+            self.steps += 2
+            arguments.append(f"trainer.steps={self.steps}")
+        status, self.output, error = self.run(*arguments)
         assert status == 0, f"{shlex.join(words)}: {error}"
 
     def execute_other(self, words: list[str]) -> None:
@@ -165,13 +175,12 @@ class Commands:
 
 def small_command(words: list[str]) -> list[str]:
     """Return the arguments of a `flowgen` command with small settings."""
-    if words[0] == "train" and "--help" not in words:
+    if words[0] == "train" and not {"--help", "--cfg"} & set(words):
         options = [word for word in words if word.startswith("-")]
         return ["train", *options, *shrink([word for word in words[1:] if word not in options])]
     if words[0] == "resume":
-        kept = [word for word in words if not word.startswith(("trainer.minutes", "trainer.steps"))]
-        return [*kept, "trainer.steps=4"]
-    if words[0] == "sample" and "zoo/rbm_mnist" in words or "--sampler" in words[:1]:
+        return [word for word in words if not word.startswith(("trainer.minutes", "trainer.steps"))]
+    if words[0] == "sample" and "zoo/rbm_mnist" in words:
         words = [*words, "--steps", "5"]
     for option, value in SMALL_OPTIONS.get(words[0], {}).items():
         if option in words:
@@ -220,7 +229,8 @@ def check_flowgen(arguments: list[str]) -> None:
     if PLACEHOLDER.search(" ".join(overrides)):
         return
     if command.name == "train":
-        compose_config([word for word in overrides if "," not in word or "[" in word])
+        swept = ("hydra",) if context.params["multirun"] else ()
+        compose_config([word for word in single_values(overrides) if not word.startswith(swept)])
     for override in overrides:
         key = override.partition("=")[0]
         assert key_exists(key), f"{key} is no setting"
@@ -258,7 +268,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(folder / "faces.zip", "w") as archive:
         for name in names:
             archive.write(folder / "celeba" / "img_align_celeba" / name, name)
-    for index in range(40):
+    for index in range(120):
         save_image(folder / "pictures" / ("cats", "dogs")[index % 2] / f"{index}.png", (40, 40, 3))
     for name in ("mnist", "fashion-mnist"):
         save_idx(folder / "data" / name)
@@ -302,13 +312,11 @@ def reader(home: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def examples_of(page: str, commands: Commands) -> Iterator[Example]:
-    evaluate_python = PythonEvaluator()
-
-    def python(example: Example) -> str | None:
-        compile(example.parsed, page, "exec")
-        if commands.is_record or marker_of(example):
-            return None
-        return evaluate_python(example)
+    def python(example: Example) -> None:
+        small = ", ".join(f'"{word}"' for word in shrink([]))
+        code = compile(LENGTH.sub(small, example.parsed), page, "exec")
+        if not commands.is_record and not marker_of(example):
+            exec(code, example.namespace)
 
     parsers = [
         CodeBlockParser("bash", commands.bash),
@@ -321,9 +329,9 @@ def examples_of(page: str, commands: Commands) -> Iterator[Example]:
 @pytest.mark.parametrize("page", PAGES)
 def test_code_of_page_runs(page, reader, command, request):
     text = (REPOSITORY / page).read_text()
-    used = [name for name in RUNS if re.search(rf"(--run|resume|outputs/)[ /]?{name}\b", text)]
-    for name in used:
-        if f"output_dir=outputs/{name}" not in text:
+    for name in RUNS:
+        is_used = re.search(rf'(flowgen [^\n`]*|load\("|outputs/)\b{name}\b', text)
+        if is_used and f"output_dir=outputs/{name}" not in text:
             shutil.copytree(request.getfixturevalue("runs") / name, reader / "outputs" / name)
     for example in examples_of(page, Commands(page, command)):
         example.evaluate()
@@ -358,6 +366,8 @@ def test_documented_scripts_have_a_help():
     scripts = set(re.findall(r"python (scripts/[a-z_./]+)", text))
     assert scripts
     for script in scripts:
+        if "argparse" not in (REPOSITORY / script).read_text():
+            continue
         words = [sys.executable, REPOSITORY / script, "--help"]
         assert subprocess.run(words, capture_output=True, check=False).returncode == 0
 

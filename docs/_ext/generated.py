@@ -1,6 +1,7 @@
 """Directives for text that is generated: settings from conf/*.yaml, options from click."""
 
 import re
+from typing import ClassVar
 
 import click
 from docutils import nodes
@@ -81,7 +82,9 @@ class SettingsDirective(MarkdownDirective):
     """`{settings} model=glow`, `{settings} general` or `{settings} experiment`."""
 
     required_arguments = 1
-    option_spec = {"changes": directives.flag}  # only the other sections that the model changes
+    option_spec: ClassVar = {
+        "changes": directives.flag
+    }  # only the other sections that the model changes
 
     def lines(self) -> list[str]:
         group, _, option = self.arguments[0].partition("=")
@@ -114,7 +117,11 @@ class SettingsDirective(MarkdownDirective):
         """Return the settings of a trainer that differ from another one."""
         values = settings_of_option("trainer", base)
         rows = [
-            [code(key), code(format_value(values[key].default)), code(format_value(setting.default))]
+            [
+                code(key),
+                code(format_value(values[key].default)),
+                code(format_value(setting.default)),
+            ]
             for key, setting in settings_of_option("trainer", option).items()
             if setting.default != values[key].default
         ]
@@ -172,9 +179,10 @@ class DataTable(MarkdownDirective):
         rows = []
         for name, text, source, _ in list_datasets():
             section = read_yaml(f"data/{name}")
-            download = "root" in section and "download" in settings_of_file(f"data/{name}")[
-                "data.root"
-            ].meaning
+            download = (
+                "root" in section
+                and "download" in settings_of_file(f"data/{name}")["data.root"].meaning
+            )
             how = "downloaded if missing" if download else "`data.root=` your copy"
             if "root" not in section:
                 how = "included, or generated"
