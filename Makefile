@@ -45,6 +45,7 @@ lint: $(FLOWGEN) ## check style and types
 	.venv/bin/mypy
 
 docs: $(FLOWGEN) ## build the documentation in docs/_build; needs no network
+	rm -rf docs/_build
 	.venv/bin/sphinx-build -q -n -W --keep-going docs docs/_build
 	@echo "Open docs/_build/index.html"
 

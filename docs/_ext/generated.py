@@ -52,8 +52,8 @@ def setting_rows(settings: list[Setting]) -> list[list[str]]:
         choices = " ".join(code(choice) for choice in setting.choices)
         value = setting.default
         default = "empty" if value == "" else code(format_value(value))
-        if isinstance(value, str) and len(value) > 40:
-            default = "(see `conf/`)"
+        if isinstance(value, str) and "${" in value:
+            default = "`outputs/DATE/TIME_MODEL_DATA`"  # it is composed from other settings
         rows.append([code(setting.key), default, choices, prose(meaning)])
     return rows
 
@@ -186,7 +186,7 @@ class DataTable(MarkdownDirective):
             how = "downloaded if missing" if download else "`data.root=` your copy"
             if "root" not in section:
                 how = "included, or generated"
-            rows.append([code(name), prose(text), how + (f", <{source}>" if source else "")])
+            rows.append([code(name), prose(text), how + (f", [web page]({source})" if source else "")])
         return markdown_table(["`data=`", "Images", "Source"], rows)
 
 
