@@ -186,7 +186,9 @@ class DataTable(MarkdownDirective):
             how = "downloaded if missing" if download else "`data.root=` your copy"
             if "root" not in section:
                 how = "included, or generated"
-            rows.append([code(name), prose(text), how + (f", [web page]({source})" if source else "")])
+            rows.append(
+                [code(name), prose(text), how + (f", [web page]({source})" if source else "")]
+            )
         return markdown_table(["`data=`", "Images", "Source"], rows)
 
 
