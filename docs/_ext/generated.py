@@ -29,12 +29,11 @@ URL = re.compile(r"https?://[^\s)]+")
 
 
 def code(text: str) -> str:
-    return f"`{text}`" if text else ""
+    return "`" + text.replace("|", "\\|") + "`" if text else ""
 
 
 def prose(text: str) -> str:
     """Return a comment of a YAML file as Markdown: escaped, with code and links to papers."""
-    text = text[:1].upper() + text[1:]
     text = re.sub(r"([*_\[\]|<>])", r"\\\1", text)
     text = re.sub(r"(?<![\w`])([a-z_\\]+=[\w.:/,\\-]*\w|data\.root|trainer\.\w+)", unescape, text)
     text = ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
@@ -49,6 +48,7 @@ def setting_rows(settings: list[Setting]) -> list[list[str]]:
     rows = []
     for setting in settings:
         meaning = CHOICES.sub("", setting.meaning).strip(" ;")
+        meaning = meaning[:1].upper() + meaning[1:]
         choices = " ".join(code(choice) for choice in setting.choices)
         value = setting.default
         default = "empty" if value == "" else code(format_value(value))
@@ -75,6 +75,8 @@ class MarkdownDirective(SphinxDirective):
         container = nodes.container(classes=["generated"])
         content = StringList(self.lines(), source=self.get_source_info()[0])
         self.state.nested_parse(content, self.content_offset, container)
+        for table in container.findall(nodes.table):
+            table["classes"].append("generated")
         return list(container.children)
 
 
@@ -150,11 +152,12 @@ class CommandUsage(MarkdownDirective):
         rows = []
         for parameter in command.get_params(context):
             if isinstance(parameter, click.Option):
-                words = ", ".join([*parameter.opts, *parameter.secondary_opts])
+                names = ", ".join(map(code, [*parameter.opts, *parameter.secondary_opts]))
                 if not parameter.is_flag:
-                    words += f" {parameter.make_metavar(context)}"
-                default = parameter.default if parameter.show_default else ""
-                rows.append([code(words), code(str(default)), prose(parameter.help or "")])
+                    value = parameter.make_metavar(context).replace("INTEGER RANGE", "N")
+                    names += " " + prose(value.replace("|", " | "))
+                default = str(parameter.default) if parameter.show_default else ""
+                rows.append([names, code(default), prose(parameter.help or "")])
         help_text = (command.help or "").splitlines()
         table = markdown_table(["Option", "Default", "Meaning"], rows)
         return ["```text", usage, "```", "", *help_text, "", *table]
