@@ -1,8 +1,9 @@
-"""Worker of test_distributed.py: train each configuration of a file, then evaluate the first run.
+"""Worker of test_distributed.py. It trains the runs of a file, then evaluates the first one.
 
     torchrun --nproc-per-node N tests/distributed_worker.py CONFIGS.json
 
-Each entry of the file is a folder and a configuration, or null to resume the run in the folder.
+The file has a list of pairs: a folder, and a configuration or null. Null resumes the run in the
+folder.
 """
 
 import json
@@ -35,7 +36,7 @@ def train(group: ProcessGroup, folder: Path, config: dict[str, Any] | None) -> N
 
 
 def evaluate(group: ProcessGroup, folder: Path) -> str:
-    """Return the metrics of ten and a half batches, to the last bit."""
+    """Return the metrics of ten and a half batches as hexadecimal numbers, which are exact."""
     checkpoint = group.broadcast_from_main(Run(folder).latest_valid_checkpoint)
     model, data, _ = build_model_and_data(checkpoint["config"])
     load_weights(model, checkpoint["model"])

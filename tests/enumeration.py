@@ -23,7 +23,7 @@ def small_rbm(visible: int = 4, hidden: int = 3, scale: float = 1.0, **arguments
 
 
 def all_states(units: int) -> Tensor:
-    """Return every state of binary units, (2^units, units)."""
+    """Return all states of binary units (2^units, units)."""
     return (torch.arange(2**units)[:, None] >> torch.arange(units) & 1).double()
 
 
@@ -41,7 +41,7 @@ def exact_distribution(rbm: RBM, path_beta: float = 1.0, beta: float = 1.0) -> T
 
 
 def draw_states(probabilities: Tensor, count: int = CHAINS) -> Tensor:
-    """Draw independent states, (count, units)."""
+    """Draw independent states (count, units)."""
     units = len(probabilities).bit_length() - 1
     return all_states(units)[torch.multinomial(probabilities, count, replacement=True)]
 
@@ -54,7 +54,7 @@ def total_variation(visible: Tensor, probabilities: Tensor) -> float:
 
 
 def expected_variation(probabilities: Tensor, count: int = CHAINS) -> float:
-    """Return the expected total variation of `count` independent draws, about.
+    """Return the approximate expected total variation of `count` independent draws.
 
     It is 1/2 sum sqrt(2 p (1 - p) / (pi count)).
     """

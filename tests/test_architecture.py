@@ -115,7 +115,7 @@ def test_imports_point_down_the_layers(path):
 
 
 def imported_modules(path: Path, modules: set[str]) -> set[str]:
-    """Return all modules of flowgen that a file imports, also in functions and for types."""
+    """Return all modules of flowgen that a file imports, including imports in functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -230,7 +230,7 @@ CHANNELS = {"DownsampledImageNet": 3, "MNIST": 1}
 
 
 def image_shape(data: dict) -> tuple[int, int, int]:
-    """Return the shape of the images of a data section, whether or not they are present."""
+    """Return the shape of the images of a data section, even if they are missing."""
     name = data["_target_"].rpartition(".")[2]
     if name in SHAPES:
         return SHAPES[name]

@@ -85,8 +85,8 @@ def visit(browser, request) -> Iterator:
         return visits[-1]
 
     yield start
-    for each in visits:
-        each.close()
+    for visited in visits:
+        visited.close()
 
 
 def test_flow_with_the_mouse(visit, tmp_path):

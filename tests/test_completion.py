@@ -133,7 +133,7 @@ def test_a_gaussian_field_is_inpainted_by_its_conditional():
 
 
 def test_many_unknown_pixels_need_no_more_gradients():
-    """The true pixel lies strictly between the smallest and largest of nine draws 80 % of the time.
+    """The true pixel lies strictly between the smallest and largest of nine draws 80% of the time.
 
     There are 512 unknown pixels per image. The spread of the draws is that of the conditional.
     """
@@ -189,7 +189,7 @@ def test_a_gray_image_is_restored_from_its_mean():
     images = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
     result = flow.inpaint(images, whole, sampler="hmc", generator=torch.Generator().manual_seed(0))
     brightness = result.draws.mean((1, 2, 3))
-    # measured sums have a deviation of half a bin, and images are rounded once more
+    # measured sums have a standard deviation of half a bin, and images are rounded once more
     assert (brightness - images.double().mean() / 255).abs().max() < 4 / 256
 
 

@@ -53,7 +53,7 @@ SMALL_SIZES = {"model.width": "8", "model.hidden": "8", "model.steps_per_level":
 
 
 def shrink(overrides: list[str]) -> list[str]:
-    """Replace the length and the sizes of a training by small ones, except for swept values."""
+    """Replace the number of steps and the sizes by small ones, except for swept values."""
     replaced = {setting.split("=")[0] for setting in SMALL_SETTINGS}
     result = []
     for override in overrides:
@@ -86,7 +86,7 @@ def test_readme_is_short():
 
 @pytest.fixture
 def user_folder(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder like that of a reader: faces at home, small MNIST files, and three pictures."""
+    """A folder like that of a reader: faces in HOME, small MNIST files, and three pictures."""
     monkeypatch.setenv("HOME", str(elsewhere))
     for number in range(60):
         save_image(elsewhere / "faces" / f"{number:06d}.png", (218, 178, 3))

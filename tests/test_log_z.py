@@ -61,7 +61,7 @@ def test_betas_may_have_any_spacing():
 
 
 def test_the_pilot_run_puts_more_betas_where_ais_errs():
-    """Independent pixels that freeze early: dF/dbeta has the deviation 6 sech(6 beta) per pixel.
+    """Independent pixels that freeze early: dF/dbeta has standard deviation 6 sech(6 beta).
 
     Equal steps then have an error that is larger by a factor of about 1.5.
     """

@@ -1,4 +1,4 @@
-"""Start of trainings: overrides, trainer=auto, sweeps, and runs that are continued."""
+"""Start of training: overrides, trainer=auto, sweeps, and resumed runs."""
 
 import json
 import os

@@ -262,8 +262,8 @@ def test_last_photo_of_a_busy_chat_is_asked_for_again():
 
     chat = Chat(None)
     chat.busy.add(7)
-    for each in (message("a", "/walk"), message("b")):
-        asyncio.run(chat.on_message(SimpleNamespace(message=each), None))
+    for photo in (message("a", "/walk"), message("b")):
+        asyncio.run(chat.on_message(SimpleNamespace(message=photo), None))
     assert replies == [
         "I am still working on your last request. Send me this photo again after that."
     ]

@@ -61,7 +61,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Return whether two values are equal to the last bit, through dicts and lists."""
+    """Return True if two values are equal to the last bit. Dicts and lists are compared too."""
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):

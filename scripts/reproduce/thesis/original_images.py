@@ -16,9 +16,9 @@ from flowgen.data.preprocess import open_source
 
 
 def original_images(config: dict[str, Any], count: int, side: int = 128) -> Tensor:
-    """Return the first training images of a data section without cropping.
+    """Return the first training images of a data section, padded to white squares, not cropped.
 
-    Each is padded to a white square. Files that cannot be read are skipped.
+    Files that cannot be read are skipped.
 
     Args:
         config: The data section of a configuration, of an `ImageFolder`.
@@ -26,7 +26,7 @@ def original_images(config: dict[str, Any], count: int, side: int = 128) -> Tens
         side: Height and width of the result, in pixels.
 
     Returns:
-        uint8 (count, 3, side, side).
+        Images, uint8 (count, 3, side, side).
     """
     root = find_dataset(config["root"], config["search_dirs"], config["download_hint"])
     source = open_source(root)
