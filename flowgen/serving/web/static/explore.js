@@ -42,8 +42,8 @@ async function post(endpoint, payload) {
 const newestPayload = {};
 const INDEPENDENT = ["advance_chains", "upload"]; // endpoints with several valid requests at once
 
-// Send a request and return the result, or null after an error or if there is a newer request. While
-// it runs, show the server's status. Requests with a request_id can be stopped.
+// Send a request and return the result, or null after an error or if there is a newer request.
+// During a long request, show the server's status. Requests with a request_id can be stopped.
 async function request(endpoint, payload, button = null) {
   if (button) button.disabled = true;
   newestPayload[endpoint] = payload;
