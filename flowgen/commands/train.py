@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowgen import api
+from flowgen.config import launch
 from flowgen.config.compose import (
     compose_config,
     first_line,
@@ -32,30 +33,30 @@ log = logging.getLogger("flowgen")
 register_resolvers()  # at import, because a launcher may run jobs in other processes
 
 
-def train(*, overrides: list[str], multirun: bool = False) -> None:
-    """Train one run, or with `multirun` all runs of a sweep."""
-    with exit_like_training():
-        if multirun:
-            sweep(overrides)
-        else:
-            api.train(*overrides)
-
-
-def resume(*, run: str, overrides: list[str]) -> None:
-    """Continue a run."""
-    with exit_like_training():
-        api.resume(run, *overrides)
-
-
 @contextlib.contextmanager
 def exit_like_training() -> Iterator[None]:
-    """Exit with the status of a stopped training, or of a process that has reported its error."""
+    """Exit with the status of a stopped training run, or of a process that reported its error."""
     try:
         yield
-    except api.TrainingInterrupted as error:
+    except launch.TrainingInterrupted as error:
         reraise_signal(error.signal)
-    except api.WorkerFailedError as error:
+    except launch.WorkerFailedError as error:
         raise SystemExit(error.status) from error
+
+
+@exit_like_training()
+def train(*, overrides: list[str], multirun: bool = False) -> None:
+    """Train one run, or with `multirun` all runs of a sweep."""
+    if multirun:
+        sweep(overrides)
+    else:
+        api.train(*overrides)
+
+
+@exit_like_training()
+def resume(*, run: str, overrides: list[str]) -> None:
+    """Continue a run."""
+    api.resume(run, *overrides)
 
 
 def config_text(*, overrides: list[str]) -> str:
@@ -91,14 +92,15 @@ def sweep(overrides: list[str]) -> None:
     results = [job.return_value for batch in batches for job in batch]
     failures = [result for result in results if result is not None]
     if failures:
-        shown = failures[:MAX_SHOWN_FAILURES]
-        if len(failures) > len(shown):
-            shown.append(f"and {len(failures) - len(shown)} more")
+        num_hidden = len(failures) - MAX_SHOWN_FAILURES
+        more = f"; and {num_hidden} more" if num_hidden > 0 else ""
         raise UserError(
-            f"{len(failures)} of {len(results)} runs of the sweep failed: {'; '.join(shown)}"
+            f"{len(failures)} of {len(results)} runs of the sweep failed: "
+            f"{'; '.join(failures[:MAX_SHOWN_FAILURES])}{more}"
         )
 
 
+@exit_like_training()  # a signal ends the sweep
 def sweep_job(cfg: DictConfig) -> str | None:
     """Train one run of a sweep, or continue it; return the message of an error."""
     setup_logging()  # this may be another process
@@ -107,9 +109,7 @@ def sweep_job(cfg: DictConfig) -> str | None:
     cfg.output_dir = str(folder)  # the default refers to Hydra's section, which jobs do not have
     cfg.resume = True
     try:
-        api.train_config(resolve_config(cfg), trainer_note(runtime.choices))
-    except api.TrainingInterrupted as error:
-        reraise_signal(error.signal)  # ends the sweep
+        launch.start_run(resolve_config(cfg), trainer_note(runtime.choices))
     except Exception as error:
         with contextlib.suppress(OSError):
             folder.rmdir()
