@@ -88,7 +88,7 @@ def test_each_number_of_bits_has_its_own_plot_and_broken_runs_are_skipped(images
     assert "Validation bits per dim at 5 bits" in text
     assert "Validation bits per dim at 8 bits" in text
     listed = [line for line in command("runs")[1].splitlines() if line.startswith("outputs")]
-    assert sum("Glow" in line for line in listed) == 2
+    assert sum("glow" in line for line in listed) == 2
     assert all("images" in line for line in listed)
 
 

@@ -348,7 +348,7 @@ def test_data_of_another_shape_fails_before_any_image_is_scored(monkeypatch):
         (["--ood", "data=folder", "--ood", "data.colour=3"], "data.colour", 1),
         (["--ood", "data=mnist"], "torchvision", 1),
         (["--ood", "nowhere"], "flowgen runs", 1),
-        (["--ood", "a", "--ood", "b"], "several runs", 1),
+        (["--ood", "a", "--ood", "b"], "accepts one run", 1),
     ],
 )
 def test_score_errors_are_one_line(

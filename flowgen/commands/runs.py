@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowgen.config.compose import read_config
+from flowgen.config.loading import same_dataset
 from flowgen.config.runs import list_runs
+from flowgen.config.settings import group_options, read_text, read_yaml
 from flowgen.training.checkpoint import read_portable_metadata, zoo, zoo_file
 from flowgen.training.run_dir import Run, best_metric
 from flowgen.utils.errors import UserError
@@ -40,14 +42,28 @@ def runs() -> Iterator[RunSummary]:
 
 
 def _summary(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> RunSummary:
-    model = str(config["model"].get("_target_")).rpartition(".")[2]
-    data = config["data"]
-    folder = data.get("root") or str(data.get("_target_")).rpartition(".")[2]
     step = max((row["step"] for row in metrics), default=0)
     best = str(best_metric(metrics) or "not evaluated yet")
     if validation := last_validation(metrics):
         best += f", last {validation}"
-    return RunSummary(name, model, data.get("name") or Path(folder).name, step, best)
+    return RunSummary(name, model_name(config["model"]), data_name(config["data"]), step, best)
+
+
+def model_name(section: dict[str, Any]) -> str:
+    """Return NAME of the option model=NAME of a model section, or its class if there is none."""
+    target = str(section.get("_target_"))
+    options = group_options("model")
+    names = (name for name in options if f"_target_: {target}\n" in read_text(f"model/{name}"))
+    return next(names, target.rpartition(".")[2])
+
+
+def data_name(section: dict[str, Any]) -> str:
+    """Return NAME of the option data=NAME of a data section, or the name of its folder."""
+    names = (
+        name for name in group_options("data") if same_dataset(read_yaml(f"data/{name}"), section)
+    )
+    folder = section.get("root") or next(iter(section.get("search_dirs") or ()), "")
+    return next(names, section.get("name") or Path(folder).name)
 
 
 def last_validation(rows: list[dict[str, Any]]) -> MetricValue | None:

@@ -23,9 +23,9 @@ from flowgen.commands.interpolate import interpolate_images
 from flowgen.commands.sample import sample_images
 from flowgen.commands.score import (
     Scorer,
+    image_statistics,
     likelihood_metric,
     make_scorer,
-    ood_statistics_of,
     to_metric_unit,
 )
 from flowgen.config.loading import find_model
@@ -262,7 +262,7 @@ class ModelSession:
         """Return the likelihood of one image as `flowgen score` prints it."""
         generator = torch.Generator(self.model.device).manual_seed(SCORE_SEED)
         with self.lock.acquire("scoring"):
-            statistics = ood_statistics_of(self.model, image, generator)
+            statistics = image_statistics(self.model, image, generator)
         log_prob = statistics["log_prob"]
         value = to_metric_unit(self.model, log_prob).item()
         if self.scorer is None:
