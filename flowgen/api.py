@@ -47,8 +47,8 @@ class EvalReport(dict[str, MetricValue]):
     shows everything.
 
     Args:
-        metadata: run, step and split of the evaluation.
-        metrics: the measured values.
+        metadata: Run, step and split of the evaluation.
+        metrics: The measured values.
     """
 
     def __init__(self, metadata: dict[str, Any], metrics: Metrics):
@@ -122,7 +122,7 @@ def resume(run: RunName, *overrides: str) -> Run:
     """Continue a run from its last valid checkpoint, or from a checkpoint file.
 
     Args:
-        run: a run, its folder or name, or a checkpoint file.
+        run: A run, its folder or name, or a checkpoint file.
         *overrides: KEY=VALUE that change its configuration, such as `trainer.minutes=60`.
 
     Returns:
@@ -149,9 +149,9 @@ def load(run: RunName, device: str = "auto") -> "GenerativeModel":
     """Load a trained model in evaluation mode, with its EMA weights if it has them.
 
     Args:
-        run: a run, its folder or name under `outputs/`, a checkpoint or safetensors file,
+        run: A run, its folder or name under `outputs/`, a checkpoint or safetensors file,
             `zoo/NAME` or `hf:OWNER/NAME`.
-        device: auto (a GPU if there is one), cpu or cuda.
+        device: Name of the device; "auto" is a GPU if there is one, or else the CPU.
 
     Raises:
         UserError: if there is no such run or device.
@@ -172,9 +172,9 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     for example, log Z.
 
     Args:
-        run: as in `load`; None: the newest run.
+        run: As in `load`; None: the newest run.
         *overrides: KEY=VALUE of evaluation or run settings, such as `num_importance_samples=8`.
-        device: auto, cpu or cuda.
+        device: "auto", "cpu" or "cuda".
 
     Returns:
         A mapping of metric names to values with standard errors.
@@ -236,8 +236,8 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
     An RBM whose log Z is unknown gives log p(x) + log Z; `evaluate` estimates log Z.
 
     Args:
-        model: a model, usually of `load`.
-        images: pixel values (N, channels, height, width), integers from 0 to 2^bits - 1.
+        model: A model, usually of `load`.
+        images: Pixel values (N, channels, height, width), integers from 0 to 2^bits - 1.
 
     Returns:
         Log-probabilities in nats (N,), on the CPU. For flows they are lower bounds.
@@ -282,19 +282,23 @@ def create_model(
     """Create an untrained model with the defaults of conf/model/NAME.yaml.
 
     Args:
-        name: one of `list_models()`.
-        image_shape: channels, height and width.
-        bits: bits per pixel value; None: 8, or 1 for models of binary images.
-        **changes: settings that differ from the defaults; `flowgen train --help model=NAME` lists
+        name: One of `list_models()`.
+        image_shape: Channels, height and width.
+        bits: Bits per pixel value; None: 8, or 1 for models of binary images.
+        **changes: Settings that differ from the defaults; `flowgen train --help model=NAME` lists
             them. `negative_phase` of an RBM is a name or a dict of its settings.
 
     Raises:
         UserError: for an unknown model or setting.
 
     Example:
-        >>> model = create_model("glow", image_shape=(3, 32, 32), bits=5, width=8)
-        >>> sum(parameter.numel() for parameter in model.parameters()) > 10_000
-        True
+        >>> import torch
+        >>> model = create_model("glow", image_shape=(3, 8, 8), bits=5, width=8)
+        >>> images = torch.randint(0, 32, (16, 3, 8, 8), dtype=torch.uint8)
+        >>> model.initialize(images)
+        >>> loss = model(images)
+        >>> loss.shape
+        torch.Size([])
     """
     overrides = [f"model={name}"]
     if isinstance(changes.get("negative_phase"), str):
@@ -368,9 +372,9 @@ def merge_evaluations(
     """Merge two evaluations of the same weights.
 
     Args:
-        cached: the stored results.
-        new: the new results.
-        own_data: whether the new results are for the data of the run.
+        cached: The stored results.
+        new: The new results.
+        own_data: Whether the new results are for the data of the run.
 
     Returns:
         Metrics of the run's own data only, and the reliable log Z with the smaller error.

@@ -34,7 +34,7 @@ OOD_SCORES = (
 )
 IMAGE_SUFFIXES = {".gif", ".jpg", ".png", ".webp"}
 MAX_COUNT = 10**9
-GROUPS = {
+HELP_SECTIONS = {
     "Train": ("train", "resume", "runs", "models", "data"),
     "Draw": ("sample", "interpolate", "complete", "edit", "chain"),
     "Evaluate": ("evaluate", "score", "report"),
@@ -110,8 +110,8 @@ def load(module: str, computes: bool = False) -> Any:
     """Import the module of a command when it runs.
 
     Args:
-        module: its name.
-        computes: whether it computes with a model, on all free cores.
+        module: Its name.
+        computes: Whether it computes with a model, on all free cores.
     """
     setup_logging()
     if computes:
@@ -158,7 +158,7 @@ class GroupedCommands(click.Group):
     """A group whose help lists the commands in sections, with complete summaries."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, names in GROUPS.items():
+        for title, names in HELP_SECTIONS.items():
             rows = [(name, self.commands[name].short_help or "") for name in names]
             with formatter.section(title):
                 formatter.write_dl(rows)
@@ -569,7 +569,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Every error is one line on standard error and an exit status.
 
     Args:
-        arguments: words after `flowgen`; by default those of this process.
+        arguments: Words after `flowgen`; by default those of this process.
     """
     prepare_threads()
     arguments = sys.argv[1:] if arguments is None else list(arguments)

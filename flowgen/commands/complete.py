@@ -18,7 +18,6 @@ from flowgen.models.base import (
 from flowgen.utils import rendering
 from flowgen.utils.console import log, progress_bar
 from flowgen.utils.errors import UserError
-from flowgen.utils.rendering import to_uint8
 
 MAX_SAMPLES_SHOWN = 5
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in Pillow
@@ -72,7 +71,7 @@ def complete(
             log.info("%s: %s %.3f", name, metric.replace("_", " "), value)
         samples = result.draws[:MAX_SAMPLES_SHOWN]
         row = torch.cat((brightness, observed, result.mean[None], spread[None], samples))
-        rows.append((f"{name}: image, known part, mean, spread, samples", to_uint8(row)))
+        rows.append((f"{name}: image, known part, mean, spread, samples", rendering.to_uint8(row)))
     path = out or run_dir.folder / "completion.png"
     rendering.titled_grids(rows, 8, columns=4 + MAX_SAMPLES_SHOWN).save(path)
     return path

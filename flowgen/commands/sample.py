@@ -21,7 +21,6 @@ from flowgen.utils import rendering
 from flowgen.utils.console import log, progress_bar
 from flowgen.utils.errors import UserError
 from flowgen.utils.memory import check_memory
-from flowgen.utils.rendering import TOY2D_SHAPE, is_toy2d, to_uint8
 
 BATCH_SIZE = 64
 DEFAULT_IMAGES = 32
@@ -76,7 +75,7 @@ def sample(
     model.set_progress(progress_bar)
     path = out or run_dir.folder / "sample.png"
     is_zip = path.suffix.lower() == ".zip"
-    if is_toy2d(model.image_shape) and isinstance(model, Flow):
+    if rendering.is_toy2d(model.image_shape) and isinstance(model, Flow):
         if kwargs or is_zip or len(temperatures) > 1:
             raise UserError(
                 "a two-dimensional flow is plotted as one picture at one temperature: use only "
@@ -87,6 +86,7 @@ def sample(
         temperature = temperatures[0] if temperatures else 1.0
         plot_toy2d(model, target, temperature, count or DEFAULT_POINTS, seed, path)
         return path
+    count = count or DEFAULT_IMAGES
     temperatures = temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]]
     if is_zip:
         if len(temperatures) > 1:
@@ -94,10 +94,10 @@ def sample(
                 "a zip archive contains the samples of one temperature: run this command once "
                 "per temperature, each time with a different --out"
             )
-        batches = sample_batches(model, count or DEFAULT_IMAGES, temperatures[0], seed, **kwargs)
-        rendering.save_zip((images for images, _ in batches), model.bits, path)
+        samples = sample_batches(model, count, temperatures[0], seed, **kwargs)
+        rendering.save_zip((images for images, _ in samples), model.bits, path)
     else:
-        _save_picture(model, temperatures, count or DEFAULT_IMAGES, seed, kwargs, path)
+        _save_picture(model, temperatures, count, seed, kwargs, path)
     return path
 
 
@@ -111,7 +111,7 @@ def _required_capability(kwargs: Mapping[str, Any]) -> type[GenerativeModel]:
         "label": ClassConditional,  # last, because models that sample tokens take a label too
     }
     needed = [capability for name, capability in capabilities.items() if name in kwargs]
-    if SupportsMCMC in needed and len(set(needed)) > 1:
+    if SupportsMCMC in needed and set(needed) != {SupportsMCMC}:
         raise UserError(
             "--label, --guidance and --jacobi are options for flows, --sampler and --steps for "
             "RBMs: use options of one kind"
@@ -131,7 +131,7 @@ def plot_toy2d(
     samples = model.decode_continuous(latent).flatten(1)
     centers = (torch.arange(DENSITY_RESOLUTION, device=model.device) + 0.5) / DENSITY_RESOLUTION
     # (x, y) with x varying fastest, because an image is a list of rows
-    grid = torch.cartesian_prod(centers, centers).flip(1).view(-1, *TOY2D_SHAPE)
+    grid = torch.cartesian_prod(centers, centers).flip(1).view(-1, *rendering.TOY2D_SHAPE)
     density = torch.cat([model.log_density(points).exp() for points in grid.split(10_000)])
     density = density.view(DENSITY_RESOLUTION, DENSITY_RESOLUTION)
     noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
@@ -231,9 +231,9 @@ def chain(
     run_dir, _, model = find_model(run, device, SupportsMCMC)
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
     check_memory("--frames", frames, 3 * count * side**2)
-    chains = model.iter_chains(count, sampler, torch.Generator(model.device).manual_seed(seed))
-    states = progress_bar(chains, sampler, steps * frames)
-    pictures = [to_uint8(state) for state in islice(states, 0, steps * frames + 1, steps)]
+    generator = torch.Generator(model.device).manual_seed(seed)
+    states = progress_bar(model.iter_chains(count, sampler, generator), sampler, steps * frames)
+    pictures = [rendering.to_uint8(state) for state in islice(states, 0, steps * frames + 1, steps)]
     path = out or run_dir.folder / f"chain_{sampler}.gif"
     rendering.save_gif(pictures, 8, max(1, round(count**0.5)), path)
     return path

@@ -29,14 +29,6 @@ LOCK_FILE = ".lock"  # in the folder of a run, held by the process that trains i
 log = logging.getLogger("flowgen")
 
 
-class RunExistsError(UserError):
-    """The folder holds a run already."""
-
-
-class RunLockedError(UserError):
-    """Another process is training the run."""
-
-
 class RunFinishedError(UserError):
     """The run has reached its end."""
 
@@ -70,7 +62,7 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
         numbered: Whether to append a number to the name of the folder if it exists already.
 
     Raises:
-        RunExistsError: if the folder holds a run that may not be continued.
+        UserError: if the folder holds a run that may not be continued.
     """
     _make_paths_absolute(config)
     num_processes = num_processes_to_launch(config["trainer"].get("num_processes"))
@@ -87,7 +79,7 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
             return run
     with lock_run(run):
         if _holds_run(run):
-            raise RunExistsError(
+            raise UserError(
                 f"{run.folder} holds a run already: continue it with "
                 f"`flowgen resume {run.folder}`, or choose another output_dir="
             )
@@ -221,8 +213,11 @@ def fit_in_group(
         trainer = Trainer(trainer_config, model, data, run, config, group, runtime)
         stop_signal = trainer.fit(checkpoint, init_weights=init_from is not None)
         if stop_signal is not None:
-            name = Signals(stop_signal).name
-            log.info("stopped by %s and saved: continue with `flowgen resume %s`", name, run.folder)
+            log.info(
+                "stopped by %s and saved: continue with `flowgen resume %s`",
+                Signals(stop_signal).name,
+                run.folder,
+            )
             raise TrainingInterrupted(run, stop_signal)
         log.info("finished: %s", run.folder)
 
@@ -311,7 +306,7 @@ def lock_run(run: Run) -> Iterator[None]:
     """Lock the folder of a run for this process. A folder without a run is removed at the end.
 
     Raises:
-        RunLockedError: if another process holds the lock.
+        UserError: if another process holds the lock.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     run.check_contained()
@@ -319,7 +314,7 @@ def lock_run(run: Run) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise RunLockedError(
+        raise UserError(
             f"another process is training {run.folder}: wait for it, or choose another output_dir="
         ) from error
     try:
