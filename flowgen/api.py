@@ -10,21 +10,10 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowgen.config import launch, settings
-from flowgen.config.compose import compose_config, override
-from flowgen.config.instantiate import (
-    build,
-    build_data,
-    build_model,
-    check_fits_data,
-    with_image_shape,
-)
-from flowgen.config.loading import load_from_checkpoint
-from flowgen.config.runs import find_checkpoint, find_file, find_run
+from flowgen.config import compose, instantiate, launch, loading, runs, settings
 from flowgen.training.run_dir import Run
-from flowgen.utils import console, files
+from flowgen.utils import console, files, launcher
 from flowgen.utils.errors import UserError
-from flowgen.utils.launcher import is_worker
 from flowgen.utils.metrics import Metrics, MetricValue, finite
 
 if TYPE_CHECKING:
@@ -113,9 +102,9 @@ def train(*overrides: str) -> Run:
         True
     """
     console.setup_logging()
-    if is_worker():
+    if launcher.is_worker():
         return launch.fit_run()
-    return launch.start_run(*compose_config(overrides))
+    return launch.start_run(*compose.compose_config(overrides))
 
 
 def resume(run: RunName, *overrides: str) -> Run:
@@ -132,10 +121,10 @@ def resume(run: RunName, *overrides: str) -> Run:
         UserError: if there is no such run or it has ended.
     """
     console.setup_logging()
-    if is_worker():
+    if launcher.is_worker():
         return launch.fit_run()
-    found = find_run(_name(run))
-    file = find_file(_name(run))
+    found = runs.find_run(_name(run))
+    file = runs.find_file(_name(run))
     is_elsewhere = file and not file.resolve().is_relative_to(found.folder.resolve())
     if is_elsewhere and found.config.exists():
         raise UserError(
@@ -162,7 +151,7 @@ def load(run: RunName, device: str = "auto") -> "GenerativeModel":
         >>> images.shape, images.dtype
         (torch.Size([4, 1, 28, 28]), torch.uint8)
     """
-    return load_from_checkpoint(find_checkpoint(_name(run))[1], device)
+    return loading.load_from_checkpoint(runs.find_checkpoint(_name(run))[1], device)
 
 
 def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") -> EvalReport:
@@ -195,18 +184,18 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     """
     from flowgen.training.sanity_checks import warn_implausible_likelihood, warn_test_leakage
 
-    found, checkpoint = find_checkpoint(None if run is None else _name(run))
+    found, checkpoint = runs.find_checkpoint(None if run is None else _name(run))
     trained = checkpoint["config"]
     known = settings.settings_of_file("train")
     full_keys = [
         f"evaluation.{text}" if f"evaluation.{text.partition('=')[0]}" in known else text
         for text in overrides
     ]
-    config = override(trained, full_keys)
-    eval_config = build("evaluation", config["evaluation"])
-    data = build_data(config)
-    model = load_from_checkpoint(checkpoint | {"config": config}, device)
-    check_fits_data(model, data)
+    config = compose.override(trained, full_keys)
+    eval_config = instantiate.build("evaluation", config["evaluation"])
+    data = instantiate.build_data(config)
+    model = loading.load_from_checkpoint(checkpoint | {"config": config}, device)
+    instantiate.check_fits_data(model, data)
     warn_test_leakage(data)
     data.to(model.device)
     model.set_progress(console.progress_bar)
@@ -303,7 +292,7 @@ def create_model(
     overrides = [f"model={name}"]
     if isinstance(changes.get("negative_phase"), str):
         overrides.append(f"model/negative_phase={changes.pop('negative_phase')}")
-    config, _, _ = compose_config(overrides)
+    config, _, _ = compose.compose_config(overrides)
     section = config["model"]
     for key, value in changes.items():
         if key not in section:
@@ -313,7 +302,9 @@ def create_model(
         section[key] = section[key] | value if isinstance(section[key], dict) else value
     channels, height, width = image_shape
     bits = config["data"]["bits"] if bits is None else bits
-    return build_model(with_image_shape(config, (channels, height, width), bits))
+    return instantiate.build_model(
+        instantiate.with_image_shape(config, (channels, height, width), bits)
+    )
 
 
 def list_models() -> list[ModelInfo]:

@@ -475,8 +475,7 @@ def score(paths: tuple[Path, ...], ood: tuple[str, ...], **options: Any) -> None
         raise click.UsageError(
             "nothing to score: give images, a folder or a zip, or compare data with --ood data=NAME"
         )
-    lines = load("commands.score", computes=True).score(paths=paths, ood=ood, **options)
-    for line in lines:
+    for line in load("commands.score", computes=True).score(paths=paths, ood=ood, **options):
         click.echo(line)
 
 

@@ -15,8 +15,7 @@ from flowgen.models.base import (
     Observation,
     SupportsInpainting,
 )
-from flowgen.utils import rendering
-from flowgen.utils.console import log, progress_bar
+from flowgen.utils import console, rendering
 from flowgen.utils.errors import UserError
 
 MAX_SAMPLES_SHOWN = 5
@@ -54,7 +53,7 @@ def complete(
         The path of the file.
     """
     run_dir, _, model = find_model(run, device, SupportsInpainting)
-    model.set_progress(progress_bar)
+    model.set_progress(console.progress_bar)
     linear = measurement(known, model.image_shape)
     images = _read_image(image, model, linear).to(model.device)
     brightness = images / (2**model.bits - 1)
@@ -68,7 +67,7 @@ def complete(
     for name in sampler or model.samplers:
         result, spread = inpaint_image(model, images, observation, name, steps, seed)
         for metric, value in result.metrics.items():
-            log.info("%s: %s %.3f", name, metric.replace("_", " "), value)
+            console.log.info("%s: %s %.3f", name, metric.replace("_", " "), value)
         samples = result.draws[:MAX_SAMPLES_SHOWN]
         row = torch.cat((brightness, observed, result.mean[None], spread[None], samples))
         rows.append((f"{name}: image, known part, mean, spread, samples", rendering.to_uint8(row)))

@@ -5,10 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowgen.config.compose import read_config
-from flowgen.config.loading import same_dataset
+from flowgen.config import compose, loading, settings
 from flowgen.config.runs import list_runs
-from flowgen.config.settings import group_options, read_text, read_yaml
 from flowgen.training.checkpoint import read_portable_metadata, zoo, zoo_file
 from flowgen.training.run_dir import Run, best_metric
 from flowgen.utils.errors import UserError
@@ -34,7 +32,7 @@ def runs() -> Iterator[RunSummary]:
     last validation metric.
     """
     for run in readable_runs():
-        yield _summary(str(run.folder), read_config(run.config), run.read_metrics())
+        yield _summary(str(run.folder), compose.read_config(run.config), run.read_metrics())
     for name in zoo():
         metadata = read_portable_metadata(zoo_file(name))
         row = {"split": "test", "step": metadata["step"], **metadata["metrics"]}
@@ -52,15 +50,19 @@ def _summary(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -
 def model_name(section: dict[str, Any]) -> str:
     """Return NAME of the option model=NAME of a model section, or its class if there is none."""
     target = str(section.get("_target_"))
-    options = group_options("model")
-    names = (name for name in options if f"_target_: {target}\n" in read_text(f"model/{name}"))
+    options = settings.group_options("model")
+    names = (
+        name for name in options if f"_target_: {target}\n" in settings.read_text(f"model/{name}")
+    )
     return next(names, target.rpartition(".")[2])
 
 
 def data_name(section: dict[str, Any]) -> str:
     """Return NAME of the option data=NAME of a data section, or the name of its folder."""
     names = (
-        name for name in group_options("data") if same_dataset(read_yaml(f"data/{name}"), section)
+        name
+        for name in settings.group_options("data")
+        if loading.same_dataset(settings.read_yaml(f"data/{name}"), section)
     )
     folder = section.get("root") or next(iter(section.get("search_dirs") or ()), "")
     return next(names, section.get("name") or Path(folder).name)
@@ -79,7 +81,7 @@ def readable_runs(*folders: Path) -> list[Run]:
     for run in list_runs(*folders):
         try:
             run.check_contained()
-            read_config(run.config)
+            compose.read_config(run.config)
         except UserError as error:
             log.warning("skipped: %s", error)
         else:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.config.instantiate import build_data
-from flowgen.config.loading import find_model
+from flowgen.config import instantiate, loading
 from flowgen.models.base import (
     ClassConditional,
     GenerativeModel,
@@ -17,10 +16,8 @@ from flowgen.models.base import (
     SupportsTokenSampling,
 )
 from flowgen.models.flows.flow import Flow
-from flowgen.utils import rendering
-from flowgen.utils.console import log, progress_bar
+from flowgen.utils import console, memory, rendering
 from flowgen.utils.errors import UserError
-from flowgen.utils.memory import check_memory
 
 BATCH_SIZE = 64
 DEFAULT_IMAGES = 32
@@ -71,8 +68,8 @@ def sample(
         "steps": steps,
     }
     kwargs = {name: value for name, value in settings.items() if value is not None}
-    run_dir, checkpoint, model = find_model(run, device, _required_capability(kwargs))
-    model.set_progress(progress_bar)
+    run_dir, checkpoint, model = loading.find_model(run, device, _required_capability(kwargs))
+    model.set_progress(console.progress_bar)
     path = out or run_dir.folder / "sample.png"
     is_zip = path.suffix.lower() == ".zip"
     if rendering.is_toy2d(model.image_shape) and isinstance(model, Flow):
@@ -81,7 +78,7 @@ def sample(
                 "a two-dimensional flow is plotted as one picture at one temperature: use only "
                 "the options --count, --temperature once, --seed and --out FILE.png"
             )
-        data = build_data(checkpoint["config"])
+        data = instantiate.build_data(checkpoint["config"])
         target = torch.cat(list(data.batches("test", DEFAULT_POINTS, DEFAULT_POINTS)))
         temperature = temperatures[0] if temperatures else 1.0
         plot_toy2d(model, target, temperature, count or DEFAULT_POINTS, seed, path)
@@ -150,14 +147,14 @@ def _save_picture(
     """Save one block of rows per temperature, each sorted by log-probability."""
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
     hint = " in a picture, and any number in --out FILE.zip"
-    check_memory("--count", count, 4 * side**2 * len(temperatures), hint)
+    memory.check_memory("--count", count, 4 * side**2 * len(temperatures), hint)
     label = f"class {kwargs['label']}, " if "label" in kwargs else ""
     sampler = f"{kwargs['sampler']}, " if "sampler" in kwargs else ""
     blocks = []
     for temperature in temperatures:
         images, log_probs = sample_images(model, count, temperature, seed, **kwargs)
         if overflows := int((~log_probs.isfinite()).sum()):
-            log.warning(
+            console.log.warning(
                 "%d of %d samples at temperature %g exceed the range of float32: "
                 "use a lower temperature",
                 overflows,
@@ -190,7 +187,7 @@ def sample_batches(
     generator = torch.Generator(model.device).manual_seed(seed)
     iterations: list[list[int]] = []
     starts = range(0, count, BATCH_SIZE)
-    for start in progress_bar(starts, "samples", len(starts)):
+    for start in console.progress_bar(starts, "samples", len(starts)):
         position = {"start_index": start} if isinstance(model, ClassConditional) else {}
         size = min(BATCH_SIZE, count - start)
         yield model.sample(size, temperature, generator, **position, **kwargs)
@@ -198,7 +195,7 @@ def sample_batches(
             iterations.append(model.sweeps())
     if iterations:
         per_block = (str(max(counts)) for counts in zip(*iterations, strict=True))
-        log.info("Jacobi iterations per block: %s", ", ".join(per_block))
+        console.log.info("Jacobi iterations per block: %s", ", ".join(per_block))
 
 
 @torch.no_grad()
@@ -228,11 +225,13 @@ def chain(
     Returns:
         The path of the file.
     """
-    run_dir, _, model = find_model(run, device, SupportsMCMC)
+    run_dir, _, model = loading.find_model(run, device, SupportsMCMC)
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
-    check_memory("--frames", frames, 3 * count * side**2)
+    memory.check_memory("--frames", frames, 3 * count * side**2)
     generator = torch.Generator(model.device).manual_seed(seed)
-    states = progress_bar(model.iter_chains(count, sampler, generator), sampler, steps * frames)
+    states = console.progress_bar(
+        model.iter_chains(count, sampler, generator), sampler, steps * frames
+    )
     pictures = [rendering.to_uint8(state) for state in islice(states, 0, steps * frames + 1, steps)]
     path = out or run_dir.folder / f"chain_{sampler}.gif"
     rendering.save_gif(pictures, 8, max(1, round(count**0.5)), path)

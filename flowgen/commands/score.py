@@ -14,9 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowgen.commands.runs import data_name, readable_runs
-from flowgen.config.compose import read_config
-from flowgen.config.instantiate import build_data, resolve_target
-from flowgen.config.loading import data_section, find_model, match_model, same_dataset
+from flowgen.config import compose, instantiate, loading
 from flowgen.config.runs import find_checkpoint
 from flowgen.data.dataset import ImageDataset
 from flowgen.data.preprocess import ImageStream, check_color_channels
@@ -110,7 +108,7 @@ def score(
 
 def load_scorer(run: str | None, count: int, seed: int, device: str) -> Scorer:
     """Load the model of a run and calibrate its scores on `count` validation images."""
-    return make_scorer(*find_model(run, device, GenerativeModel), count, seed)
+    return make_scorer(*loading.find_model(run, device, GenerativeModel), count, seed)
 
 
 def make_scorer(
@@ -132,7 +130,7 @@ def make_scorer(
         progress: Progress bar for the batches of validation images.
     """
     config = checkpoint["config"]
-    data = build_data(config).to(model.device)
+    data = instantiate.build_data(config).to(model.device)
     settings = (
         sorted(config["data"].items(), key=str),
         checkpoint["metrics"].get("log_z"),
@@ -310,7 +308,9 @@ def ood_comparison(
     names_data = any(text.startswith("data=") for text in ood)
     if len(ood) > 1 and not names_data:
         raise UserError("--ood accepts one run, or data=NAME with its settings data.KEY=VALUE")
-    section = data_section(ood) if names_data else find_checkpoint(ood[0])[1]["config"]["data"]
+    section = (
+        loading.data_section(ood) if names_data else find_checkpoint(ood[0])[1]["config"]["data"]
+    )
     other_run = _find_run_on(section, scorer.model.metric) if names_data else ood[0]
     directions = [(scorer, section, images_for(scorer, section))]
     if other_run is None:
@@ -329,14 +329,16 @@ def ood_comparison(
 def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
     """Return the most recent run, or else the zoo model, on these data with this metric."""
     configs = [
-        (str(run.folder), read_config(run.config)) for run in readable_runs() if run.checkpoints()
+        (str(run.folder), compose.read_config(run.config))
+        for run in readable_runs()
+        if run.checkpoints()
     ]
     configs += [(name, read_portable_metadata(zoo_file(name))["config"]) for name in zoo()]
     matches = (
         name
         for name, config in configs
-        if same_dataset(config["data"], section)
-        and getattr(resolve_target("model", config["model"]), "metric", None) == metric
+        if loading.same_dataset(config["data"], section)
+        and getattr(instantiate.resolve_target("model", config["model"]), "metric", None) == metric
     )
     return next(matches, None)
 
@@ -344,8 +346,8 @@ def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
 def images_for(scorer: Scorer, section: dict[str, Any]) -> ImageDataset:
     """Build another data set with images of the shape and bits that the scorer's model takes."""
     model = scorer.model
-    matched = match_model(section, scorer.config["data"], model.image_shape, model.bits)
-    data = build_data({"data": matched})
+    matched = loading.match_model(section, scorer.config["data"], model.image_shape, model.bits)
+    data = instantiate.build_data({"data": matched})
     if (data.image_shape, data.bits) != (model.image_shape, model.bits):
         raise UserError(
             f"images of shape {data.image_shape} do not fit a model of {model.image_shape}: "

@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from flowgen.config.compose import override, read_config, resolve_stop_criterion, save_config
-from flowgen.config.instantiate import build, build_model_and_data
-from flowgen.config.loading import absolute_path, load_weights
+from flowgen.config import compose, instantiate, loading, settings
 from flowgen.config.runs import find_checkpoint
-from flowgen.config.settings import flatten
 from flowgen.training.checkpoint import eval_weights, read_checkpoint
 from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError, check_whole
@@ -85,7 +82,7 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
             )
         if not num_processes:
             return fit_run(run, config, note=note)
-        save_config(config, run.config)  # the processes read it
+        compose.save_config(config, run.config)  # the processes read it
         with log_to_file(run):
             log.info("%s", note or f"{num_processes} processes")
     return _launch(run, num_processes, [str(run.folder)], is_new=True)
@@ -104,8 +101,8 @@ def resume_run(run: Run, overrides: Sequence[str], file: Path | None = None) -> 
     """
     with lock_run(run):
         checkpoint = run.latest_valid_checkpoint() if file is None else read_checkpoint(file)
-        config = read_config(run.config) if checkpoint is None else checkpoint["config"]
-        config = override(config, resolve_stop_criterion(overrides))
+        config = compose.read_config(run.config) if checkpoint is None else checkpoint["config"]
+        config = compose.override(config, compose.resolve_stop_criterion(overrides))
         _make_paths_absolute(config)
         _check_unfinished(run, config, checkpoint)
         num_processes = num_processes_to_launch(config["trainer"].get("num_processes"))
@@ -173,27 +170,25 @@ def fit_in_group(
     """
     import torch
 
-    from flowgen.training.device import Runtime, environment
-    from flowgen.training.sanity_checks import warn_test_leakage
-    from flowgen.training.trainer import Trainer
+    from flowgen.training import device, sanity_checks, trainer
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
-    trainer_config = build("trainer", config["trainer"])
+    trainer_config = instantiate.build("trainer", config["trainer"])
     # With several processes, each chooses its own number of threads.
     num_threads = trainer_config.num_threads if group.size == 1 else "auto"
-    runtime = Runtime(trainer_config.device, num_threads, trainer_config.precision)
+    runtime = device.Runtime(trainer_config.device, num_threads, trainer_config.precision)
     if group.size == 1:
         # A resumed run needs the same number of threads for the same bits.
         config["trainer"]["num_threads"] = runtime.num_threads
     torch.manual_seed(config["seed"])
-    model, data, config = build_model_and_data(config)
+    model, data, config = instantiate.build_model_and_data(config)
     init_from = config.get("init_from")
     if checkpoint is not None:
-        load_weights(model, checkpoint["model"])
+        loading.load_weights(model, checkpoint["model"])
     elif init_from is not None and group.is_main:
         _load_init_weights(model, config, init_from)
     if group.is_main:
-        save_config(config, run.config)
+        compose.save_config(config, run.config)
     with log_to_file(run) if group.is_main else contextlib.nullcontext():
         log.info(
             "%s: %.2f million parameters, %d training, %d validation and %d test images",
@@ -203,15 +198,16 @@ def fit_in_group(
             len(data.validation),
             len(data.test),
         )
-        log.info("environment: %s", environment(runtime.device, group.size))
+        log.info("environment: %s", device.environment(runtime.device, group.size))
         if note:
             log.info("%s", note)
         if group.is_main:
-            warn_test_leakage(data)
+            sanity_checks.warn_test_leakage(data)
         if checkpoint is not None:
             log.info("resuming from step %d", checkpoint["step"])
-        trainer = Trainer(trainer_config, model, data, run, config, group, runtime)
-        stop_signal = trainer.fit(checkpoint, init_weights=init_from is not None)
+        stop_signal = trainer.Trainer(trainer_config, model, data, run, config, group, runtime).fit(
+            checkpoint, init_weights=init_from is not None
+        )
         if stop_signal is not None:
             log.info(
                 "stopped by %s and saved: continue with `flowgen resume %s`",
@@ -225,19 +221,19 @@ def fit_in_group(
 def _make_paths_absolute(config: dict[str, Any]) -> None:
     """Make the run independent of the working directory."""
     if config["data"].get("root") is not None:
-        config["data"]["root"] = absolute_path(config["data"]["root"])
+        config["data"]["root"] = loading.absolute_path(config["data"]["root"])
     init_from = config.get("init_from")
     if init_from is not None and Path(str(init_from)).expanduser().exists():
-        config["init_from"] = absolute_path(init_from)
+        config["init_from"] = loading.absolute_path(init_from)
 
 
 def _load_init_weights(model: "GenerativeModel", config: dict[str, Any], source: str) -> None:
     """Load the weights of the run that `init_from` names."""
     _, checkpoint = find_checkpoint(source)
     try:
-        load_weights(model, eval_weights(checkpoint))
+        loading.load_weights(model, eval_weights(checkpoint))
     except UserError as error:
-        section = flatten({"model": config["model"]})
+        section = settings.flatten({"model": config["model"]})
         differences = _differences(section, checkpoint["config"]) or ["different tensor shapes"]
         raise UserError(
             f"the weights of init_from={source} do not fit, {', '.join(differences)}: "
@@ -249,7 +245,7 @@ def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, An
     """Raise RunFinishedError if the checkpoint is at the end of the run."""
     if checkpoint is None:
         return
-    limits = build("trainer", config["trainer"])
+    limits = instantiate.build("trainer", config["trainer"])
     values = {
         "minutes": checkpoint["progress"]["seconds"] / 60,
         "steps": checkpoint["step"],
@@ -267,8 +263,8 @@ def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, An
 def _check_same_settings(run: Run, config: dict[str, Any]) -> None:
     """Raise UserError if a setting differs from that of the run; missing settings are ignored."""
     ignored = ("output_dir", "trainer.num_processes")
-    wanted = {key: value for key, value in flatten(config).items() if key not in ignored}
-    if differences := _differences(wanted, read_config(run.config)):
+    wanted = {key: value for key, value in settings.flatten(config).items() if key not in ignored}
+    if differences := _differences(wanted, compose.read_config(run.config)):
         raise UserError(
             f"{run.folder} holds a run with other settings, {', '.join(differences)}: continue it "
             f"as it is with `flowgen resume {run.folder}`, or choose another output_dir="
@@ -276,7 +272,7 @@ def _check_same_settings(run: Run, config: dict[str, Any]) -> None:
 
 
 def _differences(here: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    there = flatten(config)
+    there = settings.flatten(config)
     return [
         f"{key}={there.get(key, 'nothing')} there and {value} here"
         for key, value in here.items()
