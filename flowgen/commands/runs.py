@@ -48,24 +48,20 @@ def _summary(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -
 
 
 def model_name(section: dict[str, Any]) -> str:
-    """Return NAME of the option model=NAME of a model section, or its class if there is none."""
+    """Return NAME of the option model=NAME of a model section, or else the name of its class."""
     target = str(section.get("_target_"))
-    options = settings.group_options("model")
-    names = (
-        name for name in options if f"_target_: {target}\n" in settings.read_text(f"model/{name}")
-    )
+    texts = {name: settings.read_text(f"model/{name}") for name in settings.group_options("model")}
+    names = (name for name, text in texts.items() if f"_target_: {target}\n" in text)
     return next(names, target.rpartition(".")[2])
 
 
 def data_name(section: dict[str, Any]) -> str:
-    """Return NAME of the option data=NAME of a data section, or the name of its folder."""
-    names = (
-        name
-        for name in settings.group_options("data")
-        if loading.same_dataset(settings.read_yaml(f"data/{name}"), section)
-    )
-    folder = section.get("root") or next(iter(section.get("search_dirs") or ()), "")
-    return next(names, section.get("name") or Path(folder).name)
+    """Return NAME of the option data=NAME of a data section, or else of its folder or class."""
+    for name in settings.group_options("data"):
+        if loading.same_dataset(settings.read_yaml(f"data/{name}"), section):
+            return name
+    class_name = str(section.get("_target_")).rpartition(".")[2]
+    return str(section.get("name") or Path(str(section.get("root") or "")).name or class_name)
 
 
 def last_validation(rows: list[dict[str, Any]]) -> MetricValue | None:

@@ -146,8 +146,12 @@ def _save_picture(
 ) -> None:
     """Save one block of rows per temperature, each sorted by log-probability."""
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
-    hint = " in a picture, and any number in --out FILE.zip"
-    memory.check_memory("--count", count, 4 * side**2 * len(temperatures), hint)
+    memory.check_memory(
+        "--count",
+        count,
+        bytes_each=4 * side**2 * len(temperatures),
+        hint=" in a picture, and any number in --out FILE.zip",
+    )
     label = f"class {kwargs['label']}, " if "label" in kwargs else ""
     sampler = f"{kwargs['sampler']}, " if "sampler" in kwargs else ""
     blocks = []
