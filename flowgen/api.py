@@ -202,8 +202,8 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     batches = console.progress_bar(
         data.batches("test", BATCH_SIZE), "images", math.ceil(len(data.test) / BATCH_SIZE)
     )
-    reference = data.batches("train", BATCH_SIZE, len(data.test))
-    metrics = model.evaluate(batches, reference, eval_config).on("test")
+    train_batches = data.batches("train", BATCH_SIZE, len(data.test))
+    metrics = model.evaluate(batches, train_batches, eval_config).on("test")
     value = metrics[model.metric.name]
     if not math.isfinite(value.value):
         log.warning("%s is not finite: a likelihood is beyond float32", model.metric.name)

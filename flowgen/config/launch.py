@@ -62,7 +62,8 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
         UserError: if the folder holds a run that may not be continued.
     """
     _make_paths_absolute(config)
-    num_processes = num_processes_to_launch(config["trainer"].get("num_processes"))
+    wanted_processes = config["trainer"].get("num_processes")
+    num_processes = num_processes_to_launch(wanted_processes)
     may_resume = config.pop("resume")
     if numbered:
         config["output_dir"] = str(_create_numbered(Path(config["output_dir"])))
@@ -70,7 +71,7 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
     if may_resume and _holds_run(run):
         _check_same_settings(run, config)
         try:
-            return resume_run(run, [f"trainer.num_processes={num_processes or 'null'}"])
+            return resume_run(run, [f"trainer.num_processes={wanted_processes or 'null'}"])
         except RunFinishedError as error:
             log.info("skipped: %s", error)
             return run
@@ -117,9 +118,10 @@ def _launch(run: Run, num_processes: int, arguments: list[str], is_new: bool = F
     If they fail before the first checkpoint, the folder of a new run is deleted.
     """
     log.info("%s: %d processes", run.folder, num_processes)
-    hint = f"continue with `flowgen resume {run.folder}`"
     try:
-        launch(num_processes, ["resume", *arguments], hint)
+        launch(
+            num_processes, ["resume", *arguments], f"continue with `flowgen resume {run.folder}`"
+        )
     except SystemExit as error:
         if is_new and not run.checkpoints():
             run.config.unlink(missing_ok=True)
@@ -262,6 +264,7 @@ def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, An
 
 def _check_same_settings(run: Run, config: dict[str, Any]) -> None:
     """Raise UserError if a setting differs from that of the run; missing settings are ignored."""
+    run.check_contained()
     ignored = ("output_dir", "trainer.num_processes")
     wanted = {key: value for key, value in settings.flatten(config).items() if key not in ignored}
     if differences := _differences(wanted, compose.read_config(run.config)):
