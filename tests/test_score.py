@@ -74,7 +74,7 @@ def test_auroc_error_is_the_spread_over_new_samples():
     assert results[0].error == pytest.approx(spread, rel=0.3)
 
 
-def test_p_values_have_the_promised_false_alarm_rate():
+def test_p_values_have_the_promised_false_positive_rate():
     detector = OODDetector(made_up_statistics(4000))
     scores = detector.scores(made_up_statistics(4000))
     for name, p_values in detector.p_values(scores).items():
