@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from flowgen.api import lock_run, run_training_in_group
 from flowgen.config.instantiate import build_model_and_data
+from flowgen.config.launch import fit_in_group, lock_run
 from flowgen.config.loading import load_weights
 from flowgen.models.base import EvalConfig
 from flowgen.training.distributed import ProcessGroup, join
@@ -29,10 +29,10 @@ def train(group: ProcessGroup, folder: Path, config: dict[str, Any] | None) -> N
         checkpoint = group.broadcast_from_main(run.latest_valid_checkpoint)
         config = checkpoint["config"]
     if not group.is_main:
-        run_training_in_group(group, run, config, checkpoint, "")
+        fit_in_group(group, run, config, checkpoint, "")
         return
     with lock_run(run):
-        run_training_in_group(group, run, config, checkpoint, "")
+        fit_in_group(group, run, config, checkpoint, "")
 
 
 def evaluate(group: ProcessGroup, folder: Path) -> str:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from flowgen.cli import COMMANDS, GROUPS
+from flowgen.cli import COMMANDS, HELP_SECTIONS
 from flowgen.config.compose import compose_config
 from flowgen.config.instantiate import build_model, with_image_shape
 from flowgen.config.settings import (
@@ -282,8 +282,8 @@ def test_every_general_setting_has_a_meaning():
     assert all(setting.meaning for setting in settings_of_file("train").values())
 
 
-def test_help_has_every_command_in_one_group():
-    names = [name for group in GROUPS.values() for name in group]
+def test_help_has_every_command_in_one_section():
+    names = [name for section in HELP_SECTIONS.values() for name in section]
     assert sorted(names) == sorted(command.name for command in COMMANDS)
 
 

@@ -467,8 +467,8 @@ MISTAKES = [
     (["score"], "nothing to score", 2),
     (["report", " "], "an empty name", 1),
     (["report", ""], "an empty name", 1),
-    (["report", "x", "--out", "page.pdf"], "end in .html", 2),
-    (["report", "x", "--out", "/dev/full.html"], "/dev/full.html", 1),
+    (["report", "x", "--out", "page.pdf"], "end in .htm or .html", 2),
+    (["report", "x", "--out", "/dev/full.html"], "/dev/full.html", 2),
 ]
 
 

@@ -74,7 +74,7 @@ def test_auroc_error_is_the_spread_over_new_samples():
     assert results[0].error == pytest.approx(spread, rel=0.3)
 
 
-def test_p_values_have_the_promised_false_alarm_rate():
+def test_p_values_have_the_promised_false_positive_rate():
     detector = OODDetector(made_up_statistics(4000))
     scores = detector.scores(made_up_statistics(4000))
     for name, p_values in detector.p_values(scores).items():
@@ -348,7 +348,7 @@ def test_data_of_another_shape_fails_before_any_image_is_scored(monkeypatch):
         (["--ood", "data=folder", "--ood", "data.colour=3"], "data.colour", 1),
         (["--ood", "data=mnist"], "torchvision", 1),
         (["--ood", "nowhere"], "flowgen runs", 1),
-        (["--ood", "a", "--ood", "b"], "several runs", 1),
+        (["--ood", "a", "--ood", "b"], "accepts one run", 1),
     ],
 )
 def test_score_errors_are_one_line(

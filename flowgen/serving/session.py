@@ -235,7 +235,7 @@ class ModelSession:
         """Return the likelihood of one image as `flowgen score` prints it."""
         generator = torch.Generator(self.model.device).manual_seed(SCORE_SEED)
         with self.lock.acquire("scoring"):
-            statistics = score.ood_statistics_of(self.model, image, generator)
+            statistics = score.image_statistics(self.model, image, generator)
         value = score.to_metric_unit(self.model, statistics["log_prob"]).item()
         if self.scorer is None:
             return Score(value, None, None)
