@@ -52,7 +52,7 @@ ONLY_IN = {  # files that may import a library
     "omegaconf": {"config/compose.py", "config/instantiate.py", "commands/train.py"},
     "click": {"cli.py"},
     "torchvision": set(),
-    "tqdm": {"utils/console.py", "training/logger.py", "data/cache.py"},
+    "tqdm": {"utils/console.py", "training/logger.py"},
 }
 WINDOWS = """
 import importlib, importlib.abc, os, signal, sys

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
+from flowgen.data.dataset import ImageDataset, Split, find_dataset, hashed_validation_split
 from flowgen.utils.errors import UserError, user_error
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -38,7 +38,7 @@ class CIFAR10(ImageDataset):
     ):
         files = _read_files(find_dataset(root, search_dirs, DOWNLOAD_HINT, {URL: MD5}))
         train_files = [f"data_batch_{number}.bin" for number in range(1, 6)]
-        train, validation = split_validation(_decode(files, train_files))
+        train, validation = hashed_validation_split(_decode(files, train_files))
         super().__init__(
             train,
             validation,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
+from flowgen.data.dataset import ImageDataset, Split, find_dataset, hashed_validation_split
 from flowgen.utils.errors import UserError, user_error
 
 URL = "http://ufldl.stanford.edu/housenumbers/"
@@ -43,7 +43,7 @@ class SVHN(ImageDataset):
             f"Download {' and '.join(MD5)} from {URL} and set data.root to their folder.",
             {URL + name: md5 for name, md5 in MD5.items()},
         )
-        train, validation = split_validation(_read(folder / "train_32x32.mat"))
+        train, validation = hashed_validation_split(_read(folder / "train_32x32.mat"))
         super().__init__(train, validation, _read(folder / "test_32x32.mat"), **options)
 
 
