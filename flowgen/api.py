@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from flowgen.config.compose import (
+    absolute_path,
     compose_config,
     override,
     read_config,
@@ -24,15 +25,20 @@ from flowgen.config.compose import (
     save_config,
 )
 from flowgen.config.instantiate import (
-    build,
     build_data,
     build_model,
     build_model_and_data,
     check_fits_data,
+    instantiate,
     with_image_shape,
 )
-from flowgen.config.loading import absolute_path, load_from_checkpoint, load_weights
-from flowgen.config.runs import find_checkpoint, find_file, find_run
+from flowgen.config.runs import (
+    find_checkpoint,
+    find_file,
+    find_run,
+    load_from_checkpoint,
+    load_weights,
+)
 from flowgen.config.settings import (
     description,
     did_you_mean,
@@ -263,7 +269,7 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         for text in overrides
     ]
     config = override(trained, full_keys)
-    eval_config = build("evaluation", config["evaluation"])
+    eval_config = instantiate("evaluation", config["evaluation"])
     data = build_data(config)
     model = load_from_checkpoint(checkpoint | {"config": config}, device)
     check_fits_data(model, data)
@@ -363,7 +369,8 @@ def create_model(
     section = config["model"]
     for key, value in changes.items():
         if key not in section:
-            raise UserError(f"model={name} has no setting {key}{did_you_mean(key, section)}")
+            hint = did_you_mean(key, section)
+            raise UserError(f"model={name} has no setting {key}{hint}: see conf/model/{name}.yaml")
         section[key] = section[key] | value if isinstance(section[key], dict) else value
     channels, height, width = image_shape
     bits = config["data"]["bits"] if bits is None else bits
@@ -555,7 +562,7 @@ def run_training_in_group(
     from flowgen.training.trainer import Trainer
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
-    trainer_config = build("trainer", config["trainer"])
+    trainer_config = instantiate("trainer", config["trainer"])
     # With several processes, each chooses its own number of threads.
     num_threads = trainer_config.num_threads if group.size == 1 else "auto"
     runtime = Runtime(trainer_config.device, num_threads, trainer_config.precision)
@@ -623,7 +630,7 @@ def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, An
     """Raise RunFinishedError if the checkpoint is at the end of the run."""
     if checkpoint is None:
         return
-    limits = build("trainer", config["trainer"])
+    limits = instantiate("trainer", config["trainer"])
     step = checkpoint["step"]
     values = {
         "minutes": checkpoint["progress"]["seconds"] / 60,

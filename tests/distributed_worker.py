@@ -15,7 +15,7 @@ import torch
 
 from flowgen.api import lock_run, run_training_in_group
 from flowgen.config.instantiate import build_model_and_data
-from flowgen.config.loading import load_weights
+from flowgen.config.runs import load_weights
 from flowgen.models.base import EvalConfig
 from flowgen.training.distributed import ProcessGroup, join
 from flowgen.training.run_dir import Run

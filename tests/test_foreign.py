@@ -12,7 +12,7 @@ import torch
 from conftest import SMALL, save_image
 from PIL import Image
 
-from flowgen.config.instantiate import build
+from flowgen.config.instantiate import instantiate
 from flowgen.data.mnist import MNIST
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.run_dir import Run
@@ -299,7 +299,7 @@ TARGETS = [
 @pytest.mark.parametrize(("change", "message"), TARGETS)
 def test_only_classes_of_the_allowed_packages_are_built(change, message):
     with pytest.raises(UserError, match=message):
-        build("model", TARGET | change)
+        instantiate("model", TARGET | change)
 
 
 def test_references_in_a_configuration_are_not_resolved(tiny_run, command, monkeypatch):

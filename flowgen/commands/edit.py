@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowgen.commands.interpolate import read_inputs
 from flowgen.config.instantiate import build_data
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.data.attributes import read_table
 from flowgen.data.dataset import hashed_subset
 from flowgen.data.preprocess import ImageStream

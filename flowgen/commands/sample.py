@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgen.config.instantiate import build_data
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.models.base import (
     ClassConditional,
     GenerativeModel,

@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from flowgen.commands.runs import readable_runs
-from flowgen.config.compose import read_config
-from flowgen.config.instantiate import build_data, resolve_target
-from flowgen.config.loading import data_section, find_model, match_model, same_dataset
-from flowgen.config.runs import find_checkpoint
+from flowgen.config.compose import data_section, read_config
+from flowgen.config.instantiate import build_data, match_model, resolve_target, same_dataset
+from flowgen.config.runs import find_checkpoint, find_model
 from flowgen.data.dataset import ImageDataset
 from flowgen.data.preprocess import ImageStream, check_color_channels
 from flowgen.evaluation.ood import AUROC, DEFAULT_SCORE, OODDetector, auroc, png_complexity

@@ -55,16 +55,20 @@ def cached_images(
         if index is None:
             for stale in folder.glob(f"*-{settings}-*"):  # nobody opens them without the lock
                 stale.unlink()
-            load = partial(source.load, size=size, channels=channels, crop=crop)
-            index = _write(index_path, source.path.name, names, load)
+            index = _write(
+                index_path,
+                source.path.name,
+                names,
+                partial(source.load, size=size, channels=channels, crop=crop),
+            )
         log_skipped(index["refused"], len(names))
         if not index["kept"]:
             raise UserError(
                 f"none of the {len(names)} images of {source.path} can be used: "
                 f"{index['refused'][0]}"
             )
-        images = _map_file(index_path.with_suffix(".bin")).view(-1, channels, size, size)
-        return images, set(index["kept"])
+        pixels = _map_file(index_path.with_suffix(".bin"))
+        return pixels.view(-1, channels, size, size), set(index["kept"])
 
 
 def cached_array(name: str, fingerprints: object, chunks: Callable[[], Iterable[Tensor]]) -> Tensor:

@@ -60,10 +60,11 @@ def _read_files(root: Path) -> dict[str, bytes]:
             ),
             tarfile.open(archives[0]) as archive,
         ):
-            for member in archive:
-                if member.isfile() and member.name.endswith(".bin"):
-                    content = archive.extractfile(member).read()  # type: ignore[union-attr]
-                    files[Path(member.name).name] = content
+            files = {
+                Path(member.name).name: archive.extractfile(member).read()  # type: ignore[union-attr]
+                for member in archive
+                if member.isfile() and member.name.endswith(".bin")
+            }
     return files
 
 

@@ -28,7 +28,7 @@ from flowgen.commands.score import (
     ood_statistics_of,
     to_metric_unit,
 )
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.data.preprocess import check_color_channels, preprocess
 from flowgen.evaluation.latent_directions import Directions, move_along
 from flowgen.evaluation.ood import DEFAULT_SCORE
