@@ -315,7 +315,7 @@ def read_config(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise ValueError("nested aliases can expand to gigabytes")
-        config: Any = OmegaConf.to_container(OmegaConf.create(text))
+        config: Any = OmegaConf.to_container(OmegaConf.load(path))
         json.dumps(config, ensure_ascii=False, default=str).encode()  # refuses lone surrogates
     except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(
