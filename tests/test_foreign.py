@@ -292,7 +292,7 @@ TARGETS = [
     ({"_convert_": "none"}, "not a setting"),
     ({"network": "${oc.env:HOME}"}, "write its value"),
     ({"network": "???"}, "write its value"),
-    ({"nonsense": 1}, "nonsense"),
+    ({"levls": 1}, "levls is not a setting, did you mean levels.: see conf/model/glow.yaml"),
 ]
 
 

@@ -27,7 +27,7 @@ from flowgen.config.settings import (
     setting_names,
     yaml_file,
 )
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, user_error
 from flowgen.utils.files import atomic_write
 
 MAX_CONFIG_BYTES = 2**20  # a longer file takes seconds to parse
@@ -51,7 +51,7 @@ def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]
         whether the name of `output_dir` contains the current time.
 
     Raises:
-        UserError: for unknown keys, options and values.
+        UserError: For unknown keys, options and values.
     """
     register_resolvers()
     parsed = parse_overrides(resolve_stop_criterion(overrides))
@@ -72,15 +72,18 @@ def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]
 
 def trainer_note(choices: Any) -> str:
     """Return a log line about the trainer that trainer=auto stands for."""
-    is_auto = choices["trainer"] == "auto"
-    return f"trainer=auto is trainer={default_trainer()} on this machine" if is_auto else ""
+    return (
+        f"trainer=auto is trainer={default_trainer()} on this machine"
+        if choices["trainer"] == "auto"
+        else ""
+    )
 
 
 def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return `config` with KEY=VALUE overrides applied.
 
     Raises:
-        UserError: for unknown keys, lists to sweep over and references to other values.
+        UserError: For unknown keys, lists to sweep over and references to other values.
     """
     parsed = parse_overrides(overrides)
     for item in parsed:
@@ -130,9 +133,10 @@ def unknown_key_error(key: str, known: Mapping[str, Any] = {}) -> UserError:
         for name in (*known, *names)
         if not name.startswith("hydra.") and not name.endswith("_target_")
     ]
-    section, _, name = key.partition(".")
+    name = key.partition(".")[2]
     same = [other for other in candidates if name and other.partition(".")[2] == name]
     hint = f", did you mean {same[0]}?" if same else did_you_mean(key, candidates)
+    section = (same[0] if same else key).partition(".")[0]
     file = yaml_file(section, known.get(f"{section}._target_"))
     return UserError(f"there is no setting {key}{hint}: see {file}, or `flowgen train --help`")
 
@@ -197,7 +201,7 @@ def resolve_config(tree: Any) -> dict[str, Any]:
     """Return an OmegaConf tree as plain dicts and lists, with all references resolved.
 
     Raises:
-        UserError: for a value that is missing or refers to an unknown one.
+        UserError: For a value that is missing or refers to an unknown one.
     """
     try:
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
@@ -237,7 +241,7 @@ def sweep_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a sweep for Hydra, with the names of the runs' folders.
 
     Raises:
-        UserError: for unknown keys, options and values.
+        UserError: For unknown keys, options and values.
     """
     register_resolvers()
     parsed = parse_overrides(resolve_stop_criterion(overrides), multirun=True)
@@ -279,7 +283,7 @@ def data_section(overrides: Sequence[str]) -> dict[str, Any]:
     """Return the data section of `data=NAME data.KEY=VALUE...`, as `flowgen train` composes it.
 
     Raises:
-        UserError: for an unknown data set or a data set without its root.
+        UserError: For an unknown data set or a data set without its root.
     """
     keys = [text.partition("=")[0] for text in overrides]
     if keys.count("data") != 1 or not all(key.partition(".")[0] == "data" for key in keys):
@@ -307,9 +311,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read the configuration of a run. References in it are not resolved.
 
     Raises:
-        UserError: for a file that is not the configuration of a run.
+        UserError: For a file that is not the configuration of a run.
     """
-    try:
+    with user_error(f"{path} cannot be read as a configuration: fix it, or choose another run"):
         if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError("not a file of normal size")
         text = path.read_text(encoding="utf-8")
@@ -317,10 +321,6 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError("nested aliases can expand to gigabytes")
         config: Any = OmegaConf.to_container(OmegaConf.load(path))
         json.dumps(config, ensure_ascii=False, default=str).encode()  # refuses lone surrogates
-    except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read as a configuration: fix it, or choose another run"
-        ) from error
     if (
         not isinstance(config, dict)
         or "seed" not in config

@@ -1,4 +1,4 @@
-"""Objects of the classes that configurations name, from an allow-list of packages."""
+"""Models, data sets and other objects, instantiated from configurations by an allow-list."""
 
 import inspect
 from pkgutil import resolve_name
@@ -9,7 +9,7 @@ from hydra.errors import InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from flowgen.config.settings import did_you_mean, yaml_file
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, user_error
 from flowgen.utils.memory import free_memory
 
 if TYPE_CHECKING:
@@ -32,19 +32,17 @@ def resolve_target(section: str, config: dict[str, Any], nested: bool = False) -
 
     Args:
         section: model, data, trainer or evaluation.
-        config: the section, or a part of it.
-        nested: whether it is a part, which may name any class of the section's package.
+        config: The section, or a part of it.
+        nested: Whether it is a part, which may name any class of the section's package.
 
     Raises:
-        UserError: for any other class.
+        UserError: For any other class.
     """
     path = str(config.get("_target_"))
     if not path.startswith("flowgen."):
         raise UserError(f"{section}._target_={path} is not part of flowgen")
-    try:
+    with user_error(f"{section}._target_={path} does not exist"):
         target = resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{section}._target_={path} does not exist") from error
     package = ".".join(BASES[section].split(".")[:2])
     if not isinstance(target, type) or not target.__module__.startswith(f"{package}."):
         raise UserError(f"{section}._target_={path} is not a class of {package}")
@@ -61,7 +59,7 @@ def instantiate(section: str, config: dict[str, Any]) -> Any:
         config: `_target_`, a class of the section's package, and its keyword arguments.
 
     Raises:
-        UserError: for any other class and for arguments that the class refuses.
+        UserError: For any other class and for arguments that the class refuses.
     """
     check_section(section, section, config)
     try:
@@ -81,8 +79,8 @@ def check_section(section: str, key: str, node: Any) -> None:
     """Check everything in a section that `hydra.utils.instantiate` would act on.
 
     Raises:
-        UserError: for classes outside the allow-list, other keys that start with an underscore,
-            and references to other values.
+        UserError: For classes outside the allow-list, arguments that they do not have, and
+            references to other values.
     """
     if isinstance(node, dict):
         group = key.replace(".", "/")
@@ -115,9 +113,9 @@ def with_image_shape(
     """Return `config` with the image shape and bits of the data in its model section.
 
     Args:
-        config: a configuration.
-        shape: channels, height and width.
-        bits: bits per pixel value.
+        config: A configuration.
+        shape: Channels, height and width.
+        bits: Bits per pixel value.
     """
     image_kwargs = resolve_target("model", config["model"]).image_kwargs(shape, bits)
     return config | {"model": image_kwargs | config["model"]}
@@ -159,7 +157,7 @@ def build_model_and_data(
         The model, the data, and the configuration with the image shape in its model section.
 
     Raises:
-        UserError: if the model and the data do not fit each other.
+        UserError: If the model and the data do not fit each other.
     """
     data = build_data(config)
     config = with_image_shape(config, data.image_shape, data.bits)
@@ -199,10 +197,10 @@ def match_model(
     """Return a data section whose images have the shape and bits of a model.
 
     Args:
-        section: the data section to change.
-        own: the data section that the model was trained with.
-        shape: channels, height and width of the model's images.
-        bits: bits per pixel value of the model's images.
+        section: The data section to change.
+        own: The data section that the model was trained with.
+        shape: Channels, height and width of the model's images.
+        bits: Bits per pixel value of the model's images.
     """
     wanted = {
         "channels": shape[0],

@@ -1,4 +1,4 @@
-"""Runs and their checkpoints, found by folder, file or name, and models on the Hugging Face Hub."""
+"""Find runs and load their models, by folder, file, name or from the Hugging Face Hub."""
 
 import contextlib
 import re
@@ -18,7 +18,7 @@ from flowgen.training.checkpoint import (
     zoo_file,
 )
 from flowgen.training.run_dir import Run
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, user_error
 
 if TYPE_CHECKING:
     from flowgen.models.base import GenerativeModel
@@ -50,7 +50,7 @@ def find_run(name: str) -> Run:
     commands write.
 
     Raises:
-        UserError: if there is no such run, or if its files are links to other folders.
+        UserError: If there is no such run, or if its files are links to other folders.
     """
     run = _find_named(name)
     run.check_contained()
@@ -86,12 +86,12 @@ def find_checkpoint(name: str | None, wanted: type = object) -> tuple[Run, dict[
     """Return a run and its checkpoint, with the results of an evaluation of these weights.
 
     Args:
-        name: a checkpoint file, or a run, of which the last valid checkpoint is read. None: the
+        name: A checkpoint file, or a run, of which the last valid checkpoint is read. None: the
             newest run with a checkpoint of a wanted model.
-        wanted: a model class or a capability of `flowgen.models.base` that the model must have.
+        wanted: A model class or a capability of `flowgen.models.base` that the model must have.
 
     Raises:
-        UserError: if there is no such checkpoint.
+        UserError: If there is no such checkpoint.
     """
     if name is None:
         run, checkpoint = _newest_checkpoint(wanted)
@@ -171,7 +171,7 @@ def find_model(
         The run, its checkpoint and the model.
 
     Raises:
-        UserError: if there is no such run, or its model lacks the capability.
+        UserError: If there is no such run, or its model lacks the capability.
     """
     found, checkpoint = find_checkpoint(run, capability)
     return found, checkpoint, load_from_checkpoint(checkpoint, device)  # type: ignore[return-value]
@@ -191,7 +191,7 @@ def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
     """Load weights into a model.
 
     Raises:
-        UserError: if they are not finite or belong to another model.
+        UserError: If they are not finite or belong to another model.
     """
     for name, value in weights.items():
         if not value.isfinite().all():
@@ -199,13 +199,11 @@ def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
                 f"{name} of the checkpoint is not finite: choose an earlier checkpoint, "
                 "or train again with a lower trainer.lr"
             )
-    try:
+    with user_error(
+        "the weights of the checkpoint do not fit the model of its configuration: "
+        "keep the model settings of the run"
+    ):
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            "the weights of the checkpoint do not fit the model of its configuration: "
-            "keep the model settings of the run"
-        ) from error
 
 
 def check_name(name: str) -> str:
@@ -236,13 +234,11 @@ def upload(folder: Path, name: str, private: bool) -> str:
 @contextlib.contextmanager
 def _hub(name: str) -> Iterator[Any]:
     """Yield the package huggingface_hub and turn its errors into UserError."""
-    try:
+    with user_error(
+        "models on the Hub need the package huggingface_hub: pip install huggingface_hub"
+    ):
         import huggingface_hub
         from huggingface_hub import errors
-    except ImportError as error:
-        raise UserError(
-            "models on the Hub need the package huggingface_hub: pip install huggingface_hub"
-        ) from error
     try:
         yield huggingface_hub
     except errors.LocalEntryNotFoundError as error:

@@ -192,12 +192,12 @@ def settings_help(topics: Sequence[str] = (), width: int = 100) -> str:
     """Return tables of settings with defaults and meanings.
 
     Args:
-        topics: groups to show, as in `model` or `model=rbm`; all by default. Overrides of
-            single settings are ignored.
-        width: maximum length of a line.
+        topics: Groups to show, as in `model` or `model=rbm`. All by default. Overrides of single
+            settings are ignored.
+        width: Maximum length of a line.
 
     Raises:
-        UserError: for an unknown group or option.
+        UserError: For an unknown group or option.
     """
     options = {
         key: value

@@ -74,8 +74,8 @@ def _decode(files: dict[str, bytes], names: list[str]) -> Split:
             raise UserError(
                 f"{name} is missing, empty, cut short or not a file of CIFAR-10. {DOWNLOAD_HINT}"
             )
-    data = b"".join(files[name] for name in names)
-    table = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, RECORD_BYTES)
+    data = bytearray(b"".join(files[name] for name in names))
+    table = torch.frombuffer(data, dtype=torch.uint8).view(-1, RECORD_BYTES)
     if table[:, 0].max() > 9:
         raise UserError(f"{names[0]} has other classes than the ten of CIFAR-10. {DOWNLOAD_HINT}")
     return Split(table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0].long())

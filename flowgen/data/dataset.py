@@ -138,8 +138,11 @@ def find_dataset(
             f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
             "data directory: set data.root to use another place"
         )
-    in_data_folder = [data_folder() / name for name in search_dirs]
-    paths = in_data_folder if root is None else [Path(root).expanduser()]
+    paths = (
+        [data_folder() / name for name in search_dirs]
+        if root is None
+        else [Path(root).expanduser()]
+    )
     path = next(filter(Path.exists, paths), None)
     if path is None:
         if root is not None or not paths or not files:
