@@ -104,8 +104,10 @@ def split_names(source: ImageSource) -> Sequence[list[str]]:
     """
     path, rows = source.find_list(PARTITION_LIST)
     number = {row[0]: row[1] for row in rows if len(row) == 2}
-    named = [name for name in source.names if _file_name(name) in number]
-    splits = [[name for name in named if number[_file_name(name)] == digit] for digit in "012"]
+    named = [name for name in source.names if PurePosixPath(name).name in number]
+    splits = [
+        [name for name in named if number[PurePosixPath(name).name] == digit] for digit in "012"
+    ]
     if all(splits) and len(named) == len(source.names):
         return splits
     if path:
@@ -157,13 +159,13 @@ def read_attributes(source: ImageSource, names: Sequence[str]) -> tuple[tuple[st
             f"{path} is cut short, or is not CelebA's list of attributes: "
             "download it again or remove it"
         )
-    missing = [name for name in names if _file_name(name) not in values_of]
+    missing = [name for name in names if PurePosixPath(name).name not in values_of]
     if missing:
         raise UserError(
             f"{path} does not name {missing[0]} and {len(missing) - 1} others: "
             "use the list of these images"
         )
-    table = [values_of[_file_name(name)] for name in names]
+    table = [values_of[PurePosixPath(name).name] for name in names]
     if not {value for values in table for value in values} <= {"1", "-1"}:
         raise UserError(
             f"{path} contains other values than -1 and 1: download it again or remove it"
@@ -207,7 +209,3 @@ def folder_labels(names: Sequence[str]) -> Tensor | None:
         return None
     index = {folder: number for number, folder in enumerate(sorted(set(folders)))}
     return torch.tensor([index[folder] for folder in folders])
-
-
-def _file_name(name: str) -> str:
-    return PurePosixPath(name).name
