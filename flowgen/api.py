@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowgen.config import compose, instantiate, launch, loading, runs, settings
+from flowgen.config import compose, instantiate, launch, runs, settings
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, launcher
 from flowgen.utils.errors import UserError
@@ -151,7 +151,7 @@ def load(run: RunName, device: str = "auto") -> "GenerativeModel":
         >>> images.shape, images.dtype
         (torch.Size([4, 1, 28, 28]), torch.uint8)
     """
-    return loading.load_from_checkpoint(runs.find_checkpoint(_name(run))[1], device)
+    return runs.load_from_checkpoint(runs.find_checkpoint(_name(run))[1], device)
 
 
 def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") -> EvalReport:
@@ -192,9 +192,9 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         for text in overrides
     ]
     config = compose.override(trained, full_keys)
-    eval_config = instantiate.build("evaluation", config["evaluation"])
+    eval_config = instantiate.instantiate("evaluation", config["evaluation"])
     data = instantiate.build_data(config)
-    model = loading.load_from_checkpoint(checkpoint | {"config": config}, device)
+    model = runs.load_from_checkpoint(checkpoint | {"config": config}, device)
     instantiate.check_fits_data(model, data)
     warn_test_leakage(data)
     data.to(model.device)
@@ -296,9 +296,8 @@ def create_model(
     section = config["model"]
     for key, value in changes.items():
         if key not in section:
-            raise UserError(
-                f"model={name} has no setting {key}{settings.did_you_mean(key, section)}"
-            )
+            hint = settings.did_you_mean(key, section)
+            raise UserError(f"model={name} has no setting {key}{hint}: see conf/model/{name}.yaml")
         section[key] = section[key] | value if isinstance(section[key], dict) else value
     channels, height, width = image_shape
     bits = config["data"]["bits"] if bits is None else bits

@@ -16,7 +16,7 @@ import torch
 
 from flowgen.config.instantiate import build_model_and_data
 from flowgen.config.launch import fit_in_group, lock_run
-from flowgen.config.loading import load_weights
+from flowgen.config.runs import load_weights
 from flowgen.models.base import EvalConfig
 from flowgen.training.distributed import ProcessGroup, join
 from flowgen.training.run_dir import Run

@@ -222,7 +222,8 @@ def test_create_model_has_the_defaults_of_the_yaml():
 
 
 def test_create_model_names_the_closest_setting():
-    with pytest.raises(flowgen.UserError, match="no setting wdith, did you mean width"):
+    message = "no setting wdith, did you mean width?: see conf/model/glow.yaml"
+    with pytest.raises(flowgen.UserError, match=re.escape(message)):
         flowgen.create_model("glow", wdith=8)
     with pytest.raises(flowgen.UserError, match="choose one of"):
         flowgen.create_model("glowing")

@@ -13,7 +13,7 @@ from conftest import fit
 
 import flowgen.models
 from flowgen.config.compose import conf_folder, group_options
-from flowgen.config.instantiate import build, resolve_target
+from flowgen.config.instantiate import instantiate, resolve_target
 from flowgen.models.base import EvalConfig, GenerativeModel
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.glow import Glow
@@ -31,7 +31,7 @@ def build_model(name: str, **changes: object) -> GenerativeModel:
     config = model_config(name) | {"image_shape": (3, 8, 8), "bits": 5}
     if "width" in config:
         config["width"] = 8
-    return build("model", config | changes)
+    return instantiate("model", config | changes)
 
 
 def glow(**changes: object) -> Glow:

@@ -19,7 +19,6 @@ from flowgen.config import launch as launch_module
 from flowgen.config import settings
 from flowgen.config.compose import (
     compose_config,
-    input_lines,
     override,
     parse_overrides,
     read_config,
@@ -82,7 +81,7 @@ def test_folders_may_have_any_name(monkeypatch):
     }.items():
         assert override(RUN, [f"data.root={typed}"])["data"]["root"] == path
     unchanged = ["output_dir=/plain", "trainer.warmup=1 epoch"]
-    assert input_lines(parse_overrides(unchanged)) == unchanged
+    assert [item.input_line for item in parse_overrides(unchanged)] == unchanged
 
 
 def test_references_are_resolved_when_a_run_is_composed():

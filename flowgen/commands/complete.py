@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.data.preprocess import image_size, read_unscaled
 from flowgen.models.base import (
     GenerativeModel,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowgen.commands.interpolate import read_inputs
-from flowgen.config import instantiate, loading
+from flowgen.config import instantiate, runs
 from flowgen.data.attributes import read_table
 from flowgen.data.dataset import hashed_subset
 from flowgen.data.preprocess import ImageStream
@@ -68,7 +68,7 @@ def edit(
         The path of the file.
     """
     amount_of = _amounts(attributes, amounts)
-    run_dir, checkpoint, model = loading.find_model(run, device, GenerativeModel)
+    run_dir, checkpoint, model = runs.find_model(run, device, GenerativeModel)
     model.set_progress(console.progress_bar)
     images = read_inputs(paths, model, checkpoint["config"])
     directions = load_directions(

@@ -8,8 +8,14 @@ from typing import Any
 from yaml import safe_dump
 
 from flowgen.commands.sample import sample_images
-from flowgen.config.loading import load_from_checkpoint
-from flowgen.config.runs import FILE, PREFIX, check_name, find_checkpoint, upload
+from flowgen.config.runs import (
+    FILE,
+    PREFIX,
+    check_name,
+    find_checkpoint,
+    load_from_checkpoint,
+    upload,
+)
 from flowgen.training.checkpoint import SUFFIX, export_safetensors, read_portable_metadata
 from flowgen.training.run_dir import Run
 from flowgen.utils import rendering

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.data.preprocess import read_images
 from flowgen.evaluation import interpolation
 from flowgen.models.base import GenerativeModel

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowgen.config import compose, loading, settings
+from flowgen.config import compose, instantiate, settings
 from flowgen.config.runs import list_runs
 from flowgen.training.checkpoint import read_portable_metadata, zoo, zoo_file
 from flowgen.training.run_dir import Run, best_metric
@@ -58,7 +58,7 @@ def model_name(section: dict[str, Any]) -> str:
 def data_name(section: dict[str, Any]) -> str:
     """Return NAME of the option data=NAME of a data section, or else of its folder or class."""
     for name in settings.group_options("data"):
-        if loading.same_dataset(settings.read_yaml(f"data/{name}"), section):
+        if instantiate.same_dataset(settings.read_yaml(f"data/{name}"), section):
             return name
     class_name = str(section.get("_target_")).rpartition(".")[2]
     return str(section.get("name") or Path(str(section.get("root") or "")).name or class_name)

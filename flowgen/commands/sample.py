@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.config import instantiate, loading
+from flowgen.config import instantiate, runs
 from flowgen.models.base import (
     ClassConditional,
     GenerativeModel,
@@ -68,7 +68,7 @@ def sample(
         "steps": steps,
     }
     kwargs = {name: value for name, value in settings.items() if value is not None}
-    run_dir, checkpoint, model = loading.find_model(run, device, _required_capability(kwargs))
+    run_dir, checkpoint, model = runs.find_model(run, device, _required_capability(kwargs))
     model.set_progress(console.progress_bar)
     path = out or run_dir.folder / "sample.png"
     is_zip = path.suffix.lower() == ".zip"
@@ -229,7 +229,7 @@ def chain(
     Returns:
         The path of the file.
     """
-    run_dir, _, model = loading.find_model(run, device, SupportsMCMC)
+    run_dir, _, model = runs.find_model(run, device, SupportsMCMC)
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
     memory.check_memory("--frames", frames, 3 * count * side**2)
     generator = torch.Generator(model.device).manual_seed(seed)

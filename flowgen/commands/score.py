@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowgen.commands.runs import data_name, readable_runs
-from flowgen.config import compose, instantiate, loading
-from flowgen.config.runs import find_checkpoint
+from flowgen.config import compose, instantiate, runs
 from flowgen.data.dataset import ImageDataset
 from flowgen.data.preprocess import ImageStream, check_color_channels
 from flowgen.evaluation.ood import AUROC, DEFAULT_SCORE, OODDetector, auroc, png_complexity
@@ -108,7 +107,7 @@ def score(
 
 def load_scorer(run: str | None, count: int, seed: int, device: str) -> Scorer:
     """Load the model of a run and calibrate its scores on `count` validation images."""
-    return make_scorer(*loading.find_model(run, device, GenerativeModel), count, seed)
+    return make_scorer(*runs.find_model(run, device, GenerativeModel), count, seed)
 
 
 def make_scorer(
@@ -309,7 +308,9 @@ def ood_comparison(
     if len(ood) > 1 and not names_data:
         raise UserError("--ood accepts one run, or data=NAME with its settings data.KEY=VALUE")
     section = (
-        loading.data_section(ood) if names_data else find_checkpoint(ood[0])[1]["config"]["data"]
+        compose.data_section(ood)
+        if names_data
+        else runs.find_checkpoint(ood[0])[1]["config"]["data"]
     )
     other_run = _find_run_on(section, scorer.model.metric) if names_data else ood[0]
     directions = [(scorer, section, images_for(scorer, section))]
@@ -337,7 +338,7 @@ def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
     matches = (
         name
         for name, config in configs
-        if loading.same_dataset(config["data"], section)
+        if instantiate.same_dataset(config["data"], section)
         and getattr(instantiate.resolve_target("model", config["model"]), "metric", None) == metric
     )
     return next(matches, None)
@@ -346,7 +347,7 @@ def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
 def images_for(scorer: Scorer, section: dict[str, Any]) -> ImageDataset:
     """Build another data set with images of the shape and bits that the scorer's model takes."""
     model = scorer.model
-    matched = loading.match_model(section, scorer.config["data"], model.image_shape, model.bits)
+    matched = instantiate.match_model(section, scorer.config["data"], model.image_shape, model.bits)
     data = instantiate.build_data({"data": matched})
     if (data.image_shape, data.bits) != (model.image_shape, model.bits):
         raise UserError(

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from flowgen.config import compose, instantiate, loading, settings
-from flowgen.config.runs import find_checkpoint
+from flowgen.config import compose, instantiate, runs, settings
 from flowgen.training.checkpoint import eval_weights, read_checkpoint
 from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError, check_whole
@@ -175,7 +174,7 @@ def fit_in_group(
     from flowgen.training import device, sanity_checks, trainer
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
-    trainer_config = instantiate.build("trainer", config["trainer"])
+    trainer_config = instantiate.instantiate("trainer", config["trainer"])
     # With several processes, each chooses its own number of threads.
     num_threads = trainer_config.num_threads if group.size == 1 else "auto"
     runtime = device.Runtime(trainer_config.device, num_threads, trainer_config.precision)
@@ -186,7 +185,7 @@ def fit_in_group(
     model, data, config = instantiate.build_model_and_data(config)
     init_from = config.get("init_from")
     if checkpoint is not None:
-        loading.load_weights(model, checkpoint["model"])
+        runs.load_weights(model, checkpoint["model"])
     elif init_from is not None and group.is_main:
         _load_init_weights(model, config, init_from)
     if group.is_main:
@@ -223,17 +222,17 @@ def fit_in_group(
 def _make_paths_absolute(config: dict[str, Any]) -> None:
     """Make the run independent of the working directory."""
     if config["data"].get("root") is not None:
-        config["data"]["root"] = loading.absolute_path(config["data"]["root"])
+        config["data"]["root"] = compose.absolute_path(config["data"]["root"])
     init_from = config.get("init_from")
     if init_from is not None and Path(str(init_from)).expanduser().exists():
-        config["init_from"] = loading.absolute_path(init_from)
+        config["init_from"] = compose.absolute_path(init_from)
 
 
 def _load_init_weights(model: "GenerativeModel", config: dict[str, Any], source: str) -> None:
     """Load the weights of the run that `init_from` names."""
-    _, checkpoint = find_checkpoint(source)
+    _, checkpoint = runs.find_checkpoint(source)
     try:
-        loading.load_weights(model, eval_weights(checkpoint))
+        runs.load_weights(model, eval_weights(checkpoint))
     except UserError as error:
         section = settings.flatten({"model": config["model"]})
         differences = _differences(section, checkpoint["config"]) or ["different tensor shapes"]
@@ -247,7 +246,7 @@ def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, An
     """Raise RunFinishedError if the checkpoint is at the end of the run."""
     if checkpoint is None:
         return
-    limits = instantiate.build("trainer", config["trainer"])
+    limits = instantiate.instantiate("trainer", config["trainer"])
     values = {
         "minutes": checkpoint["progress"]["seconds"] / 60,
         "steps": checkpoint["step"],

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowgen.commands import complete, edit, interpolate, sample, score
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.data.preprocess import check_color_channels, preprocess
 from flowgen.evaluation import latent_directions, ood
 from flowgen.models.base import GenerativeModel, SupportsInpainting, SupportsMCMC

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from flowgen.commands.edit import load_directions
 from flowgen.config.instantiate import build_data
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.data.dataset import ImageDataset
 from flowgen.evaluation.latent_directions import (
     METHODS,

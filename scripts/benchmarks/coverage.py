@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowgen.commands.complete import mask
 from flowgen.config.instantiate import build_data
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.data.dataset import ImageDataset
 from flowgen.evaluation.stats import mean
 from flowgen.models.flows.flow import Flow

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.config.instantiate import build_data
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.evaluation.sample_quality import CONFIDENCE_THRESHOLD, Classifier, train_classifier
 from flowgen.models.rbm.rbm import RBM, SAMPLERS
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowgen.data.dataset import find_dataset
 from flowgen.data.image_folder import split_names
-from flowgen.data.preprocess import open_source
+from flowgen.data.preprocess import open_source, read_file
 
 
 def original_images(config: dict[str, Any], count: int, side: int = 128) -> Tensor:
@@ -34,7 +34,7 @@ def original_images(config: dict[str, Any], count: int, side: int = 128) -> Tens
     def squares() -> Iterator[Tensor]:
         for name in split_names(source)[0]:
             with contextlib.suppress(OSError):
-                image = Image.open(io.BytesIO(source.read(name))).convert("RGB")
+                image = Image.open(io.BytesIO(read_file(source.root / name))).convert("RGB")
                 image = ImageOps.pad(image, (side, side), color="white")
                 pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
                 yield pixels.view(side, side, 3).permute(2, 0, 1)
