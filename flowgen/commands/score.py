@@ -32,7 +32,7 @@ from flowgen.utils.metrics import BITS_PER_DIM, Metric
 BATCH_SIZE = 50
 MAX_ROWS = 20  # images in the printed table
 MAX_TILES = 8  # images in each half of the picture
-SIGNIFICANCE_LEVELS = (0.01, 0.05, 0.1)  # at which false alarms are counted
+SIGNIFICANCE_LEVELS = (0.01, 0.05, 0.1)  # at which false positives are counted
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class OODResult(NamedTuple):
 
     title: str
     aurocs: dict[str, AUROC]  # by score
-    false_alarms: dict[str, list[float]]  # rates by score, one per significance level
+    false_positive_rates: dict[str, list[float]]  # by score, one per significance level
     effective_count: float  # of images: sets the error of the rates, see `compare_ood`
 
 
@@ -95,10 +95,10 @@ def score(
     if table is not None:
         check_folder_of(table)
     scorer = load_scorer(run, count, seed, device)
-    if score is not None and score not in scorer.detector.names:
+    if score is not None and score not in scorer.detector.calibration_scores:
         raise UserError(
             f"--score {score} needs a flow: for this model, choose one of "
-            f"{', '.join(scorer.detector.names)}"
+            f"{', '.join(scorer.detector.calibration_scores)}"
         )
     if paths:
         yield from _score_images(scorer, paths, score or DEFAULT_SCORE, table, seed, out)
@@ -146,19 +146,19 @@ def split_statistics(
     seed: int,
     progress: Progress = progress_bar,
 ) -> dict[str, Tensor]:
-    """Return the `ood_statistics_of` at most `count` images of a split, (images,) each."""
+    """Return the `image_statistics` of at most `count` images of a split, each (images,)."""
     generator = torch.Generator(model.device).manual_seed(seed)
     num_batches = -(-min(count, len(getattr(data, split))) // BATCH_SIZE)
     batches = progress(data.batches(split, BATCH_SIZE, count), "held-out images", num_batches)
-    statistics = [ood_statistics_of(model, images, generator) for images in batches]
+    statistics = [image_statistics(model, images, generator) for images in batches]
     return {name: torch.cat([batch[name] for batch in statistics]) for name in statistics[0]}
 
 
 @torch.no_grad()
-def ood_statistics_of(
+def image_statistics(
     model: GenerativeModel, images: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the statistics that the detector needs, (batch,) each, on the CPU.
+    """Return the statistics that the detector needs, each of shape (batch,), on the CPU.
 
     These are the statistics of the model, in float32 as in `flowgen evaluate`, and the complexity
     of the images.
@@ -242,14 +242,14 @@ def _score_batches(scorer: Scorer, paths: list[Path], seed: int) -> Iterator[lis
     generator = torch.Generator(scorer.model.device).manual_seed(seed)
     batches = progress_bar(stream.batches(BATCH_SIZE), "images", -(-len(stream) // BATCH_SIZE))
     for names, images in batches:
-        statistics = ood_statistics_of(scorer.model, images, generator)
+        statistics = image_statistics(scorer.model, images, generator)
+        scores = scorer.detector.scores(statistics)
         metrics = {
             likelihood_metric(scorer.model).name: to_metric_unit(
                 scorer.model, statistics["log_prob"]
             ),
-            "percentile": scorer.detector.percentile(statistics["log_prob"]),
+            "percentile": scorer.detector.percentile(scores),
         }
-        scores = scorer.detector.scores(statistics)
         for name, p_values in scorer.detector.p_values(scores).items():
             metrics |= {name: scores[name], f"{name}_p": p_values}
         rows = zip(*(values.tolist() for values in metrics.values()), strict=True)
@@ -281,7 +281,7 @@ def _tiles(scorer: Scorer, items: list[ImageScore], score: str) -> Image.Image:
 def ood_comparison(
     scorer: Scorer, ood: list[str], count: int, seed: int, device: str
 ) -> Iterator[str]:
-    """Yield a table of AUROCs and false alarm rates between the run's data and other data.
+    """Yield a table of AUROCs and false positive rates between the run's data and other data.
 
     The comparison is made with the model of the run and, if there is one, in the other direction
     with a model of the other data.
@@ -349,23 +349,24 @@ def compare_ood(
 ) -> OODResult:
     """Compare the run's test images with those of another data set, at most `count` of each.
 
-    A false alarm rate has two sources of error: the test images and the images that calibrate the
-    p-values. Its standard error is sqrt(rate (1 - rate) / n) with 1/n = 1/n_test + 1/n_calibration.
+    A false positive rate has two sources of error: the test images and the images that calibrate
+    the p-values. Its standard error is sqrt(rate (1 - rate) / n) with
+    1/n = 1/n_test + 1/n_calibration.
     """
     detector = scorer.detector
     inliers, outliers = (
         detector.scores(split_statistics(scorer.model, data, "test", count, seed))
         for data in (scorer.data, other.to(scorer.model.device))
     )
-    false_alarms = {
+    false_positive_rates = {
         name: [(p_values <= level).double().mean().item() for level in SIGNIFICANCE_LEVELS]
         for name, p_values in detector.p_values(inliers).items()
     }
-    counts = (len(inliers["likelihood"]), len(detector.calibration["log_prob"]))
+    counts = (len(inliers["likelihood"]), len(detector.calibration_scores["likelihood"]))
     return OODResult(
         title=f"{_dataset_title(scorer.config['data'])} -> {_dataset_title(section)}",
         aurocs={name: auroc(inliers[name], outliers[name]) for name in inliers},
-        false_alarms=false_alarms,
+        false_positive_rates=false_positive_rates,
         effective_count=1 / sum(1 / count for count in counts),
     )
 
@@ -382,8 +383,8 @@ def _format_ood_table(results: list[OODResult]) -> Iterator[str]:
             f"at {100 * level:2.0f} ± {100 * error:.1f}"
             for level, error in zip(SIGNIFICANCE_LEVELS, errors, strict=True)
         ]
-        yield f"\n{'false alarms, %':18} {'  '.join(levels)}"
-        for name, rates in result.false_alarms.items():
+        yield f"\n{'false positives, %':18} {'  '.join(levels)}"
+        for name, rates in result.false_positive_rates.items():
             yield f"{name:18} " + "  ".join(f"{100 * rate:11.1f}" for rate in rates)
 
 

@@ -10,7 +10,6 @@ _MODULES = {
     "png_complexity": "ood",
     "Classifier": "sample_quality",
     "PrincipalComponents": "sample_quality",
-    "SampleQuality": "sample_quality",
     "coverage": "sample_quality",
     "fid_metrics": "sample_quality",
     "flow_report": "sample_quality",

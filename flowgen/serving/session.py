@@ -23,9 +23,9 @@ from flowgen.commands.interpolate import interpolate_images
 from flowgen.commands.sample import sample_images
 from flowgen.commands.score import (
     Scorer,
+    image_statistics,
     likelihood_metric,
     make_scorer,
-    ood_statistics_of,
     to_metric_unit,
 )
 from flowgen.config.loading import find_model
@@ -262,14 +262,14 @@ class ModelSession:
         """Return the likelihood of one image as `flowgen score` prints it."""
         generator = torch.Generator(self.model.device).manual_seed(SCORE_SEED)
         with self.lock.acquire("scoring"):
-            statistics = ood_statistics_of(self.model, image, generator)
-        log_prob = statistics["log_prob"]
-        value = to_metric_unit(self.model, log_prob).item()
+            statistics = image_statistics(self.model, image, generator)
+        value = to_metric_unit(self.model, statistics["log_prob"]).item()
         if self.scorer is None:
             return Score(value, None, None)
         detector = self.scorer.detector
-        p_values = detector.p_values(detector.scores(statistics))
-        return Score(value, detector.percentile(log_prob).item(), p_values[DEFAULT_SCORE].item())
+        scores = detector.scores(statistics)
+        p_values = detector.p_values(scores)
+        return Score(value, detector.percentile(scores).item(), p_values[DEFAULT_SCORE].item())
 
     def interpolate(
         self, first: Tensor, second: Tensor, steps: int, spherical: bool
