@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from classifier import CONFIDENCE_THRESHOLD, Classifier, train_classifier
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,7 +27,6 @@ from flowgen.evaluation.latent_directions import (
     class_directions,
     move_along,
 )
-from flowgen.evaluation.sample_quality import CONFIDENCE_THRESHOLD, Classifier, train_classifier
 from flowgen.evaluation.stats import mean
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.console import progress_bar

@@ -1,0 +1,119 @@
+"""Report of a flow's samples and interpolations: sample quality, bits/dim and smoothness."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowgen.data.dataset import ImageDataset
+from flowgen.evaluation.interpolation import interpolate_pairs, step_sizes, unevenness
+from flowgen.evaluation.sample_quality import (
+    PrincipalComponents,
+    fid_metrics,
+    measure_sample_quality,
+)
+from flowgen.models.flows.flow import Flow
+
+BATCH_SIZE = 64
+
+
+def flow_report(
+    model: Flow,
+    data: ImageDataset,
+    samples: Mapping[float, Sequence[Tensor]],
+    *,
+    weights: Path | None = None,
+    pairs: int = 16,
+    steps: int = 18,
+) -> dict[str, Any]:
+    """Return a report of a flow's samples and interpolations, which can be written as JSON.
+
+    Features are principal components of training images that are not compared.
+
+    Args:
+        model: The flow.
+        data: Its data set.
+        samples: One or more sets of N samples for each temperature, uint8 (N, ...).
+        weights: File with the weights of the FID network, see `find_fid_weights`, or None.
+        pairs: Number of pairs of test images to interpolate between.
+        steps: Number of images on each path. Use an even number: halfway between two images,
+            rounding favors even pixel values.
+
+    Returns:
+        - "samples": For each temperature and set the quality compared with N test images, with
+          FID metrics if `weights` is given.
+        - "training": The quality of N training images, as a reference.
+        - "mean_sample": `distance_from_mean` of the first sample of the lowest temperature.
+        - "bits": Bits/dim of each of the N test images, with one sample of the noise.
+        - "walk": Along paths through the latent space and through the pixels, the mean step sizes
+          ("changes") and bits/dim ("bits"), and the "unevenness" of each path through the latent
+          space.
+        - "images": N.
+        - "parameters": Number of parameters.
+    """
+    count = len(next(iter(samples.values()))[0])
+    train = _shuffled(torch.cat(list(data.batches("train", 500, 5 * count))))
+    test = torch.cat(list(data.batches("test", 500, count)))
+    features = PrincipalComponents(train[len(test) :], max_value=2**data.bits - 1)
+    real = features(test)
+
+    def quality(images: Tensor) -> dict[str, float]:
+        result = measure_sample_quality(features(images), real)
+        if weights:
+            shift = 8 - data.bits
+            result |= fid_metrics(images << shift, test << shift, weights)
+        return result
+
+    half = min(pairs, len(test) // 2)
+    ends = _shuffled(test)
+    paths = interpolate_pairs(
+        model, ends[:half], ends[half : 2 * half], torch.linspace(0, 1, steps)
+    )
+    return {
+        "samples": [[quality(images) for images in sets] for sets in samples.values()],
+        "training": measure_sample_quality(features(train[: len(test)]), real),
+        "mean_sample": distance_from_mean(features(samples[min(samples)][0][:1])[0], real),
+        "bits": bits_per_dim_of_images(model, test).tolist(),
+        "walk": {
+            "changes": [step_sizes(path, data.bits).mean(1).tolist() for path in paths],
+            "bits": [
+                [bits_per_dim_of_images(model, images).mean().item() for images in path]
+                for path in (paths[0], paths[1].round().to(torch.uint8))
+            ],
+            "unevenness": unevenness(paths[0], data.bits).tolist(),
+        },
+        "images": len(test),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _shuffled(images: Tensor) -> Tensor:
+    """Return images in a random order that is the same at every call.
+
+    Many data sets are sorted by class, so that parts of them are not samples of the whole.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return images[torch.randperm(len(images), generator=generator)]
+
+
+@torch.no_grad()
+def bits_per_dim_of_images(model: Flow, images: Tensor) -> Tensor:
+    """Return bits/dim of each image, (N,), with one sample of the noise, the same at every call."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    log_probs = [
+        model.score(batch.to(model.device), generator=generator).cpu()
+        for batch in images.split(BATCH_SIZE)
+    ]
+    return -torch.cat(log_probs).double() / (model.dimensions * math.log(2))
+
+
+def distance_from_mean(point: Tensor, real: Tensor) -> float:
+    """Return the distance of a point (d,) from the mean of real points (M, d).
+
+    The unit is the mean distance of a real point from that mean.
+    """
+    center = real.mean(0)
+    return ((point - center).norm() / (real - center).norm(dim=1).mean()).item()
