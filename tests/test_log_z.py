@@ -120,7 +120,7 @@ def test_a_diverged_model_is_not_reliable(monkeypatch):
 
 
 def test_bridge_sampling_is_not_biased_by_a_mode_that_gains_weight_late():
-    """A ferromagnet whose base rates favor the mode that is light at beta = 1.
+    """A ferromagnet whose independent-pixel model favors the mode that is light at beta = 1.
 
     Most annealed chains freeze in that mode. Replicas that start at the unweighted chains
     underestimate log Z by more than a nat, ten times the stated error.

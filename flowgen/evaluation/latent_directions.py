@@ -86,7 +86,7 @@ class Directions:
         names: Names of the attributes, or of the classes.
         changes: Changes of the latents, (names, D); for classes, the mean latent of each class.
         classes: Whether the attributes are classes, which exclude each other. An image then moves
-            away from the mean of its own class.
+            away from the mean of its class.
 
     Example:
         >>> directions = Directions(("smile", "hat"), torch.tensor([[1.0, 0.0], [0.0, 2.0]]))

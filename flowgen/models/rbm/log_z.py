@@ -466,7 +466,7 @@ def _cross_check(forward: Estimate, reverse: Estimate, bridge: Estimate) -> LogZ
     distance = abs(forward.log_z - reverse.log_z)
     bridge_distance = max(abs(bridge.log_z - forward.log_z), abs(bridge.log_z - reverse.log_z))
     smallest = min(estimate.effective_size for estimate in methods.values())
-    verdicts = (
+    checks = (
         (
             not all(math.isfinite(value) for estimate in methods.values() for value in estimate),
             "an estimate of log Z or its error is not finite: the model has diverged, "
@@ -487,22 +487,23 @@ def _cross_check(forward: Estimate, reverse: Estimate, bridge: Estimate) -> LogZ
             "the chains do not mix",
         ),
     )
-    problems = [problem for occurs, problem in verdicts if occurs]
+    problems = [problem for occurs, problem in checks if occurs]
     agreement = (
         f"forward and reverse AIS differ by {distance:.2f} nats, "
         f"and all effective sample sizes are at least {smallest:.0f}"
     )
+    verdict = problems[0] if problems else agreement
     error = math.hypot(distance / 2, forward.error / 2, reverse.error / 2)
     result = Estimate((forward.log_z + reverse.log_z) / 2, error, smallest)
-    return LogZ({"": result} | methods, not problems, [*problems, agreement][0])
+    return LogZ({"": result} | methods, reliable=not problems, verdict=verdict)
 
 
 def log_likelihood_metrics(free_energy: Tensor, log_z: LogZ) -> Metrics:
     """Return the mean log P(v) = -F(v) - log Z in nats, and log Z.
 
     The error of the log-likelihood combines the standard error of the mean over images with the
-    error of log Z. Each combined estimate of log Z adds metrics with the suffix _forward, _reverse
-    or _bridge, such as its effective sample size.
+    error of log Z. Each estimate that log Z combines adds metrics with the suffix _forward,
+    _reverse or _bridge, including its effective sample size.
 
     Args:
         free_energy: F(v) of the images in nats, (images,).

@@ -32,8 +32,8 @@ from flowgen.utils.metrics import (
     MetricValue,
 )
 
-# Images of either color added to the counts of each pixel, so that its log-odds are finite.
-BASE_RATE_PSEUDOCOUNT = 0.5
+# Added to the count of each value of a pixel, so that its log-odds are finite.
+PIXEL_PSEUDOCOUNT = 0.5
 OFFSET_DECAY = 0.99  # of the exponential moving averages that center the gradient
 MIN_TEMPERATURE = 1e-6
 INPAINTING_CHAINS = 64
@@ -179,7 +179,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         Hinton, A practical guide to training RBMs (2010), section 8.
         """
         data = self.to_visible(images)
-        rates = (data.sum(0) + BASE_RATE_PSEUDOCOUNT) / (len(data) + 2 * BASE_RATE_PSEUDOCOUNT)
+        rates = (data.sum(0) + PIXEL_PSEUDOCOUNT) / (len(data) + 2 * PIXEL_PSEUDOCOUNT)
         self.base.copy_(rates.logit())
         self.visible_bias.copy_(self.base)
         self.visible_offset.copy_(rates)
