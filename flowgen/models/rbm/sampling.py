@@ -288,9 +288,10 @@ def tempering(
     steps only: if they depended on the chains forever, the distribution would be biased. Other
     arguments and the result are those of `gibbs`.
     """
-    replicas = ParallelTempering(num_temperatures, len(start), adapt=True).to(start)
-    hidden = bernoulli_from_logits(beta * rbm.hidden_input(start), generator)
-    replicas.hidden = nn.Buffer(hidden.repeat(num_temperatures, 1, 1))
+    replicas = ParallelTempering(num_temperatures, len(start), adapt=True)
+    replicas.allocate(rbm.hidden)
+    replicas.to(start)
+    replicas.hidden.copy_(bernoulli_from_logits(beta * rbm.hidden_input(start), generator))
     while True:
         replicas.adapt = int(replicas.num_steps) < TEMPERING_BURN_IN_STEPS
         visible, _ = replicas.step(rbm, beta, start, known, generator)
