@@ -3,11 +3,8 @@
 import json
 import math
 
-import flow_report as report_module
 import pytest
 import torch
-from classifier import Classifier
-from flow_report import bits_per_dim_of_images, distance_from_mean, flow_report
 from test_models import glow, initialized, random_images
 
 from flowgen.data.mnist import MNISTSample
@@ -47,8 +44,9 @@ def test_coverage_falls_for_missing_modes_and_for_blank_samples():
 
 def test_distance_from_mean_is_one_for_a_real_point_and_zero_for_the_mean():
     real = 3 + torch.randn(500, 8)
-    assert distance_from_mean(real.mean(0), real) == pytest.approx(0, abs=1e-5)
-    distances = torch.tensor([distance_from_mean(point, real) for point in real])
+    distance = sample_quality.distance_from_mean
+    assert distance(real.mean(0), real) == pytest.approx(0, abs=1e-5)
+    distances = torch.tensor([distance(point, real) for point in real])
     assert distances.mean().item() == pytest.approx(1, abs=1e-4)
 
 
@@ -141,7 +139,7 @@ def test_flow_report_compares_samples_with_test_images():
     test = torch.cat(list(data.batches("test", 100, 60)))
     model.initialize(test)
     samples = {0.0: [torch.full_like(test, 4)], 1.0: [test, test]}
-    report = flow_report(model, data, samples, pairs=4, steps=6)
+    report = sample_quality.flow_report(model, data, samples, pairs=4, steps=6)
     gray, same = report["samples"][0][0], report["samples"][1][0]
     assert same["coverage"] == 1
     assert same["spread"] == pytest.approx(1)
@@ -151,7 +149,7 @@ def test_flow_report_compares_samples_with_test_images():
     assert gray["frechet"] > report["training"]["frechet"]
     assert report["images"] == len(report["bits"]) == 60
     assert report["mean_sample"] > 0
-    mean_bits = bits_per_dim_of_images(model, test).mean().item()
+    mean_bits = sample_quality.bits_per_dim_of_images(model, test).mean().item()
     assert mean_bits == pytest.approx(sum(report["bits"]) / 60)
     assert len(report["walk"]["unevenness"]) == 4
     assert [len(bits) for bits in report["walk"]["bits"]] == [6, 6]
@@ -169,8 +167,8 @@ def test_flow_report_mixes_the_classes_of_sorted_images(monkeypatch):
         pairs.extend((first, second))
         return interpolate_pairs(model, first, second, fractions)
 
-    monkeypatch.setattr(report_module, "interpolate_pairs", record_pairs)
-    report = flow_report(model, data, {1.0: [test]}, pairs=16, steps=2)
+    monkeypatch.setattr(sample_quality, "interpolate_pairs", record_pairs)
+    report = sample_quality.flow_report(model, data, {1.0: [test]}, pairs=16, steps=2)
     assert report["training"]["coverage"] > 0.85
     assert report["training"]["frechet"] < 10
     images = data.test.images.flatten(1) >> 3
@@ -182,7 +180,7 @@ def test_flow_report_mixes_the_classes_of_sorted_images(monkeypatch):
 
 
 def test_the_classifier_reports_the_share_of_confident_predictions():
-    classifier = Classifier((1, 8, 8), bits=5, num_classes=3).eval()
+    classifier = sample_quality.Classifier((1, 8, 8), bits=5, num_classes=3).eval()
     images = random_images(5, 20, channels=1)
     label, confidence = classifier.predict(images)
     assert label.shape == confidence.shape == (20,)

@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from classifier import CONFIDENCE_THRESHOLD, Classifier, train_classifier
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +26,7 @@ from flowgen.evaluation.latent_directions import (
     class_directions,
     move_along,
 )
+from flowgen.evaluation.sample_quality import CONFIDENCE_THRESHOLD, Classifier, train_classifier
 from flowgen.evaluation.stats import mean
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.console import progress_bar

@@ -10,13 +10,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from classifier import CONFIDENCE_THRESHOLD, Classifier, train_classifier
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.config.instantiate import build_data
 from flowgen.config.loading import find_model
+from flowgen.evaluation.sample_quality import CONFIDENCE_THRESHOLD, Classifier, train_classifier
 from flowgen.models.rbm.rbm import RBM, SAMPLERS
 
 STYLES = {"gibbs": ("--", "#d55e00"), "tempering": ("-", "#0072b2")}  # line style, color

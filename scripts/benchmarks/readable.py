@@ -9,11 +9,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from classifier import Classifier, train_classifier
 
 import flowgen
 from flowgen.commands.sample import sample_images
 from flowgen.data.mnist import MNIST
+from flowgen.evaluation.sample_quality import Classifier, train_classifier
 
 
 def load_classifier(data: MNIST, path: Path | None) -> Classifier:
