@@ -14,7 +14,7 @@ SAMPLERS = rbm_module.SAMPLERS | {"tempering": partial(tempering, num_temperatur
 
 
 def small_rbm(visible: int = 4, hidden: int = 3, scale: float = 1.0, **arguments: object) -> RBM:
-    """Return an RBM in float64 with random parameters and base rates of order `scale`."""
+    """Return an RBM in float64 with random parameters and `base` of order `scale`."""
     rbm = RBM(visible, hidden, **arguments).double()
     with torch.no_grad():
         for parameter in (*rbm.parameters(), rbm.base):
@@ -30,8 +30,8 @@ def all_states(units: int) -> Tensor:
 def exact_distribution(rbm: RBM, path_beta: float = 1.0, beta: float = 1.0) -> Tensor:
     """Return P(v) of every state by enumerating both layers.
 
-    `path_beta` is the position between the base rates and the RBM, and `beta` scales the energy of
-    the RBM.
+    `path_beta` is the position between the independent-pixel model and the RBM, and `beta` scales
+    the energy of the RBM.
     """
     v = all_states(rbm.visible)
     h = all_states(rbm.hidden)

@@ -22,7 +22,6 @@ from flowgen.evaluation.latent_directions import (
     compute_moments,
     fit_directions,
     move_along,
-    one_hot,
 )
 from flowgen.models.base import ClassConditional, GenerativeModel
 from flowgen.training.run_dir import Run, cached_artifact
@@ -205,7 +204,7 @@ def _training_images(config: dict[str, Any], count: int) -> LabeledImages:
         attributes = train.attributes
     elif train.labels is not None and data.num_classes is not None:
         names = tuple(str(label) for label in range(data.num_classes))
-        attributes = one_hot(train.labels, data.num_classes)
+        attributes = torch.nn.functional.one_hot(train.labels.long(), data.num_classes)
     else:
         raise UserError(
             "the images of this run have no labels: put CelebA's attribute list into their "

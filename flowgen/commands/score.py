@@ -94,10 +94,10 @@ def score(
     if table is not None:
         check_folder_of(table)
     scorer = load_scorer(run, count, seed, device)
-    if score is not None and score not in scorer.detector.names:
+    if score is not None and score not in scorer.detector.calibration_scores:
         raise UserError(
             f"--score {score} needs a flow: for this model, choose one of "
-            f"{', '.join(scorer.detector.names)}"
+            f"{', '.join(scorer.detector.calibration_scores)}"
         )
     if paths:
         yield from _score_images(scorer, paths, score or DEFAULT_SCORE, table, seed, out)
@@ -253,13 +253,13 @@ def _score_batches(scorer: Scorer, paths: Sequence[Path], seed: int) -> Iterator
     )
     for names, images in batches:
         statistics = image_statistics(scorer.model, images, generator)
+        scores = scorer.detector.scores(statistics)
         metrics = {
             likelihood_metric(scorer.model).name: to_metric_unit(
                 scorer.model, statistics["log_prob"]
             ),
-            "percentile": scorer.detector.percentile(statistics["log_prob"]),
+            "percentile": scorer.detector.percentile(scores),
         }
-        scores = scorer.detector.scores(statistics)
         for name, p_values in scorer.detector.p_values(scores).items():
             metrics |= {name: scores[name], f"{name}_p": p_values}
         rows = zip(*(values.tolist() for values in metrics.values()), strict=True)
@@ -370,7 +370,7 @@ def compare_ood(
         detector.scores(split_statistics(scorer.model, data, "test", count, seed))
         for data in (scorer.data, other.to(scorer.model.device))
     )
-    counts = (len(inliers["likelihood"]), len(detector.calibration["log_prob"]))
+    counts = (len(inliers["likelihood"]), len(detector.calibration_scores["likelihood"]))
     variance_factor = sum(1 / count for count in counts)
     return OODResult(
         title=f"{data_name(scorer.config['data'])} -> {data_name(section)}",

@@ -240,12 +240,9 @@ class ModelSession:
         if self.scorer is None:
             return Score(value, None, None)
         detector = self.scorer.detector
-        p_values = detector.p_values(detector.scores(statistics))
-        return Score(
-            value,
-            percentile=detector.percentile(statistics["log_prob"]).item(),
-            p_value=p_values[ood.DEFAULT_SCORE].item(),
-        )
+        scores = detector.scores(statistics)
+        p_value = detector.p_values(scores)[ood.DEFAULT_SCORE].item()
+        return Score(value, detector.percentile(scores).item(), p_value)
 
     def interpolate(
         self, first: Tensor, second: Tensor, steps: int, spherical: bool
