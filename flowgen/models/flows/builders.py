@@ -1,12 +1,12 @@
 """Building blocks that the constructors of several flows share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import MarginalGaussianization
 from flowgen.bijections.networks import Conditioner
-from flowgen.bijections.reshape import FactorOut
+from flowgen.bijections.reshape import FactorOut, Flatten
 from flowgen.bijections.univariate import TRANSFORMS, Transform
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 
@@ -49,6 +49,28 @@ def gaussianization(enabled: bool, channels: int, bits: int) -> list[Bijection]:
     """Return the first bijection of a flow, a `MarginalGaussianization` if enabled, as a list."""
     check_whole(bits=bits)
     return [MarginalGaussianization(channels, 2**bits)] if enabled else []
+
+
+def flat_chain(
+    image_shape: Sequence[int],
+    bits: int,
+    gaussianize: bool,
+    make_layers: Callable[[int], Iterable[Bijection]],
+) -> Chain:
+    """Return a chain of layers for flattened images.
+
+    Args:
+        image_shape: (channels, height, width), where height and width are equal.
+        bits: Bits per pixel value.
+        gaussianize: Start with a `MarginalGaussianization`.
+        make_layers: Function that returns the layers, given the dimension of the images.
+    """
+    channels, size = square_shape(image_shape)
+    return Chain(
+        *gaussianization(gaussianize, channels, bits),
+        Flatten(channels, size, size),
+        *make_layers(channels * size**2),
+    )
 
 
 def condition_size(num_classes: int | None, condition_networks: bool) -> int:

@@ -125,13 +125,13 @@ class FlowMatching(Flow):
         x, _ = self._dequantize(images)
         for bijection in self.bijection.bijections[:-1]:  # type: ignore[index]
             x, _ = bijection(x)
-        one_hot = self._one_hot(labels)
+        one_hot = self.one_hot(labels)
         z = self.random_source(torch.randn, x.shape, device=x.device, dtype=x.dtype)
         if one_hot is not None:
-            z = z + one_hot @ self._class_means()
+            z = z + one_hot @ self.means
         t = self.random_source(torch.rand, x.shape[:1], device=x.device, dtype=x.dtype)
         x_t = torch.lerp(z, x, t[:, None])
-        velocity = self.cnf.velocity(x_t, t, self._condition(one_hot))
+        velocity = self.cnf.velocity(x_t, t, self.condition(one_hot))
         return (velocity - (x - z)).square().mean()
 
     @torch.no_grad()

@@ -1,14 +1,13 @@
 """Masked and inverse autoregressive flows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from flowgen.bijections.autoregressive import MADE, Autoregressive
-from flowgen.bijections.base import Bijection, Chain, Flip, Invert
+from flowgen.bijections.base import Bijection, Flip, Invert
 from flowgen.bijections.batchnorm import BatchNorm
 from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.reshape import Flatten
-from flowgen.models.flows.builders import MAX_DEPTH, gaussianization, make_transform, square_shape
+from flowgen.models.flows.builders import MAX_DEPTH, flat_chain, make_transform
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
 
@@ -53,24 +52,21 @@ class MAF(Flow):
         gaussianize: bool = True,
         dequantization: str = "uniform",
     ):
-        channels, size = square_shape(image_shape)
         check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_transforms=num_transforms, num_layers=num_layers)
         univariate = make_transform(transform)
-        dim = channels * size**2
-        bijections: list[Bijection] = [
-            *gaussianization(gaussianize, channels, bits),
-            Flatten(channels, size, size),
-            BatchNorm(dim),
-        ]
-        for _ in range(num_transforms):
-            network = MADE(dim, width, num_layers, univariate.num_params)
-            autoregressive: Bijection = Autoregressive(network, univariate)
-            if self.inverted:
-                autoregressive = Invert(autoregressive)
-            bijections += [autoregressive, BatchNorm(dim), Flip()]
-        bijections.append(Standardize(dim))
-        super().__init__(Chain(*bijections), image_shape, bits, dequantization)
+
+        def layers(dim: int) -> Iterator[Bijection]:
+            yield BatchNorm(dim)
+            for _ in range(num_transforms):
+                network = MADE(dim, width, num_layers, univariate.num_params)
+                autoregressive = Autoregressive(network, univariate)
+                yield Invert(autoregressive) if self.inverted else autoregressive
+                yield from (BatchNorm(dim), Flip())
+            yield Standardize(dim)
+
+        chain = flat_chain(image_shape, bits, gaussianize, layers)
+        super().__init__(chain, image_shape, bits, dequantization)
 
 
 class IAF(MAF):

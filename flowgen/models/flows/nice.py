@@ -1,13 +1,12 @@
 """NICE: Dinh, Krueger and Bengio, Non-linear Independent Components Estimation (1410.8516)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from flowgen.bijections.base import Bijection, Chain, Flip
+from flowgen.bijections.base import Bijection, Flip
 from flowgen.bijections.coupling import Coupling
 from flowgen.bijections.elementwise import LogisticToNormal, Standardize
 from flowgen.bijections.networks import DenseNetwork
-from flowgen.bijections.reshape import Flatten
-from flowgen.models.flows.builders import MAX_DEPTH, gaussianization, make_transform, square_shape
+from flowgen.models.flows.builders import MAX_DEPTH, flat_chain, make_transform
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
 
@@ -50,19 +49,18 @@ class NICE(Flow):
         gaussianize: bool = True,
         dequantization: str = "uniform",
     ):
-        channels, size = square_shape(image_shape)
         check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_couplings=num_couplings, num_layers=num_layers)
         univariate = make_transform(transform)
-        dim = channels * size**2
-        half = dim // 2
-        bijections: list[Bijection] = [
-            *gaussianization(gaussianize, channels, bits),
-            Flatten(channels, size, size),
-            Standardize(dim),
-        ]
-        for _ in range(num_couplings):
-            network = DenseNetwork(half, width, univariate.num_params * (dim - half), num_layers)
-            bijections += [Coupling(network, univariate), Flip()]
-        bijections += [Standardize(dim), LogisticToNormal()]
-        super().__init__(Chain(*bijections), image_shape, bits, dequantization)
+
+        def layers(dim: int) -> Iterator[Bijection]:
+            half = dim // 2
+            out_features = univariate.num_params * (dim - half)
+            yield Standardize(dim)
+            for _ in range(num_couplings):
+                yield Coupling(DenseNetwork(half, width, out_features, num_layers), univariate)
+                yield Flip()
+            yield from (Standardize(dim), LogisticToNormal())
+
+        chain = flat_chain(image_shape, bits, gaussianize, layers)
+        super().__init__(chain, image_shape, bits, dequantization)

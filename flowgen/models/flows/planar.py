@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.reshape import Flatten
 from flowgen.bijections.residual import Planar, Sylvester
-from flowgen.models.flows.builders import MAX_DEPTH, gaussianization, square_shape
+from flowgen.models.flows.builders import MAX_DEPTH, flat_chain
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
 
@@ -98,14 +97,14 @@ def _residual_chain(
     gaussianize: bool,
     make_layer: Callable[[int], Bijection],
 ) -> Chain:
-    """Return a chain of residual layers, where `make_layer` takes the dimension of the image."""
-    channels, size = square_shape(image_shape)
+    """Return a chain of residual layers, where `make_layer` takes the dimension of the images."""
     check_whole(high=MAX_DEPTH, num_transforms=num_transforms)
-    dim = channels * size**2
-    return Chain(
-        *gaussianization(gaussianize, channels, bits),
-        Flatten(channels, size, size),
-        Standardize(dim),
-        *(make_layer(dim) for _ in range(num_transforms)),
-        Standardize(dim),
-    )
+
+    def layers(dim: int) -> list[Bijection]:
+        return [
+            Standardize(dim),
+            *(make_layer(dim) for _ in range(num_transforms)),
+            Standardize(dim),
+        ]
+
+    return flat_chain(image_shape, bits, gaussianize, layers)

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.batchnorm import BatchNorm
 from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboard
@@ -66,15 +64,9 @@ class RealNVP(Flow):
         check_whole(high=MAX_DEPTH, num_blocks=num_blocks)
         if not 0 < alpha < 0.5:
             raise UserError(f"alpha must lie between 0 and 0.5, not {alpha!r}")
-        univariate = make_transform(transform)
-
-        def coupling(channels: int, mask: Tensor) -> MaskedCoupling:
-            if transform == "affine":
-                # The log-scales of the paper's network are bounded already.
-                network = RealNVPNetwork(channels, width, 2 * channels, num_blocks)
-                return MaskedCoupling(network, Affine("plain"), mask)
-            resnet = ResNetwork(channels, width, univariate.num_params * channels, num_blocks)
-            return MaskedCoupling(resnet, univariate, mask)
+        # The log-scales of the paper's network are bounded already.
+        univariate = Affine("plain") if transform == "affine" else make_transform(transform)
+        make_network = RealNVPNetwork if transform == "affine" else ResNetwork
 
         def couplings(
             channels: int, resolution: int, count: int, use_checkerboard: bool
@@ -84,7 +76,9 @@ class RealNVP(Flow):
             bijections: list[Bijection] = []
             for index in range(count):
                 mask = make_mask(channels, resolution, resolution, index % 2 == 1)
-                bijections += [coupling(channels, mask), BatchNorm(channels)]
+                out_channels = univariate.num_params * channels
+                network = make_network(channels, width, out_channels, num_blocks)
+                bijections += [MaskedCoupling(network, univariate, mask), BatchNorm(channels)]
             return bijections
 
         def level(index: int, channels: int, resolution: int) -> list[Bijection]:

@@ -91,11 +91,7 @@ class TarFlow(Flow, SupportsTokenSampling):
         image_channels, size = square_shape(image_shape)
         is_gray = image_channels == 1
         check_transformer(num_layers, width, num_heads, dropout)
-        if transform is None:
-            transform = "mixture" if is_gray else "affine"
-        if permutation is None:
-            permutation = "actnorm" if is_gray else "plu"
-        univariate = make_transform(transform)
+        univariate = make_transform(transform or ("mixture" if is_gray else "affine"))
         cond_channels = condition_size(num_classes, condition_networks)
         patch = choose_patch(size, patch)
         channels = image_channels * patch**2
@@ -113,7 +109,7 @@ class TarFlow(Flow, SupportsTokenSampling):
             )
             head = (autoregressive_head if local else TokenHead)(channels, width, univariate)
             return [
-                *choose(mixing, permutation=permutation),
+                *choose(mixing, permutation=permutation or ("actnorm" if is_gray else "plu")),
                 TokenAutoregressive(network, head, reverse=index % 2 == 1),
             ]
 
@@ -124,20 +120,19 @@ class TarFlow(Flow, SupportsTokenSampling):
             pixels = patch // 2 if index % 4 == 2 else -(patch // 2)
             return [Invert(Squeeze(patch)), Roll(pixels), Squeeze(patch)]
 
-        bijections: list[Bijection] = [
+        chain = Chain(
             *gaussianization(gaussianize, image_channels, bits),
             Squeeze(patch),
             ActNorm(channels),
-        ]
-        for index, depth in enumerate(num_layers):
-            bijections += [*shift(index), *block(index, depth)]
-        bijections += [
+            *(
+                bijection
+                for index, depth in enumerate(num_layers)
+                for bijection in (*shift(index), *block(index, depth))
+            ),
             Flatten(channels, resolution, resolution),
             Standardize(channels * resolution**2),
-        ]
-        super().__init__(
-            Chain(*bijections), image_shape, bits, dequantization, num_classes, condition_networks
         )
+        super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
         self.random_source = RandomSource()
         self.transform = univariate
         self.guidance = 0.0
@@ -193,9 +188,8 @@ class TarFlow(Flow, SupportsTokenSampling):
             )
         # The first half of the batch has the class, the second half the mean of all classes.
         conditions = torch.cat((one_hot, torch.full_like(one_hot, 1 / one_hot.shape[1])))
-        means = self._class_means()
         # Guidance of the base, exact if the transforms of both halves have the same scale.
-        guided_z = z + self.guidance * (one_hot @ means - means.mean(0))
+        guided_z = z + self.guidance * (one_hot @ self.means - self.means.mean(0))
         heads = [block.head for block in self._blocks()]
         with temporary_attributes(heads, transform=GuidedAffine(self.transform, self.guidance)):
             x, _ = self.bijection.inverse(guided_z.repeat(2, 1), conditions)
@@ -205,9 +199,9 @@ class TarFlow(Flow, SupportsTokenSampling):
     def _blocks(self) -> list[TokenAutoregressive]:
         return [module for module in self.modules() if isinstance(module, TokenAutoregressive)]
 
-    def _one_hot(self, labels: Tensor | None) -> Tensor | None:
+    def one_hot(self, labels: Tensor | None) -> Tensor | None:
         """Return the classes (batch, classes), with label dropout in training."""
-        one_hot = super()._one_hot(labels)
+        one_hot = super().one_hot(labels)
         if one_hot is None or not self.training or not self.condition_networks:
             return one_hot
         uniform = self.random_source(torch.rand, (len(one_hot), 1), device=one_hot.device)
