@@ -396,5 +396,5 @@ class SupportsTokenSampling(Capability):
         """
 
     @abstractmethod
-    def sweeps(self) -> list[int]:
+    def jacobi_iterations(self) -> list[int]:
         """Return the Jacobi iterations of each block for the last samples."""

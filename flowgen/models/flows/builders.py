@@ -3,11 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from flowgen.bijections import elementwise, networks, reshape, univariate
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.elementwise import MarginalGaussianization
-from flowgen.bijections.networks import Conditioner
-from flowgen.bijections.reshape import FactorOut, Flatten
-from flowgen.bijections.univariate import TRANSFORMS, Transform
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 
 MAX_DEPTH = 1000  # layers, blocks or couplings; deeper models would take hours to build
@@ -35,20 +32,20 @@ def choose(options: Mapping[str, T], **argument: str) -> T:
     return options[name]
 
 
-def make_transform(name: str, log_scale: str = "bounded") -> Transform:
+def make_transform(name: str, log_scale: str = "bounded") -> univariate.Transform:
     """Return the univariate transform of a coupling or of an autoregressive bijection.
 
     Args:
         name: "additive", "multiplicative", "affine", "spline" or "mixture".
         log_scale: parameterization of the log-scale, see `flowgen.bijections.univariate`.
     """
-    return choose(TRANSFORMS, transform=name)(log_scale)
+    return choose(univariate.TRANSFORMS, transform=name)(log_scale)
 
 
 def gaussianization(enabled: bool, channels: int, bits: int) -> list[Bijection]:
     """Return the first bijection of a flow, a `MarginalGaussianization` if enabled, as a list."""
     check_whole(bits=bits)
-    return [MarginalGaussianization(channels, 2**bits)] if enabled else []
+    return [elementwise.MarginalGaussianization(channels, 2**bits)] if enabled else []
 
 
 def flat_chain(
@@ -68,17 +65,16 @@ def flat_chain(
     channels, size = square_shape(image_shape)
     return Chain(
         *gaussianization(gaussianize, channels, bits),
-        Flatten(channels, size, size),
+        reshape.Flatten(channels, size, size),
         *make_layers(channels * size**2),
     )
 
 
 def condition_size(num_classes: int | None, condition_networks: bool) -> int:
     """Return the number of condition channels that networks read: the classes, one-hot, or 0."""
-    if num_classes is None:
-        return 0
-    check_whole(num_classes=num_classes)
-    return num_classes if condition_networks else 0
+    if num_classes is not None:
+        check_whole(num_classes=num_classes)
+    return num_classes if num_classes and condition_networks else 0
 
 
 def choose_patch(size: int, patch: int | None) -> int:
@@ -143,7 +139,7 @@ def multi_scale(
     resolution: int,
     level: Callable[[int, int, int], list[Bijection]],
     last_level: Callable[[int, int], list[Bijection]],
-    prior: Callable[[int], Conditioner | None],
+    prior: Callable[[int], networks.Conditioner | None],
     index: int = 0,
 ) -> Bijection:
     """Return a multi-scale flow from images to vectors. Real NVP (1605.08803), section 3.6.
@@ -167,4 +163,4 @@ def multi_scale(
     rest = multi_scale(
         num_splits, 2 * channels, resolution // 2, level, last_level, prior, index + 1
     )
-    return Chain(*bijections, FactorOut(rest, prior(4 * channels)))
+    return Chain(*bijections, reshape.FactorOut(rest, prior(4 * channels)))

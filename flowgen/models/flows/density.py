@@ -1,7 +1,7 @@
 """The density of a flow on dequantized images, and its terms for out-of-distribution detection."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,34 +22,40 @@ class FlowDensity(GenerativeModel):
 
     Args:
         bijection: Maps points (batch, channels, height, width) to vectors (batch, D).
-        dimensions: The dimension D.
+        image_shape: (channels, height, width).
+        bits: Bits per pixel value.
         num_classes: Number of classes, or None.
         condition_networks: With classes, make the class the condition of the bijection.
 
     Attributes:
         means: Learned means of the latents of each class, (classes, D), or zeros (1, D).
         bins: Number of pixel values, 2^bits.
+        dimensions: The product D of `image_shape`.
     """
 
     means: Tensor
-    bins: int
 
     def __init__(
         self,
         bijection: Bijection,
-        dimensions: int,
+        image_shape: Sequence[int],
+        bits: int,
         num_classes: int | None,
         condition_networks: bool,
     ):
         super().__init__()
         self.bijection = bijection
-        self.dimensions = dimensions
+        channels, height, width = image_shape
+        self.image_shape = (channels, height, width)
+        self.dimensions = channels * height * width
+        self.bits = bits
+        self.bins = 2**bits
         self.num_classes = num_classes
         self.condition_networks = condition_networks and num_classes is not None
         if num_classes is None:
-            self.register_buffer("means", torch.zeros(1, dimensions), persistent=False)
+            self.register_buffer("means", torch.zeros(1, self.dimensions), persistent=False)
         else:
-            self.means = nn.Parameter(CLASS_MEAN_STD * torch.randn(num_classes, dimensions))
+            self.means = nn.Parameter(CLASS_MEAN_STD * torch.randn(num_classes, self.dimensions))
 
     def log_density(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return log p(x), or log p(x | labels), in nats: (batch,).
@@ -73,7 +79,7 @@ class FlowDensity(GenerativeModel):
         return _log_base_per_mean(z, self.means) + log_det[:, None]
 
     def log_base(self, z: Tensor, one_hot: Tensor | None) -> Tensor:
-        """Return log p(z | class), or the log of the mean of p(z | class) over classes: (batch,)."""
+        """Return log p(z | class), or log p(z), its mean over classes, without one: (batch,)."""
         if one_hot is None:
             return _log_base_per_mean(z, self.means).logsumexp(1) - math.log(len(self.means))
         return standard_normal_log_prob(z - one_hot @ self.means)

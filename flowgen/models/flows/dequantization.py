@@ -6,10 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flowgen.bijections import coupling, networks, univariate
 from flowgen.bijections.base import Chain
-from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboard
-from flowgen.bijections.networks import ConvNetwork, RandomSource
-from flowgen.bijections.univariate import Affine
 from flowgen.utils.errors import check_choice
 
 VARIATIONAL_COUPLINGS = 4
@@ -22,7 +20,7 @@ class Dequantizer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.random_source = RandomSource()
+        self.random_source = networks.RandomSource()
 
     def draw_noise(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
@@ -92,12 +90,12 @@ class VariationalDequantizer(Dequantizer):
     def __init__(self, channels: int, size: int, bins: int):
         super().__init__()
         self.bins = bins
-        make_mask = checkerboard if size > 1 else channelwise
+        make_mask = coupling.checkerboard if size > 1 else coupling.channelwise
         self.bijection = Chain(
             *(
-                MaskedCoupling(
-                    ConvNetwork(2 * channels, VARIATIONAL_WIDTH, 2 * channels),
-                    Affine(),
+                coupling.MaskedCoupling(
+                    networks.ConvNetwork(2 * channels, VARIATIONAL_WIDTH, 2 * channels),
+                    univariate.Affine(),
                     make_mask(channels, size, size, index % 2 == 1),
                 )
                 for index in range(VARIATIONAL_COUPLINGS)

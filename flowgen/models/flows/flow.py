@@ -112,11 +112,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
     ):
         check_whole(bits=bits)
         dequantizer = make_dequantizer(dequantization, image_shape, bits)
-        super().__init__(bijection, math.prod(image_shape), num_classes, condition_networks)
-        channels, height, width = image_shape
-        self.image_shape = (channels, height, width)
-        self.bits = bits
-        self.bins = 2**bits
+        super().__init__(bijection, image_shape, bits, num_classes, condition_networks)
         self.dequantizer = dequantizer
         if isinstance(dequantizer, GaussianDequantizer):
             # Gaussian noise moves points out of [0, 1), where these bijections are not defined.
@@ -240,7 +236,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
     def classify(self, images: Tensor) -> Tensor:
         """Return log p(y | x), (batch, classes), under a uniform prior over the classes."""
         self._check_classes()
-        return self.class_log_density(self._bin_centers(images)).log_softmax(1)
+        return self.class_log_density((images + 0.5) / self.bins).log_softmax(1)
 
     # Sampling
 
@@ -315,7 +311,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
 
         Without a generator, use bin centers, so that `decode` inverts `encode` exactly.
         """
-        x = self._dequantize(images, generator)[0] if generator else self._bin_centers(images)
+        x = self._dequantize(images, generator)[0] if generator else (images + 0.5) / self.bins
         if not self.condition_networks:
             return self.bijection(x)[0]
         one_hot = self.one_hot(self.classify(images).argmax(1))
@@ -323,9 +319,8 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        z = latent[:, : self.dimensions]
-        one_hot = latent[:, self.dimensions :].clamp(0, 1)
-        return self._quantize(self.bijection.inverse(z, self.condition(one_hot))[0])
+        z, one_hot = latent.tensor_split([self.dimensions], 1)
+        return self._quantize(self.bijection.inverse(z, self.condition(one_hot.clamp(0, 1)))[0])
 
     def class_latents(self) -> Tensor:
         self._check_classes()
@@ -401,9 +396,6 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
 
     def _bits_per_dim(self, log_prob: Tensor) -> Tensor:
         return -log_prob / (self.dimensions * math.log(2))
-
-    def _bin_centers(self, images: Tensor) -> Tensor:
-        return (images + 0.5) / self.bins
 
     def _dequantize(
         self, images: Tensor, generator: torch.Generator | None = None

@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowgen.bijections import continuous, elementwise, networks, reshape
 from flowgen.bijections.base import Chain
-from flowgen.bijections.continuous import CNF, VelocityField
-from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.networks import RandomSource, temporary_attributes
-from flowgen.bijections.reshape import Flatten
 from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting
 from flowgen.models.flows.builders import (
     check_transformer,
@@ -87,7 +84,7 @@ class FlowMatching(Flow):
         check_number(tolerance=tolerance)
         check_whole(low=0, exact_trace_dims=exact_trace_dims)
         dim = channels * size**2
-        velocity = VelocityField(
+        velocity = continuous.VelocityField(
             channels,
             size,
             choose_patch(size, patch),
@@ -99,12 +96,12 @@ class FlowMatching(Flow):
         )
         bijection = Chain(
             *gaussianization(gaussianize, channels, bits),
-            Flatten(channels, size, size),
-            Standardize(dim, learned=False),
-            CNF(velocity, tolerance, exact_trace_dims),
+            reshape.Flatten(channels, size, size),
+            elementwise.Standardize(dim, learned=False),
+            continuous.CNF(velocity, tolerance, exact_trace_dims),
         )
         super().__init__(bijection, image_shape, bits, "uniform", num_classes, condition_networks)
-        self.random_source = RandomSource()
+        self.random_source = networks.RandomSource()
         self.loss_metric = None
         # The mean of p(x) would be biased upwards by the errors of estimated log-determinants:
         # E[exp(error)] > 1.
@@ -116,7 +113,7 @@ class FlowMatching(Flow):
         return capability is not SupportsInpainting and super().supports(capability, arguments)
 
     @property
-    def cnf(self) -> CNF:
+    def cnf(self) -> continuous.CNF:
         """The continuous part of the flow, which comes last in the chain."""
         return self.bijection.bijections[-1]  # type: ignore[index, return-value]
 
@@ -149,13 +146,15 @@ class FlowMatching(Flow):
         iterator = iter(batches)
         first_batch = next(iterator)
         metrics = super().evaluate(chain((first_batch,), iterator), reference, eval_config)
-        coarse = self._bits_per_dim_at(self.cnf.tolerance, first_batch)
-        fine = self._bits_per_dim_at(TOLERANCE_RATIO * self.cnf.tolerance, first_batch)
+        coarse, fine = (
+            self._bits_per_dim_at(ratio * self.cnf.tolerance, first_batch)
+            for ratio in (1, TOLERANCE_RATIO)
+        )
         difference = (coarse - fine).abs().mean().item()
         return metrics | Metrics.of(MetricValue(SOLVER_DIFFERENCE, difference))
 
     def _bits_per_dim_at(self, tolerance: float, images: Tensor) -> Tensor:
         """Return the bits/dim of each image with another tolerance of the solver: (batch,)."""
         generator = torch.Generator(self.device).manual_seed(0)
-        with temporary_attributes([self.cnf], tolerance=tolerance):
+        with networks.temporary_attributes([self.cnf], tolerance=tolerance):
             return self._bits_per_dim(self.log_prob(images, generator))

@@ -2,18 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.coupling import Coupling
-from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1, InvertibleConv1x1LU
-from flowgen.bijections.networks import (
-    Conditioner,
-    ConvNetwork,
-    GatedNetwork,
-    ResNetwork,
-    ZeroConv2d,
-)
-from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.models.flows.builders import (
     MAX_DEPTH,
     choose,
@@ -26,12 +16,6 @@ from flowgen.models.flows.builders import (
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_choice, check_whole
-
-NETWORKS: dict[str, Callable[..., Conditioner]] = {
-    "conv": ConvNetwork,
-    "resnet": ResNetwork,
-    "gated": GatedNetwork,
-}
 
 
 class Glow(Flow):
@@ -110,9 +94,15 @@ class Glow(Flow):
         check_choice(("predicted", "standard"), split_prior=split_prior)
         check_choice(("standard", "learned"), base=base)
         make_convolution = choose(
-            {"plu": InvertibleConv1x1LU, "plain": InvertibleConv1x1}, convolution=convolution
+            {"plu": linear.InvertibleConv1x1LU, "plain": linear.InvertibleConv1x1},
+            convolution=convolution,
         )
-        make_network = choose(NETWORKS, network=network)
+        network_classes: dict[str, Callable[..., networks.Conditioner]] = {
+            "conv": networks.ConvNetwork,
+            "resnet": networks.ResNetwork,
+            "gated": networks.GatedNetwork,
+        }
+        make_network = choose(network_classes, network=network)
         block_arguments = [] if network == "conv" else [num_blocks]
         univariate = make_transform(transform, log_scale)
         cond_channels = condition_size(num_classes, condition_networks)
@@ -124,33 +114,36 @@ class Glow(Flow):
         depths = _expand_depths(steps_per_level, max(1, levels))
 
         def step(channels: int) -> list[Bijection]:
-            mixing = FusedAffine(ActNorm(channels), make_convolution(channels))
             in_channels = channels // 2 + cond_channels
             out_channels = univariate.num_params * (channels - channels // 2)
-            conditioner = make_network(in_channels, width, out_channels, *block_arguments)
-            return [mixing, Coupling(conditioner, univariate)]
+            return [
+                linear.FusedAffine(linear.ActNorm(channels), make_convolution(channels)),
+                coupling.Coupling(
+                    make_network(in_channels, width, out_channels, *block_arguments), univariate
+                ),
+            ]
 
         def steps(index: int, channels: int) -> list[Bijection]:
             return [bijection for _ in range(depths[index]) for bijection in step(channels)]
 
         def level(index: int, channels: int, resolution: int) -> list[Bijection]:
-            return [Squeeze(), *steps(index, 4 * channels)]
+            return [reshape.Squeeze(), *steps(index, 4 * channels)]
 
         def last_level(channels: int, resolution: int) -> list[Bijection]:
             bijections = level(levels - 1, channels, resolution) if levels else steps(0, channels)
             if levels:  # images of odd size cannot be squeezed
                 channels, resolution = 4 * channels, resolution // 2
             if final_actnorm:
-                bijections.append(ActNorm(channels))
-            bijections.append(Flatten(channels, resolution, resolution))
+                bijections.append(linear.ActNorm(channels))
+            bijections.append(reshape.Flatten(channels, resolution, resolution))
             if base == "learned":
-                bijections.append(Standardize(channels * resolution**2))
+                bijections.append(elementwise.Standardize(channels * resolution**2))
             return bijections
 
-        def prior(channels: int) -> Conditioner | None:
+        def prior(channels: int) -> networks.Conditioner | None:
             if split_prior == "standard":
                 return None
-            return ZeroConv2d(channels // 2 + cond_channels, channels, 3)
+            return networks.ZeroConv2d(channels // 2 + cond_channels, channels, 3)
 
         super().__init__(
             Chain(

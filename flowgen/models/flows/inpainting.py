@@ -47,7 +47,8 @@ class InpaintingChains(ABC):
 
     Args:
         flow: The flow.
-        images: Pixel values of one image per chain, as floats, (chains, channels, height, width).
+        images: Pixel values as floats, (batch, channels, height, width). Each image is repeated, so
+            that there is one per chain.
         known: The known part.
         labels: The current class of each chain, (chains,).
         generator: Random generator, or None for the global one.
@@ -73,6 +74,7 @@ class InpaintingChains(ABC):
         split = int(isinstance(parts[0], EmpiricalCDF | MarginalGaussianization | Logit))
         self.head = Chain(*parts[:split])
         self.body = Chain(*parts[split:])
+        self.images = self.images.repeat_interleave(len(self.labels) // len(self.images), 0)
         self.position = torch.zeros_like(self.images).flatten(1)
         self.spread = self.spread_of(self._decode(self._noise()))
 
@@ -127,11 +129,10 @@ class InpaintingChains(ABC):
         times. The chains of an image are consecutive.
         """
         noise = self._noise()
-        min_violation = self.spread**2
         for _ in range(MAX_HALVINGS):
             violation = self.violation(self._decode(self.position + noise))
             violation = violation.view(num_images, -1)
-            median = violation.nanmedian(1, keepdim=True).values.clamp(min=min_violation)
+            median = violation.nanmedian(1, keepdim=True).values.clamp(min=self.spread**2)
             too_far = ~(violation < MAX_VIOLATION_RATIO * median).flatten()
             noise = torch.where(too_far[:, None], 0.5 * noise, noise)
         self.position = self.position + noise
@@ -139,8 +140,9 @@ class InpaintingChains(ABC):
     @torch.no_grad()
     def anneal(self, num_trajectories: int, leapfrog_steps: int) -> None:
         """Sample latents while the tolerance shrinks from one spread to MIN_TOLERANCE spreads."""
-        density = self._latent_density(self.spread)
-        step_size = StepSize.find_reasonable(self.position, density, self.generator)
+        step_size = StepSize.find_reasonable(
+            self.position, self._latent_density(self.spread), self.generator
+        )
         for index in self.flow.progress(range(num_trajectories), "annealing", num_trajectories):
             progress = index / max(1, num_trajectories - 1)
             density = self._latent_density(self.spread * MIN_TOLERANCE**progress)
@@ -333,15 +335,9 @@ def sample_posterior(
         The chains; those of an image are consecutive.
     """
     chains_class = MeasurementChains if isinstance(known, LinearMeasurement) else PixelChains
-
-    def make_chains(chains_per_image: int, labels: Tensor) -> InpaintingChains:
-        repeated = images.repeat_interleave(chains_per_image, 0)
-        return chains_class(flow, repeated, known, labels, generator)
-
     num_classes = len(flow.means)
-    modes = make_chains(
-        num_classes, torch.arange(num_classes, device=images.device).repeat(len(images))
-    )
+    all_labels = torch.arange(num_classes, device=images.device).repeat(len(images))
+    modes = chains_class(flow, images, known, all_labels, generator)
     log_density = modes.find_mode().view(len(images), num_classes).nan_to_num(nan=-torch.inf)
     if not log_density.isfinite().any(1).all():
         raise UserError(
@@ -351,7 +347,7 @@ def sample_posterior(
     labels = torch.multinomial(
         log_density.softmax(1), num_chains, replacement=True, generator=generator
     )
-    chains = make_chains(num_chains, labels.flatten())
+    chains = chains_class(flow, images, known, labels.flatten(), generator)
     mode_positions = modes.position.view(len(images), num_classes, -1)
     chains.position = mode_positions.take_along_dim(labels[:, :, None], 1).flatten(0, 1)
     chains.perturb(len(images))

@@ -5,12 +5,8 @@ from itertools import cycle
 
 from torch import Tensor
 
+from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.coupling import Coupling, MaskedCoupling, checkerboard, stripes
-from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
-from flowgen.bijections.networks import Transformer
-from flowgen.bijections.reshape import Flatten, Permute, Squeeze
 from flowgen.models.flows.builders import (
     MAX_DEPTH,
     check_transformer,
@@ -96,8 +92,8 @@ class Jet(Flow):
             )
         masks = cycle(token_masks(channels, resolution) if resolution > 1 else [])
 
-        def network(in_channels: int, transformed: int) -> Transformer:
-            return Transformer(
+        def network(in_channels: int, transformed: int) -> networks.Transformer:
+            return networks.Transformer(
                 resolution**2,
                 in_channels + cond_channels,
                 width,
@@ -109,22 +105,26 @@ class Jet(Flow):
 
         def step(index: int) -> list[Bijection]:
             if resolution > 1 and index % SPATIAL_INTERVAL == SPATIAL_INTERVAL - 1:
-                return [MaskedCoupling(network(channels, channels), univariate, next(masks))]
+                return [
+                    coupling.MaskedCoupling(network(channels, channels), univariate, next(masks))
+                ]
             mixing = (
-                Permute(channels)
+                reshape.Permute(channels)
                 if permutation == "permutation"
-                else FusedAffine(ActNorm(channels), InvertibleConv1x1LU(channels))
+                else linear.FusedAffine(
+                    linear.ActNorm(channels), linear.InvertibleConv1x1LU(channels)
+                )
             )
             half = channels // 2
-            return [mixing, Coupling(network(half, channels - half), univariate)]
+            return [mixing, coupling.Coupling(network(half, channels - half), univariate)]
 
         chain = Chain(
             *gaussianization(gaussianize, image_channels, bits),
-            Squeeze(patch),
-            ActNorm(channels),
+            reshape.Squeeze(patch),
+            linear.ActNorm(channels),
             *(bijection for index in range(num_couplings) for bijection in step(index)),
-            Flatten(channels, resolution, resolution),
-            Standardize(channels * resolution**2),
+            reshape.Flatten(channels, resolution, resolution),
+            elementwise.Standardize(channels * resolution**2),
         )
         super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
 
@@ -136,7 +136,9 @@ def token_masks(channels: int, resolution: int) -> list[Tensor]:
         channels: channels of a patch.
         resolution: patches per row and column.
     """
-    checkerboards = [checkerboard(channels, resolution, resolution, odd) for odd in (False, True)]
-    columns = [stripes(channels, resolution, resolution, odd) for odd in (False, True)]
+    checkerboards = [
+        coupling.checkerboard(channels, resolution, resolution, odd) for odd in (False, True)
+    ]
+    columns = [coupling.stripes(channels, resolution, resolution, odd) for odd in (False, True)]
     rows = [mask.transpose(1, 2) for mask in columns]
     return [*checkerboards, *columns, *rows]

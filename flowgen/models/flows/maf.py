@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from flowgen.bijections.autoregressive import MADE, Autoregressive
+from flowgen.bijections import autoregressive, batchnorm, elementwise
 from flowgen.bijections.base import Bijection, Flip, Invert
-from flowgen.bijections.batchnorm import BatchNorm
-from flowgen.bijections.elementwise import Standardize
 from flowgen.models.flows.builders import MAX_DEPTH, flat_chain, make_transform
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
@@ -57,13 +55,13 @@ class MAF(Flow):
         univariate = make_transform(transform)
 
         def layers(dim: int) -> Iterator[Bijection]:
-            yield BatchNorm(dim)
+            yield batchnorm.BatchNorm(dim)
             for _ in range(num_transforms):
-                network = MADE(dim, width, num_layers, univariate.num_params)
-                autoregressive = Autoregressive(network, univariate)
-                yield Invert(autoregressive) if self.inverted else autoregressive
-                yield from (BatchNorm(dim), Flip())
-            yield Standardize(dim)
+                network = autoregressive.MADE(dim, width, num_layers, univariate.num_params)
+                bijection = autoregressive.Autoregressive(network, univariate)
+                yield Invert(bijection) if self.inverted else bijection
+                yield from (batchnorm.BatchNorm(dim), Flip())
+            yield elementwise.Standardize(dim)
 
         chain = flat_chain(image_shape, bits, gaussianize, layers)
         super().__init__(chain, image_shape, bits, dequantization)

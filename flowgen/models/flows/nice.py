@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from flowgen.bijections import coupling, elementwise, networks
 from flowgen.bijections.base import Bijection, Flip
-from flowgen.bijections.coupling import Coupling
-from flowgen.bijections.elementwise import LogisticToNormal, Standardize
-from flowgen.bijections.networks import DenseNetwork
 from flowgen.models.flows.builders import MAX_DEPTH, flat_chain, make_transform
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
@@ -56,11 +54,13 @@ class NICE(Flow):
         def layers(dim: int) -> Iterator[Bijection]:
             half = dim // 2
             out_features = univariate.num_params * (dim - half)
-            yield Standardize(dim)
+            yield elementwise.Standardize(dim)
             for _ in range(num_couplings):
-                yield Coupling(DenseNetwork(half, width, out_features, num_layers), univariate)
+                yield coupling.Coupling(
+                    networks.DenseNetwork(half, width, out_features, num_layers), univariate
+                )
                 yield Flip()
-            yield from (Standardize(dim), LogisticToNormal())
+            yield from (elementwise.Standardize(dim), elementwise.LogisticToNormal())
 
         chain = flat_chain(image_shape, bits, gaussianize, layers)
         super().__init__(chain, image_shape, bits, dequantization)

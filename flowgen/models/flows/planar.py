@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from flowgen.bijections import elementwise, residual
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.residual import Planar, Sylvester
 from flowgen.models.flows.builders import MAX_DEPTH, flat_chain
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
@@ -42,7 +41,7 @@ class PlanarFlow(Flow):
         gaussianize: bool = True,
         dequantization: str = "uniform",
     ):
-        chain = _residual_chain(image_shape, bits, num_transforms, gaussianize, Planar)
+        chain = _residual_chain(image_shape, bits, num_transforms, gaussianize, residual.Planar)
         super().__init__(chain, image_shape, bits, dequantization)
 
 
@@ -85,7 +84,7 @@ class SylvesterFlow(Flow):
             bits,
             num_transforms,
             gaussianize,
-            lambda dim: Sylvester(dim, min(width, dim)),
+            lambda dim: residual.Sylvester(dim, min(width, dim)),
         )
         super().__init__(chain, image_shape, bits, dequantization)
 
@@ -102,9 +101,9 @@ def _residual_chain(
 
     def layers(dim: int) -> list[Bijection]:
         return [
-            Standardize(dim),
+            elementwise.Standardize(dim),
             *(make_layer(dim) for _ in range(num_transforms)),
-            Standardize(dim),
+            elementwise.Standardize(dim),
         ]
 
     return flat_chain(image_shape, bits, gaussianize, layers)

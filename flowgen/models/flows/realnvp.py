@@ -2,12 +2,8 @@
 
 from collections.abc import Sequence
 
+from flowgen.bijections import batchnorm, coupling, elementwise, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.batchnorm import BatchNorm
-from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboard
-from flowgen.bijections.elementwise import Logit
-from flowgen.bijections.networks import RealNVPNetwork, ResNetwork
-from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.bijections.univariate import Affine
 from flowgen.models.flows.builders import (
     MAX_DEPTH,
@@ -66,35 +62,42 @@ class RealNVP(Flow):
             raise UserError(f"alpha must lie between 0 and 0.5, not {alpha!r}")
         # The log-scales of the paper's network are bounded already.
         univariate = Affine("plain") if transform == "affine" else make_transform(transform)
-        make_network = RealNVPNetwork if transform == "affine" else ResNetwork
+        make_network = networks.RealNVPNetwork if transform == "affine" else networks.ResNetwork
 
         def couplings(
             channels: int, resolution: int, count: int, use_checkerboard: bool
         ) -> list[Bijection]:
             """Return couplings with alternating masks, each followed by batch normalization."""
-            make_mask = checkerboard if use_checkerboard and resolution > 1 else channelwise
+            make_mask = (
+                coupling.checkerboard
+                if use_checkerboard and resolution > 1
+                else coupling.channelwise
+            )
             bijections: list[Bijection] = []
             for index in range(count):
                 mask = make_mask(channels, resolution, resolution, index % 2 == 1)
                 out_channels = univariate.num_params * channels
                 network = make_network(channels, width, out_channels, num_blocks)
-                bijections += [MaskedCoupling(network, univariate, mask), BatchNorm(channels)]
+                bijections += [
+                    coupling.MaskedCoupling(network, univariate, mask),
+                    batchnorm.BatchNorm(channels),
+                ]
             return bijections
 
         def level(index: int, channels: int, resolution: int) -> list[Bijection]:
             return [
                 *couplings(channels, resolution, 3, use_checkerboard=True),
-                Squeeze(),
+                reshape.Squeeze(),
                 *couplings(4 * channels, resolution // 2, 3, use_checkerboard=False),
             ]
 
         def last_level(channels: int, resolution: int) -> list[Bijection]:
             return [
                 *couplings(channels, resolution, 4, use_checkerboard=True),
-                Flatten(channels, resolution, resolution),
+                reshape.Flatten(channels, resolution, resolution),
             ]
 
         flow = multi_scale(
             num_levels(size, levels), channels, size, level, last_level, prior=lambda channels: None
         )
-        super().__init__(Chain(Logit(alpha), flow), image_shape, bits, dequantization)
+        super().__init__(Chain(elementwise.Logit(alpha), flow), image_shape, bits, dequantization)

@@ -5,12 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flowgen.bijections import elementwise, linear, networks, reshape
 from flowgen.bijections.autoregressive import TokenAutoregressive, TokenHead, autoregressive_head
 from flowgen.bijections.base import Bijection, Chain, Invert
-from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
-from flowgen.bijections.networks import CausalTransformer, RandomSource, temporary_attributes
-from flowgen.bijections.reshape import Flatten, Roll, Squeeze
 from flowgen.bijections.univariate import Affine, GuidedAffine
 from flowgen.models.base import SupportsTokenSampling
 from flowgen.models.flows.builders import (
@@ -101,10 +98,14 @@ class TarFlow(Flow, SupportsTokenSampling):
             # All options are built, so that the other parameters do not depend on the choice.
             mixing: dict[str, list[Bijection]] = {
                 "none": [],
-                "actnorm": [ActNorm(channels)],
-                "plu": [FusedAffine(ActNorm(channels), InvertibleConv1x1LU(channels))],
+                "actnorm": [linear.ActNorm(channels)],
+                "plu": [
+                    linear.FusedAffine(
+                        linear.ActNorm(channels), linear.InvertibleConv1x1LU(channels)
+                    )
+                ],
             }
-            network = CausalTransformer(
+            network = networks.CausalTransformer(
                 resolution**2, channels, width, num_heads, depth, dropout, cond_channels
             )
             head = (autoregressive_head if local else TokenHead)(channels, width, univariate)
@@ -118,22 +119,22 @@ class TarFlow(Flow, SupportsTokenSampling):
             if not roll or index == 0 or index % 2:
                 return []
             pixels = patch // 2 if index % 4 == 2 else -(patch // 2)
-            return [Invert(Squeeze(patch)), Roll(pixels), Squeeze(patch)]
+            return [Invert(reshape.Squeeze(patch)), reshape.Roll(pixels), reshape.Squeeze(patch)]
 
         chain = Chain(
             *gaussianization(gaussianize, image_channels, bits),
-            Squeeze(patch),
-            ActNorm(channels),
+            reshape.Squeeze(patch),
+            linear.ActNorm(channels),
             *(
                 bijection
                 for index, depth in enumerate(num_layers)
                 for bijection in (*shift(index), *block(index, depth))
             ),
-            Flatten(channels, resolution, resolution),
-            Standardize(channels * resolution**2),
+            reshape.Flatten(channels, resolution, resolution),
+            elementwise.Standardize(channels * resolution**2),
         )
         super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
-        self.random_source = RandomSource()
+        self.random_source = networks.RandomSource()
         self.transform = univariate
         self.guidance = 0.0
 
@@ -165,17 +166,17 @@ class TarFlow(Flow, SupportsTokenSampling):
         """
         check_number(guidance=guidance)
         with (
-            temporary_attributes([self], guidance=guidance),
-            temporary_attributes(self._blocks(), jacobi=jacobi),
+            networks.temporary_attributes([self], guidance=guidance),
+            networks.temporary_attributes(self._blocks(), jacobi=jacobi),
         ):
             return super().sample(count, temperature, generator, label, start_index)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return the latents of images, computed in float64."""
-        with temporary_attributes(self._blocks(), exact=True):
+        with networks.temporary_attributes(self._blocks(), exact=True):
             return super().encode(images, generator)
 
-    def sweeps(self) -> list[int]:
+    def jacobi_iterations(self) -> list[int]:
         return [block.num_iterations for block in self._blocks()]
 
     def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -190,8 +191,10 @@ class TarFlow(Flow, SupportsTokenSampling):
         conditions = torch.cat((one_hot, torch.full_like(one_hot, 1 / one_hot.shape[1])))
         # Guidance of the base, exact if the transforms of both halves have the same scale.
         guided_z = z + self.guidance * (one_hot @ self.means - self.means.mean(0))
-        heads = [block.head for block in self._blocks()]
-        with temporary_attributes(heads, transform=GuidedAffine(self.transform, self.guidance)):
+        guided = GuidedAffine(self.transform, self.guidance)
+        with networks.temporary_attributes(
+            [block.head for block in self._blocks()], transform=guided
+        ):
             x, _ = self.bijection.inverse(guided_z.repeat(2, 1), conditions)
         x = x[: len(z)]
         return x, self.log_density(x, one_hot.argmax(1))
