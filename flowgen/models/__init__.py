@@ -29,16 +29,13 @@ _MODULES = {
     "TarFlow": "flows.tarflow",
     "RBM": "rbm.rbm",
 }
-_SUBPACKAGES = ("base", "flows", "rbm")
-__all__ = [*_MODULES, *_SUBPACKAGES]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        return import_module(f"{__name__}.{name}")
-    if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

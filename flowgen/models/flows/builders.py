@@ -37,7 +37,7 @@ def make_transform(name: str, log_scale: str = "bounded") -> univariate.Transfor
 
     Args:
         name: "additive", "multiplicative", "affine", "spline" or "mixture".
-        log_scale: parameterization of the log-scale, see `flowgen.bijections.univariate`.
+        log_scale: Parameterization of the log-scale, see `flowgen.bijections.univariate`.
     """
     return choose(univariate.TRANSFORMS, transform=name)(log_scale)
 
@@ -81,8 +81,8 @@ def choose_patch(size: int, patch: int | None) -> int:
     """Return the patch size of a transformer for images of `size` x `size` pixels.
 
     Args:
-        size: height and width of the images.
-        patch: a divisor of `size`; None selects the largest of 4, 2 and 1 that divides it.
+        size: Height and width of the images.
+        patch: A divisor of `size`; None selects the largest of 4, 2 and 1 that divides it.
     """
     if patch is None:
         return next(patch for patch in (4, 2, 1) if size % patch == 0)
@@ -119,8 +119,8 @@ def num_levels(size: int, levels: int | None) -> int:
     """Return the number of times that a multi-scale flow halves images of `size` x `size` pixels.
 
     Args:
-        size: height and width of the images.
-        levels: a number that the size allows; None selects the largest one, at most 4.
+        size: Height and width of the images.
+        levels: A number that the size allows; None selects the largest one, at most 4.
     """
     if levels is None:
         return next(levels for levels in (4, 3, 2, 1, 0) if size % 2**levels == 0)
@@ -147,15 +147,15 @@ def multi_scale(
     After each of the first `num_splits` levels, half of the channels leave as latents (FactorOut).
 
     Args:
-        num_splits: number of levels that end with a split.
-        channels: channels of the images.
-        resolution: height and width of the images.
-        level: builds the bijections of a level, from (C, R, R) to (4C, R/2, R/2), given its
+        num_splits: Number of levels that end with a split.
+        channels: Channels of the images.
+        resolution: Height and width of the images.
+        level: Builds the bijections of a level, from (C, R, R) to (4C, R/2, R/2), given its
             number, its input channels C and its resolution R.
-        last_level: builds the bijections after the last split, which end with a vector.
-        prior: builds the network that predicts the leaving half from the other half, given the
+        last_level: Builds the bijections after the last split, which end with a vector.
+        prior: Builds the network that predicts the leaving half from the other half, given the
             number of channels before the split; None stands for N(0, I).
-        index: number of the first level.
+        index: Number of the first level.
     """
     if index >= num_splits:
         return Chain(*last_level(channels, resolution))

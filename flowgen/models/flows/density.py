@@ -105,20 +105,18 @@ class FlowDensity(GenerativeModel):
         log_base, log_det = self._class_terms(outputs)
         log_density = log_base + log_det
         posterior = log_density.softmax(1)
-        # The latents of the last level come first in the vector of latents.
-        last_level_density = self._class_terms(last_outputs).sum(0)
         return log_density.logsumexp(1) - math.log(len(self.means)), {
             "log_base": (posterior * log_base).sum(1),
             "log_det": (posterior * log_det).sum(1),
-            "last_level": (posterior * last_level_density).sum(1),
+            "last_level": (posterior * self._class_terms(last_outputs).sum(0)).sum(1),
         }
 
     def _class_terms(self, outputs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """Return log N(z; mean, I) and the log-determinant of each class: (2, batch, classes).
 
         Args:
-            outputs: The first latents z and the log-determinants of the bijection: for each class
-                if the class conditions the networks, else once.
+            outputs: Latents z and log-determinants: for each class if the class conditions the
+                networks, else once. The latents of the last level come first among all latents.
         """
         groups = self.means.split(1) if self.condition_networks else [self.means]
         terms = [

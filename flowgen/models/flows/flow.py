@@ -148,8 +148,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
         self.dequantizer.initialize(images, self.dtype)
         if labels is None and self.num_classes is not None:
             labels = torch.arange(len(images), device=images.device) % self.num_classes
-        x, _ = self._dequantize(images)
-        self.bijection.initialize(x, self.condition(self.one_hot(labels)))
+        self.bijection.initialize(self._dequantize(images)[0], self.condition(self.one_hot(labels)))
 
     def log_prob(
         self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.bijections import continuous, elementwise, networks, reshape
-from flowgen.bijections.base import Chain
+from flowgen.bijections import continuous, elementwise, networks
+from flowgen.bijections.base import Bijection
 from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting
 from flowgen.models.flows.builders import (
     check_transformer,
     choose_patch,
     condition_size,
-    gaussianization,
+    flat_chain,
     square_shape,
 )
 from flowgen.models.flows.flow import Flow
@@ -35,19 +35,19 @@ class FlowMatching(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        patch: side length of the patches, the tokens of the transformer; None selects the largest
+        bits: Bits per pixel value.
+        patch: Side length of the patches, the tokens of the transformer; None selects the largest
             of 4, 2 and 1 that divides the image size.
-        num_layers: layers of the transformer, which predicts the velocity.
-        width: width of the transformer, a multiple of `num_heads`.
-        num_heads: attention heads of the transformer.
-        dropout: dropout of the transformer, from 0 to 1.
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        tolerance: relative and absolute tolerance of a solver step.
-        exact_trace_dims: log-determinants are exact for images up to this dimension, at a cost that
+        num_layers: Layers of the transformer, which predicts the velocity.
+        width: Width of the transformer, a multiple of `num_heads`.
+        num_heads: Attention heads of the transformer.
+        dropout: Dropout of the transformer, from 0 to 1.
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        tolerance: Relative and absolute tolerance of a solver step.
+        exact_trace_dims: Log-determinants are exact for images up to this dimension, at a cost that
             grows with it, and estimated above.
-        num_classes: number of classes for a class-conditional model, or None.
-        condition_networks: with classes, make the class an input of the velocity; p(x) then takes
+        num_classes: Number of classes for a class-conditional model, or None.
+        condition_networks: With classes, make the class an input of the velocity; p(x) then takes
             one solution of the ODE per class. Otherwise only the base depends on the class.
 
     Example:
@@ -83,7 +83,6 @@ class FlowMatching(Flow):
         check_transformer([num_layers], width, num_heads, dropout)
         check_number(tolerance=tolerance)
         check_whole(low=0, exact_trace_dims=exact_trace_dims)
-        dim = channels * size**2
         velocity = continuous.VelocityField(
             channels,
             size,
@@ -94,18 +93,26 @@ class FlowMatching(Flow):
             dropout,
             condition_size(num_classes, condition_networks),
         )
-        bijection = Chain(
-            *gaussianization(gaussianize, channels, bits),
-            reshape.Flatten(channels, size, size),
-            elementwise.Standardize(dim, learned=False),
-            continuous.CNF(velocity, tolerance, exact_trace_dims),
+
+        def layers(dim: int) -> list[Bijection]:
+            return [
+                elementwise.Standardize(dim, learned=False),
+                continuous.CNF(velocity, tolerance, exact_trace_dims),
+            ]
+
+        super().__init__(
+            flat_chain(image_shape, bits, gaussianize, layers),
+            image_shape,
+            bits,
+            "uniform",
+            num_classes,
+            condition_networks,
         )
-        super().__init__(bijection, image_shape, bits, "uniform", num_classes, condition_networks)
         self.random_source = networks.RandomSource()
         self.loss_metric = None
         # The mean of p(x) would be biased upwards by the errors of estimated log-determinants:
         # E[exp(error)] > 1.
-        self.elbo_only = dim > exact_trace_dims
+        self.elbo_only = self.dimensions > exact_trace_dims
 
     @classmethod
     def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:

@@ -27,31 +27,31 @@ class Glow(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        levels: number of levels (L in the paper), each of which halves the resolution; None
+        bits: Bits per pixel value.
+        levels: Number of levels (L in the paper), each of which halves the resolution; None
             selects as many as the size allows, at most 4.
-        steps_per_level: steps of flow in each level (K in the paper), or a list with one number per
+        steps_per_level: Steps of flow in each level (K in the paper), or a list with one number per
             level.
-        width: channels of the coupling networks; 512 in the paper.
-        network: network of the couplings: "conv" (conv3x3, conv1x1, conv3x3, as in the paper),
+        width: Channels of the coupling networks; 512 in the paper.
+        network: Network of the couplings: "conv" (conv3x3, conv1x1, conv3x3, as in the paper),
             "resnet" (residual blocks) or "gated" (gated dilated blocks, as in WaveNet).
-        num_blocks: blocks of network="resnet" or "gated".
+        num_blocks: Blocks of network="resnet" or "gated".
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics, as in Flow++).
-        log_scale: parameterization of the log-scales of transform="affine", "multiplicative" or
+        log_scale: Parameterization of the log-scales of transform="affine", "multiplicative" or
             "mixture": "bounded" (arc tangent), "sigmoid" (as in Glow's code) or "tanh".
-        convolution: parameterization of the 1x1 convolutions: "plu" (LU decomposition) or "plain".
-        split_prior: prior of the half that leaves at a split: "predicted" from the half that stays,
+        convolution: Parameterization of the 1x1 convolutions: "plu" (LU decomposition) or "plain".
+        split_prior: Prior of the half that leaves at a split: "predicted" from the half that stays,
             or "standard" for N(0, 1).
-        base: base of the last latents: "standard" for N(0, I), or "learned" for a Gaussian with
+        base: Base of the last latents: "standard" for N(0, I), or "learned" for a Gaussian with
             learned means and deviations.
-        final_actnorm: add an ActNorm before the base.
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent,
+        final_actnorm: Add an ActNorm before the base.
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent,
             as in digits.
         dequantization: "uniform", "variational" (a learned flow, as in Flow++) or
-            "gaussian:DEVIATION" (noisy images).
-        num_classes: number of classes for a class-conditional model, or None.
-        condition_networks: with classes, make the class an input of all networks; p(x) then takes
+            "gaussian:STD" (noisy images).
+        num_classes: Number of classes for a class-conditional model, or None.
+        condition_networks: With classes, make the class an input of all networks; p(x) then takes
             one pass per class. Otherwise only the base depends on the class.
 
     Example:
@@ -130,20 +130,20 @@ class Glow(Flow):
             return [reshape.Squeeze(), *steps(index, 4 * channels)]
 
         def last_level(channels: int, resolution: int) -> list[Bijection]:
-            bijections = level(levels - 1, channels, resolution) if levels else steps(0, channels)
-            if levels:  # images of odd size cannot be squeezed
-                channels, resolution = 4 * channels, resolution // 2
-            if final_actnorm:
-                bijections.append(linear.ActNorm(channels))
-            bijections.append(reshape.Flatten(channels, resolution, resolution))
-            if base == "learned":
-                bijections.append(elementwise.Standardize(channels * resolution**2))
-            return bijections
+            scale = 2 if levels else 1  # images of odd size cannot be squeezed
+            out_channels = channels * scale**2
+            side = resolution // scale
+            return [
+                *(level(levels - 1, channels, resolution) if levels else steps(0, channels)),
+                *([linear.ActNorm(out_channels)] if final_actnorm else []),
+                reshape.Flatten(out_channels, side, side),
+                *([elementwise.Standardize(out_channels * side**2)] if base == "learned" else []),
+            ]
 
         def prior(channels: int) -> networks.Conditioner | None:
-            if split_prior == "standard":
-                return None
-            return networks.ZeroConv2d(channels // 2 + cond_channels, channels, 3)
+            in_channels = channels // 2 + cond_channels
+            is_standard = split_prior == "standard"
+            return None if is_standard else networks.ZeroConv2d(in_channels, channels, 3)
 
         super().__init__(
             Chain(

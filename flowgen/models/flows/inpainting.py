@@ -114,9 +114,8 @@ class InpaintingChains(ABC):
             position = self.position.clone().requires_grad_(True)
             optimizer = torch.optim.Adam([position], MODE_LR)
             for _ in self.flow.progress(range(MODE_STEPS), "most probable", MODE_STEPS):
-                optimizer.zero_grad()
                 value = density(position)
-                (-value.sum()).backward(inputs=[position])
+                (position.grad,) = torch.autograd.grad(-value.sum(), position)
                 optimizer.step()
         self.position = position.detach()
         return value.detach()
@@ -182,7 +181,7 @@ class InpaintingChains(ABC):
 
     def _decode(self, offset: Tensor) -> Tensor:
         """Return h for latents at this offset from their mean."""
-        return self.body.inverse(offset + self.flow.means[self.labels], self._condition())[0]
+        return self.body.inverse(offset + self.flow.means[self.labels], self._condition)[0]
 
     def _latent_density(self, tolerance: float) -> LogDensity:
         return lambda offset: (
@@ -192,9 +191,10 @@ class InpaintingChains(ABC):
 
     def _prior_log_density(self, h: Tensor) -> Tensor:
         """Return log p(h | labels), (chains,)."""
-        z, log_det = self.body(h, self._condition())
+        z, log_det = self.body(h, self._condition)
         return standard_normal_log_prob(z - self.flow.means[self.labels]) + log_det
 
+    @property
     def _condition(self) -> Tensor | None:
         return self.flow.condition(self.flow.one_hot(self.labels))
 

@@ -18,14 +18,14 @@ class MAF(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        num_transforms: autoregressive transforms, each in the reverse order of the previous one.
-        width: units of each hidden layer.
-        num_layers: hidden layers of each network.
+        bits: Bits per pixel value.
+        num_transforms: Autoregressive transforms, each in the reverse order of the previous one.
+        width: Units of each hidden layer.
+        num_layers: Hidden layers of each network.
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics).
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD".
 
     Example:
         >>> import torch
@@ -63,8 +63,9 @@ class MAF(Flow):
                 yield from (batchnorm.BatchNorm(dim), Flip())
             yield elementwise.Standardize(dim)
 
-        chain = flat_chain(image_shape, bits, gaussianize, layers)
-        super().__init__(chain, image_shape, bits, dequantization)
+        super().__init__(
+            flat_chain(image_shape, bits, gaussianize, layers), image_shape, bits, dequantization
+        )
 
 
 class IAF(MAF):
@@ -75,14 +76,14 @@ class IAF(MAF):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        num_transforms: autoregressive transforms, each in the reverse order of the previous one.
-        width: units of each hidden layer.
-        num_layers: hidden layers of each network.
+        bits: Bits per pixel value.
+        num_transforms: Autoregressive transforms, each in the reverse order of the previous one.
+        width: Units of each hidden layer.
+        num_layers: Hidden layers of each network.
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics).
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD".
 
     Example:
         >>> import torch

@@ -17,14 +17,14 @@ class NICE(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        num_couplings: number of couplings, between which the halves swap roles.
-        width: units of each hidden layer.
-        num_layers: hidden layers of each coupling network.
+        bits: Bits per pixel value.
+        num_couplings: Number of couplings, between which the halves swap roles.
+        width: Units of each hidden layer.
+        num_layers: Hidden layers of each coupling network.
         transform: "additive" (as in the paper), "multiplicative", "affine", "spline" or "mixture"
             (of logistics).
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD".
 
     Example:
         >>> import torch
@@ -62,5 +62,6 @@ class NICE(Flow):
                 yield Flip()
             yield from (elementwise.Standardize(dim), elementwise.LogisticToNormal())
 
-        chain = flat_chain(image_shape, bits, gaussianize, layers)
-        super().__init__(chain, image_shape, bits, dequantization)
+        super().__init__(
+            flat_chain(image_shape, bits, gaussianize, layers), image_shape, bits, dequantization
+        )

@@ -18,10 +18,10 @@ class PlanarFlow(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        num_transforms: number of transforms.
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        bits: Bits per pixel value.
+        num_transforms: Number of transforms.
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD".
 
     Example:
         >>> import torch
@@ -53,11 +53,11 @@ class SylvesterFlow(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        num_transforms: number of transforms.
-        width: hidden units of each transform, at most the dimension of the image.
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        bits: Bits per pixel value.
+        num_transforms: Number of transforms.
+        width: Hidden units of each transform, at most the dimension of the image.
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD".
 
     Example:
         >>> import torch

@@ -24,14 +24,14 @@ class RealNVP(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        levels: number of levels, each of which halves the resolution; None selects as many as the
+        bits: Bits per pixel value.
+        levels: Number of levels, each of which halves the resolution; None selects as many as the
             size allows, at most 4.
-        width: channels of the coupling networks; 64 in the paper.
-        num_blocks: residual blocks of the coupling networks; 4 to 8 in the paper.
+        width: Channels of the coupling networks; 64 in the paper.
+        num_blocks: Residual blocks of the coupling networks; 4 to 8 in the paper.
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics).
-        alpha: the logit is that of alpha + (1 - 2 alpha) x, with 0 < alpha < 0.5.
+        alpha: The logit is that of alpha + (1 - 2 alpha) x, with 0 < alpha < 0.5.
         dequantization: "uniform" or "variational".
 
     Example:

@@ -33,26 +33,26 @@ class TarFlow(Flow, SupportsTokenSampling):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        patch: side length of the patches, the tokens of the transformers; None selects the largest
+        bits: Bits per pixel value.
+        patch: Side length of the patches, the tokens of the transformers; None selects the largest
             of 4, 2 and 1 that divides the image size.
-        num_layers: layers of the transformer of each block, from the image to the noise. With at
+        num_layers: Layers of the transformer of each block, from the image to the noise. With at
             least two blocks, each patch depends on all others.
-        width: width of the transformers, a multiple of `num_heads`.
-        num_heads: attention heads of the transformers.
-        dropout: dropout of the transformers, from 0 to 1.
+        width: Width of the transformers, a multiple of `num_heads`.
+        num_heads: Attention heads of the transformers.
+        dropout: Dropout of the transformers, from 0 to 1.
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics); None selects "affine" for color and "mixture" for gray images.
-        local: make each number depend also on the previous numbers of its patch; False as in the
+        local: Make each number depend also on the previous numbers of its patch; False as in the
             paper.
-        roll: shift the borders of the patches every two blocks.
-        permutation: mixing of the channels of a patch before each block: "none" (as in the paper),
+        roll: Shift the borders of the patches every two blocks.
+        permutation: Mixing of the channels of a patch before each block: "none" (as in the paper),
             "actnorm" or "plu" (ActNorm and an invertible 1x1 convolution); None selects "plu" for
             color and "actnorm" for gray images.
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION" (as in the paper).
-        num_classes: number of classes for a class-conditional model, or None.
-        condition_networks: with classes, make the class an input of all networks; p(x) then takes
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD" (as in the paper).
+        num_classes: Number of classes for a class-conditional model, or None.
+        condition_networks: With classes, make the class an input of all networks; p(x) then takes
             one pass per class. Otherwise only the base depends on the class.
 
     Example:
@@ -121,19 +121,25 @@ class TarFlow(Flow, SupportsTokenSampling):
             pixels = patch // 2 if index % 4 == 2 else -(patch // 2)
             return [Invert(reshape.Squeeze(patch)), reshape.Roll(pixels), reshape.Squeeze(patch)]
 
-        chain = Chain(
-            *gaussianization(gaussianize, image_channels, bits),
-            reshape.Squeeze(patch),
-            linear.ActNorm(channels),
-            *(
-                bijection
-                for index, depth in enumerate(num_layers)
-                for bijection in (*shift(index), *block(index, depth))
+        super().__init__(
+            Chain(
+                *gaussianization(gaussianize, image_channels, bits),
+                reshape.Squeeze(patch),
+                linear.ActNorm(channels),
+                *(
+                    bijection
+                    for index, depth in enumerate(num_layers)
+                    for bijection in (*shift(index), *block(index, depth))
+                ),
+                reshape.Flatten(channels, resolution, resolution),
+                elementwise.Standardize(channels * resolution**2),
             ),
-            reshape.Flatten(channels, resolution, resolution),
-            elementwise.Standardize(channels * resolution**2),
+            image_shape,
+            bits,
+            dequantization,
+            num_classes,
+            condition_networks,
         )
-        super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
         self.random_source = networks.RandomSource()
         self.transform = univariate
         self.guidance = 0.0
@@ -155,14 +161,14 @@ class TarFlow(Flow, SupportsTokenSampling):
         log p(x | class) is returned.
 
         Args:
-            count: number of images.
-            temperature: standard deviation of every latent around its mean.
-            generator: random generator, or None for the global one.
-            label: the class; None cycles through the classes, if the flow has any.
-            start_index: index of the first image in this cycle.
-            guidance: the weight w of classifier-free guidance; needs classes and
+            count: Number of images.
+            temperature: Standard deviation of every latent around its mean.
+            generator: Random generator, or None for the global one.
+            label: The class; None cycles through the classes, if the flow has any.
+            start_index: Index of the first image in this cycle.
+            guidance: The weight w of classifier-free guidance; needs classes and
                 transform="affine".
-            jacobi: update all tokens in parallel until they converge (Jacobi iteration).
+            jacobi: Update all tokens in parallel until they converge (Jacobi iteration).
         """
         check_number(guidance=guidance)
         with (
