@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from flowgen.bijections.base import inversion_error
 from flowgen.utils.console import Progress, no_progress
-from flowgen.utils.errors import check_choice, check_whole
+from flowgen.utils.errors import check_whole
 from flowgen.utils.metrics import LOG_PROBABILITY, Metric, Metrics
 
 Likelihood = Literal["exact", "bound", "estimate", "none"]
@@ -46,7 +46,6 @@ class EvalConfig:
         check_whole(high=10**5, num_importance_samples=self.num_importance_samples)
         check_whole(high=10**8, ais_steps=self.ais_steps)
         check_whole(high=10**6, ais_chains=self.ais_chains)
-        check_choice((True, False), cross_check=self.cross_check)
 
 
 QUICK_EVAL = EvalConfig()
@@ -253,8 +252,7 @@ class LinearMeasurement(NamedTuple):
 
     def sum_groups(self, x: Tensor) -> Tensor:
         """Return the sum of x over groups, (batch,), where x is constant within each group."""
-        pixels_per_group = self.factor**2 * (x.shape[1] if self.grayscale else 1)
-        return x.flatten(1).sum(1) / pixels_per_group
+        return x.flatten(1).sum(1) / (self.factor**2 * (x.shape[1] if self.grayscale else 1))
 
 
 # The known part of an image: a boolean mask (channels, height, width), or sums of pixels.

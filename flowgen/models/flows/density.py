@@ -73,8 +73,8 @@ class FlowDensity(GenerativeModel):
     def class_log_density(self, x: Tensor) -> Tensor:
         """Return log p(x | y) in nats for every class y: (batch, classes)."""
         if self.condition_networks:
-            labels = [x.new_full((len(x),), y, dtype=torch.long) for y in range(len(self.means))]
-            return torch.stack([self.log_density(x, label) for label in labels], 1)
+            labels = torch.arange(len(self.means), device=x.device)
+            return torch.stack([self.log_density(x, y.expand(len(x))) for y in labels], 1)
         z, log_det = self.bijection(x)
         return _log_base_per_mean(z, self.means) + log_det[:, None]
 

@@ -131,9 +131,11 @@ def make_dequantizer(dequantization: str, image_shape: Sequence[int], bits: int)
     if std is not None:
         return GaussianDequantizer(std, 2**bits)
     check_choice(("uniform", "variational", "gaussian:0.05"), dequantization=dequantization)
-    if dequantization == "uniform":
-        return UniformDequantizer()
-    return VariationalDequantizer(image_shape[0], image_shape[1], 2**bits)
+    return (
+        UniformDequantizer()
+        if dequantization == "uniform"
+        else VariationalDequantizer(image_shape[0], image_shape[1], 2**bits)
+    )
 
 
 def gaussian_std(dequantization: object) -> float | None:

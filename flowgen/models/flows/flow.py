@@ -272,14 +272,16 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
 
     def _sample_labels(self, count: int, label: int | None, start_index: int) -> Tensor | None:
         """Return the classes of samples, (count,), or None for a flow without classes."""
-        if label is None:
-            indices = torch.arange(start_index, start_index + count, device=self.device)
-            return None if self.num_classes is None else indices % self.num_classes
+        if label is None and self.num_classes is None:
+            return None
         self._check_classes()
-        if label not in range(len(self.means)):
+        num_classes = len(self.means)
+        if label is None:
+            return torch.arange(start_index, start_index + count, device=self.device) % num_classes
+        if label not in range(num_classes):
             raise UserError(
-                f"label {label} is not one of the model's {len(self.means)} classes: "
-                f"choose a number from 0 to {len(self.means) - 1}"
+                f"label {label} is not one of the model's {num_classes} classes: "
+                f"choose a number from 0 to {num_classes - 1}"
             )
         return torch.full((count,), label, device=self.device)
 
@@ -351,13 +353,11 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
         check_choice(self.samplers, sampler=sampler)
         chains = self.inpainting_chains(images, known, NUM_CHAINS, steps or NUM_STEPS, generator)
         pixels = (chains.samples * self.bins).floor().clamp(0, self.bins - 1)
-        std = pixels.std(0)
-        if not isinstance(known, LinearMeasurement):
-            std = std[~known.to(pixels.device)]
+        unknown = slice(None) if isinstance(known, LinearMeasurement) else ~known.to(pixels.device)
         log_prob = self.score(pixels.to(torch.uint8), generator=generator).mean().item()
         metrics = {
             "acceptance": chains.acceptance,
-            "spread": std.mean().item() / (self.bins - 1),
+            "spread": pixels.std(0)[unknown].mean().item() / (self.bins - 1),
             "bits_per_dim": -log_prob / (self.dimensions * math.log(2)),
         }
         brightness = pixels / (self.bins - 1)

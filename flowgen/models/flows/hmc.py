@@ -40,10 +40,10 @@ class StepSize:
         """
         step_size = cls()
         while step_size.value > MIN_STEP_SIZE:
-            _, log_ratio, inside = _leapfrog(
+            _, _, acceptance = _leapfrog(
                 position, density, step_size.value, PILOT_LEAPFROG_STEPS, generator
             )
-            if _mean_acceptance(log_ratio, inside) >= 0.5:
+            if acceptance >= 0.5:
                 break
             step_size.value *= 0.5
         return step_size
@@ -80,7 +80,7 @@ def hmc_step(
     Returns:
         The new positions, and the share of chains that accepted the end of their trajectory.
     """
-    proposal, log_ratio, inside = _leapfrog(
+    proposal, log_ratio, acceptance = _leapfrog(
         position, density, step_size.value, leapfrog_steps, generator
     )
     uniform = torch.rand(
@@ -88,7 +88,7 @@ def hmc_step(
     )
     accepted = uniform.log() < log_ratio
     if adapt:
-        step_size.update(_mean_acceptance(log_ratio, inside))
+        step_size.update(acceptance)
     return torch.where(accepted[:, None], proposal, position), accepted.float().mean().item()
 
 
@@ -98,12 +98,14 @@ def _leapfrog(
     step_size: float,
     leapfrog_steps: int,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, float]:
     """Run one trajectory per chain.
 
     Returns:
-        The ends of the trajectories, the logarithms of the acceptance ratios, (chains,), and a
-        mask that is True for chains that start inside the support of the density, (chains,).
+        The ends of the trajectories, the logarithms of the acceptance ratios, (chains,), and the
+        mean acceptance probability. The mean ignores chains that start outside the support of the
+        density: they accept every step that leads into it, which says nothing about the step size.
+        If all chains do, it is TARGET_ACCEPTANCE, so that the step size does not change.
     """
     log_density, gradient = _log_density_and_gradient(position, density)
     inside = log_density.isfinite()
@@ -117,19 +119,10 @@ def _leapfrog(
         log_density, gradient = _log_density_and_gradient(position, density)
         momentum = momentum + 0.5 * step_size * gradient
     log_ratio = log_density - 0.5 * momentum.square().sum(1) - start_energy
-    return position, log_ratio.nan_to_num(-torch.inf), inside
-
-
-def _mean_acceptance(log_ratio: Tensor, inside: Tensor) -> float:
-    """Return the mean acceptance probability of log-ratios (chains,).
-
-    Chains outside the support of the density are ignored: they accept every step that leads into
-    it, which says nothing about the step size. TARGET_ACCEPTANCE is returned if all chains are
-    outside, so that the step size does not change.
-    """
+    log_ratio = log_ratio.nan_to_num(-torch.inf)
     if not inside.any():
-        return TARGET_ACCEPTANCE
-    return log_ratio[inside].exp().clamp(max=1).mean().item()
+        return position, log_ratio, TARGET_ACCEPTANCE
+    return position, log_ratio, log_ratio[inside].exp().clamp(max=1).mean().item()
 
 
 @torch.enable_grad()

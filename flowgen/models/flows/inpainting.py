@@ -143,8 +143,8 @@ class InpaintingChains(ABC):
             self.position, self._latent_density(self.spread), self.generator
         )
         for index in self.flow.progress(range(num_trajectories), "annealing", num_trajectories):
-            progress = index / max(1, num_trajectories - 1)
-            density = self._latent_density(self.spread * MIN_TOLERANCE**progress)
+            tolerance = self.spread * MIN_TOLERANCE ** (index / max(1, num_trajectories - 1))
+            density = self._latent_density(tolerance)
             self.position, _ = hmc_step(
                 self.position, density, step_size, leapfrog_steps, True, self.generator
             )
@@ -164,9 +164,13 @@ class InpaintingChains(ABC):
             if self.flow.num_classes is not None:
                 weights = self.flow.class_log_density(self.points(self.position)).softmax(1)
                 self.labels = torch.multinomial(weights, 1, generator=self.generator)[:, 0]
-            adapt = index < num_trajectories // 2
             self.position, share_accepted = hmc_step(
-                self.position, self.log_density, step_size, leapfrog_steps, adapt, self.generator
+                self.position,
+                self.log_density,
+                step_size,
+                leapfrog_steps,
+                adapt=index < num_trajectories // 2,
+                generator=self.generator,
             )
             acceptance.append(share_accepted)
         self.acceptance = fmean(acceptance[num_trajectories // 2 :])

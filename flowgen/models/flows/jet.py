@@ -81,7 +81,6 @@ class Jet(Flow):
         check_transformer([num_layers], width, num_heads, dropout)
         check_choice(("permutation", "plu"), permutation=permutation)
         univariate = make_transform(transform)
-        cond_channels = condition_size(num_classes, condition_networks)
         patch = choose_patch(size, patch)
         channels = image_channels * patch**2
         resolution = size // patch
@@ -95,7 +94,7 @@ class Jet(Flow):
         def network(in_channels: int, transformed: int) -> networks.Transformer:
             return networks.Transformer(
                 resolution**2,
-                in_channels + cond_channels,
+                in_channels + condition_size(num_classes, condition_networks),
                 width,
                 univariate.num_params * transformed,
                 num_heads,

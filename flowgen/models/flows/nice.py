@@ -52,12 +52,11 @@ class NICE(Flow):
         univariate = make_transform(transform)
 
         def layers(dim: int) -> Iterator[Bijection]:
-            half = dim // 2
-            out_features = univariate.num_params * (dim - half)
+            out_features = univariate.num_params * (dim - dim // 2)
             yield elementwise.Standardize(dim)
             for _ in range(num_couplings):
                 yield coupling.Coupling(
-                    networks.DenseNetwork(half, width, out_features, num_layers), univariate
+                    networks.DenseNetwork(dim // 2, width, out_features, num_layers), univariate
                 )
                 yield Flip()
             yield from (elementwise.Standardize(dim), elementwise.LogisticToNormal())

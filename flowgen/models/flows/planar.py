@@ -41,8 +41,12 @@ class PlanarFlow(Flow):
         gaussianize: bool = True,
         dequantization: str = "uniform",
     ):
-        chain = _residual_chain(image_shape, bits, num_transforms, gaussianize, residual.Planar)
-        super().__init__(chain, image_shape, bits, dequantization)
+        super().__init__(
+            _residual_chain(image_shape, bits, num_transforms, gaussianize, residual.Planar),
+            image_shape,
+            bits,
+            dequantization,
+        )
 
 
 class SylvesterFlow(Flow):
@@ -79,14 +83,16 @@ class SylvesterFlow(Flow):
         dequantization: str = "uniform",
     ):
         check_whole(width=width)
-        chain = _residual_chain(
+
+        def make_layer(dim: int) -> residual.Sylvester:
+            return residual.Sylvester(dim, min(width, dim))
+
+        super().__init__(
+            _residual_chain(image_shape, bits, num_transforms, gaussianize, make_layer),
             image_shape,
             bits,
-            num_transforms,
-            gaussianize,
-            lambda dim: residual.Sylvester(dim, min(width, dim)),
+            dequantization,
         )
-        super().__init__(chain, image_shape, bits, dequantization)
 
 
 def _residual_chain(

@@ -97,7 +97,19 @@ class RealNVP(Flow):
                 reshape.Flatten(channels, resolution, resolution),
             ]
 
-        flow = multi_scale(
-            num_levels(size, levels), channels, size, level, last_level, prior=lambda channels: None
+        super().__init__(
+            Chain(
+                elementwise.Logit(alpha),
+                multi_scale(
+                    num_levels(size, levels),
+                    channels,
+                    size,
+                    level,
+                    last_level,
+                    prior=lambda channels: None,
+                ),
+            ),
+            image_shape,
+            bits,
+            dequantization,
         )
-        super().__init__(Chain(elementwise.Logit(alpha), flow), image_shape, bits, dequantization)

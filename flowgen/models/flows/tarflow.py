@@ -89,7 +89,6 @@ class TarFlow(Flow, SupportsTokenSampling):
         is_gray = image_channels == 1
         check_transformer(num_layers, width, num_heads, dropout)
         univariate = make_transform(transform or ("mixture" if is_gray else "affine"))
-        cond_channels = condition_size(num_classes, condition_networks)
         patch = choose_patch(size, patch)
         channels = image_channels * patch**2
         resolution = size // patch
@@ -106,7 +105,13 @@ class TarFlow(Flow, SupportsTokenSampling):
                 ],
             }
             network = networks.CausalTransformer(
-                resolution**2, channels, width, num_heads, depth, dropout, cond_channels
+                resolution**2,
+                channels,
+                width,
+                num_heads,
+                depth,
+                dropout,
+                condition_size(num_classes, condition_networks),
             )
             head = (autoregressive_head if local else TokenHead)(channels, width, univariate)
             return [
