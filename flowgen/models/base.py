@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -265,12 +264,12 @@ class InpaintingResult(NamedTuple):
     Attributes:
         draws: Samples of the posterior, (draws, channels, height, width).
         mean: Mean over everything the sampler drew, (channels, height, width).
-        metrics: Diagnostics of the sampler.
+        metrics: Diagnostics of the sampler, if any.
     """
 
     draws: Tensor
     mean: Tensor
-    metrics: Mapping[str, float] = MappingProxyType({})
+    metrics: Mapping[str, float]
 
 
 class SupportsInpainting(Capability):

@@ -28,8 +28,7 @@ def square_shape(image_shape: Sequence[int]) -> tuple[int, int]:
 def choose(options: Mapping[str, T], **argument: str) -> T:
     """Return the option with the name of an argument, as in `choose(NETWORKS, network=name)`."""
     check_choice(options, **argument)
-    (name,) = argument.values()
-    return options[name]
+    return options[next(iter(argument.values()))]
 
 
 def make_transform(name: str, log_scale: str = "bounded") -> univariate.Transform:

@@ -93,8 +93,8 @@ class FlowDensity(GenerativeModel):
         Schirrmeister et al. (2006.10848), section 4. In flows with a single level, h is x. In flows
         with classes, p(x) is averaged over the classes, and each term is weighted by p(y | x).
         """
-        classes = torch.eye(len(self.means), device=x.device, dtype=x.dtype)
-        conditions = classes[:, None].expand(-1, len(x), -1) if self.condition_networks else [None]
+        one_hots = torch.eye(len(self.means)).to(x)[:, None].expand(-1, len(x), -1)
+        conditions = one_hots if self.condition_networks else [None]
         splits = [module for module in self.bijection.modules() if isinstance(module, FactorOut)]
         last_level = splits[-1].inner if splits else self.bijection
         last_outputs: list[tuple[Tensor, Tensor]] = []

@@ -295,9 +295,8 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
 
         It is log p(x | label) if the class conditions the networks, else log p(x).
         """
-        condition = self.condition(one_hot)
-        x, log_det = self.bijection.inverse(z, condition)
-        return x, self.log_base(z, condition) - log_det
+        x, log_det = self.bijection.inverse(z, self.condition(one_hot))
+        return x, self.log_base(z, self.condition(one_hot)) - log_det
 
     def _denoise(self, x: Tensor, labels: Tensor | None) -> Tensor:
         if not isinstance(self.dequantizer, GaussianDequantizer):

@@ -142,8 +142,11 @@ class Glow(Flow):
 
         def prior(channels: int) -> networks.Conditioner | None:
             in_channels = channels // 2 + cond_channels
-            is_standard = split_prior == "standard"
-            return None if is_standard else networks.ZeroConv2d(in_channels, channels, 3)
+            return (
+                networks.ZeroConv2d(in_channels, channels, 3)
+                if split_prior == "predicted"
+                else None
+            )
 
         super().__init__(
             Chain(

@@ -148,8 +148,7 @@ class InpaintingChains(ABC):
             self.position, _ = hmc_step(
                 self.position, density, step_size, leapfrog_steps, True, self.generator
             )
-        h = self._decode(self.position).nan_to_num(0.0, 0.0, 0.0)
-        self.position = self.initial_position(h)
+        self.position = self.initial_position(self._decode(self.position).nan_to_num(0.0, 0.0, 0.0))
 
     @torch.no_grad()
     def sample_posterior(self, num_trajectories: int, leapfrog_steps: int) -> None:
@@ -340,8 +339,8 @@ def sample_posterior(
     """
     chains_class = MeasurementChains if isinstance(known, LinearMeasurement) else PixelChains
     num_classes = len(flow.means)
-    all_labels = torch.arange(num_classes, device=images.device).repeat(len(images))
-    modes = chains_class(flow, images, known, all_labels, generator)
+    labels = torch.arange(num_classes, device=images.device).repeat(len(images))
+    modes = chains_class(flow, images, known, labels, generator)
     log_density = modes.find_mode().view(len(images), num_classes).nan_to_num(nan=-torch.inf)
     if not log_density.isfinite().any(1).all():
         raise UserError(

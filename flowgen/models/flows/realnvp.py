@@ -76,8 +76,9 @@ class RealNVP(Flow):
             bijections: list[Bijection] = []
             for index in range(count):
                 mask = make_mask(channels, resolution, resolution, index % 2 == 1)
-                out_channels = univariate.num_params * channels
-                network = make_network(channels, width, out_channels, num_blocks)
+                network = make_network(
+                    channels, width, univariate.num_params * channels, num_blocks
+                )
                 bijections += [
                     coupling.MaskedCoupling(network, univariate, mask),
                     batchnorm.BatchNorm(channels),
