@@ -143,7 +143,8 @@ def multi_scale(
 ) -> Bijection:
     """Return a multi-scale flow from images to vectors. Real NVP (1605.08803), section 3.6.
 
-    After each of the first `num_splits` levels, half of the channels leave as latents (FactorOut).
+    After each of the first `num_splits` levels, half of the channels are factored out as latents
+    (FactorOut).
 
     Args:
         num_splits: Number of levels that end with a split.
@@ -152,7 +153,7 @@ def multi_scale(
         level: Builds the bijections of a level, from (C, R, R) to (4C, R/2, R/2), given its
             number, its input channels C and its resolution R.
         last_level: Builds the bijections after the last split, which end with a vector.
-        prior: Builds the network that predicts the leaving half from the other half, given the
+        prior: Builds the network that predicts the factored-out half from the other half, given the
             number of channels before the split; None stands for N(0, I).
         index: Number of the first level.
     """

@@ -46,7 +46,7 @@ class FlowMatching(Flow):
         tolerance: Relative and absolute tolerance of a solver step.
         exact_trace_dims: Log-determinants are exact for images up to this dimension, at a cost that
             grows with it, and estimated above.
-        num_classes: Number of classes for a class-conditional model, or None.
+        num_classes: Number of classes of a class-conditional model, or None.
         condition_networks: With classes, make the class an input of the velocity; p(x) then takes
             one solution of the ODE per class. Otherwise only the base depends on the class.
 
@@ -83,21 +83,24 @@ class FlowMatching(Flow):
         check_transformer([num_layers], width, num_heads, dropout)
         check_number(tolerance=tolerance)
         check_whole(low=0, exact_trace_dims=exact_trace_dims)
-        velocity = continuous.VelocityField(
-            channels,
-            size,
-            choose_patch(size, patch),
-            width,
-            num_heads,
-            num_layers,
-            dropout,
-            condition_size(num_classes, condition_networks),
-        )
 
         def layers(dim: int) -> list[Bijection]:
             return [
                 elementwise.Standardize(dim, learned=False),
-                continuous.CNF(velocity, tolerance, exact_trace_dims),
+                continuous.CNF(
+                    continuous.VelocityField(
+                        channels,
+                        size,
+                        choose_patch(size, patch),
+                        width,
+                        num_heads,
+                        num_layers,
+                        dropout,
+                        condition_size(num_classes, condition_networks),
+                    ),
+                    tolerance,
+                    exact_trace_dims,
+                ),
             ]
 
         super().__init__(
@@ -157,8 +160,9 @@ class FlowMatching(Flow):
             self._bits_per_dim_at(ratio * self.cnf.tolerance, first_batch)
             for ratio in (1, TOLERANCE_RATIO)
         )
-        difference = (coarse - fine).abs().mean().item()
-        return metrics | Metrics.of(MetricValue(SOLVER_DIFFERENCE, difference))
+        return metrics | Metrics.of(
+            MetricValue(SOLVER_DIFFERENCE, (coarse - fine).abs().mean().item())
+        )
 
     def _bits_per_dim_at(self, tolerance: float, images: Tensor) -> Tensor:
         """Return the bits/dim of each image with another tolerance of the solver: (batch,)."""

@@ -28,29 +28,31 @@ class Glow(Flow):
     Args:
         image_shape: (channels, height, width), with height equal to width.
         bits: Bits per pixel value.
-        levels: Number of levels (L in the paper), each of which halves the resolution; None
-            selects as many as the size allows, at most 4.
+        levels: Number of levels (L in the paper). Each level starts with a squeeze, which halves
+            height and width. None selects as many levels as the size allows, at most 4. For images
+            of odd size this is 0: the flow then has a single level without a squeeze, and needs at
+            least two channels.
         steps_per_level: Steps of flow in each level (K in the paper), or a list with one number per
             level.
         width: Channels of the coupling networks; 512 in the paper.
-        network: Network of the couplings: "conv" (conv3x3, conv1x1, conv3x3, as in the paper),
-            "resnet" (residual blocks) or "gated" (gated dilated blocks, as in WaveNet).
+        network: Network of the couplings: "conv" is conv3x3, conv1x1, conv3x3, as in the paper.
+            "resnet" has residual blocks. "gated" has gated dilated blocks, as in WaveNet.
         num_blocks: Blocks of network="resnet" or "gated".
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics, as in Flow++).
-        log_scale: Parameterization of the log-scales of transform="affine", "multiplicative" or
-            "mixture": "bounded" (arc tangent), "sigmoid" (as in Glow's code) or "tanh".
+        log_scale: How the log-scales of transform="affine", "multiplicative" and "mixture" are
+            bounded: "bounded" (by an arc tangent), "sigmoid" (as in Glow's code) or "tanh".
         convolution: Parameterization of the 1x1 convolutions: "plu" (LU decomposition) or "plain".
-        split_prior: Prior of the half that leaves at a split: "predicted" from the half that stays,
-            or "standard" for N(0, 1).
+        split_prior: Prior of the factored-out half of a split: "predicted" from the other half, or
+            "standard" for N(0, I).
         base: Base of the last latents: "standard" for N(0, I), or "learned" for a Gaussian with
-            learned means and deviations.
+            learned means and standard deviations.
         final_actnorm: Add an ActNorm before the base.
         gaussianize: Start from the marginal distribution of the pixels if few values are frequent,
             as in digits.
         dequantization: "uniform", "variational" (a learned flow, as in Flow++) or
             "gaussian:STD" (noisy images).
-        num_classes: Number of classes for a class-conditional model, or None.
+        num_classes: Number of classes of a class-conditional model, or None.
         condition_networks: With classes, make the class an input of all networks; p(x) then takes
             one pass per class. Otherwise only the base depends on the class.
 

@@ -129,8 +129,7 @@ class InpaintingChains(ABC):
         """
         noise = self._noise()
         for _ in range(MAX_HALVINGS):
-            violation = self.violation(self._decode(self.position + noise))
-            violation = violation.view(num_images, -1)
+            violation = self.violation(self._decode(self.position + noise)).view(num_images, -1)
             median = violation.nanmedian(1, keepdim=True).values.clamp(min=self.spread**2)
             too_far = ~(violation < MAX_VIOLATION_RATIO * median).flatten()
             noise = torch.where(too_far[:, None], 0.5 * noise, noise)

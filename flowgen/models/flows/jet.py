@@ -45,7 +45,7 @@ class Jet(Flow):
             paper) or "plu" (ActNorm and an invertible 1x1 convolution).
         gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
         dequantization: "uniform", "variational" or "gaussian:STD".
-        num_classes: Number of classes for a class-conditional model, or None.
+        num_classes: Number of classes of a class-conditional model, or None.
         condition_networks: With classes, make the class an input of all networks; p(x) then takes
             one pass per class. Otherwise only the base depends on the class.
 

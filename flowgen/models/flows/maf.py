@@ -57,8 +57,9 @@ class MAF(Flow):
         def layers(dim: int) -> Iterator[Bijection]:
             yield batchnorm.BatchNorm(dim)
             for _ in range(num_transforms):
-                network = autoregressive.MADE(dim, width, num_layers, univariate.num_params)
-                bijection = autoregressive.Autoregressive(network, univariate)
+                bijection = autoregressive.Autoregressive(
+                    autoregressive.MADE(dim, width, num_layers, univariate.num_params), univariate
+                )
                 yield Invert(bijection) if self.inverted else bijection
                 yield from (batchnorm.BatchNorm(dim), Flip())
             yield elementwise.Standardize(dim)

@@ -83,12 +83,14 @@ class SylvesterFlow(Flow):
         dequantization: str = "uniform",
     ):
         check_whole(width=width)
-
-        def make_layer(dim: int) -> residual.Sylvester:
-            return residual.Sylvester(dim, min(width, dim))
-
         super().__init__(
-            _residual_chain(image_shape, bits, num_transforms, gaussianize, make_layer),
+            _residual_chain(
+                image_shape,
+                bits,
+                num_transforms,
+                gaussianize,
+                lambda dim: residual.Sylvester(dim, min(width, dim)),
+            ),
             image_shape,
             bits,
             dequantization,

@@ -28,8 +28,9 @@ LABEL_DROPOUT = 0.1  # share of training images whose class is hidden from the n
 class TarFlow(Flow, SupportsTokenSampling):
     """TarFlow: blocks that are autoregressive in the patches of an image, in alternating order.
 
-    Networks that read the class are given the mean of all classes for some training images, so that
-    they also learn p(x), which classifier-free guidance needs. Zhai et al. (2412.06329), section 3.
+    For some training images, the networks get the mean of all classes as their input instead of the
+    class. So they also learn p(x), which classifier-free guidance needs. Zhai et al. (2412.06329),
+    section 3.
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
@@ -51,7 +52,7 @@ class TarFlow(Flow, SupportsTokenSampling):
             color and "actnorm" for gray images.
         gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
         dequantization: "uniform", "variational" or "gaussian:STD" (as in the paper).
-        num_classes: Number of classes for a class-conditional model, or None.
+        num_classes: Number of classes of a class-conditional model, or None.
         condition_networks: With classes, make the class an input of all networks; p(x) then takes
             one pass per class. Otherwise only the base depends on the class.
 
@@ -113,10 +114,12 @@ class TarFlow(Flow, SupportsTokenSampling):
                 dropout,
                 condition_size(num_classes, condition_networks),
             )
-            head = (autoregressive_head if local else TokenHead)(channels, width, univariate)
+            make_head = autoregressive_head if local else TokenHead
             return [
                 *choose(mixing, permutation=permutation or ("actnorm" if is_gray else "plu")),
-                TokenAutoregressive(network, head, reverse=index % 2 == 1),
+                TokenAutoregressive(
+                    network, make_head(channels, width, univariate), reverse=index % 2 == 1
+                ),
             ]
 
         def shift(index: int) -> list[Bijection]:
