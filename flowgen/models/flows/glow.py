@@ -17,6 +17,12 @@ from flowgen.models.flows.builders import (
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
+NETWORKS: dict[str, Callable[..., networks.Conditioner]] = {
+    "conv": networks.ConvNetwork,
+    "resnet": networks.ResNetwork,
+    "gated": networks.GatedNetwork,
+}
+
 
 class Glow(Flow):
     """Glow: a multi-scale flow of invertible 1x1 convolutions and couplings.
@@ -99,12 +105,7 @@ class Glow(Flow):
             {"plu": linear.InvertibleConv1x1LU, "plain": linear.InvertibleConv1x1},
             convolution=convolution,
         )
-        network_classes: dict[str, Callable[..., networks.Conditioner]] = {
-            "conv": networks.ConvNetwork,
-            "resnet": networks.ResNetwork,
-            "gated": networks.GatedNetwork,
-        }
-        make_network = choose(network_classes, network=network)
+        make_network = choose(NETWORKS, network=network)
         block_arguments = [] if network == "conv" else [num_blocks]
         univariate = make_transform(transform, log_scale)
         cond_channels = condition_size(num_classes, condition_networks)
@@ -150,17 +151,11 @@ class Glow(Flow):
                 else None
             )
 
-        super().__init__(
-            Chain(
-                *gaussianization(gaussianize, channels, bits),
-                multi_scale(levels - 1, channels, size, level, last_level, prior),
-            ),
-            image_shape,
-            bits,
-            dequantization,
-            num_classes,
-            condition_networks,
+        chain = Chain(
+            *gaussianization(gaussianize, channels, bits),
+            multi_scale(levels - 1, channels, size, level, last_level, prior),
         )
+        super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
 
 
 def _expand_depths(steps_per_level: int | list[int], num_levels: int) -> list[int]:

@@ -118,8 +118,7 @@ def _leapfrog(
         position = position + step_size * momentum
         log_density, gradient = _log_density_and_gradient(position, density)
         momentum = momentum + 0.5 * step_size * gradient
-    log_ratio = log_density - 0.5 * momentum.square().sum(1) - start_energy
-    log_ratio = log_ratio.nan_to_num(-torch.inf)
+    log_ratio = (log_density - 0.5 * momentum.square().sum(1) - start_energy).nan_to_num(-torch.inf)
     if not inside.any():
         return position, log_ratio, TARGET_ACCEPTANCE
     return position, log_ratio, log_ratio[inside].exp().clamp(max=1).mean().item()

@@ -114,12 +114,10 @@ class TarFlow(Flow, SupportsTokenSampling):
                 dropout,
                 condition_size(num_classes, condition_networks),
             )
-            make_head = autoregressive_head if local else TokenHead
+            head = (autoregressive_head if local else TokenHead)(channels, width, univariate)
             return [
                 *choose(mixing, permutation=permutation or ("actnorm" if is_gray else "plu")),
-                TokenAutoregressive(
-                    network, make_head(channels, width, univariate), reverse=index % 2 == 1
-                ),
+                TokenAutoregressive(network, head, reverse=index % 2 == 1),
             ]
 
         def shift(index: int) -> list[Bijection]:
@@ -129,25 +127,19 @@ class TarFlow(Flow, SupportsTokenSampling):
             pixels = patch // 2 if index % 4 == 2 else -(patch // 2)
             return [Invert(reshape.Squeeze(patch)), reshape.Roll(pixels), reshape.Squeeze(patch)]
 
-        super().__init__(
-            Chain(
-                *gaussianization(gaussianize, image_channels, bits),
-                reshape.Squeeze(patch),
-                linear.ActNorm(channels),
-                *(
-                    bijection
-                    for index, depth in enumerate(num_layers)
-                    for bijection in (*shift(index), *block(index, depth))
-                ),
-                reshape.Flatten(channels, resolution, resolution),
-                elementwise.Standardize(channels * resolution**2),
+        chain = Chain(
+            *gaussianization(gaussianize, image_channels, bits),
+            reshape.Squeeze(patch),
+            linear.ActNorm(channels),
+            *(
+                bijection
+                for index, depth in enumerate(num_layers)
+                for bijection in (*shift(index), *block(index, depth))
             ),
-            image_shape,
-            bits,
-            dequantization,
-            num_classes,
-            condition_networks,
+            reshape.Flatten(channels, resolution, resolution),
+            elementwise.Standardize(channels * resolution**2),
         )
+        super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
         self.random_source = networks.RandomSource()
         self.transform = univariate
         self.guidance = 0.0
