@@ -196,7 +196,7 @@ def sample_batches(
         size = min(BATCH_SIZE, count - start)
         yield model.sample(size, temperature, generator, **position, **kwargs)
         if isinstance(model, SupportsTokenSampling) and "jacobi" in kwargs:
-            iterations.append(model.sweeps())
+            iterations.append(model.jacobi_iterations())
     if iterations:
         per_block = (str(max(counts)) for counts in zip(*iterations, strict=True))
         console.log.info("Jacobi iterations per block: %s", ", ".join(per_block))

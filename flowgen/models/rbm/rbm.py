@@ -374,6 +374,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         return InpaintingResult(
             draws.view(-1, *self.image_shape),
             mean=(total / (steps - steps // 2)).view(self.image_shape),
+            metrics={},
         )
 
     @torch.no_grad()
