@@ -1,10 +1,10 @@
-"""Optimizers, the learning-rate schedule and the norm of the gradients."""
+"""Optimizers and the learning-rate schedule."""
 
 import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flowgen.utils.errors import UserError
 
@@ -68,9 +68,3 @@ def warmup_steps(warmup: int | str, num_images: int, batch_size: int) -> int:
             f"warmup must be a number of steps, or of epochs as in '1 epoch', not {warmup!r}"
         )
     return round(float(epochs[1]) * num_images / batch_size)
-
-
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the 2-norm of all gradients of `model` together."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return nn.utils.get_total_norm(gradients)

@@ -1,7 +1,6 @@
 """Warnings about implausible results: likelihoods below the entropy, leaked test images."""
 
 import hashlib
-import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowgen.data.dataset import ImageDataset
+from flowgen.utils.console import log
 from flowgen.utils.metrics import MetricValue, beats_entropy_bound
 from flowgen.utils.rendering import is_toy2d
 
@@ -17,7 +17,6 @@ MAX_DIGEST_BYTES = 1024  # per image; images with equal digests are compared as 
 MAX_LISTED_INDICES = 3
 MAX_TRAIN_BYTES = 2**33  # of training images that are searched for test images
 MAX_INVERSION_ERROR = 1e-3  # relative; gradients have about the same error
-log = logging.getLogger("flowgen")
 
 
 def find_duplicates(train: Tensor, test: Tensor, bits: int = 8) -> list[int]:

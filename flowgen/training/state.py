@@ -22,16 +22,16 @@ OPTIMIZER_STATE = {  # tensors that each optimizer stores per parameter
 
 
 class TrainState:
-    """Model, EMAs, optimizer and progress of one training.
+    """Model, EMAs, optimizer and progress of one training run.
 
     Attributes:
-        emas: one averaged copy of the model per decay; empty if there is nothing to average.
-        best_ema: index of the EMA that was best at the last validation.
-        step: optimizer steps taken.
-        images_seen: training images consumed, which fixes the position in the data.
-        seconds: training time, including earlier parts of a resumed run.
-        best: the best (lowest) validation cost so far.
-        evals_since_best: validations since that one.
+        emas: One averaged copy of the model per decay; empty if there is nothing to average.
+        best_ema: Index of the EMA that was best at the last validation.
+        step: Optimizer steps taken.
+        images_seen: Training images consumed, which fixes the position in the data.
+        seconds: Training time, including earlier parts of a resumed run.
+        best_cost: Lowest cost (`Metric.cost`) at a validation so far.
+        evals_since_best: Validations since that one.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TrainState:
         self.step = 0
         self.images_seen = 0
         self.seconds = 0.0
-        self.best = math.inf
+        self.best_cost = math.inf
         self.evals_since_best = 0
         self.nan_recovery = NaNRecovery()
         self._bn_updated_at: tuple[int, int] | None = None  # step and EMA
@@ -84,7 +84,7 @@ class TrainState:
             "emas": emas if len(emas) > 1 else [],
             "optimizer": self.optimizer.state_dict(),
             "progress": {
-                "best": self.best,
+                "best": self.best_cost,
                 "seconds": self.seconds,
                 "evals_since_best": self.evals_since_best,
                 "best_ema": self.best_ema,
@@ -99,16 +99,16 @@ class TrainState:
         Raises:
             UserError: if the checkpoint belongs to another model.
         """
-        self.rollback(checkpoint)
+        self.rewind(checkpoint)
         progress = checkpoint["progress"]
         self.seconds = progress["seconds"]
         # With another kind of noise the metric is another one, and its best value means nothing.
         if checkpoint.get("metric", self.model.metric.name) == self.model.metric.name:
-            self.best = progress["best"]
+            self.best_cost = progress["best"]
             self.evals_since_best = progress.get("evals_since_best", 0)
         self.nan_recovery = NaNRecovery(**checkpoint["nan_recovery"])
 
-    def rollback(self, checkpoint: dict[str, Any]) -> None:
+    def rewind(self, checkpoint: dict[str, Any]) -> None:
         """Restore weights, optimizer state and position in the data, but not time or failures.
 
         Hyperparameters of the optimizer stay those of the current configuration.
@@ -132,7 +132,7 @@ class TrainState:
 
     def _load_emas(self, checkpoint: dict[str, Any]) -> None:
         """Load all EMAs; with other decays than before all start from the best one."""
-        same_decays = ema_decays(checkpoint["config"]["trainer"]["ema_decay"]) == self.ema_decays
+        same_decays = as_list(checkpoint["config"]["trainer"]["ema_decay"]) == self.ema_decays
         self.best_ema = checkpoint["progress"].get("best_ema", 0) if same_decays else 0
         states = checkpoint.get("emas") if same_decays else []
         states = states or [checkpoint["ema"]] * len(self.emas)
@@ -151,11 +151,9 @@ class TrainState:
                 raise ValueError("the optimizer has other tensors")
 
 
-def ema_decays(ema_decay: float | Sequence[float]) -> list[float]:
-    """Return `trainer.ema_decay`, one number or several, as a list."""
-    if isinstance(ema_decay, Sequence) and not isinstance(ema_decay, str):
-        return list(ema_decay)
-    return [ema_decay]
+def as_list(value: Any) -> list[Any]:
+    """Return one number or several, such as `trainer.ema_decay`, as a list."""
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:

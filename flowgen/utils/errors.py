@@ -26,6 +26,12 @@ def user_error(message: str) -> Iterator[None]:
         raise UserError(message) from error
 
 
+def check(valid: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `valid` is true."""
+    if not valid:
+        raise UserError(message)
+
+
 def check_whole(low: int = 1, high: float = math.inf, **values: object) -> None:
     """Raise `UserError` unless every value is an integer from `low` to `high`."""
     for name, value in values.items():
@@ -47,11 +53,10 @@ def check_number(low: float = 0.0, **values: object) -> None:
 def check_choice(choices: Iterable[object], **values: object) -> None:
     """Raise `UserError` unless every value is one of `choices`."""
     choices = list(choices)
-    one_of = "one of " if len(choices) > 1 else ""
+    options = ("one of " if len(choices) > 1 else "") + ", ".join(map(str, choices))
     for name, value in values.items():
         if value not in choices:
-            options = ", ".join(map(str, choices))
-            raise UserError(f"{name} must be {one_of}{options}, not {value!r}")
+            raise UserError(f"{name} must be {options}, not {value!r}")
 
 
 def check_folder_of(path: Path) -> None:

@@ -48,10 +48,8 @@ def launch(num_processes: int, argv: list[str], hint: str) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # reported below
-    if hasattr(os, "sched_getaffinity"):
-        num_cores = len(os.sched_getaffinity(0))
-    else:
-        num_cores = os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     defaults = {"OMP_NUM_THREADS": str(max(1, num_cores // num_processes)), LAUNCHED_ENV: "1"}
     added = {name: value for name, value in defaults.items() if name not in os.environ}
     os.environ.update(added)

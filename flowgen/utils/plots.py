@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgen.utils.metrics import Metric, MetricValue
+from flowgen.utils.metrics import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,9 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v")
 MAX_MARKERS = 40  # longer lines have no markers, which would hide them
-OUTLIER_SHARE = 0.03  # of a curve's worst values, outside the frame: the first steps of a training
+OUTLIER_SHARE = (
+    0.03  # of a curve's worst values that are outside the frame: its first steps
+)
 
 
 def lines(
@@ -104,15 +106,12 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
         path: Path of the PNG.
     """
     train = [row for row in rows if row["split"] == "train" and row.get("loss") is not None]
-    losses = [(row["step"], row["loss"]) for row in train]
+    losses = _points(train, "train", "loss")
     loss_lines = {"training loss": losses, "training loss, moving average": moving_average(losses)}
-    metric_lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row["split"] != "train" and (measured := MetricValue.from_row(row, metric)):
-            points = metric_lines.setdefault(f"{row['split']} {metric.name}", [])
-            points.append((row["step"], measured.value))
-    if not losses and not metric_lines:
-        return
+    metric_lines = {
+        f"{split} {metric.name}": _points(rows, split, metric.name)
+        for split in ("validation", "test")
+    }
     highest = (0.0, OUTLIER_SHARE)
     if not train or metric.name in train[0]:
         panels = [(metric.name, loss_lines | metric_lines, highest)]
@@ -120,6 +119,8 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
         worst = (OUTLIER_SHARE, 0.0) if metric.higher_is_better else highest
         panels = [(metric.name, metric_lines, worst), ("loss", loss_lines, highest)]
     panels = [panel for panel in panels if any(panel[1].values())]
+    if not panels:
+        return
     with _figure(8, 3 + 3 * len(panels), path) as page:
         ratios = [2] * len(panels) + [1]
         *upper, lower = page.subplots(len(panels) + 1, 1, sharex=True, height_ratios=ratios)
@@ -137,6 +138,15 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
             axes.set_ylabel(label, color=color)
         norms.set_yscale("log")
         lower.set_xlabel("step")
+
+
+def _points(rows: Sequence[dict[str, Any]], split: str, name: str) -> list[tuple[float, float]]:
+    """Return step and value of a metric in all rows of a split that have it."""
+    return [
+        (row["step"], row[name])
+        for row in rows
+        if row["split"] == split and row.get(name) is not None
+    ]
 
 
 def scatter_plot(points: Tensor, end: float) -> Image.Image:
