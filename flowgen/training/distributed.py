@@ -94,10 +94,11 @@ class ProcessGroup(Rank):
     def broadcast_weights(self, model: nn.Module) -> None:
         """Copy the weights of the main process to all processes."""
         if self.size > 1:
-            weights = self.broadcast_from_main(
-                lambda: {name: value.cpu() for name, value in model.state_dict().items()}
+            model.load_state_dict(
+                self.broadcast_from_main(
+                    lambda: {name: value.cpu() for name, value in model.state_dict().items()}
+                )
             )
-            model.load_state_dict(weights)
 
 
 class ShardedRandomSource(RandomSource):

@@ -154,9 +154,9 @@ class Run:
 
     def save_evaluation(self, checkpoint: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Save the metrics of a checkpoint for later commands."""
-        content = json.dumps({"weights": weights_hash(checkpoint), **metrics})
+        row = {"weights": weights_hash(checkpoint), **metrics}
         with atomic_write(self.evaluation) as temporary:
-            temporary.write_text(content + "\n")
+            temporary.write_text(json.dumps(row) + "\n")
 
     def load_evaluation(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return the metrics that were saved for the weights of a checkpoint, or {}."""

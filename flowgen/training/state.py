@@ -117,10 +117,8 @@ class TrainState:
             self.model.load_state_dict(checkpoint["model"])
             self._load_emas(checkpoint)
             if self.optimizer_name == checkpoint["config"]["trainer"]["optimizer"]:
-                hyperparameters = self.optimizer.state_dict()["param_groups"]
-                self.optimizer.load_state_dict(
-                    checkpoint["optimizer"] | {"param_groups": hyperparameters}
-                )
+                current = self.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]}
+                self.optimizer.load_state_dict(current)
                 self._check_optimizer_state()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
@@ -135,8 +133,9 @@ class TrainState:
         same_decays = as_list(checkpoint["config"]["trainer"]["ema_decay"]) == self.ema_decays
         self.best_ema = checkpoint["progress"].get("best_ema", 0) if same_decays else 0
         states = checkpoint.get("emas") if same_decays else []
-        states = states or [checkpoint["ema"]] * len(self.emas)
-        for ema, state in zip(self.emas, states, strict=True):
+        for ema, state in zip(
+            self.emas, states or [checkpoint["ema"]] * len(self.emas), strict=True
+        ):
             if state is not None:
                 ema.load_state_dict(state)
 

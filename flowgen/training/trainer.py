@@ -313,9 +313,8 @@ class Trainer:
     @property
     def fraction_done(self) -> float:
         """The finished fraction of training, in steps or in time; at 1 training ends."""
-        config = self.config
-        by_steps = self.state.step / config.steps if config.steps else 0.0
-        by_time = self.state.seconds / (60 * config.minutes) if config.minutes else 0.0
+        by_steps = self.state.step / self.config.steps if self.config.steps else 0.0
+        by_time = self.state.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
         return max(by_steps, by_time)
 
     @property
@@ -326,8 +325,8 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """True once training has reached its end or run out of patience."""
-        patience = self.config.patience or math.inf
-        return self.fraction_done >= 1 or self.state.evals_since_best >= patience
+        out_of_patience = self.state.evals_since_best >= (self.config.patience or math.inf)
+        return self.fraction_done >= 1 or out_of_patience
 
     def _after_step(self, row: dict[str, float]) -> None:
         """Log, evaluate, sample and save, if it is time to."""
@@ -336,11 +335,10 @@ class Trainer:
         self.logger.advance(self.position)
         if self._is_due("log", config.log_every):
             self.log_step(row)
-        evaluated = self._is_due("eval", config.eval_every)
-        is_best = evaluated and self.validate()
+        is_best = self._is_due("eval", config.eval_every) and self.validate()
         if self._is_due("test", math.inf):  # no step is a multiple of infinity: only at the end
             self.test()
-        if evaluated and not self.finished:
+        if self.last_done.get("eval") == state.step and not self.finished:
             self.logger.plot_curves()  # at the end `fit` plots them
         if self._is_due("sample", config.sample_every):
             self.sample()
@@ -362,18 +360,17 @@ class Trainer:
 
     def log_step(self, row: dict[str, float]) -> None:
         """Write the metrics of the last training step."""
-        state = self.state
         speed = len(self.step_seconds) * self.config.batch_size / sum(self.step_seconds)
         self.step_seconds.clear()
         diagnostics = self.model.diagnostics()
         sanity_checks.warn_inaccurate_inverse(diagnostics)
-        row = row | {"images_per_second": speed, "skipped": state.nan_recovery.skipped}
+        row = row | {"images_per_second": speed, "skipped": self.state.nan_recovery.skipped}
         values = [MetricValue(Metric(name), value) for name, value in (row | diagnostics).items()]
         if self.model.loss_metric is not None:
             values.insert(0, MetricValue(self.model.loss_metric, row["loss"]))
         memory_gib = peak_memory(self.runtime.device)
-        metrics = Metrics.of(*values, seconds=state.seconds, memory_gib=memory_gib)
-        self.logger.write(state.step, "train", metrics)
+        metrics = Metrics.of(*values, seconds=self.state.seconds, memory_gib=memory_gib)
+        self.logger.write(self.state.step, "train", metrics)
 
     def eval_model(self) -> GenerativeModel:
         """Return the best EMA, or the model without EMA, in evaluation mode.
@@ -518,9 +515,9 @@ class Trainer:
         bytes_per_image = 5 * math.prod(self.data.image_shape)  # one byte and one float32 per value
         check_memory("trainer.batch_size", config.batch_size, bytes_per_image)
         check_memory("trainer.init_images", config.init_images, bytes_per_image)
-        recomputes = config.compile and config.activation_memory == "checkpoint"
         check(
-            not (recomputes and (self.process_group.size > 1 or batch_norm_layers(self.model))),
+            not (config.compile and config.activation_memory == "checkpoint")
+            or (self.process_group.size == 1 and not batch_norm_layers(self.model)),
             "trainer.compile=true with batch normalization or several processes needs "
             "trainer.activation_memory=store: set it, or trainer.compile=false",
         )

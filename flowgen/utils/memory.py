@@ -17,8 +17,8 @@ def free_memory() -> int:
     The least of the system's own estimate, the limits of the process (`ulimit`), and the limits of
     its control groups (a container or a batch job), where these exist.
     """
-    available = psutil.virtual_memory().available
-    return max(0, min([available, *_free_in_limits(), *_free_in_cgroups()]))
+    free = [psutil.virtual_memory().available, *_free_in_limits(), *_free_in_cgroups()]
+    return max(0, min(free))
 
 
 def _free_in_limits() -> Iterator[int]:
