@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
 
 from flowgen.bijections.base import supports_checkpointing
 from flowgen.data.dataset import ImageDataset
@@ -167,14 +166,14 @@ def check_batch_fits(
 
 
 def saved_tensor_bytes(
-    model: GenerativeModel, runtime: Runtime, images: Tensor, labels: Tensor | None
+    model: GenerativeModel, runtime: Runtime, images: torch.Tensor, labels: torch.Tensor | None
 ) -> int:
     """Return the bytes of the tensors that a forward pass saves for the backward pass."""
     sizes: dict[int, int] = {}  # of each storage, by its address
     # A forward pass changes running statistics and Markov chains: here those of a copy.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
-    def record(tensor: Tensor) -> Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
         return tensor

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,11 @@ from torch import distributed as dist
 
 from flowgen.bijections.batchnorm import BatchNorm
 from flowgen.bijections.networks import RandomSource
+from flowgen.utils import launcher
 from flowgen.utils.console import count_noun
 from flowgen.utils.distributed import Rank, WorkerDiedError, all_reduce_sum, collective
 from flowgen.utils.errors import check
-from flowgen.utils.launcher import EXIT_WORKER_DIED, LAUNCHED_ENV, is_distributed
 
-T = TypeVar("T")
 ERROR_DELAY_SECONDS = 0.5  # by which workers report an error after the main process
 TIMEOUT = timedelta(days=1)  # one process may prepare images; a dead one is noticed at once
 
@@ -57,13 +56,13 @@ class ProcessGroup(Rank):
             "start no more processes than GPUs, or set trainer.device=cpu",
         )
 
-    def broadcast_from_main(self, function: Callable[..., T], *args: Any) -> T:
+    def broadcast_from_main(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call `function` in the main process and return its result in all processes."""
         if self.size == 1:
             return function(*args)
         box = [function(*args) if self.is_main else None]
         collective(dist.broadcast_object_list, box, src=0, device=torch.device("cpu"))
-        return box[0]  # type: ignore[return-value]
+        return box[0]
 
     def barrier(self) -> None:
         """Wait until the main process arrives here."""
@@ -197,7 +196,7 @@ def join() -> Iterator[ProcessGroup]:
     Without a launcher this yields a group of one. If several processes fail, only the first
     reports its error.
     """
-    if not is_distributed():
+    if not launcher.is_distributed():
         yield ProcessGroup()
         return
     if _local_rank() < torch.cuda.device_count():
@@ -212,8 +211,8 @@ def join() -> Iterator[ProcessGroup]:
     try:
         yield ProcessGroup(rank, size)
     except WorkerDiedError as error:
-        if LAUNCHED_ENV in os.environ:  # the parent process reports it
-            raise SystemExit(EXIT_WORKER_DIED) from error
+        if launcher.LAUNCHED_ENV in os.environ:  # the parent process reports it
+            raise SystemExit(launcher.EXIT_WORKER_DIED) from error
         _raise_once(store, error)
     except Exception as error:
         _raise_once(store, error, ERROR_DELAY_SECONDS if rank else 0.0)

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from flowgen.models.base import GenerativeModel
 from flowgen.training.run_dir import Run
 from flowgen.utils import plots, rendering
-from flowgen.utils.console import EtaLogger, log
+from flowgen.utils.console import EtaLogger
+from flowgen.utils.errors import log
 from flowgen.utils.metrics import Metrics, MetricValue
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowgen.utils.console import log
-from flowgen.utils.errors import check
+from flowgen.utils.errors import check, log
 
 MAX_FAILED_STEPS = 5  # consecutive failures before training rewinds
 MAX_REWINDS = 3  # rewinds without success before training gives up

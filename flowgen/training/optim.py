@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from flowgen.utils.errors import UserError
 
@@ -12,7 +11,7 @@ OPTIMIZERS = ("adam", "sgd")
 
 
 def build_optimizer(
-    model: nn.Module,
+    model: torch.nn.Module,
     name: str,
     lr: float,
     *,

@@ -16,8 +16,7 @@ from flowgen.training.checkpoint import (
     weights_hash,
     write_checkpoint,
 )
-from flowgen.utils.console import log
-from flowgen.utils.errors import UserError, check
+from flowgen.utils.errors import UserError, check, log
 from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import COMPARED, MetricValue, finite
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from flowgen.data.dataset import ImageDataset
-from flowgen.utils.console import log
+from flowgen.utils.errors import log
 from flowgen.utils.metrics import MetricValue, beats_entropy_bound
 from flowgen.utils.rendering import is_toy2d
 

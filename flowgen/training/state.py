@@ -3,10 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from flowgen.bijections.batchnorm import update_bn
@@ -60,8 +59,7 @@ class TrainState:
     @property
     def ema_model(self) -> GenerativeModel:
         """The model to evaluate and to sample from: the best EMA, or the model itself."""
-        ema_model: Any = self.emas[self.best_ema].module if self.emas else self.model
-        return ema_model
+        return cast(GenerativeModel, self.emas[self.best_ema].module if self.emas else self.model)
 
     def update_bn(self, batches: Iterable[tuple[Any, ...]]) -> None:
         """Estimate the batch statistics of the best EMA over `batches`, once per step."""
@@ -155,7 +153,7 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+def build_ema(model: torch.nn.Module, decay: float) -> AveragedModel:
     """Return a copy of `model` whose weights are an exponential moving average of the model's.
 
     The memory grows with training: the decay of update n is min(decay, (1 + n) / (10 + n)).

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import psutil
 
-from flowgen.utils.console import log
-from flowgen.utils.errors import check
+from flowgen.utils.errors import check, log
 from flowgen.utils.memory import cgroup_folders
 
 # Spins before a thread sleeps, about a tenth of a millisecond. The default of libgomp, 300,000,

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,22 +23,23 @@ from flowgen.training.nan_recovery import first_nonfinite_module
 from flowgen.training.run_dir import Run
 from flowgen.training.signals import GracefulStop
 from flowgen.training.state import TrainState, as_list
-from flowgen.utils.console import log
-from flowgen.utils.errors import UserError, check, check_choice, check_number, check_whole
+from flowgen.utils.errors import UserError, check, check_choice, check_number, check_whole, log
 from flowgen.utils.memory import check_memory
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
 
 MIN_MINUTES = 0.001
 NUM_SAMPLES = 32  # images in a grid of samples
 BN_UPDATE_BATCHES = 40  # training batches over which batch statistics are estimated
-CHECKS: dict[Any, Callable[..., None]] = {  # of a setting, or of each element, by its type
+CHECKS: dict[Any, Callable[..., None]] = {  # of settings, or of their elements, by type
     int: check_whole,
     int | None: check_whole,
     list[int]: check_whole,
     float: check_number,
+    float | None: partial(check_number, MIN_MINUTES),
     Sequence[float]: check_number,
     float | Sequence[float]: check_number,
 }
+OPTIONAL = (int | None, float | None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +109,9 @@ class TrainerConfig:
         )
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if setting.type in CHECKS and not (value is None and setting.type == int | None):
+            if setting.type in CHECKS and (value is not None or setting.type not in OPTIONAL):
                 for number in as_list(value):
                     CHECKS[setting.type](**{setting.name: number})
-        if self.minutes is not None:
-            check_number(MIN_MINUTES, minutes=self.minutes)
         check(
             self.warmdown_ratio <= 1, f"warmdown_ratio must be at most 1, not {self.warmdown_ratio}"
         )
@@ -136,6 +136,7 @@ class TrainerConfig:
         )
 
 
+@dataclass(eq=False)
 class Trainer:
     """Training run of one model.
 
@@ -150,24 +151,13 @@ class Trainer:
         runtime: Device and precision.
     """
 
-    def __init__(
-        self,
-        config: TrainerConfig,
-        model: GenerativeModel,
-        data: ImageDataset,
-        run: Run,
-        run_config: dict[str, Any],
-        process_group: ProcessGroup,
-        runtime: Runtime,
-    ):
-        self.config = config
-        self.model = model
-        self.data = data
-        self.run = run
-        self.run_config = run_config
-        self.seed: int = run_config["seed"]
-        self.process_group = process_group
-        self.runtime = runtime
+    config: TrainerConfig
+    model: GenerativeModel
+    data: ImageDataset
+    run: Run
+    run_config: dict[str, Any]
+    process_group: ProcessGroup
+    runtime: Runtime
 
     def fit(
         self, checkpoint: dict[str, Any] | None = None, init_weights: bool = False
@@ -223,8 +213,14 @@ class Trainer:
         Returns:
             Loss, learning rate and gradient norm.
         """
+        config = self.config
         model = self.model
-        lr = self.learning_rate()
+        # The rate rises over the warm-up, which may be given in epochs, and falls at the end.
+        warmup = optim.warmup_steps(config.warmup, len(self.data.train), config.batch_size)
+        factor = optim.learning_rate_factor(
+            self.state.step, self.fraction_done, warmup, config.warmdown_ratio
+        )
+        lr = self.state.nan_recovery.lr_scale * (config.lr * factor)  # every rewind halves it
         model.zero_grad()
         losses = []
         for images, labels in self.micro_batches():
@@ -242,8 +238,8 @@ class Trainer:
         row = {"loss": loss_value, "lr": lr, "grad_norm": norm_value}
         if not all(map(math.isfinite, row.values())):
             return row  # `fit` counts the failed step and rewinds after several
-        if self.config.grad_clip:
-            nn.utils.clip_grads_with_norm_(model.parameters(), self.config.grad_clip, grad_norm)
+        if config.grad_clip:
+            nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
         for param_group in self.state.optimizer.param_groups:
             param_group["lr"] = lr
         self.state.optimizer.step()
@@ -251,26 +247,14 @@ class Trainer:
             ema.update_parameters(model)
         return row
 
-    def learning_rate(self) -> float:
-        """Return the learning rate of the next optimizer step: warm-up, plateau, warm-down.
-
-        A warm-up in epochs is converted to steps. Every rewind halves `lr_scale`.
-        """
-        config = self.config
-        warmup = optim.warmup_steps(config.warmup, len(self.data.train), config.batch_size)
-        factor = optim.learning_rate_factor(
-            self.state.step, self.fraction_done, warmup, config.warmdown_ratio
-        )
-        return self.state.nan_recovery.lr_scale * (config.lr * factor)
-
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Seed the step and yield its micro-batches: images and labels.
 
         Batches and noise depend only on seed and step, so that a step can be replayed.
         """
-        self.runtime.seed(self.seed, self.state.step)
+        self.runtime.seed(self.run_config["seed"], self.state.step)
         images, labels = self.data.next_batch(
-            self.state.images_seen, self.config.batch_size, self.seed, self.rows
+            self.state.images_seen, self.config.batch_size, self.run_config["seed"], self.rows
         )
         parts = self.config.grad_accum_steps
         label_parts = [None] * parts if labels is None else labels.chunk(parts)
@@ -377,10 +361,12 @@ class Trainer:
 
         Its batch statistics are estimated over training batches that the seed and the state fix.
         """
-        self.runtime.seed(self.seed, self.state.step)
+        self.runtime.seed(self.run_config["seed"], self.state.step)
         size = self.config.batch_size // self.config.grad_accum_steps
         self.state.update_bn(
-            self.data.train_batch(self.state.images_seen + size * index, size, self.seed)
+            self.data.train_batch(
+                self.state.images_seen + size * index, size, self.run_config["seed"]
+            )
             for index in range(BN_UPDATE_BATCHES)
         )
         return self.state.ema_model.eval()
@@ -425,7 +411,7 @@ class Trainer:
 
     def sample(self) -> None:
         """Draw samples with the same random seed every time."""
-        generator = torch.Generator(self.runtime.device).manual_seed(self.seed)
+        generator = torch.Generator(self.runtime.device).manual_seed(self.run_config["seed"])
         images, _ = self.eval_model().sample(NUM_SAMPLES, self.config.sample_temperature, generator)
         self.model.train()
         self.logger.write_samples(self.state.step, images, self.data.bits)
@@ -441,8 +427,9 @@ class Trainer:
         self.eval_model()
         self.model.train()
         if self.process_group.is_main:
-            checkpoint = {"config": self.run_config, **self.state.capture()}
-            self.run.save(checkpoint, is_best=is_best, keep=keep)
+            self.run.save(
+                {"config": self.run_config, **self.state.capture()}, is_best=is_best, keep=keep
+            )
         self.last_done["save"] = self.state.step
 
     def _prepare(self, checkpoint: dict[str, Any] | None, init_weights: bool) -> None:
@@ -462,7 +449,7 @@ class Trainer:
         model.to(self.runtime.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is None and not init_weights:
-            model.initialize(*self.data.train_batch(0, config.init_images, self.seed))
+            model.initialize(*self.data.train_batch(0, config.init_images, self.run_config["seed"]))
         check_batch_fits(
             model,
             self.data,

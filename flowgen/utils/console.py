@@ -1,4 +1,4 @@
-"""Messages for the user: logging to the terminal, progress bars and one-line errors."""
+"""Output on the terminal: log messages, progress bars and one-line errors."""
 
 import errno
 import logging
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, log
 from flowgen.utils.launcher import is_worker
 
 T = TypeVar("T")
@@ -33,7 +33,6 @@ EXPLANATIONS = {  # of errors of torch, by a phrase in their message
         "trainer.compile=true needs a C++ compiler: install g++, or set it to false"
     ),
 }
-log = logging.getLogger("flowgen")
 
 
 def setup_logging() -> None:

@@ -1,11 +1,13 @@
-"""The error that users see, and checks that constructors share."""
+"""Messages for the user: the logger, the error of user mistakes, and checks that raise it."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 SYSTEM_DIRS = ("/dev", "/proc", "/sys")
+log = logging.getLogger("flowgen")
 
 
 class UserError(ValueError):

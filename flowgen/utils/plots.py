@@ -27,9 +27,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v")
 MAX_MARKERS = 40  # longer lines have no markers, which would hide them
-OUTLIER_SHARE = (
-    0.03  # of a curve's worst values that are outside the frame: its first steps
-)
+OUTLIER_SHARE = 0.03  # of a curve's worst values that are outside the frame: its first steps
 
 
 def lines(
