@@ -56,12 +56,12 @@ def write_checkpoint(state: dict[str, Any], path: Path, links: Iterable[Path] = 
     it is only updated once the others exist.
 
     Args:
-        state: the content, without its format.
-        path: the file.
-        links: further names of the same file: hard links, or copies if the file system has none.
+        state: Content, without its format.
+        path: Checkpoint file.
+        links: Further names of the same file: hard links, or copies if the file system has none.
 
     Raises:
-        UserError: if the disk is full or not writable.
+        UserError: If the disk is full or not writable.
     """
     import torch
 
@@ -92,7 +92,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU and validate it.
 
     Raises:
-        UserError: if the file is damaged, of another format, or not a checkpoint.
+        UserError: If the file is damaged, of another format, or not a checkpoint.
     """
     import torch
 
@@ -117,7 +117,7 @@ def validate(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the checkpoint if its format and all of its values are valid.
 
     Raises:
-        UserError: otherwise.
+        UserError: Otherwise.
     """
     version = state.get("format")
     check(
@@ -156,7 +156,7 @@ def is_number(value: object) -> bool:
 
 
 def is_metrics_row(row: Any) -> bool:
-    """Return whether a training could have written this row of metrics."""
+    """Return whether training could have written this row of metrics."""
     return (
         isinstance(row, dict)
         and type(row.get("step")) is int
@@ -272,7 +272,7 @@ def zoo_file(name: str) -> Path:
     """Return the file of a model of the zoo.
 
     Raises:
-        UserError: if the zoo has no such model.
+        UserError: If the zoo has no such model.
     """
     check(name in zoo(), f"{name} is not in the zoo: choose one of {', '.join(zoo())}")
     return ZOO / f"{name.removeprefix('zoo/')}{SUFFIX}"
@@ -290,11 +290,11 @@ def export_safetensors(
     No path of this machine is written.
 
     Args:
-        checkpoint: a checkpoint from `read_checkpoint` or `read_safetensors`.
-        metrics: results of `flowgen evaluate`.
-        command: the command that trained the model.
-        path: the file to write.
-        half: store convolutions in half precision.
+        checkpoint: Checkpoint from `read_checkpoint` or `read_safetensors`.
+        metrics: Results of `flowgen evaluate`.
+        command: Command that trained the model.
+        path: File to write.
+        half: Whether to store convolutions in half precision.
     """
     from safetensors.torch import save_file
 

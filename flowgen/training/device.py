@@ -25,12 +25,12 @@ class Runtime:
     """Device, number of CPU threads and precision.
 
     Args:
-        device: auto, cpu or cuda.
+        device: Device: auto, cpu or cuda.
         num_threads: CPU threads, or "auto" for one per free core.
-        precision: number format of the networks inside couplings: float32, bfloat16 or auto.
+        precision: Number format of the networks inside couplings: float32, bfloat16 or auto.
 
     Raises:
-        UserError: if this machine does not have the device.
+        UserError: If this machine does not have the device.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ def choose_device(name: str) -> torch.device:
     This also turns off TF32 for float32 convolutions: its rounding breaks inverses.
 
     Raises:
-        UserError: if this machine does not have the device.
+        UserError: If this machine does not have the device.
     """
     torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
@@ -143,15 +143,15 @@ def check_batch_fits(
     """Check that the activations of one micro-batch fit into memory.
 
     Args:
-        model: the model on its device.
-        data: the images, of which a few are tried.
-        runtime: device and precision.
-        batch_size: images per optimizer step.
-        parts: micro-batches per step in all processes together.
-        activation_memory: the setting of the same name.
+        model: Model on its device.
+        data: Data set, of which a few images are tried.
+        runtime: Device and precision.
+        batch_size: Images per optimizer step.
+        parts: Micro-batches per step in all processes together.
+        activation_memory: Setting of the same name.
 
     Raises:
-        UserError: with the largest batch size that fits.
+        UserError: If they do not fit. The message has the largest batch size that fits.
     """
     small, large = (
         saved_tensor_bytes(model, runtime, *data.train_batch(0, count, 0)) for count in (2, 4)

@@ -172,9 +172,9 @@ def shard_batches(model: nn.Module, rank: int, world_size: int) -> None:
     Copies that were made before, such as EMAs, still take whole batches.
 
     Args:
-        model: the model, changed in place.
-        rank: number of this process, from 0.
-        world_size: number of processes.
+        model: Model, changed in place.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
     """
     for module in list(model.modules()):
         if type(module) in SYNCHRONIZED:

@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from flowgen.models.base import GenerativeModel
 from flowgen.training.run_dir import Run
-from flowgen.utils import plots, rendering
-from flowgen.utils.console import EtaLogger
+from flowgen.utils import console, plots, rendering
 from flowgen.utils.errors import log
 from flowgen.utils.metrics import Metrics, MetricValue
 
@@ -50,7 +49,7 @@ class Logger(ExitStack):
                 dynamic_ncols=True,
             )
         )
-        self.eta = EtaLogger("steps" if unit == "step" else "seconds", start, total)
+        self.eta = console.EtaLogger("steps" if unit == "step" else "seconds", start, total)
 
     def advance(self, position: float) -> None:
         """Move the progress bar."""

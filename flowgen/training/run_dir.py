@@ -28,7 +28,7 @@ class Run:
     """The files of one run.
 
     Args:
-        folder: the directory, which need not exist.
+        folder: Directory, which need not exist.
     """
 
     def __init__(self, folder: Path):
@@ -50,7 +50,7 @@ class Run:
         """Check that no file of the run is a link to another directory, or a pipe.
 
         Raises:
-            UserError: otherwise, because files elsewhere would be read or overwritten.
+            UserError: Otherwise, because files elsewhere would be read or overwritten.
         """
         own = [
             path
@@ -99,10 +99,10 @@ class Run:
         """Read the latest valid checkpoint of a step below `before`, or the latest of all.
 
         Returns:
-            the checkpoint, or None if the run has none.
+            The checkpoint, or None if the run has none.
 
         Raises:
-            UserError: if all checkpoints are damaged.
+            UserError: If all checkpoints are damaged.
         """
         valid = []
         for path in self.checkpoints():
@@ -217,11 +217,12 @@ def cached_artifact(
     """Return the result of a long computation on a checkpoint, from the run's directory if there.
 
     Args:
-        run: the directory of the cache.
-        checkpoint: its weights are part of the key. Results of other weights are deleted.
-        kind: the name of the computation.
-        settings: its arguments, which are part of the key.
-        compute: the computation; its result contains numbers and tensors.
+        run: Directory of the cache.
+        checkpoint: Checkpoint whose weights are part of the key. Results of other weights are
+            deleted.
+        kind: Name of the computation.
+        settings: Arguments of the computation, which are part of the key.
+        compute: Computation, whose result contains numbers and tensors.
     """
     import torch
 

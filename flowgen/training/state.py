@@ -95,7 +95,7 @@ class TrainState:
         """Continue exactly where `checkpoint` was saved.
 
         Raises:
-            UserError: if the checkpoint belongs to another model.
+            UserError: If the checkpoint belongs to another model.
         """
         self.rewind(checkpoint)
         progress = checkpoint["progress"]

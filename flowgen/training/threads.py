@@ -52,12 +52,12 @@ def use_threads(num_threads: int | str = "auto") -> int:
     """Set the number of torch's CPU threads and return it.
 
     Args:
-        num_threads: the number; or "auto" for one thread per core that other processes have left
+        num_threads: Number; or "auto" for one thread per core that other processes have left
             idle since `prepare_threads`. With OMP_NUM_THREADS or MKL_NUM_THREADS set, "auto" is
             that number.
 
     Raises:
-        UserError: for anything else.
+        UserError: For anything else.
     """
     import torch
 

@@ -103,9 +103,9 @@ class EtaLogger:
     """Log once how long the rest of long work will take.
 
     Args:
-        description: name of the work or its unit, such as "steps".
-        start: position at the beginning.
-        end: position at the end.
+        description: Name of the work or its unit, such as "steps".
+        start: Position at the beginning.
+        end: Position at the end.
     """
 
     def __init__(self, description: str, start: float, end: float):

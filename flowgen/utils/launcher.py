@@ -35,13 +35,13 @@ def launch(num_processes: int, argv: list[str], hint: str) -> None:
     """Run `flowgen ARGV` in several processes of this machine that train together.
 
     Args:
-        num_processes: how many.
-        argv: arguments of `flowgen`.
-        hint: what to do if a process dies; the end of the error message.
+        num_processes: Number of processes.
+        argv: Arguments of `flowgen`.
+        hint: End of the error message if a process dies: what to do.
 
     Raises:
-        UserError: if a process dies.
-        SystemExit: if a process reported its error already, or was interrupted.
+        UserError: If a process dies.
+        SystemExit: If a process reported its error already, or was interrupted.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
