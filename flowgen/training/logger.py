@@ -1,4 +1,4 @@
-"""Output of a training run: metrics.jsonl, TensorBoard, train.log, pictures and the terminal."""
+"""Output of a training run: metrics.jsonl, TensorBoard, train.log, plots, samples, terminal."""
 
 import logging
 import math

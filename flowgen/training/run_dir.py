@@ -1,4 +1,4 @@
-"""The directory of a run: configuration, metrics, log, pictures and checkpoints."""
+"""The directory of a run: configuration, metrics, log, plots, samples and checkpoints."""
 
 import hashlib
 import json

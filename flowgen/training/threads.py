@@ -65,10 +65,11 @@ def use_threads(num_threads: int | str = "auto") -> int:
         num_threads == "auto" or (type(num_threads) is int and num_threads >= 1),
         f"num_threads must be auto or a whole number of at least 1, not {num_threads!r}",
     )
-    max_threads = free_threads = _default_threads()
+    max_threads = _default_threads()
+    limit: float = max_threads
     if not any(name in os.environ for name in THREAD_VARIABLES):
-        limit = min(max_threads, free_cores() + 1 - MIN_FREE_SHARE, cpu_quota())
-        free_threads = max(1, int(limit))
+        limit = min(limit, free_cores() + 1 - MIN_FREE_SHARE, cpu_quota())
+    free_threads = max(1, int(limit))
     number = free_threads if num_threads == "auto" else int(num_threads)
     if number > free_threads:
         log.warning(
