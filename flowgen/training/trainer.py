@@ -380,14 +380,14 @@ class Trainer:
         state = self.state
         metric = self.model.metric
         results = [self._evaluate("validation", index) for index in range(len(state.emas) or 1)]
-        costs = [metric.cost(result[metric.name].value) for result in results]
-        state.best_ema = costs.index(min(costs))
+        cost_of_ema = [metric.cost(result[metric.name].value) for result in results]
+        state.best_ema = cost_of_ema.index(min(cost_of_ema))
         metrics = results[state.best_ema]
         if len(results) > 1:
             metrics |= Metrics.of(MetricValue(Metric("ema"), state.ema_decays[state.best_ema]))
         self.logger.write(state.step, "validation", metrics)
-        is_best = min(costs) < state.best_cost
-        state.best_cost = min(*costs, state.best_cost)
+        is_best = min(cost_of_ema) < state.best_cost
+        state.best_cost = min(*cost_of_ema, state.best_cost)
         state.evals_since_best = 0 if is_best else state.evals_since_best + 1
         return is_best
 
