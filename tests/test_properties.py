@@ -151,7 +151,7 @@ def test_idx_files(tmp_path, data):
 def test_damaged_checkpoints(tmp_path, data):
     (tmp_path / "last.pt").write_bytes(data)
     with accepted_or_refused():
-        assert read_checkpoint(tmp_path / "last.pt").keys() >= REQUIRED
+        assert read_checkpoint(tmp_path / "last.pt").keys() >= REQUIRED.keys()
 
 
 @often
