@@ -20,11 +20,11 @@ from flowgen.data.mnist import read_idx
 from flowgen.data.preprocess import preprocess
 from flowgen.training.checkpoint import (
     NUMERIC_METRICS,
-    REQUIRED_KEYS,
+    REQUIRED,
     read_checkpoint,
     read_safetensors,
 )
-from flowgen.training.run_dir import read_rows
+from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError
 
 CONFIG = {
@@ -150,7 +150,7 @@ def test_idx_files(tmp_path, data):
 def test_damaged_checkpoints(tmp_path, data):
     (tmp_path / "last.pt").write_bytes(data)
     with accepted_or_refused():
-        assert read_checkpoint(tmp_path / "last.pt").keys() >= REQUIRED_KEYS
+        assert read_checkpoint(tmp_path / "last.pt").keys() >= REQUIRED.keys()
 
 
 @often
@@ -177,7 +177,7 @@ def test_safetensors_files(tmp_path, header, data):
 @given(lines=st.lists(lines, max_size=5))
 def test_metrics(tmp_path, lines):
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
-    for row in read_rows(tmp_path / "metrics.jsonl"):
+    for row in Run(tmp_path).read_metrics():
         assert row["step"] >= 0
         assert isinstance(row["split"], str)
         for name in NUMERIC_METRICS & row.keys():

@@ -20,7 +20,7 @@ from flowgen.bijections.batchnorm import update_bn
 from flowgen.config.instantiate import build_data
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.flows.glow import Glow
-from flowgen.training.checkpoint import REQUIRED_KEYS, read_checkpoint
+from flowgen.training.checkpoint import REQUIRED, read_checkpoint
 from flowgen.training.device import choose_device, peak_memory, reset_peak_memory
 from flowgen.training.optim import build_optimizer, learning_rate_factor, warmup_steps
 from flowgen.training.run_dir import Run, best_metric
@@ -157,7 +157,7 @@ def test_a_run_writes_its_files(tiny_run):
         assert (tiny_run / name).exists(), name
     assert {path.name for path in (tiny_run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
     state = read_checkpoint(tiny_run / "checkpoints" / "last.pt")
-    assert state.keys() >= REQUIRED_KEYS
+    assert state.keys() >= REQUIRED.keys()
     assert state["step"] == 6
     assert state["images_seen"] == 24
     train = [row for row in rows(tiny_run) if row["split"] == "train"]

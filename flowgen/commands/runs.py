@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from flowgen.config import compose, instantiate, settings
 from flowgen.config.runs import list_runs
-from flowgen.training.checkpoint import read_portable_metadata, zoo, zoo_file
+from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
 from flowgen.training.run_dir import Run, best_metric
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import COMPARED, MetricValue
@@ -34,7 +34,7 @@ def runs() -> Iterator[RunSummary]:
     for run in readable_runs():
         yield _summary(str(run.folder), compose.read_config(run.config), run.read_metrics())
     for name in zoo():
-        metadata = read_portable_metadata(zoo_file(name))
+        metadata = read_safetensors(zoo_file(name), with_weights=False)
         row = {"split": "test", "step": metadata["step"], **metadata["metrics"]}
         yield _summary(name, metadata["config"], [row])
 

@@ -19,7 +19,7 @@ from flowgen.data.dataset import ImageDataset
 from flowgen.data.preprocess import ImageStream, check_color_channels
 from flowgen.evaluation.ood import AUROC, DEFAULT_SCORE, OODDetector, auroc, png_complexity
 from flowgen.models.base import GenerativeModel
-from flowgen.training.checkpoint import read_portable_metadata, zoo, zoo_file
+from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
 from flowgen.training.run_dir import Run, cached_artifact
 from flowgen.utils import console, rendering
 from flowgen.utils.errors import UserError, check_folder_of
@@ -334,7 +334,9 @@ def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
         for run in readable_runs()
         if run.checkpoints()
     ]
-    configs += [(name, read_portable_metadata(zoo_file(name))["config"]) for name in zoo()]
+    configs += [
+        (name, read_safetensors(zoo_file(name), with_weights=False)["config"]) for name in zoo()
+    ]
     matches = (
         name
         for name, config in configs

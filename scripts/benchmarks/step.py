@@ -19,7 +19,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from flowgen import cli
 from flowgen.data.dataset import ImageDataset
-from flowgen.training import trainer
 from flowgen.training.trainer import Trainer
 
 WARMUP_STEPS = 3
@@ -40,7 +39,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {  # owner and name of the functions 
     "forward": [(Trainer, "compute_loss")],
     "backward": [(torch.Tensor, "backward")],
     "norm and clipping": [
-        (trainer, "gradient_norm"),
+        (torch.nn.utils, "get_total_norm"),
         (torch.nn.utils, "clip_grads_with_norm_"),
     ],
     "optimizer and EMA": [(torch.optim.Adam, "step"), (AveragedModel, "update_parameters")],
