@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowgen.bijections.base import set_activation_memory
+from flowgen.bijections.base import ACTIVATION_MEMORY, set_activation_memory
 from flowgen.bijections.networks import batch_norm_layers
-from flowgen.bijections.reversible import ACTIVATION_MEMORY
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training.device import Runtime, check_batch_fits, peak_memory, reset_peak_memory

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from flowgen.bijections.autoregressive import MADE, Autoregressive
 from flowgen.bijections.base import Bijection, Chain, Flip, Invert
-from flowgen.bijections.batchnorm import BatchNorm
 from flowgen.bijections.elementwise import Standardize
+from flowgen.bijections.linear import BatchNorm
 from flowgen.bijections.reshape import Flatten
 from flowgen.models.flows.builders import MAX_DEPTH, gaussianization, make_transform, square_shape
 from flowgen.models.flows.flow import Flow

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.batchnorm import BatchNorm
 from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboard
 from flowgen.bijections.elementwise import Logit
+from flowgen.bijections.linear import BatchNorm
 from flowgen.bijections.networks import RealNVPNetwork, ResNetwork
 from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.bijections.univariate import Affine
