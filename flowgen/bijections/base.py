@@ -382,8 +382,10 @@ def inversion_error(model: nn.Module) -> float | None:
     """Return and reset the largest relative error of recovered activations since the last call.
 
     An error is the largest absolute difference between the recovered and the original input of a
-    chain, divided by the largest absolute value of the input. The result is None if no backward
-    pass has recovered activations.
+    chain, divided by the largest absolute value of the input.
+
+    Returns:
+        Largest error, or None if no backward pass has recovered activations.
     """
     errors = [chain.inversion_errors.pop() for chain in _chains(model) if chain.inversion_errors]
     return torch.stack(errors).max().item() if errors else None
