@@ -162,12 +162,13 @@ class CNF(Bijection):
         needs_grad = torch.is_grad_enabled()
         traces = []
         for chunk in directions.split(MAX_DIRECTIONS):
-            repeated_condition = None if condition is None else condition.repeat(len(chunk), 1)
             # Only the math backend of attention has second derivatives.
             backend = sdpa_kernel(SDPBackend.MATH) if needs_grad else nullcontext()
             with torch.enable_grad(), backend:
                 repeated_x = x.repeat(len(chunk), 1).requires_grad_()
-                v = self.velocity(repeated_x, t, repeated_condition)
+                v = self.velocity(
+                    repeated_x, t, None if condition is None else condition.repeat(len(chunk), 1)
+                )
                 (product,) = torch.autograd.grad(
                     v, repeated_x, chunk.flatten(0, 1), create_graph=needs_grad
                 )

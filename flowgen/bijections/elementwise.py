@@ -186,8 +186,7 @@ class Standardize(Bijection):
         deviation, mean = torch.std_mean(x, dim=0, correction=0)
         self.mean.copy_(mean)
         # One batch is a poor estimate of the variance of values that rarely change.
-        deviation = deviation.clamp(min=0.1 * deviation.mean() + 1e-6)
-        self.log_deviation.copy_(deviation.log())
+        self.log_deviation.copy_(deviation.clamp(min=0.1 * deviation.mean() + 1e-6).log())
 
 
 class LogisticToNormal(Bijection):

@@ -121,7 +121,7 @@ class FusedAffine(ChannelAffine):
         return matrix, shift, log_det
 
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return Chain(*self.bijections).initialize(x)  # type: ignore[arg-type]
+        return Chain(*self.bijections).initialize(x)
 
 
 class Invertible1x1(ChannelAffine):

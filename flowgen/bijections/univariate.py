@@ -241,8 +241,9 @@ class Spline(Transform):
         left, width, bottom, height, left_slope, right_slope = self._bin(x, params, inverse=False)
         t = ((x - left) / width).clamp(0, 1)
         slope = height / width
-        denominator, log_slope = self._denominator_and_log_slope(t, slope, left_slope, right_slope)
+        denominator = slope + (left_slope + right_slope - 2 * slope) * t * (1 - t)
         y = bottom + height * (slope * t.square() + left_slope * t * (1 - t)) / denominator
+        log_slope = self._log_slope(t, slope, left_slope, right_slope, denominator)
         inside = x.abs() < self.bound
         return torch.where(inside, y, x), torch.where(inside, log_slope, 0.0)
 
@@ -256,20 +257,21 @@ class Spline(Transform):
         b = height * left_slope - rise * curvature
         discriminant = (b.square() + 4 * a * slope * rise).clamp(min=0)
         t = (2 * slope * rise / (b + discriminant.sqrt())).clamp(0, 1)
-        _, log_slope = self._denominator_and_log_slope(t, slope, left_slope, right_slope)
+        x = left + t * width
+        denominator = slope + curvature * t * (1 - t)
+        log_slope = self._log_slope(t, slope, left_slope, right_slope, denominator)
         inside = y.abs() < self.bound
-        return torch.where(inside, left + t * width, y), torch.where(inside, -log_slope, 0.0)
+        return torch.where(inside, x, y), torch.where(inside, -log_slope, 0.0)
 
     @staticmethod
-    def _denominator_and_log_slope(
-        t: Tensor, slope: Tensor, left_slope: Tensor, right_slope: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the denominator of the rational function of t in [0, 1], and its log-slope."""
-        denominator = slope + (left_slope + right_slope - 2 * slope) * t * (1 - t)
+    def _log_slope(
+        t: Tensor, slope: Tensor, left_slope: Tensor, right_slope: Tensor, denominator: Tensor
+    ) -> Tensor:
+        """Return the logarithm of the slope at position t in [0, 1] of a bin."""
         numerator = (
             right_slope * t.square() + 2 * slope * t * (1 - t) + left_slope * (1 - t).square()
         )
-        return denominator, 2 * slope.log() + numerator.log() - 2 * denominator.log()
+        return 2 * slope.log() + numerator.log() - 2 * denominator.log()
 
     def _bin(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, ...]:
         """Return left edge, width, bottom, height and both end slopes of the bin of each value.
