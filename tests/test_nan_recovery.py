@@ -7,7 +7,7 @@ import torch
 from conftest import CHECKPOINT, SMALL
 from test_training import rows
 
-from flowgen.bijections.batchnorm import BatchNorm
+from flowgen.bijections.linear import BatchNorm
 from flowgen.bijections.univariate import Affine
 from flowgen.models.flows.glow import Glow
 from flowgen.training.checkpoint import read_checkpoint

@@ -16,7 +16,7 @@ import yaml
 from conftest import SMALL
 
 import flowgen
-from flowgen.bijections.batchnorm import update_bn
+from flowgen.bijections.linear import update_bn
 from flowgen.config.instantiate import build_data
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.flows.glow import Glow

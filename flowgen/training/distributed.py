@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from flowgen.bijections.batchnorm import BatchNorm
+from flowgen.bijections.linear import BatchNorm
 from flowgen.bijections.networks import RandomSource
 from flowgen.utils import launcher
 from flowgen.utils.console import count_noun

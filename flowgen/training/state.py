@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from flowgen.bijections.batchnorm import update_bn
+from flowgen.bijections.linear import update_bn
 from flowgen.bijections.networks import batch_norm_layers
 from flowgen.models.base import GenerativeModel
 from flowgen.training.nan_recovery import NaNRecovery

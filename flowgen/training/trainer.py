@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowgen.bijections.base import set_activation_memory
+from flowgen.bijections.base import ACTIVATION_MEMORY, set_activation_memory
 from flowgen.bijections.networks import batch_norm_layers
-from flowgen.bijections.reversible import ACTIVATION_MEMORY
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training import optim, sanity_checks

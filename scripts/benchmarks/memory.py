@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from flowgen.bijections.base import set_activation_memory
+from flowgen.bijections.base import ACTIVATION_MEMORY, set_activation_memory
 from flowgen.bijections.networks import ZeroConv2d
-from flowgen.bijections.reversible import ACTIVATION_MEMORY
 from flowgen.models.flows.glow import Glow
 
 DEPTHS = (8, 16, 32, 64, 128)

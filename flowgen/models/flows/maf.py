@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from flowgen.bijections import autoregressive, batchnorm, elementwise
+from flowgen.bijections import autoregressive, elementwise, linear
 from flowgen.bijections.base import Bijection, Flip, Invert
 from flowgen.models.flows.builders import MAX_DEPTH, flat_chain, make_transform
 from flowgen.models.flows.flow import Flow
@@ -55,13 +55,13 @@ class MAF(Flow):
         univariate = make_transform(transform)
 
         def layers(dim: int) -> Iterator[Bijection]:
-            yield batchnorm.BatchNorm(dim)
+            yield linear.BatchNorm(dim)
             for _ in range(num_transforms):
                 bijection = autoregressive.Autoregressive(
                     autoregressive.MADE(dim, width, num_layers, univariate.num_params), univariate
                 )
                 yield Invert(bijection) if self.inverted else bijection
-                yield from (batchnorm.BatchNorm(dim), Flip())
+                yield from (linear.BatchNorm(dim), Flip())
             yield elementwise.Standardize(dim)
 
         super().__init__(

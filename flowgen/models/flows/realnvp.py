@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from flowgen.bijections import batchnorm, coupling, elementwise, networks, reshape
+from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.univariate import Affine
 from flowgen.models.flows.builders import (
@@ -81,7 +81,7 @@ class RealNVP(Flow):
                 )
                 bijections += [
                     coupling.MaskedCoupling(network, univariate, mask),
-                    batchnorm.BatchNorm(channels),
+                    linear.BatchNorm(channels),
                 ]
             return bijections
 
