@@ -7,7 +7,8 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +34,7 @@ OOD_SCORES = (
 )
 IMAGE_SUFFIXES = {".gif", ".jpg", ".png", ".webp"}
 MAX_COUNT = 10**9
-GROUPS = {
+HELP_SECTIONS = {
     "Train": ("train", "resume", "runs", "models", "data"),
     "Draw": ("sample", "interpolate", "complete", "edit", "chain"),
     "Evaluate": ("evaluate", "score", "report"),
@@ -56,31 +57,17 @@ Options:
 """
 
 
-class FiniteFloat(click.ParamType):
-    """A finite number with a lower bound."""
+def finite_number(limits: str, minimum: float = -math.inf) -> Callable[[str], float]:
+    """Return a parser of finite numbers of at least `minimum`; errors print the `limits`."""
 
-    name = "number"
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            number = float(text)
+            if math.isfinite(number) and number >= minimum:
+                return number
+        raise click.BadParameter(f"{text!r} is not valid: give a number{limits}")
 
-    def __init__(self, what: str, example: str, minimum: float = -math.inf):
-        self.what = what
-        self.example = example
-        self.minimum = minimum
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number) or number < self.minimum:
-            limit = "" if self.minimum == -math.inf else f" of at least {self.minimum:g}"
-            self.fail(
-                f"{value!r} is not a {self.what}: give a number{limit}, such as {self.example}",
-                param,
-                ctx,
-            )
-        return number
+    return parse
 
 
 def check_output(path: Path | None, suffixes: Collection[str], kind: str) -> Path | None:
@@ -88,8 +75,8 @@ def check_output(path: Path | None, suffixes: Collection[str], kind: str) -> Pat
     if path is None:
         return None
     if path.suffix.lower() not in suffixes:
-        names = ", ".join(sorted(suffixes))
-        raise click.UsageError(f"{path} is not the path of {kind}: use one of the endings {names}")
+        endings = " or ".join(sorted(suffixes))
+        raise click.UsageError(f"{path} is not the path of {kind}: it must end in {endings}")
     try:
         check_folder_of(path)
     except UserError as error:
@@ -123,14 +110,13 @@ def load(module: str, computes: bool = False) -> Any:
     """Import the module of a command when it runs.
 
     Args:
-        module: its name.
-        computes: whether it computes with a model, on all free cores.
+        module: Its name.
+        computes: Whether it computes with a model, on all free cores.
     """
     setup_logging()
-    imported = import_module(f"flowgen.{module}")
     if computes:
         use_threads()
-    return imported
+    return import_module(f"flowgen.{module}")
 
 
 run_argument = click.argument("run", metavar="RUN", shell_complete=complete_run)
@@ -172,7 +158,7 @@ class GroupedCommands(click.Group):
     """A group whose help lists the commands in sections, with complete summaries."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, names in GROUPS.items():
+        for title, names in HELP_SECTIONS.items():
             rows = [(name, self.commands[name].short_help or "") for name in names]
             with formatter.section(title):
                 formatter.write_dl(rows)
@@ -234,8 +220,8 @@ def runs() -> None:
     if all(row.name.startswith("zoo/") for row in rows):
         click.echo("no runs under outputs/ yet: train one with `flowgen train`")
     for row in rows:
-        line = f"{row.name:48}  {row.model:8} {row.data:14} step {row.step:<8} {row.best}"
-        click.echo(escape_control(line))
+        columns = f"{row.name:48}  {row.model:13} {row.data:13} step {row.step:<8} {row.best}"
+        click.echo(escape_control(columns))
 
 
 @cli.command(short_help="List the models that can be trained.")
@@ -270,8 +256,9 @@ def echo_list(rows: Sequence[Any], as_json: bool) -> None:
 @click.option(
     "--temperature",
     "temperatures",
-    type=FiniteFloat("temperature", "0.7", minimum=0),
+    type=finite_number(" of at least 0, such as 0.7", minimum=0),
     multiple=True,
+    metavar="T",
     help="May be repeated; by default that of the run, 0.7 for flows.",
 )
 @click.option(
@@ -376,7 +363,7 @@ def complete(**options: Any) -> None:
     "--amount",
     "amounts",
     multiple=True,
-    type=FiniteFloat("amount", "1 or -0.5"),
+    type=finite_number(", such as 1 or -0.5"),
     metavar="A",
     help="1 is the mean distance of images with and without it; by default from -2 to 2.",
 )
@@ -460,8 +447,8 @@ def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, 
     multiple=True,
     metavar="data=NAME|RUN",
     shell_complete=complete_override,
-    help="Compare with the test images of other data, in both directions; add data.root= if "
-    "needed.",
+    help="Compare with the test images of other data, in both directions: one run, or data=NAME "
+    "and, each after its own --ood, its settings such as data.root=FOLDER.",
 )
 @click.option(
     "--score", type=click.Choice(OOD_SCORES), help="Score that ranks the images by anomaly."
@@ -480,13 +467,15 @@ def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, 
 @device_option
 @out_option
 def score(paths: tuple[Path, ...], ood: tuple[str, ...], **options: Any) -> None:
-    """Score images: bits/dim, percentile among validation images, anomaly scores and p-values."""
+    """Score images: bits/dim, percentile, anomaly scores and their p-values.
+
+    The percentile is the percentage of validation images that are more likely than the image.
+    """
     if not paths and not ood:
         raise click.UsageError(
             "nothing to score: give images, a folder or a zip, or compare data with --ood data=NAME"
         )
-    score_images = load("commands.score", computes=True).score
-    for line in score_images(paths=list(paths), ood=list(ood), **options):
+    for line in load("commands.score", computes=True).score(paths=paths, ood=ood, **options):
         click.echo(line)
 
 
@@ -496,12 +485,11 @@ def score(paths: tuple[Path, ...], ood: tuple[str, ...], **options: Any) -> None
     "--out",
     type=PATH,
     metavar="FILE.html",
+    callback=lambda ctx, param, path: check_output(path, {".htm", ".html"}, "a page"),
     help="Output file; by default report.html here, or in the folder of a single run.",
 )
 def report(names: tuple[str, ...], out: Path | None) -> None:
     """Compare runs, or all runs in a folder, on one page: curves, samples and settings."""
-    if out is not None and out.suffix.lower() not in (".html", ".htm"):
-        raise click.UsageError(f"{out} is not the path of a page: it must end in .html")
     click.echo(load("commands.report").report(names=list(names), out=out))
 
 
@@ -580,7 +568,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Every error is one line on standard error and an exit status.
 
     Args:
-        arguments: words after `flowgen`; by default those of this process.
+        arguments: Words after `flowgen`; by default those of this process.
     """
     prepare_threads()
     arguments = sys.argv[1:] if arguments is None else list(arguments)

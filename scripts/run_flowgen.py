@@ -1,4 +1,4 @@
-"""Runs `flowgen` commands in processes of their own, for the scripts in the subfolders."""
+"""Runs `flowgen` commands as subprocesses, for the scripts in the subfolders."""
 
 import signal
 import subprocess
@@ -9,7 +9,7 @@ from typing import Any
 def run_flowgen(
     *args: object, timeout: float | None = None, **kwargs: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run `flowgen ARGS` and wait for its end.
+    """Run `flowgen ARGS` in a subprocess and wait until it ends.
 
     SIGTERM is passed on to the command. Ctrl-C reaches the command directly.
 
@@ -23,8 +23,11 @@ def run_flowgen(
     """
     argv = [sys.executable, "-m", "flowgen", *map(str, args)]
     process = subprocess.Popen(argv, text=True, **kwargs)
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    on_terminate = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    # This process must not end before the command, which saves its state after Ctrl-C.
+    interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    terminate_handler = signal.signal(
+        signal.SIGTERM, lambda number, frame: process.send_signal(number)
+    )
     try:
         output, error = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -32,6 +35,6 @@ def run_flowgen(
         process.communicate()
         raise
     finally:
-        signal.signal(signal.SIGINT, on_interrupt)
-        signal.signal(signal.SIGTERM, on_terminate)
+        signal.signal(signal.SIGINT, interrupt_handler)
+        signal.signal(signal.SIGTERM, terminate_handler)
     return subprocess.CompletedProcess(argv, process.returncode, output, error)

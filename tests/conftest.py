@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from flowgen import cli
-from flowgen.bijections.batchnorm import update_bn
+from flowgen.bijections.linear import update_bn
 from flowgen.config.compose import read_config, save_config
 from flowgen.models.base import GenerativeModel
 from flowgen.training.checkpoint import FORMAT, write_checkpoint

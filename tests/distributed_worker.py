@@ -1,8 +1,9 @@
-"""Worker of test_distributed.py: train each configuration of a file, then evaluate the first run.
+"""Worker of test_distributed.py. It trains the runs of a file, then evaluates the first one.
 
     torchrun --nproc-per-node N tests/distributed_worker.py CONFIGS.json
 
-Each entry of the file is a folder and a configuration, or null to resume the run in the folder.
+The file has a list of pairs: a folder, and a configuration or null. Null resumes the run in the
+folder.
 """
 
 import json
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from flowgen.api import lock_run, run_training_in_group
 from flowgen.config.instantiate import build_model_and_data
-from flowgen.config.loading import load_weights
+from flowgen.config.launch import fit_in_group, lock_run
+from flowgen.config.runs import load_weights
 from flowgen.models.base import EvalConfig
 from flowgen.training.distributed import ProcessGroup, join
 from flowgen.training.run_dir import Run
@@ -28,14 +29,14 @@ def train(group: ProcessGroup, folder: Path, config: dict[str, Any] | None) -> N
         checkpoint = group.broadcast_from_main(run.latest_valid_checkpoint)
         config = checkpoint["config"]
     if not group.is_main:
-        run_training_in_group(group, run, config, checkpoint, "")
+        fit_in_group(group, run, config, checkpoint, "")
         return
     with lock_run(run):
-        run_training_in_group(group, run, config, checkpoint, "")
+        fit_in_group(group, run, config, checkpoint, "")
 
 
 def evaluate(group: ProcessGroup, folder: Path) -> str:
-    """Return the metrics of ten and a half batches, to the last bit."""
+    """Return the metrics of ten and a half batches as hexadecimal numbers, which are exact."""
     checkpoint = group.broadcast_from_main(Run(folder).latest_valid_checkpoint)
     model, data, _ = build_model_and_data(checkpoint["config"])
     load_weights(model, checkpoint["model"])

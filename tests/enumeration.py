@@ -14,7 +14,7 @@ SAMPLERS = rbm_module.SAMPLERS | {"tempering": partial(tempering, num_temperatur
 
 
 def small_rbm(visible: int = 4, hidden: int = 3, scale: float = 1.0, **arguments: object) -> RBM:
-    """Return an RBM in float64 with random parameters and base rates of order `scale`."""
+    """Return an RBM in float64 with random parameters and `base` of order `scale`."""
     rbm = RBM(visible, hidden, **arguments).double()
     with torch.no_grad():
         for parameter in (*rbm.parameters(), rbm.base):
@@ -23,15 +23,15 @@ def small_rbm(visible: int = 4, hidden: int = 3, scale: float = 1.0, **arguments
 
 
 def all_states(units: int) -> Tensor:
-    """Return every state of binary units, (2^units, units)."""
+    """Return all states of binary units (2^units, units)."""
     return (torch.arange(2**units)[:, None] >> torch.arange(units) & 1).double()
 
 
 def exact_distribution(rbm: RBM, path_beta: float = 1.0, beta: float = 1.0) -> Tensor:
     """Return P(v) of every state by enumerating both layers.
 
-    `path_beta` is the position between the base rates and the RBM, and `beta` scales the energy of
-    the RBM.
+    `path_beta` is the position between the independent-pixel model and the RBM, and `beta` scales
+    the energy of the RBM.
     """
     v = all_states(rbm.visible)
     h = all_states(rbm.hidden)
@@ -41,7 +41,7 @@ def exact_distribution(rbm: RBM, path_beta: float = 1.0, beta: float = 1.0) -> T
 
 
 def draw_states(probabilities: Tensor, count: int = CHAINS) -> Tensor:
-    """Draw independent states, (count, units)."""
+    """Draw independent states (count, units)."""
     units = len(probabilities).bit_length() - 1
     return all_states(units)[torch.multinomial(probabilities, count, replacement=True)]
 
@@ -54,7 +54,7 @@ def total_variation(visible: Tensor, probabilities: Tensor) -> float:
 
 
 def expected_variation(probabilities: Tensor, count: int = CHAINS) -> float:
-    """Return the expected total variation of `count` independent draws, about.
+    """Return the approximate expected total variation of `count` independent draws.
 
     It is 1/2 sum sqrt(2 p (1 - p) / (pi count)).
     """

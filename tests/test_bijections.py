@@ -21,7 +21,6 @@ from flowgen.bijections.autoregressive import (
     autoregressive_head,
 )
 from flowgen.bijections.base import Bijection, Chain, Flip, Invert, concat_condition
-from flowgen.bijections.batchnorm import BatchNorm, update_bn
 from flowgen.bijections.continuous import CNF
 from flowgen.bijections.coupling import Coupling, MaskedCoupling, channelwise, checkerboard, stripes
 from flowgen.bijections.elementwise import (
@@ -31,7 +30,14 @@ from flowgen.bijections.elementwise import (
     MarginalGaussianization,
     Standardize,
 )
-from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1, InvertibleConv1x1LU
+from flowgen.bijections.linear import (
+    ActNorm,
+    BatchNorm,
+    FusedAffine,
+    InvertibleConv1x1,
+    InvertibleConv1x1LU,
+    update_bn,
+)
 from flowgen.bijections.networks import (
     CausalTransformer,
     ConvNetwork,

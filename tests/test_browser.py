@@ -3,7 +3,7 @@
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -85,8 +85,8 @@ def visit(browser, request) -> Iterator:
         return visits[-1]
 
     yield start
-    for each in visits:
-        each.close()
+    for visited in visits:
+        visited.close()
 
 
 def test_flow_with_the_mouse(visit, tmp_path):
@@ -175,25 +175,53 @@ def test_flow_with_the_keyboard(visit):
     visited.wait_for("#sample-command code", has_text="--seed 1")
 
 
-def test_a_late_response_does_not_replace_newer_samples(visit):
-    visited = visit("glow")
-    page = visited.page
-    late = []
+def hold_requests(page, endpoint: str, is_held: Callable[[dict], bool]) -> list:
+    """Hold the requests to an endpoint whose payload is selected. Return the list of them."""
+    held = []
 
-    def hold_seed_0(route):
-        if route.request.post_data_json["seed"] == 0:
-            late.append(route)
+    def handle(route):
+        if is_held(route.request.post_data_json):
+            held.append(route)
         else:
             route.continue_()
 
-    page.route("**/api/sample", hold_seed_0)
+    page.route(f"**/api/{endpoint}", handle)
+    return held
+
+
+def release(page, route, endpoint: str) -> None:
+    """Let a held request continue, and give the page time for the response."""
+    with page.expect_response(f"**/api/{endpoint}"):
+        route.continue_()
+    page.wait_for_timeout(200)
+
+
+def test_a_late_response_does_not_replace_newer_samples(visit):
+    visited = visit("glow")
+    page = visited.page
+    held = hold_requests(page, "sample", lambda payload: payload["seed"] == 0)
     page.click("#sample-form button >> text=Draw")
     page.click("#next-seed")
     visited.wait_for("#sample-command code", has_text="--seed 1")
-    with page.expect_response("**/api/sample"):
-        late[0].continue_()
-    page.wait_for_timeout(200)
+    release(page, held[0], "sample")
     assert page.locator("#sample-command code").inner_text().endswith("--seed 1")
+
+
+def test_a_late_response_does_not_replace_a_newer_edit_or_a_reset(visit):
+    visited = visit("glow")
+    page = visited.page
+    visited.tiles("#sample-tiles").nth(0).click()
+    visited.wait_for("#amounts input")
+    held = hold_requests(page, "edit", lambda payload: payload["amounts"]["1"] == 1)
+    visited.set_slider("amount-1", 1)
+    visited.set_slider("amount-1", 2)
+    visited.wait_for("#edit-command code", has_text="--amount 2.0")
+    release(page, held[0], "edit")
+    assert "--amount 2.0" in page.locator("#edit-command code").inner_text()
+    visited.set_slider("amount-1", 1)
+    page.click("#reset")
+    release(page, held[1], "edit")
+    assert visited.tiles("#edit-tiles").count() == 0
 
 
 def test_every_control_has_a_name_for_screen_readers(visit):

@@ -13,7 +13,7 @@ import torch
 from conftest import SMALL, save_image
 from PIL import Image
 from test_data import folder, split_images
-from trainings import same
+from training_runs import same
 
 from flowgen.data import cache
 from flowgen.data.dataset import Prefetcher

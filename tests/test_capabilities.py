@@ -9,9 +9,8 @@ import torch
 from test_models import build_model, initialized, model_config
 
 from flowgen.config.compose import read_config, save_config
-from flowgen.config.instantiate import build
-from flowgen.config.loading import find_model
-from flowgen.config.runs import find_checkpoint
+from flowgen.config.instantiate import instantiate
+from flowgen.config.runs import find_checkpoint, find_model
 from flowgen.models.base import (
     Capability,
     ClassConditional,
@@ -24,7 +23,7 @@ from flowgen.models.flows.glow import Glow
 from flowgen.utils.errors import UserError
 
 INPAINTING_MODELS = {
-    "rbm": lambda: build(
+    "rbm": lambda: instantiate(
         "model", model_config("rbm") | {"visible": [1, 8, 8], "bits": 1, "hidden": 6}
     ),
     "glow": lambda: initialized("glow"),
@@ -63,7 +62,7 @@ def test_inpainting_keeps_known_pixels_ignores_the_others_and_is_reproducible(in
 
 def test_the_mean_of_an_inpainting_is_the_exact_conditional():
     torch.manual_seed(0)
-    rbm = build("model", model_config("rbm") | {"visible": 5, "bits": 1, "hidden": 3})
+    rbm = instantiate("model", model_config("rbm") | {"visible": 5, "bits": 1, "hidden": 3})
     for parameter in rbm.parameters():
         parameter.data.normal_()
     images = torch.tensor([1, 0, 0, 1, 1], dtype=torch.uint8).view(1, 1, 1, 5)

@@ -49,7 +49,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
 
 def test_a_kill_between_the_names_of_a_checkpoint_keeps_the_best(tmp_path, monkeypatch):
     run = Run(tmp_path)
-    run.save(CHECKPOINT | {"step": 1}, best=True)
+    run.save(CHECKPOINT | {"step": 1}, is_best=True)
     replace = Path.replace
 
     def kill_before_last(self, target):
@@ -59,7 +59,7 @@ def test_a_kill_between_the_names_of_a_checkpoint_keeps_the_best(tmp_path, monke
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Path, "replace", kill_before_last)
-        run.save(CHECKPOINT | {"step": 2}, best=True)
+        run.save(CHECKPOINT | {"step": 2}, is_best=True)
     assert read_checkpoint(run.best)["step"] == 2
     assert read_checkpoint(run.last)["step"] == 1
     # A kill by the system leaves the temporary file, which is another name of best.pt.
@@ -70,16 +70,16 @@ def test_a_kill_between_the_names_of_a_checkpoint_keeps_the_best(tmp_path, monke
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(torch, "save", kill)
-        run.save(CHECKPOINT | {"step": 2}, best=True)
+        run.save(CHECKPOINT | {"step": 2}, is_best=True)
     assert read_checkpoint(run.best)["step"] == 2
     assert read_checkpoint(run.last)["step"] == 1
-    run.save(CHECKPOINT | {"step": 2}, best=True)
+    run.save(CHECKPOINT | {"step": 2}, is_best=True)
     assert sorted(path.name for path in run.last.parent.iterdir()) == ["best.pt", "last.pt"]
 
 
 def test_a_numbered_checkpoint_does_not_change_with_the_last(tmp_path):
     run = Run(tmp_path)
-    run.save(CHECKPOINT | {"step": 5}, best=True, keep=True)
+    run.save(CHECKPOINT | {"step": 5}, is_best=True, keep=True)
     run.save(CHECKPOINT | {"step": 6})
     assert read_checkpoint(run.best)["step"] == 5
     assert read_checkpoint(run.step_path(5))["step"] == 5

@@ -4,7 +4,6 @@ import math
 import re
 import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import MarginalGaussianization
+from flowgen.bijections.reshape import Flatten
 from flowgen.commands.complete import measurement
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.hmc import StepSize, hmc_step, initial_state
-from flowgen.models.flows.inpainting import InpaintingChains, PixelPosterior
-from flowgen.utils.console import no_progress
+from flowgen.models.flows.hmc import StepSize, hmc_step
+from flowgen.models.flows.inpainting import PixelChains
 from flowgen.utils.errors import UserError
 
 DRAWS = 1500
@@ -133,7 +132,7 @@ def test_a_gaussian_field_is_inpainted_by_its_conditional():
 
 
 def test_many_unknown_pixels_need_no_more_gradients():
-    """The true pixel lies strictly between the smallest and largest of nine draws 80 % of the time.
+    """The true pixel lies strictly between the smallest and largest of nine draws 80% of the time.
 
     There are 512 unknown pixels per image. The spread of the draws is that of the conditional.
     """
@@ -189,7 +188,7 @@ def test_a_gray_image_is_restored_from_its_mean():
     images = flow.sample(1, generator=torch.Generator().manual_seed(3))[0]
     result = flow.inpaint(images, whole, sampler="hmc", generator=torch.Generator().manual_seed(0))
     brightness = result.draws.mean((1, 2, 3))
-    # measured sums have a deviation of half a bin, and images are rounded once more
+    # measured sums have a standard deviation of half a bin, and images are rounded once more
     assert (brightness - images.double().mean() / 255).abs().max() < 4 / 256
 
 
@@ -346,11 +345,11 @@ def test_chains_that_start_outside_the_support_reach_it():
     def density(x: Tensor) -> Tensor:
         return torch.where(x.abs().amax(1) < 5, -0.5 * x.square().sum(1), torch.nan)
 
-    state = initial_state(torch.full((50, 1), 5.5), density)
-    step_size = StepSize.find_reasonable(state, density, generator)
+    position = torch.full((50, 1), 5.5)
+    step_size = StepSize.find_reasonable(position, density, generator)
     for _ in range(200):
-        state, _ = hmc_step(state, density, step_size, 5, True, generator)
-    assert (state.position.abs() < 5).all() and state.log_density.isfinite().all()
+        position, _ = hmc_step(position, density, step_size, 5, True, generator)
+    assert (position.abs() < 5).all() and density(position).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -363,14 +362,17 @@ def test_chains_that_start_outside_the_support_reach_it():
     ids=["none", "uneven", "not finite"],
 )
 def test_chains_start_as_far_apart_as_samples_unless_the_decoder_fails(violation):
-    posterior = SimpleNamespace(
-        images=torch.zeros(6, 1, 8, 8),
-        body=Chain(),
-        spread=lambda h: 1.0,
-        violation=lambda h: violation + h.new_zeros(()),
-    )
+    class Chains(PixelChains):
+        def spread_of(self, h):
+            return 1.0
+
+        def violation(self, h):
+            return violation + h.new_zeros(())
+
+    flow = Flow(Flatten(1, 8, 8), (1, 8, 8), bits=8)
     generator = torch.Generator().manual_seed(0)
-    chains = InpaintingChains(posterior, None, torch.zeros(6), generator, no_progress)
+    labels = torch.zeros(6, dtype=torch.long)
+    chains = Chains(flow, torch.zeros(6, 1, 8, 8), None, labels, generator)
     chains.perturb(num_images=2)
     distance = chains.position.square().mean(1).sqrt()
     assert ((distance > 0.7) == violation.isfinite()).all()
@@ -391,9 +393,12 @@ def test_extreme_positions_decode_to_valid_images():
     head = MarginalGaussianization(1, 256)
     head.initialize(x)
     known = torch.zeros(1, 2, 2, dtype=torch.bool)
-    posterior = PixelPosterior(head, Chain(), torch.zeros_like(x), known, 256)
+    flow = Flow(Chain(head, Flatten(1, 2, 2)), (1, 2, 2), bits=8)
+    labels = torch.zeros(9, dtype=torch.long)
+    chains = PixelChains(flow, torch.zeros_like(x), known, labels, None)
     for value in (-30.0, 30.0):
-        decoded = posterior.decode(torch.full((9, 4), value))
+        chains.position = torch.full((9, 4), value)
+        decoded = chains.samples
         assert ((decoded > 0) & (decoded < 1)).all() and head(decoded)[0].isfinite().all()
 
 

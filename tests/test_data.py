@@ -7,11 +7,11 @@ import inspect
 import io
 import logging
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from conftest import save_image
 from PIL import Image
 
 import flowgen
+import flowgen.config
 import flowgen.data
 from flowgen.config.compose import conf_folder, group_options, read_config
 from flowgen.config.instantiate import resolve_target
@@ -263,15 +264,22 @@ def test_prefetched_batches_are_the_same(monkeypatch):
         calls.append(images_seen)
         return data.train_batch(images_seen, *arguments)
 
-    monkeypatch.setattr(prefetched._prefetcher, "train_batch", train_batch)
+    monkeypatch.setattr(prefetched.next_batch, "train_batch", train_batch)
     rows = torch.tensor([0, 3])
     for seen in (0, 8, 16, 0, 8, 36):
         batch = prefetched.next_batch(seen, 8, 3, rows)
         expected = data.train_batch(seen, 8, 3, rows)
         assert all(torch.equal(x, y) for x, y in zip(batch, expected, strict=True))
-    prefetched._prefetcher.pool.shutdown()
+    prefetched.next_batch.pool.shutdown()
     # Each batch once, the one after it, and those that were not the next one
     assert sorted(calls) == [0, 0, 8, 8, 16, 16, 24, 36, 44]
+
+
+IDENTITY = {  # arguments that distinguish the data sets of a class
+    MNIST: ("name", "search_dirs"),
+    DownsampledImageNet: ("size", "search_dirs"),
+    ImageFolder: ("root", "search_dirs", "download_hint", "crop"),
+}
 
 
 def defaults_of(target: type) -> dict[str, object]:
@@ -296,19 +304,14 @@ def test_a_configuration_has_every_option_of_its_data_set(name):
     assert defaults_of(target).keys() - without_effect == section.keys() - {"_target_"}
 
 
-@pytest.mark.parametrize(
-    "name", ["cifar10", "folder", "imagenet32", "mnist", "mnist_sample", "svhn", "toy"]
-)
+@pytest.mark.parametrize("name", group_options("data"))
 def test_constructors_have_the_defaults_of_the_configuration(name):
+    """The configurations of one class differ in the arguments that make up a data set only."""
     section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
     target = resolve_target("data", section)
     defaults = defaults_of(target)
-    if target is MNIST:
-        defaults["search_dirs"] = list(SEARCH_DIRS["MNIST"])
-    if target is DownsampledImageNet:
-        defaults["search_dirs"] = section["search_dirs"]
-    if name == "folder":
-        assert section.pop("root") == "???"
+    for key in IDENTITY.get(target, ()):
+        defaults[key] = section[key]
     del section["_target_"]
     assert {key: defaults[key] for key in section} == section
 
@@ -390,13 +393,17 @@ def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file.txt", "secret"]
 
 
-def modules() -> Iterator[str]:
-    for name in ("dataset", "image_folder", "imagenet", "mnist", "preprocess", "svhn", "toy2d"):
-        yield f"flowgen.data.{name}"
-    yield "flowgen.utils.files"
+def modules() -> list[str]:
+    packages = (flowgen.config, flowgen.data)
+    names = [
+        f"{package.__name__}.{module.name}"
+        for package in packages
+        for module in pkgutil.iter_modules(package.__path__)
+    ]
+    return [*names, "flowgen.utils.files"]
 
 
-@pytest.mark.parametrize("name", list(modules()))
+@pytest.mark.parametrize("name", modules())
 def test_examples_in_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 

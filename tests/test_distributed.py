@@ -17,7 +17,7 @@ from test_training import rows, spawn, wait_for_step
 from torch import distributed as dist
 from torch import nn
 
-from flowgen.bijections.batchnorm import BatchNorm
+from flowgen.bijections.linear import BatchNorm
 from flowgen.bijections.networks import Dropout, RandomSource
 from flowgen.config.compose import compose_config
 from flowgen.training.checkpoint import read_checkpoint

@@ -12,6 +12,7 @@ from test_cli import assert_error
 from test_completion import make_flow, small_field
 from test_labels import attribute_list
 from test_models import MODELS, random_images
+from torch.nn.functional import one_hot
 
 import flowgen
 from flowgen.data.attributes import read_table
@@ -23,7 +24,6 @@ from flowgen.evaluation.latent_directions import (
     fit_directions,
     mean_difference,
     move_along,
-    one_hot,
     ridge,
 )
 from flowgen.training.run_dir import Run, cached_artifact

@@ -12,7 +12,7 @@ import torch
 from conftest import SMALL, save_image
 from PIL import Image
 
-from flowgen.config.instantiate import build
+from flowgen.config.instantiate import instantiate
 from flowgen.data.mnist import MNIST
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.run_dir import Run
@@ -292,14 +292,14 @@ TARGETS = [
     ({"_convert_": "none"}, "not a setting"),
     ({"network": "${oc.env:HOME}"}, "write its value"),
     ({"network": "???"}, "write its value"),
-    ({"nonsense": 1}, "nonsense"),
+    ({"levls": 1}, "levls is not a setting, did you mean levels.: see conf/model/glow.yaml"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), TARGETS)
 def test_only_classes_of_the_allowed_packages_are_built(change, message):
     with pytest.raises(UserError, match=message):
-        build("model", TARGET | change)
+        instantiate("model", TARGET | change)
 
 
 def test_references_in_a_configuration_are_not_resolved(tiny_run, command, monkeypatch):

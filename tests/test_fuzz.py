@@ -13,7 +13,7 @@ from forkserver import Outcome
 from kill_points import make_rng
 from kills import Result
 from mutations import mutate
-from trainings import TRAININGS, same
+from training_runs import TRAINING_RUNS, same
 
 from flowgen.config.settings import group_options
 
@@ -50,7 +50,7 @@ def test_an_internal_error_is_a_fault():
 def test_every_model_is_trained_and_killed():
     models = {
         override.removeprefix("model=")
-        for overrides in TRAININGS.values()
+        for overrides in TRAINING_RUNS.values()
         for override in overrides
         if override.startswith("model=")
     }

@@ -16,7 +16,7 @@ import yaml
 from test_cli import assert_error
 
 from flowgen.commands.export import license_id
-from flowgen.config.loading import data_section
+from flowgen.config.compose import data_section
 from flowgen.config.runs import FILE, find_checkpoint
 from flowgen.training.checkpoint import export_safetensors, read_checkpoint, write_checkpoint
 from flowgen.training.run_dir import Run

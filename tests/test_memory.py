@@ -9,7 +9,7 @@ import torch
 from conftest import SMALL
 from test_training import rows
 
-from flowgen.bijections import reversible
+from flowgen.bijections import base
 from flowgen.bijections.base import inversion_error, set_activation_memory
 from flowgen.bijections.networks import ZeroConv2d
 from flowgen.config.compose import compose_config
@@ -61,7 +61,7 @@ def saved_bytes(model: GenerativeModel, images: torch.Tensor, labels: torch.Tens
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_the_same_in_all_modes(name, monkeypatch):
-    monkeypatch.setattr(reversible, "MAX_INVERTED_BIJECTIONS", 4)
+    monkeypatch.setattr(base, "MAX_INVERTED_BIJECTIONS", 4)
     model, batch = build(MODELS[name])
     stored = gradients(model, batch, "store")
     assert torch.equal(gradients(model, batch, "checkpoint"), stored)

@@ -1,4 +1,4 @@
-"""Non-finite losses: steps are skipped, training rolls back, and the culprit is named."""
+"""Non-finite losses: steps are skipped, training is rewound, and the culprit is named."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from conftest import CHECKPOINT, SMALL
 from test_training import rows
 
-from flowgen.bijections.batchnorm import BatchNorm
+from flowgen.bijections.linear import BatchNorm
 from flowgen.bijections.univariate import Affine
 from flowgen.models.flows.glow import Glow
 from flowgen.training.checkpoint import read_checkpoint
@@ -48,7 +48,7 @@ def test_a_failed_step_is_skipped_and_counted(images, tmp_path, command, monkeyp
     assert rows(run)[2]["loss"] is None
 
 
-def test_a_failed_step_that_spoils_running_statistics_rolls_back(
+def test_a_failed_step_that_spoils_running_statistics_rewinds_training(
     images, tmp_path, command, monkeypatch
 ):
     forward = BatchNorm.forward
@@ -101,7 +101,7 @@ def test_a_parameter_with_a_nonfinite_gradient_is_named(images, tmp_path, comman
     assert f"the gradient of {last_name}" in error
 
 
-def test_five_failed_steps_roll_back_and_halve_the_learning_rate(
+def test_five_failed_steps_rewind_training_and_halve_the_learning_rate(
     images, tmp_path, command, monkeypatch
 ):
     fail_at(monkeypatch, set(range(4, 9)))
@@ -150,7 +150,7 @@ def test_a_run_that_ends_with_a_failed_step_is_saved(images, tmp_path, command, 
     assert read_checkpoint(Run(run).best)["step"] == 6
 
 
-def test_a_second_rollback_takes_an_older_checkpoint(tmp_path):
+def test_a_second_rewind_takes_an_older_checkpoint(tmp_path):
     run = Run(tmp_path)
     for step in (4, 8):
         run.save(CHECKPOINT | {"step": step}, keep=True)

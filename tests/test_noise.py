@@ -53,12 +53,12 @@ def test_noise_is_centered_at_the_bins_and_has_the_right_deviation():
 def test_samples_are_denoised_after_the_inverse(num_classes):
     model = noisy_tarflow(num_classes=num_classes)
     images, _ = model.sample(6, generator=torch.Generator().manual_seed(1))
-    model.dequantizer.deviation = 0.0
+    model.dequantizer.std = 0.0
     noisy_images, _ = model.sample(6, generator=torch.Generator().manual_seed(1))
     assert not torch.equal(images, noisy_images)
     labels = None if num_classes is None else torch.arange(6) % 3
     z = torch.randn(6, 192, generator=torch.Generator().manual_seed(1))
-    one_hot = model._one_hot(labels)
+    one_hot = model.one_hot(labels)
     x, _ = model.bijection.inverse(z if labels is None else z + one_hot @ model.means, one_hot)
     expected = model._quantize(denoise(x, 0.05, lambda y: model.log_density(y, labels)))
     assert torch.equal(images, expected)

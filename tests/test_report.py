@@ -7,9 +7,14 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from conftest import SMALL
 from PIL import Image
 from test_cli import assert_error
+
+from flowgen.commands.runs import data_name, model_name
+from flowgen.config.compose import compose_config
+from flowgen.config.settings import group_options
 
 
 class Page(HTMLParser):
@@ -88,7 +93,7 @@ def test_each_number_of_bits_has_its_own_plot_and_broken_runs_are_skipped(images
     assert "Validation bits per dim at 5 bits" in text
     assert "Validation bits per dim at 8 bits" in text
     listed = [line for line in command("runs")[1].splitlines() if line.startswith("outputs")]
-    assert sum("Glow" in line for line in listed) == 2
+    assert sum("glow" in line for line in listed) == 2
     assert all("images" in line for line in listed)
 
 
@@ -123,3 +128,12 @@ def test_runs_of_a_sweep_are_compared_by_their_last_validation_metric(images, co
     listed = {line.split()[0]: line for line in command("runs")[1].splitlines()}
     assert re.search(rf"test bits_per_dim .* last {expected}", listed["outputs/run"])
     assert all("validation" not in line for name, line in listed.items() if "zoo/" in name)
+
+
+@pytest.mark.parametrize(("section", "name_of"), [("model", model_name), ("data", data_name)])
+def test_runs_have_the_names_that_users_type(section, name_of):
+    for name in group_options(section):
+        if name != "folder":
+            assert name_of(compose_config([f"{section}={name}"])[0][section]) == name
+    folder = compose_config(["data=folder", "data.root=/pictures/cats"])[0]["data"]
+    assert data_name(folder) == "cats"

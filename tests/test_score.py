@@ -74,7 +74,7 @@ def test_auroc_error_is_the_spread_over_new_samples():
     assert results[0].error == pytest.approx(spread, rel=0.3)
 
 
-def test_p_values_have_the_promised_false_alarm_rate():
+def test_p_values_have_the_promised_false_positive_rate():
     detector = OODDetector(made_up_statistics(4000))
     scores = detector.scores(made_up_statistics(4000))
     for name, p_values in detector.p_values(scores).items():
@@ -120,10 +120,9 @@ def test_calibration_needs_four_images():
 
 def test_percentile_is_the_share_of_more_likely_images():
     detector = OODDetector(made_up_statistics(10) | {"log_prob": torch.arange(10.0)})
-    percentiles = detector.percentile(torch.tensor([-1.0, 0.0, 4.5, 9.0, 10.0]))
-    assert percentiles.tolist() == [100, 90, 50, 0, 0]
-    not_finite = detector.percentile(torch.tensor([math.nan, -math.inf]))
-    assert not_finite.tolist() == [100, 100]
+    log_prob = torch.tensor([-1.0, 0.0, 4.5, 9.0, 10.0, math.nan, -math.inf])
+    scores = detector.scores(made_up_statistics(7) | {"log_prob": log_prob})
+    assert detector.percentile(scores).tolist() == [100, 90, 50, 0, 0, 100, 100]
 
 
 @pytest.mark.parametrize("overflow", [math.nan, -math.inf])
@@ -137,10 +136,11 @@ def test_validation_images_without_finite_likelihood_count_as_most_anomalous(
     detector = OODDetector(statistics)
     assert "2 of 40 validation images have scores beyond the range of float32" in caplog.text
     anomaly = made_up_statistics(1, log_prob=-900.0)
-    p_values = detector.p_values(detector.scores(anomaly))
+    scores = detector.scores(anomaly)
+    p_values = detector.p_values(scores)
     for name in ("likelihood", "complexity", "combined", "typicality", "density_of_states"):
         assert p_values[name].item() == pytest.approx(2 / 21), name
-    assert detector.percentile(anomaly["log_prob"]).item() == 95
+    assert detector.percentile(scores).item() == 95
     with pytest.raises(UserError, match="nearly all"):
         OODDetector(statistics | {"log_prob": torch.full((40,), overflow)})
 
@@ -348,7 +348,7 @@ def test_data_of_another_shape_fails_before_any_image_is_scored(monkeypatch):
         (["--ood", "data=folder", "--ood", "data.colour=3"], "data.colour", 1),
         (["--ood", "data=mnist"], "torchvision", 1),
         (["--ood", "nowhere"], "flowgen runs", 1),
-        (["--ood", "a", "--ood", "b"], "several runs", 1),
+        (["--ood", "a", "--ood", "b"], "accepts one run", 1),
     ],
 )
 def test_score_errors_are_one_line(

@@ -8,7 +8,7 @@ from conftest import save_image
 from test_data import folder, plain_images, split_images
 from test_idx import write_mnist
 
-from flowgen.data.dataset import ImageDataset, Split, hash_split, hashed_order, hashed_subset
+from flowgen.data.dataset import ImageDataset, Split, hashed_order, hashed_split, hashed_subset
 from flowgen.data.mnist import MNIST, MNISTSample
 from flowgen.data.preprocess import preprocess
 from flowgen.data.toy2d import Toy2D
@@ -28,12 +28,12 @@ def sizes(data: ImageDataset) -> list[int]:
 
 def test_names_are_split_8_to_1_to_1_by_their_hash():
     names = [f"{number:06d}.jpg" for number in range(1, 10_001)]
-    train, validation, test = hash_split(names)
+    train, validation, test = hashed_split(names)
     assert sorted(train + validation + test) == names
     assert [len(train), len(validation), len(test)] == [8012, 1025, 963]
     assert validation[:3] == ["000002.jpg", "000028.jpg", "000032.jpg"]
     assert test[:3] == ["000008.jpg", "000011.jpg", "000012.jpg"]
-    assert hash_split([f"deep/{name}" for name in names])[2] == [f"deep/{name}" for name in test]
+    assert hashed_split([f"deep/{name}" for name in names])[2] == [f"deep/{name}" for name in test]
 
 
 def test_an_image_stays_in_its_split_when_others_are_added(images):

@@ -1,4 +1,4 @@
-"""Start of trainings: overrides, trainer=auto, sweeps, and runs that are continued."""
+"""Start of training: overrides, trainer=auto, sweeps, and resumed runs."""
 
 import json
 import os
@@ -14,12 +14,11 @@ import torch
 from conftest import SMALL, save_image
 from hydra.core.hydra_config import HydraConfig
 
-from flowgen import api
 from flowgen.commands import train
+from flowgen.config import launch as launch_module
 from flowgen.config import settings
 from flowgen.config.compose import (
     compose_config,
-    input_lines,
     override,
     parse_overrides,
     read_config,
@@ -82,7 +81,7 @@ def test_folders_may_have_any_name(monkeypatch):
     }.items():
         assert override(RUN, [f"data.root={typed}"])["data"]["root"] == path
     unchanged = ["output_dir=/plain", "trainer.warmup=1 epoch"]
-    assert input_lines(parse_overrides(unchanged)) == unchanged
+    assert [item.input_line for item in parse_overrides(unchanged)] == unchanged
 
 
 def test_references_are_resolved_when_a_run_is_composed():
@@ -215,7 +214,7 @@ def test_runs_with_several_processes_fail_and_finish_in_a_sweep_like_others(
         launched.append(Path(arguments[1]))
         raise SystemExit(1)
 
-    monkeypatch.setattr(api, "launch", launch)
+    monkeypatch.setattr(launch_module, "launch", launch)
     overrides = [
         *SMALL,
         f"data.root={images}",
@@ -225,7 +224,7 @@ def test_runs_with_several_processes_fail_and_finish_in_a_sweep_like_others(
         "-m",
     ]
     with monkeypatch.context() as single:
-        single.setattr(api, "num_processes_to_launch", lambda num_processes: 0)
+        single.setattr(launch_module, "num_processes_to_launch", lambda num_processes: 0)
         assert command("train", *overrides, "seed=1,3")[0] == 0
     status, _, error = command("train", *overrides, "seed=1,2")
     assert status == 1
@@ -239,7 +238,9 @@ def test_runs_with_several_processes_fail_and_finish_in_a_sweep_like_others(
 def test_several_processes_continue_a_named_checkpoint(tiny_run, command, monkeypatch):
     launched = []
     monkeypatch.setattr(
-        api, "launch", lambda processes, arguments, hint: launched.append((processes, arguments))
+        launch_module,
+        "launch",
+        lambda processes, arguments, hint: launched.append((processes, arguments)),
     )
     last = str(tiny_run / "checkpoints" / "last.pt")
     overrides = ["trainer.num_processes=2", "trainer.steps=9"]
@@ -251,7 +252,7 @@ def test_status_of_a_failed_process_is_the_exit_status(tiny_run, command, monkey
     def launch(num_processes, arguments, hint):
         raise SystemExit(status)
 
-    monkeypatch.setattr(api, "launch", launch)
+    monkeypatch.setattr(launch_module, "launch", launch)
     for status in (1, 7, 128 + signal.SIGTERM):
         assert (
             command("resume", tiny_run, "trainer.num_processes=2", "trainer.steps=9")[0] == status

@@ -1,4 +1,4 @@
-"""The table of flows at equal cost: rows take their CPU time, continue, and are measured once."""
+"""The table of flows at equal cost: rows are trained for their CPU time and measured once."""
 
 import json
 import subprocess
@@ -15,8 +15,8 @@ import yaml
 def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script without models. Commands take one second and 0.1 seconds per training step.
 
-    `table.commands` has the arguments of all commands. If `table.fails` is set, a training that can
-    be resumed fails after three seconds.
+    `table.commands` has the arguments of all commands. If `table.fails` is set, a training run that
+    can be resumed fails after three seconds.
     """
     commands: list[tuple[str, ...]] = []
     monkeypatch.setattr(script, "commands", commands, raising=False)

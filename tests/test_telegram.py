@@ -245,6 +245,9 @@ def test_last_photo_of_a_busy_chat_is_asked_for_again():
     async def reply(text):
         replies.append(text)
 
+    def refuse():
+        raise UserError("no connection")
+
     def message(file_id, caption=None):
         return SimpleNamespace(
             chat_id=7,
@@ -254,20 +257,23 @@ def test_last_photo_of_a_busy_chat_is_asked_for_again():
             photo=[SimpleNamespace(file_id=file_id, file_size=1)],
             media_group_id="album",
             reply_text=reply,
+            get_bot=refuse,
         )
 
     chat = Chat(None)
     chat.busy.add(7)
-    for each in (message("a", "/walk"), message("b")):
-        asyncio.run(chat.on_message(SimpleNamespace(message=each), None))
+    for photo in (message("a", "/walk"), message("b")):
+        asyncio.run(chat.on_message(SimpleNamespace(message=photo), None))
     assert replies == [
         "I am still working on your last request. Send me this photo again after that."
     ]
     chat.busy.clear()
     request = chat.pending[7]
-    assert callable(chat._handle(message("b")))
+    asyncio.run(chat.on_message(SimpleNamespace(message=message("b")), None))
+    assert replies[1:] == ["Sorry: no connection."]
     assert request.photos == ["a", "b"]
     assert not chat.pending
+    assert not chat.busy
 
 
 def test_only_allowed_chats_are_answered():

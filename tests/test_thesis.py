@@ -94,8 +94,8 @@ def check_page(folder: Path, text: str) -> None:
     assert text.count("<code>") > len(page.sources), "every figure names its command"
     for link in page.links:
         assert link[1:] in page.ids if link.startswith("#") else (folder / link).is_dir()
-    num_trainings = text.count("Trained by <code>flowgen train experiment=")
-    assert num_trainings == len(list(folder.glob("*/metrics.jsonl")))
+    num_runs = text.count("Trained by <code>flowgen train experiment=")
+    assert num_runs == len(list(folder.glob("*/metrics.jsonl")))
     assert "model.width=8 for 512" in text
     assert "other data than celeba_hq" in text
 
@@ -170,7 +170,7 @@ def test_every_training_composes_and_every_preset_file_is_used(preset):
 
 
 def test_equal_experiments_rarely_differ_and_different_ones_do():
-    """Two standard errors over four sets of samples would be exceeded in 9 % of the cases."""
+    """Two standard errors over four sets of samples would be exceeded in 9% of the cases."""
     generator = torch.Generator().manual_seed(0)
 
     def verdict(first: list[float], second: list[float]) -> str:
@@ -200,7 +200,7 @@ def test_the_best_rbm_is_named_if_all_sizes_were_trained():
         **{f"l2_1e3_{hidden}": -100.0 + hidden / 100 for hidden in (50, 100, 300)},
         "l1_1e6_100": -80.0,
     }
-    sentence = rbm_figures.best_of_prior(
+    sentence = rbm_figures.compare_claims(
         {name: (value, 0.1) for name, value in likelihoods.items()}
     )
     assert "is that of l2_1e3_300" in sentence

@@ -14,6 +14,7 @@ from conftest import SMALL
 from flowgen.training import threads
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.threads import CpuTimes, cpu_quota, free_cores, use_threads
+from flowgen.utils import memory
 from flowgen.utils.errors import UserError
 
 
@@ -92,8 +93,9 @@ def test_all_cores_count_as_idle_if_the_system_does_not_tell(monkeypatch, missin
     ],
 )
 def test_quotas_of_both_versions_of_control_groups(tmp_path, monkeypatch, files, cores):
-    monkeypatch.setattr(threads, "CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(threads, "cgroups", lambda: ["a/b"])
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP_LIST", tmp_path / "list")
+    (tmp_path / "list").write_text("0::/a/b\n")
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")

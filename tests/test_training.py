@@ -16,11 +16,11 @@ import yaml
 from conftest import SMALL
 
 import flowgen
-from flowgen.bijections.batchnorm import update_bn
+from flowgen.bijections.linear import update_bn
 from flowgen.config.instantiate import build_data
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.flows.glow import Glow
-from flowgen.training.checkpoint import REQUIRED_KEYS, read_checkpoint
+from flowgen.training.checkpoint import REQUIRED, read_checkpoint
 from flowgen.training.device import choose_device, peak_memory, reset_peak_memory
 from flowgen.training.optim import build_optimizer, learning_rate_factor, warmup_steps
 from flowgen.training.run_dir import Run, best_metric
@@ -61,7 +61,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Return whether two values are equal to the last bit, through dicts and lists."""
+    """Return True if two values are equal to the last bit. Dicts and lists are compared too."""
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):
@@ -157,7 +157,7 @@ def test_a_run_writes_its_files(tiny_run):
         assert (tiny_run / name).exists(), name
     assert {path.name for path in (tiny_run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
     state = read_checkpoint(tiny_run / "checkpoints" / "last.pt")
-    assert state.keys() >= REQUIRED_KEYS
+    assert state.keys() >= REQUIRED.keys()
     assert state["step"] == 6
     assert state["images_seen"] == 24
     train = [row for row in rows(tiny_run) if row["split"] == "train"]
@@ -487,7 +487,7 @@ def test_float32_convolutions_stay_float32_on_a_gpu(monkeypatch):
 
 
 def test_only_one_process_trains_a_run(tiny_run, command):
-    from flowgen.api import lock_run
+    from flowgen.config.launch import lock_run
 
     with lock_run(Run(tiny_run)):
         status, _, error = command("resume", tiny_run, "trainer.steps=9")

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import threading
 import time
@@ -26,7 +27,7 @@ from werkzeug.test import Client
 from flowgen.commands.sample import sample_images
 from flowgen.data.preprocess import read_images
 from flowgen.serving.session import ModelSession
-from flowgen.serving.web.app import ExplorerApp, open_server
+from flowgen.serving.web.app import make_app, open_server
 from flowgen.utils import rendering
 
 HOST = "http://127.0.0.1:8700"
@@ -37,7 +38,7 @@ class Page:
     """Sends requests to the application as the page does in a browser."""
 
     def __init__(self, session: ModelSession):
-        self.client = Client(ExplorerApp(session))
+        self.client = Client(make_app(session))
 
     def post(
         self,
@@ -222,11 +223,27 @@ def test_status_tells_why_there_are_no_percentiles(two_runs, monkeypatch, caplog
         raise RuntimeError("out of luck")
 
     session = ModelSession(str(two_runs / "glow"), "cpu")
-    monkeypatch.setattr("flowgen.serving.session.make_scorer", fail)
+    monkeypatch.setattr("flowgen.commands.score.make_scorer", fail)
     monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
     session.score_validation_images()
     assert "out of luck" in Page(session)("status")["scorer_error"]
     assert "percentiles are unavailable: RuntimeError: out of luck" in caplog.text
+
+
+def test_missing_validation_images_are_reported_in_one_sentence(
+    two_runs, tmp_path, monkeypatch, caplog
+):
+    run = shutil.copytree(two_runs / "glow", tmp_path / "run")
+    session = ModelSession(str(run), "cpu")
+    session.checkpoint["config"]["data"]["root"] = str(tmp_path / "nowhere")
+    monkeypatch.setattr(logging.getLogger("flowgen"), "propagate", True)
+    session.score_validation_images()
+    error = Page(session)("status")["scorer_error"]
+    assert error == (
+        "the validation images are missing or damaged: "
+        f"`flowgen evaluate --run {run}` tells what to do"
+    )
+    assert set(caplog.messages) == {f"percentiles are unavailable: {error}"}
 
 
 def test_complete_command_line_makes_the_same_images(page, command, tmp_path):
@@ -507,8 +524,7 @@ def test_cancel_stops_only_the_named_request_while_it_waits(page, glow):
             pool.submit(page.post, "complete", payload | {"request_id": request_id})
             for request_id in ("mine", "other")
         ]
-        while not {"mine", "other"} <= lock._requests.keys():
-            time.sleep(0.01)
+        time.sleep(0.2)  # both requests wait now; a request that comes later is stopped too
         page("cancel", request_id="mine")
         page("cancel")
         steps = list(lock.cancellable(range(3), "validation images"))
@@ -517,7 +533,7 @@ def test_cancel_stops_only_the_named_request_while_it_waits(page, glow):
     assert mine.status_code == 400
     assert mine.json["error"] == "the request was stopped"
     assert other.status_code == 200
-    assert not lock._requests
+    assert not lock._canceled & {"mine", "other"}
 
 
 def test_many_requests_at_once_get_their_own_responses(glow):

@@ -13,7 +13,6 @@ from sphinx.util.docutils import SphinxDirective
 from flowgen import cli
 from flowgen.api import list_datasets, list_models
 from flowgen.config.settings import (
-    CHOICES,
     Setting,
     description,
     flatten,
@@ -24,6 +23,7 @@ from flowgen.config.settings import (
     settings_of_option,
 )
 
+CHOICES = re.compile(r"One of ([^.]+)\.")  # in the comment of a setting
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 URL = re.compile(r"https?://[^\s)]+")
 
@@ -49,7 +49,8 @@ def setting_rows(settings: list[Setting]) -> list[list[str]]:
     for setting in settings:
         meaning = CHOICES.sub("", setting.meaning).strip(" ;")
         meaning = meaning[:1].upper() + meaning[1:]
-        choices = " ".join(code(choice) for choice in setting.choices)
+        listed = CHOICES.search(setting.meaning)
+        choices = " ".join(map(code, listed[1].split(", "))) if listed else ""
         value = setting.default
         default = "empty" if value == "" else code(format_value(value))
         if isinstance(value, str) and "${" in value:

@@ -14,45 +14,66 @@ Example:
 from importlib import import_module
 from typing import Any
 
-_MODULES = {
-    "autoregressive": ("MADE", "Autoregressive", "TokenAutoregressive", "TokenHead"),
-    "base": ("Bijection", "Chain", "Flip", "Invert", "set_activation_memory"),
-    "batchnorm": ("BatchNorm", "update_bn"),
-    "continuous": ("CNF", "VelocityField"),
-    "coupling": ("Coupling", "MaskedCoupling", "channelwise", "checkerboard", "stripes"),
-    "elementwise": (
-        "EmpiricalCDF",
-        "LogisticToNormal",
-        "Logit",
-        "MarginalGaussianization",
-        "Standardize",
-    ),
-    "linear": ("ActNorm", "FusedAffine", "InvertibleConv1x1", "InvertibleConv1x1LU"),
-    "networks": (
-        "CausalTransformer",
-        "Conditioner",
-        "ConvNetwork",
-        "DenseNetwork",
-        "GatedNetwork",
-        "RandomSource",
-        "RealNVPNetwork",
-        "ResNetwork",
-        "Transformer",
-        "ZeroConv2d",
-    ),
-    "reshape": ("FactorOut", "Flatten", "Permute", "Roll", "Squeeze"),
-    "residual": ("Planar", "Sylvester"),
-    "univariate": ("Additive", "Affine", "MixtureOfLogistics", "Scale", "Spline", "Transform"),
+_MODULES = {  # module of each exported name
+    "ActNorm": "linear",
+    "Additive": "univariate",
+    "Affine": "univariate",
+    "Autoregressive": "autoregressive",
+    "BatchNorm": "linear",
+    "Bijection": "base",
+    "CNF": "continuous",
+    "CausalTransformer": "networks",
+    "Chain": "base",
+    "Conditioner": "networks",
+    "ConvNetwork": "networks",
+    "Coupling": "coupling",
+    "DenseNetwork": "networks",
+    "EmpiricalCDF": "elementwise",
+    "FactorOut": "reshape",
+    "Flatten": "reshape",
+    "Flip": "base",
+    "FusedAffine": "linear",
+    "GatedNetwork": "networks",
+    "Invert": "base",
+    "InvertibleConv1x1": "linear",
+    "InvertibleConv1x1LU": "linear",
+    "LogisticToNormal": "elementwise",
+    "Logit": "elementwise",
+    "MADE": "autoregressive",
+    "MarginalGaussianization": "elementwise",
+    "MaskedCoupling": "coupling",
+    "MixtureOfLogistics": "univariate",
+    "Permute": "reshape",
+    "Planar": "residual",
+    "RandomSource": "networks",
+    "RealNVPNetwork": "networks",
+    "ResNetwork": "networks",
+    "Roll": "reshape",
+    "Scale": "univariate",
+    "Spline": "univariate",
+    "Squeeze": "reshape",
+    "Standardize": "elementwise",
+    "Sylvester": "residual",
+    "TokenAutoregressive": "autoregressive",
+    "TokenHead": "autoregressive",
+    "Transform": "univariate",
+    "Transformer": "networks",
+    "VelocityField": "continuous",
+    "ZeroConv2d": "networks",
+    "channelwise": "coupling",
+    "checkerboard": "coupling",
+    "set_activation_memory": "base",
+    "stripes": "coupling",
+    "update_bn": "linear",
 }
-_EXPORTS = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = sorted(_EXPORTS)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

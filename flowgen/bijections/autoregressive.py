@@ -1,20 +1,20 @@
-"""Autoregressive bijections: each value, or token, is transformed given those before it."""
+"""Autoregressive bijections, which transform each value or token given the previous ones."""
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection, concat_condition
-from flowgen.bijections.networks import CausalTransformer, Progress, no_progress, zero_linear
+from flowgen.bijections.networks import CausalTransformer, Progress, no_progress, zero_init
 from flowgen.bijections.univariate import Transform
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer whose output i depends on input j only where `mask[i, j]`."""
+    """A linear layer whose output i depends on input j only if `mask[i, j]` is true."""
 
     def __init__(self, mask: Tensor):
         super().__init__(mask.shape[1], mask.shape[0])
@@ -24,16 +24,16 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.masked_weight(), self.bias)
 
     def masked_weight(self) -> Tensor:
-        """Return the weight with zeros where the mask is 0."""
+        """Return the weight with zeros where the mask is false."""
         return self.weight * self.mask
 
 
 class MADE(nn.Module):
-    """Masked network (batch, dim) -> (batch, num_params * dim) that is autoregressive.
+    """An autoregressive masked network that maps (batch, dim) to (batch, num_params * dim).
 
     The parameters of value t depend on the values before t and on the condition, whose
-    `cond_channels` values follow the others in the input. The last layer starts at zero. Germain
-    et al. (1502.03509).
+    `cond_channels` values follow the other values in the input. The last layer starts at zero.
+    Germain et al. (1502.03509).
 
     Args:
         dim: Values per vector.
@@ -55,75 +55,74 @@ class MADE(nn.Module):
         self.num_params = num_params
         inputs = torch.arange(dim)
         # A hidden unit of degree d depends on the values up to d. The degrees are spread over all
-        # values, even if there are few units. Degree -1 depends on the condition alone and serves
-        # the first value.
+        # values, even if there are few units. Units of degree -1 depend only on the condition, and
+        # the first value uses them.
         lowest = -1 if cond_channels else 0
         degrees = torch.linspace(lowest, max(dim - 2, lowest), width).round().long()
         self.first = MaskedLinear(F.pad(degrees[:, None] >= inputs, (0, cond_channels), value=True))
         self.middle = nn.ModuleList(
             MaskedLinear(degrees[:, None] >= degrees) for _ in range(num_layers - 1)
         )
-        self.last = MaskedLinear((inputs[:, None] > degrees).repeat(num_params, 1))
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.last = zero_init(MaskedLinear((inputs[:, None] > degrees).repeat(num_params, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for layer in self.middle:
-            x = layer(x.relu())
-        return self.last(x.relu())
+        for layer in (self.first, *self.middle):
+            x = layer(x).relu()
+        return self.last(x)
 
-    def sample_sequentially(
+    def invert_sequentially(
         self,
-        sample_fn: Callable[[int, Tensor], Tensor],
+        invert_value: Callable[[int, Tensor], tuple[Tensor, Tensor]],
         batch_size: int,
         condition: Tensor | None = None,
         progress: Progress = no_progress,
-    ) -> Tensor:
-        """Generate values one after the other.
+    ) -> tuple[Tensor, Tensor]:
+        """Compute values in order.
 
         Each step adds one value to the sums of the first layer and computes the outputs of the
-        last layer for the next value only.
+        last layer only for the next value.
 
         Args:
-            sample_fn: Function of the index of a value and its parameters (batch, num_params)
-                that returns the value, (batch, 1).
+            invert_value: Function of the index of a value and its parameters (batch, num_params)
+                that returns the value and its log-slope, both of shape (batch, 1).
             batch_size: Number of vectors.
-            condition: Condition (batch, cond_channels), if there is one.
+            condition: Condition of shape (batch, cond_channels), or None.
             progress: Wrapper of the loop over the values.
 
         Returns:
-            The values, (batch, dim).
+            The values (batch, dim) and the sum of their log-slopes (batch,).
         """
         first = self.first.masked_weight()
-        last = self.last.masked_weight().view(self.num_params, self.dim, -1)
-        last_bias = self.last.bias.view(self.num_params, self.dim)
         middle: list[tuple[Tensor, Tensor]] = [
             (layer.masked_weight(), layer.bias)  # type: ignore[operator, misc]
             for layer in self.middle
         ]
+        last = self.last.masked_weight().view(self.num_params, self.dim, -1)
+        last_bias = self.last.bias.view(self.num_params, self.dim)
         sums = self.first.bias.expand(batch_size, -1)
         if condition is not None:
             sums = sums + F.linear(condition.to(sums.dtype), first[:, self.dim :])
-        values: list[Tensor] = []
+        outputs: list[tuple[Tensor, Tensor]] = []
         for index in progress(range(self.dim), "values"):
             hidden = sums.relu()
             for weight, bias in middle:
                 hidden = F.linear(hidden, weight, bias).relu()
-            values.append(sample_fn(index, F.linear(hidden, last[:, index], last_bias[:, index])))
-            sums = torch.addcmul(sums, values[-1].to(sums.dtype), first[:, index])
-        return torch.cat(values, 1)
+            params = F.linear(hidden, last[:, index], last_bias[:, index])
+            outputs.append(invert_value(index, params))
+            sums = torch.addcmul(sums, outputs[-1][0].to(sums.dtype), first[:, index])
+        values, log_slopes = zip(*outputs, strict=True)
+        return torch.cat(values, 1), torch.cat(log_slopes, 1).sum(1)
 
 
 class Autoregressive(Bijection):
     """Masked autoregressive flow of vectors: z_t = h(x_t; network(x_<t, condition)).
 
-    `forward` transforms all values in parallel and `inverse` one after the other. log|det| is the
-    sum of log h'. MAF (1705.07057), section 3.1.
+    `forward` transforms all values in parallel and `inverse` transforms them in order. log|det| is
+    the sum of log h'. MAF (1705.07057), section 3.1.
 
     Args:
         network: Network that computes the parameters of the transform.
-        transform: The univariate transform h, with `network.num_params` parameters per value.
+        transform: Univariate transform h with `network.num_params` parameters per value.
 
     Attributes:
         progress: Wrapper of the loop over the values in `inverse`.
@@ -150,21 +149,16 @@ class Autoregressive(Bijection):
         return z, log_slope.sum(1)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_slopes = []
+        def invert_value(index: int, params: Tensor) -> tuple[Tensor, Tensor]:
+            return self.transform.inverse(z[:, index : index + 1], params.to(z.dtype))
 
-        def sample_fn(index: int, params: Tensor) -> Tensor:
-            x, log_slope = self.transform.inverse(z[:, index : index + 1], params.to(z.dtype))
-            log_slopes.append(log_slope)
-            return x
-
-        x = self.network.sample_sequentially(sample_fn, len(z), condition, self.progress)
-        return x, torch.cat(log_slopes, 1).sum(1)
+        return self.network.invert_sequentially(invert_value, len(z), condition, self.progress)
 
 
 class TokenHead(Bijection):
-    """z = h(x; linear(context)): the values of a token are independent given its context.
+    """z = h(x; linear(context)), which transforms the values of a token independently.
 
-    x and z are (batch, dim), and the condition is the context, (batch, width).
+    x and z have shape (batch, dim). The condition is the context of the token, (batch, width).
 
     Example:
         >>> from flowgen.bijections.univariate import Affine
@@ -178,7 +172,7 @@ class TokenHead(Bijection):
 
     def __init__(self, dim: int, width: int, transform: Transform):
         super().__init__()
-        self.linear = zero_linear(width, transform.num_params * dim)
+        self.linear = zero_init(nn.Linear(width, transform.num_params * dim))
         self.transform = transform
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -191,35 +185,33 @@ class TokenHead(Bijection):
 
 
 def autoregressive_head(dim: int, width: int, transform: Transform) -> Autoregressive:
-    """Return a head like `TokenHead` whose values also depend on those before them in the token."""
+    """Return a head that also conditions each value on the previous values of its token."""
     return Autoregressive(MADE(dim, width, 1, transform.num_params, width), transform)
 
 
 class TokenAutoregressive(Bijection):
     """Autoregressive flow of tokens: z_i = head(x_i; c_i) with the context c_i = network(x_<i).
 
-    x and z are (batch, channels, height, width). Token i consists of the channels of pixel i, in
-    raster order. TarFlow (2412.06329), section 3.
+    x and z have shape (batch, channels, height, width). Token i consists of the channels of pixel
+    i, in raster order. TarFlow (2412.06329), section 3.
 
-    `forward` transforms all tokens in parallel. `inverse` generates them one after the other,
-    with cached keys and values, or, with `jacobi`, updates all at once by the fixed-point iteration
-    x <- head^-1(z; contexts of x). After k iterations the first k tokens are exact, so the number
-    of iterations is at most the number of tokens. Inverses compute in float64, because the
-    rounding error of a token is passed on to all tokens after it.
+    `forward` transforms all tokens in parallel. `inverse` computes the tokens in order, with cached
+    keys and values. With `jacobi` it instead updates all tokens in parallel by the fixed-point
+    iteration x <- head^-1(z; network(x)). After k iterations the first k tokens are exact, so the
+    number of iterations is at most the number of tokens. Inverses compute in float64, because the
+    rounding error of a token propagates to all tokens after it.
 
     Args:
         network: Transformer that computes the contexts.
         head: Bijection of a token, whose condition is the context.
-        reverse: Whether to process the tokens from the last to the first, and the values of each
-            token too.
+        reverse: Whether to reverse the order of the tokens and of the values of each token.
 
     Attributes:
         jacobi: Whether `inverse` uses Jacobi iterations. Default: False.
         exact: Whether `forward` also computes in float64. Default: False.
-        tolerance: Jacobi iterations stop when no value changes by more than this, relative to
-            max(1, |value|).
-        num_iterations: Iterations of the last `inverse`, or the number of tokens if they were
-            generated one after the other.
+        tolerance: Largest change of a value, relative to max(1, |value|), at which Jacobi
+            iterations stop.
+        num_iterations: Iterations of the last `inverse`, or the number of tokens without `jacobi`.
         progress: Wrapper of the loop over the tokens in `inverse`.
 
     Example:
@@ -255,25 +247,22 @@ class TokenAutoregressive(Bijection):
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         invert = self._invert_by_jacobi if self.jacobi else self._invert_sequentially
-        network = _double_copy(self.network)
         x, log_det = invert(
-            self._to_tokens(z.double()), condition, network, _double_copy(self.head)
+            self._to_tokens(z.double()),
+            condition,
+            _double_copy(self.network),
+            _double_copy(self.head),
         )
         return self._to_image(x, z).to(z.dtype), log_det.to(z.dtype)
 
     def _invert_sequentially(
         self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection
     ) -> tuple[Tensor, Tensor]:
-        log_dets = []
+        def invert_token(index: int, context: Tensor) -> tuple[Tensor, Tensor]:
+            return head.inverse(z[:, index], context)
 
-        def sample_fn(index: int, context: Tensor) -> Tensor:
-            x, log_det = head.inverse(z[:, index], context)
-            log_dets.append(log_det)
-            return x
-
-        x = network.sample_sequentially(sample_fn, len(z), condition, self.progress)
         self.num_iterations = z.shape[1]
-        return x, torch.stack(log_dets).sum(0)
+        return network.invert_sequentially(invert_token, len(z), condition, self.progress)
 
     def _invert_by_jacobi(
         self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection
@@ -283,16 +272,16 @@ class TokenAutoregressive(Bijection):
         num_final = 0  # leading tokens that no longer change
         for iteration in range(z.shape[1]):
             self.num_iterations = iteration + 1
-            contexts = network(x, condition)[:, num_final:]
-            previous = x[:, num_final:]
-            updated, change = _map_tokens(head.inverse, z[:, num_final:], contexts)
+            updated, change = _map_tokens(
+                head.inverse, z[:, num_final:], network(x, condition)[:, num_final:]
+            )
+            difference = (updated - x[:, num_final:]).abs()
+            changed = (difference > self.tolerance * updated.abs().clamp(min=1)).any(2).any(0)
             x = torch.cat((x[:, :num_final], updated), 1)
             log_det = torch.cat((log_det[:, :num_final], change), 1)
-            limit = self.tolerance * updated.abs().clamp(min=1)
-            changed = ((updated - previous).abs() > limit).any(2).any(0)
             if not changed.any():
                 break
-            # The contexts of the first token that changed depend on final tokens only.
+            # The context of the first token that changed depends only on final tokens.
             num_final += int(changed.int().argmax()) + 1
         return x, log_det.sum(1)
 
@@ -309,22 +298,19 @@ class TokenAutoregressive(Bijection):
 def _map_tokens(
     function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], tokens: Tensor, contexts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Apply a head to tokens (batch, tokens, dim); the log-dets are (batch, tokens)."""
+    """Apply a head to tokens (batch, tokens, dim) and return log-dets of shape (batch, tokens)."""
     mapped, log_det = function(tokens.flatten(0, 1), contexts.flatten(0, 1))
     return mapped.view(tokens.shape), log_det.view(tokens.shape[:2])
 
 
-M = TypeVar("M", bound=nn.Module)
-
-
-def _double_copy(module: M) -> M:
-    """Return a copy in float64; gradients of its parameters reach those of `module`."""
+def _double_copy(module: nn.Module) -> Any:
+    """Return a copy in float64 whose parameters pass their gradients to those of `module`."""
     memo: dict[int, object] = {
         id(tensor): tensor.double()
         for tensor in (*module.parameters(), *module.buffers())
         if tensor.is_floating_point()
     }
-    for part in module.modules():
-        if isinstance(part, Autoregressive):
-            memo[id(part.progress)] = part.progress  # a progress bar cannot be copied
+    # The copy shares progress bars, which cannot be copied.
+    bars = [part.progress for part in module.modules() if isinstance(part, Autoregressive)]
+    memo |= {id(bar): bar for bar in bars}
     return copy.deepcopy(module, memo)

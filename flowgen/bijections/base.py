@@ -1,31 +1,51 @@
-"""The `Bijection` interface, and bijections made of other bijections."""
+"""The `Bijection` interface, compositions of bijections, and their activation memory.
+
+The backward pass of a deep flow obtains the activations in one of these ways:
+
+- "store" keeps all activations.
+- "checkpoint" keeps the input of every bijection and computes the bijection again. Chen et al.
+  (1604.06174).
+- "reversible" keeps the output of a whole chain and recovers every input by inversion. Memory then
+  does not grow with depth. Gomez et al. (1707.04585), section 3.2.
+"""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from flowgen.bijections.reversible import ACTIVATION_MEMORY, Step, checkpointed, reversible
+from flowgen.bijections.networks import batch_norm_layers, has_dropout
+
+ACTIVATION_MEMORY = ("store", "checkpoint", "reversible")
+# Bijections whose inputs are recovered from one output. Rounding errors grow with their number.
+MAX_INVERTED_BIJECTIONS = 128
+
+Step = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # as Bijection.forward
 
 
 class Bijection(nn.Module, ABC):
     """Base class of invertible maps with a tractable log-determinant.
 
-    Subclasses implement `forward` and `inverse`; those that are initialized from data also
-    override `initialize`. Tensors are (batch, dim) or (batch, channels, height, width).
+    Subclasses implement `forward` and `inverse`. Subclasses whose parameters start from data also
+    implement `fit`. Tensors have shape (batch, dim) or (batch, channels, height, width).
 
-    The optional `condition`, (batch, cond_channels) or (batch, cond_channels, height, width), is
-    an extra input of the networks inside, such as a class or another image. Bijections that
-    contain others pass it on, and those with a network read it (see `concat_condition`).
+    The optional `condition` is an additional input of the networks inside a bijection, such as a
+    class or another image. It has shape (batch, cond_channels) or (batch, cond_channels, height,
+    width). Bijections that contain other bijections pass it to them. Bijections with a network
+    append it to the input of the network (see `concat_condition`).
 
     Attributes:
         supports_checkpointing: Whether a chain can recompute the bijection in the backward pass.
-        supports_reversible: Whether the inverse is cheap and accurate enough to differentiate at
-            its result.
+        supports_reversible: Whether the backward pass can recover the input from the output,
+            because the inverse is cheap and accurate.
     """
 
     supports_checkpointing: bool = True
@@ -42,25 +62,45 @@ class Bijection(nn.Module, ABC):
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Initialize from one batch of data before training and return the output for it."""
+        self.fit(x, condition)
         return self(x, condition)[0]
+
+    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
+        """Set data-dependent parameters from one batch of data, by default none."""
 
     def invert_and_recompute(
         self, z: Tensor, condition: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """Recover the input of `z`, and run `forward` on it with gradients.
+        """Recover the input from the output z, then compute `forward` with gradients.
 
         Returns:
-            The leaf tensors whose concatenation along dimension 1 is the input, and the two
-            results of `forward`.
+            A tuple of leaf tensors, whose concatenation along dimension 1 is the recovered input,
+            followed by the two results of `forward`.
         """
         with torch.no_grad():
-            x, _ = self.inverse(z, condition)
-        x.requires_grad_()
+            x = self.inverse(z, condition)[0].requires_grad_()
         return (x,), *self(x, condition)
 
 
+def compose(
+    steps: Iterable[Any], x: Tensor, condition: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Apply steps in order and return the result and the sum of their log-determinants.
+
+    Args:
+        steps: Functions with the arguments and results of `Bijection.forward`.
+        x: Input of the first step.
+        condition: Condition of all steps.
+    """
+    log_det = x.new_zeros(len(x))
+    for step in steps:
+        x, change = step(x, condition)
+        log_det = log_det + change
+    return x, log_det
+
+
 class Chain(Bijection):
-    """Bijections applied one after the other: z = f_n(... f_1(x)), log-determinants add up.
+    """A composition of bijections, z = f_n(... f_1(x)), whose log-determinants add up.
 
     `set_activation_memory` selects how the backward pass obtains the activations.
 
@@ -80,22 +120,18 @@ class Chain(Bijection):
     def __init__(self, *bijections: Bijection):
         super().__init__()
         self.activation_memory = "store"
-        self.inversion_errors: list[Tensor] = []  # of the inputs that backward passes recovered
+        self.inversion_errors: list[Tensor] = []  # at most one, see `_reversible`
         self.bijections = nn.ModuleList(bijections)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = x.new_zeros(len(x))
-        for step in self._steps(condition):
-            x, change = step(x, condition)
-            log_det = log_det + change
-        return x, log_det
+        # Memory-saving steps have no gradient for the condition.
+        needs_condition_grad = condition is not None and condition.requires_grad
+        if self.activation_memory == "store" or not torch.is_grad_enabled() or needs_condition_grad:
+            return compose(self.bijections, x, condition)
+        return compose(self._memory_saving_steps(), x, condition)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = z.new_zeros(len(z))
-        for bijection in reversed(self.bijections):
-            z, change = bijection.inverse(z, condition)  # type: ignore[operator]
-            log_det = log_det + change
-        return z, log_det
+        return compose([part.inverse for part in reversed(self.bijections)], z, condition)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -103,33 +139,130 @@ class Chain(Bijection):
             x = bijection.initialize(x, condition)  # type: ignore[operator]
         return x
 
-    def _steps(self, condition: Tensor | None) -> Iterable[Step]:
-        # Memory-saving steps have no gradient for the condition.
-        needs_condition_grad = condition is not None and condition.requires_grad
-        if self.activation_memory == "store" or not torch.is_grad_enabled() or needs_condition_grad:
-            return self.bijections
-        return self._memory_saving_steps()
-
     def _memory_saving_steps(self) -> Iterator[Step]:
         for saves_memory, group in groupby(self.bijections, self._saves_memory):
             if not saves_memory:
                 yield from group
             elif self.activation_memory == "checkpoint":
-                yield from map(checkpointed, group)
+                yield from map(_checkpointed, group)
             else:
-                yield from reversible([*group], self.inversion_errors)
+                yield from _reversible([*group], self.inversion_errors)
 
     def _saves_memory(self, bijection: Any) -> bool:
-        """Return whether this chain saves the memory, and no chain inside the bijection."""
+        """Return whether this chain itself, and no chain inside the bijection, saves its memory."""
         return not _chains(bijection) and (
             self.activation_memory == "checkpoint" or bijection.supports_reversible
         )
 
 
-class Invert(Bijection):
-    """The inverse of another bijection; the inverse of MAF is IAF.
+def _checkpointed(bijection: nn.Module) -> Step:
+    """Return `bijection.forward` as a step that the backward pass computes again."""
+    # Set only for batch norm layers, because torch.compile does not support context_fn.
+    kwargs: dict[str, Any] = (
+        {"context_fn": lambda: (nullcontext(), _frozen_statistics(bijection))}
+        if batch_norm_layers(bijection)
+        else {}
+    )
+    return partial(
+        checkpoint,
+        bijection,
+        use_reentrant=False,
+        preserve_rng_state=has_dropout(bijection),
+        **kwargs,
+    )
 
-    Kingma et al. (1606.04934).
+
+@contextmanager
+def _frozen_statistics(bijection: nn.Module) -> Iterator[None]:
+    """Restore the running statistics of batch norm layers at the end of the context."""
+    with ExitStack() as stack:
+        for layer in batch_norm_layers(bijection):
+            for buffer in layer.buffers():
+                # .data hides the change from autograd's version counter.
+                stack.callback(buffer.data.copy_, buffer.clone())
+        yield
+
+
+def _reversible(bijections: Sequence[Any], errors: list[Tensor]) -> Iterator[Step]:
+    """Yield steps that apply bijections and recover their inputs in the backward pass.
+
+    The condition gets no gradient.
+
+    Args:
+        bijections: Bijections with `supports_reversible`, in the order of application.
+        errors: List of at most one tensor. The backward pass sets it to the largest relative
+            error of the recovered inputs so far.
+    """
+    for start in range(0, len(bijections), MAX_INVERTED_BIJECTIONS):
+        yield partial(
+            _apply_reversibly, bijections[start : start + MAX_INVERTED_BIJECTIONS], errors
+        )
+
+
+def _apply_reversibly(
+    bijections: Sequence[Any], errors: list[Tensor], x: Tensor, condition: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    parameters = [parameter for bijection in bijections for parameter in bijection.parameters()]
+    return _ReversibleFunction.apply(bijections, errors, x, condition, *parameters)
+
+
+class _ReversibleFunction(torch.autograd.Function):
+    """A composition of bijections that saves its output instead of the intermediate results.
+
+    It also saves its input, to measure the error of the input that the backward pass recovers.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        bijections: Sequence[Any],
+        errors: list[Tensor],
+        x: Tensor,
+        condition: Tensor | None,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        device_type = x.device.type
+        ctx.bijections = bijections
+        ctx.errors = errors
+        ctx.autocast = torch.autocast(
+            device_type,
+            torch.get_autocast_dtype(device_type),
+            enabled=torch.is_autocast_enabled(device_type),
+        )
+        z, log_det = compose(bijections, x, condition)
+        ctx.save_for_backward(x, z, condition)
+        return z, log_det
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, z_grad: Tensor, log_det_grad: Tensor) -> tuple[Any, ...]:
+        x, z, condition = ctx.saved_tensors
+        z = z.detach()  # its graph would lead back to this function
+        parameter_grads: list[Tensor | None] = []
+        for bijection in reversed(ctx.bijections):
+            with torch.enable_grad(), ctx.autocast:
+                leaves, *outputs = bijection.invert_and_recompute(z, condition)
+            # The log-determinant of a volume-preserving bijection is a constant.
+            num_outputs = 2 if outputs[1].requires_grad else 1
+            grads = torch.autograd.grad(
+                outputs[:num_outputs],
+                [*leaves, *bijection.parameters()],
+                (z_grad, log_det_grad)[:num_outputs],
+                allow_unused=True,
+            )
+            z_grad = torch.cat(grads[: len(leaves)], 1)
+            parameter_grads[:0] = grads[len(leaves) :]
+            z = torch.cat([leaf.detach() for leaf in leaves], 1)
+        error = (z - x).abs().max() / x.abs().max()
+        ctx.errors[:] = [torch.stack((*ctx.errors, error)).max()]
+        return None, None, z_grad, None, *parameter_grads
+
+
+class Invert(Bijection):
+    """The inverse of another bijection.
+
+    The inverse of a masked autoregressive flow is an inverse autoregressive flow. Kingma et al.
+    (1606.04934).
 
     Example:
         >>> from flowgen.bijections.linear import ActNorm
@@ -169,12 +302,13 @@ class Flip(Bijection):
 
 
 def concat_condition(x: Tensor, condition: Tensor | None) -> Tensor:
-    """Append the condition to the channels of x, as the input of a network.
+    """Concatenate the channels of x and of the condition, as the input of a network.
 
     Args:
-        x: Values (batch, channels) or (batch, channels, height, width).
-        condition: None, or a condition with the dimensions of x. One without pixels, (batch,
-            cond_channels), is repeated at every pixel of x.
+        x: Values of shape (batch, channels) or (batch, channels, height, width).
+        condition: Condition of shape (batch, cond_channels) or (batch, cond_channels, height,
+            width), or None, which returns x. A condition of shape (batch, cond_channels) is
+            broadcast over the pixels of x.
 
     Example:
         >>> concat_condition(torch.zeros(5, 3, 8, 8), torch.ones(5, 10)).shape
@@ -188,7 +322,7 @@ def concat_condition(x: Tensor, condition: Tensor | None) -> Tensor:
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:
-    """Return log N(z; 0, I) in nats, (batch,), for z of shape (batch, dim).
+    """Return log N(z; 0, I) in nats, of shape (batch,), for z of shape (batch, dim).
 
     Example:
         >>> standard_normal_log_prob(torch.zeros(1, 2))  # -log(2 pi)
@@ -202,19 +336,19 @@ def _chains(model: nn.Module) -> list[Chain]:
 
 
 def supports_checkpointing(model: nn.Module) -> bool:
-    """Return whether `model` consists of chains whose bijections can be recomputed one by one."""
+    """Return whether `model` has chains and all its bijections can be recomputed individually."""
     return bool(_chains(model)) and all(
         module.supports_checkpointing for module in model.modules() if isinstance(module, Bijection)
     )
 
 
 def set_activation_memory(model: nn.Module, mode: str) -> None:
-    """Select how all chains of `model` obtain the activations that the backward pass needs.
+    """Select how the backward passes of all chains in `model` obtain the activations.
 
     Args:
         model: Model with chains of bijections.
-        mode: "store" keeps all activations, "checkpoint" recomputes each bijection from its
-            input, and "reversible" recovers the inputs by inverting the chain.
+        mode: "store" to keep all activations, "checkpoint" to recompute each bijection from its
+            input, or "reversible" to recover the inputs by inverting the chain.
 
     Raises:
         ValueError: The mode is unknown, or the model does not support it.
@@ -234,8 +368,7 @@ def set_activation_memory(model: nn.Module, mode: str) -> None:
     if mode != "store" and not supports_checkpointing(model):
         raise ValueError(f"activation memory {mode!r} is not supported by this model: use 'store'")
     chains = _chains(model)
-    parts = [part for chain in chains for part in chain.bijections if not _chains(part)]
-    for part in parts:
+    for part in [part for chain in chains for part in chain.bijections if not _chains(part)]:
         if mode == "reversible" and not part.supports_reversible and list(part.parameters()):
             raise ValueError(
                 "activation memory 'reversible' cannot recover the input of this model's "
@@ -246,12 +379,13 @@ def set_activation_memory(model: nn.Module, mode: str) -> None:
 
 
 def inversion_error(model: nn.Module) -> float | None:
-    """Return the largest error of the activations recovered since the last call, and reset it.
+    """Return and reset the largest relative error of recovered activations since the last call.
 
-    The error is relative to the largest activation; without recovered ones the result is `None`.
+    An error is the largest absolute difference between the recovered and the original input of a
+    chain, divided by the largest absolute value of the input.
+
+    Returns:
+        Largest error, or None if no backward pass has recovered activations.
     """
-    chains = _chains(model)
-    errors = [error for chain in chains for error in chain.inversion_errors]
-    for chain in chains:
-        chain.inversion_errors.clear()
+    errors = [chain.inversion_errors.pop() for chain in _chains(model) if chain.inversion_errors]
     return torch.stack(errors).max().item() if errors else None

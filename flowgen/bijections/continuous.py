@@ -1,4 +1,4 @@
-"""Continuous normalizing flows: bijections defined by an ordinary differential equation."""
+"""Continuous normalizing flows, which are defined by an ordinary differential equation."""
 
 import math
 from contextlib import nullcontext
@@ -13,13 +13,11 @@ from flowgen.bijections.networks import Transformer
 from flowgen.bijections.reshape import Squeeze
 
 NUM_FREQUENCIES = 2  # of the time embedding
-FIRST_STEP = 0.1  # length of the solver's first step, which it reduces if the error is too large
-MAX_STEPS = 2000  # of the solver
-MAX_DIRECTIONS = 64  # derivatives that are computed at once
+MAX_DIRECTIONS = 64  # directional derivatives that are computed in parallel
 
 
 class VelocityField(nn.Module):
-    """Velocity v(x, t) of images in vector form, by a transformer of their patches.
+    """Velocity v(x, t) of flattened images, computed by a transformer over patches.
 
     The input of every patch includes cos(k pi t) and sin(k pi t) for k = 1..`NUM_FREQUENCIES`, and
     the condition. The velocity starts at zero.
@@ -28,7 +26,7 @@ class VelocityField(nn.Module):
         channels: Channels of the images.
         resolution: Height and width of the images.
         patch_size: Height and width of a patch.
-        width: Values per token.
+        width: Values per hidden token.
         num_heads: Attention heads, a divisor of `width`.
         num_layers: Transformer blocks.
         dropout: Probability of dropping a value of a hidden layer.
@@ -66,7 +64,7 @@ class VelocityField(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return the velocity (batch, dim) of x at time t, which is a scalar or (batch,)."""
+        """Return the velocity of x (batch, dim) at time t, which is a scalar or (batch,)."""
         frequencies = torch.arange(1, NUM_FREQUENCIES + 1, device=x.device, dtype=x.dtype)
         angles = math.pi * t.expand(len(x))[:, None] * frequencies
         time_embedding = torch.cat((angles.cos(), angles.sin()), 1)
@@ -79,11 +77,11 @@ class CNF(Bijection):
     """Continuous normalizing flow: z = x(0) and x = x(1) for dx/dt = velocity(x, t).
 
     log|det dz/dx| is the integral of tr(dv/dx) from t = 1 to 0. Chen et al. (1806.07366),
-    theorem 1. The trace is exact for up to `exact_trace_dims` dimensions. Beyond that it is
-    Hutchinson's estimate e^T (dv/dx) e with random signs e for each image, which is unbiased, and
-    so is the log-determinant: FFJORD (1810.01367), section 3.1. The signs are seeded by the image,
-    so an image has the same log-determinant in every batch, up to `tolerance`. If the solver does
-    not finish, all results are NaN. Needs the package torchdiffeq.
+    theorem 1. The trace is exact for up to `exact_trace_dims` dimensions. For more dimensions it is
+    Hutchinson's estimate e^T (dv/dx) e with random signs e for each image. The estimate and the
+    log-determinant are unbiased. FFJORD (1810.01367), section 3.1. The image seeds its signs, so
+    it has the same log-determinant in every batch, up to `tolerance`. If the solver does not
+    finish, all results are NaN. This bijection needs the package torchdiffeq.
 
     Args:
         velocity: Module that maps x (batch, dim), t and the condition to the velocity (batch, dim).
@@ -117,17 +115,16 @@ class CNF(Bijection):
     def _integrate(
         self, x: Tensor, condition: Tensor | None, start: float, end: float
     ) -> tuple[Tensor, Tensor]:
-        # Importing torchdiffeq creates constants, which would have no data inside the meta device
-        # context in which models can be built.
+        # Importing torchdiffeq creates constant tensors. They would have no data if the import ran
+        # in the meta device context in which models can be built.
         from torchdiffeq import odeint
 
         times = torch.tensor([start, end], device=x.device, dtype=x.dtype)
-        derivative = partial(self._velocity_and_trace, condition, self._directions(x))
         tolerance = max(self.tolerance, 10 * torch.finfo(x.dtype).eps)
         try:
             with torch.autocast(x.device.type, enabled=False):
                 positions, log_dets = odeint(
-                    derivative,
+                    partial(self._velocity_and_trace, condition, self._directions(x)),
                     (x, x.new_zeros(len(x))),
                     times,
                     method="dopri8",
@@ -135,9 +132,9 @@ class CNF(Bijection):
                     atol=(tolerance, tolerance * x.shape[1]),  # per value, also of the log-det
                     options={
                         "norm": _largest_error,
-                        "first_step": FIRST_STEP,
+                        "first_step": 0.1,  # the solver reduces it if the error is too large
                         "step_t": times[1:],
-                        "max_num_steps": MAX_STEPS,
+                        "max_num_steps": 2000,
                     },
                 )
         except AssertionError:  # raised by torchdiffeq for too many or too short steps
@@ -145,12 +142,11 @@ class CNF(Bijection):
         return positions[-1], log_dets[-1]
 
     def _directions(self, x: Tensor) -> Tensor:
-        """Return all axes, or random signs per image: (directions, batch, dim)."""
+        """Return all axes or random signs, of shape (directions, batch, dim)."""
         if x.shape[1] <= self.exact_trace_dims:
             axes = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
             return axes[:, None].expand(-1, len(x), -1)
-        seeds = [hash(tuple(values)) % 2**63 for values in x.tolist()]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(hash(tuple(row)) % 2**63) for row in x.tolist()]
         signs = [torch.randint(2, x.shape[1:], generator=generator) for generator in generators]
         return 2 * torch.stack(signs)[None].to(x) - 1
 
@@ -161,17 +157,18 @@ class CNF(Bijection):
         t: Tensor,
         state: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Return the derivative of the state, the positions and log-determinants, at time t."""
+        """Return the time derivatives of the state, which is (positions, log-determinants)."""
         x, _ = state
         needs_grad = torch.is_grad_enabled()
         traces = []
         for chunk in directions.split(MAX_DIRECTIONS):
-            repeated_condition = None if condition is None else condition.repeat(len(chunk), 1)
             # Only the math backend of attention has second derivatives.
             backend = sdpa_kernel(SDPBackend.MATH) if needs_grad else nullcontext()
             with torch.enable_grad(), backend:
                 repeated_x = x.repeat(len(chunk), 1).requires_grad_()
-                v = self.velocity(repeated_x, t, repeated_condition)
+                v = self.velocity(
+                    repeated_x, t, None if condition is None else condition.repeat(len(chunk), 1)
+                )
                 (product,) = torch.autograd.grad(
                     v, repeated_x, chunk.flatten(0, 1), create_graph=needs_grad
                 )

@@ -1,4 +1,7 @@
-"""Coupling layers: a network reads one part of the input and transforms the other."""
+"""Coupling layers, in which a network reads one part of the input and transforms the other."""
+
+from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,16 +11,55 @@ from flowgen.bijections.networks import Conditioner, batch_norm_layers, has_drop
 from flowgen.bijections.univariate import Transform
 
 
-class Coupling(Bijection):
-    """Coupling of the two halves of the channels: z_a = h(x_a; network(x_b, condition)), z_b = x_b.
-
-    x_a is the first half of the channels and x_b the second. log|det| is the sum of log h' over
-    x_a. Glow (1807.03039), table 1.
+class CouplingBase(Bijection):
+    """Base class of couplings: h(.; network(part, condition)) transforms the rest of the input.
 
     Args:
-        network: Maps the channels of x_b, and those of the condition, to
+        network: Conditioner of the part of the input that stays unchanged and of the condition.
+        transform: Univariate transform h.
+    """
+
+    def __init__(self, network: Conditioner, transform: Transform):
+        super().__init__()
+        self.network = network
+        self.transform = transform
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._map(self.transform.forward, x, condition)
+
+    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._map(self.transform.inverse, z, condition)
+
+    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
+        self.network.initialize(concat_condition(self._unchanged(x), condition))
+
+    @abstractmethod
+    def _unchanged(self, x: Tensor) -> Tensor:
+        """Return the part of the input that the network reads."""
+
+    @abstractmethod
+    def _map(
+        self,
+        function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        x: Tensor,
+        condition: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Apply a direction of the transform to the rest of the input."""
+
+    def _params(self, part: Tensor, condition: Tensor | None) -> Tensor:
+        return self.network(concat_condition(part, condition)).to(part.dtype)
+
+
+class Coupling(CouplingBase):
+    """Coupling of the two halves of the channels: z_a = h(x_a; network(x_b, condition)), z_b = x_b.
+
+    x_a is the first half of the channels and x_b the second half. log|det| is the sum of log h'
+    over x_a. Glow (1807.03039), table 1.
+
+    Args:
+        network: Conditioner that maps the channels of x_b, and of the condition, to
             `transform.num_params` times the channels of x_a.
-        transform: The univariate transform h.
+        transform: Univariate transform h.
 
     Example:
         >>> from flowgen.bijections.networks import ConvNetwork
@@ -30,21 +72,6 @@ class Coupling(Bijection):
         True
     """
 
-    def __init__(self, network: Conditioner, transform: Transform):
-        super().__init__()
-        self.network = network
-        self.transform = transform
-
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        a, b = x.chunk(2, dim=1)
-        z_a, log_slope = self.transform.forward(a, self._params(b, condition))
-        return torch.cat([z_a, b], dim=1), log_slope.flatten(1).sum(1)
-
-    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z_a, b = z.chunk(2, dim=1)
-        a, log_slope = self.transform.inverse(z_a, self._params(b, condition))
-        return torch.cat([a, b], dim=1), log_slope.flatten(1).sum(1)
-
     @property
     def supports_reversible(self) -> bool:  # type: ignore[override]
         return (
@@ -56,35 +83,39 @@ class Coupling(Bijection):
     def invert_and_recompute(
         self, z: Tensor, condition: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        # One pass of the network serves both directions, because z_b = x_b.
+        # One network call serves both directions, because z_b = x_b.
         z_a, b = z.detach().chunk(2, dim=1)
         b.requires_grad_()
         params = self._params(b, condition)
         with torch.no_grad():
-            a, _ = self.transform.inverse(z_a, params)
-        a.requires_grad_()
+            a = self.transform.inverse(z_a, params)[0].requires_grad_()
         z_a, log_slope = self.transform.forward(a, params)
         return (a, b), torch.cat([z_a, b], dim=1), log_slope.flatten(1).sum(1)
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        self.network.initialize(concat_condition(x.chunk(2, dim=1)[1], condition))
-        return self(x, condition)[0]
+    def _unchanged(self, x: Tensor) -> Tensor:
+        return x.chunk(2, dim=1)[1]
 
-    def _params(self, b: Tensor, condition: Tensor | None) -> Tensor:
-        return self.network(concat_condition(b, condition)).to(b.dtype)
+    def _map(
+        self,
+        function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        x: Tensor,
+        condition: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        a, b = x.chunk(2, dim=1)
+        a, log_slope = function(a, self._params(b, condition))
+        return torch.cat([a, b], dim=1), log_slope.flatten(1).sum(1)
 
 
-class MaskedCoupling(Bijection):
-    """Coupling by a mask: z = h(x; network(mask x, condition)) where the mask is 0, else z = x.
+class MaskedCoupling(CouplingBase):
+    """Coupling by a mask: z = x where the mask is 1, else z = h(x; network(mask x, condition)).
 
     log|det| is the sum of log h' where the mask is 0. Real NVP (1605.08803), sections 3.4 and 3.5.
 
     Args:
-        network: Maps the channels of x, and those of the condition, to `transform.num_params`
-            times the channels of x.
-        transform: The univariate transform h.
-        mask: Mask (channels, height, width), as from `checkerboard`.
+        network: Conditioner that maps the channels of x, and of the condition, to
+            `transform.num_params` times the channels of x.
+        transform: Univariate transform h.
+        mask: Mask of shape (channels, height, width), such as `checkerboard`.
 
     Example:
         >>> from flowgen.bijections.networks import ConvNetwork
@@ -99,49 +130,41 @@ class MaskedCoupling(Bijection):
     """
 
     def __init__(self, network: Conditioner, transform: Transform, mask: Tensor):
-        super().__init__()
-        self.network = network
-        self.transform = transform
+        super().__init__(network, transform)
         self.mask = nn.Buffer(mask.bool().contiguous(), persistent=False)
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, log_slope = self.transform.forward(x, self._params(x, condition))
-        return torch.where(self.mask, x, z), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(
-            1
-        )
+    def _unchanged(self, x: Tensor) -> Tensor:
+        return torch.where(self.mask, x, 0.0)
 
-    def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, log_slope = self.transform.inverse(z, self._params(z, condition))
-        return torch.where(self.mask, z, x), torch.where(self.mask, 0.0, log_slope).flatten(1).sum(
-            1
-        )
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        self.network.initialize(self._network_input(x, condition))
-        return self(x, condition)[0]
-
-    def _params(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        return self.network(self._network_input(x, condition)).to(x.dtype)
-
-    def _network_input(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        return concat_condition(torch.where(self.mask, x, 0.0), condition)
+    def _map(
+        self,
+        function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        x: Tensor,
+        condition: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, log_slope = function(x, self._params(self._unchanged(x), condition))
+        log_det = torch.where(self.mask, 0.0, log_slope).flatten(1).sum(1)
+        return torch.where(self.mask, x, y), log_det
 
 
 def checkerboard(channels: int, height: int, width: int, odd: bool) -> Tensor:
-    """Return a mask that is 1 where row + column is even, or odd, in every channel.
+    """Return a mask that selects even values of row + column in all channels.
+
+    With odd=True, it selects odd values.
 
     Example:
         >>> checkerboard(1, 2, 3, odd=False).int()
         tensor([[[1, 0, 1],
                  [0, 1, 0]]], dtype=torch.int32)
     """
-    row_plus_column = torch.arange(height)[:, None] + torch.arange(width)
-    return (row_plus_column % 2 == int(odd)).expand(channels, -1, -1)
+    parity = (torch.arange(height)[:, None] + torch.arange(width)) % 2
+    return (parity == int(odd)).expand(channels, -1, -1)
 
 
 def channelwise(channels: int, height: int, width: int, second: bool) -> Tensor:
-    """Return a mask that is 1 in the first half of the channels, or in the second half.
+    """Return a mask that selects the first half of the channels.
+
+    With second=True, it selects the second half.
 
     Example:
         >>> channelwise(2, 1, 3, second=True).int()
@@ -154,7 +177,9 @@ def channelwise(channels: int, height: int, width: int, second: bool) -> Tensor:
 
 
 def stripes(channels: int, height: int, width: int, odd: bool) -> Tensor:
-    """Return a mask that is 1 in the even columns, or in the odd columns, in every channel.
+    """Return a mask that selects even columns in all channels.
+
+    With odd=True, it selects odd columns.
 
     Example:
         >>> stripes(1, 2, 3, odd=False).int()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowgen.bijections.base import Bijection
+from flowgen.bijections.base import Bijection, compose
 
-# |x| beyond which `LogisticToNormal` extrapolates: float32's exp(-x) underflows soon after.
+# |x| beyond which `LogisticToNormal` extrapolates. In float32, exp(-x) underflows soon after it.
 TAIL_START = 80.0
 
 
@@ -45,12 +45,12 @@ class Logit(Bijection):
 
 
 class EmpiricalCDF(Bijection):
-    """Map each channel of x in [0, 1) through the piecewise linear CDF of its histogram.
+    """The piecewise linear CDF of a histogram of each channel, for x in [0, 1).
 
-    The output is about uniform. [0, 1) has `bins` bins; with p_k the probability of bin k, and k
-    the bin of x: z = sum(p_i for i < k) + (bins x - k) p_k, and log|dz/dx| = log(bins p_k).
-    `initialize` estimates the histogram from a batch and mixes it with the uniform distribution
-    (weight `uniform_weight`), so that bins without data keep a positive probability.
+    The output is approximately uniform. If k is the bin of x and p_k is the probability of bin k,
+    then z = sum(p_i for i < k) + (bins x - k) p_k, and log|dz/dx| = log(bins p_k). `fit` estimates
+    the histogram from a batch and mixes it with the uniform distribution, with a weight of
+    `uniform_weight`, so that bins without data have a positive probability.
 
     Example:
         >>> bijection = EmpiricalCDF(channels=1, bins=2)
@@ -71,46 +71,43 @@ class EmpiricalCDF(Bijection):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         index = self._bin_index(x)
-        probability, cumulative = self._look_up(index)
-        return cumulative + (x * self.bins - index) * probability, self._log_det(probability)
+        probability, cumulative, log_det = self._look_up(index)
+        return cumulative + (x * self.bins - index) * probability, log_det
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         values = z.transpose(0, 1).contiguous()
         index = torch.searchsorted(self.share.cumsum(1), values.flatten(1), right=True)
         index = index.clamp(max=self.bins - 1).view(values.shape).transpose(0, 1)
-        probability, cumulative = self._look_up(index)
-        return (index + (z - cumulative) / probability) / self.bins, -self._log_det(probability)
+        probability, cumulative, log_det = self._look_up(index)
+        return (index + (z - cumulative) / probability) / self.bins, -log_det
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
         index = self._bin_index(x).transpose(0, 1).flatten(1)
         counts = [torch.bincount(channel, minlength=self.bins) for channel in index]
         histogram = torch.stack(counts).to(self.share)
         observed = histogram / histogram.sum(1, keepdim=True)
         self.share.copy_((1 - self.uniform_weight) * observed + self.uniform_weight / self.bins)
-        return self(x)[0]
 
     def _bin_index(self, x: Tensor) -> Tensor:
         return (x * self.bins).floor().clamp(0, self.bins - 1).long()
 
-    def _look_up(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the probability of each value's bin and that of all bins below it."""
-        channel = torch.arange(len(self.share), device=index.device)
-        channel = channel.view(-1, *[1] * (index.dim() - 2))
+    def _look_up(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the probability of each bin, the sum over lower bins, and the log-determinant."""
+        shape = (-1, *[1] * (index.dim() - 2))
+        channel = torch.arange(len(self.share), device=index.device).view(shape)
         cumulative = self.share.cumsum(1) - self.share
-        return self.share[channel, index], cumulative[channel, index]
-
-    def _log_det(self, probability: Tensor) -> Tensor:
-        return (probability * self.bins).log().flatten(1).sum(1)
+        probability = self.share[channel, index]
+        log_det = (probability * self.bins).log().flatten(1).sum(1)
+        return probability, cumulative[channel, index], log_det
 
 
 class MarginalGaussianization(Bijection):
-    """`EmpiricalCDF` followed by `Logit` if that saves at least one bit per value, else identity.
+    """`EmpiricalCDF` followed by `Logit` if this saves at least one bit per value, else identity.
 
-    Digits are mostly black: the entropy of their pixels is far below the bits they are stored in,
-    and a flow that starts here need not learn to stretch one pixel value over most of the real
-    line. Faces use all pixel values and are left unchanged. Laparra et al., Iterative
-    Gaussianization (1602.00229), section II.
+    Images of digits are mostly black, so the entropy of a pixel is far below its number of bits.
+    After this bijection, a flow of such images does not need to learn to stretch one pixel value
+    over most of the real line. Images of faces use all pixel values and stay unchanged. Laparra et
+    al., Iterative Gaussianization (1602.00229), section II.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -133,33 +130,30 @@ class MarginalGaussianization(Bijection):
         self.active = nn.Buffer(torch.tensor(False))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        uniform, cdf_log_det = self.equalize(x)
-        z, log_det = self.logit(uniform)
-        return torch.where(self.active, z, x), torch.where(self.active, cdf_log_det + log_det, 0.0)
+        z, log_det = compose((self.equalize, self.logit), x)
+        return torch.where(self.active, z, x), torch.where(self.active, log_det, 0.0)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        uniform, log_det = self.logit.inverse(z)
-        x, cdf_log_det = self.equalize.inverse(uniform)
-        return torch.where(self.active, x, z), torch.where(self.active, cdf_log_det + log_det, 0.0)
+        x, log_det = compose((self.logit.inverse, self.equalize.inverse), z)
+        return torch.where(self.active, x, z), torch.where(self.active, log_det, 0.0)
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        self.equalize.initialize(x)
+    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
+        self.equalize.fit(x)
         saved_bits = self.equalize(x)[1].mean() / (x[0].numel() * math.log(2))
         has_enough_data = x[:, 0].numel() >= self.min_values_per_bin * self.equalize.bins
         self.active.copy_((saved_bits > self.min_saved_bits) & has_enough_data)
-        return self(x)[0]
 
 
 class Standardize(Bijection):
     """z = (x - mean) exp(-log_deviation) for each of the `dim` values of a vector.
 
-    log|det| = -sum(log_deviation). As the last bijection of a flow it is a Gaussian base
-    distribution with learned moments. `initialize` sets the moments to those of a batch.
+    log|det| = -sum(log_deviation), where log_deviation is the logarithm of the standard deviation.
+    As the last bijection of a flow, it is a Gaussian base distribution with learned moments. `fit`
+    sets the moments to those of a batch.
 
     Args:
-        dim: Values per vector; x and z are (batch, dim).
-        learned: Whether the moments are parameters, or buffers that keep their initial values.
+        dim: Values per vector; x and z have shape (batch, dim).
+        learned: Whether the moments are parameters or fixed buffers.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -188,23 +182,21 @@ class Standardize(Bijection):
         x = torch.addcmul(self.mean, z, self.log_deviation.exp())
         return x, self.log_deviation.sum().expand(len(z))
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
         deviation, mean = torch.std_mean(x, dim=0, correction=0)
-        # One batch is a poor estimate of the variance of values that rarely change.
-        min_deviation = 0.1 * deviation.mean() + 1e-6
         self.mean.copy_(mean)
-        self.log_deviation.copy_(deviation.clamp(min=min_deviation).log())
-        return self(x)[0]
+        # One batch is a poor estimate of the variance of values that rarely change.
+        self.log_deviation.copy_(deviation.clamp(min=0.1 * deviation.mean() + 1e-6).log())
 
 
 class LogisticToNormal(Bijection):
-    """z = Phi^-1(sigmoid(x)): a standard normal becomes a standard logistic base distribution.
+    """z = Phi^-1(sigmoid(x)), which turns a standard normal base into a standard logistic base.
 
     log|dz/dx| = log sigmoid(x) + log sigmoid(-x) + z^2 / 2 + log(2 pi) / 2, summed over the
-    values. Both directions use the lower tail, where floats are accurate. Beyond
-    |x| = `TAIL_START` the quantile function underflows, and z follows the tail of the normal:
-    |z| = sqrt(edge^2 + 2 (|x| - TAIL_START)). NICE (1410.8516), section 3.4.
+    values. Both directions use the lower tail, where floats are accurate. The quantile function
+    underflows for |x| > `TAIL_START`. There, z follows the tail of the normal distribution:
+    |z| = sqrt(edge^2 + 2 (|x| - TAIL_START)), where edge is |z| at |x| = `TAIL_START`. NICE
+    (1410.8516), section 3.4.
 
     Example:
         >>> bijection = LogisticToNormal()
@@ -217,12 +209,13 @@ class LogisticToNormal(Bijection):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         distance = x.abs()
         center = self._quantile(distance.clamp(max=TAIL_START))
-        tail = (self._edge(x).square() + 2 * (distance - TAIL_START).clamp(min=0)).sqrt()
+        edge = self._quantile(x.new_tensor(TAIL_START))
+        tail = (edge.square() + 2 * (distance - TAIL_START).clamp(min=0)).sqrt()
         z = torch.where(distance < TAIL_START, center, tail) * x.sign()
         return z, self._log_det(x, z)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        edge = self._edge(z)
+        edge = self._quantile(z.new_tensor(TAIL_START))
         clamped = z.clamp(-edge, edge)
         center = torch.special.log_ndtr(clamped) - torch.special.log_ndtr(-clamped)
         tail = (TAIL_START + (z.square() - edge.square()) / 2) * z.sign()
@@ -232,9 +225,6 @@ class LogisticToNormal(Bijection):
     @staticmethod
     def _quantile(distance: Tensor) -> Tensor:
         return -torch.special.ndtri(torch.sigmoid(-distance))
-
-    def _edge(self, x: Tensor) -> Tensor:
-        return self._quantile(x.new_tensor(TAIL_START))
 
     @staticmethod
     def _log_det(x: Tensor, z: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
-"""Conditioner networks: functions without an inverse that compute the parameters of a bijection."""
+"""Conditioner networks, which compute the parameters of bijections and need no inverse."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise, product
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,29 +11,22 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 MIN_DEVIATION = 1e-6  # lower bound of a standard deviation, for channels that are constant
-T = TypeVar("T")
+# A function such as `tqdm` that returns an iterable over the same steps and reports its progress.
+# Its arguments are the steps, a description, and optionally the number of steps.
+Progress = Callable[..., Iterable[Any]]
 
 
-class Progress(Protocol):
-    """A wrapper of a loop that reports its progress, as `tqdm` does."""
-
-    def __call__(
-        self, steps: Iterable[T], description: str, total: int | None = None, /
-    ) -> Iterable[T]:
-        """Return an iterable over the same steps; `total` is their number."""
-
-
-def no_progress(steps: Iterable[T], description: str, total: int | None = None, /) -> Iterable[T]:
-    """Return `steps` unchanged: the default, which reports nothing."""
+def no_progress(steps: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
+    """Return `steps` without reporting progress."""
     return steps
 
 
 class RandomSource(nn.Module):
     """Source of the random numbers that a model draws for a batch in training.
 
-    A module that needs noise owns a `RandomSource` and calls it in place of `torch.rand` or
-    `torch.randn`. Training in several processes replaces it by a source that draws the numbers of
-    the whole batch and returns the rows of this process.
+    A module that needs noise owns a `RandomSource` and calls it instead of `torch.rand` or
+    `torch.randn`. Training in several processes replaces it with a source that draws the numbers
+    of the whole batch and returns the rows of this process.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -54,7 +46,7 @@ class RandomSource(nn.Module):
         Args:
             draw: `torch.rand`, `torch.randn` or a function with the same arguments.
             shape: Shape of the result. The first dimension is the batch.
-            generator: Random number generator, or None for torch's global one.
+            generator: Random number generator, or None for the global generator of torch.
             kwargs: Further arguments of `draw`, such as `device` and `dtype`.
         """
         return draw(shape, generator=generator, **kwargs)
@@ -62,7 +54,7 @@ class RandomSource(nn.Module):
 
 @contextmanager
 def temporary_attributes(objects: Iterable[object], **values: object) -> Iterator[None]:
-    """Set attributes of all objects inside the context, and restore them afterwards.
+    """Set attributes of all objects inside the context and restore them afterwards.
 
     Example:
         >>> dropout = nn.Dropout(0.5)
@@ -79,50 +71,41 @@ def temporary_attributes(objects: Iterable[object], **values: object) -> Iterato
         yield
 
 
-class Conditioner(nn.Module, ABC):
-    """Base class of networks that can be initialized from data."""
+class Conditioner(nn.Module):
+    """Base class of networks whose normalization layers can be initialized from data.
 
-    @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, in_channels, height, width) to (batch, out_channels, height, width)."""
+    The input has shape (batch, in_channels, height, width) and the output (batch, out_channels,
+    height, width). `DenseNetwork` maps vectors instead.
+    """
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
         """Initialize from one batch before training and return the output for it."""
-        return self(x)
+        with ExitStack() as stack:
+            for layer in self.modules():
+                if isinstance(layer, NormalizedConv2d | ActNormLayer):
+                    stack.enter_context(
+                        layer.register_forward_pre_hook(lambda module, args: module.fit(*args))
+                    )
+            return self(x)
 
 
 class Sequential(Conditioner):
-    """Networks applied one after the other."""
+    """A conditioner that applies layers in order."""
 
-    def __init__(self, *layers: Conditioner):
+    def __init__(self, *layers: nn.Module):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer.initialize(x)  # type: ignore[operator]
-        return x
+        return self.layers(x)
 
 
-class ReLU(Conditioner):
-    """max(x, 0), computed in place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu_(x)
-
-
-class NormalizedConv2d(Conditioner):
+class NormalizedConv2d(nn.Module):
     """A convolution with "same" padding followed by ActNorm, fused into one layer.
 
-    `initialize` scales each output channel to zero mean and unit variance. Scale and shift of
-    ActNorm are absorbed by the weight and the bias, so they cost nothing afterwards.
+    `fit` scales each output channel to zero mean and unit variance. The weight and the bias absorb
+    the scale and the shift of ActNorm, so ActNorm costs nothing after initialization.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1):
@@ -138,23 +121,27 @@ class NormalizedConv2d(Conditioner):
             return F.conv2d(x, self.weight, self.bias, padding="same")
         # The CPU's bfloat16 weight gradient of a dilated channels-last convolution is NaN for
         # images of 32x32 and larger (torch 2.13).
-        weight = self.weight.contiguous()
-        return F.conv2d(x.contiguous(), weight, self.bias, padding="same", dilation=self.dilation)
+        return F.conv2d(
+            x.contiguous(),
+            self.weight.contiguous(),
+            self.bias,
+            padding="same",
+            dilation=self.dilation,
+        )
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
-        deviation, mean = torch.std_mean(self(x).transpose(0, 1).flatten(1), dim=1)
+    def fit(self, x: Tensor) -> None:
+        """Normalize the output for a batch of inputs."""
+        deviation, mean = torch.std_mean(self.forward(x).transpose(0, 1).flatten(1), dim=1)
         deviation = deviation.clamp(min=MIN_DEVIATION)
         self.weight.div_(deviation[:, None, None, None])
         self.bias.copy_((self.bias - mean) / deviation)
-        return self(x)
 
 
 class ZeroConv2d(Conditioner):
-    """A convolution that starts at zero: (w * x + b) exp(3 log_scale).
+    """A convolution whose output starts at zero: (w * x + b) exp(3 log_scale).
 
-    As the last layer of a conditioner it makes a coupling start as the identity. Glow
-    (1807.03039), section 3.3 and its code.
+    As the last layer of a conditioner, it makes a coupling start as the identity. Glow
+    (1807.03039), section 3.3, and the code of Glow.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
@@ -166,14 +153,15 @@ class ZeroConv2d(Conditioner):
     def forward(self, x: Tensor) -> Tensor:
         # Scaling the weights gives the same result as scaling the pixels, at no cost.
         scale = (3 * self.log_scale).exp()
-        weight = self.weight * scale[:, None, None, None]
-        return F.conv2d(x, weight, self.bias * scale, padding="same")
+        return F.conv2d(
+            x, self.weight * scale[:, None, None, None], self.bias * scale, padding="same"
+        )
 
 
-class ActNormLayer(Conditioner):
+class ActNormLayer(nn.Module):
     """ActNorm inside a network: y = exp(log_scale) x + shift per channel.
 
-    It is used where no convolution precedes that could absorb it.
+    Networks use it after layers that cannot absorb it, unlike a convolution.
     """
 
     def __init__(self, channels: int):
@@ -184,24 +172,23 @@ class ActNormLayer(Conditioner):
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.shift.to(x.dtype), x, self.log_scale.exp().to(x.dtype))
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
+    def fit(self, x: Tensor) -> None:
+        """Normalize the output for a batch of inputs."""
         deviation, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
         self.log_scale.copy_(-deviation[0].clamp(min=MIN_DEVIATION).log())
         self.shift.copy_(-mean[0] * self.log_scale.exp())
-        return self(x)
 
 
 def batch_norm_layers(model: nn.Module) -> list[Any]:
     """Return the modules of `model` that keep running statistics of batches.
 
-    These are torch's batch norm layers and `flowgen.bijections.batchnorm.BatchNorm`.
+    They are the batch norm layers of torch and `flowgen.bijections.linear.BatchNorm`.
     """
     return [module for module in model.modules() if hasattr(module, "reset_running_stats")]
 
 
 def has_dropout(network: nn.Module) -> bool:
-    """Return whether dropout makes the network a random function in training."""
+    """Return whether the network drops values at random in training."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
 
 
@@ -222,28 +209,25 @@ class Dropout(nn.Dropout):
         return x * mask / (1 - self.p)
 
 
-class ResidualBlock(Conditioner):
-    """x + conv3x3(relu(conv3x3(x))), both convolutions normalized."""
+class ResidualBlock(nn.Module):
+    """x + conv3x3(relu(conv3x3(x))) with normalized convolutions."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.branch = Sequential(
-            NormalizedConv2d(channels, channels, 3), ReLU(), NormalizedConv2d(channels, channels, 3)
+            NormalizedConv2d(channels, channels, 3),
+            nn.ReLU(inplace=True),
+            NormalizedConv2d(channels, channels, 3),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
-        return x + self.branch.initialize(x)
-
 
 class ConvNetwork(Sequential):
-    """The conditioner of Glow.
+    """The conditioner of Glow (1807.03039), section 5.
 
-    conv3x3 -> ActNorm -> ReLU -> conv1x1 -> ActNorm -> ReLU -> zero conv3x3. Glow (1807.03039),
-    section 5.
+    conv3x3 -> ActNorm -> ReLU -> conv1x1 -> ActNorm -> ReLU -> zero conv3x3.
 
     Args:
         in_channels: Channels of the input, including those of the condition.
@@ -258,18 +242,18 @@ class ConvNetwork(Sequential):
     def __init__(self, in_channels: int, width: int, out_channels: int):
         super().__init__(
             NormalizedConv2d(in_channels, width, 3),
-            ReLU(),
+            nn.ReLU(inplace=True),
             NormalizedConv2d(width, width, 1),
-            ReLU(),
+            nn.ReLU(inplace=True),
             ZeroConv2d(width, out_channels, 3),
         )
 
 
 class ResNetwork(Sequential):
-    """A residual conditioner.
+    """A conditioner with residual blocks.
 
-    conv3x3 -> ActNorm -> ReLU -> residual blocks -> ActNorm -> ReLU -> zero conv3x3.
-    V. Sydorskyi, bachelor thesis (Kyiv Polytechnic Institute, 2020), section 3.5, with one block.
+    conv3x3 -> ActNorm -> ReLU -> `num_blocks` residual blocks -> ActNorm -> ReLU -> zero conv3x3.
+    V. Sydorskyi, bachelor thesis (Kyiv Polytechnic Institute, 2020), section 3.5, uses one block.
 
     Example:
         >>> ResNetwork(2, 16, 4, num_blocks=2)(torch.randn(5, 2, 8, 8)).shape
@@ -279,16 +263,16 @@ class ResNetwork(Sequential):
     def __init__(self, in_channels: int, width: int, out_channels: int, num_blocks: int = 1):
         super().__init__(
             NormalizedConv2d(in_channels, width, 3),
-            ReLU(),
+            nn.ReLU(inplace=True),
             *(ResidualBlock(width) for _ in range(num_blocks)),
             ActNormLayer(width),
-            ReLU(),
+            nn.ReLU(inplace=True),
             ZeroConv2d(width, out_channels, 3),
         )
 
 
-class GatedBlock(Conditioner):
-    """x + conv1x1(tanh(a) sigmoid(b)), where (a, b) = conv3x3(x) with dilation.
+class GatedBlock(nn.Module):
+    """x + conv1x1(tanh(a) sigmoid(b)), where a and b are the halves of a dilated conv3x3(x).
 
     Both convolutions are normalized. WaveNet (1609.03499), section 2.3.
     """
@@ -299,23 +283,15 @@ class GatedBlock(Conditioner):
         self.merge = NormalizedConv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.merge(self._gate(self.split(x)))
-
-    @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
-        return x + self.merge.initialize(self._gate(self.split.initialize(x)))
-
-    @staticmethod
-    def _gate(x: Tensor) -> Tensor:
-        signal, gate = x.chunk(2, dim=1)
-        return signal.tanh() * gate.sigmoid()
+        signal, gate = self.split(x).chunk(2, dim=1)
+        return x + self.merge(signal.tanh() * gate.sigmoid())
 
 
 class GatedNetwork(Sequential):
     """A conditioner with gated blocks, as in WaveNet.
 
-    conv3x3 -> ActNorm -> gated blocks -> ActNorm -> ReLU -> zero conv3x3. The dilations of the
-    blocks are 1, 2, 4, 1, 2, 4, ...
+    conv3x3 -> ActNorm -> `num_blocks` gated blocks -> ActNorm -> ReLU -> zero conv3x3. The
+    dilations of the blocks are 1, 2, 4, 1, 2, 4, ...
 
     Example:
         >>> GatedNetwork(2, 16, 4, num_blocks=3)(torch.randn(5, 2, 8, 8)).shape
@@ -327,23 +303,23 @@ class GatedNetwork(Sequential):
             NormalizedConv2d(in_channels, width, 3),
             *(GatedBlock(width, 2 ** (index % 3)) for index in range(num_blocks)),
             ActNormLayer(width),
-            ReLU(),
+            nn.ReLU(inplace=True),
             ZeroConv2d(width, out_channels, 3),
         )
 
 
-def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """Return a linear layer with zero weights and biases, for parameters that start at zero."""
-    layer = nn.Linear(in_features, out_features)
+def zero_init(layer: nn.Linear) -> Any:
+    """Set the weight and bias of a linear layer to zero and return the layer."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-class DenseNetwork(Conditioner):
-    """A multilayer perceptron (batch, in_features) -> (batch, out_features) that starts at zero.
+class DenseNetwork(Sequential):
+    """A multilayer perceptron whose output starts at zero.
 
-    It has `num_layers` hidden layers of `width` ReLUs. NICE (1410.8516), section 5.1.
+    It maps (batch, in_features) to (batch, out_features) and has `num_layers` hidden layers of
+    `width` ReLUs. NICE (1410.8516), section 5.1.
 
     Example:
         >>> DenseNetwork(3, 16, 6, num_layers=2)(torch.randn(5, 3)).shape
@@ -351,21 +327,17 @@ class DenseNetwork(Conditioner):
     """
 
     def __init__(self, in_features: int, width: int, out_features: int, num_layers: int):
-        super().__init__()
         sizes = [in_features, *[width] * num_layers]
         hidden = [module for pair in pairwise(sizes) for module in (nn.Linear(*pair), nn.ReLU())]
-        self.layers = nn.Sequential(*hidden, zero_linear(sizes[-1], out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        super().__init__(*hidden, zero_init(nn.Linear(sizes[-1], out_features)))
 
 
 class RealNVPNetwork(Conditioner):
-    """A convolutional ResNet with weight and batch normalization for affine couplings.
+    """A residual network with weight and batch normalization for affine couplings.
 
     conv3x3 -> `num_blocks` times x + conv3x3(relu(bn(conv3x3(relu(bn(x)))))) -> bn -> relu ->
-    conv1x1. The first half of the output channels are log-scales, scale * tanh(.) with a learned
-    `scale`; the second half are shifts. Real NVP (1605.08803), section 4.1 and figure 4.
+    conv1x1. The first half of the output channels are log-scales, tanh(.) times the learned
+    `scale`. The second half are shifts. Real NVP (1605.08803), section 4.1 and figure 4.
 
     Example:
         >>> RealNVPNetwork(2, 16, 4, num_blocks=1)(torch.randn(5, 2, 8, 8)).shape
@@ -386,8 +358,11 @@ class RealNVPNetwork(Conditioner):
 
     @staticmethod
     def _bn_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
-        convolution = weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, padding="same"))
-        return [nn.BatchNorm2d(in_channels), nn.ReLU(), convolution]
+        return [
+            nn.BatchNorm2d(in_channels),
+            nn.ReLU(),
+            weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, padding="same")),
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -397,13 +372,11 @@ class RealNVPNetwork(Conditioner):
         return torch.cat((self.scale.to(raw.dtype) * raw.tanh(), shift), dim=1)
 
 
-KeysValues = tuple[Tensor, Tensor]  # of the tokens so far, (batch, heads, tokens, width / heads)
-
-
 class TransformerBlock(nn.Module):
     """Pre-norm transformer block: h + attention(norm(h)), then h + MLP(norm(h)).
 
-    Tokens are (batch, tokens, width). Vaswani et al. (1706.03762); Xiong et al. (2002.04745).
+    Tokens have shape (batch, tokens, width). Vaswani et al. (1706.03762); Xiong et al.
+    (2002.04745).
     """
 
     def __init__(self, width: int, num_heads: int, dropout: float):
@@ -421,17 +394,19 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(
-        self, h: Tensor, causal: bool = False, cache: KeysValues | None = None
-    ) -> tuple[Tensor, KeysValues]:
+        self, h: Tensor, causal: bool = False, cache: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the output for tokens h, and the keys and values of all tokens so far.
 
+        Keys and values each have shape (batch, num_heads, tokens, width / num_heads).
+
         Args:
-            h: Tokens (batch, tokens, width).
-            causal: Whether each token only attends to itself and the tokens before it.
-            cache: Keys and values of tokens before h, to which h attends too.
+            h: Tokens of shape (batch, tokens, width).
+            causal: Whether each token attends only to itself and the tokens before it.
+            cache: Keys and values of earlier tokens, to which h also attends, or None.
         """
         projected = self.queries_keys_values(self.norm(h)).unflatten(2, (3, self.num_heads, -1))
-        queries, keys, values = projected.permute(2, 0, 3, 1, 4).unbind()
+        queries, keys, values = projected.permute(2, 0, 3, 1, 4)
         if cache is not None:
             keys = torch.cat((cache[0], keys), 2)
             values = torch.cat((cache[1], values), 2)
@@ -440,26 +415,17 @@ class TransformerBlock(nn.Module):
         return h + self.mlp(h), (keys, values)
 
 
-class CausalTransformer(nn.Module):
-    """Contexts of tokens, (batch, tokens, dim) -> (batch, tokens, width).
-
-    The context of a token depends on the tokens before it; that of the first token is learned.
-    All contexts depend on the condition, if there is one: (batch, cond_channels), or one for each
-    token as an image (batch, cond_channels, height, width). TarFlow (2412.06329), section 3.
+class TransformerBase(nn.Module):
+    """Base class of transformers: embeddings, transformer blocks and a final norm.
 
     Args:
         num_tokens: Length of the sequence.
         dim: Values per token.
-        width: Values per context.
+        width: Values per hidden token.
         num_heads: Attention heads, a divisor of `width`.
         num_layers: Transformer blocks.
         dropout: Probability of dropping a value of a hidden layer.
         cond_channels: Channels of the condition, 0 for no condition.
-
-    Example:
-        >>> network = CausalTransformer(num_tokens=8, dim=4, width=16, num_heads=2, num_layers=1)
-        >>> network(torch.randn(5, 8, 4)).shape
-        torch.Size([5, 8, 16])
     """
 
     def __init__(
@@ -481,57 +447,76 @@ class CausalTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
-        previous = F.pad(self.embed(tokens[:, :-1]), (0, 0, 1, 0))
-        h = self._embed_positions(len(tokens), condition) + previous
+    def transform(self, h: Tensor, causal: bool) -> Tensor:
+        """Apply the transformer blocks and the norm to embedded tokens (batch, tokens, width)."""
         for layer in self.layers:
-            h, _ = layer(h, causal=True)
+            h, _ = layer(h, causal)
         return self.norm(h)
 
-    def sample_sequentially(
+
+class CausalTransformer(TransformerBase):
+    """A transformer that computes a context for each token from the tokens before it.
+
+    It maps tokens (batch, tokens, dim) to contexts (batch, tokens, width). The context of the
+    first token is learned. All contexts depend on the optional condition, which has shape (batch,
+    cond_channels), or (batch, cond_channels, height, width) with one pixel per token. TarFlow
+    (2412.06329), section 3.
+
+    Example:
+        >>> network = CausalTransformer(num_tokens=8, dim=4, width=16, num_heads=2, num_layers=1)
+        >>> network(torch.randn(5, 8, 4)).shape
+        torch.Size([5, 8, 16])
+    """
+
+    def forward(self, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
+        previous = F.pad(self.embed(tokens[:, :-1]), (0, 0, 1, 0))
+        return self.transform(self._embed_positions(len(tokens), condition) + previous, causal=True)
+
+    def invert_sequentially(
         self,
-        sample_fn: Callable[[int, Tensor], Tensor],
+        invert_token: Callable[[int, Tensor], tuple[Tensor, Tensor]],
         batch_size: int,
         condition: Tensor | None = None,
         progress: Progress = no_progress,
-    ) -> Tensor:
-        """Generate tokens one after the other, with cached keys and values.
+    ) -> tuple[Tensor, Tensor]:
+        """Compute tokens in order, with cached keys and values.
 
         Args:
-            sample_fn: Function of the index of a token and its context (batch, width) that
-                returns the token, (batch, dim).
+            invert_token: Function of the index of a token and its context (batch, width) that
+                returns the token (batch, dim) and its log-determinant (batch,).
             batch_size: Number of sequences.
             condition: Condition of the contexts, as for `forward`.
             progress: Wrapper of the loop over the tokens.
 
         Returns:
-            The tokens, (batch, tokens, dim).
+            The tokens (batch, tokens, dim) and the sum of their log-determinants (batch,).
         """
         positions = self._embed_positions(batch_size, condition)
-        cache: list[KeysValues | None] = [None] * len(self.layers)
-        tokens: list[Tensor] = []
+        cache: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
+        outputs: list[tuple[Tensor, Tensor]] = []
         for index in progress(range(len(self.place)), "tokens"):
             h = positions[:, index : index + 1]
-            if tokens:
-                h = h + self.embed(tokens[-1])[:, None]
+            if outputs:
+                h = h + self.embed(outputs[-1][0])[:, None]
             for depth, layer in enumerate(self.layers):
                 h, cache[depth] = layer(h, cache=cache[depth])
-            tokens.append(sample_fn(index, self.norm(h)[:, 0]))
-        return torch.stack(tokens, 1)
+            outputs.append(invert_token(index, self.norm(h)[:, 0]))
+        tokens, log_dets = zip(*outputs, strict=True)
+        return torch.stack(tokens, 1), torch.stack(log_dets).sum(0)
 
     def _embed_positions(self, batch_size: int, condition: Tensor | None) -> Tensor:
-        """Return the embeddings of position and condition, (batch, tokens, width)."""
+        """Return the embeddings of position and condition, of shape (batch, tokens, width)."""
         if condition is None or self.condition is None:
             return self.place.expand(batch_size, -1, -1)
         tokens = condition.reshape(*condition.shape[:2], -1).transpose(1, 2)
         return self.place + self.condition(tokens.to(self.place.dtype))
 
 
-class Transformer(Conditioner):
-    """A transformer over the pixels of an image, with full attention, that starts at zero.
+class Transformer(TransformerBase, Conditioner):
+    """A transformer over the pixels of an image with full attention, whose output starts at zero.
 
-    (batch, in_channels, height, width) -> (batch, out_channels, height, width). Each pixel is a
-    token: `num_tokens` is height * width. Jet (2412.15129), section 2.
+    It maps (batch, in_channels, height, width) to (batch, out_channels, height, width). Each pixel
+    is a token, so `num_tokens` is height * width. Jet (2412.15129), section 2.
 
     Example:
         >>> network = Transformer(16, 3, 8, 6, num_heads=2, num_layers=1)
@@ -549,17 +534,9 @@ class Transformer(Conditioner):
         num_layers: int,
         dropout: float = 0.0,
     ):
-        super().__init__()
-        self.place = nn.Parameter(0.02 * torch.randn(num_tokens, width))  # position embedding
-        self.embed = nn.Linear(in_channels, width)
-        self.layers = nn.ModuleList(
-            TransformerBlock(width, num_heads, dropout) for _ in range(num_layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.last = zero_linear(width, out_channels)
+        super().__init__(num_tokens, in_channels, width, num_heads, num_layers, dropout)
+        self.last = zero_init(nn.Linear(width, out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.place + self.embed(x.flatten(2).transpose(1, 2))
-        for layer in self.layers:
-            h, _ = layer(h)
-        return self.last(self.norm(h)).transpose(1, 2).unflatten(2, x.shape[2:])
+        h = self.transform(self.place + self.embed(x.flatten(2).transpose(1, 2)), causal=False)
+        return self.last(h).transpose(1, 2).unflatten(2, x.shape[2:])

@@ -1,4 +1,4 @@
-"""Bijections that move values: reshapes, permutations, and the split of a multi-scale flow."""
+"""Reshapes, permutations, and the split of a multi-scale flow."""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ class Squeeze(Bijection):
         1 2 | 5 6
         3 4 | 7 8    ->    [1 2 3 4] [5 6 7 8]
 
-    The output is in channels-last memory format, the fastest one for convolutions. Real NVP
+    The output has channels-last memory format, which is the fastest for convolutions. Real NVP
     (1605.08803), section 3.6.
 
     Example:
@@ -33,8 +33,7 @@ class Squeeze(Bijection):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # (B, C, H/f, f, W/f, f)
         blocks = x.unflatten(3, (-1, self.factor)).unflatten(2, (-1, self.factor))
-        z = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2)
-        return z, x.new_zeros(len(x))
+        return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).permute(0, 3, 1, 2), x.new_zeros(len(x))
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # (B, H/f, W/f, C, f, f)
@@ -65,7 +64,7 @@ class Flatten(Bijection):
 
 
 class Roll(Bijection):
-    """Shift an image down and to the right by some pixels, with wrap-around.
+    """Shift images down and to the right by a number of pixels, with wrap-around.
 
     Example:
         >>> Roll(1)(torch.tensor([[[[1, 2], [3, 4]]]]))[0]
@@ -85,7 +84,7 @@ class Roll(Bijection):
 
 
 class Permute(Bijection):
-    """Permute the channels by a random order that is drawn once.
+    """Permute the channels by a fixed random permutation.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -108,17 +107,18 @@ class Permute(Bijection):
 
 
 class FactorOut(Bijection):
-    """Split of a multi-scale flow: half of the channels become latent, `inner` maps the others.
+    """Split of a multi-scale flow, after which `inner` transforms half of the channels.
 
-    (batch, channels, height, width) -> (batch, channels * height * width). The output is the
-    latent of `inner` followed by the other half. Without a network, that half is latent as it is.
-    With a network, it is standardized by a Gaussian predicted from the first half and the
-    condition: z_out = (x_out - mean) exp(-log_deviation). Real NVP (1605.08803), section 3.6;
-    Glow (1807.03039), section 3.
+    It maps (batch, channels, height, width) to (batch, channels * height * width). The output is
+    the output of `inner` for the first half x_in of the channels, followed by the latents z_out of
+    the second half x_out. Without a network, z_out = x_out. With a network,
+    z_out = (x_out - mean) exp(-log_deviation), where the network predicts the mean and the
+    logarithm of the standard deviation from x_in and the condition. Real NVP (1605.08803), section
+    3.6; Glow (1807.03039), section 3.
 
     Args:
-        inner: Bijection of the first half of the channels; its output is (batch, values).
-        network: Predicts mean and log-deviation, `channels` channels, or None.
+        inner: Bijection from the first half of the channels to vectors (batch, values).
+        network: Conditioner with `channels` output channels, or None.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -170,7 +170,7 @@ class FactorOut(Bijection):
     def _predict(
         network: Conditioner, x_in: Tensor, condition: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Return mean and log-deviation of the other half."""
-        # Without autocast: the prior is part of the likelihood, and bfloat16 is too coarse for it.
+        """Return the mean and the logarithm of the standard deviation of x_out."""
+        # Without autocast, because bfloat16 is too coarse for a term of the likelihood.
         with torch.autocast(x_in.device.type, enabled=False):
             return network(concat_condition(x_in, condition)).chunk(2, dim=1)

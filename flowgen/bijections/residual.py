@@ -1,4 +1,4 @@
-"""Planar and Sylvester flows: invertible residual layers with one hidden layer."""
+"""Planar and Sylvester flows, which are invertible residual layers with one hidden layer."""
 
 import math
 from abc import abstractmethod
@@ -13,19 +13,19 @@ from flowgen.bijections.univariate import find_root
 MIN_SLOPE = 0.05  # along the direction of a hidden unit, so that float32 can invert the layer
 
 
-class PlanarSylvesterBase(Bijection):
-    """Base class of z = x + A tanh(B x + b) for vectors x (batch, dim).
+class TanhResidual(Bijection):
+    """Base class of residual layers z = x + A tanh(B x + b) for vectors x of shape (batch, dim).
 
-    A is (dim, M) and B is (M, dim), and B A is upper triangular with a diagonal above -1.
-    Sylvester's identity det(I + A H B) = det(I + H B A) gives
+    A has shape (dim, M) and B has shape (M, dim). B A is upper triangular, and its diagonal is
+    above -1. By Sylvester's identity det(I + A H B) = det(I + H B A),
     log|det| = sum_i log(1 + (B A)_ii tanh'(B x + b)_i). The inverse solves
-    a + B A tanh(a) = B z + b for a = B x + b, from the last element to the first: each is the root
-    of an increasing function. van den Berg et al. (1803.05649), sections 3.1 and 3.2.
+    a + B A tanh(a) = B z + b for a = B x + b, from the last to the first element of a. Each element
+    is the root of an increasing function. van den Berg et al. (1803.05649), sections 3.1 and 3.2.
     """
 
     @abstractmethod
     def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return A, B, b of shape (M,), and B A."""
+        """Return A, B, b of shape (M,), and the product B A."""
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
@@ -45,8 +45,8 @@ class PlanarSylvesterBase(Bijection):
             return z - F.linear(hidden, a), -_log_det(hidden, product)
 
 
-class Planar(PlanarSylvesterBase):
-    """z = x + u tanh(w.x + b), where u is moved along w until u.w > -1.
+class Planar(TanhResidual):
+    """z = x + u tanh(w.x + b), where u is shifted along w so that u.w > -1.
 
     Rezende and Mohamed (1505.05770), section 4.1 and appendix A.1.
 
@@ -69,18 +69,17 @@ class Planar(PlanarSylvesterBase):
     def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         w = self.direction
         product = w @ self.push
-        lower_bound = MIN_SLOPE - 1
-        offset = math.log(math.expm1(-lower_bound))  # makes `bounded` zero where `product` is zero
-        bounded = lower_bound + F.softplus(product + offset)
+        # The offset of the product makes `bounded` zero if the product is zero.
+        bounded = MIN_SLOPE - 1 + F.softplus(product + math.log(math.expm1(1 - MIN_SLOPE)))
         u = self.push + (bounded - product) * w / w.square().sum()
         return u[:, None], w[None], self.bias, bounded.view(1, 1)
 
 
-class Sylvester(PlanarSylvesterBase):
+class Sylvester(TanhResidual):
     """z = x + Q R tanh(R' Q^T x + b), where Q (dim, width) has orthonormal columns.
 
-    R and R' are upper triangular with R_ii R'_ii > -1. Q is the Q of a QR factorization, and tanh
-    bounds the diagonals. van den Berg et al. (1803.05649), section 4.1.
+    R and R' are upper triangular with R_ii R'_ii > -1, because tanh bounds their diagonals. Q is a
+    factor of a QR factorization. van den Berg et al. (1803.05649), section 4.1.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -115,7 +114,7 @@ def _log_det(hidden: Tensor, product: Tensor) -> Tensor:
 
 
 def _invert_unit(target: Tensor, product: Tensor) -> Tensor:
-    """Return the a with a + product tanh(a) = target, for a product above -1."""
+    """Return the root a of a + product tanh(a) = target, where the product is above -1."""
 
     def function(a: Tensor) -> tuple[Tensor, Tensor]:
         hidden = a.tanh()

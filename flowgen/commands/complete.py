@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.data.preprocess import image_size, read_unscaled
 from flowgen.models.base import (
     GenerativeModel,
@@ -15,10 +15,8 @@ from flowgen.models.base import (
     Observation,
     SupportsInpainting,
 )
-from flowgen.utils import rendering
-from flowgen.utils.console import log, progress_bar
+from flowgen.utils import console, rendering
 from flowgen.utils.errors import UserError
-from flowgen.utils.rendering import to_uint8
 
 MAX_SAMPLES_SHOWN = 5
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in Pillow
@@ -55,7 +53,7 @@ def complete(
         The path of the file.
     """
     run_dir, _, model = find_model(run, device, SupportsInpainting)
-    model.set_progress(progress_bar)
+    model.set_progress(console.progress_bar)
     linear = measurement(known, model.image_shape)
     images = _read_image(image, model, linear).to(model.device)
     brightness = images / (2**model.bits - 1)
@@ -69,10 +67,10 @@ def complete(
     for name in sampler or model.samplers:
         result, spread = inpaint_image(model, images, observation, name, steps, seed)
         for metric, value in result.metrics.items():
-            log.info("%s: %s %.3f", name, metric.replace("_", " "), value)
+            console.log.info("%s: %s %.3f", name, metric.replace("_", " "), value)
         samples = result.draws[:MAX_SAMPLES_SHOWN]
         row = torch.cat((brightness, observed, result.mean[None], spread[None], samples))
-        rows.append((f"{name}: image, known part, mean, spread, samples", to_uint8(row)))
+        rows.append((f"{name}: image, known part, mean, spread, samples", rendering.to_uint8(row)))
     path = out or run_dir.folder / "completion.png"
     rendering.titled_grids(rows, 8, columns=4 + MAX_SAMPLES_SHOWN).save(path)
     return path

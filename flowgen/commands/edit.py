@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from flowgen.commands.interpolate import read_inputs
-from flowgen.config.instantiate import build_data
-from flowgen.config.loading import find_model
+from flowgen.config import instantiate, runs
 from flowgen.data.attributes import read_table
 from flowgen.data.dataset import hashed_subset
 from flowgen.data.preprocess import ImageStream
@@ -23,12 +22,10 @@ from flowgen.evaluation.latent_directions import (
     compute_moments,
     fit_directions,
     move_along,
-    one_hot,
 )
 from flowgen.models.base import ClassConditional, GenerativeModel
 from flowgen.training.run_dir import Run, cached_artifact
-from flowgen.utils import rendering
-from flowgen.utils.console import Progress, log, progress_bar
+from flowgen.utils import console, rendering
 from flowgen.utils.errors import UserError
 
 MAX_AMOUNT = 2.0  # both ends of the strip are at this amount of the attributes
@@ -70,8 +67,8 @@ def edit(
         The path of the file.
     """
     amount_of = _amounts(attributes, amounts)
-    run_dir, checkpoint, model = find_model(run, device, GenerativeModel)
-    model.set_progress(progress_bar)
+    run_dir, checkpoint, model = runs.find_model(run, device, GenerativeModel)
+    model.set_progress(console.progress_bar)
     images = read_inputs(paths, model, checkpoint["config"])
     directions = load_directions(
         run_dir, checkpoint, model, wanted=attributes, table=table, count=count, method=direction
@@ -83,7 +80,7 @@ def edit(
     fractions = torch.linspace(*limits, GIF_FRAMES if is_gif else still_length)
     steps = move_along(model, directions, images, amount_of, fractions)
     if (steps[fractions.abs().argmin()] != images).float().mean() > MAX_CHANGED_SHARE:
-        log.warning(
+        console.log.warning(
             "this model does not reconstruct the images from their latents, so more than the "
             "attributes changes"
         )
@@ -122,7 +119,7 @@ def load_directions(
     table: Path | None = None,
     count: int = 10_000,
     method: str = "ridge",
-    progress: Progress = progress_bar,
+    progress: console.Progress = console.progress_bar,
 ) -> Directions:
     """Find the latent directions of attributes, or read them from the cache in the run.
 
@@ -161,7 +158,7 @@ def load_directions(
         num_batches = -(-len(attributes) // BATCH_SIZE)
         moments = compute_moments(model, progress(batches, "latents", num_batches))
         kind = "classes" if classes else "attributes"
-        log.info("directions of %d %s from %d images", len(names), kind, len(attributes))
+        console.log.info("directions of %d %s from %d images", len(names), kind, len(attributes))
         return {"names": list(names), "classes": classes, **moments._asdict()}
 
     source = (
@@ -200,14 +197,14 @@ def _table_images(
 
 
 def _training_images(config: dict[str, Any], count: int) -> LabeledImages:
-    data = build_data(config)
+    data = instantiate.build_data(config)
     train = data.train
     if train.attributes is not None:
         names = data.attributes
         attributes = train.attributes
     elif train.labels is not None and data.num_classes is not None:
         names = tuple(str(label) for label in range(data.num_classes))
-        attributes = one_hot(train.labels, data.num_classes)
+        attributes = torch.nn.functional.one_hot(train.labels.long(), data.num_classes)
     else:
         raise UserError(
             "the images of this run have no labels: put CelebA's attribute list into their "

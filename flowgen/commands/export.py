@@ -8,9 +8,15 @@ from typing import Any
 from yaml import safe_dump
 
 from flowgen.commands.sample import sample_images
-from flowgen.config.loading import load_from_checkpoint
-from flowgen.config.runs import FILE, PREFIX, check_name, find_checkpoint, upload
-from flowgen.training.checkpoint import SUFFIX, export_safetensors, read_portable_metadata
+from flowgen.config.runs import (
+    FILE,
+    PREFIX,
+    check_name,
+    find_checkpoint,
+    load_from_checkpoint,
+    upload,
+)
+from flowgen.training.checkpoint import SUFFIX, export_safetensors, read_safetensors
 from flowgen.training.run_dir import Run
 from flowgen.utils import rendering
 from flowgen.utils.errors import UserError, check_folder_of
@@ -88,7 +94,7 @@ def export(*, run: str, path: Path, called: str | None = None) -> list[Path]:
             title=called or path.stem,
             run=called or path.name,
             picture=picture.name,
-            metadata=read_portable_metadata(path),
+            metadata=read_safetensors(path, with_weights=False),
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
     )
@@ -206,7 +212,7 @@ def push(*, run: str, repository: str, license_name: str | None, private: bool) 
     spdx_id = license_id(find_checkpoint(run)[1]["config"]["data"], license_name)
     with TemporaryDirectory() as folder:
         model, card, _ = export(run=run, path=Path(folder) / FILE, called=PREFIX + repository)
-        text = front_matter(read_portable_metadata(model), spdx_id) + card.read_text()
+        text = front_matter(read_safetensors(model, with_weights=False), spdx_id) + card.read_text()
         card.with_name("README.md").write_text(text)
         card.unlink()
         address = upload(Path(folder), repository, private)

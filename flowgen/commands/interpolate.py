@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.data.preprocess import read_images
 from flowgen.evaluation import interpolation
 from flowgen.models.base import GenerativeModel
-from flowgen.utils import rendering
-from flowgen.utils.console import log, progress_bar
-from flowgen.utils.memory import check_memory
+from flowgen.utils import console, memory, rendering
 
 
 def interpolate(
@@ -41,12 +39,12 @@ def interpolate(
         The path of the file.
     """
     run_dir, checkpoint, model = find_model(run, device, GenerativeModel)
-    model.set_progress(progress_bar)
+    model.set_progress(console.progress_bar)
     images = read_inputs([first, second], model, checkpoint["config"])
-    check_memory("--steps", steps, 8 * max(rendering.MIN_SIDE, model.image_shape[1]) ** 2)
+    memory.check_memory("--steps", steps, 8 * max(rendering.MIN_SIDE, model.image_shape[1]) ** 2)
     latent, pixels = interpolate_images(model, images[:1], images[1:], steps, spherical)
     if not torch.equal(latent[[0, -1]], images):
-        log.warning(
+        console.log.warning(
             "the ends of the latent row differ from the images, because this model does not "
             "reconstruct images exactly"
         )
@@ -56,8 +54,8 @@ def interpolate(
         rendering.save_gif([*frames, *frames[1:-1].flip(0)], model.bits, 2, path)
     else:
         title = "great circle in the latents" if spherical else "line in the latents"
-        rows = [(title, latent), ("line in the pixels", pixels)]
-        rendering.titled_grids(rows, model.bits, columns=steps).save(path)
+        grids = [(title, latent), ("line in the pixels", pixels)]
+        rendering.titled_grids(grids, model.bits, columns=steps).save(path)
     return path
 
 

@@ -1,6 +1,7 @@
 """Self-contained HTML page about runs: `flowgen report`."""
 
 import io
+import os
 from collections import defaultdict
 from datetime import UTC, datetime
 from itertools import product
@@ -10,12 +11,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from flowgen.commands.runs import last_validation, readable_runs
+from flowgen.commands.runs import data_name, last_validation, model_name, readable_runs
 from flowgen.config.compose import flatten, read_config
 from flowgen.config.runs import OUTPUTS, find_run
 from flowgen.training.run_dir import Run, best_metric, validation_rows
 from flowgen.utils import plots
-from flowgen.utils.errors import UserError, check_folder_of
+from flowgen.utils.errors import UserError
 from flowgen.utils.html import Picture, Section, data_url, image_data_url, write_html
 from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, Metric, MetricValue
 
@@ -48,8 +49,6 @@ def report(*, names: list[str], out: Path | None) -> Path:
     Returns:
         The path of the file.
     """
-    if out is not None:
-        check_folder_of(out)
     runs = [run for name in names for run in _find_runs(name)]
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     lead = f"{datetime.now(UTC):%Y-%m-%d}, {count}. Errors are standard errors."
@@ -78,9 +77,8 @@ def _sections(runs: list[Run]) -> list[Section]:
     head, *rows = overview(runs)
     names = [row[0] for row in rows]
     anchors = [f"run{number}" for number in range(1, len(runs) + 1)]
-    link = Markup('<a href="#{}">{}</a>')
     linked = [
-        [link.format(anchor, name), *cells]
+        [Markup('<a href="#{}">{}</a>').format(anchor, name), *cells]
         for anchor, (name, *cells) in zip(anchors, rows, strict=True)
     ]
     curves = _validation_curves(names, [run.read_metrics() for run in runs])
@@ -111,15 +109,19 @@ def overview(runs: list[Run]) -> list[list[str]]:
         ]
     ]
     for name, run in zip(_short_names([run.folder for run in runs]), runs, strict=True):
-        config = flatten(read_config(run.config))
+        config = read_config(run.config)
         rows = run.read_metrics()
-        model = str(config.get("model._target_", "")).rpartition(".")[2]
-        data = str(config.get("data._target_", "")).rpartition(".")[2]
-        metric = str(best_metric(rows) or "not evaluated yet")
-        step = f"{max((row['step'] for row in rows), default=0):,}"
-        data = config.get("data.name") or data
-        validation = str(last_validation(rows) or "")
-        table.append([name, model, data, metric, validation, step, *_costs(rows)])
+        table.append(
+            [
+                name,
+                model_name(config["model"]),
+                data_name(config["data"]),
+                str(best_metric(rows) or "not evaluated yet"),
+                str(last_validation(rows) or ""),
+                f"{max((row['step'] for row in rows), default=0):,}",
+                *_costs(rows),
+            ]
+        )
     return table
 
 
@@ -127,10 +129,9 @@ def _short_names(folders: list[Path]) -> list[str]:
     """Return the paths without the leading folders that all of them share."""
     if len(folders) == 1:
         return [str(folders[0])]
-    parts = [folder.parts for folder in folders]
-    columns = enumerate(zip(*parts, strict=False))
-    shared = next((index for index, names in columns if len(set(names)) > 1), 0)
-    return [str(Path(*names[shared:])) if names[shared:] else names[-1] for names in parts]
+    paths = [folder.absolute() for folder in folders]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [str(path.relative_to(shared)) for path in paths]
 
 
 def _costs(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
@@ -159,9 +160,8 @@ def _validation_curves(names: list[str], rows: list[list[dict[str, Any]]]) -> li
                 curves[metric, row.get("bits", 1)][name].append((row["step"], value.value))
     pictures = []
     for metric, bits in sorted(curves, key=lambda key: (key[0].name, key[1])):
-        text = metric.name.replace("_", " ")
-        if metric == BITS_PER_DIM:
-            text = f"{text} at {bits} bits"
+        at_bits = f" at {bits} bits" if metric == BITS_PER_DIM else ""
+        text = metric.name.replace("_", " ") + at_bits
         file = io.BytesIO()
         plots.lines(
             curves[metric, bits],

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flowgen.config.compose import read_config
+from flowgen.config import compose, instantiate, settings
 from flowgen.config.runs import list_runs
-from flowgen.training.checkpoint import read_portable_metadata, zoo, zoo_file
+from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
 from flowgen.training.run_dir import Run, best_metric
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import COMPARED, MetricValue
@@ -32,22 +32,36 @@ def runs() -> Iterator[RunSummary]:
     last validation metric.
     """
     for run in readable_runs():
-        yield _summary(str(run.folder), read_config(run.config), run.read_metrics())
+        yield _summary(str(run.folder), compose.read_config(run.config), run.read_metrics())
     for name in zoo():
-        metadata = read_portable_metadata(zoo_file(name))
+        metadata = read_safetensors(zoo_file(name), with_weights=False)
         row = {"split": "test", "step": metadata["step"], **metadata["metrics"]}
         yield _summary(name, metadata["config"], [row])
 
 
 def _summary(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> RunSummary:
-    model = str(config["model"].get("_target_")).rpartition(".")[2]
-    data = config["data"]
-    folder = data.get("root") or str(data.get("_target_")).rpartition(".")[2]
     step = max((row["step"] for row in metrics), default=0)
     best = str(best_metric(metrics) or "not evaluated yet")
     if validation := last_validation(metrics):
         best += f", last {validation}"
-    return RunSummary(name, model, data.get("name") or Path(folder).name, step, best)
+    return RunSummary(name, model_name(config["model"]), data_name(config["data"]), step, best)
+
+
+def model_name(section: dict[str, Any]) -> str:
+    """Return NAME of the option model=NAME of a model section, or else the name of its class."""
+    target = str(section.get("_target_"))
+    texts = {name: settings.read_text(f"model/{name}") for name in settings.group_options("model")}
+    names = (name for name, text in texts.items() if f"_target_: {target}\n" in text)
+    return next(names, target.rpartition(".")[2])
+
+
+def data_name(section: dict[str, Any]) -> str:
+    """Return NAME of the option data=NAME of a data section, or else of its folder or class."""
+    for name in settings.group_options("data"):
+        if instantiate.same_dataset(settings.read_yaml(f"data/{name}"), section):
+            return name
+    class_name = str(section.get("_target_")).rpartition(".")[2]
+    return str(section.get("name") or Path(str(section.get("root") or "")).name or class_name)
 
 
 def last_validation(rows: list[dict[str, Any]]) -> MetricValue | None:
@@ -63,7 +77,7 @@ def readable_runs(*folders: Path) -> list[Run]:
     for run in list_runs(*folders):
         try:
             run.check_contained()
-            read_config(run.config)
+            compose.read_config(run.config)
         except UserError as error:
             log.warning("skipped: %s", error)
         else:

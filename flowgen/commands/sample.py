@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.config.instantiate import build_data
-from flowgen.config.loading import find_model
+from flowgen.config import instantiate, runs
 from flowgen.models.base import (
     ClassConditional,
     GenerativeModel,
@@ -17,11 +16,8 @@ from flowgen.models.base import (
     SupportsTokenSampling,
 )
 from flowgen.models.flows.flow import Flow
-from flowgen.utils import rendering
-from flowgen.utils.console import log, progress_bar
+from flowgen.utils import console, memory, rendering
 from flowgen.utils.errors import UserError
-from flowgen.utils.memory import check_memory
-from flowgen.utils.rendering import TOY2D_SHAPE, is_toy2d, to_uint8
 
 BATCH_SIZE = 64
 DEFAULT_IMAGES = 32
@@ -72,21 +68,22 @@ def sample(
         "steps": steps,
     }
     kwargs = {name: value for name, value in settings.items() if value is not None}
-    run_dir, checkpoint, model = find_model(run, device, _required_capability(kwargs))
-    model.set_progress(progress_bar)
+    run_dir, checkpoint, model = runs.find_model(run, device, _required_capability(kwargs))
+    model.set_progress(console.progress_bar)
     path = out or run_dir.folder / "sample.png"
     is_zip = path.suffix.lower() == ".zip"
-    if is_toy2d(model.image_shape) and isinstance(model, Flow):
+    if rendering.is_toy2d(model.image_shape) and isinstance(model, Flow):
         if kwargs or is_zip or len(temperatures) > 1:
             raise UserError(
                 "a two-dimensional flow is plotted as one picture at one temperature: use only "
                 "the options --count, --temperature once, --seed and --out FILE.png"
             )
-        data = build_data(checkpoint["config"])
+        data = instantiate.build_data(checkpoint["config"])
         target = torch.cat(list(data.batches("test", DEFAULT_POINTS, DEFAULT_POINTS)))
         temperature = temperatures[0] if temperatures else 1.0
         plot_toy2d(model, target, temperature, count or DEFAULT_POINTS, seed, path)
         return path
+    count = count or DEFAULT_IMAGES
     temperatures = temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]]
     if is_zip:
         if len(temperatures) > 1:
@@ -94,10 +91,10 @@ def sample(
                 "a zip archive contains the samples of one temperature: run this command once "
                 "per temperature, each time with a different --out"
             )
-        batches = sample_batches(model, count or DEFAULT_IMAGES, temperatures[0], seed, **kwargs)
-        rendering.save_zip((images for images, _ in batches), model.bits, path)
+        samples = sample_batches(model, count, temperatures[0], seed, **kwargs)
+        rendering.save_zip((images for images, _ in samples), model.bits, path)
     else:
-        _save_picture(model, temperatures, count or DEFAULT_IMAGES, seed, kwargs, path)
+        _save_picture(model, temperatures, count, seed, kwargs, path)
     return path
 
 
@@ -111,7 +108,7 @@ def _required_capability(kwargs: Mapping[str, Any]) -> type[GenerativeModel]:
         "label": ClassConditional,  # last, because models that sample tokens take a label too
     }
     needed = [capability for name, capability in capabilities.items() if name in kwargs]
-    if SupportsMCMC in needed and len(set(needed)) > 1:
+    if SupportsMCMC in needed and set(needed) != {SupportsMCMC}:
         raise UserError(
             "--label, --guidance and --jacobi are options for flows, --sampler and --steps for "
             "RBMs: use options of one kind"
@@ -131,7 +128,7 @@ def plot_toy2d(
     samples = model.decode_continuous(latent).flatten(1)
     centers = (torch.arange(DENSITY_RESOLUTION, device=model.device) + 0.5) / DENSITY_RESOLUTION
     # (x, y) with x varying fastest, because an image is a list of rows
-    grid = torch.cartesian_prod(centers, centers).flip(1).view(-1, *TOY2D_SHAPE)
+    grid = torch.cartesian_prod(centers, centers).flip(1).view(-1, *rendering.TOY2D_SHAPE)
     density = torch.cat([model.log_density(points).exp() for points in grid.split(10_000)])
     density = density.view(DENSITY_RESOLUTION, DENSITY_RESOLUTION)
     noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
@@ -149,15 +146,19 @@ def _save_picture(
 ) -> None:
     """Save one block of rows per temperature, each sorted by log-probability."""
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
-    hint = " in a picture, and any number in --out FILE.zip"
-    check_memory("--count", count, 4 * side**2 * len(temperatures), hint)
+    memory.check_memory(
+        "--count",
+        count,
+        bytes_each=4 * side**2 * len(temperatures),
+        hint=" in a picture, and any number in --out FILE.zip",
+    )
     label = f"class {kwargs['label']}, " if "label" in kwargs else ""
     sampler = f"{kwargs['sampler']}, " if "sampler" in kwargs else ""
     blocks = []
     for temperature in temperatures:
         images, log_probs = sample_images(model, count, temperature, seed, **kwargs)
         if overflows := int((~log_probs.isfinite()).sum()):
-            log.warning(
+            console.log.warning(
                 "%d of %d samples at temperature %g exceed the range of float32: "
                 "use a lower temperature",
                 overflows,
@@ -190,15 +191,15 @@ def sample_batches(
     generator = torch.Generator(model.device).manual_seed(seed)
     iterations: list[list[int]] = []
     starts = range(0, count, BATCH_SIZE)
-    for start in progress_bar(starts, "samples", len(starts)):
+    for start in console.progress_bar(starts, "samples", len(starts)):
         position = {"start_index": start} if isinstance(model, ClassConditional) else {}
         size = min(BATCH_SIZE, count - start)
         yield model.sample(size, temperature, generator, **position, **kwargs)
         if isinstance(model, SupportsTokenSampling) and "jacobi" in kwargs:
-            iterations.append(model.sweeps())
+            iterations.append(model.jacobi_iterations())
     if iterations:
         per_block = (str(max(counts)) for counts in zip(*iterations, strict=True))
-        log.info("Jacobi iterations per block: %s", ", ".join(per_block))
+        console.log.info("Jacobi iterations per block: %s", ", ".join(per_block))
 
 
 @torch.no_grad()
@@ -228,12 +229,14 @@ def chain(
     Returns:
         The path of the file.
     """
-    run_dir, _, model = find_model(run, device, SupportsMCMC)
+    run_dir, _, model = runs.find_model(run, device, SupportsMCMC)
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
-    check_memory("--frames", frames, 3 * count * side**2)
-    chains = model.iter_chains(count, sampler, torch.Generator(model.device).manual_seed(seed))
-    states = progress_bar(chains, sampler, steps * frames)
-    pictures = [to_uint8(state) for state in islice(states, 0, steps * frames + 1, steps)]
+    memory.check_memory("--frames", frames, 3 * count * side**2)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    states = console.progress_bar(
+        model.iter_chains(count, sampler, generator), sampler, steps * frames
+    )
+    pictures = [rendering.to_uint8(state) for state in islice(states, 0, steps * frames + 1, steps)]
     path = out or run_dir.folder / f"chain_{sampler}.gif"
     rendering.save_gif(pictures, 8, max(1, round(count**0.5)), path)
     return path

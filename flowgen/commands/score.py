@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest, nsmallest
@@ -13,26 +13,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgen.commands.runs import readable_runs
-from flowgen.config.compose import read_config
-from flowgen.config.instantiate import build_data, resolve_target
-from flowgen.config.loading import data_section, find_model, match_model, same_dataset
-from flowgen.config.runs import find_checkpoint
+from flowgen.commands.runs import data_name, readable_runs
+from flowgen.config import compose, instantiate, runs
 from flowgen.data.dataset import ImageDataset
 from flowgen.data.preprocess import ImageStream, check_color_channels
 from flowgen.evaluation.ood import AUROC, DEFAULT_SCORE, OODDetector, auroc, png_complexity
 from flowgen.models.base import GenerativeModel
-from flowgen.training.checkpoint import read_portable_metadata, zoo, zoo_file
+from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
 from flowgen.training.run_dir import Run, cached_artifact
-from flowgen.utils import rendering
-from flowgen.utils.console import Progress, log, progress_bar
+from flowgen.utils import console, rendering
 from flowgen.utils.errors import UserError, check_folder_of
 from flowgen.utils.metrics import BITS_PER_DIM, Metric
 
 BATCH_SIZE = 50
 MAX_ROWS = 20  # images in the printed table
 MAX_TILES = 8  # images in each half of the picture
-SIGNIFICANCE_LEVELS = (0.01, 0.05, 0.1)  # at which false alarms are counted
+SIGNIFICANCE_LEVELS = (0.01, 0.05, 0.1)  # nominal false positive rates
 
 
 @dataclass(frozen=True)
@@ -55,19 +51,22 @@ class ImageScore(NamedTuple):
 
 
 class OODResult(NamedTuple):
-    """Comparison of the test images of a run (in-distribution) with other images."""
+    """Comparison of the test images of a run (in-distribution) with other images.
+
+    An inlier is a false positive at a significance level if its p-value is at most that level.
+    """
 
     title: str
     aurocs: dict[str, AUROC]  # by score
-    false_alarms: dict[str, list[float]]  # rates by score, one per significance level
-    effective_count: float  # of images: sets the error of the rates, see `compare_ood`
+    false_positive_rates: dict[str, list[float]]  # by score, one per significance level
+    errors: list[float]  # standard errors of these rates, one per significance level
 
 
 def score(
     *,
-    paths: list[Path],
+    paths: Sequence[Path],
     run: str | None,
-    ood: list[str],
+    ood: Sequence[str],
     score: str | None,
     count: int,
     table: Path | None,
@@ -82,11 +81,11 @@ def score(
     Args:
         paths: Image files, folders and zip archives.
         run: Name of the run, or None for the most recent one.
-        ood: Overrides that describe another data set, or the name of a run on it; empty for no
-            comparison.
-        score: Score that sorts the images, or None for the default.
-        count: Number of validation images for the calibration, and of test images for the
-            comparison.
+        ood: What to compare with: the name of one run, or data=NAME and its settings
+            data.KEY=VALUE; empty for no comparison.
+        score: Name of the score that ranks the images, or None for the default.
+        count: Maximum number of validation images for the calibration, and of test images for
+            the comparison.
         table: CSV file for all metrics of all images, or None.
         seed: Seed of the dequantization noise.
         device: Name of the device, or "auto".
@@ -95,10 +94,10 @@ def score(
     if table is not None:
         check_folder_of(table)
     scorer = load_scorer(run, count, seed, device)
-    if score is not None and score not in scorer.detector.names:
+    if score is not None and score not in scorer.detector.calibration_scores:
         raise UserError(
             f"--score {score} needs a flow: for this model, choose one of "
-            f"{', '.join(scorer.detector.names)}"
+            f"{', '.join(scorer.detector.calibration_scores)}"
         )
     if paths:
         yield from _score_images(scorer, paths, score or DEFAULT_SCORE, table, seed, out)
@@ -108,7 +107,7 @@ def score(
 
 def load_scorer(run: str | None, count: int, seed: int, device: str) -> Scorer:
     """Load the model of a run and calibrate its scores on `count` validation images."""
-    return make_scorer(*find_model(run, device, GenerativeModel), count, seed)
+    return make_scorer(*runs.find_model(run, device, GenerativeModel), count, seed)
 
 
 def make_scorer(
@@ -117,7 +116,7 @@ def make_scorer(
     model: GenerativeModel,
     count: int,
     seed: int,
-    progress: Progress = progress_bar,
+    progress: console.Progress = console.progress_bar,
 ) -> Scorer:
     """Calibrate the scores of a model on `count` validation images, or use the cached statistics.
 
@@ -130,10 +129,14 @@ def make_scorer(
         progress: Progress bar for the batches of validation images.
     """
     config = checkpoint["config"]
-    data = build_data(config).to(model.device)
+    data = instantiate.build_data(config).to(model.device)
+    settings = (
+        sorted(config["data"].items(), key=str),
+        checkpoint["metrics"].get("log_z"),
+        count,
+        seed,
+    )
     compute = partial(split_statistics, model, data, "validation", count, seed, progress)
-    log_z = checkpoint["metrics"].get("log_z")
-    settings = (sorted(config["data"].items(), key=str), log_z, count, seed)
     statistics = cached_artifact(run, checkpoint, "validation", settings, compute)
     return Scorer(model, config, data, run.folder, OODDetector(statistics))
 
@@ -144,21 +147,21 @@ def split_statistics(
     split: str,
     count: int,
     seed: int,
-    progress: Progress = progress_bar,
+    progress: console.Progress = console.progress_bar,
 ) -> dict[str, Tensor]:
-    """Return the `ood_statistics_of` at most `count` images of a split, (images,) each."""
+    """Return the `image_statistics` of at most `count` images of a split."""
     generator = torch.Generator(model.device).manual_seed(seed)
     num_batches = -(-min(count, len(getattr(data, split))) // BATCH_SIZE)
-    batches = progress(data.batches(split, BATCH_SIZE, count), "held-out images", num_batches)
-    statistics = [ood_statistics_of(model, images, generator) for images in batches]
+    batches = progress(data.batches(split, BATCH_SIZE, count), "images", num_batches)
+    statistics = [image_statistics(model, images, generator) for images in batches]
     return {name: torch.cat([batch[name] for batch in statistics]) for name in statistics[0]}
 
 
 @torch.no_grad()
-def ood_statistics_of(
+def image_statistics(
     model: GenerativeModel, images: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the statistics that the detector needs, (batch,) each, on the CPU.
+    """Return the statistics that the detector needs, each of shape (batch,), on the CPU.
 
     These are the statistics of the model, in float32 as in `flowgen evaluate`, and the complexity
     of the images.
@@ -180,7 +183,12 @@ def to_metric_unit(model: GenerativeModel, log_prob: Tensor) -> Tensor:
 
 
 def _score_images(
-    scorer: Scorer, paths: list[Path], score: str, table: Path | None, seed: int, out: Path | None
+    scorer: Scorer,
+    paths: Sequence[Path],
+    score_name: str,
+    table: Path | None,
+    seed: int,
+    out: Path | None,
 ) -> Iterator[str]:
     most_anomalous: list[ImageScore] = []
     most_typical: list[ImageScore] = []
@@ -189,25 +197,23 @@ def _score_images(
     for batch in _write_csv(table, batches) if table else batches:
         count += len(batch)
         most_anomalous = nlargest(
-            MAX_ROWS, most_anomalous + batch, key=lambda item: item.metrics[score]
+            MAX_ROWS, most_anomalous + batch, key=lambda item: item.metrics[score_name]
         )
         most_typical = nsmallest(
             MAX_TILES, most_typical + batch, key=lambda item: item.metrics["typicality"]
         )
     if not count:
         raise UserError("no image could be read: choose other images")
-    yield from _format_table(likelihood_metric(scorer.model).name, score, most_anomalous)
+    yield from _format_table(likelihood_metric(scorer.model).name, score_name, most_anomalous)
     if count > MAX_ROWS:
         yield f"... and {count - MAX_ROWS} more{'' if table else ': --csv FILE writes them all'}"
     picture = out or scorer.folder / "score.png"
     blocks = [
-        (f"most anomalous by {score}", _tiles(scorer, most_anomalous[:MAX_TILES], score)),
-        ("most typical", _tiles(scorer, most_typical, score)),
+        (f"most anomalous by {score_name}", _tiles(scorer, most_anomalous[:MAX_TILES], score_name)),
+        ("most typical", _tiles(scorer, most_typical, score_name)),
     ]
     rendering.stack_titled(blocks).save(picture)
-    yield str(picture)
-    if table:
-        yield str(table)
+    yield from map(str, filter(None, (picture, table)))
 
 
 def _write_csv(path: Path, batches: Iterable[list[ImageScore]]) -> Iterator[list[ImageScore]]:
@@ -217,16 +223,18 @@ def _write_csv(path: Path, batches: Iterable[list[ImageScore]]) -> Iterator[list
         for index, batch in enumerate(batches):
             if index == 0:
                 writer.writerow(["image", *batch[0].metrics])
-            for item in batch:
-                writer.writerow([item.name, *(f"{value:.6g}" for value in item.metrics.values())])
+            writer.writerows(
+                [name, *(f"{value:.6g}" for value in metrics.values())]
+                for name, _, metrics in batch
+            )
             yield batch
 
 
-def _score_batches(scorer: Scorer, paths: list[Path], seed: int) -> Iterator[list[ImageScore]]:
+def _score_batches(scorer: Scorer, paths: Sequence[Path], seed: int) -> Iterator[list[ImageScore]]:
     """Yield images with their metrics.
 
-    The metrics are the likelihood, its percentile among the validation images, and every score
-    NAME with its p-value NAME_p.
+    The metrics are the likelihood, its percentile (the percentage of validation images that are
+    more likely), and every score NAME with its p-value NAME_p.
     """
     channels, size, _ = scorer.model.image_shape
     check_color_channels(channels)
@@ -240,16 +248,18 @@ def _score_batches(scorer: Scorer, paths: list[Path], seed: int) -> Iterator[lis
         binarization=scorer.config["data"].get("binarization"),
     )
     generator = torch.Generator(scorer.model.device).manual_seed(seed)
-    batches = progress_bar(stream.batches(BATCH_SIZE), "images", -(-len(stream) // BATCH_SIZE))
+    batches = console.progress_bar(
+        stream.batches(BATCH_SIZE), "images", -(-len(stream) // BATCH_SIZE)
+    )
     for names, images in batches:
-        statistics = ood_statistics_of(scorer.model, images, generator)
+        statistics = image_statistics(scorer.model, images, generator)
+        scores = scorer.detector.scores(statistics)
         metrics = {
             likelihood_metric(scorer.model).name: to_metric_unit(
                 scorer.model, statistics["log_prob"]
             ),
-            "percentile": scorer.detector.percentile(statistics["log_prob"]),
+            "percentile": scorer.detector.percentile(scores),
         }
-        scores = scorer.detector.scores(statistics)
         for name, p_values in scorer.detector.p_values(scores).items():
             metrics |= {name: scores[name], f"{name}_p": p_values}
         rows = zip(*(values.tolist() for values in metrics.values()), strict=True)
@@ -259,19 +269,19 @@ def _score_batches(scorer: Scorer, paths: list[Path], seed: int) -> Iterator[lis
         ]
 
 
-def _format_table(metric_name: str, score: str, items: list[ImageScore]) -> Iterator[str]:
-    heading = metric_name.replace("_", " ")
-    yield f"{heading:>14} {'percentile':>11} {'p-value':>8}  image, most anomalous by {score} first"
-    for name, _, metrics in items:
-        percentile = metrics["percentile"]
-        p_value = metrics[f"{score}_p"]
-        yield f"{metrics[metric_name]:14.3f} {percentile:11.1f} {p_value:8.4f}  {name}"
+def _format_table(metric_name: str, score_name: str, items: list[ImageScore]) -> list[str]:
+    heading = f"{metric_name.replace('_', ' '):>14} {'percentile':>11} {'p-value':>8}"
+    return [f"{heading}  image, most anomalous by {score_name} first"] + [
+        f"{metrics[metric_name]:14.3f} {metrics['percentile']:11.1f} "
+        f"{metrics[f'{score_name}_p']:8.4f}  {name}"
+        for name, _, metrics in items
+    ]
 
 
-def _tiles(scorer: Scorer, items: list[ImageScore], score: str) -> Image.Image:
+def _tiles(scorer: Scorer, items: list[ImageScore], score_name: str) -> Image.Image:
+    metric_name = likelihood_metric(scorer.model).name
     titles = [
-        f"{Path(name).name[-16:]}\n"
-        f"{metrics[likelihood_metric(scorer.model).name]:.3f}, p {metrics[f'{score}_p']:.3f}"
+        f"{Path(name).name[-16:]}\n{metrics[metric_name]:.3f}, p {metrics[f'{score_name}_p']:.3f}"
         for name, _, metrics in items
     ]
     images = torch.stack([item.image for item in items])
@@ -279,54 +289,59 @@ def _tiles(scorer: Scorer, items: list[ImageScore], score: str) -> Image.Image:
 
 
 def ood_comparison(
-    scorer: Scorer, ood: list[str], count: int, seed: int, device: str
-) -> Iterator[str]:
-    """Yield a table of AUROCs and false alarm rates between the run's data and other data.
+    scorer: Scorer, ood: Sequence[str], count: int, seed: int, device: str
+) -> list[str]:
+    """Return a table of AUROCs and false positive rates between the run's data and other data.
 
     The comparison is made with the model of the run and, if there is one, in the other direction
     with a model of the other data.
 
     Args:
         scorer: The scorer of the run.
-        ood: Overrides such as data=NAME and data.root=FOLDER, which select the most recent run on
-            these data for the other direction, or the name of a run.
+        ood: Name of one run; or data=NAME and its settings, such as data.root=FOLDER, for which
+            the most recent run on these data makes the comparison in the other direction.
         count: Maximum number of test images of each data set.
         seed: Seed of the dequantization noise.
         device: Name of the device, or "auto".
     """
-    if any(override.startswith("data=") for override in ood):
-        section = data_section(ood)
-        other_run = _find_run_on(section, scorer.model.metric)
-    else:
-        if len(ood) > 1:
-            raise UserError("--ood names several runs: compare with one run at a time")
-        other_run = ood[0]
-        section = find_checkpoint(other_run)[1]["config"]["data"]
+    names_data = any(text.startswith("data=") for text in ood)
+    if len(ood) > 1 and not names_data:
+        raise UserError("--ood accepts one run, or data=NAME with its settings data.KEY=VALUE")
+    section = (
+        compose.data_section(ood)
+        if names_data
+        else runs.find_checkpoint(ood[0])[1]["config"]["data"]
+    )
+    other_run = _find_run_on(section, scorer.model.metric) if names_data else ood[0]
     directions = [(scorer, section, images_for(scorer, section))]
     if other_run is None:
-        log.warning(
+        console.log.warning(
             "the reverse comparison needs a model trained on %s: "
             "train one, or pass its run with --ood RUN",
-            _dataset_title(section),
+            data_name(section),
         )
     else:
         other_scorer = load_scorer(other_run, count, seed, device)
-        own_data = images_for(other_scorer, scorer.config["data"])
-        directions.append((other_scorer, scorer.config["data"], own_data))
-    yield from _format_ood_table([compare_ood(*each, count, seed) for each in directions])
+        own_section = scorer.config["data"]
+        directions.append((other_scorer, own_section, images_for(other_scorer, own_section)))
+    return _format_ood_table([compare_ood(*items, count, seed) for items in directions])
 
 
 def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
     """Return the most recent run, or else the zoo model, on these data with this metric."""
     configs = [
-        (str(run.folder), read_config(run.config)) for run in readable_runs() if run.checkpoints()
+        (str(run.folder), compose.read_config(run.config))
+        for run in readable_runs()
+        if run.checkpoints()
     ]
-    configs += [(name, read_portable_metadata(zoo_file(name))["config"]) for name in zoo()]
+    configs += [
+        (name, read_safetensors(zoo_file(name), with_weights=False)["config"]) for name in zoo()
+    ]
     matches = (
         name
         for name, config in configs
-        if same_dataset(config["data"], section)
-        and getattr(resolve_target("model", config["model"]), "metric", None) == metric
+        if instantiate.same_dataset(config["data"], section)
+        and getattr(instantiate.resolve_target("model", config["model"]), "metric", None) == metric
     )
     return next(matches, None)
 
@@ -334,8 +349,8 @@ def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
 def images_for(scorer: Scorer, section: dict[str, Any]) -> ImageDataset:
     """Build another data set with images of the shape and bits that the scorer's model takes."""
     model = scorer.model
-    matched = match_model(section, scorer.config["data"], model.image_shape, model.bits)
-    data = build_data({"data": matched})
+    matched = instantiate.match_model(section, scorer.config["data"], model.image_shape, model.bits)
+    data = instantiate.build_data({"data": matched})
     if (data.image_shape, data.bits) != (model.image_shape, model.bits):
         raise UserError(
             f"images of shape {data.image_shape} do not fit a model of {model.image_shape}: "
@@ -349,44 +364,42 @@ def compare_ood(
 ) -> OODResult:
     """Compare the run's test images with those of another data set, at most `count` of each.
 
-    A false alarm rate has two sources of error: the test images and the images that calibrate the
-    p-values. Its standard error is sqrt(rate (1 - rate) / n) with 1/n = 1/n_test + 1/n_calibration.
+    A false positive rate has two sources of error: the test images, and the images that calibrate
+    the p-values. Its standard error is sqrt(rate (1 - rate) (1/n_test + 1/n_calibration)).
     """
     detector = scorer.detector
     inliers, outliers = (
         detector.scores(split_statistics(scorer.model, data, "test", count, seed))
         for data in (scorer.data, other.to(scorer.model.device))
     )
-    false_alarms = {
-        name: [(p_values <= level).double().mean().item() for level in SIGNIFICANCE_LEVELS]
-        for name, p_values in detector.p_values(inliers).items()
-    }
-    counts = (len(inliers["likelihood"]), len(detector.calibration["log_prob"]))
+    counts = (len(inliers["likelihood"]), len(detector.calibration_scores["likelihood"]))
+    variance_factor = sum(1 / count for count in counts)
     return OODResult(
-        title=f"{_dataset_title(scorer.config['data'])} -> {_dataset_title(section)}",
+        title=f"{data_name(scorer.config['data'])} -> {data_name(section)}",
         aurocs={name: auroc(inliers[name], outliers[name]) for name in inliers},
-        false_alarms=false_alarms,
-        effective_count=1 / sum(1 / count for count in counts),
+        false_positive_rates={
+            name: [(p_values <= level).double().mean().item() for level in SIGNIFICANCE_LEVELS]
+            for name, p_values in detector.p_values(inliers).items()
+        },
+        errors=[math.sqrt(rate * (1 - rate) * variance_factor) for rate in SIGNIFICANCE_LEVELS],
     )
 
 
-def _format_ood_table(results: list[OODResult]) -> Iterator[str]:
-    width = max(len(result.title) for result in results)
-    yield f"{'AUROC':18} " + "  ".join(f"{result.title:>{width}}" for result in results)
+def _format_ood_table(results: list[OODResult]) -> list[str]:
+    width = max(18, *(len(result.title) for result in results))
+
+    def row(name: str, *cells: object) -> str:
+        return f"{name:18} " + "  ".join(f"{cell!s:>{width}}" for cell in cells)
+
+    lines = [row("AUROC", *(result.title for result in results))]
     for name in dict.fromkeys(name for result in results for name in result.aurocs):
-        cells = [str(result.aurocs.get(name, "")) for result in results]
-        yield f"{name:18} " + "  ".join(f"{cell:>{width}}" for cell in cells)
-    for result in results:
-        errors = [math.sqrt(a * (1 - a) / result.effective_count) for a in SIGNIFICANCE_LEVELS]
-        levels = [
-            f"at {100 * level:2.0f} ± {100 * error:.1f}"
+        lines.append(row(name, *(result.aurocs.get(name, "") for result in results)))
+    for title, _, rates_by_score, errors in results:
+        nominal_rates = [
+            f"nominal {100 * level:.0f}% ± {100 * error:.1f}"
             for level, error in zip(SIGNIFICANCE_LEVELS, errors, strict=True)
         ]
-        yield f"\n{'false alarms, %':18} {'  '.join(levels)}"
-        for name, rates in result.false_alarms.items():
-            yield f"{name:18} " + "  ".join(f"{100 * rate:11.1f}" for rate in rates)
-
-
-def _dataset_title(section: dict[str, Any]) -> str:
-    search_dirs = section.get("search_dirs") or [section.get("root") or "mnist_sample"]
-    return str(section.get("name") or search_dirs[0])
+        lines += ["", title, row("false positives, %", *nominal_rates)]
+        for name, rates in rates_by_score.items():
+            lines.append(row(name, *(f"{100 * rate:.1f}" for rate in rates)))
+    return lines

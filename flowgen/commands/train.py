@@ -12,55 +12,45 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowgen import api
-from flowgen.config.compose import (
-    compose_config,
-    first_line,
-    hydra_errors,
-    register_resolvers,
-    resolve_config,
-    sweep_overrides,
-    trainer_note,
-)
-from flowgen.config.settings import conf_folder
+from flowgen.config import compose, launch, settings
 from flowgen.training.signals import reraise_signal
-from flowgen.utils.console import setup_logging, user_message
+from flowgen.utils import console, launcher
 from flowgen.utils.errors import UserError
-from flowgen.utils.launcher import is_distributed, is_worker
 
 MAX_SHOWN_FAILURES = 5
 log = logging.getLogger("flowgen")
-register_resolvers()  # at import, because a launcher may run jobs in other processes
-
-
-def train(*, overrides: list[str], multirun: bool = False) -> None:
-    """Train one run, or with `multirun` all runs of a sweep."""
-    with exit_like_training():
-        if multirun:
-            sweep(overrides)
-        else:
-            api.train(*overrides)
-
-
-def resume(*, run: str, overrides: list[str]) -> None:
-    """Continue a run."""
-    with exit_like_training():
-        api.resume(run, *overrides)
+compose.register_resolvers()  # at import, because a launcher may run jobs in other processes
 
 
 @contextlib.contextmanager
 def exit_like_training() -> Iterator[None]:
-    """Exit with the status of a stopped training, or of a process that has reported its error."""
+    """Exit with the status of a stopped training run, or of a process that reported its error."""
     try:
         yield
-    except api.TrainingInterrupted as error:
+    except launch.TrainingInterrupted as error:
         reraise_signal(error.signal)
-    except api.WorkerFailedError as error:
+    except launch.WorkerFailedError as error:
         raise SystemExit(error.status) from error
+
+
+@exit_like_training()
+def train(*, overrides: list[str], multirun: bool = False) -> None:
+    """Train one run, or with `multirun` all runs of a sweep."""
+    if multirun:
+        sweep(overrides)
+    else:
+        api.train(*overrides)
+
+
+@exit_like_training()
+def resume(*, run: str, overrides: list[str]) -> None:
+    """Continue a run."""
+    api.resume(run, *overrides)
 
 
 def config_text(*, overrides: list[str]) -> str:
     """Return the configuration that `flowgen train OVERRIDE...` would train, as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(compose_config(overrides)[0]))
+    return OmegaConf.to_yaml(OmegaConf.create(compose.compose_config(overrides)[0]))
 
 
 def sweep(overrides: list[str]) -> None:
@@ -69,51 +59,52 @@ def sweep(overrides: list[str]) -> None:
     Raises:
         UserError: if a run failed, after all others are done.
     """
-    if is_worker():
+    if launcher.is_worker():
         return
-    if is_distributed():
+    if launcher.is_distributed():
         raise UserError(
             "a sweep trains separate runs: start it without torchrun, "
             "or set trainer.num_processes=N for each run"
         )
-    lines = sweep_overrides(overrides)
+    lines = compose.sweep_overrides(overrides)
     try:
         with (
-            hydra_errors(),
-            hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="train"),
+            compose.hydra_errors(),
+            hydra.initialize_config_dir(
+                str(settings.conf_folder()), version_base="1.3", job_name="train"
+            ),
         ):
             app: Any = GlobalHydra.instance().hydra
             batches = app.multirun("train", sweep_job, lines)
     except UserError:
         raise
     except Exception as error:  # a job that is killed may break its launcher
-        raise UserError(f"the launcher of the sweep failed: {first_line(error)}") from error
+        raise UserError(f"the launcher of the sweep failed: {compose.first_line(error)}") from error
     results = [job.return_value for batch in batches for job in batch]
     failures = [result for result in results if result is not None]
     if failures:
-        shown = failures[:MAX_SHOWN_FAILURES]
-        if len(failures) > len(shown):
-            shown.append(f"and {len(failures) - len(shown)} more")
+        num_hidden = len(failures) - MAX_SHOWN_FAILURES
+        more = f"; and {num_hidden} more" if num_hidden > 0 else ""
         raise UserError(
-            f"{len(failures)} of {len(results)} runs of the sweep failed: {'; '.join(shown)}"
+            f"{len(failures)} of {len(results)} runs of the sweep failed: "
+            f"{'; '.join(failures[:MAX_SHOWN_FAILURES])}{more}"
         )
 
 
+@exit_like_training()  # a signal ends the sweep
 def sweep_job(cfg: DictConfig) -> str | None:
     """Train one run of a sweep, or continue it; return the message of an error."""
-    setup_logging()  # this may be another process
+    console.setup_logging()  # this may be another process
     runtime = HydraConfig.get().runtime
     folder = Path(runtime.output_dir)
     cfg.output_dir = str(folder)  # the default refers to Hydra's section, which jobs do not have
     cfg.resume = True
     try:
-        api.train_config(resolve_config(cfg), trainer_note(runtime.choices))
-    except api.TrainingInterrupted as error:
-        reraise_signal(error.signal)  # ends the sweep
+        launch.start_run(compose.resolve_config(cfg), compose.trainer_note(runtime.choices))
     except Exception as error:
         with contextlib.suppress(OSError):
             folder.rmdir()
-        message = f"{folder.name}: {user_message(error)}"
+        message = f"{folder.name}: {console.user_message(error)}"
         log.error("%s", message)
         return message
     return None

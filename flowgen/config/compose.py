@@ -1,7 +1,7 @@
-"""Configurations: composed from conf/ and overrides, changed by overrides, saved and read again."""
+"""Compose configurations from conf/ and overrides, change, save and read them."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2s
 from pathlib import Path
@@ -25,28 +25,23 @@ from flowgen.config.settings import (
     flatten,
     group_options,
     setting_names,
+    yaml_file,
 )
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, user_error
 from flowgen.utils.files import atomic_write
 
 MAX_CONFIG_BYTES = 2**20  # a longer file takes seconds to parse
 PATH_KEYS = ("output_dir", "data.root", "init_from")
 LOCATION_KEYS = ("output_dir", "resume", "data.root", "trainer.device")  # not in names of runs
-EVALUATION_KEYS = ("num_importance_samples", "ais_steps", "ais_chains", "cross_check")
-STOP_KEYS = {"trainer.steps", "trainer.minutes"}
 MAX_SHOWN_CHARS = 100  # of an override in an error message
 MAX_NAME_BYTES = 200  # of a run's folder in a sweep; file systems allow 255
-LAUNCHER_HINT = (
-    "or install its plugin: pip install hydra-submitit-launcher for submitit_slurm and "
-    "submitit_local, pip install hydra-joblib-launcher for joblib"
-)
 
 
 def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]:
     """Compose the configuration of a training run.
 
-    Hydra chooses the options of the groups. The values are set afterwards, with checks that name
-    the setting and its likely correction.
+    Hydra composes the options of the groups. The values are set afterwards, with checks that name
+    the nearest setting.
 
     Args:
         overrides: KEY=VALUE and GROUP=NAME, as on the command line.
@@ -56,20 +51,15 @@ def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]
         whether the name of `output_dir` contains the current time.
 
     Raises:
-        UserError: for unknown keys, options and values.
+        UserError: For unknown keys, options and values.
     """
     register_resolvers()
     parsed = parse_overrides(resolve_stop_criterion(overrides))
     groups = [item for item in parsed if item.get_key_element() in GROUPS]
-    for item in parsed:
-        is_sweep = item in groups and item.is_sweep_override()
-        if is_sweep or item.get_key_element().startswith("hydra"):
-            raise UserError(
-                f"{item.input_line} is for a sweep: add -m, as in `flowgen train -m "
-                f"{item.input_line}`"
-            )
     with hydra_errors(), initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        tree: Any = compose("train", input_lines(groups), return_hydra_config=True)
+        tree: Any = compose(
+            "train", [str(item.input_line) for item in groups], return_hydra_config=True
+        )
     note = trainer_note(tree.hydra.runtime.choices)
     OmegaConf.set_struct(tree, False)
     set_values(tree, [item for item in parsed if item not in groups])
@@ -82,16 +72,18 @@ def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]
 
 def trainer_note(choices: Any) -> str:
     """Return a log line about the trainer that trainer=auto stands for."""
-    if choices["trainer"] != "auto":
-        return ""
-    return f"trainer=auto is trainer={default_trainer()} on this machine"
+    return (
+        f"trainer=auto is trainer={default_trainer()} on this machine"
+        if choices["trainer"] == "auto"
+        else ""
+    )
 
 
 def override(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return `config` with KEY=VALUE overrides applied.
 
     Raises:
-        UserError: for unknown keys, lists to sweep over and references to other values.
+        UserError: For unknown keys, lists to sweep over and references to other values.
     """
     parsed = parse_overrides(overrides)
     for item in parsed:
@@ -110,15 +102,10 @@ def set_values(tree: Any, overrides: Sequence[Override]) -> None:
     known = flatten(OmegaConf.to_container(tree))  # type: ignore[arg-type]
     for item in overrides:
         key = item.get_key_element()
-        if item.is_sweep_override():
-            raise UserError(
-                f"{item.input_line} has several values: give one, or sweep with `flowgen train -m`"
-            )
         if any(name.startswith(f"{key}.") for name in known):
             group = key.replace(".", "/")
             raise UserError(
-                f"{key} is a group of settings: write "
-                f"{str(item.input_line).replace(key, group, 1)} with a slash"
+                f"{key} is a group of settings: write it with a slash, as in {group}=NAME"
                 if group != key and group_options(group)
                 else f"{item.input_line} would replace a whole section: set values one by one, "
                 "as in trainer.device=cuda"
@@ -129,11 +116,12 @@ def set_values(tree: Any, overrides: Sequence[Override]) -> None:
             OmegaConf.update(tree, key, item.value(), merge=True)
 
 
-def unknown_key_error(key: str, known: Iterable[str] = ()) -> UserError:
-    """Return an error for a key that is not in `known`.
+def unknown_key_error(key: str, known: Mapping[str, Any] = {}) -> UserError:
+    """Return an error for an unknown key, with the options that have it or the nearest key.
 
-    It names the options that have the key, or the closest key: in another section, or spelled
-    alike.
+    Args:
+        key: The unknown key.
+        known: Keys and values of the configuration, if it is composed already.
     """
     names = setting_names()
     if options := names.get(key):
@@ -148,55 +136,28 @@ def unknown_key_error(key: str, known: Iterable[str] = ()) -> UserError:
     name = key.partition(".")[2]
     same = [other for other in candidates if name and other.partition(".")[2] == name]
     hint = f", did you mean {same[0]}?" if same else did_you_mean(key, candidates)
-    return UserError(f"there is no setting {key}{hint}: `flowgen train --help` lists all settings")
+    section = (same[0] if same else key).partition(".")[0]
+    file = yaml_file(section, known.get(f"{section}._target_"))
+    return UserError(f"there is no setting {key}{hint}: see {file}, or `flowgen train --help`")
 
 
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Check the form of overrides and the options of groups.
-
-    Raises:
-        UserError: for an override that is not KEY=VALUE, an unknown option or an empty path.
-    """
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if text.startswith(("+", "~")):
-            raise UserError(
-                f"{text}: settings can be changed, not added or removed: write KEY=VALUE"
-            )
-        if not equals or not key or key.startswith("-"):
-            raise UserError(
-                f"{text!r} is not an override: write KEY=VALUE, as in trainer.steps=2000"
-            )
-        if key in SECTIONS and value.strip() in ("", "null"):
-            options = ", ".join(group_options(key))
-            raise UserError(f"{text} chooses nothing: write {key}=NAME, one of {options}")
-        if key in GROUPS and "(" not in value and value != "null":
-            for name in value.split(","):
-                check_option(key, name.strip(" '\""))
-        if key in PATH_KEYS and not value.strip("'\" "):
-            raise UserError(f"{text} is empty: name a folder, or leave it out")
-        section, _, name = key.partition(".")
-        if section == "model" and name in EVALUATION_KEYS:
-            raise UserError(
-                f"{key} is not a setting of the model: write evaluation.{name}={value}, "
-                f"or `flowgen evaluate {name}={value}`"
-            )
-
-
-def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str], multirun: bool = False) -> list[Override]:
     """Check and parse overrides. Paths such as data.root=~/faces=(new) need no quotes.
 
+    Args:
+        overrides: KEY=VALUE and GROUP=NAME.
+        multirun: Whether they may have several values and settings of Hydra.
+
     Raises:
-        UserError: for overrides that `check_overrides` refuses or Hydra's grammar cannot read.
+        UserError: For overrides that are not KEY=VALUE, and for unknown options.
     """
-    check_overrides(overrides)
     parser = OverridesParser.create()
     parsed = []
     for text in overrides:
+        key, value = _split_override(text)
         try:
             item = parser.parse_override(text)
         except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
-            key, _, value = text.partition("=")
             if key not in PATH_KEYS:
                 shown = text if len(text) < MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
                 raise UserError(
@@ -205,28 +166,42 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
                 ) from error
             path = str(Path(value).expanduser()).replace("'", r"\'")
             item = parser.parse_override(f"{key}='{path}'")
+        if not multirun and (item.is_sweep_override() or key.startswith("hydra")):
+            raise UserError(
+                f"{text} is for a sweep over several values: give one value, "
+                "or sweep with `flowgen train -m`"
+            )
         parsed.append(item)
     return parsed
 
 
-def input_lines(overrides: Sequence[Override]) -> list[str]:
-    """Return parsed overrides as Hydra reads them, with quotes."""
-    return [str(item.input_line) for item in overrides]
+def _split_override(text: str) -> tuple[str, str]:
+    """Return the key and the value of an override, after a check of its form."""
+    key, equals, value = text.partition("=")
+    if text.startswith(("+", "~")):
+        raise UserError(f"{text}: settings can be changed, not added or removed: write KEY=VALUE")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"{text!r} is not an override: write KEY=VALUE, as in trainer.steps=2000")
+    if key in GROUPS and "(" not in value:
+        for name in value.split(","):
+            check_option(key, name.strip(" '\""))
+    if key in PATH_KEYS and not value.strip("'\" "):
+        raise UserError(f"{text} is empty: name a folder, or leave it out")
+    return key, value
 
 
 def resolve_stop_criterion(overrides: Sequence[str]) -> list[str]:
     """Unset the default of trainer.minutes if only trainer.steps is given, and vice versa."""
-    missing = STOP_KEYS - {text.partition("=")[0] for text in overrides}
-    if len(missing) == 1:
-        return [*overrides, f"{missing.pop()}=null"]
-    return list(overrides)
+    given = {text.partition("=")[0] for text in overrides}
+    missing = {"trainer.steps", "trainer.minutes"} - given
+    return [*overrides, *(f"{key}=null" for key in missing if len(missing) == 1)]
 
 
 def resolve_config(tree: Any) -> dict[str, Any]:
     """Return an OmegaConf tree as plain dicts and lists, with all references resolved.
 
     Raises:
-        UserError: for a value that is missing or refers to an unknown one.
+        UserError: For a value that is missing or refers to an unknown one.
     """
     try:
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
@@ -248,34 +223,35 @@ def hydra_errors() -> Iterator[None]:
         yield
     except MissingConfigException as error:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        hint = f", {LAUNCHER_HINT}" if group == "hydra/launcher" else ""
-        options = ", ".join(error.options or [])
-        raise UserError(f"there is no {group}={name}: choose one of {options}{hint}") from error
+        raise UserError(
+            f"there is no {group}={name}: choose one of {', '.join(error.options or [])}, "
+            "or install its plugin: pip install hydra-submitit-launcher for submitit_slurm and "
+            "submitit_local, pip install hydra-joblib-launcher for joblib"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(first_line(error)) from error
 
 
 def first_line(error: BaseException) -> str:
-    """Return the message of Hydra or OmegaConf without the tree that they print below it."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    noise = ("full_key:", "object_type=", "reference_type=", "See https", "Config search path")
-    return " ".join(line for line in lines if line and not line.startswith(noise)) or repr(error)
+    """Return the first line of a message; Hydra and OmegaConf add types and keys below it."""
+    return str(error).partition("\n")[0] or repr(error)
 
 
 def sweep_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a sweep for Hydra, with the names of the runs' folders.
 
     Raises:
-        UserError: for unknown keys, options and values.
+        UserError: For unknown keys, options and values.
     """
     register_resolvers()
-    parsed = parse_overrides(resolve_stop_criterion(overrides))
+    parsed = parse_overrides(resolve_stop_criterion(overrides), multirun=True)
     names = setting_names()
     for item in parsed:
         if item.get_key_element() not in names and not item.get_key_element().startswith("hydra"):
             raise unknown_key_error(item.get_key_element())
     swept = ",".join(item.get_key_element() for item in parsed if item.is_sweep_override())
-    return [*input_lines(parsed), f"hydra.sweep.subdir=${{flowgen.folder:[{swept}]}}"]
+    lines = [str(item.input_line) for item in parsed]
+    return [*lines, f"hydra.sweep.subdir=${{flowgen.folder:[{swept}]}}"]
 
 
 def sweep_folder(swept: list[str], *, _root_: Any) -> str:
@@ -303,6 +279,29 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("flowgen.folder", sweep_folder, replace=True)
 
 
+def data_section(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the data section of `data=NAME data.KEY=VALUE...`, as `flowgen train` composes it.
+
+    Raises:
+        UserError: For an unknown data set or a data set without its root.
+    """
+    keys = [text.partition("=")[0] for text in overrides]
+    if keys.count("data") != 1 or not all(key.partition(".")[0] == "data" for key in keys):
+        names = ", ".join(group_options("data"))
+        raise UserError(
+            f"{' '.join(overrides)} does not name a data set: write data= and one of {names}"
+        )
+    section: dict[str, Any] = compose_config(overrides)[0]["data"]
+    if section.get("root") is not None:
+        section["root"] = absolute_path(section["root"])
+    return section
+
+
+def absolute_path(path: Any) -> str:
+    """Return a path that stays valid in another working directory."""
+    return str(Path(str(path)).expanduser().resolve())
+
+
 def save_config(config: dict[str, Any], path: Path) -> None:
     with atomic_write(path) as temporary:
         OmegaConf.save(OmegaConf.create(config), temporary)
@@ -312,22 +311,20 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read the configuration of a run. References in it are not resolved.
 
     Raises:
-        UserError: for a file that is not the configuration of a run.
+        UserError: For a file that is not the configuration of a run.
     """
-    try:
+    with user_error(f"{path} cannot be read as a configuration: fix it, or choose another run"):
         if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError("not a file of normal size")
         text = path.read_text(encoding="utf-8")
         if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise ValueError("nested aliases can expand to gigabytes")
-        if not isinstance(yaml.compose(text), yaml.MappingNode):
-            raise ValueError("not a mapping")
-        config: Any = OmegaConf.to_container(OmegaConf.create(text))
+        config: Any = OmegaConf.to_container(OmegaConf.load(path))
         json.dumps(config, ensure_ascii=False, default=str).encode()  # refuses lone surrogates
-    except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read as a configuration: fix it, or choose another run"
-        ) from error
-    if "seed" not in config or not all(isinstance(config.get(name), dict) for name in SECTIONS):
+    if (
+        not isinstance(config, dict)
+        or "seed" not in config
+        or not all(isinstance(config.get(name), dict) for name in SECTIONS)
+    ):
         raise UserError(f"{path} is not the configuration of a run")
     return {str(key): value for key, value in config.items()}

@@ -1,13 +1,15 @@
-"""Objects of the classes that configurations name, from an allow-list of packages."""
+"""Models, data sets and other objects, instantiated from configurations by an allow-list."""
 
+import inspect
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+import hydra
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf.errors import OmegaConfBaseException
 
-from flowgen.utils.errors import UserError
+from flowgen.config.settings import did_you_mean, yaml_file
+from flowgen.utils.errors import UserError, user_error
 from flowgen.utils.memory import free_memory
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ BASES = {
     "trainer": "flowgen.training.trainer.TrainerConfig",
     "evaluation": "flowgen.models.base.EvalConfig",
 }
+DATASET_KEYS = ("_target_", "name", "search_dirs")  # identify a data set
 
 
 def resolve_target(section: str, config: dict[str, Any], nested: bool = False) -> type[Any]:
@@ -29,19 +32,17 @@ def resolve_target(section: str, config: dict[str, Any], nested: bool = False) -
 
     Args:
         section: model, data, trainer or evaluation.
-        config: the section, or a part of it.
-        nested: whether it is a part, which may name any class of the section's package.
+        config: The section, or a part of it.
+        nested: Whether it is a part, which may name any class of the section's package.
 
     Raises:
-        UserError: for any other class.
+        UserError: For any other class.
     """
     path = str(config.get("_target_"))
     if not path.startswith("flowgen."):
         raise UserError(f"{section}._target_={path} is not part of flowgen")
-    try:
+    with user_error(f"{section}._target_={path} does not exist"):
         target = resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{section}._target_={path} does not exist") from error
     package = ".".join(BASES[section].split(".")[:2])
     if not isinstance(target, type) or not target.__module__.startswith(f"{package}."):
         raise UserError(f"{section}._target_={path} is not a class of {package}")
@@ -50,19 +51,19 @@ def resolve_target(section: str, config: dict[str, Any], nested: bool = False) -
     return target
 
 
-def build(section: str, config: dict[str, Any]) -> Any:
-    """Build the object that a section of a configuration describes.
+def instantiate(section: str, config: dict[str, Any]) -> Any:
+    """Instantiate the class that a section of a configuration names.
 
     Args:
         section: model, data, trainer or evaluation.
         config: `_target_`, a class of the section's package, and its keyword arguments.
 
     Raises:
-        UserError: for any other class and for arguments that the class refuses.
+        UserError: For any other class and for arguments that the class refuses.
     """
     check_section(section, section, config)
     try:
-        return instantiate(config, _convert_="all")
+        return hydra.utils.instantiate(config, _convert_="all")
     except (InstantiationException, OmegaConfBaseException) as error:
         cause = error.__cause__
         if isinstance(cause, InstantiationException):  # of an object in the section
@@ -78,15 +79,21 @@ def check_section(section: str, key: str, node: Any) -> None:
     """Check everything in a section that `hydra.utils.instantiate` would act on.
 
     Raises:
-        UserError: for classes outside the allow-list, other keys that start with an underscore,
-            and references to other values.
+        UserError: For classes outside the allow-list, arguments that they do not have, and
+            references to other values.
     """
     if isinstance(node, dict):
+        group = key.replace(".", "/")
+        known = set(node)
         if "_target_" in node or key == section:
-            resolve_target(section, node, nested=key != section)
+            classes = resolve_target(section, node, nested=key != section).__mro__
+            known = {name for cls in classes for name in inspect.signature(cls).parameters}
         for name, value in node.items():
-            if str(name).startswith("_") and name != "_target_":
-                raise UserError(f"{key}.{name} is not a setting")
+            if name != "_target_" and (str(name).startswith("_") or name not in known):
+                raise UserError(
+                    f"{key}.{name} is not a setting{did_you_mean(str(name), known)}: "
+                    f"see {yaml_file(group, node.get('_target_'))}"
+                )
             check_section(section, f"{key}.{name}", value)
     elif isinstance(node, list):
         for value in node:
@@ -97,7 +104,7 @@ def check_section(section: str, key: str, node: Any) -> None:
 
 def build_data(config: dict[str, Any]) -> "ImageDataset":
     """Build the data set of a configuration."""
-    return build("data", config["data"])
+    return instantiate("data", config["data"])
 
 
 def with_image_shape(
@@ -106,9 +113,9 @@ def with_image_shape(
     """Return `config` with the image shape and bits of the data in its model section.
 
     Args:
-        config: a configuration.
-        shape: channels, height and width.
-        bits: bits per pixel value.
+        config: A configuration.
+        shape: Channels, height and width.
+        bits: Bits per pixel value.
     """
     image_kwargs = resolve_target("model", config["model"]).image_kwargs(shape, bits)
     return config | {"model": image_kwargs | config["model"]}
@@ -120,7 +127,7 @@ def build_model(config: dict[str, Any]) -> "GenerativeModel":
     The weights depend on the random state of torch.
     """
     _check_memory(config["model"])
-    return build("model", config["model"])
+    return instantiate("model", config["model"])
 
 
 def _check_memory(section: dict[str, Any]) -> None:
@@ -129,7 +136,7 @@ def _check_memory(section: dict[str, Any]) -> None:
 
     try:
         with torch.device("meta"):  # shapes without values
-            state = build("model", section).state_dict()
+            state = instantiate("model", section).state_dict()
     except (NotImplementedError, RuntimeError):  # a constructor that computes with values
         return
     needed = sum(value.nbytes for value in state.values()) / 2**30
@@ -150,7 +157,7 @@ def build_model_and_data(
         The model, the data, and the configuration with the image shape in its model section.
 
     Raises:
-        UserError: if the model and the data do not fit each other.
+        UserError: If the model and the data do not fit each other.
     """
     data = build_data(config)
     config = with_image_shape(config, data.image_shape, data.bits)
@@ -161,10 +168,11 @@ def build_model_and_data(
 
 def check_fits_data(model: "GenerativeModel", data: "ImageDataset") -> None:
     """Raise UserError if the images or classes of the data do not fit the model."""
-    model_values = (*model.image_shape, model.bits)
-    data_values = (*data.image_shape, data.bits)
     for name, expected, actual in zip(
-        ("channels", "height", "width", "bits"), model_values, data_values, strict=True
+        ("channels", "height", "width", "bits"),
+        (*model.image_shape, model.bits),
+        (*data.image_shape, data.bits),
+        strict=True,
     ):
         if expected != actual:
             raise UserError(
@@ -181,3 +189,33 @@ def check_fits_data(model: "GenerativeModel", data: "ImageDataset") -> None:
             f"model.num_classes={model.num_classes} does not fit the {data.num_classes} classes "
             f"of the data: set it to {data.num_classes}"
         )
+
+
+def match_model(
+    section: dict[str, Any], own: dict[str, Any], shape: tuple[int, int, int], bits: int
+) -> dict[str, Any]:
+    """Return a data section whose images have the shape and bits of a model.
+
+    Args:
+        section: The data section to change.
+        own: The data section that the model was trained with.
+        shape: Channels, height and width of the model's images.
+        bits: Bits per pixel value of the model's images.
+    """
+    wanted = {
+        "channels": shape[0],
+        "size": shape[1],
+        "bits": bits,
+        "binarization": own.get("binarization", "threshold"),
+    }
+    return section | {key: value for key, value in wanted.items() if key in section}
+
+
+def same_dataset(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Return whether two data sections describe the same data set.
+
+    The root counts only for folders, which have no other name.
+    """
+    is_folder = not first.get("search_dirs") and "root" in first
+    keys = (*DATASET_KEYS, "root") if is_folder else DATASET_KEYS
+    return all(first.get(key) == second.get(key) for key in keys)

@@ -1,18 +1,29 @@
-"""Runs and their checkpoints, found by folder, file or name, and models on the Hugging Face Hub."""
+"""Find runs and load their models, by folder, file, name or from the Hugging Face Hub."""
 
 import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowgen.config.compose import read_config
-from flowgen.config.instantiate import resolve_target
+from flowgen.config.instantiate import build_model, resolve_target
 from flowgen.config.settings import group_options
-from flowgen.training.checkpoint import SUFFIX, ZOO, read_checkpoint, read_safetensors, zoo_file
+from flowgen.training.checkpoint import (
+    SUFFIX,
+    ZOO,
+    eval_weights,
+    read_checkpoint,
+    read_safetensors,
+    zoo_file,
+)
 from flowgen.training.run_dir import Run
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, user_error
 
+if TYPE_CHECKING:
+    from flowgen.models.base import GenerativeModel
+
+ModelT = TypeVar("ModelT", bound="GenerativeModel")
 OUTPUTS = Path("outputs")
 PREFIX = "hf:"  # of names on the Hub
 FILE = f"model{SUFFIX}"  # of a model on the Hub
@@ -39,7 +50,7 @@ def find_run(name: str) -> Run:
     commands write.
 
     Raises:
-        UserError: if there is no such run, or if its files are links to other folders.
+        UserError: If there is no such run, or if its files are links to other folders.
     """
     run = _find_named(name)
     run.check_contained()
@@ -55,11 +66,11 @@ def _find_named(name: str) -> Run:
     if file is not None:
         in_run = file.parent.name == "checkpoints" and file.suffix != SUFFIX
         return Run(file.parent.parent if in_run else OUTPUTS / "files" / file.stem)
-    for path in (Path(name), OUTPUTS / name):
-        if (path / "config.yaml").exists():
-            return Run(path)
     parts = Path(name).parts
-    matches = [run for run in list_runs() if parts and run.folder.parts[-len(parts) :] == parts]
+    folders = [path for path in (Path(name), OUTPUTS / name) if (path / "config.yaml").exists()]
+    matches = [Run(folder) for folder in folders[:1]] or [
+        run for run in list_runs() if parts and run.folder.parts[-len(parts) :] == parts
+    ]
     if len(matches) == 1:
         return matches[0]
     problem = "is the name of several runs" if matches else "is not a run"
@@ -71,16 +82,16 @@ def find_file(name: str) -> Path | None:
     return next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
 
 
-def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, dict[str, Any]]:
+def find_checkpoint(name: str | None, wanted: type = object) -> tuple[Run, dict[str, Any]]:
     """Return a run and its checkpoint, with the results of an evaluation of these weights.
 
     Args:
-        name: a checkpoint file, or a run, of which the last valid checkpoint is read. None: the
+        name: A checkpoint file, or a run, of which the last valid checkpoint is read. None: the
             newest run with a checkpoint of a wanted model.
-        wanted: a model class or a capability of `flowgen.models.base` that the model must have.
+        wanted: A model class or a capability of `flowgen.models.base` that the model must have.
 
     Raises:
-        UserError: if there is no such checkpoint.
+        UserError: If there is no such checkpoint.
     """
     if name is None:
         run, checkpoint = _newest_checkpoint(wanted)
@@ -98,7 +109,7 @@ def find_checkpoint(name: str | None, wanted: type | None = None) -> tuple[Run, 
     return run, checkpoint | {"metrics": results}
 
 
-def _newest_checkpoint(wanted: type | None) -> tuple[Run, dict[str, Any]]:
+def _newest_checkpoint(wanted: type) -> tuple[Run, dict[str, Any]]:
     for run in list_runs():
         checkpoint = run.latest_valid_checkpoint() if _describes(run, wanted) else None
         if checkpoint is not None:
@@ -121,7 +132,7 @@ def _read_named(name: str, run: Run) -> dict[str, Any]:
     return checkpoint
 
 
-def _describes(run: Run, wanted: type | None) -> bool:
+def _describes(run: Run, wanted: type) -> bool:
     """Return whether the run's folder describes a wanted model, which is faster to read."""
     with contextlib.suppress(UserError):
         run.check_contained()
@@ -129,28 +140,70 @@ def _describes(run: Run, wanted: type | None) -> bool:
     return False
 
 
-def _is_wanted(config: dict[str, Any], wanted: type | None) -> bool:
-    model = config["model"]
-    return wanted is None or resolve_target("model", model).supports(wanted, model)
+def _is_wanted(config: dict[str, Any], wanted: type) -> bool:
+    return bool(resolve_target("model", config["model"]).supports(wanted, config["model"]))
 
 
-def _kind(wanted: type | None) -> str:
+def _kind(wanted: type) -> str:
     """Return a phrase such as `run of a model that fills in missing pixels`."""
     from flowgen.models.base import GenerativeModel
 
-    if wanted is None or wanted is GenerativeModel:
+    if issubclass(GenerativeModel, wanted):
         return "run"
     if description := vars(wanted).get("description"):  # of a capability
         return f"run of a model that {description}"
     return f"run of {'an' if wanted.__name__.isupper() else 'a'} {wanted.__name__}"
 
 
-def _training_hint(wanted: type | None) -> str:
+def _training_hint(wanted: type) -> str:
     """Return the command that trains a wanted model."""
-    name = "" if wanted is None else wanted.__name__.lower()
-    default = f"model={name}" if name in group_options("model") else "model=glow"
-    hint = vars(wanted or object).get("train_hint", default)
-    return f"train one with `flowgen train {hint}`"
+    name = wanted.__name__.lower()
+    default = f"model={name if name in group_options('model') else 'glow'}"
+    return f"train one with `flowgen train {vars(wanted).get('train_hint', default)}`"
+
+
+def find_model(
+    run: str | None, device: str, capability: type[ModelT]
+) -> tuple[Run, dict[str, Any], ModelT]:
+    """Find a run, or the most recent one with a capability, and load its model.
+
+    Returns:
+        The run, its checkpoint and the model.
+
+    Raises:
+        UserError: If there is no such run, or its model lacks the capability.
+    """
+    found, checkpoint = find_checkpoint(run, capability)
+    return found, checkpoint, load_from_checkpoint(checkpoint, device)  # type: ignore[return-value]
+
+
+def load_from_checkpoint(checkpoint: dict[str, Any], device: str = "cpu") -> "GenerativeModel":
+    """Build the model of a checkpoint with its EMA weights, if any, and its evaluation results."""
+    from flowgen.training.device import choose_device
+
+    model = build_model(checkpoint["config"])
+    load_weights(model, eval_weights(checkpoint))
+    model.load_eval_results(checkpoint.get("metrics", {}))
+    return model.to(choose_device(device)).eval()
+
+
+def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
+    """Load weights into a model.
+
+    Raises:
+        UserError: If they are not finite or belong to another model.
+    """
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{name} of the checkpoint is not finite: choose an earlier checkpoint, "
+                "or train again with a lower trainer.lr"
+            )
+    with user_error(
+        "the weights of the checkpoint do not fit the model of its configuration: "
+        "keep the model settings of the run"
+    ):
+        model.load_state_dict(weights)
 
 
 def check_name(name: str) -> str:
@@ -181,13 +234,11 @@ def upload(folder: Path, name: str, private: bool) -> str:
 @contextlib.contextmanager
 def _hub(name: str) -> Iterator[Any]:
     """Yield the package huggingface_hub and turn its errors into UserError."""
-    try:
+    with user_error(
+        "models on the Hub need the package huggingface_hub: pip install huggingface_hub"
+    ):
         import huggingface_hub
         from huggingface_hub import errors
-    except ImportError as error:
-        raise UserError(
-            "models on the Hub need the package huggingface_hub: pip install huggingface_hub"
-        ) from error
     try:
         yield huggingface_hub
     except errors.LocalEntryNotFoundError as error:

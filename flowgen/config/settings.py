@@ -1,7 +1,7 @@
 """Settings of `flowgen train` and their meaning, read from the comments of the YAML files in conf/.
 
 A comment belongs to the key on its line and continues on the indented comment lines below it.
-A sentence `One of a, b, c.` in it lists the choices. The first comment line of a file describes it.
+The first comment line of a file describes it.
 Nothing here imports torch or Hydra, so help and completion answer at once.
 """
 
@@ -23,7 +23,6 @@ GENERAL = {"evaluation": "settings of `flowgen evaluate`", "general": "settings 
 GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
 KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):(?: .*?)??(?: +# (?P<comment>.*))?")
 COMMENT = re.compile(r"(?P<indent> *)# (?P<comment>.*)")
-CHOICES = re.compile(r"One of ([^.]+)\.")
 MAX_KEY_WIDTH = 36  # characters of the columns of a table of settings
 MAX_DEFAULT_WIDTH = 14
 
@@ -34,7 +33,6 @@ class Setting(NamedTuple):
     key: str
     default: Any
     meaning: str
-    choices: tuple[str, ...] = ()
 
 
 def conf_folder() -> Path:
@@ -58,7 +56,7 @@ def group_options(group: str) -> list[str]:
 def check_option(group: str, name: str) -> None:
     """Raise UserError unless `group` has the option `name`."""
     known = group_options(group)
-    if name not in known:
+    if name not in known and (name != "null" or group in SECTIONS):
         hint = did_you_mean(name, known)
         raise UserError(f"there is no {group}={name}{hint}: choose one of {', '.join(known)}")
 
@@ -75,6 +73,18 @@ def read_yaml(name: str) -> dict[str, Any]:
     from yaml import safe_load
 
     return dict(safe_load(read_text(name)) or {})
+
+
+def yaml_file(group: str, target: object) -> str:
+    """Return the first file with the settings of a class, or the folder for an unknown class.
+
+    Example:
+        >>> yaml_file("model", "flowgen.models.flows.glow.Glow")
+        'conf/model/glow.yaml'
+    """
+    names = [f"{group}/{name}" for name in group_options(group)]
+    files = {read_yaml(name).get("_target_"): f"{name}.yaml" for name in reversed(names)}
+    return f"conf/{files.get(str(target), f'{group}/' if files else 'train.yaml')}"
 
 
 def read_text(name: str) -> str:
@@ -101,36 +111,25 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        full_key = f"{prefix}{key}"
+        flat |= flatten(value, f"{full_key}.") if isinstance(value, dict) else {full_key: value}
     return flat
 
 
 def read_comments(text: str) -> dict[str, str]:
-    """Return the comments of a YAML text by full key, such as `model.width`.
-
-    A comment above a key, at the same indentation, belongs to a key without a comment on its line.
-    """
+    """Return the comments of a YAML text by full key, such as `model.width`."""
     comments: dict[str, str] = {}
-    parents: list[tuple[int, str]] = []
-    above: list[str] = []
-    key = ""
+    parents: dict[int, str] = {}  # names by indentation, down to the current key
     for line in text.splitlines():
         if match := COMMENT.fullmatch(line):
-            if key and len(match["indent"]) > parents[-1][0]:
+            if parents and len(match["indent"]) > max(parents):
+                key = ".".join(parents.values())
                 comments[key] = f"{comments[key]} {match['comment']}".strip()
-            else:
-                above.append(match["comment"])
-            continue
-        if match := KEY.fullmatch(line):
+        elif match := KEY.fullmatch(line):
             indent = len(match["indent"])
-            parents = [parent for parent in parents if parent[0] < indent]
-            parents.append((indent, match["key"]))
-            key = ".".join(name for _, name in parents)
-            comments[key] = match["comment"] or " ".join(above)
-        above = []
+            parents = {width: name for width, name in parents.items() if width < indent}
+            parents[indent] = match["key"]
+            comments[".".join(parents.values())] = match["comment"] or ""
     return comments
 
 
@@ -145,10 +144,8 @@ def settings_of_file(name: str) -> dict[str, Setting]:
     settings = {}
     for key, default in flatten(read_yaml(name)).items():
         if key.partition(".")[0] not in skipped and not key.endswith("_target_"):
-            choices = CHOICES.search(comments[key])
-            words = tuple(choices[1].split(", ")) if choices else ()
             full_key = prefix + key.removeprefix(prefix)
-            settings[full_key] = Setting(full_key, default, comments[key], words)
+            settings[full_key] = Setting(full_key, default, comments[key])
     return settings
 
 
@@ -184,14 +181,10 @@ def setting_names() -> dict[str, list[str]]:
     The list is empty for groups and for keys that every run has.
     """
     names: dict[str, list[str]] = {name: [] for name in (*GROUPS, *settings_of_file("train"))}
-    for section in SECTIONS:
-        for option in group_options(section):
-            for key in settings_of_option(section, option):
-                names.setdefault(key, []).append(f"{section}={option}")
-    for option in group_options("model/negative_phase"):
-        for key in settings_of_file(f"model/negative_phase/{option}"):
-            if "model=rbm" not in names.setdefault(key, []):
-                names[key].append(f"model/negative_phase={option}")
+    for group in (*SECTIONS, "model/negative_phase"):
+        for option in group_options(group):
+            for key in settings_of_option(group, option):
+                names.setdefault(key, []).append(f"{group}={option}")
     return dict(sorted(names.items()))
 
 
@@ -199,15 +192,19 @@ def settings_help(topics: Sequence[str] = (), width: int = 100) -> str:
     """Return tables of settings with defaults and meanings.
 
     Args:
-        topics: groups to show, as in `model` or `model=rbm`; all by default. Overrides of
-            single settings are ignored.
-        width: maximum length of a line.
+        topics: Groups to show, as in `model` or `model=rbm`. All by default. Overrides of single
+            settings are ignored.
+        width: Maximum length of a line.
 
     Raises:
-        UserError: for an unknown group or option.
+        UserError: For an unknown group or option.
     """
-    defaults = [entry for entry in read_yaml("train")["defaults"] if isinstance(entry, dict)]
-    options = {key: value for entry in defaults for key, value in entry.items()}
+    options = {
+        key: value
+        for entry in read_yaml("train")["defaults"]
+        if isinstance(entry, dict)
+        for key, value in entry.items()
+    }
     shown = []
     for topic in topics:
         group, equals, option = topic.partition("=")
@@ -266,15 +263,13 @@ def _format_rows(settings: Sequence[Setting], width: int) -> list[str]:
     key_width = min(MAX_KEY_WIDTH, max(len(setting.key) for setting in settings))
     value_width = min(MAX_DEFAULT_WIDTH, max(map(len, values)))
     indent = " " * (key_width + value_width + 6)
+    wrap = textwrap.TextWrapper(width, subsequent_indent=indent, break_on_hyphens=False)
     lines = []
     for setting, value in zip(settings, values, strict=True):
         start = f"  {setting.key:{key_width}}  {value:{value_width}}  "
-        first, *rest = textwrap.wrap(
-            setting.meaning, width - len(indent), break_on_hyphens=False
-        ) or [""]
         if len(start) > len(indent):  # the meaning begins on the next line
-            lines += [start.rstrip(), indent + first]
-        else:
-            lines.append((start + first).rstrip())
-        lines += [indent + line for line in rest]
+            lines.append(start.rstrip())
+            start = indent
+        wrap.initial_indent = start
+        lines += wrap.wrap(setting.meaning)
     return lines

@@ -2,43 +2,42 @@
 
 import hashlib
 import json
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from flowgen.data.preprocess import ImageSource, log_skipped
+from flowgen.utils.console import log, progress_bar
 from flowgen.utils.errors import UserError
 from flowgen.utils.files import atomic_write
 
-VERSION = 1  # of `preprocess`: a new number makes every cache file again
+VERSION = 1  # of `preprocess`: a new number invalidates all cache files
 CHUNK_IMAGES = 2048  # decoded before they are written
-log = logging.getLogger("flowgen")
 
 
 def cached_images(
     source: ImageSource, names: list[str], size: int, channels: int, crop: int | None
 ) -> tuple[Tensor, set[str]]:
-    """Return preprocessed images from the cache, and write them to it first if necessary.
+    """Return preprocessed images from the cache, after writing them to it if necessary.
 
-    The file is written again when `source`, the settings or the names change. If several processes
-    need it, one writes it and the others wait. Images that cannot be read are skipped and counted.
+    The file is written again when `source`, the settings or the names change. One of several
+    processes writes it, and the others wait. Images that cannot be read are skipped and counted.
 
     Args:
         source: Image files.
         names: Names of the images in `source`.
-        size: See `preprocess`.
-        channels: See `preprocess`.
-        crop: See `preprocess`.
+        size: Height and width, as in `preprocess`.
+        channels: 1 (grayscale) or 3 (RGB).
+        crop: Side of a central square that is cut out first, or None.
 
     Returns:
         The images, memory-mapped, uint8 (N, channels, size, size), and the names of those that
@@ -56,16 +55,20 @@ def cached_images(
         if index is None:
             for stale in folder.glob(f"*-{settings}-*"):  # nobody opens them without the lock
                 stale.unlink()
-            load = partial(source.load, size=size, channels=channels, crop=crop)
-            index = _write(index_path, source.path.name, names, load)
+            index = _write(
+                index_path,
+                source.path.name,
+                names,
+                partial(source.load, size=size, channels=channels, crop=crop),
+            )
         log_skipped(index["refused"], len(names))
         if not index["kept"]:
             raise UserError(
                 f"none of the {len(names)} images of {source.path} can be used: "
                 f"{index['refused'][0]}"
             )
-        images = _map_file(index_path.with_suffix(".bin")).view(-1, channels, size, size)
-        return images, set(index["kept"])
+        pixels = _map_file(index_path.with_suffix(".bin"))
+        return pixels.view(-1, channels, size, size), set(index["kept"])
 
 
 def cached_array(name: str, fingerprints: object, chunks: Callable[[], Iterable[Tensor]]) -> Tensor:
@@ -132,19 +135,18 @@ def _write(
         atomic_write(index_path.with_suffix(".bin")) as temporary,
         open(temporary, "wb") as file,
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(
-            total=len(names), desc=f"preparing {title}", unit="image", disable=None, leave=False
-        ) as bar,
     ):
-        for start in range(0, len(names), CHUNK_IMAGES):
-            chunk = names[start : start + CHUNK_IMAGES]
-            for name, image in zip(chunk, pool.map(load, chunk), strict=True):
-                bar.update()
-                if isinstance(image, UserError):
-                    index["refused"].append(str(image))
-                else:
-                    index["kept"].append(name)
-                    file.write(image.numpy().tobytes())
+        chunks = [
+            names[start : start + CHUNK_IMAGES] for start in range(0, len(names), CHUNK_IMAGES)
+        ]
+        images = chain.from_iterable(pool.map(load, chunk) for chunk in chunks)
+        progress = progress_bar(images, f"preparing {title}", len(names))
+        for name, image in zip(names, progress, strict=True):
+            if isinstance(image, UserError):
+                index["refused"].append(str(image))
+            else:
+                index["kept"].append(name)
+                file.write(image.numpy().tobytes())
     with atomic_write(index_path) as temporary:
         temporary.write_text(json.dumps(index))
     return index

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
+from flowgen.data.dataset import ImageDataset, Split, find_dataset, hashed_validation_split
 from flowgen.utils.errors import UserError, user_error
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -38,7 +38,7 @@ class CIFAR10(ImageDataset):
     ):
         files = _read_files(find_dataset(root, search_dirs, DOWNLOAD_HINT, {URL: MD5}))
         train_files = [f"data_batch_{number}.bin" for number in range(1, 6)]
-        train, validation = split_validation(_decode(files, train_files))
+        train, validation = hashed_validation_split(_decode(files, train_files))
         super().__init__(
             train,
             validation,
@@ -60,10 +60,11 @@ def _read_files(root: Path) -> dict[str, bytes]:
             ),
             tarfile.open(archives[0]) as archive,
         ):
-            for member in archive:
-                if member.isfile() and member.name.endswith(".bin"):
-                    content = archive.extractfile(member).read()  # type: ignore[union-attr]
-                    files[Path(member.name).name] = content
+            files = {
+                Path(member.name).name: archive.extractfile(member).read()  # type: ignore[union-attr]
+                for member in archive
+                if member.isfile() and member.name.endswith(".bin")
+            }
     return files
 
 
@@ -73,8 +74,8 @@ def _decode(files: dict[str, bytes], names: list[str]) -> Split:
             raise UserError(
                 f"{name} is missing, empty, cut short or not a file of CIFAR-10. {DOWNLOAD_HINT}"
             )
-    data = b"".join(files[name] for name in names)
-    table = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, RECORD_BYTES)
+    data = bytearray(b"".join(files[name] for name in names))
+    table = torch.frombuffer(data, dtype=torch.uint8).view(-1, RECORD_BYTES)
     if table[:, 0].max() > 9:
         raise UserError(f"{names[0]} has other classes than the ten of CIFAR-10. {DOWNLOAD_HINT}")
     return Split(table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0].long())

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,25 +14,25 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from flowgen.utils.console import log
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.files import data_folder
 from flowgen.utils.memory import free_memory
 
 VALIDATION_DIVISOR = 12  # one of 12 training images is a validation image
-log = logging.getLogger("flowgen")
 
 Batch = tuple[Tensor, Tensor | None]  # images and their labels
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images of one split, with their labels and attributes if they have any.
+    """Images of one split, with labels and attributes if they have any.
 
     Args:
-        images: Pixel values of 8 bits, uint8 (N, channels, height, width).
+        images: 8-bit pixel values, uint8 (N, channels, height, width).
         labels: Class of each image, (N,).
         attributes: Attributes of each image, bool (N, number of attributes).
-        gray: The images before their random binarization, if there was one, for comparisons.
+        gray: The same images before random binarization, if any, for comparisons.
     """
 
     images: Tensor
@@ -56,16 +55,17 @@ class Split:
 def hashed_order(count: int) -> Tensor:
     """Return 0..count-1 sorted by the SHA-256 of each number, (count,).
 
-    No version of a random number generator can change this permutation.
+    This permutation is independent of any RNG version.
     """
     digests = [hashlib.sha256(b"%d" % number).digest() for number in range(count)]
     return torch.tensor(sorted(range(count), key=digests.__getitem__), dtype=torch.long)
 
 
-def split_validation(images: Split) -> tuple[Split, Split]:
-    """Split training images into training and validation images, chosen by hash.
+def hashed_validation_split(images: Split) -> tuple[Split, Split]:
+    """Split off one in twelve training images for validation, chosen by the hash of its index.
 
-    One in twelve is for validation: 5,000 of 60,000.
+    Returns:
+        Training and validation images: 55,000 and 5,000 of the 60,000 of MNIST.
     """
     count = len(images)
     chosen = hashed_order(count)[: max(1, count // VALIDATION_DIVISOR)]
@@ -74,19 +74,22 @@ def split_validation(images: Split) -> tuple[Split, Split]:
 
 
 def hashed_subset(count: int, limit: int | None) -> Tensor:
-    """Return the sorted indices of `limit` of `count` images, chosen by hash.
+    """Return the sorted indices of `limit` of `count` images, chosen by hash, (n,).
 
-    A larger subset contains every smaller one. Without a limit, or with one that is at least
-    `count`, the subset is all images.
+    The subsets are nested: a larger limit adds images and removes none.
+
+    Args:
+        count: Number of images.
+        limit: Size of the subset. None, or `count` and more: all images.
     """
     return hashed_order(count)[:limit].sort().values
 
 
-def hash_split(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def hashed_split(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Split file names 8:1:1 into training, validation and test, by the hash of each name.
 
-    Only the file's own name counts, without its directories, so an image stays in its split when
-    others are added. Of three or more names, each split gets at least one.
+    The hash ignores directories, and an image stays in its split when others are added. Each split
+    of three or more names has at least one name.
     """
     tenth = {name: hash_name(name) % 10 for name in names}
     test = {name for name in names if tenth[name] == 0} or set(sorted(names, key=hash_name)[:1])
@@ -124,35 +127,40 @@ def find_dataset(
     Raises:
         UserError: If the path does not exist, or no name was found.
     """
-    for name in search_dirs:
-        if (
-            not isinstance(name, str)
-            or not name
-            or Path(name).is_absolute()
-            or ".." in Path(name).parts
-        ):
-            raise UserError(
-                f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
-                "data directory: set data.root to use another place"
-            )
-    in_data_folder = [data_folder() / name for name in search_dirs]
-    paths = in_data_folder if root is None else [Path(root).expanduser()]
-    for path in paths:
-        if path.exists():
-            return path
-    if root is None and paths and files:
-        download(files, paths[0])
-        return paths[0]
-    problem = f"{paths[0]} does not exist" if paths else "data.root is not set"
-    raise UserError(f"{problem}. {download_hint}")
+    if not all(
+        isinstance(name, str)
+        and name
+        and not Path(name).is_absolute()
+        and ".." not in Path(name).parts
+        for name in search_dirs
+    ):
+        raise UserError(
+            f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
+            "data directory: set data.root to use another place"
+        )
+    paths = (
+        [data_folder() / name for name in search_dirs]
+        if root is None
+        else [Path(root).expanduser()]
+    )
+    path = next(filter(Path.exists, paths), None)
+    if path is None:
+        if root is not None or not paths or not files:
+            problem = f"{paths[0]} does not exist" if paths else "data.root is not set"
+            raise UserError(f"{problem}. {download_hint}")
+        path = paths[0]
+        download(files, path)
+    return path
 
 
 def download(files: Mapping[str, str], folder: Path) -> None:
-    """Download files to the new directory `folder`, which appears once all of them are complete.
+    """Download files to a new directory, which is created atomically when all are complete.
+
+    An interrupted download continues with the missing files.
 
     Args:
-        files: The MD5 checksum of every file, by its URL.
-        folder: The directory. An interrupted download continues with the files that are missing.
+        files: MD5 checksum of every file, by its URL.
+        folder: The new directory.
 
     Raises:
         UserError: If a file cannot be downloaded or has another checksum.
@@ -192,9 +200,12 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 class Prefetcher:
-    """Calls `train_batch` and loads the batch after it in a thread.
+    """Prefetch the next training batch in a background thread.
 
-    The batches are the same as without it, since each depends on its arguments alone.
+    The batches are the same as without prefetching, since each depends on its arguments alone.
+
+    Args:
+        train_batch: `ImageDataset.train_batch`.
     """
 
     def __init__(self, train_batch: Callable[..., Batch]):
@@ -215,8 +226,8 @@ class Prefetcher:
 class ImageDataset:
     """Training, validation and test images, with labels and attributes if they have any.
 
-    The images are kept at 8 bits, in memory or memory-mapped, and returned with `bits` bits. Every
-    batch depends on its arguments alone, so that a resumed training sees the same images.
+    Images are stored as 8-bit, in memory or memory-mapped, and returned at `bits` bit depth. Every
+    batch depends on its arguments alone, so that a resumed training run sees the same images.
 
     Args:
         train: Training images.
@@ -224,8 +235,8 @@ class ImageDataset:
         test: Test images.
         bits: Bits of a pixel value, 1 to 8. Pixel values are 0..2^bits-1.
         random_flip: Mirror half of the training images, chosen at random.
-        random_shift: Shift training images at random by up to this many pixels in each direction.
-            The border is repeated.
+        random_shift: Shift training images at random by up to this many pixels in each direction,
+            with edge padding.
         binarization: For `bits=1`. "threshold": a pixel is 1 if its 8-bit value is at least 128.
             "static": it is 1 with probability value / 255, drawn once. "dynamic": it is drawn
             again for every training batch; validation and test images are static.
@@ -279,13 +290,13 @@ class ImageDataset:
         self.random_shift = random_shift
         self.attributes = attributes
         self.device = torch.device("cpu")
-        self._prefetcher: Prefetcher | None = None
+        # Return `train_batch(...)`, and prefetch the next batch of a large data set.
+        self.next_batch: Callable[..., Batch] = self.train_batch
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+        return tuple(self.train.images.shape[1:])  # type: ignore[return-value]
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -301,32 +312,26 @@ class ImageDataset:
     def to(self, device: torch.device) -> "ImageDataset":
         """Return batches on `device` from now on.
 
-        The images move there if they fill at most half of its free memory. Images that are larger
-        than half of the free memory are prefetched.
+        Images that fill at most half of its free memory move there. Batches of larger data sets
+        are prefetched.
         """
         self.device = device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
         if sum(split.images.nbytes for split in self.splits.values()) > free // 2:
-            self._prefetcher = Prefetcher(self.train_batch)
+            self.next_batch = Prefetcher(self.train_batch)
         elif device.type == "cuda":
             self.train, self.validation, self.test = (
                 replace(split, images=split.images.to(device)) for split in self.splits.values()
             )
         return self
 
-    def next_batch(
-        self, images_seen: int, batch_size: int, seed: int, rows: Tensor | None = None
-    ) -> Batch:
-        """Return `train_batch(...)`, and prefetch the batch that follows it if that helps."""
-        return (self._prefetcher or self.train_batch)(images_seen, batch_size, seed, rows)
-
     def train_batch(
         self, images_seen: int, batch_size: int, seed: int, rows: Tensor | None = None
     ) -> Batch:
         """Return a batch of training images, randomly flipped and shifted, and their labels.
 
-        Every epoch is a permutation that depends on `seed` and the number of the epoch. Flips,
-        shifts and dynamic binarization depend on `seed` and `images_seen`.
+        The order of the images in an epoch depends on `seed` and the epoch. Flips, shifts and
+        dynamic binarization depend on `seed` and `images_seen`.
 
         Args:
             images_seen: Number of training images in all batches before this one.
@@ -346,9 +351,6 @@ class ImageDataset:
             images = self._load(self.train.images, indices, generator)[selected]
         else:
             images = self._load(self.train.images, indices[selected], generator)
-        labels = None
-        if self.train.labels is not None:
-            labels = self.train.labels[indices[selected]].to(self.device, torch.long)
         if self.random_flip:
             uniform = torch.rand(batch_size, 1, 1, 1, generator=generator, device=self.device)
             images = torch.where((uniform < 0.5)[selected], images.flip(3), images)
@@ -361,7 +363,9 @@ class ImageDataset:
                 device=self.device,
             )
             images = shift_images(images, offsets[selected])
-        return images, labels
+        if self.train.labels is None:
+            return images, None
+        return images, self.train.labels[indices[selected]].to(self.device, torch.long)
 
     def batches(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[Tensor]:
         """Yield the images of a split in a fixed order, without flips and shifts.
@@ -398,7 +402,15 @@ class ImageDataset:
 
 
 def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return 255 with probability value / 255, else 0, for every 8-bit pixel value."""
+    """Binarize 8-bit pixel values at random: v becomes 255 with probability v / 255, else 0.
+
+    Args:
+        images: Pixel values, uint8 (N, channels, height, width).
+        generator: Random number generator on the device of the images.
+
+    Returns:
+        Pixel values 0 and 255, uint8, of the same shape.
+    """
     uniform = torch.randint(
         255, images.shape, generator=generator, device=images.device, dtype=torch.uint8
     )
@@ -406,11 +418,11 @@ def binarize(images: Tensor, generator: torch.Generator | None = None) -> Tensor
 
 
 def shift_images(images: Tensor, offsets: Tensor) -> Tensor:
-    """Shift images down and to the right, and repeat their border.
+    """Shift images with edge padding.
 
     Args:
-        images: (N, channels, height, width).
-        offsets: Pixels down and to the right for each image, integers (N, 2).
+        images: Pixel values, (N, channels, height, width).
+        offsets: Pixels to move each image down and to the right, integers (N, 2).
     """
     height, width = images.shape[2:]
     rows = (torch.arange(height, device=images.device) - offsets[:, :1]).clamp(0, height - 1)

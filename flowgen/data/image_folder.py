@@ -1,6 +1,5 @@
 """Data sets of image files, with CelebA's official splits and attributes, or a class per folder."""
 
-import logging
 import os
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -11,23 +10,23 @@ import torch
 from torch import Tensor
 
 from flowgen.data.cache import cached_images
-from flowgen.data.dataset import ImageDataset, Split, find_dataset, hash_split
+from flowgen.data.dataset import ImageDataset, Split, find_dataset, hashed_split
 from flowgen.data.preprocess import ImageSource, open_source
+from flowgen.utils.console import log
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
 # Names of CelebA's lists. Each line has the name of a file, then
 PARTITION_LIST = "list_eval_partition"  # 0 (training), 1 (validation) or 2 (test)
 ATTRIBUTE_LIST = "list_attr_celeba"  # -1 or 1 for each attribute; a count and a header come first
-log = logging.getLogger("flowgen")
 
 
 class ImageFolder(ImageDataset):
     """Images of a folder, of a zip, or of a folder that contains one zip.
 
-    They are preprocessed once and kept in a cache. The splits are CelebA's official ones if its
-    list is next to the images; else a tenth of the images, chosen by the hash of their names, is
-    for validation and a tenth for the test. The labels are the two values of `attribute` in
-    CelebA's list; else each subfolder is a class, if there are several and every image is in one.
+    They are preprocessed once and cached. The splits are CelebA's official ones if its list is next
+    to the images. Otherwise a tenth of the images, chosen by the hash of their names, is for
+    validation and a tenth for the test. The labels are the two values of `attribute` in CelebA's
+    list. Without `attribute`, each subfolder is a class if every image is in one of several.
 
     Args:
         root: The folder or zip, or None to look for `search_dirs` in the data directory.
@@ -75,9 +74,11 @@ class ImageFolder(ImageDataset):
         split_lists = split_names(source)
         names = [name for split in split_lists for name in split]
         attribute_names, attributes = load_attributes(source, names, required=bool(attribute))
-        labels = folder_labels(names)
-        if attribute:
-            labels = attribute_labels(attribute, attribute_names, attributes)
+        labels = (
+            attribute_labels(attribute, attribute_names, attributes)
+            if attribute
+            else folder_labels(names)
+        )
         images, usable_names = cached_images(source, names, size, channels, crop)
         usable = torch.tensor([name in usable_names for name in names])
         everything = Split(
@@ -86,13 +87,8 @@ class ImageFolder(ImageDataset):
             attributes[usable] if attribute_names else None,
         )
         counts = [int(part.sum()) for part in usable.split([len(names) for names in split_lists])]
-        train, validation, test = (
-            everything[start:end] for start, end in pairwise([0, *accumulate(counts)])
-        )
         super().__init__(
-            train,
-            validation,
-            test,
+            *(everything[start:end] for start, end in pairwise([0, *accumulate(counts)])),
             bits=bits,
             random_flip=random_flip,
             attributes=attribute_names,
@@ -103,13 +99,15 @@ class ImageFolder(ImageDataset):
 def split_names(source: ImageSource) -> Sequence[list[str]]:
     """Return the names of training, validation and test images.
 
-    CelebA's official splits if their list is next to the images, else `hash_split`. A list that
-    does not name every image or leaves a split empty is not used, with a warning.
+    They are CelebA's official splits if its list is next to the images, else `hashed_split`. A list
+    that does not name every image or leaves a split empty is ignored with a warning.
     """
     path, rows = source.find_list(PARTITION_LIST)
     number = {row[0]: row[1] for row in rows if len(row) == 2}
-    named = [name for name in source.names if _file_name(name) in number]
-    splits = [[name for name in named if number[_file_name(name)] == digit] for digit in "012"]
+    named = [name for name in source.names if PurePosixPath(name).name in number]
+    splits = [
+        [name for name in named if number[PurePosixPath(name).name] == digit] for digit in "012"
+    ]
     if all(splits) and len(named) == len(source.names):
         return splits
     if path:
@@ -121,15 +119,15 @@ def split_names(source: ImageSource) -> Sequence[list[str]]:
             len(source.names),
             *map(len, splits),
         )
-    return hash_split(source.names)
+    return hashed_split(source.names)
 
 
 def load_attributes(
     source: ImageSource, names: Sequence[str], required: bool
 ) -> tuple[tuple[str, ...], Tensor]:
-    """Return CelebA's attributes of images as `read_attributes` does.
+    """Return the attributes of images as `read_attributes` does.
 
-    A list that cannot be used is an error if attributes are required; else a warning.
+    An invalid list is an error if attributes are required, and otherwise ignored with a warning.
     """
     try:
         return read_attributes(source, names)
@@ -161,13 +159,13 @@ def read_attributes(source: ImageSource, names: Sequence[str]) -> tuple[tuple[st
             f"{path} is cut short, or is not CelebA's list of attributes: "
             "download it again or remove it"
         )
-    missing = [name for name in names if _file_name(name) not in values_of]
+    missing = [name for name in names if PurePosixPath(name).name not in values_of]
     if missing:
         raise UserError(
             f"{path} does not name {missing[0]} and {len(missing) - 1} others: "
             "use the list of these images"
         )
-    table = [values_of[_file_name(name)] for name in names]
+    table = [values_of[PurePosixPath(name).name] for name in names]
     if not {value for values in table for value in values} <= {"1", "-1"}:
         raise UserError(
             f"{path} contains other values than -1 and 1: download it again or remove it"
@@ -211,7 +209,3 @@ def folder_labels(names: Sequence[str]) -> Tensor | None:
         return None
     index = {folder: number for number, folder in enumerate(sorted(set(folders)))}
     return torch.tensor([index[folder] for folder in folders])
-
-
-def _file_name(name: str) -> str:
-    return PurePosixPath(name).name

@@ -3,7 +3,6 @@
 Chrabaszcz, Loshchilov and Hutter (1707.08819).
 """
 
-import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,7 +54,9 @@ class DownsampledImageNet(ImageDataset):
         if search_dirs is None:
             search_dirs = [f"{name}{size}" for name in ("imagenet", "ImageNet", "Imagenet")]
         folder = find_dataset(root, search_dirs, DOWNLOAD_HINT)
-        train_files = sorted(folder.rglob("train_data_batch_*.npz"), key=_batch_number)
+        train_files = sorted(
+            folder.rglob("train_data_batch_*.npz"), key=lambda path: (len(path.name), path.name)
+        )
         test_files = sorted(folder.rglob("val_data.npz"))
         if not train_files or not test_files:
             missing = "val_data.npz" if train_files else "train_data_batch_1.npz"
@@ -67,10 +68,6 @@ class DownsampledImageNet(ImageDataset):
             random_flip=random_flip,
             **options,
         )
-
-
-def _batch_number(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.stem) or 0)
 
 
 def _read_split(paths: list[Path], size: int, validation: bool | None) -> Split:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
+from flowgen.data.dataset import ImageDataset, Split, find_dataset, hashed_validation_split
 from flowgen.utils.errors import UserError, check_choice, check_whole, user_error
 
 SEARCH_DIRS = {
@@ -83,7 +83,7 @@ class MNIST(ImageDataset):
             f"Set data.root to a folder with {name}'s idx files, or remove it to download them.",
             {URLS[name] + file: md5 for file, md5 in MD5[name].items()},
         )
-        train, validation = split_validation(read_split(folder, search_dirs, "train", size))
+        train, validation = hashed_validation_split(read_split(folder, search_dirs, "train", size))
         super().__init__(
             train, validation, read_split(folder, search_dirs, "t10k", size), **options
         )

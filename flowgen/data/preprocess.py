@@ -1,9 +1,9 @@
 """Image files in folders and zips, and their preprocessing to tensors."""
 
 import io
-import logging
+import posixpath
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from flowgen.data.dataset import binarize
+from flowgen.utils.console import log
 from flowgen.utils.errors import UserError, user_error
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-LIST_SUFFIXES = {".csv", ".txt"}
+LIST_SUFFIXES = (".csv", ".txt")
 MAX_UNPACKED_BYTES = 2**28  # of one file in a zip
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
-log = logging.getLogger("flowgen")
 
 
 class ImageSource(NamedTuple):
@@ -28,17 +28,15 @@ class ImageSource(NamedTuple):
 
     Attributes:
         path: The folder or the zip.
+        root: The same place, in which the files are found by their names.
         fingerprints: Numbers that change when a file changes, by the file's name.
-        read: Returns the bytes of a file by its name.
-        lists: Names of the text files in a zip.
-        sibling_dirs: Directories that may contain lists about the images.
+        list_folders: Folders that may contain lists about the images.
     """
 
     path: Path
+    root: Path | zipfile.Path
     fingerprints: dict[str, list[int]]
-    read: Callable[[str], bytes]
-    lists: Sequence[str]
-    sibling_dirs: Sequence[Path]
+    list_folders: Sequence[Path | zipfile.Path]
 
     @property
     def names(self) -> list[str]:
@@ -53,29 +51,33 @@ class ImageSource(NamedTuple):
         Raises:
             UserError: If the list cannot be read as text.
         """
-        in_archive = [name for name in self.lists if PurePosixPath(name).stem == stem]
-        files = [
-            path
-            for folder in self.sibling_dirs
-            for path in sorted(folder.glob(f"{stem}.*"))
-            if path.suffix in LIST_SUFFIXES and path.is_file()
+        paths = [
+            folder / f"{stem}{suffix}" for folder in self.list_folders for suffix in LIST_SUFFIXES
         ]
-        if not in_archive and not files:
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
             return "", []
-        name = f"{self.path}/{in_archive[0]}" if in_archive else str(files[0])
-        with user_error(f"{name} cannot be read as UTF-8 text: download it again or remove it"):
-            data = self.read(in_archive[0]) if in_archive else files[0].read_bytes()
-            lines = data.decode("utf-8-sig").replace(",", " ").splitlines()
-        return name, [line.split() for line in lines if line.strip()]
+        with user_error(f"{path} cannot be read as UTF-8 text: download it again or remove it"):
+            lines = read_file(path).decode("utf-8-sig").replace(",", " ").splitlines()
+        return str(path), [line.split() for line in lines if line.strip()]
 
     def load(self, name: str, size: int, channels: int, crop: int | None) -> Tensor | UserError:
         """Return an image as `preprocess` does, or the error if it cannot be read."""
         try:
-            return preprocess(self.read(name), size, channels, crop)
+            return preprocess(read_file(self.root / name), size, channels, crop)
         except UserError as error:
             return UserError(f"{name} {error}")
         except Exception as error:  # a damaged archive raises any error of its decompressor
             return UserError(f"{name} cannot be read ({error})")
+
+
+def read_file(path: Path | zipfile.Path) -> bytes:
+    """Read a file, in a zip or not. One that unpacks to gigabytes is an error."""
+    with path.open("rb") as file:
+        data: bytes = file.read(MAX_UNPACKED_BYTES + 1)
+    if len(data) > MAX_UNPACKED_BYTES:
+        raise OSError(f"it unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
+    return data
 
 
 def open_source(root: Path) -> ImageSource:
@@ -88,51 +90,42 @@ def open_source(root: Path) -> ImageSource:
     """
     if root.is_file():
         return _open_zip(root, [root.parent])
-    sibling_dirs = [root, *sorted(path for path in root.iterdir() if path.is_dir()), root.parent]
-    files = [
-        path
+    list_folders = [root, *sorted(filter(Path.is_dir, root.iterdir())), root.parent]
+    fingerprints = {
+        str(path.relative_to(root)): [path.stat().st_size, path.stat().st_mtime_ns]
         for path in sorted(root.rglob("*"))
         if _is_visible(str(path.relative_to(root)), IMAGE_SUFFIXES) and path.is_file()
-    ]
-    if files:
-        stats = {str(path.relative_to(root)): path.stat() for path in files}
-        fingerprints = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-        return ImageSource(
-            root, fingerprints, lambda name: (root / name).read_bytes(), (), sibling_dirs
-        )
-    archives = sorted(path for path in root.rglob("*.zip") if path.is_file())
+    }
+    if fingerprints:
+        return ImageSource(root, root, fingerprints, list_folders)
+    archives = sorted(filter(Path.is_file, root.rglob("*.zip")))
     if len(archives) == 1:
-        return _open_zip(archives[0], sibling_dirs)
+        return _open_zip(archives[0], list_folders)
     raise UserError(
         f"{root} contains no images and {len(archives)} zips: "
         "set data.root to a folder of images or to one zip"
     )
 
 
-def _open_zip(path: Path, sibling_dirs: Sequence[Path]) -> ImageSource:
+def _open_zip(path: Path, list_folders: Sequence[Path]) -> ImageSource:
     with user_error(
         f"{path} is not a zip, or is cut short: "
         "download it again, or set data.root to a folder of images"
     ):
         archive = zipfile.ZipFile(path)
-    names = sorted(name for name in archive.namelist() if _is_visible(name, IMAGE_SUFFIXES))
-    if not names:
-        raise UserError(f"{path} contains no images: set data.root to a folder or a zip of images")
-
-    def read(name: str) -> bytes:
-        if archive.getinfo(name).file_size > MAX_UNPACKED_BYTES:
-            raise OSError(f"it unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
-        return archive.read(name)
-
+    files = {info.filename: [info.CRC, info.file_size] for info in archive.infolist()}
     fingerprints = {
-        info.filename: [info.CRC, info.file_size] for info in map(archive.getinfo, names)
+        name: files[name] for name in sorted(files) if _is_visible(name, IMAGE_SUFFIXES)
     }
-    lists = [name for name in archive.namelist() if _is_visible(name, LIST_SUFFIXES)]
-    return ImageSource(path, fingerprints, read, lists, sibling_dirs)
+    if not fingerprints:
+        raise UserError(f"{path} contains no images: set data.root to a folder or a zip of images")
+    root = zipfile.Path(archive)
+    in_zip = [root / posixpath.dirname(name) for name in files if _is_visible(name, LIST_SUFFIXES)]
+    return ImageSource(path, root, fingerprints, [*in_zip, *list_folders])
 
 
 def _is_visible(name: str, suffixes: Collection[str]) -> bool:
-    """Return True if a file has one of the suffixes and is not hidden."""
+    """Return whether a file has one of the suffixes and is not hidden."""
     path = PurePosixPath(name)
     is_hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
     return path.suffix.lower() in suffixes and not is_hidden
@@ -141,18 +134,18 @@ def _is_visible(name: str, suffixes: Collection[str]) -> bool:
 def preprocess(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
     """Decode an image file, crop it and resize it.
 
-    The largest central square is resized. Color and grayscale are converted into one another;
-    transparent images are drawn on white.
+    The largest central square is resized. Color images are converted to grayscale or vice versa.
+    Transparent images are drawn on white.
 
     Args:
         file: Content of the file.
         size: Height and width of the result, in pixels.
         channels: 1 (grayscale) or 3 (RGB).
-        crop: Side of a central square that is cut out first, if the image is larger, as usual for
-            the faces of CelebA (148 of 178x218 pixels).
+        crop: Side of a central square that is cut out first if the image is larger, in pixels. For
+            CelebA, 148 of 178x218 pixels are usual.
 
     Returns:
-        Pixel values of 8 bits, uint8 (channels, size, size).
+        8-bit pixel values, uint8 (channels, size, size).
 
     Raises:
         UserError: If the file is not an image, is cut short, or is too small.
@@ -189,7 +182,7 @@ def read_images(path: Path, size: int, channels: int, crop: int | None, bits: in
     """Read one image file and preprocess it like the training data.
 
     Returns:
-        A batch of one image, uint8 (1, channels, size, size), with `bits` bits.
+        A batch of one image, uint8 (1, channels, size, size), at `bits` bit depth.
     """
     check_color_channels(channels)
     if not path.is_file():
@@ -207,14 +200,15 @@ def read_unscaled(path: Path, shape: tuple[int, int, int], bits: int) -> Tensor:
     An image of another size is refused, since resizing would move the pixels of a mask.
 
     Returns:
-        A batch of one image, uint8 (1, channels, height, width), with `bits` bits.
+        A batch of one image, uint8 (1, channels, height, width), at `bits` bit depth.
     """
-    images = read_images(path, shape[1], shape[0], None, bits)
-    height, width = image_size(path)
-    if (height, width) != shape[1:]:
+    channels, height, width = shape
+    images = read_images(path, height, channels, None, bits)
+    if image_size(path) != (height, width):
+        size = "x".join(map(str, reversed(image_size(path))))
         raise UserError(
-            f"{path} is {width}x{height} pixels, and the images of this model are "
-            f"{shape[2]}x{shape[1]}: resize it first"
+            f"{path} is {size} pixels, and the images of this model are {width}x{height}: "
+            "resize it first"
         )
     return images
 
@@ -261,13 +255,11 @@ class ImageStream:
         self.bits = bits
         self.binarize = bits == 1 and binarization not in (None, "threshold")
         self.generator = torch.Generator().manual_seed(seed)
-        self.sources = [_open_path(path.expanduser()) for path in paths]
+        self.files = [file for path in paths for file in _list_files(path.expanduser())]
         self.skipped: list[str] = []
 
     def __len__(self) -> int:
-        return sum(
-            len(source.names) if isinstance(source, ImageSource) else 1 for source in self.sources
-        )
+        return len(self.files)
 
     def batches(self, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
         """Yield names and images, uint8 (batch_size, channels, size, size).
@@ -283,16 +275,15 @@ class ImageStream:
         log_skipped(self.skipped, len(self))
 
     def _images(self) -> Iterator[tuple[str, Tensor]]:
-        for source in self.sources:
-            if isinstance(source, Path):
-                yield str(source), read_images(source, *self.shape, 8)[0]
+        for source, name in self.files:
+            if source is None:
+                yield name, read_images(Path(name), *self.shape, 8)[0]
                 continue
-            for name in source.names:
-                image = source.load(name, *self.shape)
-                if isinstance(image, UserError):
-                    self.skipped.append(str(image))
-                else:
-                    yield f"{source.path}/{name}", image
+            image = source.load(name, *self.shape)
+            if isinstance(image, UserError):
+                self.skipped.append(str(image))
+            else:
+                yield f"{source.path}/{name}", image
 
 
 def log_skipped(skipped: Sequence[str], count: int) -> None:
@@ -302,14 +293,16 @@ def log_skipped(skipped: Sequence[str], count: int) -> None:
         log.warning("%d of %d images skipped: %s", len(skipped), count, "; ".join(first))
 
 
-def _open_path(path: Path) -> Path | ImageSource:
+def _list_files(path: Path) -> list[tuple[ImageSource | None, str]]:
+    """Return an image file with no source, or a source and each of its names."""
     if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
-        return path
+        return [(None, str(path))]
     if not path.exists():
         raise UserError(f"{path} does not exist: choose images, or a folder or a zip of them")
     try:
-        return open_source(path)
+        source = open_source(path)
     except UserError as error:
         raise UserError(
             f"{path} contains no images: choose images, or a folder or a zip of them"
         ) from error
+    return [(source, name) for name in source.names]

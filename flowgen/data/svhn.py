@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowgen.data.dataset import ImageDataset, Split, find_dataset, split_validation
-from flowgen.utils.errors import UserError, user_error
+from flowgen.data.dataset import ImageDataset, Split, find_dataset, hashed_validation_split
+from flowgen.utils.errors import user_error
 
 URL = "http://ufldl.stanford.edu/housenumbers/"
 MD5 = {
@@ -20,8 +20,7 @@ MD5 = {
 class SVHN(ImageDataset):
     """The cropped digits of SVHN. Downloaded if missing and without `root`.
 
-    One in twelve training images is for validation. Reading the files needs the
-    package scipy.
+    One in twelve training images is for validation. Reading the files needs the package scipy.
 
     Args:
         root: A folder with `train_32x32.mat` and `test_32x32.mat`, or None to look for them in
@@ -43,16 +42,14 @@ class SVHN(ImageDataset):
             f"Download {' and '.join(MD5)} from {URL} and set data.root to their folder.",
             {URL + name: md5 for name, md5 in MD5.items()},
         )
-        train, validation = split_validation(_read(folder / "train_32x32.mat"))
+        train, validation = hashed_validation_split(_read(folder / "train_32x32.mat"))
         super().__init__(train, validation, _read(folder / "test_32x32.mat"), **options)
 
 
 def _read(path: Path) -> Split:
     """Read the arrays X, uint8 (32, 32, 3, N), and y, (N, 1), where class 10 is the digit 0."""
-    try:
+    with user_error("data=svhn needs the package scipy: pip install scipy"):
         from scipy.io import loadmat
-    except ImportError as error:
-        raise UserError("data=svhn needs the package scipy: pip install scipy") from error
     with user_error(
         f"{path} is missing, cut short or not a file of SVHN: download it again from {URL}"
     ):

@@ -26,9 +26,9 @@ def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
     Shoemake, Animating rotation with quaternion curves (1985).
 
     Args:
-        start: vectors (..., D).
-        end: vectors (..., D).
-        fraction: 0 for the start to 1 for the end, (..., 1).
+        start: Vectors (..., D).
+        end: Vectors (..., D).
+        fraction: Position from 0 (`start`) to 1 (`end`), (..., 1).
 
     Example:
         >>> start, end = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -58,15 +58,15 @@ def interpolate_pairs(
     """Interpolate between pairs of images through the latent space, and through the pixels.
 
     Args:
-        model: the model.
-        first: images (N, channels, height, width).
-        second: their partners, in the same shape.
-        fractions: positions between 0 (`first`) and 1 (`second`), (steps,).
-        interpolation: `lerp` or `slerp` of the latents.
+        model: The model.
+        first: Images (N, channels, height, width).
+        second: The other image of each pair, in the same shape.
+        fractions: Positions from 0 (`first`) to 1 (`second`), (steps,).
+        interpolation: Interpolation of the latents, `lerp` or `slerp`.
 
     Returns:
-        Decoded images through the latent space, uint8, and pixel values between the two images,
-        float, both (steps, N, channels, height, width) on the CPU.
+        Decoded images (uint8) and interpolated pixel values (float), each of shape
+        (steps, N, channels, height, width), on the CPU.
 
     Example:
         >>> from flowgen.models.rbm.rbm import RBM
@@ -76,8 +76,7 @@ def interpolate_pairs(
         >>> decoded.shape
         torch.Size([5, 2, 1, 4, 4])
     """
-    start = model.encode(first.to(model.device))
-    end = model.encode(second.to(model.device))
+    start, end = (model.encode(images.to(model.device)) for images in (first, second))
     latents = interpolation(start, end, fractions.to(start)[:, None, None]).flatten(0, 1)
     batches = latents.split(max(len(first), len(fractions)))
     decoded = torch.cat([model.decode(batch) for batch in batches])
@@ -89,11 +88,11 @@ def step_sizes(path: Tensor, bits: int) -> Tensor:
     """Return the root mean square change of the pixels from each image of a path to the next.
 
     Args:
-        path: images (steps, N, channels, height, width) with values 0..2^bits-1.
-        bits: bits per pixel value; pixels are scaled to the range from 0 to 1.
+        path: Images (steps, N, channels, height, width) with values 0..2^bits-1.
+        bits: Bits per pixel value; pixels are scaled to the range from 0 to 1.
 
     Returns:
-        (steps - 1, N).
+        The step sizes, (steps - 1, N).
     """
     return (path.float() / (2**bits - 1)).diff(dim=0).square().flatten(2).mean(2).sqrt()
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flowgen.models.base import ClassConditional, GenerativeModel
 from flowgen.utils.errors import UserError
@@ -31,8 +30,8 @@ def compute_moments(model: GenerativeModel, batches: Iterable[tuple[Tensor, Tens
     """Return the moments of labeled images, in double precision on the CPU.
 
     Args:
-        model: the model that encodes the images.
-        batches: images (batch, channels, height, width) and their attributes (batch, K).
+        model: The model that encodes the images.
+        batches: Images (batch, channels, height, width) and their attributes (batch, K).
     """
     generator = torch.Generator(model.device).manual_seed(0)
     sums: list[Tensor] = []
@@ -84,10 +83,10 @@ class Directions:
     """Changes of the latents of a model from images without an attribute to images with it.
 
     Args:
-        names: names of the attributes, or of the classes.
-        changes: changes of the latents, (names, D); for classes, the mean latent of each class.
-        classes: whether the attributes are classes, which exclude one another. An image then
-            moves away from the mean of the class it has.
+        names: Names of the attributes, or of the classes.
+        changes: Changes of the latents, (names, D); for classes, the mean latent of each class.
+        classes: Whether the attributes are classes, which exclude each other. An image then moves
+            away from the mean of its class.
 
     Example:
         >>> directions = Directions(("smile", "hat"), torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
@@ -103,14 +102,14 @@ class Directions:
         """Return the change of the latents for the given amounts of attributes.
 
         Args:
-            amounts: amount of each attribute; 1 moves from without to with.
-            image_classes: classes of the images, (batch,), if the attributes are classes.
+            amounts: Amount of each attribute; 1 moves from without to with.
+            image_classes: Classes of the images, (batch,), if the attributes are classes.
 
         Returns:
-            (D,), or (batch, D) with `image_classes`.
+            The change, (D,), or (batch, D) with `image_classes`.
 
         Raises:
-            UserError: for an unknown attribute.
+            UserError: For an unknown attribute.
         """
         for name in amounts:
             if name not in self.names:
@@ -136,13 +135,13 @@ def fit_directions(
     Attributes that have the same value in all images are left out.
 
     Args:
-        moments: result of `compute_moments`.
-        names: names of the attributes, (K,).
-        classes: whether the attributes are one-hot classes, which get their means.
-        method: a key of `METHODS`, for attributes.
+        moments: Result of `compute_moments`.
+        names: Names of the K attributes.
+        classes: Whether the attributes are one-hot classes, which get their means.
+        method: Method for attributes, a key of `METHODS`.
 
     Raises:
-        UserError: if no attribute distinguishes images.
+        UserError: If no attribute distinguishes images.
     """
     varying = (moments.attribute_cov.diagonal() > MIN_VARIANCE).nonzero().flatten()
     if not len(varying):
@@ -178,17 +177,17 @@ def move_along(
     The dequantization noise is the same at every call.
 
     Args:
-        model: the model.
-        directions: directions in its latent space.
-        images: (N, channels, height, width).
-        amounts: amount of each attribute.
-        fractions: factors on the amounts, (steps,).
+        model: The model.
+        directions: Directions in its latent space.
+        images: Images (N, channels, height, width).
+        amounts: Amount of each attribute.
+        fractions: Factors on the amounts, (steps,).
 
     Returns:
-        Images, (steps, N, channels, height, width), on the CPU.
+        Images (steps, N, channels, height, width) on the CPU.
 
     Raises:
-        UserError: for an unknown attribute.
+        UserError: For an unknown attribute.
     """
     generator = torch.Generator(model.device).manual_seed(0)
     batches = images.to(model.device).split(BATCH_SIZE)
@@ -200,8 +199,3 @@ def move_along(
     edited = (latent + shift).flatten(0, 1).split(BATCH_SIZE)
     decoded = torch.cat([model.decode(batch) for batch in edited])
     return decoded.view(len(fractions), *images.shape).cpu()
-
-
-def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Return classes (N,) as attributes, (N, num_classes)."""
-    return F.one_hot(labels.long(), num_classes)

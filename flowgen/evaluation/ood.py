@@ -13,16 +13,16 @@ from flowgen.utils.errors import UserError
 
 DEFAULT_SCORE = "combined"  # works in both directions, where each of its parts fails in one
 MIN_HELD_OUT_IMAGES = 4  # two to fit a standard deviation, two to calibrate
-# Results of `GenerativeModel.statistics` by name, with the `complexity` of the images in bits;
-# (images,) each.
+# Results of `GenerativeModel.statistics`, and the `complexity` of the images in bits, by name. Each
+# tensor has the shape (images,).
 Statistics = dict[str, Tensor]
 
 
 class OODDetector:
     """Out-of-distribution scores, fitted and calibrated on held-out images of the training set.
 
-    Larger scores are more anomalous. Half of the held-out images fit the scores, the others
-    calibrate their p-values. A score that is not finite counts as the most anomalous.
+    A score measures how anomalous an image is. Half of the held-out images fit the scores, the
+    others calibrate their p-values. A score that is not finite counts as the most anomalous.
 
     - likelihood: -log p(x).
     - typicality: |log p(x) - mean log p| (Nalisnick et al., arXiv:1906.02994, section 3).
@@ -38,13 +38,13 @@ class OODDetector:
     The last level and the density of states need statistics that only flows have.
 
     Args:
-        validation: statistics of images that the model was not trained on.
+        validation: Statistics of held-out images.
 
     Attributes:
-        names: names of the scores.
+        calibration_scores: Sorted scores of the images that calibrate the p-values, by name.
 
     Raises:
-        UserError: for fewer than four images, or if hardly any has finite statistics.
+        UserError: For fewer than four images, or if hardly any has finite statistics.
 
     Example:
         >>> validation = {"log_prob": torch.arange(8.0), "complexity": torch.zeros(8)}
@@ -78,35 +78,35 @@ class OODDetector:
         self.fitted = {
             name: values[::2][finite[::2]].double() for name, values in validation.items()
         }
-        self.calibration = {name: values[1::2].double() for name, values in validation.items()}
-        self.log_probs = _nan_to_log_zero(validation["log_prob"]).sort().values
         self.moments = {
             name: (scores.mean(), scores.std())
             for name, scores in _one_sided_scores(self.fitted).items()
         }
+        validation_scores = self.scores(validation)
+        self.likelihood_scores = validation_scores["likelihood"].sort().values
         self.calibration_scores = {
-            name: scores.sort().values for name, scores in self.scores(self.calibration).items()
+            name: scores[1::2].sort().values for name, scores in validation_scores.items()
         }
-        self.names = list(self.calibration_scores)
 
     def scores(self, statistics: Statistics) -> dict[str, Tensor]:
-        """Return all scores by name, (batch,) each; larger is more anomalous."""
+        """Return all scores by name, each of shape (batch,); larger is more anomalous."""
         scores = _one_sided_scores(statistics)
-        standardized = [
-            (scores[name] - mean) / deviation for name, (mean, deviation) in self.moments.items()
-        ]
-        scores["combined"] = torch.stack(standardized).amax(0)
-        scores["typicality"] = (
-            statistics["log_prob"].double() - self.fitted["log_prob"].mean()
-        ).abs()
+        standardized = [(scores[name] - mean) / std for name, (mean, std) in self.moments.items()]
+        log_prob = statistics["log_prob"].double()
+        scores |= {
+            "combined": torch.stack(standardized).amax(0),
+            "typicality": (log_prob - self.fitted["log_prob"].mean()).abs(),
+        }
         if "last_level" in statistics:
-            scores["last_level"] = -statistics["last_level"].double()
             log_densities = [
                 log_kernel_density(values.double(), self.fitted[name])
                 for name, values in statistics.items()
                 if name != "complexity"
             ]
-            scores["density_of_states"] = -torch.stack(log_densities).sum(0)
+            scores |= {
+                "last_level": -statistics["last_level"].double(),
+                "density_of_states": -torch.stack(log_densities).sum(0),
+            }
         return {
             name: values.nan_to_num(math.inf, posinf=math.inf) for name, values in scores.items()
         }
@@ -118,14 +118,10 @@ class OODDetector:
             for name, calibration in self.calibration_scores.items()
         }
 
-    def percentile(self, log_prob: Tensor) -> Tensor:
-        """Return the share of all held-out images that are more likely, in percent."""
-        rank = torch.searchsorted(self.log_probs, _nan_to_log_zero(log_prob), right=True)
-        return 100 * (len(self.log_probs) - rank) / len(self.log_probs)
-
-
-def _nan_to_log_zero(log_prob: Tensor) -> Tensor:
-    return log_prob.double().nan_to_num(-math.inf, math.inf, -math.inf)
+    def percentile(self, scores: dict[str, Tensor]) -> Tensor:
+        """Return the percentage of all held-out images that are more likely, (batch,)."""
+        num_more_likely = torch.searchsorted(self.likelihood_scores, scores["likelihood"])
+        return 100 * num_more_likely / len(self.likelihood_scores)
 
 
 def _one_sided_scores(statistics: Statistics) -> dict[str, Tensor]:
@@ -145,8 +141,8 @@ def conformal_p_values(scores: Tensor, calibration: Tensor) -> Tensor:
     Random World, 2005, section 2.2).
 
     Args:
-        scores: scores of new images, (batch,).
-        calibration: sorted scores of held-out images, (n,).
+        scores: Scores of new images, (batch,).
+        calibration: Sorted scores of held-out images, (n,).
 
     Example:
         >>> conformal_p_values(torch.tensor([2.5, 9.0]), torch.arange(4.0))
@@ -163,8 +159,8 @@ def log_kernel_density(values: Tensor, points: Tensor) -> Tensor:
     Density Estimation, 1986, section 3.4.2).
 
     Args:
-        values: where to evaluate the density, (batch,).
-        points: sample, (n,).
+        values: Points at which the density is evaluated, (batch,).
+        points: Sample, (n,).
     """
     # The minimum is for a constant statistic.
     bandwidth = (1.06 * points.std() * len(points) ** -0.2).clamp(min=1e-12)
@@ -176,7 +172,7 @@ def log_kernel_density(values: Tensor, points: Tensor) -> Tensor:
 class AUROC(NamedTuple):
     """Area under the ROC curve with its bootstrap error.
 
-    It is the probability that an outlier has a larger score than an inlier, ties counting half.
+    It is the probability that an outlier has a larger score than an inlier. A tie counts as half.
     """
 
     value: float
@@ -190,10 +186,10 @@ def auroc(inliers: Tensor, outliers: Tensor, resamples: int = 200, seed: int = 0
     """Return the AUROC of scores, by ranks (Mann and Whitney, 1947).
 
     Args:
-        inliers: scores of in-distribution images, (N,).
-        outliers: scores of other images, (M,).
-        resamples: bootstrap samples of both sets for the error (Efron, 1979).
-        seed: seed of the bootstrap samples.
+        inliers: Scores of in-distribution images, (N,).
+        outliers: Scores of other images, (M,).
+        resamples: Number of bootstrap samples of both sets for the error (Efron, 1979).
+        seed: Seed of the bootstrap samples.
 
     Example:
         >>> print(auroc(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])))
@@ -222,7 +218,7 @@ def png_complexity(images: Tensor) -> Tensor:
     Input complexity, arXiv:1909.11480, section 3; PNG specification, ISO 15948, section 9).
 
     Args:
-        images: uint8, (batch, channels, height, width), on the CPU.
+        images: Images on the CPU, uint8 (batch, channels, height, width).
 
     Example:
         >>> png_complexity(torch.zeros(1, 1, 28, 28, dtype=torch.uint8)).item() < 100
@@ -235,9 +231,8 @@ def png_complexity(images: Tensor) -> Tensor:
     # Paeth: the neighbor nearest to left + above - corner, the first one of equals.
     nearest = (left + above - neighbors[2] - neighbors).abs().argmin(0, keepdim=True)
     paeth = neighbors.gather(0, nearest)[0]
-    sizes = []
-    for prediction in (torch.zeros_like(left), left, above, (left + above) // 2, paeth):
-        residuals = (images - prediction).to(torch.uint8)  # modulo 256
-        # Raw deflate streams: -15 omits header and checksum.
-        sizes.append([len(zlib.compress(image.numpy().tobytes(), 9, -15)) for image in residuals])
-    return 8.0 * torch.tensor(sizes).amin(0)
+    predictions = torch.stack((torch.zeros_like(left), left, above, (left + above) // 2, paeth))
+    residuals = (images - predictions).to(torch.uint8).flatten(0, 1)  # modulo 256
+    # Raw deflate streams: -15 omits header and checksum.
+    sizes = [len(zlib.compress(image.numpy().tobytes(), 9, -15)) for image in residuals]
+    return 8.0 * torch.tensor(sizes).view(len(predictions), -1).amin(0)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ class PrincipalComponents:
     """Projection of images on the principal components of a reference set.
 
     Args:
-        images: reference images, float (N, ...).
-        components: number of components.
+        images: Reference images, (N, ...).
+        max_value: Pixel values are divided by it.
+        components: Maximum number of components.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -40,8 +41,9 @@ class PrincipalComponents:
         torch.Size([100, 3])
     """
 
-    def __init__(self, images: Tensor, components: int = 64):
-        flat = images.flatten(1)
+    def __init__(self, images: Tensor, max_value: float = 1.0, components: int = 64):
+        self.max_value = max_value
+        flat = images.cpu().float().flatten(1) / max_value
         self.mean = flat.mean(0)
         # The algorithm is random: a fixed seed gives all models the same coordinates.
         with torch.random.fork_rng():
@@ -51,41 +53,34 @@ class PrincipalComponents:
             )[2]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the coordinates of images (N, ...), (N, components)."""
-        return (images.flatten(1) - self.mean) @ self.basis
+        """Return the coordinates (N, components) of images (N, ...)."""
+        return (images.cpu().float().flatten(1) / self.max_value - self.mean) @ self.basis
 
 
-class SampleQuality(NamedTuple):
-    """Sample quality, see `measure_sample_quality`."""
-
-    frechet: float
-    coverage: float
-    spread: float
-
-
-def measure_sample_quality(samples: Tensor, real: Tensor) -> SampleQuality:
+def measure_sample_quality(samples: Tensor, real: Tensor) -> dict[str, float]:
     """Compare samples with real images in a feature space, such as principal components.
 
     Args:
-        samples: features of samples, (N, d).
-        real: features of real images, (M, d).
+        samples: Features of samples, (N, d).
+        real: Features of real images, (M, d).
 
     Returns:
-        `frechet`: see `frechet_distance`. `coverage`: see `coverage`. `spread`: mean distance of
-        two samples divided by the mean distance of two real images.
+        - "frechet": `frechet_distance`.
+        - "coverage": `coverage`.
+        - "spread": Mean distance of two samples divided by the mean distance of two real images.
 
     Example:
         >>> _ = torch.manual_seed(0)
         >>> real = torch.randn(200, 2)
         >>> quality = measure_sample_quality(real, real)
-        >>> round(abs(quality.frechet), 3), quality.coverage, quality.spread
+        >>> round(abs(quality["frechet"]), 3), quality["coverage"], quality["spread"]
         (0.0, 1.0, 1.0)
     """
-    return SampleQuality(
-        frechet_distance(samples.double(), real.double()),
-        coverage(samples, real),
-        (torch.pdist(samples).mean() / torch.pdist(real).mean()).item(),
-    )
+    return {
+        "frechet": frechet_distance(samples.double(), real.double()),
+        "coverage": coverage(samples, real),
+        "spread": (torch.pdist(samples).mean() / torch.pdist(real).mean()).item(),
+    }
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -125,22 +120,20 @@ def find_fid_weights() -> Path | None:
     """Return the path of the network's weights in FID_WEIGHTS, or None if it is not set.
 
     Raises:
-        UserError: if the file or the package torch-fidelity is missing.
+        UserError: If the file or the package torch-fidelity is missing.
     """
     path = os.environ.get(FID_WEIGHTS_VARIABLE)
-    if not path:
-        return None
-    if not Path(path).is_file():
+    if path and not Path(path).is_file():
         raise UserError(
             f"{FID_WEIGHTS_VARIABLE}={path} is not a file: set it to the weights of "
             "torch-fidelity's network, or unset it"
         )
-    if find_spec("torch_fidelity") is None:
+    if path and find_spec("torch_fidelity") is None:
         raise UserError(
             f"{FID_WEIGHTS_VARIABLE} is set, but torch-fidelity is not installed: "
             "pip install torch-fidelity"
         )
-    return Path(path)
+    return Path(path) if path else None
 
 
 def fid_metrics(samples: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
@@ -150,9 +143,9 @@ def fid_metrics(samples: Tensor, real: Tensor, weights: Path) -> dict[str, float
     arXiv:1904.06991, section 2.
 
     Args:
-        samples: uint8 images with 8 bits, (N, channels, height, width), 1 or 3 channels.
-        real: real images, in the same format.
-        weights: weights of torch-fidelity's network, see `find_fid_weights`.
+        samples: Images with 8 bits, uint8 (N, channels, height, width), with 1 or 3 channels.
+        real: Real images, in the same format.
+        weights: File with the weights of torch-fidelity's network, see `find_fid_weights`.
     """
     from torch_fidelity import calculate_metrics
 
@@ -179,9 +172,9 @@ class Classifier(nn.Module):
     """Convolutional classifier that checks whether samples are readable: LeNet with batch norm.
 
     Args:
-        image_shape: (channels, height, width).
-        bits: bits per pixel value.
-        num_classes: number of classes.
+        image_shape: Number of channels, height and width of the images.
+        bits: Bits per pixel value.
+        num_classes: Number of classes.
 
     Example:
         >>> classifier = Classifier((1, 28, 28), bits=8, num_classes=10).eval()
@@ -194,12 +187,12 @@ class Classifier(nn.Module):
         super().__init__()
         self.scale = 2**bits - 1
         channels, height, width = image_shape
-        num_features = 32 * (height // 4) * (width // 4)
         self.layers = nn.Sequential(
             nn.Conv2d(channels, 16, 5, padding=2), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(16, 32, 5, padding=2), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.Dropout(0.3),
-            nn.Linear(num_features, 128), nn.ReLU(), nn.Linear(128, num_classes),
+            nn.Linear(32 * (height // 4) * (width // 4), 128), nn.ReLU(),
+            nn.Linear(128, num_classes),
         )  # fmt: skip
 
     def forward(self, images: Tensor) -> Tensor:
@@ -208,7 +201,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the most probable class of each image and its probability, (batch,) each."""
+        """Return the most probable class and its probability, each of shape (batch,)."""
         probabilities = torch.cat([self(batch).softmax(1) for batch in images.split(500)])
         confidence, label = probabilities.max(1)
         return label, confidence
@@ -224,7 +217,7 @@ def train_classifier(
     """Train a classifier of the training images.
 
     Raises:
-        UserError: if the data set has no labels.
+        UserError: If the data set has no labels.
     """
     if data.train.labels is None or data.num_classes is None:
         raise UserError(
@@ -260,39 +253,36 @@ def flow_report(
     Features are principal components of training images that are not compared.
 
     Args:
-        model: the flow.
-        data: its data set.
-        samples: for each temperature one or more sets of N samples, uint8 (N, ...).
-        weights: weights of the FID network, see `find_fid_weights`, or None.
-        pairs: number of pairs of test images to interpolate between.
-        steps: number of images on each path. Use an even number: halfway between two images,
+        model: The flow.
+        data: Its data set.
+        samples: One or more sets of N samples for each temperature, uint8 (N, ...).
+        weights: File with the weights of the FID network, see `find_fid_weights`, or None.
+        pairs: Number of pairs of test images to interpolate between.
+        steps: Number of images on each path. Use an even number: halfway between two images,
             rounding favors even pixel values.
 
     Returns:
         A dictionary.
 
-        - "samples": for each temperature and set the quality compared with N test images, with
-          FID metrics if there are `weights`.
-        - "training": the quality of N training images, as a reference.
+        - "samples": For each temperature and set the quality compared with N test images, with
+          FID metrics if `weights` is given.
+        - "training": The quality of N training images, as a reference.
         - "mean_sample": `distance_from_mean` of the first sample of the lowest temperature.
-        - "bits": bits/dim of each of the N test images, with one sample of the noise.
-        - "walk": along paths through the latent space and through the pixels, the mean step sizes
+        - "bits": Bits/dim of each of the N test images, with one sample of the noise.
+        - "walk": Along paths through the latent space and through the pixels, the mean step sizes
           ("changes") and bits/dim ("bits"), and the "unevenness" of each path through the latent
           space.
-        - "images": N; "parameters": number of parameters.
+        - "images": N.
+        - "parameters": Number of parameters.
     """
     count = len(next(iter(samples.values()))[0])
     train = _shuffled(torch.cat(list(data.batches("train", 500, 5 * count))))
     test = torch.cat(list(data.batches("test", 500, count)))
-    project = PrincipalComponents(_to_unit_range(train[len(test) :], data.bits))
-
-    def features(images: Tensor) -> Tensor:
-        return project(_to_unit_range(images, data.bits))
-
+    features = PrincipalComponents(train[len(test) :], max_value=2**data.bits - 1)
     real = features(test)
 
     def quality(images: Tensor) -> dict[str, float]:
-        result = measure_sample_quality(features(images), real)._asdict()
+        result = measure_sample_quality(features(images), real)
         if weights:
             shift = 8 - data.bits
             result |= fid_metrics(images << shift, test << shift, weights)
@@ -305,7 +295,7 @@ def flow_report(
     )
     return {
         "samples": [[quality(images) for images in sets] for sets in samples.values()],
-        "training": measure_sample_quality(features(train[: len(test)]), real)._asdict(),
+        "training": measure_sample_quality(features(train[: len(test)]), real),
         "mean_sample": distance_from_mean(features(samples[min(samples)][0][:1])[0], real),
         "bits": bits_per_dim_of_images(model, test).tolist(),
         "walk": {
@@ -339,7 +329,3 @@ def bits_per_dim_of_images(model: Flow, images: Tensor) -> Tensor:
         for batch in images.split(BATCH_SIZE)
     ]
     return -torch.cat(log_probs).double() / (model.dimensions * math.log(2))
-
-
-def _to_unit_range(images: Tensor, bits: int) -> Tensor:
-    return images.cpu().float() / (2**bits - 1)

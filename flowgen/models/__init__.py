@@ -3,43 +3,34 @@
 Names are imported on first use, so that one model does not import all others.
 """
 
-from importlib import import_module
-from typing import Any
+from flowgen.utils import lazy_exports
 
-_MODULES = {
-    "Capability": "base",
-    "ClassConditional": "base",
-    "EvalConfig": "base",
-    "GenerativeModel": "base",
-    "InpaintingResult": "base",
-    "LinearMeasurement": "base",
-    "SupportsInpainting": "base",
-    "SupportsMCMC": "base",
-    "SupportsTokenSampling": "base",
-    "Flow": "flows.flow",
-    "FlowMatching": "flows.flow_matching",
-    "Glow": "flows.glow",
-    "Jet": "flows.jet",
-    "IAF": "flows.maf",
-    "MAF": "flows.maf",
-    "NICE": "flows.nice",
-    "PlanarFlow": "flows.planar",
-    "SylvesterFlow": "flows.planar",
-    "RealNVP": "flows.realnvp",
-    "TarFlow": "flows.tarflow",
-    "RBM": "rbm.rbm",
-}
-_SUBPACKAGES = ("base", "flows", "rbm")
-__all__ = [*_MODULES, *_SUBPACKAGES]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        return import_module(f"{__name__}.{name}")
-    if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "base": "base",
+        "flows": "flows",
+        "rbm": "rbm",
+        "Capability": "base",
+        "ClassConditional": "base",
+        "EvalConfig": "base",
+        "GenerativeModel": "base",
+        "InpaintingResult": "base",
+        "LinearMeasurement": "base",
+        "SupportsInpainting": "base",
+        "SupportsMCMC": "base",
+        "SupportsTokenSampling": "base",
+        "Flow": "flows.flow",
+        "FlowMatching": "flows.flow_matching",
+        "Glow": "flows.glow",
+        "Jet": "flows.jet",
+        "IAF": "flows.maf",
+        "MAF": "flows.maf",
+        "NICE": "flows.nice",
+        "PlanarFlow": "flows.planar",
+        "SylvesterFlow": "flows.planar",
+        "RealNVP": "flows.realnvp",
+        "TarFlow": "flows.tarflow",
+        "RBM": "rbm.rbm",
+    },
+)

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from flowgen.bijections.base import inversion_error
 from flowgen.utils.console import Progress, no_progress
-from flowgen.utils.errors import check_choice, check_whole
+from flowgen.utils.errors import check_whole
 from flowgen.utils.metrics import LOG_PROBABILITY, Metric, Metrics
 
 Likelihood = Literal["exact", "bound", "estimate", "none"]
@@ -25,10 +24,10 @@ class EvalConfig:
     The defaults suit the short evaluations during training.
 
     Args:
-        num_importance_samples: samples of the dequantization noise of a flow, per image.
-        ais_steps: inverse temperatures of annealed importance sampling, which estimates log Z.
-        ais_chains: chains of annealed importance sampling.
-        cross_check: estimate log Z by several methods that check each other, which may take
+        num_importance_samples: Samples of the dequantization noise of a flow, per image.
+        ais_steps: Inverse temperatures of annealed importance sampling, which estimates log Z.
+        ais_chains: Chains of annealed importance sampling.
+        cross_check: Estimate log Z by several methods that check each other, which may take
             minutes.
 
     Example:
@@ -46,7 +45,6 @@ class EvalConfig:
         check_whole(high=10**5, num_importance_samples=self.num_importance_samples)
         check_whole(high=10**8, ais_steps=self.ais_steps)
         check_whole(high=10**6, ais_chains=self.ais_chains)
-        check_choice((True, False), cross_check=self.cross_check)
 
 
 QUICK_EVAL = EvalConfig()
@@ -59,14 +57,14 @@ class GenerativeModel(nn.Module, ABC):
 
     Attributes:
         image_shape: (channels, height, width).
-        bits: bits per pixel value.
-        metric: the metric by which models are compared.
-        likelihood: the kind of likelihood that `evaluate` and `score` report: "exact", "bound"
+        bits: Bits per pixel value.
+        metric: The metric by which models are compared.
+        likelihood: The kind of likelihood that `evaluate` and `score` report: "exact", "bound"
             (a lower bound on average), "estimate" or "none".
-        num_classes: number of classes of a class-conditional model, or None.
-        loss_metric: the metric that the training loss equals, or None.
+        num_classes: Number of classes of a class-conditional model, or None.
+        loss_metric: The metric that the training loss equals, or None.
         shares_batches: True if several processes can train the model, each on its rows of a batch.
-        progress: called as `progress(steps, description, total)` around long loops.
+        progress: Called as `progress(steps, description, total)` around long loops.
     """
 
     image_shape: tuple[int, int, int]
@@ -96,7 +94,7 @@ class GenerativeModel(nn.Module, ABC):
 
         Args:
             images: (batch, channels, height, width).
-            labels: classes (batch,); only class-conditional models use them.
+            labels: Classes (batch,); only class-conditional models use them.
         """
 
     @abstractmethod
@@ -113,9 +111,9 @@ class GenerativeModel(nn.Module, ABC):
         """Return `metric` and further metrics of the images in `batches`.
 
         Args:
-            batches: batches of images.
-            reference: batches of as many training images, for metrics that compare both.
-            eval_config: the settings.
+            batches: Batches of images.
+            reference: Batches of as many training images, for metrics that compare both.
+            eval_config: The settings.
         """
 
     @abstractmethod
@@ -131,15 +129,15 @@ class GenerativeModel(nn.Module, ABC):
 
         Args:
             images: (batch, channels, height, width).
-            labels: classes (batch,) to condition on, or None.
-            num_importance_samples: samples of the dequantization noise, if the model has any.
-            generator: source of the noise.
+            labels: Classes (batch,) to condition on, or None.
+            num_importance_samples: Samples of the dequantization noise, if the model has any.
+            generator: Source of the noise.
         """
 
     def statistics(
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Return statistics for out-of-distribution detection, (batch,) each.
+        """Return statistics for out-of-distribution detection, each of shape (batch,).
 
         Every model has `log_prob`, its `score`.
         """
@@ -169,7 +167,7 @@ class GenerativeModel(nn.Module, ABC):
 
         Args:
             images: (batch, channels, height, width).
-            generator: source of the dequantization noise. None uses the middle of each bin. Only
+            generator: Source of the dequantization noise. None uses the middle of each bin. Only
                 with noise do the latents follow the base distribution: without it, equal pixels
                 have equal latents.
         """
@@ -209,8 +207,8 @@ class Capability(GenerativeModel):
     """Base class of optional capabilities, which commands ask for.
 
     Attributes:
-        description: completes the sentence "a model that ...".
-        train_hint: overrides of `flowgen train` that train a model with this capability.
+        description: Completes the sentence "a model that ...".
+        train_hint: Overrides of `flowgen train` that train a model with this capability.
     """
 
     description: ClassVar[str]
@@ -225,8 +223,8 @@ class LinearMeasurement(NamedTuple):
 
     Args:
         weights: (channels, 1, 1); the weights of a group add up to 1.
-        factor: side length of a block in pixels.
-        grayscale: sum over the channels.
+        factor: Side length of a block in pixels.
+        grayscale: Sum over the channels.
 
     Example:
         >>> half = LinearMeasurement(torch.full((1, 1, 1), 0.25), factor=2)
@@ -248,13 +246,12 @@ class LinearMeasurement(NamedTuple):
             x = x.sum(1, keepdim=True).expand_as(x)
         if self.factor > 1:
             sums = self.factor**2 * F.avg_pool2d(x, self.factor)
-            x = F.interpolate(sums, scale_factor=self.factor)
+            return F.interpolate(sums, scale_factor=self.factor)
         return x
 
     def sum_groups(self, x: Tensor) -> Tensor:
         """Return the sum of x over groups, (batch,), where x is constant within each group."""
-        pixels_per_group = self.factor**2 * (x.shape[1] if self.grayscale else 1)
-        return x.flatten(1).sum(1) / pixels_per_group
+        return x.flatten(1).sum(1) / (self.factor**2 * (x.shape[1] if self.grayscale else 1))
 
 
 # The known part of an image: a boolean mask (channels, height, width), or sums of pixels.
@@ -265,14 +262,14 @@ class InpaintingResult(NamedTuple):
     """Several inpaintings of one image, with brightness from 0 to 1.
 
     Attributes:
-        draws: samples of the posterior, (draws, channels, height, width).
-        mean: mean over everything the sampler drew, (channels, height, width).
-        metrics: diagnostics of the sampler.
+        draws: Samples of the posterior, (draws, channels, height, width).
+        mean: Mean over everything the sampler drew, (channels, height, width).
+        metrics: Diagnostics of the sampler, if any.
     """
 
     draws: Tensor
     mean: Tensor
-    metrics: Mapping[str, float] = MappingProxyType({})
+    metrics: Mapping[str, float]
 
 
 class SupportsInpainting(Capability):
@@ -295,12 +292,12 @@ class SupportsInpainting(Capability):
         """Sample one image given its known part.
 
         Args:
-            images: one image, (1, channels, height, width); unknown pixels are ignored.
-            known: a mask that is True for known pixels, (channels, height, width), or a
+            images: One image, (1, channels, height, width); unknown pixels are ignored.
+            known: A mask that is True for known pixels, (channels, height, width), or a
                 `LinearMeasurement` of all pixels, which only flows accept.
-            sampler: one of `samplers`.
-            steps: steps of the sampler; None uses its default.
-            generator: random generator, or None for the global one.
+            sampler: One of `samplers`.
+            steps: Steps of the sampler; None uses its default.
+            generator: Random generator, or None for the global one.
         """
 
 
@@ -330,11 +327,11 @@ class ClassConditional(Capability):
         """Draw images of class `label`, or of all classes in turn.
 
         Args:
-            count: number of images.
-            temperature: see `GenerativeModel.sample`.
-            generator: random generator, or None for the global one.
-            label: the class; None cycles through the classes.
-            start_index: index of the first image in this cycle, for samples in several batches.
+            count: Number of images.
+            temperature: See `GenerativeModel.sample`.
+            generator: Random generator, or None for the global one.
+            label: The class; None cycles through the classes.
+            start_index: Index of the first image in this cycle, for samples in several batches.
         """
 
 
@@ -385,16 +382,16 @@ class SupportsTokenSampling(Capability):
         """Draw images.
 
         Args:
-            count: number of images.
-            temperature: see `GenerativeModel.sample`.
-            generator: random generator, or None for the global one.
-            label: see `ClassConditional.sample`.
-            start_index: see `ClassConditional.sample`.
-            guidance: weight of classifier-free guidance, which makes images more typical of
+            count: Number of images.
+            temperature: See `GenerativeModel.sample`.
+            generator: Random generator, or None for the global one.
+            label: See `ClassConditional.sample`.
+            start_index: See `ClassConditional.sample`.
+            guidance: Weight of classifier-free guidance, which makes images more typical of
                 their class.
-            jacobi: update all tokens in parallel until they converge (Jacobi iteration).
+            jacobi: Update all tokens in parallel until they converge (Jacobi iteration).
         """
 
     @abstractmethod
-    def sweeps(self) -> list[int]:
+    def jacobi_iterations(self) -> list[int]:
         """Return the Jacobi iterations of each block for the last samples."""

@@ -2,46 +2,32 @@
 
 import io
 import math
-import os
 import shlex
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgen.commands.complete import check_mask, inpaint_image
-from flowgen.commands.edit import load_directions
-from flowgen.commands.interpolate import interpolate_images
-from flowgen.commands.sample import sample_images
-from flowgen.commands.score import (
-    Scorer,
-    likelihood_metric,
-    make_scorer,
-    ood_statistics_of,
-    to_metric_unit,
-)
-from flowgen.config.loading import find_model
+from flowgen.commands import complete, edit, interpolate, sample, score
+from flowgen.config.runs import find_model
 from flowgen.data.preprocess import check_color_channels, preprocess
-from flowgen.evaluation.latent_directions import Directions, move_along
-from flowgen.evaluation.ood import DEFAULT_SCORE
+from flowgen.evaluation import latent_directions, ood
 from flowgen.models.base import GenerativeModel, SupportsInpainting, SupportsMCMC
-from flowgen.utils import rendering
-from flowgen.utils.console import log, user_message
+from flowgen.utils import console, rendering
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import BITS_PER_DIM
 
 UPLOAD_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 MAX_PIXELS = 40_000_000  # as large as photos get; decoding takes at most half a GB
 MAX_CHAINS = 4  # sets of Markov chains that are kept for the page
-NUM_VALIDATION_IMAGES = 1000  # the defaults of `flowgen score`, so that both print the same figures
+NUM_VALIDATION_IMAGES = 1000  # the defaults of `flowgen score`, so that both print the same values
 SCORE_SEED = 0
 
 T = TypeVar("T")
@@ -64,16 +50,6 @@ def decode_png(file: bytes, size: int, channels: int) -> Tensor:
     raise UserError("an image does not have the size of the model's images: open it again")
 
 
-def exit_process() -> NoReturn:
-    """End the process at once with status 0.
-
-    A regular exit of the interpreter crashes if torch still computes in another thread.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 class ModelLock:
     """A lock around a model. It shows the status of the work and can cancel requests.
 
@@ -84,8 +60,8 @@ class ModelLock:
     def __init__(self) -> None:
         self.status = ""
         self._lock = threading.Lock()
-        self._canceled = threading.Event()  # the event of the request that holds the lock
-        self._requests: dict[str | None, threading.Event] = {}
+        self._request_id: str | None = None  # of the request that holds the lock
+        self._canceled: set[str | None] = set()  # ids of requests
 
     @contextmanager
     def acquire(self, status: str, request_id: str | None = None) -> Iterator[None]:
@@ -98,43 +74,40 @@ class ModelLock:
         Raises:
             UserError: If the request was canceled while it waited.
         """
-        canceled = threading.Event()
-        self._requests[request_id] = canceled
-        try:
-            with self._lock:
-                _raise_if_canceled(canceled)
+        with self._lock:
+            self._request_id = request_id
+            try:
+                self._raise_if_canceled()
                 self.status = status
-                self._canceled = canceled
-                try:
-                    yield
-                finally:
-                    self.status = ""
-        finally:
-            self._requests.pop(request_id, None)
+                yield
+            finally:
+                self.status = ""
+                self._canceled.discard(request_id)
 
     def cancel(self, request_id: str) -> None:
         """Make a request raise UserError while it waits or at its next `cancellable` step."""
-        if canceled := self._requests.get(request_id):
-            canceled.set()
+        self._canceled.add(request_id)
 
     def cancellable(self, steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         """Yield `steps` and update the status. A `Progress` for code that holds the lock."""
         for index, step in enumerate(steps):
-            _raise_if_canceled(self._canceled)
+            self._raise_if_canceled()
             self.status = f"{what}: {index} of {total}"
             yield step
 
     def interleave(self, steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-        """Yield `steps` and hold the lock for each. A `Progress` that lets others in between."""
+        """Yield `steps` and hold the lock during each.
+
+        A `Progress` for work during which other threads may take the lock between two steps.
+        """
         for step in steps:
             with self.acquire(what):
                 yield step
             time.sleep(0.01)  # let another thread take the lock
 
-
-def _raise_if_canceled(canceled: threading.Event) -> None:
-    if canceled.is_set():
-        raise UserError("the request was stopped")
+    def _raise_if_canceled(self) -> None:
+        if self._request_id in self._canceled:
+            raise UserError("the request was stopped")
 
 
 class Score(NamedTuple):
@@ -164,7 +137,7 @@ class ModelSession:
         self.channels, self.size, _ = self.model.image_shape
         check_color_channels(self.channels)
         self.name = run or str(self.run.folder)
-        self.scorer: Scorer | None = None  # set by `score_validation_images`
+        self.scorer: score.Scorer | None = None  # set by `score_validation_images`
         self.scorer_error = ""  # the reason if `score_validation_images` failed
         self.lock = ModelLock()
         self.chains: dict[str, Iterator[Tensor]] = {}
@@ -187,7 +160,7 @@ class ModelSession:
     @property
     def unit(self) -> str:
         """Unit of `Score.value`."""
-        metric = likelihood_metric(self.model)
+        metric = score.likelihood_metric(self.model)
         name = "" if metric == BITS_PER_DIM else f"{metric.name.replace('_', ' ')}, "
         return name + metric.unit
 
@@ -196,11 +169,12 @@ class ModelSession:
 
         Options with the value None or False are omitted. True stands for an option without value.
         """
-        argv = ["flowgen", command, *args, "--run", self.name]
-        for key, value in options.items():
-            if value is not None and value is not False:
-                argv += [f"--{key}"] if value is True else [f"--{key}", str(value)]
-        return shlex.join(argv)
+        words = [
+            f"--{key}" if value is True else f"--{key} {value}"
+            for key, value in options.items()
+            if value is not None and value is not False
+        ]
+        return " ".join([shlex.join(["flowgen", command, *args, "--run", self.name]), *words])
 
     def read_upload(self, file: bytes) -> Tensor:
         """Decode an untrusted image file and preprocess it like the training images.
@@ -220,14 +194,13 @@ class ModelSession:
                 raise UserError(
                     f"has more than {MAX_PIXELS // 10**6} million pixels: shrink it first"
                 )
-            image = preprocess(file, self.size, self.channels, crop)[None]
+            return preprocess(file, self.size, self.channels, crop)[None] >> (8 - self.model.bits)
         except UserError as error:
             raise UserError(f"the image {error}") from error
         except Exception as error:  # decoders raise exceptions of any kind on hostile files
             raise UserError(
                 "the file is not an image or is truncated: choose another file"
             ) from error
-        return image >> (8 - self.model.bits)
 
     def read_image(self, file: bytes) -> Tensor:
         """Return the exact pixel values of a PNG that this program has produced."""
@@ -255,43 +228,47 @@ class ModelSession:
         options = {"label": label, "sampler": sampler, "steps": steps}
         kwargs: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
         with self.lock.acquire("drawing samples"):
-            images, scores = sample_images(self.model, count, temperature, seed, **kwargs)
+            images, scores = sample.sample_images(self.model, count, temperature, seed, **kwargs)
         return images[scores.argsort(descending=True)].cpu()
 
     def score(self, image: Tensor) -> Score:
         """Return the likelihood of one image as `flowgen score` prints it."""
         generator = torch.Generator(self.model.device).manual_seed(SCORE_SEED)
         with self.lock.acquire("scoring"):
-            statistics = ood_statistics_of(self.model, image, generator)
-        log_prob = statistics["log_prob"]
-        value = to_metric_unit(self.model, log_prob).item()
+            statistics = score.image_statistics(self.model, image, generator)
+        value = score.to_metric_unit(self.model, statistics["log_prob"]).item()
         if self.scorer is None:
             return Score(value, None, None)
         detector = self.scorer.detector
-        p_values = detector.p_values(detector.scores(statistics))
-        return Score(value, detector.percentile(log_prob).item(), p_values[DEFAULT_SCORE].item())
+        scores = detector.scores(statistics)
+        p_value = detector.p_values(scores)[ood.DEFAULT_SCORE].item()
+        return Score(value, detector.percentile(scores).item(), p_value)
 
     def interpolate(
         self, first: Tensor, second: Tensor, steps: int, spherical: bool
     ) -> tuple[Tensor, Tensor]:
         """Return `steps` images through the latents and `steps` images through the pixels."""
         with self.lock.acquire("interpolating"):
-            return interpolate_images(self.model, first, second, steps, spherical)
+            return interpolate.interpolate_images(self.model, first, second, steps, spherical)
 
     @cached_property
-    def directions(self) -> Directions:
+    def directions(self) -> latent_directions.Directions:
         """Latent directions of the attributes that `edit` can change.
 
         The first use may compute them from the training images. Other requests are answered
         between its batches.
         """
-        return load_directions(self.run, self.checkpoint, self.model, progress=self.lock.interleave)
+        return edit.load_directions(
+            self.run, self.checkpoint, self.model, progress=self.lock.interleave
+        )
 
     def edit(self, image: Tensor, amounts: dict[str, float]) -> Tensor:
         """Move one image along attributes as `flowgen edit` does."""
         directions = self.directions  # computed before this thread holds the lock
         with self.lock.acquire("editing"):
-            return move_along(self.model, directions, image, amounts, torch.ones(1))[0]
+            return latent_directions.move_along(
+                self.model, directions, image, amounts, torch.ones(1)
+            )[0]
 
     def inpaint(
         self,
@@ -319,11 +296,15 @@ class ModelSession:
         """
         if not isinstance(self.model, SupportsInpainting):
             raise UserError("this model does not support inpainting: use the run of a flow")
-        check_mask(known, "the mask")
-        device = self.model.device
+        complete.check_mask(known, "the mask")
         with self.lock.acquire("completing", request_id):
-            (draws, mean, metrics), spread = inpaint_image(
-                self.model, image.to(device), known.to(device), sampler, steps, seed
+            (draws, mean, metrics), spread = complete.inpaint_image(
+                self.model,
+                image.to(self.model.device),
+                known.to(self.model.device),
+                sampler,
+                steps,
+                seed,
             )
         return rendering.to_uint8(torch.cat((mean[None], spread[None], draws))), dict(metrics)
 
@@ -336,8 +317,9 @@ class ModelSession:
             raise UserError("this model does not use Markov chains: use the run of an RBM")
         with self.lock.acquire("starting chains"):
             chain_id = f"{time.monotonic_ns():x}"
-            generator = torch.Generator(self.model.device).manual_seed(seed)
-            self.chains[chain_id] = self.model.iter_chains(count, sampler, generator)
+            self.chains[chain_id] = self.model.iter_chains(
+                count, sampler, torch.Generator(self.model.device).manual_seed(seed)
+            )
             if len(self.chains) > MAX_CHAINS:
                 del self.chains[next(iter(self.chains))]
         return chain_id
@@ -359,21 +341,27 @@ class ModelSession:
             raise UserError("this model has no filters: use the run of an RBM")
         return rendering.weight_grid(features, columns=10, max_tiles=100)
 
-    def score_validation_images(self, count: int = NUM_VALIDATION_IMAGES) -> None:
+    def score_validation_images(self) -> None:
         """Score validation images so that `score` can return percentiles.
 
-        It is meant for a background thread. It answers other requests between its batches and
-        stores errors in `scorer_error`.
+        This is work for a background thread. Other requests are answered between its batches.
+        Errors are logged and stored in `scorer_error`.
         """
         try:
-            self.scorer = make_scorer(
+            self.scorer = score.make_scorer(
                 self.run,
                 self.checkpoint,
                 self.model,
-                count,
+                NUM_VALIDATION_IMAGES,
                 SCORE_SEED,
                 progress=self.lock.interleave,
             )
+        except UserError:  # its message is about downloads and folders: too long for the page
+            self.scorer_error = (
+                "the validation images are missing or damaged: "
+                f"`{self.command_line('evaluate')}` tells what to do"
+            )
         except Exception as error:  # nobody sees an exception of a background thread
-            self.scorer_error = user_message(error)
-            log.error("percentiles are unavailable: %s", self.scorer_error)
+            self.scorer_error = console.user_message(error)
+        if self.scorer_error:
+            console.log.error("percentiles are unavailable: %s", self.scorer_error)

@@ -8,29 +8,25 @@ import logging
 import os
 import random
 import re
-import sys
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from telegram import Document, Message, PhotoSize, Update
 from telegram.error import InvalidToken, NetworkError, TelegramError
 from telegram.ext import Application, ApplicationBuilder, ContextTypes, MessageHandler, filters
 from torch import Tensor
 
-from flowgen.serving.session import ModelSession, exit_process
-from flowgen.utils import rendering
-from flowgen.utils.console import log, user_message
-from flowgen.utils.errors import UserError
+from flowgen.serving.session import ModelSession
+from flowgen.utils import console, rendering
+from flowgen.utils.errors import UserError, user_error
 
 TOKEN_VARIABLE = "FLOWGEN_BOT_TOKEN"
-MAX_LOG_CHARACTERS = 300  # per log message
 MAX_TEMPERATURE = 1.0
 MAX_PHOTO_BYTES = 8 * 2**20
-MAX_CONCURRENT_UPDATES = 16
 INTERPOLATION_STEPS = 9
-SAMPLE_SIDE = 256  # pixels
 PHOTOS_NEEDED = {"walk": 2, "score": 1}
 HELP = f"""/generate sends an image drawn at temperature 1.
 /generate 0.678 sends an image drawn at that temperature, from 0 to {MAX_TEMPERATURE:g}. \
@@ -38,7 +34,6 @@ Low temperatures give typical images, high temperatures give varied images.
 /walk and two photos: interpolates from one to the other, through the latents and the pixels.
 /score and a photo: tells how likely the photo is under the model."""
 BUSY = "I am still working on your last request."
-Task = Callable[[], Awaitable[None]]
 
 
 def read_token(path: Path | None) -> str:
@@ -69,31 +64,22 @@ def read_token(path: Path | None) -> str:
     return text.strip()
 
 
-class RedactingFormatter(logging.Formatter):
-    """Formats a message as one line without the token and without tracebacks.
+def redact_logs(token: str) -> None:
+    """Make each log message of this process one line without the token and without a traceback.
 
-    Every URL of the Bot API contains the token, so messages of libraries may contain it.
+    Every URL of the Bot API contains the token, so messages of libraries may contain it. Lines are
+    cut after 300 characters.
     """
 
-    def __init__(self, token: str):
-        super().__init__()
-        self.token = token
+    def redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = logging.LogRecord(*args, **kwargs)
+        record.msg = " ".join(record.getMessage().replace(token, "TOKEN").split())[:300]
+        record.args = ()
+        record.exc_info = None
+        return record
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the redacted line."""
-        line = " ".join(record.getMessage().replace(self.token, "TOKEN").split())
-        return line[:MAX_LOG_CHARACTERS]
-
-
-def redact_logs(token: str) -> None:
-    """Remove the token from all log messages of this process."""
-    # Without a handler of the root logger, messages would go to standard error unredacted.
-    root_handler = logging.StreamHandler(sys.stderr)
-    logging.getLogger().addHandler(root_handler)
-    for handler in (root_handler, *log.handlers):
-        handler.setFormatter(RedactingFormatter(token))
-    for library in ("httpx", "httpcore", "telegram"):  # they log URLs at level INFO
-        logging.getLogger(library).setLevel(logging.WARNING)
+    logging.setLogRecordFactory(redacted_record)
+    logging.basicConfig(format="%(message)s")  # libraries log warnings to standard error
 
 
 @dataclass
@@ -104,6 +90,7 @@ class PendingRequest:
     photos: list[str] = field(default_factory=list)
 
 
+@dataclass
 class Chat:
     """Handlers for the messages of all chats.
 
@@ -112,45 +99,40 @@ class Chat:
     Args:
         session: The model.
         allowed_chats: Ids of the chats that are answered. Empty means all chats.
+        pending: Commands that wait for photos, by the id of the chat.
+        busy: Ids of the chats with a request in progress.
     """
 
-    def __init__(self, session: ModelSession, allowed_chats: tuple[int, ...] = ()):
-        self.session = session
-        self.allowed_chats = allowed_chats
-        self.pending: dict[int, PendingRequest] = {}
-        self.busy: set[int] = set()
+    session: ModelSession
+    allowed_chats: tuple[int, ...] = ()
+    pending: dict[int, PendingRequest] = field(default_factory=dict)
+    busy: set[int] = field(default_factory=set)
 
     async def on_message(self, update: Update, context: ContextTypes.DEFAULT_TYPE) -> None:
         """Answer a message."""
         message = update.message
-        if message is None:
-            return
-        reply = self._handle(message)
-        if callable(reply) and message.chat_id in self.busy:
-            reply = BUSY
-        if isinstance(reply, str):
-            await message.reply_text(reply)
-        elif reply is not None:
-            self.busy.add(message.chat_id)
-            try:
-                await reply()
-            except UserError as error:
-                await message.reply_text(f"Sorry: {error}.")
-            finally:
-                self.busy.discard(message.chat_id)
+        assert message is not None  # the bot asks Telegram for nothing else
+        try:
+            text = await self._answer(message)
+        except UserError as error:
+            text = f"Sorry: {error}."
+        if text:
+            await message.reply_text(text)
 
     async def on_error(self, update: object, context: ContextTypes.DEFAULT_TYPE) -> None:
         """Log an unexpected error and apologize."""
         error = context.error
-        if error is None or isinstance(error, TelegramError):
-            log.error("Telegram: %s", error)
-        else:
-            log.error("%s", user_message(error))
+        console.log.error(
+            "%s",
+            f"Telegram: {error}"
+            if error is None or isinstance(error, TelegramError)
+            else console.user_message(error),
+        )
         if isinstance(update, Update) and update.message is not None:
             await update.message.reply_text("Sorry, something went wrong. Try again.")
 
-    def _handle(self, message: Message) -> str | Task | None:
-        """Return a reply, or a task, or None if a photo of an album is still missing."""
+    async def _answer(self, message: Message) -> str | None:
+        """Do what a message asks for. Return the text of the reply, or None without a text."""
         chat_id = message.chat_id
         if self.allowed_chats and chat_id not in self.allowed_chats:
             return f"This bot does not answer this chat. Its id is {chat_id}."
@@ -160,15 +142,9 @@ class Chat:
             self.pending[chat_id] = PendingRequest(command)
         files = [message.document] if message.document else message.photo
         if files:
-            return self._add_photo(files[-1], message)  # the largest copy of the photo
+            return await self._add_photo(message, files[-1])  # the largest copy of the photo
         if command == "generate":
-            temperature = _temperature(arguments)
-            if temperature is None:
-                return (
-                    f"The temperature must be a number from 0 to {MAX_TEMPERATURE:g} with a "
-                    "decimal point, such as /generate 0.678."
-                )
-            return lambda: self._generate(message, temperature)
+            return await self._run(message, self._generate, arguments)
         replies = {
             "start": f"Hello! I draw images with {self.session.name}.\n{HELP}",
             "help": HELP,
@@ -177,7 +153,7 @@ class Chat:
         }
         return replies.get(command, f"I do not understand that.\n{HELP}")
 
-    def _add_photo(self, file: Document | PhotoSize, message: Message) -> str | Task | None:
+    async def _add_photo(self, message: Message, file: Document | PhotoSize) -> str | None:
         request = self.pending.get(message.chat_id)
         if request is None:
             return "Send /score or /walk first, so that I know what to do with the photo."
@@ -190,54 +166,72 @@ class Chat:
         if not is_last:
             return None if message.media_group_id else "Now send the other photo."
         del self.pending[message.chat_id]
-        return lambda: self._run(message, request)
+        return await self._run(message, self._use_photos, request)
 
-    async def _generate(self, message: Message, temperature: float) -> None:
+    async def _run(
+        self,
+        message: Message,
+        task: Callable[[Message, Any], Awaitable[str | None]],
+        argument: object,
+    ) -> str | None:
+        """Run a task unless the chat is busy, and return the text of the reply."""
+        if message.chat_id in self.busy:
+            return BUSY
+        self.busy.add(message.chat_id)
+        try:
+            return await task(message, argument)
+        finally:
+            self.busy.discard(message.chat_id)
+
+    async def _generate(self, message: Message, arguments: list[str]) -> None:
+        with user_error(
+            f"the temperature must be a number from 0 to {MAX_TEMPERATURE:g} with a decimal "
+            "point, such as /generate 0.678"
+        ):
+            (temperature,) = map(float, arguments or [str(MAX_TEMPERATURE)])
+            if not 0 <= temperature <= MAX_TEMPERATURE:
+                raise ValueError(temperature)
         seed = random.randrange(2**31)
         image = await asyncio.to_thread(
             self.session.sample, count=1, temperature=temperature, seed=seed
         )
         score = await asyncio.to_thread(self._describe_score, image)
-        picture = rendering.image_grid(image, self.session.model.bits, 1, SAMPLE_SIDE)
+        picture = rendering.image_grid(image, self.session.model.bits, columns=1, side=256)
         await message.reply_photo(
             rendering.to_png(picture),
             caption=f"Temperature {temperature:g}, seed {seed}. {score}",
         )
 
-    async def _run(self, message: Message, request: PendingRequest) -> None:
-        images = []
-        for file_id in request.photos:
-            file = await message.get_bot().get_file(file_id)
-            data = bytes(await file.download_as_bytearray())
-            images.append(await asyncio.to_thread(self.session.read_upload, data))
+    async def _use_photos(self, message: Message, request: PendingRequest) -> str | None:
+        files = [await message.get_bot().get_file(file_id) for file_id in request.photos]
+        images = [
+            await asyncio.to_thread(
+                self.session.read_upload, bytes(await file.download_as_bytearray())
+            )
+            for file in files
+        ]
         if request.command == "score":
-            await message.reply_text(await asyncio.to_thread(self._describe_score, images[0]))
-            return
+            return await asyncio.to_thread(self._describe_score, images[0])
         latent, pixels = await asyncio.to_thread(
             self.session.interpolate, images[0], images[1], INTERPOLATION_STEPS, False
         )
-        rows = [("through the latents", latent), ("through the pixels", pixels)]
-        picture = rendering.titled_grids(rows, self.session.model.bits, INTERPOLATION_STEPS)
+        picture = rendering.titled_grids(
+            [("through the latents", latent), ("through the pixels", pixels)],
+            self.session.model.bits,
+            columns=INTERPOLATION_STEPS,
+        )
         await message.reply_photo(rendering.to_png(picture))
+        return None
 
     def _describe_score(self, image: Tensor) -> str:
         score = self.session.score(image)
-        text = f"{score.value:.3f} {self.session.unit}"
+        text = f"{score.value:.3f} {self.session.unit}."
         if score.percentile is None:
-            return f"{text}."
+            return text
         return (
-            f"{text}. {score.percentile:.0f} % of the validation images are more likely. "
+            f"{text} {score.percentile:.0f} % of the validation images are more likely. "
             f"p = {score.p_value:.3f}."
         )
-
-
-def _temperature(words: list[str]) -> float | None:
-    """Parse the arguments of /generate. None means that they are invalid."""
-    try:
-        (temperature,) = map(float, words or [str(MAX_TEMPERATURE)])
-    except ValueError:
-        return None
-    return temperature if 0 <= temperature <= MAX_TEMPERATURE else None
 
 
 def bot(
@@ -264,24 +258,24 @@ def bot(
     """
     token = read_token(token_file)
     session = ModelSession(run, device)
+    chat = Chat(session, allowed_chats)
     redact_logs(token)
 
-    # Start the thread only after Telegram has accepted the token: if the process ends while
-    # torch computes in another thread, the interpreter aborts.
+    # The thread starts after Telegram has accepted the token, since an exit by an error aborts the
+    # interpreter if torch still computes in another thread.
     async def score_in_background(_: Application) -> None:
         threading.Thread(target=session.score_validation_images, daemon=True).start()
 
-    builder = (
+    server = (api_url or "https://api.telegram.org").rstrip("/")
+    application = (
         ApplicationBuilder()
         .token(token)
-        .concurrent_updates(MAX_CONCURRENT_UPDATES)
+        .base_url(f"{server}/bot")
+        .base_file_url(f"{server}/file/bot")
+        .concurrent_updates(16)
         .post_init(score_in_background)
+        .build()
     )
-    if api_url is not None:
-        base_url = api_url.rstrip("/")
-        builder = builder.base_url(f"{base_url}/bot").base_file_url(f"{base_url}/file/bot")
-    application = builder.build()
-    chat = Chat(session, allowed_chats)
     application.add_handler(MessageHandler(filters.ALL, chat.on_message))
     application.add_error_handler(chat.on_error)
     echo(f"{session.name} answers on Telegram until Ctrl-C")
@@ -294,5 +288,5 @@ def bot(
             f"Telegram is unreachable ({type(error).__name__}): try again later"
         ) from None
     except Exception as error:
-        raise UserError(user_message(error).replace(token, "TOKEN")) from None
-    exit_process()
+        raise UserError(console.user_message(error).replace(token, "TOKEN")) from None
+    os._exit(0)  # a regular exit aborts the interpreter if torch still computes in another thread

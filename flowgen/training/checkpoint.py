@@ -1,6 +1,6 @@
 """Checkpoint files: write, read, validate, export to safetensors, and the zoo of trained models.
 
-A checkpoint is a file of torch.save with the keys of `REQUIRED_KEYS`, read with
+A checkpoint is a file of torch.save with the keys of `REQUIRED`, read with
 `weights_only=True`, so that pickled code never runs. torch is imported on first use: listing runs
 does not need it.
 """
@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, check
 from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import COMPARED
 
@@ -56,12 +56,12 @@ def write_checkpoint(state: dict[str, Any], path: Path, links: Iterable[Path] = 
     it is only updated once the others exist.
 
     Args:
-        state: the content, without its format.
-        path: the file.
-        links: further names of the same file: hard links, or copies if the file system has none.
+        state: Content, without its format.
+        path: Checkpoint file.
+        links: Further names of the same file: hard links, or copies if the file system has none.
 
     Raises:
-        UserError: if the disk is full or not writable.
+        UserError: If the disk is full or not writable.
     """
     import torch
 
@@ -92,20 +92,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU and validate it.
 
     Raises:
-        UserError: if the file is damaged, of another format, or not a checkpoint.
+        UserError: If the file is damaged, of another format, or not a checkpoint.
     """
     import torch
 
-    if not path.is_file():  # reading a pipe would block
-        raise UserError(f"{path} does not exist or is not a file: `flowgen runs` lists the runs")
+    check(  # reading a pipe would block
+        path.is_file(),
+        f"{path} does not exist or is not a file: `flowgen runs` lists the runs",
+    )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on a damaged file
         raise UserError(
             f"{path} is damaged or not a checkpoint of flowgen: choose another run or checkpoint"
         ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise UserError(f"{path} is not a checkpoint of flowgen: choose another run or checkpoint")
+    check(
+        isinstance(state, dict) and isinstance(state.get("config"), dict),
+        f"{path} is not a checkpoint of flowgen: choose another run or checkpoint",
+    )
     return validate(state, path)
 
 
@@ -113,26 +117,25 @@ def validate(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the checkpoint if its format and all of its values are valid.
 
     Raises:
-        UserError: otherwise.
+        UserError: Otherwise.
     """
     version = state.get("format")
-    if version is None or "rescue" in state or "figures" in state:  # keys before version 0.2.0
-        raise UserError(
-            f"{path} was written by a version of flowgen before 0.2.0, whose format is not "
-            "supported: train the model again, or use that version"
-        )
-    if type(version) is int and version > FORMAT:
-        raise UserError(
-            f"{path} was written by a later version of flowgen: upgrade flowgen to read it"
-        )
+    check(
+        version is not None and not state.keys() & {"rescue", "figures"},  # before version 0.2.0
+        f"{path} was written by a version of flowgen before 0.2.0, whose format is not "
+        "supported: train the model again, or use that version",
+    )
+    check(
+        type(version) is not int or version <= FORMAT,
+        f"{path} was written by a later version of flowgen: upgrade flowgen to read it",
+    )
     try:
         valid = type(version) is int and version == FORMAT and _is_valid(state)
     except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError):
         valid = False
-    if not valid:
-        raise UserError(
-            f"{path} contains values that no training writes: choose another run or checkpoint"
-        )
+    check(
+        valid, f"{path} contains values that no training writes: choose another run or checkpoint"
+    )
     return state
 
 
@@ -153,7 +156,7 @@ def is_number(value: object) -> bool:
 
 
 def is_metrics_row(row: Any) -> bool:
-    """Return whether a training could have written this row of metrics."""
+    """Return whether training could have written this row of metrics."""
     return (
         isinstance(row, dict)
         and type(row.get("step")) is int
@@ -213,7 +216,7 @@ def _has_numbers(value: Any, names: set[str]) -> bool:
     )
 
 
-CHECKS: dict[str, Callable[[Any], bool]] = {  # of the required parts of a checkpoint
+REQUIRED: dict[str, Callable[[Any], bool]] = {  # parts of every checkpoint, with their checks
     "config": _is_config,
     "step": _is_count,
     "images_seen": _is_count,
@@ -223,14 +226,13 @@ CHECKS: dict[str, Callable[[Any], bool]] = {  # of the required parts of a check
     "progress": _is_progress,
     "nan_recovery": lambda value: _has_numbers(value, NAN_RECOVERY_KEYS),
 }
-REQUIRED_KEYS = CHECKS.keys()
 
 
 def _is_valid(state: dict[str, Any]) -> bool:
     """Return whether every part has the type and range that training and evaluation write."""
     emas = state.get("emas", [])
     return (
-        all(is_valid(state[key]) for key, is_valid in CHECKS.items())
+        all(is_valid(state[key]) for key, is_valid in REQUIRED.items())
         and isinstance(emas, list)
         and all(map(_is_weights, emas))
         and state["progress"].get("best_ema", 0) < max(1, len(emas))
@@ -270,10 +272,9 @@ def zoo_file(name: str) -> Path:
     """Return the file of a model of the zoo.
 
     Raises:
-        UserError: if the zoo has no such model.
+        UserError: If the zoo has no such model.
     """
-    if name not in zoo():
-        raise UserError(f"{name} is not in the zoo: choose one of {', '.join(zoo())}")
+    check(name in zoo(), f"{name} is not in the zoo: choose one of {', '.join(zoo())}")
     return ZOO / f"{name.removeprefix('zoo/')}{SUFFIX}"
 
 
@@ -289,11 +290,11 @@ def export_safetensors(
     No path of this machine is written.
 
     Args:
-        checkpoint: a checkpoint from `read_checkpoint` or `read_safetensors`.
-        metrics: results of `flowgen evaluate`.
-        command: the command that trained the model.
-        path: the file to write.
-        half: store convolutions in half precision.
+        checkpoint: Checkpoint from `read_checkpoint` or `read_safetensors`.
+        metrics: Results of `flowgen evaluate`.
+        command: Command that trained the model.
+        path: File to write.
+        half: Whether to store convolutions in half precision.
     """
     from safetensors.torch import save_file
 
@@ -315,20 +316,16 @@ def export_safetensors(
     save_file(weights, path, metadata={"flowgen": json.dumps(metadata)})
 
 
-def read_portable_metadata(path: Path) -> dict[str, Any]:
-    """Read config, step, images_seen, metrics and command of an export, without its weights.
-
-    Raises:
-        UserError: as `read_safetensors`.
-    """
-    return read_safetensors(path, with_weights=False)
-
-
 def read_safetensors(path: Path, with_weights: bool = True) -> dict[str, Any]:
     """Read an exported model as a checkpoint without optimizer state. No code can run.
 
+    Args:
+        path: Safetensors file.
+        with_weights: Whether to read the weights, for which torch is imported, or only the
+            configuration, steps, metrics and command.
+
     Raises:
-        UserError: if the file is damaged, of another format, or not an export of flowgen.
+        UserError: If the file is damaged, of another format, or not an export of flowgen.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -344,10 +341,10 @@ def read_safetensors(path: Path, with_weights: bool = True) -> dict[str, Any]:
         raise UserError(
             f"{path} is damaged or not a model of flowgen: choose another run or file"
         ) from error
-    if (
-        not isinstance(metadata, dict)
-        or not isinstance(metadata.get("command"), str)
-        or not metadata.keys() & {"metrics", "figures"}  # `validate` refuses figures, of old files
-    ):
-        raise UserError(f"{path} is not a model of flowgen: choose another run or file")
+    check(
+        isinstance(metadata, dict)
+        and isinstance(metadata.get("command"), str)
+        and bool(metadata.keys() & {"metrics", "figures"}),  # `validate` refuses the old figures
+        f"{path} is not a model of flowgen: choose another run or file",
+    )
     return validate(metadata | NOT_EXPORTED | {"model": weights, "ema": None}, path)

@@ -1,4 +1,4 @@
-"""Device, precision, seeds and memory of a training."""
+"""Device, precision, seeds and memory of a training run."""
 
 import os
 import platform
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
 
 from flowgen.bijections.base import supports_checkpointing
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training.threads import use_threads
+from flowgen.utils.console import count_noun
 from flowgen.utils.errors import UserError, check_choice
 from flowgen.utils.memory import check_memory, free_memory
 
@@ -25,12 +25,12 @@ class Runtime:
     """Device, number of CPU threads and precision.
 
     Args:
-        device: auto, cpu or cuda.
+        device: Device: auto, cpu or cuda.
         num_threads: CPU threads, or "auto" for one per free core.
-        precision: number format of the networks inside couplings: float32, bfloat16 or auto.
+        precision: Number format of the networks inside couplings: float32, bfloat16 or auto.
 
     Raises:
-        UserError: if this machine does not have the device.
+        UserError: If this machine does not have the device.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ def choose_device(name: str) -> torch.device:
     This also turns off TF32 for float32 convolutions: its rounding breaks inverses.
 
     Raises:
-        UserError: if this machine does not have the device.
+        UserError: If this machine does not have the device.
     """
     torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
@@ -81,13 +81,13 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     forced = os.environ.get("FLOWGEN_PRECISION", "auto")
     check_choice(PRECISIONS, precision=precision, FLOWGEN_PRECISION=forced)
     precision = forced if precision == "auto" else precision
-    if precision == "auto":
-        if device.type == "cuda":
-            supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            supported = torch.cpu._is_avx512_bf16_supported()  # no public name in torch 2.11
-        precision = "bfloat16" if supported else "float32"
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if precision != "auto":
+        supported = precision == "bfloat16"
+    elif device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        supported = torch.cpu._is_avx512_bf16_supported()  # no public name in torch 2.11
+    return torch.bfloat16 if supported else torch.float32
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -106,10 +106,8 @@ def peak_memory(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**20  # from KiB
+    with suppress(OSError, IndexError):  # IndexError: a sandbox that does not report it
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
     if platform.system() == "Windows":
         return psutil.Process().memory_info().peak_wset / 2**30
     import resource  # not on Windows
@@ -123,8 +121,8 @@ def environment(device: torch.device, num_processes: int = 1) -> str:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        threads = _count(torch.get_num_threads(), "thread")
-        cores = _count(os.cpu_count() or 1, "core")
+        threads = count_noun(torch.get_num_threads(), "thread")
+        cores = count_noun(os.cpu_count() or 1, "core")
         hardware = f"{platform.machine()} CPU, {threads} on {cores}"
     if num_processes > 1:
         hardware = f"{num_processes} processes, each on {hardware}"
@@ -132,10 +130,6 @@ def environment(device: torch.device, num_processes: int = 1) -> str:
         f"flowgen {version('flowgen')}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.system()}, {hardware}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def check_batch_fits(
@@ -149,24 +143,22 @@ def check_batch_fits(
     """Check that the activations of one micro-batch fit into memory.
 
     Args:
-        model: the model on its device.
-        data: the images, of which a few are tried.
-        runtime: device and precision.
-        batch_size: images per optimizer step.
-        parts: micro-batches per step in all processes together.
-        activation_memory: the setting of the same name.
+        model: Model on its device.
+        data: Data set, of which a few images are tried.
+        runtime: Device and precision.
+        batch_size: Images per optimizer step.
+        parts: Micro-batches per step in all processes together.
+        activation_memory: Setting of the same name.
 
     Raises:
-        UserError: with the largest batch size that fits.
+        UserError: If they do not fit. The message has the largest batch size that fits.
     """
     small, large = (
         saved_tensor_bytes(model, runtime, *data.train_batch(0, count, 0)) for count in (2, 4)
     )
     bytes_per_image = max(0, large - small) // 2
-    if runtime.device.type == "cuda":
-        free = torch.cuda.mem_get_info(runtime.device)[0]
-    else:
-        free = free_memory()
+    on_gpu = runtime.device.type == "cuda"
+    free = torch.cuda.mem_get_info(runtime.device)[0] if on_gpu else free_memory()
     hint = ", more with trainer.grad_accum_steps=2"
     if activation_memory == "store" and supports_checkpointing(model):
         hint += ", or with trainer.activation_memory=checkpoint"
@@ -174,21 +166,19 @@ def check_batch_fits(
 
 
 def saved_tensor_bytes(
-    model: GenerativeModel, runtime: Runtime, images: Tensor, labels: Tensor | None
+    model: GenerativeModel, runtime: Runtime, images: torch.Tensor, labels: torch.Tensor | None
 ) -> int:
     """Return the bytes of the tensors that a forward pass saves for the backward pass."""
     sizes: dict[int, int] = {}  # of each storage, by its address
-    # A forward pass changes running statistics and Markov chains.
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # A forward pass changes running statistics and Markov chains: here those of a copy.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
-    def record(tensor: Tensor) -> Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
     with hooks, runtime.autocast():
-        model.forward(images, labels)
-    for buffer, original in buffers:
-        buffer.copy_(original)
+        torch.func.functional_call(model, buffers, (images, labels))
     return sum(sizes.values())

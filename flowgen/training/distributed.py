@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from flowgen.bijections.batchnorm import BatchNorm
+from flowgen.bijections.linear import BatchNorm
 from flowgen.bijections.networks import RandomSource
+from flowgen.utils import launcher
+from flowgen.utils.console import count_noun
 from flowgen.utils.distributed import Rank, WorkerDiedError, all_reduce_sum, collective
-from flowgen.utils.errors import UserError
-from flowgen.utils.launcher import EXIT_WORKER_DIED, LAUNCHED_ENV, is_distributed
+from flowgen.utils.errors import check
 
-T = TypeVar("T")
 ERROR_DELAY_SECONDS = 0.5  # by which workers report an error after the main process
 TIMEOUT = timedelta(days=1)  # one process may prepare images; a dead one is noticed at once
 
@@ -40,30 +40,29 @@ class ProcessGroup(Rank):
     def check_divides(self, batch_size: int, grad_accum_steps: int) -> None:
         """Raise `UserError` unless each process gets equally many rows of every micro-batch."""
         divisor = self.size * grad_accum_steps
-        if batch_size % divisor:
-            raise UserError(
-                f"batch_size={batch_size} cannot be split among {self.size} processes with "
-                f"grad_accum_steps={grad_accum_steps}: "
-                f"set trainer.batch_size={max(divisor, batch_size // divisor * divisor)}"
-            )
+        check(
+            batch_size % divisor == 0,
+            f"batch_size={batch_size} cannot be split among {self.size} processes with "
+            f"grad_accum_steps={grad_accum_steps}: "
+            f"set trainer.batch_size={max(divisor, batch_size // divisor * divisor)}",
+        )
 
     def check_device(self, device: torch.device) -> None:
         """Raise `UserError` if there are fewer GPUs on this machine than processes."""
         num_gpus = torch.cuda.device_count()
-        if self.size > 1 and device.type == "cuda" and _local_rank() >= num_gpus:
-            gpus = "1 GPU" if num_gpus == 1 else f"{num_gpus} GPUs"
-            raise UserError(
-                f"process {_local_rank() + 1} of this machine finds {gpus}: "
-                "start no more processes than GPUs, or set trainer.device=cpu"
-            )
+        check(
+            self.size == 1 or device.type != "cuda" or _local_rank() < num_gpus,
+            f"process {_local_rank() + 1} of this machine finds {count_noun(num_gpus, 'GPU')}: "
+            "start no more processes than GPUs, or set trainer.device=cpu",
+        )
 
-    def broadcast_from_main(self, function: Callable[..., T], *args: Any) -> T:
+    def broadcast_from_main(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call `function` in the main process and return its result in all processes."""
         if self.size == 1:
             return function(*args)
         box = [function(*args) if self.is_main else None]
         collective(dist.broadcast_object_list, box, src=0, device=torch.device("cpu"))
-        return box[0]  # type: ignore[return-value]
+        return box[0]
 
     def barrier(self) -> None:
         """Wait until the main process arrives here."""
@@ -77,33 +76,28 @@ class ProcessGroup(Rank):
         collective(dist.all_reduce, numbers, op=dist.ReduceOp.MAX)
         return numbers[0].item(), int(numbers[1]) or None
 
-    def all_reduce_grads(self, model: nn.Module, loss: Tensor) -> Tensor:
-        """Average all gradients of the model over the processes, and return the mean loss.
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
+        """Replace the tensors by their means over the processes.
 
         One message carries them all, because many small ones are slower.
         """
-        if self.size == 1:
-            return loss
-        gradients = [
-            parameter.grad for parameter in model.parameters() if parameter.grad is not None
-        ]
-        tensors = [*gradients, loss]
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        collective(dist.all_reduce, flat)
-        *means, mean_loss = flat.div_(self.size).split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(
-            gradients,
-            [mean.view_as(gradient) for mean, gradient in zip(means, gradients, strict=True)],
-        )
-        return mean_loss.squeeze()
+        if self.size > 1:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            collective(dist.all_reduce, flat)
+            means = flat.div_(self.size).split([tensor.numel() for tensor in tensors])
+            torch._foreach_copy_(
+                list(tensors),
+                [mean.view_as(tensor) for mean, tensor in zip(means, tensors, strict=True)],
+            )
 
     def broadcast_weights(self, model: nn.Module) -> None:
         """Copy the weights of the main process to all processes."""
         if self.size > 1:
-            weights = self.broadcast_from_main(
-                lambda: {name: value.cpu() for name, value in model.state_dict().items()}
+            model.load_state_dict(
+                self.broadcast_from_main(
+                    lambda: {name: value.cpu() for name, value in model.state_dict().items()}
+                )
             )
-            model.load_state_dict(weights)
 
 
 class ShardedRandomSource(RandomSource):
@@ -178,9 +172,9 @@ def shard_batches(model: nn.Module, rank: int, world_size: int) -> None:
     Copies that were made before, such as EMAs, still take whole batches.
 
     Args:
-        model: the model, changed in place.
-        rank: number of this process, from 0.
-        world_size: number of processes.
+        model: Model, changed in place.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
     """
     for module in list(model.modules()):
         if type(module) in SYNCHRONIZED:
@@ -202,7 +196,7 @@ def join() -> Iterator[ProcessGroup]:
     Without a launcher this yields a group of one. If several processes fail, only the first
     reports its error.
     """
-    if not is_distributed():
+    if not launcher.is_distributed():
         yield ProcessGroup()
         return
     if _local_rank() < torch.cuda.device_count():
@@ -217,8 +211,8 @@ def join() -> Iterator[ProcessGroup]:
     try:
         yield ProcessGroup(rank, size)
     except WorkerDiedError as error:
-        if LAUNCHED_ENV in os.environ:  # the parent process reports it
-            raise SystemExit(EXIT_WORKER_DIED) from error
+        if launcher.LAUNCHED_ENV in os.environ:  # the parent process reports it
+            raise SystemExit(launcher.EXIT_WORKER_DIED) from error
         _raise_once(store, error)
     except Exception as error:
         _raise_once(store, error, ERROR_DELAY_SECONDS if rank else 0.0)

@@ -1,8 +1,9 @@
-"""Output of a training: metrics.jsonl, TensorBoard, train.log, pictures and the terminal."""
+"""Output of a training run: metrics.jsonl, TensorBoard, train.log, plots, samples, terminal."""
 
 import logging
 import math
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 
 import numpy as np
 from torch import Tensor
@@ -11,11 +12,9 @@ from tqdm import tqdm
 
 from flowgen.models.base import GenerativeModel
 from flowgen.training.run_dir import Run
-from flowgen.utils import plots, rendering
-from flowgen.utils.console import EtaLogger
+from flowgen.utils import console, plots, rendering
+from flowgen.utils.errors import log
 from flowgen.utils.metrics import Metrics, MetricValue
-
-log = logging.getLogger("flowgen")
 
 
 class Logger(ExitStack):
@@ -24,11 +23,11 @@ class Logger(ExitStack):
     A terminal shows a progress bar; elsewhere every log line is printed.
 
     Args:
-        run: the directory to write to.
-        model: names the metric of the curves.
-        step: the optimizer step at which this training starts.
-        start: the position of the progress bar at the start, in `unit`s.
-        total: its end.
+        run: Directory to write to.
+        model: Model whose metric the curves show.
+        step: Optimizer step at which this process starts.
+        start: Position of the progress bar at the start, in `unit`s.
+        total: Position at the end.
         unit: "step", or "s" for seconds.
     """
 
@@ -50,7 +49,7 @@ class Logger(ExitStack):
                 dynamic_ncols=True,
             )
         )
-        self.eta = EtaLogger("steps" if unit == "step" else "seconds", start, total)
+        self.eta = console.EtaLogger("steps" if unit == "step" else "seconds", start, total)
 
     def advance(self, position: float) -> None:
         """Move the progress bar."""
@@ -84,6 +83,13 @@ class Logger(ExitStack):
     def plot_curves(self) -> None:
         """Plot the metrics of the run so far."""
         plots.curves(self.run.read_metrics(), self.model.metric, self.run.curves)
+
+
+class WorkerLogger(nullcontext[None]):
+    """Logger of a process that writes nothing: all methods of `Logger`, without an effect."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: None
 
 
 def _format(value: MetricValue) -> str:

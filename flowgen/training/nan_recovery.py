@@ -1,6 +1,5 @@
-"""Recovery from losses that are not finite: skip the step, roll back, and name the culprit."""
+"""Recovery from losses that are not finite: skip the step, rewind, and name the culprit."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import check, log
 
-MAX_FAILED_STEPS = 5  # consecutive failures before training rolls back
-MAX_REWINDS = 3  # rollbacks without success before training gives up
-RECOVERED_AFTER_STEPS = 1000  # steps past a failure after which a rollback counts as a success
-log = logging.getLogger("flowgen")
+MAX_FAILED_STEPS = 5  # consecutive failures before training rewinds
+MAX_REWINDS = 3  # rewinds without success before training gives up
+RECOVERED_AFTER_STEPS = 1000  # steps past a failure after which a rewind counts as a success
 
 
 @dataclass
@@ -22,12 +20,12 @@ class NaNRecovery:
     """Counters of failed steps, saved in every checkpoint.
 
     Attributes:
-        failed: consecutive failed steps.
-        skipped: failed steps in total.
-        rewinds: rollbacks since the last one that succeeded.
-        failed_at: the step of the last rollback.
-        rewound_to: the step of the checkpoint that it restored.
-        lr_scale: factor of the learning rate, halved by every rollback.
+        failed: Consecutive failed steps.
+        skipped: Failed steps in total.
+        rewinds: Rewinds since the last one that succeeded.
+        failed_at: Step of the failure before the last rewind.
+        rewound_to: Step of the checkpoint that it restored.
+        lr_scale: Factor of the learning rate, halved by every rewind.
     """
 
     failed: int = 0
@@ -38,7 +36,7 @@ class NaNRecovery:
     lr_scale: float = 1.0
 
     def record(self, values: Iterable[float], buffers: Iterable[Tensor]) -> bool:
-        """Count a step with these loss and gradient norm; return whether training must roll back.
+        """Count a step with these loss and gradient norm; return whether training must rewind.
 
         It must after `MAX_FAILED_STEPS` failures, or if a failed forward pass left `buffers`
         (running statistics, Markov chains) that are not finite.
@@ -61,24 +59,24 @@ class NaNRecovery:
     ) -> dict[str, Any]:
         """Return the checkpoint to restore, and halve the learning rate.
 
-        The first rollback takes the latest checkpoint, a repeated one an older checkpoint.
+        The first rewind restores the latest checkpoint, a repeated one an older checkpoint.
 
         Args:
             latest_valid_checkpoint: `Run.latest_valid_checkpoint`.
-            step: the optimizer step that failed, from 1.
-            culprit: the output of `first_nonfinite_module`.
-            lr: the configured learning rate, which the log line multiplies by `lr_scale`.
+            step: Optimizer step that failed, from 1.
+            culprit: Result of `first_nonfinite_module`.
+            lr: Configured learning rate, which the log line multiplies by `lr_scale`.
 
         Raises:
-            UserError: if `MAX_REWINDS` rollbacks did not help.
+            UserError: If `MAX_REWINDS` rewinds did not help.
         """
         again = step <= self.failed_at + RECOVERED_AFTER_STEPS
-        if again and self.rewinds == MAX_REWINDS:
-            raise UserError(
-                f"the loss is not finite, first at {culprit}, and {MAX_REWINDS} rollbacks, each "
-                f"with half the learning rate, did not help: train again with trainer.lr below "
-                f"{lr * self.lr_scale:.2g}, or a smaller trainer.grad_clip"
-            )
+        check(
+            not again or self.rewinds < MAX_REWINDS,
+            f"the loss is not finite, first at {culprit}, and {MAX_REWINDS} rewinds, each "
+            f"with half the learning rate, did not help: train again with trainer.lr below "
+            f"{lr * self.lr_scale:.2g}, or a smaller trainer.grad_clip",
+        )
         self.rewinds = self.rewinds + 1 if again else 1
         checkpoint = latest_valid_checkpoint(self.rewound_to if self.rewinds > 1 else math.inf)
         assert checkpoint is not None  # the trainer saves one before the first step
@@ -102,11 +100,11 @@ def first_nonfinite_module(model: nn.Module, replay: Callable[[], object]) -> st
     """Return the name of the module or gradient that first became NaN or infinite.
 
     Args:
-        model: the model as the failed step left it, with its gradients.
-        replay: a function that runs the forward passes of the failed step again.
+        model: Model as the failed step left it, with its gradients.
+        replay: Function that runs the forward passes of the failed step again.
 
     Returns:
-        the first module whose output is not finite, else the first parameter whose gradient is
+        The first module whose output is not finite, else the first parameter whose gradient is
         not finite, else "the loss".
     """
     names = {module: name for name, module in model.named_modules() if name}
@@ -118,11 +116,8 @@ def first_nonfinite_module(model: nn.Module, replay: Callable[[], object]) -> st
         if module in names and not finite:
             culprits.append(f"{names[module]} ({type(module).__name__})")
 
-    handle = nn.modules.module.register_module_forward_hook(hook)
-    try:
+    with nn.modules.module.register_module_forward_hook(hook):
         replay()
-    finally:
-        handle.remove()
     culprits += [
         f"the gradient of {name}"
         for name, parameter in model.named_parameters()

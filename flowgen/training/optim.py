@@ -1,10 +1,9 @@
-"""Optimizers, the learning-rate schedule and the norm of the gradients."""
+"""Optimizers and the learning-rate schedule."""
 
 import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
 
 from flowgen.utils.errors import UserError
 
@@ -12,7 +11,7 @@ OPTIMIZERS = ("adam", "sgd")
 
 
 def build_optimizer(
-    model: nn.Module,
+    model: torch.nn.Module,
     name: str,
     lr: float,
     *,
@@ -32,20 +31,22 @@ def build_optimizer(
     )
 
 
-def learning_rate_factor(step: int, progress: float, warmup: int, warmdown_ratio: float) -> float:
+def learning_rate_factor(
+    step: int, fraction_done: float, warmup: int, warmdown_ratio: float
+) -> float:
     """Return the fraction of the full learning rate for one optimizer step.
 
     The rate rises linearly over the first `warmup` steps, min(1, (step + 1) / warmup). It falls
-    linearly to zero over the last part of training, min(1, (1 - progress) / warmdown_ratio).
+    linearly to zero over the last part of training, min(1, (1 - fraction_done) / warmdown_ratio).
 
     Args:
-        step: the number of the optimizer step, from 0.
-        progress: the fraction of training that is finished, 0 to 1.
-        warmup: number of warm-up steps; 0 for none.
-        warmdown_ratio: the fraction of training over which the rate falls; 0 for none.
+        step: Number of the optimizer step, from 0.
+        fraction_done: Fraction of training that is finished, 0 to 1.
+        warmup: Number of warm-up steps; 0 for none.
+        warmdown_ratio: Fraction of training over which the rate falls; 0 for none.
     """
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    fall = min(1.0, max(0.0, 1.0 - progress) / warmdown_ratio) if warmdown_ratio else 1.0
+    fall = min(1.0, max(0.0, 1.0 - fraction_done) / warmdown_ratio) if warmdown_ratio else 1.0
     return rise * fall
 
 
@@ -53,12 +54,12 @@ def warmup_steps(warmup: int | str, num_images: int, batch_size: int) -> int:
     """Return `warmup` in optimizer steps.
 
     Args:
-        warmup: a number of steps, or a number of epochs such as "1 epoch".
-        num_images: number of training images, which make one epoch.
-        batch_size: images per optimizer step.
+        warmup: Number of steps, or a number of epochs such as "1 epoch".
+        num_images: Number of training images, which make one epoch.
+        batch_size: Images per optimizer step.
 
     Raises:
-        UserError: if `warmup` is neither.
+        UserError: If `warmup` is neither.
     """
     if isinstance(warmup, int) and not isinstance(warmup, bool) and warmup >= 0:
         return warmup
@@ -68,9 +69,3 @@ def warmup_steps(warmup: int | str, num_images: int, batch_size: int) -> int:
             f"warmup must be a number of steps, or of epochs as in '1 epoch', not {warmup!r}"
         )
     return round(float(epochs[1]) * num_images / batch_size)
-
-
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the 2-norm of all gradients of `model` together."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return nn.utils.get_total_norm(gradients)

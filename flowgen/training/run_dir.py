@@ -1,12 +1,12 @@
-"""The directory of a run: configuration, metrics, log, pictures and checkpoints."""
+"""The directory of a run: configuration, metrics, log, plots, samples and checkpoints."""
 
 import hashlib
 import json
-import logging
 import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,19 @@ from flowgen.training.checkpoint import (
     weights_hash,
     write_checkpoint,
 )
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, check, log
 from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import COMPARED, MetricValue, finite
 
 SUBDIRECTORIES = ("checkpoints", "samples", "tensorboard")
 SUFFIXES = {".gif", ".html", ".json", ".jsonl", ".log", ".part", ".png", ".pt", ".yaml"}
-log = logging.getLogger("flowgen")
 
 
 class Run:
     """The files of one run.
 
     Args:
-        folder: the directory, which need not exist.
+        folder: Directory, which need not exist.
     """
 
     def __init__(self, folder: Path):
@@ -51,23 +50,24 @@ class Run:
         """Check that no file of the run is a link to another directory, or a pipe.
 
         Raises:
-            UserError: otherwise, because files elsewhere would be read or overwritten.
+            UserError: Otherwise, because files elsewhere would be read or overwritten.
         """
-        paths = [
+        own = [
             path
             for path in sorted(self.folder.glob("*"))
             if path.name in SUBDIRECTORIES or path.suffix in SUFFIXES
         ]
-        for name in SUBDIRECTORIES:
-            paths += sorted((self.folder / name).glob("*"))
-        for path in paths:
-            if not path.resolve().is_relative_to(self.folder.resolve()):
-                raise UserError(
-                    f"{path} is a link to a file outside of the run: "
-                    "replace it by a copy of that file, or delete it"
-                )
-            if path.exists() and not (path.is_file() or path.is_dir()):
-                raise UserError(f"{path} is not a regular file: delete it")
+        nested = [sorted((self.folder / name).glob("*")) for name in SUBDIRECTORIES]
+        for path in chain(own, *nested):
+            check(
+                path.resolve().is_relative_to(self.folder.resolve()),
+                f"{path} is a link to a file outside of the run: "
+                "replace it by a copy of that file, or delete it",
+            )
+            check(
+                path.is_file() or path.is_dir() or not path.exists(),
+                f"{path} is not a regular file: delete it",
+            )
 
     def sample_grid(self, step: int) -> Path:
         """Return the path of the samples of an optimizer step; its directory exists."""
@@ -79,18 +79,16 @@ class Run:
         """Return the path of the numbered checkpoint of an optimizer step."""
         return self.last.with_name(f"step_{step:08d}.pt")
 
-    def save(self, state: dict[str, Any], *, best: bool = False, keep: bool = False) -> None:
+    def save(self, state: dict[str, Any], *, is_best: bool = False, keep: bool = False) -> None:
         """Save a checkpoint as `last.pt`.
 
         Args:
-            state: the content.
-            best: save it as `best.pt` too.
-            keep: save it under the number of its step too.
+            state: The content.
+            is_best: Save it as `best.pt` too.
+            keep: Save it under the number of its step too.
         """
-        links = [self.best] if best else []
-        if keep:
-            links.append(self.step_path(state["step"]))
-        write_checkpoint(state, self.last, links)
+        copies = {self.best: is_best, self.step_path(state["step"]): keep}
+        write_checkpoint(state, self.last, [path for path, wanted in copies.items() if wanted])
 
     def checkpoints(self) -> list[Path]:
         """Return the existing checkpoints: `last.pt`, the numbered ones in reverse, `best.pt`."""
@@ -101,10 +99,10 @@ class Run:
         """Read the latest valid checkpoint of a step below `before`, or the latest of all.
 
         Returns:
-            the checkpoint, or None if the run has none.
+            The checkpoint, or None if the run has none.
 
         Raises:
-            UserError: if all checkpoints are damaged.
+            UserError: If all checkpoints are damaged.
         """
         valid = []
         for path in self.checkpoints():
@@ -114,10 +112,10 @@ class Run:
                 log.warning("%s", error)
             if valid and valid[-1]["step"] < before and path != self.best:
                 return valid[-1]
-        if not valid and self.checkpoints():
-            raise UserError(
-                f"no checkpoint of {self.folder} can be read: train again with another output_dir"
-            )
+        check(
+            bool(valid) or not self.checkpoints(),
+            f"no checkpoint of {self.folder} can be read: train again with another output_dir",
+        )
         return max(valid, key=lambda state: (state["step"] < before, state["step"]), default=None)
 
     def write_metrics(self, step: int, split: str, row: dict[str, Any]) -> None:
@@ -126,8 +124,20 @@ class Run:
             file.write(json.dumps({"step": step, "split": split, **finite(row)}) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all valid rows of metrics.jsonl."""
-        return read_rows(self.metrics)
+        """Return the valid rows of metrics.jsonl, and warn if others are skipped.
+
+        A crash can cut the last line short.
+        """
+        lines = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
+        rows = [row for row in map(_parse_json, lines) if is_metrics_row(row)]
+        if len(rows) < len(lines):
+            log.warning(
+                "%s: skipped %d of %d lines, which are incomplete or not metrics of a training",
+                self.metrics,
+                len(lines) - len(rows),
+                len(lines),
+            )
+        return rows
 
     def truncate_metrics(self, step: int) -> None:
         """Delete the rows after `step`, which a resumed run writes again."""
@@ -143,9 +153,9 @@ class Run:
 
     def save_evaluation(self, checkpoint: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Save the metrics of a checkpoint for later commands."""
-        content = json.dumps({"weights": weights_hash(checkpoint), **metrics})
+        row = {"weights": weights_hash(checkpoint), **metrics}
         with atomic_write(self.evaluation) as temporary:
-            temporary.write_text(content + "\n")
+            temporary.write_text(json.dumps(row) + "\n")
 
     def load_evaluation(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return the metrics that were saved for the weights of a checkpoint, or {}."""
@@ -158,27 +168,9 @@ class Run:
         return metrics
 
     def environment(self) -> str:
-        """Return the versions and hardware of the last training, as its log describes them."""
+        """Return versions and hardware of the last process that trained, according to the log."""
         text = self.log.read_text(errors="replace") if self.log.is_file() else ""
-        matches = re.findall("environment: (.*)", text)
-        return matches[-1] if matches else ""
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the valid rows of a metrics.jsonl, and warn if others are skipped.
-
-    A crash can cut the last line short.
-    """
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    rows = [row for row in map(_parse_json, lines) if is_metrics_row(row)]
-    if len(rows) < len(lines):
-        log.warning(
-            "%s: skipped %d of %d lines, which are incomplete or not metrics of a training",
-            path,
-            len(lines) - len(rows),
-            len(lines),
-        )
-    return rows
+        return next(reversed(re.findall("environment: (.*)", text)), "")
 
 
 def _parse_json(text: bytes) -> Any:
@@ -225,11 +217,12 @@ def cached_artifact(
     """Return the result of a long computation on a checkpoint, from the run's directory if there.
 
     Args:
-        run: the directory of the cache.
-        checkpoint: its weights are part of the key. Results of other weights are deleted.
-        kind: the name of the computation.
-        settings: its arguments, which are part of the key.
-        compute: the computation; its result contains numbers and tensors.
+        run: Directory of the cache.
+        checkpoint: Checkpoint whose weights are part of the key. Results of other weights are
+            deleted.
+        kind: Name of the computation.
+        settings: Arguments of the computation, which are part of the key.
+        compute: Computation, whose result contains numbers and tensors.
     """
     import torch
 
@@ -243,8 +236,7 @@ def cached_artifact(
     with suppress(OSError, RuntimeError):
         with atomic_write(path) as temporary:
             torch.save(result, temporary)
-        digit = "[0-9a-f]"
-        for other in run.folder.glob(f"{kind}_{digit * 16}_{digit * 8}.pt"):
+        for other in run.folder.glob(f"{kind}_{'[0-9a-f]' * 16}_{'[0-9a-f]' * 8}.pt"):
             if weights not in other.name:
                 other.unlink()
     return result

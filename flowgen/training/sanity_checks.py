@@ -1,23 +1,20 @@
 """Warnings about implausible results: likelihoods below the entropy, leaked test images."""
 
 import hashlib
-import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor
 
 from flowgen.data.dataset import ImageDataset
+from flowgen.utils.errors import log
 from flowgen.utils.metrics import MetricValue, beats_entropy_bound
 from flowgen.utils.rendering import is_toy2d
 
-MAX_DIGEST_BYTES = 1024  # per image; images with equal digests are compared as a whole
 MAX_LISTED_INDICES = 3
 MAX_TRAIN_BYTES = 2**33  # of training images that are searched for test images
 MAX_INVERSION_ERROR = 1e-3  # relative; gradients have about the same error
-log = logging.getLogger("flowgen")
 
 
 def find_duplicates(train: Tensor, test: Tensor, bits: int = 8) -> list[int]:
@@ -27,25 +24,13 @@ def find_duplicates(train: Tensor, test: Tensor, bits: int = 8) -> list[int]:
 
     Args:
         train: 8-bit images, uint8 (batch, channels, height, width).
-        test: the same.
-        bits: only the highest bits of a pixel value are compared.
+        test: The same.
+        bits: Only the highest bits of a pixel value are compared.
     """
-    if is_toy2d(tuple(train.shape[1:])):
+    if is_toy2d(train.shape[1:]):
         return []
-    shift = 8 - bits
-    candidates = defaultdict(list)
-    for index, digest in enumerate(_digests(test, MAX_DIGEST_BYTES, shift)):
-        candidates[digest].append(index)
-    duplicates: set[int] = set()
-    for train_index, digest in enumerate(_digests(train, MAX_DIGEST_BYTES, shift)):
-        if digest in candidates:
-            image = train[train_index].cpu() >> shift
-            duplicates |= {
-                index
-                for index in candidates[digest]
-                if torch.equal(test[index].cpu() >> shift, image)
-            }
-    return sorted(duplicates)
+    known = set(_digests(train, 8 - bits))
+    return [index for index, digest in enumerate(_digests(test, 8 - bits)) if digest in known]
 
 
 def entropy(batches: Iterable[Tensor]) -> float:
@@ -59,13 +44,10 @@ def entropy(batches: Iterable[Tensor]) -> float:
     return -sum(count / total * math.log2(count / total) for count in counts.values())
 
 
-def _digests(images: Tensor, max_bytes: int | None = None, shift: int = 0) -> Iterator[bytes]:
-    flat = images.flatten(1).cpu()
-    if max_bytes is not None:
-        stride = -(-flat.shape[1] // max_bytes)
-        flat = flat[:, ::stride]
-    for part in flat.split(4096):
-        for row in (part.contiguous() >> shift).numpy():
+def _digests(images: Tensor, shift: int = 0) -> Iterator[bytes]:
+    """Yield a digest of each image without its lowest `shift` bits."""
+    for part in images.flatten(1).split(4096):
+        for row in (part.cpu().contiguous() >> shift).numpy():
             yield hashlib.blake2b(row, digest_size=16).digest()
 
 
@@ -93,23 +75,19 @@ def warn_test_leakage(data: ImageDataset) -> None:
     """
     if data.train.images.nbytes > MAX_TRAIN_BYTES:
         return
-    train = data.train.images if data.train.gray is None else data.train.gray
-    if data.test.gray is None:
-        duplicates = find_duplicates(train, data.test.images, data.bits)
-    else:
-        duplicates = find_duplicates(train, data.test.gray)
-    if not duplicates:
-        return
-    listed = ", ".join(map(str, duplicates[:MAX_LISTED_INDICES]))
-    if len(duplicates) > MAX_LISTED_INDICES:
-        listed += ", ..."
-    log.warning(
-        "%d of %d test images are training images too, pixel for pixel (indices %s): "
-        "test metrics are too good",
-        len(duplicates),
-        len(data.test),
-        listed,
+    train, test = (
+        split.images if split.gray is None else split.gray for split in (data.train, data.test)
     )
+    duplicates = find_duplicates(train, test, data.bits if data.test.gray is None else 8)
+    if duplicates:
+        more = ", ..." if len(duplicates) > MAX_LISTED_INDICES else ""
+        log.warning(
+            "%d of %d test images are training images too, pixel for pixel (indices %s): "
+            "test metrics are too good",
+            len(duplicates),
+            len(data.test),
+            ", ".join(map(str, duplicates[:MAX_LISTED_INDICES])) + more,
+        )
 
 
 def warn_inaccurate_inverse(diagnostics: dict[str, float]) -> None:

@@ -25,11 +25,10 @@ class GracefulStop(ExitStack):
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT]
+            numbers = [number for number in REQUEUE_SIGNALS if callable(signal.getsignal(number))]
             if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # else a launcher handles it
                 numbers.append(signal.SIGTERM)
-            numbers += [number for number in REQUEUE_SIGNALS if callable(signal.getsignal(number))]
-            for number in numbers:
+            for number in (signal.SIGINT, *numbers):
                 self.callback(signal.signal, number, signal.signal(number, self._store))
         return self
 

@@ -3,13 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from flowgen.bijections.batchnorm import update_bn
+from flowgen.bijections.linear import update_bn
 from flowgen.bijections.networks import batch_norm_layers
 from flowgen.models.base import GenerativeModel
 from flowgen.training.nan_recovery import NaNRecovery
@@ -22,16 +21,16 @@ OPTIMIZER_STATE = {  # tensors that each optimizer stores per parameter
 
 
 class TrainState:
-    """Model, EMAs, optimizer and progress of one training.
+    """Model, EMAs, optimizer and progress of one training run.
 
     Attributes:
-        emas: one averaged copy of the model per decay; empty if there is nothing to average.
-        best_ema: index of the EMA that was best at the last validation.
-        step: optimizer steps taken.
-        images_seen: training images consumed, which fixes the position in the data.
-        seconds: training time, including earlier parts of a resumed run.
-        best: the best (lowest) validation cost so far.
-        evals_since_best: validations since that one.
+        emas: One averaged copy of the model per decay; empty if there is nothing to average.
+        best_ema: Index of the EMA that was best at the last validation.
+        step: Optimizer steps taken.
+        images_seen: Training images consumed, which fixes the position in the data.
+        seconds: Training time, including earlier parts of a resumed run.
+        best_cost: Lowest cost (`Metric.cost`) at a validation so far.
+        evals_since_best: Validations since that one.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class TrainState:
         self.step = 0
         self.images_seen = 0
         self.seconds = 0.0
-        self.best = math.inf
+        self.best_cost = math.inf
         self.evals_since_best = 0
         self.nan_recovery = NaNRecovery()
         self._bn_updated_at: tuple[int, int] | None = None  # step and EMA
@@ -60,8 +59,7 @@ class TrainState:
     @property
     def ema_model(self) -> GenerativeModel:
         """The model to evaluate and to sample from: the best EMA, or the model itself."""
-        ema_model: Any = self.emas[self.best_ema].module if self.emas else self.model
-        return ema_model
+        return cast(GenerativeModel, self.emas[self.best_ema].module if self.emas else self.model)
 
     def update_bn(self, batches: Iterable[tuple[Any, ...]]) -> None:
         """Estimate the batch statistics of the best EMA over `batches`, once per step."""
@@ -84,7 +82,7 @@ class TrainState:
             "emas": emas if len(emas) > 1 else [],
             "optimizer": self.optimizer.state_dict(),
             "progress": {
-                "best": self.best,
+                "best": self.best_cost,
                 "seconds": self.seconds,
                 "evals_since_best": self.evals_since_best,
                 "best_ema": self.best_ema,
@@ -97,18 +95,18 @@ class TrainState:
         """Continue exactly where `checkpoint` was saved.
 
         Raises:
-            UserError: if the checkpoint belongs to another model.
+            UserError: If the checkpoint belongs to another model.
         """
-        self.rollback(checkpoint)
+        self.rewind(checkpoint)
         progress = checkpoint["progress"]
         self.seconds = progress["seconds"]
         # With another kind of noise the metric is another one, and its best value means nothing.
         if checkpoint.get("metric", self.model.metric.name) == self.model.metric.name:
-            self.best = progress["best"]
+            self.best_cost = progress["best"]
             self.evals_since_best = progress.get("evals_since_best", 0)
         self.nan_recovery = NaNRecovery(**checkpoint["nan_recovery"])
 
-    def rollback(self, checkpoint: dict[str, Any]) -> None:
+    def rewind(self, checkpoint: dict[str, Any]) -> None:
         """Restore weights, optimizer state and position in the data, but not time or failures.
 
         Hyperparameters of the optimizer stay those of the current configuration.
@@ -117,10 +115,8 @@ class TrainState:
             self.model.load_state_dict(checkpoint["model"])
             self._load_emas(checkpoint)
             if self.optimizer_name == checkpoint["config"]["trainer"]["optimizer"]:
-                hyperparameters = self.optimizer.state_dict()["param_groups"]
-                self.optimizer.load_state_dict(
-                    checkpoint["optimizer"] | {"param_groups": hyperparameters}
-                )
+                current = self.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]}
+                self.optimizer.load_state_dict(current)
                 self._check_optimizer_state()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
@@ -132,11 +128,12 @@ class TrainState:
 
     def _load_emas(self, checkpoint: dict[str, Any]) -> None:
         """Load all EMAs; with other decays than before all start from the best one."""
-        same_decays = ema_decays(checkpoint["config"]["trainer"]["ema_decay"]) == self.ema_decays
+        same_decays = as_list(checkpoint["config"]["trainer"]["ema_decay"]) == self.ema_decays
         self.best_ema = checkpoint["progress"].get("best_ema", 0) if same_decays else 0
         states = checkpoint.get("emas") if same_decays else []
-        states = states or [checkpoint["ema"]] * len(self.emas)
-        for ema, state in zip(self.emas, states, strict=True):
+        for ema, state in zip(
+            self.emas, states or [checkpoint["ema"]] * len(self.emas), strict=True
+        ):
             if state is not None:
                 ema.load_state_dict(state)
 
@@ -151,14 +148,12 @@ class TrainState:
                 raise ValueError("the optimizer has other tensors")
 
 
-def ema_decays(ema_decay: float | Sequence[float]) -> list[float]:
-    """Return `trainer.ema_decay`, one number or several, as a list."""
-    if isinstance(ema_decay, Sequence) and not isinstance(ema_decay, str):
-        return list(ema_decay)
-    return [ema_decay]
+def as_list(value: Any) -> list[Any]:
+    """Return one number or several, such as `trainer.ema_decay`, as a list."""
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+def build_ema(model: torch.nn.Module, decay: float) -> AveragedModel:
     """Return a copy of `model` whose weights are an exponential moving average of the model's.
 
     The memory grows with training: the decay of update n is min(decay, (1 + n) / (10 + n)).

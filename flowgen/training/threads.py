@@ -6,17 +6,16 @@ slice: training on two cores of which one is busy can be twenty times slower tha
 """
 
 import contextlib
-import logging
 import math
 import os
 import time
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import check, log
+from flowgen.utils.memory import cgroup_folders
 
 # Spins before a thread sleeps, about a tenth of a millisecond. The default of libgomp, 300,000,
 # is a few percent faster on an idle machine.
@@ -25,8 +24,6 @@ MIN_INTERVAL_SECONDS = 0.5  # between two measurements of CPU times
 MAX_AGE_SECONDS = 60.0  # of a measurement
 MIN_FREE_SHARE = 0.6  # share of a core that must be free for one more thread
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # set by the user for all programs
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-log = logging.getLogger("flowgen")
 
 
 class CpuTimes(NamedTuple):
@@ -55,25 +52,24 @@ def use_threads(num_threads: int | str = "auto") -> int:
     """Set the number of torch's CPU threads and return it.
 
     Args:
-        num_threads: the number; or "auto" for one thread per core that other processes have left
+        num_threads: Number; or "auto" for one thread per core that other processes have left
             idle since `prepare_threads`. With OMP_NUM_THREADS or MKL_NUM_THREADS set, "auto" is
             that number.
 
     Raises:
-        UserError: for anything else.
+        UserError: For anything else.
     """
     import torch
 
-    if num_threads != "auto" and (type(num_threads) is not int or num_threads < 1):
-        raise UserError(
-            f"num_threads must be auto or a whole number of at least 1, not {num_threads!r}"
-        )
+    check(
+        num_threads == "auto" or (type(num_threads) is int and num_threads >= 1),
+        f"num_threads must be auto or a whole number of at least 1, not {num_threads!r}",
+    )
     max_threads = _default_threads()
-    if any(name in os.environ for name in THREAD_VARIABLES):
-        free_threads = max_threads
-    else:
-        limit = min(max_threads, free_cores() + 1 - MIN_FREE_SHARE, cpu_quota())
-        free_threads = max(1, int(limit))
+    limit: float = max_threads
+    if not any(name in os.environ for name in THREAD_VARIABLES):
+        limit = min(limit, free_cores() + 1 - MIN_FREE_SHARE, cpu_quota())
+    free_threads = max(1, int(limit))
     number = free_threads if num_threads == "auto" else int(num_threads)
     if number > free_threads:
         log.warning(
@@ -106,12 +102,12 @@ def free_cores() -> float:
     A measurement older than a minute is repeated.
     """
     now = cpu_times()
-    if not _last_times or now.clock - _last_times[0].clock > MAX_AGE_SECONDS:
-        _last_times[:] = [now]
-    time.sleep(max(0.0, _last_times[0].clock + MIN_INTERVAL_SECONDS - now.clock))
-    before = _last_times[0]
+    before = _last_times.pop() if _last_times else now
+    if now.clock - before.clock > MAX_AGE_SECONDS:
+        before = now
+    time.sleep(max(0.0, before.clock + MIN_INTERVAL_SECONDS - now.clock))
     now = cpu_times()
-    _last_times[:] = [now]
+    _last_times.append(now)
     return (now.idle - before.idle + now.own - before.own) / (now.clock - before.clock)
 
 
@@ -142,24 +138,14 @@ def cpu_quota() -> float:
     psutil does not read control groups; version 1 and version 2 differ in their files.
     """
     limits = [math.inf]
-    for root, names in (
-        (CGROUP_ROOT, ("cpu.max",)),
-        (CGROUP_ROOT / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")),
+    for controller, names in (
+        ("", ("cpu.max",)),
+        ("cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")),
     ):
-        paths = [root / group for group in cgroups()]
-        for folder in {folder for path in paths for folder in (path, *path.parents)}:
+        for folder in cgroup_folders(controller):
             with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
                 text = " ".join((folder / name).read_text() for name in names)
                 quota, period = map(int, text.split())
                 if quota > 0:
                     limits.append(quota / period)
     return max(1.0, min(limits))
-
-
-def cgroups() -> list[str]:
-    """Return the control groups of this process, as paths below the root of a hierarchy."""
-    groups = [""]
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        groups += [line.split(":", 2)[2].lstrip("/") for line in lines]
-    return groups

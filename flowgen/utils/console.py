@@ -1,4 +1,4 @@
-"""Messages for the user: logging to the terminal, progress bars and one-line errors."""
+"""Output on the terminal: log messages, progress bars and one-line errors."""
 
 import errno
 import logging
@@ -8,13 +8,31 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, log
 from flowgen.utils.launcher import is_worker
 
 T = TypeVar("T")
 ETA_AFTER_SECONDS = 10.0  # of work, before its speed is known
 MIN_REMAINING_SECONDS = 60.0  # shorter waits are not announced
-log = logging.getLogger("flowgen")
+DISK_FULL = (
+    "the disk is full: free some space, "
+    "then continue from the last checkpoint with `flowgen resume RUN`"
+)
+OUT_OF_MEMORY = (
+    "not enough memory: choose a smaller trainer.batch_size, --count or model.width, "
+    "or set trainer.grad_accum_steps=2"
+)
+EXPLANATIONS = {  # of errors of torch, by a phrase in their message
+    "out of memory": OUT_OF_MEMORY,
+    "can't allocate memory": OUT_OF_MEMORY,
+    "Expected more than 1 value per channel": (
+        "batch normalization needs more than one image at a time: "
+        "set trainer.batch_size to at least 2 per micro-batch"
+    ),
+    "InvalidCxxCompiler": (
+        "trainer.compile=true needs a C++ compiler: install g++, or set it to false"
+    ),
+}
 
 
 def setup_logging() -> None:
@@ -43,68 +61,51 @@ def user_message(error: Exception) -> str:
     text = str(error)
     if isinstance(error, UserError):
         return text
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return (
-            "the disk is full: free some space, "
-            "then continue from the last checkpoint with `flowgen resume RUN`"
-        )
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'the disk'}: {error.strerror}"
-    out_of_memory = ("out of memory", "can't allocate memory")
-    if isinstance(error, MemoryError) or any(phrase in text for phrase in out_of_memory):
-        return (
-            "not enough memory: choose a smaller trainer.batch_size, --count or model.width, "
-            "or set trainer.grad_accum_steps=2"
-        )
-    if "Expected more than 1 value per channel" in text:
-        return (
-            "batch normalization needs more than one image at a time: "
-            "set trainer.batch_size to at least 2 per micro-batch"
-        )
-    if "InvalidCxxCompiler" in text:
-        return "trainer.compile=true needs a C++ compiler: install g++, or set it to false"
-    return (
+        full = error.errno == errno.ENOSPC
+        return DISK_FULL if full else f"{error.filename or 'the disk'}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return OUT_OF_MEMORY
+    bug = (
         f"{type(error).__name__}: {' '.join(text.split())} "
         "(this is a bug in flowgen: --debug shows the traceback)"
     )
+    return next((EXPLANATIONS[phrase] for phrase in EXPLANATIONS if phrase in text), bug)
 
 
 class Progress(Protocol):
     """A function that wraps an iterable to show its progress."""
 
     def __call__(
-        self, steps: Iterable[T], description: str, total: int | None = None, /
+        self, items: Iterable[T], description: str, total: int | None = None, /
     ) -> Iterable[T]:
-        """Return an iterable over the same `steps`; `total` is their number."""
+        """Return an iterable over the same `items`; `total` is their number."""
 
 
-def no_progress(steps: Iterable[T], description: str, total: int | None = None, /) -> Iterable[T]:
+def no_progress(items: Iterable[T], description: str, total: int | None = None, /) -> Iterable[T]:
     """Show nothing."""
-    return steps
+    return items
 
 
-def progress_bar(steps: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+def progress_bar(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Show a progress bar on a terminal, or log the remaining time once without one."""
     from tqdm import tqdm
 
-    bar = tqdm(steps, desc=description, total=total, unit="", disable=None, leave=False)
-    return _with_eta(bar, description, total) if bar.disable and total else bar
-
-
-def _with_eta(steps: Iterable[T], description: str, total: int) -> Iterator[T]:
-    eta = EtaLogger(description, 0, total)
-    for index, step in enumerate(steps):
-        eta.update(index)
-        yield step
+    bar = tqdm(items, desc=description, total=total, unit="", disable=None, leave=False)
+    eta = EtaLogger(description, 0, total or 0)
+    for index, item in enumerate(bar):
+        if bar.disable and total:
+            eta.update(index)
+        yield item
 
 
 class EtaLogger:
     """Log once how long the rest of long work will take.
 
     Args:
-        description: name of the work or its unit, such as "steps".
-        start: position at the beginning.
-        end: position at the end.
+        description: Name of the work or its unit, such as "steps".
+        start: Position at the beginning.
+        end: Position at the end.
     """
 
     def __init__(self, description: str, start: float, end: float):
@@ -129,6 +130,16 @@ class EtaLogger:
                 format_duration(remaining),
             )
         self.finished = True
+
+
+def count_noun(number: int, noun: str) -> str:
+    """Return a number and a noun, with a plural s unless the number is 1.
+
+    Example:
+        >>> count_noun(2, "thread")
+        '2 threads'
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def format_duration(seconds: float) -> str:

@@ -41,7 +41,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     """Return the sum over all processes, whose gradient is the sum of their gradients.
 
     Raises:
-        WorkerDiedError: if another process has died.
+        WorkerDiedError: If another process has died.
     """
     return values if world_rank().size == 1 else _AllReduceSum.apply(values)
 
@@ -54,13 +54,13 @@ def evaluate_sharded(
     """Return the score of every image, each batch computed by one of the processes.
 
     Args:
-        batches: the images, the same in every process.
-        score: function from a batch to one score per image, (batch,).
-        draw_noise: function that advances the random generator exactly as `score` does, for the
+        batches: Batches of images, the same in every process.
+        score: Function from a batch to one score per image, of shape (batch,).
+        draw_noise: Function that advances the random generator exactly as `score` does, for the
             batches of other processes. The result does not depend on the number of processes.
 
     Returns:
-        the scores in float64, (images,).
+        The scores in float64, of shape (images,).
     """
     rank, size = world_rank()
     scores = []
@@ -94,7 +94,7 @@ def collective(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> None
     """Call a collective operation of torch.distributed.
 
     Raises:
-        WorkerDiedError: if another process has died.
+        WorkerDiedError: If another process has died.
     """
     try:
         operation(*args, **kwargs)

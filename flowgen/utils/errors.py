@@ -1,11 +1,13 @@
-"""The error that users see, and checks that constructors share."""
+"""Messages for the user: the logger, the error of user mistakes, and checks that raise it."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 SYSTEM_DIRS = ("/dev", "/proc", "/sys")
+log = logging.getLogger("flowgen")
 
 
 class UserError(ValueError):
@@ -26,38 +28,49 @@ def user_error(message: str) -> Iterator[None]:
         raise UserError(message) from error
 
 
+def check(valid: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `valid` is true."""
+    if not valid:
+        raise UserError(message)
+
+
 def check_whole(low: int = 1, high: float = math.inf, **values: object) -> None:
     """Raise `UserError` unless every value is an integer from `low` to `high`."""
+    limit = "" if high == math.inf else f" and at most {high}"
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            limit = "" if high == math.inf else f" and at most {high}"
-            raise UserError(
-                f"{name} must be a whole number of at least {low}{limit}, not {value!r}"
-            )
+        check(
+            isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+            f"{name} must be a whole number of at least {low}{limit}, not {value!r}",
+        )
 
 
 def check_number(low: float = 0.0, **values: object) -> None:
     """Raise `UserError` unless every value is a finite number of at least `low`."""
     for name, value in values.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low <= value < math.inf:  # type: ignore[operator]
-            raise UserError(f"{name} must be a number of at least {low:g}, not {value!r}")
+        check(
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and low <= value < math.inf,
+            f"{name} must be a number of at least {low:g}, not {value!r}",
+        )
 
 
 def check_choice(choices: Iterable[object], **values: object) -> None:
     """Raise `UserError` unless every value is one of `choices`."""
     choices = list(choices)
-    one_of = "one of " if len(choices) > 1 else ""
+    options = ("one of " if len(choices) > 1 else "") + ", ".join(map(str, choices))
     for name, value in values.items():
-        if value not in choices:
-            options = ", ".join(map(str, choices))
-            raise UserError(f"{name} must be {one_of}{options}, not {value!r}")
+        check(value in choices, f"{name} must be {options}, not {value!r}")
 
 
 def check_folder_of(path: Path) -> None:
     """Raise `UserError` if `path` cannot be a new file, before any work is done."""
     folder = path.absolute().parent
-    if not folder.is_dir():
-        raise UserError(f"the folder of {path} does not exist: create it or choose another path")
-    if str(folder.resolve()) in SYSTEM_DIRS:
-        raise UserError(f"{path} is in a system folder: choose another path")
+    check(
+        folder.is_dir(),
+        f"the folder of {path} does not exist: create it or choose another path",
+    )
+    check(
+        str(folder.resolve()) not in SYSTEM_DIRS,
+        f"{path} is in a system folder: choose another path",
+    )

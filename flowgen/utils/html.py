@@ -57,13 +57,12 @@ def write_html(
         sections: Sections of the page.
         contents: Add a table of contents after the lead.
     """
-    environment = Environment(
+    template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    template = environment.get_template("document.html")
+    ).get_template("document.html")
     with atomic_write(path) as temporary:
         temporary.write_text(
             template.render(title=title, lead=lead, sections=sections, contents=contents)

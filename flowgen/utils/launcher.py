@@ -35,23 +35,21 @@ def launch(num_processes: int, argv: list[str], hint: str) -> None:
     """Run `flowgen ARGV` in several processes of this machine that train together.
 
     Args:
-        num_processes: how many.
-        argv: arguments of `flowgen`.
-        hint: what to do if a process dies; the end of the error message.
+        num_processes: Number of processes.
+        argv: Arguments of `flowgen`.
+        hint: End of the error message if a process dies: what to do.
 
     Raises:
-        UserError: if a process dies.
-        SystemExit: if a process reported its error already, or was interrupted.
+        UserError: If a process dies.
+        SystemExit: If a process reported its error already, or was interrupted.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # reported below
-    if hasattr(os, "sched_getaffinity"):
-        num_cores = len(os.sched_getaffinity(0))
-    else:
-        num_cores = os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     defaults = {"OMP_NUM_THREADS": str(max(1, num_cores // num_processes)), LAUNCHED_ENV: "1"}
     added = {name: value for name, value in defaults.items() if name not in os.environ}
     os.environ.update(added)

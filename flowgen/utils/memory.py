@@ -8,6 +8,7 @@ import psutil
 from flowgen.utils.errors import UserError
 
 CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_LIST = Path("/proc/self/cgroup")  # on Linux only
 
 
 def free_memory() -> int:
@@ -16,8 +17,8 @@ def free_memory() -> int:
     The least of the system's own estimate, the limits of the process (`ulimit`), and the limits of
     its control groups (a container or a batch job), where these exist.
     """
-    available = psutil.virtual_memory().available
-    return max(0, min([available, *_free_in_limits(), *_free_in_cgroups()]))
+    free = [psutil.virtual_memory().available, *_free_in_limits(), *_free_in_cgroups()]
+    return max(0, min(free))
 
 
 def _free_in_limits() -> Iterator[int]:
@@ -34,16 +35,25 @@ def _free_in_limits() -> Iterator[int]:
 
 def _free_in_cgroups() -> Iterator[int]:
     """Yield what each control group of this process and its parents have left (version 2)."""
-    list_file = Path("/proc/self/cgroup")  # on Linux alone
-    lines = list_file.read_text().splitlines() if list_file.is_file() else []
-    groups = [CGROUPS / line[3:].lstrip("/") for line in lines if line.startswith("0::")]
-    for folder in (folder for group in groups for folder in (group, *group.parents)):
+    for folder in cgroup_folders():
         limit_file = folder / "memory.max"
         limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
         if limit != "max":
             used = int((folder / "memory.current").read_text())
             stats = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
             yield int(limit) - used + int(stats.get("file", 0))  # cached pages are freed on demand
+
+
+def cgroup_folders(controller: str = "") -> set[Path]:
+    """Return the folders of this process's control groups and of their parents.
+
+    Args:
+        controller: Controller of version 1 such as "cpu", which has its own hierarchy of groups.
+            Default: the hierarchy of version 2.
+    """
+    lines = CGROUP_LIST.read_text().splitlines() if CGROUP_LIST.is_file() else []
+    groups = [CGROUPS / controller / line.split(":", 2)[2].lstrip("/") for line in lines]
+    return {folder for group in groups for folder in (group, *group.parents)}
 
 
 def check_memory(

@@ -11,9 +11,9 @@ class Metric:
     """A quantity that is measured.
 
     Args:
-        name: name in files and tables.
-        unit: unit of its values.
-        higher_is_better: direction of improvement, or None.
+        name: Name in files and tables.
+        unit: Unit of its values.
+        higher_is_better: Direction of improvement, or None.
 
     Example:
         >>> BITS_PER_DIM.cost(2.0), LOG_LIKELIHOOD.cost(-86.0)
@@ -48,10 +48,10 @@ class MetricValue:
     """Value of a metric.
 
     Args:
-        metric: the metric.
-        value: the value, in the unit of the metric.
-        error: standard error, or None if it is unknown.
-        split: split of the data set whose images were used, such as "test".
+        metric: Metric that was measured.
+        value: Value, in the unit of the metric.
+        error: Standard error, or None if it is unknown.
+        split: Split of the data set whose images were used, such as "test".
 
     Example:
         >>> print(MetricValue(BITS_PER_DIM, 3.5, 0.25, "test"))
@@ -87,8 +87,8 @@ class Metrics:
     """Values of several metrics of one model, by name.
 
     Args:
-        measured: values by the names of their metrics.
-        facts: further facts about the evaluation, such as the number of images.
+        measured: Values by the names of their metrics.
+        facts: Further facts about the evaluation, such as the number of images.
 
     Example:
         >>> metrics = Metrics.of(MetricValue(BITS_PER_DIM, 3.5, 0.25), images=100)
@@ -114,8 +114,9 @@ class Metrics:
 
     def on(self, split: str) -> "Metrics":
         """Return the same values, marked as measured on `split`."""
-        measured = {name: replace(value, split=split) for name, value in self.measured.items()}
-        return Metrics(measured, self.facts)
+        return Metrics.of(
+            *(replace(value, split=split) for value in self.measured.values()), **self.facts
+        )
 
     def row(self) -> dict[str, Any]:
         """Return a flat dictionary for a file: NAME and NAME_error of each value, and the facts."""
@@ -133,9 +134,9 @@ def beats_entropy_bound(value: MetricValue, entropy: float, dimensions: int) -> 
     A difference of less than three standard errors does not count.
 
     Args:
-        value: bits/dim or log-likelihood; other metrics return False.
-        entropy: entropy of the images in bits per image.
-        dimensions: number of dimensions of an image.
+        value: Value of bits/dim or log-likelihood; other metrics return False.
+        entropy: Entropy of the images in bits per image.
+        dimensions: Number of dimensions of an image.
 
     Example:
         >>> beats_entropy_bound(MetricValue(BITS_PER_DIM, 1.0), entropy=200.0, dimensions=100)

@@ -1,4 +1,4 @@
-"""Plots: lines, points with error bars, the curves of a run, and flows of the plane.
+"""Plots: lines, the curves of a run, and flows of the plane.
 
 Lines differ in color, dash and marker, so that they can be distinguished without color.
 """
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgen.utils.metrics import Metric, MetricValue
+from flowgen.utils.metrics import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v")
 MAX_MARKERS = 40  # longer lines have no markers, which would hide them
-OUTLIER_SHARE = 0.03  # of a curve's worst values, outside the frame: the first steps of a training
+OUTLIER_SHARE = 0.03  # of a curve's worst values that are outside the frame: its first steps
 
 
 def lines(
@@ -53,7 +53,7 @@ def lines(
         outliers: Shares of the lowest and the highest values that may be outside the frame.
         right: Label of a second y axis, and the offset that is added to y there.
     """
-    with _figure(8, 4.5, file) as page:
+    with figure(8, 4.5, file) as page:
         axes = page.subplots()
         _draw_lines(axes, named, errors or {}, thin, outliers)
         axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -63,33 +63,6 @@ def lines(
             axes.secondary_yaxis("right", functions=functions).set_ylabel(label)
         if len(named) > 1:
             page.legend(loc="outside lower center", ncols=2, fontsize="small")
-
-
-def dots(named: Mapping[str, tuple[float, float]], label: str, path: Path) -> None:
-    """Plot one dot with an error bar per name, and write a PNG.
-
-    Args:
-        named: Value and standard error, by name.
-        label: Label of the x axis.
-        path: Path of the PNG.
-    """
-    names = list(named)[::-1]
-    values, errors = zip(*(named[name] for name in names), strict=True)
-    with _figure(8, 1.2 + 0.3 * len(named), path) as page:
-        axes = page.subplots()
-        axes.errorbar(values, range(len(names)), xerr=errors, fmt="o", color=COLORS[0], capsize=3)
-        for index, (value, error) in enumerate(zip(values, errors, strict=True)):
-            axes.annotate(
-                f"{value:.2f} ± {error:.2f}",
-                (value, index),
-                xytext=(0, 5),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7,
-            )
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set(xlabel=label, xmargin=0.15)
-        axes.grid(alpha=0.3)
 
 
 def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
@@ -104,15 +77,12 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
         path: Path of the PNG.
     """
     train = [row for row in rows if row["split"] == "train" and row.get("loss") is not None]
-    losses = [(row["step"], row["loss"]) for row in train]
+    losses = _points(train, "train", "loss")
     loss_lines = {"training loss": losses, "training loss, moving average": moving_average(losses)}
-    metric_lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row["split"] != "train" and (measured := MetricValue.from_row(row, metric)):
-            points = metric_lines.setdefault(f"{row['split']} {metric.name}", [])
-            points.append((row["step"], measured.value))
-    if not losses and not metric_lines:
-        return
+    metric_lines = {
+        f"{split} {metric.name}": _points(rows, split, metric.name)
+        for split in ("validation", "test")
+    }
     highest = (0.0, OUTLIER_SHARE)
     if not train or metric.name in train[0]:
         panels = [(metric.name, loss_lines | metric_lines, highest)]
@@ -120,7 +90,9 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
         worst = (OUTLIER_SHARE, 0.0) if metric.higher_is_better else highest
         panels = [(metric.name, metric_lines, worst), ("loss", loss_lines, highest)]
     panels = [panel for panel in panels if any(panel[1].values())]
-    with _figure(8, 3 + 3 * len(panels), path) as page:
+    if not panels:
+        return
+    with figure(8, 3 + 3 * len(panels), path) as page:
         ratios = [2] * len(panels) + [1]
         *upper, lower = page.subplots(len(panels) + 1, 1, sharex=True, height_ratios=ratios)
         for axes, (label, named, outliers) in zip(upper, panels, strict=True):
@@ -139,10 +111,19 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
         lower.set_xlabel("step")
 
 
+def _points(rows: Sequence[dict[str, Any]], split: str, name: str) -> list[tuple[float, float]]:
+    """Return step and value of a metric in all rows of a split that have it."""
+    return [
+        (row["step"], row[name])
+        for row in rows
+        if row["split"] == split and row.get(name) is not None
+    ]
+
+
 def scatter_plot(points: Tensor, end: float) -> Image.Image:
     """Plot points (N, 2) in the square from 0 to `end`."""
     file = io.BytesIO()
-    with _figure(4, 4, file, dpi=100) as page:
+    with figure(4, 4, file, dpi=100) as page:
         axes = page.subplots()
         axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=6, color=COLORS[0])
         axes.set(xlim=(0, end), ylim=(0, end), aspect="equal")
@@ -172,7 +153,7 @@ def flow_panels(
     angle = torch.atan2(latent[:, 1], latent[:, 0])
     style = {"c": angle.numpy(), "cmap": "twilight_shifted", "s": 2, "linewidths": 0}
     base = "N(0, I)" if temperature == 1 else f"N(0, {temperature:g}² I)"
-    with _figure(13, 3.6, path, dpi=130) as page:
+    with figure(13, 3.6, path, dpi=130) as page:
         axes = page.subplots(1, 4)
         axes[0].scatter(*target.T.numpy(), s=2, linewidths=0, color=COLORS[0])
         axes[1].scatter(*latent.T.numpy(), **style)
@@ -192,7 +173,7 @@ def flow_panels(
 
 
 @contextmanager
-def _figure(
+def figure(
     width: float, height: float, file: Path | BinaryIO, dpi: int = 120
 ) -> Iterator["Figure"]:
     """Yield a figure of this size in inches, then write it as a PNG."""

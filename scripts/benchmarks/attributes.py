@@ -1,12 +1,13 @@
-"""Measure how often edits change an attribute of test images, and how much they change the others.
+"""Measure the share of test images that change an attribute when they are edited.
 
-For faces: python scripts/benchmarks/attributes.py RUN, a run on CelebA with list_attr_celeba.txt. A
-small classifier of all attributes, trained on the same training images, evaluates the faces before
-and after. Each face is moved to the opposite of its attribute, by 1 and by 2, along both kinds of
-directions.
+Faces: python scripts/benchmarks/attributes.py RUN, where RUN was trained on CelebA with its file
+list_attr_celeba.txt. A small classifier of all attributes is trained on the same training images
+and labels the test faces before and after the edit. Each face is moved to the opposite of an
+attribute, by the amounts 1 and 2, along both kinds of directions. The table also has the share of
+changes of the other attributes.
 
-For digits: python scripts/benchmarks/attributes.py zoo/glow_mnist --classes 3 8 moves threes
-towards eights.
+Digits: python scripts/benchmarks/attributes.py zoo/glow_mnist --classes 3 8 moves threes towards
+eights.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from flowgen.commands.edit import load_directions
 from flowgen.config.instantiate import build_data
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.data.dataset import ImageDataset
 from flowgen.evaluation.latent_directions import (
     METHODS,
@@ -81,7 +82,7 @@ def predict(classifier: Classifier, images: Tensor) -> Tensor:
 
 
 def print_accuracy(classifier: Classifier, data: ImageDataset, names: list[str]) -> None:
-    """Print the accuracy of the classifier for test faces with and without each attribute."""
+    """Print the classifier's accuracy on test faces with and without each attribute."""
     truth = data.test.attributes
     correct = predict(classifier, torch.cat(list(data.batches("test", 500)))) == truth
     for name in names:
@@ -96,7 +97,11 @@ def print_accuracy(classifier: Classifier, data: ImageDataset, names: list[str])
 def flip_attribute(
     model: Flow, directions: Directions, images: Tensor, name: str, has: Tensor
 ) -> Tensor:
-    """Move images to the opposite of an attribute, uint8 (amounts, N, ...)."""
+    """Move images to the opposite of an attribute.
+
+    Returns:
+        Images, uint8 (amounts, N, channels, height, width).
+    """
     amounts = torch.tensor(FACE_AMOUNTS)
     moved = torch.empty(len(amounts), *images.shape, dtype=torch.uint8)
     for sign, group in ((1.0, ~has), (-1.0, has)):
@@ -106,7 +111,7 @@ def flip_attribute(
 
 
 def evaluate_faces(run: str, names: list[str], count: int, path: Path | None) -> None:
-    """Print the shares of changes of each attribute and of the others."""
+    """Print the share of faces that change the edited attribute and the other attributes."""
     run_dir, checkpoint, model = find_model(run, "cpu", Flow)
     data: ImageDataset = build_data(checkpoint["config"])
     classifier = load_attribute_classifier(data, path)
@@ -115,7 +120,7 @@ def evaluate_faces(run: str, names: list[str], count: int, path: Path | None) ->
     before = predict(classifier, images)
     print(f"{len(images)} test faces")
     print(
-        f"{'attribute':12} {'direction':10} {'by':>3}  {'changed, %':16} "
+        f"{'attribute':12} {'direction':10} {'amount':>6}  {'changed, %':16} "
         f"{'mean of the others, %':24} maximum, %"
     )
     for name in names:
@@ -126,16 +131,18 @@ def evaluate_faces(run: str, names: list[str], count: int, path: Path | None) ->
             moved = flip_attribute(model, directions, images, name, before[:, index])
             for amount, edited in zip(FACE_AMOUNTS, moved, strict=True):
                 changed = (predict(classifier, edited) != before).double() * 100
-                most = max(others, key=lambda other: changed[:, other].mean().item())
+                most_changed = max(others, key=lambda other: changed[:, other].mean().item())
                 share = mean(changed[:, index].tolist())
                 of_others = mean(changed[:, others].mean(1).tolist())
-                maximum = f"{data.attributes[most]} {mean(changed[:, most].tolist())}"
-                row = f"{name:12} {method:10} {amount:3g}  {share!s:16} {of_others!s:24} {maximum}"
+                maximum = (
+                    f"{data.attributes[most_changed]} {mean(changed[:, most_changed].tolist())}"
+                )
+                row = f"{name:12} {method:10} {amount:6g}  {share!s:16} {of_others!s:24} {maximum}"
                 print(row, flush=True)
 
 
 def evaluate_digits(run: str, classes: list[int], count: int) -> None:
-    """Print how a classifier of digits labels digits that are moved to another class."""
+    """Print the labels that a classifier of digits gives to digits moved to another class."""
     _, checkpoint, model = find_model(run, "cpu", Flow)
     data: ImageDataset = build_data(checkpoint["config"])
     start, end = classes
@@ -144,12 +151,12 @@ def evaluate_digits(run: str, classes: list[int], count: int) -> None:
     amounts = torch.tensor(DIGIT_AMOUNTS)
     moved = move_along(model, class_directions(model), images, {str(end): 1.0}, amounts)
     print(f"{len(images)} test digits of class {start}")
-    print(f"{'by':>3}  {f'class {end}, %':16} {f'class {start}, %':18} readable, %")
+    print(f"{'amount':>6}  {f'class {end}, %':16} {f'class {start}, %':18} readable, %")
     for amount, edited in zip(DIGIT_AMOUNTS, moved, strict=True):
         label, confidence = classifier.predict(edited)
         conditions = (label == end, label == start, confidence >= CONFIDENCE_THRESHOLD)
         shares = [mean((100 * condition.double()).tolist()) for condition in conditions]
-        print(f"{amount:3g}  {shares[0]!s:16} {shares[1]!s:18} {shares[2]}", flush=True)
+        print(f"{amount:6g}  {shares[0]!s:16} {shares[1]!s:18} {shares[2]}", flush=True)
 
 
 def main() -> None:

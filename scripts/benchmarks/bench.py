@@ -1,11 +1,12 @@
 """Compare the training speed with other packages: normflows, scikit-learn and learnergy.
 
 All programs use the same number of threads. normflows is used as in its documentation
-(`GlowBlock`, `MultiscaleFlow`), with forward pass, backward pass and Adam; scikit-learn by
-`partial_fit`; learnergy by `fit`. Every program runs in its own process, the programs take turns,
-and the best round of each counts, since other work on the machine slows down single rounds. The
-last column is the speed relative to float32 matrix products on the same machine. It uses the
-arithmetic of flowgen's convolutions and matrix products, as counted by torch, for all programs.
+(`GlowBlock`, `MultiscaleFlow`) with a forward pass, a backward pass and Adam; scikit-learn is used
+through `partial_fit`, and learnergy through `fit`. Every program runs in its own process. The
+programs take turns, and the best round of each counts, since other work on the machine slows down
+single rounds. The last column compares the speed with float32 matrix products on the same machine.
+For all programs it assumes the FLOPs of flowgen's convolutions and matrix products, which torch
+counts.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -147,20 +149,20 @@ def learnergy_rbm() -> Step:
 
 
 def gibbs_steps() -> Step:
-    """Return as many Gibbs steps as there are temperatures."""
+    """Return a function that makes one Gibbs step per temperature."""
     rbm = RBM(RBM_SIZE**2, RBM_HIDDEN)
-    chain = gibbs(rbm, white_noise(rbm, RBM_BATCH_SIZE))
+    states = gibbs(rbm, white_noise(rbm, RBM_BATCH_SIZE))
 
     def step(images: Tensor) -> None:
         with torch.no_grad():
             for _ in range(TEMPERATURES):
-                next(chain)
+                next(states)
 
     return step
 
 
 def tempering_step() -> Step:
-    """Return a step of parallel tempering."""
+    """Return a function that makes one step of parallel tempering."""
     rbm = RBM(RBM_SIZE**2, RBM_HIDDEN)
     replicas = ParallelTempering(TEMPERATURES, RBM_BATCH_SIZE, adapt=True)
     replicas.allocate(RBM_HIDDEN)
@@ -183,7 +185,7 @@ def random_faces() -> Tensor:
 
 
 class Program(NamedTuple):
-    """A program of a comparison. One call of its step does `updates` updates."""
+    """A program of a comparison. One call of its step makes `updates` updates of the weights."""
 
     name: str
     make_step: Callable[[], Step]
@@ -194,19 +196,24 @@ class Comparison(NamedTuple):
     """Programs that do the same work. Speeds are relative to the first one.
 
     Attributes:
-        unit: Unit of the speed; an update has `per_update` of them.
-        calls: Number of updates in a round.
-        counted: Index of the program whose arithmetic is counted.
+        title: Description of the work.
+        unit: Unit of the speed.
+        per_update: Number of units in an update.
+        num_threads: Number of threads of every program.
+        updates: Number of updates in a round.
+        make_images: Returns the images of a batch.
+        programs: The programs.
+        flop_counted: Index of the program whose FLOPs are counted.
     """
 
     title: str
     unit: str
     per_update: int
     num_threads: int
-    calls: int
+    updates: int
     make_images: Callable[[], Tensor]
     programs: list[Program]
-    counted: int
+    flop_counted: int
 
 
 COMPARISONS = [
@@ -216,14 +223,14 @@ COMPARISONS = [
         "images/s",
         per_update=GLOW_BATCH_SIZE,
         num_threads=2,
-        calls=8,
+        updates=8,
         make_images=random_faces,
         programs=[
             Program("normflows", normflows_glow),
             Program("flowgen", lambda: flowgen_glow(compiled=False)),
             Program("flowgen, trainer.compile=true", lambda: flowgen_glow(compiled=True)),
         ],
-        counted=1,
+        flop_counted=1,
     ),
     Comparison(
         f"RBM, PCD-1, {RBM_SIZE**2} visible and {RBM_HIDDEN} hidden units, batch {RBM_BATCH_SIZE}, "
@@ -231,27 +238,27 @@ COMPARISONS = [
         "updates/s",
         per_update=1,
         num_threads=1,
-        calls=100,
+        updates=100,
         make_images=random_digits,
         programs=[
             Program("scikit-learn BernoulliRBM", scikit_learn_rbm),
             Program("learnergy RBM", learnergy_rbm, LEARNERGY_BATCHES),
             Program("flowgen RBM", flowgen_rbm),
         ],
-        counted=2,
+        flop_counted=2,
     ),
     Comparison(
         f"{RBM_BATCH_SIZE} chains of this RBM",
         "calls/s",
         per_update=1,
         num_threads=1,
-        calls=20,
+        updates=20,
         make_images=random_digits,
         programs=[
             Program(f"{TEMPERATURES} Gibbs steps", gibbs_steps),
             Program(f"1 tempering step of {TEMPERATURES} temperatures", tempering_step),
         ],
-        counted=0,
+        flop_counted=0,
     ),
 ]
 
@@ -270,10 +277,10 @@ def measure(comparison: Comparison, program: Program, rounds: int) -> Measuremen
     torch.manual_seed(0)
     images = comparison.make_images()
     step = program.make_step()
-    calls = max(1, comparison.calls // program.updates)
+    calls = max(1, comparison.updates // program.updates)
     units_per_call = program.updates * comparison.per_update
     flops = 0.0
-    if program is comparison.programs[comparison.counted]:
+    if program is comparison.programs[comparison.flop_counted]:
         with FlopCounterMode(display=False) as counter:
             step(images)
         flops = counter.get_total_flops() / comparison.per_update
@@ -289,7 +296,7 @@ def measure(comparison: Comparison, program: Program, rounds: int) -> Measuremen
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return how long a function takes."""
+    """Return the time that a function takes, in seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -314,23 +321,24 @@ def compare(index: int, rounds: int, turns: int) -> None:
     comparison = COMPARISONS[index]
     measurements: list[list[Measurement]] = [[] for _ in comparison.programs]
     for _ in range(turns):
-        for program_index, of_program in enumerate(measurements):
-            of_program.append(measure_in_process(index, program_index, rounds))
-    all_measurements = [each for of_program in measurements for each in of_program]
-    matmul_flops = max(each.matmul_flops for each in all_measurements)
-    flops = max(each.flops for each in all_measurements)
+        for program_index, program_measurements in enumerate(measurements):
+            program_measurements.append(measure_in_process(index, program_index, rounds))
+    all_measurements = list(chain.from_iterable(measurements))
+    matmul_flops = max(measurement.matmul_flops for measurement in all_measurements)
+    flops = max(measurement.flops for measurement in all_measurements)
     print(
         f"{comparison.title}, {comparison.num_threads} threads; "
         f"matrix products {matmul_flops / 1e9:.0f} GFLOP/s"
     )
     speeds = [
-        [speed for each in of_program for speed in each.speeds] for of_program in measurements
+        list(chain.from_iterable(measurement.speeds for measurement in program_measurements))
+        for program_measurements in measurements
     ]
-    for program, of_program in zip(comparison.programs, speeds, strict=True):
-        best = max(of_program)
+    for program, program_speeds in zip(comparison.programs, speeds, strict=True):
+        best = max(program_speeds)
         print(
             f"  {program.name:40} {best:7.1f} {comparison.unit}, slowest round "
-            f"{min(of_program):.1f}  {best / max(speeds[0]):.2f}x  "
+            f"{min(program_speeds):.1f}  {best / max(speeds[0]):.2f}x  "
             f"{best * flops / matmul_flops:.0%} of matrix products",
             flush=True,
         )

@@ -1,7 +1,8 @@
-"""Measure how often the true pixels are in the 90 % intervals of completions of test images.
+"""Measure the coverage of the 90% intervals of inpainted test images.
 
-The script compares the HMC chains of a flow, random training images, and, if it has images of the
-same shape, the Gibbs chains of an RBM on binary pixels.
+The coverage is the share of unknown pixels whose true value lies in the central 90% interval of the
+samples. The script compares the HMC chains of a flow, random training images, and the Gibbs chains
+of an RBM on binary pixels, if the RBM has images of the same shape.
 """
 
 import argparse
@@ -11,26 +12,26 @@ from torch import Tensor
 
 from flowgen.commands.complete import mask
 from flowgen.config.instantiate import build_data
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.data.dataset import ImageDataset
 from flowgen.evaluation.stats import mean
 from flowgen.models.flows.flow import Flow
 from flowgen.models.rbm.rbm import RBM
 from flowgen.training.device import autocast_dtype
 
-# The true value has each of ten ranks among nine samples with equal probability. Half of the first
-# and of the last rank are outside of the 90 % interval.
+# Among nine samples, the true value has ten possible ranks of equal probability. The 90% interval
+# excludes half of the first rank and half of the last rank.
 NUM_CHAINS = 9
 BATCH_SIZE = 8
 RBM_STEPS = 500
 
 
 def ranks(samples: Tensor, truth: Tensor) -> Tensor:
-    """Return the ranks of true values among samples, from 0 to 1, with ties broken at random.
+    """Return the ranks of true values among samples, scaled to [0, 1], with ties broken at random.
 
     Args:
-        samples: (N, chains, P).
-        truth: (N, P).
+        samples: Samples of the unknown pixels (N, chains, pixels).
+        truth: Their true values (N, pixels).
     """
     below = (samples < truth[:, None]).sum(1)
     ties = (samples == truth[:, None]).sum(1)
@@ -40,25 +41,25 @@ def ranks(samples: Tensor, truth: Tensor) -> Tensor:
 def print_row(name: str, samples: Tensor, truth: Tensor) -> None:
     """Print coverage of all pixels, coverage of pixels that vary, and mean error.
 
-    A pixel varies if its samples and its true value are not all equal. The true value counts too:
-    pixels selected by the samples alone have a higher coverage than 90 % if the samples are right.
-    Standard errors are over images.
+    A pixel varies if its samples and its true value are not all equal. The true value must be part
+    of this criterion: pixels that are selected by the samples alone have a coverage above 90% even
+    if the samples have the right distribution. Standard errors are over images.
     """
-    covered = ((ranks(samples, truth) - 0.5).abs() < 0.45).double()
+    is_covered = ((ranks(samples, truth) - 0.5).abs() < 0.45).double()
     values = torch.cat((samples, truth[:, None]), 1)
     varies = (values.amax(1) > values.amin(1)).double()
     of_varying = [
         ((image_covered * image_varies).sum() / image_varies.sum()).item()
-        for image_covered, image_varies in zip(covered, varies, strict=True)
+        for image_covered, image_varies in zip(is_covered, varies, strict=True)
         if image_varies.any()
     ]
     error = (samples.mean(1) - truth).abs().mean(1)
-    cells = [mean(covered.mean(1).tolist()), mean(of_varying)]
+    cells = [mean(is_covered.mean(1).tolist()), mean(of_varying)]
     print(f"{name:24} {cells[0]!s:18} {cells[1]!s:18} {mean(error.tolist())}", flush=True)
 
 
 def complete_with_flow(flow: Flow, images: Tensor, known: Tensor, num_steps: int) -> Tensor:
-    """Return samples of the unknown pixels with values from 0 to 1, (N, chains, P)."""
+    """Return samples of the unknown pixels with values in [0, 1], (N, chains, pixels)."""
     dtype = autocast_dtype("auto", flow.device)
     samples = []
     for index, batch in enumerate(images.split(BATCH_SIZE)):
@@ -67,13 +68,13 @@ def complete_with_flow(flow: Flow, images: Tensor, known: Tensor, num_steps: int
             chains = flow.inpainting_chains(batch, known, NUM_CHAINS, num_steps, generator)
         pixels = (chains.samples * flow.bins).floor().clamp(0, flow.bins - 1) / (flow.bins - 1)
         samples.append(pixels.view(len(batch), NUM_CHAINS, -1)[..., ~known.flatten()])
-        done = index * BATCH_SIZE + len(batch)
-        print(f"{done} of {len(images)} images, acceptance {chains.acceptance:.2f}", flush=True)
+        num_done = index * BATCH_SIZE + len(batch)
+        print(f"{num_done} of {len(images)} images, acceptance {chains.acceptance:.2f}", flush=True)
     return torch.cat(samples)
 
 
 def complete_with_rbm(rbm: RBM, images: Tensor, known: Tensor) -> Tensor:
-    """Return binary samples of the unknown pixels, (N, chains, P)."""
+    """Return binary samples of the unknown pixels (N, chains, pixels)."""
     samples = []
     for index, image in enumerate(images):
         generator = torch.Generator().manual_seed(index)

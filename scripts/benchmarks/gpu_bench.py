@@ -1,11 +1,12 @@
 """Measure the training speed of a Glow on a GPU with different settings of the trainer.
 
-Usage: python scripts/benchmarks/gpu_bench.py. It takes ten minutes on a GPU. On a CPU it runs a
-tiny model in a minute or two.
+Usage: python scripts/benchmarks/gpu_bench.py. It takes ten minutes on a GPU. On a CPU it trains a
+tiny model for a minute or two.
 
-Every row is a training by `flowgen train` on random images: images per second over its second half,
-peak memory, and startup time, which includes loading, compiling and the first half. The rows vary
-precision, batch size, compilation, `trainer.activation_memory` and the number of GPUs.
+Every row of the table is a training run on random images by `flowgen train`. It has the images per
+second of the second half of the steps, the peak memory, and the startup time, which is the time of
+loading, compiling and the first half. The rows differ in precision, batch size, compilation,
+`trainer.activation_memory` and the number of GPUs.
 """
 
 import json
@@ -43,17 +44,17 @@ TRAINER_OVERRIDES = [
 
 
 def rows() -> list[dict[str, object]]:
-    """Return settings of the trainer, from simple to complex."""
-    largest = BATCH_SIZES[-1]
+    """Return the settings of the trainer for each row."""
+    largest_batch = BATCH_SIZES[-1]
     result: list[dict[str, object]] = [
         {"batch_size": batch_size, "precision": "float32"} for batch_size in BATCH_SIZES
     ]
     for batch_size, compiled in product(BATCH_SIZES, (False, True)):
         result.append({"batch_size": batch_size, "precision": "bfloat16", "compile": compiled})
     for mode in ("checkpoint", "reversible"):
-        result.append({"batch_size": largest, "activation_memory": mode})
+        result.append({"batch_size": largest_batch, "activation_memory": mode})
     if NUM_GPUS > 1:
-        result.append({"batch_size": largest * NUM_GPUS, "num_processes": NUM_GPUS})
+        result.append({"batch_size": largest_batch * NUM_GPUS, "num_processes": NUM_GPUS})
     return result
 
 

@@ -1,14 +1,16 @@
-"""Compare the training speed on images that exceed the memory limit with images in memory.
+"""Compare the training speed on images from the disk and on images in memory.
 
 Usage: python scripts/benchmarks/large_set.py [GIB]
 
-The script writes random images in the format of ImageNet-64, by default 3 GiB, below /tmp or
-TMPDIR. It needs twice that space for a while. Then it trains three times in two ways. One way has a
-limit of 1 GiB for the memory of the process (RLIMIT_DATA, which does not count pages of files that
-are only read), and the page cache of the system has no images, so that all images are read from the
-disk. The other way has no limit, and the page cache has all images. Finally, a training with the
-limit is stopped and resumed. Its weights must equal those of a training without the limit bit by
-bit.
+The script writes random images in the format of ImageNet-64, by default 3 GiB, to a temporary
+folder, which needs twice that space. Then it trains three times under each of two conditions:
+
+- from the disk: The memory of the process is limited to 1 GiB (RLIMIT_DATA, which does not count
+  the pages of files that are only read), and the page cache of the system has no images.
+- in memory: There is no limit, and the page cache has all images.
+
+Finally, it resumes the run that it stopped first, with the limit. The weights must equal those of a
+run without the limit bit by bit.
 """
 
 import json
@@ -32,7 +34,7 @@ IMAGE_BYTES = torch.Size(IMAGE_SHAPE).numel()
 IMAGES_PER_CHUNK = 4096
 NUM_TEST_IMAGES = 64
 MEMORY_LIMIT_BYTES = 2**30
-ROUNDS = 3
+ROUNDS = 3  # runs under each condition
 STEPS = 40
 OVERRIDES = [
     "data=imagenet64",
@@ -53,7 +55,7 @@ OVERRIDES = [
 
 
 def write_npz(path: Path, count: int) -> None:
-    """Write different images, all of one class."""
+    """Write `count` different images of one class."""
     pixels = torch.randint(256, (IMAGES_PER_CHUNK, IMAGE_BYTES), dtype=torch.uint8)
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open("data.npy", "w", force_zip64=True) as file:
@@ -69,7 +71,7 @@ def write_npz(path: Path, count: int) -> None:
 
 
 def set_page_cache(folder: Path, filled: bool) -> None:
-    """Load the prepared images into the page cache of the system, or remove them from it."""
+    """Load the images into the page cache of the system, or remove them from it."""
     for path in folder.glob("*.bin"):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -97,7 +99,7 @@ def run_command(folder: Path, *args: object, limited: bool) -> None:
 
 
 def train(folder: Path, name: str, steps: int, limited: bool) -> float:
-    """Train and return the images per second over the second half."""
+    """Train and return the images per second of the second half of the steps."""
     run = folder / name
     args = [*OVERRIDES, f"data.root={folder / 'images'}", f"trainer.steps={steps}"]
     run_command(folder, "train", *args, f"output_dir={run}", limited=limited)
@@ -118,7 +120,7 @@ def main(gib: float) -> None:
         (folder / "images").mkdir()
         write_npz(folder / "images" / "train_data_batch_1.npz", count)
         write_npz(folder / "images" / "val_data.npz", NUM_TEST_IMAGES)
-        train(folder, "first", STEPS // 2, limited=True)  # prepares the images
+        train(folder, "first", STEPS // 2, limited=True)  # fills flowgen's cache
         cache_bytes = sum(path.stat().st_size for path in (folder / "cache").glob("*.bin"))
         print(f"{count} images, {cache_bytes / 2**30:.2f} GiB", flush=True)
         speeds: dict[bool, list[float]] = {True: [], False: []}
@@ -136,7 +138,7 @@ def main(gib: float) -> None:
         reference = load_weights(folder / "0-False")
         same = all(torch.equal(value, reference[key]) for key, value in resumed.items())
         result = "equal" if same else "DIFFERENT"
-        print(f"weights of the training that was resumed with the limit: {result}")
+        print(f"weights of the run that was resumed with the limit: {result}")
         sys.exit(not same)
 
 

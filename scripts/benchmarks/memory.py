@@ -1,11 +1,10 @@
-"""Measure peak memory and time of a training step by depth for each `trainer.activation_memory`.
+"""Measure the peak memory and the time of a training step for each `trainer.activation_memory`.
 
-Usage: python scripts/benchmarks/memory.py [DEPTH...]
+Usage: python scripts/benchmarks/memory.py [DEPTH...], with numbers of steps of flow per level.
 
 Each measurement runs in its own process. Memory is the increase of the resident memory during a
-step, so it excludes weights and gradients. For the measurement of memory, glibc allocates every
-large tensor by its own mapping, so that freed memory is returned at once. Time is measured without
-this setting.
+step, so it excludes weights and gradients. While memory is measured, glibc maps every large tensor
+separately and returns freed memory to the system at once. Time is measured without this setting.
 """
 
 import ctypes
@@ -16,15 +15,14 @@ from pathlib import Path
 
 import torch
 
-from flowgen.bijections.base import set_activation_memory
+from flowgen.bijections.base import ACTIVATION_MEMORY, set_activation_memory
 from flowgen.bijections.networks import ZeroConv2d
-from flowgen.bijections.reversible import ACTIVATION_MEMORY
 from flowgen.models.flows.glow import Glow
 
 DEPTHS = (8, 16, 32, 64, 128)
 BATCH_SIZE = 128
 SIZE = 16  # height and width of the images
-MALLOC_OPTIONS = {-3: 8192, -4: 1_000_000}  # M_MMAP_THRESHOLD, M_MMAP_MAX
+MALLOC_OPTIONS = {-3: 8192, -4: 1_000_000}  # M_MMAP_THRESHOLD (bytes), M_MMAP_MAX
 MIB = 2**20
 
 

@@ -1,8 +1,8 @@
-"""Compare how many digits the chains of an RBM visit by Gibbs sampling and parallel tempering.
+"""Compare the mixing of Gibbs sampling and parallel tempering on an RBM of digits.
 
-A classifier, trained on the training images of the run, names the digit of every state. A mode
-change is a state with another digit than the last one, if the classifier's probability of the digit
-is at least `CONFIDENCE_THRESHOLD`. All chains start at the same test digits.
+A classifier is trained on the training images of the run and labels the states of the chains. A
+mode change is a step to a state with another label. Labels with a probability below
+`CONFIDENCE_THRESHOLD` are ignored. All chains start at the same test digits.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowgen.config.instantiate import build_data
-from flowgen.config.loading import find_model
+from flowgen.config.runs import find_model
 from flowgen.evaluation.sample_quality import CONFIDENCE_THRESHOLD, Classifier, train_classifier
 from flowgen.models.rbm.rbm import RBM, SAMPLERS
 
@@ -29,7 +29,8 @@ def count_visits(
     """Run chains and count mode changes and different digits.
 
     Returns:
-        The counts after each step, averaged over the chains, (steps,) each.
+        changes: Mean number of mode changes per chain up to each step (steps,).
+        digits: Mean number of different digits per chain up to each step (steps,).
     """
     generator = torch.Generator().manual_seed(0)
     last, _ = classifier.predict(start.view(-1, *rbm.image_shape))

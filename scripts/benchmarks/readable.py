@@ -1,8 +1,9 @@
 """Measure the share of readable samples of models of digits.
 
-A sample is readable if a classifier, trained on the training images of MNIST, assigns a probability
-of at least 0.9 to a class. The script also prints this share for the test digits, and how often a
-sample of a class-conditional model has the requested class.
+A sample is readable if a classifier assigns a probability of at least 0.9 to one of the classes.
+The classifier is trained on the training images of MNIST. The script also prints the share of
+readable test digits, and the share of samples of a class-conditional model that have the requested
+class.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def load_classifier(data: MNIST, path: Path | None) -> Classifier:
 
 
 def describe_samples(classifier: Classifier, run: str, temperature: float, count: int) -> str:
-    """Sample a model and return its shares of readable and of right digits as text."""
+    """Sample a model and return the shares of readable and of requested digits as text."""
     model = flowgen.load(run)
     images = sample_images(model, count, temperature, seed=0)[0].cpu()
     if model.bits == 1:

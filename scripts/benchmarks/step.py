@@ -1,8 +1,9 @@
-"""Measure the shares of a Glow's training step with torch.profiler.
+"""Profile the training step of a Glow with torch.profiler.
 
 Usage: python scripts/benchmarks/step.py [OVERRIDE...], with overrides of `flowgen train`.
 
-The first table has the phases of a step, the second one the kinds of operations in all phases.
+The script prints two tables: the shares of the phases of a step, and the shares of the kinds of
+operations over all phases.
 """
 
 import sys
@@ -18,7 +19,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from flowgen import cli
 from flowgen.data.dataset import ImageDataset
-from flowgen.training import trainer
 from flowgen.training.trainer import Trainer
 
 WARMUP_STEPS = 3
@@ -34,17 +34,17 @@ OVERRIDES = [
     "trainer.sample_every=1000000",
     "trainer.save_every=1000000",
 ]
-PHASES: dict[str, list[tuple[Any, str]]] = {  # functions of each phase
+PHASES: dict[str, list[tuple[Any, str]]] = {  # owner and name of the functions of a phase
     "batch": [(ImageDataset, "next_batch")],
     "forward": [(Trainer, "compute_loss")],
     "backward": [(torch.Tensor, "backward")],
     "norm and clipping": [
-        (trainer, "gradient_norm"),
+        (torch.nn.utils, "get_total_norm"),
         (torch.nn.utils, "clip_grads_with_norm_"),
     ],
     "optimizer and EMA": [(torch.optim.Adam, "step"), (AveragedModel, "update_parameters")],
 }
-OPERATIONS = {  # by a part of the name; the first match counts
+OPERATIONS = {  # part of an operation's name: its kind; the first match counts
     "convolution_backward": "convolutions, backward",
     "convolution": "convolutions, forward",
     "_fused_adam": "optimizer",
@@ -57,7 +57,7 @@ OPERATIONS = {  # by a part of the name; the first match counts
 
 
 def label_calls(owner: Any, name: str, label: str) -> None:
-    """Show the calls of a function under a label in the profile."""
+    """Replace a function by one whose calls have a label in the profile."""
     call = getattr(owner, name)
 
     def labeled(*args: Any, **kwargs: Any) -> Any:

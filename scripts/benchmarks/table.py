@@ -2,11 +2,12 @@
 
     python scripts/benchmarks/table.py --data mnist --models glow tarflow --minutes 15 [OVERRIDE...]
 
-Every model is trained on every data set for the same CPU time. Overrides, such as data.root=FOLDER,
-go to every `flowgen train`. Results are stored in outputs/table/DATA_MODEL_MINUTES/row.json as soon
-as they are known. The same command continues where it was stopped. It prints all rows and shows
-samples of all models of a data set in one picture. Two short trainings determine the number of
-steps for the given time, since wall-clock time would depend on other work of the machine.
+Every model is trained on every data set for the same CPU time. Every `flowgen train` gets the
+overrides, such as data.root=FOLDER. Results are stored in outputs/table/DATA_MODEL_MINUTES/row.json
+as soon as they are known. If the script was stopped, the same command continues. At the end it
+prints all rows and draws samples of all models of a data set in one picture. Two short training
+runs determine the number of steps for the given CPU time. Wall-clock time is not used, since it
+depends on other work of the machine.
 """
 
 import argparse
@@ -34,8 +35,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from run_flowgen import run_flowgen
 
 FOLDER = Path("outputs/table")
-SHORT_STEPS = 10  # of the two trainings that measure the cost of a step
-LONG_STEPS = 60
+SHORT_STEPS = 10  # of the first of two short runs that measure the cost of a step
+LONG_STEPS = 60  # of the second
 IMPORTANCE_SAMPLES = (1, 16)
 TEMPERATURE = 0.7
 NUM_SAMPLES = 16
@@ -63,7 +64,7 @@ class Row:
     Args:
         data: Name of the data set.
         model: Name of the model.
-        minutes: CPU minutes of the training.
+        minutes: CPU minutes of the training run.
         overrides: Overrides for `flowgen train`.
     """
 
@@ -108,7 +109,7 @@ class Row:
             temporary.write_text(json.dumps(self.values, indent=1) + "\n")
 
     def fill(self) -> None:
-        """Train and measure what is not stored yet."""
+        """Train and measure the model. Results that are stored already are not measured again."""
         steps = self.cached("steps", self.measure_steps)
         if not self.run.has_ended():
             self.train(steps)
@@ -148,11 +149,11 @@ class Row:
         self.add_cpu_seconds(seconds)
 
     def add_cpu_seconds(self, seconds: float) -> None:
-        """Add to the CPU time of the training."""
+        """Add to the CPU time of the training run."""
         self.store("cpu_seconds", self.values.get("cpu_seconds", 0.0) + seconds)
 
     def evaluate(self, num_importance_samples: int) -> dict[str, float]:
-        """Return test metrics."""
+        """Return the test metrics of the model."""
         output, _ = timed_flowgen(
             "evaluate",
             "--run",
@@ -196,7 +197,7 @@ def timed_flowgen(
 
     Args:
         *args: Arguments of `flowgen`.
-        on_failure: Is called with the CPU time if the command fails.
+        on_failure: Called with the CPU time if the command fails.
 
     Raises:
         SystemExit: If the command fails.
@@ -231,11 +232,11 @@ def count_parameters(run: str) -> int:
 
 
 def count_flops(run: str) -> float:
-    """Return the FLOPs of convolutions and matrix products in a training step per image."""
+    """Return the FLOPs per image of convolutions and matrix products in a training step."""
     model = flowgen.load(run)
     images = torch.zeros(2, *model.image_shape, dtype=torch.uint8)
     labels = None if model.num_classes is None else torch.zeros(2, dtype=torch.long)
-    # On a CPU, the counter only counts the math kernel of attention.
+    # On a CPU, the counter knows no kernel of attention except the math kernel.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(images, labels).backward()
     return counter.get_total_flops() / len(images)
@@ -247,7 +248,7 @@ def main() -> None:
     )
     parser.add_argument("--data", nargs="*", default=["mnist"])
     parser.add_argument("--models", nargs="*", default=MODELS)
-    parser.add_argument("--minutes", type=float, default=15.0, help="CPU time of each training")
+    parser.add_argument("--minutes", type=float, default=15.0, help="CPU time of each training run")
     args, overrides = parser.parse_known_args()
     rows = [
         Row(data, model, args.minutes, overrides) for data in args.data for model in args.models

@@ -1,7 +1,7 @@
 """Train and evaluate the models of the package, and export them to flowgen/zoo: `make zoo`.
 
-Trainings continue where they were stopped. The model at the end of training is exported; nothing is
-chosen by the test images.
+A training run that was stopped is resumed. The weights at the end of training are exported, so the
+test images play no part in their choice.
 """
 
 import argparse

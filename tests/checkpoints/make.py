@@ -1,6 +1,7 @@
 """Train the stored checkpoints of tests/test_checkpoints.py: python tests/checkpoints/make.py.
 
-They prove that later versions read format 1, so run this for new models only, by name:
+The checkpoints prove that later versions read format 1. Never train an existing one again; run this
+for new models only, by name:
 
     python tests/checkpoints/make.py NAME...
 
@@ -65,14 +66,14 @@ def make(name: str) -> None:
         path = run / "checkpoints" / "last.pt"
         metrics = json.loads(flowgen("evaluate", "--run", str(path), "--json"))
         compressed = gzip.compress(path.read_bytes(), mtime=0)
-    kept = {
+    stored_metrics = {
         key: value
         for key, value in metrics.items()
         if isinstance(value, float) and not key.endswith("seconds")
     }
     (FOLDER / f"{name}.pt.gz").write_bytes(compressed)
-    (FOLDER / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
-    print(name, len(compressed), "bytes", kept)
+    (FOLDER / f"{name}.json").write_text(json.dumps(stored_metrics, indent=1) + "\n")
+    print(name, len(compressed), "bytes", stored_metrics)
 
 
 def flowgen(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""Trainings on disks that become full or read-only, with signals, and with a clock that jumps."""
+"""Training runs on full and on read-only disks, with signals, and with a clock that jumps."""
 
 import contextlib
 import resource
@@ -20,14 +20,14 @@ from kills import (
     invalid_checkpoint,
     train_or_resume,
 )
-from trainings import TRAININGS
+from training_runs import TRAINING_RUNS
 
 LARGE_DISK_BYTES = 2**28
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def can_mount(folder: Path) -> bool:
-    """Tell if this process may mount file systems."""
+    """Return True if this process may mount file systems."""
     with (
         contextlib.suppress(OSError, subprocess.CalledProcessError),
         mounted(folder / "trial", 4096),
@@ -54,14 +54,14 @@ def remount(folder: Path, option: str) -> None:
 
 
 def limit_file_size(num_bytes: int) -> None:
-    """Let no file of this process grow further, as a substitute for a full disk."""
+    """Limit the size of the files of this process, as a substitute for a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
 def full_disk(workspace: Workspace, seed: int, index: int) -> Result:
-    """Let the disk of a training become full, make room, resume the training, and compare it."""
+    """Train on a disk that becomes full, make room, resume the run, and compare its result."""
     rng = make_rng(seed, "disk", index)
-    name = list(TRAININGS)[index % len(TRAININGS)]
+    name = list(TRAINING_RUNS)[index % len(TRAINING_RUNS)]
     workspace.reference(name)
     folder = workspace.folder / "disks" / str(index)
     files = [path for path in workspace.reference_run(name).rglob("*") if path.is_file()]
@@ -88,8 +88,8 @@ def _compare(kind: str, workspace: Workspace, name: str, folder: Path, outcome: 
 
 
 def read_only_disk(workspace: Workspace, seed: int, index: int) -> Result:
-    """Run commands that write on a read-only disk. Each must fail with one plain sentence."""
-    name = list(TRAININGS)[index % len(TRAININGS)]
+    """Run commands that write to a read-only disk. Each must fail with one plain sentence."""
+    name = list(TRAINING_RUNS)[index % len(TRAINING_RUNS)]
     workspace.reference(name)
     folder = workspace.folder / "read-only" / str(index)
     run = folder / "run"
@@ -111,9 +111,9 @@ def read_only_disk(workspace: Workspace, seed: int, index: int) -> Result:
 
 
 def signaled(workspace: Workspace, seed: int, index: int) -> Result:
-    """Send a signal to a training at a random moment, resume the training, and compare it."""
+    """Send a signal to a training run at a random moment, resume it, and compare its result."""
     rng = make_rng(seed, "signal", index)
-    name = list(TRAININGS)[index % len(TRAININGS)]
+    name = list(TRAINING_RUNS)[index % len(TRAINING_RUNS)]
     reference = workspace.reference(name)
     number = SIGNALS[index % len(SIGNALS)]
     folder = workspace.folder / "signals" / str(index)
@@ -132,7 +132,7 @@ def signaled(workspace: Workspace, seed: int, index: int) -> Result:
 def clock_jumps(workspace: Workspace, seed: int, index: int) -> Result:
     """Train while the clock jumps by up to ten years and the machine seems to sleep for hours."""
     rng = make_rng(seed, "clock", index)
-    name = list(TRAININGS)[index % len(TRAININGS)]
+    name = list(TRAINING_RUNS)[index % len(TRAINING_RUNS)]
     folder = workspace.folder / "clocks" / str(index)
     folder.mkdir(parents=True)
 
@@ -155,7 +155,7 @@ def clock_jumps(workspace: Workspace, seed: int, index: int) -> Result:
 
 
 def disk_faults(workspace: Workspace, seed: int, count: int) -> Iterator[Result]:
-    """Test `count` full disks, half as many signals, and a quarter of each other fault."""
+    """Test `count` full disks, half as many signals, and a quarter as many of the other faults."""
     for index in range(count):
         yield full_disk(workspace, seed, index)
         if index % 2 == 0:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-MAX_CPU_SECONDS = 60  # after which a command counts as hung
-MAX_SECONDS = 600  # by the clock; other work on the machine may slow a command down
+MAX_CPU_SECONDS = 60  # a command that needs more counts as hung
+MAX_SECONDS = 600  # of wall-clock time, since other work may slow a command down
 KILLED = -signal.SIGKILL
-EXIT_CODES = (1, 2, 130, 143)  # of errors, usage errors, SIGINT and SIGTERM
+EXIT_CODES = (1, 2, 130, 143)  # for errors, usage errors, SIGINT and SIGTERM
 
 
 class Outcome(NamedTuple):
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 
     @property
     def fault(self) -> str:
-        """A description of the bug, or "" for success and for errors of one plain sentence."""
+        """A description of the fault, or "" after success or an error of one plain sentence."""
         if self.status is None:
             return f"hung for {MAX_SECONDS} s"
         if "Traceback" in self.error or "Traceback" in self.output:
@@ -58,7 +58,7 @@ def preload() -> None:
     """Import everything that a command may need.
 
     Raises:
-        SystemExit: If the process has several threads, with which forking is not safe.
+        SystemExit: If the process has several threads, because forking is not safe then.
     """
     import torch
 
@@ -87,7 +87,7 @@ def preload() -> None:
 
 
 def _preload_hydra() -> None:
-    """Make Hydra find its plugins and build its grammar. This takes as long as a short training."""
+    """Make Hydra find its plugins and build its grammar, which takes as long as a short run."""
     import hydra
 
     from flowgen.config.settings import conf_folder
@@ -110,8 +110,8 @@ def run_flowgen(
     Args:
         args: Arguments of the command.
         folder: Working directory of the command.
-        prepare: Is called in the child process before the command.
-        on_start: Is called in this process with the id of the child process.
+        prepare: Called in the child process before the command.
+        on_start: Called in this process with the id of the child process.
         output_dir: Directory for the files that collect the output, by default `folder`.
     """
     start = time.monotonic()
@@ -126,7 +126,7 @@ def run_flowgen(
     handle = os.pidfd_open(pid)
     try:
         on_start(pid)
-        # Count waits of one second, since this process itself may be suspended meanwhile.
+        # Count waits of one second. The clock would include the time while this process sleeps.
         has_ended = any(select.select([handle], [], [], 1.0)[0] for _ in range(MAX_SECONDS))
         if not has_ended:
             signal.pidfd_send_signal(handle, signal.SIGKILL)

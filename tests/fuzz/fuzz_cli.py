@@ -151,7 +151,7 @@ def _random_options(command: str, rng: random.Random) -> list[str]:
 def random_command_line(rng: random.Random, folder: Path) -> list[str]:
     """Return arguments for `flowgen` in a folder of `fuzz_files.make_folder`.
 
-    Most of them are valid. Trainings end after a short time.
+    Most of them are valid. Training ends after a short time.
     """
     command = rng.choice(COMMANDS)
     args = [command, *_random_arguments(command, rng), *_random_options(command, rng)]

@@ -1,6 +1,6 @@
 """Runs commands on damaged files and with random arguments.
 
-A command must work or fail with one plain sentence. It must not write outside of its folder.
+Every command must work or fail with one plain sentence, and write only below its folder.
 """
 
 import gzip
@@ -21,13 +21,13 @@ from fuzz_cli import random_command_line
 from kill_points import make_rng
 from kills import Result, Workspace
 from mutations import mutate
-from trainings import train_args
+from training_runs import train_args
 
 MAX_MEMORY_BYTES = 6 * 2**30  # per command
-OWN_CACHE_PROBABILITY = 0.1  # of damaging a cached file instead of one of the folder
+OWN_CACHE_PROBABILITY = 0.1  # of damaging a file of the cache
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
 OUTSIDE = "written outside of the folder:"
-NUM_PATHS = {  # audit events about paths, with the number of paths
+NUM_PATHS = {  # audit event: number of its arguments that are paths
     "os.mkdir": 1,
     "os.rename": 2,
     "os.link": 2,
@@ -35,7 +35,7 @@ NUM_PATHS = {  # audit events about paths, with the number of paths
     "os.remove": 1,
     "os.rmdir": 1,
 }
-MODELS = {"flow": "glow", "rbm": "rbm, pcd"}  # the training of each run
+MODELS = {"flow": "glow", "rbm": "rbm, pcd"}  # name of a run: key of TRAINING_RUNS
 FIRST_IMAGE = "images/00.png"
 SECOND_IMAGE = "images/01.png"
 TRAIN = (
@@ -57,9 +57,9 @@ def limit_resources() -> None:
 
 
 def confine(folder: Path) -> Callable[[], None]:
-    """Return a function that limits its process and reports files that it changes elsewhere.
+    """Return a function that limits its process and reports every change outside of `folder`.
 
-    The report is a line on standard error that starts with `OUTSIDE`.
+    Each report is a line on standard error that starts with `OUTSIDE`.
     """
     allowed = (f"{folder.resolve()}/", os.devnull, "/proc/")
 
@@ -81,11 +81,10 @@ def confine(folder: Path) -> Callable[[], None]:
 
 
 class Folder:
-    """A folder with all kinds of input files.
+    """A folder with all kinds of input files, and an empty folder as HOME.
 
     It has a run and an exported model of a flow and of an RBM; images as files, in a zip and in
-    IDX files; lists in CelebA's format; and a CSV table of attributes. HOME is set to an empty
-    folder.
+    IDX files; lists in CelebA's format; and a CSV table of attributes.
     """
 
     def __init__(self, workspace: Workspace, path: Path):
@@ -140,7 +139,7 @@ class Folder:
 
 
 def commands_for(folder: Path, file: Path) -> list[str]:
-    """Return commands that read a file of the folder."""
+    """Return commands that read this file of the folder."""
     name = file.relative_to(folder)
     top = name.parts[0]
     if top == "outputs":
@@ -198,7 +197,7 @@ def _check(kind: str, name: str, outcome: Outcome, new_paths: set[str]) -> Resul
 
 
 def _paths_outside(folder: Folder) -> set[str]:
-    """Return the paths in places where a command could write by mistake."""
+    """Return the existing paths in places where a command could write by mistake."""
     paths = set(Path(tempfile.gettempdir()).glob("outside*"))
     for root in (folder.path.parent.parent, folder.path.parent, folder.home):
         paths |= set(root.iterdir())
@@ -206,7 +205,7 @@ def _paths_outside(folder: Folder) -> set[str]:
 
 
 def fuzz_files(folder: Folder, seed: int, count: int) -> Iterator[Result]:
-    """Damage a file and use it, `count` times, each time in a fresh copy of the folder."""
+    """Damage a random file of a fresh copy of the folder and use it, `count` times."""
     work = folder.path.parent / "files"
     files = [
         path.relative_to(folder.path)

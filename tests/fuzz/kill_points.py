@@ -1,7 +1,7 @@
 """Points at which a process is killed.
 
-A point is a moment before or after a write, flush, rename, link or deletion of a file. Processes
-can also be killed at random moments.
+Each write, sync, rename, link or deletion of a file, and each new folder, is a point. A process can
+be killed before or after it, or within a write. It can also be killed at a random moment.
 """
 
 import builtins
@@ -22,8 +22,8 @@ def kill_at(point: int, share: float) -> Callable[[], None]:
 
     Args:
         point: Number of the point, from 1.
-        share: Share of the bytes of a write that reach the file before. Other calls are executed
-            before the kill if it is at least 0.5.
+        share: Share of the bytes of a write that reach the file before the kill. Other calls take
+            place before the kill if the share is at least 0.5.
     """
 
     def kill() -> None:
@@ -40,7 +40,14 @@ def count_points(path: Path) -> Callable[[], None]:
 
 
 class PointCounter:
-    """Counts points. At number `point`, `action` must be called after the `share` of a write."""
+    """Counts points. The caller must call `action` at number `point`.
+
+    Args:
+        point: Number of the point of the action, from 1.
+        share: See `kill_at`.
+        action: The function to call.
+        file: Descriptor of a file that the count is written to, or None.
+    """
 
     def __init__(
         self, point: int, share: float, action: Callable[[], None], file: int | None = None
@@ -52,7 +59,7 @@ class PointCounter:
         self.count = 0
 
     def __call__(self) -> bool:
-        """Count a point and tell if it is the one for the action."""
+        """Count a point. Return True if it is the point of the action."""
         self.count += 1
         if self.file is not None:
             os.pwrite(self.file, b"%d" % self.count, 0)
@@ -124,5 +131,5 @@ def send_after(seconds: float, signal_number: signal.Signals) -> Callable[[int],
 
 
 def make_rng(seed: int, *key: object) -> random.Random:
-    """Return the random numbers of one test case. They depend on the arguments alone."""
+    """Return the random number generator of one test case, seeded by the arguments."""
     return random.Random(" ".join(map(str, (seed, *key))))

@@ -1,6 +1,6 @@
-"""Kills one of two processes that train together, and resumes the training.
+"""Kills one of two processes that train together, and resumes the run.
 
-The result must equal that of an uninterrupted training by two processes bit by bit.
+The result must equal that of an uninterrupted run of two processes bit by bit.
 """
 
 import os
@@ -17,12 +17,12 @@ from typing import Any
 from forkserver import Outcome, run_flowgen
 from kill_points import make_rng
 from kills import Reference, Result, Workspace, difference, is_finished
-from trainings import folder_name, state_of, train_args
+from training_runs import folder_name, state_of, train_args
 
 NAMES = ("nice", "realnvp", "glow", "maf")  # an RBM trains in one process
 LAUNCHER_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-MAX_KILLS = 3  # per training
-MAX_START_SECONDS = 20.0  # until both processes run
+MAX_KILLS = 3  # per run
+MAX_START_SECONDS = 20.0  # until both processes have started
 
 
 def fork_ranks(folder: Path) -> None:
@@ -48,7 +48,7 @@ def fork_ranks(folder: Path) -> None:
 
 
 def _kill_rank_after(folder: Path, rank: int, seconds: float, launcher: int) -> None:
-    """Kill a process some time after both have started, if both still run."""
+    """Kill the process of a rank some seconds after both have started, if it still runs."""
     files = [folder / f"rank{index}" for index in range(2)]
     start = time.monotonic()
     while not all(file.exists() and file.read_text() for file in files):
@@ -77,7 +77,7 @@ def _train_or_resume(name: str, workspace: Workspace, folder: Path, **kwargs: An
 
 
 def _reference(name: str, workspace: Workspace) -> Reference:
-    """Return the uninterrupted training by two processes, with the time that both run."""
+    """Return the uninterrupted run of two processes, with the time from their start to the end."""
     key = f"{name}, two processes"
     if key not in workspace.references:
         folder = workspace.folder / "references" / folder_name(key)
@@ -91,7 +91,7 @@ def _reference(name: str, workspace: Workspace) -> Reference:
 
 
 def _kill_rank(workspace: Workspace, seed: int, index: int) -> Result:
-    """Kill one process of a training up to three times, resume it, and compare the result."""
+    """Kill one of two processes up to three times, resume the run, and compare its result."""
     rng = make_rng(seed, "rank", index)
     name = NAMES[index // 2 % len(NAMES)]
     rank = index % 2
@@ -118,7 +118,7 @@ def _kill_rank(workspace: Workspace, seed: int, index: int) -> Result:
 
 
 def kill_ranks(workspace: Workspace, seed: int, count: int) -> Iterator[Result]:
-    """Run trainings by two processes until `count` kills have hit."""
+    """Train with two processes until `count` kills have hit a run."""
     hits = 0
     index = 0
     while hits < count:

@@ -1,6 +1,6 @@
-"""Kills trainings by SIGKILL at random moments and inside file operations, and resumes them.
+"""Kills training runs by SIGKILL at random moments and inside file operations, and resumes them.
 
-The result must equal that of an uninterrupted training bit by bit.
+The result must equal that of an uninterrupted run bit by bit.
 """
 
 import os
@@ -12,28 +12,28 @@ from typing import Any, NamedTuple
 
 from forkserver import KILLED, Outcome, run_flowgen
 from kill_points import count_points, kill_at, make_rng, send_after
-from trainings import STEPS, TRAININGS, folder_name, make_images, same, state_of, train_args
+from training_runs import STEPS, TRAINING_RUNS, folder_name, make_images, same, state_of, train_args
 
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.utils.errors import UserError
 
-REPEAT_PROBABILITY = 0.9  # of killing a resumed training again
-OWN_CACHE_PROBABILITY = 0.1  # of a training with its own cache of images
-MAX_KILLS = 12  # per training
-STARTUP_SHARE = 0.3  # share of a training that is repeated when it is resumed
+REPEAT_PROBABILITY = 0.9  # of killing a resumed run again
+OWN_CACHE_PROBABILITY = 0.1  # of a run with its own cache of images
+MAX_KILLS = 12  # per run
+STARTUP_SHARE = 0.3  # of the time of a run; a resumed run needs it again
 
 
 class Result(NamedTuple):
-    """The result of one test case. `fault` is "" if everything is right."""
+    """The result of one test case. `fault` is "" if there is no fault."""
 
     kind: str
     name: str
-    hits: int  # how many kills or other disturbances hit the training
+    hits: int  # number of kills or other disturbances before the end of the run
     fault: str
 
 
 class Reference(NamedTuple):
-    """An uninterrupted training."""
+    """The result of an uninterrupted run, its time, and its number of kill points."""
 
     state: dict[str, Any]
     seconds: float
@@ -41,11 +41,11 @@ class Reference(NamedTuple):
 
 
 class Workspace:
-    """Images, a shared cache, and uninterrupted trainings for comparison.
+    """Images, a shared cache, and uninterrupted runs for comparison.
 
     Args:
         folder: An empty folder.
-        can_mount: Whether file systems can be mounted below the folder.
+        can_mount: True if file systems can be mounted below the folder.
     """
 
     def __init__(self, folder: Path, can_mount: bool = False):
@@ -60,11 +60,11 @@ class Workspace:
         os.environ["FLOWGEN_CACHE"] = str(self.folder / "cache")
 
     def reference_run(self, name: str) -> Path:
-        """Return the folder of the uninterrupted training, after `reference`."""
+        """Return the folder of the uninterrupted run, which `reference` creates."""
         return self.folder / "references" / folder_name(name) / "run"
 
     def reference(self, name: str) -> Reference:
-        """Return the uninterrupted training. The first call runs it."""
+        """Return the uninterrupted run. The first call trains it."""
         if name not in self.references:
             run = self.reference_run(name)
             run.parent.mkdir(parents=True)
@@ -78,7 +78,7 @@ class Workspace:
 
 
 def train_or_resume(name: str, workspace: Workspace, folder: Path, **kwargs: Any) -> Outcome:
-    """Resume the training in a folder, or start it if it has no configuration yet."""
+    """Resume the run in a folder, or start it if it has no configuration yet."""
     run = folder / "run"
     if (run / "config.yaml").exists():
         return run_flowgen(["resume", run], folder, **kwargs)
@@ -86,7 +86,7 @@ def train_or_resume(name: str, workspace: Workspace, folder: Path, **kwargs: Any
 
 
 def finish(name: str, workspace: Workspace, folder: Path) -> str:
-    """Resume a training to its end. Return a description of the fault or of the differences."""
+    """Resume a run until it ends. Return a description of the fault or of the differences."""
     outcome = train_or_resume(name, workspace, folder)
     if outcome.status and not is_finished(outcome):
         return outcome.fault or outcome.last_line
@@ -94,12 +94,12 @@ def finish(name: str, workspace: Workspace, folder: Path) -> str:
 
 
 def is_finished(outcome: Outcome) -> bool:
-    """Tell if a command failed because the training had ended before."""
+    """Return True if a command failed because the run had ended before."""
     return "has ended" in outcome.error
 
 
 def difference(reference: Reference, run: Path) -> str:
-    """Return the names of the parts in which a run differs from the uninterrupted training."""
+    """Return the names of the parts in which a run differs from the uninterrupted run."""
     expected = reference.state
     state = state_of(run)
     keys = sorted({*expected, *state})
@@ -118,7 +118,7 @@ def invalid_checkpoint(run: Path) -> str:
 
 
 def remaining_share(run: Path) -> float:
-    """Return about what share of a training is still to do."""
+    """Return the approximate share of a run that remains."""
     metrics = run / "metrics.jsonl"
     if not metrics.exists():
         return 1.0
@@ -126,12 +126,12 @@ def remaining_share(run: Path) -> float:
     return min(1.0, STARTUP_SHARE + 1 - steps / STEPS)
 
 
-def kill_training(workspace: Workspace, seed: int, index: int, folder: Path) -> Result:
-    """Kill and resume a training several times, and compare its result."""
+def kill_training_run(workspace: Workspace, seed: int, index: int, folder: Path) -> Result:
+    """Kill and resume a run several times, and compare its result."""
     rng = make_rng(seed, "kill", index)
-    name = list(TRAININGS)[index % len(TRAININGS)]
+    name = list(TRAINING_RUNS)[index % len(TRAINING_RUNS)]
     reference = workspace.reference(name)
-    is_in_write = (index + index // len(TRAININGS)) % 2 == 0
+    is_in_write = (index + index // len(TRAINING_RUNS)) % 2 == 0
     kind = "kill in a write" if is_in_write else "kill at a random moment"
     case = f"{index}: {name}"
     hits = 0
@@ -157,14 +157,14 @@ def kill_training(workspace: Workspace, seed: int, index: int, folder: Path) -> 
     return Result(kind, case, hits, fault)
 
 
-def kill_trainings(workspace: Workspace, seed: int, count: int) -> Iterator[Result]:
-    """Run trainings until `count` kills have hit."""
+def kill_training_runs(workspace: Workspace, seed: int, count: int) -> Iterator[Result]:
+    """Train until `count` kills have hit a run."""
     hits = 0
     index = 0
     while hits < count:
         folder = workspace.folder / "kills" / str(index)
         folder.mkdir(parents=True)
-        result = kill_training(workspace, seed, index, folder)
+        result = kill_training_run(workspace, seed, index, folder)
         if not result.fault:
             shutil.rmtree(folder)
         yield result

@@ -1,4 +1,4 @@
-"""Random changes of files, as made by attackers, failing disks or bugs."""
+"""Random changes of files, like those by attackers, failing disks or bugs."""
 
 import json
 import math

@@ -1,6 +1,6 @@
 """Run all fuzzers and print a table of their results: `make faults`.
 
-They kill trainings, fill disks, send signals, damage files and draw command lines at random.
+They kill training runs, fill disks, send signals, damage files and run random command lines.
 """
 
 import argparse
@@ -22,11 +22,11 @@ import kills
 from kills import Result, Workspace
 
 PARTS = ("kills", "ranks", "disks", "files", "lines")
-MEMORY_DISK = Path("/dev/shm")  # a thousand trainings would wear out a disk
+MEMORY_DISK = Path("/dev/shm")  # a thousand training runs would wear out a disk
 
 
 def speed_up() -> None:
-    """Replace slow parts of trainings: the plot, batch statistics and samples of an RBM."""
+    """Replace slow parts of training: the plot, batch statistics and samples of an RBM."""
     from PIL import Image
 
     from flowgen.models.rbm.rbm import RBM
@@ -44,7 +44,7 @@ def run_parts(workspace: Workspace, seed: int, count: int, parts: list[str]) -> 
     num_disks = max(1, count // 5)
     num_files = 2 * count
     results: dict[str, tuple[int, Iterator[Result]]] = {
-        "kills": (count, kills.kill_trainings(workspace, seed, count)),
+        "kills": (count, kills.kill_training_runs(workspace, seed, count)),
         "ranks": (num_ranks, kill_ranks.kill_ranks(workspace, seed, num_ranks)),
         "disks": (2 * num_disks, disk_faults.disk_faults(workspace, seed, num_disks)),
     }

@@ -1,13 +1,10 @@
 """Building blocks that the constructors of several flows share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from flowgen.bijections import elementwise, networks, reshape, univariate
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.elementwise import MarginalGaussianization
-from flowgen.bijections.networks import Conditioner
-from flowgen.bijections.reshape import FactorOut
-from flowgen.bijections.univariate import TRANSFORMS, Transform
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 
 MAX_DEPTH = 1000  # layers, blocks or couplings; deeper models would take hours to build
@@ -31,40 +28,60 @@ def square_shape(image_shape: Sequence[int]) -> tuple[int, int]:
 def choose(options: Mapping[str, T], **argument: str) -> T:
     """Return the option with the name of an argument, as in `choose(NETWORKS, network=name)`."""
     check_choice(options, **argument)
-    (name,) = argument.values()
-    return options[name]
+    return options[next(iter(argument.values()))]
 
 
-def make_transform(name: str, log_scale: str = "bounded") -> Transform:
+def make_transform(name: str, log_scale: str = "bounded") -> univariate.Transform:
     """Return the univariate transform of a coupling or of an autoregressive bijection.
 
     Args:
         name: "additive", "multiplicative", "affine", "spline" or "mixture".
-        log_scale: parameterization of the log-scale, see `flowgen.bijections.univariate`.
+        log_scale: Parameterization of the log-scale, see `flowgen.bijections.univariate`.
     """
-    return choose(TRANSFORMS, transform=name)(log_scale)
+    return choose(univariate.TRANSFORMS, transform=name)(log_scale)
 
 
 def gaussianization(enabled: bool, channels: int, bits: int) -> list[Bijection]:
     """Return the first bijection of a flow, a `MarginalGaussianization` if enabled, as a list."""
     check_whole(bits=bits)
-    return [MarginalGaussianization(channels, 2**bits)] if enabled else []
+    return [elementwise.MarginalGaussianization(channels, 2**bits)] if enabled else []
+
+
+def flat_chain(
+    image_shape: Sequence[int],
+    bits: int,
+    gaussianize: bool,
+    make_layers: Callable[[int], Iterable[Bijection]],
+) -> Chain:
+    """Return a chain of layers for flattened images.
+
+    Args:
+        image_shape: (channels, height, width), where height and width are equal.
+        bits: Bits per pixel value.
+        gaussianize: Start with a `MarginalGaussianization`.
+        make_layers: Function that returns the layers, given the dimension of the images.
+    """
+    channels, size = square_shape(image_shape)
+    return Chain(
+        *gaussianization(gaussianize, channels, bits),
+        reshape.Flatten(channels, size, size),
+        *make_layers(channels * size**2),
+    )
 
 
 def condition_size(num_classes: int | None, condition_networks: bool) -> int:
     """Return the number of condition channels that networks read: the classes, one-hot, or 0."""
-    if num_classes is None:
-        return 0
-    check_whole(num_classes=num_classes)
-    return num_classes if condition_networks else 0
+    if num_classes is not None:
+        check_whole(num_classes=num_classes)
+    return num_classes if num_classes and condition_networks else 0
 
 
 def choose_patch(size: int, patch: int | None) -> int:
     """Return the patch size of a transformer for images of `size` x `size` pixels.
 
     Args:
-        size: height and width of the images.
-        patch: a divisor of `size`; None selects the largest of 4, 2 and 1 that divides it.
+        size: Height and width of the images.
+        patch: A divisor of `size`; None selects the largest of 4, 2 and 1 that divides it.
     """
     if patch is None:
         return next(patch for patch in (4, 2, 1) if size % patch == 0)
@@ -101,8 +118,8 @@ def num_levels(size: int, levels: int | None) -> int:
     """Return the number of times that a multi-scale flow halves images of `size` x `size` pixels.
 
     Args:
-        size: height and width of the images.
-        levels: a number that the size allows; None selects the largest one, at most 4.
+        size: Height and width of the images.
+        levels: A number that the size allows; None selects the largest one, at most 4.
     """
     if levels is None:
         return next(levels for levels in (4, 3, 2, 1, 0) if size % 2**levels == 0)
@@ -121,23 +138,24 @@ def multi_scale(
     resolution: int,
     level: Callable[[int, int, int], list[Bijection]],
     last_level: Callable[[int, int], list[Bijection]],
-    prior: Callable[[int], Conditioner | None],
+    prior: Callable[[int], networks.Conditioner | None],
     index: int = 0,
 ) -> Bijection:
     """Return a multi-scale flow from images to vectors. Real NVP (1605.08803), section 3.6.
 
-    After each of the first `num_splits` levels, half of the channels leave as latents (FactorOut).
+    After each of the first `num_splits` levels, half of the channels are factored out as latents
+    (FactorOut).
 
     Args:
-        num_splits: number of levels that end with a split.
-        channels: channels of the images.
-        resolution: height and width of the images.
-        level: builds the bijections of a level, from (C, R, R) to (4C, R/2, R/2), given its
+        num_splits: Number of levels that end with a split.
+        channels: Channels of the images.
+        resolution: Height and width of the images.
+        level: Builds the bijections of a level, from (C, R, R) to (4C, R/2, R/2), given its
             number, its input channels C and its resolution R.
-        last_level: builds the bijections after the last split, which end with a vector.
-        prior: builds the network that predicts the leaving half from the other half, given the
+        last_level: Builds the bijections after the last split, which end with a vector.
+        prior: Builds the network that predicts the factored-out half from the other half, given the
             number of channels before the split; None stands for N(0, I).
-        index: number of the first level.
+        index: Number of the first level.
     """
     if index >= num_splits:
         return Chain(*last_level(channels, resolution))
@@ -145,4 +163,4 @@ def multi_scale(
     rest = multi_scale(
         num_splits, 2 * channels, resolution // 2, level, last_level, prior, index + 1
     )
-    return Chain(*bijections, FactorOut(rest, prior(4 * channels)))
+    return Chain(*bijections, reshape.FactorOut(rest, prior(4 * channels)))

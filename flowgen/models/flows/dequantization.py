@@ -6,10 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flowgen.bijections import coupling, networks, univariate
 from flowgen.bijections.base import Chain
-from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboard
-from flowgen.bijections.networks import ConvNetwork, RandomSource
-from flowgen.bijections.univariate import Affine
 from flowgen.utils.errors import check_choice
 
 VARIATIONAL_COUPLINGS = 4
@@ -22,7 +20,7 @@ class Dequantizer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.random_source = RandomSource()
+        self.random_source = networks.RandomSource()
 
     def draw_noise(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
@@ -55,26 +53,25 @@ class UniformDequantizer(Dequantizer):
 
 
 class GaussianDequantizer(Dequantizer):
-    """u = 1/2 + deviation 2^bits e with e ~ N(0, I): Gaussian noise on images.
+    """u = 1/2 + std 2^bits e with e ~ N(0, I): Gaussian noise on images.
 
     The noisy images no longer determine the pixel values, so the flow has no likelihood of
     images. TarFlow (2412.06329), section 3.
 
     Args:
-        deviation: standard deviation of the noise, for brightness from 0 to 1.
-        bins: number of pixel values, 2^bits.
+        std: Standard deviation of the noise, for brightness from 0 to 1.
+        bins: Number of pixel values, 2^bits.
     """
 
-    def __init__(self, deviation: float, bins: int):
+    def __init__(self, std: float, bins: int):
         super().__init__()
-        self.deviation = deviation
+        self.std = std
         self.bins = bins
 
     def draw_noise(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
     ) -> Tensor:
-        e = super().draw_noise(images, dtype, generator)
-        return 0.5 + self.deviation * self.bins * e
+        return 0.5 + self.std * self.bins * super().draw_noise(images, dtype, generator)
 
 
 class VariationalDequantizer(Dequantizer):
@@ -85,20 +82,20 @@ class VariationalDequantizer(Dequantizer):
     Flow++ (1902.00275), section 3.1.
 
     Args:
-        channels: channels of the images.
-        size: height and width of the images.
-        bins: number of pixel values, 2^bits.
+        channels: Channels of the images.
+        size: Height and width of the images.
+        bins: Number of pixel values, 2^bits.
     """
 
     def __init__(self, channels: int, size: int, bins: int):
         super().__init__()
         self.bins = bins
-        make_mask = checkerboard if size > 1 else channelwise
+        make_mask = coupling.checkerboard if size > 1 else coupling.channelwise
         self.bijection = Chain(
             *(
-                MaskedCoupling(
-                    ConvNetwork(2 * channels, VARIATIONAL_WIDTH, 2 * channels),
-                    Affine(),
+                coupling.MaskedCoupling(
+                    networks.ConvNetwork(2 * channels, VARIATIONAL_WIDTH, 2 * channels),
+                    univariate.Affine(),
                     make_mask(channels, size, size, index % 2 == 1),
                 )
                 for index in range(VARIATIONAL_COUPLINGS)
@@ -126,24 +123,26 @@ def make_dequantizer(dequantization: str, image_shape: Sequence[int], bits: int)
     """Return the dequantizer that a configuration names.
 
     Args:
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        dequantization: "uniform", "variational" or "gaussian:STD".
         image_shape: (channels, height, width).
-        bits: bits per pixel value.
+        bits: Bits per pixel value.
     """
-    deviation = gaussian_deviation(dequantization)
-    if deviation is not None:
-        return GaussianDequantizer(deviation, 2**bits)
+    std = gaussian_std(dequantization)
+    if std is not None:
+        return GaussianDequantizer(std, 2**bits)
     check_choice(("uniform", "variational", "gaussian:0.05"), dequantization=dequantization)
-    if dequantization == "uniform":
-        return UniformDequantizer()
-    return VariationalDequantizer(image_shape[0], image_shape[1], 2**bits)
+    return (
+        UniformDequantizer()
+        if dequantization == "uniform"
+        else VariationalDequantizer(image_shape[0], image_shape[1], 2**bits)
+    )
 
 
-def gaussian_deviation(dequantization: object) -> float | None:
-    """Return the positive DEVIATION of "gaussian:DEVIATION", or None for anything else."""
+def gaussian_std(dequantization: object) -> float | None:
+    """Return the positive STD of "gaussian:STD", or None for anything else."""
     name, _, number = str(dequantization).partition(":")
     try:
-        deviation = float(number)
+        std = float(number)
     except ValueError:
         return None
-    return deviation if name == "gaussian" and 0 < deviation < math.inf else None
+    return std if name == "gaussian" and 0 < std < math.inf else None

@@ -8,17 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.bijections.base import Chain
-from flowgen.bijections.continuous import CNF, VelocityField
-from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.networks import RandomSource, temporary_attributes
-from flowgen.bijections.reshape import Flatten
+from flowgen.bijections import continuous, elementwise, networks
+from flowgen.bijections.base import Bijection
 from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting
 from flowgen.models.flows.builders import (
     check_transformer,
     choose_patch,
     condition_size,
-    gaussianization,
+    flat_chain,
     square_shape,
 )
 from flowgen.models.flows.flow import Flow
@@ -38,19 +35,19 @@ class FlowMatching(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        patch: side length of the patches, the tokens of the transformer; None selects the largest
+        bits: Bits per pixel value.
+        patch: Side length of the patches, the tokens of the transformer; None selects the largest
             of 4, 2 and 1 that divides the image size.
-        num_layers: layers of the transformer, which predicts the velocity.
-        width: width of the transformer, a multiple of `num_heads`.
-        num_heads: attention heads of the transformer.
-        dropout: dropout of the transformer, from 0 to 1.
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        tolerance: relative and absolute tolerance of a solver step.
-        exact_trace_dims: log-determinants are exact for images up to this dimension, at a cost that
+        num_layers: Layers of the transformer, which predicts the velocity.
+        width: Width of the transformer, a multiple of `num_heads`.
+        num_heads: Attention heads of the transformer.
+        dropout: Dropout of the transformer, from 0 to 1.
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        tolerance: Relative and absolute tolerance of a solver step.
+        exact_trace_dims: Log-determinants are exact for images up to this dimension, at a cost that
             grows with it, and estimated above.
-        num_classes: number of classes for a class-conditional model, or None.
-        condition_networks: with classes, make the class an input of the velocity; p(x) then takes
+        num_classes: Number of classes of a class-conditional model, or None.
+        condition_networks: With classes, make the class an input of the velocity; p(x) then takes
             one solution of the ODE per class. Otherwise only the base depends on the class.
 
     Example:
@@ -86,29 +83,39 @@ class FlowMatching(Flow):
         check_transformer([num_layers], width, num_heads, dropout)
         check_number(tolerance=tolerance)
         check_whole(low=0, exact_trace_dims=exact_trace_dims)
-        dim = channels * size**2
-        velocity = VelocityField(
-            channels,
-            size,
-            choose_patch(size, patch),
-            width,
-            num_heads,
-            num_layers,
-            dropout,
-            condition_size(num_classes, condition_networks),
+
+        def layers(dim: int) -> list[Bijection]:
+            return [
+                elementwise.Standardize(dim, learned=False),
+                continuous.CNF(
+                    continuous.VelocityField(
+                        channels,
+                        size,
+                        choose_patch(size, patch),
+                        width,
+                        num_heads,
+                        num_layers,
+                        dropout,
+                        condition_size(num_classes, condition_networks),
+                    ),
+                    tolerance,
+                    exact_trace_dims,
+                ),
+            ]
+
+        super().__init__(
+            flat_chain(image_shape, bits, gaussianize, layers),
+            image_shape,
+            bits,
+            "uniform",
+            num_classes,
+            condition_networks,
         )
-        bijection = Chain(
-            *gaussianization(gaussianize, channels, bits),
-            Flatten(channels, size, size),
-            Standardize(dim, learned=False),
-            CNF(velocity, tolerance, exact_trace_dims),
-        )
-        super().__init__(bijection, image_shape, bits, "uniform", num_classes, condition_networks)
-        self.random_source = RandomSource()
+        self.random_source = networks.RandomSource()
         self.loss_metric = None
         # The mean of p(x) would be biased upwards by the errors of estimated log-determinants:
         # E[exp(error)] > 1.
-        self.elbo_only = dim > exact_trace_dims
+        self.elbo_only = self.dimensions > exact_trace_dims
 
     @classmethod
     def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
@@ -116,7 +123,7 @@ class FlowMatching(Flow):
         return capability is not SupportsInpainting and super().supports(capability, arguments)
 
     @property
-    def cnf(self) -> CNF:
+    def cnf(self) -> continuous.CNF:
         """The continuous part of the flow, which comes last in the chain."""
         return self.bijection.bijections[-1]  # type: ignore[index, return-value]
 
@@ -125,13 +132,13 @@ class FlowMatching(Flow):
         x, _ = self._dequantize(images)
         for bijection in self.bijection.bijections[:-1]:  # type: ignore[index]
             x, _ = bijection(x)
-        one_hot = self._one_hot(labels)
+        one_hot = self.one_hot(labels)
         z = self.random_source(torch.randn, x.shape, device=x.device, dtype=x.dtype)
         if one_hot is not None:
-            z = z + one_hot @ self._class_means()
+            z = z + one_hot @ self.means
         t = self.random_source(torch.rand, x.shape[:1], device=x.device, dtype=x.dtype)
         x_t = torch.lerp(z, x, t[:, None])
-        velocity = self.cnf.velocity(x_t, t, self._condition(one_hot))
+        velocity = self.cnf.velocity(x_t, t, self.condition(one_hot))
         return (velocity - (x - z)).square().mean()
 
     @torch.no_grad()
@@ -149,13 +156,16 @@ class FlowMatching(Flow):
         iterator = iter(batches)
         first_batch = next(iterator)
         metrics = super().evaluate(chain((first_batch,), iterator), reference, eval_config)
-        coarse = self._bits_per_dim_at(self.cnf.tolerance, first_batch)
-        fine = self._bits_per_dim_at(TOLERANCE_RATIO * self.cnf.tolerance, first_batch)
-        difference = (coarse - fine).abs().mean().item()
-        return metrics | Metrics.of(MetricValue(SOLVER_DIFFERENCE, difference))
+        coarse, fine = (
+            self._bits_per_dim_at(ratio * self.cnf.tolerance, first_batch)
+            for ratio in (1, TOLERANCE_RATIO)
+        )
+        return metrics | Metrics.of(
+            MetricValue(SOLVER_DIFFERENCE, (coarse - fine).abs().mean().item())
+        )
 
     def _bits_per_dim_at(self, tolerance: float, images: Tensor) -> Tensor:
         """Return the bits/dim of each image with another tolerance of the solver: (batch,)."""
         generator = torch.Generator(self.device).manual_seed(0)
-        with temporary_attributes([self.cnf], tolerance=tolerance):
+        with networks.temporary_attributes([self.cnf], tolerance=tolerance):
             return self._bits_per_dim(self.log_prob(images, generator))

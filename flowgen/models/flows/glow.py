@@ -2,18 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.coupling import Coupling
-from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1, InvertibleConv1x1LU
-from flowgen.bijections.networks import (
-    Conditioner,
-    ConvNetwork,
-    GatedNetwork,
-    ResNetwork,
-    ZeroConv2d,
-)
-from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.models.flows.builders import (
     MAX_DEPTH,
     choose,
@@ -27,10 +17,10 @@ from flowgen.models.flows.builders import (
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
-NETWORKS: dict[str, Callable[..., Conditioner]] = {
-    "conv": ConvNetwork,
-    "resnet": ResNetwork,
-    "gated": GatedNetwork,
+NETWORKS: dict[str, Callable[..., networks.Conditioner]] = {
+    "conv": networks.ConvNetwork,
+    "resnet": networks.ResNetwork,
+    "gated": networks.GatedNetwork,
 }
 
 
@@ -43,31 +33,33 @@ class Glow(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        levels: number of levels (L in the paper), each of which halves the resolution; None
-            selects as many as the size allows, at most 4.
-        steps_per_level: steps of flow in each level (K in the paper), or a list with one number per
+        bits: Bits per pixel value.
+        levels: Number of levels (L in the paper). Each level starts with a squeeze, which halves
+            height and width. None selects as many levels as the size allows, at most 4. For images
+            of odd size this is 0: the flow then has a single level without a squeeze, and needs at
+            least two channels.
+        steps_per_level: Steps of flow in each level (K in the paper), or a list with one number per
             level.
-        width: channels of the coupling networks; 512 in the paper.
-        network: network of the couplings: "conv" (conv3x3, conv1x1, conv3x3, as in the paper),
-            "resnet" (residual blocks) or "gated" (gated dilated blocks, as in WaveNet).
-        num_blocks: blocks of network="resnet" or "gated".
+        width: Channels of the coupling networks; 512 in the paper.
+        network: Network of the couplings: "conv" is conv3x3, conv1x1, conv3x3, as in the paper.
+            "resnet" has residual blocks. "gated" has gated dilated blocks, as in WaveNet.
+        num_blocks: Blocks of network="resnet" or "gated".
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics, as in Flow++).
-        log_scale: parameterization of the log-scales of transform="affine", "multiplicative" or
-            "mixture": "bounded" (arc tangent), "sigmoid" (as in Glow's code) or "tanh".
-        convolution: parameterization of the 1x1 convolutions: "plu" (LU decomposition) or "plain".
-        split_prior: prior of the half that leaves at a split: "predicted" from the half that stays,
-            or "standard" for N(0, 1).
-        base: base of the last latents: "standard" for N(0, I), or "learned" for a Gaussian with
-            learned means and deviations.
-        final_actnorm: add an ActNorm before the base.
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent,
+        log_scale: How the log-scales of transform="affine", "multiplicative" and "mixture" are
+            bounded: "bounded" (by an arc tangent), "sigmoid" (as in Glow's code) or "tanh".
+        convolution: Parameterization of the 1x1 convolutions: "plu" (LU decomposition) or "plain".
+        split_prior: Prior of the factored-out half of a split: "predicted" from the other half, or
+            "standard" for N(0, I).
+        base: Base of the last latents: "standard" for N(0, I), or "learned" for a Gaussian with
+            learned means and standard deviations.
+        final_actnorm: Add an ActNorm before the base.
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent,
             as in digits.
         dequantization: "uniform", "variational" (a learned flow, as in Flow++) or
-            "gaussian:DEVIATION" (noisy images).
-        num_classes: number of classes for a class-conditional model, or None.
-        condition_networks: with classes, make the class an input of all networks; p(x) then takes
+            "gaussian:STD" (noisy images).
+        num_classes: Number of classes of a class-conditional model, or None.
+        condition_networks: With classes, make the class an input of all networks; p(x) then takes
             one pass per class. Otherwise only the base depends on the class.
 
     Example:
@@ -110,7 +102,8 @@ class Glow(Flow):
         check_choice(("predicted", "standard"), split_prior=split_prior)
         check_choice(("standard", "learned"), base=base)
         make_convolution = choose(
-            {"plu": InvertibleConv1x1LU, "plain": InvertibleConv1x1}, convolution=convolution
+            {"plu": linear.InvertibleConv1x1LU, "plain": linear.InvertibleConv1x1},
+            convolution=convolution,
         )
         make_network = choose(NETWORKS, network=network)
         block_arguments = [] if network == "conv" else [num_blocks]
@@ -124,45 +117,45 @@ class Glow(Flow):
         depths = _expand_depths(steps_per_level, max(1, levels))
 
         def step(channels: int) -> list[Bijection]:
-            mixing = FusedAffine(ActNorm(channels), make_convolution(channels))
             in_channels = channels // 2 + cond_channels
             out_channels = univariate.num_params * (channels - channels // 2)
-            conditioner = make_network(in_channels, width, out_channels, *block_arguments)
-            return [mixing, Coupling(conditioner, univariate)]
+            return [
+                linear.FusedAffine(linear.ActNorm(channels), make_convolution(channels)),
+                coupling.Coupling(
+                    make_network(in_channels, width, out_channels, *block_arguments), univariate
+                ),
+            ]
 
         def steps(index: int, channels: int) -> list[Bijection]:
             return [bijection for _ in range(depths[index]) for bijection in step(channels)]
 
         def level(index: int, channels: int, resolution: int) -> list[Bijection]:
-            return [Squeeze(), *steps(index, 4 * channels)]
+            return [reshape.Squeeze(), *steps(index, 4 * channels)]
 
         def last_level(channels: int, resolution: int) -> list[Bijection]:
-            bijections = level(levels - 1, channels, resolution) if levels else steps(0, channels)
-            if levels:  # images of odd size cannot be squeezed
-                channels, resolution = 4 * channels, resolution // 2
-            if final_actnorm:
-                bijections.append(ActNorm(channels))
-            bijections.append(Flatten(channels, resolution, resolution))
-            if base == "learned":
-                bijections.append(Standardize(channels * resolution**2))
-            return bijections
+            scale = 2 if levels else 1  # images of odd size cannot be squeezed
+            out_channels = channels * scale**2
+            side = resolution // scale
+            return [
+                *(level(levels - 1, channels, resolution) if levels else steps(0, channels)),
+                *([linear.ActNorm(out_channels)] if final_actnorm else []),
+                reshape.Flatten(out_channels, side, side),
+                *([elementwise.Standardize(out_channels * side**2)] if base == "learned" else []),
+            ]
 
-        def prior(channels: int) -> Conditioner | None:
-            if split_prior == "standard":
-                return None
-            return ZeroConv2d(channels // 2 + cond_channels, channels, 3)
+        def prior(channels: int) -> networks.Conditioner | None:
+            in_channels = channels // 2 + cond_channels
+            return (
+                networks.ZeroConv2d(in_channels, channels, 3)
+                if split_prior == "predicted"
+                else None
+            )
 
-        super().__init__(
-            Chain(
-                *gaussianization(gaussianize, channels, bits),
-                multi_scale(levels - 1, channels, size, level, last_level, prior),
-            ),
-            image_shape,
-            bits,
-            dequantization,
-            num_classes,
-            condition_networks,
+        chain = Chain(
+            *gaussianization(gaussianize, channels, bits),
+            multi_scale(levels - 1, channels, size, level, last_level, prior),
         )
+        super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
 
 
 def _expand_depths(steps_per_level: int | list[int], num_levels: int) -> list[int]:

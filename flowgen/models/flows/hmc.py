@@ -1,8 +1,8 @@
-"""Hamiltonian Monte Carlo with a learned step size, for many chains in parallel."""
+"""Hamiltonian Monte Carlo with an adaptive step size, for many chains in parallel."""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,20 +17,7 @@ PILOT_LEAPFROG_STEPS = 5  # of the trajectories that select the first step size
 MAX_COORDINATE = 1e6  # trajectories beyond this have diverged
 
 
-class ChainState(NamedTuple):
-    """The state of the chains.
-
-    Attributes:
-        position: (chains, D).
-        log_density: the log-density there, (chains,).
-        gradient: the gradient of the log-density there, (chains, D).
-    """
-
-    position: Tensor
-    log_density: Tensor
-    gradient: Tensor
-
-
+@dataclass
 class StepSize:
     """The step size of the chains, adapted during warm-up and fixed afterwards.
 
@@ -39,13 +26,12 @@ class StepSize:
     invariant.
     """
 
-    def __init__(self) -> None:
-        self.value = INITIAL_STEP_SIZE
-        self.num_updates = 0
+    value: float = INITIAL_STEP_SIZE
+    num_updates: int = 0
 
     @classmethod
     def find_reasonable(
-        cls, state: ChainState, density: LogDensity, generator: torch.Generator | None = None
+        cls, position: Tensor, density: LogDensity, generator: torch.Generator | None = None
     ) -> "StepSize":
         """Halve the initial step size until half of short trajectories are accepted.
 
@@ -54,10 +40,10 @@ class StepSize:
         """
         step_size = cls()
         while step_size.value > MIN_STEP_SIZE:
-            _, log_ratio = _leapfrog(
-                state, density, step_size.value, PILOT_LEAPFROG_STEPS, generator
+            _, _, acceptance = _leapfrog(
+                position, density, step_size.value, PILOT_LEAPFROG_STEPS, generator
             )
-            if _mean_acceptance(state, log_ratio) >= 0.5:
+            if acceptance >= 0.5:
                 break
             step_size.value *= 0.5
         return step_size
@@ -68,19 +54,14 @@ class StepSize:
         self.value *= math.exp((acceptance - TARGET_ACCEPTANCE) / math.sqrt(self.num_updates))
 
 
-def initial_state(position: Tensor, density: LogDensity) -> ChainState:
-    """Return the state of chains that start at `position`, (chains, D)."""
-    return ChainState(position, *_log_density_and_gradient(position, density))
-
-
 def hmc_step(
-    state: ChainState,
+    position: Tensor,
     density: LogDensity,
     step_size: StepSize,
     leapfrog_steps: int,
     adapt: bool,
     generator: torch.Generator | None = None,
-) -> tuple[ChainState, float]:
+) -> tuple[Tensor, float]:
     """Run one Hamiltonian trajectory per chain, and accept or reject its end.
 
     The momentum is m ~ N(0, I). A leapfrog step of size e is m += e/2 grad log p(x), x += e m,
@@ -89,40 +70,45 @@ def hmc_step(
     are rejected.
 
     Args:
-        state: the state of the chains.
-        density: the log-density to sample from.
-        step_size: the step size e.
-        leapfrog_steps: steps of a trajectory.
-        adapt: adapt the step size to the acceptance of this trajectory.
-        generator: random generator, or None for the global one.
+        position: Positions of the chains, (chains, D).
+        density: The log-density to sample from.
+        step_size: The step size e.
+        leapfrog_steps: Steps of a trajectory.
+        adapt: Adapt the step size to the acceptance of this trajectory.
+        generator: Random generator, or None for the global one.
 
     Returns:
-        The new state, and the share of chains that accepted the end of their trajectory.
+        The new positions, and the share of chains that accepted the end of their trajectory.
     """
-    proposal, log_ratio = _leapfrog(state, density, step_size.value, leapfrog_steps, generator)
+    proposal, log_ratio, acceptance = _leapfrog(
+        position, density, step_size.value, leapfrog_steps, generator
+    )
     uniform = torch.rand(
         log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype
     )
     accepted = uniform.log() < log_ratio
     if adapt:
-        step_size.update(_mean_acceptance(state, log_ratio))
-    new_state = ChainState(
-        torch.where(accepted[:, None], proposal.position, state.position),
-        torch.where(accepted, proposal.log_density, state.log_density),
-        torch.where(accepted[:, None], proposal.gradient, state.gradient),
-    )
-    return new_state, accepted.float().mean().item()
+        step_size.update(acceptance)
+    return torch.where(accepted[:, None], proposal, position), accepted.float().mean().item()
 
 
 def _leapfrog(
-    state: ChainState,
+    position: Tensor,
     density: LogDensity,
     step_size: float,
     leapfrog_steps: int,
     generator: torch.Generator | None,
-) -> tuple[ChainState, Tensor]:
-    """Return the end of a trajectory, and the logarithm of the acceptance ratio, (chains,)."""
-    position, log_density, gradient = state
+) -> tuple[Tensor, Tensor, float]:
+    """Run one trajectory per chain.
+
+    Returns:
+        The ends of the trajectories, the logarithms of the acceptance ratios, (chains,), and the
+        mean acceptance probability. The mean ignores chains that start outside the support of the
+        density: they accept every step that leads into it, which says nothing about the step size.
+        If all chains do, it is TARGET_ACCEPTANCE, so that the step size does not change.
+    """
+    log_density, gradient = _log_density_and_gradient(position, density)
+    inside = log_density.isfinite()
     momentum = torch.randn(
         position.shape, generator=generator, device=position.device, dtype=position.dtype
     )
@@ -132,21 +118,10 @@ def _leapfrog(
         position = position + step_size * momentum
         log_density, gradient = _log_density_and_gradient(position, density)
         momentum = momentum + 0.5 * step_size * gradient
-    log_ratio = log_density - 0.5 * momentum.square().sum(1) - start_energy
-    return ChainState(position, log_density, gradient), log_ratio.nan_to_num(-torch.inf)
-
-
-def _mean_acceptance(state: ChainState, log_ratio: Tensor) -> float:
-    """Return the mean acceptance probability of log-ratios (chains,).
-
-    Chains outside the support of the density are ignored: they accept every step that leads into
-    it, which says nothing about the step size. TARGET_ACCEPTANCE is returned if all chains are
-    outside, so that the step size does not change.
-    """
-    inside = state.log_density.isfinite()
+    log_ratio = (log_density - 0.5 * momentum.square().sum(1) - start_energy).nan_to_num(-torch.inf)
     if not inside.any():
-        return TARGET_ACCEPTANCE
-    return log_ratio[inside].exp().clamp(max=1).mean().item()
+        return position, log_ratio, TARGET_ACCEPTANCE
+    return position, log_ratio, log_ratio[inside].exp().clamp(max=1).mean().item()
 
 
 @torch.enable_grad()

@@ -5,12 +5,8 @@ from itertools import cycle
 
 from torch import Tensor
 
+from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.coupling import Coupling, MaskedCoupling, checkerboard, stripes
-from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
-from flowgen.bijections.networks import Transformer
-from flowgen.bijections.reshape import Flatten, Permute, Squeeze
 from flowgen.models.flows.builders import (
     MAX_DEPTH,
     check_transformer,
@@ -34,23 +30,23 @@ class Jet(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        patch: side length of the patches, the tokens of the transformers; None selects the largest
+        bits: Bits per pixel value.
+        patch: Side length of the patches, the tokens of the transformers; None selects the largest
             of 4, 2 and 1 that divides the image size.
-        num_couplings: number of couplings. Every fifth one splits the patches, the others split the
+        num_couplings: Number of couplings. Every fifth one splits the patches, the others split the
             channels of each patch.
-        num_layers: layers of the transformer of each coupling.
-        width: width of the transformers, a multiple of `num_heads`.
-        num_heads: attention heads of the transformers.
-        dropout: dropout of the transformers, from 0 to 1.
+        num_layers: Layers of the transformer of each coupling.
+        width: Width of the transformers, a multiple of `num_heads`.
+        num_heads: Attention heads of the transformers.
+        dropout: Dropout of the transformers, from 0 to 1.
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics).
-        permutation: mixing of the channels of a patch before a coupling: "permutation" (as in the
+        permutation: Mixing of the channels of a patch before a coupling: "permutation" (as in the
             paper) or "plu" (ActNorm and an invertible 1x1 convolution).
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
-        num_classes: number of classes for a class-conditional model, or None.
-        condition_networks: with classes, make the class an input of all networks; p(x) then takes
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD".
+        num_classes: Number of classes of a class-conditional model, or None.
+        condition_networks: With classes, make the class an input of all networks; p(x) then takes
             one pass per class. Otherwise only the base depends on the class.
 
     Example:
@@ -85,7 +81,6 @@ class Jet(Flow):
         check_transformer([num_layers], width, num_heads, dropout)
         check_choice(("permutation", "plu"), permutation=permutation)
         univariate = make_transform(transform)
-        cond_channels = condition_size(num_classes, condition_networks)
         patch = choose_patch(size, patch)
         channels = image_channels * patch**2
         resolution = size // patch
@@ -96,10 +91,10 @@ class Jet(Flow):
             )
         masks = cycle(token_masks(channels, resolution) if resolution > 1 else [])
 
-        def network(in_channels: int, transformed: int) -> Transformer:
-            return Transformer(
+        def network(in_channels: int, transformed: int) -> networks.Transformer:
+            return networks.Transformer(
                 resolution**2,
-                in_channels + cond_channels,
+                in_channels + condition_size(num_classes, condition_networks),
                 width,
                 univariate.num_params * transformed,
                 num_heads,
@@ -109,34 +104,45 @@ class Jet(Flow):
 
         def step(index: int) -> list[Bijection]:
             if resolution > 1 and index % SPATIAL_INTERVAL == SPATIAL_INTERVAL - 1:
-                return [MaskedCoupling(network(channels, channels), univariate, next(masks))]
+                return [
+                    coupling.MaskedCoupling(network(channels, channels), univariate, next(masks))
+                ]
             mixing = (
-                Permute(channels)
+                reshape.Permute(channels)
                 if permutation == "permutation"
-                else FusedAffine(ActNorm(channels), InvertibleConv1x1LU(channels))
+                else linear.FusedAffine(
+                    linear.ActNorm(channels), linear.InvertibleConv1x1LU(channels)
+                )
             )
-            half = channels // 2
-            return [mixing, Coupling(network(half, channels - half), univariate)]
+            conditioner = network(channels // 2, channels - channels // 2)
+            return [mixing, coupling.Coupling(conditioner, univariate)]
 
-        chain = Chain(
-            *gaussianization(gaussianize, image_channels, bits),
-            Squeeze(patch),
-            ActNorm(channels),
-            *(bijection for index in range(num_couplings) for bijection in step(index)),
-            Flatten(channels, resolution, resolution),
-            Standardize(channels * resolution**2),
+        super().__init__(
+            Chain(
+                *gaussianization(gaussianize, image_channels, bits),
+                reshape.Squeeze(patch),
+                linear.ActNorm(channels),
+                *(bijection for index in range(num_couplings) for bijection in step(index)),
+                reshape.Flatten(channels, resolution, resolution),
+                elementwise.Standardize(channels * resolution**2),
+            ),
+            image_shape,
+            bits,
+            dequantization,
+            num_classes,
+            condition_networks,
         )
-        super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
 
 
 def token_masks(channels: int, resolution: int) -> list[Tensor]:
     """Return masks of half of the patches: checkerboards, columns and rows, with their complements.
 
     Args:
-        channels: channels of a patch.
-        resolution: patches per row and column.
+        channels: Channels of a patch.
+        resolution: Patches per row and column.
     """
-    checkerboards = [checkerboard(channels, resolution, resolution, odd) for odd in (False, True)]
-    columns = [stripes(channels, resolution, resolution, odd) for odd in (False, True)]
-    rows = [mask.transpose(1, 2) for mask in columns]
-    return [*checkerboards, *columns, *rows]
+    checkerboards = [
+        coupling.checkerboard(channels, resolution, resolution, odd) for odd in (False, True)
+    ]
+    columns = [coupling.stripes(channels, resolution, resolution, odd) for odd in (False, True)]
+    return [*checkerboards, *columns, *(mask.transpose(1, 2) for mask in columns)]

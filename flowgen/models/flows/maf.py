@@ -1,14 +1,11 @@
 """Masked and inverse autoregressive flows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from flowgen.bijections.autoregressive import MADE, Autoregressive
-from flowgen.bijections.base import Bijection, Chain, Flip, Invert
-from flowgen.bijections.batchnorm import BatchNorm
-from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.reshape import Flatten
-from flowgen.models.flows.builders import MAX_DEPTH, gaussianization, make_transform, square_shape
+from flowgen.bijections import autoregressive, elementwise, linear
+from flowgen.bijections.base import Bijection, Flip, Invert
+from flowgen.models.flows.builders import MAX_DEPTH, flat_chain, make_transform
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
 
@@ -21,14 +18,14 @@ class MAF(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        num_transforms: autoregressive transforms, each in the reverse order of the previous one.
-        width: units of each hidden layer.
-        num_layers: hidden layers of each network.
+        bits: Bits per pixel value.
+        num_transforms: Autoregressive transforms, each in the reverse order of the previous one.
+        width: Units of each hidden layer.
+        num_layers: Hidden layers of each network.
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics).
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD".
 
     Example:
         >>> import torch
@@ -53,24 +50,23 @@ class MAF(Flow):
         gaussianize: bool = True,
         dequantization: str = "uniform",
     ):
-        channels, size = square_shape(image_shape)
         check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_transforms=num_transforms, num_layers=num_layers)
         univariate = make_transform(transform)
-        dim = channels * size**2
-        bijections: list[Bijection] = [
-            *gaussianization(gaussianize, channels, bits),
-            Flatten(channels, size, size),
-            BatchNorm(dim),
-        ]
-        for _ in range(num_transforms):
-            network = MADE(dim, width, num_layers, univariate.num_params)
-            autoregressive: Bijection = Autoregressive(network, univariate)
-            if self.inverted:
-                autoregressive = Invert(autoregressive)
-            bijections += [autoregressive, BatchNorm(dim), Flip()]
-        bijections.append(Standardize(dim))
-        super().__init__(Chain(*bijections), image_shape, bits, dequantization)
+
+        def layers(dim: int) -> Iterator[Bijection]:
+            yield linear.BatchNorm(dim)
+            for _ in range(num_transforms):
+                bijection = autoregressive.Autoregressive(
+                    autoregressive.MADE(dim, width, num_layers, univariate.num_params), univariate
+                )
+                yield Invert(bijection) if self.inverted else bijection
+                yield from (linear.BatchNorm(dim), Flip())
+            yield elementwise.Standardize(dim)
+
+        super().__init__(
+            flat_chain(image_shape, bits, gaussianize, layers), image_shape, bits, dequantization
+        )
 
 
 class IAF(MAF):
@@ -81,14 +77,14 @@ class IAF(MAF):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        num_transforms: autoregressive transforms, each in the reverse order of the previous one.
-        width: units of each hidden layer.
-        num_layers: hidden layers of each network.
+        bits: Bits per pixel value.
+        num_transforms: Autoregressive transforms, each in the reverse order of the previous one.
+        width: Units of each hidden layer.
+        num_layers: Hidden layers of each network.
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics).
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD".
 
     Example:
         >>> import torch

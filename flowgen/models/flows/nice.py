@@ -1,13 +1,10 @@
 """NICE: Dinh, Krueger and Bengio, Non-linear Independent Components Estimation (1410.8516)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from flowgen.bijections.base import Bijection, Chain, Flip
-from flowgen.bijections.coupling import Coupling
-from flowgen.bijections.elementwise import LogisticToNormal, Standardize
-from flowgen.bijections.networks import DenseNetwork
-from flowgen.bijections.reshape import Flatten
-from flowgen.models.flows.builders import MAX_DEPTH, gaussianization, make_transform, square_shape
+from flowgen.bijections import coupling, elementwise, networks
+from flowgen.bijections.base import Bijection, Flip
+from flowgen.models.flows.builders import MAX_DEPTH, flat_chain, make_transform
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
 
@@ -20,14 +17,14 @@ class NICE(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        num_couplings: number of couplings, between which the halves swap roles.
-        width: units of each hidden layer.
-        num_layers: hidden layers of each coupling network.
+        bits: Bits per pixel value.
+        num_couplings: Number of couplings, between which the halves swap roles.
+        width: Units of each hidden layer.
+        num_layers: Hidden layers of each coupling network.
         transform: "additive" (as in the paper), "multiplicative", "affine", "spline" or "mixture"
             (of logistics).
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD".
 
     Example:
         >>> import torch
@@ -50,19 +47,20 @@ class NICE(Flow):
         gaussianize: bool = True,
         dequantization: str = "uniform",
     ):
-        channels, size = square_shape(image_shape)
         check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_couplings=num_couplings, num_layers=num_layers)
         univariate = make_transform(transform)
-        dim = channels * size**2
-        half = dim // 2
-        bijections: list[Bijection] = [
-            *gaussianization(gaussianize, channels, bits),
-            Flatten(channels, size, size),
-            Standardize(dim),
-        ]
-        for _ in range(num_couplings):
-            network = DenseNetwork(half, width, univariate.num_params * (dim - half), num_layers)
-            bijections += [Coupling(network, univariate), Flip()]
-        bijections += [Standardize(dim), LogisticToNormal()]
-        super().__init__(Chain(*bijections), image_shape, bits, dequantization)
+
+        def layers(dim: int) -> Iterator[Bijection]:
+            out_features = univariate.num_params * (dim - dim // 2)
+            yield elementwise.Standardize(dim)
+            for _ in range(num_couplings):
+                yield coupling.Coupling(
+                    networks.DenseNetwork(dim // 2, width, out_features, num_layers), univariate
+                )
+                yield Flip()
+            yield from (elementwise.Standardize(dim), elementwise.LogisticToNormal())
+
+        super().__init__(
+            flat_chain(image_shape, bits, gaussianize, layers), image_shape, bits, dequantization
+        )

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+from flowgen.bijections import elementwise, residual
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.reshape import Flatten
-from flowgen.bijections.residual import Planar, Sylvester
-from flowgen.models.flows.builders import MAX_DEPTH, gaussianization, square_shape
+from flowgen.models.flows.builders import MAX_DEPTH, flat_chain
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import check_whole
 
@@ -20,10 +18,10 @@ class PlanarFlow(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        num_transforms: number of transforms.
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        bits: Bits per pixel value.
+        num_transforms: Number of transforms.
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD".
 
     Example:
         >>> import torch
@@ -43,8 +41,12 @@ class PlanarFlow(Flow):
         gaussianize: bool = True,
         dequantization: str = "uniform",
     ):
-        chain = _residual_chain(image_shape, bits, num_transforms, gaussianize, Planar)
-        super().__init__(chain, image_shape, bits, dequantization)
+        super().__init__(
+            _residual_chain(image_shape, bits, num_transforms, gaussianize, residual.Planar),
+            image_shape,
+            bits,
+            dequantization,
+        )
 
 
 class SylvesterFlow(Flow):
@@ -55,11 +57,11 @@ class SylvesterFlow(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        num_transforms: number of transforms.
-        width: hidden units of each transform, at most the dimension of the image.
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION".
+        bits: Bits per pixel value.
+        num_transforms: Number of transforms.
+        width: Hidden units of each transform, at most the dimension of the image.
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD".
 
     Example:
         >>> import torch
@@ -81,14 +83,18 @@ class SylvesterFlow(Flow):
         dequantization: str = "uniform",
     ):
         check_whole(width=width)
-        chain = _residual_chain(
+        super().__init__(
+            _residual_chain(
+                image_shape,
+                bits,
+                num_transforms,
+                gaussianize,
+                lambda dim: residual.Sylvester(dim, min(width, dim)),
+            ),
             image_shape,
             bits,
-            num_transforms,
-            gaussianize,
-            lambda dim: Sylvester(dim, min(width, dim)),
+            dequantization,
         )
-        super().__init__(chain, image_shape, bits, dequantization)
 
 
 def _residual_chain(
@@ -98,14 +104,14 @@ def _residual_chain(
     gaussianize: bool,
     make_layer: Callable[[int], Bijection],
 ) -> Chain:
-    """Return a chain of residual layers, where `make_layer` takes the dimension of the image."""
-    channels, size = square_shape(image_shape)
+    """Return a chain of residual layers, where `make_layer` takes the dimension of the images."""
     check_whole(high=MAX_DEPTH, num_transforms=num_transforms)
-    dim = channels * size**2
-    return Chain(
-        *gaussianization(gaussianize, channels, bits),
-        Flatten(channels, size, size),
-        Standardize(dim),
-        *(make_layer(dim) for _ in range(num_transforms)),
-        Standardize(dim),
-    )
+
+    def layers(dim: int) -> list[Bijection]:
+        return [
+            elementwise.Standardize(dim),
+            *(make_layer(dim) for _ in range(num_transforms)),
+            elementwise.Standardize(dim),
+        ]
+
+    return flat_chain(image_shape, bits, gaussianize, layers)

@@ -2,14 +2,8 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
+from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.batchnorm import BatchNorm
-from flowgen.bijections.coupling import MaskedCoupling, channelwise, checkerboard
-from flowgen.bijections.elementwise import Logit
-from flowgen.bijections.networks import RealNVPNetwork, ResNetwork
-from flowgen.bijections.reshape import Flatten, Squeeze
 from flowgen.bijections.univariate import Affine
 from flowgen.models.flows.builders import (
     MAX_DEPTH,
@@ -30,14 +24,14 @@ class RealNVP(Flow):
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        levels: number of levels, each of which halves the resolution; None selects as many as the
+        bits: Bits per pixel value.
+        levels: Number of levels, each of which halves the resolution; None selects as many as the
             size allows, at most 4.
-        width: channels of the coupling networks; 64 in the paper.
-        num_blocks: residual blocks of the coupling networks; 4 to 8 in the paper.
+        width: Channels of the coupling networks; 64 in the paper.
+        num_blocks: Residual blocks of the coupling networks; 4 to 8 in the paper.
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics).
-        alpha: the logit is that of alpha + (1 - 2 alpha) x, with 0 < alpha < 0.5.
+        alpha: The logit is that of alpha + (1 - 2 alpha) x, with 0 < alpha < 0.5.
         dequantization: "uniform" or "variational".
 
     Example:
@@ -66,41 +60,57 @@ class RealNVP(Flow):
         check_whole(high=MAX_DEPTH, num_blocks=num_blocks)
         if not 0 < alpha < 0.5:
             raise UserError(f"alpha must lie between 0 and 0.5, not {alpha!r}")
-        univariate = make_transform(transform)
-
-        def coupling(channels: int, mask: Tensor) -> MaskedCoupling:
-            if transform == "affine":
-                # The log-scales of the paper's network are bounded already.
-                network = RealNVPNetwork(channels, width, 2 * channels, num_blocks)
-                return MaskedCoupling(network, Affine("plain"), mask)
-            resnet = ResNetwork(channels, width, univariate.num_params * channels, num_blocks)
-            return MaskedCoupling(resnet, univariate, mask)
+        # The log-scales of the paper's network are bounded already.
+        univariate = Affine("plain") if transform == "affine" else make_transform(transform)
+        make_network = networks.RealNVPNetwork if transform == "affine" else networks.ResNetwork
 
         def couplings(
             channels: int, resolution: int, count: int, use_checkerboard: bool
         ) -> list[Bijection]:
             """Return couplings with alternating masks, each followed by batch normalization."""
-            make_mask = checkerboard if use_checkerboard and resolution > 1 else channelwise
+            make_mask = (
+                coupling.checkerboard
+                if use_checkerboard and resolution > 1
+                else coupling.channelwise
+            )
             bijections: list[Bijection] = []
             for index in range(count):
                 mask = make_mask(channels, resolution, resolution, index % 2 == 1)
-                bijections += [coupling(channels, mask), BatchNorm(channels)]
+                network = make_network(
+                    channels, width, univariate.num_params * channels, num_blocks
+                )
+                bijections += [
+                    coupling.MaskedCoupling(network, univariate, mask),
+                    linear.BatchNorm(channels),
+                ]
             return bijections
 
         def level(index: int, channels: int, resolution: int) -> list[Bijection]:
             return [
                 *couplings(channels, resolution, 3, use_checkerboard=True),
-                Squeeze(),
+                reshape.Squeeze(),
                 *couplings(4 * channels, resolution // 2, 3, use_checkerboard=False),
             ]
 
         def last_level(channels: int, resolution: int) -> list[Bijection]:
             return [
                 *couplings(channels, resolution, 4, use_checkerboard=True),
-                Flatten(channels, resolution, resolution),
+                reshape.Flatten(channels, resolution, resolution),
             ]
 
-        flow = multi_scale(
-            num_levels(size, levels), channels, size, level, last_level, prior=lambda channels: None
+        super().__init__(
+            Chain(
+                elementwise.Logit(alpha),
+                multi_scale(
+                    num_levels(size, levels),
+                    channels,
+                    size,
+                    level,
+                    last_level,
+                    prior=lambda channels: None,
+                ),
+            ),
+            image_shape,
+            bits,
+            dequantization,
         )
-        super().__init__(Chain(Logit(alpha), flow), image_shape, bits, dequantization)

@@ -5,12 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flowgen.bijections import elementwise, linear, networks, reshape
 from flowgen.bijections.autoregressive import TokenAutoregressive, TokenHead, autoregressive_head
 from flowgen.bijections.base import Bijection, Chain, Invert
-from flowgen.bijections.elementwise import Standardize
-from flowgen.bijections.linear import ActNorm, FusedAffine, InvertibleConv1x1LU
-from flowgen.bijections.networks import CausalTransformer, RandomSource, temporary_attributes
-from flowgen.bijections.reshape import Flatten, Roll, Squeeze
 from flowgen.bijections.univariate import Affine, GuidedAffine
 from flowgen.models.base import SupportsTokenSampling
 from flowgen.models.flows.builders import (
@@ -31,31 +28,32 @@ LABEL_DROPOUT = 0.1  # share of training images whose class is hidden from the n
 class TarFlow(Flow, SupportsTokenSampling):
     """TarFlow: blocks that are autoregressive in the patches of an image, in alternating order.
 
-    Networks that read the class are given the mean of all classes for some training images, so that
-    they also learn p(x), which classifier-free guidance needs. Zhai et al. (2412.06329), section 3.
+    For some training images, the networks get the mean of all classes as their input instead of the
+    class. So they also learn p(x), which classifier-free guidance needs. Zhai et al. (2412.06329),
+    section 3.
 
     Args:
         image_shape: (channels, height, width), with height equal to width.
-        bits: bits per pixel value.
-        patch: side length of the patches, the tokens of the transformers; None selects the largest
+        bits: Bits per pixel value.
+        patch: Side length of the patches, the tokens of the transformers; None selects the largest
             of 4, 2 and 1 that divides the image size.
-        num_layers: layers of the transformer of each block, from the image to the noise. With at
+        num_layers: Layers of the transformer of each block, from the image to the noise. With at
             least two blocks, each patch depends on all others.
-        width: width of the transformers, a multiple of `num_heads`.
-        num_heads: attention heads of the transformers.
-        dropout: dropout of the transformers, from 0 to 1.
+        width: Width of the transformers, a multiple of `num_heads`.
+        num_heads: Attention heads of the transformers.
+        dropout: Dropout of the transformers, from 0 to 1.
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics); None selects "affine" for color and "mixture" for gray images.
-        local: make each number depend also on the previous numbers of its patch; False as in the
+        local: Make each number depend also on the previous numbers of its patch; False as in the
             paper.
-        roll: shift the borders of the patches every two blocks.
-        permutation: mixing of the channels of a patch before each block: "none" (as in the paper),
+        roll: Shift the borders of the patches every two blocks.
+        permutation: Mixing of the channels of a patch before each block: "none" (as in the paper),
             "actnorm" or "plu" (ActNorm and an invertible 1x1 convolution); None selects "plu" for
             color and "actnorm" for gray images.
-        gaussianize: start from the marginal distribution of the pixels if few values are frequent.
-        dequantization: "uniform", "variational" or "gaussian:DEVIATION" (as in the paper).
-        num_classes: number of classes for a class-conditional model, or None.
-        condition_networks: with classes, make the class an input of all networks; p(x) then takes
+        gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
+        dequantization: "uniform", "variational" or "gaussian:STD" (as in the paper).
+        num_classes: Number of classes of a class-conditional model, or None.
+        condition_networks: With classes, make the class an input of all networks; p(x) then takes
             one pass per class. Otherwise only the base depends on the class.
 
     Example:
@@ -91,12 +89,7 @@ class TarFlow(Flow, SupportsTokenSampling):
         image_channels, size = square_shape(image_shape)
         is_gray = image_channels == 1
         check_transformer(num_layers, width, num_heads, dropout)
-        if transform is None:
-            transform = "mixture" if is_gray else "affine"
-        if permutation is None:
-            permutation = "actnorm" if is_gray else "plu"
-        univariate = make_transform(transform)
-        cond_channels = condition_size(num_classes, condition_networks)
+        univariate = make_transform(transform or ("mixture" if is_gray else "affine"))
         patch = choose_patch(size, patch)
         channels = image_channels * patch**2
         resolution = size // patch
@@ -105,15 +98,25 @@ class TarFlow(Flow, SupportsTokenSampling):
             # All options are built, so that the other parameters do not depend on the choice.
             mixing: dict[str, list[Bijection]] = {
                 "none": [],
-                "actnorm": [ActNorm(channels)],
-                "plu": [FusedAffine(ActNorm(channels), InvertibleConv1x1LU(channels))],
+                "actnorm": [linear.ActNorm(channels)],
+                "plu": [
+                    linear.FusedAffine(
+                        linear.ActNorm(channels), linear.InvertibleConv1x1LU(channels)
+                    )
+                ],
             }
-            network = CausalTransformer(
-                resolution**2, channels, width, num_heads, depth, dropout, cond_channels
+            network = networks.CausalTransformer(
+                resolution**2,
+                channels,
+                width,
+                num_heads,
+                depth,
+                dropout,
+                condition_size(num_classes, condition_networks),
             )
             head = (autoregressive_head if local else TokenHead)(channels, width, univariate)
             return [
-                *choose(mixing, permutation=permutation),
+                *choose(mixing, permutation=permutation or ("actnorm" if is_gray else "plu")),
                 TokenAutoregressive(network, head, reverse=index % 2 == 1),
             ]
 
@@ -122,23 +125,22 @@ class TarFlow(Flow, SupportsTokenSampling):
             if not roll or index == 0 or index % 2:
                 return []
             pixels = patch // 2 if index % 4 == 2 else -(patch // 2)
-            return [Invert(Squeeze(patch)), Roll(pixels), Squeeze(patch)]
+            return [Invert(reshape.Squeeze(patch)), reshape.Roll(pixels), reshape.Squeeze(patch)]
 
-        bijections: list[Bijection] = [
+        chain = Chain(
             *gaussianization(gaussianize, image_channels, bits),
-            Squeeze(patch),
-            ActNorm(channels),
-        ]
-        for index, depth in enumerate(num_layers):
-            bijections += [*shift(index), *block(index, depth)]
-        bijections += [
-            Flatten(channels, resolution, resolution),
-            Standardize(channels * resolution**2),
-        ]
-        super().__init__(
-            Chain(*bijections), image_shape, bits, dequantization, num_classes, condition_networks
+            reshape.Squeeze(patch),
+            linear.ActNorm(channels),
+            *(
+                bijection
+                for index, depth in enumerate(num_layers)
+                for bijection in (*shift(index), *block(index, depth))
+            ),
+            reshape.Flatten(channels, resolution, resolution),
+            elementwise.Standardize(channels * resolution**2),
         )
-        self.random_source = RandomSource()
+        super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
+        self.random_source = networks.RandomSource()
         self.transform = univariate
         self.guidance = 0.0
 
@@ -159,28 +161,28 @@ class TarFlow(Flow, SupportsTokenSampling):
         log p(x | class) is returned.
 
         Args:
-            count: number of images.
-            temperature: standard deviation of every latent around its mean.
-            generator: random generator, or None for the global one.
-            label: the class; None cycles through the classes, if the flow has any.
-            start_index: index of the first image in this cycle.
-            guidance: the weight w of classifier-free guidance; needs classes and
+            count: Number of images.
+            temperature: Standard deviation of every latent around its mean.
+            generator: Random generator, or None for the global one.
+            label: The class; None cycles through the classes, if the flow has any.
+            start_index: Index of the first image in this cycle.
+            guidance: The weight w of classifier-free guidance; needs classes and
                 transform="affine".
-            jacobi: update all tokens in parallel until they converge (Jacobi iteration).
+            jacobi: Update all tokens in parallel until they converge (Jacobi iteration).
         """
         check_number(guidance=guidance)
         with (
-            temporary_attributes([self], guidance=guidance),
-            temporary_attributes(self._blocks(), jacobi=jacobi),
+            networks.temporary_attributes([self], guidance=guidance),
+            networks.temporary_attributes(self._blocks(), jacobi=jacobi),
         ):
             return super().sample(count, temperature, generator, label, start_index)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return the latents of images, computed in float64."""
-        with temporary_attributes(self._blocks(), exact=True):
+        with networks.temporary_attributes(self._blocks(), exact=True):
             return super().encode(images, generator)
 
-    def sweeps(self) -> list[int]:
+    def jacobi_iterations(self) -> list[int]:
         return [block.num_iterations for block in self._blocks()]
 
     def _invert(self, z: Tensor, one_hot: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -193,11 +195,12 @@ class TarFlow(Flow, SupportsTokenSampling):
             )
         # The first half of the batch has the class, the second half the mean of all classes.
         conditions = torch.cat((one_hot, torch.full_like(one_hot, 1 / one_hot.shape[1])))
-        means = self._class_means()
         # Guidance of the base, exact if the transforms of both halves have the same scale.
-        guided_z = z + self.guidance * (one_hot @ means - means.mean(0))
-        heads = [block.head for block in self._blocks()]
-        with temporary_attributes(heads, transform=GuidedAffine(self.transform, self.guidance)):
+        guided_z = z + self.guidance * (one_hot @ self.means - self.means.mean(0))
+        guided = GuidedAffine(self.transform, self.guidance)
+        with networks.temporary_attributes(
+            [block.head for block in self._blocks()], transform=guided
+        ):
             x, _ = self.bijection.inverse(guided_z.repeat(2, 1), conditions)
         x = x[: len(z)]
         return x, self.log_density(x, one_hot.argmax(1))
@@ -205,9 +208,9 @@ class TarFlow(Flow, SupportsTokenSampling):
     def _blocks(self) -> list[TokenAutoregressive]:
         return [module for module in self.modules() if isinstance(module, TokenAutoregressive)]
 
-    def _one_hot(self, labels: Tensor | None) -> Tensor | None:
+    def one_hot(self, labels: Tensor | None) -> Tensor | None:
         """Return the classes (batch, classes), with label dropout in training."""
-        one_hot = super()._one_hot(labels)
+        one_hot = super().one_hot(labels)
         if one_hot is None or not self.training or not self.condition_networks:
             return one_hot
         uniform = self.random_source(torch.rand, (len(one_hot), 1), device=one_hot.device)

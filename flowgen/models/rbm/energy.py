@@ -1,4 +1,4 @@
-"""Energy of a restricted Boltzmann machine, its conditionals, and the loss of its training."""
+"""Energy of a restricted Boltzmann machine, its conditionals, and its training loss."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ class EnergyModel(nn.Module):
     The energy is E(v, h) = -b.v - c.h - v'Wh, with W = `weight` (visible, hidden),
     b = `visible_bias` (visible,) and c = `hidden_bias` (hidden,). All energies are in nats.
 
-    The buffer `base` (visible,) holds the log-odds of independent pixels, the base-rate model
-    where annealing and tempering start. At inverse temperature beta in [0, 1] the intermediate
+    Annealing and tempering start at the independent-pixel model. The buffer `base` (visible,)
+    holds the log-odds of its pixels. At an inverse temperature beta from 0 to 1 the intermediate
     distribution has the energy beta E(v, h) - (1 - beta) base.v (Salakhutdinov and Murray, On the
     quantitative analysis of deep belief networks, 2008, section 4.1).
 
     Args:
-        visible: number of visible units.
-        hidden: number of hidden units.
+        visible: Number of visible units.
+        hidden: Number of hidden units.
 
     Example:
         >>> rbm = EnergyModel(visible=4, hidden=3)
@@ -90,15 +90,15 @@ class ContrastiveLoss(torch.autograd.Function):
         """Return the loss, a scalar.
 
         Args:
-            ctx: context of autograd.
-            weight: (visible, hidden).
-            visible_bias: (visible,).
-            hidden_bias: (hidden,); the loss depends on it through the hidden inputs.
-            data: visible units of the data, (batch, visible).
-            data_hidden_input: their hidden inputs, (batch, hidden).
-            negative: visible units of the negative phase, (chains, visible).
-            negative_hidden_input: their hidden inputs, (chains, hidden).
-            offsets: mu (visible,) and lambda (hidden,), or None for the plain gradient.
+            ctx: Context of autograd.
+            weight: Weights, (visible, hidden).
+            visible_bias: Biases of the visible units, (visible,).
+            hidden_bias: Biases of the hidden units, (hidden,). The hidden inputs contain them.
+            data: Visible units of the data, (batch, visible).
+            data_hidden_input: Their hidden inputs, (batch, hidden).
+            negative: Visible units of the negative phase, (chains, visible).
+            negative_hidden_input: Their hidden inputs, (chains, hidden).
+            offsets: Offsets mu (visible,) and lambda (hidden,), or None for the plain gradient.
         """
         # The mean over the data minus the mean over the negatives is a sum with these weights.
         signed_mean = torch.cat(
@@ -129,7 +129,7 @@ class ContrastiveLoss(torch.autograd.Function):
             weight_gradient = scale * (visible.T @ hidden)
             return weight_gradient, visible_gradient, hidden_gradient, *(None,) * 5
         mu, lam = offsets
-        # Two more rows in the same product subtract the offsets from the units.
+        # The last two terms of the product subtract the offsets from the units.
         left = torch.cat((visible, -mu[None], -visible_difference[None])).mul_(scale)
         weight_gradient = left.T @ torch.cat((hidden, hidden_difference[None], lam[None]))
         return (

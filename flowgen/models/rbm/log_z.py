@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -31,29 +31,34 @@ ACCEPTANCE_RATIO_ITERATIONS = 50
 MAX_INTERMEDIATE_TEMPERATURES = 100
 
 MAX_DISAGREEMENT_NATS = 1.0  # between two estimates of a reliable log Z
-MIN_EFFECTIVE_SAMPLES = 10  # of each estimate of a reliable log Z
+MIN_EFFECTIVE_SIZE = 10  # of each estimate of a reliable log Z
 
 
 class Estimate(NamedTuple):
-    """Estimate of log Z in nats, with its standard error and its effective sample size."""
+    """Estimate of log Z in nats, with its standard error.
+
+    The effective sample size is the number of independent samples with the same variance; it is
+    infinite for an exact value.
+    """
 
     log_z: float
     error: float
-    effective_sample_size: float  # number of independent samples with the same variance
+    effective_size: float
 
 
 @torch.no_grad()
 def exact_log_z(rbm: EnergyModel, layer: str | None = None) -> float:
     """Return log Z in nats by summing over all states of one layer, in double precision.
 
-    log Z = log sum_h exp(c.h + sum_i softplus(b + W h)_i), and likewise with the layers exchanged.
+    The states of the other layer are summed out: for the hidden layer
+    log Z = log sum_h exp(c.h + sum_i softplus(b_i + sum_j W_ij h_j)).
 
     Args:
-        rbm: the model.
-        layer: layer to enumerate, "visible" or "hidden"; the smaller one by default.
+        rbm: The model.
+        layer: Layer to enumerate, "visible" or "hidden"; the smaller one by default.
 
     Raises:
-        UserError: if the layer has more than `MAX_ENUMERATED_UNITS` units.
+        UserError: If the layer has more than `MAX_ENUMERATED_UNITS` units.
 
     Example:
         >>> rbm = EnergyModel(visible=4, hidden=3)
@@ -65,36 +70,36 @@ def exact_log_z(rbm: EnergyModel, layer: str | None = None) -> float:
     weight = (rbm.weight if layer == "hidden" else rbm.weight.T).double()
     biases = [rbm.hidden_bias.double(), rbm.visible_bias.double()]
     bias, other_bias = biases if layer == "hidden" else biases[::-1]
-    units = len(bias)
-    if units > MAX_ENUMERATED_UNITS:
+    if len(bias) > MAX_ENUMERATED_UNITS:
         raise UserError(
-            f"{units} {layer} units are too many to enumerate (at most {MAX_ENUMERATED_UNITS}): "
-            "estimate log Z with ais"
+            f"{len(bias)} {layer} units are too many to enumerate (at most "
+            f"{MAX_ENUMERATED_UNITS}): estimate log Z with ais"
         )
     total = weight.new_tensor(-math.inf)
-    for block in torch.arange(2**units, device=weight.device).split(STATES_PER_BLOCK):
-        states = (block[:, None] >> torch.arange(units, device=block.device) & 1).double()
+    for block in torch.arange(2 ** len(bias), device=weight.device).split(STATES_PER_BLOCK):
+        states = (block[:, None] >> torch.arange(len(bias), device=block.device) & 1).double()
         log_weights = states @ bias + F.softplus(states @ weight.T + other_bias).sum(1)
         total = torch.logaddexp(total, log_weights.logsumexp(0))
     return total.item()
 
 
 def base_log_z(rbm: EnergyModel) -> float:
-    """Return log Z of the base-rate model at beta = 0: hidden log 2 + sum_i softplus(base)_i."""
+    """Return log Z at beta = 0, where hidden units are uniform and pixels independent."""
     return rbm.hidden * math.log(2) + F.softplus(rbm.base.double()).sum().item()
 
 
 class AnnealingState:
-    """Visible units of chains between the base-rate model and the RBM, with their free energies.
+    """Visible units of chains between the independent-pixel model and the RBM.
 
-    The intermediate distribution is P_beta(v) ~ exp(-F_beta(v)) with
-    F_beta(v) = -((1 - beta) base + beta b).v - sum_j softplus(beta (c + W'v))_j.
-    The hidden units are marginalized out. `beta` is one number, or (chains, 1).
+    The hidden units are summed out. The intermediate distribution P_beta(v) ~ exp(-F_beta(v)) has
+    the free energy
+    F_beta(v) = -((1 - beta) base + beta b).v - sum_j softplus(beta (c_j + sum_i W_ij v_i)).
+    `beta` is a number, or a tensor of shape (chains, 1).
 
     Args:
-        rbm: the model.
-        visible: visible units of the chains, (chains, visible).
-        generator: source of random numbers.
+        rbm: The model.
+        visible: Visible units of the chains, (chains, visible).
+        generator: Random generator, or None for the global one.
     """
 
     def __init__(self, rbm: EnergyModel, visible: Tensor, generator: Generator | None):
@@ -106,7 +111,7 @@ class AnnealingState:
     def at_beta_zero(
         cls, rbm: EnergyModel, chains: int, generator: Generator | None
     ) -> "AnnealingState":
-        """Draw independent chains from the base-rate model."""
+        """Draw independent chains from the independent-pixel model."""
         return cls(rbm, bernoulli_from_logits(rbm.base.expand(chains, -1), generator), generator)
 
     def _set_visible(self, visible: Tensor) -> None:
@@ -146,18 +151,18 @@ def ais(
     generator: Generator | None = None,
     progress: Progress = no_progress,
 ) -> Estimate:
-    """Estimate log Z by annealed importance sampling from the base-rate model to the RBM.
+    """Estimate log Z by annealed importance sampling from the independent-pixel model to the RBM.
 
     Salakhutdinov and Murray, On the quantitative analysis of deep belief networks (2008),
-    section 4.1. The estimate of Z is unbiased. By Jensen's inequality log Z is underestimated on
-    average, so the log-likelihood is overestimated.
+    section 4.1. The estimate of Z is unbiased. By Jensen's inequality the estimate of log Z is
+    biased low, so that the log-likelihood is overestimated on average.
 
     Args:
-        rbm: the model.
-        betas: number of equal AIS steps, or the inverse temperatures from 0 to 1.
-        chains: number of independent chains.
-        generator: source of random numbers.
-        progress: progress bar.
+        rbm: The model.
+        betas: Number of equal AIS steps, or the inverse temperatures from 0 to 1.
+        chains: Number of independent chains.
+        generator: Random generator, or None for the global one.
+        progress: Progress bar.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -181,25 +186,25 @@ def reverse_ais(
     generator: Generator | None = None,
     progress: Progress = no_progress,
 ) -> Estimate:
-    """Estimate log Z by annealing samples of the RBM back to the base-rate model.
+    """Estimate log Z by annealing samples of the RBM back to the independent-pixel model.
 
     Burda, Grosse and Salakhutdinov, Accurate and conservative estimates of MRF log-likelihood
-    using reverse annealing (arXiv:1412.8566). If `start` are exact samples, log Z is
-    overestimated on average, so that forward and reverse AIS bracket the true value.
+    using reverse annealing (arXiv:1412.8566). If `start` are exact samples, the estimate is biased
+    high, so that forward and reverse AIS bracket the true value.
 
     Args:
-        rbm: the model.
-        start: samples of the RBM, (chains, visible).
-        betas: number of equal AIS steps, or the inverse temperatures from 0 to 1; they are
+        rbm: The model.
+        start: Samples of the RBM, (chains, visible).
+        betas: Number of equal AIS steps, or the inverse temperatures from 0 to 1; they are
             visited in reverse order.
-        generator: source of random numbers.
-        progress: progress bar.
+        generator: Random generator, or None for the global one.
+        progress: Progress bar.
     """
     state = AnnealingState(rbm, start, generator)
     log_weights = torch.zeros(len(start), dtype=torch.double, device=rbm.base.device)
-    for beta, previous in progress(_ais_steps(betas)[::-1], "reverse AIS"):
-        state.gibbs_step(previous)
-        log_weights += state.free_energy(previous) - state.free_energy(beta)
+    for next_beta, beta in progress(_ais_steps(betas)[::-1], "reverse AIS"):
+        state.gibbs_step(beta)
+        log_weights += state.free_energy(beta) - state.free_energy(next_beta)
     return _estimate(log_weights, base_log_z(rbm), -1)
 
 
@@ -211,14 +216,17 @@ def _ais_steps(betas: int | Sequence[float]) -> list[tuple[float, float]]:
 
 
 def _estimate(log_weights: Tensor, log_z_base: float, sign: int) -> Estimate:
-    """Return log Z from log importance weights of Z / Z_base (sign 1) or Z_base / Z (sign -1)."""
+    """Return log Z from log importance weights.
+
+    The mean weight estimates Z / Z_base if the sign is 1, and Z_base / Z if it is -1.
+    """
     count = len(log_weights)
     weights = (log_weights - log_weights.max()).exp()
     error = (weights.std() / weights.mean() / math.sqrt(count)).item() if count > 1 else math.inf
     return Estimate(
         log_z_base + sign * (log_weights.logsumexp(0).item() - math.log(count)),
         error,
-        effective_sample_size=(weights.sum().square() / weights.square().sum()).item(),
+        effective_size=(weights.sum().square() / weights.square().sum()).item(),
     )
 
 
@@ -230,19 +238,11 @@ class PilotRun(NamedTuple):
     # It is proportional to the rejection rate of swaps (the communication barrier).
     barrier: Tensor
     # Standard deviation of the log weight that an interval adds, (intervals,): the error of AIS.
-    friction: Tensor
+    log_weight_std: Tensor
     # Chains at the ends of the intervals, boolean, (intervals + 1, chains, visible), and their log
     # importance weights, (intervals + 1, chains).
     visible: Tensor
     log_weights: Tensor
-
-    def schedule(self, num_steps: int) -> list[float]:
-        """Return inverse temperatures for `num_steps` AIS steps of equal friction.
-
-        They minimize the variance of the log weights (Sivak and Crooks, Thermodynamic metrics and
-        optimal paths, arXiv:1201.4166).
-        """
-        return space_betas(self.betas, self.friction, num_steps).tolist()
 
 
 @torch.no_grad()
@@ -266,11 +266,13 @@ def run_pilot(
         log_weights.append(log_weights[-1] + total)
         visible.append(state.visible.bool())
     spread = torch.stack(lengths, 1)
-    barrier, friction = spread.clamp(min=MIN_RELATIVE_LENGTH * spread.mean(1, keepdim=True) + 1e-12)
+    barrier, log_weight_std = spread.clamp(
+        min=MIN_RELATIVE_LENGTH * spread.mean(1, keepdim=True) + 1e-12
+    )
     return PilotRun(
         betas[::PILOT_STEPS].to(spread),
         barrier,
-        friction,
+        log_weight_std,
         torch.stack(visible),
         torch.stack(log_weights),
     )
@@ -290,23 +292,23 @@ def bridge(
 ) -> tuple[Estimate, Tensor]:
     """Estimate log Z by bridge sampling between neighboring temperatures of replica exchange.
 
-    Replicas are visible units alone and swap by their free energies F_beta, which sum the hidden
-    units out and so reject less than energies of (v, h) do. log Z is the sum of the log ratios of
-    neighbors, each by Bennett's acceptance ratio (Bennett, Efficient estimation of free energy
-    differences from Monte Carlo data, 1976). The error is the standard error of the mean over the
-    chains, which are independent.
+    Replicas have visible units only and swap by their free energies F_beta. The hidden units are
+    summed out, so that fewer swaps are rejected than with the energies of both layers. log Z is
+    the sum of the log ratios of neighbors, each by Bennett's acceptance ratio (Bennett, Efficient
+    estimation of free energy differences from Monte Carlo data, 1976). The error is the standard
+    error of the mean over the chains, which are independent.
 
     Args:
-        rbm: the model.
-        chains: number of independent ensembles of replicas.
-        burn_in: steps during which the betas adapt; they are not used for the estimate.
-        steps: sampling steps after the burn-in, rounded down to an even number.
-        num_temperatures: number of inverse temperatures. By default half of the swaps are
+        rbm: The model.
+        chains: Number of independent chains, each with one replica at every temperature.
+        burn_in: Number of steps during which the betas adapt; the estimate does not use them.
+        steps: Number of sampling steps after the burn-in, rounded down to an even number.
+        num_temperatures: Number of inverse temperatures. By default half of the swaps are
             accepted (Syed et al., arXiv:1905.02939, section 5).
-        pilot: pilot run; by default a new one. The replicas start at its chains, drawn by their
+        pilot: Pilot run; by default a new one. The replicas start at its chains, drawn by their
             importance weights.
-        generator: source of random numbers.
-        progress: progress bar.
+        generator: Random generator, or None for the global one.
+        progress: Progress bar.
 
     Returns:
         The estimate, and samples of the RBM, (chains, visible).
@@ -347,7 +349,7 @@ def bridge(
     estimate = Estimate(
         log_z=base_log_z(rbm) + (even + odd),
         error=(chain_influence.std() / math.sqrt(chains)).item(),
-        effective_sample_size=min(
+        effective_size=min(
             (influence.var() * chains / chain_influence.var()).item(), influence.numel()
         ),
     )
@@ -362,18 +364,16 @@ def _bridge_step(state: AnnealingState, replicas: ReplicaExchange) -> Tensor:
         (2, pairs, chains).
     """
     lower = replicas.lower_indices()
-    neighbor = torch.arange(len(replicas.betas), device=lower.device)
-    neighbor[lower] = lower + 1
-    neighbor[lower + 1] = lower.clone()
+    pairs = torch.stack((lower, lower + 1))
+    neighbor_betas = replicas.betas.clone()
+    neighbor_betas[pairs] = replicas.betas[pairs.flip(0)]
     beta = replicas.betas[replicas.beta_index].view(-1, 1)
-    neighbor_beta = replicas.betas[neighbor][replicas.beta_index].view(-1, 1)
+    neighbor_beta = neighbor_betas[replicas.beta_index].view(-1, 1)
     state.gibbs_step(beta)
     difference = state.free_energy(neighbor_beta) - state.free_energy(beta)
-    by_beta = replicas.by_beta(difference.view_as(replicas.beta_index))
-    at_lower = by_beta[lower]
-    at_upper = -by_beta[lower + 1]
-    replicas.exchange(lower, at_upper - at_lower, state.generator)
-    return torch.stack((at_lower, at_upper)).double()
+    at_lower, at_upper = replicas.by_beta(difference.view_as(replicas.beta_index))[pairs]
+    replicas.exchange(lower, -at_upper - at_lower, state.generator)
+    return torch.stack((at_lower, -at_upper)).double()
 
 
 def _log_ratios(at_lower: Tensor, at_upper: Tensor) -> tuple[float, Tensor]:
@@ -398,16 +398,17 @@ def _log_ratios(at_lower: Tensor, at_upper: Tensor) -> tuple[float, Tensor]:
     return -shift.sum().item(), influence.sum(0)
 
 
-@dataclass(frozen=True)
-class LogZ:
-    """log Z in nats with its standard error, the estimates it combines, and a verdict.
+class LogZ(NamedTuple):
+    """Result of `estimate_log_z`.
 
-    Without `cross_check`, `reliable` is `None`.
+    Attributes:
+        estimates: Estimates by the suffix of their metrics. The empty suffix is the final result,
+            and the others are the estimates that it combines.
+        reliable: True if the final result can be trusted, or None without a cross-check.
+        verdict: The reason.
     """
 
-    value: float
-    error: float
-    estimates: dict[str, Estimate] = field(default_factory=dict)
+    estimates: dict[str, Estimate]
     reliable: bool | None = None
     verdict: str = ""
 
@@ -420,9 +421,9 @@ def estimate_log_z(
 ) -> LogZ:
     """Return log Z exactly if a layer is small enough to enumerate, otherwise estimate it.
 
-    With `eval_config.cross_check` forward AIS, reverse AIS and bridge sampling check one another.
-    Forward and reverse AIS err on opposite sides: the value is their midpoint, and half of their
-    distance is part of the error. Otherwise the value is that of forward AIS alone.
+    Without `eval_config.cross_check` the estimate is that of forward AIS. Otherwise forward AIS,
+    reverse AIS and bridge sampling check each other. Forward AIS is biased low, reverse AIS high:
+    the result is their midpoint, and half of their distance is part of the error.
 
     Example:
         >>> result = estimate_log_z(EnergyModel(4, 3), EvalConfig(cross_check=True))
@@ -430,21 +431,22 @@ def estimate_log_z(
         (True, 'log Z is exact (enumeration)')
     """
     check = eval_config.cross_check
+    chains = eval_config.ais_chains
     max_units = MAX_ENUMERATED_UNITS if check else MAX_QUICK_ENUMERATED_UNITS
     if min(rbm.visible, rbm.hidden) <= max_units:
         value = exact_log_z(rbm)
-        return LogZ(
-            value,
-            error=0.0,
-            reliable=math.isfinite(value) if check else None,
-            verdict="log Z is exact (enumeration)",
-        )
-    chains = eval_config.ais_chains
-    pilot = run_pilot(rbm, chains, generator, progress) if check else None
-    betas = pilot.schedule(eval_config.ais_steps) if pilot else eval_config.ais_steps
-    forward = ais(rbm, betas=betas, chains=chains, generator=generator, progress=progress)
+        is_finite = math.isfinite(value)
+        verdict = f"log Z is {'exact (enumeration)' if is_finite else 'not finite'}"
+        return LogZ({"": Estimate(value, 0.0, math.inf)}, is_finite if check else None, verdict)
+    steps = eval_config.ais_steps
     if not check:
-        return LogZ(forward.log_z, forward.error)
+        forward = ais(rbm, betas=steps, chains=chains, generator=generator, progress=progress)
+        return LogZ({"": forward})
+    pilot = run_pilot(rbm, chains, generator, progress)
+    # Steps with the same variance of the log weight minimize the variance of their sum (Sivak and
+    # Crooks, Thermodynamic metrics and optimal paths, arXiv:1201.4166).
+    betas = space_betas(pilot.betas, pilot.log_weight_std, steps).tolist()
+    forward = ais(rbm, betas=betas, chains=chains, generator=generator, progress=progress)
     bridge_estimate, samples = bridge(
         rbm,
         chains=chains,
@@ -455,33 +457,27 @@ def estimate_log_z(
         progress=progress,
     )
     reverse = reverse_ais(rbm, samples, betas=betas, generator=generator, progress=progress)
-    half_distance = abs(forward.log_z - reverse.log_z) / 2
-    return LogZ(
-        (forward.log_z + reverse.log_z) / 2,
-        math.hypot(half_distance, forward.error / 2, reverse.error / 2),
-        {"forward": forward, "reverse": reverse, "bridge": bridge_estimate},
-        *_verdict(forward, reverse, bridge_estimate),
-    )
+    return _cross_check(forward, reverse, bridge_estimate)
 
 
-def _verdict(forward: Estimate, reverse: Estimate, bridge: Estimate) -> tuple[bool, str]:
-    """Return whether the three estimates agree well enough to report log Z, and the reason."""
-    estimates = (forward, reverse, bridge)
+def _cross_check(forward: Estimate, reverse: Estimate, bridge: Estimate) -> LogZ:
+    """Combine three estimates, and decide if they agree well enough to report log Z."""
+    methods = {"_forward": forward, "_reverse": reverse, "_bridge": bridge}
     distance = abs(forward.log_z - reverse.log_z)
-    smallest = min(estimate.effective_sample_size for estimate in estimates)
     bridge_distance = max(abs(bridge.log_z - forward.log_z), abs(bridge.log_z - reverse.log_z))
-    problems = (
+    smallest = min(estimate.effective_size for estimate in methods.values())
+    checks = (
         (
-            not all(math.isfinite(value) for estimate in estimates for value in estimate),
-            "an estimate of log Z or its error is not finite: "
-            "the model has diverged, or ais_chains=1",
+            not all(math.isfinite(value) for estimate in methods.values() for value in estimate),
+            "an estimate of log Z or its error is not finite: the model has diverged, "
+            "or evaluation.ais_chains is 1; use more",
         ),
         (
             distance > MAX_DISAGREEMENT_NATS,
             f"forward and reverse AIS differ by {distance:.1f} nats: increase evaluation.ais_steps",
         ),
         (
-            smallest < MIN_EFFECTIVE_SAMPLES,
+            smallest < MIN_EFFECTIVE_SIZE,
             f"the effective sample size is only {smallest:.1f}: "
             "increase evaluation.ais_steps or evaluation.ais_chains",
         ),
@@ -491,45 +487,43 @@ def _verdict(forward: Estimate, reverse: Estimate, bridge: Estimate) -> tuple[bo
             "the chains do not mix",
         ),
     )
-    for occurs, problem in problems:
-        if occurs:
-            return False, problem
-    return True, (
+    problems = [problem for occurs, problem in checks if occurs]
+    agreement = (
         f"forward and reverse AIS differ by {distance:.2f} nats, "
         f"and all effective sample sizes are at least {smallest:.0f}"
     )
+    verdict = problems[0] if problems else agreement
+    error = math.hypot(distance / 2, forward.error / 2, reverse.error / 2)
+    result = Estimate((forward.log_z + reverse.log_z) / 2, error, smallest)
+    return LogZ({"": result} | methods, reliable=not problems, verdict=verdict)
 
 
 def log_likelihood_metrics(free_energy: Tensor, log_z: LogZ) -> Metrics:
     """Return the mean log P(v) = -F(v) - log Z in nats, and log Z.
 
     The error of the log-likelihood combines the standard error of the mean over images with the
-    error of log Z. Each estimate of log Z adds metrics with the suffix _forward, _reverse or
-    _bridge.
+    error of log Z. Each estimate that log Z combines adds metrics with the suffix _forward,
+    _reverse or _bridge, including its effective sample size.
 
     Args:
         free_energy: F(v) of the images in nats, (images,).
-        log_z: result of `estimate_log_z`.
+        log_z: Result of `estimate_log_z`.
     """
     mean = -free_energy.double().mean().item()
     mean_error = (free_energy.double().std() / math.sqrt(len(free_energy))).item()
-
-    def metric_values(suffix: str, value: float, error: float) -> list[MetricValue]:
+    values: list[MetricValue] = []
+    for suffix, estimate in log_z.estimates.items():
         likelihood = replace(LOG_LIKELIHOOD, name=LOG_LIKELIHOOD.name + suffix)
-        return [
-            MetricValue(likelihood, mean - value, math.hypot(mean_error, error)),
-            MetricValue(Metric("log_z" + suffix, "nats"), value, error),
+        values += [
+            MetricValue(likelihood, mean - estimate.log_z, math.hypot(mean_error, estimate.error)),
+            MetricValue(Metric("log_z" + suffix, "nats"), estimate.log_z, estimate.error),
         ]
-
-    values = metric_values("", log_z.value, log_z.error)
-    for name, estimate in log_z.estimates.items():
-        effective_size = Metric(f"effective_size_{name}", "samples", higher_is_better=True)
-        values += metric_values(f"_{name}", estimate.log_z, estimate.error)
-        values.append(MetricValue(effective_size, estimate.effective_sample_size))
+        if suffix:
+            effective_size = Metric("effective_size" + suffix, "samples", higher_is_better=True)
+            values.append(MetricValue(effective_size, estimate.effective_size))
     if log_z.reliable is None:
         return Metrics.of(*values)
-    is_finite = math.isfinite(mean - log_z.value)
-    reliable = log_z.reliable and is_finite
-    reason = log_z.verdict if is_finite else "the model has diverged"
+    reliable = log_z.reliable and math.isfinite(mean)
+    reason = log_z.verdict if math.isfinite(mean) else "the model has diverged"
     verdict = f"{'reliable' if reliable else 'not reliable'}: {reason}"
     return Metrics.of(*values, reliable=reliable, verdict=verdict)

@@ -11,9 +11,6 @@ from flowgen.models.rbm.energy import EnergyModel
 from flowgen.models.rbm.sampling import ParallelTempering, bernoulli_from_logits, mean_field
 from flowgen.utils.errors import check_whole
 
-MAX_GIBBS_STEPS = 10**5  # per optimizer step
-MAX_CHAINS = 10**5
-
 
 class NegativePhase(nn.Module, ABC):
     """Base class of the negative phases, which draw negatives without a gradient.
@@ -23,7 +20,7 @@ class NegativePhase(nn.Module, ABC):
 
     def __init__(self, *, gibbs_steps: int = 1):
         super().__init__()
-        check_whole(high=MAX_GIBBS_STEPS, gibbs_steps=gibbs_steps)
+        check_whole(high=10**5, gibbs_steps=gibbs_steps)
         self.gibbs_steps = gibbs_steps
 
     def allocate(self, hidden: int) -> None:
@@ -39,13 +36,13 @@ class NegativePhase(nn.Module, ABC):
         """Draw negatives.
 
         Args:
-            rbm: the model.
-            data: visible units of the batch, (batch, visible).
-            hidden_input: their hidden inputs, (batch, hidden).
+            rbm: The model.
+            data: Visible units of the batch, (batch, visible).
+            hidden_input: Their hidden inputs, (batch, hidden).
 
         Returns:
             Negatives (chains, visible) and their hidden inputs (chains, hidden). CD and MeanField
-            return as many negatives as there are data, PCD and Tempering one for each chain.
+            return one negative per image of the batch, PCD and Tempering one per chain.
         """
 
     def diagnostics(self, rbm: EnergyModel) -> dict[str, float]:
@@ -59,18 +56,17 @@ class CD(NegativePhase):
     Hinton, Training products of experts by minimizing contrastive divergence (2002).
 
     Args:
-        gibbs_steps: number of Gibbs steps, the k of CD-k.
+        gibbs_steps: Number of Gibbs steps, the k of CD-k.
     """
 
     def forward(
         self, rbm: EnergyModel, data: Tensor, hidden_input: Tensor
     ) -> tuple[Tensor, Tensor]:
-        visible = data
         for _ in range(self.gibbs_steps):
-            log_odds = rbm.visible_input(bernoulli_from_logits(hidden_input))
-            visible = bernoulli_from_logits(log_odds)
-            hidden_input = rbm.hidden_input(visible)
-        return visible, hidden_input
+            hidden = bernoulli_from_logits(hidden_input)
+            negative = bernoulli_from_logits(rbm.visible_input(hidden))
+            hidden_input = rbm.hidden_input(negative)
+        return negative, hidden_input
 
 
 class PCD(NegativePhase):
@@ -80,13 +76,13 @@ class PCD(NegativePhase):
     gradient (2008).
 
     Args:
-        gibbs_steps: number of Gibbs steps per update.
-        num_chains: number of persistent chains.
+        gibbs_steps: Number of Gibbs steps per update.
+        num_chains: Number of persistent chains.
     """
 
     def __init__(self, *, gibbs_steps: int = 1, num_chains: int = 100):
         super().__init__(gibbs_steps=gibbs_steps)
-        check_whole(high=MAX_CHAINS, num_chains=num_chains)
+        check_whole(high=10**5, num_chains=num_chains)
         self.num_chains = num_chains
 
     def allocate(self, hidden: int) -> None:
@@ -119,10 +115,10 @@ class Tempering(NegativePhase):
     Boltzmann machines (2010).
 
     Args:
-        gibbs_steps: number of Gibbs steps, each followed by swaps, per update.
-        num_chains: number of independent ensembles.
-        num_temperatures: number of inverse temperatures from 0 to 1.
-        adapt: whether to adapt the inverse temperatures to the swap rates.
+        gibbs_steps: Number of Gibbs steps per update; swaps follow each step.
+        num_chains: Number of independent ensembles.
+        num_temperatures: Number of inverse temperatures from 0 to 1.
+        adapt: Adapt the inverse temperatures to the swap rates.
     """
 
     def __init__(
@@ -169,7 +165,7 @@ class MeanField(NegativePhase):
     Welling and Hinton, A new learning algorithm for mean field Boltzmann machines (2002).
 
     Args:
-        gibbs_steps: number of mean-field updates of both layers.
+        gibbs_steps: Number of mean-field updates of both layers.
     """
 
     def __init__(self, *, gibbs_steps: int = 5):

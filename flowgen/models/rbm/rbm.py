@@ -21,14 +21,7 @@ from flowgen.models.base import (
 from flowgen.models.rbm.energy import ContrastiveLoss, EnergyModel
 from flowgen.models.rbm.log_z import estimate_log_z, log_likelihood_metrics
 from flowgen.models.rbm.negative_phase import PCD, NegativePhase
-from flowgen.models.rbm.sampling import (
-    Sampler,
-    bernoulli_from_logits,
-    gibbs,
-    mean_field,
-    tempering,
-    white_noise,
-)
+from flowgen.models.rbm.sampling import SAMPLERS, bernoulli_from_logits, white_noise
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.metrics import (
     LOG_LIKELIHOOD,
@@ -39,9 +32,8 @@ from flowgen.utils.metrics import (
     MetricValue,
 )
 
-SAMPLERS: dict[str, Sampler] = {"gibbs": gibbs, "tempering": tempering, "mean-field": mean_field}
-# Images of either color added to the counts of each pixel, so that its log-odds are finite.
-BASE_RATE_PSEUDOCOUNT = 0.5
+# Added to the count of each value of a pixel, so that its log-odds are finite.
+PIXEL_PSEUDOCOUNT = 0.5
 OFFSET_DECAY = 0.99  # of the exponential moving averages that center the gradient
 MIN_TEMPERATURE = 1e-6
 INPAINTING_CHAINS = 64
@@ -60,24 +52,24 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
     Hinton, A practical guide to training restricted Boltzmann machines (2010).
 
     Args:
-        visible: shape (channels, height, width) of the images, or a number of visible units.
-        hidden: number of hidden units.
-        bits: bits per pixel; an RBM has binary pixels, so that only 1 is possible.
-        negative_phase: estimator of the model's expectation; PCD with one Gibbs step of 100
+        visible: Shape (channels, height, width) of the images, or a number of visible units.
+        hidden: Number of hidden units.
+        bits: Bits per pixel. Only 1 is possible, because an RBM has binary pixels.
+        negative_phase: Estimator of the model's expectation; PCD with one Gibbs step of 100
             chains by default.
-        centered: subtract running means from both layers in the gradient (Montavon and Mueller,
+        centered: Subtract running means from both layers in the gradient (Montavon and Mueller,
             2012; Melchior, Fischer and Wiskott, arXiv:1311.1354).
-        l1: strength of a Laplace prior on the weights.
-        l2: strength of a Gaussian prior on the weights.
-        sparsity_cost: strength of a cross-entropy penalty that pulls the mean activity of each
+        l1: Strength of a Laplace prior on the weights.
+        l2: Strength of a Gaussian prior on the weights.
+        sparsity_cost: Strength of a cross-entropy penalty that pulls the mean activity of each
             hidden unit to `sparsity_target` (Hinton's guide, section 11).
-        sparsity_target: target of the mean activity, between 0 and 1.
+        sparsity_target: Target of the mean activity, between 0 and 1.
 
     Attributes:
-        weight: (visible, hidden).
-        visible_bias: (visible,).
-        hidden_bias: (hidden,).
-        log_z: log Z in nats of a reliable evaluation of these weights, or None.
+        weight: Weights, (visible, hidden).
+        visible_bias: Biases of the visible units, (visible,).
+        hidden_bias: Biases of the hidden units, (hidden,).
+        log_z: Reliable value of log Z for these weights in nats, or None.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -174,10 +166,10 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
                 loss = loss + 0.5 * self.l2 * self.weight.square().sum()
             if self.sparsity_cost:
                 activity = self.hidden_input(data).sigmoid().mean(0)
-                penalty = F.binary_cross_entropy(
-                    activity, torch.full_like(activity, self.sparsity_target), reduction="sum"
+                target = torch.full_like(activity, self.sparsity_target)
+                loss = loss + self.sparsity_cost * F.binary_cross_entropy(
+                    activity, target, reduction="sum"
                 )
-                loss = loss + self.sparsity_cost * penalty
             return loss
 
     @torch.no_grad()
@@ -187,7 +179,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         Hinton, A practical guide to training RBMs (2010), section 8.
         """
         data = self.to_visible(images)
-        rates = (data.sum(0) + BASE_RATE_PSEUDOCOUNT) / (len(data) + 2 * BASE_RATE_PSEUDOCOUNT)
+        rates = (data.sum(0) + PIXEL_PSEUDOCOUNT) / (len(data) + 2 * PIXEL_PSEUDOCOUNT)
         self.base.copy_(rates.logit())
         self.visible_bias.copy_(self.base)
         self.visible_offset.copy_(rates)
@@ -211,9 +203,9 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
           in nats. A gap that grows shows overfitting (Hinton's guide, section 6).
 
         Args:
-            batches: batches of images.
-            reference: batches of training images for the gap; it may be empty.
-            eval_config: settings of the estimate of log Z.
+            batches: Batches of images.
+            reference: Batches of training images for the gap; it may be empty.
+            eval_config: Settings of the estimate of log Z.
 
         Example:
             >>> rbm = RBM(visible=4, hidden=3)
@@ -229,12 +221,11 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         log_odds = self.visible_input(bernoulli_from_logits(self.hidden_input(data), generator))
         log_z = estimate_log_z(self, eval_config, generator, self.progress)
         free_energy = self.free_energy(data)
-        conditional = F.logsigmoid(self.free_energy(flipped) - free_energy).mean().item()
         reconstruction = bernoulli_from_logits(log_odds, generator)
         values = [
             MetricValue(
                 Metric("pseudo_log_likelihood", "nats", higher_is_better=True),
-                self.visible * conditional,
+                self.visible * F.logsigmoid(self.free_energy(flipped) - free_energy).mean().item(),
             ),
             MetricValue(
                 Metric("reconstruction_error", SQUARED_ERROR, higher_is_better=False),
@@ -247,11 +238,12 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         ]
         train_batches = [self.to_visible(images) for images in reference]
         if train_batches:
-            train_free_energy = self.free_energy(torch.cat(train_batches))
-            gap = free_energy.mean() - train_free_energy.mean()
-            variances = [energy.var() / len(energy) for energy in (free_energy, train_free_energy)]
-            error = torch.stack(variances).sum().sqrt()
-            values.append(MetricValue(Metric("free_energy_gap", "nats"), gap.item(), error.item()))
+            train_energy = self.free_energy(torch.cat(train_batches))
+            gap = free_energy.mean() - train_energy.mean()
+            variance = free_energy.var() / len(free_energy) + train_energy.var() / len(train_energy)
+            values.append(
+                MetricValue(Metric("free_energy_gap", "nats"), gap.item(), variance.sqrt().item())
+            )
         return log_likelihood_metrics(free_energy, log_z) | Metrics.of(*values, images=len(data))
 
     def score(
@@ -264,8 +256,8 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
     ) -> Tensor:
         """Return log P(v) = -F(v) - log Z of each image in nats, (batch,).
 
-        Without a reliable log Z the result is -F(v), the unnormalized log-probability. The
-        result is deterministic and ignores the keyword arguments.
+        Without a reliable log Z the result is -F(v), the unnormalized log-probability. It is
+        deterministic, so that the keyword arguments have no effect.
         """
         return -self.free_energy(self.to_visible(images)) - (self.log_z or 0.0)
 
@@ -296,11 +288,11 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         """Draw images with Markov chains that start at white noise.
 
         Args:
-            count: number of images.
-            temperature: 1 / beta.
-            generator: source of random numbers.
-            sampler: name of the sampler, a key of `SAMPLERS`.
-            steps: number of steps of the sampler.
+            count: Number of images.
+            temperature: Temperature, 1 / beta.
+            generator: Random generator, or None for the global one.
+            sampler: Name of the sampler, a key of `SAMPLERS`.
+            steps: Number of steps of the sampler.
 
         Returns:
             Images (count, channels, height, width), and -F(v) in nats, (count,).
@@ -345,14 +337,14 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         half of the steps.
 
         Args:
-            images: one image, (1, channels, height, width).
-            known: true where a pixel is known, (channels, height, width).
-            sampler: name of the sampler, a key of `SAMPLERS`.
-            steps: number of steps of the sampler, `INPAINTING_STEPS` by default.
-            generator: source of random numbers.
+            images: One image, (1, channels, height, width).
+            known: Mask of the known pixels, (channels, height, width).
+            sampler: Name of the sampler, a key of `SAMPLERS`.
+            steps: Number of steps of the sampler, `INPAINTING_STEPS` by default.
+            generator: Random generator, or None for the global one.
 
         Raises:
-            UserError: for an unknown sampler, or if `known` is a linear measurement.
+            UserError: For an unknown sampler, or if `known` is a linear measurement.
 
         Example:
             >>> _ = torch.manual_seed(0)
@@ -382,6 +374,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
         return InpaintingResult(
             draws.view(-1, *self.image_shape),
             mean=(total / (steps - steps // 2)).view(self.image_shape),
+            metrics={},
         )
 
     @torch.no_grad()

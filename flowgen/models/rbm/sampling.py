@@ -9,12 +9,10 @@ from torch._compile import _disable_dynamo
 from flowgen.models.rbm.energy import EnergyModel
 from flowgen.utils.errors import check_choice, check_whole
 
-# The visible units after a step of the chains, and the probabilities P(v = 1 | h) that they were
-# drawn with, both (chains, visible).
+# Visible units after a step of the chains and the probabilities P(v = 1 | h) that they were drawn
+# with, each of shape (chains, visible).
 ChainStep = tuple[Tensor, Tensor]
-Sampler = Callable[..., Iterator[ChainStep]]
 
-MAX_TEMPERATURES = 10**4
 ADAPTATION_INTERVAL = 100  # steps over which swaps are counted before the betas are moved
 MIN_REJECTION_RATE = 1e-3  # keeps neighboring betas apart where every swap is accepted
 TEMPERING_BURN_IN_STEPS = 400  # steps of `tempering` during which the betas adapt
@@ -34,7 +32,7 @@ def white_noise(rbm: EnergyModel, count: int, generator: torch.Generator | None 
 
 
 def clamp_known(visible: Tensor, start: Tensor | None, known: Tensor | None) -> Tensor:
-    """Return `visible` with the values of `start` at the known units, if there are any."""
+    """Return `visible` with the values of `start` at the known units, if any are known."""
     return visible if start is None or known is None else torch.where(known, start, visible)
 
 
@@ -49,15 +47,15 @@ def gibbs(
     """Run block Gibbs sampling without end: h ~ P(h | v), then v ~ P(v | h).
 
     Args:
-        rbm: the model.
-        start: initial visible units of the chains, (chains, visible).
-        beta: inverse temperature; the chains sample from P(v, h)^beta up to normalization.
-        known: true where a unit is clamped to its value in `start`, (visible,).
-        generator: source of random numbers.
+        rbm: The model.
+        start: Initial visible units of the chains, (chains, visible).
+        beta: Inverse temperature; the chains sample from P(v, h)^beta up to normalization.
+        known: Mask of the units that keep their value in `start`, (visible,).
+        generator: Random generator, or None for the global one.
 
     Returns:
-        An iterator over the steps, each the visible units and their probabilities given the
-        hidden units, both (chains, visible).
+        An iterator over the steps. A step has the visible units and their probabilities given the
+        hidden units, each of shape (chains, visible).
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -85,8 +83,8 @@ def mean_field(
 ) -> Iterator[ChainStep]:
     """Run naive mean-field updates without end: coordinate ascent on the ELBO of log Z.
 
-    Each step computes lambda = sigmoid(beta (c + W'mu)) and mu = sigmoid(beta (b + W lambda)).
-    It draws nothing. Arguments and result are those of `gibbs`; visible units are the means mu.
+    Each step computes lambda = sigmoid(beta (c + W'mu)) and mu = sigmoid(beta (b + W lambda))
+    without random draws. Arguments and result are those of `gibbs`; visible units are the means mu.
     """
     visible = start
     while True:
@@ -99,23 +97,23 @@ class ReplicaExchange(nn.Module):
     """Replica exchange between inverse temperatures from beta = 0 to beta = 1.
 
     Each of `num_chains` independent ensembles has one replica at every temperature. A swap
-    exchanges the temperatures of two replicas, and states stay where they are. Even and odd pairs
-    of neighbors alternate (Okabe et al., 2001), which lets a replica drift from one end to the
-    other (Syed et al., Non-reversible parallel tempering, arXiv:1905.02939). With `adapt` the
-    betas move every `ADAPTATION_INTERVAL` steps so that all pairs swap equally often (section 5.1
-    of the same paper).
+    exchanges the temperatures of two replicas; their states stay in place. Even and odd pairs of
+    neighbors alternate (Okabe et al., 2001), which lets a replica drift from one end to the other
+    (Syed et al., Non-reversible parallel tempering, arXiv:1905.02939). With `adapt` the betas move
+    every `ADAPTATION_INTERVAL` steps so that all pairs swap equally often (section 5.1 of the same
+    paper).
 
     All state is in buffers, so that a checkpoint contains it.
 
     Args:
-        num_temperatures: number of inverse temperatures, at least 2.
-        num_chains: number of independent ensembles.
-        adapt: whether to adapt the betas to the swap rates.
+        num_temperatures: Number of inverse temperatures, at least 2.
+        num_chains: Number of independent ensembles.
+        adapt: Adapt the betas to the swap rates.
     """
 
     def __init__(self, num_temperatures: int, num_chains: int, adapt: bool):
         super().__init__()
-        check_whole(2, MAX_TEMPERATURES, num_temperatures=num_temperatures)
+        check_whole(2, 10**4, num_temperatures=num_temperatures)
         check_whole(num_chains=num_chains)
         check_choice((True, False), adapt=adapt)
         self.adapt = adapt
@@ -123,7 +121,7 @@ class ReplicaExchange(nn.Module):
         # Index into `betas` of each replica, (temperatures, chains).
         self.beta_index = nn.Buffer(torch.arange(num_temperatures)[:, None].repeat(1, num_chains))
         self.num_steps = nn.Buffer(torch.zeros((), dtype=torch.long))  # rounds of swaps so far
-        # Sums of the acceptance rates of each pair since the last adaptation, and its rounds.
+        # Of each pair since the last adaptation: sum of the acceptance rates, number of rounds.
         self.accepted_swaps = nn.Buffer(torch.zeros(num_temperatures - 1))
         self.proposed_swaps = nn.Buffer(torch.zeros(num_temperatures - 1))
         # True if a replica visited beta = 0 after beta = 1, (temperatures, chains).
@@ -137,13 +135,13 @@ class ReplicaExchange(nn.Module):
 
     def by_beta(self, states: Tensor) -> Tensor:
         """Return `states` (temperatures, chains, ...) of the replicas in the order of `betas`."""
-        chain = torch.arange(states.shape[1], device=states.device)
-        return states[self.beta_index.argsort(0), chain]
+        replica = self.beta_index.argsort(0)
+        return states[replica, torch.arange(states.shape[1], device=states.device)]
 
     def lower_indices(self) -> Tensor:
         """Return the index of the lower beta of each pair that may swap in this round, (pairs,)."""
-        last = len(self.betas) - 1
-        return torch.arange(int(self.num_steps) % 2, last, 2, device=self.betas.device)
+        first = int(self.num_steps) % 2
+        return torch.arange(first, len(self.betas) - 1, 2, device=self.betas.device)
 
     def exchange(
         self, lower: Tensor, log_ratio: Tensor, generator: torch.Generator | None = None
@@ -151,16 +149,15 @@ class ReplicaExchange(nn.Module):
         """Swap neighbors with probability min(1, exp(log_ratio)) and count the swaps.
 
         Args:
-            lower: result of `lower_indices`, (pairs,).
-            log_ratio: log of the Metropolis ratio of each swap, (pairs, chains).
-            generator: source of random numbers.
+            lower: Result of `lower_indices`, (pairs,).
+            log_ratio: Log of the Metropolis ratio of each swap, (pairs, chains).
+            generator: Random generator, or None for the global one.
         """
         replica = self.beta_index.argsort(0)
         self.num_steps.add_(1)
-        uniform = torch.rand(
+        accepted = log_ratio.exp() > torch.rand(
             log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype
         )
-        accepted = uniform < log_ratio.exp()
         self.beta_index.scatter_(0, replica[lower], lower[:, None] + accepted.long())
         self.beta_index.scatter_(0, replica[lower + 1], lower[:, None] + 1 - accepted.long())
         self.accepted_swaps[lower] += accepted.to(self.accepted_swaps).mean(1)
@@ -186,12 +183,12 @@ def space_betas(betas: Tensor, lengths: Tensor, num_intervals: int) -> Tensor:
     """Return inverse temperatures that divide a path into intervals of equal length.
 
     Args:
-        betas: increasing inverse temperatures, (n + 1,).
-        lengths: lengths > 0 of the intervals between them, (n,), such as rejection rates.
-        num_intervals: number of intervals of the result.
+        betas: Increasing inverse temperatures, (n + 1,).
+        lengths: Positive lengths of the intervals between them, (n,), such as rejection rates.
+        num_intervals: Number of intervals of the result.
 
     Returns:
-        Inverse temperatures, (num_intervals + 1,), with the same ends as `betas`. Length is
+        Inverse temperatures, (num_intervals + 1,), with the same ends as `betas`. The length is
         interpolated linearly within each interval.
 
     Example:
@@ -246,25 +243,30 @@ class ParallelTempering(ReplicaExchange):
         """Draw v ~ P(v | h) and h ~ P(h | v) at every temperature, then swap.
 
         Args:
-            rbm: the model.
-            beta: factor on the energy of the model; 1 is the model itself.
-            start: values of the clamped units, (chains, visible).
-            known: true where a unit is clamped, (visible,).
-            generator: source of random numbers.
+            rbm: The model.
+            beta: Factor on the energy of the model; 1 is the model itself.
+            start: Values of the clamped units, (chains, visible).
+            known: Mask of the clamped units, (visible,).
+            generator: Random generator, or None for the global one.
 
         Returns:
             The visible units (temperatures, chains, visible) and hidden inputs
             (temperatures, chains, hidden) of all replicas.
         """
         replica_beta = self.betas[self.beta_index][..., None]
-        log_odds = rbm.visible_input(self.hidden).mul_(replica_beta * beta)
-        log_odds.addcmul_(1 - replica_beta, rbm.base)
+        log_odds = (
+            rbm.visible_input(self.hidden)
+            .mul_(replica_beta * beta)
+            .addcmul_(1 - replica_beta, rbm.base)
+        )
         visible = clamp_known(bernoulli_from_logits(log_odds, generator), start, known)
         inputs = rbm.hidden_input(visible)
         # In place, so that restoring the buffers restores the chains.
         self.hidden.copy_(bernoulli_from_logits(inputs * (replica_beta * beta), generator))
-        slopes = visible @ (rbm.base - beta * rbm.visible_bias)
-        slopes = self.by_beta(slopes - beta * torch.linalg.vecdot(inputs, self.hidden))
+        slopes = self.by_beta(  # U of each replica
+            visible @ (rbm.base - beta * rbm.visible_bias)
+            - beta * torch.linalg.vecdot(inputs, self.hidden)
+        )
         lower = self.lower_indices()
         log_ratios = self.betas.diff()[:, None] * slopes.diff(dim=0)
         self.exchange(lower, log_ratios[lower], generator)
@@ -283,8 +285,8 @@ def tempering(
     """Run parallel tempering without end and yield the replicas at the model's own temperature.
 
     All replicas start at `start`. The betas adapt during the first `TEMPERING_BURN_IN_STEPS`
-    steps only: chains whose temperatures keep adapting to them do not keep their distribution.
-    Other arguments and the result are those of `gibbs`.
+    steps only: if they depended on the chains forever, the distribution would be biased. Other
+    arguments and the result are those of `gibbs`.
     """
     replicas = ParallelTempering(num_temperatures, len(start), adapt=True)
     replicas.allocate(rbm.hidden)
@@ -295,3 +297,10 @@ def tempering(
         visible, _ = replicas.step(rbm, beta, start, known, generator)
         log_odds = beta * rbm.visible_input(replicas.at_beta_one(replicas.hidden))
         yield replicas.at_beta_one(visible), clamp_known(log_odds.sigmoid(), start, known)
+
+
+SAMPLERS: dict[str, Callable[..., Iterator[ChainStep]]] = {
+    "gibbs": gibbs,
+    "tempering": tempering,
+    "mean-field": mean_field,
+}

@@ -7,26 +7,22 @@ images has the command line that makes the same images.
 import base64
 import math
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from flowgen.serving.session import ModelSession
 from flowgen.utils import rendering
-from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
+from flowgen.utils.errors import UserError, check_choice, check_number, check_whole, user_error
 from flowgen.utils.html import image_data_url
 
 MAX_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
 MAX_SAMPLES = 64
-MAX_LABEL = 10**6
-MAX_FRAMES = 10**6
 
-Payload = dict[str, Any]
-Response = dict[str, Any]
+Json = dict[str, Any]
 
 
-def about(session: ModelSession, payload: Payload) -> Response:
+def about(session: ModelSession, payload: Json) -> Json:
     """Describe the model."""
     model = session.model
     config = session.checkpoint["config"]
@@ -46,7 +42,7 @@ def about(session: ModelSession, payload: Payload) -> Response:
     }
 
 
-def status(session: ModelSession, payload: Payload) -> Response:
+def status(session: ModelSession, payload: Json) -> Json:
     """Describe the work in progress, and tell if scores have percentiles."""
     return {
         "status": session.lock.status,
@@ -55,26 +51,26 @@ def status(session: ModelSession, payload: Payload) -> Response:
     }
 
 
-def cancel(session: ModelSession, payload: Payload) -> Response:
+def cancel(session: ModelSession, payload: Json) -> Json:
     """Cancel the request with this request_id."""
     session.lock.cancel(str(payload.get("request_id")))
     return {}
 
 
-def upload(session: ModelSession, payload: Payload) -> Response:
+def upload(session: ModelSession, payload: Json) -> Json:
     """Preprocess an image of the user like the training images."""
     image = session.read_upload(_file(payload, "image"))
     return {"image": _data_urls(image, session.model.bits)[0]}
 
 
-def sample(session: ModelSession, payload: Payload) -> Response:
+def sample(session: ModelSession, payload: Json) -> Json:
     """Draw images."""
     given = {name for name, value in payload.items() if value is not None}
     options: dict[str, Any] = {
         "count": _integer(payload, "count", 1, MAX_SAMPLES),
         "temperature": _number(payload, "temperature"),
         "seed": _integer(payload, "seed", 0, MAX_SEED),
-        "label": _integer(payload, "label", 0, MAX_LABEL) if "label" in given else None,
+        "label": _integer(payload, "label", 0, 10**6) if "label" in given else None,
         "sampler": _sampler(session, payload) if "sampler" in given else None,
         "steps": _integer(payload, "steps", 1, 1000) if "steps" in given else None,
     }
@@ -86,7 +82,7 @@ def sample(session: ModelSession, payload: Payload) -> Response:
     }
 
 
-def score(session: ModelSession, payload: Payload) -> Response:
+def score(session: ModelSession, payload: Json) -> Json:
     """Return the likelihood of an image."""
     result = session.score(session.read_image(_file(payload, "image")))
     return {
@@ -97,7 +93,7 @@ def score(session: ModelSession, payload: Payload) -> Response:
     }
 
 
-def interpolate(session: ModelSession, payload: Payload) -> Response:
+def interpolate(session: ModelSession, payload: Json) -> Json:
     """Interpolate between two images."""
     first = session.read_image(_file(payload, "first"))
     second = session.read_image(_file(payload, "second"))
@@ -114,12 +110,12 @@ def interpolate(session: ModelSession, payload: Payload) -> Response:
     }
 
 
-def attributes(session: ModelSession, payload: Payload) -> Response:
+def attributes(session: ModelSession, payload: Json) -> Json:
     """Return the names of the attributes that `edit` can change."""
     return {"attributes": list(session.directions.names)}
 
 
-def edit(session: ModelSession, payload: Payload) -> Response:
+def edit(session: ModelSession, payload: Json) -> Json:
     """Move an image along attributes."""
     image = session.read_image(_file(payload, "image"))
     requested = payload.get("amounts")
@@ -128,14 +124,18 @@ def edit(session: ModelSession, payload: Payload) -> Response:
     amounts = {
         name: _number({"amount": value}, "amount", low=-100.0) for name, value in requested.items()
     }
-    args = [("--attribute", name, "--amount", str(amount)) for name, amount in amounts.items()]
+    args = [
+        word
+        for name, amount in amounts.items()
+        for word in ("--attribute", name, "--amount", str(amount))
+    ]
     return {
         "image": _data_urls(session.edit(image, amounts), session.model.bits)[0],
-        "command": session.command_line("edit", "a.png", *chain.from_iterable(args)),
+        "command": session.command_line("edit", "a.png", *args),
     }
 
 
-def complete(session: ModelSession, payload: Payload) -> Response:
+def complete(session: ModelSession, payload: Json) -> Json:
     """Draw the unknown pixels of an image."""
     image = session.read_image(_file(payload, "image"))
     known = session.read_mask(_file(payload, "mask"))
@@ -144,8 +144,12 @@ def complete(session: ModelSession, payload: Payload) -> Response:
         "steps": _integer(payload, "steps", 1, 2000),
         "seed": _integer(payload, "seed", 0, MAX_SEED),
     }
-    request_id = str(payload["request_id"]) if "request_id" in payload else None
-    images, metrics = session.inpaint(image, known, **options, request_id=request_id)
+    images, metrics = session.inpaint(
+        image,
+        known,
+        **options,
+        request_id=str(payload["request_id"]) if "request_id" in payload else None,
+    )
     mean, spread, *draws = _data_urls(images, 8)
     return {
         "mean": mean,
@@ -156,18 +160,18 @@ def complete(session: ModelSession, payload: Payload) -> Response:
     }
 
 
-def start_chains(session: ModelSession, payload: Payload) -> Response:
+def start_chains(session: ModelSession, payload: Json) -> Json:
     """Start Markov chains in white noise."""
     return {"chain_id": session.start_chains(**_chain_options(session, payload))}
 
 
-def advance_chains(session: ModelSession, payload: Payload) -> Response:
+def advance_chains(session: ModelSession, payload: Json) -> Json:
     """Return the next frame of chains.
 
     `frames` is the number of earlier frames. Only the command line depends on it.
     """
     steps = _integer(payload, "steps", 1, 100)
-    frames = _integer(payload, "frames", 0, MAX_FRAMES)
+    frames = _integer(payload, "frames", 0, 10**6)
     images = session.advance_chains(str(payload.get("chain_id")), steps)
     options = _chain_options(session, payload)
     return {
@@ -176,27 +180,29 @@ def advance_chains(session: ModelSession, payload: Payload) -> Response:
     }
 
 
-def filters(session: ModelSession, payload: Payload) -> Response:
+def filters(session: ModelSession, payload: Json) -> Json:
     """Return the weights of hidden units as one image."""
     return {"image": image_data_url(rendering.to_png(session.filters()), "png")}
 
 
-HANDLERS: tuple[Callable[[ModelSession, Payload], Response], ...] = (
-    about,
-    status,
-    cancel,
-    upload,
-    sample,
-    score,
-    interpolate,
-    attributes,
-    edit,
-    complete,
-    start_chains,
-    advance_chains,
-    filters,
-)
-ENDPOINTS = {handler.__name__: handler for handler in HANDLERS}
+ENDPOINTS: dict[str, Callable[[ModelSession, Json], Json]] = {
+    handler.__name__: handler
+    for handler in (
+        about,
+        status,
+        cancel,
+        upload,
+        sample,
+        score,
+        interpolate,
+        attributes,
+        edit,
+        complete,
+        start_chains,
+        advance_chains,
+        filters,
+    )
+}
 
 
 def _data_urls(images: Tensor, bits: int) -> list[str]:
@@ -204,7 +210,7 @@ def _data_urls(images: Tensor, bits: int) -> list[str]:
     return [image_data_url(rendering.encode_png(image, bits), "png") for image in images]
 
 
-def _chain_options(session: ModelSession, payload: Payload) -> dict[str, Any]:
+def _chain_options(session: ModelSession, payload: Json) -> dict[str, Any]:
     return {
         "sampler": _sampler(session, payload),
         "count": _integer(payload, "count", 1, MAX_SAMPLES),
@@ -212,28 +218,23 @@ def _chain_options(session: ModelSession, payload: Payload) -> dict[str, Any]:
     }
 
 
-def _sampler(session: ModelSession, payload: Payload) -> str:
+def _sampler(session: ModelSession, payload: Json) -> str:
     check_choice(session.samplers, sampler=payload.get("sampler"))
     return str(payload["sampler"])
 
 
-def _integer(payload: Payload, name: str, low: int, high: int) -> int:
+def _integer(payload: Json, name: str, low: int, high: int) -> int:
     check_whole(low, high, **{name: payload.get(name)})
     return int(payload[name])
 
 
-def _number(payload: Payload, name: str, low: float = 0.0) -> float:
-    try:
-        check_number(low, **{name: payload.get(name)})
+def _number(payload: Json, name: str, low: float = 0.0) -> float:
+    check_number(low, **{name: payload.get(name)})
+    with user_error(f"{name} is too large: choose a smaller number"):
         return float(payload[name])
-    except OverflowError as error:
-        raise UserError(f"{name} is too large: choose a smaller number") from error
 
 
-def _file(payload: Payload, name: str) -> bytes:
+def _file(payload: Json, name: str) -> bytes:
     """Decode a data URL of any media type."""
-    try:
-        url: str = payload[name]
-        return base64.b64decode(url.rpartition("base64,")[2], validate=True)
-    except (AttributeError, KeyError, ValueError) as error:
-        raise UserError(f"{name} must be an image as a data URL") from error
+    with user_error(f"{name} must be an image as a data URL"):
+        return base64.b64decode(payload[name].rpartition("base64,")[2], validate=True)

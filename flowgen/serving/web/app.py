@@ -4,26 +4,22 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from wsgiref.types import StartResponse, WSGIEnvironment
+from wsgiref.types import WSGIApplication
 
 from werkzeug.exceptions import BadRequest, Forbidden, HTTPException
 from werkzeug.routing import Map, Rule
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
-from flowgen.serving.session import ModelSession, exit_process
+from flowgen.serving.session import ModelSession
 from flowgen.serving.web.api import ENDPOINTS
 from flowgen.utils.console import log, user_message
 from flowgen.utils.errors import UserError
 
 HOST = "127.0.0.1"
-MAX_REQUEST_BYTES = 8 * 2**20
-MAX_PENDING_CONNECTIONS = 128
-SOCKET_TIMEOUT_SECONDS = 60
-STATIC = Path(__file__).parent / "static"
 STATIC_FILES = {  # URL path: file name, media type
     "/": ("explore.html", "text/html"),
     "/explore.js": ("explore.js", "text/javascript"),
@@ -54,11 +50,11 @@ class LocalhostRequest(Request):
     """
 
     trusted_hosts = ("127.0.0.1", "localhost")  # type: ignore[assignment]
-    max_content_length = MAX_REQUEST_BYTES
+    max_content_length = 8 * 2**20  # bytes
 
 
-class ExplorerApp:
-    """A WSGI application that serves the page's files and the JSON endpoints.
+def make_app(session: ModelSession) -> WSGIApplication:
+    """Return the WSGI application that serves the page's files and the JSON endpoints.
 
     `GET` returns a static file. `POST /api/NAME` with a JSON object calls an endpoint of
     `flowgen.serving.web.api`. Endpoints only accept requests of the page itself: requests of other
@@ -66,42 +62,33 @@ class ExplorerApp:
     and a JSON object with the message as `error`.
     """
 
-    def __init__(self, session: ModelSession):
-        self.session = session
-
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        return self.respond(LocalhostRequest(environ))(environ, start_response)
-
-    def respond(self, request: LocalhostRequest) -> Response:
-        """Return the response to any request."""
+    @LocalhostRequest.application
+    def respond(request: Request) -> Response:
         try:
             host = request.host  # raises SecurityError for other hosts
             endpoint, _ = URLS.bind_to_environ(request).match()
             if endpoint in STATIC_FILES:
                 name, media_type = STATIC_FILES[endpoint]
-                content = (STATIC / name).read_bytes()
-                return Response(content, mimetype=media_type, headers=HEADERS)
+                path = Path(__file__).parent / "static" / name
+                return Response(path.read_bytes(), mimetype=media_type, headers=HEADERS)
             if request.headers.get("Origin") != f"http://{host}":
                 raise Forbidden("only the page itself may send requests")
-            return _json_response(ENDPOINTS[endpoint](self.session, _read_payload(request)))
+            payload = request.get_json()
+            if not isinstance(payload, dict):
+                raise BadRequest("the request must be a JSON object")
+            return _json_response(ENDPOINTS[endpoint](session, payload))
         except HTTPException as error:
             return _json_response({"error": error.description}, error.code or 500)
         except UserError as error:
             return _json_response({"error": str(error)}, 400)
+        except RecursionError:
+            return _json_response({"error": "the request is nested too deeply"}, 400)
         except Exception as error:
             message = user_message(error)
             log.error("%s", message)
             return _json_response({"error": message}, 500)
 
-
-def _read_payload(request: LocalhostRequest) -> dict[str, Any]:
-    try:
-        payload = request.get_json()
-    except RecursionError as error:
-        raise BadRequest("the request is nested too deeply") from error
-    if not isinstance(payload, dict):
-        raise BadRequest("the request must be a JSON object")
-    return payload
+    return respond
 
 
 def _json_response(content: dict[str, Any], status: int = 200) -> Response:
@@ -113,7 +100,7 @@ def _json_response(content: dict[str, Any], status: int = 200) -> Response:
 class Handler(WSGIRequestHandler):
     """A request handler with a timeout that does not log requests."""
 
-    timeout = SOCKET_TIMEOUT_SECONDS
+    timeout = 60  # seconds
 
     def log(self, type: str, message: str, *args: Any) -> None:
         """Log nothing."""
@@ -133,7 +120,7 @@ def explore(*, run: str | None, port: int, device: str, echo: Callable[[str], No
         threading.Thread(target=session.score_validation_images, daemon=True).start()
         echo(f"serving {session.name} at http://{HOST}:{server.port}/ until Ctrl-C")
         server.serve_forever()  # returns on KeyboardInterrupt
-    exit_process()
+    os._exit(0)  # a regular exit aborts the interpreter if torch still computes in another thread
 
 
 def open_server(session: ModelSession, port: int) -> BaseWSGIServer:
@@ -144,7 +131,7 @@ def open_server(session: ModelSession, port: int) -> BaseWSGIServer:
     """
     # werkzeug would end the process if the port was taken, so bind the socket here.
     try:
-        listener = socket.create_server((HOST, port), backlog=MAX_PENDING_CONNECTIONS)
+        listener = socket.create_server((HOST, port))
     except OSError as error:
         raise UserError(
             f"port {port} is unavailable ({os.strerror(error.errno or 0)}): choose another port, "
@@ -154,7 +141,7 @@ def open_server(session: ModelSession, port: int) -> BaseWSGIServer:
         return make_server(
             HOST,
             port,
-            ExplorerApp(session),
+            make_app(session),
             threaded=True,
             request_handler=Handler,
             fd=listener.fileno(),

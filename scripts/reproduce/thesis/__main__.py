@@ -1,6 +1,6 @@
 """Reproduce every figure of the thesis and of the slides on one page: `make reproduce-thesis`.
 
-The script continues where it was stopped.
+If the script was stopped, the same command continues.
 """
 
 import argparse
@@ -56,13 +56,13 @@ SOURCES = (
 
 
 class Reproduction:
-    """The trainings and the page of one preset and data set.
+    """The training runs and the page of one preset and data set.
 
     Args:
         preset: One of `PRESETS`.
         data: One of `FACE_DATA`.
         root: Folder or zip of the images, or None to search for them.
-        groups: Groups of trainings to run.
+        groups: Groups of training runs to start.
     """
 
     def __init__(self, preset: str, data: str, root: str | None, groups: list[str]):
@@ -90,14 +90,14 @@ class Reproduction:
         return [Run(self.folder / job.folder) for job in jobs(self.preset, group)]
 
     def finished_groups(self) -> list[str]:
-        """Return the groups without unfinished runs."""
+        """Return the groups whose runs have all ended."""
         return [group for group in GROUPS if all(run.has_ended() for run in self.runs(group))]
 
     def load_data(self) -> tuple[ImageDataset | None, ImageDataset | None]:
-        """Return the faces and the digits if the page shows them.
+        """Return the images of faces and of digits, or None for those that the page does not show.
 
         Raises:
-            UserError: If anything is missing, before anything is trained.
+            UserError: If data or weights are missing. Nothing has been trained then.
         """
         sample_quality.find_fid_weights()
         for group in FACE_GROUPS:
@@ -124,10 +124,10 @@ class Reproduction:
             )
 
     def train(self, group: str) -> bool:
-        """Run or resume the unfinished trainings of a group. Return whether there were any.
+        """Run or resume the unfinished training runs of a group. Return True if there were any.
 
         Raises:
-            UserError: If a training fails.
+            UserError: If a training run fails.
         """
         unfinished = [
             job for job in jobs(self.preset, group) if not Run(self.folder / job.folder).has_ended()
@@ -162,7 +162,7 @@ class Reproduction:
             yield self._section(
                 "slides",
                 rbm_figures.slides_figures(runs["slides"], self.folder, digits),
-                [rbm_figures.best_of_prior(rbm_figures.likelihoods(runs["slides"]))],
+                [rbm_figures.compare_claims(rbm_figures.likelihoods(runs["slides"]))],
                 overview(runs["slides"]),
             )
         if faces is not None and "outlook" in runs:

@@ -19,7 +19,7 @@ from flowgen.training.run_dir import Run, validation_rows
 from flowgen.utils import plots
 
 NUM_SAMPLE_SETS = 4  # per temperature, for the standard error of a metric
-SIGNIFICANCE_LEVEL = 0.05  # of each side of the claim, so 5 % of true null hypotheses are rejected
+SIGNIFICANCE_LEVEL = 0.05  # of two-sided tests: 5% of true null hypotheses are rejected
 SPACE = (
     "in the space of the 64 leading principal components of training images, except for the "
     "metrics of torch-fidelity"
@@ -65,7 +65,7 @@ QUALITY_METRICS = {
 
 
 def report(run: Run, data: ImageDataset, count: int) -> dict[str, Any]:
-    """Return the `flow_report` of an experiment, which is stored in the folder of the run.
+    """Return the `flow_report` of an experiment, stored in the folder of the run.
 
     Args:
         run: The run of the experiment.
@@ -79,7 +79,9 @@ def report(run: Run, data: ImageDataset, count: int) -> dict[str, Any]:
         size = min(count, len(data.test))
         samples = {}
         for temperature in TEMPERATURES:
-            num_sets = NUM_SAMPLE_SETS if temperature else 1  # at 0 all samples are equal
+            num_sets = (
+                NUM_SAMPLE_SETS if temperature else 1
+            )  # at temperature 0 all samples are equal
             samples[temperature] = [
                 sample_images(model, size, temperature, seed)[0] for seed in range(num_sets)
             ]

@@ -1,4 +1,4 @@
-"""Figures of the page, and files that are made again when their runs change."""
+"""Figures of the page, and files that are written again when their runs change."""
 
 import contextlib
 import io
@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 from flowgen.cli import cli
 from flowgen.training.run_dir import Run
 
-MAKE = "make reproduce-thesis"  # the page replaces it by the command that made the page
+MAKE = "make reproduce-thesis"  # the page adds the variables that it was made with
 
 
 class Figure(NamedTuple):
     """A figure of the page.
 
     Attributes:
-        number: Its number in the thesis.
-        caption: Its caption.
-        draw: Writes the picture to a path.
-        runs: The runs that it shows.
-        command: The command that makes it.
-        difference: How it differs from the original.
-        suffix: Suffix of the picture.
+        number: Number in the thesis.
+        caption: Caption.
+        draw: Function that writes the picture to a path.
+        runs: Runs that the figure shows.
+        command: Command that makes the figure.
+        difference: Differences from the original.
+        suffix: Suffix of the picture's file.
     """
 
     number: str
@@ -54,7 +54,7 @@ def command_figure(
 
 
 def cached_json(run: Run, name: str, compute: Callable[[], Any]) -> Any:
-    """Return the result of `compute`, which is stored in the folder of the run as JSON."""
+    """Return the result of `compute`, stored as JSON in the folder of the run."""
 
     def write(path: Path) -> None:
         path.write_text(json.dumps(compute()))

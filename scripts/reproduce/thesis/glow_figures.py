@@ -26,7 +26,7 @@ from flowgen.utils.console import user_message
 from flowgen.utils.errors import UserError
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
-EXPERIMENTS = {  # figures of the thesis: of training, of samples, of interpolations
+EXPERIMENTS = {  # numbers of the figures of training, of samples and of interpolations
     "glow_conv": ("3.4-3.6", ("3.7", "3.8", "3.9", "3.10-3.14"), ("3.15-3.18", "3.19-3.20")),
     "glow_resnet": (
         "3.21-3.23",
@@ -48,7 +48,7 @@ def load_faces(data: str, root: str | None, preset: str) -> ImageDataset:
     """Load the images of faces.
 
     Raises:
-        UserError: If they or the GPU of the preset are missing. The message tells what to do.
+        UserError: If the images, or the GPU that the preset needs, are missing.
     """
     if preset == "full" and not torch.cuda.is_available():
         raise UserError(
@@ -75,9 +75,9 @@ def _original_settings(experiment: str) -> dict[str, Any]:
 
 
 def differences(run: Run, experiment: str, data: str) -> str:
-    """Describe how the settings of a run differ from those of the thesis.
+    """Describe the differences between the settings of a run and those of the thesis.
 
-    The file of the experiment has the settings of the thesis.
+    The settings of the thesis are those in the file of the experiment.
     """
     original = _original_settings(experiment)
     sections = {name: original.get(name) or {} for name in ("data", "model", "trainer")}
@@ -246,7 +246,7 @@ def outlook_figures(flows: list[Run], bits: int) -> Iterator[Figure]:
     )
     yield Figure(
         "O.2",
-        "Samples of each network at temperature 0.7 at the end of training. The trainings have "
+        "Samples of each network at temperature 0.7 at the end of training. The runs have "
         "different lengths.",
         draw_samples,
         flows,

@@ -1,4 +1,4 @@
-"""The trainings for the thesis and the slides. `conf/preset` has the settings of the presets."""
+"""The training runs of the thesis and the slides. `conf/preset` has the presets' settings."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ HIDDEN_UNITS = {"full": (50, 100, 300), "small": (100,), "smoke": (8,)}
 
 
 class Job(NamedTuple):
-    """One training.
+    """One training run.
 
     Attributes:
         group: One of `GROUPS`.
@@ -69,10 +69,10 @@ def data_section(name: str, root: str | None = None) -> dict[str, Any]:
 
 
 def jobs(preset: str, group: str) -> list[Job]:
-    """Return the trainings of a group.
+    """Return the training runs of a group.
 
-    With the preset full, the slides have 24 RBMs and the outlook has 3 networks. The preset smoke
-    has 3 RBMs and 1 network.
+    With the preset full, the slides have 24 RBMs and the RBM of the half 6, and the outlook has 3
+    networks. The preset smoke has 3 RBMs, the RBM of the half 6, and 1 network.
     """
     if group == "slides":
         return _slides_jobs(preset)
@@ -96,10 +96,10 @@ def _slides_jobs(preset: str) -> list[Job]:
 
 
 def train(args: list[str]) -> None:
-    """Run `flowgen ARGS` to its end.
+    """Run `flowgen ARGS` and wait until it ends.
 
     Raises:
-        UserError: If it fails or is stopped.
+        UserError: If the command fails or is stopped.
     """
     print(f"\n$ flowgen {' '.join(args)}", flush=True)
     status = run_flowgen(*args).returncode

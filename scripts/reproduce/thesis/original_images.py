@@ -12,13 +12,13 @@ from torch import Tensor
 
 from flowgen.data.dataset import find_dataset
 from flowgen.data.image_folder import split_names
-from flowgen.data.preprocess import open_source
+from flowgen.data.preprocess import open_source, read_file
 
 
 def original_images(config: dict[str, Any], count: int, side: int = 128) -> Tensor:
-    """Return the first training images of a data section without cropping.
+    """Return the first training images of a data section, padded to white squares, not cropped.
 
-    Each is padded to a white square. Files that cannot be read are skipped.
+    Files that cannot be read are skipped.
 
     Args:
         config: The data section of a configuration, of an `ImageFolder`.
@@ -26,7 +26,7 @@ def original_images(config: dict[str, Any], count: int, side: int = 128) -> Tens
         side: Height and width of the result, in pixels.
 
     Returns:
-        uint8 (count, 3, side, side).
+        Images, uint8 (count, 3, side, side).
     """
     root = find_dataset(config["root"], config["search_dirs"], config["download_hint"])
     source = open_source(root)
@@ -34,7 +34,7 @@ def original_images(config: dict[str, Any], count: int, side: int = 128) -> Tens
     def squares() -> Iterator[Tensor]:
         for name in split_names(source)[0]:
             with contextlib.suppress(OSError):
-                image = Image.open(io.BytesIO(source.read(name))).convert("RGB")
+                image = Image.open(io.BytesIO(read_file(source.root / name))).convert("RGB")
                 image = ImageOps.pad(image, (side, side), color="white")
                 pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
                 yield pixels.view(side, side, 3).permute(2, 0, 1)

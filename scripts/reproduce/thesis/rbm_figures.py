@@ -15,7 +15,7 @@ from flowgen.training.run_dir import Run
 from flowgen.utils import plots, rendering
 
 SETTINGS = "The slides do not give training times and learning rates."
-CLAIMS = {"l2": "300 hidden units", "l1": "300 hidden units at 1e-6"}  # the best RBM by its prior
+CLAIMS = {"l2": "300 hidden units", "l1": "300 hidden units at 1e-6"}  # prior: the slides' best RBM
 
 
 def toy_figure(run: Run) -> Figure:
@@ -31,7 +31,7 @@ def toy_figure(run: Run) -> Figure:
 
 
 def likelihoods(runs: list[Run]) -> dict[str, tuple[float, float]]:
-    """Return the test log-likelihood at the end of training and its error, by the run's name."""
+    """Return the final test log-likelihood and its error, by the name of the run."""
     result = {}
     for run in runs:
         row = [row for row in run.read_metrics() if row["split"] == "test"][-1]
@@ -39,11 +39,40 @@ def likelihoods(runs: list[Run]) -> dict[str, tuple[float, float]]:
     return result
 
 
-def best_of_prior(likelihoods: Mapping[str, tuple[float, float]]) -> str:
+def plot_dots(named: Mapping[str, tuple[float, float]], label: str, path: Path) -> None:
+    """Plot one dot with an error bar per name, and write a PNG.
+
+    Args:
+        named: Value and standard error, by name.
+        label: Label of the x axis.
+        path: Path of the PNG.
+    """
+    names = list(named)[::-1]
+    values, errors = zip(*(named[name] for name in names), strict=True)
+    with plots.figure(8, 1.2 + 0.3 * len(named), path) as page:
+        axes = page.subplots()
+        axes.errorbar(
+            values, range(len(names)), xerr=errors, fmt="o", color=plots.COLORS[0], capsize=3
+        )
+        for index, (value, error) in enumerate(zip(values, errors, strict=True)):
+            axes.annotate(
+                f"{value:.2f} ± {error:.2f}",
+                (value, index),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set(xlabel=label, xmargin=0.15)
+        axes.grid(alpha=0.3)
+
+
+def compare_claims(likelihoods: Mapping[str, tuple[float, float]]) -> str:
     """Compare the slides' claims about priors on the weights with the likelihoods.
 
     Args:
-        likelihoods: Log-likelihood and error by name, such as l2_1e3_100.
+        likelihoods: Log-likelihood and error by the name of the run, such as l2_1e3_100.
     """
     sentences = []
     for prior, claim in CLAIMS.items():
@@ -59,7 +88,7 @@ def best_of_prior(likelihoods: Mapping[str, tuple[float, float]]) -> str:
 
 
 def slides_figures(runs: list[Run], folder: Path, digits: ImageDataset) -> Iterator[Figure]:
-    """Yield figures S.1 to S.8. The last run is that of the half 6."""
+    """Yield figures S.1 to S.8. The last of `runs` is the RBM of the half 6."""
     *rbms, half_six = runs
     yield from _comparison_figures(rbms, runs)
     if digits.test.labels is not None:
@@ -119,8 +148,8 @@ def _comparison_figures(rbms: list[Run], runs: list[Run]) -> Iterator[Figure]:
         "S.3",
         "Test log-likelihood at the end of training, by a short forward run of annealed importance "
         "sampling, which tends to overestimate it. `flowgen evaluate` runs both directions. Errors "
-        "are over images and chains. Trainings had equal time, so their numbers of steps differ.",
-        partial(plots.dots, likelihoods(runs), "test log-likelihood, nats (higher is better)"),
+        "are over images and chains. All runs had the same time, so their numbers of steps differ.",
+        partial(plot_dots, likelihoods(runs), "test log-likelihood, nats (higher is better)"),
         runs,
         difference="The slides compare reconstruction errors, which are not likelihoods.",
     )

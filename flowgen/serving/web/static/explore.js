@@ -37,10 +37,17 @@ async function post(endpoint, payload) {
   return result;
 }
 
-// Send a request and return the result, or null after an error. During a long request, show the
-// server's status. Requests with a request_id can be stopped.
+// The payload of the newest request to each endpoint. Responses to older requests are ignored, so
+// that they do not replace a newer result.
+const newestPayload = {};
+const INDEPENDENT = ["advance_chains", "upload"]; // endpoints with several valid requests at once
+
+// Send a request and return the result, or null after an error or if there is a newer request.
+// During a long request, show the server's status. Requests with a request_id can be stopped.
 async function request(endpoint, payload, button = null) {
   if (button) button.disabled = true;
+  newestPayload[endpoint] = payload;
+  const isOutdated = () => newestPayload[endpoint] !== payload && !INDEPENDENT.includes(endpoint);
   let isDone = false;
   const timer = setInterval(async () => {
     const { status } = await post("status", {}).catch(() => ({ status: "" }));
@@ -50,9 +57,11 @@ async function request(endpoint, payload, button = null) {
   }, STATUS_INTERVAL_MS);
   try {
     const result = await post(endpoint, payload);
+    if (isOutdated()) return null;
     if (endpoint !== "advance_chains") showMessage(""); // running chains must not clear messages
     return result;
   } catch (error) {
+    if (isOutdated()) return null;
     const isOffline = error instanceof TypeError; // raised by fetch
     showMessage(
       isOffline ? "The server does not respond. Is flowgen explore still running?" : error.message,
@@ -62,7 +71,7 @@ async function request(endpoint, payload, button = null) {
   } finally {
     isDone = true;
     clearInterval(timer);
-    if (payload.request_id) $("stop").hidden = true;
+    if (payload.request_id && !isOutdated()) $("stop").hidden = true;
     if (button) button.disabled = false;
   }
 }
@@ -283,8 +292,6 @@ function onSubmit(id, action) {
 
 // Samples
 
-let latestDraw = 0;
-
 async function drawSamples(button = $("sample-form").querySelector("button")) {
   const payload = {
     count: intValue("count"),
@@ -294,9 +301,8 @@ async function drawSamples(button = $("sample-form").querySelector("button")) {
   if (model.capabilities.classes && $("label").value) payload.label = intValue("label");
   if (model.capabilities.chains)
     Object.assign(payload, { sampler: $("sampler").value, steps: intValue("sample-steps") });
-  const draw = ++latestDraw;
   const result = await request("sample", payload, button);
-  if (!result || draw !== latestDraw) return; // an older response must not replace a newer one
+  if (!result) return;
   const tiles = result.images.map((image, index) =>
     createTile(image, `Sample ${index + 1} of seed ${result.seed}`),
   );
@@ -401,7 +407,7 @@ async function editImage() {
     ([attribute, amount]) => `${displayName(attribute)} by ${amount}`,
   );
   if (!changes.length) {
-    showTiles("edit-tiles", []);
+    clearEdit();
     return;
   }
   const result = await request("edit", { image, amounts });
@@ -412,6 +418,12 @@ async function editImage() {
   ]);
   showCommand("edit-command", result.command);
 }
+
+function clearEdit() {
+  delete newestPayload.edit; // the response of a running request is ignored
+  showTiles("edit-tiles", []);
+  $("edit-command").hidden = true;
+}
 $("find-directions").addEventListener("click", findDirections);
 $("amounts").addEventListener("change", editImage);
 $("edit-form").addEventListener("submit", (event) => event.preventDefault());
@@ -420,8 +432,7 @@ $("reset").addEventListener("click", () => {
     slider.value = 0;
     showValue(slider);
   }
-  showTiles("edit-tiles", []);
-  $("edit-command").hidden = true;
+  clearEdit();
 });
 
 // The brush. `erased` has one entry per pixel; `scale` is the side of a pixel on the canvas.

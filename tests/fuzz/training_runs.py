@@ -1,4 +1,4 @@
-"""Short trainings of every model, and the comparison of their results."""
+"""Short training runs of every model, and the comparison of their results."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ RBM = (
     "evaluation.ais_steps=10",
     "evaluation.ais_chains=4",
 )
-TRAININGS = {
+TRAINING_RUNS = {
     "nice": (*FLOW, "model=nice", "model.num_layers=1"),
     "realnvp": (
         *FLOW,
@@ -62,7 +62,7 @@ VARYING_METRICS = ("seconds", "images_per_second", "memory_gib")  # differ from 
 
 
 def folder_name(name: str) -> str:
-    """Return the name of a training without spaces."""
+    """Return the name of a training run without spaces."""
     return name.replace(", ", "-")
 
 
@@ -77,27 +77,28 @@ def make_images(folder: Path) -> Path:
 
 
 def train_args(name: str, images: Path, run: Path, *overrides: str) -> list[str]:
-    """Return the arguments of `flowgen` for a training."""
+    """Return the arguments of `flowgen` for a training run."""
     data = ["data=folder", f"data.root={images}", "data.size=4"]
     output = [f"output_dir={run}", "resume=true"]
-    return ["train", *data, *output, *TRAININGS[name], *TRAINER, *overrides]
+    return ["train", *data, *output, *TRAINING_RUNS[name], *TRAINER, *overrides]
 
 
 def state_of(run: Path) -> dict[str, Any]:
-    """Return everything that a training leaves, except for times.
+    """Return the contents of a run's folder that depend on the seed alone.
 
-    The state has checkpoints, metrics, pictures, and the names of partly written files.
+    These are checkpoints, metrics and pictures, but no times. The names of partly written files
+    are listed too.
     """
     partial = sorted(str(path.relative_to(run)) for path in run.rglob("*.part"))
     state: dict[str, Any] = {"partial files": partial}
-    files: dict[int, Any] = {}  # by inode, since a file may have several names
+    checkpoints: dict[int, Any] = {}  # by inode, since a file may have several names
     for path in sorted((run / "checkpoints").glob("*.pt")):
         inode = path.stat().st_ino
-        if inode not in files:
-            files[inode] = torch.load(path, weights_only=True)
-            files[inode]["progress"].pop("seconds")
-            files[inode].pop("config")
-        state[path.name] = files[inode]
+        if inode not in checkpoints:
+            checkpoints[inode] = torch.load(path, weights_only=True)
+            checkpoints[inode]["progress"].pop("seconds")
+            checkpoints[inode].pop("config")
+        state[path.name] = checkpoints[inode]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         for key in VARYING_METRICS:
@@ -109,7 +110,7 @@ def state_of(run: Path) -> dict[str, Any]:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Compare two states bit by bit."""
+    """Return True if two states are equal bit by bit."""
     if isinstance(first, torch.Tensor):
         return (
             isinstance(second, torch.Tensor)

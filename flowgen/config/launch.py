@@ -1,0 +1,346 @@
+"""Start of training: new and resumed runs, in this process or in several."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from signal import Signals
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from flowgen.config import compose, instantiate, runs, settings
+from flowgen.training.checkpoint import eval_weights, read_checkpoint
+from flowgen.training.run_dir import Run
+from flowgen.utils.errors import UserError, check_whole
+from flowgen.utils.launcher import launch, num_processes_to_launch
+
+if TYPE_CHECKING:
+    from flowgen.models.base import GenerativeModel
+    from flowgen.training.distributed import ProcessGroup
+
+LOCK_FILE = ".lock"  # in the folder of a run, held by the process that trains it
+log = logging.getLogger("flowgen")
+
+
+class RunFinishedError(UserError):
+    """The run has reached its end."""
+
+
+class WorkerFailedError(UserError):
+    """A worker process failed and has already printed the reason."""
+
+    def __init__(self, status: int):
+        super().__init__("one of the processes failed: see its message above")
+        self.status = status  # exit status of the process
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal stopped training, and the run is saved: `flowgen.resume(run)` continues it."""
+
+    def __init__(self, run: Run, signal: int):
+        super().__init__(f"stopped by signal {signal}; {run.folder} is saved")
+        self.run = run
+        self.signal = signal
+
+
+def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) -> Run:
+    """Train a composed configuration in its `output_dir`.
+
+    If the configuration says `resume: true`, a run in this folder is continued, or skipped if it
+    has finished.
+
+    Args:
+        config: Configuration of `compose_config`.
+        note: Line for the log.
+        numbered: Whether to append a number to the name of the folder if it exists already.
+
+    Raises:
+        UserError: if the folder holds a run that may not be continued.
+    """
+    _make_paths_absolute(config)
+    wanted_processes = config["trainer"].get("num_processes")
+    num_processes = num_processes_to_launch(wanted_processes)
+    may_resume = config.pop("resume")
+    if numbered:
+        config["output_dir"] = str(_create_numbered(Path(config["output_dir"])))
+    run = Run(Path(config["output_dir"]))
+    if may_resume and _holds_run(run):
+        _check_same_settings(run, config)
+        try:
+            return resume_run(run, [f"trainer.num_processes={wanted_processes or 'null'}"])
+        except RunFinishedError as error:
+            log.info("skipped: %s", error)
+            return run
+    with lock_run(run):
+        if _holds_run(run):
+            raise UserError(
+                f"{run.folder} holds a run already: continue it with "
+                f"`flowgen resume {run.folder}`, or choose another output_dir="
+            )
+        if not num_processes:
+            return fit_run(run, config, note=note)
+        compose.save_config(config, run.config)  # the processes read it
+        with log_to_file(run):
+            log.info("%s", note or f"{num_processes} processes")
+    return _launch(run, num_processes, [str(run.folder)], is_new=True)
+
+
+def resume_run(run: Run, overrides: Sequence[str], file: Path | None = None) -> Run:
+    """Continue a run.
+
+    Args:
+        run: Folder of the run.
+        overrides: KEY=VALUE that change its configuration.
+        file: Checkpoint to continue from; None: the latest valid one of the run.
+
+    Raises:
+        RunFinishedError: if the run has ended.
+    """
+    with lock_run(run):
+        checkpoint = run.latest_valid_checkpoint() if file is None else read_checkpoint(file)
+        config = compose.read_config(run.config) if checkpoint is None else checkpoint["config"]
+        config = compose.override(config, compose.resolve_stop_criterion(overrides))
+        _make_paths_absolute(config)
+        _check_unfinished(run, config, checkpoint)
+        num_processes = num_processes_to_launch(config["trainer"].get("num_processes"))
+        if not num_processes:
+            return fit_run(run, config, checkpoint)
+    return _launch(run, num_processes, [str(file or run.folder), *overrides])
+
+
+def _launch(run: Run, num_processes: int, arguments: list[str], is_new: bool = False) -> Run:
+    """Run `flowgen resume ARGUMENTS` in several processes.
+
+    If they fail before the first checkpoint, the folder of a new run is deleted.
+    """
+    log.info("%s: %d processes", run.folder, num_processes)
+    try:
+        launch(
+            num_processes, ["resume", *arguments], f"continue with `flowgen resume {run.folder}`"
+        )
+    except SystemExit as error:
+        if is_new and not run.checkpoints():
+            run.config.unlink(missing_ok=True)
+            _remove_without_run(run)
+        status = int(str(error.code))
+        if status > 128:  # a signal
+            raise TrainingInterrupted(run, status - 128) from error
+        raise WorkerFailedError(status) from error
+    return run
+
+
+def fit_run(
+    run: Run | None = None,
+    config: dict[str, Any] | None = None,
+    checkpoint: dict[str, Any] | None = None,
+    note: str = "",
+) -> Run:
+    """Train in this process, or in the group of processes that a launcher started.
+
+    The main process has the arguments of `fit_in_group`, and sends them to the others.
+    """
+    from flowgen.training.distributed import join
+
+    with join() as group:
+        shared: Any = group.broadcast_from_main(lambda: (run, config, checkpoint, note))
+        fit_in_group(group, *shared)
+    return shared[0]
+
+
+def fit_in_group(
+    group: "ProcessGroup",
+    run: Run,
+    config: dict[str, Any],
+    checkpoint: dict[str, Any] | None,
+    note: str = "",
+) -> None:
+    """Build the model and the data of a configuration and train.
+
+    Args:
+        group: This process and those that train with it.
+        run: Folder of the run.
+        config: Configuration of the run.
+        checkpoint: Checkpoint to continue from, or None for a new run.
+        note: Line for the log.
+
+    Raises:
+        TrainingInterrupted: if a signal stopped training; the run is saved.
+    """
+    import torch
+
+    from flowgen.training import device, sanity_checks, trainer
+
+    check_whole(0, 2**63 - 1, seed=config["seed"])
+    trainer_config = instantiate.instantiate("trainer", config["trainer"])
+    # With several processes, each chooses its own number of threads.
+    num_threads = trainer_config.num_threads if group.size == 1 else "auto"
+    runtime = device.Runtime(trainer_config.device, num_threads, trainer_config.precision)
+    if group.size == 1:
+        # A resumed run needs the same number of threads for the same bits.
+        config["trainer"]["num_threads"] = runtime.num_threads
+    torch.manual_seed(config["seed"])
+    model, data, config = instantiate.build_model_and_data(config)
+    init_from = config.get("init_from")
+    if checkpoint is not None:
+        runs.load_weights(model, checkpoint["model"])
+    elif init_from is not None and group.is_main:
+        _load_init_weights(model, config, init_from)
+    if group.is_main:
+        compose.save_config(config, run.config)
+    with log_to_file(run) if group.is_main else contextlib.nullcontext():
+        log.info(
+            "%s: %.2f million parameters, %d training, %d validation and %d test images",
+            run.folder,
+            sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+            len(data.train),
+            len(data.validation),
+            len(data.test),
+        )
+        log.info("environment: %s", device.environment(runtime.device, group.size))
+        if note:
+            log.info("%s", note)
+        if group.is_main:
+            sanity_checks.warn_test_leakage(data)
+        if checkpoint is not None:
+            log.info("resuming from step %d", checkpoint["step"])
+        stop_signal = trainer.Trainer(trainer_config, model, data, run, config, group, runtime).fit(
+            checkpoint, init_weights=init_from is not None
+        )
+        if stop_signal is not None:
+            log.info(
+                "stopped by %s and saved: continue with `flowgen resume %s`",
+                Signals(stop_signal).name,
+                run.folder,
+            )
+            raise TrainingInterrupted(run, stop_signal)
+        log.info("finished: %s", run.folder)
+
+
+def _make_paths_absolute(config: dict[str, Any]) -> None:
+    """Make the run independent of the working directory."""
+    if config["data"].get("root") is not None:
+        config["data"]["root"] = compose.absolute_path(config["data"]["root"])
+    init_from = config.get("init_from")
+    if init_from is not None and Path(str(init_from)).expanduser().exists():
+        config["init_from"] = compose.absolute_path(init_from)
+
+
+def _load_init_weights(model: "GenerativeModel", config: dict[str, Any], source: str) -> None:
+    """Load the weights of the run that `init_from` names."""
+    _, checkpoint = runs.find_checkpoint(source)
+    try:
+        runs.load_weights(model, eval_weights(checkpoint))
+    except UserError as error:
+        section = settings.flatten({"model": config["model"]})
+        differences = _differences(section, checkpoint["config"]) or ["different tensor shapes"]
+        raise UserError(
+            f"the weights of init_from={source} do not fit, {', '.join(differences)}: "
+            "train a model with the same settings"
+        ) from error
+
+
+def _check_unfinished(run: Run, config: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+    """Raise RunFinishedError if the checkpoint is at the end of the run."""
+    if checkpoint is None:
+        return
+    limits = instantiate.instantiate("trainer", config["trainer"])
+    values = {
+        "minutes": checkpoint["progress"]["seconds"] / 60,
+        "steps": checkpoint["step"],
+        "patience": checkpoint["progress"].get("evals_since_best", 0),
+    }
+    for name, value in values.items():
+        limit = getattr(limits, name)
+        if limit and value >= limit:
+            raise RunFinishedError(
+                f"{run.folder} has ended at step {checkpoint['step']}: to train longer, "
+                f"`flowgen resume {run.folder} trainer.{name}={math.ceil(2 * value)}`"
+            )
+
+
+def _check_same_settings(run: Run, config: dict[str, Any]) -> None:
+    """Raise UserError if a setting differs from that of the run; missing settings are ignored."""
+    run.check_contained()
+    ignored = ("output_dir", "trainer.num_processes")
+    wanted = {key: value for key, value in settings.flatten(config).items() if key not in ignored}
+    if differences := _differences(wanted, compose.read_config(run.config)):
+        raise UserError(
+            f"{run.folder} holds a run with other settings, {', '.join(differences)}: continue it "
+            f"as it is with `flowgen resume {run.folder}`, or choose another output_dir="
+        )
+
+
+def _differences(here: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    there = settings.flatten(config)
+    return [
+        f"{key}={there.get(key, 'nothing')} there and {value} here"
+        for key, value in here.items()
+        if value not in (there.get(key), "auto")
+    ]
+
+
+def _create_numbered(folder: Path) -> Path:
+    """Create a folder, with the first free number at the end of its name if it exists already."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder
+    numbers = count(2)
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            path = folder.with_name(f"{folder.name}_{next(numbers)}")
+
+
+def _holds_run(run: Run) -> bool:
+    return run.config.exists() or run.metrics.exists()
+
+
+@contextlib.contextmanager
+def lock_run(run: Run) -> Iterator[None]:
+    """Lock the folder of a run for this process. A folder without a run is removed at the end.
+
+    Raises:
+        UserError: if another process holds the lock.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.check_contained()
+    lock = FileLock(run.folder / LOCK_FILE)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(
+            f"another process is training {run.folder}: wait for it, or choose another output_dir="
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if not run.config.exists():
+            _remove_without_run(run)
+
+
+def _remove_without_run(run: Run) -> None:
+    for path in (run.log, run.folder / LOCK_FILE):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other files stay
+        run.folder.rmdir()
+
+
+@contextlib.contextmanager
+def log_to_file(run: Run) -> Iterator[None]:
+    """Copy log messages with their time to `train.log`, and the traceback of an error."""
+    handler = logging.FileHandler(run.log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    except Exception:
+        log.debug("training ended with an error", exc_info=True)
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
