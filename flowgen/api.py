@@ -11,6 +11,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowgen.config import compose, instantiate, launch, runs, settings
+from flowgen.data import DOWNLOADED
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, launcher
 from flowgen.utils.errors import UserError
@@ -344,8 +345,8 @@ def _availability(name: str) -> str:
     folders = section.get("search_dirs") or []
     if "root" not in section or any((files.data_folder() / folder).exists() for folder in folders):
         return "present"  # without root, it is generated or part of the package
-    root = settings.settings_of_file(f"data/{name}")["data.root"]
-    return "downloadable" if "download" in root.meaning else "missing"
+    class_name = section["_target_"].rpartition(".")[2]
+    return "downloadable" if class_name in DOWNLOADED else "missing"
 
 
 def _name(run: RunName) -> str:

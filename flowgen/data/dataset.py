@@ -120,7 +120,8 @@ def find_dataset(
         root: The path itself, or None to search for it.
         search_dirs: Names to look for in `data_folder()`, in this order. A configuration from a
             stranger must not read or write outside of it.
-        download_hint: A sentence that tells the user how to get the data.
+        download_hint: How to get the data, as one or two full sentences. The error message is
+            "PATH does not exist." and the hint.
         files: The MD5 checksum of every file that can be downloaded, by its URL. They are
             downloaded to the first of `search_dirs`.
 
