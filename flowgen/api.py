@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowgen.config import compose, instantiate, launch, runs, settings
+from flowgen.config import compose, instantiate, runs, settings, start
 from flowgen.data import DOWNLOADED
 from flowgen.training.run_dir import Run
-from flowgen.utils import console, files, launcher
+from flowgen.utils import console, files, processes
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import Metrics, MetricValue, finite
 
@@ -103,9 +103,9 @@ def train(*overrides: str) -> Run:
         True
     """
     console.setup_logging()
-    if launcher.is_worker():
-        return launch.fit_run()
-    return launch.start_run(*compose.compose_config(overrides))
+    if processes.is_worker():
+        return start.train_run()
+    return start.start_run(*compose.compose_config(overrides))
 
 
 def resume(run: RunName, *overrides: str) -> Run:
@@ -122,8 +122,8 @@ def resume(run: RunName, *overrides: str) -> Run:
         UserError: if there is no such run or it has ended.
     """
     console.setup_logging()
-    if launcher.is_worker():
-        return launch.fit_run()
+    if processes.is_worker():
+        return start.train_run()
     found = runs.find_run(_name(run))
     file = runs.find_file(_name(run))
     is_elsewhere = file and not file.resolve().is_relative_to(found.folder.resolve())
@@ -132,7 +132,7 @@ def resume(run: RunName, *overrides: str) -> Run:
             f"{found.folder} holds a run already: continue it with "
             f"`flowgen resume {found.folder}`, or move it away"
         )
-    return launch.resume_run(found, overrides, file)
+    return start.resume_run(found, overrides, file)
 
 
 def load(run: RunName, device: str = "auto") -> "GenerativeModel":

@@ -80,7 +80,7 @@ def test_a_kill_between_the_names_of_a_checkpoint_keeps_the_best(tmp_path, monke
 
 def test_a_numbered_checkpoint_does_not_change_with_the_last(tmp_path):
     run = Run(tmp_path)
-    run.save(CHECKPOINT | {"step": 5}, is_best=True, keep=True)
+    run.save(CHECKPOINT | {"step": 5}, is_best=True, numbered=True)
     run.save(CHECKPOINT | {"step": 6})
     assert read_checkpoint(run.best)["step"] == 5
     assert read_checkpoint(run.step_path(5))["step"] == 5

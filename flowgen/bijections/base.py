@@ -28,14 +28,14 @@ ACTIVATION_MEMORY = ("store", "checkpoint", "reversible")
 # Bijections whose inputs are recovered from one output. Rounding errors grow with their number.
 MAX_INVERTED_BIJECTIONS = 128
 
-Step = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # as Bijection.forward
+ForwardFn = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # as Bijection.forward
 
 
 class Bijection(nn.Module, ABC):
     """Base class of invertible maps with a tractable log-determinant.
 
     Subclasses implement `forward` and `inverse`. Subclasses whose parameters start from data also
-    implement `fit`. Tensors have shape (batch, dim) or (batch, channels, height, width).
+    implement `init_from_data`. Tensors have shape (batch, dim) or (batch, channels, height, width).
 
     The optional `condition` is an additional input of the networks inside a bijection, such as a
     class or another image. It has shape (batch, cond_channels) or (batch, cond_channels, height,
@@ -62,10 +62,10 @@ class Bijection(nn.Module, ABC):
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Initialize from one batch of data before training and return the output for it."""
-        self.fit(x, condition)
+        self.init_from_data(x, condition)
         return self(x, condition)[0]
 
-    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
+    def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
         """Set data-dependent parameters from one batch of data, by default none."""
 
     def invert_and_recompute(
@@ -139,7 +139,7 @@ class Chain(Bijection):
             x = bijection.initialize(x, condition)  # type: ignore[operator]
         return x
 
-    def _memory_saving_steps(self) -> Iterator[Step]:
+    def _memory_saving_steps(self) -> Iterator[ForwardFn]:
         for saves_memory, group in groupby(self.bijections, self._saves_memory):
             if not saves_memory:
                 yield from group
@@ -155,7 +155,7 @@ class Chain(Bijection):
         )
 
 
-def _checkpointed(bijection: nn.Module) -> Step:
+def _checkpointed(bijection: nn.Module) -> ForwardFn:
     """Return `bijection.forward` as a step that the backward pass computes again."""
     # Set only for batch norm layers, because torch.compile does not support context_fn.
     kwargs: dict[str, Any] = (
@@ -183,7 +183,7 @@ def _frozen_statistics(bijection: nn.Module) -> Iterator[None]:
         yield
 
 
-def _reversible(bijections: Sequence[Any], errors: list[Tensor]) -> Iterator[Step]:
+def _reversible(bijections: Sequence[Any], errors: list[Tensor]) -> Iterator[ForwardFn]:
     """Yield steps that apply bijections and recover their inputs in the backward pass.
 
     The condition gets no gradient.

@@ -30,7 +30,7 @@ class CouplingBase(Bijection):
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._map(self.transform.inverse, z, condition)
 
-    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
+    def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
         self.network.initialize(concat_condition(self._unchanged(x), condition))
 
     @abstractmethod

@@ -91,10 +91,10 @@ def hashed_split(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]
     The hash ignores directories, and an image stays in its split when others are added. Each split
     of three or more names has at least one name.
     """
-    tenth = {name: hash_name(name) % 10 for name in names}
-    test = {name for name in names if tenth[name] == 0} or set(sorted(names, key=hash_name)[:1])
+    part = {name: hash_name(name) % 10 for name in names}
+    test = {name for name in names if part[name] == 0} or set(sorted(names, key=hash_name)[:1])
     rest = [name for name in names if name not in test]
-    validation = {name for name in rest if tenth[name] == 1} or set(sorted(rest, key=hash_name)[:1])
+    validation = {name for name in rest if part[name] == 1} or set(sorted(rest, key=hash_name)[:1])
     return (
         [name for name in rest if name not in validation],
         [name for name in names if name in validation],

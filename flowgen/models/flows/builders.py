@@ -114,7 +114,7 @@ def check_transformer(
         )
 
 
-def num_levels(size: int, levels: int | None) -> int:
+def resolve_levels(size: int, levels: int | None) -> int:
     """Return the number of times that a multi-scale flow halves images of `size` x `size` pixels.
 
     Args:

@@ -67,7 +67,7 @@ class FlowDensity(GenerativeModel):
         one_hot = self.one_hot(labels)
         if one_hot is None:
             return self.class_log_density(x).logsumexp(1) - math.log(len(self.means))
-        z, log_det = self.bijection(x, self.condition(one_hot))
+        z, log_det = self.bijection(x, self.network_condition(one_hot))
         return self.log_base(z, one_hot) + log_det
 
     def class_log_density(self, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class FlowDensity(GenerativeModel):
             return None
         return F.one_hot(labels, self.num_classes).to(self.dtype)
 
-    def condition(self, one_hot: Tensor | None) -> Tensor | None:
+    def network_condition(self, one_hot: Tensor | None) -> Tensor | None:
         """Return the condition of the bijection."""
         return one_hot if self.condition_networks else None
 

@@ -138,7 +138,7 @@ class FlowMatching(Flow):
             z = z + one_hot @ self.means
         t = self.random_source(torch.rand, x.shape[:1], device=x.device, dtype=x.dtype)
         x_t = torch.lerp(z, x, t[:, None])
-        velocity = self.cnf.velocity(x_t, t, self.condition(one_hot))
+        velocity = self.cnf.velocity(x_t, t, self.network_condition(one_hot))
         return (velocity - (x - z)).square().mean()
 
     @torch.no_grad()

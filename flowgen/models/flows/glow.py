@@ -11,7 +11,7 @@ from flowgen.models.flows.builders import (
     gaussianization,
     make_transform,
     multi_scale,
-    num_levels,
+    resolve_levels,
     square_shape,
 )
 from flowgen.models.flows.flow import Flow
@@ -107,9 +107,9 @@ class Glow(Flow):
         )
         make_network = choose(NETWORKS, network=network)
         block_arguments = [] if network == "conv" else [num_blocks]
-        univariate = make_transform(transform, log_scale)
+        univariate_transform = make_transform(transform, log_scale)
         cond_channels = condition_size(num_classes, condition_networks)
-        levels = num_levels(size, levels)
+        levels = resolve_levels(size, levels)
         if levels == 0 and channels < 2:
             raise UserError(
                 f"Glow cannot split gray images of size={size} in halves: choose an even data.size"
@@ -118,11 +118,12 @@ class Glow(Flow):
 
         def step(channels: int) -> list[Bijection]:
             in_channels = channels // 2 + cond_channels
-            out_channels = univariate.num_params * (channels - channels // 2)
+            out_channels = univariate_transform.num_params * (channels - channels // 2)
             return [
                 linear.FusedAffine(linear.ActNorm(channels), make_convolution(channels)),
                 coupling.Coupling(
-                    make_network(in_channels, width, out_channels, *block_arguments), univariate
+                    make_network(in_channels, width, out_channels, *block_arguments),
+                    univariate_transform,
                 ),
             ]
 

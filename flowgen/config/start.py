@@ -15,11 +15,11 @@ from flowgen.config import compose, instantiate, runs, settings
 from flowgen.training.checkpoint import eval_weights, read_checkpoint
 from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError, check_whole
-from flowgen.utils.launcher import launch, num_processes_to_launch
+from flowgen.utils.processes import launch, num_processes_to_launch
 
 if TYPE_CHECKING:
     from flowgen.models.base import GenerativeModel
-    from flowgen.training.distributed import ProcessGroup
+    from flowgen.training.distributed import WorkerGroup
 
 LOCK_FILE = ".lock"  # in the folder of a run, held by the process that trains it
 log = logging.getLogger("flowgen")
@@ -81,11 +81,11 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
                 f"`flowgen resume {run.folder}`, or choose another output_dir="
             )
         if not num_processes:
-            return fit_run(run, config, note=note)
+            return train_run(run, config, note=note)
         compose.save_config(config, run.config)  # the processes read it
         with log_to_file(run):
             log.info("%s", note or f"{num_processes} processes")
-    return _launch(run, num_processes, [str(run.folder)], is_new=True)
+    return _start_processes(run, num_processes, [str(run.folder)], is_new=True)
 
 
 def resume_run(run: Run, overrides: Sequence[str], file: Path | None = None) -> Run:
@@ -107,11 +107,13 @@ def resume_run(run: Run, overrides: Sequence[str], file: Path | None = None) -> 
         _check_unfinished(run, config, checkpoint)
         num_processes = num_processes_to_launch(config["trainer"].get("num_processes"))
         if not num_processes:
-            return fit_run(run, config, checkpoint)
-    return _launch(run, num_processes, [str(file or run.folder), *overrides])
+            return train_run(run, config, checkpoint)
+    return _start_processes(run, num_processes, [str(file or run.folder), *overrides])
 
 
-def _launch(run: Run, num_processes: int, arguments: list[str], is_new: bool = False) -> Run:
+def _start_processes(
+    run: Run, num_processes: int, arguments: list[str], is_new: bool = False
+) -> Run:
     """Run `flowgen resume ARGUMENTS` in several processes.
 
     If they fail before the first checkpoint, the folder of a new run is deleted.
@@ -132,7 +134,7 @@ def _launch(run: Run, num_processes: int, arguments: list[str], is_new: bool = F
     return run
 
 
-def fit_run(
+def train_run(
     run: Run | None = None,
     config: dict[str, Any] | None = None,
     checkpoint: dict[str, Any] | None = None,
@@ -140,18 +142,18 @@ def fit_run(
 ) -> Run:
     """Train in this process, or in the group of processes that a launcher started.
 
-    The main process has the arguments of `fit_in_group`, and sends them to the others.
+    The main process has the arguments of `train_in_group`, and sends them to the others.
     """
     from flowgen.training.distributed import join
 
     with join() as group:
         shared: Any = group.broadcast_from_main(lambda: (run, config, checkpoint, note))
-        fit_in_group(group, *shared)
+        train_in_group(group, *shared)
     return shared[0]
 
 
-def fit_in_group(
-    group: "ProcessGroup",
+def train_in_group(
+    group: "WorkerGroup",
     run: Run,
     config: dict[str, Any],
     checkpoint: dict[str, Any] | None,
