@@ -90,7 +90,7 @@ def train(*overrides: str) -> Run:
         The run, a folder with checkpoints, metrics and samples.
 
     Raises:
-        UserError: for unknown settings and for incompatible data or models.
+        UserError: For unknown settings and for incompatible data or models.
 
     Example:
         >>> import tempfile
@@ -105,7 +105,8 @@ def train(*overrides: str) -> Run:
     console.setup_logging()
     if processes.is_worker():
         return start.train_run()
-    return start.start_run(*compose.compose_config(overrides))
+    composed = compose.compose_config(overrides)
+    return start.start_run(composed.config, composed.note, composed.numbered)
 
 
 def resume(run: RunName, *overrides: str) -> Run:
@@ -119,7 +120,7 @@ def resume(run: RunName, *overrides: str) -> Run:
         The run.
 
     Raises:
-        UserError: if there is no such run or it has ended.
+        UserError: If there is no such run or it has ended.
     """
     console.setup_logging()
     if processes.is_worker():
@@ -144,7 +145,7 @@ def load(run: RunName, device: str = "auto") -> "GenerativeModel":
         device: Name of the device; "auto" is a GPU if there is one, or else the CPU.
 
     Raises:
-        UserError: if there is no such run or device.
+        UserError: If there is no such run or device.
 
     Example:
         >>> model = load("zoo/glow_mnist", device="cpu")
@@ -170,7 +171,7 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         A mapping of metric names to values with standard errors.
 
     Raises:
-        UserError: if there is no such run, or its data is missing.
+        UserError: If there is no such run, or its data is missing.
 
     Example:
         >>> import tempfile
@@ -233,7 +234,7 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
         Log-probabilities in nats (N,), on the CPU. For flows they are lower bounds.
 
     Raises:
-        UserError: if the images do not fit the model.
+        UserError: If the images do not fit the model.
 
     Example:
         >>> model = load("zoo/glow_mnist", device="cpu")
@@ -279,7 +280,7 @@ def create_model(
             them. `negative_phase` of an RBM is a name or a dict of its settings.
 
     Raises:
-        UserError: for an unknown model or setting.
+        UserError: For an unknown model or setting.
 
     Example:
         >>> import torch
@@ -293,7 +294,7 @@ def create_model(
     overrides = [f"model={name}"]
     if isinstance(changes.get("negative_phase"), str):
         overrides.append(f"model/negative_phase={changes.pop('negative_phase')}")
-    config, _, _ = compose.compose_config(overrides)
+    config = compose.compose_config(overrides).config
     section = config["model"]
     for key, value in changes.items():
         if key not in section:

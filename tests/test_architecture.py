@@ -245,7 +245,7 @@ def image_shape(data: dict) -> tuple[int, int, int]:
 def test_every_experiment_composes_and_builds_its_model(name):
     text = (conf_folder() / "experiment" / f"{name}.yaml").read_text()
     assert text.startswith("# @package _global_\n# "), "the first comment describes the experiment"
-    config, _, _ = compose_config([f"experiment={name}"])
+    config = compose_config([f"experiment={name}"]).config
     if "width" in config["model"]:
         config["model"]["width"] = 4
     build_model(with_image_shape(config, image_shape(config["data"]), config["data"]["bits"]))
@@ -255,13 +255,13 @@ def test_every_experiment_composes_and_builds_its_model(name):
 def image_formats() -> list[tuple[tuple[int, int, int], int]]:
     """Return image shape and bits of all data sets."""
     names = [name for name in group_options("data") if name != "folder"]
-    sections = [compose_config([f"data={name}"])[0]["data"] for name in names]
+    sections = [compose_config([f"data={name}"]).config["data"] for name in names]
     return sorted({(image_shape(section), section["bits"]) for section in sections})
 
 
 @pytest.mark.parametrize("name", group_options("model"))
 def test_every_model_fits_every_data_set(name, image_formats):
-    config, _, _ = compose_config([f"model={name}"])
+    config = compose_config([f"model={name}"]).config
     for key in ("width", "hidden"):
         if key in config["model"]:
             config["model"][key] = 16

@@ -88,8 +88,7 @@ def make_config(name: str, images: Path, steps: int) -> dict:
         "trainer.precision=float32",
         "trainer.eval_every=10",
     ]
-    config, _, _ = compose_config([*MODELS[name], f"data.root={images}", *settings])
-    return config
+    return compose_config([*MODELS[name], f"data.root={images}", *settings]).config
 
 
 def run_in_processes(num_processes: int, jobs: list, path: Path) -> str:

@@ -112,7 +112,7 @@ def shrink(overrides: list[str]) -> list[str]:
 
 def settings_of_model(overrides: list[str]) -> set[str]:
     """Return the settings of the model that a training uses."""
-    config, _, _ = compose_config(single_values(overrides))
+    config = compose_config(single_values(overrides)).config
     return {f"model.{key}" for key in config["model"]}
 
 

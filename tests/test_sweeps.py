@@ -53,7 +53,7 @@ RUN = {
 def test_train_and_resume_read_values_alike(text, value):
     key = text.partition("=")[0].partition(".")[2]
     assert override(RUN, [text])["trainer"] == RUN["trainer"] | {key: value}
-    assert compose_config([text])[0]["trainer"][key] == value
+    assert compose_config([text]).config["trainer"][key] == value
 
 
 @pytest.mark.parametrize(
@@ -85,17 +85,17 @@ def test_folders_may_have_any_name(monkeypatch):
 
 
 def test_references_are_resolved_when_a_run_is_composed():
-    config, _, _ = compose_config(["trainer.eval_every=${trainer.steps}", "trainer.steps=7"])
+    config = compose_config(["trainer.eval_every=${trainer.steps}", "trainer.steps=7"]).config
     assert config["trainer"]["eval_every"] == 7
 
 
 def test_only_the_given_stop_criterion_is_kept():
     for given, other in (("steps", "minutes"), ("minutes", "steps")):
         for trainer in ("cpu", "gpu"):
-            section = compose_config([f"trainer={trainer}", f"trainer.{given}=3"])[0]["trainer"]
+            section = compose_config([f"trainer={trainer}", f"trainer.{given}=3"]).config["trainer"]
             assert section[given] == 3
             assert section[other] is None
-    both = compose_config(["trainer.steps=3", "trainer.minutes=4"])[0]["trainer"]
+    both = compose_config(["trainer.steps=3", "trainer.minutes=4"]).config["trainer"]
     assert (both["steps"], both["minutes"]) == (3, 4)
 
 

@@ -50,14 +50,14 @@ def resume(*, run: str, overrides: list[str]) -> None:
 
 def config_text(*, overrides: list[str]) -> str:
     """Return the configuration that `flowgen train OVERRIDE...` would train, as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(compose.compose_config(overrides)[0]))
+    return OmegaConf.to_yaml(OmegaConf.create(compose.compose_config(overrides).config))
 
 
 def sweep(overrides: list[str]) -> None:
     """Train all runs of a sweep with Hydra's launcher.
 
     Raises:
-        UserError: if a run failed, after all others are done.
+        UserError: If a run failed, after all others are done.
     """
     if processes.is_worker():
         return

@@ -55,14 +55,14 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
     Args:
         config: Configuration of `compose_config`.
         note: Line for the log.
-        numbered: Whether to append a number to the name of the folder if it exists already.
+        numbered: Append _2, _3, ... to the name of the folder if it exists.
 
     Raises:
-        UserError: if the folder holds a run that may not be continued.
+        UserError: If the folder holds a run that may not be continued.
     """
     _make_paths_absolute(config)
-    wanted_processes = config["trainer"].get("num_processes")
-    num_processes = num_processes_to_launch(wanted_processes)
+    trainer_processes = config["trainer"].get("num_processes")
+    num_processes = num_processes_to_launch(trainer_processes)
     may_resume = config.pop("resume")
     if numbered:
         config["output_dir"] = str(_create_numbered(Path(config["output_dir"])))
@@ -70,7 +70,7 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
     if may_resume and _holds_run(run):
         _check_same_settings(run, config)
         try:
-            return resume_run(run, [f"trainer.num_processes={wanted_processes or 'null'}"])
+            return resume_run(run, [f"trainer.num_processes={trainer_processes or 'null'}"])
         except RunFinishedError as error:
             log.info("skipped: %s", error)
             return run
@@ -97,7 +97,7 @@ def resume_run(run: Run, overrides: Sequence[str], file: Path | None = None) -> 
         file: Checkpoint to continue from; None: the latest valid one of the run.
 
     Raises:
-        RunFinishedError: if the run has ended.
+        RunFinishedError: If the run has ended.
     """
     with lock_run(run):
         checkpoint = run.latest_valid_checkpoint() if file is None else read_checkpoint(file)
@@ -169,7 +169,7 @@ def train_in_group(
         note: Line for the log.
 
     Raises:
-        TrainingInterrupted: if a signal stopped training; the run is saved.
+        TrainingInterrupted: If a signal stopped training; the run is saved.
     """
     import torch
 
@@ -267,20 +267,24 @@ def _check_same_settings(run: Run, config: dict[str, Any]) -> None:
     """Raise UserError if a setting differs from that of the run; missing settings are ignored."""
     run.check_contained()
     ignored = ("output_dir", "trainer.num_processes")
-    wanted = {key: value for key, value in settings.flatten(config).items() if key not in ignored}
-    if differences := _differences(wanted, compose.read_config(run.config)):
+    given = {key: value for key, value in settings.flatten(config).items() if key not in ignored}
+    if differences := _differences(given, compose.read_config(run.config)):
         raise UserError(
             f"{run.folder} holds a run with other settings, {', '.join(differences)}: continue it "
             f"as it is with `flowgen resume {run.folder}`, or choose another output_dir="
         )
 
 
-def _differences(here: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    there = settings.flatten(config)
+def _differences(command: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Return phrases for settings of a command that differ from those of a run.
+
+    A run stores the value that it chose for `auto`, so `auto` differs from no value.
+    """
+    stored = settings.flatten(config)
     return [
-        f"{key}={there.get(key, 'nothing')} there and {value} here"
-        for key, value in here.items()
-        if value not in (there.get(key), "auto")
+        f"{key} is {stored.get(key, 'not set')} in the run but {value} in this command"
+        for key, value in command.items()
+        if value not in (stored.get(key), "auto")
     ]
 
 
@@ -303,10 +307,10 @@ def _holds_run(run: Run) -> bool:
 
 @contextlib.contextmanager
 def lock_run(run: Run) -> Iterator[None]:
-    """Lock the folder of a run for this process. A folder without a run is removed at the end.
+    """Lock the folder of a run for this process. On exit, remove it if no run was created in it.
 
     Raises:
-        UserError: if another process holds the lock.
+        UserError: If another process holds the lock.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     run.check_contained()

@@ -32,7 +32,7 @@ class Split:
         images: 8-bit pixel values, uint8 (N, channels, height, width).
         labels: Class of each image, (N,).
         attributes: Attributes of each image, bool (N, number of attributes).
-        gray: The same images before random binarization, if any, for comparisons.
+        gray: 8-bit images before random binarization, used to find duplicates; else None.
     """
 
     images: Tensor
@@ -44,11 +44,8 @@ class Split:
         return len(self.images)
 
     def __getitem__(self, index: Tensor | slice) -> "Split":
-        return Split(
-            self.images[index],
-            None if self.labels is None else self.labels[index],
-            None if self.attributes is None else self.attributes[index],
-        )
+        values = vars(self).items()
+        return Split(**{name: value[index] for name, value in values if value is not None})
 
 
 @cache
@@ -291,7 +288,7 @@ class ImageDataset:
         self.random_shift = random_shift
         self.attributes = attributes
         self.device = torch.device("cpu")
-        # Return `train_batch(...)`, and prefetch the next batch of a large data set.
+        # Same as `train_batch`; `to` replaces it by a Prefetcher for large data sets.
         self.next_batch: Callable[..., Batch] = self.train_batch
 
     @property

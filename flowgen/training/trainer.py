@@ -21,7 +21,8 @@ from flowgen.training.logger import Logger, WorkerLogger
 from flowgen.training.nan_recovery import first_nonfinite_module
 from flowgen.training.run_dir import Run
 from flowgen.training.signals import GracefulStop
-from flowgen.training.state import TrainState, as_list
+from flowgen.training.state import TrainState
+from flowgen.utils import as_list
 from flowgen.utils.errors import UserError, check, check_choice, check_number, check_whole, log
 from flowgen.utils.memory import check_memory
 from flowgen.utils.metrics import Metric, Metrics, MetricValue

@@ -197,7 +197,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
     def evaluate(
         self,
         batches: Iterable[Tensor],
-        reference: Iterable[Tensor] = (),
+        train_batches: Iterable[Tensor] = (),
         eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
         """Return the bits/dim of `batches` with its standard error over images.
@@ -321,6 +321,8 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
+        """Return the images of latents (batch, D) or, with the class, (batch, D + num_classes)."""
+        # Sums of latents can move the one-hot class out of [0, 1], where the networks are trained.
         z, one_hot = latent.tensor_split([self.dimensions], 1)
         return self._quantize(
             self.bijection.inverse(z, self.network_condition(one_hot.clamp(0, 1)))[0]

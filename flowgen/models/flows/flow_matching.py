@@ -145,7 +145,7 @@ class FlowMatching(Flow):
     def evaluate(
         self,
         batches: Iterable[Tensor],
-        reference: Iterable[Tensor] = (),
+        train_batches: Iterable[Tensor] = (),
         eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
         """Return the bits/dim, and the solver difference.
@@ -155,7 +155,7 @@ class FlowMatching(Flow):
         """
         iterator = iter(batches)
         first_batch = next(iterator)
-        metrics = super().evaluate(chain((first_batch,), iterator), reference, eval_config)
+        metrics = super().evaluate(chain((first_batch,), iterator), train_batches, eval_config)
         coarse, fine = (
             self._bits_per_dim_at(ratio * self.cnf.tolerance, first_batch)
             for ratio in (1, TOLERANCE_RATIO)

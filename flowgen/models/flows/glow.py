@@ -102,10 +102,11 @@ class Glow(Flow):
         check_choice(("predicted", "standard"), split_prior=split_prior)
         check_choice(("standard", "learned"), base=base)
         make_convolution = choose(
+            "convolution",
+            convolution,
             {"plu": linear.InvertibleConv1x1LU, "plain": linear.InvertibleConv1x1},
-            convolution=convolution,
         )
-        make_network = choose(NETWORKS, network=network)
+        make_network = choose("network", network, NETWORKS)
         block_arguments = [] if network == "conv" else [num_blocks]
         univariate_transform = make_transform(transform, log_scale)
         cond_channels = condition_size(num_classes, condition_networks)
@@ -154,7 +155,7 @@ class Glow(Flow):
 
         chain = Chain(
             *gaussianization(gaussianize, channels, bits),
-            multi_scale(levels - 1, channels, size, level, last_level, prior),
+            multi_scale(max(0, levels - 1), channels, size, level, last_level, prior),
         )
         super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
 

@@ -118,7 +118,7 @@ class TarFlow(Flow, SupportsTokenSampling):
                 channels, width, univariate_transform
             )
             return [
-                *choose(mixing, permutation=permutation or ("actnorm" if is_gray else "plu")),
+                *choose("permutation", permutation or ("actnorm" if is_gray else "plu"), mixing),
                 TokenAutoregressive(network, head, reverse=index % 2 == 1),
             ]
 
