@@ -346,8 +346,7 @@ def _availability(name: str) -> str:
     folders = section.get("search_dirs") or []
     if "root" not in section or any((files.data_folder() / folder).exists() for folder in folders):
         return "present"  # without root, it is generated or part of the package
-    class_name = section["_target_"].rpartition(".")[2]
-    return "downloadable" if class_name in DOWNLOADED else "missing"
+    return "downloadable" if section["_target_"].rpartition(".")[2] in DOWNLOADED else "missing"
 
 
 def _name(run: RunName) -> str:

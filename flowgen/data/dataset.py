@@ -44,8 +44,9 @@ class Split:
         return len(self.images)
 
     def __getitem__(self, index: Tensor | slice) -> "Split":
-        values = vars(self).items()
-        return Split(**{name: value[index] for name, value in values if value is not None})
+        return Split(
+            **{name: value[index] for name, value in vars(self).items() if value is not None}
+        )
 
 
 @cache

@@ -53,8 +53,11 @@ class WorkerGroup:
             >>> WorkerGroup(1, 2).batch_indices(8, num_micro_batches=2)
             tensor([2, 3, 6, 7])
         """
-        indices = torch.arange(batch_size).view(num_micro_batches, self.size, -1)
-        return indices[:, self.rank].flatten()
+        return (
+            torch.arange(batch_size)
+            .reshape(num_micro_batches, self.size, -1)[:, self.rank]
+            .flatten()
+        )
 
     def check_divides(self, batch_size: int, grad_accum_steps: int) -> None:
         """Raise `UserError` unless each process gets equally many rows of every micro-batch."""

@@ -54,8 +54,7 @@ class NaNRecovery:
 
         The first rewind restores the latest checkpoint, a repeated one an older checkpoint.
         """
-        again = self.rewinds > 0 and self._is_repeated(failed_step)
-        return self.rewound_to if again else math.inf
+        return self.rewound_to if self.rewinds and self._is_repeated(failed_step) else math.inf
 
     def rewind(self, step: int, failed_step: int, bad_module: str, lr: float) -> None:
         """Count a rewind, and halve the learning rate.

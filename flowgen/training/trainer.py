@@ -293,11 +293,10 @@ class Trainer:
                 self.compute_loss(self.model.forward, *batch) for batch in self.micro_batches()
             ],
         )
-        failed_step = state.step + 1
         checkpoint = self.group.broadcast_from_main(
-            self.run.latest_valid_checkpoint, state.nan_recovery.checkpoint_before(failed_step)
+            self.run.latest_valid_checkpoint, state.nan_recovery.checkpoint_before(state.step + 1)
         )
-        state.nan_recovery.rewind(checkpoint["step"], failed_step, bad_module, self.config.lr)
+        state.nan_recovery.rewind(checkpoint["step"], state.step + 1, bad_module, self.config.lr)
         state.rewind(checkpoint)
         if self.group.is_main:
             self.run.truncate_metrics(state.step)
@@ -327,7 +326,7 @@ class Trainer:
         state = self.state
         self.logger.advance(self.progress)
         if self._is_due("log", config.log_every):
-            self.log_step(self.step_metrics)
+            self.log_step()
         is_best = self._is_due("eval", config.eval_every) and self.validate()
         if self.finished and self.last_done.get("test") != state.step:
             self.last_done["test"] = state.step
@@ -362,21 +361,22 @@ class Trainer:
             self.last_done[task] = step
         return due
 
-    def log_step(self, step_metrics: dict[str, float]) -> None:
+    def log_step(self) -> None:
         """Write the metrics of the last training step, and diagnostics."""
-        speed = len(self.step_seconds) * self.config.batch_size / sum(self.step_seconds)
-        self.step_seconds.clear()
         diagnostics = self.model.diagnostics()
         sanity_checks.warn_inaccurate_inverse(diagnostics)
         row = {
-            **step_metrics,
-            "images_per_second": speed,
+            **self.step_metrics,
+            "images_per_second": (
+                len(self.step_seconds) * self.config.batch_size / sum(self.step_seconds)
+            ),
             "skipped": self.state.nan_recovery.skipped,
             **diagnostics,
         }
+        self.step_seconds.clear()
         values = [MetricValue(Metric(name), value) for name, value in row.items()]
         if self.model.loss_metric is not None:
-            values.insert(0, MetricValue(self.model.loss_metric, step_metrics["loss"]))
+            values.insert(0, MetricValue(self.model.loss_metric, self.step_metrics["loss"]))
         memory_gib = peak_memory(self.runtime.device)
         metrics = Metrics.of(*values, seconds=self.state.seconds, memory_gib=memory_gib)
         self.logger.write(self.state.step, "train", metrics)

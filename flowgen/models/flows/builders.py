@@ -159,6 +159,5 @@ def multi_scale(
     levels = [level(n, channels << n, resolution >> n) for n in range(num_splits)]
     flow = Chain(*last_level(channels << num_splits, resolution >> num_splits))
     for index in reversed(range(num_splits)):
-        factor_out = reshape.FactorOut(flow, prior(4 * channels << index))
-        flow = Chain(*levels[index], factor_out)
+        flow = Chain(*levels[index], reshape.FactorOut(flow, prior(4 * channels << index)))
     return flow
