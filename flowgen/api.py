@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowgen.config import compose, instantiate, launch, runs, settings
+from flowgen.config import compose, instantiate, runs, settings, start
+from flowgen.data import DOWNLOADED
 from flowgen.training.run_dir import Run
-from flowgen.utils import console, files, launcher
+from flowgen.utils import console, files, processes
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import Metrics, MetricValue, finite
 
@@ -89,7 +90,7 @@ def train(*overrides: str) -> Run:
         The run, a folder with checkpoints, metrics and samples.
 
     Raises:
-        UserError: for unknown settings and for incompatible data or models.
+        UserError: For unknown settings and for incompatible data or models.
 
     Example:
         >>> import tempfile
@@ -102,9 +103,10 @@ def train(*overrides: str) -> Run:
         True
     """
     console.setup_logging()
-    if launcher.is_worker():
-        return launch.fit_run()
-    return launch.start_run(*compose.compose_config(overrides))
+    if processes.is_worker():
+        return start.train_run()
+    composed = compose.compose_config(overrides)
+    return start.start_run(composed.config, composed.note, composed.numbered)
 
 
 def resume(run: RunName, *overrides: str) -> Run:
@@ -118,11 +120,11 @@ def resume(run: RunName, *overrides: str) -> Run:
         The run.
 
     Raises:
-        UserError: if there is no such run or it has ended.
+        UserError: If there is no such run or it has ended.
     """
     console.setup_logging()
-    if launcher.is_worker():
-        return launch.fit_run()
+    if processes.is_worker():
+        return start.train_run()
     found = runs.find_run(_name(run))
     file = runs.find_file(_name(run))
     is_elsewhere = file and not file.resolve().is_relative_to(found.folder.resolve())
@@ -131,7 +133,7 @@ def resume(run: RunName, *overrides: str) -> Run:
             f"{found.folder} holds a run already: continue it with "
             f"`flowgen resume {found.folder}`, or move it away"
         )
-    return launch.resume_run(found, overrides, file)
+    return start.resume_run(found, overrides, file)
 
 
 def load(run: RunName, device: str = "auto") -> "GenerativeModel":
@@ -143,7 +145,7 @@ def load(run: RunName, device: str = "auto") -> "GenerativeModel":
         device: Name of the device; "auto" is a GPU if there is one, or else the CPU.
 
     Raises:
-        UserError: if there is no such run or device.
+        UserError: If there is no such run or device.
 
     Example:
         >>> model = load("zoo/glow_mnist", device="cpu")
@@ -169,7 +171,7 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         A mapping of metric names to values with standard errors.
 
     Raises:
-        UserError: if there is no such run, or its data is missing.
+        UserError: If there is no such run, or its data is missing.
 
     Example:
         >>> import tempfile
@@ -232,7 +234,7 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
         Log-probabilities in nats (N,), on the CPU. For flows they are lower bounds.
 
     Raises:
-        UserError: if the images do not fit the model.
+        UserError: If the images do not fit the model.
 
     Example:
         >>> model = load("zoo/glow_mnist", device="cpu")
@@ -278,7 +280,7 @@ def create_model(
             them. `negative_phase` of an RBM is a name or a dict of its settings.
 
     Raises:
-        UserError: for an unknown model or setting.
+        UserError: For an unknown model or setting.
 
     Example:
         >>> import torch
@@ -292,7 +294,7 @@ def create_model(
     overrides = [f"model={name}"]
     if isinstance(changes.get("negative_phase"), str):
         overrides.append(f"model/negative_phase={changes.pop('negative_phase')}")
-    config, _, _ = compose.compose_config(overrides)
+    config = compose.compose_config(overrides).config
     section = config["model"]
     for key, value in changes.items():
         if key not in section:
@@ -344,8 +346,7 @@ def _availability(name: str) -> str:
     folders = section.get("search_dirs") or []
     if "root" not in section or any((files.data_folder() / folder).exists() for folder in folders):
         return "present"  # without root, it is generated or part of the package
-    root = settings.settings_of_file(f"data/{name}")["data.root"]
-    return "downloadable" if "download" in root.meaning else "missing"
+    return "downloadable" if section["_target_"].rpartition(".")[2] in DOWNLOADED else "missing"
 
 
 def _name(run: RunName) -> str:

@@ -106,15 +106,15 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     return [candidate for candidate in candidates if candidate.startswith(incomplete)]
 
 
-def load(module: str, computes: bool = False) -> Any:
+def import_command(module: str, needs_compute: bool = False) -> Any:
     """Import the module of a command when it runs.
 
     Args:
         module: Its name.
-        computes: Whether it computes with a model, on all free cores.
+        needs_compute: Whether it computes with a model, on all free cores.
     """
     setup_logging()
-    if computes:
+    if needs_compute:
         use_threads()
     return import_module(f"flowgen.{module}")
 
@@ -197,9 +197,11 @@ def train(overrides: tuple[str, ...], multirun: bool, cfg: str | None, show_help
     elif cfg:
         if multirun:
             raise click.UsageError("--cfg job shows one configuration: leave -m out")
-        click.echo(load("commands.train").config_text(overrides=list(overrides)), nl=False)
+        click.echo(
+            import_command("commands.train").config_text(overrides=list(overrides)), nl=False
+        )
     else:
-        load("commands.train").train(overrides=list(overrides), multirun=multirun)
+        import_command("commands.train").train(overrides=list(overrides), multirun=multirun)
 
 
 @cli.command(short_help="Continue a run from its last checkpoint.")
@@ -210,13 +212,13 @@ def resume(run: str, overrides: tuple[str, ...]) -> None:
 
     It keeps its own configuration, except for overrides such as trainer.minutes=60.
     """
-    load("commands.train").resume(run=run, overrides=list(overrides))
+    import_command("commands.train").resume(run=run, overrides=list(overrides))
 
 
 @cli.command(short_help="List runs and the models of the zoo.")
 def runs() -> None:
     """List the runs under outputs/, the newest first, and the models of the zoo."""
-    rows = list(load("commands.runs").runs())
+    rows = list(import_command("commands.runs").runs())
     if all(row.name.startswith("zoo/") for row in rows):
         click.echo("no runs under outputs/ yet: train one with `flowgen train`")
     for row in rows:
@@ -228,7 +230,7 @@ def runs() -> None:
 @json_option
 def models(as_json: bool) -> None:
     """List the models that can be trained with model=NAME, with their papers."""
-    echo_list(load("api").list_models(), as_json)
+    echo_list(import_command("api").list_models(), as_json)
 
 
 @cli.command(short_help="List the data sets that can be trained on.")
@@ -238,7 +240,7 @@ def data(as_json: bool) -> None:
 
     They are looked for in the folder of the environment variable FLOWGEN_DATA, or in data/.
     """
-    echo_list(load("api").list_datasets(), as_json)
+    echo_list(import_command("api").list_datasets(), as_json)
 
 
 def echo_list(rows: Sequence[Any], as_json: bool) -> None:
@@ -294,7 +296,7 @@ def echo_list(rows: Sequence[Any], as_json: bool) -> None:
 )
 def sample(**options: Any) -> None:
     """Draw a grid of samples, one block per temperature, sorted by log-probability."""
-    click.echo(load("commands.sample", computes=True).sample(**options))
+    click.echo(import_command("commands.sample", needs_compute=True).sample(**options))
 
 
 @cli.command(short_help="Interpolate between two images.")
@@ -316,7 +318,7 @@ def interpolate(**options: Any) -> None:
 
     FILE.gif is an animation.
     """
-    click.echo(load("commands.interpolate", computes=True).interpolate(**options))
+    click.echo(import_command("commands.interpolate", needs_compute=True).interpolate(**options))
 
 
 @cli.command(short_help="Fill in the missing part of an image.")
@@ -346,7 +348,7 @@ def interpolate(**options: Any) -> None:
 @out_option
 def complete(**options: Any) -> None:
     """Fill in the missing part of an image: sample unknown pixels given the known ones."""
-    click.echo(load("commands.complete", computes=True).complete(**options))
+    click.echo(import_command("commands.complete", needs_compute=True).complete(**options))
 
 
 @cli.command(short_help="Change attributes of images, such as a smile.")
@@ -397,7 +399,7 @@ def edit(**options: Any) -> None:
     The result is a strip of amounts or, with --amount, each image next to its edit. FILE.gif is
     an animation.
     """
-    click.echo(load("commands.edit", computes=True).edit(**options))
+    click.echo(import_command("commands.edit", needs_compute=True).edit(**options))
 
 
 @cli.command(short_help="Animate the Markov chains of an RBM.")
@@ -425,7 +427,7 @@ def edit(**options: Any) -> None:
 )
 def chain(**options: Any) -> None:
     """Animate the Markov chains of an RBM, which start from white noise."""
-    click.echo(load("commands.sample", computes=True).chain(**options))
+    click.echo(import_command("commands.sample", needs_compute=True).chain(**options))
 
 
 @cli.command(short_help="Evaluate a model on the test images.")
@@ -435,7 +437,7 @@ def chain(**options: Any) -> None:
 @overrides_argument
 def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
     """Evaluate a model on the test split, as in `flowgen evaluate num_importance_samples=8`."""
-    report = load("api", computes=True).evaluate(run, *overrides, device=device)
+    report = import_command("api", needs_compute=True).evaluate(run, *overrides, device=device)
     click.echo(json.dumps(report.row()) if as_json else report)
 
 
@@ -475,7 +477,9 @@ def score(paths: tuple[Path, ...], ood: tuple[str, ...], **options: Any) -> None
         raise click.UsageError(
             "nothing to score: give images, a folder or a zip, or compare data with --ood data=NAME"
         )
-    for line in load("commands.score", computes=True).score(paths=paths, ood=ood, **options):
+    for line in import_command("commands.score", needs_compute=True).score(
+        paths=paths, ood=ood, **options
+    ):
         click.echo(line)
 
 
@@ -490,7 +494,7 @@ def score(paths: tuple[Path, ...], ood: tuple[str, ...], **options: Any) -> None
 )
 def report(names: tuple[str, ...], out: Path | None) -> None:
     """Compare runs, or all runs in a folder, on one page: curves, samples and settings."""
-    click.echo(load("commands.report").report(names=list(names), out=out))
+    click.echo(import_command("commands.report").report(names=list(names), out=out))
 
 
 @cli.command(short_help="Export a model to one file.")
@@ -498,7 +502,7 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
 @click.argument("path", type=PATH, metavar="FILE.safetensors")
 def export(run: str, path: Path) -> None:
     """Export the model of RUN to a file that --run reads, with a model card and samples."""
-    for file in load("commands.export", computes=True).export(run=run, path=path):
+    for file in import_command("commands.export", needs_compute=True).export(run=run, path=path):
         click.echo(file)
 
 
@@ -514,7 +518,7 @@ def export(run: str, path: Path) -> None:
 @click.option("--private", is_flag=True, help="Create a private repository.")
 def push(**options: Any) -> None:
     """Upload the model of RUN with a model card and samples; --run hf:OWNER/NAME reads it."""
-    for line in load("commands.export", computes=True).push(**options):
+    for line in import_command("commands.export", needs_compute=True).push(**options):
         click.echo(line)
 
 
@@ -531,7 +535,7 @@ def push(**options: Any) -> None:
 @device_option
 def explore(**options: Any) -> None:
     """Use a model on a page at 127.0.0.1: sample, mix, interpolate, complete and score."""
-    load("serving.web.app", computes=True).explore(echo=click.echo, **options)
+    import_command("serving.web.app", needs_compute=True).explore(echo=click.echo, **options)
 
 
 @cli.command(short_help="Run a Telegram bot that uses a model.")
@@ -558,7 +562,7 @@ def bot(**options: Any) -> None:
         raise UserError(
             "the bot needs the package python-telegram-bot: pip install python-telegram-bot"
         )
-    load("serving.telegram", computes=True).bot(echo=click.echo, **options)
+    import_command("serving.telegram", needs_compute=True).bot(echo=click.echo, **options)
 
 
 COMMANDS = tuple(cli.commands.values())

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import flowgen
-from flowgen.config import launch as launch_module
+from flowgen.config import start as start_module
 from flowgen.config.compose import read_config
 from flowgen.config.settings import group_options
 from flowgen.models.flows.glow import Glow
@@ -174,7 +174,7 @@ def test_failure_of_another_process_is_an_error_and_exits_nothing(tmp_path, monk
     def launch(num_processes, arguments, hint):
         raise SystemExit(3)
 
-    monkeypatch.setattr(launch_module, "launch", launch)
+    monkeypatch.setattr(start_module, "launch", launch)
     with pytest.raises(flowgen.UserError, match="one of the processes failed") as caught:
         flowgen.train(*TINY, "trainer.num_processes=2", f"output_dir={tmp_path / 'run'}")
     assert caught.value.status == 3
@@ -183,7 +183,7 @@ def test_failure_of_another_process_is_an_error_and_exits_nothing(tmp_path, monk
 
 def test_second_process_cannot_train_the_same_run(run):
     with (
-        launch_module.lock_run(run),
+        start_module.lock_run(run),
         pytest.raises(flowgen.UserError, match="another process is training"),
     ):
         flowgen.resume(run, "trainer.steps=9")

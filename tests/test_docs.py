@@ -36,7 +36,7 @@ from sybil.parsers.markdown import CodeBlockParser
 
 from flowgen import cli
 from flowgen.config.compose import compose_config
-from flowgen.config.settings import settings_of_file
+from flowgen.config.settings import group_options, settings_of_file
 from flowgen.models.flows import inpainting
 
 REPOSITORY = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ def shrink(overrides: list[str]) -> list[str]:
 
 def settings_of_model(overrides: list[str]) -> set[str]:
     """Return the settings of the model that a training uses."""
-    config, _, _ = compose_config(single_values(overrides))
+    config = compose_config(single_values(overrides)).config
     return {f"model.{key}" for key in config["model"]}
 
 
@@ -351,16 +351,21 @@ def test_readme_is_short():
     assert len(text.splitlines()) <= 120 and len(text.split()) <= 900
 
 
-def test_every_command_has_a_page():
-    pages = {path.stem for path in (DOCS / "commands").glob("*.md")}
-    assert set(cli.cli.commands) <= pages
+@pytest.mark.parametrize("name", list(cli.cli.commands))
+def test_every_command_has_a_page_and_is_in_the_readme(name):
+    assert (DOCS / "commands" / f"{name}.md").is_file(), f"write docs/commands/{name}.md"
+    assert f"[`{name}`](docs/commands/" in (REPOSITORY / "README.md").read_text(), (
+        f"add {name} to the table of commands in README.md"
+    )
 
 
-def test_every_model_has_a_page():
-    documented = (DOCS / "models").glob("*.md")
-    text = "".join(path.read_text() for path in documented)
-    for path in (REPOSITORY / "conf" / "model").glob("*.yaml"):
-        assert f"{{settings}} model={path.stem}" in text, path.stem
+@pytest.mark.parametrize("name", group_options("model"))
+def test_every_model_has_a_page_and_is_in_the_readme(name):
+    text = "".join(path.read_text() for path in (DOCS / "models").glob("*.md"))
+    assert f"{{settings}} model={name}" in text, f"document {name} on a page of docs/models"
+    assert f"[`{name}`](docs/models/" in (REPOSITORY / "README.md").read_text(), (
+        f"add {name} to the table of models in README.md"
+    )
 
 
 def test_documented_scripts_have_a_help():

@@ -85,7 +85,7 @@ MODELS: dict[str, Callable[..., GenerativeModel]] = {
     "jet of the paper": lambda **changes: build_model(
         "jet", patch=2, num_couplings=5, permutation="permutation", gaussianize=False, **changes
     ),
-    "flow matching": lambda **changes: build_model(
+    "flow_matching": lambda **changes: build_model(
         "flow_matching", **{"num_layers": 1, "tolerance": 1e-9} | changes
     ),
     "planar": lambda **changes: build_model("planar", num_transforms=3, **changes),
@@ -115,7 +115,7 @@ def model(request: pytest.FixtureRequest) -> GenerativeModel:
 
 
 # test_flow_matching.py tests flow matching, whose log-determinants are estimates.
-@pytest.fixture(params=[name for name in MODELS if name != "flow matching"])
+@pytest.fixture(params=[name for name in MODELS if name != "flow_matching"])
 def exact(request: pytest.FixtureRequest) -> GenerativeModel:
     """A model in float64 with exact log-determinants."""
     return initialized(request.param).double()
@@ -326,7 +326,17 @@ def test_constructor_defaults_equal_the_configuration(name):
         assert type(default) is type(config[argument]), argument
 
 
-@pytest.mark.parametrize("name", [name for name in group_options("model") if name != "rbm"])
+FLOWS = [name for name in group_options("model") if name != "rbm"]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_every_flow_is_exported_and_tested(name):
+    exported = resolve_target("model", model_config(name)).__name__
+    assert exported in flowgen.models.__all__, f"export {exported} in flowgen/models/__init__.py"
+    assert name in MODELS, f"add {name} to MODELS in tests/test_models.py"
+
+
+@pytest.mark.parametrize("name", FLOWS)
 def test_flows_are_built_from_image_shape_and_bits_alone(name):
     constructor = resolve_target("model", model_config(name))
     with torch.device("meta"):

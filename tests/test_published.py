@@ -162,7 +162,7 @@ def test_published_files_are_read(name, tmp_path):
     written = write(tmp_path / "set")
     assert_contains(read(tmp_path / "set"), *written)
     assert_contains(read(tmp_path / "set"), *written)  # from the cache, if the data set has one
-    config, _, _ = compose_config([f"data={name}", f"data.root={tmp_path / 'set'}"])
+    config = compose_config([f"data={name}", f"data.root={tmp_path / 'set'}"]).config
     data = build_data(config)
     assert data.image_shape == (3, 32, 32) and data.bits == 8
 

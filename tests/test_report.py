@@ -134,6 +134,6 @@ def test_runs_of_a_sweep_are_compared_by_their_last_validation_metric(images, co
 def test_runs_have_the_names_that_users_type(section, name_of):
     for name in group_options(section):
         if name != "folder":
-            assert name_of(compose_config([f"{section}={name}"])[0][section]) == name
-    folder = compose_config(["data=folder", "data.root=/pictures/cats"])[0]["data"]
+            assert name_of(compose_config([f"{section}={name}"]).config[section]) == name
+    folder = compose_config(["data=folder", "data.root=/pictures/cats"]).config["data"]
     assert data_name(folder) == "cats"

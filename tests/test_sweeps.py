@@ -15,8 +15,8 @@ from conftest import SMALL, save_image
 from hydra.core.hydra_config import HydraConfig
 
 from flowgen.commands import train
-from flowgen.config import launch as launch_module
 from flowgen.config import settings
+from flowgen.config import start as start_module
 from flowgen.config.compose import (
     compose_config,
     override,
@@ -53,7 +53,7 @@ RUN = {
 def test_train_and_resume_read_values_alike(text, value):
     key = text.partition("=")[0].partition(".")[2]
     assert override(RUN, [text])["trainer"] == RUN["trainer"] | {key: value}
-    assert compose_config([text])[0]["trainer"][key] == value
+    assert compose_config([text]).config["trainer"][key] == value
 
 
 @pytest.mark.parametrize(
@@ -85,17 +85,17 @@ def test_folders_may_have_any_name(monkeypatch):
 
 
 def test_references_are_resolved_when_a_run_is_composed():
-    config, _, _ = compose_config(["trainer.eval_every=${trainer.steps}", "trainer.steps=7"])
+    config = compose_config(["trainer.eval_every=${trainer.steps}", "trainer.steps=7"]).config
     assert config["trainer"]["eval_every"] == 7
 
 
 def test_only_the_given_stop_criterion_is_kept():
     for given, other in (("steps", "minutes"), ("minutes", "steps")):
         for trainer in ("cpu", "gpu"):
-            section = compose_config([f"trainer={trainer}", f"trainer.{given}=3"])[0]["trainer"]
+            section = compose_config([f"trainer={trainer}", f"trainer.{given}=3"]).config["trainer"]
             assert section[given] == 3
             assert section[other] is None
-    both = compose_config(["trainer.steps=3", "trainer.minutes=4"])[0]["trainer"]
+    both = compose_config(["trainer.steps=3", "trainer.minutes=4"]).config["trainer"]
     assert (both["steps"], both["minutes"]) == (3, 4)
 
 
@@ -214,7 +214,7 @@ def test_runs_with_several_processes_fail_and_finish_in_a_sweep_like_others(
         launched.append(Path(arguments[1]))
         raise SystemExit(1)
 
-    monkeypatch.setattr(launch_module, "launch", launch)
+    monkeypatch.setattr(start_module, "launch", launch)
     overrides = [
         *SMALL,
         f"data.root={images}",
@@ -224,7 +224,7 @@ def test_runs_with_several_processes_fail_and_finish_in_a_sweep_like_others(
         "-m",
     ]
     with monkeypatch.context() as single:
-        single.setattr(launch_module, "num_processes_to_launch", lambda num_processes: 0)
+        single.setattr(start_module, "num_processes_to_launch", lambda num_processes: 0)
         assert command("train", *overrides, "seed=1,3")[0] == 0
     status, _, error = command("train", *overrides, "seed=1,2")
     assert status == 1
@@ -238,7 +238,7 @@ def test_runs_with_several_processes_fail_and_finish_in_a_sweep_like_others(
 def test_several_processes_continue_a_named_checkpoint(tiny_run, command, monkeypatch):
     launched = []
     monkeypatch.setattr(
-        launch_module,
+        start_module,
         "launch",
         lambda processes, arguments, hint: launched.append((processes, arguments)),
     )
@@ -252,7 +252,7 @@ def test_status_of_a_failed_process_is_the_exit_status(tiny_run, command, monkey
     def launch(num_processes, arguments, hint):
         raise SystemExit(status)
 
-    monkeypatch.setattr(launch_module, "launch", launch)
+    monkeypatch.setattr(start_module, "launch", launch)
     for status in (1, 7, 128 + signal.SIGTERM):
         assert (
             command("resume", tiny_run, "trainer.num_processes=2", "trainer.steps=9")[0] == status

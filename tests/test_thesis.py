@@ -160,7 +160,7 @@ def test_every_training_composes_and_every_preset_file_is_used(preset):
         args = job.command(preset, ["data=celeba"], Path("run"))[1:]
         used |= {arg.partition("=")[2] for arg in args if arg.startswith("preset=")}
         overrides = [arg for arg in args if arg.partition("=")[0] not in ("output_dir", "resume")]
-        config, _, _ = compose_config(overrides)
+        config = compose_config(overrides).config
         if "width" in config["model"]:
             config["model"]["width"] = 4
         data = config["data"]

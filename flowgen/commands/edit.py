@@ -139,7 +139,7 @@ def load_directions(
         The directions, on the device of the model.
 
     Raises:
-        UserError: if the images have no labels.
+        UserError: If the images have no labels.
     """
     if (
         table is None

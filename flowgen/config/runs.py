@@ -82,26 +82,26 @@ def find_file(name: str) -> Path | None:
     return next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
 
 
-def find_checkpoint(name: str | None, wanted: type = object) -> tuple[Run, dict[str, Any]]:
+def find_checkpoint(name: str | None, capability: type = object) -> tuple[Run, dict[str, Any]]:
     """Return a run and its checkpoint, with the results of an evaluation of these weights.
 
     Args:
         name: A checkpoint file, or a run, of which the last valid checkpoint is read. None: the
-            newest run with a checkpoint of a wanted model.
-        wanted: A model class or a capability of `flowgen.models.base` that the model must have.
+            newest run with a checkpoint of a model with the capability.
+        capability: A model class or a capability of `flowgen.models.base` that the model must have.
 
     Raises:
         UserError: If there is no such checkpoint.
     """
     if name is None:
-        run, checkpoint = _newest_checkpoint(wanted)
+        run, checkpoint = _newest_checkpoint(capability)
     else:
         run = find_run(name)
         checkpoint = _read_named(name, run)
-        if not _is_wanted(checkpoint["config"], wanted):
+        if not _supports(checkpoint["config"], capability):
             raise UserError(
-                f"{name} is not a {_kind(wanted)}, which this command needs: choose another with "
-                f"--run, or {_training_hint(wanted)}"
+                f"{name} is not a {_kind(capability)}, which this command needs: choose "
+                f"another with --run, or {_training_hint(capability)}"
             )
         with contextlib.suppress(OSError):  # the command may write elsewhere
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -109,13 +109,13 @@ def find_checkpoint(name: str | None, wanted: type = object) -> tuple[Run, dict[
     return run, checkpoint | {"metrics": results}
 
 
-def _newest_checkpoint(wanted: type) -> tuple[Run, dict[str, Any]]:
+def _newest_checkpoint(capability: type) -> tuple[Run, dict[str, Any]]:
     for run in list_runs():
-        checkpoint = run.latest_valid_checkpoint() if _describes(run, wanted) else None
+        checkpoint = run.latest_valid_checkpoint() if _describes(run, capability) else None
         if checkpoint is not None:
             return run, checkpoint
     raise UserError(
-        f"no {_kind(wanted)} under outputs/ has a checkpoint: {_training_hint(wanted)}, "
+        f"no {_kind(capability)} under outputs/ has a checkpoint: {_training_hint(capability)}, "
         "or choose one with --run"
     )
 
@@ -132,34 +132,34 @@ def _read_named(name: str, run: Run) -> dict[str, Any]:
     return checkpoint
 
 
-def _describes(run: Run, wanted: type) -> bool:
-    """Return whether the run's folder describes a wanted model, which is faster to read."""
+def _describes(run: Run, capability: type) -> bool:
+    """Return whether the model of the run's config.yaml, a small file, has the capability."""
     with contextlib.suppress(UserError):
         run.check_contained()
-        return _is_wanted(read_config(run.config), wanted)
+        return _supports(read_config(run.config), capability)
     return False
 
 
-def _is_wanted(config: dict[str, Any], wanted: type) -> bool:
-    return bool(resolve_target("model", config["model"]).supports(wanted, config["model"]))
+def _supports(config: dict[str, Any], capability: type) -> bool:
+    return bool(resolve_target("model", config["model"]).supports(capability, config["model"]))
 
 
-def _kind(wanted: type) -> str:
+def _kind(capability: type) -> str:
     """Return a phrase such as `run of a model that fills in missing pixels`."""
     from flowgen.models.base import GenerativeModel
 
-    if issubclass(GenerativeModel, wanted):
+    if issubclass(GenerativeModel, capability):
         return "run"
-    if description := vars(wanted).get("description"):  # of a capability
+    if description := vars(capability).get("description"):  # of a capability
         return f"run of a model that {description}"
-    return f"run of {'an' if wanted.__name__.isupper() else 'a'} {wanted.__name__}"
+    return f"run of {'an' if capability.__name__.isupper() else 'a'} {capability.__name__}"
 
 
-def _training_hint(wanted: type) -> str:
-    """Return the command that trains a wanted model."""
-    name = wanted.__name__.lower()
+def _training_hint(capability: type) -> str:
+    """Return the command that trains a model with the capability."""
+    name = capability.__name__.lower()
     default = f"model={name if name in group_options('model') else 'glow'}"
-    return f"train one with `flowgen train {vars(wanted).get('train_hint', default)}`"
+    return f"train one with `flowgen train {vars(capability).get('train_hint', default)}`"
 
 
 def find_model(

@@ -170,6 +170,7 @@ def settings_of_option(section: str, name: str) -> dict[str, Setting]:
         elif entry != "_self_":
             settings |= settings_of_option(section, entry)
     for key, setting in own.items():
+        # An option that repeats a key without a comment changes only its default.
         inherited = key in settings and not setting.meaning
         settings[key] = settings[key]._replace(default=setting.default) if inherited else setting
     return settings

@@ -2,6 +2,8 @@
 
 from flowgen.utils import lazy_exports
 
+DOWNLOADED = ("CIFAR10", "MNIST", "SVHN")  # classes that download their files if they are missing
+
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {

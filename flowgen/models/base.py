@@ -60,7 +60,7 @@ class GenerativeModel(nn.Module, ABC):
         bits: Bits per pixel value.
         metric: The metric by which models are compared.
         likelihood: The kind of likelihood that `evaluate` and `score` report: "exact", "bound"
-            (a lower bound on average), "estimate" or "none".
+            (its expectation over the noise is a lower bound), "estimate" or "none".
         num_classes: Number of classes of a class-conditional model, or None.
         loss_metric: The metric that the training loss equals, or None.
         shares_batches: True if several processes can train the model, each on its rows of a batch.
@@ -83,14 +83,14 @@ class GenerativeModel(nn.Module, ABC):
 
     @classmethod
     def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
-        """Return True if a model built from these constructor arguments has the capability."""
+        """Return whether a model built from these constructor arguments has the capability."""
         return issubclass(cls, capability)
 
     @abstractmethod
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the training loss, a scalar.
 
-        The loss is `forward`, and not another method, so that wrappers around the model see it.
+        `forward` computes the loss so that `torch.compile` and hooks apply to it.
 
         Args:
             images: (batch, channels, height, width).
@@ -105,14 +105,14 @@ class GenerativeModel(nn.Module, ABC):
     def evaluate(
         self,
         batches: Iterable[Tensor],
-        reference: Iterable[Tensor] = (),
+        train_batches: Iterable[Tensor] = (),
         eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
         """Return `metric` and further metrics of the images in `batches`.
 
         Args:
             batches: Batches of images.
-            reference: Batches of as many training images, for metrics that compare both.
+            train_batches: Batches of as many training images, for metrics that compare both.
             eval_config: The settings.
         """
 
@@ -125,7 +125,7 @@ class GenerativeModel(nn.Module, ABC):
         num_importance_samples: int = 1,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return the `score_metric` of each image in nats, (batch,).
+        """Return the log-probability of each image in nats, (batch,); unnormalized without log Z.
 
         Args:
             images: (batch, channels, height, width).

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from flowgen.utils.errors import UserError, log
-from flowgen.utils.launcher import is_worker
+from flowgen.utils.processes import is_worker
 
 T = TypeVar("T")
 ETA_AFTER_SECONDS = 10.0  # of work, before its speed is known

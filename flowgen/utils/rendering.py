@@ -24,7 +24,7 @@ BLUE = torch.tensor([8.0, 81.0, 156.0])
 
 
 def is_toy2d(shape: Sequence[int]) -> bool:
-    """Return True if images of this shape (channels, height, width) are points of the plane."""
+    """Return whether images of this shape (channels, height, width) are points of the plane."""
     return tuple(shape) == TOY2D_SHAPE
 
 

@@ -25,10 +25,10 @@ def square_shape(image_shape: Sequence[int]) -> tuple[int, int]:
     return channels, height
 
 
-def choose(options: Mapping[str, T], **argument: str) -> T:
-    """Return the option with the name of an argument, as in `choose(NETWORKS, network=name)`."""
-    check_choice(options, **argument)
-    return options[next(iter(argument.values()))]
+def choose(argument: str, value: str, options: Mapping[str, T]) -> T:
+    """Return the option of an argument, as in `choose("network", "conv", NETWORKS)`."""
+    check_choice(options, **{argument: value})
+    return options[value]
 
 
 def make_transform(name: str, log_scale: str = "bounded") -> univariate.Transform:
@@ -38,7 +38,7 @@ def make_transform(name: str, log_scale: str = "bounded") -> univariate.Transfor
         name: "additive", "multiplicative", "affine", "spline" or "mixture".
         log_scale: Parameterization of the log-scale, see `flowgen.bijections.univariate`.
     """
-    return choose(univariate.TRANSFORMS, transform=name)(log_scale)
+    return choose("transform", name, univariate.TRANSFORMS)(log_scale)
 
 
 def gaussianization(enabled: bool, channels: int, bits: int) -> list[Bijection]:
@@ -114,7 +114,7 @@ def check_transformer(
         )
 
 
-def num_levels(size: int, levels: int | None) -> int:
+def resolve_levels(size: int, levels: int | None) -> int:
     """Return the number of times that a multi-scale flow halves images of `size` x `size` pixels.
 
     Args:
@@ -139,7 +139,6 @@ def multi_scale(
     level: Callable[[int, int, int], list[Bijection]],
     last_level: Callable[[int, int], list[Bijection]],
     prior: Callable[[int], networks.Conditioner | None],
-    index: int = 0,
 ) -> Bijection:
     """Return a multi-scale flow from images to vectors. Real NVP (1605.08803), section 3.6.
 
@@ -155,12 +154,10 @@ def multi_scale(
         last_level: Builds the bijections after the last split, which end with a vector.
         prior: Builds the network that predicts the factored-out half from the other half, given the
             number of channels before the split; None stands for N(0, I).
-        index: Number of the first level.
     """
-    if index >= num_splits:
-        return Chain(*last_level(channels, resolution))
-    bijections = level(index, channels, resolution)
-    rest = multi_scale(
-        num_splits, 2 * channels, resolution // 2, level, last_level, prior, index + 1
-    )
-    return Chain(*bijections, reshape.FactorOut(rest, prior(4 * channels)))
+    # The order fixes the random numbers of the initial weights.
+    levels = [level(n, channels << n, resolution >> n) for n in range(num_splits)]
+    flow = Chain(*last_level(channels << num_splits, resolution >> num_splits))
+    for index in reversed(range(num_splits)):
+        flow = Chain(*levels[index], reshape.FactorOut(flow, prior(4 * channels << index)))
+    return flow

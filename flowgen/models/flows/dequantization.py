@@ -12,7 +12,9 @@ from flowgen.utils.errors import check_choice
 
 VARIATIONAL_COUPLINGS = 4
 VARIATIONAL_WIDTH = 32  # channels of the coupling networks
-MAX_NOISE = 1 - 2**-16  # an 8-bit pixel value plus this stays below the next value in float32
+MAX_NOISE = (
+    1 - 2**-16
+)  # largest noise; value + noise still rounds to less than value + 1 in float32
 
 
 class Dequantizer(nn.Module):

@@ -138,14 +138,14 @@ class FlowMatching(Flow):
             z = z + one_hot @ self.means
         t = self.random_source(torch.rand, x.shape[:1], device=x.device, dtype=x.dtype)
         x_t = torch.lerp(z, x, t[:, None])
-        velocity = self.cnf.velocity(x_t, t, self.condition(one_hot))
+        velocity = self.cnf.velocity(x_t, t, self.network_condition(one_hot))
         return (velocity - (x - z)).square().mean()
 
     @torch.no_grad()
     def evaluate(
         self,
         batches: Iterable[Tensor],
-        reference: Iterable[Tensor] = (),
+        train_batches: Iterable[Tensor] = (),
         eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
         """Return the bits/dim, and the solver difference.
@@ -155,7 +155,7 @@ class FlowMatching(Flow):
         """
         iterator = iter(batches)
         first_batch = next(iterator)
-        metrics = super().evaluate(chain((first_batch,), iterator), reference, eval_config)
+        metrics = super().evaluate(chain((first_batch,), iterator), train_batches, eval_config)
         coarse, fine = (
             self._bits_per_dim_at(ratio * self.cnf.tolerance, first_batch)
             for ratio in (1, TOLERANCE_RATIO)

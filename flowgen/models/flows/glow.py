@@ -11,7 +11,7 @@ from flowgen.models.flows.builders import (
     gaussianization,
     make_transform,
     multi_scale,
-    num_levels,
+    resolve_levels,
     square_shape,
 )
 from flowgen.models.flows.flow import Flow
@@ -102,14 +102,15 @@ class Glow(Flow):
         check_choice(("predicted", "standard"), split_prior=split_prior)
         check_choice(("standard", "learned"), base=base)
         make_convolution = choose(
+            "convolution",
+            convolution,
             {"plu": linear.InvertibleConv1x1LU, "plain": linear.InvertibleConv1x1},
-            convolution=convolution,
         )
-        make_network = choose(NETWORKS, network=network)
+        make_network = choose("network", network, NETWORKS)
         block_arguments = [] if network == "conv" else [num_blocks]
-        univariate = make_transform(transform, log_scale)
+        univariate_transform = make_transform(transform, log_scale)
         cond_channels = condition_size(num_classes, condition_networks)
-        levels = num_levels(size, levels)
+        levels = resolve_levels(size, levels)
         if levels == 0 and channels < 2:
             raise UserError(
                 f"Glow cannot split gray images of size={size} in halves: choose an even data.size"
@@ -118,11 +119,12 @@ class Glow(Flow):
 
         def step(channels: int) -> list[Bijection]:
             in_channels = channels // 2 + cond_channels
-            out_channels = univariate.num_params * (channels - channels // 2)
+            out_channels = univariate_transform.num_params * (channels - channels // 2)
             return [
                 linear.FusedAffine(linear.ActNorm(channels), make_convolution(channels)),
                 coupling.Coupling(
-                    make_network(in_channels, width, out_channels, *block_arguments), univariate
+                    make_network(in_channels, width, out_channels, *block_arguments),
+                    univariate_transform,
                 ),
             ]
 
@@ -153,7 +155,7 @@ class Glow(Flow):
 
         chain = Chain(
             *gaussianization(gaussianize, channels, bits),
-            multi_scale(levels - 1, channels, size, level, last_level, prior),
+            multi_scale(max(0, levels - 1), channels, size, level, last_level, prior),
         )
         super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
 

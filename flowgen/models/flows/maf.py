@@ -52,13 +52,14 @@ class MAF(Flow):
     ):
         check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_transforms=num_transforms, num_layers=num_layers)
-        univariate = make_transform(transform)
+        univariate_transform = make_transform(transform)
 
         def layers(dim: int) -> Iterator[Bijection]:
             yield linear.BatchNorm(dim)
             for _ in range(num_transforms):
                 bijection = autoregressive.Autoregressive(
-                    autoregressive.MADE(dim, width, num_layers, univariate.num_params), univariate
+                    autoregressive.MADE(dim, width, num_layers, univariate_transform.num_params),
+                    univariate_transform,
                 )
                 yield Invert(bijection) if self.inverted else bijection
                 yield from (linear.BatchNorm(dim), Flip())

@@ -9,7 +9,7 @@ from flowgen.models.flows.builders import (
     MAX_DEPTH,
     make_transform,
     multi_scale,
-    num_levels,
+    resolve_levels,
     square_shape,
 )
 from flowgen.models.flows.flow import Flow
@@ -61,7 +61,9 @@ class RealNVP(Flow):
         if not 0 < alpha < 0.5:
             raise UserError(f"alpha must lie between 0 and 0.5, not {alpha!r}")
         # The log-scales of the paper's network are bounded already.
-        univariate = Affine("plain") if transform == "affine" else make_transform(transform)
+        univariate_transform = (
+            Affine("plain") if transform == "affine" else make_transform(transform)
+        )
         make_network = networks.RealNVPNetwork if transform == "affine" else networks.ResNetwork
 
         def couplings(
@@ -77,10 +79,10 @@ class RealNVP(Flow):
             for index in range(count):
                 mask = make_mask(channels, resolution, resolution, index % 2 == 1)
                 network = make_network(
-                    channels, width, univariate.num_params * channels, num_blocks
+                    channels, width, univariate_transform.num_params * channels, num_blocks
                 )
                 bijections += [
-                    coupling.MaskedCoupling(network, univariate, mask),
+                    coupling.MaskedCoupling(network, univariate_transform, mask),
                     linear.BatchNorm(channels),
                 ]
             return bijections
@@ -102,7 +104,7 @@ class RealNVP(Flow):
             Chain(
                 elementwise.Logit(alpha),
                 multi_scale(
-                    num_levels(size, levels),
+                    resolve_levels(size, levels),
                     channels,
                     size,
                     level,
