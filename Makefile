@@ -28,13 +28,14 @@ demo: $(FLOWGEN) ## sample from trained models, then train 1,500 steps on embedd
 	$(FLOWGEN) sample --run $(DEMO) --temperature 0.5 --temperature 0.7
 	.venv/bin/python scripts/reproduce/save_digits.py $(DEMO)
 	$(FLOWGEN) interpolate $(DEMO)/digit_2.png $(DEMO)/digit_7.png --run $(DEMO)
+	.venv/bin/python scripts/reproduce/demo_page.py $(DEMO) zoo/glow_mnist zoo/rbm_mnist
 	@echo
-	@echo "Look at   outputs/zoo/glow_mnist/sample.png and outputs/zoo/rbm_mnist/sample.png: samples of the models of the package"
-	@echo "          $(DEMO)/sample.png and $(DEMO)/interpolation.png: the new model"
 	@echo "Then try  source .venv/bin/activate"
 	@echo "          flowgen sample --run zoo/glow_mnist --label 3 --temperature 0.6"
 	@echo "          flowgen interpolate $(DEMO)/digit_2.png $(DEMO)/digit_7.png --run zoo/glow_mnist --out walk.gif"
 	@echo "          flowgen train data=folder data.root=PICTURES data.size=32 data.bits=5 trainer.minutes=30"
+	@echo
+	@echo "The results are on a page: open $(DEMO)/demo.html"
 
 test: $(FLOWGEN) ## run all tests
 	.venv/bin/pytest -n 2 --dist worksteal

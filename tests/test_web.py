@@ -107,6 +107,7 @@ def test_page_files_have_strict_headers_and_no_foreign_urls(page):
         ("/", "text/html"),
         ("/explore.js", "text/javascript"),
         ("/explore.css", "text/css"),
+        ("/page.css", "text/css"),
     ):
         response = page.client.get(path, base_url=HOST)
         assert response.status_code == 200
