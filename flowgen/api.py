@@ -208,7 +208,7 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     instantiate.check_fits_data(model, data)
     warn_test_leakage(data)
     data.to(model.device)
-    quality = _sample_quality(data, eval_config.samples)
+    quality = _sample_quality(data, eval_config.samples, config["seed"])
     model.set_progress(console.progress_bar)
     batches = console.progress_bar(
         data.batches("test", BATCH_SIZE), "images", math.ceil(len(data.test) / BATCH_SIZE)
@@ -232,10 +232,13 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     return report
 
 
-def _sample_quality(data: "ImageDataset", count: int | None) -> "SampleQuality | None":
+def _sample_quality(
+    data: "ImageDataset", count: int | None, seed: object
+) -> "SampleQuality | None":
     """Return the comparison with `count` samples, if any, before anything slow is computed."""
     if count is None:
         return None
+    check_whole(0, 2**63 - 1, seed=seed)
     from flowgen.evaluation.sample_quality import SampleQuality, find_fid_weights
 
     return SampleQuality(data, count, find_fid_weights())
@@ -250,18 +253,16 @@ def _evaluate_samples(
     from flowgen.models.base import ClassConditional, sample_images
     from flowgen.utils import rendering
 
-    seed = config["seed"]
-    check_whole(0, 2**63 - 1, seed=seed)
     temperature = config["evaluation"]["temperature"]
     if temperature is None:  # as in `flowgen sample`
         is_plane = rendering.is_toy2d(model.image_shape)
         temperature = 1.0 if is_plane else config["trainer"]["sample_temperature"]
     count = len(quality.test)
-    samples, _ = sample_images(model, count, temperature, seed)
+    samples, _ = sample_images(model, count, temperature, config["seed"])
     classes = None
     if isinstance(model, ClassConditional) and model.num_classes:  # all classes in turn
         classes = torch.arange(count) % model.num_classes
-    facts = {"sample_temperature": temperature, "sample_seed": seed}
+    facts = {"sample_temperature": temperature, "sample_seed": config["seed"]}
     return quality.evaluate(samples, classes) | Metrics.of(**facts)
 
 

@@ -151,7 +151,8 @@ def find_fid_weights() -> Path | None:
     ):
         from torch_fidelity.utils import create_feature_extractor
     with user_error(
-        f"{FID_WEIGHTS_VARIABLE}={path} has not the weights of torch-fidelity's network: {advice}"
+        f"{FID_WEIGHTS_VARIABLE}={path} does not contain the weights of torch-fidelity's "
+        f"network: {advice}"
     ):
         torch.load(path, weights_only=True)  # torch-fidelity would run code in the file
         create_feature_extractor(

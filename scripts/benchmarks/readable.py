@@ -3,8 +3,8 @@
 A sample is readable if a classifier assigns a probability of at least 0.9 to one of the classes.
 The classifier is trained on the training images of MNIST. The script also prints the share of
 readable test digits, and the share of samples of a class-conditional model that have the requested
-class. `flowgen evaluate samples=N` measures one model with a classifier of its own data; here all models
-share one classifier.
+class. `flowgen evaluate samples=N` uses a classifier of the data of each run; here all models share
+one.
 """
 
 import argparse
