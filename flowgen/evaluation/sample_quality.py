@@ -366,20 +366,20 @@ class SampleQuality:
             return []
         classifier = train_classifier(self.data)
         truth = labels[hashed_subset(len(labels), len(self.test))]
-        shares = {
+        scores = {
             "sample_readable": classifier.share_readable(samples),
             "test_readable": classifier.share_readable(self.test),
             "classifier_accuracy": classifier.accuracy(self.test, truth),
         }
         if classes is not None:
-            shares["sample_class_accuracy"] = classifier.accuracy(samples, classes)
+            scores["sample_class_accuracy"] = classifier.accuracy(samples, classes)
         return [
             MetricValue(
                 replace(SAMPLE_METRICS["readable"], name=name),
                 share,
                 math.sqrt(share * (1 - share) / len(samples)),
             )
-            for name, share in shares.items()
+            for name, share in scores.items()
         ]
 
 
