@@ -8,7 +8,7 @@ DATA ?= celeba_hq
 
 FAULTS ?= 20
 
-.PHONY: help setup demo test lint faults bench zoo reproduce-thesis
+.PHONY: help setup demo test lint docs docs-long faults bench zoo reproduce-thesis
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
@@ -43,6 +43,14 @@ lint: $(FLOWGEN) ## check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: $(FLOWGEN) ## build the documentation in docs/_build; needs no network
+	rm -rf docs/_build
+	.venv/bin/sphinx-build -q -n -W --keep-going docs docs/_build
+	@echo "Open docs/_build/index.html"
+
+docs-long: docs ## run the slow commands of the documentation too, and check its pages in a browser: minutes
+	FLOWGEN_DOCS=long .venv/bin/pytest tests/test_docs.py
 
 reproduce-thesis: $(FLOWGEN) ## make every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
 	.venv/bin/python scripts/reproduce/thesis --preset $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))

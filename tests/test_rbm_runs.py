@@ -136,10 +136,7 @@ def test_evaluate_prints_all_estimates_of_log_z(images, tmp_path, command):
 
 
 def test_settings_of_the_evaluation_are_not_settings_of_the_model(rbm_run, images, command):
-    message = (
-        "model.ais_steps is not a setting of the model: write evaluation.ais_steps=50, "
-        "or `flowgen evaluate ais_steps=50`"
-    )
+    message = "there is no setting model.ais_steps, did you mean evaluation.ais_steps?"
     overrides = [*TINY, f"data.root={images}", "trainer.steps=1"]
     assert_one_line_error(command("evaluate", "--run", rbm_run, "model.ais_steps=50"), message)
     assert_one_line_error(command("train", *overrides, "model.ais_steps=50"), message)
@@ -237,7 +234,7 @@ def test_chain_and_sample_explain_bad_input_in_one_line(rbm_run, tiny_run, comma
     ("override", "message"),
     [
         ("data.bits=8", "set data.bits=1"),
-        ("model.negative_phase=cd", "model/negative_phase=cd with a slash"),
+        ("model.negative_phase=cd", "write it with a slash, as in model/negative_phase=NAME"),
         ("data.binarization=maybe", "threshold, static, dynamic"),
         ("model/negative_phase=magic", "magic"),
     ],

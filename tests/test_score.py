@@ -323,7 +323,7 @@ def scorer_of(model: Flow) -> Scorer:
 
 def test_data_of_another_shape_fails_before_any_image_is_scored(monkeypatch):
     checkpoint = {"config": {"data": TOY}}
-    monkeypatch.setattr(score_module, "find_checkpoint", lambda name: (None, checkpoint))
+    monkeypatch.setattr(score_module.runs, "find_checkpoint", lambda name: (None, checkpoint))
     monkeypatch.setattr(score_module, "load_scorer", lambda *args: scorer_of(glow()))
     monkeypatch.setattr(score_module, "compare_ood", lambda *args: pytest.fail("scored"))
     scorer = scorer_of(glow(image_shape=(2, 1, 1), bits=8))

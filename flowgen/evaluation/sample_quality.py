@@ -21,6 +21,7 @@ from flowgen.data.dataset import ImageDataset, hashed_subset
 from flowgen.evaluation import stats
 from flowgen.evaluation.interpolation import interpolate_pairs, step_sizes, unevenness
 from flowgen.models.flows.flow import Flow
+from flowgen.utils import rendering
 from flowgen.utils.console import progress_bar
 from flowgen.utils.errors import UserError, check, user_error
 from flowgen.utils.memory import check_memory
@@ -281,9 +282,9 @@ def train_classifier(
 class SampleQuality:
     """Comparison of samples with test images.
 
-    Features are principal components of training images that are not compared. As many training
-    images are compared in the same way: they show the values of perfect samples, which are not 0
-    and 1 for a finite number of images.
+    Features are principal components of training images that are not compared. Other training
+    images, as many as samples, are compared in the same way. Their values are those of a perfect
+    model: a finite number of images has a Fréchet distance above 0 and a coverage below 1.
 
     Args:
         data: Data set.
@@ -296,6 +297,13 @@ class SampleQuality:
 
     Raises:
         UserError: If the data has too few images.
+
+    Example:
+        >>> from flowgen.data import MNISTSample
+        >>> quality = SampleQuality(MNISTSample(), count=100)
+        >>> perfect = quality.measure(quality.test)
+        >>> round(abs(perfect["frechet"]), 3), perfect["coverage"], perfect["spread"]
+        (0.0, 1.0, 1.0)
     """
 
     def __init__(self, data: ImageDataset, count: int, weights: Path | None = None):
@@ -308,10 +316,10 @@ class SampleQuality:
         )
         num_train = count + min(COMPONENT_IMAGES * count, MAX_COMPONENT_IMAGES)
         dimensions = math.prod(data.image_shape)
-        # The centered images as float32, three times in the worst moment, and all pair distances.
+        # At most three copies of the images as float32, and the distances of all pairs.
         check_memory("samples", count, 3 * 4 * dimensions * num_train // count + 4 * count)
         self.data = data
-        self.weights = weights
+        self.weights = weights if data.image_shape[0] in (1, 3) else None  # gray or RGB
         self.test = torch.cat(list(data.batches("test", 500, count)))
         train = _shuffled(torch.cat(list(data.batches("train", 500, num_train))))
         self.train = train[:count]
@@ -322,8 +330,9 @@ class SampleQuality:
         """Return `measure_sample_quality`, and `fid_metrics` with weights, of images (N, ...)."""
         result = measure_sample_quality(self.features(images), self.real)
         if self.weights:
-            shift = 8 - self.data.bits
-            result |= fid_metrics(images << shift, self.test << shift, self.weights)
+            bits = self.data.bits
+            samples = rendering.to_bytes(images, bits)
+            result |= fid_metrics(samples, rendering.to_bytes(self.test, bits), self.weights)
         return result
 
     def evaluate(self, samples: Tensor, classes: Tensor | None = None) -> Metrics:
@@ -404,6 +413,8 @@ def flow_report(
             rounding favors even pixel values.
 
     Returns:
+        A dictionary.
+
         - "samples": For each temperature and set the result of `SampleQuality.measure`.
         - "training": The quality of N training images.
         - "mean_sample": `distance_from_mean` of the first sample of the lowest temperature.
