@@ -14,17 +14,21 @@ from flowgen.config import compose, instantiate, runs, settings, start
 from flowgen.data import DOWNLOADED
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, processes
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, check_whole
 from flowgen.utils.metrics import Metrics, MetricValue, finite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flowgen.data.dataset import ImageDataset
+    from flowgen.evaluation.sample_quality import SampleQuality
     from flowgen.models.base import GenerativeModel
 
 RunName = str | PathLike[str] | Run
 BATCH_SIZE = 64  # images that are evaluated or scored at once
 LOG_Z_KEYS = ("log_z", "log_z_error", "reliable", "verdict")
+# Beginnings of the keys of `SampleQuality.evaluate`
+SAMPLE_KEYS = ("sample_", "training_", "test_readable", "classifier_accuracy")
 PAPER = re.compile(r"^(.*?)(?: \(([^()]*\d{4}[^()]*)\))?$")  # a description and its source
 URL = re.compile(r"https?://[^\s'\"),]+")
 log = logging.getLogger("flowgen")
@@ -159,12 +163,16 @@ def load(run: RunName, device: str = "auto") -> "GenerativeModel":
 def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") -> EvalReport:
     """Evaluate a model on the whole test split of its data.
 
+    With `samples=N` it also compares N samples, drawn with the random seed of the run, with the
+    test images: see `flowgen.evaluation.SampleQuality.evaluate`.
+
     The results are stored with the run if they are for its own data, so that later commands know,
     for example, log Z.
 
     Args:
         run: As in `load`; None: the newest run.
-        *overrides: KEY=VALUE of evaluation or run settings, such as `num_importance_samples=8`.
+        *overrides: KEY=VALUE of evaluation or run settings, such as `num_importance_samples=8`,
+            `samples=1000`, `temperature=1`, or `seed=1` for other samples.
         device: "auto", "cpu" or "cuda".
 
     Returns:
@@ -193,19 +201,25 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         f"evaluation.{text}" if f"evaluation.{text.partition('=')[0]}" in known else text
         for text in overrides
     ]
-    config = compose.override(trained, full_keys)
+    defaults = settings.read_yaml("train")["evaluation"]  # runs can be older than a setting
+    evaluation = defaults | trained.get("evaluation", {})
+    config = compose.override(trained | {"evaluation": evaluation}, full_keys)
     eval_config = instantiate.instantiate("evaluation", config["evaluation"])
     data = instantiate.build_data(config)
     model = runs.load_from_checkpoint(checkpoint | {"config": config}, device)
     instantiate.check_fits_data(model, data)
     warn_test_leakage(data)
     data.to(model.device)
+    quality = _sample_quality(data, eval_config.samples, config["seed"])
     model.set_progress(console.progress_bar)
     batches = console.progress_bar(
         data.batches("test", BATCH_SIZE), "images", math.ceil(len(data.test) / BATCH_SIZE)
     )
     train_batches = data.batches("train", BATCH_SIZE, len(data.test))
-    metrics = model.evaluate(batches, train_batches, eval_config).on("test")
+    metrics = model.evaluate(batches, train_batches, eval_config)
+    if quality:
+        metrics |= _evaluate_samples(model, quality, config)
+    metrics = metrics.on("test")
     value = metrics[model.metric.name]
     if not math.isfinite(value.value):
         log.warning("%s is not finite: a likelihood is beyond float32", model.metric.name)
@@ -218,6 +232,40 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     if results := merge_evaluations(checkpoint["metrics"], report.row(), own_data):
         found.save_evaluation(checkpoint, results)
     return report
+
+
+def _sample_quality(
+    data: "ImageDataset", count: int | None, seed: object
+) -> "SampleQuality | None":
+    """Return the comparison with `count` samples, if any, before anything slow is computed."""
+    if count is None:
+        return None
+    check_whole(0, 2**63 - 1, seed=seed)
+    from flowgen.evaluation.sample_quality import SampleQuality, find_fid_weights
+
+    return SampleQuality(data, count, find_fid_weights())
+
+
+def _evaluate_samples(
+    model: "GenerativeModel", quality: "SampleQuality", config: dict[str, Any]
+) -> Metrics:
+    """Draw samples as `flowgen sample --seed SEED` does, and return their quality."""
+    import torch
+
+    from flowgen.models.base import ClassConditional, sample_images
+    from flowgen.utils import rendering
+
+    temperature = config["evaluation"]["temperature"]
+    if temperature is None:  # as in `flowgen sample`
+        is_plane = rendering.is_toy2d(model.image_shape)
+        temperature = 1.0 if is_plane else config["trainer"]["sample_temperature"]
+    count = len(quality.test)
+    samples, _ = sample_images(model, count, temperature, config["seed"])
+    classes = None
+    if isinstance(model, ClassConditional) and model.num_classes:  # all classes in turn
+        classes = torch.arange(count) % model.num_classes
+    facts = {"sample_temperature": temperature, "sample_seed": config["seed"]}
+    return quality.evaluate(samples, classes) | Metrics.of(**facts)
 
 
 def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
@@ -368,12 +416,18 @@ def merge_evaluations(
         own_data: Whether the new results are for the data of the run.
 
     Returns:
-        Metrics of the run's own data only, and the reliable log Z with the smaller error.
+        Metrics of the run's own data only, the reliable log Z with the smaller error, and the
+        newest sample quality.
     """
     best = min((new, cached), key=_log_z_error)
     use_new = own_data and (best is new or "images" not in cached)
     metrics = new if use_new else cached
-    return metrics | {key: best[key] for key in LOG_Z_KEYS if key in best}
+    sampled = new if own_data and "sample_count" in new else cached
+    return (
+        {key: value for key, value in metrics.items() if not key.startswith(SAMPLE_KEYS)}
+        | {key: best[key] for key in LOG_Z_KEYS if key in best}
+        | {key: value for key, value in sampled.items() if key.startswith(SAMPLE_KEYS)}
+    )
 
 
 def _log_z_error(results: dict[str, Any]) -> float:

@@ -436,7 +436,11 @@ def chain(**options: Any) -> None:
 @device_option
 @overrides_argument
 def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
-    """Evaluate a model on the test split, as in `flowgen evaluate num_importance_samples=8`."""
+    """Evaluate a model on the test split, as in `flowgen evaluate num_importance_samples=8`.
+
+    `flowgen evaluate samples=1000` also compares 1000 samples with as many test images, next to the
+    same values for training images. `flowgen train --help evaluation` lists the settings.
+    """
     report = import_command("api", needs_compute=True).evaluate(run, *overrides, device=device)
     click.echo(json.dumps(report.row()) if as_json else report)
 

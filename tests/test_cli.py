@@ -15,11 +15,11 @@ from conftest import SMALL, save_image
 from PIL import Image
 
 import flowgen
-from flowgen.commands.sample import sample_images
 from flowgen.config.compose import read_config
 from flowgen.config.settings import SECTIONS, group_options, settings_of_file, settings_of_option
 from flowgen.data.preprocess import read_images
 from flowgen.evaluation.interpolation import lerp, slerp
+from flowgen.models.base import sample_images
 from flowgen.models.flows.flow import Flow
 from flowgen.utils import rendering
 

@@ -24,8 +24,8 @@ from PIL import Image
 from test_cli import assert_error
 from werkzeug.test import Client
 
-from flowgen.commands.sample import sample_images
 from flowgen.data.preprocess import read_images
+from flowgen.models.base import sample_images
 from flowgen.serving.session import ModelSession
 from flowgen.serving.web.app import make_app, open_server
 from flowgen.utils import rendering

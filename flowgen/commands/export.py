@@ -7,7 +7,6 @@ from typing import Any
 
 from yaml import safe_dump
 
-from flowgen.commands.sample import sample_images
 from flowgen.config.runs import (
     FILE,
     PREFIX,
@@ -16,6 +15,7 @@ from flowgen.config.runs import (
     load_from_checkpoint,
     upload,
 )
+from flowgen.models.base import sample_images
 from flowgen.training.checkpoint import SUFFIX, export_safetensors, read_safetensors
 from flowgen.training.run_dir import Run
 from flowgen.utils import rendering

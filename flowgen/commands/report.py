@@ -19,7 +19,7 @@ from flowgen.training.run_dir import Run, best_metric, validation_rows
 from flowgen.utils import plots
 from flowgen.utils.errors import UserError
 from flowgen.utils.html import Picture, Section, data_url, image_data_url, write_html
-from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, Metric, MetricValue
+from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, SAMPLE_METRICS, Metric, MetricValue
 
 COLUMNS = (
     "run",
@@ -103,6 +103,12 @@ def sections(runs: list[Run]) -> list[Section]:
     curves = _validation_curves(dict(zip(names, metrics, strict=True)))
     if curves and len(runs) > 1:  # a single run has its own plot
         result.append(Section("validation", "Validation during training", pictures=curves))
+    if quality := _sample_quality(names, runs):
+        note = (
+            "By flowgen evaluate samples=N, with the values of as many training images in "
+            "parentheses (readable: of test images)."
+        )
+        result.append(Section("quality", "Sample quality", [note], table=quality))
     if differences := _differences(configs):
         table = [["setting", *names], *differences]
         result.append(Section("differences", "Where the configurations differ", table=table))
@@ -204,6 +210,43 @@ def _validation_curves(rows: dict[str, list[dict[str, Any]]]) -> list[Picture]:
         of_run = f" of {next(iter(named))}" if len(named) == 1 else ""  # the plot has no legend
         pictures.append(Picture(f"Validation {text}{of_run} against the step.", url))
     return pictures
+
+
+def _sample_quality(names: list[str], runs: list[Run]) -> list[list[str]]:
+    """Return a table of the runs whose samples were evaluated, or []."""
+    evaluations = {}
+    for name, run in zip(names, runs, strict=True):
+        checkpoint = run.latest_valid_checkpoint() if run.evaluation.is_file() else None
+        results = run.load_evaluation(checkpoint) if checkpoint else {}
+        if results.get("sample_count"):
+            evaluations[name] = results
+    metrics = [
+        name
+        for name in SAMPLE_METRICS
+        if any(results.get(f"sample_{name}") is not None for results in evaluations.values())
+    ]
+    rows = [
+        [
+            name,
+            f"{results['sample_count']:,}",
+            str(results.get("sample_temperature", "")),
+            *(_quality_cell(results, metric) for metric in metrics),
+        ]
+        for name, results in evaluations.items()
+    ]
+    head = ["run", "samples", "temperature", *metrics]
+    return [head, *rows] if rows else []
+
+
+def _quality_cell(results: dict[str, Any], name: str) -> str:
+    """Return the value of the samples with its error, and that of real images."""
+    value = results.get(f"sample_{name}")
+    if value is None:
+        return ""
+    error = results.get(f"sample_{name}_error")
+    real = results.get(f"training_{name}", results.get(f"test_{name}"))
+    text = f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+    return text if real is None else f"{text} ({real:.3f})"
 
 
 def _differences(configs: list[dict[str, Any]]) -> list[list[str]]:

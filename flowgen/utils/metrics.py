@@ -41,6 +41,18 @@ COMPARED = (BITS_PER_DIM, NOISY_BITS_PER_DIM, LOG_LIKELIHOOD)  # metrics that ra
 LOG_PROBABILITY = Metric("log_probability", "nats", higher_is_better=True)  # of one image
 # log p(x) + log Z with an unknown log Z
 UNNORMALIZED = Metric("unnormalized_log_probability", "nats", higher_is_better=True)
+SAMPLE_METRICS = {  # of sample quality, without the prefix of the images: sample_, training_, test_
+    metric.name: metric
+    for metric in (
+        Metric("frechet", "squared distance of principal components", higher_is_better=False),
+        Metric("coverage", "of the test images", higher_is_better=True),
+        Metric("spread", "times that of the test images"),
+        Metric("readable", higher_is_better=True),
+        Metric("fid", higher_is_better=False),
+        Metric("precision", higher_is_better=True),
+        Metric("recall", higher_is_better=True),
+    )
+}
 
 
 @dataclass(frozen=True)

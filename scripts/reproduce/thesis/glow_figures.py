@@ -14,11 +14,11 @@ from original_images import original_images
 from torch import Tensor
 
 import flowgen
-from flowgen.commands.sample import sample_images
 from flowgen.config.compose import read_config
 from flowgen.config.instantiate import build_data
 from flowgen.config.settings import conf_folder, flatten
 from flowgen.data.dataset import ImageDataset
+from flowgen.models.base import sample_images
 from flowgen.training.optim import learning_rate_factor, warmup_steps
 from flowgen.training.run_dir import Run, validation_rows
 from flowgen.utils import plots, rendering

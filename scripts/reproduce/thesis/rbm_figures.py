@@ -9,8 +9,8 @@ from figure import Figure, command_figure
 from PIL import Image
 
 import flowgen
-from flowgen.commands.sample import sample_images
 from flowgen.data.dataset import ImageDataset
+from flowgen.models.base import sample_images
 from flowgen.training.run_dir import Run
 from flowgen.utils import plots, rendering
 
