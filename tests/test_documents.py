@@ -47,6 +47,7 @@ EXTRA_OPTIONS = {
     "score": ["--count", "10"],
     "complete": ["--steps", "5"],
     "chain": ["--frames", "3"],
+    "shell-completion": ["--shell", "bash"],
     "sample --run zoo/rbm_mnist": ["--steps", "5"],
 }
 SMALL_SIZES = {"model.width": "8", "model.hidden": "8", "model.steps_per_level": "1"}

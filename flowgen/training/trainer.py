@@ -480,7 +480,7 @@ class Trainer:
         self.logger: Any = WorkerLogger()
         if self.process_group.is_main:
             total = config.steps or 60 * (config.minutes or 0.0)
-            unit = "step" if config.steps else "s"
+            unit = "steps" if config.steps else "seconds"
             self.logger = Logger(self.run, model, self.state.step, self.position, total, unit)
         if checkpoint is None:
             self.save_checkpoint()
