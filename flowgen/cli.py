@@ -280,7 +280,7 @@ def echo_list(titles: Sequence[str], rows: Sequence[Any], as_json: bool) -> None
 
 
 def echo_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table that fits the terminal, or with one line per row if there is none."""
+    """Print a table that fits the terminal; without a terminal, each row is one line."""
     width = shutil.get_terminal_size(fallback=(MAX_WIDTH, 0)).columns
     for line in format_table([titles, *rows], width):
         click.echo(line)

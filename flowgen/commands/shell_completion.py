@@ -56,7 +56,7 @@ def install(*, shell: str | None = None) -> Iterator[str]:
         shell: bash, zsh or fish; None: the shell in the variable SHELL.
 
     Yields:
-        Lines that say what was done and how to use it.
+        Lines that name the changed files, and how to use completion.
 
     Raises:
         UserError: If the shell is unknown or a file cannot be written.
@@ -98,7 +98,7 @@ def _files(shell: str) -> tuple[Path, Path | None, str]:
 
 
 def _write_script(path: Path, source: str) -> str:
-    """Write the completion script unless it is there, and return what was done."""
+    """Write the completion script unless it is there, and return a message."""
     if path.is_file() and path.read_bytes() == source.encode():
         return f"{path} is up to date"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _write_script(path: Path, source: str) -> str:
 
 
 def _add_line(path: Path, line: str) -> str:
-    """Add a line to the end of a startup file unless it has it, and return what was done."""
+    """Add a line to the end of a startup file unless it has it, and return a message."""
     content = path.read_bytes() if path.exists() else b""
     if line.encode() in content.splitlines():
         return f"{path} loads it already"

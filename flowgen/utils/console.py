@@ -138,7 +138,7 @@ def format_table(rows: Sequence[Sequence[object]], width: int) -> list[str]:
     """Return the lines of a table of at most `width` characters; no cell is cut.
 
     The last column is wrapped. If the others leave too little room for it, the first column gets
-    lines of its own.
+    separate lines.
 
     Args:
         rows: Rows of equal length, usually with the titles first.
