@@ -15,7 +15,7 @@ from flowgen.data import DOWNLOADED
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, processes
 from flowgen.utils.errors import UserError, check_whole
-from flowgen.utils.metrics import Metrics, MetricValue, finite
+from flowgen.utils.metrics import Metrics, MetricValue, finite, likelihood_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,22 +55,24 @@ class EvalReport(dict[str, MetricValue]):
         return self.metadata | finite(self.metrics.row())
 
     def __str__(self) -> str:
-        lines = [f"{name:32} {value}" for name, value in self.metadata.items()]
+        rows = list(self.metadata.items())
         for name, value in self.items():
             error = "" if value.error is None else f" ± {_format(value.error)}"
-            lines.append(f"{name:32} {_format(value.value)}{error} {value.metric.unit}".rstrip())
-        lines += [f"{name:32} {value}" for name, value in self.metrics.facts.items()]
-        return "\n".join(lines)
+            rows.append((name, f"{_format(value.value)}{error} {value.metric.unit}".rstrip()))
+        rows += self.metrics.facts.items()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
     __repr__ = __str__
 
 
 class ModelInfo(NamedTuple):
-    """A model that can be trained with model=NAME."""
+    """A model that can be trained with model=NAME; its likelihood is as in `GenerativeModel`."""
 
     name: str
     description: str
     paper: str
+    likelihood: str
 
 
 class DatasetInfo(NamedTuple):
@@ -225,6 +227,7 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         log.warning("%s is not finite: a likelihood is beyond float32", model.metric.name)
     warn_implausible_likelihood(value, data, data.batches("test", BATCH_SIZE))
     metadata = {"run": str(found.folder), "step": checkpoint["step"], "split": "test"}
+    metadata["likelihood"] = likelihood_kind(model.likelihood, metrics.row())
     if data.bits == 1:
         metadata["binarization"] = config["data"]["binarization"]
     report = EvalReport(metadata, metrics)
@@ -363,10 +366,11 @@ def list_models() -> list[ModelInfo]:
         >>> [model.paper for model in list_models() if model.name == "glow"]
         ['Kingma and Dhariwal, arXiv 1807.03039']
     """
-    return [
-        ModelInfo(name, *PAPER.findall(settings.description(f"model/{name}"))[0])
-        for name in settings.group_options("model")
-    ]
+    models = []
+    for name in settings.group_options("model"):
+        description, paper = PAPER.findall(settings.description(f"model/{name}"))[0]
+        models.append(ModelInfo(name, description, paper, settings.likelihood(name)))
+    return models
 
 
 def list_datasets() -> list[DatasetInfo]:

@@ -324,9 +324,9 @@ def test_every_model_is_listed_and_created(name):
     assert info.paper
     shape = (2, 1, 1) if "data=toy" in info.description else (1, 8, 8)
     small = {"rbm": {"hidden": 4}, "nice": {"width": 8}, "maf": {"width": 8}}
-    assert isinstance(
-        flowgen.create_model(name, image_shape=shape, **small.get(name, {})), nn.Module
-    )
+    model = flowgen.create_model(name, image_shape=shape, **small.get(name, {}))
+    assert isinstance(model, nn.Module)
+    assert info.likelihood == model.likelihood
 
 
 def test_data_sets_are_listed_with_their_availability(elsewhere):

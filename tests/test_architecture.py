@@ -51,7 +51,7 @@ CHOICES = re.compile(r"One of ([^.]+)\.")  # in the meaning of a setting
 ONLY_IN = {  # files that may import a library
     "hydra": {"config/compose.py", "config/instantiate.py", "commands/train.py"},
     "omegaconf": {"config/compose.py", "config/instantiate.py", "commands/train.py"},
-    "click": {"cli.py"},
+    "click": {"cli.py", "commands/shell_completion.py"},
     "torchvision": set(),
     "tqdm": {"utils/console.py", "training/logger.py"},
 }

@@ -233,7 +233,7 @@ def license_id(data: dict[str, Any], license_name: str | None) -> str:
     if text is None and license_name is None:
         raise UserError(
             "the license of these images is unknown: pass --license NAME with a license "
-            "under which they let you publish a model"
+            "under which you may publish a model of them"
         )
     if spdx_id is None:
         raise UserError(

@@ -160,6 +160,20 @@ def beats_entropy_bound(value: MetricValue, entropy: float, dimensions: int) -> 
     return value.metric == LOG_LIKELIHOOD and margin - value.value < entropy * math.log(2)
 
 
+def likelihood_kind(kind: str, row: Mapping[str, Any]) -> str:
+    """Return the kind of likelihood of an evaluation.
+
+    Args:
+        kind: Kind of the model: "exact", "bound", "estimate" or "none".
+        row: Results; the likelihood of an RBM is exact if its log Z has no error.
+
+    Example:
+        >>> likelihood_kind("estimate", {"log_z": 9.7, "log_z_error": 0.0})
+        'exact'
+    """
+    return "exact" if kind == "estimate" and row.get("log_z_error") == 0 else kind
+
+
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row with None in place of NaN and infinity, which JSON does not allow.
 
