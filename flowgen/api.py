@@ -342,10 +342,14 @@ def list_datasets() -> list[DatasetInfo]:
 def _availability(name: str) -> str:
     section = settings.read_yaml(f"data/{name}")
     folders = section.get("search_dirs") or []
-    if "root" not in section or any((files.data_folder() / folder).exists() for folder in folders):
-        return "present"  # without root, it is generated or part of the package
-    root = settings.settings_of_file(f"data/{name}")["data.root"]
-    return "downloadable" if "download" in root.meaning else "missing"
+    if any((files.data_folder() / folder).exists() for folder in folders):
+        return "present"
+    meanings = settings.settings_of_file(f"data/{name}")
+    if any(
+        "download" in meanings[key].meaning for key in ("data.root", "data.name") if key in meanings
+    ):
+        return "downloadable"
+    return "missing" if "root" in section else "present"  # generated or part of the package
 
 
 def _name(run: RunName) -> str:

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "CIFAR10": "cifar10",
         "DownsampledImageNet": "imagenet",
+        "HubDataset": "hub",
         "ImageDataset": "dataset",
         "ImageFolder": "image_folder",
         "ImageStream": "preprocess",

@@ -53,7 +53,7 @@ class CIFAR10(ImageDataset):
 def _read_files(root: Path) -> dict[str, bytes]:
     """Return the content of the batch files, unpacked or in the archive, by name.
 
-    An archive is decompressed once, from start to end, so that its checksum is verified.
+    An archive is decompressed once, to its end, where its checksum is verified.
     """
     files = {path.name: path.read_bytes() for path in root.rglob("*_batch*.bin")}
     archives = [root] if root.is_file() else sorted(root.rglob(ARCHIVE_PATTERN))
@@ -70,7 +70,7 @@ def _read_files(root: Path) -> dict[str, bytes]:
                 for member in archive
                 if member.isfile() and member.name.endswith(".bin")
             }
-            archive.fileobj.read()  # type: ignore[union-attr] - the padding before the checksum
+            archive.fileobj.read(-1)
     return files
 
 
