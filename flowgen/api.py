@@ -396,9 +396,11 @@ def list_datasets() -> list[DatasetInfo]:
 def _availability(name: str) -> str:
     section = settings.read_yaml(f"data/{name}")
     folders = section.get("search_dirs") or []
-    if "root" not in section or any((files.data_folder() / folder).exists() for folder in folders):
-        return "present"  # without root, it is generated or part of the package
-    return "downloadable" if section["_target_"].rpartition(".")[2] in DOWNLOADED else "missing"
+    if any((files.data_folder() / folder).exists() for folder in folders):
+        return "present"
+    if section["_target_"].rpartition(".")[2] in DOWNLOADED:
+        return "downloadable"
+    return "missing" if "root" in section else "present"  # generated or part of the package
 
 
 def _name(run: RunName) -> str:

@@ -183,7 +183,7 @@ def _table_images(
 ) -> LabeledImages:
     table = read_table(path)
     subset = hashed_subset(len(table.files), count)
-    channels, size, _ = model.image_shape
+    channels, *size = model.image_shape
     stream = ImageStream(
         [table.files[index] for index in subset.tolist()],
         size=size,
