@@ -306,7 +306,7 @@ def test_invalid_arguments_of_other_models_are_rejected(name, changes, message):
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "flow matching"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "flow_matching"])
 def test_images_need_not_be_square(name):
     model = initialized(name, size=(4, 8))
     images = random_images(5, 3, size=(4, 8))
@@ -321,7 +321,7 @@ def test_images_need_not_be_square(name):
 
 
 def test_flow_matching_of_images_that_are_not_square():
-    model = initialized("flow matching", size=(2, 4))
+    model = initialized("flow_matching", size=(2, 4))
     samples, log_probs = model.sample(2)
     assert samples.shape == (2, 3, 2, 4) and log_probs.isfinite().all()
     assert torch.equal(model.decode(model.encode(samples)), samples)

@@ -2,7 +2,12 @@
 
 from flowgen.utils import lazy_exports
 
-DOWNLOADED = ("CIFAR10", "HubDataset", "MNIST", "SVHN")  # classes that download their files if they are missing
+DOWNLOADED = (
+    "CIFAR10",
+    "HubDataset",
+    "MNIST",
+    "SVHN",
+)  # classes that download their files if they are missing
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,

@@ -1,5 +1,6 @@
 """Glow: Kingma and Dhariwal, Generative Flow with Invertible 1x1 Convolutions (1807.03039)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from flowgen.bijections import coupling, elementwise, linear, networks, reshape
@@ -140,14 +141,13 @@ class Glow(Flow):
 
         def last_level(channels: int, resolution: Resolution) -> list[Bijection]:
             scale = 2 if levels else 1  # images of odd size cannot be squeezed
-            out_channels = channels * scale**2
             rows, columns = squeezed(resolution, scale)
-            dim = out_channels * rows * columns
+            shape = (channels * scale**2, rows, columns)
             return [
                 *(level(levels - 1, channels, resolution) if levels else steps(0, channels)),
-                *([linear.ActNorm(out_channels)] if final_actnorm else []),
-                reshape.Flatten(out_channels, rows, columns),
-                *([elementwise.Standardize(dim)] if base == "learned" else []),
+                *([linear.ActNorm(shape[0])] if final_actnorm else []),
+                reshape.Flatten(*shape),
+                *([elementwise.Standardize(math.prod(shape))] if base == "learned" else []),
             ]
 
         def prior(channels: int) -> networks.Conditioner | None:
