@@ -1,5 +1,6 @@
 """Glow: Kingma and Dhariwal, Generative Flow with Invertible 1x1 Convolutions (1807.03039)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from flowgen.bijections import coupling, elementwise, linear, networks, reshape
@@ -115,8 +116,7 @@ class Glow(Flow):
         levels = num_levels(resolution, levels)
         if levels == 0 and channels < 2:
             raise UserError(
-                f"Glow cannot split gray images of size={format_size(resolution)} in halves: "
-                "choose an even data.size"
+                f"Glow needs an even data.size for gray images, not {format_size(resolution)}"
             )
         depths = _expand_depths(steps_per_level, max(1, levels))
 
@@ -139,13 +139,12 @@ class Glow(Flow):
         def last_level(channels: int, resolution: Resolution) -> list[Bijection]:
             scale = 2 if levels else 1  # images of odd size cannot be squeezed
             out_channels = channels * scale**2
-            rows, columns = squeezed(resolution, scale)
-            dim = out_channels * rows * columns
+            flatten = reshape.Flatten(out_channels, *squeezed(resolution, scale))
             return [
                 *(level(levels - 1, channels, resolution) if levels else steps(0, channels)),
                 *([linear.ActNorm(out_channels)] if final_actnorm else []),
-                reshape.Flatten(out_channels, rows, columns),
-                *([elementwise.Standardize(dim)] if base == "learned" else []),
+                flatten,
+                *([elementwise.Standardize(math.prod(flatten.shape))] if base == "learned" else []),
             ]
 
         def prior(channels: int) -> networks.Conditioner | None:
