@@ -272,8 +272,8 @@ def test_the_density_of_variational_noise_agrees_with_autograd():
         ({"num_classes": 0}, "num_classes must be a whole number"),
         ({"levels": 4}, "choose fewer levels"),
         ({"image_shape": (3, 8, 4), "levels": 3}, r"multiple of 8, not \[8,4\]: choose fewer"),
-        ({"image_shape": (1, 7, 8)}, r"size=\[7,8\] in halves: choose an even data.size"),
-        ({"image_shape": (1, 7, 7)}, "choose an even data.size"),
+        ({"image_shape": (1, 7, 8)}, r"an even data.size for gray images, not \[7,8\]"),
+        ({"image_shape": (1, 7, 7)}, "an even data.size for gray images, not 7"),
     ],
 )
 def test_invalid_arguments_are_rejected(changes, message):

@@ -149,7 +149,7 @@ def test_the_page_and_the_bot_accept_images_that_are_not_square(runs):
     ("overrides", "message"),
     [
         (["data.size=[4,7]", "model.levels=1"], "multiple of 2, not [4,7]: choose fewer levels"),
-        (["data.size=[7,8]", "data.channels=1"], "gray images of size=[7,8] in halves"),
+        (["data.size=[7,8]", "data.channels=1"], "an even data.size for gray images, not [7,8]"),
         (["data.size=[4,6]", "model=tarflow", "model.patch=4"], "size=[4,6]: choose a divisor"),
         (["data.size=[4,6,3]"], "size must be a whole number or [height,width]"),
     ],

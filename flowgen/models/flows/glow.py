@@ -117,8 +117,7 @@ class Glow(Flow):
         levels = resolve_levels(resolution, levels)
         if levels == 0 and channels < 2:
             raise UserError(
-                f"Glow cannot split gray images of size={format_size(resolution)} in halves: "
-                "choose an even data.size"
+                f"Glow needs an even data.size for gray images, not {format_size(resolution)}"
             )
         depths = _expand_depths(steps_per_level, max(1, levels))
 
