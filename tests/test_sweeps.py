@@ -266,7 +266,9 @@ def test_sweep_does_not_continue_a_run_with_other_settings(images, command, tmp_
     status, _, error = command("train", *overrides, f"data.root={others}")
     assert status == 1
     assert "2 of 2 runs of the sweep failed" in error
-    assert f"data.root={images} there and {others} here" in error.splitlines()[-1]
+    assert (
+        f"data.root is {images} in the run but {others} in this command" in error.splitlines()[-1]
+    )
 
 
 def test_failing_job_in_another_process_fails_the_sweep(images, command, tmp_path):
@@ -337,7 +339,11 @@ def test_resume_true_skips_finished_runs_and_refuses_other_settings(tiny_run, im
     before = (tiny_run / "config.yaml").read_text()
     for more, expected_status, message in (
         (["trainer.steps=6"], 0, "has ended at step 6"),
-        (["trainer.steps=9", "model.width=4"], 1, "model.width=8 there and 4 here"),
+        (
+            ["trainer.steps=9", "model.width=4"],
+            1,
+            "model.width is 8 in the run but 4 in this command",
+        ),
     ):
         status, _, error = command("train", *overrides, *more)
         assert status == expected_status
@@ -396,7 +402,7 @@ def test_init_from_names_the_settings_that_do_not_fit(tiny_run, images, command,
     overrides = [*SMALL, f"data.root={images}", "trainer.steps=1", f"output_dir={run}"]
     status, _, error = command("train", *overrides, f"init_from={tiny_run}", "model.width=4")
     assert status == 1
-    assert "do not fit, model.width=8 there and 4 here" in error.splitlines()[-1]
+    assert "do not fit, model.width is 8 in the run but 4 in this command" in error.splitlines()[-1]
     error = command("train", *overrides, "init_from=nowhere")[2]
     assert error.splitlines()[-1].startswith("flowgen: nowhere is not a run")
     assert not run.exists()

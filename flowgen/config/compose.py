@@ -76,7 +76,7 @@ def compose_config(overrides: Sequence[str]) -> ComposedConfig:
     note = trainer_note(tree.hydra.runtime.choices)
     OmegaConf.set_struct(tree, False)
     set_values(tree, [item for item in parsed if item not in groups])
-    numbered = "${now:" in str(OmegaConf.to_container(tree)["output_dir"])  # type: ignore[index,call-overload]
+    numbered = "${now:" in str(OmegaConf.to_container(tree)["output_dir"])  # type: ignore
     with hydra_errors():
         tree.output_dir = str(tree.output_dir)  # refers to the hydra section
     del tree["hydra"]
