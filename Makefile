@@ -8,7 +8,7 @@ DATA ?= celeba_hq
 
 FAULTS ?= 20
 
-.PHONY: help setup demo test lint docs docs-long faults bench zoo reproduce-thesis
+.PHONY: help setup demo test lint docs docs-long docs-pictures faults bench zoo reproduce-thesis
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
@@ -52,6 +52,9 @@ docs: $(FLOWGEN) ## build the documentation in docs/_build; needs no network
 
 docs-long: docs ## run the slow commands of the documentation too, and check its pages in a browser: minutes
 	FLOWGEN_DOCS=long .venv/bin/pytest tests/test_docs.py
+
+docs-pictures: $(FLOWGEN) ## create the pictures of the documentation from the commands of its pages: PICTURES=all, or names
+	.venv/bin/python scripts/reproduce/docs_pictures.py $(PICTURES)
 
 reproduce-thesis: $(FLOWGEN) ## make every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
 	.venv/bin/python scripts/reproduce/thesis --preset $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
