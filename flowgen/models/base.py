@@ -362,6 +362,13 @@ class SupportsMCMC(Capability):
         """Draw images by `steps` steps of the sampler from white noise."""
 
 
+class SupportsCompression(Capability):
+    """Compresses images with `flowgen.coding`: a flow whose inverse is exact."""
+
+    description = "compresses images"
+    train_hint = "model=glow"
+
+
 class SupportsTokenSampling(Capability):
     """Samples an image token by token, each token given the previous ones."""
 
