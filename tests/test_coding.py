@@ -275,7 +275,7 @@ def test_other_models_are_refused():
     with pytest.raises(UserError, match="RBM cannot compress images, because it is not a flow"):
         require_codec(build_model("rbm", image_shape=(1, 8, 8), bits=1, hidden=4))
     model = build_model("glow", gaussianize=False, dequantization="gaussian:0.05")
-    with pytest.raises(UserError, match="a flow of noisy images .* cannot compress"):
+    with pytest.raises(UserError, match=r"a flow of noisy images .* cannot compress"):
         require_codec(model)
 
 
