@@ -182,6 +182,8 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         >>> report["bits_per_dim"].error > 0
         True
     """
+    import torch
+
     from flowgen.training.sanity_checks import warn_implausible_likelihood, warn_test_leakage
 
     found, checkpoint = runs.find_checkpoint(None if run is None else _name(run))
@@ -205,6 +207,12 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     train_batches = data.batches("train", BATCH_SIZE, len(data.test))
     metrics = model.evaluate(batches, train_batches, eval_config).on("test")
     value = metrics[model.metric.name]
+    if eval_config.compress:
+        from flowgen.coding.measure import measure_compression
+
+        images = torch.cat(list(data.batches("test", BATCH_SIZE)))
+        proof = measure_compression(model, images, value, console.progress_bar)
+        metrics |= proof.on("test")
     if not math.isfinite(value.value):
         log.warning("%s is not finite: a likelihood is beyond float32", model.metric.name)
     warn_implausible_likelihood(value, data, data.batches("test", BATCH_SIZE))

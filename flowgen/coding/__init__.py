@@ -2,7 +2,7 @@
 
 Read the modules in this order: `stack` (uniform numbers), `coder` (exact maps that exchange bits),
 `normal` (latents), `layers` (one rule per bijection), `pixels` (dequantization), `flow_codec` (one
-batch) and `archive` (the file).
+batch), `archive` (the file) and `measure` (a comparison with the evaluation).
 """
 
 from flowgen.utils import lazy_exports
@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "FlowCodec": "flow_codec",
         "compress": "archive",
         "decompress": "archive",
+        "measure_compression": "measure",
         "read_header": "archive",
     },
 )

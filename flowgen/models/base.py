@@ -29,6 +29,7 @@ class EvalConfig:
         ais_chains: Chains of annealed importance sampling.
         cross_check: Estimate log Z by several methods that check each other, which may take
             minutes.
+        compress: Also compress and decompress the images of a flow; only `flowgen evaluate` does.
 
     Example:
         >>> EvalConfig(num_importance_samples=8).num_importance_samples
@@ -39,6 +40,7 @@ class EvalConfig:
     ais_steps: int = 1000
     ais_chains: int = 100
     cross_check: bool = False
+    compress: bool = False
 
     def __post_init__(self) -> None:
         # The error of 10^5 importance samples is 1/300 of that of one.
