@@ -193,11 +193,21 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         f"evaluation.{text}" if f"evaluation.{text.partition('=')[0]}" in known else text
         for text in overrides
     ]
-    config = compose.override(trained, full_keys)
+    defaults = {  # of settings that are newer than the checkpoint
+        key.removeprefix("evaluation."): setting.default
+        for key, setting in known.items()
+        if key.startswith("evaluation.")
+    }
+    config = trained | {"evaluation": defaults | trained["evaluation"]}
+    config = compose.override(config, full_keys)
     eval_config = instantiate.instantiate("evaluation", config["evaluation"])
     data = instantiate.build_data(config)
     model = runs.load_from_checkpoint(checkpoint | {"config": config}, device)
     instantiate.check_fits_data(model, data)
+    if eval_config.compress:
+        from flowgen.coding.flow_codec import require_codec
+
+        require_codec(model)
     warn_test_leakage(data)
     data.to(model.device)
     model.set_progress(console.progress_bar)

@@ -25,6 +25,7 @@ from flowgen.coding.coder import NearBoundaryError
 from flowgen.coding.flow_codec import FlowCodec
 from flowgen.commands.compress import check_names, file_names
 from flowgen.data.mnist import MNISTSample
+from flowgen.training.checkpoint import write_checkpoint
 from flowgen.utils.errors import UserError
 
 pytest.importorskip("constriction", reason="needs the extra codec")
@@ -481,3 +482,31 @@ def test_files_move_between_kernels(elsewhere, encoder, decoder):
     )
     run_python(ENCODE, encoder)
     run_python(DECODE, decoder)
+
+
+# flowgen evaluate compress=true
+
+
+def test_evaluate_compares_with_a_file(command, tiny_run):
+    status, out, _ = command("evaluate", "--run", tiny_run, "compress=true", "--json")
+    row = json.loads(out)
+    assert status == 0 and row["decompressed"] == "equal"
+    assert row["file_bits_per_dim"] == pytest.approx(8 * row["file_bytes"] / row["images"] / 192)
+    assert row["net_bits_per_dim"] == pytest.approx(row["same_noise_bits_per_dim"], rel=0.01)
+    gap = (row["net_bits_per_dim"] - row["bits_per_dim"]) / row["bits_per_dim_error"]
+    assert row["net_gap"] == pytest.approx(gap)
+
+
+def test_evaluate_refuses_before_it_evaluates(command, two_runs, monkeypatch):
+    monkeypatch.setattr("flowgen.models.rbm.rbm.RBM.evaluate", None)
+    status, _, error = command("evaluate", "--run", two_runs / "rbm", "compress=true")
+    assert status == 1 and "RBM cannot compress images" in error
+
+
+def test_newer_settings_of_the_evaluation_have_defaults(command, tiny_run):
+    for path in tiny_run.glob("checkpoints/*.pt"):
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["config"]["evaluation"]["compress"]
+        write_checkpoint(checkpoint, path)
+    status, out, _ = command("evaluate", "--run", tiny_run, "compress=true", "--json")
+    assert status == 0 and json.loads(out)["decompressed"] == "equal"
