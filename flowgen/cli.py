@@ -502,7 +502,9 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
     type=click.Choice(["train", "validation", "test"]),
     help="Compress this split of the data of the run.",
 )
-@click.option("--count", type=steps_type, help="Images of --split, chosen by hash; default: all.")
+@click.option(
+    "--count", type=steps_type, help="Maximum number of images; of a split, chosen by hash."
+)
 @click.option(
     "--prepared",
     is_flag=True,

@@ -172,11 +172,13 @@ class Compressor:
 
     def _verify(self, images: Tensor, before: NDArray[np.uint32]) -> None:
         after = self.stack.save()
+        lowest = self.stack.lowest
         self.coder.margin = 0.0
         decoded = self.codec.decode(len(images), self.coder)
         if not torch.equal(decoded, images) or not np.array_equal(self.stack.save(), before):
             raise CodingError("decoding does not restore the images")
         self.stack.restore(after)
+        self.stack.lowest = lowest
 
 
 def compress(
@@ -340,7 +342,7 @@ def _checks(header: Header) -> Iterator[bool]:
     kinds = {"model": str, "run": str, "images": str, "tables": int, "borrowed": int, "words": int}
     for name, kind in kinds.items():
         yield type(getattr(header, name)) is kind
-    yield header.borrowed >= 0
+    yield header.borrowed >= 0 and len(header.run) <= MAX_NAME_LENGTH
     yield isinstance(header.batches, list) and len(header.batches) > 0
     for batch in header.batches:
         yield isinstance(batch, list) and len(batch) == 2 and all(type(v) is int for v in batch)

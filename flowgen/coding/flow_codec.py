@@ -59,7 +59,7 @@ class FlowCodec:
     """
 
     def __init__(self, flow: Flow):
-        self.float_flow = require_codec(flow)
+        self.float_flow = copy.deepcopy(require_codec(flow)).eval()
         self.flow = copy.deepcopy(flow).cpu().double().eval()
         self.pixels = PixelCoder(self.flow)
         self.layers = Chain(*self.pixels.rest)

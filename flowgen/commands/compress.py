@@ -101,7 +101,7 @@ def compress(
         paths: Image files, folders and zips.
         run: Name of the run, or None for the newest one of a model that compresses images.
         split: Split of the run's own data to compress instead of files.
-        count: Maximum number of images of the split, or None for all.
+        count: Maximum number of images, or None for all; those of a split are chosen by hash.
         prepared: Accept images that must be resized or reduced, and compress the results.
         verify: Whether to decode each batch again and compare it.
         overwrite: Whether to replace `out`.
@@ -119,7 +119,7 @@ def compress(
     if split:
         images = _split_images(config, model, split, count)
     else:
-        names, images = read_exact_images(paths, model, config, prepared)
+        names, images = read_exact_images(paths, count, model, config, prepared)
     start = time.perf_counter()
     result = archive.compress(
         codec, images, _run_name(run, run_dir.folder), names, verify, console.progress_bar
@@ -146,7 +146,11 @@ def _run_name(name: str | None, folder: Path) -> str:
 
 
 def read_exact_images(
-    paths: Sequence[Path], model: GenerativeModel, config: dict[str, Any], prepared: bool
+    paths: Sequence[Path],
+    count: int | None,
+    model: GenerativeModel,
+    config: dict[str, Any],
+    prepared: bool,
 ) -> tuple[list[str], Tensor]:
     """Read images that the model represents exactly, and their names.
 
@@ -155,7 +159,7 @@ def read_exact_images(
     """
     channels, size, _ = model.image_shape
     check_color_channels(channels)
-    files = [file for path in paths for file in list_images(path.expanduser())]
+    files = [file for path in paths for file in list_images(path.expanduser())][:count]
     check_memory("the number of images", len(files), 2 * channels * size**2)
     names = []
     images = []
