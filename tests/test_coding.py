@@ -79,6 +79,14 @@ def test_words_of_a_file_continue_the_random_words():
     assert other.is_initial()
 
 
+def test_a_stack_without_a_pop_returns_from_its_words():
+    stack = BitStack(RESERVE_WORDS)
+    stack.push(np.arange(50), np.full(50, 50))
+    other = BitStack(RESERVE_WORDS, *stack.to_words())
+    assert np.array_equal(other.pop(np.full(50, 50)), np.arange(50))
+    assert other.is_initial()
+
+
 def test_an_empty_stack_is_an_error():
     with pytest.raises(CodingError, match="empty"):
         BitStack(8).pop(np.full(100, 1000))

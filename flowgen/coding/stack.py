@@ -62,7 +62,7 @@ class BitStack:
             if not len(words) or not words[-1] or borrowed > reserve:
                 raise CodingError("the stream does not end as the coder writes it")
             self.restore(np.concatenate((self.reserve[: reserve - borrowed], words)))
-        self.lowest = self._coder.num_words()
+        self.lowest = self._coder.num_words() - STATE_WORDS
 
     @property
     def num_bits(self) -> int:
