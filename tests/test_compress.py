@@ -367,9 +367,9 @@ def test_a_huge_header_is_not_unpacked(data):
 
 def test_too_many_images_for_the_memory(model, data):
     header, payload = coding.read_header(data)
-    many = replace(header, names=None, batches=[[32, 0]] * 10**6)
+    many = replace(header, names=None, batches=[[32, 0]] * 10**5)
     with pytest.raises(UserError, match="of memory"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flowgen.utils.memory.free_memory", lambda: 2**30)
+        patch.setattr("flowgen.utils.memory.free_memory", lambda: 2**26)
         restore(model, pack(many, payload))
 
 

@@ -259,7 +259,7 @@ def decompress(
         )
     if header.tables != codec.checksum():
         raise UserError(MISMATCH)
-    check_memory("the file has images", header.num_images, 2 * flow.dimensions)
+    check_memory("the number of images", header.num_images, 2 * flow.dimensions)
     try:
         images = _decode_all(codec, header, payload, progress)
     except CodingError as error:
@@ -305,6 +305,8 @@ def _pop_raw(coder: Coder, shape: torch.Size, bins: int) -> Tensor:
 
 def _pack(header: Header) -> bytes:
     text = json.dumps(asdict(header), separators=(",", ":"), ensure_ascii=True)
+    if len(text) > MAX_HEADER_BYTES:
+        raise UserError("the names of the images are too long for one file: compress fewer images")
     packed = zlib.compress(text.encode(), 9)
     return MAGIC + len(packed).to_bytes(LENGTH_BYTES, "little") + packed
 
