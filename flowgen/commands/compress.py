@@ -184,7 +184,10 @@ def _read_image(
     channels, size, _ = model.image_shape
     with user_error(f"{name} cannot be read as an image: repair or remove it"):
         data = read_file(source.root / name if source else Path(name))
-        image = preprocess(data, size, channels, crop)
+        try:
+            image = preprocess(data, size, channels, crop)
+        except UserError as error:
+            raise UserError(f"{name} {error}: repair or remove it") from error
         values = image >> (8 - model.bits)
         restored = _pixels(encode_png(values, model.bits))
         original = _pixels(data)
