@@ -161,6 +161,7 @@ class Compressor:
         self.coder.choose_offset(index)
         try:
             self.coder.margin = MARGIN
+            self.stack.scramble(_noise_words(self.codec, len(images)))
             bits = self.codec.encode(images, self.coder)
             if self.verify:
                 self._verify(images, before)
@@ -175,6 +176,7 @@ class Compressor:
         lowest = self.stack.lowest
         self.coder.margin = 0.0
         decoded = self.codec.decode(len(images), self.coder)
+        self.stack.scramble(_noise_words(self.codec, len(images)))
         if not torch.equal(decoded, images) or not np.array_equal(self.stack.save(), before):
             raise CodingError("decoding does not restore the images")
         self.stack.restore(after)
@@ -284,6 +286,7 @@ def _decode_all(codec: FlowCodec, header: Header, payload: bytes, progress: Prog
         else:
             coder.choose_offset(index)
             batch = codec.decode(size, coder)
+            stack.scramble(_noise_words(codec, size))
         images[end - size : end] = batch
         end -= size
         for _ in islice(steps, size):
@@ -291,6 +294,11 @@ def _decode_all(codec: FlowCodec, header: Header, payload: bytes, progress: Prog
     if not stack.is_initial():
         raise CodingError("the stack does not return to its start")
     return images
+
+
+def _noise_words(codec: FlowCodec, count: int) -> int:
+    """Return about the number of words that the noise of `count` images takes."""
+    return count * codec.flow.dimensions * codec.grid_bits // WORD_BITS
 
 
 def _push_raw(coder: Coder, images: Tensor, bins: int) -> None:

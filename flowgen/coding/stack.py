@@ -53,8 +53,7 @@ class BitStack:
             import constriction
         self._make_coder = constriction.stream.stack.AnsCoder
         self._uniform = constriction.stream.model.Uniform()
-        # The raw output of a bit generator is the same in all versions of NumPy.
-        self.reserve = (np.random.PCG64(0).random_raw(reserve) >> 32).astype(np.uint32)
+        self.reserve = _random_words(seed=0, count=reserve)
         self.reserve[-1] |= 1 << (WORD_BITS - 1)  # the coder needs a last word that is not zero
         if words is None:
             self.restore(self.reserve)
@@ -86,6 +85,19 @@ class BitStack:
         """Return the number of borrowed words, and the words that belong into a file."""
         start = max(0, min(self.lowest, len(self.reserve)))
         return len(self.reserve) - start, self.save()[start:]
+
+    def scramble(self, count: int) -> None:
+        """Add fixed random bits to the topmost words, modulo 2; a second call undoes this.
+
+        The top of the stack holds the latents of the last images. Noise that is popped from it
+        without scrambling would repeat them.
+        """
+        words = self.save()
+        end = len(words) - STATE_WORDS
+        start = max(0, end - count)
+        words[start:end] ^= _random_words(seed=1, count=end - start)
+        self.restore(words)
+        self.lowest = min(self.lowest, start)
 
     def push(self, values: Integers, sizes: Integers) -> None:
         """Push values; each is at least 0 and below its size."""
@@ -143,6 +155,12 @@ class BitStack:
         if self.lowest < 0:
             raise CodingError("the stack is empty")
         return values
+
+
+def _random_words(seed: int, count: int) -> NDArray[np.uint32]:
+    """Return random words. The raw output of a generator is the same in all versions of NumPy."""
+    words: NDArray[np.uint32] = (np.random.PCG64(seed).random_raw(count) >> 32).astype(np.uint32)
+    return words
 
 
 def _digits(sizes: Integers) -> tuple[Integers, Integers]:
