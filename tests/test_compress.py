@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, save_image, trained
+from conftest import SMALL, save_image, save_images, trained
 from PIL import Image
 from test_coding import briefly_trained, smooth_images
 from test_models import build_model
@@ -52,6 +53,19 @@ def data(model) -> bytes:
     return coding.compress(FlowCodec(model), smooth_images(8), "run", list("abcdefgh")).data
 
 
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on color images of 8 bits, which it represents exactly."""
+    folder = tmp_path_factory.mktemp("color")
+    root = f"data.root={save_images(folder / 'images')}"
+    return trained(folder, run=[*SMALL, root, "data.bits=8", "trainer.steps=2"]) / "run"
+
+
+@pytest.fixture
+def color_run(trained_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained_run, tmp_path / "run"))
+
+
 def restore(model, data: bytes) -> torch.Tensor:
     header, payload = coding.read_header(data)
     return coding.decompress(FlowCodec(model), header, payload)
@@ -65,16 +79,16 @@ def pack(header: archive.Header, payload: bytes) -> bytes:
 # Commands
 
 
-def test_a_folder_returns_with_its_names(command, tiny_run, images, elsewhere):
+def test_a_folder_returns_with_its_names(command, color_run, images, elsewhere):
     (images / "more").mkdir()
     save_image(images / "more" / "000.png")
     Image.open(images / "001.png").save(images / "more" / "000.bmp")
-    status, out, _ = command("compress", images, "--run", tiny_run, "--out", "a.flow")
+    status, out, _ = command("compress", images, "--run", color_run, "--out", "a.flow")
     assert status == 0
     size = (elsewhere / "a.flow").stat().st_size
     assert f"42 images of 192 numbers: {size:,} bytes, {8 * size / 42 / 192:.4f} bits/dim" in out
     assert "decoded again: equal" in out
-    status, out, _ = command("decompress", "a.flow", "--run", tiny_run, "--out", "restored")
+    status, out, _ = command("decompress", "a.flow", "--run", color_run, "--out", "restored")
     assert (status, out) == (0, "restored\n42 images of 8 bits\n")
     restored = elsewhere / "restored"
     names = {path.relative_to(restored) for path in restored.rglob("*.png")}
@@ -86,8 +100,8 @@ def test_a_folder_returns_with_its_names(command, tiny_run, images, elsewhere):
     assert both == {Image.open(path).tobytes() for path in sources}
 
 
-def test_a_split_is_numbered_and_json_has_all_values(command, tiny_run, elsewhere):
-    arguments = ("--split", "test", "--count", 3, "--run", tiny_run, "--json", "--no-verify")
+def test_a_split_is_numbered_and_json_has_all_values(command, color_run, elsewhere):
+    arguments = ("--split", "test", "--count", 3, "--run", color_run, "--json", "--no-verify")
     status, out, _ = command("compress", *arguments, "--out", "a.flow")
     row = json.loads(out)
     assert status == 0
@@ -95,16 +109,16 @@ def test_a_split_is_numbered_and_json_has_all_values(command, tiny_run, elsewher
     assert row["bytes"] == (elsewhere / "a.flow").stat().st_size
     assert row["net_bits_per_dim"] == pytest.approx(row["model_bits_per_dim"], rel=0.01)
     assert row["bits_per_dim"] > row["net_bits_per_dim"]
-    command("decompress", "a.flow", "--run", tiny_run, "--out", "restored")
+    command("decompress", "a.flow", "--run", color_run, "--out", "restored")
     assert sorted(path.name for path in (elsewhere / "restored").iterdir()) == [
         f"{index:07d}.png" for index in range(3)
     ]
 
 
-def test_the_file_names_its_run(command, tiny_run, images, elsewhere):
+def test_the_file_names_its_run(command, color_run, images, elsewhere):
     run = elsewhere / "outputs" / "tiny"
     run.parent.mkdir()
-    tiny_run.rename(run)
+    color_run.rename(run)
     assert command("compress", images / "000.png", "--out", "a.flow")[0] == 0
     assert command("decompress", "a.flow", "--out", "restored")[0] == 0
     run.rename(elsewhere / "elsewhere")
@@ -120,9 +134,9 @@ def test_a_file_does_not_choose_places_or_downloads(command, data, elsewhere, ru
     assert status == 1 and "not a run here: give the same model with --run" in error
 
 
-def test_images_that_would_change_are_refused(command, tiny_run, tmp_path, elsewhere):
+def test_images_that_would_change_are_refused(command, color_run, tmp_path, elsewhere):
     large = save_image(tmp_path / "large.png", (9, 8, 3))
-    arguments = ("--run", tiny_run, "--out", "a.flow")
+    arguments = ("--run", color_run, "--out", "a.flow")
     status, _, error = command("compress", large, *arguments)
     assert status == 1 and "large.png would be changed to 8x8 pixels" in error
     assert "add --prepared" in error and not (elsewhere / "a.flow").exists()
@@ -160,18 +174,18 @@ def test_images_of_fewer_bits_are_exact_if_they_were_restored(command, tmp_path,
         (["IMAGES", "--out", "no/a.flow"], "the folder of no/a.flow does not exist"),
     ],
 )
-def test_problems_of_compress(command, tiny_run, images, tmp_path, arguments, message):
+def test_problems_of_compress(command, color_run, images, tmp_path, arguments, message):
     places = {"IMAGES": images, "EMPTY": tmp_path / "empty", "BROKEN": tmp_path / "broken.png"}
     places["EMPTY"].mkdir()
     places["BROKEN"].write_bytes(b"\x89PNG broken")
     words = [places.get(word, word) for word in arguments]
-    status, _, error = command("compress", "--run", tiny_run, "--out", "a.flow", *words)
+    status, _, error = command("compress", "--run", color_run, "--out", "a.flow", *words)
     assert status == 1 and message in error and error.count("\n") == 1
 
 
-def test_nothing_is_replaced_without_overwrite(command, tiny_run, images, elsewhere):
+def test_nothing_is_replaced_without_overwrite(command, color_run, images, elsewhere):
     (elsewhere / "a.flow").write_text("mine")
-    arguments = ("compress", images / "000.png", "--run", tiny_run, "--out", "a.flow")
+    arguments = ("compress", images / "000.png", "--run", color_run, "--out", "a.flow")
     status, _, error = command(*arguments)
     assert status == 1 and "a.flow exists already" in error
     assert (elsewhere / "a.flow").read_text() == "mine"
@@ -180,7 +194,7 @@ def test_nothing_is_replaced_without_overwrite(command, tiny_run, images, elsewh
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     (folder / "000.png").write_text("old")
-    arguments = ("decompress", "a.flow", "--run", tiny_run, "--out", folder)
+    arguments = ("decompress", "a.flow", "--run", color_run, "--out", folder)
     status, _, error = command(*arguments)
     assert status == 1 and "restored exists already" in error
     assert command(*arguments, "--overwrite")[0] == 0
@@ -190,17 +204,17 @@ def test_nothing_is_replaced_without_overwrite(command, tiny_run, images, elsewh
     assert not list(elsewhere.glob(".restored*"))
 
 
-def test_links_in_the_folder_are_not_followed(command, tiny_run, images, elsewhere):
+def test_links_in_the_folder_are_not_followed(command, color_run, images, elsewhere):
     (images / "sub").mkdir()
     save_image(images / "sub" / "a.png")
-    assert command("compress", images, "--run", tiny_run, "--out", "a.flow")[0] == 0
+    assert command("compress", images, "--run", color_run, "--out", "a.flow")[0] == 0
     outside = elsewhere / "outside"
     outside.mkdir()
     folder = elsewhere / "restored"
     folder.mkdir()
     (folder / "sub").symlink_to(outside)
     (folder / "000.png").symlink_to(outside / "target")
-    arguments = ("decompress", "a.flow", "--run", tiny_run, "--out", folder, "--overwrite")
+    arguments = ("decompress", "a.flow", "--run", color_run, "--out", folder, "--overwrite")
     status, _, error = command(*arguments)
     assert status == 1 and "is a link to another folder" in error
     (folder / "sub").unlink()
@@ -221,9 +235,9 @@ def test_names_stay_different():
     check_names(["a.jpg", "b/c.png", "12:30.png", "..a"])
 
 
-def test_another_model_is_refused(command, tiny_run, images, tmp_path):
-    assert command("compress", images / "000.png", "--run", tiny_run, "--out", "a.flow")[0] == 0
-    other = [*SMALL, f"data.root={images}", "trainer.steps=1", "seed=1"]
+def test_another_model_is_refused(command, color_run, images, tmp_path):
+    assert command("compress", images / "000.png", "--run", color_run, "--out", "a.flow")[0] == 0
+    other = [*SMALL, f"data.root={images}", "data.bits=8", "trainer.steps=1", "seed=1"]
     run = trained(tmp_path, other=other) / "other"
     status, _, error = command("decompress", "a.flow", "--run", run, "--out", "restored")
     assert status == 1 and "was written with another model" in error
@@ -243,13 +257,13 @@ def test_rbms_are_refused(command, two_runs):
     assert status == 1 and "is not a run of a model that compresses images" in error
 
 
-def test_a_full_disk_leaves_nothing(command, tiny_run, images, elsewhere, monkeypatch):
+def test_a_full_disk_leaves_nothing(command, color_run, images, elsewhere, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    assert command("compress", images / "000.png", "--run", tiny_run, "--out", "a.flow")[0] == 0
+    assert command("compress", images / "000.png", "--run", color_run, "--out", "a.flow")[0] == 0
     monkeypatch.setattr(Path, "write_bytes", full)
-    arguments = ("--run", tiny_run, "--out")
+    arguments = ("--run", color_run, "--out")
     for words in (
         ("compress", images / "000.png", *arguments, "b.flow"),
         ("decompress", "a.flow", *arguments, "restored"),
@@ -276,8 +290,8 @@ INTERRUPTED = """if True:
 
 
 @pytest.mark.parametrize("kill_signal", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_nothing(tiny_run, elsewhere, kill_signal):
-    arguments = [sys.executable, "-c", INTERRUPTED, str(tiny_run)]
+def test_an_interruption_leaves_nothing(color_run, elsewhere, kill_signal):
+    arguments = [sys.executable, "-c", INTERRUPTED, str(color_run)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "batch\n"
@@ -487,8 +501,8 @@ def test_files_move_between_kernels(elsewhere, encoder, decoder):
 # flowgen evaluate compress=true
 
 
-def test_evaluate_compares_with_a_file(command, tiny_run):
-    status, out, _ = command("evaluate", "--run", tiny_run, "compress=true", "--json")
+def test_evaluate_compares_with_a_file(command, color_run):
+    status, out, _ = command("evaluate", "--run", color_run, "compress=true", "--json")
     row = json.loads(out)
     assert status == 0 and row["decompressed"] == "equal"
     assert row["file_bits_per_dim"] == pytest.approx(8 * row["file_bytes"] / row["images"] / 192)
@@ -503,10 +517,10 @@ def test_evaluate_refuses_before_it_evaluates(command, two_runs, monkeypatch):
     assert status == 1 and "RBM cannot compress images" in error
 
 
-def test_newer_settings_of_the_evaluation_have_defaults(command, tiny_run):
-    for path in tiny_run.glob("checkpoints/*.pt"):
+def test_newer_settings_of_the_evaluation_have_defaults(command, color_run):
+    for path in color_run.glob("checkpoints/*.pt"):
         checkpoint = torch.load(path, weights_only=True)
         del checkpoint["config"]["evaluation"]["compress"]
         write_checkpoint(checkpoint, path)
-    status, out, _ = command("evaluate", "--run", tiny_run, "compress=true", "--json")
+    status, out, _ = command("evaluate", "--run", color_run, "compress=true", "--json")
     assert status == 0 and json.loads(out)["decompressed"] == "equal"
