@@ -194,6 +194,8 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         >>> report["bits_per_dim"].error > 0
         True
     """
+    import torch
+
     from flowgen.training.sanity_checks import warn_implausible_likelihood, warn_test_leakage
 
     found, checkpoint = runs.find_checkpoint(None if run is None else _name(run))
@@ -210,6 +212,10 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     data = instantiate.build_data(config)
     model = runs.load_from_checkpoint(checkpoint | {"config": config}, device)
     instantiate.check_fits_data(model, data)
+    if eval_config.compress:
+        from flowgen.coding.flow_codec import require_codec
+
+        require_codec(model)
     warn_test_leakage(data)
     data.to(model.device)
     quality = _sample_quality(data, eval_config.samples, config["seed"])
@@ -223,6 +229,12 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         metrics |= _evaluate_samples(model, quality, config)
     metrics = metrics.on("test")
     value = metrics[model.metric.name]
+    if eval_config.compress:
+        from flowgen.coding.measure import measure_compression
+
+        images = torch.cat(list(data.batches("test", BATCH_SIZE)))
+        proof = measure_compression(model, images, value, console.progress_bar)
+        metrics |= proof.on("test")
     if not math.isfinite(value.value):
         log.warning("%s is not finite: a likelihood is beyond float32", model.metric.name)
     warn_implausible_likelihood(value, data, data.batches("test", BATCH_SIZE))

@@ -41,6 +41,7 @@ HELP_SECTIONS = {
     "Train": ("train", "resume", "runs", "models", "data"),
     "Draw": ("sample", "interpolate", "complete", "edit", "chain"),
     "Evaluate": ("evaluate", "score", "report"),
+    "Compress": ("compress", "decompress"),
     "Share": ("export", "push", "explore", "bot", "shell-completion"),
 }
 TRAIN_HELP = """\
@@ -570,6 +571,66 @@ def score(paths: tuple[Path, ...], ood: tuple[str, ...], **options: Any) -> None
 def report(names: tuple[str, ...], out: Path | None) -> None:
     """Compare runs, or all runs in a folder, on one page: curves, samples and settings."""
     click.echo(import_command("commands.report").report(names=list(names), out=out))
+
+
+@cli.command(short_help="Compress images without loss.")
+@click.argument("paths", nargs=-1, type=PATH, metavar="[IMG|FOLDER|ZIP]...")
+@run_option
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    help="Compress this split of the data of the run.",
+)
+@click.option(
+    "--count", type=steps_type, help="Maximum number of images; of a split, chosen by hash."
+)
+@click.option(
+    "--prepared",
+    is_flag=True,
+    help="Accept images that must be resized or reduced for the model, and keep the result only.",
+)
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Decode each batch again and compare it, which doubles the time.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace FILE.")
+@json_option
+@click.option("--out", type=PATH, required=True, metavar="FILE", help="Output file.")
+def compress(as_json: bool, **options: Any) -> None:
+    """Compress images into one file, from which `decompress` restores every pixel.
+
+    The size of the file proves the bits/dim of the model. Images must have the size, channels and
+    bits of the model, unless --prepared is given.
+    """
+    check_codec()
+    report = import_command("commands.compress", needs_compute=True).compress(**options)
+    click.echo(json.dumps(report.row()) if as_json else report)
+
+
+@cli.command(short_help="Restore compressed images.")
+@click.argument("file", type=PATH, metavar="FILE")
+@run_option
+@click.option("--overwrite", is_flag=True, help="Replace images in FOLDER.")
+@click.option("--out", type=PATH, required=True, metavar="FOLDER", help="Output folder.")
+def decompress(**options: Any) -> None:
+    """Restore the images of FILE as PNG files with their original names or numbers.
+
+    RUN is the model that compressed them; by default the one that FILE names, if it is in the zoo
+    or under outputs/. A model with fewer than 8 bits restores its own pixel values, scaled to 8
+    bits.
+    """
+    check_codec()
+    click.echo(import_command("commands.compress", needs_compute=True).decompress(**options))
+
+
+def check_codec() -> None:
+    """Raise UserError if the package of the entropy coder is missing."""
+    if not find_spec("constriction"):
+        raise UserError(
+            "compression needs the package constriction: pip install 'constriction>=0.5,<0.6'"
+        )
 
 
 @cli.command(short_help="Export a model to one file.")

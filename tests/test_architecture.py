@@ -37,7 +37,7 @@ LAYERS = [  # from the top; a module imports only its own package and lower laye
     {"__init__"},
     {"api"},
     {"config"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "coding"},
     {"models", "data"},
     {"bijections"},
     {"utils"},

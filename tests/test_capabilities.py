@@ -14,6 +14,7 @@ from flowgen.config.runs import find_checkpoint, find_model
 from flowgen.models.base import (
     Capability,
     ClassConditional,
+    SupportsCompression,
     SupportsInpainting,
     SupportsMCMC,
     SupportsTokenSampling,
@@ -95,7 +96,14 @@ def test_capabilities_depend_on_the_class_and_its_arguments():
 
 
 @pytest.mark.parametrize(
-    "capability", [SupportsInpainting, ClassConditional, SupportsMCMC, SupportsTokenSampling]
+    "capability",
+    [
+        SupportsCompression,
+        SupportsInpainting,
+        ClassConditional,
+        SupportsMCMC,
+        SupportsTokenSampling,
+    ],
 )
 def test_capabilities_have_a_description_and_a_training_hint(capability):
     assert Capability in capability.__bases__

@@ -72,6 +72,7 @@ SMALL_OPTIONS = {  # they replace the values in the text
     "score": {"--count": "10"},
     "complete": {"--steps": "5"},
     "chain": {"--frames": "3"},
+    "compress": {"--count": "4"},
 }
 SERVERS = ("explore", "bot", "push")  # they run until interrupted, or need a network
 OTHER_PROGRAMS = (

@@ -241,19 +241,19 @@ class TokenAutoregressive(Bijection):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         network = _double_copy(self.network) if self.exact else self.network
         head = _double_copy(self.head) if self.exact else self.head
-        tokens = self._to_tokens(x.double() if self.exact else x)
+        tokens = self.to_tokens(x.double() if self.exact else x)
         z, log_det = _map_tokens(head.forward, tokens, network(tokens, condition))
-        return self._to_image(z, x).to(x.dtype), log_det.sum(1).to(x.dtype)
+        return self.to_image(z, x).to(x.dtype), log_det.sum(1).to(x.dtype)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         invert = self._invert_by_jacobi if self.jacobi else self._invert_sequentially
         x, log_det = invert(
-            self._to_tokens(z.double()),
+            self.to_tokens(z.double()),
             condition,
             _double_copy(self.network),
             _double_copy(self.head),
         )
-        return self._to_image(x, z).to(z.dtype), log_det.to(z.dtype)
+        return self.to_image(x, z).to(z.dtype), log_det.to(z.dtype)
 
     def _invert_sequentially(
         self, z: Tensor, condition: Tensor | None, network: CausalTransformer, head: Bijection
@@ -285,12 +285,12 @@ class TokenAutoregressive(Bijection):
             num_final += int(changed.int().argmax()) + 1
         return x, log_det.sum(1)
 
-    def _to_tokens(self, x: Tensor) -> Tensor:
+    def to_tokens(self, x: Tensor) -> Tensor:
         """Convert (batch, channels, height, width) to (batch, tokens, channels)."""
         tokens = x.flatten(2).transpose(1, 2)
         return tokens.flip(1, 2) if self.reverse else tokens
 
-    def _to_image(self, tokens: Tensor, like: Tensor) -> Tensor:
+    def to_image(self, tokens: Tensor, like: Tensor) -> Tensor:
         tokens = tokens.flip(1, 2) if self.reverse else tokens
         return tokens.transpose(1, 2).reshape(like.shape)
 

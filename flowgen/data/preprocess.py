@@ -256,7 +256,7 @@ class ImageStream:
         self.bits = bits
         self.binarize = bits == 1 and binarization not in (None, "threshold")
         self.generator = torch.Generator().manual_seed(seed)
-        self.files = [file for path in paths for file in _list_files(path.expanduser())]
+        self.files = [file for path in paths for file in list_images(path.expanduser())]
         self.skipped: list[str] = []
 
     def __len__(self) -> int:
@@ -294,7 +294,7 @@ def log_skipped(skipped: Sequence[str], count: int) -> None:
         log.warning("%d of %d images skipped: %s", len(skipped), count, "; ".join(first))
 
 
-def _list_files(path: Path) -> list[tuple[ImageSource | None, str]]:
+def list_images(path: Path) -> list[tuple[ImageSource | None, str]]:
     """Return an image file with no source, or a source and each of its names."""
     if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
         return [(None, str(path))]

@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "GenerativeModel": "base",
         "InpaintingResult": "base",
         "LinearMeasurement": "base",
+        "SupportsCompression": "base",
         "SupportsInpainting": "base",
         "SupportsMCMC": "base",
         "SupportsTokenSampling": "base",

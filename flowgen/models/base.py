@@ -33,6 +33,7 @@ class EvalConfig:
             minutes.
         samples: Samples whose quality `flowgen.evaluate` measures, at least 100, or None.
         temperature: Temperature of these samples, or None for `trainer.sample_temperature`.
+        compress: Also compress and decompress the images of a flow; only `flowgen evaluate` does.
 
     Example:
         >>> EvalConfig(num_importance_samples=8).num_importance_samples
@@ -45,6 +46,7 @@ class EvalConfig:
     cross_check: bool = False
     samples: int | None = None
     temperature: float | None = None
+    compress: bool = False
 
     def __post_init__(self) -> None:
         # The error of 10^5 importance samples is 1/300 of that of one.
@@ -370,6 +372,13 @@ class SupportsMCMC(Capability):
         steps: int = 500,
     ) -> tuple[Tensor, Tensor]:
         """Draw images by `steps` steps of the sampler from white noise."""
+
+
+class SupportsCompression(Capability):
+    """Compresses images with `flowgen.coding`: a flow whose inverse is exact."""
+
+    description = "compresses images"
+    train_hint = "model=glow"
 
 
 class SupportsTokenSampling(Capability):

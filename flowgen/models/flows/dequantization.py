@@ -109,15 +109,15 @@ class VariationalDequantizer(Dequantizer):
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         e = self.draw_noise(images, dtype, generator)
-        g, log_det = self.bijection(e, self._condition(images, dtype))
+        g, log_det = self.bijection(e, self.condition(images, dtype))
         # The constants of the two Gaussians cancel.
         log_q = 0.5 * (g.square() - e.square()).flatten(1).sum(1) - log_det
         return MAX_NOISE * torch.special.ndtr(g), log_q - g[0].numel() * math.log(MAX_NOISE)
 
     def initialize(self, images: Tensor, dtype: torch.dtype) -> None:
-        self.bijection.initialize(self.draw_noise(images, dtype), self._condition(images, dtype))
+        self.bijection.initialize(self.draw_noise(images, dtype), self.condition(images, dtype))
 
-    def _condition(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+    def condition(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the images scaled to (-1, 1)."""
         return 2 * (images + 0.5).to(dtype) / self.bins - 1
 

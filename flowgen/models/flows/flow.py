@@ -18,6 +18,7 @@ from flowgen.models.base import (
     Likelihood,
     LinearMeasurement,
     Observation,
+    SupportsCompression,
     SupportsInpainting,
 )
 from flowgen.models.flows.density import FlowDensity
@@ -58,7 +59,7 @@ def denoise(y: Tensor, std: float, log_density: Callable[[Tensor], Tensor]) -> T
     return y.detach() + std**2 * gradient
 
 
-class Flow(FlowDensity, ClassConditional, SupportsInpainting):
+class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompression):
     """A normalizing flow: a bijection from dequantized images to latents with base N(0, I).
 
     Dequantized images are x = (images + u) / 2^bits in [0, 1), where the dequantizer draws the
@@ -98,6 +99,8 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
     likelihood: Likelihood = "bound"
     metric = BITS_PER_DIM
     samplers: ClassVar[tuple[str, ...]] = ("hmc",)
+    # The inverse of the bijection is exact, not a limit or the solution of an equation.
+    has_exact_inverse: ClassVar[bool] = True
     # Average log p over importance samples (an ELBO) if a log-mean-exp is no valid bound.
     elbo_only = False
 
@@ -135,6 +138,9 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting):
             return arguments.get("num_classes") is not None
         if capability is SupportsInpainting:
             return gaussian_std(arguments.get("dequantization")) is None
+        if capability is SupportsCompression:
+            has_noise_bins = gaussian_std(arguments.get("dequantization")) is None
+            return cls.has_exact_inverse and has_noise_bins
         return super().supports(capability, arguments)
 
     # Training and likelihood

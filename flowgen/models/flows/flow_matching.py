@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class FlowMatching(Flow):
         >>> model.sample(2)[0].shape
         torch.Size([2, 1, 2, 2])
     """
+
+    has_exact_inverse: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Planar and Sylvester flows."""
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from flowgen.bijections import elementwise, residual
 from flowgen.bijections.base import Bijection, Chain
@@ -31,6 +32,8 @@ class PlanarFlow(Flow):
         >>> model.log_prob(images).shape
         torch.Size([16])
     """
+
+    has_exact_inverse: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -71,6 +74,8 @@ class SylvesterFlow(Flow):
         >>> model.log_prob(images).shape
         torch.Size([16])
     """
+
+    has_exact_inverse: ClassVar[bool] = False
 
     def __init__(
         self,

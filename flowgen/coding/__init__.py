@@ -1,0 +1,20 @@
+"""Lossless compression with flows, whose file sizes prove their bits/dim.
+
+Read the modules in this order: `stack` (uniform numbers), `coder` (exact maps that exchange bits),
+`normal` (latents), `layers` (one rule per bijection), `pixels` (dequantization), `flow_codec` (one
+batch), `archive` (the file) and `measure` (a comparison with the evaluation).
+"""
+
+from flowgen.utils import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "CompressionResult": "archive",
+        "FlowCodec": "flow_codec",
+        "compress": "archive",
+        "decompress": "archive",
+        "measure_compression": "measure",
+        "read_header": "archive",
+    },
+)
