@@ -108,7 +108,7 @@ class Glow(Flow):
         )
         make_network = choose("network", network, NETWORKS)
         block_arguments = [] if network == "conv" else [num_blocks]
-        univariate_transform = make_transform(transform, log_scale)
+        transform_fn = make_transform(transform, log_scale)
         cond_channels = condition_size(num_classes, condition_networks)
         levels = resolve_levels(size, levels)
         if levels == 0 and channels < 2:
@@ -119,12 +119,11 @@ class Glow(Flow):
 
         def step(channels: int) -> list[Bijection]:
             in_channels = channels // 2 + cond_channels
-            out_channels = univariate_transform.num_params * (channels - channels // 2)
+            out_channels = transform_fn.num_params * (channels - channels // 2)
             return [
                 linear.FusedAffine(linear.ActNorm(channels), make_convolution(channels)),
                 coupling.Coupling(
-                    make_network(in_channels, width, out_channels, *block_arguments),
-                    univariate_transform,
+                    make_network(in_channels, width, out_channels, *block_arguments), transform_fn
                 ),
             ]
 
