@@ -22,6 +22,10 @@ NETWORKS: dict[str, Callable[..., networks.Conditioner]] = {
     "resnet": networks.ResNetwork,
     "gated": networks.GatedNetwork,
 }
+CONVOLUTIONS: dict[str, Callable[[int], linear.ChannelAffine]] = {
+    "plu": linear.InvertibleConv1x1LU,
+    "plain": linear.InvertibleConv1x1,
+}
 
 
 class Glow(Flow):
@@ -101,11 +105,7 @@ class Glow(Flow):
         check_choice(("bounded", "sigmoid", "tanh"), log_scale=log_scale)
         check_choice(("predicted", "standard"), split_prior=split_prior)
         check_choice(("standard", "learned"), base=base)
-        make_convolution = choose(
-            "convolution",
-            convolution,
-            {"plu": linear.InvertibleConv1x1LU, "plain": linear.InvertibleConv1x1},
-        )
+        make_convolution = choose("convolution", convolution, CONVOLUTIONS)
         make_network = choose("network", network, NETWORKS)
         block_arguments = [] if network == "conv" else [num_blocks]
         transform_fn = make_transform(transform, log_scale)
