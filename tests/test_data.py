@@ -27,6 +27,7 @@ from flowgen.config.compose import conf_folder, group_options, read_config
 from flowgen.config.instantiate import instantiate, resolve_target
 from flowgen.data import dataset
 from flowgen.data.dataset import ImageDataset, Split, find_dataset
+from flowgen.data.hub import HubDataset
 from flowgen.data.image_folder import ImageFolder
 from flowgen.data.imagenet import DownsampledImageNet
 from flowgen.data.mnist import MNIST, SEARCH_DIRS, MNISTSample
@@ -279,6 +280,7 @@ def test_prefetched_batches_are_the_same(monkeypatch):
 IDENTITY = {  # arguments that distinguish the data sets of a class
     MNIST: ("name", "search_dirs"),
     DownsampledImageNet: ("size", "search_dirs"),
+    HubDataset: ("name",),
     ImageFolder: ("root", "search_dirs", "download_hint", "crop"),
 }
 WITHOUT_EFFECT = {Toy2D: {"random_shift"}}  # options that a configuration leaves out

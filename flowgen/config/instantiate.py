@@ -204,7 +204,7 @@ def match_model(
     """
     changes = {
         "channels": shape[0],
-        "size": shape[1],
+        "size": shape[1] if shape[1] == shape[2] else list(shape[1:]),
         "bits": bits,
         "binarization": own.get("binarization", "threshold"),
     }

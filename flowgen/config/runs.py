@@ -1,8 +1,6 @@
 """Find runs and load their models, by folder, file, name or from the Hugging Face Hub."""
 
 import contextlib
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +17,7 @@ from flowgen.training.checkpoint import (
 )
 from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError, user_error
+from flowgen.utils.hub import check_name, open_hub
 
 if TYPE_CHECKING:
     from flowgen.models.base import GenerativeModel
@@ -27,7 +26,6 @@ ModelT = TypeVar("ModelT", bound="GenerativeModel")
 OUTPUTS = Path("outputs")
 PREFIX = "hf:"  # of names on the Hub
 FILE = f"model{SUFFIX}"  # of a model on the Hub
-NAME = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w-]*(\.[\w-]+)*", re.ASCII)
 
 
 def list_runs(*folders: Path) -> list[Run]:
@@ -59,7 +57,7 @@ def find_run(name: str) -> Run:
 
 def _find_named(name: str) -> Run:
     if name.startswith(PREFIX):
-        return Run(OUTPUTS / "hf" / check_name(name.removeprefix(PREFIX)))
+        return Run(OUTPUTS / "hf" / check_name(name.removeprefix(PREFIX), "model"))
     if name.startswith("zoo/"):
         return Run(OUTPUTS / zoo_file(name).relative_to(ZOO.parent).with_suffix(""))
     file = find_file(name)
@@ -206,57 +204,24 @@ def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
         model.load_state_dict(weights)
 
 
-def check_name(name: str) -> str:
-    """Return a name on the Hub if it has the form OWNER/NAME, else raise UserError."""
-    if not NAME.fullmatch(name):
-        raise UserError(
-            f"{name!r} is not the name of a model on the Hub: write OWNER/NAME with letters and "
-            "digits, and - _ . between them"
-        )
-    return name
-
-
 def download(name: str) -> Path:
     """Download the model OWNER/NAME if it is not in the cache, and return its file."""
-    with _hub(check_name(name)) as hub:
+    with _open_hub(name) as hub:
         return Path(hub.hf_hub_download(name, FILE, library_name="flowgen"))
 
 
 def upload(folder: Path, name: str, private: bool) -> str:
     """Upload the files of a folder as the model OWNER/NAME and return its URL."""
-    with _hub(check_name(name)) as hub:
+    with _open_hub(name) as hub:
         api = hub.HfApi(library_name="flowgen")
         url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="A model of flowgen")
     return str(url)
 
 
-@contextlib.contextmanager
-def _hub(name: str) -> Iterator[Any]:
-    """Yield the package huggingface_hub and turn its errors into UserError."""
-    with user_error(
-        "models on the Hub need the package huggingface_hub: pip install huggingface_hub"
-    ):
-        import huggingface_hub
-        from huggingface_hub import errors
-    try:
-        yield huggingface_hub
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{name} is not in the cache and the Hub does not answer: try again later"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{name} is not on the Hub or is private: check the name, or log in with HF_TOKEN"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise UserError(
-            f"{name} on the Hub is not a model of flowgen, because it has no {FILE}: "
-            "choose another with --run"
-        ) from error
-    except Exception as error:  # errors of the package and its HTTP client have no common base
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"the request to the Hub failed for {name} ({reason}): log in with HF_TOKEN, "
-            "or try again later"
-        ) from error
+def _open_hub(name: str) -> contextlib.AbstractContextManager[Any]:
+    return open_hub(
+        check_name(name, "model"),
+        f"{name} on the Hub is not a model of flowgen, because it has no {FILE}: "
+        "choose another with --run",
+    )

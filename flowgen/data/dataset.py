@@ -22,6 +22,7 @@ from flowgen.utils.memory import free_memory
 VALIDATION_DIVISOR = 12  # one of 12 training images is a validation image
 
 Batch = tuple[Tensor, Tensor | None]  # images and their labels
+Size = int | Sequence[int]  # of images in pixels: one number for squares, or [height, width]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,27 @@ class Split:
         return Split(
             **{name: value[index] for name, value in vars(self).items() if value is not None}
         )
+
+
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Return the height and width that `data.size` stands for.
+
+    Example:
+        >>> height_and_width(64), height_and_width([48, 64])
+        ((64, 64), (48, 64))
+    """
+    numbers = [size, size] if isinstance(size, int) else size
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) != 2:
+        raise UserError(f"size must be a whole number or [height,width], not {size!r}")
+    for number in numbers:
+        check_whole(size=number)
+    return numbers[0], numbers[1]
+
+
+def shortest_size(size: Size) -> int | list[int]:
+    """Return `data.size` as one number for squares, else as [height, width]."""
+    height, width = height_and_width(size)
+    return height if height == width else [height, width]
 
 
 @cache
@@ -266,7 +288,7 @@ class ImageDataset:
         attributes: tuple[str, ...] = (),
     ):
         check_whole(1, 8, bits=bits)
-        check_whole(0, train.images.shape[-1] - 1, random_shift=random_shift)
+        check_whole(0, min(train.images.shape[2:]) - 1, random_shift=random_shift)
         check_choice((True, False), random_flip=random_flip)
         check_choice(("threshold", "static", "dynamic"), binarization=binarization)
         if not (len(train) and len(validation) and len(test)):

@@ -471,7 +471,7 @@ class Trainer:
             if checkpoint is not None:
                 self.run.truncate_metrics(self.state.step)
             total = self.config.steps or 60 * (self.config.minutes or 0.0)
-            unit = "step" if self.config.steps else "s"
+            unit = "steps" if self.config.steps else "seconds"
             self.logger = Logger(self.run, self.model, self.state.step, self.progress, total, unit)
         if checkpoint is None:
             self.save_checkpoint()

@@ -16,7 +16,7 @@ from flowgen.models.flows.builders import (
     choose_patch,
     condition_size,
     flat_chain,
-    square_shape,
+    split_shape,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_number, check_whole
@@ -34,10 +34,10 @@ class FlowMatching(Flow):
     with sigma_min = 0. It is not a likelihood. Needs the package torchdiffeq.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         patch: Side length of the patches, the tokens of the transformer; None selects the largest
-            of 4, 2 and 1 that divides the image size.
+            of 4, 2 and 1 that divides height and width.
         num_layers: Layers of the transformer, which predicts the velocity.
         width: Width of the transformer, a multiple of `num_heads`.
         num_heads: Attention heads of the transformer.
@@ -79,7 +79,7 @@ class FlowMatching(Flow):
     ):
         if find_spec("torchdiffeq") is None:
             raise UserError("flow matching needs the package torchdiffeq: pip install torchdiffeq")
-        channels, size = square_shape(image_shape)
+        channels, resolution = split_shape(image_shape)
         check_transformer([num_layers], width, num_heads, dropout)
         check_number(tolerance=tolerance)
         check_whole(low=0, exact_trace_dims=exact_trace_dims)
@@ -90,8 +90,8 @@ class FlowMatching(Flow):
                 continuous.CNF(
                     continuous.VelocityField(
                         channels,
-                        size,
-                        choose_patch(size, patch),
+                        resolution,
+                        choose_patch(resolution, patch),
                         width,
                         num_heads,
                         num_layers,

@@ -17,7 +17,7 @@ class MAF(Flow):
     Pavlakou and Murray, Masked Autoregressive Flow for Density Estimation (1705.07057), section 3.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         num_transforms: Autoregressive transforms, each in the reverse order of the previous one.
         width: Units of each hidden layer.
@@ -77,7 +77,7 @@ class IAF(MAF):
     Improving Variational Inference with Inverse Autoregressive Flow (1606.04934), section 3.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         num_transforms: Autoregressive transforms, each in the reverse order of the previous one.
         width: Units of each hidden layer.

@@ -16,7 +16,7 @@ class NICE(Flow):
     initialized from data also precedes the couplings.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         num_couplings: Number of couplings, between which the halves swap roles.
         width: Units of each hidden layer.
