@@ -97,7 +97,7 @@ class FlowCodec:
         one_hot = flow.one_hot(labels)
         z = code(self.layers, x, flow.condition(one_hot), coder, False)
         if one_hot is not None:
-            z = z - coder.to_grid(coder.settle_parameters(one_hot @ flow.means))
+            z = z - coder.to_grid(coder.quantize_parameters(one_hot @ flow.means))
         push_normal(coder, z)
         if labels is not None:
             coder.push(labels, torch.full_like(labels, len(flow.means)))
@@ -113,7 +113,7 @@ class FlowCodec:
         one_hot = flow.one_hot(labels)
         z = pop_normal(coder, torch.Size((count, flow.dimensions)))
         if one_hot is not None:
-            z = z + coder.to_grid(coder.settle_parameters(one_hot @ flow.means))
+            z = z + coder.to_grid(coder.quantize_parameters(one_hot @ flow.means))
         x = code(self.layers, z, flow.condition(one_hot), coder, True)
         return self.pixels.lower(x, coder)
 
