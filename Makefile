@@ -8,7 +8,7 @@ DATA ?= celeba_hq
 
 FAULTS ?= 20
 
-.PHONY: help setup demo test lint docs docs-long faults bench zoo reproduce-thesis
+.PHONY: help setup demo test lint docs docs-long docs-pictures faults bench zoo reproduce-thesis
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
@@ -28,13 +28,14 @@ demo: $(FLOWGEN) ## sample from trained models, then train 1,500 steps on embedd
 	$(FLOWGEN) sample --run $(DEMO) --temperature 0.5 --temperature 0.7
 	.venv/bin/python scripts/reproduce/save_digits.py $(DEMO)
 	$(FLOWGEN) interpolate $(DEMO)/digit_2.png $(DEMO)/digit_7.png --run $(DEMO)
+	.venv/bin/python scripts/reproduce/demo_page.py $(DEMO) zoo/glow_mnist zoo/rbm_mnist
 	@echo
-	@echo "Look at   outputs/zoo/glow_mnist/sample.png and outputs/zoo/rbm_mnist/sample.png: samples of the models of the package"
-	@echo "          $(DEMO)/sample.png and $(DEMO)/interpolation.png: the new model"
 	@echo "Then try  source .venv/bin/activate"
 	@echo "          flowgen sample --run zoo/glow_mnist --label 3 --temperature 0.6"
 	@echo "          flowgen interpolate $(DEMO)/digit_2.png $(DEMO)/digit_7.png --run zoo/glow_mnist --out walk.gif"
 	@echo "          flowgen train data=folder data.root=PICTURES data.size=32 data.bits=5 trainer.minutes=30"
+	@echo
+	@echo "The results are on a page: open $(DEMO)/demo.html"
 
 test: $(FLOWGEN) ## run all tests
 	.venv/bin/pytest -n 2 --dist worksteal
@@ -51,6 +52,9 @@ docs: $(FLOWGEN) ## build the documentation in docs/_build; needs no network
 
 docs-long: docs ## run the slow commands of the documentation too, and check its pages in a browser: minutes
 	FLOWGEN_DOCS=long .venv/bin/pytest tests/test_docs.py
+
+docs-pictures: $(FLOWGEN) ## create the pictures of the documentation from the commands of its pages: PICTURES=all, or names
+	.venv/bin/python scripts/reproduce/docs_pictures.py $(PICTURES)
 
 reproduce-thesis: $(FLOWGEN) ## make every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
 	.venv/bin/python scripts/reproduce/thesis --preset $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))

@@ -10,20 +10,25 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowgen.config import compose, instantiate, launch, runs, settings
+from flowgen.config import compose, instantiate, runs, settings, start
+from flowgen.data import DOWNLOADED
 from flowgen.training.run_dir import Run
-from flowgen.utils import console, files, launcher
-from flowgen.utils.errors import UserError
-from flowgen.utils.metrics import Metrics, MetricValue, finite
+from flowgen.utils import console, files, processes
+from flowgen.utils.errors import UserError, check_whole
+from flowgen.utils.metrics import Metrics, MetricValue, finite, likelihood_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flowgen.data.dataset import ImageDataset
+    from flowgen.evaluation.sample_quality import SampleQuality
     from flowgen.models.base import GenerativeModel
 
 RunName = str | PathLike[str] | Run
 BATCH_SIZE = 64  # images that are evaluated or scored at once
 LOG_Z_KEYS = ("log_z", "log_z_error", "reliable", "verdict")
+# Beginnings of the keys of `SampleQuality.evaluate`
+SAMPLE_KEYS = ("sample_", "training_", "test_readable", "classifier_accuracy")
 PAPER = re.compile(r"^(.*?)(?: \(([^()]*\d{4}[^()]*)\))?$")  # a description and its source
 URL = re.compile(r"https?://[^\s'\"),]+")
 log = logging.getLogger("flowgen")
@@ -50,22 +55,24 @@ class EvalReport(dict[str, MetricValue]):
         return self.metadata | finite(self.metrics.row())
 
     def __str__(self) -> str:
-        lines = [f"{name:32} {value}" for name, value in self.metadata.items()]
+        rows = list(self.metadata.items())
         for name, value in self.items():
             error = "" if value.error is None else f" ± {_format(value.error)}"
-            lines.append(f"{name:32} {_format(value.value)}{error} {value.metric.unit}".rstrip())
-        lines += [f"{name:32} {value}" for name, value in self.metrics.facts.items()]
-        return "\n".join(lines)
+            rows.append((name, f"{_format(value.value)}{error} {value.metric.unit}".rstrip()))
+        rows += self.metrics.facts.items()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
     __repr__ = __str__
 
 
 class ModelInfo(NamedTuple):
-    """A model that can be trained with model=NAME."""
+    """A model that can be trained with model=NAME; its likelihood is as in `GenerativeModel`."""
 
     name: str
     description: str
     paper: str
+    likelihood: str
 
 
 class DatasetInfo(NamedTuple):
@@ -89,7 +96,7 @@ def train(*overrides: str) -> Run:
         The run, a folder with checkpoints, metrics and samples.
 
     Raises:
-        UserError: for unknown settings and for incompatible data or models.
+        UserError: For unknown settings and for incompatible data or models.
 
     Example:
         >>> import tempfile
@@ -102,9 +109,10 @@ def train(*overrides: str) -> Run:
         True
     """
     console.setup_logging()
-    if launcher.is_worker():
-        return launch.fit_run()
-    return launch.start_run(*compose.compose_config(overrides))
+    if processes.is_worker():
+        return start.train_run()
+    composed = compose.compose_config(overrides)
+    return start.start_run(composed.config, composed.note, composed.numbered)
 
 
 def resume(run: RunName, *overrides: str) -> Run:
@@ -118,11 +126,11 @@ def resume(run: RunName, *overrides: str) -> Run:
         The run.
 
     Raises:
-        UserError: if there is no such run or it has ended.
+        UserError: If there is no such run or it has ended.
     """
     console.setup_logging()
-    if launcher.is_worker():
-        return launch.fit_run()
+    if processes.is_worker():
+        return start.train_run()
     found = runs.find_run(_name(run))
     file = runs.find_file(_name(run))
     is_elsewhere = file and not file.resolve().is_relative_to(found.folder.resolve())
@@ -131,7 +139,7 @@ def resume(run: RunName, *overrides: str) -> Run:
             f"{found.folder} holds a run already: continue it with "
             f"`flowgen resume {found.folder}`, or move it away"
         )
-    return launch.resume_run(found, overrides, file)
+    return start.resume_run(found, overrides, file)
 
 
 def load(run: RunName, device: str = "auto") -> "GenerativeModel":
@@ -143,7 +151,7 @@ def load(run: RunName, device: str = "auto") -> "GenerativeModel":
         device: Name of the device; "auto" is a GPU if there is one, or else the CPU.
 
     Raises:
-        UserError: if there is no such run or device.
+        UserError: If there is no such run or device.
 
     Example:
         >>> model = load("zoo/glow_mnist", device="cpu")
@@ -157,19 +165,23 @@ def load(run: RunName, device: str = "auto") -> "GenerativeModel":
 def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") -> EvalReport:
     """Evaluate a model on the whole test split of its data.
 
+    With `samples=N` it also compares N samples, drawn with the random seed of the run, with the
+    test images: see `flowgen.evaluation.SampleQuality.evaluate`.
+
     The results are stored with the run if they are for its own data, so that later commands know,
     for example, log Z.
 
     Args:
         run: As in `load`; None: the newest run.
-        *overrides: KEY=VALUE of evaluation or run settings, such as `num_importance_samples=8`.
+        *overrides: KEY=VALUE of evaluation or run settings, such as `num_importance_samples=8`,
+            `samples=1000`, `temperature=1`, or `seed=1` for other samples.
         device: "auto", "cpu" or "cuda".
 
     Returns:
         A mapping of metric names to values with standard errors.
 
     Raises:
-        UserError: if there is no such run, or its data is missing.
+        UserError: If there is no such run, or its data is missing.
 
     Example:
         >>> import tempfile
@@ -193,13 +205,9 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         f"evaluation.{text}" if f"evaluation.{text.partition('=')[0]}" in known else text
         for text in overrides
     ]
-    defaults = {  # of settings that are newer than the checkpoint
-        key.removeprefix("evaluation."): setting.default
-        for key, setting in known.items()
-        if key.startswith("evaluation.")
-    }
-    config = trained | {"evaluation": defaults | trained["evaluation"]}
-    config = compose.override(config, full_keys)
+    defaults = settings.read_yaml("train")["evaluation"]  # runs can be older than a setting
+    evaluation = defaults | trained.get("evaluation", {})
+    config = compose.override(trained | {"evaluation": evaluation}, full_keys)
     eval_config = instantiate.instantiate("evaluation", config["evaluation"])
     data = instantiate.build_data(config)
     model = runs.load_from_checkpoint(checkpoint | {"config": config}, device)
@@ -210,12 +218,16 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         require_codec(model)
     warn_test_leakage(data)
     data.to(model.device)
+    quality = _sample_quality(data, eval_config.samples, config["seed"])
     model.set_progress(console.progress_bar)
     batches = console.progress_bar(
         data.batches("test", BATCH_SIZE), "images", math.ceil(len(data.test) / BATCH_SIZE)
     )
     train_batches = data.batches("train", BATCH_SIZE, len(data.test))
-    metrics = model.evaluate(batches, train_batches, eval_config).on("test")
+    metrics = model.evaluate(batches, train_batches, eval_config)
+    if quality:
+        metrics |= _evaluate_samples(model, quality, config)
+    metrics = metrics.on("test")
     value = metrics[model.metric.name]
     if eval_config.compress:
         from flowgen.coding.measure import measure_compression
@@ -227,6 +239,7 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         log.warning("%s is not finite: a likelihood is beyond float32", model.metric.name)
     warn_implausible_likelihood(value, data, data.batches("test", BATCH_SIZE))
     metadata = {"run": str(found.folder), "step": checkpoint["step"], "split": "test"}
+    metadata["likelihood"] = likelihood_kind(model.likelihood, metrics.row())
     if data.bits == 1:
         metadata["binarization"] = config["data"]["binarization"]
     report = EvalReport(metadata, metrics)
@@ -234,6 +247,40 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     if results := merge_evaluations(checkpoint["metrics"], report.row(), own_data):
         found.save_evaluation(checkpoint, results)
     return report
+
+
+def _sample_quality(
+    data: "ImageDataset", count: int | None, seed: object
+) -> "SampleQuality | None":
+    """Return the comparison with `count` samples, if any, before anything slow is computed."""
+    if count is None:
+        return None
+    check_whole(0, 2**63 - 1, seed=seed)
+    from flowgen.evaluation.sample_quality import SampleQuality, find_fid_weights
+
+    return SampleQuality(data, count, find_fid_weights())
+
+
+def _evaluate_samples(
+    model: "GenerativeModel", quality: "SampleQuality", config: dict[str, Any]
+) -> Metrics:
+    """Draw samples as `flowgen sample --seed SEED` does, and return their quality."""
+    import torch
+
+    from flowgen.models.base import ClassConditional, sample_images
+    from flowgen.utils import rendering
+
+    temperature = config["evaluation"]["temperature"]
+    if temperature is None:  # as in `flowgen sample`
+        is_plane = rendering.is_toy2d(model.image_shape)
+        temperature = 1.0 if is_plane else config["trainer"]["sample_temperature"]
+    count = len(quality.test)
+    samples, _ = sample_images(model, count, temperature, config["seed"])
+    classes = None
+    if isinstance(model, ClassConditional) and model.num_classes:  # all classes in turn
+        classes = torch.arange(count) % model.num_classes
+    facts = {"sample_temperature": temperature, "sample_seed": config["seed"]}
+    return quality.evaluate(samples, classes) | Metrics.of(**facts)
 
 
 def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
@@ -250,7 +297,7 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
         Log-probabilities in nats (N,), on the CPU. For flows they are lower bounds.
 
     Raises:
-        UserError: if the images do not fit the model.
+        UserError: If the images do not fit the model.
 
     Example:
         >>> model = load("zoo/glow_mnist", device="cpu")
@@ -296,7 +343,7 @@ def create_model(
             them. `negative_phase` of an RBM is a name or a dict of its settings.
 
     Raises:
-        UserError: for an unknown model or setting.
+        UserError: For an unknown model or setting.
 
     Example:
         >>> import torch
@@ -310,7 +357,7 @@ def create_model(
     overrides = [f"model={name}"]
     if isinstance(changes.get("negative_phase"), str):
         overrides.append(f"model/negative_phase={changes.pop('negative_phase')}")
-    config, _, _ = compose.compose_config(overrides)
+    config = compose.compose_config(overrides).config
     section = config["model"]
     for key, value in changes.items():
         if key not in section:
@@ -331,10 +378,11 @@ def list_models() -> list[ModelInfo]:
         >>> [model.paper for model in list_models() if model.name == "glow"]
         ['Kingma and Dhariwal, arXiv 1807.03039']
     """
-    return [
-        ModelInfo(name, *PAPER.findall(settings.description(f"model/{name}"))[0])
-        for name in settings.group_options("model")
-    ]
+    models = []
+    for name in settings.group_options("model"):
+        description, paper = PAPER.findall(settings.description(f"model/{name}"))[0]
+        models.append(ModelInfo(name, description, paper, settings.likelihood(name)))
+    return models
 
 
 def list_datasets() -> list[DatasetInfo]:
@@ -360,10 +408,11 @@ def list_datasets() -> list[DatasetInfo]:
 def _availability(name: str) -> str:
     section = settings.read_yaml(f"data/{name}")
     folders = section.get("search_dirs") or []
-    if "root" not in section or any((files.data_folder() / folder).exists() for folder in folders):
-        return "present"  # without root, it is generated or part of the package
-    root = settings.settings_of_file(f"data/{name}")["data.root"]
-    return "downloadable" if "download" in root.meaning else "missing"
+    if any((files.data_folder() / folder).exists() for folder in folders):
+        return "present"
+    if section["_target_"].rpartition(".")[2] in DOWNLOADED:
+        return "downloadable"
+    return "missing" if "root" in section else "present"  # generated or part of the package
 
 
 def _name(run: RunName) -> str:
@@ -385,12 +434,18 @@ def merge_evaluations(
         own_data: Whether the new results are for the data of the run.
 
     Returns:
-        Metrics of the run's own data only, and the reliable log Z with the smaller error.
+        Metrics of the run's own data only, the reliable log Z with the smaller error, and the
+        newest sample quality.
     """
     best = min((new, cached), key=_log_z_error)
     use_new = own_data and (best is new or "images" not in cached)
     metrics = new if use_new else cached
-    return metrics | {key: best[key] for key in LOG_Z_KEYS if key in best}
+    sampled = new if own_data and "sample_count" in new else cached
+    return (
+        {key: value for key, value in metrics.items() if not key.startswith(SAMPLE_KEYS)}
+        | {key: best[key] for key in LOG_Z_KEYS if key in best}
+        | {key: value for key, value in sampled.items() if key.startswith(SAMPLE_KEYS)}
+    )
 
 
 def _log_z_error(results: dict[str, Any]) -> float:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import threading
@@ -18,12 +19,13 @@ import click
 
 from flowgen.config.settings import group_options, setting_names, settings_help
 from flowgen.training.threads import prepare_threads, use_threads
-from flowgen.utils.console import escape_control, setup_logging, user_message
+from flowgen.utils.console import escape_control, format_table, setup_logging, user_message
 from flowgen.utils.errors import UserError, check_folder_of
 
 PATH = click.Path(path_type=Path)
 SAMPLERS = ("gibbs", "tempering", "mean-field")
 DIRECTIONS = ("ridge", "difference")
+SHELLS = ("bash", "zsh", "fish")
 OOD_SCORES = (
     "likelihood",
     "typicality",
@@ -34,26 +36,28 @@ OOD_SCORES = (
 )
 IMAGE_SUFFIXES = {".gif", ".jpg", ".png", ".webp"}
 MAX_COUNT = 10**9
+MAX_WIDTH = 10**6  # characters of a line that is not printed on a terminal
 HELP_SECTIONS = {
     "Train": ("train", "resume", "runs", "models", "data"),
     "Draw": ("sample", "interpolate", "complete", "edit", "chain"),
     "Evaluate": ("evaluate", "score", "report"),
     "Compress": ("compress", "decompress"),
-    "Share": ("export", "push", "explore", "bot"),
+    "Share": ("export", "push", "explore", "bot", "shell-completion"),
 }
 TRAIN_HELP = """\
 Usage: flowgen train [OPTION]... [OVERRIDE]...
 
-  Train a model. Choose options with GROUP=NAME and change settings with KEY=VALUE:
+  Train a model. GROUP=NAME chooses options, KEY=VALUE changes settings:
 
-    flowgen train model=glow data=celeba trainer.minutes=60 output_dir=outputs/faces
+    flowgen train model=glow data=celeba trainer.minutes=60
     flowgen train experiment=demo
     flowgen train -m model.width=64,128 seed=1,2
 
 Options:
-  -m, --multirun       Train one run for each combination of the listed values.
-  --cfg job            Print the configuration and exit.
-  -h, --help [GROUP]   Show all settings, or those of one group, as in --help model=rbm.
+  -m, --multirun      Train one run for each combination of the listed values.
+  --cfg job           Print the configuration and exit.
+  -h, --help [GROUP]  Show all settings, or those of one group such as model,
+                      trainer or model=rbm.
 
 """
 
@@ -71,12 +75,26 @@ def finite_number(limits: str, minimum: float = -math.inf) -> Callable[[str], fl
     return parse
 
 
+def whole_number(low: int = 1, high: int = MAX_COUNT) -> Callable[[str], int]:
+    """Return a parser of whole numbers; unlike click.IntRange, help does not show the limits."""
+
+    def parse(text: str) -> int:
+        with suppress(ValueError):
+            number = int(text)
+            if low <= number <= high:
+                return number
+        raise click.BadParameter(f"{text!r} is not valid: give a whole number from {low} to {high}")
+
+    return parse
+
+
 def check_output(path: Path | None, suffixes: Collection[str], kind: str) -> Path | None:
     """Check the name of an output file before any work is done."""
     if path is None:
         return None
     if path.suffix.lower() not in suffixes:
-        endings = " or ".join(sorted(suffixes))
+        *others, last = sorted(suffixes)
+        endings = f"{', '.join(others)} or {last}" if others else last
         raise click.UsageError(f"{path} is not the path of {kind}: it must end in {endings}")
     try:
         check_folder_of(path)
@@ -107,15 +125,15 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     return [candidate for candidate in candidates if candidate.startswith(incomplete)]
 
 
-def load(module: str, computes: bool = False) -> Any:
+def import_command(module: str, needs_compute: bool = False) -> Any:
     """Import the module of a command when it runs.
 
     Args:
         module: Its name.
-        computes: Whether it computes with a model, on all free cores.
+        needs_compute: Whether it computes with a model, on all free cores.
     """
     setup_logging()
-    if computes:
+    if needs_compute:
         use_threads()
     return import_module(f"flowgen.{module}")
 
@@ -135,14 +153,18 @@ run_option = click.option(
 )
 seed_option = click.option(
     "--seed",
-    type=click.IntRange(0, 2**63 - 1),
+    type=whole_number(0, 2**63 - 1),
     default=0,
     metavar="N",
     show_default=True,
     help="Random seed.",
 )
 device_option = click.option(
-    "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu or cuda."
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="Device: auto, cpu or cuda.",
 )
 out_option = click.option(
     "--out",
@@ -151,16 +173,16 @@ out_option = click.option(
     callback=lambda ctx, param, path: check_output(path, IMAGE_SUFFIXES, "an image"),
     help="Output file; by default in the folder of the run.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-steps_type = click.IntRange(1, MAX_COUNT)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
 class GroupedCommands(click.Group):
     """A group whose help lists the commands in sections, with complete summaries."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
         for title, names in HELP_SECTIONS.items():
-            rows = [(name, self.commands[name].short_help or "") for name in names]
+            rows = [(name.ljust(width), self.commands[name].short_help or "") for name in names]
             with formatter.section(title):
                 formatter.write_dl(rows)
 
@@ -178,7 +200,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
     RUN is the folder of a run, a checkpoint file, a name under outputs/, a model of the package
     (zoo/NAME) or of the Hugging Face Hub (hf:OWNER/NAME). Without it, a command uses the newest
-    run that fits.
+    run that fits. `flowgen COMMAND --help` shows the options of a command.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -198,9 +220,11 @@ def train(overrides: tuple[str, ...], multirun: bool, cfg: str | None, show_help
     elif cfg:
         if multirun:
             raise click.UsageError("--cfg job shows one configuration: leave -m out")
-        click.echo(load("commands.train").config_text(overrides=list(overrides)), nl=False)
+        click.echo(
+            import_command("commands.train").config_text(overrides=list(overrides)), nl=False
+        )
     else:
-        load("commands.train").train(overrides=list(overrides), multirun=multirun)
+        import_command("commands.train").train(overrides=list(overrides), multirun=multirun)
 
 
 @cli.command(short_help="Continue a run from its last checkpoint.")
@@ -211,25 +235,29 @@ def resume(run: str, overrides: tuple[str, ...]) -> None:
 
     It keeps its own configuration, except for overrides such as trainer.minutes=60.
     """
-    load("commands.train").resume(run=run, overrides=list(overrides))
+    import_command("commands.train").resume(run=run, overrides=list(overrides))
 
 
 @cli.command(short_help="List runs and the models of the zoo.")
 def runs() -> None:
-    """List the runs under outputs/, the newest first, and the models of the zoo."""
-    rows = list(load("commands.runs").runs())
+    """List the runs under outputs/, the newest first, and the models of the zoo.
+
+    The result is the test metric of a finished run, or the best validation metric until then.
+    """
+    rows = list(import_command("commands.runs").runs())
     if all(row.name.startswith("zoo/") for row in rows):
         click.echo("no runs under outputs/ yet: train one with `flowgen train`")
-    for row in rows:
-        columns = f"{row.name:48}  {row.model:13} {row.data:13} step {row.step:<8} {row.best}"
-        click.echo(escape_control(columns))
+    echo_table(("run", "model", "data", "step", "likelihood", "result"), rows)
 
 
 @cli.command(short_help="List the models that can be trained.")
 @json_option
 def models(as_json: bool) -> None:
-    """List the models that can be trained with model=NAME, with their papers."""
-    echo_list(load("api").list_models(), as_json)
+    """List the models that can be trained with model=NAME, with their papers.
+
+    The likelihood that a model reports is exact, a bound, an estimate, or none.
+    """
+    echo_list(("model", "likelihood", "description"), import_command("api").list_models(), as_json)
 
 
 @cli.command(short_help="List the data sets that can be trained on.")
@@ -237,19 +265,30 @@ def models(as_json: bool) -> None:
 def data(as_json: bool) -> None:
     """List the data sets of data=NAME and whether they are present.
 
-    They are looked for in the folder of the environment variable FLOWGEN_DATA, or in data/.
+    flowgen looks for them in the folder of the environment variable FLOWGEN_DATA, or in data/.
     """
-    echo_list(load("api").list_datasets(), as_json)
+    echo_list(
+        ("data", "availability", "description"), import_command("api").list_datasets(), as_json
+    )
 
 
-def echo_list(rows: Sequence[Any], as_json: bool) -> None:
-    """Print named tuples as JSON, or as lines: name, availability, description and source."""
+def echo_list(titles: Sequence[str], rows: Sequence[Any], as_json: bool) -> None:
+    """Print named tuples as JSON, or as a table with the description and its source last."""
     if as_json:
         click.echo(json.dumps([row._asdict() for row in rows]))
         return
-    for name, description, source, *availability in rows:
-        columns = "".join(f"{word:13}" for word in availability)
-        click.echo(f"{name:14} {columns}{description}{f' ({source})' if source else ''}")
+    table = [
+        (name, kind, f"{description} ({source})" if source else description)
+        for name, description, source, kind in rows
+    ]
+    echo_table(titles, table)
+
+
+def echo_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table that fits the terminal; without a terminal, each row is one line."""
+    width = shutil.get_terminal_size(fallback=(MAX_WIDTH, 0)).columns
+    for line in format_table([titles, *rows], width):
+        click.echo(line)
 
 
 @cli.command(short_help="Draw a grid of samples.")
@@ -264,27 +303,32 @@ def echo_list(rows: Sequence[Any], as_json: bool) -> None:
 )
 @click.option(
     "--count",
-    type=steps_type,
+    type=whole_number(),
+    metavar="N",
     help="Samples per temperature; by default 32 images or 10,000 points.",
 )
 @seed_option
 @click.option(
     "--label",
-    type=click.IntRange(0),
+    type=whole_number(0),
     metavar="N",
     help="Class of a class-conditional model; by default all classes in turn.",
 )
 @click.option(
     "--guidance",
-    type=click.FloatRange(0),
+    type=finite_number(" of at least 0", minimum=0),
     metavar="W",
     help="Weight of classifier-free guidance (class-conditional TarFlow).",
 )
 @click.option(
     "--jacobi", is_flag=True, help="Sample all tokens in parallel by Jacobi iteration (TarFlow)."
 )
-@click.option("--sampler", type=click.Choice(SAMPLERS), help="Sampler of an RBM [tempering].")
-@click.option("--steps", type=steps_type, help="Steps of this sampler [500].")
+@click.option(
+    "--sampler", type=click.Choice(SAMPLERS), help="Sampler of an RBM; by default tempering."
+)
+@click.option(
+    "--steps", type=whole_number(), metavar="N", help="Steps of this sampler; by default 500."
+)
 @device_option
 @click.option(
     "--out",
@@ -295,7 +339,7 @@ def echo_list(rows: Sequence[Any], as_json: bool) -> None:
 )
 def sample(**options: Any) -> None:
     """Draw a grid of samples, one block per temperature, sorted by log-probability."""
-    click.echo(load("commands.sample", computes=True).sample(**options))
+    click.echo(import_command("commands.sample", needs_compute=True).sample(**options))
 
 
 @cli.command(short_help="Interpolate between two images.")
@@ -304,7 +348,8 @@ def sample(**options: Any) -> None:
 @run_option
 @click.option(
     "--steps",
-    type=click.IntRange(2, 10**6),
+    type=whole_number(2, 10**6),
+    metavar="N",
     default=9,
     show_default=True,
     help="Images in a row, including both ends.",
@@ -317,7 +362,7 @@ def interpolate(**options: Any) -> None:
 
     FILE.gif is an animation.
     """
-    click.echo(load("commands.interpolate", computes=True).interpolate(**options))
+    click.echo(import_command("commands.interpolate", needs_compute=True).interpolate(**options))
 
 
 @cli.command(short_help="Fill in the missing part of an image.")
@@ -340,14 +385,17 @@ def interpolate(**options: Any) -> None:
 )
 @run_option
 @click.option(
-    "--steps", type=steps_type, help="Steps of the sampler; by default 1000 (RBM) or 400 (flow)."
+    "--steps",
+    type=whole_number(),
+    metavar="N",
+    help="Steps of the sampler; by default 1000 (RBM) or 400 (flow).",
 )
 @seed_option
 @device_option
 @out_option
 def complete(**options: Any) -> None:
     """Fill in the missing part of an image: sample unknown pixels given the known ones."""
-    click.echo(load("commands.complete", computes=True).complete(**options))
+    click.echo(import_command("commands.complete", needs_compute=True).complete(**options))
 
 
 @cli.command(short_help="Change attributes of images, such as a smile.")
@@ -385,7 +433,8 @@ def complete(**options: Any) -> None:
 )
 @click.option(
     "--count",
-    type=click.IntRange(2, MAX_COUNT),
+    type=whole_number(2),
+    metavar="N",
     default=10_000,
     show_default=True,
     help="Labeled images that the directions are computed from.",
@@ -398,7 +447,7 @@ def edit(**options: Any) -> None:
     The result is a strip of amounts or, with --amount, each image next to its edit. FILE.gif is
     an animation.
     """
-    click.echo(load("commands.edit", computes=True).edit(**options))
+    click.echo(import_command("commands.edit", needs_compute=True).edit(**options))
 
 
 @cli.command(short_help="Animate the Markov chains of an RBM.")
@@ -407,13 +456,32 @@ def edit(**options: Any) -> None:
     type=click.Choice(SAMPLERS),
     default="tempering",
     show_default=True,
-    help="Sampler.",
+    help="Sampler of the chains.",
 )
 @run_option
-@click.option("--count", type=steps_type, default=64, show_default=True, help="Number of chains.")
-@click.option("--frames", type=steps_type, default=100, show_default=True, help="Frames.")
 @click.option(
-    "--steps", type=steps_type, default=1, show_default=True, help="Sampler steps per frame."
+    "--count",
+    type=whole_number(),
+    metavar="N",
+    default=64,
+    show_default=True,
+    help="Number of chains.",
+)
+@click.option(
+    "--frames",
+    type=whole_number(),
+    metavar="N",
+    default=100,
+    show_default=True,
+    help="Number of frames.",
+)
+@click.option(
+    "--steps",
+    type=whole_number(),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Steps of the sampler per frame.",
 )
 @seed_option
 @device_option
@@ -426,7 +494,7 @@ def edit(**options: Any) -> None:
 )
 def chain(**options: Any) -> None:
     """Animate the Markov chains of an RBM, which start from white noise."""
-    click.echo(load("commands.sample", computes=True).chain(**options))
+    click.echo(import_command("commands.sample", needs_compute=True).chain(**options))
 
 
 @cli.command(short_help="Evaluate a model on the test images.")
@@ -435,8 +503,13 @@ def chain(**options: Any) -> None:
 @device_option
 @overrides_argument
 def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
-    """Evaluate a model on the test split, as in `flowgen evaluate num_importance_samples=8`."""
-    report = load("api", computes=True).evaluate(run, *overrides, device=device)
+    """Evaluate a model on the test split.
+
+    An OVERRIDE changes a setting of the evaluation, such as num_importance_samples=8.
+    `flowgen evaluate samples=1000` also compares 1000 samples with as many test images, next to the
+    same values for training images. `flowgen train --help evaluation` lists the settings.
+    """
+    report = import_command("api", needs_compute=True).evaluate(run, *overrides, device=device)
     click.echo(json.dumps(report.row()) if as_json else report)
 
 
@@ -452,17 +525,21 @@ def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, 
     "and, each after its own --ood, its settings such as data.root=FOLDER.",
 )
 @click.option(
-    "--score", type=click.Choice(OOD_SCORES), help="Score that ranks the images by anomaly."
+    "--score",
+    type=click.Choice(OOD_SCORES),
+    metavar="NAME",
+    help=f"Score that ranks the images by anomaly: {', '.join(OOD_SCORES)}.",
 )
 @click.option(
     "--count",
-    type=click.IntRange(2),
+    type=whole_number(2),
+    metavar="N",
     default=1000,
     show_default=True,
     help="Validation images, and test images of --ood.",
 )
 @click.option(
-    "--csv", "table", type=PATH, metavar="FILE", help="Write all scores of all images here."
+    "--csv", "table", type=PATH, metavar="FILE", help="Write all scores of all images to this file."
 )
 @seed_option
 @device_option
@@ -476,7 +553,9 @@ def score(paths: tuple[Path, ...], ood: tuple[str, ...], **options: Any) -> None
         raise click.UsageError(
             "nothing to score: give images, a folder or a zip, or compare data with --ood data=NAME"
         )
-    for line in load("commands.score", computes=True).score(paths=paths, ood=ood, **options):
+    for line in import_command("commands.score", needs_compute=True).score(
+        paths=paths, ood=ood, **options
+    ):
         click.echo(line)
 
 
@@ -491,7 +570,7 @@ def score(paths: tuple[Path, ...], ood: tuple[str, ...], **options: Any) -> None
 )
 def report(names: tuple[str, ...], out: Path | None) -> None:
     """Compare runs, or all runs in a folder, on one page: curves, samples and settings."""
-    click.echo(load("commands.report").report(names=list(names), out=out))
+    click.echo(import_command("commands.report").report(names=list(names), out=out))
 
 
 @cli.command(short_help="Compress images without loss.")
@@ -503,7 +582,10 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
     help="Compress this split of the data of the run.",
 )
 @click.option(
-    "--count", type=steps_type, help="Maximum number of images; of a split, chosen by hash."
+    "--count",
+    type=whole_number(),
+    metavar="N",
+    help="Maximum number of images; of a split, chosen by hash.",
 )
 @click.option(
     "--prepared",
@@ -526,7 +608,7 @@ def compress(as_json: bool, **options: Any) -> None:
     bits of the model, unless --prepared is given.
     """
     check_codec()
-    report = load("commands.compress", computes=True).compress(**options)
+    report = import_command("commands.compress", needs_compute=True).compress(**options)
     click.echo(json.dumps(report.row()) if as_json else report)
 
 
@@ -543,7 +625,7 @@ def decompress(**options: Any) -> None:
     bits.
     """
     check_codec()
-    click.echo(load("commands.compress", computes=True).decompress(**options))
+    click.echo(import_command("commands.compress", needs_compute=True).decompress(**options))
 
 
 def check_codec() -> None:
@@ -559,7 +641,7 @@ def check_codec() -> None:
 @click.argument("path", type=PATH, metavar="FILE.safetensors")
 def export(run: str, path: Path) -> None:
     """Export the model of RUN to a file that --run reads, with a model card and samples."""
-    for file in load("commands.export", computes=True).export(run=run, path=path):
+    for file in import_command("commands.export", needs_compute=True).export(run=run, path=path):
         click.echo(file)
 
 
@@ -575,7 +657,7 @@ def export(run: str, path: Path) -> None:
 @click.option("--private", is_flag=True, help="Create a private repository.")
 def push(**options: Any) -> None:
     """Upload the model of RUN with a model card and samples; --run hf:OWNER/NAME reads it."""
-    for line in load("commands.export", computes=True).push(**options):
+    for line in import_command("commands.export", needs_compute=True).push(**options):
         click.echo(line)
 
 
@@ -583,7 +665,7 @@ def push(**options: Any) -> None:
 @optional_run_argument
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=whole_number(0, 65535),
     default=8700,
     show_default=True,
     metavar="N",
@@ -592,7 +674,7 @@ def push(**options: Any) -> None:
 @device_option
 def explore(**options: Any) -> None:
     """Use a model on a page at 127.0.0.1: sample, mix, interpolate, complete and score."""
-    load("serving.web.app", computes=True).explore(echo=click.echo, **options)
+    import_command("serving.web.app", needs_compute=True).explore(echo=click.echo, **options)
 
 
 @cli.command(short_help="Run a Telegram bot that uses a model.")
@@ -619,7 +701,20 @@ def bot(**options: Any) -> None:
         raise UserError(
             "the bot needs the package python-telegram-bot: pip install python-telegram-bot"
         )
-    load("serving.telegram", computes=True).bot(echo=click.echo, **options)
+    import_command("serving.telegram", needs_compute=True).bot(echo=click.echo, **options)
+
+
+@cli.command("shell-completion", short_help="Complete commands with the Tab key.")
+@click.argument("action", type=click.Choice(["install"]), metavar="install")
+@click.option("--shell", type=click.Choice(SHELLS), help="By default that of the variable SHELL.")
+def shell_completion(action: str, shell: str | None) -> None:
+    """Install completion of commands, options, settings and runs with the Tab key.
+
+    It writes a script, and for bash and zsh two lines in ~/.bashrc or ~/.zshrc. Running it again
+    changes nothing.
+    """
+    for line in import_command("commands.shell_completion").install(shell=shell):
+        click.echo(line)
 
 
 COMMANDS = tuple(cli.commands.values())
@@ -632,6 +727,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words after `flowgen`; by default those of this process.
     """
     prepare_threads()
+    if "_FLOWGEN_COMPLETE" in os.environ:
+        import_module("flowgen.commands.shell_completion")  # registers completion for bash
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     if not debug:

@@ -15,27 +15,27 @@ from typing import Any
 import torch
 
 from flowgen.config.instantiate import build_model_and_data
-from flowgen.config.launch import fit_in_group, lock_run
 from flowgen.config.runs import load_weights
+from flowgen.config.start import lock_run, train_in_group
 from flowgen.models.base import EvalConfig
-from flowgen.training.distributed import ProcessGroup, join
+from flowgen.training.distributed import WorkerGroup, join
 from flowgen.training.run_dir import Run
 
 
-def train(group: ProcessGroup, folder: Path, config: dict[str, Any] | None) -> None:
+def train(group: WorkerGroup, folder: Path, config: dict[str, Any] | None) -> None:
     run = Run(folder)
     checkpoint = None
     if config is None:
         checkpoint = group.broadcast_from_main(run.latest_valid_checkpoint)
         config = checkpoint["config"]
     if not group.is_main:
-        fit_in_group(group, run, config, checkpoint, "")
+        train_in_group(group, run, config, checkpoint, "")
         return
     with lock_run(run):
-        fit_in_group(group, run, config, checkpoint, "")
+        train_in_group(group, run, config, checkpoint, "")
 
 
-def evaluate(group: ProcessGroup, folder: Path) -> str:
+def evaluate(group: WorkerGroup, folder: Path) -> str:
     """Return the metrics of ten and a half batches as hexadecimal numbers, which are exact."""
     checkpoint = group.broadcast_from_main(Run(folder).latest_valid_checkpoint)
     model, data, _ = build_model_and_data(checkpoint["config"])

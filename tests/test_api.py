@@ -1,5 +1,6 @@
 """The Python API: the examples of the design, errors, threads, and the lists of models and data."""
 
+import json
 import re
 import signal
 import subprocess
@@ -12,11 +13,15 @@ import torch
 from torch import nn
 
 import flowgen
-from flowgen.config import launch as launch_module
+from flowgen.config import start as start_module
 from flowgen.config.compose import read_config
+from flowgen.config.runs import find_checkpoint
 from flowgen.config.settings import group_options
+from flowgen.evaluation import sample_quality
+from flowgen.models.base import sample_images
 from flowgen.models.flows.glow import Glow
 from flowgen.models.rbm.rbm import RBM
+from flowgen.training.checkpoint import read_checkpoint, write_checkpoint
 from flowgen.training.logger import Logger
 
 TINY = [
@@ -174,7 +179,7 @@ def test_failure_of_another_process_is_an_error_and_exits_nothing(tmp_path, monk
     def launch(num_processes, arguments, hint):
         raise SystemExit(3)
 
-    monkeypatch.setattr(launch_module, "launch", launch)
+    monkeypatch.setattr(start_module, "launch", launch)
     with pytest.raises(flowgen.UserError, match="one of the processes failed") as caught:
         flowgen.train(*TINY, "trainer.num_processes=2", f"output_dir={tmp_path / 'run'}")
     assert caught.value.status == 3
@@ -183,7 +188,7 @@ def test_failure_of_another_process_is_an_error_and_exits_nothing(tmp_path, monk
 
 def test_second_process_cannot_train_the_same_run(run):
     with (
-        launch_module.lock_run(run),
+        start_module.lock_run(run),
         pytest.raises(flowgen.UserError, match="another process is training"),
     ):
         flowgen.resume(run, "trainer.steps=9")
@@ -206,6 +211,89 @@ def test_scores_are_those_of_the_evaluation(run):
     bits = -flowgen.score(model, images).mean() / (784 * torch.tensor(2.0).log())
     value = flowgen.evaluate(run, device="cpu")["bits_per_dim"]
     assert abs(bits - value.value) < 3 * value.error
+
+
+@pytest.fixture(scope="module")
+def sampled_runs(tmp_path_factory):
+    """A copy of the tiny run, as an older version would have written it, and an RBM."""
+    folder = tmp_path_factory.mktemp("sampled")
+    small_rbm = ["data=mnist_sample", "model=rbm", "model.hidden=8", "trainer.steps=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        runs = {
+            "glow": flowgen.train(*TINY, "output_dir=outputs/glow"),
+            "rbm": flowgen.train(*small_rbm, "output_dir=outputs/rbm"),
+        }
+        path = runs["glow"].last.absolute()
+    state = read_checkpoint(path)
+    state["config"]["evaluation"] = {"num_importance_samples": 2}
+    write_checkpoint(state, path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["glow", "rbm"])
+def test_sample_quality_of_a_run(name, sampled_runs, command, monkeypatch):
+    monkeypatch.chdir(sampled_runs)
+    monkeypatch.setattr(sample_quality, "MAX_CLASSIFIER_STEPS", 5)
+    drawn = []
+
+    def draw(model, count, temperature, seed):
+        drawn.append((count, temperature, seed))
+        return sample_images(model, count, temperature, seed)
+
+    monkeypatch.setattr("flowgen.models.base.sample_images", draw)
+    result = flowgen.evaluate(f"outputs/{name}", "samples=100", device="cpu")
+    default = {"glow": 0.7, "rbm": 1.0}[name]
+    assert drawn == [(100, default, 0)]
+    assert result["sample_frechet"].value > result["training_frechet"].value > 0
+    assert result["sample_coverage"].value < result["training_coverage"].value
+    for metric in ("frechet", "coverage", "spread"):
+        assert result[f"sample_{metric}"].error > 0
+    assert {"sample_readable", "test_readable", "classifier_accuracy"} < set(result)
+    row = result.row()
+    assert row["images"] == 500
+    assert (row["sample_count"], row["sample_temperature"], row["sample_seed"]) == (100, default, 0)
+    assert re.search(r"\nsample_frechet +\d+\.\d+ ± \d+\.\d+ squared distance", str(result))
+
+    overrides = ("samples=100", "temperature=0.25", "seed=3", "--json")
+    status, output, error = command("evaluate", "--run", f"outputs/{name}", *overrides)
+    assert status == 0, error
+    assert drawn[1:] == [(100, 0.25, 3)]
+    metrics = json.loads(output)
+    assert metrics["sample_temperature"] == 0.25
+    assert metrics["sample_frechet"] != row["sample_frechet"]
+    assert metrics["training_frechet"] == row["training_frechet"]
+    assert command("evaluate", "--run", f"outputs/{name}")[0] == 0
+    assert find_checkpoint(f"outputs/{name}")[1]["metrics"].items() >= metrics.items()
+    page = Path(command("report", f"outputs/{name}")[1].strip()).read_text()
+    expected = f"{metrics['sample_coverage']:.3f} ± {metrics['sample_coverage_error']:.3f}"
+    assert "<td>0.25</td>" in page
+    assert f"{expected} ({metrics['training_coverage']:.3f})" in page
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["samples=99"], "samples must be a whole number of at least 100"),
+        (["samples=501"], "this data has 500 and 4000: choose at most 500"),
+        (["samples=100", "temperature=-1"], "temperature must be a number of at least 0"),
+        (["samples=100", "seed=x"], "seed must be a whole number"),
+    ],
+)
+def test_impossible_samples_are_one_sentence(overrides, message, run, command, monkeypatch):
+    monkeypatch.setattr(Glow, "evaluate", None)
+    status, output, error = command("evaluate", "--run", run.folder, *overrides)
+    assert (status, output) == (1, "")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_missing_fid_weights_are_an_error_before_anything_is_evaluated(run, command, monkeypatch):
+    monkeypatch.setenv("FID_WEIGHTS", "nowhere.pth")
+    monkeypatch.setattr(Glow, "evaluate", None)
+    status, _, error = command("evaluate", "--run", run.folder, "samples=100")
+    assert status == 1
+    assert "FID_WEIGHTS=nowhere.pth is not a file" in error
 
 
 def test_create_model_has_the_defaults_of_the_yaml():
@@ -236,9 +324,9 @@ def test_every_model_is_listed_and_created(name):
     assert info.paper
     shape = (2, 1, 1) if "data=toy" in info.description else (1, 8, 8)
     small = {"rbm": {"hidden": 4}, "nice": {"width": 8}, "maf": {"width": 8}}
-    assert isinstance(
-        flowgen.create_model(name, image_shape=shape, **small.get(name, {})), nn.Module
-    )
+    model = flowgen.create_model(name, image_shape=shape, **small.get(name, {}))
+    assert isinstance(model, nn.Module)
+    assert info.likelihood == model.likelihood
 
 
 def test_data_sets_are_listed_with_their_availability(elsewhere):

@@ -7,9 +7,9 @@ import torch
 from conftest import SMALL, fit
 from test_models import build_model, glow, random_images
 
-from flowgen.commands.sample import sample_images
 from flowgen.data.dataset import ImageDataset, Split
 from flowgen.data.mnist import MNISTSample
+from flowgen.models.base import sample_images
 from flowgen.models.flows.flow import Flow
 
 LABELED = [
@@ -118,7 +118,7 @@ def test_samples_cycle_through_the_classes_across_batches(monkeypatch):
     model = glow(num_classes=3).eval()
     model.initialize(*stripes(30))
     whole, _ = sample_images(model, 8, 0.0, seed=0)
-    monkeypatch.setattr("flowgen.commands.sample.BATCH_SIZE", 4)
+    monkeypatch.setattr("flowgen.models.base.SAMPLE_BATCH_SIZE", 4)
     in_batches, _ = sample_images(model, 8, 0.0, seed=0)
     assert torch.equal(in_batches, whole) and torch.equal(whole, whole[torch.arange(8) % 3])
     assert not torch.equal(whole[0], whole[1])

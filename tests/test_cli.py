@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,11 +17,17 @@ from conftest import SMALL, save_image
 from PIL import Image
 
 import flowgen
-from flowgen.commands.sample import sample_images
 from flowgen.config.compose import read_config
-from flowgen.config.settings import SECTIONS, group_options, settings_of_file, settings_of_option
+from flowgen.config.settings import (
+    GROUPS,
+    SECTIONS,
+    group_options,
+    settings_of_file,
+    settings_of_option,
+)
 from flowgen.data.preprocess import read_images
 from flowgen.evaluation.interpolation import lerp, slerp
+from flowgen.models.base import sample_images
 from flowgen.models.flows.flow import Flow
 from flowgen.utils import rendering
 
@@ -110,6 +118,9 @@ def test_every_command_has_help(command, name):
 @pytest.mark.parametrize(
     ("typed", "completed"),
     [
+        ("model = gl", "glow"),  # bash splits at the equals sign, and keeps `model=`
+        ("model =", "glow"),
+        ("--cfg = j", "job"),
         ("model=gl", "model=glow"),
         ("data=cel", "data=celeba_hq"),
         ("mod", "model="),
@@ -123,7 +134,7 @@ def test_completion(typed, completed):
         "flowgen",
         _FLOWGEN_COMPLETE="bash_complete",
         COMP_WORDS=f"flowgen train {typed}",
-        COMP_CWORD="2",
+        COMP_CWORD=str(1 + len(typed.split())),
     )
     assert f"plain,{completed}" in result.stdout.splitlines()
 
@@ -183,12 +194,64 @@ def test_cfg_job_prints_the_configuration_and_trains_nothing(command, elsewhere)
     assert not (elsewhere / "outputs").exists()
 
 
-def test_models_and_data_are_listed(command):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        *([name] for name in flowgen_commands()),
+        *(["train", group] for group in (*GROUPS, "model=rbm", "data=celeba", "trainer=gpu")),
+    ],
+    ids=" ".join,
+)
+def test_help_fits_80_columns_and_needs_no_knowledge_of_click(command, monkeypatch, arguments):
+    monkeypatch.setenv("COLUMNS", "80")
+    output = command(*arguments[:1], "--help", *arguments[1:])[1]
+    assert max(map(len, output.splitlines())) <= 80
+    assert "RANGE" not in output
+    assert "${" not in output
+
+
+def test_models_and_data_are_listed(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
     for name, rows in (("models", flowgen.list_models()), ("data", flowgen.list_datasets())):
-        lines = command(name)[1].splitlines()
+        lines = command(name)[1].splitlines()[1:]
         assert [line.split()[0] for line in lines] == [row.name for row in rows]
         assert all(row.description in line for row, line in zip(rows, lines, strict=True))
         assert json.loads(command(name, "--json")[1]) == [row._asdict() for row in rows]
+
+
+@pytest.mark.parametrize("width", [1000, 80, 40])
+def test_tables_do_not_cut_names(command, monkeypatch, images, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = [f"outputs/{'a_long_name_' * repeats}end" for repeats in (1, 3)]
+    for name in names:
+        overrides = [*SMALL, f"data.root={images}", "trainer.steps=1", f"output_dir={name}"]
+        assert command("train", *overrides)[0] == 0
+    output = command("runs")[1]
+    for name in (*names, "zoo/glow_fashion_mnist"):
+        assert any(line.split()[0] == name for line in output.splitlines())
+    assert "glow   images         1       bound" in output
+    for name in ("models", "data"):
+        assert max(map(len, command(name)[1].splitlines())) <= max(width, 95)
+
+
+def test_runs_show_the_kind_of_likelihood(command, monkeypatch, two_runs):
+    monkeypatch.setenv("COLUMNS", "1000")
+    for name in ("glow", "rbm"):
+        shutil.copytree(two_runs / name, f"outputs/{name}")
+    shutil.copytree("outputs/glow", "outputs/noise")
+    config = Path("outputs/noise/config.yaml")
+    config.write_text(
+        re.sub("dequantization: .*", "dequantization: gaussian:0.05", config.read_text())
+    )
+    lines = [line.split() for line in command("runs")[1].splitlines()]
+    kinds = {words[0]: words[4] for words in lines if words[0].startswith(("outputs", "zoo/rbm"))}
+    assert kinds == {
+        "outputs/glow": "bound",
+        "outputs/rbm": "exact",  # because four hidden units are enumerated
+        "outputs/noise": "none",
+        "zoo/rbm_mnist": "estimate",
+    }
 
 
 def test_commands_use_the_newest_run_by_default(images, command, elsewhere):
@@ -198,7 +261,7 @@ def test_commands_use_the_newest_run_by_default(images, command, elsewhere):
     status, output, _ = command("runs")
     assert status == 0
     assert folder.name in output
-    assert "step 2" in output
+    assert "  2 " in output
     assert "bits_per_dim" in output
     status, output, _ = command("sample", "--count", 5)
     assert status == 0
@@ -316,6 +379,7 @@ def test_evaluate_prints_one_json_object_with_its_conditions(tiny_run, command):
     assert status == 0
     assert row["split"] == "test"
     assert row["bits"] == 5
+    assert row["likelihood"] == "bound"
     assert row["num_importance_samples"] == 1
     assert row["images"] > 0
     assert math.isfinite(row["bits_per_dim"])
@@ -457,7 +521,12 @@ MISTAKES = [
     (["sample", "--temperature", "-1"], "at least 0", 2),
     (["sample", "--temperature", "nan"], "at least 0", 2),
     (["sample", "--temperature", "warm"], "at least 0", 2),
-    (["sample", "--count", "0"], "0", 2),
+    (["sample", "--count", "0"], "give a whole number from 1 to 1000000000", 2),
+    (["sample", "--count", "many"], "give a whole number from 1 to 1000000000", 2),
+    (["sample", "--guidance", "-1"], "at least 0", 2),
+    (["explore", "--port", "65536"], "from 0 to 65535", 2),
+    (["shell-completion"], "install", 2),
+    (["shell-completion", "install", "--shell", "tcsh"], "bash", 2),
     (["chain", "--steps", "1" + 30 * "0"], "--steps", 2),
     (["chain", "--frames", "1" + 30 * "0"], "--frames", 2),
     (["chain", "--out", "chain.png"], ".gif", 2),

@@ -1,12 +1,22 @@
 """Progress of long work, and one-line messages."""
 
 import errno
+import io
 import logging
+import re
+import sys
 
 import pytest
 
+from flowgen import cli
 from flowgen.utils import console
-from flowgen.utils.console import format_duration, no_progress, progress_bar, user_message
+from flowgen.utils.console import (
+    format_duration,
+    format_table,
+    no_progress,
+    progress_bar,
+    user_message,
+)
 from flowgen.utils.errors import UserError
 
 
@@ -64,6 +74,33 @@ def test_training_without_a_terminal_logs_the_remaining_time(tiny_run, command, 
     monkeypatch.setattr(console, "ETA_AFTER_SECONDS", 0.0)
     monkeypatch.setattr(console, "MIN_REMAINING_SECONDS", 0.0)
     assert "steps: 7 of 9, about" in command("resume", tiny_run, "trainer.steps=9")[2]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bar_of_training_shows_the_loss_and_the_remaining_time_first(
+    tiny_run, monkeypatch
+):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    cli.main(["resume", str(tiny_run), "trainer.steps=9"])
+    last = terminal.getvalue().split("\r")[-1]
+    assert re.match(r"\d\.\d+ bits/dim, \d\d:\d\d left \|█+\| 9/9 steps, \d+ images/s", last)
+    assert len(last.splitlines()[0]) <= 80
+
+
+@pytest.mark.parametrize("width", [10, 20, 30, 40, 60, 80, 10**6])
+def test_tables_fit_the_width_and_cut_nothing(width):
+    rows = [("run", "step", "result"), ("outputs/2026-11-29/a", 12, "bits/dim 1.25 of a long run")]
+    lines = format_table(rows, width)
+    words = " ".join(lines).split()
+    assert sorted(words) == sorted(word for row in rows for word in " ".join(map(str, row)).split())
+    assert max(map(len, lines)) <= max(width, len("outputs/2026-11-29/a"))
+    assert width < 10**6 or len(lines) == 2
 
 
 def test_models_report_the_progress_of_loops(glow, rbm):

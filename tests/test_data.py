@@ -24,8 +24,10 @@ import flowgen
 import flowgen.config
 import flowgen.data
 from flowgen.config.compose import conf_folder, group_options, read_config
-from flowgen.config.instantiate import resolve_target
+from flowgen.config.instantiate import instantiate, resolve_target
+from flowgen.data import dataset
 from flowgen.data.dataset import ImageDataset, Split, find_dataset
+from flowgen.data.hub import HubDataset
 from flowgen.data.image_folder import ImageFolder
 from flowgen.data.imagenet import DownsampledImageNet
 from flowgen.data.mnist import MNIST, SEARCH_DIRS, MNISTSample
@@ -278,8 +280,10 @@ def test_prefetched_batches_are_the_same(monkeypatch):
 IDENTITY = {  # arguments that distinguish the data sets of a class
     MNIST: ("name", "search_dirs"),
     DownsampledImageNet: ("size", "search_dirs"),
+    HubDataset: ("name",),
     ImageFolder: ("root", "search_dirs", "download_hint", "crop"),
 }
+WITHOUT_EFFECT = {Toy2D: {"random_shift"}}  # options that a configuration leaves out
 
 
 def defaults_of(target: type) -> dict[str, object]:
@@ -300,8 +304,8 @@ def defaults_of(target: type) -> dict[str, object]:
 def test_a_configuration_has_every_option_of_its_data_set(name):
     section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
     target = resolve_target("data", section)
-    without_effect = {"random_shift"} if target is Toy2D else set()
-    assert defaults_of(target).keys() - without_effect == section.keys() - {"_target_"}
+    expected = defaults_of(target).keys() - WITHOUT_EFFECT.get(target, set())
+    assert section.keys() - {"_target_"} == expected
 
 
 @pytest.mark.parametrize("name", group_options("data"))
@@ -314,6 +318,23 @@ def test_constructors_have_the_defaults_of_the_configuration(name):
         defaults[key] = section[key]
     del section["_target_"]
     assert {key: defaults[key] for key in section} == section
+
+
+@pytest.mark.parametrize("name", group_options("data"))
+def test_every_data_set_is_exported_documented_and_knows_its_downloads(name, monkeypatch):
+    section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())
+    exported = resolve_target("data", section).__name__
+    assert exported in flowgen.data.__all__, f"export {exported} in flowgen/data/__init__.py"
+    page = Path(__file__).parents[1] / "docs/data.md"
+    assert f"`{name}`" in page.read_text(), f"add the splits of {name} to docs/data.md"
+    downloads = []
+    monkeypatch.setattr(dataset, "download", lambda *arguments: downloads.append(arguments))
+    if section.get("root", "") is None:  # it is searched for in an empty folder
+        with pytest.raises((UserError, OSError)):
+            instantiate("data", section)
+    assert bool(downloads) == (exported in flowgen.data.DOWNLOADED), (
+        f"{exported} must be in DOWNLOADED in flowgen/data/__init__.py if it downloads its files"
+    )
 
 
 @pytest.mark.parametrize("name", ["imagenet32", "imagenet64"])

@@ -22,15 +22,14 @@ from flowgen.bijections.networks import Dropout, RandomSource
 from flowgen.config.compose import compose_config
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.distributed import (
-    ProcessGroup,
     ShardedRandomSource,
     SyncBatchNorm,
     SyncBatchNorm2d,
+    WorkerGroup,
     join,
     shard_batches,
 )
 from flowgen.training.run_dir import Run
-from flowgen.utils.distributed import Rank
 from flowgen.utils.errors import UserError
 
 TINY = [override for override in SMALL if not override.startswith("model.")]
@@ -89,8 +88,7 @@ def make_config(name: str, images: Path, steps: int) -> dict:
         "trainer.precision=float32",
         "trainer.eval_every=10",
     ]
-    config, _, _ = compose_config([*MODELS[name], f"data.root={images}", *settings])
-    return config
+    return compose_config([*MODELS[name], f"data.root={images}", *settings]).config
 
 
 def run_in_processes(num_processes: int, jobs: list, path: Path) -> str:
@@ -139,7 +137,7 @@ def test_two_processes_train_like_one_and_evaluate_to_the_same_bit(images, tmp_p
     # Process 1 writes the lock of the image cache, but nothing of a run.
     assert "rank 1 writes" in stderr
     assert f"rank 1 writes {tmp_path / '2'}" not in stderr
-    expected = evaluate(ProcessGroup(), Path(jobs[2][0][0]))
+    expected = evaluate(WorkerGroup(), Path(jobs[2][0][0]))
     assert expected == (tmp_path / "two.metrics").read_text()
 
 
@@ -220,7 +218,7 @@ def test_a_run_that_loses_a_process_tells_how_to_resume(images, tmp_path, comman
 
 
 def test_every_process_gets_equally_many_rows_of_each_micro_batch():
-    shares = [Rank(rank, 2).rows(12, 3).tolist() for rank in range(2)]
+    shares = [WorkerGroup(rank, 2).batch_indices(12, 3).tolist() for rank in range(2)]
     assert shares == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
 
 
@@ -256,9 +254,9 @@ def test_shard_batches_replaces_sources_and_batch_norms_but_no_tensors():
 
 
 def test_a_batch_that_cannot_be_split_names_the_next_size_that_can():
-    ProcessGroup(1, 2).check_divides(8, 4)
+    WorkerGroup(1, 2).check_divides(8, 4)
     with pytest.raises(UserError, match="batch_size=12"):
-        ProcessGroup(1, 3).check_divides(16, 2)
+        WorkerGroup(1, 3).check_divides(16, 2)
 
 
 def test_more_processes_than_gpus_can_train_on_the_cpu(monkeypatch):

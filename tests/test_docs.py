@@ -9,12 +9,16 @@ it, where `...` stands for any text. Blocks of other languages are not run.
 An HTML comment before a block changes this:
 
     <!-- slow -->      only checked: its options and settings exist; `make docs-long` runs it
-    <!-- network -->   only checked: it needs a network, other programs or a display
+    <!-- network -->   only checked: it needs a network, other programs or a display;
+                       `make docs-long` runs those of its commands that need no account or server
 
 The commands of docs/results are records of measurements, so they are checked too, but not run.
+The commands in `<!-- picture ... -->` (scripts/reproduce/docs_pictures.py) are only checked.
+`make docs-long` also runs the cells of docs/notebook.ipynb.
 """
 
 import doctest
+import json
 import os
 import re
 import shlex
@@ -25,18 +29,20 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
 import torch
 from conftest import save_image, trained
+from docs_pictures import all_pictures
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser
 
 from flowgen import cli
 from flowgen.config.compose import compose_config
-from flowgen.config.settings import settings_of_file
+from flowgen.config.settings import group_options, settings_of_file
 from flowgen.models.flows import inpainting
 
 REPOSITORY = Path(__file__).parents[1]
@@ -85,6 +91,7 @@ OTHER_PROGRAMS = (
     "torchrun",
     "uv",
 )
+NEEDS_AN_ACCOUNT = ("submitit", "hf:")  # or a cluster: parts of words
 # Runs that pages use without training them, by the name of their folder under outputs/
 RUNS = {
     "digits": ["experiment=demo"],
@@ -113,7 +120,7 @@ def shrink(overrides: list[str]) -> list[str]:
 
 def settings_of_model(overrides: list[str]) -> set[str]:
     """Return the settings of the model that a training uses."""
-    config, _, _ = compose_config(single_values(overrides))
+    config = compose_config(single_values(overrides)).config
     return {f"model.{key}" for key in config["model"]}
 
 
@@ -125,8 +132,14 @@ def single_values(overrides: list[str]) -> list[str]:
 class Commands:
     """Runs the `bash` blocks of one page in this process, and checks their outputs."""
 
-    def __init__(self, page: str, run: Callable[..., tuple[int, str, str]]):
+    def __init__(
+        self,
+        page: str,
+        run: Callable[..., tuple[int, str, str]],
+        setenv: Callable[[str, str], None] = lambda name, value: None,
+    ):
         self.run = run
+        self.setenv = setenv
         self.is_record = page.startswith("docs/results")
         self.output = ""
         self.steps = 2  # of the run that `flowgen resume` continues
@@ -135,12 +148,15 @@ class Commands:
         text = example.parsed.replace("\\\n", " ")
         assert not PROMPT.search(text), "write commands without a prompt"
         marker = marker_of(example)
-        checked = self.is_record or marker == "network" or (marker == "slow" and not LONG)
-        for line in text.splitlines():
-            words = shlex.split(line, comments=True)
-            if words and (checked or (words[0] == "make" and marker != "slow")):
+        for words in filter(None, (shlex.split(line, comments=True) for line in text.splitlines())):
+            is_checked = words[0] == "make" and marker != "slow"
+            if marker:
+                is_checked = not LONG
+            if marker == "network":
+                is_checked = is_checked or not runs_here(words)
+            if self.is_record or is_checked:
                 check(words)
-            elif words:
+            else:
                 self.execute(words)
 
     def expected(self, example: Example) -> str | None:
@@ -169,11 +185,24 @@ class Commands:
             words = [sys.executable, *words[1:]]
             result = subprocess.run(words, capture_output=True, text=True, check=True)
             self.output = result.stdout
+        elif words[0] == "torchrun":
+            start = words.index("train")
+            words = [*words[1:start], *small_command(words[start:])]
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], check=True)
+        elif words[0] == "export":
+            name, _, value = words[1].partition("=")
+            self.setenv(name, str(Path(value).expanduser()))
         elif words[0] == "mkdir":
             Path(words[-1]).expanduser().mkdir(parents=True, exist_ok=True)
         else:
             assert words[0] == "make", f"{words[0]} cannot run here: mark the block as network"
             subprocess.run(["make", "-C", REPOSITORY, *words[1:]], check=True)
+
+
+def runs_here(words: list[str]) -> bool:
+    """Return True if a command of a network block needs no account, server or installation."""
+    needs_an_account = any(part in word for word in words for part in NEEDS_AN_ACCOUNT)
+    return words[0] in ("flowgen", "torchrun", "export") and not needs_an_account
 
 
 def small_command(words: list[str]) -> list[str]:
@@ -330,13 +359,13 @@ def examples_of(page: str, commands: Commands) -> Iterator[Example]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_code_of_page_runs(page, reader, command, request):
+def test_code_of_page_runs(page, reader, command, request, monkeypatch):
     text = (REPOSITORY / page).read_text()
     for name in RUNS:
         is_used = re.search(rf'(flowgen [^\n`]*|load\("|outputs/)\b{name}\b', text)
         if is_used and f"output_dir=outputs/{name}" not in text:
             shutil.copytree(request.getfixturevalue("runs") / name, reader / "outputs" / name)
-    for example in examples_of(page, Commands(page, command)):
+    for example in examples_of(page, Commands(page, command, monkeypatch.setenv)):
         example.evaluate()
 
 
@@ -352,16 +381,21 @@ def test_readme_is_short():
     assert len(text.splitlines()) <= 120 and len(text.split()) <= 900
 
 
-def test_every_command_has_a_page():
-    pages = {path.stem for path in (DOCS / "commands").glob("*.md")}
-    assert set(cli.cli.commands) <= pages
+@pytest.mark.parametrize("name", list(cli.cli.commands))
+def test_every_command_has_a_page_and_is_in_the_readme(name):
+    assert (DOCS / "commands" / f"{name}.md").is_file(), f"write docs/commands/{name}.md"
+    assert f"[`{name}`](docs/commands/" in (REPOSITORY / "README.md").read_text(), (
+        f"add {name} to the table of commands in README.md"
+    )
 
 
-def test_every_model_has_a_page():
-    documented = (DOCS / "models").glob("*.md")
-    text = "".join(path.read_text() for path in documented)
-    for path in (REPOSITORY / "conf" / "model").glob("*.yaml"):
-        assert f"{{settings}} model={path.stem}" in text, path.stem
+@pytest.mark.parametrize("name", group_options("model"))
+def test_every_model_has_a_page_and_is_in_the_readme(name):
+    text = "".join(path.read_text() for path in (DOCS / "models").glob("*.md"))
+    assert f"{{settings}} model={name}" in text, f"document {name} on a page of docs/models"
+    assert f"[`{name}`](docs/models/" in (REPOSITORY / "README.md").read_text(), (
+        f"add {name} to the table of models in README.md"
+    )
 
 
 def test_documented_scripts_have_a_help():
@@ -369,35 +403,125 @@ def test_documented_scripts_have_a_help():
     scripts = set(re.findall(r"python (scripts/[a-z_./]+)", text))
     assert scripts
     for script in scripts:
+        if (REPOSITORY / script).is_dir():
+            script = f"{script}/__main__.py"
         if "argparse" not in (REPOSITORY / script).read_text():
             continue
         words = [sys.executable, REPOSITORY / script, "--help"]
         assert subprocess.run(words, capture_output=True, check=False).returncode == 0
 
 
+def test_every_picture_has_its_commands():
+    pictures = all_pictures()
+    names = [picture.name for picture in pictures]
+    assert sorted(names) == sorted(path.name for path in (DOCS / "images").iterdir())
+    for picture in pictures:
+        assert picture.files, picture.name
+        for line in "\n".join(picture.commands).replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                check(words)
+
+
+def test_every_picture_is_shown():
+    text = "".join((REPOSITORY / page).read_text() for page in PAGES)
+    for path in (DOCS / "images").iterdir():
+        assert f"images/{path.name})" in text, path.name
+
+
+def notebook_cells() -> list[str]:
+    """Return the code of the cells of docs/notebook.ipynb."""
+    cells = json.loads((DOCS / "notebook.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells), "clear the outputs of the notebook"
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_cells_of_notebook_are_valid():
+    for cell in notebook_cells():
+        lines = cell.splitlines()
+        for line in lines:
+            if line.startswith("!"):
+                check(shlex.split(line[1:]))
+        compile("\n".join(line for line in lines if not line.startswith("!")), "notebook", "exec")
+
+
+@pytest.mark.skipif(not LONG, reason="make docs-long runs the notebook")
+def test_notebook_runs(reader):
+    def run(command: str) -> None:
+        assert (
+            subprocess.run([sys.executable, "-m", *shlex.split(command)], check=False).returncode
+            == 0
+        )
+
+    namespace = {"run_command": run}
+    for cell in notebook_cells():
+        code = re.sub(r"^!(.*)$", r"run_command('''\1''')", cell, flags=re.M)
+        exec(code, namespace)
+
+
+class Links(HTMLParser):
+    """The anchors of a page, and its links and pictures."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        if "id" in values:
+            self.anchors.add(values["id"] or "")
+        target = values.get("href" if tag in ("a", "link") else "src")
+        if target:
+            self.links.append(target)
+
+
+def broken_links(folder: Path) -> list[str]:
+    """Return the links to missing files, missing anchors, and files of other hosts."""
+    pages = {path.resolve(): Links(path) for path in folder.rglob("*.html")}
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            url = urlparse(link)
+            if url.scheme in ("http", "https", "mailto", "data"):
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            anchors = pages[target].anchors if target in pages else set()
+            is_missing = url.fragment and target in pages and unquote(url.fragment) not in anchors
+            if is_missing or not target.exists():
+                broken.append(f"{path.relative_to(folder.resolve())}: {link}")
+    return broken
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<p id="here"><a href="#here"><a href="b.html#x"><a href="b.html">'
+    )
+    (tmp_path / "b.html").write_text('<a href="https://example.org"><img src="c.png">')
+    assert sorted(broken_links(tmp_path)) == ["a.html: b.html#x", "b.html: c.png"]
+
+
+@pytest.mark.skipif(not (BUILD / "index.html").exists(), reason="needs `make docs`")
+def test_built_pages_have_no_broken_link():
+    assert len(list(BUILD.rglob("*.html"))) > 50
+    assert not broken_links(BUILD)
+
+
 @pytest.mark.skipif(not LONG, reason="make docs-long builds the pages and visits them")
-def test_pages_need_no_network_and_have_no_broken_link():
+def test_pages_need_no_network():
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None or not (BUILD / "index.html").exists():
         pytest.skip("needs Chromium and `make docs`")
-    pages = sorted(BUILD.rglob("*.html"))
-    assert len(pages) > 50
     requests: list[str] = []
     errors: list[str] = []
-    anchors: dict[Path, set[str]] = {}
-    links: dict[Path, list[str]] = {}
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page()
         tab.on("request", lambda request: requests.append(request.url))
         tab.on("pageerror", lambda error: errors.append(str(error)))
-        for path in pages:
+        for path in sorted(BUILD.rglob("*.html")):
             tab.goto(path.as_uri())
-            anchors[path] = set(
-                tab.eval_on_selector_all("[id]", "nodes => nodes.map(node => node.id)")
-            )
-            links[path] = tab.eval_on_selector_all("a[href]", "nodes => nodes.map(n => n.href)")
             broken = tab.eval_on_selector_all(
                 "img", "nodes => nodes.filter(n => !n.naturalWidth && n.loading != 'lazy').length"
             )
@@ -405,10 +529,3 @@ def test_pages_need_no_network_and_have_no_broken_link():
         browser.close()
     assert not errors
     assert {urlparse(url).scheme for url in requests} <= {"file", "data"}
-    for path, targets in links.items():
-        for url in map(urlparse, targets):
-            if url.scheme == "file":
-                target = Path(unquote(url.path))
-                assert target.exists(), f"{path}: {target}"
-                if url.fragment and target in anchors:
-                    assert unquote(url.fragment) in anchors[target], f"{path}: {url.geturl()}"

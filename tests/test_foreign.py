@@ -279,7 +279,7 @@ def test_search_dirs_must_be_inside_the_data_folder(names):
 TARGET = {"_target_": "flowgen.models.flows.glow.Glow", "image_shape": [1, 8, 8], "bits": 5}
 TARGETS = [
     ({"_target_": "os.system"}, "not part of flowgen"),
-    ({"_target_": "flowgen.utils.launcher.launch"}, "not a class of flowgen.models"),
+    ({"_target_": "flowgen.utils.processes.launch"}, "not a class of flowgen.models"),
     ({"_target_": "flowgen.data.mnist.MNIST"}, "not a class of flowgen.models"),
     ({"_target_": "flowgen.models.base.check_whole"}, "not a class of flowgen.models"),
     ({"_target_": "flowgen.models.base.nothing"}, "does not exist"),

@@ -47,14 +47,11 @@ def test_an_internal_error_is_a_fault():
     assert Outcome(1, "", f"flowgen: {user_message(KeyError('x'))}", 1.0).fault
 
 
-def test_every_model_is_trained_and_killed():
-    models = {
-        override.removeprefix("model=")
-        for overrides in TRAINING_RUNS.values()
-        for override in overrides
-        if override.startswith("model=")
-    }
-    assert models == set(group_options("model"))
+@pytest.mark.parametrize("name", group_options("model"))
+def test_every_model_is_trained_and_killed(name):
+    assert any(f"model={name}" in overrides for overrides in TRAINING_RUNS.values()), (
+        f"add {name} to TRAINING_RUNS in tests/fuzz/training_runs.py"
+    )
 
 
 def test_writes_outside_of_the_folder_are_reported(tmp_path):

@@ -15,9 +15,10 @@ import pytest
 import yaml
 from test_cli import assert_error
 
-from flowgen.commands.export import license_id
+from flowgen.commands.export import LICENSES, dataset_name, license_id
 from flowgen.config.compose import data_section
 from flowgen.config.runs import FILE, find_checkpoint
+from flowgen.config.settings import group_options, read_yaml
 from flowgen.training.checkpoint import export_safetensors, read_checkpoint, write_checkpoint
 from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError
@@ -221,6 +222,19 @@ def test_the_license_of_a_folder_of_faces_is_exported_with_the_model(tiny_run, c
 )
 def test_a_model_has_the_license_of_its_images(overrides, license_name, expected):
     assert license_id(data_section(overrides), license_name) == expected
+
+
+# Their owners state no license for models of the images: `flowgen push` asks for one.
+WITHOUT_LICENSE = {"cifar10", "folder", "imagenet32", "imagenet64", "lsun", "svhn"}
+
+
+@pytest.mark.parametrize("name", group_options("data"))
+def test_the_license_of_every_data_set_is_known_or_its_lack_is(name):
+    section = read_yaml(f"data/{name}")
+    assert (dataset_name(section) in LICENSES) == (name not in WITHOUT_LICENSE), (
+        f"add {dataset_name(section)} to LICENSES in flowgen/commands/export.py, "
+        f"or {name} to WITHOUT_LICENSE here"
+    )
 
 
 def test_another_license_than_that_of_the_images_is_an_error():

@@ -38,7 +38,7 @@ def test_forward_and_reverse_ais_bracket_the_exact_value():
     ):
         assert 0 < estimate.error < 0.1
         assert abs(estimate.log_z - exact) < 4 * estimate.error
-        assert estimate.effective_size > 10
+        assert estimate.effective_sample_size > 10
 
 
 def test_importance_weights_are_unbiased_even_with_few_ais_steps():

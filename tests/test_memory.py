@@ -32,7 +32,7 @@ MODELS = {
 
 def build(overrides: list[str]) -> tuple[GenerativeModel, tuple]:
     """Return a model that is not the identity, in training mode, and a batch."""
-    config, _, _ = compose_config(["data=folder", "data.root=none", "data.bits=5", *overrides])
+    config = compose_config(["data=folder", "data.root=none", "data.bits=5", *overrides]).config
     torch.manual_seed(0)
     model = build_model(with_image_shape(config, (3, 8, 8), 5))
     for module in model.modules():

@@ -85,7 +85,7 @@ MODELS: dict[str, Callable[..., GenerativeModel]] = {
     "jet of the paper": lambda **changes: build_model(
         "jet", patch=2, num_couplings=5, permutation="permutation", gaussianize=False, **changes
     ),
-    "flow matching": lambda **changes: build_model(
+    "flow_matching": lambda **changes: build_model(
         "flow_matching", **{"num_layers": 1, "tolerance": 1e-9} | changes
     ),
     "planar": lambda **changes: build_model("planar", num_transforms=3, **changes),
@@ -94,15 +94,17 @@ MODELS: dict[str, Callable[..., GenerativeModel]] = {
 }
 
 
-def random_images(bits: int, count: int = 64, channels: int = 3) -> torch.Tensor:
-    """Images of 8x8 independent, uniform pixels."""
-    return torch.randint(0, 2**bits, (count, channels, 8, 8), dtype=torch.uint8)
+def random_images(
+    bits: int, count: int = 64, channels: int = 3, size: tuple[int, int] = (8, 8)
+) -> torch.Tensor:
+    """Images of independent, uniform pixels."""
+    return torch.randint(0, 2**bits, (count, channels, *size), dtype=torch.uint8)
 
 
-def initialized(name: str, bits: int = 5) -> GenerativeModel:
+def initialized(name: str, bits: int = 5, size: tuple[int, int] = (8, 8)) -> GenerativeModel:
     """An initialized model whose parameters are perturbed, as if it had been trained."""
-    model = MODELS[name](bits=bits)
-    model.initialize(random_images(bits))
+    model = MODELS[name](bits=bits, image_shape=(3, *size))
+    model.initialize(random_images(bits, size=size))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -115,7 +117,7 @@ def model(request: pytest.FixtureRequest) -> GenerativeModel:
 
 
 # test_flow_matching.py tests flow matching, whose log-determinants are estimates.
-@pytest.fixture(params=[name for name in MODELS if name != "flow matching"])
+@pytest.fixture(params=[name for name in MODELS if name != "flow_matching"])
 def exact(request: pytest.FixtureRequest) -> GenerativeModel:
     """A model in float64 with exact log-determinants."""
     return initialized(request.param).double()
@@ -269,8 +271,9 @@ def test_the_density_of_variational_noise_agrees_with_autograd():
         ({"dequantization": "none"}, "dequantization must be one of uniform, variational"),
         ({"num_classes": 0}, "num_classes must be a whole number"),
         ({"levels": 4}, "choose fewer levels"),
-        ({"image_shape": (3, 8, 4)}, "not square"),
-        ({"image_shape": (1, 7, 7)}, "choose an even data.size"),
+        ({"image_shape": (3, 8, 4), "levels": 3}, r"multiple of 8, not \[8,4\]: choose fewer"),
+        ({"image_shape": (1, 7, 8)}, r"an even data.size for gray images, not \[7,8\]"),
+        ({"image_shape": (1, 7, 7)}, "an even data.size for gray images, not 7"),
     ],
 )
 def test_invalid_arguments_are_rejected(changes, message):
@@ -303,6 +306,27 @@ def test_invalid_arguments_of_other_models_are_rejected(name, changes, message):
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "flow_matching"])
+def test_images_need_not_be_square(name):
+    model = initialized(name, size=(4, 8))
+    images = random_images(5, 3, size=(4, 8))
+    assert torch.equal(model.decode(model.encode(images)), images)
+    samples, log_probs = model.sample(2)
+    assert samples.shape == (2, 3, 4, 8) and log_probs.isfinite().all()
+    model.double()
+    x = torch.rand(1, 3, 4, 8, dtype=torch.double)
+    _, log_det = model.bijection(x)
+    jacobian = torch.autograd.functional.jacobian(lambda x: model.bijection(x)[0], x).view(96, 96)
+    assert abs(torch.linalg.slogdet(jacobian).logabsdet - log_det) < 1e-9
+
+
+def test_flow_matching_of_images_that_are_not_square():
+    model = initialized("flow_matching", size=(2, 4))
+    samples, log_probs = model.sample(2)
+    assert samples.shape == (2, 3, 2, 4) and log_probs.isfinite().all()
+    assert torch.equal(model.decode(model.encode(samples)), samples)
+
+
 def test_evaluation_settings_are_checked():
     with pytest.raises(ValueError, match="num_importance_samples must be a whole number"):
         EvalConfig(num_importance_samples=0)
@@ -326,7 +350,17 @@ def test_constructor_defaults_equal_the_configuration(name):
         assert type(default) is type(config[argument]), argument
 
 
-@pytest.mark.parametrize("name", [name for name in group_options("model") if name != "rbm"])
+FLOWS = [name for name in group_options("model") if name != "rbm"]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_every_flow_is_exported_and_tested(name):
+    exported = resolve_target("model", model_config(name)).__name__
+    assert exported in flowgen.models.__all__, f"export {exported} in flowgen/models/__init__.py"
+    assert name in MODELS, f"add {name} to MODELS in tests/test_models.py"
+
+
+@pytest.mark.parametrize("name", FLOWS)
 def test_flows_are_built_from_image_shape_and_bits_alone(name):
     constructor = resolve_target("model", model_config(name))
     with torch.device("meta"):

@@ -153,7 +153,7 @@ def test_a_run_that_ends_with_a_failed_step_is_saved(images, tmp_path, command, 
 def test_a_second_rewind_takes_an_older_checkpoint(tmp_path):
     run = Run(tmp_path)
     for step in (4, 8):
-        run.save(CHECKPOINT | {"step": step}, keep=True)
+        run.save(CHECKPOINT | {"step": step}, numbered=True)
     assert run.latest_valid_checkpoint()["step"] == 8
     assert run.latest_valid_checkpoint(before=8)["step"] == 4
     assert run.latest_valid_checkpoint(before=4)["step"] == 8

@@ -68,7 +68,8 @@ def test_curves_show_every_split_and_skip_missing_values(loss_is_metric, drawn, 
     if loss_is_metric:
         train = [row | {"bits_per_dim": row["loss"]} for row in train]
     evaluations = [
-        {"step": 10, "split": split, "bits_per_dim": 2.0} for split in ("validation", "test")
+        {"step": step, "split": split, "bits_per_dim": 2.0}
+        for step, split in ((5, "validation"), (10, "validation"), (10, "test"))
     ]
     plots.curves([*train, *evaluations], BITS_PER_DIM, tmp_path / "curves.png")
     assert drawn.keys() == {
@@ -87,6 +88,15 @@ def test_before_the_first_evaluation_only_the_loss_is_plotted(drawn, tmp_path):
     rows = [{"step": step, "split": "train", "loss": 9 / step} for step in (1, 2, 3)]
     plots.curves(rows, BITS_PER_DIM, tmp_path / "curves.png")
     assert drawn.keys() == {"training loss", "training loss, moving average"}
+
+
+def test_panels_of_single_points_are_skipped(drawn, tmp_path):
+    train = [{"step": step, "split": "train", "loss": 9 / step} for step in (1, 2, 3)]
+    validation = [{"step": 3, "split": "validation", "bits_per_dim": 2.0}]
+    plots.curves([*train, *validation], BITS_PER_DIM, tmp_path / "curves.png")
+    assert drawn.keys() == {"training loss", "training loss, moving average"}
+    plots.curves([*train[:1], *validation], BITS_PER_DIM, tmp_path / "single.png")
+    assert not (tmp_path / "single.png").exists()
 
 
 def test_curves_without_rows_write_no_file(tmp_path):

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ def random_images(count: int, size: int = 32) -> Tensor:
     return torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
 
 
-def write_cifar(folder: Path, archived: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Write five training batches and a test batch, as files or as the archive.
+def write_cifar(
+    folder: Path, compression: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Write five training batches and a test batch, as files or as an archive ("gz" or "xz").
 
     A record has one byte for the class and 3072 bytes for the image.
     """
@@ -41,11 +44,12 @@ def write_cifar(folder: Path, archived: bool = False) -> tuple[Tensor, Tensor, T
         name: torch.cat((labels[part, None].to(torch.uint8), images[part].flatten(1)), 1)
         for name, part in parts.items()
     }
-    if not archived:
+    if compression is None:
         for name, table in files.items():
             (folder / name).write_bytes(table.numpy().tobytes())
         return images[:50], labels[:50], images[50:], labels[50:]
-    with tarfile.open(folder / "cifar-10-binary.tar.gz", "w:gz") as archive:
+    path = folder / f"cifar-10-binary.tar.{compression}"
+    with tarfile.open(path, f"w:{compression}") as archive:
         for name, table in files.items():
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             info.size = table.numel()
@@ -162,15 +166,33 @@ def test_published_files_are_read(name, tmp_path):
     written = write(tmp_path / "set")
     assert_contains(read(tmp_path / "set"), *written)
     assert_contains(read(tmp_path / "set"), *written)  # from the cache, if the data set has one
-    config, _, _ = compose_config([f"data={name}", f"data.root={tmp_path / 'set'}"])
+    config = compose_config([f"data={name}", f"data.root={tmp_path / 'set'}"]).config
     data = build_data(config)
     assert data.image_shape == (3, 32, 32) and data.bits == 8
 
 
-def test_cifar_is_read_from_its_archive(tmp_path):
-    written = write_cifar(tmp_path / "set", archived=True)
-    for root in (tmp_path / "set", tmp_path / "set" / "cifar-10-binary.tar.gz"):
+@pytest.mark.parametrize("compression", ["gz", "xz"])
+def test_cifar_is_read_from_its_archive(compression, tmp_path):
+    written = write_cifar(tmp_path / "set", compression)
+    path = tmp_path / "set" / f"cifar-10-binary.tar.{compression}"
+    for root in (tmp_path / "set", path):
         assert_contains(CIFAR10(root=str(root), **OPTIONS), *written)
+    damaged = bytearray(path.read_bytes())
+    damaged[-6] ^= 1  # inside the checksum (gz) or the footer (xz)
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="not CIFAR-10's archive, or is cut short: delete it"):
+        CIFAR10(root=str(path), **OPTIONS)
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "io_counters"), reason="not counted by the system")
+@pytest.mark.parametrize("compression", ["gz", "xz"])
+def test_an_archive_of_cifar_is_decompressed_once(compression, tmp_path):
+    write_cifar(tmp_path / "set", compression)
+    path = tmp_path / "set" / f"cifar-10-binary.tar.{compression}"
+    before = psutil.Process().io_counters()
+    CIFAR10(root=str(path), **OPTIONS)
+    after = psutil.Process().io_counters()
+    assert after.read_chars - before.read_chars < 1.5 * path.stat().st_size
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -126,7 +126,7 @@ def test_evaluate_prints_all_estimates_of_log_z(images, tmp_path, command):
     metrics = json.loads(command("evaluate", "--run", run, "--json", *settings)[1])
     for name in ("forward", "reverse", "bridge"):
         assert metrics[f"log_z_{name}_error"] > 0
-        assert metrics[f"effective_size_{name}"] > 1
+        assert metrics[f"effective_sample_size_{name}"] > 1
         assert metrics[f"log_likelihood_{name}"] < 0
     assert isinstance(metrics["reliable"], bool)
     settings = ("ais_steps=50", "cross_check=false")

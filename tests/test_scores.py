@@ -116,3 +116,16 @@ def test_merged_evaluations_keep_the_most_accurate_log_z_and_metrics_of_the_runs
 def test_the_rbm_of_the_zoo_has_a_log_z():
     metadata = read_safetensors(zoo_file("zoo/rbm_mnist"), with_weights=False)
     assert flowgen.load("zoo/rbm_mnist").log_z == metadata["metrics"]["log_z"]
+
+
+def test_a_later_evaluation_without_samples_keeps_the_sample_quality():
+    plain = {"bits_per_dim": 1.0, "images": 9}
+    sampled = {"sample_count": 100, "sample_coverage": 0.5, "training_coverage": 0.9}
+    again = {"sample_count": 200, "sample_coverage": 0.6, "test_readable": 0.9}
+    assert merge_evaluations(plain | sampled, plain, own_data=True) == plain | sampled
+    assert merge_evaluations(plain | sampled, plain | again, own_data=True) == plain | again
+    assert merge_evaluations(plain | sampled, plain | again, own_data=False) == plain | sampled
+    log_z = {"log_z": 1.0, "log_z_error": 0.1, "reliable": True, "verdict": "reliable"}
+    quick = {"images": 9, "log_z": 2.0, "log_z_error": 0.5} | sampled
+    merged = merge_evaluations(plain | log_z, quick, own_data=True)
+    assert merged == plain | log_z | sampled, "an evaluation with a less certain log Z"

@@ -15,8 +15,8 @@ from conftest import SMALL, save_image
 from hydra.core.hydra_config import HydraConfig
 
 from flowgen.commands import train
-from flowgen.config import launch as launch_module
 from flowgen.config import settings
+from flowgen.config import start as start_module
 from flowgen.config.compose import (
     compose_config,
     override,
@@ -53,7 +53,7 @@ RUN = {
 def test_train_and_resume_read_values_alike(text, value):
     key = text.partition("=")[0].partition(".")[2]
     assert override(RUN, [text])["trainer"] == RUN["trainer"] | {key: value}
-    assert compose_config([text])[0]["trainer"][key] == value
+    assert compose_config([text]).config["trainer"][key] == value
 
 
 @pytest.mark.parametrize(
@@ -85,17 +85,17 @@ def test_folders_may_have_any_name(monkeypatch):
 
 
 def test_references_are_resolved_when_a_run_is_composed():
-    config, _, _ = compose_config(["trainer.eval_every=${trainer.steps}", "trainer.steps=7"])
+    config = compose_config(["trainer.eval_every=${trainer.steps}", "trainer.steps=7"]).config
     assert config["trainer"]["eval_every"] == 7
 
 
 def test_only_the_given_stop_criterion_is_kept():
     for given, other in (("steps", "minutes"), ("minutes", "steps")):
         for trainer in ("cpu", "gpu"):
-            section = compose_config([f"trainer={trainer}", f"trainer.{given}=3"])[0]["trainer"]
+            section = compose_config([f"trainer={trainer}", f"trainer.{given}=3"]).config["trainer"]
             assert section[given] == 3
             assert section[other] is None
-    both = compose_config(["trainer.steps=3", "trainer.minutes=4"])[0]["trainer"]
+    both = compose_config(["trainer.steps=3", "trainer.minutes=4"]).config["trainer"]
     assert (both["steps"], both["minutes"]) == (3, 4)
 
 
@@ -214,7 +214,7 @@ def test_runs_with_several_processes_fail_and_finish_in_a_sweep_like_others(
         launched.append(Path(arguments[1]))
         raise SystemExit(1)
 
-    monkeypatch.setattr(launch_module, "launch", launch)
+    monkeypatch.setattr(start_module, "launch", launch)
     overrides = [
         *SMALL,
         f"data.root={images}",
@@ -224,7 +224,7 @@ def test_runs_with_several_processes_fail_and_finish_in_a_sweep_like_others(
         "-m",
     ]
     with monkeypatch.context() as single:
-        single.setattr(launch_module, "num_processes_to_launch", lambda num_processes: 0)
+        single.setattr(start_module, "num_processes_to_launch", lambda num_processes: 0)
         assert command("train", *overrides, "seed=1,3")[0] == 0
     status, _, error = command("train", *overrides, "seed=1,2")
     assert status == 1
@@ -238,7 +238,7 @@ def test_runs_with_several_processes_fail_and_finish_in_a_sweep_like_others(
 def test_several_processes_continue_a_named_checkpoint(tiny_run, command, monkeypatch):
     launched = []
     monkeypatch.setattr(
-        launch_module,
+        start_module,
         "launch",
         lambda processes, arguments, hint: launched.append((processes, arguments)),
     )
@@ -252,7 +252,7 @@ def test_status_of_a_failed_process_is_the_exit_status(tiny_run, command, monkey
     def launch(num_processes, arguments, hint):
         raise SystemExit(status)
 
-    monkeypatch.setattr(launch_module, "launch", launch)
+    monkeypatch.setattr(start_module, "launch", launch)
     for status in (1, 7, 128 + signal.SIGTERM):
         assert (
             command("resume", tiny_run, "trainer.num_processes=2", "trainer.steps=9")[0] == status
@@ -266,7 +266,9 @@ def test_sweep_does_not_continue_a_run_with_other_settings(images, command, tmp_
     status, _, error = command("train", *overrides, f"data.root={others}")
     assert status == 1
     assert "2 of 2 runs of the sweep failed" in error
-    assert f"data.root={images} there and {others} here" in error.splitlines()[-1]
+    assert (
+        f"data.root is {images} in the run but {others} in this command" in error.splitlines()[-1]
+    )
 
 
 def test_failing_job_in_another_process_fails_the_sweep(images, command, tmp_path):
@@ -337,7 +339,11 @@ def test_resume_true_skips_finished_runs_and_refuses_other_settings(tiny_run, im
     before = (tiny_run / "config.yaml").read_text()
     for more, expected_status, message in (
         (["trainer.steps=6"], 0, "has ended at step 6"),
-        (["trainer.steps=9", "model.width=4"], 1, "model.width=8 there and 4 here"),
+        (
+            ["trainer.steps=9", "model.width=4"],
+            1,
+            "model.width is 8 in the run but 4 in this command",
+        ),
     ):
         status, _, error = command("train", *overrides, *more)
         assert status == expected_status
@@ -396,7 +402,7 @@ def test_init_from_names_the_settings_that_do_not_fit(tiny_run, images, command,
     overrides = [*SMALL, f"data.root={images}", "trainer.steps=1", f"output_dir={run}"]
     status, _, error = command("train", *overrides, f"init_from={tiny_run}", "model.width=4")
     assert status == 1
-    assert "do not fit, model.width=8 there and 4 here" in error.splitlines()[-1]
+    assert "do not fit, model.width is 8 in the run but 4 in this command" in error.splitlines()[-1]
     error = command("train", *overrides, "init_from=nowhere")[2]
     assert error.splitlines()[-1].startswith("flowgen: nowhere is not a run")
     assert not run.exists()

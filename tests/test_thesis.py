@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import comparison
+import glow_figures
 import jobs
+import numpy
 import pytest
 import rbm_figures
 import torch
@@ -24,10 +26,11 @@ from test_architecture import image_shape
 from test_report import Page
 
 from flowgen.config.compose import compose_config
-from flowgen.config.instantiate import build_model, with_image_shape
+from flowgen.config.instantiate import build_data, build_model, with_image_shape
 from flowgen.config.settings import group_options
 from flowgen.data.image_folder import split_names
 from flowgen.data.preprocess import open_source
+from flowgen.utils import rendering
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce" / "thesis"
 FIGURES = {
@@ -111,20 +114,41 @@ def test_runs_of_other_images_are_refused(tmp_path, images, error_of):
     assert len(error.splitlines()) == 1
 
 
-def test_original_images_are_not_cropped_and_broken_files_are_skipped(tmp_path):
+def test_original_images_are_random_and_not_cropped_and_broken_files_are_skipped(tmp_path):
     for index in range(40):
         save_image(tmp_path / f"{index:02}.png", (20, 10, 3))
+    source = open_source(tmp_path)
+    broken, *train = split_names(source)[0]
+    (tmp_path / broken).write_bytes(b"not an image")
     section = {"root": str(tmp_path), "search_dirs": [], "download_hint": ""}
-    train = split_names(open_source(tmp_path))[0]
-    (tmp_path / train[0]).write_bytes(b"not an image")
-    images = original_images(section, 3, side=40)
-    assert images.shape == (3, 3, 40, 40)
+    section |= {"size": 8, "channels": 3}
+    images, preprocessed = original_images(section, 40, side=40)
+    assert images.shape == (len(train), 3, 40, 40)
     assert (images[:, :, :, :10] == 255).all()
     assert (images[:, :, :, 30:] == 255).all()
-    first = bytearray(Image.open(tmp_path / train[1]).tobytes())
+    loaded = [source.load(name, 8, 3, None) for name in train]
+    order = [
+        next(index for index, other in enumerate(loaded) if other.equal(image))
+        for image in preprocessed
+    ]
+    assert sorted(order) == list(range(len(train))) != order
+    first = bytearray(Image.open(tmp_path / train[order[0]]).tobytes())
     expected = torch.frombuffer(first, dtype=torch.uint8).view(20, 10, 3)
     shown = images[0, :, ::2, 10:30:2].permute(1, 2, 0)
     assert (shown.int() - expected.int()).abs().max() < 30
+
+
+def test_the_data_figure_shows_random_digits(tmp_path):
+    """The embedded digits are sorted by class: the first sixteen are zeros."""
+    digits = build_data({"data": jobs.data_section("mnist_sample")})
+    train = digits.train
+    drawn = glow_figures.random_images(train.images, 16)
+    labels = {int(train.labels[(train.images == image).flatten(1).all(1)]) for image in drawn}
+    assert len(labels) > 5
+    before, after = glow_figures.data_figures(digits, "mnist_sample", None)
+    expected = numpy.asarray(rendering.image_grid(drawn, 8, 8, 128), dtype=int)
+    assert (numpy.asarray(Image.open(before.path(tmp_path))) == expected).all()
+    assert (abs(numpy.asarray(Image.open(after.path(tmp_path))) - expected) <= 1).all()
 
 
 def test_a_missing_fid_network_is_reported_before_any_training(tmp_path, monkeypatch, error_of):
@@ -160,7 +184,7 @@ def test_every_training_composes_and_every_preset_file_is_used(preset):
         args = job.command(preset, ["data=celeba"], Path("run"))[1:]
         used |= {arg.partition("=")[2] for arg in args if arg.startswith("preset=")}
         overrides = [arg for arg in args if arg.partition("=")[0] not in ("output_dir", "resume")]
-        config, _, _ = compose_config(overrides)
+        config = compose_config(overrides).config
         if "width" in config["model"]:
             config["model"]["width"] = 4
         data = config["data"]

@@ -156,7 +156,7 @@ def test_both_inverses_of_a_whole_model_agree(name):
 
 
 def test_masks_of_jet_are_halves_of_the_patches_each_with_its_complement():
-    masks = token_masks(3, 4)
+    masks = token_masks(3, 4, 4)
     assert len({tuple(mask[0].flatten().tolist()) for mask in masks}) == 6
     for mask in masks:
         assert mask.shape == (3, 4, 4)
@@ -164,6 +164,15 @@ def test_masks_of_jet_are_halves_of_the_patches_each_with_its_complement():
         assert mask[0].sum() == 8
     for mask, complement in zip(masks[::2], masks[1::2], strict=True):
         assert torch.equal(mask, ~complement)
+
+
+@pytest.mark.parametrize(("rows", "columns", "count"), [(2, 6, 6), (1, 4, 4), (4, 1, 4)])
+def test_masks_of_jet_for_images_that_are_not_square(rows, columns, count):
+    masks = token_masks(3, rows, columns)
+    assert len(masks) == count
+    for mask in masks:
+        assert mask.shape == (3, rows, columns)
+        assert mask[0].sum() == rows * columns / 2
 
 
 @pytest.mark.parametrize(

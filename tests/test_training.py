@@ -487,7 +487,7 @@ def test_float32_convolutions_stay_float32_on_a_gpu(monkeypatch):
 
 
 def test_only_one_process_trains_a_run(tiny_run, command):
-    from flowgen.config.launch import lock_run
+    from flowgen.config.start import lock_run
 
     with lock_run(Run(tiny_run)):
         status, _, error = command("resume", tiny_run, "trainer.steps=9")

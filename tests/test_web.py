@@ -24,8 +24,8 @@ from PIL import Image
 from test_cli import assert_error
 from werkzeug.test import Client
 
-from flowgen.commands.sample import sample_images
 from flowgen.data.preprocess import read_images
+from flowgen.models.base import sample_images
 from flowgen.serving.session import ModelSession
 from flowgen.serving.web.app import make_app, open_server
 from flowgen.utils import rendering
@@ -107,6 +107,7 @@ def test_page_files_have_strict_headers_and_no_foreign_urls(page):
         ("/", "text/html"),
         ("/explore.js", "text/javascript"),
         ("/explore.css", "text/css"),
+        ("/page.css", "text/css"),
     ):
         response = page.client.get(path, base_url=HOST)
         assert response.status_code == 200

@@ -22,6 +22,7 @@ from flowgen.config.settings import (
     settings_of_file,
     settings_of_option,
 )
+from flowgen.data import DOWNLOADED
 
 CHOICES = re.compile(r"One of ([^.]+)\.")  # in the comment of a setting
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
@@ -183,11 +184,8 @@ class DataTable(MarkdownDirective):
         rows = []
         for name, text, source, _ in list_datasets():
             section = read_yaml(f"data/{name}")
-            download = (
-                "root" in section
-                and "download" in settings_of_file(f"data/{name}")["data.root"].meaning
-            )
-            how = "downloaded if missing" if download else "`data.root=` your copy"
+            downloaded = section["_target_"].rpartition(".")[2] in DOWNLOADED
+            how = "downloaded if missing" if downloaded else "`data.root=` your copy"
             if "root" not in section:
                 how = "included, or generated"
             rows.append(

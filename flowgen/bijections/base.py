@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +25,17 @@ from torch.utils.checkpoint import checkpoint
 from flowgen.bijections.networks import batch_norm_layers, has_dropout
 
 ACTIVATION_MEMORY = ("store", "checkpoint", "reversible")
-# Bijections whose inputs are recovered from one output. Rounding errors grow with their number.
+# Longest run of bijections that are inverted from one saved output. Rounding errors grow with it.
 MAX_INVERTED_BIJECTIONS = 128
 
-Step = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # as Bijection.forward
+ForwardFn = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # as Bijection.forward
 
 
 class Bijection(nn.Module, ABC):
     """Base class of invertible maps with a tractable log-determinant.
 
     Subclasses implement `forward` and `inverse`. Subclasses whose parameters start from data also
-    implement `fit`. Tensors have shape (batch, dim) or (batch, channels, height, width).
+    implement `init_from_data`. Tensors have shape (batch, dim) or (batch, channels, height, width).
 
     The optional `condition` is an additional input of the networks inside a bijection, such as a
     class or another image. It has shape (batch, cond_channels) or (batch, cond_channels, height,
@@ -62,10 +62,10 @@ class Bijection(nn.Module, ABC):
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Initialize from one batch of data before training and return the output for it."""
-        self.fit(x, condition)
+        self.init_from_data(x, condition)
         return self(x, condition)[0]
 
-    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
+    def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
         """Set data-dependent parameters from one batch of data, by default none."""
 
     def invert_and_recompute(
@@ -117,10 +117,11 @@ class Chain(Bijection):
         True
     """
 
+    max_inversion_error: Tensor | None = None  # of all backward passes, see `_reversible`
+
     def __init__(self, *bijections: Bijection):
         super().__init__()
         self.activation_memory = "store"
-        self.inversion_errors: list[Tensor] = []  # at most one, see `_reversible`
         self.bijections = nn.ModuleList(bijections)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -139,23 +140,26 @@ class Chain(Bijection):
             x = bijection.initialize(x, condition)  # type: ignore[operator]
         return x
 
-    def _memory_saving_steps(self) -> Iterator[Step]:
+    def _memory_saving_steps(self) -> Iterator[ForwardFn]:
         for saves_memory, group in groupby(self.bijections, self._saves_memory):
             if not saves_memory:
                 yield from group
             elif self.activation_memory == "checkpoint":
                 yield from map(_checkpointed, group)
             else:
-                yield from _reversible([*group], self.inversion_errors)
+                yield from _reversible([*group], self)
 
     def _saves_memory(self, bijection: Any) -> bool:
-        """Return whether this chain itself, and no chain inside the bijection, saves its memory."""
+        """Return whether this chain should checkpoint or invert the bijection.
+
+        It should not if the bijection contains chains, which do so themselves.
+        """
         return not _chains(bijection) and (
             self.activation_memory == "checkpoint" or bijection.supports_reversible
         )
 
 
-def _checkpointed(bijection: nn.Module) -> Step:
+def _checkpointed(bijection: nn.Module) -> ForwardFn:
     """Return `bijection.forward` as a step that the backward pass computes again."""
     # Set only for batch norm layers, because torch.compile does not support context_fn.
     kwargs: dict[str, Any] = (
@@ -183,27 +187,25 @@ def _frozen_statistics(bijection: nn.Module) -> Iterator[None]:
         yield
 
 
-def _reversible(bijections: Sequence[Any], errors: list[Tensor]) -> Iterator[Step]:
+def _reversible(bijections: Sequence[Any], chain: Chain) -> Iterator[ForwardFn]:
     """Yield steps that apply bijections and recover their inputs in the backward pass.
 
     The condition gets no gradient.
 
     Args:
         bijections: Bijections with `supports_reversible`, in the order of application.
-        errors: List of at most one tensor. The backward pass sets it to the largest relative
+        chain: Chain whose `max_inversion_error` the backward pass sets to the largest relative
             error of the recovered inputs so far.
     """
     for start in range(0, len(bijections), MAX_INVERTED_BIJECTIONS):
-        yield partial(
-            _apply_reversibly, bijections[start : start + MAX_INVERTED_BIJECTIONS], errors
-        )
+        yield partial(_apply_reversibly, bijections[start : start + MAX_INVERTED_BIJECTIONS], chain)
 
 
 def _apply_reversibly(
-    bijections: Sequence[Any], errors: list[Tensor], x: Tensor, condition: Tensor | None
+    bijections: Sequence[Any], chain: Chain, x: Tensor, condition: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     parameters = [parameter for bijection in bijections for parameter in bijection.parameters()]
-    return _ReversibleFunction.apply(bijections, errors, x, condition, *parameters)
+    return _ReversibleFunction.apply(bijections, chain, x, condition, *parameters)
 
 
 class _ReversibleFunction(torch.autograd.Function):
@@ -216,14 +218,14 @@ class _ReversibleFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         bijections: Sequence[Any],
-        errors: list[Tensor],
+        chain: Chain,
         x: Tensor,
         condition: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         device_type = x.device.type
         ctx.bijections = bijections
-        ctx.errors = errors
+        ctx.chain = chain
         ctx.autocast = torch.autocast(
             device_type,
             torch.get_autocast_dtype(device_type),
@@ -254,7 +256,8 @@ class _ReversibleFunction(torch.autograd.Function):
             parameter_grads[:0] = grads[len(leaves) :]
             z = torch.cat([leaf.detach() for leaf in leaves], 1)
         error = (z - x).abs().max() / x.abs().max()
-        ctx.errors[:] = [torch.stack((*ctx.errors, error)).max()]
+        largest = ctx.chain.max_inversion_error
+        ctx.chain.max_inversion_error = error if largest is None else largest.maximum(error)
         return None, None, z_grad, None, *parameter_grads
 
 
@@ -387,5 +390,8 @@ def inversion_error(model: nn.Module) -> float | None:
     Returns:
         Largest error, or None if no backward pass has recovered activations.
     """
-    errors = [chain.inversion_errors.pop() for chain in _chains(model) if chain.inversion_errors]
+    chains = [chain for chain in _chains(model) if chain.max_inversion_error is not None]
+    errors = [cast(Tensor, chain.max_inversion_error) for chain in chains]
+    for chain in chains:
+        chain.max_inversion_error = None
     return torch.stack(errors).max().item() if errors else None

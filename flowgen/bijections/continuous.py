@@ -33,7 +33,7 @@ class VelocityField(nn.Module):
         cond_channels: Values of the condition.
 
     Example:
-        >>> velocity = VelocityField(1, 4, patch_size=2, width=8, num_heads=2, num_layers=1)
+        >>> velocity = VelocityField(1, (4, 4), patch_size=2, width=8, num_heads=2, num_layers=1)
         >>> velocity(torch.randn(5, 16), torch.tensor(0.5)).shape
         torch.Size([5, 16])
     """
@@ -41,7 +41,7 @@ class VelocityField(nn.Module):
     def __init__(
         self,
         channels: int,
-        resolution: int,
+        resolution: tuple[int, int],
         patch_size: int,
         width: int,
         num_heads: int,
@@ -50,11 +50,11 @@ class VelocityField(nn.Module):
         cond_channels: int = 0,
     ):
         super().__init__()
-        self.shape = (channels, resolution, resolution)
+        self.shape = (channels, *resolution)
         self.squeeze = Squeeze(patch_size)
         patch_channels = channels * patch_size**2
         self.network = Transformer(
-            (resolution // patch_size) ** 2,
+            math.prod(resolution) // patch_size**2,
             patch_channels + 2 * NUM_FREQUENCIES + cond_channels,
             width,
             patch_channels,

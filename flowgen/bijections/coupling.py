@@ -12,7 +12,10 @@ from flowgen.bijections.univariate import Transform
 
 
 class CouplingBase(Bijection):
-    """Base class of couplings: h(.; network(part, condition)) transforms the rest of the input.
+    """Base class of couplings.
+
+    One part of x passes through unchanged. The network computes from it, and from the condition,
+    the parameters of the transform h for the rest.
 
     Args:
         network: Conditioner of the part of the input that stays unchanged and of the condition.
@@ -30,7 +33,7 @@ class CouplingBase(Bijection):
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._map(self.transform.inverse, z, condition)
 
-    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
+    def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
         self.network.initialize(concat_condition(self._unchanged(x), condition))
 
     @abstractmethod

@@ -48,9 +48,10 @@ class EmpiricalCDF(Bijection):
     """The piecewise linear CDF of a histogram of each channel, for x in [0, 1).
 
     The output is approximately uniform. If k is the bin of x and p_k is the probability of bin k,
-    then z = sum(p_i for i < k) + (bins x - k) p_k, and log|dz/dx| = log(bins p_k). `fit` estimates
-    the histogram from a batch and mixes it with the uniform distribution, with a weight of
-    `uniform_weight`, so that bins without data have a positive probability.
+    then z = sum(p_i for i < k) + (bins x - k) p_k, and log|dz/dx| = log(bins p_k).
+    `init_from_data` estimates the histogram from a batch and mixes it with the uniform
+    distribution, with a weight of `uniform_weight`, so that bins without data have a positive
+    probability.
 
     Example:
         >>> bijection = EmpiricalCDF(channels=1, bins=2)
@@ -81,7 +82,7 @@ class EmpiricalCDF(Bijection):
         probability, cumulative, log_det = self._look_up(index)
         return (index + (z - cumulative) / probability) / self.bins, -log_det
 
-    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
+    def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
         index = self._bin_index(x).transpose(0, 1).flatten(1)
         counts = [torch.bincount(channel, minlength=self.bins) for channel in index]
         histogram = torch.stack(counts).to(self.share)
@@ -137,8 +138,8 @@ class MarginalGaussianization(Bijection):
         x, log_det = compose((self.logit.inverse, self.equalize.inverse), z)
         return torch.where(self.active, x, z), torch.where(self.active, log_det, 0.0)
 
-    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
-        self.equalize.fit(x)
+    def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
+        self.equalize.init_from_data(x)
         saved_bits = self.equalize(x)[1].mean() / (x[0].numel() * math.log(2))
         has_enough_data = x[:, 0].numel() >= self.min_values_per_bin * self.equalize.bins
         self.active.copy_((saved_bits > self.min_saved_bits) & has_enough_data)
@@ -148,8 +149,8 @@ class Standardize(Bijection):
     """z = (x - mean) exp(-log_deviation) for each of the `dim` values of a vector.
 
     log|det| = -sum(log_deviation), where log_deviation is the logarithm of the standard deviation.
-    As the last bijection of a flow, it is a Gaussian base distribution with learned moments. `fit`
-    sets the moments to those of a batch.
+    As the last bijection of a flow, it is a Gaussian base distribution with learned moments.
+    `init_from_data` sets the moments to those of a batch.
 
     Args:
         dim: Values per vector; x and z have shape (batch, dim).
@@ -182,7 +183,7 @@ class Standardize(Bijection):
         x = torch.addcmul(self.mean, z, self.log_deviation.exp())
         return x, self.log_deviation.sum().expand(len(z))
 
-    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
+    def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
         deviation, mean = torch.std_mean(x, dim=0, correction=0)
         self.mean.copy_(mean)
         # One batch is a poor estimate of the variance of values that rarely change.

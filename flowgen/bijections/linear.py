@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.networks import MIN_DEVIATION, batch_norm_layers, temporary_attributes
 
-# Pixels per channel that `Invertible1x1.fit` needs. The covariance of fewer pixels would
+# Pixels per channel that `Invertible1x1.init_from_data` needs. The covariance of fewer pixels would
 # have eigenvalues near zero where the data has variance.
 MIN_PIXELS_PER_CHANNEL = 16
 
@@ -66,9 +66,9 @@ def _invert(matrix: Tensor, shift: Tensor, log_det: Tensor) -> tuple[Tensor, Ten
 class ActNorm(ChannelAffine):
     """Scale and shift of each channel: z = exp(log_scale) x + shift.
 
-    log|det| = height * width * sum(log_scale). `fit` sets both parameters so that every channel of
-    the output has zero mean and unit variance. The parameter is the logarithm of the scale, because
-    the scale itself could cross zero. Glow (1807.03039), section 3.1.
+    log|det| = height * width * sum(log_scale). `init_from_data` sets both parameters so that every
+    channel of the output has zero mean and unit variance. The parameter is the logarithm of the
+    scale, because the scale itself could cross zero. Glow (1807.03039), section 3.1.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -89,7 +89,7 @@ class ActNorm(ChannelAffine):
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
         return torch.diag(self.log_scale.exp()), self.shift, self.log_scale.sum()
 
-    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
+    def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
         deviation, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1)
         self.log_scale.copy_(-deviation.clamp(min=MIN_DEVIATION).log())
         self.shift.copy_(-mean * self.log_scale.exp())
@@ -127,9 +127,9 @@ class FusedAffine(ChannelAffine):
 class Invertible1x1(ChannelAffine):
     """Base class of invertible 1x1 convolutions, which start as a random rotation.
 
-    `fit` replaces the rotation with the principal axes of a batch, in random order. The channels of
-    the output are then uncorrelated, which saves hundreds of optimizer steps at the start. Glow
-    (1807.03039), section 3.2; Laparra et al., Iterative Gaussianization (1602.00229).
+    `init_from_data` replaces the rotation with the principal axes of a batch, in random order. The
+    channels of the output are then uncorrelated, which saves hundreds of optimizer steps at the
+    start. Glow (1807.03039), section 3.2; Laparra et al., Iterative Gaussianization (1602.00229).
     """
 
     def __init__(self, channels: int):
@@ -140,7 +140,7 @@ class Invertible1x1(ChannelAffine):
     def rotate(self, rotation: Tensor) -> None:
         """Set the matrix to an orthogonal matrix of shape (channels, channels)."""
 
-    def fit(self, x: Tensor, condition: Tensor | None = None) -> None:
+    def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
         pixels = x.transpose(0, 1).flatten(1).double()  # (channels, batch * height * width)
         if pixels.shape[1] >= MIN_PIXELS_PER_CHANNEL * len(pixels):
             axes = torch.linalg.eigh(torch.cov(pixels)).eigenvectors.T

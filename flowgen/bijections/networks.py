@@ -85,7 +85,9 @@ class Conditioner(nn.Module):
             for layer in self.modules():
                 if isinstance(layer, NormalizedConv2d | ActNormLayer):
                     stack.enter_context(
-                        layer.register_forward_pre_hook(lambda module, args: module.fit(*args))
+                        layer.register_forward_pre_hook(
+                            lambda module, args: module.init_from_data(*args)
+                        )
                     )
             return self(x)
 
@@ -104,8 +106,8 @@ class Sequential(Conditioner):
 class NormalizedConv2d(nn.Module):
     """A convolution with "same" padding followed by ActNorm, fused into one layer.
 
-    `fit` scales each output channel to zero mean and unit variance. The weight and the bias absorb
-    the scale and the shift of ActNorm, so ActNorm costs nothing after initialization.
+    `init_from_data` scales each output channel to zero mean and unit variance. The weight and the
+    bias absorb the scale and the shift of ActNorm, so ActNorm costs nothing after initialization.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1):
@@ -129,7 +131,7 @@ class NormalizedConv2d(nn.Module):
             dilation=self.dilation,
         )
 
-    def fit(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         """Normalize the output for a batch of inputs."""
         deviation, mean = torch.std_mean(self.forward(x).transpose(0, 1).flatten(1), dim=1)
         deviation = deviation.clamp(min=MIN_DEVIATION)
@@ -172,7 +174,7 @@ class ActNormLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.shift.to(x.dtype), x, self.log_scale.exp().to(x.dtype))
 
-    def fit(self, x: Tensor) -> None:
+    def init_from_data(self, x: Tensor) -> None:
         """Normalize the output for a batch of inputs."""
         deviation, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
         self.log_scale.copy_(-deviation[0].clamp(min=MIN_DEVIATION).log())

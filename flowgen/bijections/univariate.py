@@ -39,25 +39,25 @@ class Transform(ABC):
         return params.unflatten(1, (self.num_params, -1)).transpose(0, 1)
 
 
-def bounded(raw: Tensor) -> Tensor:
+def bounded_log_scale(raw: Tensor) -> Tensor:
     """Return (4 / pi) atan(raw / 2), which is between -2 and 2 and saturates slowly."""
     return (4 / math.pi) * torch.atan(raw / 2)
 
 
-def _sigmoid(raw: Tensor) -> Tensor:
+def sigmoid_log_scale(raw: Tensor) -> Tensor:
     """Return log sigmoid(raw + 2), as in the code of Glow. The scale is below 1."""
     return F.logsigmoid(raw + 2)
 
 
-def _tanh(raw: Tensor) -> Tensor:
+def tanh_log_scale(raw: Tensor) -> Tensor:
     """Return 2 tanh(raw / 2), which is between -2 and 2."""
     return 2 * torch.tanh(raw / 2)
 
 
 LOG_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
-    "bounded": bounded,
-    "sigmoid": _sigmoid,
-    "tanh": _tanh,
+    "bounded": bounded_log_scale,
+    "sigmoid": sigmoid_log_scale,
+    "tanh": tanh_log_scale,
     "plain": nn.Identity(),  # for networks that bound the log-scale themselves
 }
 
@@ -84,7 +84,7 @@ class Scale(Transform):
     """y = exp(log_scale) x. NICE (1410.8516), section 3.2.
 
     Args:
-        scale: Function in `LOG_SCALES` that maps the raw parameter to the log-scale.
+        log_scale: Function from the raw parameter to the log-scale, by its name in `LOG_SCALES`.
 
     Example:
         >>> Scale("plain").forward(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
@@ -94,8 +94,8 @@ class Scale(Transform):
     num_params = 1
     supports_reversible = True
 
-    def __init__(self, scale: str = "bounded"):
-        self.log_scale = LOG_SCALES[scale]
+    def __init__(self, log_scale: str = "bounded"):
+        self.log_scale = LOG_SCALES[log_scale]
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         log_scale = self.log_scale(params)
@@ -110,7 +110,7 @@ class Affine(Scale):
     """y = exp(log_scale) x + shift. Real NVP (1605.08803), equation 4.
 
     Args:
-        scale: Function in `LOG_SCALES` that maps the first raw parameter to the log-scale.
+        log_scale: Function of the first raw parameter in `LOG_SCALES`, which returns the log-scale.
 
     Example:
         >>> Affine("plain").forward(torch.tensor([[2.0]]), torch.tensor([[0.0, 0.5]]))
@@ -141,7 +141,7 @@ class MixtureOfLogistics(Transform):
 
     Args:
         num_components: Number of logistic distributions in the mixture.
-        scale: Function in `LOG_SCALES` that maps the first raw parameter to the log-scale.
+        log_scale: Function of the first raw parameter in `LOG_SCALES`, which returns the log-scale.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -153,9 +153,9 @@ class MixtureOfLogistics(Transform):
         True
     """
 
-    def __init__(self, num_components: int = 4, scale: str = "bounded"):
+    def __init__(self, num_components: int = 4, log_scale: str = "bounded"):
         self.num_components = num_components
-        self.log_scale = LOG_SCALES[scale]
+        self.log_scale = LOG_SCALES[log_scale]
         self.num_params = 2 + 3 * num_components
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ class MixtureOfLogistics(Transform):
             shift[0],
             logits.log_softmax(0),
             means,
-            bounded(log_deviations),
+            bounded_log_scale(log_deviations),
         )
 
     @staticmethod
@@ -328,6 +328,7 @@ class GuidedAffine(Affine):
     """
 
     def __init__(self, affine: Affine, weight: float):
+        # `parse` replaces the log-scale of Affine by that of `affine`.
         self.affine = affine
         self.weight = weight
 
@@ -346,11 +347,11 @@ class GuidedAffine(Affine):
 
 # Constructors by name; the argument is the name of a function in LOG_SCALES.
 TRANSFORMS: dict[str, Callable[[str], Transform]] = {
-    "additive": lambda scale: Additive(),
+    "additive": lambda log_scale: Additive(),
     "multiplicative": Scale,
     "affine": Affine,
-    "spline": lambda scale: Spline(),
-    "mixture": lambda scale: MixtureOfLogistics(scale=scale),
+    "spline": lambda log_scale: Spline(),
+    "mixture": lambda log_scale: MixtureOfLogistics(log_scale=log_scale),
 }
 
 

@@ -99,7 +99,7 @@ def edit(
 def _amounts(attributes: Sequence[str], amounts: Sequence[float]) -> dict[str, float]:
     """Return the amount of each attribute, 1 by default."""
     if len(set(attributes)) < len(attributes):
-        raise UserError("an attribute is given twice: give each one once, with its --amount")
+        raise UserError("an attribute is given twice: give each attribute once, with its --amount")
     if len(amounts) not in (0, 1, len(attributes)):
         raise UserError(
             f"{len(amounts)} values of --amount do not match {len(attributes)} of --attribute: "
@@ -139,7 +139,7 @@ def load_directions(
         The directions, on the device of the model.
 
     Raises:
-        UserError: if the images have no labels.
+        UserError: If the images have no labels.
     """
     if (
         table is None
@@ -183,7 +183,7 @@ def _table_images(
 ) -> LabeledImages:
     table = read_table(path)
     subset = hashed_subset(len(table.files), count)
-    channels, size, _ = model.image_shape
+    channels, *size = model.image_shape
     stream = ImageStream(
         [table.files[index] for index in subset.tolist()],
         size=size,

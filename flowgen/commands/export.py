@@ -7,19 +7,19 @@ from typing import Any
 
 from yaml import safe_dump
 
-from flowgen.commands.sample import sample_images
 from flowgen.config.runs import (
     FILE,
     PREFIX,
-    check_name,
     find_checkpoint,
     load_from_checkpoint,
     upload,
 )
+from flowgen.models.base import sample_images
 from flowgen.training.checkpoint import SUFFIX, export_safetensors, read_safetensors
 from flowgen.training.run_dir import Run
 from flowgen.utils import rendering
 from flowgen.utils.errors import UserError, check_folder_of
+from flowgen.utils.hub import check_name
 
 RESEARCH_FACES = (
     "CelebA's faces may be used for non-commercial research only, and so may a model of them. "
@@ -116,14 +116,15 @@ def with_dataset_name(data: dict[str, Any]) -> dict[str, Any]:
 def dataset_name(data: dict[str, Any]) -> str:
     """Return the name of the images of a data section.
 
-    A folder of images is called like a data set of faces if its path contains that name.
+    A folder or a set on the Hub is called like a data set of faces if its path contains that name.
     """
     kind = str(data["_target_"]).rpartition(".")[2]
     search_dirs = data.get("search_dirs") or [None]
-    name = str((data.get("name") if kind == "MNIST" else search_dirs[0]) or kind)
+    named = kind in ("MNIST", "HubDataset")
+    name = str((data.get("name") if named else search_dirs[0]) or kind)
     if name in LICENSES:
         return name
-    root = str(data.get("root") or "").lower()
+    root = str(data.get("root") or name).lower()
     return next((folder for folder in FACE_FOLDERS if folder in root), name)
 
 
@@ -206,9 +207,9 @@ def push(*, run: str, repository: str, license_name: str | None, private: bool) 
         The address of the model, and a command that uses it.
 
     Raises:
-        UserError: if the license of the images forbids to publish the model.
+        UserError: If the license of the images forbids to publish the model.
     """
-    repository = check_name(repository.removeprefix(PREFIX))
+    repository = check_name(repository.removeprefix(PREFIX), "model")
     spdx_id = license_id(find_checkpoint(run)[1]["config"]["data"], license_name)
     with TemporaryDirectory() as folder:
         model, card, _ = export(run=run, path=Path(folder) / FILE, called=PREFIX + repository)
@@ -227,13 +228,13 @@ def license_id(data: dict[str, Any], license_name: str | None) -> str:
         license_name: License that the user chose, needed if that of the images is unknown.
 
     Raises:
-        UserError: if the license of the images forbids to publish the model.
+        UserError: If the license of the images forbids to publish the model.
     """
     text, spdx_id = LICENSES.get(dataset_name(data), (None, license_name))
     if text is None and license_name is None:
         raise UserError(
             "the license of these images is unknown: pass --license NAME with a license "
-            "under which they let you publish a model"
+            "under which you may publish a model of them"
         )
     if spdx_id is None:
         raise UserError(
@@ -258,6 +259,7 @@ def front_matter(metadata: dict[str, Any], spdx_id: str) -> str:
         "tags": ["flowgen", family, model.lower()],
     }
     dataset = dataset_name(metadata["config"]["data"])
-    if dataset in HUB_DATASETS:
-        facts["datasets"] = [HUB_DATASETS[dataset]]
+    name = metadata["config"]["data"].get("name")
+    if "/" in str(name) or dataset in HUB_DATASETS:
+        facts["datasets"] = [HUB_DATASETS.get(dataset, name)]
     return f"---\n{safe_dump(facts, sort_keys=False)}---\n"

@@ -41,7 +41,7 @@ def interpolate(
     run_dir, checkpoint, model = find_model(run, device, GenerativeModel)
     model.set_progress(console.progress_bar)
     images = read_inputs([first, second], model, checkpoint["config"])
-    memory.check_memory("--steps", steps, 8 * max(rendering.MIN_SIDE, model.image_shape[1]) ** 2)
+    memory.check_memory("--steps", steps, 8 * max(rendering.MIN_SIDE, *model.image_shape[1:]) ** 2)
     latent, pixels = interpolate_images(model, images[:1], images[1:], steps, spherical)
     if not torch.equal(latent[[0, -1]], images):
         console.log.warning(
@@ -61,7 +61,7 @@ def interpolate(
 
 def read_inputs(paths: Sequence[Path], model: GenerativeModel, config: dict[str, Any]) -> Tensor:
     """Read image files and crop, resize and quantize them like the data of the run."""
-    channels, size, _ = model.image_shape
+    channels, *size = model.image_shape
     crop = config["data"].get("crop")
     return torch.cat([read_images(path, size, channels, crop, model.bits) for path in paths])
 

@@ -3,6 +3,7 @@
 import io
 import os
 from collections import defaultdict
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -18,14 +19,24 @@ from flowgen.training.run_dir import Run, best_metric, validation_rows
 from flowgen.utils import plots
 from flowgen.utils.errors import UserError
 from flowgen.utils.html import Picture, Section, data_url, image_data_url, write_html
-from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, Metric, MetricValue
+from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, SAMPLE_METRICS, Metric, MetricValue
 
+COLUMNS = (
+    "run",
+    "model",
+    "data",
+    "validation",
+    "test",
+    "step",
+    "images/s",
+    "hours",
+    "memory, GiB",
+)
 CAPTIONS = {
     "curves.png": "Training loss, validation metric, learning rate and gradient norm "
     "(flowgen train).",
     "features.png": "Weights of the hidden units, largest first: orange is positive, blue is "
     "negative (flowgen train).",
-    "sample.png": "Samples (flowgen sample).",
     "interpolation.png": "Interpolation between two images, through the latents above and through "
     "the pixels below (flowgen interpolate).",
     "completion.png": "The image, its known part, mean, spread and samples of the inpainting "
@@ -53,7 +64,7 @@ def report(*, names: list[str], out: Path | None) -> Path:
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     lead = f"{datetime.now(UTC):%Y-%m-%d}, {count}. Errors are standard errors."
     path = out or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
-    write_html(path, "flowgen report", [lead], _sections(runs))
+    write_html(path, "flowgen report", [lead], sections(runs))
     return path
 
 
@@ -71,43 +82,56 @@ def _find_runs(name: str) -> list[Run]:
     return [run for run in runs if run.folder.resolve() not in folders] or [find_run(name)]
 
 
-def _sections(runs: list[Run]) -> list[Section]:
-    """Return the comparison of all runs, the differences of their settings, and each run."""
+def sections(runs: list[Run]) -> list[Section]:
+    """Return the results of all runs, the differences of their settings, and each run."""
     configs = [flatten(read_config(run.config)) for run in runs]
+    metrics = [run.read_metrics() for run in runs]
     head, *rows = overview(runs)
     names = [row[0] for row in rows]
     anchors = [f"run{number}" for number in range(1, len(runs) + 1)]
-    linked = [
-        [Markup('<a href="#{}">{}</a>').format(anchor, name), *cells]
-        for anchor, (name, *cells) in zip(anchors, rows, strict=True)
+    links = [
+        Markup('<a href="#{}">{}</a>').format(anchor, name)
+        for anchor, name in zip(anchors, names, strict=True)
     ]
-    curves = _validation_curves(names, [run.read_metrics() for run in runs])
-    sections = [Section("runs", "", table=[head, *linked], pictures=curves)]
+    table = [head, *([link, *cells] for link, (_, *cells) in zip(links, rows, strict=True))]
+    samples = [
+        Picture(Markup("{}: {}").format(link, picture.caption), picture.source)
+        for link, run in zip(links, runs, strict=True)
+        for picture in _sample_pictures(run)
+    ]
+    result = [Section("results", "Results", table=table, pictures=samples)]
+    curves = _validation_curves(dict(zip(names, metrics, strict=True)))
+    if curves and len(runs) > 1:  # a single run has its own plot
+        result.append(Section("validation", "Validation during training", pictures=curves))
+    if quality := _sample_quality(names, runs):
+        note = (
+            "By flowgen evaluate samples=N, with the values of as many training images in "
+            "parentheses (readable: of test images)."
+        )
+        result.append(Section("quality", "Sample quality", [note], table=quality))
     if differences := _differences(configs):
         table = [["setting", *names], *differences]
-        sections.append(Section("differences", "Where the configurations differ", table=table))
-    return sections + list(map(_run_section, anchors, rows, runs, configs))
+        result.append(Section("differences", "Where the configurations differ", table=table))
+    for anchor, name, run, config in zip(anchors, names, runs, configs, strict=True):
+        settings = "\n".join(f"{key}: {value}" for key, value in config.items())
+        result.append(
+            Section(
+                anchor,
+                name,
+                [run.environment()],
+                pictures=_existing({run.folder / file: text for file, text in CAPTIONS.items()}),
+                details=("Configuration", settings),
+            )
+        )
+    return result
 
 
 def overview(runs: list[Run]) -> list[list[str]]:
-    """Return a table with a heading and one row per run: its model, data, metric and costs.
+    """Return a table with a heading and one row per run: its model, data, results and costs.
 
-    The metric is the test metric or, before the end, the best validation metric. The last
-    validation metric compares runs without their test images.
+    The last validation result compares runs without their test images. The test result follows it.
     """
-    table = [
-        [
-            "run",
-            "model",
-            "data",
-            "metric",
-            "last validation",
-            "step",
-            "images/s",
-            "hours",
-            "memory, GiB",
-        ]
-    ]
+    table = [list(COLUMNS)]
     for name, run in zip(_short_names([run.folder for run in runs]), runs, strict=True):
         config = read_config(run.config)
         rows = run.read_metrics()
@@ -116,13 +140,18 @@ def overview(runs: list[Run]) -> list[list[str]]:
                 name,
                 model_name(config["model"]),
                 data_name(config["data"]),
-                str(best_metric(rows) or "not evaluated yet"),
-                str(last_validation(rows) or ""),
+                _result(last_validation(rows), "validation"),
+                _result(best_metric(rows), "test"),
                 f"{max((row['step'] for row in rows), default=0):,}",
                 *_costs(rows),
             ]
         )
     return table
+
+
+def _result(value: MetricValue | None, split: str) -> str:
+    """Return a value without the name of its split, or "" if it is of another split."""
+    return str(replace(value, split=None)) if value and value.split == split else ""
 
 
 def _short_names(folders: list[Path]) -> list[str]:
@@ -149,30 +178,75 @@ def _costs(rows: list[dict[str, Any]]) -> tuple[str, str, str]:
     )
 
 
-def _validation_curves(names: list[str], rows: list[list[dict[str, Any]]]) -> list[Picture]:
-    """Plot each metric at each number of bits: values at different bits are not comparable."""
+def _validation_curves(rows: dict[str, list[dict[str, Any]]]) -> list[Picture]:
+    """Plot each metric at each number of bits: values at different bits are not comparable.
+
+    Args:
+        rows: Rows of metrics.jsonl, by the name of the run. Curves with one point are skipped.
+    """
     curves: dict[tuple[Metric, int], dict[str, list[tuple[int, float]]]] = defaultdict(
         lambda: defaultdict(list)
     )
-    for name, rows_of_run in zip(names, rows, strict=True):
+    for name, rows_of_run in rows.items():
         for row, metric in product(validation_rows(rows_of_run), COMPARED):
             if value := MetricValue.from_row(row, metric):
                 curves[metric, row.get("bits", 1)][name].append((row["step"], value.value))
     pictures = []
     for metric, bits in sorted(curves, key=lambda key: (key[0].name, key[1])):
+        named = {name: points for name, points in curves[metric, bits].items() if len(points) > 1}
+        if not named:
+            continue
         at_bits = f" at {bits} bits" if metric == BITS_PER_DIM else ""
         text = metric.name.replace("_", " ") + at_bits
         file = io.BytesIO()
         plots.lines(
-            curves[metric, bits],
+            named,
             file,
             xlabel="step",
             ylabel=f"validation {text}, {metric.unit}",
             outliers=(0.05, 0.05),
         )
         url = image_data_url(file.getvalue(), "png")
-        pictures.append(Picture(f"Validation {text} against the step.", url))
+        of_run = f" of {next(iter(named))}" if len(named) == 1 else ""  # the plot has no legend
+        pictures.append(Picture(f"Validation {text}{of_run} against the step.", url))
     return pictures
+
+
+def _sample_quality(names: list[str], runs: list[Run]) -> list[list[str]]:
+    """Return a table of the runs whose samples were evaluated, or []."""
+    evaluations = {}
+    for name, run in zip(names, runs, strict=True):
+        checkpoint = run.latest_valid_checkpoint() if run.evaluation.is_file() else None
+        results = run.load_evaluation(checkpoint) if checkpoint else {}
+        if results.get("sample_count"):
+            evaluations[name] = results
+    metrics = [
+        name
+        for name in SAMPLE_METRICS
+        if any(results.get(f"sample_{name}") is not None for results in evaluations.values())
+    ]
+    rows = [
+        [
+            name,
+            f"{results['sample_count']:,}",
+            str(results.get("sample_temperature", "")),
+            *(_quality_cell(results, metric) for metric in metrics),
+        ]
+        for name, results in evaluations.items()
+    ]
+    head = ["run", "samples", "temperature", *metrics]
+    return [head, *rows] if rows else []
+
+
+def _quality_cell(results: dict[str, Any], name: str) -> str:
+    """Return the value of the samples with its error, and that of real images."""
+    value = results.get(f"sample_{name}")
+    if value is None:
+        return ""
+    error = results.get(f"sample_{name}_error")
+    real = results.get(f"training_{name}", results.get(f"test_{name}"))
+    text = f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+    return text if real is None else f"{text} ({real:.3f})"
 
 
 def _differences(configs: list[dict[str, Any]]) -> list[list[str]]:
@@ -186,17 +260,15 @@ def _differences(configs: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def _run_section(anchor: str, row: list[str], run: Run, config: dict[str, Any]) -> Section:
-    """Return the pictures of a run and its configuration, with its row of `overview`."""
-    captions = {
-        path: f"Samples at step {int(path.stem.removeprefix('step_')):,} (flowgen train)."
-        for path in sorted(run.folder.glob("samples/step_????????.png"))[-1:]
-    }
-    captions |= {run.folder / file: caption for file, caption in CAPTIONS.items()}
-    pictures = [
-        Picture(caption, data_url(path)) for path, caption in captions.items() if path.exists()
-    ]
-    name, _, _, metric, _, step, *_ = row
-    summary = f"{metric}, step {step}. {run.environment()}"
-    settings = "\n".join(f"{key}: {value}" for key, value in config.items())
-    return Section(anchor, name, [summary], pictures=pictures, details=("Configuration", settings))
+def _sample_pictures(run: Run) -> list[Picture]:
+    """Return the samples of `flowgen sample` and the last ones of training, if they exist."""
+    captions = {run.folder / "sample.png": "Samples (flowgen sample)."}
+    for path in sorted(run.folder.glob("samples/step_????????.png"))[-1:]:
+        step = int(path.stem.removeprefix("step_"))
+        captions[path] = f"Samples at step {step:,} (flowgen train)."
+    return _existing(captions)
+
+
+def _existing(captions: dict[Path, str]) -> list[Picture]:
+    """Return the pictures that exist, with their captions."""
+    return [Picture(caption, data_url(path)) for path, caption in captions.items() if path.exists()]

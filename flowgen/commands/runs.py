@@ -10,7 +10,7 @@ from flowgen.config.runs import list_runs
 from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
 from flowgen.training.run_dir import Run, best_metric
 from flowgen.utils.errors import UserError
-from flowgen.utils.metrics import COMPARED, MetricValue
+from flowgen.utils.metrics import COMPARED, MetricValue, likelihood_kind
 
 log = logging.getLogger("flowgen")
 
@@ -22,13 +22,14 @@ class RunSummary(NamedTuple):
     model: str
     data: str
     step: int
-    best: str
+    likelihood: str
+    result: str
 
 
 def runs() -> Iterator[RunSummary]:
     """Yield the runs under `outputs/`, the newest first, and then the models of the zoo.
 
-    `best` is the test metric of a finished run, or the best validation metric until then, and the
+    `result` is the test metric of a finished run, or the best validation metric until then, and the
     last validation metric.
     """
     for run in readable_runs():
@@ -41,10 +42,22 @@ def runs() -> Iterator[RunSummary]:
 
 def _summary(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> RunSummary:
     step = max((row["step"] for row in metrics), default=0)
-    best = str(best_metric(metrics) or "not evaluated yet")
+    result = str(best_metric(metrics) or "not evaluated yet")
     if validation := last_validation(metrics):
-        best += f", last {validation}"
-    return RunSummary(name, model_name(config["model"]), data_name(config["data"]), step, best)
+        result += f", last {validation}"
+    model = model_name(config["model"])
+    likelihood = _likelihood(model, config["model"], metrics)
+    return RunSummary(name, model, data_name(config["data"]), step, likelihood, result)
+
+
+def _likelihood(model: str, section: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    """Return the kind of likelihood of a run without importing its model."""
+    if str(section.get("dequantization")).startswith("gaussian"):
+        return "none"
+    if model not in settings.group_options("model"):
+        return "unknown"
+    evaluated = [row for row in metrics if "log_z" in row]
+    return likelihood_kind(settings.likelihood(model), evaluated[-1] if evaluated else {})
 
 
 def model_name(section: dict[str, Any]) -> str:

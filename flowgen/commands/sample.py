@@ -1,6 +1,6 @@
 """Sampling: `flowgen sample` and `flowgen chain`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from flowgen.models.base import (
     GenerativeModel,
     SupportsMCMC,
     SupportsTokenSampling,
+    sample_batches,
+    sample_images,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils import console, memory, rendering
 from flowgen.utils.errors import UserError
 
-BATCH_SIZE = 64
 DEFAULT_IMAGES = 32
 DEFAULT_POINTS = 10_000  # samples of a two-dimensional flow
 DENSITY_RESOLUTION = 300  # pixels along each side of the density plot
@@ -168,38 +169,6 @@ def _save_picture(
         title = f"{label}{sampler}temperature {temperature:g}"
         blocks.append((title, images[log_probs.argsort(descending=True)]))
     rendering.titled_grids(blocks, model.bits, columns=min(count, 8)).save(path)
-
-
-def sample_images(
-    model: GenerativeModel, count: int, temperature: float, seed: int, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """Draw samples; the same seed gives the same latents at every temperature.
-
-    Returns:
-        images: Samples (count, channels, height, width).
-        log_probs: Their log-probabilities as far as the model knows them, (count,).
-    """
-    batches = sample_batches(model, count, temperature, seed, **kwargs)
-    images, log_probs = zip(*batches, strict=True)
-    return torch.cat(images), torch.cat(log_probs)
-
-
-def sample_batches(
-    model: GenerativeModel, count: int, temperature: float, seed: int, **kwargs: Any
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draw samples in batches; the order of the classes continues from batch to batch."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-    iterations: list[list[int]] = []
-    starts = range(0, count, BATCH_SIZE)
-    for start in console.progress_bar(starts, "samples", len(starts)):
-        position = {"start_index": start} if isinstance(model, ClassConditional) else {}
-        size = min(BATCH_SIZE, count - start)
-        yield model.sample(size, temperature, generator, **position, **kwargs)
-        if isinstance(model, SupportsTokenSampling) and "jacobi" in kwargs:
-            iterations.append(model.jacobi_iterations())
-    if iterations:
-        per_block = (str(max(counts)) for counts in zip(*iterations, strict=True))
-        console.log.info("Jacobi iterations per block: %s", ", ".join(per_block))
 
 
 @torch.no_grad()

@@ -236,7 +236,7 @@ def _score_batches(scorer: Scorer, paths: Sequence[Path], seed: int) -> Iterator
     The metrics are the likelihood, its percentile (the percentage of validation images that are
     more likely), and every score NAME with its p-value NAME_p.
     """
-    channels, size, _ = scorer.model.image_shape
+    channels, *size = scorer.model.image_shape
     check_color_channels(channels)
     stream = ImageStream(
         paths,

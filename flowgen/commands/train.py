@@ -12,9 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowgen import api
-from flowgen.config import compose, launch, settings
+from flowgen.config import compose, settings, start
 from flowgen.training.signals import reraise_signal
-from flowgen.utils import console, launcher
+from flowgen.utils import console, processes
 from flowgen.utils.errors import UserError
 
 MAX_SHOWN_FAILURES = 5
@@ -27,9 +27,9 @@ def exit_like_training() -> Iterator[None]:
     """Exit with the status of a stopped training run, or of a process that reported its error."""
     try:
         yield
-    except launch.TrainingInterrupted as error:
+    except start.TrainingInterrupted as error:
         reraise_signal(error.signal)
-    except launch.WorkerFailedError as error:
+    except start.WorkerFailedError as error:
         raise SystemExit(error.status) from error
 
 
@@ -50,18 +50,18 @@ def resume(*, run: str, overrides: list[str]) -> None:
 
 def config_text(*, overrides: list[str]) -> str:
     """Return the configuration that `flowgen train OVERRIDE...` would train, as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(compose.compose_config(overrides)[0]))
+    return OmegaConf.to_yaml(OmegaConf.create(compose.compose_config(overrides).config))
 
 
 def sweep(overrides: list[str]) -> None:
     """Train all runs of a sweep with Hydra's launcher.
 
     Raises:
-        UserError: if a run failed, after all others are done.
+        UserError: If a run failed, after all others are done.
     """
-    if launcher.is_worker():
+    if processes.is_worker():
         return
-    if launcher.is_distributed():
+    if processes.is_distributed():
         raise UserError(
             "a sweep trains separate runs: start it without torchrun, "
             "or set trainer.num_processes=N for each run"
@@ -100,7 +100,7 @@ def sweep_job(cfg: DictConfig) -> str | None:
     cfg.output_dir = str(folder)  # the default refers to Hydra's section, which jobs do not have
     cfg.resume = True
     try:
-        launch.start_run(compose.resolve_config(cfg), compose.trainer_note(runtime.choices))
+        start.start_run(compose.resolve_config(cfg), compose.trainer_note(runtime.choices))
     except Exception as error:
         with contextlib.suppress(OSError):
             folder.rmdir()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2s
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,23 @@ MAX_SHOWN_CHARS = 100  # of an override in an error message
 MAX_NAME_BYTES = 200  # of a run's folder in a sweep; file systems allow 255
 
 
-def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]:
+@dataclass(frozen=True)
+class ComposedConfig:
+    """The configuration of a training run.
+
+    Attributes:
+        config: The configuration without references.
+        note: A note about trainer=auto, or an empty string.
+        numbered: True if the name of `output_dir` contains the current time, so that a number can
+            be appended to it.
+    """
+
+    config: dict[str, Any]
+    note: str
+    numbered: bool
+
+
+def compose_config(overrides: Sequence[str]) -> ComposedConfig:
     """Compose the configuration of a training run.
 
     Hydra composes the options of the groups. The values are set afterwards, with checks that name
@@ -45,10 +62,6 @@ def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]
 
     Args:
         overrides: KEY=VALUE and GROUP=NAME, as on the command line.
-
-    Returns:
-        The configuration without references, a note about trainer=auto (or an empty string), and
-        whether the name of `output_dir` contains the current time.
 
     Raises:
         UserError: For unknown keys, options and values.
@@ -63,11 +76,11 @@ def compose_config(overrides: Sequence[str]) -> tuple[dict[str, Any], str, bool]
     note = trainer_note(tree.hydra.runtime.choices)
     OmegaConf.set_struct(tree, False)
     set_values(tree, [item for item in parsed if item not in groups])
-    named_by_time = "${now:" in OmegaConf.to_yaml(OmegaConf.masked_copy(tree, "output_dir"))
+    numbered = "${now:" in str(OmegaConf.to_container(tree)["output_dir"])  # type: ignore
     with hydra_errors():
         tree.output_dir = str(tree.output_dir)  # refers to the hydra section
     del tree["hydra"]
-    return resolve_config(tree), note, named_by_time
+    return ComposedConfig(resolve_config(tree), note, numbered)
 
 
 def trainer_note(choices: Any) -> str:
@@ -192,9 +205,10 @@ def _split_override(text: str) -> tuple[str, str]:
 
 def resolve_stop_criterion(overrides: Sequence[str]) -> list[str]:
     """Unset the default of trainer.minutes if only trainer.steps is given, and vice versa."""
-    given = {text.partition("=")[0] for text in overrides}
-    missing = {"trainer.steps", "trainer.minutes"} - given
-    return [*overrides, *(f"{key}=null" for key in missing if len(missing) == 1)]
+    missing = {"trainer.steps", "trainer.minutes"} - {text.partition("=")[0] for text in overrides}
+    if len(missing) == 1:
+        return [*overrides, f"{missing.pop()}=null"]
+    return list(overrides)
 
 
 def resolve_config(tree: Any) -> dict[str, Any]:
@@ -291,7 +305,7 @@ def data_section(overrides: Sequence[str]) -> dict[str, Any]:
         raise UserError(
             f"{' '.join(overrides)} does not name a data set: write data= and one of {names}"
         )
-    section: dict[str, Any] = compose_config(overrides)[0]["data"]
+    section: dict[str, Any] = compose_config(overrides).config["data"]
     if section.get("root") is not None:
         section["root"] = absolute_path(section["root"])
     return section

@@ -1,4 +1,4 @@
-"""Models, data sets and other objects, instantiated from configurations by an allow-list."""
+"""Instantiate objects from configurations; only allow-listed classes."""
 
 import inspect
 from pkgutil import resolve_name
@@ -33,7 +33,7 @@ def resolve_target(section: str, config: dict[str, Any], nested: bool = False) -
     Args:
         section: model, data, trainer or evaluation.
         config: The section, or a part of it.
-        nested: Whether it is a part, which may name any class of the section's package.
+        nested: Allow any class of the package (for nested objects).
 
     Raises:
         UserError: For any other class.
@@ -202,13 +202,13 @@ def match_model(
         shape: Channels, height and width of the model's images.
         bits: Bits per pixel value of the model's images.
     """
-    wanted = {
+    changes = {
         "channels": shape[0],
-        "size": shape[1],
+        "size": shape[1] if shape[1] == shape[2] else list(shape[1:]),
         "bits": bits,
         "binarization": own.get("binarization", "threshold"),
     }
-    return section | {key: value for key, value in wanted.items() if key in section}
+    return section | {key: value for key, value in changes.items() if key in section}
 
 
 def same_dataset(first: dict[str, Any], second: dict[str, Any]) -> bool:

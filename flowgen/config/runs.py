@@ -1,8 +1,6 @@
 """Find runs and load their models, by folder, file, name or from the Hugging Face Hub."""
 
 import contextlib
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +17,7 @@ from flowgen.training.checkpoint import (
 )
 from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError, user_error
+from flowgen.utils.hub import check_name, open_hub
 
 if TYPE_CHECKING:
     from flowgen.models.base import GenerativeModel
@@ -27,7 +26,6 @@ ModelT = TypeVar("ModelT", bound="GenerativeModel")
 OUTPUTS = Path("outputs")
 PREFIX = "hf:"  # of names on the Hub
 FILE = f"model{SUFFIX}"  # of a model on the Hub
-NAME = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w-]*(\.[\w-]+)*", re.ASCII)
 
 
 def list_runs(*folders: Path) -> list[Run]:
@@ -59,7 +57,7 @@ def find_run(name: str) -> Run:
 
 def _find_named(name: str) -> Run:
     if name.startswith(PREFIX):
-        return Run(OUTPUTS / "hf" / check_name(name.removeprefix(PREFIX)))
+        return Run(OUTPUTS / "hf" / check_name(name.removeprefix(PREFIX), "model"))
     if name.startswith("zoo/"):
         return Run(OUTPUTS / zoo_file(name).relative_to(ZOO.parent).with_suffix(""))
     file = find_file(name)
@@ -82,26 +80,26 @@ def find_file(name: str) -> Path | None:
     return next((path for path in (Path(name), OUTPUTS / name) if path.is_file()), None)
 
 
-def find_checkpoint(name: str | None, wanted: type = object) -> tuple[Run, dict[str, Any]]:
+def find_checkpoint(name: str | None, capability: type = object) -> tuple[Run, dict[str, Any]]:
     """Return a run and its checkpoint, with the results of an evaluation of these weights.
 
     Args:
         name: A checkpoint file, or a run, of which the last valid checkpoint is read. None: the
-            newest run with a checkpoint of a wanted model.
-        wanted: A model class or a capability of `flowgen.models.base` that the model must have.
+            newest run with a checkpoint of a model with the capability.
+        capability: A model class or a capability of `flowgen.models.base` that the model must have.
 
     Raises:
         UserError: If there is no such checkpoint.
     """
     if name is None:
-        run, checkpoint = _newest_checkpoint(wanted)
+        run, checkpoint = _newest_checkpoint(capability)
     else:
         run = find_run(name)
         checkpoint = _read_named(name, run)
-        if not _is_wanted(checkpoint["config"], wanted):
+        if not _supports(checkpoint["config"], capability):
             raise UserError(
-                f"{name} is not a {_kind(wanted)}, which this command needs: choose another with "
-                f"--run, or {_training_hint(wanted)}"
+                f"{name} is not a {_kind(capability)}, which this command needs: choose "
+                f"another with --run, or {_training_hint(capability)}"
             )
         with contextlib.suppress(OSError):  # the command may write elsewhere
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -109,13 +107,13 @@ def find_checkpoint(name: str | None, wanted: type = object) -> tuple[Run, dict[
     return run, checkpoint | {"metrics": results}
 
 
-def _newest_checkpoint(wanted: type) -> tuple[Run, dict[str, Any]]:
+def _newest_checkpoint(capability: type) -> tuple[Run, dict[str, Any]]:
     for run in list_runs():
-        checkpoint = run.latest_valid_checkpoint() if _describes(run, wanted) else None
+        checkpoint = run.latest_valid_checkpoint() if _describes(run, capability) else None
         if checkpoint is not None:
             return run, checkpoint
     raise UserError(
-        f"no {_kind(wanted)} under outputs/ has a checkpoint: {_training_hint(wanted)}, "
+        f"no {_kind(capability)} under outputs/ has a checkpoint: {_training_hint(capability)}, "
         "or choose one with --run"
     )
 
@@ -132,34 +130,34 @@ def _read_named(name: str, run: Run) -> dict[str, Any]:
     return checkpoint
 
 
-def _describes(run: Run, wanted: type) -> bool:
-    """Return whether the run's folder describes a wanted model, which is faster to read."""
+def _describes(run: Run, capability: type) -> bool:
+    """Return whether the model of the run's config.yaml, a small file, has the capability."""
     with contextlib.suppress(UserError):
         run.check_contained()
-        return _is_wanted(read_config(run.config), wanted)
+        return _supports(read_config(run.config), capability)
     return False
 
 
-def _is_wanted(config: dict[str, Any], wanted: type) -> bool:
-    return bool(resolve_target("model", config["model"]).supports(wanted, config["model"]))
+def _supports(config: dict[str, Any], capability: type) -> bool:
+    return bool(resolve_target("model", config["model"]).supports(capability, config["model"]))
 
 
-def _kind(wanted: type) -> str:
+def _kind(capability: type) -> str:
     """Return a phrase such as `run of a model that fills in missing pixels`."""
     from flowgen.models.base import GenerativeModel
 
-    if issubclass(GenerativeModel, wanted):
+    if issubclass(GenerativeModel, capability):
         return "run"
-    if description := vars(wanted).get("description"):  # of a capability
+    if description := vars(capability).get("description"):  # of a capability
         return f"run of a model that {description}"
-    return f"run of {'an' if wanted.__name__.isupper() else 'a'} {wanted.__name__}"
+    return f"run of {'an' if capability.__name__.isupper() else 'a'} {capability.__name__}"
 
 
-def _training_hint(wanted: type) -> str:
-    """Return the command that trains a wanted model."""
-    name = wanted.__name__.lower()
+def _training_hint(capability: type) -> str:
+    """Return the command that trains a model with the capability."""
+    name = capability.__name__.lower()
     default = f"model={name if name in group_options('model') else 'glow'}"
-    return f"train one with `flowgen train {vars(wanted).get('train_hint', default)}`"
+    return f"train one with `flowgen train {vars(capability).get('train_hint', default)}`"
 
 
 def find_model(
@@ -206,57 +204,24 @@ def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
         model.load_state_dict(weights)
 
 
-def check_name(name: str) -> str:
-    """Return a name on the Hub if it has the form OWNER/NAME, else raise UserError."""
-    if not NAME.fullmatch(name):
-        raise UserError(
-            f"{name!r} is not the name of a model on the Hub: write OWNER/NAME with letters and "
-            "digits, and - _ . between them"
-        )
-    return name
-
-
 def download(name: str) -> Path:
     """Download the model OWNER/NAME if it is not in the cache, and return its file."""
-    with _hub(check_name(name)) as hub:
+    with _open_hub(name) as hub:
         return Path(hub.hf_hub_download(name, FILE, library_name="flowgen"))
 
 
 def upload(folder: Path, name: str, private: bool) -> str:
     """Upload the files of a folder as the model OWNER/NAME and return its URL."""
-    with _hub(check_name(name)) as hub:
+    with _open_hub(name) as hub:
         api = hub.HfApi(library_name="flowgen")
         url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="A model of flowgen")
     return str(url)
 
 
-@contextlib.contextmanager
-def _hub(name: str) -> Iterator[Any]:
-    """Yield the package huggingface_hub and turn its errors into UserError."""
-    with user_error(
-        "models on the Hub need the package huggingface_hub: pip install huggingface_hub"
-    ):
-        import huggingface_hub
-        from huggingface_hub import errors
-    try:
-        yield huggingface_hub
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{name} is not in the cache and the Hub does not answer: try again later"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{name} is not on the Hub or is private: check the name, or log in with HF_TOKEN"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise UserError(
-            f"{name} on the Hub is not a model of flowgen, because it has no {FILE}: "
-            "choose another with --run"
-        ) from error
-    except Exception as error:  # errors of the package and its HTTP client have no common base
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"the request to the Hub failed for {name} ({reason}): log in with HF_TOKEN, "
-            "or try again later"
-        ) from error
+def _open_hub(name: str) -> contextlib.AbstractContextManager[Any]:
+    return open_hub(
+        check_name(name, "model"),
+        f"{name} on the Hub is not a model of flowgen, because it has no {FILE}: "
+        "choose another with --run",
+    )

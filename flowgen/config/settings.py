@@ -21,6 +21,12 @@ GROUPS = (*SECTIONS, "experiment", "preset", "model/negative_phase")
 NESTED_GROUPS = ("experiment", "preset")  # their options lie in folders, as thesis/toy does
 GENERAL = {"evaluation": "settings of `flowgen evaluate`", "general": "settings of the run"}
 GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
+REFERENCES = {  # in defaults, and what they stand for
+    "${now:%Y-%m-%d}": "DATE",
+    "${now:%H-%M-%S}": "TIME",
+    "${hydra.runtime.choices.model}": "MODEL",
+    "${hydra.runtime.choices.data}": "DATA",
+}
 KEY = re.compile(r"(?P<indent> *)(?P<key>\w+):(?: .*?)??(?: +# (?P<comment>.*))?")
 COMMENT = re.compile(r"(?P<indent> *)# (?P<comment>.*)")
 MAX_KEY_WIDTH = 36  # characters of the columns of a table of settings
@@ -102,6 +108,17 @@ def description(name: str) -> str:
     return next(line[2:] for line in comments if not line.startswith("# @package"))
 
 
+def likelihood(model: str) -> str:
+    """Return the kind of likelihood that conf/model/NAME.yaml says its model has.
+
+    Example:
+        >>> likelihood("glow")
+        'bound'
+    """
+    match = re.search(r"^# Likelihood: (\w+)", read_text(f"model/{model}"), re.M)
+    return match[1] if match else "unknown"
+
+
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return `config` with full keys.
 
@@ -170,6 +187,7 @@ def settings_of_option(section: str, name: str) -> dict[str, Setting]:
         elif entry != "_self_":
             settings |= settings_of_option(section, entry)
     for key, setting in own.items():
+        # An option that repeats a key without a comment changes only its default.
         inherited = key in settings and not setting.meaning
         settings[key] = settings[key]._replace(default=setting.default) if inherited else setting
     return settings
@@ -230,8 +248,9 @@ def _table(group: str, options: dict[str, str], width: int) -> str:
         ]
     elif group in SECTIONS:
         name = options[group]
-        head = f"{group}={name}: {description(f'{group}/{name}')}\n"
-        head += textwrap.fill(f"{group}= is one of {', '.join(group_options(group))}.", width)
+        head = textwrap.fill(f"{group}={name}: {description(f'{group}/{name}')}", width)
+        choices = f"{group}= is one of {', '.join(group_options(group))}."
+        head += f"\n{textwrap.fill(choices, width)}"
         if (group, name) == ("trainer", "auto"):
             head += f"\ntrainer=auto is trainer={default_trainer()} on this machine."
         changed = flatten({group: read_yaml(f"model/{options['model']}").get(group, {})})
@@ -248,13 +267,19 @@ def _table(group: str, options: dict[str, str], width: int) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return a default as YAML writes it.
+    """Return a default as YAML writes it, with words in place of references.
 
     Example:
         >>> format_value(None), format_value(True), format_value([0.9, 0.999])
         ('null', 'true', '[0.9,0.999]')
+        >>> format_value("outputs/${now:%Y-%m-%d}")
+        'outputs/DATE'
     """
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    if not isinstance(value, str):
+        return json.dumps(value, separators=(",", ":"))
+    for reference, word in REFERENCES.items():
+        value = value.replace(reference, word)
+    return value
 
 
 def _format_rows(settings: Sequence[Setting], width: int) -> list[str]:
@@ -268,7 +293,7 @@ def _format_rows(settings: Sequence[Setting], width: int) -> list[str]:
     for setting, value in zip(settings, values, strict=True):
         start = f"  {setting.key:{key_width}}  {value:{value_width}}  "
         if len(start) > len(indent):  # the meaning begins on the next line
-            lines.append(start.rstrip())
+            lines += textwrap.wrap(start, width, subsequent_indent="    ", break_long_words=False)
             start = indent
         wrap.initial_indent = start
         lines += wrap.wrap(setting.meaning)

@@ -2,11 +2,19 @@
 
 from flowgen.utils import lazy_exports
 
+DOWNLOADED = (
+    "CIFAR10",
+    "HubDataset",
+    "MNIST",
+    "SVHN",
+)  # classes that download their files if they are missing
+
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "CIFAR10": "cifar10",
         "DownsampledImageNet": "imagenet",
+        "HubDataset": "hub",
         "ImageDataset": "dataset",
         "ImageFolder": "image_folder",
         "ImageStream": "preprocess",

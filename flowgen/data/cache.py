@@ -15,6 +15,7 @@ import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
 
+from flowgen.data.dataset import Size, height_and_width, shortest_size
 from flowgen.data.preprocess import ImageSource, log_skipped
 from flowgen.utils.console import log, progress_bar
 from flowgen.utils.errors import UserError
@@ -25,7 +26,7 @@ CHUNK_IMAGES = 2048  # decoded before they are written
 
 
 def cached_images(
-    source: ImageSource, names: list[str], size: int, channels: int, crop: int | None
+    source: ImageSource, names: list[str], size: Size, channels: int, crop: int | None
 ) -> tuple[Tensor, set[str]]:
     """Return preprocessed images from the cache, after writing them to it if necessary.
 
@@ -35,23 +36,24 @@ def cached_images(
     Args:
         source: Image files.
         names: Names of the images in `source`.
-        size: Height and width, as in `preprocess`.
+        size: Height and width, or one number for squares, as in `preprocess`.
         channels: 1 (grayscale) or 3 (RGB).
         crop: Side of a central square that is cut out first, or None.
 
     Returns:
-        The images, memory-mapped, uint8 (N, channels, size, size), and the names of those that
+        The images, memory-mapped, uint8 (N, channels, height, width), and the names of those that
         could be read.
 
     Raises:
         UserError: If none can be read.
     """
-    settings = _hash([VERSION, str(source.path.resolve()), size, channels, crop])
-    contents = _hash([[name, source.fingerprints[name]] for name in names])
+    height, width = height_and_width(size)
+    settings = hash_json([VERSION, str(source.path.resolve()), shortest_size(size), channels, crop])
+    contents = hash_json([[name, source.fingerprints[name]] for name in names])
     folder = cache_folder()
     index_path = folder / f"{source.path.stem}-{settings}-{contents}.json"
     with _lock(folder / f"{settings}.lock", source.path):
-        index = _read_index(index_path, channels * size**2)
+        index = _read_index(index_path, channels * height * width)
         if index is None:
             for stale in folder.glob(f"*-{settings}-*"):  # nobody opens them without the lock
                 stale.unlink()
@@ -68,7 +70,7 @@ def cached_images(
                 f"{index['refused'][0]}"
             )
         pixels = _map_file(index_path.with_suffix(".bin"))
-        return pixels.view(-1, channels, size, size), set(index["kept"])
+        return pixels.view(-1, channels, height, width), set(index["kept"])
 
 
 def cached_array(name: str, fingerprints: object, chunks: Callable[[], Iterable[Tensor]]) -> Tensor:
@@ -82,7 +84,7 @@ def cached_array(name: str, fingerprints: object, chunks: Callable[[], Iterable[
     Returns:
         All bytes, uint8 (N,).
     """
-    path = cache_folder() / f"{name}-{_hash([VERSION, fingerprints])}.bin"
+    path = cache_folder() / f"{name}-{hash_json([VERSION, fingerprints])}.bin"
     with _lock(path.with_suffix(".lock"), path):
         if not path.exists():
             with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -152,5 +154,6 @@ def _write(
     return index
 
 
-def _hash(value: object) -> str:
+def hash_json(value: object) -> str:
+    """Return the first 12 digits of the SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]

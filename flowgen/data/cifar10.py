@@ -13,16 +13,18 @@ from flowgen.utils.errors import UserError, user_error
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 DOWNLOAD_HINT = f"Download {URL} and set data.root to it or to its folder."
+ARCHIVE_PATTERN = "cifar-10-binary.tar.[gx]z"
 RECORD_BYTES = 1 + 3 * 32 * 32  # the class, then the red, green and blue values
 
 
 class CIFAR10(ImageDataset):
-    """CIFAR-10, read from its binary archive. Downloaded if missing and without `root`.
+    """CIFAR-10 in its binary format. Downloaded if missing and without `root`.
 
     One in twelve training images is for validation.
 
     Args:
-        root: `cifar-10-binary.tar.gz` or its folder, or None to look for it in the data directory.
+        root: `cifar-10-binary.tar.gz` or `.tar.xz`, a folder that contains it or its unpacked
+            files, or None to look for such a folder in the data directory.
         search_dirs: Names of the folder in the data directory.
         random_flip: See `ImageDataset`.
         options: `bits`, `random_shift` and `binarization` of `ImageDataset`.
@@ -49,9 +51,12 @@ class CIFAR10(ImageDataset):
 
 
 def _read_files(root: Path) -> dict[str, bytes]:
-    """Return the content of the batch files, loose or in the archive, by name."""
+    """Return the content of the batch files, unpacked or in the archive, by name.
+
+    An archive is decompressed once, to its end, where its checksum is verified.
+    """
     files = {path.name: path.read_bytes() for path in root.rglob("*_batch*.bin")}
-    archives = [root] if root.is_file() else sorted(root.rglob("cifar-10-binary.tar.gz"))
+    archives = [root] if root.is_file() else sorted(root.rglob(ARCHIVE_PATTERN))
     if archives and not files:
         with (
             user_error(
@@ -65,6 +70,7 @@ def _read_files(root: Path) -> dict[str, bytes]:
                 for member in archive
                 if member.isfile() and member.name.endswith(".bin")
             }
+            archive.fileobj.read(-1)
     return files
 
 

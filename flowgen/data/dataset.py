@@ -22,6 +22,7 @@ from flowgen.utils.memory import free_memory
 VALIDATION_DIVISOR = 12  # one of 12 training images is a validation image
 
 Batch = tuple[Tensor, Tensor | None]  # images and their labels
+Size = int | Sequence[int]  # of images in pixels: one number for squares, or [height, width]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class Split:
         images: 8-bit pixel values, uint8 (N, channels, height, width).
         labels: Class of each image, (N,).
         attributes: Attributes of each image, bool (N, number of attributes).
-        gray: The same images before random binarization, if any, for comparisons.
+        gray: 8-bit images before random binarization, used to find duplicates; else None.
     """
 
     images: Tensor
@@ -45,10 +46,29 @@ class Split:
 
     def __getitem__(self, index: Tensor | slice) -> "Split":
         return Split(
-            self.images[index],
-            None if self.labels is None else self.labels[index],
-            None if self.attributes is None else self.attributes[index],
+            **{name: value[index] for name, value in vars(self).items() if value is not None}
         )
+
+
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Return the height and width that `data.size` stands for.
+
+    Example:
+        >>> height_and_width(64), height_and_width([48, 64])
+        ((64, 64), (48, 64))
+    """
+    numbers = [size, size] if isinstance(size, int) else size
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) != 2:
+        raise UserError(f"size must be a whole number or [height,width], not {size!r}")
+    for number in numbers:
+        check_whole(size=number)
+    return numbers[0], numbers[1]
+
+
+def shortest_size(size: Size) -> int | list[int]:
+    """Return `data.size` as one number for squares, else as [height, width]."""
+    height, width = height_and_width(size)
+    return height if height == width else [height, width]
 
 
 @cache
@@ -91,10 +111,10 @@ def hashed_split(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]
     The hash ignores directories, and an image stays in its split when others are added. Each split
     of three or more names has at least one name.
     """
-    tenth = {name: hash_name(name) % 10 for name in names}
-    test = {name for name in names if tenth[name] == 0} or set(sorted(names, key=hash_name)[:1])
+    part = {name: hash_name(name) % 10 for name in names}
+    test = {name for name in names if part[name] == 0} or set(sorted(names, key=hash_name)[:1])
     rest = [name for name in names if name not in test]
-    validation = {name for name in rest if tenth[name] == 1} or set(sorted(rest, key=hash_name)[:1])
+    validation = {name for name in rest if part[name] == 1} or set(sorted(rest, key=hash_name)[:1])
     return (
         [name for name in rest if name not in validation],
         [name for name in names if name in validation],
@@ -120,7 +140,8 @@ def find_dataset(
         root: The path itself, or None to search for it.
         search_dirs: Names to look for in `data_folder()`, in this order. A configuration from a
             stranger must not read or write outside of it.
-        download_hint: A sentence that tells the user how to get the data.
+        download_hint: How to get the data, as one or two full sentences. The error message is
+            "PATH does not exist." and the hint.
         files: The MD5 checksum of every file that can be downloaded, by its URL. They are
             downloaded to the first of `search_dirs`.
 
@@ -267,7 +288,7 @@ class ImageDataset:
         attributes: tuple[str, ...] = (),
     ):
         check_whole(1, 8, bits=bits)
-        check_whole(0, train.images.shape[-1] - 1, random_shift=random_shift)
+        check_whole(0, min(train.images.shape[2:]) - 1, random_shift=random_shift)
         check_choice((True, False), random_flip=random_flip)
         check_choice(("threshold", "static", "dynamic"), binarization=binarization)
         if not (len(train) and len(validation) and len(test)):
@@ -290,7 +311,7 @@ class ImageDataset:
         self.random_shift = random_shift
         self.attributes = attributes
         self.device = torch.device("cpu")
-        # Return `train_batch(...)`, and prefetch the next batch of a large data set.
+        # Same as `train_batch`; `to` replaces it by a Prefetcher for large data sets.
         self.next_batch: Callable[..., Batch] = self.train_batch
 
     @property

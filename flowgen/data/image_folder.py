@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from flowgen.data.cache import cached_images
-from flowgen.data.dataset import ImageDataset, Split, find_dataset, hashed_split
+from flowgen.data.dataset import (
+    ImageDataset,
+    Size,
+    Split,
+    find_dataset,
+    hashed_split,
+    height_and_width,
+)
 from flowgen.data.preprocess import ImageSource, open_source
 from flowgen.utils.console import log
 from flowgen.utils.errors import UserError, check_choice, check_whole
@@ -33,7 +40,7 @@ class ImageFolder(ImageDataset):
         search_dirs: Names of the folder in the data directory.
         download_hint: A sentence that tells the user how to get the images.
         channels: 1 (grayscale) or 3 (RGB).
-        size: Height and width that images are resized to, in pixels.
+        size: Height and width that images are resized to, in pixels, or one number for squares.
         crop: Side of a central square that is cut out first, or None.
         attribute: Name of an attribute in CelebA's list, as "Smiling", or None.
         bits: See `ImageDataset`.
@@ -59,7 +66,7 @@ class ImageFolder(ImageDataset):
             "Set data.root to a folder of images, to a zip, or to a folder that contains one zip."
         ),
         channels: int = 3,
-        size: int = 64,
+        size: Size = 64,
         crop: int | None = None,
         attribute: str | None = None,
         bits: int = 5,
@@ -67,7 +74,7 @@ class ImageFolder(ImageDataset):
         **options: Any,
     ):
         check_choice((1, 3), channels=channels)
-        check_whole(size=size)
+        height_and_width(size)  # raises UserError before the images are searched
         if crop is not None:
             check_whole(crop=crop)
         source = open_source(find_dataset(root, search_dirs, download_hint))

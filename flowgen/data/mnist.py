@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.data.dataset import ImageDataset, Split, find_dataset, hashed_validation_split
-from flowgen.utils.errors import UserError, check_choice, check_whole, user_error
+from flowgen.data.dataset import (
+    ImageDataset,
+    Size,
+    Split,
+    find_dataset,
+    hashed_validation_split,
+    height_and_width,
+)
+from flowgen.utils.errors import UserError, check_choice, user_error
 
 SEARCH_DIRS = {
     "MNIST": ("mnist", "MNIST"),
@@ -55,7 +62,7 @@ class MNIST(ImageDataset):
         name: "MNIST", "FashionMNIST" or "KMNIST".
         root: A folder with the idx files, or None to look for them in the data directory.
         search_dirs: Names of the folder in the data directory. Default: the usual ones.
-        size: Height and width that images are resized to, in pixels.
+        size: Height and width that images are resized to, in pixels, or one number for squares.
         options: `bits`, `random_flip`, `random_shift` and `binarization` of `ImageDataset`.
 
     Example:
@@ -71,11 +78,11 @@ class MNIST(ImageDataset):
         name: str = "MNIST",
         root: str | None = None,
         search_dirs: Sequence[str] | None = None,
-        size: int = 28,
+        size: Size = 28,
         **options: Any,
     ):
         check_choice(URLS, name=name)
-        check_whole(size=size)
+        height_and_width(size)  # raises UserError before the files are searched
         search_dirs = SEARCH_DIRS[name] if search_dirs is None else search_dirs
         folder = find_dataset(
             root,
@@ -89,7 +96,7 @@ class MNIST(ImageDataset):
         )
 
 
-def read_split(root: Path, search_dirs: Sequence[str], split: str, size: int) -> Split:
+def read_split(root: Path, search_dirs: Sequence[str], split: str, size: Size) -> Split:
     """Return the images of a split, resized, with their labels if there is a file of them.
 
     Args:
@@ -97,7 +104,7 @@ def read_split(root: Path, search_dirs: Sequence[str], split: str, size: int) ->
         search_dirs: Names of subfolders. If one exists, only files below it count, since data sets
             in this format have the same file names.
         split: "train" or "t10k" (the test split).
-        size: Height and width of the images, in pixels.
+        size: Height and width of the images in pixels, or one number for squares.
     """
     files = _find(root, search_dirs, split, "images-idx3")
     if not files:
@@ -111,8 +118,9 @@ def read_split(root: Path, search_dirs: Sequence[str], split: str, size: int) ->
             "set data.root to one of them"
         )
     images = read_idx(files[0], dimensions=3)[:, None]
-    if images.shape[-2:] != (size, size):
-        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    resolution = height_and_width(size)
+    if images.shape[-2:] != resolution:
+        images = F.interpolate(images, resolution, mode="bilinear", antialias=True)
     files = _find(root, search_dirs, split, "labels-idx1")
     labels = read_idx(files[0], dimensions=1) if files else None
     if labels is not None and len(labels) != len(images):

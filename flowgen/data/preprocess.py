@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from flowgen.data.dataset import binarize
+from flowgen.data.dataset import Size, binarize, height_and_width
 from flowgen.utils.console import log
 from flowgen.utils.errors import UserError, user_error
 
@@ -61,7 +61,7 @@ class ImageSource(NamedTuple):
             lines = read_file(path).decode("utf-8-sig").replace(",", " ").splitlines()
         return str(path), [line.split() for line in lines if line.strip()]
 
-    def load(self, name: str, size: int, channels: int, crop: int | None) -> Tensor | UserError:
+    def load(self, name: str, size: Size, channels: int, crop: int | None) -> Tensor | UserError:
         """Return an image as `preprocess` does, or the error if it cannot be read."""
         try:
             return preprocess(read_file(self.root / name), size, channels, crop)
@@ -131,25 +131,26 @@ def _is_visible(name: str, suffixes: Collection[str]) -> bool:
     return path.suffix.lower() in suffixes and not is_hidden
 
 
-def preprocess(file: bytes, size: int, channels: int, crop: int | None) -> Tensor:
+def preprocess(file: bytes, size: Size, channels: int, crop: int | None) -> Tensor:
     """Decode an image file, crop it and resize it.
 
-    The largest central square is resized. Color images are converted to grayscale or vice versa.
-    Transparent images are drawn on white.
+    The largest central part with the proportions of `size` is resized. Color images are converted
+    to grayscale or vice versa. Transparent images are drawn on white.
 
     Args:
         file: Content of the file.
-        size: Height and width of the result, in pixels.
+        size: Height and width of the result in pixels, or one number for squares.
         channels: 1 (grayscale) or 3 (RGB).
         crop: Side of a central square that is cut out first if the image is larger, in pixels. For
             CelebA, 148 of 178x218 pixels are usual.
 
     Returns:
-        8-bit pixel values, uint8 (channels, size, size).
+        8-bit pixel values, uint8 (channels, height, width).
 
     Raises:
         UserError: If the file is not an image, is cut short, or is too small.
     """
+    height, width = height_and_width(size)
     with user_error("is not an image, or is cut short"):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(file), formats=FORMATS))
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
@@ -158,15 +159,15 @@ def preprocess(file: bytes, size: int, channels: int, crop: int | None) -> Tenso
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert(MODES[channels])
-    if min(image.size) < size / 4:
-        raise UserError(f"is {image.width}x{image.height} pixels, too small for {size}x{size}")
+    if image.height < height / 4 or image.width < width / 4:
+        raise UserError(f"is {image.width}x{image.height} pixels, too small for {width}x{height}")
     if crop is not None and min(image.size) > crop:
         left = (image.width - crop) // 2
         top = (image.height - crop) // 2
         image = image.crop((left, top, left + crop, top + crop))
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(size, size, channels).permute(2, 0, 1)
+    return pixels.view(height, width, channels).permute(2, 0, 1)
 
 
 def check_color_channels(channels: int) -> None:
@@ -178,11 +179,11 @@ def check_color_channels(channels: int) -> None:
         )
 
 
-def read_images(path: Path, size: int, channels: int, crop: int | None, bits: int) -> Tensor:
+def read_images(path: Path, size: Size, channels: int, crop: int | None, bits: int) -> Tensor:
     """Read one image file and preprocess it like the training data.
 
     Returns:
-        A batch of one image, uint8 (1, channels, size, size), at `bits` bit depth.
+        A batch of one image, uint8 (1, channels, height, width), at `bits` bit depth.
     """
     check_color_channels(channels)
     if not path.is_file():
@@ -203,7 +204,7 @@ def read_unscaled(path: Path, shape: tuple[int, int, int], bits: int) -> Tensor:
         A batch of one image, uint8 (1, channels, height, width), at `bits` bit depth.
     """
     channels, height, width = shape
-    images = read_images(path, height, channels, None, bits)
+    images = read_images(path, (height, width), channels, None, bits)
     if image_size(path) != (height, width):
         size = "x".join(map(str, reversed(image_size(path))))
         raise UserError(
@@ -229,7 +230,7 @@ class ImageStream:
 
     Args:
         paths: Image files, folders and zips.
-        size: Height and width of the images, in pixels.
+        size: Height and width of the images in pixels, or one number for squares.
         channels: 1 (grayscale) or 3 (RGB).
         crop: See `preprocess`.
         bits: Bits of a pixel value.
@@ -244,7 +245,7 @@ class ImageStream:
         self,
         paths: Sequence[Path],
         *,
-        size: int,
+        size: Size,
         channels: int,
         crop: int | None,
         bits: int,
@@ -262,7 +263,7 @@ class ImageStream:
         return len(self.files)
 
     def batches(self, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
-        """Yield names and images, uint8 (batch_size, channels, size, size).
+        """Yield names and images, uint8 (batch_size, channels, height, width).
 
         The last batch may be smaller.
         """

@@ -37,6 +37,7 @@ class Toy2D(ImageDataset):
         generator = torch.Generator().manual_seed(0)
         points = torch.stack([DISTRIBUTIONS[name](num_points, generator) for _ in range(3)])
         values = ((points + SPAN) * (256 / (2 * SPAN))).floor().clamp(0, 255).to(torch.uint8)
+        # They are drawn in this order; changing it would change every split.
         train, test, validation = map(Split, values.view(3, num_points, *TOY2D_SHAPE))
         super().__init__(train, validation, test, **options)
 

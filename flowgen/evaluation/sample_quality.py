@@ -1,13 +1,14 @@
 """Sample quality: Fréchet distance, coverage and spread, a classifier, FID, reports of flows.
 
-The Fréchet distance here uses principal components of the images, and needs no pretrained network.
-FID uses the features of one particular network, see `fid_metrics`.
+`flowgen evaluate samples=N` prints `SampleQuality.evaluate`. The Fréchet distance here uses
+principal components of the images, and needs no pretrained network. FID uses the features of one
+particular network, see `fid_metrics`.
 """
 
 import math
 import os
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
-from flowgen.data.dataset import ImageDataset
+from flowgen.data.dataset import ImageDataset, hashed_subset
+from flowgen.evaluation import stats
 from flowgen.evaluation.interpolation import interpolate_pairs, step_sizes, unevenness
 from flowgen.models.flows.flow import Flow
-from flowgen.utils.errors import UserError
+from flowgen.utils import rendering
+from flowgen.utils.console import progress_bar
+from flowgen.utils.errors import UserError, check, user_error
+from flowgen.utils.memory import check_memory
+from flowgen.utils.metrics import SAMPLE_METRICS, Metrics, MetricValue
 
 CONFIDENCE_THRESHOLD = 0.9  # probability of the predicted class from which an image is readable
 FID_WEIGHTS_VARIABLE = "FID_WEIGHTS"  # environment variable with the path of the network's weights
+FID_NETWORK = "inception-v3-compat"
+FID_FILE = "weights-inception-2015-12-05-6726825d.pth"  # of its weights, as torch-fidelity names it
 BATCH_SIZE = 64
+NUM_COMPONENTS = 64
+COMPONENT_IMAGES = 4  # training images for the principal components, for each image compared
+MAX_COMPONENT_IMAGES = 10_000
+COVERAGE_ROWS = 1000  # real images whose distances are in memory at once
+MIN_CLASSIFIER_STEPS = 1000  # three epochs of a few thousand images are too few
+MAX_CLASSIFIER_STEPS = 2000
+MIN_CLASSIFIER_SIZE = 4  # pixels; the classifier halves the size twice
 
 
 class PrincipalComponents:
@@ -41,7 +56,7 @@ class PrincipalComponents:
         torch.Size([100, 3])
     """
 
-    def __init__(self, images: Tensor, max_value: float = 1.0, components: int = 64):
+    def __init__(self, images: Tensor, max_value: float = 1.0, components: int = NUM_COMPONENTS):
         self.max_value = max_value
         flat = images.cpu().float().flatten(1) / max_value
         self.mean = flat.mean(0)
@@ -103,8 +118,12 @@ def coverage(samples: Tensor, real: Tensor, num_neighbors: int = 5) -> float:
     et al., Reliable fidelity and diversity metrics, arXiv:2002.09797, section 3).
     """
     # The nearest neighbor of a point is the point itself.
-    radius = torch.cdist(real, real).kthvalue(min(num_neighbors + 1, len(real)), dim=1).values
-    return (torch.cdist(samples, real) <= radius).any(0).float().mean().item()
+    rank = min(num_neighbors + 1, len(real))
+    covered = 0
+    for block in real.split(COVERAGE_ROWS):
+        radius = torch.cdist(block, real).kthvalue(rank, dim=1).values
+        covered += int((torch.cdist(samples, block) <= radius).any(0).sum())
+    return covered / len(real)
 
 
 def distance_from_mean(point: Tensor, real: Tensor) -> float:
@@ -120,20 +139,31 @@ def find_fid_weights() -> Path | None:
     """Return the path of the network's weights in FID_WEIGHTS, or None if it is not set.
 
     Raises:
-        UserError: If the file or the package torch-fidelity is missing.
+        UserError: If the package torch-fidelity is missing, or the file is not its network.
     """
     path = os.environ.get(FID_WEIGHTS_VARIABLE)
-    if path and not Path(path).is_file():
-        raise UserError(
-            f"{FID_WEIGHTS_VARIABLE}={path} is not a file: set it to the weights of "
-            "torch-fidelity's network, or unset it"
+    if not path:
+        return None
+    advice = f"set it to {FID_FILE} from the releases of torch-fidelity, or unset it"
+    check(Path(path).is_file(), f"{FID_WEIGHTS_VARIABLE}={path} is not a file: {advice}")
+    with user_error(
+        f"{FID_WEIGHTS_VARIABLE} is set, but torch-fidelity cannot be imported: "
+        "pip install torch-fidelity"
+    ):
+        from torch_fidelity.utils import create_feature_extractor
+    with user_error(
+        f"{FID_WEIGHTS_VARIABLE}={path} does not contain the weights of torch-fidelity's "
+        f"network: {advice}"
+    ):
+        torch.load(path, weights_only=True)  # torch-fidelity would run code in the file
+        create_feature_extractor(
+            FID_NETWORK,
+            ["2048"],
+            cuda=False,
+            verbose=False,
+            feature_extractor_weights_path=path,
         )
-    if path and find_spec("torch_fidelity") is None:
-        raise UserError(
-            f"{FID_WEIGHTS_VARIABLE} is set, but torch-fidelity is not installed: "
-            "pip install torch-fidelity"
-        )
-    return Path(path) if path else None
+    return Path(path)
 
 
 def fid_metrics(samples: Tensor, real: Tensor, weights: Path) -> dict[str, float]:
@@ -153,7 +183,7 @@ def fid_metrics(samples: Tensor, real: Tensor, weights: Path) -> dict[str, float
     result = calculate_metrics(
         input1=Subset(samples.cpu().expand(-1, 3, -1, -1), range(len(samples))),  # type: ignore
         input2=Subset(real.cpu().expand(-1, 3, -1, -1), range(len(real))),  # type: ignore
-        feature_extractor="inception-v3-compat",
+        feature_extractor=FID_NETWORK,
         feature_extractor_weights_path=str(weights),
         fid=True,
         prc=True,
@@ -201,20 +231,28 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the most probable class and its probability, each of shape (batch,)."""
-        probabilities = torch.cat([self(batch).softmax(1) for batch in images.split(500)])
+        """Return the most probable class and its probability, each (batch,), on the CPU."""
+        device = next(self.parameters()).device
+        batches = images.split(500)
+        probabilities = torch.cat([self(batch.to(device)).softmax(1).cpu() for batch in batches])
         confidence, label = probabilities.max(1)
         return label, confidence
 
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Return the share of images whose predicted class is their label (batch,)."""
+        return (self.predict(images)[0] == labels.cpu()).double().mean().item()
+
     def share_readable(self, images: Tensor) -> float:
         """Return the share of images with a confidence of at least `CONFIDENCE_THRESHOLD`."""
-        return (self.predict(images)[1] >= CONFIDENCE_THRESHOLD).float().mean().item()
+        return (self.predict(images)[1] >= CONFIDENCE_THRESHOLD).double().mean().item()
 
 
 def train_classifier(
     data: ImageDataset, epochs: int = 3, batch_size: int = 100, seed: int = 0
 ) -> Classifier:
-    """Train a classifier of the training images.
+    """Train a classifier of the training images, on the device of the data.
+
+    The number of steps is at least `MIN_CLASSIFIER_STEPS` and at most `MAX_CLASSIFIER_STEPS`.
 
     Raises:
         UserError: If the data set has no labels.
@@ -223,20 +261,135 @@ def train_classifier(
         raise UserError(
             "a classifier needs labels: put the labels-idx1 files in the folder of the images"
         )
-    torch.manual_seed(seed)
-    model = Classifier(data.image_shape, data.bits, data.num_classes)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = epochs * len(data.train) // batch_size
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    for step in range(steps):
-        images, labels = data.train_batch(step * batch_size, batch_size, seed)
-        assert labels is not None
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        schedule.step()
+    steps = min(max(steps, MIN_CLASSIFIER_STEPS), MAX_CLASSIFIER_STEPS)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Classifier(data.image_shape, data.bits, data.num_classes)
+        model.to(data.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        for step in progress_bar(range(steps), "classifier", steps):
+            images, labels = data.train_batch(step * batch_size, batch_size, seed)
+            assert labels is not None
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            schedule.step()
     return model.eval()
+
+
+class SampleQuality:
+    """Comparison of samples with test images.
+
+    Features are principal components of training images that are not compared. Other training
+    images, as many as samples, are compared in the same way. Their values are those of a perfect
+    model: a finite number of images has a Fréchet distance above 0 and a coverage below 1.
+
+    Args:
+        data: Data set.
+        count: Number of samples, of test images, and of training images.
+        weights: File with the weights of the FID network, see `find_fid_weights`, or None.
+
+    Attributes:
+        test: The test images, (count, channels, height, width).
+        train: The training images, of the same shape.
+
+    Raises:
+        UserError: If the data has too few images.
+
+    Example:
+        >>> from flowgen.data import MNISTSample
+        >>> quality = SampleQuality(MNISTSample(), count=100)
+        >>> perfect = quality.measure(quality.test)
+        >>> round(abs(perfect["frechet"]), 3), perfect["coverage"], perfect["spread"]
+        (0.0, 1.0, 1.0)
+    """
+
+    def __init__(self, data: ImageDataset, count: int, weights: Path | None = None):
+        largest = min(len(data.test), len(data.train) // 2)
+        check(
+            count <= largest,
+            f"samples={count} needs as many test images and twice as many training images, but "
+            f"this data has {len(data.test)} and {len(data.train)}: choose at most {largest}, or "
+            "add images",
+        )
+        num_train = count + min(COMPONENT_IMAGES * count, MAX_COMPONENT_IMAGES)
+        dimensions = math.prod(data.image_shape)
+        # At most three copies of the images as float32, and the distances of all pairs.
+        check_memory("samples", count, 3 * 4 * dimensions * num_train // count + 4 * count)
+        self.data = data
+        self.weights = weights if data.image_shape[0] in (1, 3) else None  # gray or RGB
+        self.test = torch.cat(list(data.batches("test", 500, count)))
+        train = _shuffled(torch.cat(list(data.batches("train", 500, num_train))))
+        self.train = train[:count]
+        self.features = PrincipalComponents(train[count:], max_value=2**data.bits - 1)
+        self.real = self.features(self.test)
+
+    def measure(self, images: Tensor) -> dict[str, float]:
+        """Return `measure_sample_quality`, and `fid_metrics` with weights, of images (N, ...)."""
+        result = measure_sample_quality(self.features(images), self.real)
+        if self.weights:
+            bits = self.data.bits
+            samples = rendering.to_bytes(images, bits)
+            result |= fid_metrics(samples, rendering.to_bytes(self.test, bits), self.weights)
+        return result
+
+    def evaluate(self, samples: Tensor, classes: Tensor | None = None) -> Metrics:
+        """Return the quality of samples next to that of as many training images.
+
+        The errors of the Fréchet distance, coverage and spread are those of
+        `stats.jackknife_errors` over the samples and the test images. That of coverage can be
+        twice too large.
+
+        Args:
+            samples: Samples, uint8 (count, channels, height, width).
+            classes: The classes that were asked for, (count,), of class-conditional models.
+
+        Returns:
+            - "sample_NAME" and "training_NAME" with the names of `measure`.
+            - "sample_readable" and "test_readable": `Classifier.share_readable` if the data has
+              classes, with "classifier_accuracy", the share of test images it classifies correctly.
+            - "sample_class_accuracy": The share of samples that it assigns to `classes`, if given.
+            - "sample_count": Number of samples, of test and of training images.
+        """
+        values = {}
+        for prefix, images in (("sample", samples), ("training", self.train)):
+            errors = stats.jackknife_errors(
+                measure_sample_quality, self.features(images), self.real
+            )
+            for name, value in self.measure(images).items():
+                metric = replace(SAMPLE_METRICS[name], name=f"{prefix}_{name}")
+                values[metric.name] = MetricValue(metric, value, errors.get(name))
+        # Each value of the samples is followed by that of the training images.
+        names = [name.removeprefix("sample_") for name in values if name.startswith("sample_")]
+        pairs = [values[f"{prefix}_{name}"] for name in names for prefix in ("sample", "training")]
+        return Metrics.of(*pairs, *self._readability(samples, classes), sample_count=len(samples))
+
+    def _readability(self, samples: Tensor, classes: Tensor | None) -> list[MetricValue]:
+        """Return the metrics that need a classifier, if the data has classes."""
+        labels = self.data.test.labels
+        num_classes = self.data.num_classes or 0
+        is_small = min(self.data.image_shape[1:]) < MIN_CLASSIFIER_SIZE
+        if self.data.train.labels is None or labels is None or num_classes < 2 or is_small:
+            return []
+        classifier = train_classifier(self.data)
+        truth = labels[hashed_subset(len(labels), len(self.test))]
+        scores = {
+            "sample_readable": classifier.share_readable(samples),
+            "test_readable": classifier.share_readable(self.test),
+            "classifier_accuracy": classifier.accuracy(self.test, truth),
+        }
+        if classes is not None:
+            scores["sample_class_accuracy"] = classifier.accuracy(samples, classes)
+        return [
+            MetricValue(
+                replace(SAMPLE_METRICS["readable"], name=name),
+                share,
+                math.sqrt(share * (1 - share) / len(samples)),
+            )
+            for name, share in scores.items()
+        ]
 
 
 def flow_report(
@@ -250,8 +403,6 @@ def flow_report(
 ) -> dict[str, Any]:
     """Return a report of a flow's samples and interpolations, which can be written as JSON.
 
-    Features are principal components of training images that are not compared.
-
     Args:
         model: The flow.
         data: Its data set.
@@ -264,9 +415,8 @@ def flow_report(
     Returns:
         A dictionary.
 
-        - "samples": For each temperature and set the quality compared with N test images, with
-          FID metrics if `weights` is given.
-        - "training": The quality of N training images, as a reference.
+        - "samples": For each temperature and set the result of `SampleQuality.measure`.
+        - "training": The quality of N training images.
         - "mean_sample": `distance_from_mean` of the first sample of the lowest temperature.
         - "bits": Bits/dim of each of the N test images, with one sample of the noise.
         - "walk": Along paths through the latent space and through the pixels, the mean step sizes
@@ -275,28 +425,18 @@ def flow_report(
         - "images": N.
         - "parameters": Number of parameters.
     """
-    count = len(next(iter(samples.values()))[0])
-    train = _shuffled(torch.cat(list(data.batches("train", 500, 5 * count))))
-    test = torch.cat(list(data.batches("test", 500, count)))
-    features = PrincipalComponents(train[len(test) :], max_value=2**data.bits - 1)
-    real = features(test)
-
-    def quality(images: Tensor) -> dict[str, float]:
-        result = measure_sample_quality(features(images), real)
-        if weights:
-            shift = 8 - data.bits
-            result |= fid_metrics(images << shift, test << shift, weights)
-        return result
-
+    quality = SampleQuality(data, len(next(iter(samples.values()))[0]), weights)
+    test = quality.test
+    mean_sample = quality.features(samples[min(samples)][0][:1])[0]
     half = min(pairs, len(test) // 2)
     ends = _shuffled(test)
     paths = interpolate_pairs(
         model, ends[:half], ends[half : 2 * half], torch.linspace(0, 1, steps)
     )
     return {
-        "samples": [[quality(images) for images in sets] for sets in samples.values()],
-        "training": measure_sample_quality(features(train[: len(test)]), real),
-        "mean_sample": distance_from_mean(features(samples[min(samples)][0][:1])[0], real),
+        "samples": [[quality.measure(images) for images in sets] for sets in samples.values()],
+        "training": quality.measure(quality.train),
+        "mean_sample": distance_from_mean(mean_sample, quality.real),
         "bits": bits_per_dim_of_images(model, test).tolist(),
         "walk": {
             "changes": [step_sizes(path, data.bits).mean(1).tolist() for path in paths],

@@ -1,4 +1,4 @@
-"""The interface of all models, optional capabilities, and evaluation settings."""
+"""The interface of all models, optional capabilities, evaluation settings, and sampling."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import inversion_error
-from flowgen.utils.console import Progress, no_progress
-from flowgen.utils.errors import check_whole
+from flowgen.utils.console import Progress, no_progress, progress_bar
+from flowgen.utils.errors import check_number, check_whole, log
 from flowgen.utils.metrics import LOG_PROBABILITY, Metric, Metrics
 
 Likelihood = Literal["exact", "bound", "estimate", "none"]
+MIN_SAMPLES = 100  # fewer hardly determine the covariance of 64 principal components
+SAMPLE_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Settings of `GenerativeModel.evaluate`.
+    """Settings of `flowgen.evaluate` and `GenerativeModel.evaluate`.
 
     The defaults suit the short evaluations during training.
 
@@ -29,6 +31,8 @@ class EvalConfig:
         ais_chains: Chains of annealed importance sampling.
         cross_check: Estimate log Z by several methods that check each other, which may take
             minutes.
+        samples: Samples whose quality `flowgen.evaluate` measures, at least 100, or None.
+        temperature: Temperature of these samples, or None for `trainer.sample_temperature`.
         compress: Also compress and decompress the images of a flow; only `flowgen evaluate` does.
 
     Example:
@@ -40,6 +44,8 @@ class EvalConfig:
     ais_steps: int = 1000
     ais_chains: int = 100
     cross_check: bool = False
+    samples: int | None = None
+    temperature: float | None = None
     compress: bool = False
 
     def __post_init__(self) -> None:
@@ -47,6 +53,10 @@ class EvalConfig:
         check_whole(high=10**5, num_importance_samples=self.num_importance_samples)
         check_whole(high=10**8, ais_steps=self.ais_steps)
         check_whole(high=10**6, ais_chains=self.ais_chains)
+        if self.samples is not None:
+            check_whole(MIN_SAMPLES, 10**6, samples=self.samples)
+        if self.temperature is not None:
+            check_number(temperature=self.temperature)
 
 
 QUICK_EVAL = EvalConfig()
@@ -62,7 +72,7 @@ class GenerativeModel(nn.Module, ABC):
         bits: Bits per pixel value.
         metric: The metric by which models are compared.
         likelihood: The kind of likelihood that `evaluate` and `score` report: "exact", "bound"
-            (a lower bound on average), "estimate" or "none".
+            (its expectation over the noise is a lower bound), "estimate" or "none".
         num_classes: Number of classes of a class-conditional model, or None.
         loss_metric: The metric that the training loss equals, or None.
         shares_batches: True if several processes can train the model, each on its rows of a batch.
@@ -85,14 +95,14 @@ class GenerativeModel(nn.Module, ABC):
 
     @classmethod
     def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
-        """Return True if a model built from these constructor arguments has the capability."""
+        """Return whether a model built from these constructor arguments has the capability."""
         return issubclass(cls, capability)
 
     @abstractmethod
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the training loss, a scalar.
 
-        The loss is `forward`, and not another method, so that wrappers around the model see it.
+        `forward` computes the loss so that `torch.compile` and hooks apply to it.
 
         Args:
             images: (batch, channels, height, width).
@@ -107,14 +117,14 @@ class GenerativeModel(nn.Module, ABC):
     def evaluate(
         self,
         batches: Iterable[Tensor],
-        reference: Iterable[Tensor] = (),
+        train_batches: Iterable[Tensor] = (),
         eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
         """Return `metric` and further metrics of the images in `batches`.
 
         Args:
             batches: Batches of images.
-            reference: Batches of as many training images, for metrics that compare both.
+            train_batches: Batches of as many training images, for metrics that compare both.
             eval_config: The settings.
         """
 
@@ -127,7 +137,7 @@ class GenerativeModel(nn.Module, ABC):
         num_importance_samples: int = 1,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return the `score_metric` of each image in nats, (batch,).
+        """Return the log-probability of each image in nats, (batch,); unnormalized without log Z.
 
         Args:
             images: (batch, channels, height, width).
@@ -404,3 +414,35 @@ class SupportsTokenSampling(Capability):
     @abstractmethod
     def jacobi_iterations(self) -> list[int]:
         """Return the Jacobi iterations of each block for the last samples."""
+
+
+def sample_images(
+    model: GenerativeModel, count: int, temperature: float, seed: int, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Draw samples; the same seed gives the same latents at every temperature.
+
+    Returns:
+        images: Samples (count, channels, height, width).
+        log_probs: Their log-probabilities as far as the model knows them, (count,).
+    """
+    batches = sample_batches(model, count, temperature, seed, **kwargs)
+    images, log_probs = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(log_probs)
+
+
+def sample_batches(
+    model: GenerativeModel, count: int, temperature: float, seed: int, **kwargs: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw samples in batches; the order of the classes continues from batch to batch."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    iterations: list[list[int]] = []
+    starts = range(0, count, SAMPLE_BATCH_SIZE)
+    for start in progress_bar(starts, "samples", len(starts)):
+        position = {"start_index": start} if isinstance(model, ClassConditional) else {}
+        size = min(SAMPLE_BATCH_SIZE, count - start)
+        yield model.sample(size, temperature, generator, **position, **kwargs)
+        if isinstance(model, SupportsTokenSampling) and "jacobi" in kwargs:
+            iterations.append(model.jacobi_iterations())
+    if iterations:
+        per_block = (str(max(counts)) for counts in zip(*iterations, strict=True))
+        log.info("Jacobi iterations per block: %s", ", ".join(per_block))

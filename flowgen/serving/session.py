@@ -33,17 +33,17 @@ SCORE_SEED = 0
 T = TypeVar("T")
 
 
-def decode_png(file: bytes, size: int, channels: int) -> Tensor:
+def decode_png(file: bytes, size: tuple[int, int], channels: int) -> Tensor:
     """Decode a PNG that this program has produced.
 
     Returns:
-        One 8-bit image (1, channels, size, size).
+        One 8-bit image (1, channels, *size).
 
     Raises:
-        UserError: If the file is not a PNG of size x size pixels.
+        UserError: If the file is not a PNG with this height and width.
     """
     try:
-        if Image.open(io.BytesIO(file), formats=("PNG",)).size == (size, size):
+        if Image.open(io.BytesIO(file), formats=("PNG",)).size == size[::-1]:
             return preprocess(file, size, channels, None)[None]
     except Exception as error:
         raise UserError("an image was not produced by this page: open it again") from error
@@ -134,7 +134,8 @@ class ModelSession:
 
     def __init__(self, run: str | None, device: str = "auto"):
         self.run, self.checkpoint, self.model = find_model(run, device, GenerativeModel)
-        self.channels, self.size, _ = self.model.image_shape
+        self.channels, height, width = self.model.image_shape
+        self.size = (height, width)
         check_color_channels(self.channels)
         self.name = run or str(self.run.folder)
         self.scorer: score.Scorer | None = None  # set by `score_validation_images`
@@ -183,7 +184,7 @@ class ModelSession:
             file: The content of a file in one of `UPLOAD_FORMATS`.
 
         Returns:
-            One image (1, channels, size, size).
+            One image (1, channels, height, width).
 
         Raises:
             UserError: If the file is not an image, is truncated or is too large.

@@ -11,13 +11,13 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
 from flowgen.utils.errors import UserError, check
 from flowgen.utils.files import atomic_write
-from flowgen.utils.metrics import COMPARED
+from flowgen.utils.metrics import COMPARED, SAMPLE_METRICS
 
 FORMAT = 1  # version of the file format; version 0.2.0 of flowgen started with 1
 MAX_CONFIG_BYTES = 2**20  # of a configuration; larger ones take seconds to read
@@ -37,6 +37,14 @@ NUMERIC_METRICS = {  # keys of metrics that commands compute with
     "log_z_error",
     *(metric.name for metric in COMPARED),
     *(f"{metric.name}_error" for metric in COMPARED),
+    "sample_count",
+    "sample_temperature",
+    *(
+        f"{prefix}_{name}{suffix}"
+        for prefix, name, suffix in product(
+            ("sample", "training", "test"), SAMPLE_METRICS, ("", "_error")
+        )
+    ),
 }
 PROGRESS_KEYS = {"best", "seconds", "evals_since_best", "best_ema"}
 NAN_RECOVERY_KEYS = {"failed", "skipped", "rewinds", "failed_at", "rewound_to", "lr_scale"}

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -17,25 +18,46 @@ from torch import distributed as dist
 
 from flowgen.bijections.linear import BatchNorm
 from flowgen.bijections.networks import RandomSource
-from flowgen.utils import launcher
+from flowgen.utils import processes
 from flowgen.utils.console import count_noun
-from flowgen.utils.distributed import Rank, WorkerDiedError, all_reduce_sum, collective
+from flowgen.utils.distributed import WorkerDiedError, all_reduce_sum, collective
 from flowgen.utils.errors import check
 
 ERROR_DELAY_SECONDS = 0.5  # by which workers report an error after the main process
 TIMEOUT = timedelta(days=1)  # one process may prepare images; a dead one is noticed at once
 
 
-class ProcessGroup(Rank):
-    """This process and those that train with it; a group of one does nothing and never waits.
+@dataclass(frozen=True)
+class WorkerGroup:
+    """This process and those that train with it. With one process all methods are no-ops.
 
-    Its methods raise `WorkerDiedError` if another process has died.
+    The methods raise `WorkerDiedError` if another process has died.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: Number of processes.
     """
+
+    rank: int = 0
+    size: int = 1
 
     @property
     def is_main(self) -> bool:
         """True in the process that reads and writes files."""
         return self.rank == 0
+
+    def batch_indices(self, batch_size: int, num_micro_batches: int = 1) -> Tensor:
+        """Return the indices of this process's images in a batch of several micro-batches.
+
+        Example:
+            >>> WorkerGroup(1, 2).batch_indices(8, num_micro_batches=2)
+            tensor([2, 3, 6, 7])
+        """
+        return (
+            torch.arange(batch_size)
+            .reshape(num_micro_batches, self.size, -1)[:, self.rank]
+            .flatten()
+        )
 
     def check_divides(self, batch_size: int, grad_accum_steps: int) -> None:
         """Raise `UserError` unless each process gets equally many rows of every micro-batch."""
@@ -60,16 +82,16 @@ class ProcessGroup(Rank):
         """Call `function` in the main process and return its result in all processes."""
         if self.size == 1:
             return function(*args)
-        box = [function(*args) if self.is_main else None]
-        collective(dist.broadcast_object_list, box, src=0, device=torch.device("cpu"))
-        return box[0]
+        objects = [function(*args) if self.is_main else None]
+        collective(dist.broadcast_object_list, objects, src=0, device=torch.device("cpu"))
+        return objects[0]
 
     def barrier(self) -> None:
         """Wait until the main process arrives here."""
         self.broadcast_from_main(lambda: None)
 
     def sync_clock_and_signal(self, seconds: float, signal: int | None) -> tuple[float, int | None]:
-        """Return the main process's clock, and the signal that any process has received."""
+        """Return the main process's clock, and the largest signal number received by any."""
         if self.size == 1:
             return seconds, signal
         numbers = torch.tensor([seconds * self.is_main, signal or 0], dtype=torch.float64)
@@ -104,7 +126,7 @@ class ShardedRandomSource(RandomSource):
     """Random source of a process that computes its rows of a batch.
 
     It draws for the whole batch and returns its own rows, so that results do not depend on the
-    number of processes. Draws with a generator, or in evaluation mode, are for the rows alone.
+    number of processes. With a generator or in evaluation mode, it draws only for its own rows.
     """
 
     def __init__(self, rank: int, world_size: int):
@@ -190,14 +212,14 @@ def _local_rank() -> int:
 
 
 @contextmanager
-def join() -> Iterator[ProcessGroup]:
+def join() -> Iterator[WorkerGroup]:
     """Join the processes that a launcher has started: gloo between CPUs, nccl between GPUs.
 
     Without a launcher this yields a group of one. If several processes fail, only the first
     reports its error.
     """
-    if not launcher.is_distributed():
-        yield ProcessGroup()
+    if not processes.is_distributed():
+        yield WorkerGroup()
         return
     if _local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(_local_rank())
@@ -209,10 +231,10 @@ def join() -> Iterator[ProcessGroup]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
-        yield ProcessGroup(rank, size)
+        yield WorkerGroup(rank, size)
     except WorkerDiedError as error:
-        if launcher.LAUNCHED_ENV in os.environ:  # the parent process reports it
-            raise SystemExit(launcher.EXIT_WORKER_DIED) from error
+        if processes.LAUNCHED_ENV in os.environ:  # the parent process reports it
+            raise SystemExit(processes.EXIT_WORKER_DIED) from error
         _raise_once(store, error)
     except Exception as error:
         _raise_once(store, error, ERROR_DELAY_SECONDS if rank else 0.0)

@@ -16,6 +16,8 @@ from flowgen.utils import console, plots, rendering
 from flowgen.utils.errors import log
 from flowgen.utils.metrics import Metrics, MetricValue
 
+BAR = "{desc}{remaining} left |{bar}| {n:.0f}/{total} {unit}{postfix}"
+
 
 class Logger(ExitStack):
     """Context manager that writes the metrics and samples of a run, and shows its progress.
@@ -28,7 +30,7 @@ class Logger(ExitStack):
         step: Optimizer step at which this process starts.
         start: Position of the progress bar at the start, in `unit`s.
         total: Position at the end.
-        unit: "step", or "s" for seconds.
+        unit: "steps" or "seconds".
     """
 
     def __init__(
@@ -45,11 +47,12 @@ class Logger(ExitStack):
                 total=math.ceil(total),
                 initial=math.floor(start),
                 unit=unit,
+                bar_format=BAR,
                 disable=None,  # unless standard error is a terminal
                 dynamic_ncols=True,
             )
         )
-        self.eta = console.EtaLogger("steps" if unit == "step" else "seconds", start, total)
+        self.eta = console.EtaLogger(unit, start, total)
 
     def advance(self, position: float) -> None:
         """Move the progress bar."""
@@ -66,8 +69,17 @@ class Logger(ExitStack):
         text = "  ".join(_format(value) for value in metrics.measured.values())
         on_bar = split == "train" and not self.bar.disable
         if on_bar:
-            self.bar.set_postfix_str(text)
+            self._describe(metrics)
         log.log(logging.DEBUG if on_bar else logging.INFO, "step %d  %s  %s", step, split, text)
+
+    def _describe(self, metrics: Metrics) -> None:
+        """Show the loss of a training step before the remaining time, and the speed at the end."""
+        loss = next(iter(metrics.measured.values()))
+        unit = loss.metric.unit
+        text = f"{loss.value:#.4g} {unit}" if unit else _format(loss)
+        self.bar.set_description_str(f"{text}, ", refresh=False)
+        if speed := metrics.measured.get("images_per_second"):
+            self.bar.set_postfix_str(f"{speed.value:.0f} images/s")
 
     def write_samples(self, step: int, images: Tensor, bits: int) -> None:
         """Write a grid of samples as a file and to TensorBoard."""

@@ -1,9 +1,8 @@
-"""Recovery from losses that are not finite: skip the step, rewind, and name the culprit."""
+"""Recovery from losses that are not finite: skip the step, rewind, name the first bad module."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +35,10 @@ class NaNRecovery:
     lr_scale: float = 1.0
 
     def record(self, values: Iterable[float], buffers: Iterable[Tensor]) -> bool:
-        """Count a step with these loss and gradient norm; return whether training must rewind.
+        """Count a step with these metrics, and return whether training must rewind.
 
-        It must after `MAX_FAILED_STEPS` failures, or if a failed forward pass left `buffers`
-        (running statistics, Markov chains) that are not finite.
+        Training must rewind after `MAX_FAILED_STEPS` consecutive failures, or if a buffer (running
+        statistics, Markov chains) is not finite after a failed step.
         """
         if all(map(math.isfinite, values)):
             self.failed = 0
@@ -50,49 +49,48 @@ class NaNRecovery:
             bool(buffer.isfinite().all()) for buffer in buffers
         )
 
-    def rewind(
-        self,
-        latest_valid_checkpoint: Callable[[float], dict[str, Any] | None],
-        step: int,
-        culprit: str,
-        lr: float,
-    ) -> dict[str, Any]:
-        """Return the checkpoint to restore, and halve the learning rate.
+    def checkpoint_before(self, failed_step: int) -> float:
+        """Return the step before which the checkpoint of the next rewind must be.
 
         The first rewind restores the latest checkpoint, a repeated one an older checkpoint.
+        """
+        return self.rewound_to if self.rewinds and self._is_repeated(failed_step) else math.inf
+
+    def rewind(self, step: int, failed_step: int, bad_module: str, lr: float) -> None:
+        """Count a rewind, and halve the learning rate.
 
         Args:
-            latest_valid_checkpoint: `Run.latest_valid_checkpoint`.
-            step: Optimizer step that failed, from 1.
-            culprit: Result of `first_nonfinite_module`.
-            lr: Configured learning rate, which the log line multiplies by `lr_scale`.
+            step: Optimizer step of the checkpoint to restore.
+            failed_step: Optimizer step that failed, from 1.
+            bad_module: Result of `first_nonfinite_module`.
+            lr: Configured learning rate, which is multiplied by `lr_scale`.
 
         Raises:
             UserError: If `MAX_REWINDS` rewinds did not help.
         """
-        again = step <= self.failed_at + RECOVERED_AFTER_STEPS
+        again = self._is_repeated(failed_step)
         check(
             not again or self.rewinds < MAX_REWINDS,
-            f"the loss is not finite, first at {culprit}, and {MAX_REWINDS} rewinds, each "
-            f"with half the learning rate, did not help: train again with trainer.lr below "
-            f"{lr * self.lr_scale:.2g}, or a smaller trainer.grad_clip",
+            f"the loss is still not finite after {MAX_REWINDS} rewinds, each of which halved the "
+            f"learning rate (first non-finite value: {bad_module}): train again with trainer.lr "
+            f"below {lr * self.lr_scale:.2g}, or a smaller trainer.grad_clip",
         )
         self.rewinds = self.rewinds + 1 if again else 1
-        checkpoint = latest_valid_checkpoint(self.rewound_to if self.rewinds > 1 else math.inf)
-        assert checkpoint is not None  # the trainer saves one before the first step
         self.failed = 0
-        self.failed_at = step
-        self.rewound_to = checkpoint["step"]
+        self.failed_at = failed_step
+        self.rewound_to = step
         self.lr_scale /= 2
         log.warning(
-            "step %d: the loss is not finite, first at %s: "
+            "step %d: the loss is not finite (first non-finite value: %s): "
             "back to step %d with a learning rate of %.2g",
+            failed_step,
+            bad_module,
             step,
-            culprit,
-            self.rewound_to,
             lr * self.lr_scale,
         )
-        return checkpoint
+
+    def _is_repeated(self, failed_step: int) -> bool:
+        return failed_step <= self.failed_at + RECOVERED_AFTER_STEPS
 
 
 @torch.no_grad()
@@ -108,19 +106,19 @@ def first_nonfinite_module(model: nn.Module, replay: Callable[[], object]) -> st
         not finite, else "the loss".
     """
     names = {module: name for name, module in model.named_modules() if name}
-    culprits: list[str] = []
+    bad_modules: list[str] = []
 
     def hook(module: nn.Module, inputs: object, output: object) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
         finite = all(tensor.isfinite().all() for tensor in tensors if isinstance(tensor, Tensor))
         if module in names and not finite:
-            culprits.append(f"{names[module]} ({type(module).__name__})")
+            bad_modules.append(f"{names[module]} ({type(module).__name__})")
 
     with nn.modules.module.register_module_forward_hook(hook):
         replay()
-    culprits += [
+    bad_modules += [
         f"the gradient of {name}"
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not parameter.grad.isfinite().all()
     ]
-    return culprits[0] if culprits else "the loss"
+    return bad_modules[0] if bad_modules else "the loss"

@@ -49,8 +49,10 @@ class Run:
     def check_contained(self) -> None:
         """Check that no file of the run is a link to another directory, or a pipe.
 
+        Files elsewhere would be read or overwritten.
+
         Raises:
-            UserError: Otherwise, because files elsewhere would be read or overwritten.
+            UserError: If a file is a link to another directory or not a regular file.
         """
         own = [
             path
@@ -79,16 +81,16 @@ class Run:
         """Return the path of the numbered checkpoint of an optimizer step."""
         return self.last.with_name(f"step_{step:08d}.pt")
 
-    def save(self, state: dict[str, Any], *, is_best: bool = False, keep: bool = False) -> None:
+    def save(self, state: dict[str, Any], *, is_best: bool = False, numbered: bool = False) -> None:
         """Save a checkpoint as `last.pt`.
 
         Args:
             state: The content.
             is_best: Save it as `best.pt` too.
-            keep: Save it under the number of its step too.
+            numbered: Save it under the number of its step too.
         """
-        copies = {self.best: is_best, self.step_path(state["step"]): keep}
-        write_checkpoint(state, self.last, [path for path, wanted in copies.items() if wanted])
+        copies = {self.best: is_best, self.step_path(state["step"]): numbered}
+        write_checkpoint(state, self.last, [path for path, is_due in copies.items() if is_due])
 
     def checkpoints(self) -> list[Path]:
         """Return the existing checkpoints: `last.pt`, the numbered ones in reverse, `best.pt`."""
@@ -96,10 +98,9 @@ class Run:
         return [path for path in (self.last, *numbered, self.best) if path.exists()]
 
     def latest_valid_checkpoint(self, before: float = math.inf) -> dict[str, Any] | None:
-        """Read the latest valid checkpoint of a step below `before`, or the latest of all.
+        """Return the newest readable checkpoint with step < before, or None without checkpoints.
 
-        Returns:
-            The checkpoint, or None if the run has none.
+        If there is none below `before`, return the newest readable one.
 
         Raises:
             UserError: If all checkpoints are damaged.

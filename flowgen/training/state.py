@@ -12,6 +12,7 @@ from flowgen.bijections.linear import update_bn
 from flowgen.bijections.networks import batch_norm_layers
 from flowgen.models.base import GenerativeModel
 from flowgen.training.nan_recovery import NaNRecovery
+from flowgen.utils import as_list
 from flowgen.utils.errors import UserError
 
 OPTIMIZER_STATE = {  # tensors that each optimizer stores per parameter
@@ -146,11 +147,6 @@ class TrainState:
             )
             if not fits or state.keys() != OPTIMIZER_STATE[self.optimizer_name]:
                 raise ValueError("the optimizer has other tensors")
-
-
-def as_list(value: Any) -> list[Any]:
-    """Return one number or several, such as `trainer.ema_decay`, as a list."""
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def build_ema(model: torch.nn.Module, decay: float) -> AveragedModel:

@@ -16,12 +16,13 @@ from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training import optim, sanity_checks
 from flowgen.training.device import Runtime, check_batch_fits, peak_memory, reset_peak_memory
-from flowgen.training.distributed import ProcessGroup, shard_batches
+from flowgen.training.distributed import WorkerGroup, shard_batches
 from flowgen.training.logger import Logger, WorkerLogger
 from flowgen.training.nan_recovery import first_nonfinite_module
 from flowgen.training.run_dir import Run
 from flowgen.training.signals import GracefulStop
-from flowgen.training.state import TrainState, as_list
+from flowgen.training.state import TrainState
+from flowgen.utils import as_list
 from flowgen.utils.errors import UserError, check, check_choice, check_number, check_whole, log
 from flowgen.utils.memory import check_memory
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
@@ -146,8 +147,16 @@ class Trainer:
         run: Directory for metrics, samples and checkpoints. Only the main process writes.
         run_config: Configuration that checkpoints store. Its `seed` and the step fix all random
             numbers.
-        process_group: Processes that train the model together.
+        group: Processes that train the model together.
         runtime: Device and precision.
+
+    Attributes:
+        state: Optimizer, EMAs and progress, see `TrainState`.
+        logger: Writes metrics and pictures, in the main process.
+        batch_indices: Indices of this process's images in every batch, or None for all of them.
+        last_done: The step at which each task was last done.
+        step_metrics: Loss, learning rate and gradient norm of the last training step.
+        step_seconds: Durations of the training steps since the last log line.
     """
 
     config: TrainerConfig
@@ -155,8 +164,14 @@ class Trainer:
     data: ImageDataset
     run: Run
     run_config: dict[str, Any]
-    process_group: ProcessGroup
+    group: WorkerGroup
     runtime: Runtime
+    state: TrainState = field(init=False)
+    logger: Any = field(init=False, default_factory=WorkerLogger)
+    batch_indices: Tensor | None = field(init=False, default=None)
+    last_done: dict[str, int] = field(init=False, default_factory=dict)
+    step_metrics: dict[str, float] = field(init=False, default_factory=dict)
+    step_seconds: list[float] = field(init=False, default_factory=list)
 
     def fit(
         self, checkpoint: dict[str, Any] | None = None, init_weights: bool = False
@@ -177,33 +192,28 @@ class Trainer:
         """
         self._prepare(checkpoint, init_weights)
         state = self.state
-        row: dict[str, float] = {}
         stop_signal = None
         start_time = time.monotonic() - state.seconds
         with GracefulStop() as stop, self.logger:
             while not self.finished and stop_signal is None:
                 step_start = time.monotonic()
-                row = self.training_step()
-                if state.nan_recovery.record(row.values(), self.model.buffers()):
+                self.step_metrics = self.training_step()
+                if state.nan_recovery.record(self.step_metrics.values(), self.model.buffers()):
                     self.rewind()
                     continue
                 state.step += 1
                 state.images_seen += self.config.batch_size
                 self.step_seconds.append(time.monotonic() - step_start)
                 # Synchronize the clock, so that all processes stop at the same step.
-                state.seconds, _ = self.process_group.sync_clock_and_signal(
+                state.seconds, _ = self.group.sync_clock_and_signal(
                     time.monotonic() - start_time, None
                 )
-                self._after_step(row)
-                state.seconds, stop_signal = self.process_group.sync_clock_and_signal(
+                self._after_step()
+                state.seconds, stop_signal = self.group.sync_clock_and_signal(
                     time.monotonic() - start_time, stop.signal
                 )
-            if self.finished and row:
-                self._after_step(row)  # the time may have run out during the last evaluation
-            if self.last_done["save"] != state.step:
-                self.save_checkpoint()
-            self.logger.plot_curves()
-        self.process_group.barrier()  # a launcher kills processes that outlive the others
+            self._finish()
+        self.group.barrier()  # a launcher kills processes that outlive the others
         return stop_signal
 
     def training_step(self) -> dict[str, float]:
@@ -230,13 +240,13 @@ class Trainer:
             parameter.grad for parameter in model.parameters() if parameter.grad is not None
         ]
         mean_loss = torch.stack(losses).sum()
-        self.process_group.all_reduce_mean([*gradients, mean_loss])
+        self.group.all_reduce_mean([*gradients, mean_loss])
         grad_norm = nn.utils.get_total_norm(gradients)
         # Transfer both numbers at once: a single device synchronization.
         loss_value, norm_value = torch.stack([mean_loss, grad_norm]).tolist()
-        row = {"loss": loss_value, "lr": lr, "grad_norm": norm_value}
-        if not all(map(math.isfinite, row.values())):
-            return row  # `fit` counts the failed step and rewinds after several
+        metrics = {"loss": loss_value, "lr": lr, "grad_norm": norm_value}
+        if not all(map(math.isfinite, metrics.values())):
+            return metrics  # `fit` counts the failed step and rewinds after several
         if config.grad_clip:
             nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
         for param_group in self.state.optimizer.param_groups:
@@ -244,7 +254,7 @@ class Trainer:
         self.state.optimizer.step()
         for ema in self.state.emas:
             ema.update_parameters(model)
-        return row
+        return metrics
 
     def micro_batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Seed the step and yield its micro-batches: images and labels.
@@ -253,18 +263,21 @@ class Trainer:
         """
         self.runtime.seed(self.run_config["seed"], self.state.step)
         images, labels = self.data.next_batch(
-            self.state.images_seen, self.config.batch_size, self.run_config["seed"], self.rows
+            self.state.images_seen,
+            self.config.batch_size,
+            self.run_config["seed"],
+            self.batch_indices,
         )
-        parts = self.config.grad_accum_steps
-        label_parts = [None] * parts if labels is None else labels.chunk(parts)
-        yield from zip(images.chunk(parts), label_parts, strict=True)
+        count = self.config.grad_accum_steps
+        label_chunks = [None] * count if labels is None else labels.chunk(count)
+        yield from zip(images.chunk(count), label_chunks, strict=True)
 
     def compute_loss(
-        self, forward: Callable[..., Tensor], images: Tensor, labels: Tensor | None
+        self, loss_fn: Callable[..., Tensor], images: Tensor, labels: Tensor | None
     ) -> Tensor:
         """Return the share of one micro-batch in the loss of its step."""
         with self.runtime.autocast():
-            return forward(images, labels) / self.config.grad_accum_steps
+            return loss_fn(images, labels) / self.config.grad_accum_steps
 
     def rewind(self) -> None:
         """Go back to the last good checkpoint after non-finite losses, with half the learning rate.
@@ -274,22 +287,18 @@ class Trainer:
         call their hooks.
         """
         state = self.state
-        culprit = first_nonfinite_module(
+        bad_module = first_nonfinite_module(
             self.model,
             lambda: [
                 self.compute_loss(self.model.forward, *batch) for batch in self.micro_batches()
             ],
         )
-        checkpoint = state.nan_recovery.rewind(
-            lambda before: self.process_group.broadcast_from_main(
-                self.run.latest_valid_checkpoint, before
-            ),
-            state.step + 1,
-            culprit,
-            self.config.lr,
+        checkpoint = self.group.broadcast_from_main(
+            self.run.latest_valid_checkpoint, state.nan_recovery.checkpoint_before(state.step + 1)
         )
+        state.nan_recovery.rewind(checkpoint["step"], state.step + 1, bad_module, self.config.lr)
         state.rewind(checkpoint)
-        if self.process_group.is_main:
+        if self.group.is_main:
             self.run.truncate_metrics(state.step)
         self.step_seconds.clear()
 
@@ -301,8 +310,8 @@ class Trainer:
         return max(by_steps, by_time)
 
     @property
-    def position(self) -> float:
-        """The position of the progress bar: optimizer steps, or seconds without a last step."""
+    def progress(self) -> float:
+        """Progress in the unit of the progress bar: optimizer steps, or seconds without `steps`."""
         return self.state.step if self.config.steps is not None else self.state.seconds
 
     @property
@@ -311,29 +320,40 @@ class Trainer:
         out_of_patience = self.state.evals_since_best >= (self.config.patience or math.inf)
         return self.fraction_done >= 1 or out_of_patience
 
-    def _after_step(self, row: dict[str, float]) -> None:
+    def _after_step(self) -> None:
         """Log, evaluate, sample and save, if it is time to."""
         config = self.config
         state = self.state
-        self.logger.advance(self.position)
+        self.logger.advance(self.progress)
         if self._is_due("log", config.log_every):
-            self.log_step(row)
+            self.log_step()
         is_best = self._is_due("eval", config.eval_every) and self.validate()
-        if self._is_due("test", math.inf):  # no step is a multiple of infinity: only at the end
+        if self.finished and self.last_done.get("test") != state.step:
+            self.last_done["test"] = state.step
             self.test()
         if self.last_done.get("eval") == state.step and not self.finished:
-            self.logger.plot_curves()  # at the end `fit` plots them
+            self.logger.plot_curves()  # at the end `_finish` plots them
         if self._is_due("sample", config.sample_every):
             self.sample()
-        keep = state.step % config.checkpoint_every == 0 or state.step in config.checkpoint_steps
+        numbered = (
+            state.step % config.checkpoint_every == 0 or state.step in config.checkpoint_steps
+        )
         if (
             is_best
-            or (keep and self.last_done["save"] != state.step)
+            or (numbered and self.last_done["save"] != state.step)
             or (not state.nan_recovery.failed and self._is_due("save", config.save_every))
         ):
-            self.save_checkpoint(is_best, keep)
+            self.save_checkpoint(is_best, numbered)
 
-    def _is_due(self, task: str, interval: float) -> bool:
+    def _finish(self) -> None:
+        """Complete the tasks of the last step; the time may have run out during its evaluation."""
+        if self.finished and self.step_metrics:
+            self._after_step()
+        if self.last_done["save"] != self.state.step:
+            self.save_checkpoint()
+        self.logger.plot_curves()
+
+    def _is_due(self, task: str, interval: int) -> bool:
         """Return whether to do a task after this step: at its interval or the end, but once."""
         step = self.state.step
         due = (self.finished or step % interval == 0) and self.last_done.get(task) != step
@@ -341,16 +361,22 @@ class Trainer:
             self.last_done[task] = step
         return due
 
-    def log_step(self, row: dict[str, float]) -> None:
-        """Write the metrics of the last training step."""
-        speed = len(self.step_seconds) * self.config.batch_size / sum(self.step_seconds)
-        self.step_seconds.clear()
+    def log_step(self) -> None:
+        """Write the metrics of the last training step, and diagnostics."""
         diagnostics = self.model.diagnostics()
         sanity_checks.warn_inaccurate_inverse(diagnostics)
-        row = row | {"images_per_second": speed, "skipped": self.state.nan_recovery.skipped}
-        values = [MetricValue(Metric(name), value) for name, value in (row | diagnostics).items()]
+        row = {
+            **self.step_metrics,
+            "images_per_second": (
+                len(self.step_seconds) * self.config.batch_size / sum(self.step_seconds)
+            ),
+            "skipped": self.state.nan_recovery.skipped,
+            **diagnostics,
+        }
+        self.step_seconds.clear()
+        values = [MetricValue(Metric(name), value) for name, value in row.items()]
         if self.model.loss_metric is not None:
-            values.insert(0, MetricValue(self.model.loss_metric, row["loss"]))
+            values.insert(0, MetricValue(self.model.loss_metric, self.step_metrics["loss"]))
         memory_gib = peak_memory(self.runtime.device)
         metrics = Metrics.of(*values, seconds=self.state.seconds, memory_gib=memory_gib)
         self.logger.write(self.state.step, "train", metrics)
@@ -416,27 +442,46 @@ class Trainer:
         self.logger.write_samples(self.state.step, images, self.data.bits)
         self.logger.write_filters(self.state.ema_model.filters())
 
-    def save_checkpoint(self, is_best: bool = False, keep: bool = False) -> None:
+    def save_checkpoint(self, is_best: bool = False, numbered: bool = False) -> None:
         """Save the state, with the batch statistics that an evaluation of this step uses.
 
         Args:
             is_best: Save it as `best.pt` too.
-            keep: Save it under the number of its step too.
+            numbered: Save it under the number of its step too.
         """
         self.eval_model()
         self.model.train()
-        if self.process_group.is_main:
+        if self.group.is_main:
             self.run.save(
-                {"config": self.run_config, **self.state.capture()}, is_best=is_best, keep=keep
+                {"config": self.run_config, **self.state.capture()},
+                is_best=is_best,
+                numbered=numbered,
             )
         self.last_done["save"] = self.state.step
 
     def _prepare(self, checkpoint: dict[str, Any] | None, init_weights: bool) -> None:
         """Initialize or restore the model, and create state and logger."""
+        self._check_settings()
+        self._prepare_model(initialize=checkpoint is None and not init_weights)
+        self._create_state()
+        if checkpoint is not None:
+            self.state.restore(checkpoint)
+        self.last_done = {"save": self.state.step}
+        if self.group.is_main:
+            if checkpoint is not None:
+                self.run.truncate_metrics(self.state.step)
+            total = self.config.steps or 60 * (self.config.minutes or 0.0)
+            unit = "steps" if self.config.steps else "seconds"
+            self.logger = Logger(self.run, self.model, self.state.step, self.progress, total, unit)
+        if checkpoint is None:
+            self.save_checkpoint()
+        if self.config.compile:
+            self._compile()
+
+    def _prepare_model(self, initialize: bool) -> None:
+        """Move the model to the device, initialize it from data, and check that a batch fits."""
         config = self.config
         model = self.model
-        rank, world_size = self.process_group
-        self._check_settings()
         try:
             set_activation_memory(model, config.activation_memory)
         except ValueError as error:
@@ -447,63 +492,53 @@ class Trainer:
         self.data.to(self.runtime.device)
         model.to(self.runtime.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if checkpoint is None and not init_weights:
+        if initialize:
             model.initialize(*self.data.train_batch(0, config.init_images, self.run_config["seed"]))
         check_batch_fits(
             model,
             self.data,
             self.runtime,
             config.batch_size,
-            config.grad_accum_steps * world_size,
+            config.grad_accum_steps * self.group.size,
             config.activation_memory,
         )
-        self.process_group.broadcast_weights(model)
+        self.group.broadcast_weights(model)
+
+    def _create_state(self) -> None:
+        """Create the optimizer and the EMAs, and give each process its part of the batches."""
+        config = self.config
         optimizer = optim.build_optimizer(
-            model,
+            self.model,
             config.optimizer,
             config.lr,
             momentum=config.momentum,
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
-        self.state = TrainState(model, optimizer, config.optimizer, as_list(config.ema_decay))
-        self.rows: Tensor | None = None  # indices of this process's rows of every batch
-        if world_size > 1:  # after the EMAs are copied, which evaluate whole batches
-            self.rows = self.process_group.rows(config.batch_size, config.grad_accum_steps)
-            shard_batches(model, rank, world_size)
-        if checkpoint is not None:
-            self.state.restore(checkpoint)
-            if self.process_group.is_main:
-                self.run.truncate_metrics(self.state.step)
-        self.last_done = {"save": self.state.step}  # the step at which each task was last done
-        self.step_seconds: list[float] = []  # of the training steps since the last log line
-        self.logger: Any = WorkerLogger()
-        if self.process_group.is_main:
-            total = config.steps or 60 * (config.minutes or 0.0)
-            unit = "step" if config.steps else "s"
-            self.logger = Logger(self.run, model, self.state.step, self.position, total, unit)
-        if checkpoint is None:
-            self.save_checkpoint()
-        if config.compile:
-            self._compile()
+        self.state = TrainState(self.model, optimizer, config.optimizer, as_list(config.ema_decay))
+        if self.group.size > 1:  # after the EMAs are copied, which evaluate whole batches
+            self.batch_indices = self.group.batch_indices(
+                config.batch_size, config.grad_accum_steps
+            )
+            shard_batches(self.model, self.group.rank, self.group.size)
 
     def _check_settings(self) -> None:
         """Check that the model can be trained with these settings on this machine."""
         config = self.config
-        if self.process_group.size > 1:
+        if self.group.size > 1:
             check(
                 self.model.shares_batches,
                 "this model trains in one process: remove trainer.num_processes and torchrun, "
                 "and start one run per device",
             )
-            self.process_group.check_device(self.runtime.device)
-            self.process_group.check_divides(config.batch_size, config.grad_accum_steps)
+            self.group.check_device(self.runtime.device)
+            self.group.check_divides(config.batch_size, config.grad_accum_steps)
         bytes_per_image = 5 * math.prod(self.data.image_shape)  # one byte and one float32 per value
         check_memory("trainer.batch_size", config.batch_size, bytes_per_image)
         check_memory("trainer.init_images", config.init_images, bytes_per_image)
         check(
             not (config.compile and config.activation_memory == "checkpoint")
-            or (self.process_group.size == 1 and not batch_norm_layers(self.model)),
+            or (self.group.size == 1 and not batch_norm_layers(self.model)),
             "trainer.compile=true with batch normalization or several processes needs "
             "trainer.activation_memory=store: set it, or trainer.compile=false",
         )

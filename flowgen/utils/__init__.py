@@ -28,3 +28,8 @@ def lazy_exports(package: str, modules: Mapping[str, str]) -> LazyExports:
         return module if name == modules[name] else getattr(module, name)
 
     return load, lambda: sorted(modules), sorted(modules)
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a list or a tuple as a list, and any other value as a list of one."""
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -4,16 +4,18 @@ import errno
 import logging
 import math
 import sys
+import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from flowgen.utils.errors import UserError, log
-from flowgen.utils.launcher import is_worker
+from flowgen.utils.processes import is_worker
 
 T = TypeVar("T")
 ETA_AFTER_SECONDS = 10.0  # of work, before its speed is known
 MIN_REMAINING_SECONDS = 60.0  # shorter waits are not announced
+MIN_TEXT_WIDTH = 30  # characters of the last column of a table
 DISK_FULL = (
     "the disk is full: free some space, "
     "then continue from the last checkpoint with `flowgen resume RUN`"
@@ -130,6 +132,50 @@ class EtaLogger:
                 format_duration(remaining),
             )
         self.finished = True
+
+
+def format_table(rows: Sequence[Sequence[object]], width: int) -> list[str]:
+    """Return the lines of a table of at most `width` characters; no cell is cut.
+
+    The last column is wrapped. If the others leave too little room for it, the first column gets
+    separate lines.
+
+    Args:
+        rows: Rows of equal length, usually with the titles first.
+        width: Maximum length of a line, except for longer words.
+
+    Example:
+        >>> rows = [("model", "description"), ("nice", "additive couplings of networks")]
+        >>> print("\\n".join(format_table(rows, 40)))
+        model  description
+        nice   additive couplings of networks
+        >>> print("\\n".join(format_table(rows, 20)))
+        model
+          description
+        nice
+          additive couplings
+          of networks
+    """
+    cells = [[escape_control(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    folded = width - sum(widths[:-1]) - 2 * len(widths[:-1]) < min(MIN_TEXT_WIDTH, widths[-1])
+    lines = []
+    for *row, text in cells:
+        columns = [f"{cell:{size}}  " for cell, size in zip(row, widths, strict=False)]
+        if folded:
+            lines.append(row[0])
+            columns[0] = "  "
+        start = "".join(columns)
+        wrapped = textwrap.wrap(
+            text,
+            width,
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines += wrapped or [start.rstrip()]
+    return lines
 
 
 def count_noun(number: int, noun: str) -> str:

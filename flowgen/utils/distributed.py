@@ -1,7 +1,7 @@
 """Helpers on top of torch.distributed: ranks, sums, and evaluation split across processes."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,27 +14,11 @@ class WorkerDiedError(UserError):
     """Another process of the training has died."""
 
 
-class Rank(NamedTuple):
-    """Number of a process, from 0, and how many there are."""
-
-    rank: int = 0
-    size: int = 1
-
-    def rows(self, batch_size: int, parts: int = 1) -> Tensor:
-        """Return the indices of this process's rows in a batch split into `parts` micro-batches.
-
-        Example:
-            >>> Rank(1, 2).rows(8, parts=2)
-            tensor([2, 3, 6, 7])
-        """
-        return torch.arange(batch_size).view(parts, self.size, -1)[:, self.rank].flatten()
-
-
-def world_rank() -> Rank:
-    """Return the rank of this process in torch's default group, or (0, 1) without one."""
+def rank_and_size() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes, (0, 1) without a group."""
     if dist.is_available() and dist.is_initialized():
-        return Rank(dist.get_rank(), dist.get_world_size())
-    return Rank()
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -43,7 +27,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     Raises:
         WorkerDiedError: If another process has died.
     """
-    return values if world_rank().size == 1 else _AllReduceSum.apply(values)
+    return values if rank_and_size()[1] == 1 else _AllReduceSum.apply(values)
 
 
 def evaluate_sharded(
@@ -62,7 +46,7 @@ def evaluate_sharded(
     Returns:
         The scores in float64, of shape (images,).
     """
-    rank, size = world_rank()
+    rank, size = rank_and_size()
     scores = []
     for index, images in enumerate(batches):
         if index % size == rank:

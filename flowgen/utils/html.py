@@ -10,6 +10,8 @@ from jinja2 import Environment, FileSystemLoader
 from flowgen.utils.errors import user_error
 from flowgen.utils.files import atomic_write
 
+STYLESHEET = Path(__file__).with_name("page.css")  # of all pages
+
 
 class Picture(NamedTuple):
     """A picture with a caption.
@@ -58,11 +60,11 @@ def write_html(
         contents: Add a table of contents after the lead.
     """
     template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(STYLESHEET.parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template("document.html")
+    ).get_template("page.html")
     with atomic_write(path) as temporary:
         temporary.write_text(
             template.render(title=title, lead=lead, sections=sections, contents=contents)

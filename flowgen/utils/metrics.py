@@ -41,6 +41,18 @@ COMPARED = (BITS_PER_DIM, NOISY_BITS_PER_DIM, LOG_LIKELIHOOD)  # metrics that ra
 LOG_PROBABILITY = Metric("log_probability", "nats", higher_is_better=True)  # of one image
 # log p(x) + log Z with an unknown log Z
 UNNORMALIZED = Metric("unnormalized_log_probability", "nats", higher_is_better=True)
+SAMPLE_METRICS = {  # of sample quality, without the prefix of the images: sample_, training_, test_
+    metric.name: metric
+    for metric in (
+        Metric("frechet", "squared distance of principal components", higher_is_better=False),
+        Metric("coverage", "of the test images", higher_is_better=True),
+        Metric("spread", "times that of the test images"),
+        Metric("readable", higher_is_better=True),
+        Metric("fid", higher_is_better=False),
+        Metric("precision", higher_is_better=True),
+        Metric("recall", higher_is_better=True),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,20 @@ def beats_entropy_bound(value: MetricValue, entropy: float, dimensions: int) -> 
     if value.metric == BITS_PER_DIM:
         return dimensions * (value.value + margin) < entropy
     return value.metric == LOG_LIKELIHOOD and margin - value.value < entropy * math.log(2)
+
+
+def likelihood_kind(kind: str, row: Mapping[str, Any]) -> str:
+    """Return the kind of likelihood of an evaluation.
+
+    Args:
+        kind: Kind of the model: "exact", "bound", "estimate" or "none".
+        row: Results; the likelihood of an RBM is exact if its log Z has no error.
+
+    Example:
+        >>> likelihood_kind("estimate", {"log_z": 9.7, "log_z_error": 0.0})
+        'exact'
+    """
+    return "exact" if kind == "estimate" and row.get("log_z_error") == 0 else kind
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:

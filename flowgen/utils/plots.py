@@ -66,10 +66,11 @@ def lines(
 
 
 def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
-    """Plot the curves of a training run and write a PNG, if there is anything to plot.
+    """Plot the curves of a training run and write a PNG, if a curve has two points.
 
     The upper panels have the training loss, its moving average, and the metric of the other
-    splits. The lowest panel has the learning rate and the gradient norm.
+    splits. The lowest panel has the learning rate and the gradient norm. A panel without a line of
+    two points is skipped.
 
     Args:
         rows: Rows of metrics.jsonl.
@@ -89,7 +90,7 @@ def curves(rows: Sequence[dict[str, Any]], metric: Metric, path: Path) -> None:
     else:  # the loss of an RBM is not a likelihood and gets its own panel
         worst = (OUTLIER_SHARE, 0.0) if metric.higher_is_better else highest
         panels = [(metric.name, metric_lines, worst), ("loss", loss_lines, highest)]
-    panels = [panel for panel in panels if any(panel[1].values())]
+    panels = [panel for panel in panels if any(len(line) > 1 for line in panel[1].values())]
     if not panels:
         return
     with figure(8, 3 + 3 * len(panels), path) as page:

@@ -24,7 +24,7 @@ BLUE = torch.tensor([8.0, 81.0, 156.0])
 
 
 def is_toy2d(shape: Sequence[int]) -> bool:
-    """Return True if images of this shape (channels, height, width) are points of the plane."""
+    """Return whether images of this shape (channels, height, width) are points of the plane."""
     return tuple(shape) == TOY2D_SHAPE
 
 
@@ -42,7 +42,7 @@ def image_grid(images: Tensor, bits: int, columns: int, side: int = MIN_SIDE) ->
 
         return plots.scatter_plot(images.flatten(1).cpu(), 2**bits)
     factor = -(-side // min(images.shape[-2:]))
-    pixels = _to_bytes(images, bits).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    pixels = to_bytes(images, bits).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     tiles = [to_pil(image) for image in pixels]
     return tiles[0].convert("RGB") if len(tiles) == 1 else _tile(tiles, columns, GAP)
 
@@ -83,7 +83,7 @@ def save_zip(batches: Iterable[Tensor], bits: int, path: Path) -> None:
 
 def encode_png(image: Tensor, bits: int) -> bytes:
     """Return one image, uint8 (channels, height, width), as a PNG of the same size."""
-    return to_png(to_pil(_to_bytes(image, bits)))
+    return to_png(to_pil(to_bytes(image, bits)))
 
 
 def to_png(picture: Image.Image) -> bytes:
@@ -93,7 +93,7 @@ def to_png(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _to_bytes(images: Tensor, bits: int) -> Tensor:
+def to_bytes(images: Tensor, bits: int) -> Tensor:
     """Scale pixel values of `bits` bits to 0..255."""
     return (images.cpu().int() * 255 // (2**bits - 1)).to(torch.uint8)
 

@@ -61,9 +61,8 @@ def main() -> None:
     data = build_data(checkpoint["config"])
     classifier = train_classifier(data)
     assert data.test.labels is not None
-    labels, _ = classifier.predict(torch.cat(list(data.batches("test", 1000))))
-    accuracy = 100 * labels.eq(data.test.labels).float().mean()
-    print(f"{run.folder}: accuracy of the classifier on test digits: {accuracy:.1f} %")
+    accuracy = classifier.accuracy(torch.cat(list(data.batches("test", 1000))), data.test.labels)
+    print(f"{run.folder}: accuracy of the classifier on test digits: {100 * accuracy:.1f} %")
     start = rbm.to_visible(next(data.batches("test", args.chains)))
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -3,7 +3,8 @@
 A sample is readable if a classifier assigns a probability of at least 0.9 to one of the classes.
 The classifier is trained on the training images of MNIST. The script also prints the share of
 readable test digits, and the share of samples of a class-conditional model that have the requested
-class.
+class. `flowgen evaluate samples=N` uses a classifier of the data of each run; here all models share
+one.
 """
 
 import argparse
@@ -12,9 +13,9 @@ from pathlib import Path
 import torch
 
 import flowgen
-from flowgen.commands.sample import sample_images
 from flowgen.data.mnist import MNIST
 from flowgen.evaluation.sample_quality import Classifier, train_classifier
+from flowgen.models.base import sample_images
 
 
 def load_classifier(data: MNIST, path: Path | None) -> Classifier:
@@ -42,8 +43,7 @@ def describe_samples(classifier: Classifier, run: str, temperature: float, count
     )
     if model.num_classes:
         requested = torch.arange(len(images)) % model.num_classes
-        share = (classifier.predict(images)[0] == requested).float().mean()
-        text += f", of the requested class {share:.3f}"
+        text += f", of the requested class {classifier.accuracy(images, requested):.3f}"
     return text
 
 
@@ -64,8 +64,8 @@ def main() -> None:
         random_flip=False,
     )
     classifier = load_classifier(data, args.classifier)
-    label, _ = classifier.predict(data.test.images)
-    accuracy = (label == data.test.labels).float().mean()
+    assert data.test.labels is not None
+    accuracy = classifier.accuracy(data.test.images, data.test.labels)
     readable = classifier.share_readable(data.test.images)
     print(f"test digits: readable {readable:.3f}, accuracy of the classifier {accuracy:.4f}")
     for run in args.runs:

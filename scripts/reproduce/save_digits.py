@@ -22,9 +22,10 @@ def main() -> None:
     args = parser.parse_args()
     data = MNISTSample(bits=8, random_flip=False)
     args.folder.mkdir(parents=True, exist_ok=True)
-    for index in args.indices:
-        path = args.folder / f"digit_{index // IMAGES_PER_DIGIT}.png"
-        to_pil(data.test.images[index]).save(path)
+    digits = [index // IMAGES_PER_DIGIT for index in args.indices]
+    for index, digit in zip(args.indices, digits, strict=True):
+        name = f"digit_{digit}" if digits.count(digit) == 1 else f"digit_{digit}_{index}"
+        to_pil(data.test.images[index]).save(args.folder / f"{name}.png")
 
 
 if __name__ == "__main__":

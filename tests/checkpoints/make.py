@@ -1,9 +1,9 @@
 """Train the stored checkpoints of tests/test_checkpoints.py: python tests/checkpoints/make.py.
 
-The checkpoints prove that later versions read format 1. Never train an existing one again; run this
-for new models only, by name:
+The checkpoints prove that later versions read format 1. Once a checkpoint is committed, never train
+it again: run this file only with the names of new models, in the environment of `make setup`:
 
-    python tests/checkpoints/make.py NAME...
+    .venv/bin/python tests/checkpoints/make.py NAME...
 
 Each NAME.pt.gz has a NAME.json with the metrics of `flowgen evaluate`. The part of NAME before a
 dash is the model.

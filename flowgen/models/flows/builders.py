@@ -1,5 +1,6 @@
 """Building blocks that the constructors of several flows share."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -9,26 +10,27 @@ from flowgen.utils.errors import UserError, check_choice, check_number, check_wh
 
 MAX_DEPTH = 1000  # layers, blocks or couplings; deeper models would take hours to build
 MAX_LEVELS = 30
+Resolution = tuple[int, int]  # height and width
 T = TypeVar("T")
 
 
-def square_shape(image_shape: Sequence[int]) -> tuple[int, int]:
-    """Return the channels and the resolution of square images.
-
-    Args:
-        image_shape: (channels, height, width), where height and width are equal.
-    """
+def split_shape(image_shape: Sequence[int]) -> tuple[int, Resolution]:
+    """Return the channels and the resolution (height, width) of an image shape."""
     channels, height, width = image_shape
     check_whole(channels=channels, height=height, width=width)
-    if height != width:
-        raise UserError(f"image_shape={list(image_shape)} is not square: choose one data.size")
-    return channels, height
+    return channels, (height, width)
 
 
-def choose(options: Mapping[str, T], **argument: str) -> T:
-    """Return the option with the name of an argument, as in `choose(NETWORKS, network=name)`."""
-    check_choice(options, **argument)
-    return options[next(iter(argument.values()))]
+def format_size(resolution: Resolution) -> str:
+    """Return a resolution as the value of `data.size`: one number for squares."""
+    height, width = resolution
+    return str(height) if height == width else f"[{height},{width}]"
+
+
+def choose(argument: str, value: str, options: Mapping[str, T]) -> T:
+    """Return the option of an argument, as in `choose("network", "conv", NETWORKS)`."""
+    check_choice(options, **{argument: value})
+    return options[value]
 
 
 def make_transform(name: str, log_scale: str = "bounded") -> univariate.Transform:
@@ -38,7 +40,7 @@ def make_transform(name: str, log_scale: str = "bounded") -> univariate.Transfor
         name: "additive", "multiplicative", "affine", "spline" or "mixture".
         log_scale: Parameterization of the log-scale, see `flowgen.bijections.univariate`.
     """
-    return choose(univariate.TRANSFORMS, transform=name)(log_scale)
+    return choose("transform", name, univariate.TRANSFORMS)(log_scale)
 
 
 def gaussianization(enabled: bool, channels: int, bits: int) -> list[Bijection]:
@@ -56,16 +58,16 @@ def flat_chain(
     """Return a chain of layers for flattened images.
 
     Args:
-        image_shape: (channels, height, width), where height and width are equal.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         gaussianize: Start with a `MarginalGaussianization`.
         make_layers: Function that returns the layers, given the dimension of the images.
     """
-    channels, size = square_shape(image_shape)
+    channels, (height, width) = split_shape(image_shape)
     return Chain(
         *gaussianization(gaussianize, channels, bits),
-        reshape.Flatten(channels, size, size),
-        *make_layers(channels * size**2),
+        reshape.Flatten(channels, height, width),
+        *make_layers(channels * height * width),
     )
 
 
@@ -76,19 +78,21 @@ def condition_size(num_classes: int | None, condition_networks: bool) -> int:
     return num_classes if num_classes and condition_networks else 0
 
 
-def choose_patch(size: int, patch: int | None) -> int:
-    """Return the patch size of a transformer for images of `size` x `size` pixels.
+def choose_patch(resolution: Resolution, patch: int | None) -> int:
+    """Return the height and width of the patches of a transformer.
 
     Args:
-        size: Height and width of the images.
-        patch: A divisor of `size`; None selects the largest of 4, 2 and 1 that divides it.
+        resolution: Height and width of the images.
+        patch: A divisor of both; None selects the largest of 4, 2 and 1 that divides both.
     """
+    divisor = math.gcd(*resolution)
     if patch is None:
-        return next(patch for patch in (4, 2, 1) if size % patch == 0)
+        return next(patch for patch in (4, 2, 1) if divisor % patch == 0)
     check_whole(patch=patch)
-    if size % patch:
+    if divisor % patch:
         raise UserError(
-            f"patch={patch} does not divide images of size={size}: choose a divisor, or null"
+            f"patch={patch} does not divide images of size={format_size(resolution)}: "
+            "choose a divisor, or null"
         )
     return patch
 
@@ -114,32 +118,37 @@ def check_transformer(
         )
 
 
-def num_levels(size: int, levels: int | None) -> int:
-    """Return the number of times that a multi-scale flow halves images of `size` x `size` pixels.
+def resolve_levels(resolution: Resolution, levels: int | None) -> int:
+    """Return the number of times that a multi-scale flow halves the resolution of images.
 
     Args:
-        size: Height and width of the images.
-        levels: A number that the size allows; None selects the largest one, at most 4.
+        resolution: Height and width of the images.
+        levels: A number that both allow; None selects the largest one, at most 4.
     """
+    divisor = math.gcd(*resolution)
     if levels is None:
-        return next(levels for levels in (4, 3, 2, 1, 0) if size % 2**levels == 0)
+        return next(levels for levels in (4, 3, 2, 1, 0) if divisor % 2**levels == 0)
     check_whole(high=MAX_LEVELS, levels=levels)
-    if size % 2**levels:
+    if divisor % 2**levels:
         raise UserError(
-            f"levels={levels} needs an image size that is a multiple of {2**levels}, not {size}: "
-            "choose fewer levels"
+            f"levels={levels} needs an image size that is a multiple of {2**levels}, not "
+            f"{format_size(resolution)}: choose fewer levels"
         )
     return levels
+
+
+def squeezed(resolution: Resolution, factor: int = 2) -> Resolution:
+    """Return the resolution after `reshape.Squeeze(factor)`."""
+    return resolution[0] // factor, resolution[1] // factor
 
 
 def multi_scale(
     num_splits: int,
     channels: int,
-    resolution: int,
-    level: Callable[[int, int, int], list[Bijection]],
-    last_level: Callable[[int, int], list[Bijection]],
+    resolution: Resolution,
+    level: Callable[[int, int, Resolution], list[Bijection]],
+    last_level: Callable[[int, Resolution], list[Bijection]],
     prior: Callable[[int], networks.Conditioner | None],
-    index: int = 0,
 ) -> Bijection:
     """Return a multi-scale flow from images to vectors. Real NVP (1605.08803), section 3.6.
 
@@ -150,17 +159,15 @@ def multi_scale(
         num_splits: Number of levels that end with a split.
         channels: Channels of the images.
         resolution: Height and width of the images.
-        level: Builds the bijections of a level, from (C, R, R) to (4C, R/2, R/2), given its
-            number, its input channels C and its resolution R.
+        level: Builds the bijections of a level, from (C, H, W) to (4C, H/2, W/2), given its
+            number, its input channels C and its resolution (H, W).
         last_level: Builds the bijections after the last split, which end with a vector.
         prior: Builds the network that predicts the factored-out half from the other half, given the
             number of channels before the split; None stands for N(0, I).
-        index: Number of the first level.
     """
-    if index >= num_splits:
-        return Chain(*last_level(channels, resolution))
-    bijections = level(index, channels, resolution)
-    rest = multi_scale(
-        num_splits, 2 * channels, resolution // 2, level, last_level, prior, index + 1
-    )
-    return Chain(*bijections, reshape.FactorOut(rest, prior(4 * channels)))
+    # The order fixes the random numbers of the initial weights.
+    levels = [level(n, channels << n, squeezed(resolution, 2**n)) for n in range(num_splits)]
+    flow = Chain(*last_level(channels << num_splits, squeezed(resolution, 2**num_splits)))
+    for index in reversed(range(num_splits)):
+        flow = Chain(*levels[index], reshape.FactorOut(flow, prior(4 * channels << index)))
+    return flow

@@ -67,7 +67,7 @@ class FlowDensity(GenerativeModel):
         one_hot = self.one_hot(labels)
         if one_hot is None:
             return self.class_log_density(x).logsumexp(1) - math.log(len(self.means))
-        z, log_det = self.bijection(x, self.condition(one_hot))
+        z, log_det = self.bijection(x, self.network_condition(one_hot))
         return self.log_base(z, one_hot) + log_det
 
     def class_log_density(self, x: Tensor) -> Tensor:
@@ -87,11 +87,16 @@ class FlowDensity(GenerativeModel):
     def log_density_terms(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return log p(x) in nats, (batch,), and a dictionary of its terms, each (batch,).
 
-        The terms are `log_base`, log N(z; mean, I), `log_det`, log|det dz/dx|, and `last_level`,
-        log p(h). h is the input of the last level of a multi-scale flow, which is coarse and
-        therefore closest to what an image shows; its density is the sum of the terms of this level:
-        Schirrmeister et al. (2006.10848), section 4. In flows with a single level, h is x. In flows
-        with classes, p(x) is averaged over the classes, and each term is weighted by p(y | x).
+        The terms are
+
+        - `log_base`: log N(z; mean, I).
+        - `log_det`: log|det dz/dx|.
+        - `last_level`: log p(h), where h is the input of the last level of a multi-scale flow,
+          which carries the coarse content of the image. Schirrmeister et al. (2006.10848),
+          section 4. In flows with a single level, h is x.
+
+        In flows with classes, p(x) is averaged over the classes, and each term is weighted by
+        p(y | x).
         """
         one_hots = torch.eye(len(self.means)).to(x)[:, None].expand(-1, len(x), -1)
         conditions = one_hots if self.condition_networks else [None]
@@ -116,7 +121,8 @@ class FlowDensity(GenerativeModel):
 
         Args:
             outputs: Latents z and log-determinants: for each class if the class conditions the
-                networks, else once. The latents of the last level come first among all latents.
+                networks, else once. z may hold only the last level; it uses the first entries of
+                the means.
         """
         groups = self.means.split(1) if self.condition_networks else [self.means]
         terms = [
@@ -135,7 +141,7 @@ class FlowDensity(GenerativeModel):
             return None
         return F.one_hot(labels, self.num_classes).to(self.dtype)
 
-    def condition(self, one_hot: Tensor | None) -> Tensor | None:
+    def network_condition(self, one_hot: Tensor | None) -> Tensor | None:
         """Return the condition of the bijection."""
         return one_hot if self.condition_networks else None
 

@@ -12,7 +12,9 @@ from flowgen.utils.errors import check_choice
 
 VARIATIONAL_COUPLINGS = 4
 VARIATIONAL_WIDTH = 32  # channels of the coupling networks
-MAX_NOISE = 1 - 2**-16  # an 8-bit pixel value plus this stays below the next value in float32
+MAX_NOISE = (
+    1 - 2**-16
+)  # largest noise; value + noise still rounds to less than value + 1 in float32
 
 
 class Dequantizer(nn.Module):
@@ -83,20 +85,21 @@ class VariationalDequantizer(Dequantizer):
 
     Args:
         channels: Channels of the images.
-        size: Height and width of the images.
+        height: Height of the images.
+        width: Width of the images.
         bins: Number of pixel values, 2^bits.
     """
 
-    def __init__(self, channels: int, size: int, bins: int):
+    def __init__(self, channels: int, height: int, width: int, bins: int):
         super().__init__()
         self.bins = bins
-        make_mask = coupling.checkerboard if size > 1 else coupling.channelwise
+        make_mask = coupling.checkerboard if height * width > 1 else coupling.channelwise
         self.bijection = Chain(
             *(
                 coupling.MaskedCoupling(
                     networks.ConvNetwork(2 * channels, VARIATIONAL_WIDTH, 2 * channels),
                     univariate.Affine(),
-                    make_mask(channels, size, size, index % 2 == 1),
+                    make_mask(channels, height, width, index % 2 == 1),
                 )
                 for index in range(VARIATIONAL_COUPLINGS)
             )
@@ -131,10 +134,11 @@ def make_dequantizer(dequantization: str, image_shape: Sequence[int], bits: int)
     if std is not None:
         return GaussianDequantizer(std, 2**bits)
     check_choice(("uniform", "variational", "gaussian:0.05"), dequantization=dequantization)
+    channels, height, width = image_shape
     return (
         UniformDequantizer()
         if dequantization == "uniform"
-        else VariationalDequantizer(image_shape[0], image_shape[1], 2**bits)
+        else VariationalDequantizer(channels, height, width, 2**bits)
     )
 
 

@@ -154,7 +154,9 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         self.dequantizer.initialize(images, self.dtype)
         if labels is None and self.num_classes is not None:
             labels = torch.arange(len(images), device=images.device) % self.num_classes
-        self.bijection.initialize(self._dequantize(images)[0], self.condition(self.one_hot(labels)))
+        self.bijection.initialize(
+            self._dequantize(images)[0], self.network_condition(self.one_hot(labels))
+        )
 
     def log_prob(
         self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
@@ -201,7 +203,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
     def evaluate(
         self,
         batches: Iterable[Tensor],
-        reference: Iterable[Tensor] = (),
+        train_batches: Iterable[Tensor] = (),
         eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
         """Return the bits/dim of `batches` with its standard error over images.
@@ -301,8 +303,8 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
 
         It is log p(x | label) if the class conditions the networks, else log p(x).
         """
-        x, log_det = self.bijection.inverse(z, self.condition(one_hot))
-        return x, self.log_base(z, self.condition(one_hot)) - log_det
+        x, log_det = self.bijection.inverse(z, self.network_condition(one_hot))
+        return x, self.log_base(z, self.network_condition(one_hot)) - log_det
 
     def _denoise(self, x: Tensor, labels: Tensor | None) -> Tensor:
         if not isinstance(self.dequantizer, GaussianDequantizer):
@@ -325,8 +327,12 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
+        """Return the images of latents (batch, D) or, with the class, (batch, D + num_classes)."""
+        # Sums of latents can move the one-hot class out of [0, 1], where the networks are trained.
         z, one_hot = latent.tensor_split([self.dimensions], 1)
-        return self._quantize(self.bijection.inverse(z, self.condition(one_hot.clamp(0, 1)))[0])
+        return self._quantize(
+            self.bijection.inverse(z, self.network_condition(one_hot.clamp(0, 1)))[0]
+        )
 
     def class_latents(self) -> Tensor:
         self._check_classes()

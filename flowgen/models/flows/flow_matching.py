@@ -16,7 +16,7 @@ from flowgen.models.flows.builders import (
     choose_patch,
     condition_size,
     flat_chain,
-    square_shape,
+    split_shape,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_number, check_whole
@@ -34,10 +34,10 @@ class FlowMatching(Flow):
     with sigma_min = 0. It is not a likelihood. Needs the package torchdiffeq.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         patch: Side length of the patches, the tokens of the transformer; None selects the largest
-            of 4, 2 and 1 that divides the image size.
+            of 4, 2 and 1 that divides height and width.
         num_layers: Layers of the transformer, which predicts the velocity.
         width: Width of the transformer, a multiple of `num_heads`.
         num_heads: Attention heads of the transformer.
@@ -81,7 +81,7 @@ class FlowMatching(Flow):
     ):
         if find_spec("torchdiffeq") is None:
             raise UserError("flow matching needs the package torchdiffeq: pip install torchdiffeq")
-        channels, size = square_shape(image_shape)
+        channels, resolution = split_shape(image_shape)
         check_transformer([num_layers], width, num_heads, dropout)
         check_number(tolerance=tolerance)
         check_whole(low=0, exact_trace_dims=exact_trace_dims)
@@ -92,8 +92,8 @@ class FlowMatching(Flow):
                 continuous.CNF(
                     continuous.VelocityField(
                         channels,
-                        size,
-                        choose_patch(size, patch),
+                        resolution,
+                        choose_patch(resolution, patch),
                         width,
                         num_heads,
                         num_layers,
@@ -140,14 +140,14 @@ class FlowMatching(Flow):
             z = z + one_hot @ self.means
         t = self.random_source(torch.rand, x.shape[:1], device=x.device, dtype=x.dtype)
         x_t = torch.lerp(z, x, t[:, None])
-        velocity = self.cnf.velocity(x_t, t, self.condition(one_hot))
+        velocity = self.cnf.velocity(x_t, t, self.network_condition(one_hot))
         return (velocity - (x - z)).square().mean()
 
     @torch.no_grad()
     def evaluate(
         self,
         batches: Iterable[Tensor],
-        reference: Iterable[Tensor] = (),
+        train_batches: Iterable[Tensor] = (),
         eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
         """Return the bits/dim, and the solver difference.
@@ -157,7 +157,7 @@ class FlowMatching(Flow):
         """
         iterator = iter(batches)
         first_batch = next(iterator)
-        metrics = super().evaluate(chain((first_batch,), iterator), reference, eval_config)
+        metrics = super().evaluate(chain((first_batch,), iterator), train_batches, eval_config)
         coarse, fine = (
             self._bits_per_dim_at(ratio * self.cnf.tolerance, first_batch)
             for ratio in (1, TOLERANCE_RATIO)

@@ -1,18 +1,22 @@
 """Glow: Kingma and Dhariwal, Generative Flow with Invertible 1x1 Convolutions (1807.03039)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.models.flows.builders import (
     MAX_DEPTH,
+    Resolution,
     choose,
     condition_size,
+    format_size,
     gaussianization,
     make_transform,
     multi_scale,
-    num_levels,
-    square_shape,
+    resolve_levels,
+    split_shape,
+    squeezed,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_choice, check_whole
@@ -32,7 +36,7 @@ class Glow(Flow):
     (1807.03039), section 3 and figure 2.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         levels: Number of levels (L in the paper). Each level starts with a squeeze, which halves
             height and width. None selects as many levels as the size allows, at most 4. For images
@@ -95,65 +99,64 @@ class Glow(Flow):
         num_classes: int | None = None,
         condition_networks: bool = True,
     ):
-        channels, size = square_shape(image_shape)
+        channels, resolution = split_shape(image_shape)
         check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_blocks=num_blocks)
         check_choice(("bounded", "sigmoid", "tanh"), log_scale=log_scale)
         check_choice(("predicted", "standard"), split_prior=split_prior)
         check_choice(("standard", "learned"), base=base)
         make_convolution = choose(
+            "convolution",
+            convolution,
             {"plu": linear.InvertibleConv1x1LU, "plain": linear.InvertibleConv1x1},
-            convolution=convolution,
         )
-        make_network = choose(NETWORKS, network=network)
+        make_network = choose("network", network, NETWORKS)
         block_arguments = [] if network == "conv" else [num_blocks]
-        univariate = make_transform(transform, log_scale)
+        univariate_transform = make_transform(transform, log_scale)
         cond_channels = condition_size(num_classes, condition_networks)
-        levels = num_levels(size, levels)
+        levels = resolve_levels(resolution, levels)
         if levels == 0 and channels < 2:
             raise UserError(
-                f"Glow cannot split gray images of size={size} in halves: choose an even data.size"
+                f"Glow needs an even data.size for gray images, not {format_size(resolution)}"
             )
         depths = _expand_depths(steps_per_level, max(1, levels))
 
         def step(channels: int) -> list[Bijection]:
             in_channels = channels // 2 + cond_channels
-            out_channels = univariate.num_params * (channels - channels // 2)
+            out_channels = univariate_transform.num_params * (channels - channels // 2)
             return [
                 linear.FusedAffine(linear.ActNorm(channels), make_convolution(channels)),
                 coupling.Coupling(
-                    make_network(in_channels, width, out_channels, *block_arguments), univariate
+                    make_network(in_channels, width, out_channels, *block_arguments),
+                    univariate_transform,
                 ),
             ]
 
         def steps(index: int, channels: int) -> list[Bijection]:
             return [bijection for _ in range(depths[index]) for bijection in step(channels)]
 
-        def level(index: int, channels: int, resolution: int) -> list[Bijection]:
+        def level(index: int, channels: int, resolution: Resolution) -> list[Bijection]:
             return [reshape.Squeeze(), *steps(index, 4 * channels)]
 
-        def last_level(channels: int, resolution: int) -> list[Bijection]:
+        def last_level(channels: int, resolution: Resolution) -> list[Bijection]:
             scale = 2 if levels else 1  # images of odd size cannot be squeezed
-            out_channels = channels * scale**2
-            side = resolution // scale
+            rows, columns = squeezed(resolution, scale)
+            shape = (channels * scale**2, rows, columns)
             return [
                 *(level(levels - 1, channels, resolution) if levels else steps(0, channels)),
-                *([linear.ActNorm(out_channels)] if final_actnorm else []),
-                reshape.Flatten(out_channels, side, side),
-                *([elementwise.Standardize(out_channels * side**2)] if base == "learned" else []),
+                *([linear.ActNorm(shape[0])] if final_actnorm else []),
+                reshape.Flatten(*shape),
+                *([elementwise.Standardize(math.prod(shape))] if base == "learned" else []),
             ]
 
         def prior(channels: int) -> networks.Conditioner | None:
             in_channels = channels // 2 + cond_channels
-            return (
-                networks.ZeroConv2d(in_channels, channels, 3)
-                if split_prior == "predicted"
-                else None
-            )
+            is_predicted = split_prior == "predicted"
+            return networks.ZeroConv2d(in_channels, channels, 3) if is_predicted else None
 
         chain = Chain(
             *gaussianization(gaussianize, channels, bits),
-            multi_scale(levels - 1, channels, size, level, last_level, prior),
+            multi_scale(max(0, levels - 1), channels, resolution, level, last_level, prior),
         )
         super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
 

@@ -198,7 +198,7 @@ class InpaintingChains(ABC):
 
     @property
     def _condition(self) -> Tensor | None:
-        return self.flow.condition(self.flow.one_hot(self.labels))
+        return self.flow.network_condition(self.flow.one_hot(self.labels))
 
     def _clamp_to_unit(self, x: Tensor) -> Tensor:
         """Keep x off 0 and 1, which rounding may reach and the head maps to infinity."""

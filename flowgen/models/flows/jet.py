@@ -12,9 +12,11 @@ from flowgen.models.flows.builders import (
     check_transformer,
     choose_patch,
     condition_size,
+    format_size,
     gaussianization,
     make_transform,
-    square_shape,
+    split_shape,
+    squeezed,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_choice, check_whole
@@ -29,10 +31,10 @@ class Jet(Flow):
     Transformer-Based Normalizing Flow (2412.15129), section 3.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         patch: Side length of the patches, the tokens of the transformers; None selects the largest
-            of 4, 2 and 1 that divides the image size.
+            of 4, 2 and 1 that divides height and width.
         num_couplings: Number of couplings. Every fifth one splits the patches, the others split the
             channels of each patch.
         num_layers: Layers of the transformer of each coupling.
@@ -76,36 +78,39 @@ class Jet(Flow):
         num_classes: int | None = None,
         condition_networks: bool = True,
     ):
-        image_channels, size = square_shape(image_shape)
+        image_channels, resolution = split_shape(image_shape)
         check_whole(high=MAX_DEPTH, num_couplings=num_couplings)
         check_transformer([num_layers], width, num_heads, dropout)
         check_choice(("permutation", "plu"), permutation=permutation)
-        univariate = make_transform(transform)
-        patch = choose_patch(size, patch)
+        univariate_transform = make_transform(transform)
+        patch = choose_patch(resolution, patch)
         channels = image_channels * patch**2
-        resolution = size // patch
+        rows, columns = squeezed(resolution, patch)
+        num_tokens = rows * columns
         if channels < 2:
             raise UserError(
                 f"Jet cannot split patches of one number in halves: choose a larger patch for "
-                f"images of size={size}"
+                f"images of size={format_size(resolution)}"
             )
-        masks = cycle(token_masks(channels, resolution) if resolution > 1 else [])
+        masks = cycle(token_masks(channels, rows, columns))
 
         def network(in_channels: int, transformed: int) -> networks.Transformer:
             return networks.Transformer(
-                resolution**2,
+                num_tokens,
                 in_channels + condition_size(num_classes, condition_networks),
                 width,
-                univariate.num_params * transformed,
+                univariate_transform.num_params * transformed,
                 num_heads,
                 num_layers,
                 dropout,
             )
 
         def step(index: int) -> list[Bijection]:
-            if resolution > 1 and index % SPATIAL_INTERVAL == SPATIAL_INTERVAL - 1:
+            if num_tokens > 1 and index % SPATIAL_INTERVAL == SPATIAL_INTERVAL - 1:
                 return [
-                    coupling.MaskedCoupling(network(channels, channels), univariate, next(masks))
+                    coupling.MaskedCoupling(
+                        network(channels, channels), univariate_transform, next(masks)
+                    )
                 ]
             mixing = (
                 reshape.Permute(channels)
@@ -115,7 +120,7 @@ class Jet(Flow):
                 )
             )
             conditioner = network(channels // 2, channels - channels // 2)
-            return [mixing, coupling.Coupling(conditioner, univariate)]
+            return [mixing, coupling.Coupling(conditioner, univariate_transform)]
 
         super().__init__(
             Chain(
@@ -123,8 +128,8 @@ class Jet(Flow):
                 reshape.Squeeze(patch),
                 linear.ActNorm(channels),
                 *(bijection for index in range(num_couplings) for bijection in step(index)),
-                reshape.Flatten(channels, resolution, resolution),
-                elementwise.Standardize(channels * resolution**2),
+                reshape.Flatten(channels, rows, columns),
+                elementwise.Standardize(channels * num_tokens),
             ),
             image_shape,
             bits,
@@ -134,15 +139,20 @@ class Jet(Flow):
         )
 
 
-def token_masks(channels: int, resolution: int) -> list[Tensor]:
+def token_masks(channels: int, rows: int, columns: int) -> list[Tensor]:
     """Return masks of half of the patches: checkerboards, columns and rows, with their complements.
+
+    A single row or column has no stripes.
 
     Args:
         channels: Channels of a patch.
-        resolution: Patches per row and column.
+        rows: Patches per column.
+        columns: Patches per row.
     """
-    checkerboards = [
-        coupling.checkerboard(channels, resolution, resolution, odd) for odd in (False, True)
-    ]
-    columns = [coupling.stripes(channels, resolution, resolution, odd) for odd in (False, True)]
-    return [*checkerboards, *columns, *(mask.transpose(1, 2) for mask in columns)]
+    masks = [coupling.checkerboard(channels, rows, columns, odd) for odd in (False, True)]
+    if columns > 1:
+        masks += [coupling.stripes(channels, rows, columns, odd) for odd in (False, True)]
+    if rows > 1:
+        stripes = [coupling.stripes(channels, columns, rows, odd) for odd in (False, True)]
+        masks += [mask.transpose(1, 2) for mask in stripes]
+    return masks

@@ -17,7 +17,7 @@ class MAF(Flow):
     Pavlakou and Murray, Masked Autoregressive Flow for Density Estimation (1705.07057), section 3.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         num_transforms: Autoregressive transforms, each in the reverse order of the previous one.
         width: Units of each hidden layer.
@@ -52,13 +52,14 @@ class MAF(Flow):
     ):
         check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_transforms=num_transforms, num_layers=num_layers)
-        univariate = make_transform(transform)
+        univariate_transform = make_transform(transform)
 
         def layers(dim: int) -> Iterator[Bijection]:
             yield linear.BatchNorm(dim)
             for _ in range(num_transforms):
                 bijection = autoregressive.Autoregressive(
-                    autoregressive.MADE(dim, width, num_layers, univariate.num_params), univariate
+                    autoregressive.MADE(dim, width, num_layers, univariate_transform.num_params),
+                    univariate_transform,
                 )
                 yield Invert(bijection) if self.inverted else bijection
                 yield from (linear.BatchNorm(dim), Flip())
@@ -76,7 +77,7 @@ class IAF(MAF):
     Improving Variational Inference with Inverse Autoregressive Flow (1606.04934), section 3.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         num_transforms: Autoregressive transforms, each in the reverse order of the previous one.
         width: Units of each hidden layer.

@@ -16,7 +16,7 @@ class NICE(Flow):
     initialized from data also precedes the couplings.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         num_couplings: Number of couplings, between which the halves swap roles.
         width: Units of each hidden layer.
@@ -49,14 +49,15 @@ class NICE(Flow):
     ):
         check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_couplings=num_couplings, num_layers=num_layers)
-        univariate = make_transform(transform)
+        univariate_transform = make_transform(transform)
 
         def layers(dim: int) -> Iterator[Bijection]:
-            out_features = univariate.num_params * (dim - dim // 2)
+            out_features = univariate_transform.num_params * (dim - dim // 2)
             yield elementwise.Standardize(dim)
             for _ in range(num_couplings):
                 yield coupling.Coupling(
-                    networks.DenseNetwork(dim // 2, width, out_features, num_layers), univariate
+                    networks.DenseNetwork(dim // 2, width, out_features, num_layers),
+                    univariate_transform,
                 )
                 yield Flip()
             yield from (elementwise.Standardize(dim), elementwise.LogisticToNormal())

@@ -18,7 +18,7 @@ class PlanarFlow(Flow):
     Rezende and Mohamed, Variational Inference with Normalizing Flows (1505.05770), section 4.1.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         num_transforms: Number of transforms.
         gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
@@ -59,7 +59,7 @@ class SylvesterFlow(Flow):
     Inference (1803.05649), section 3.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         num_transforms: Number of transforms.
         width: Hidden units of each transform, at most the dimension of the image.

@@ -7,10 +7,12 @@ from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.univariate import Affine
 from flowgen.models.flows.builders import (
     MAX_DEPTH,
+    Resolution,
     make_transform,
     multi_scale,
-    num_levels,
-    square_shape,
+    resolve_levels,
+    split_shape,
+    squeezed,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_whole
@@ -23,7 +25,7 @@ class RealNVP(Flow):
     checkerboard couplings follow the last level. Dinh et al. (1605.08803), sections 3.6 and 4.1.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         levels: Number of levels, each of which halves the resolution; None selects as many as the
             size allows, at most 4.
@@ -55,56 +57,58 @@ class RealNVP(Flow):
         alpha: float = 0.05,
         dequantization: str = "uniform",
     ):
-        channels, size = square_shape(image_shape)
+        channels, resolution = split_shape(image_shape)
         check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_blocks=num_blocks)
         if not 0 < alpha < 0.5:
             raise UserError(f"alpha must lie between 0 and 0.5, not {alpha!r}")
         # The log-scales of the paper's network are bounded already.
-        univariate = Affine("plain") if transform == "affine" else make_transform(transform)
+        univariate_transform = (
+            Affine("plain") if transform == "affine" else make_transform(transform)
+        )
         make_network = networks.RealNVPNetwork if transform == "affine" else networks.ResNetwork
 
         def couplings(
-            channels: int, resolution: int, count: int, use_checkerboard: bool
+            channels: int, resolution: Resolution, count: int, use_checkerboard: bool
         ) -> list[Bijection]:
             """Return couplings with alternating masks, each followed by batch normalization."""
             make_mask = (
                 coupling.checkerboard
-                if use_checkerboard and resolution > 1
+                if use_checkerboard and max(resolution) > 1
                 else coupling.channelwise
             )
             bijections: list[Bijection] = []
             for index in range(count):
-                mask = make_mask(channels, resolution, resolution, index % 2 == 1)
+                mask = make_mask(channels, *resolution, index % 2 == 1)
                 network = make_network(
-                    channels, width, univariate.num_params * channels, num_blocks
+                    channels, width, univariate_transform.num_params * channels, num_blocks
                 )
                 bijections += [
-                    coupling.MaskedCoupling(network, univariate, mask),
+                    coupling.MaskedCoupling(network, univariate_transform, mask),
                     linear.BatchNorm(channels),
                 ]
             return bijections
 
-        def level(index: int, channels: int, resolution: int) -> list[Bijection]:
+        def level(index: int, channels: int, resolution: Resolution) -> list[Bijection]:
             return [
                 *couplings(channels, resolution, 3, use_checkerboard=True),
                 reshape.Squeeze(),
-                *couplings(4 * channels, resolution // 2, 3, use_checkerboard=False),
+                *couplings(4 * channels, squeezed(resolution), 3, use_checkerboard=False),
             ]
 
-        def last_level(channels: int, resolution: int) -> list[Bijection]:
+        def last_level(channels: int, resolution: Resolution) -> list[Bijection]:
             return [
                 *couplings(channels, resolution, 4, use_checkerboard=True),
-                reshape.Flatten(channels, resolution, resolution),
+                reshape.Flatten(channels, *resolution),
             ]
 
         super().__init__(
             Chain(
                 elementwise.Logit(alpha),
                 multi_scale(
-                    num_levels(size, levels),
+                    resolve_levels(resolution, levels),
                     channels,
-                    size,
+                    resolution,
                     level,
                     last_level,
                     prior=lambda channels: None,

@@ -17,7 +17,8 @@ from flowgen.models.flows.builders import (
     condition_size,
     gaussianization,
     make_transform,
-    square_shape,
+    split_shape,
+    squeezed,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_number
@@ -33,10 +34,10 @@ class TarFlow(Flow, SupportsTokenSampling):
     section 3.
 
     Args:
-        image_shape: (channels, height, width), with height equal to width.
+        image_shape: (channels, height, width).
         bits: Bits per pixel value.
         patch: Side length of the patches, the tokens of the transformers; None selects the largest
-            of 4, 2 and 1 that divides the image size.
+            of 4, 2 and 1 that divides height and width.
         num_layers: Layers of the transformer of each block, from the image to the noise. With at
             least two blocks, each patch depends on all others.
         width: Width of the transformers, a multiple of `num_heads`.
@@ -86,13 +87,13 @@ class TarFlow(Flow, SupportsTokenSampling):
         num_classes: int | None = None,
         condition_networks: bool = True,
     ):
-        image_channels, size = square_shape(image_shape)
+        image_channels, resolution = split_shape(image_shape)
         is_gray = image_channels == 1
         check_transformer(num_layers, width, num_heads, dropout)
-        univariate = make_transform(transform or ("mixture" if is_gray else "affine"))
-        patch = choose_patch(size, patch)
+        univariate_transform = make_transform(transform or ("mixture" if is_gray else "affine"))
+        patch = choose_patch(resolution, patch)
         channels = image_channels * patch**2
-        resolution = size // patch
+        rows, columns = squeezed(resolution, patch)
 
         def block(index: int, depth: int) -> list[Bijection]:
             # All options are built, so that the other parameters do not depend on the choice.
@@ -106,7 +107,7 @@ class TarFlow(Flow, SupportsTokenSampling):
                 ],
             }
             network = networks.CausalTransformer(
-                resolution**2,
+                rows * columns,
                 channels,
                 width,
                 num_heads,
@@ -114,9 +115,11 @@ class TarFlow(Flow, SupportsTokenSampling):
                 dropout,
                 condition_size(num_classes, condition_networks),
             )
-            head = (autoregressive_head if local else TokenHead)(channels, width, univariate)
+            head = (autoregressive_head if local else TokenHead)(
+                channels, width, univariate_transform
+            )
             return [
-                *choose(mixing, permutation=permutation or ("actnorm" if is_gray else "plu")),
+                *choose("permutation", permutation or ("actnorm" if is_gray else "plu"), mixing),
                 TokenAutoregressive(network, head, reverse=index % 2 == 1),
             ]
 
@@ -136,12 +139,12 @@ class TarFlow(Flow, SupportsTokenSampling):
                 for index, depth in enumerate(num_layers)
                 for bijection in (*shift(index), *block(index, depth))
             ),
-            reshape.Flatten(channels, resolution, resolution),
-            elementwise.Standardize(channels * resolution**2),
+            reshape.Flatten(channels, rows, columns),
+            elementwise.Standardize(channels * rows * columns),
         )
         super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
         self.random_source = networks.RandomSource()
-        self.transform = univariate
+        self.transform = univariate_transform
         self.guidance = 0.0
 
     @torch.no_grad()

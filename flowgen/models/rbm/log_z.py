@@ -43,7 +43,7 @@ class Estimate(NamedTuple):
 
     log_z: float
     error: float
-    effective_size: float
+    effective_sample_size: float
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def _estimate(log_weights: Tensor, log_z_base: float, sign: int) -> Estimate:
     return Estimate(
         log_z_base + sign * (log_weights.logsumexp(0).item() - math.log(count)),
         error,
-        effective_size=(weights.sum().square() / weights.square().sum()).item(),
+        effective_sample_size=(weights.sum().square() / weights.square().sum()).item(),
     )
 
 
@@ -349,7 +349,7 @@ def bridge(
     estimate = Estimate(
         log_z=base_log_z(rbm) + (even + odd),
         error=(chain_influence.std() / math.sqrt(chains)).item(),
-        effective_size=min(
+        effective_sample_size=min(
             (influence.var() * chains / chain_influence.var()).item(), influence.numel()
         ),
     )
@@ -465,7 +465,7 @@ def _cross_check(forward: Estimate, reverse: Estimate, bridge: Estimate) -> LogZ
     methods = {"_forward": forward, "_reverse": reverse, "_bridge": bridge}
     distance = abs(forward.log_z - reverse.log_z)
     bridge_distance = max(abs(bridge.log_z - forward.log_z), abs(bridge.log_z - reverse.log_z))
-    smallest = min(estimate.effective_size for estimate in methods.values())
+    smallest = min(estimate.effective_sample_size for estimate in methods.values())
     checks = (
         (
             not all(math.isfinite(value) for estimate in methods.values() for value in estimate),
@@ -519,8 +519,10 @@ def log_likelihood_metrics(free_energy: Tensor, log_z: LogZ) -> Metrics:
             MetricValue(Metric("log_z" + suffix, "nats"), estimate.log_z, estimate.error),
         ]
         if suffix:
-            effective_size = Metric("effective_size" + suffix, "samples", higher_is_better=True)
-            values.append(MetricValue(effective_size, estimate.effective_size))
+            effective_sample_size = Metric(
+                "effective_sample_size" + suffix, "samples", higher_is_better=True
+            )
+            values.append(MetricValue(effective_sample_size, estimate.effective_sample_size))
     if log_z.reliable is None:
         return Metrics.of(*values)
     reliable = log_z.reliable and math.isfinite(mean)

@@ -189,7 +189,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
     def evaluate(
         self,
         batches: Iterable[Tensor],
-        reference: Iterable[Tensor] = (),
+        train_batches: Iterable[Tensor] = (),
         eval_config: EvalConfig = QUICK_EVAL,
     ) -> Metrics:
         """Return the log-likelihood and cheaper substitutes, with the same draws at every call.
@@ -199,12 +199,12 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
           pixel i of each image: visible * log sigmoid(F(v with pixel i flipped) - F(v)).
         - reconstruction_error: squared error per pixel after one Gibbs step;
           reconstruction_error_expected: the same with P(v = 1 | h) for the last draw.
-        - free_energy_gap: mean F of the images minus mean F of the training images in `reference`,
-          in nats. A gap that grows shows overfitting (Hinton's guide, section 6).
+        - free_energy_gap: mean F of the images minus mean F of those in `train_batches`, in
+          nats. A gap that grows shows overfitting (Hinton's guide, section 6).
 
         Args:
             batches: Batches of images.
-            reference: Batches of training images for the gap; it may be empty.
+            train_batches: Batches of training images for the gap; it may be empty.
             eval_config: Settings of the estimate of log Z.
 
         Example:
@@ -236,9 +236,9 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
                 (data - log_odds.sigmoid()).square().mean().item(),
             ),
         ]
-        train_batches = [self.to_visible(images) for images in reference]
-        if train_batches:
-            train_energy = self.free_energy(torch.cat(train_batches))
+        visible_train = [self.to_visible(images) for images in train_batches]
+        if visible_train:
+            train_energy = self.free_energy(torch.cat(visible_train))
             gap = free_energy.mean() - train_energy.mean()
             variance = free_energy.var() / len(free_energy) + train_energy.var() / len(train_energy)
             values.append(

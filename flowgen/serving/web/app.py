@@ -18,12 +18,15 @@ from flowgen.serving.session import ModelSession
 from flowgen.serving.web.api import ENDPOINTS
 from flowgen.utils.console import log, user_message
 from flowgen.utils.errors import UserError
+from flowgen.utils.html import STYLESHEET
 
 HOST = "127.0.0.1"
-STATIC_FILES = {  # URL path: file name, media type
-    "/": ("explore.html", "text/html"),
-    "/explore.js": ("explore.js", "text/javascript"),
-    "/explore.css": ("explore.css", "text/css"),
+STATIC_FOLDER = Path(__file__).parent / "static"
+STATIC_FILES = {  # URL path: file, media type
+    "/": (STATIC_FOLDER / "explore.html", "text/html"),
+    "/explore.js": (STATIC_FOLDER / "explore.js", "text/javascript"),
+    "/explore.css": (STATIC_FOLDER / "explore.css", "text/css"),
+    "/page.css": (STYLESHEET, "text/css"),
 }
 URLS = Map(
     [
@@ -68,8 +71,7 @@ def make_app(session: ModelSession) -> WSGIApplication:
             host = request.host  # raises SecurityError for other hosts
             endpoint, _ = URLS.bind_to_environ(request).match()
             if endpoint in STATIC_FILES:
-                name, media_type = STATIC_FILES[endpoint]
-                path = Path(__file__).parent / "static" / name
+                path, media_type = STATIC_FILES[endpoint]
                 return Response(path.read_bytes(), mimetype=media_type, headers=HEADERS)
             if request.headers.get("Origin") != f"http://{host}":
                 raise Forbidden("only the page itself may send requests")

@@ -12,9 +12,9 @@ from glow_figures import TEMPERATURES
 from scipy.stats import ttest_ind, ttest_rel
 
 import flowgen
-from flowgen.commands.sample import sample_images
 from flowgen.data.dataset import ImageDataset
 from flowgen.evaluation import sample_quality, stats
+from flowgen.models.base import sample_images
 from flowgen.training.run_dir import Run, validation_rows
 from flowgen.utils import plots
 

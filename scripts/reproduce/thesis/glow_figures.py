@@ -14,11 +14,11 @@ from original_images import original_images
 from torch import Tensor
 
 import flowgen
-from flowgen.commands.sample import sample_images
 from flowgen.config.compose import read_config
 from flowgen.config.instantiate import build_data
 from flowgen.config.settings import conf_folder, flatten
 from flowgen.data.dataset import ImageDataset
+from flowgen.models.base import sample_images
 from flowgen.training.optim import learning_rate_factor, warmup_steps
 from flowgen.training.run_dir import Run, validation_rows
 from flowgen.utils import plots, rendering
@@ -90,12 +90,20 @@ def differences(run: Run, experiment: str, data: str) -> str:
     return f"Differences from the file of the experiment: {text}. {ALWAYS_DIFFERENT}"
 
 
+def random_images(images: Tensor, count: int) -> Tensor:
+    """Draw images (count, channels, height, width). Data sets can be sorted by class."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order[:count]]
+
+
 def data_figures(data: ImageDataset, name: str, root: str | None) -> Iterator[Figure]:
-    """Yield figures 3.1 and 3.2: training images before and after preprocessing."""
+    """Yield figures 3.1 and 3.2: random training images before and after preprocessing."""
     section = data_section(name, root)
-    is_file_set = "search_dirs" in section
-    before = original_images(section, 16) if is_file_set else data.train.images[:16]
-    pixels = (data.train.images[: len(before)] >> (8 - data.bits)).float()
+    if "search_dirs" in section:
+        before, preprocessed = original_images(section, 16)
+    else:
+        before = preprocessed = random_images(data.train.images, 16)
+    pixels = (preprocessed >> (8 - data.bits)).float()
     noise = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0))
     after = (255 * (pixels + noise) / 2**data.bits).to(torch.uint8)
     crop = section.get("crop")
@@ -107,7 +115,7 @@ def data_figures(data: ImageDataset, name: str, root: str | None) -> Iterator[Fi
 
     yield Figure(
         "3.1",
-        f"Training images of {name}.",
+        f"Random training images of {name}.",
         grid(before),
         difference="The thesis: other images, cropped to 148x148.",
     )
@@ -186,10 +194,11 @@ def _interpolation_figures(
     run: Run, numbers: tuple[str, ...], data: ImageDataset, folder: Path
 ) -> Iterator[Figure]:
     """Yield interpolations to a training image from a training image and from a test image."""
+    train = random_images(data.train.images, 2)
     images = {
-        "train_0": data.train.images[0],
-        "train_1": data.train.images[1],
-        "test_0": data.test.images[0],
+        "train_0": train[0],
+        "train_1": train[1],
+        "test_0": random_images(data.test.images, 1)[0],
     }
     for name, image in images.items():
         rendering.to_pil(image).save(folder / f"{name}.png")

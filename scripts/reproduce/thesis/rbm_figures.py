@@ -9,8 +9,8 @@ from figure import Figure, command_figure
 from PIL import Image
 
 import flowgen
-from flowgen.commands.sample import sample_images
 from flowgen.data.dataset import ImageDataset
+from flowgen.models.base import sample_images
 from flowgen.training.run_dir import Run
 from flowgen.utils import plots, rendering
 
@@ -64,7 +64,7 @@ def plot_dots(named: Mapping[str, tuple[float, float]], label: str, path: Path) 
                 fontsize=7,
             )
         axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set(xlabel=label, xmargin=0.15)
+        axes.set(xlabel=label, xmargin=0.15, ylim=(-0.5, len(names) - 0.3))
         axes.grid(alpha=0.3)
 
 

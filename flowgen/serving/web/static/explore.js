@@ -442,7 +442,7 @@ const brush = { erased: new Uint8Array(0), image: new Image(), x: 0, y: 0, scale
 function startBrush() {
   const [, height, width] = model.shape;
   brush.erased = new Uint8Array(height * width);
-  brush.scale = Math.max(4, Math.floor(512 / height));
+  brush.scale = Math.max(4, Math.floor(512 / Math.max(height, width)));
   Object.assign($("canvas"), { width: width * brush.scale, height: height * brush.scale });
   brush.x = width >> 1;
   brush.y = height >> 1;
@@ -668,6 +668,8 @@ async function startPage() {
   model.shortUnit = model.unit === "bits/dim" ? " bits/dim" : " nats";
   document.title = `flowgen explore ${model.run}`;
   $("about").textContent = describeModel();
+  const [, height, width] = model.shape;
+  document.documentElement.style.setProperty("--image-ratio", `${width} / ${height}`);
   $("temperature").value = model.temperature;
   for (let label = 0; label < (model.num_classes ?? 0); label++) {
     $("label").append(createElement("option", { value: label, textContent: label }));

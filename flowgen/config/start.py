@@ -15,11 +15,11 @@ from flowgen.config import compose, instantiate, runs, settings
 from flowgen.training.checkpoint import eval_weights, read_checkpoint
 from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError, check_whole
-from flowgen.utils.launcher import launch, num_processes_to_launch
+from flowgen.utils.processes import launch, num_processes_to_launch
 
 if TYPE_CHECKING:
     from flowgen.models.base import GenerativeModel
-    from flowgen.training.distributed import ProcessGroup
+    from flowgen.training.distributed import WorkerGroup
 
 LOCK_FILE = ".lock"  # in the folder of a run, held by the process that trains it
 log = logging.getLogger("flowgen")
@@ -55,14 +55,14 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
     Args:
         config: Configuration of `compose_config`.
         note: Line for the log.
-        numbered: Whether to append a number to the name of the folder if it exists already.
+        numbered: Append _2, _3, ... to the name of the folder if it exists.
 
     Raises:
-        UserError: if the folder holds a run that may not be continued.
+        UserError: If the folder holds a run that may not be continued.
     """
     _make_paths_absolute(config)
-    wanted_processes = config["trainer"].get("num_processes")
-    num_processes = num_processes_to_launch(wanted_processes)
+    trainer_processes = config["trainer"].get("num_processes")
+    num_processes = num_processes_to_launch(trainer_processes)
     may_resume = config.pop("resume")
     if numbered:
         config["output_dir"] = str(_create_numbered(Path(config["output_dir"])))
@@ -70,7 +70,7 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
     if may_resume and _holds_run(run):
         _check_same_settings(run, config)
         try:
-            return resume_run(run, [f"trainer.num_processes={wanted_processes or 'null'}"])
+            return resume_run(run, [f"trainer.num_processes={trainer_processes or 'null'}"])
         except RunFinishedError as error:
             log.info("skipped: %s", error)
             return run
@@ -81,11 +81,11 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
                 f"`flowgen resume {run.folder}`, or choose another output_dir="
             )
         if not num_processes:
-            return fit_run(run, config, note=note)
+            return train_run(run, config, note=note)
         compose.save_config(config, run.config)  # the processes read it
         with log_to_file(run):
             log.info("%s", note or f"{num_processes} processes")
-    return _launch(run, num_processes, [str(run.folder)], is_new=True)
+    return _start_processes(run, num_processes, [str(run.folder)], is_new=True)
 
 
 def resume_run(run: Run, overrides: Sequence[str], file: Path | None = None) -> Run:
@@ -97,7 +97,7 @@ def resume_run(run: Run, overrides: Sequence[str], file: Path | None = None) -> 
         file: Checkpoint to continue from; None: the latest valid one of the run.
 
     Raises:
-        RunFinishedError: if the run has ended.
+        RunFinishedError: If the run has ended.
     """
     with lock_run(run):
         checkpoint = run.latest_valid_checkpoint() if file is None else read_checkpoint(file)
@@ -107,11 +107,13 @@ def resume_run(run: Run, overrides: Sequence[str], file: Path | None = None) -> 
         _check_unfinished(run, config, checkpoint)
         num_processes = num_processes_to_launch(config["trainer"].get("num_processes"))
         if not num_processes:
-            return fit_run(run, config, checkpoint)
-    return _launch(run, num_processes, [str(file or run.folder), *overrides])
+            return train_run(run, config, checkpoint)
+    return _start_processes(run, num_processes, [str(file or run.folder), *overrides])
 
 
-def _launch(run: Run, num_processes: int, arguments: list[str], is_new: bool = False) -> Run:
+def _start_processes(
+    run: Run, num_processes: int, arguments: list[str], is_new: bool = False
+) -> Run:
     """Run `flowgen resume ARGUMENTS` in several processes.
 
     If they fail before the first checkpoint, the folder of a new run is deleted.
@@ -132,7 +134,7 @@ def _launch(run: Run, num_processes: int, arguments: list[str], is_new: bool = F
     return run
 
 
-def fit_run(
+def train_run(
     run: Run | None = None,
     config: dict[str, Any] | None = None,
     checkpoint: dict[str, Any] | None = None,
@@ -140,18 +142,18 @@ def fit_run(
 ) -> Run:
     """Train in this process, or in the group of processes that a launcher started.
 
-    The main process has the arguments of `fit_in_group`, and sends them to the others.
+    The main process has the arguments of `train_in_group`, and sends them to the others.
     """
     from flowgen.training.distributed import join
 
     with join() as group:
         shared: Any = group.broadcast_from_main(lambda: (run, config, checkpoint, note))
-        fit_in_group(group, *shared)
+        train_in_group(group, *shared)
     return shared[0]
 
 
-def fit_in_group(
-    group: "ProcessGroup",
+def train_in_group(
+    group: "WorkerGroup",
     run: Run,
     config: dict[str, Any],
     checkpoint: dict[str, Any] | None,
@@ -167,7 +169,7 @@ def fit_in_group(
         note: Line for the log.
 
     Raises:
-        TrainingInterrupted: if a signal stopped training; the run is saved.
+        TrainingInterrupted: If a signal stopped training; the run is saved.
     """
     import torch
 
@@ -265,20 +267,24 @@ def _check_same_settings(run: Run, config: dict[str, Any]) -> None:
     """Raise UserError if a setting differs from that of the run; missing settings are ignored."""
     run.check_contained()
     ignored = ("output_dir", "trainer.num_processes")
-    wanted = {key: value for key, value in settings.flatten(config).items() if key not in ignored}
-    if differences := _differences(wanted, compose.read_config(run.config)):
+    given = {key: value for key, value in settings.flatten(config).items() if key not in ignored}
+    if differences := _differences(given, compose.read_config(run.config)):
         raise UserError(
             f"{run.folder} holds a run with other settings, {', '.join(differences)}: continue it "
             f"as it is with `flowgen resume {run.folder}`, or choose another output_dir="
         )
 
 
-def _differences(here: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    there = settings.flatten(config)
+def _differences(command: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Return phrases for settings of a command that differ from those of a run.
+
+    A run stores the value that it chose for `auto`, so `auto` differs from no value.
+    """
+    stored = settings.flatten(config)
     return [
-        f"{key}={there.get(key, 'nothing')} there and {value} here"
-        for key, value in here.items()
-        if value not in (there.get(key), "auto")
+        f"{key} is {stored.get(key, 'not set')} in the run but {value} in this command"
+        for key, value in command.items()
+        if value not in (stored.get(key), "auto")
     ]
 
 
@@ -301,10 +307,10 @@ def _holds_run(run: Run) -> bool:
 
 @contextlib.contextmanager
 def lock_run(run: Run) -> Iterator[None]:
-    """Lock the folder of a run for this process. A folder without a run is removed at the end.
+    """Lock the folder of a run for this process. On exit, remove it if no run was created in it.
 
     Raises:
-        UserError: if another process holds the lock.
+        UserError: If another process holds the lock.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     run.check_contained()
