@@ -582,7 +582,10 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
     help="Compress this split of the data of the run.",
 )
 @click.option(
-    "--count", type=steps_type, help="Maximum number of images; of a split, chosen by hash."
+    "--count",
+    type=whole_number(),
+    metavar="N",
+    help="Maximum number of images; of a split, chosen by hash.",
 )
 @click.option(
     "--prepared",

@@ -132,18 +132,18 @@ def test_ratios_are_accurate_and_small():
 def test_values_near_a_boundary_of_rounding_are_refused():
     coder = make_coder()
     value = torch.tensor([(1 - coder.offset + 1e-9) * 2.0**-12], dtype=torch.float64)
-    assert coder.settle(value, 12) == 1
+    assert coder.quantize(value, 12) == 1
     coder.margin = coder_module.MARGIN
     with pytest.raises(NearBoundaryError):
-        coder.settle(value, 12)
+        coder.quantize(value, 12)
     coder.choose_offset(1)
-    coder.settle(value, 12)
+    coder.quantize(value, 12)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_values_that_are_not_finite_are_refused(value):
     with pytest.raises(CodingError, match="finite"):
-        make_coder().settle(torch.tensor([0.0, value]), 12)
+        make_coder().quantize(torch.tensor([0.0, value]), 12)
 
 
 def test_lu_restores_the_matrix():

@@ -155,7 +155,7 @@ class Compressor:
         self.model_bits += math.log2(self.codec.flow.bins) * images.numel()
 
     def _try(self, images: Tensor, index: int) -> float:
-        """Code a batch with an offset, or leave the stack as it was and raise CodingError."""
+        """Code a batch with an offset, or restore the stack and raise CodingError."""
         before = self.stack.save()
         lowest = self.stack.lowest
         self.coder.choose_offset(index)

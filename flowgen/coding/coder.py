@@ -45,7 +45,7 @@ class Coder:
     Numbers are int64 tensors on a grid of 2^-`grid_bits`. Every map has a function of two
     directions: `backward=True` undoes the other direction and restores the stack.
 
-    Floats become integers only in `settle`. Machines compute floats with differences of about
+    Floats become integers only in `quantize`. Machines compute floats with differences of about
     10^-16, so they could disagree there about values near a boundary between two integers. The
     encoder therefore refuses such values and starts again with another `offset`, which moves all
     boundaries. A file holds the number of the offset of each batch.
@@ -56,7 +56,7 @@ class Coder:
 
     Attributes:
         offset: The number that is added before rounding down, from 0 to 1.
-        margin: Distance from a boundary below which `settle` raises `NearBoundaryError`.
+        margin: Distance from a boundary below which `quantize` raises `NearBoundaryError`.
     """
 
     def __init__(self, stack: BitStack, grid_bits: int):
@@ -72,7 +72,7 @@ class Coder:
 
     # Floats and integers
 
-    def settle(self, values: Tensor, bits: int | Tensor) -> Tensor:
+    def quantize(self, values: Tensor, bits: int | Tensor) -> Tensor:
         """Round floats to integers: floor(2^bits values + offset)."""
         factor = 2.0**bits if isinstance(bits, int) else torch.ones_like(bits) << bits
         scaled = values.double() * factor + self.offset
@@ -87,13 +87,13 @@ class Coder:
                 raise NearBoundaryError("a value is close to a boundary of rounding")
         return integers.long()
 
-    def settle_parameters(self, values: Tensor) -> Tensor:
+    def quantize_parameters(self, values: Tensor) -> Tensor:
         """Round floats to multiples of 2^-PARAMETER_BITS."""
-        return self.settle(values, PARAMETER_BITS).double() * 2.0**-PARAMETER_BITS
+        return self.quantize(values, PARAMETER_BITS).double() * 2.0**-PARAMETER_BITS
 
     def to_grid(self, values: Tensor) -> Tensor:
         """Return floats as numbers of the grid."""
-        return self.settle(values, self.grid_bits)
+        return self.quantize(values, self.grid_bits)
 
     def to_float(self, x: Tensor) -> Tensor:
         """Return numbers of the grid as floats, exactly."""
@@ -176,9 +176,9 @@ class Coder:
 
         With other offsets than the first, R can have one bit more or less.
         """
-        magnitude = self.settle(scale.double().log2() + (1.002 - OFFSET), 0)
+        magnitude = self.quantize(scale.double().log2() + (1.002 - OFFSET), 0)
         shift = (RATIO_BITS - magnitude).clamp(0, MAX_SHIFT)
-        return self.settle(scale, shift).clamp(min=1), shift
+        return self.quantize(scale, shift).clamp(min=1), shift
 
     # Curved maps
 
@@ -226,7 +226,7 @@ class Coder:
         def node(index: Tensor) -> Tensor:
             start = self.to_float(index << self.segment_bits)
             # The index makes the values increase strictly, even where the function is flat.
-            return self.settle(function(start), self.grid_bits + EXTRA_BITS) + index
+            return self.quantize(function(start), self.grid_bits + EXTRA_BITS) + index
 
         def guess(y: Tensor) -> Tensor:
             x = inverse(self.to_float(y >> EXTRA_BITS)) * 2.0**SEGMENTS_BITS

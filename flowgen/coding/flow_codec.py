@@ -95,9 +95,9 @@ class FlowCodec:
         )
         labels = log_densities.argmax(1) if flow.num_classes is not None else None
         one_hot = flow.one_hot(labels)
-        z = code(self.layers, x, flow.condition(one_hot), coder, False)
+        z = code(self.layers, x, flow.network_condition(one_hot), coder, False)
         if one_hot is not None:
-            z = z - coder.to_grid(coder.settle_parameters(one_hot @ flow.means))
+            z = z - coder.to_grid(coder.quantize_parameters(one_hot @ flow.means))
         push_normal(coder, z)
         if labels is not None:
             coder.push(labels, torch.full_like(labels, len(flow.means)))
@@ -113,8 +113,8 @@ class FlowCodec:
         one_hot = flow.one_hot(labels)
         z = pop_normal(coder, torch.Size((count, flow.dimensions)))
         if one_hot is not None:
-            z = z + coder.to_grid(coder.settle_parameters(one_hot @ flow.means))
-        x = code(self.layers, z, flow.condition(one_hot), coder, True)
+            z = z + coder.to_grid(coder.quantize_parameters(one_hot @ flow.means))
+        x = code(self.layers, z, flow.network_condition(one_hot), coder, True)
         return self.pixels.lower(x, coder)
 
     def _class_log_density(self, points: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """One coding rule per bijection: the bijection on integers, exact in both directions.
 
 `code` follows the structure of a flow. Networks receive the numbers as floats, and their outputs
-are rounded (`Coder.settle_parameters`). Everything else is arithmetic of integers.
+are rounded (`Coder.quantize_parameters`). Everything else is arithmetic of integers.
 """
 
 from functools import singledispatch
@@ -99,7 +99,7 @@ def _(
         x_out = x_out.reshape(x_in.shape)
     if bijection.network is not None:
         params = bijection.network(concat_condition(coder.to_float(x_in), condition))
-        mean, log_deviation = coder.settle_parameters(params).chunk(2, dim=1)
+        mean, log_deviation = coder.quantize_parameters(params).chunk(2, dim=1)
         x_out = _standardize(coder, x_out, mean, log_deviation, backward)
     if backward:
         return torch.cat([x_in, x_out], dim=1)
@@ -156,8 +156,8 @@ def _(
     """
     matrix, shift, _ = bijection.affine()
     order, lower, diagonal, upper = lu(matrix.double())
-    lower = coder.settle(lower.tril(-1), MATRIX_BITS)
-    upper = coder.settle(upper.triu(1), MATRIX_BITS)
+    lower = coder.quantize(lower.tril(-1), MATRIX_BITS)
+    upper = coder.quantize(upper.triu(1), MATRIX_BITS)
     scale = diagonal.abs()
     sign = diagonal.sign().long()
     center = coder.to_grid(shift)
@@ -344,7 +344,7 @@ def transform(
         coder: The stack.
         backward: Whether to apply the inverse.
     """
-    params = coder.settle_parameters(params)
+    params = coder.quantize_parameters(params)
     if isinstance(univariate_transform, univariate.Additive):
         shift = coder.to_grid(params)
         return x - shift if backward else x + shift

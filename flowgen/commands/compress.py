@@ -275,7 +275,7 @@ def file_names(header: Header) -> list[str]:
 
 
 def _save_images(images: Tensor, names: Sequence[str], bits: int, out: Path) -> None:
-    """Write PNG files to a folder; an interruption before the end leaves it as it was."""
+    """Write PNG files to a folder; an interruption before the end changes nothing."""
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     try:
         folder = work / "images"

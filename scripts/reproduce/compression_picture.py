@@ -51,9 +51,9 @@ def trace_digit(index: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
     flow = codec.flow
     labels = flow.class_log_density(points).argmax(1)
     one_hot = flow.one_hot(labels)
-    z = code(codec.layers, x, flow.condition(one_hot), coder, False)
+    z = code(codec.layers, x, flow.network_condition(one_hot), coder, False)
     ends.append(len(stack.trace) - 1)
-    push_normal(coder, z - coder.to_grid(coder.settle_parameters(one_hot @ flow.means)))
+    push_normal(coder, z - coder.to_grid(coder.quantize_parameters(one_hot @ flow.means)))
     coder.push(labels, torch.full_like(labels, len(flow.means)))
     return image[0, 0].numpy(), np.array(stack.trace), ends
 
