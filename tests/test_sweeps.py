@@ -428,11 +428,11 @@ def test_newest_fitting_run_is_found_by_its_configuration(tiny_run, elsewhere, m
         return read_checkpoint(path)
 
     monkeypatch.setattr(run_dir, "read_checkpoint", recorded)
-    for number, wanted in enumerate((Flow, Glow), 1):
-        assert find_checkpoint(None, wanted=wanted)[0].folder.name == "classes"
+    for number, capability in enumerate((Flow, Glow), 1):
+        assert find_checkpoint(None, capability=capability)[0].folder.name == "classes"
         assert len(paths) == number
     with pytest.raises(UserError, match=r"no run of a RealNVP .* model=realnvp"):
-        find_checkpoint(None, wanted=RealNVP)
+        find_checkpoint(None, capability=RealNVP)
     with pytest.raises(UserError, match="is not a run of an RBM"):
-        find_checkpoint(str(runs[0]), wanted=RBM)
+        find_checkpoint(str(runs[0]), capability=RBM)
     assert len(paths) == 3

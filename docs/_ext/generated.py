@@ -166,15 +166,15 @@ class CommandUsage(MarkdownDirective):
 
 
 class ModelTable(MarkdownDirective):
-    """`{model-table}`: every model, its page, description and paper."""
+    """`{model-table}`: every model, its page, description, likelihood and paper."""
 
     def lines(self) -> list[str]:
         pages = {"iaf": "maf", "sylvester": "planar"}
         rows = [
-            [f"[`{name}`]({pages.get(name, name)}.md)", prose(text), prose(paper)]
-            for name, text, paper in list_models()
+            [f"[`{name}`]({pages.get(name, name)}.md)", prose(text), likelihood, prose(paper)]
+            for name, text, paper, likelihood in list_models()
         ]
-        return markdown_table(["`model=`", "Description", "Paper"], rows)
+        return markdown_table(["`model=`", "Description", "Likelihood", "Paper"], rows)
 
 
 class DataTable(MarkdownDirective):
@@ -186,7 +186,7 @@ class DataTable(MarkdownDirective):
             section = read_yaml(f"data/{name}")
             downloaded = section["_target_"].rpartition(".")[2] in DOWNLOADED
             how = "downloaded if missing" if downloaded else "`data.root=` your copy"
-            if "root" not in section:
+            if "root" not in section and not downloaded:
                 how = "included, or generated"
             rows.append(
                 [code(name), prose(text), how + (f", [web page]({source})" if source else "")]

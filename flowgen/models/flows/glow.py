@@ -26,6 +26,10 @@ NETWORKS: dict[str, Callable[..., networks.Conditioner]] = {
     "resnet": networks.ResNetwork,
     "gated": networks.GatedNetwork,
 }
+CONVOLUTIONS: dict[str, Callable[[int], linear.ChannelAffine]] = {
+    "plu": linear.InvertibleConv1x1LU,
+    "plain": linear.InvertibleConv1x1,
+}
 
 
 class Glow(Flow):
@@ -105,14 +109,10 @@ class Glow(Flow):
         check_choice(("bounded", "sigmoid", "tanh"), log_scale=log_scale)
         check_choice(("predicted", "standard"), split_prior=split_prior)
         check_choice(("standard", "learned"), base=base)
-        make_convolution = choose(
-            "convolution",
-            convolution,
-            {"plu": linear.InvertibleConv1x1LU, "plain": linear.InvertibleConv1x1},
-        )
+        make_convolution = choose("convolution", convolution, CONVOLUTIONS)
         make_network = choose("network", network, NETWORKS)
         block_arguments = [] if network == "conv" else [num_blocks]
-        univariate_transform = make_transform(transform, log_scale)
+        transform_fn = make_transform(transform, log_scale)
         cond_channels = condition_size(num_classes, condition_networks)
         levels = resolve_levels(resolution, levels)
         if levels == 0 and channels < 2:
@@ -123,12 +123,11 @@ class Glow(Flow):
 
         def step(channels: int) -> list[Bijection]:
             in_channels = channels // 2 + cond_channels
-            out_channels = univariate_transform.num_params * (channels - channels // 2)
+            out_channels = transform_fn.num_params * (channels - channels // 2)
             return [
                 linear.FusedAffine(linear.ActNorm(channels), make_convolution(channels)),
                 coupling.Coupling(
-                    make_network(in_channels, width, out_channels, *block_arguments),
-                    univariate_transform,
+                    make_network(in_channels, width, out_channels, *block_arguments), transform_fn
                 ),
             ]
 

@@ -82,7 +82,7 @@ class Jet(Flow):
         check_whole(high=MAX_DEPTH, num_couplings=num_couplings)
         check_transformer([num_layers], width, num_heads, dropout)
         check_choice(("permutation", "plu"), permutation=permutation)
-        univariate_transform = make_transform(transform)
+        transform_fn = make_transform(transform)
         patch = choose_patch(resolution, patch)
         channels = image_channels * patch**2
         rows, columns = squeezed(resolution, patch)
@@ -99,7 +99,7 @@ class Jet(Flow):
                 num_tokens,
                 in_channels + condition_size(num_classes, condition_networks),
                 width,
-                univariate_transform.num_params * transformed,
+                transform_fn.num_params * transformed,
                 num_heads,
                 num_layers,
                 dropout,
@@ -108,9 +108,7 @@ class Jet(Flow):
         def step(index: int) -> list[Bijection]:
             if num_tokens > 1 and index % SPATIAL_INTERVAL == SPATIAL_INTERVAL - 1:
                 return [
-                    coupling.MaskedCoupling(
-                        network(channels, channels), univariate_transform, next(masks)
-                    )
+                    coupling.MaskedCoupling(network(channels, channels), transform_fn, next(masks))
                 ]
             mixing = (
                 reshape.Permute(channels)
@@ -120,7 +118,7 @@ class Jet(Flow):
                 )
             )
             conditioner = network(channels // 2, channels - channels // 2)
-            return [mixing, coupling.Coupling(conditioner, univariate_transform)]
+            return [mixing, coupling.Coupling(conditioner, transform_fn)]
 
         super().__init__(
             Chain(

@@ -52,14 +52,14 @@ class MAF(Flow):
     ):
         check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_transforms=num_transforms, num_layers=num_layers)
-        univariate_transform = make_transform(transform)
+        transform_fn = make_transform(transform)
 
         def layers(dim: int) -> Iterator[Bijection]:
             yield linear.BatchNorm(dim)
             for _ in range(num_transforms):
                 bijection = autoregressive.Autoregressive(
-                    autoregressive.MADE(dim, width, num_layers, univariate_transform.num_params),
-                    univariate_transform,
+                    autoregressive.MADE(dim, width, num_layers, transform_fn.num_params),
+                    transform_fn,
                 )
                 yield Invert(bijection) if self.inverted else bijection
                 yield from (linear.BatchNorm(dim), Flip())

@@ -49,15 +49,15 @@ class NICE(Flow):
     ):
         check_whole(width=width)
         check_whole(high=MAX_DEPTH, num_couplings=num_couplings, num_layers=num_layers)
-        univariate_transform = make_transform(transform)
+        transform_fn = make_transform(transform)
 
         def layers(dim: int) -> Iterator[Bijection]:
-            out_features = univariate_transform.num_params * (dim - dim // 2)
+            out_features = transform_fn.num_params * (dim - dim // 2)
             yield elementwise.Standardize(dim)
             for _ in range(num_couplings):
                 yield coupling.Coupling(
                     networks.DenseNetwork(dim // 2, width, out_features, num_layers),
-                    univariate_transform,
+                    transform_fn,
                 )
                 yield Flip()
             yield from (elementwise.Standardize(dim), elementwise.LogisticToNormal())

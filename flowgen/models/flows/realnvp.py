@@ -63,9 +63,7 @@ class RealNVP(Flow):
         if not 0 < alpha < 0.5:
             raise UserError(f"alpha must lie between 0 and 0.5, not {alpha!r}")
         # The log-scales of the paper's network are bounded already.
-        univariate_transform = (
-            Affine("plain") if transform == "affine" else make_transform(transform)
-        )
+        transform_fn = Affine("plain") if transform == "affine" else make_transform(transform)
         make_network = networks.RealNVPNetwork if transform == "affine" else networks.ResNetwork
 
         def couplings(
@@ -81,10 +79,10 @@ class RealNVP(Flow):
             for index in range(count):
                 mask = make_mask(channels, *resolution, index % 2 == 1)
                 network = make_network(
-                    channels, width, univariate_transform.num_params * channels, num_blocks
+                    channels, width, transform_fn.num_params * channels, num_blocks
                 )
                 bijections += [
-                    coupling.MaskedCoupling(network, univariate_transform, mask),
+                    coupling.MaskedCoupling(network, transform_fn, mask),
                     linear.BatchNorm(channels),
                 ]
             return bijections

@@ -90,7 +90,7 @@ class TarFlow(Flow, SupportsTokenSampling):
         image_channels, resolution = split_shape(image_shape)
         is_gray = image_channels == 1
         check_transformer(num_layers, width, num_heads, dropout)
-        univariate_transform = make_transform(transform or ("mixture" if is_gray else "affine"))
+        transform_fn = make_transform(transform or ("mixture" if is_gray else "affine"))
         patch = choose_patch(resolution, patch)
         channels = image_channels * patch**2
         rows, columns = squeezed(resolution, patch)
@@ -115,9 +115,7 @@ class TarFlow(Flow, SupportsTokenSampling):
                 dropout,
                 condition_size(num_classes, condition_networks),
             )
-            head = (autoregressive_head if local else TokenHead)(
-                channels, width, univariate_transform
-            )
+            head = (autoregressive_head if local else TokenHead)(channels, width, transform_fn)
             return [
                 *choose("permutation", permutation or ("actnorm" if is_gray else "plu"), mixing),
                 TokenAutoregressive(network, head, reverse=index % 2 == 1),
@@ -144,7 +142,7 @@ class TarFlow(Flow, SupportsTokenSampling):
         )
         super().__init__(chain, image_shape, bits, dequantization, num_classes, condition_networks)
         self.random_source = networks.RandomSource()
-        self.transform = univariate_transform
+        self.transform = transform_fn
         self.guidance = 0.0
 
     @torch.no_grad()
