@@ -225,7 +225,7 @@ def test_a_model_has_the_license_of_its_images(overrides, license_name, expected
 
 
 # Their owners state no license for models of the images: `flowgen push` asks for one.
-WITHOUT_LICENSE = {"cifar10", "folder", "imagenet32", "imagenet64", "lsun", "svhn"}
+WITHOUT_LICENSE = {"cifar10", "folder", "hub", "imagenet32", "imagenet64", "lsun", "svhn"}
 
 
 @pytest.mark.parametrize("name", group_options("data"))
