@@ -524,7 +524,10 @@ def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, 
     "and, each after its own --ood, its settings such as data.root=FOLDER.",
 )
 @click.option(
-    "--score", type=click.Choice(OOD_SCORES), help="Score that ranks the images by anomaly."
+    "--score",
+    type=click.Choice(OOD_SCORES),
+    metavar="NAME",
+    help=f"Score that ranks the images by anomaly: {', '.join(OOD_SCORES)}.",
 )
 @click.option(
     "--count",

@@ -230,7 +230,7 @@ def test_tables_do_not_cut_names(command, monkeypatch, images, width):
     output = command("runs")[1]
     for name in (*names, "zoo/glow_fashion_mnist"):
         assert any(line.split()[0] == name for line in output.splitlines())
-    assert "glow   folder         1       bound" in output
+    assert "glow   images         1       bound" in output
     for name in ("models", "data"):
         assert max(map(len, command(name)[1].splitlines())) <= max(width, 95)
 
@@ -261,7 +261,7 @@ def test_commands_use_the_newest_run_by_default(images, command, elsewhere):
     status, output, _ = command("runs")
     assert status == 0
     assert folder.name in output
-    assert "step 2" in output
+    assert "  2 " in output
     assert "bits_per_dim" in output
     status, output, _ = command("sample", "--count", 5)
     assert status == 0

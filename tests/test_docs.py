@@ -402,6 +402,8 @@ def test_documented_scripts_have_a_help():
     scripts = set(re.findall(r"python (scripts/[a-z_./]+)", text))
     assert scripts
     for script in scripts:
+        if (REPOSITORY / script).is_dir():
+            script = f"{script}/__main__.py"
         if "argparse" not in (REPOSITORY / script).read_text():
             continue
         words = [sys.executable, REPOSITORY / script, "--help"]

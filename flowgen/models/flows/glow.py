@@ -151,11 +151,8 @@ class Glow(Flow):
 
         def prior(channels: int) -> networks.Conditioner | None:
             in_channels = channels // 2 + cond_channels
-            return (
-                networks.ZeroConv2d(in_channels, channels, 3)
-                if split_prior == "predicted"
-                else None
-            )
+            is_predicted = split_prior == "predicted"
+            return networks.ZeroConv2d(in_channels, channels, 3) if is_predicted else None
 
         chain = Chain(
             *gaussianization(gaussianize, channels, bits),
