@@ -274,7 +274,7 @@ def round_trip(model: Flow, images: torch.Tensor) -> coding.CompressionResult:
     return result
 
 
-CODED = [name for name, make in MODELS.items() if name not in ("flow matching", "rbm")]
+CODED = [name for name, make in MODELS.items() if name not in ("flow_matching", "rbm")]
 
 
 @pytest.mark.parametrize("name", CODED)
@@ -288,7 +288,7 @@ def test_every_flow_codes_its_images_at_its_own_likelihood(name):
     assert result.net_bits_per_dim == pytest.approx(result.model_bits_per_dim, rel=3e-3)
 
 
-@pytest.mark.parametrize("name", ["flow matching", "planar", "sylvester"])
+@pytest.mark.parametrize("name", ["flow_matching", "planar", "sylvester"])
 def test_flows_without_an_exact_inverse_are_refused(name):
     with pytest.raises(UserError, match=r"cannot compress images, because its inverse is only app"):
         require_codec(MODELS[name]())

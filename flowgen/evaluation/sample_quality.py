@@ -340,7 +340,7 @@ class SampleQuality:
 
         The errors of the Fréchet distance, coverage and spread are those of
         `stats.jackknife_errors` over the samples and the test images. That of coverage can be
-        twice too large.
+        up to three times too large.
 
         Args:
             samples: Samples, uint8 (count, channels, height, width).
