@@ -17,7 +17,7 @@ from flowgen.bijections.elementwise import MarginalGaussianization
 from flowgen.bijections.reshape import Flatten
 from flowgen.commands.complete import measurement
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.hmc import StepSize, hmc_step
+from flowgen.models.flows.hmc import StepSize, evaluate, hmc_step
 from flowgen.models.flows.inpainting import PixelChains
 from flowgen.utils.errors import UserError
 
@@ -345,11 +345,14 @@ def test_chains_that_start_outside_the_support_reach_it():
     def density(x: Tensor) -> Tensor:
         return torch.where(x.abs().amax(1) < 5, -0.5 * x.square().sum(1), torch.nan)
 
-    position = torch.full((50, 1), 5.5)
-    step_size = StepSize.find_reasonable(position, density, generator)
+    state = evaluate(torch.full((50, 1), 5.5), density)
+    step_size = StepSize.find_reasonable(state, density, generator)
     for _ in range(200):
-        position, _ = hmc_step(position, density, step_size, 5, True, generator)
-    assert (position.abs() < 5).all() and density(position).isfinite().all()
+        state, _ = hmc_step(state, density, step_size, 5, True, generator)
+        current = evaluate(state.position, density)
+        assert torch.equal(state.log_density, current.log_density)
+        assert torch.equal(state.gradient, current.gradient)
+    assert (state.position.abs() < 5).all() and state.log_density.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,14 @@ INITIAL_STEP_SIZE = 0.1
 MIN_STEP_SIZE = 1e-6
 PILOT_LEAPFROG_STEPS = 5  # of the trajectories that select the first step size
 MAX_COORDINATE = 1e6  # trajectories beyond this have diverged
+
+
+class ChainState(NamedTuple):
+    """Positions of the chains (chains, D), their log-density (chains,) and its gradient."""
+
+    position: Tensor
+    log_density: Tensor
+    gradient: Tensor
 
 
 @dataclass
@@ -31,7 +40,7 @@ class StepSize:
 
     @classmethod
     def find_reasonable(
-        cls, position: Tensor, density: LogDensity, generator: torch.Generator | None = None
+        cls, state: ChainState, density: LogDensity, generator: torch.Generator | None = None
     ) -> "StepSize":
         """Halve the initial step size until half of short trajectories are accepted.
 
@@ -41,7 +50,7 @@ class StepSize:
         step_size = cls()
         while step_size.value > MIN_STEP_SIZE:
             _, _, acceptance = _leapfrog(
-                position, density, step_size.value, PILOT_LEAPFROG_STEPS, generator
+                state, density, step_size.value, PILOT_LEAPFROG_STEPS, generator
             )
             if acceptance >= 0.5:
                 break
@@ -55,13 +64,13 @@ class StepSize:
 
 
 def hmc_step(
-    position: Tensor,
+    state: ChainState,
     density: LogDensity,
     step_size: StepSize,
     leapfrog_steps: int,
     adapt: bool,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, float]:
+) -> tuple[ChainState, float]:
     """Run one Hamiltonian trajectory per chain, and accept or reject its end.
 
     The momentum is m ~ N(0, I). A leapfrog step of size e is m += e/2 grad log p(x), x += e m,
@@ -70,7 +79,7 @@ def hmc_step(
     are rejected.
 
     Args:
-        position: Positions of the chains, (chains, D).
+        state: The state of the chains, from `evaluate` or the last step for this density.
         density: The log-density to sample from.
         step_size: The step size e.
         leapfrog_steps: Steps of a trajectory.
@@ -78,10 +87,10 @@ def hmc_step(
         generator: Random generator, or None for the global one.
 
     Returns:
-        The new positions, and the share of chains that accepted the end of their trajectory.
+        The new state, and the share of chains that accepted the end of their trajectory.
     """
     proposal, log_ratio, acceptance = _leapfrog(
-        position, density, step_size.value, leapfrog_steps, generator
+        state, density, step_size.value, leapfrog_steps, generator
     )
     uniform = torch.rand(
         log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype
@@ -89,47 +98,54 @@ def hmc_step(
     accepted = uniform.log() < log_ratio
     if adapt:
         step_size.update(acceptance)
-    return torch.where(accepted[:, None], proposal, position), accepted.float().mean().item()
+    position, log_density, gradient = (
+        torch.where(accepted.view(-1, *[1] * (old.dim() - 1)), new, old)
+        for new, old in zip(proposal, state, strict=True)
+    )
+    return ChainState(position, log_density, gradient), accepted.float().mean().item()
 
 
 def _leapfrog(
-    position: Tensor,
+    state: ChainState,
     density: LogDensity,
     step_size: float,
     leapfrog_steps: int,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor, float]:
+) -> tuple[ChainState, Tensor, float]:
     """Run one trajectory per chain.
 
     Returns:
-        The ends of the trajectories, the logarithms of the acceptance ratios, (chains,), and the
-        mean acceptance probability. The mean ignores chains that start outside the support of the
-        density: they accept every step that leads into it, which says nothing about the step size.
-        If all chains do, it is TARGET_ACCEPTANCE, so that the step size does not change.
+        The states at the ends of the trajectories, the logarithms of the acceptance ratios,
+        (chains,), and the mean acceptance probability. The mean ignores chains that start outside
+        the support of the density: they accept every step that leads into it, which says nothing
+        about the step size. If all chains do, it is TARGET_ACCEPTANCE, so that the step size does
+        not change.
     """
-    log_density, gradient = _log_density_and_gradient(position, density)
-    inside = log_density.isfinite()
+    inside = state.log_density.isfinite()
     momentum = torch.randn(
-        position.shape, generator=generator, device=position.device, dtype=position.dtype
+        state.position.shape,
+        generator=generator,
+        device=state.position.device,
+        dtype=state.position.dtype,
     )
-    start_energy = log_density - 0.5 * momentum.square().sum(1)
+    start = state.log_density - 0.5 * momentum.square().sum(1)
     for _ in range(leapfrog_steps):
-        momentum = momentum + 0.5 * step_size * gradient
-        position = position + step_size * momentum
-        log_density, gradient = _log_density_and_gradient(position, density)
-        momentum = momentum + 0.5 * step_size * gradient
-    log_ratio = (log_density - 0.5 * momentum.square().sum(1) - start_energy).nan_to_num(-torch.inf)
+        momentum = momentum + 0.5 * step_size * state.gradient
+        state = evaluate(state.position + step_size * momentum, density)
+        momentum = momentum + 0.5 * step_size * state.gradient
+    end = state.log_density - 0.5 * momentum.square().sum(1)
+    log_ratio = (end - start).nan_to_num(-torch.inf)
     if not inside.any():
-        return position, log_ratio, TARGET_ACCEPTANCE
-    return position, log_ratio, log_ratio[inside].exp().clamp(max=1).mean().item()
+        return state, log_ratio, TARGET_ACCEPTANCE
+    return state, log_ratio, log_ratio[inside].exp().clamp(max=1).mean().item()
 
 
 @torch.enable_grad()
-def _log_density_and_gradient(position: Tensor, density: LogDensity) -> tuple[Tensor, Tensor]:
-    """Return the log-density, -inf for chains that diverged, and its gradient."""
+def evaluate(position: Tensor, density: LogDensity) -> ChainState:
+    """Return the state at positions (chains, D); the density of chains that diverged is 0."""
     diverged = ~(position.abs().amax(1) < MAX_COORDINATE)
-    position = position.detach().masked_fill(diverged[:, None], 0.0).requires_grad_(True)
-    value = density(position)
-    (gradient,) = torch.autograd.grad(value.sum(), position)
+    inputs = position.detach().masked_fill(diverged[:, None], 0.0).requires_grad_(True)
+    value = density(inputs)
+    (gradient,) = torch.autograd.grad(value.sum(), inputs)
     log_density = value.detach().masked_fill(diverged | value.isnan(), -torch.inf)
-    return log_density, gradient.nan_to_num(0.0, 0.0, 0.0)
+    return ChainState(position, log_density, gradient.nan_to_num(0.0, 0.0, 0.0))

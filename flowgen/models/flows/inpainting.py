@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from flowgen.bijections.base import Chain, standard_normal_log_prob
 from flowgen.bijections.elementwise import EmpiricalCDF, Logit, MarginalGaussianization
 from flowgen.models.base import LinearMeasurement, Observation
+from flowgen.models.flows import hmc
 from flowgen.models.flows.density import FlowDensity
-from flowgen.models.flows.hmc import LogDensity, StepSize, hmc_step
 from flowgen.utils.errors import UserError
 
 NUM_CHAINS = 20
@@ -138,15 +138,22 @@ class InpaintingChains(ABC):
     @torch.no_grad()
     def anneal(self, num_trajectories: int, leapfrog_steps: int) -> None:
         """Sample latents while the tolerance shrinks from one spread to MIN_TOLERANCE spreads."""
-        step_size = StepSize.find_reasonable(
-            self.position, self._latent_density(self.spread), self.generator
+        density = self._latent_density(self.spread)
+        step_size = hmc.StepSize.find_reasonable(
+            hmc.evaluate(self.position, density), density, self.generator
         )
         for index in self.flow.progress(range(num_trajectories), "annealing", num_trajectories):
             tolerance = self.spread * MIN_TOLERANCE ** (index / max(1, num_trajectories - 1))
             density = self._latent_density(tolerance)
-            self.position, _ = hmc_step(
-                self.position, density, step_size, leapfrog_steps, True, self.generator
+            state, _ = hmc.hmc_step(
+                hmc.evaluate(self.position, density),
+                density,
+                step_size,
+                leapfrog_steps,
+                True,
+                self.generator,
             )
+            self.position = state.position
         self.position = self.initial_position(self._decode(self.position).nan_to_num(0.0, 0.0, 0.0))
 
     @torch.no_grad()
@@ -156,20 +163,23 @@ class InpaintingChains(ABC):
         The step size is adapted in the first half only, so that the second half leaves the
         posterior invariant.
         """
-        step_size = StepSize.find_reasonable(self.position, self.log_density, self.generator)
+        state = hmc.evaluate(self.position, self.log_density)
+        step_size = hmc.StepSize.find_reasonable(state, self.log_density, self.generator)
         acceptance = []
         for index in self.flow.progress(range(num_trajectories), "exact steps", num_trajectories):
             if self.flow.num_classes is not None:
                 weights = self.flow.class_log_density(self.points(self.position)).softmax(1)
                 self.labels = torch.multinomial(weights, 1, generator=self.generator)[:, 0]
-            self.position, share_accepted = hmc_step(
-                self.position,
+                state = hmc.evaluate(self.position, self.log_density)  # of the new classes
+            state, share_accepted = hmc.hmc_step(
+                state,
                 self.log_density,
                 step_size,
                 leapfrog_steps,
                 adapt=index < num_trajectories // 2,
                 generator=self.generator,
             )
+            self.position = state.position
             acceptance.append(share_accepted)
         self.acceptance = fmean(acceptance[num_trajectories // 2 :])
 
@@ -185,7 +195,7 @@ class InpaintingChains(ABC):
         """Return h for latents at this offset from their mean."""
         return self.body.inverse(offset + self.flow.means[self.labels], self._condition)[0]
 
-    def _latent_density(self, tolerance: float) -> LogDensity:
+    def _latent_density(self, tolerance: float) -> hmc.LogDensity:
         return lambda offset: (
             standard_normal_log_prob(offset)
             - self.violation(self._decode(offset)) / (2 * tolerance * tolerance)
