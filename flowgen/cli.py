@@ -88,6 +88,20 @@ def whole_number(low: int = 1, high: int = MAX_COUNT) -> Callable[[str], int]:
     return parse
 
 
+def whole_number_option(
+    name: str, default: int | None, text: str, low: int = 1, high: int = MAX_COUNT
+) -> Callable[[Any], Any]:
+    """Return an option for a whole number, whose help shows the default unless it is None."""
+    return click.option(
+        name,
+        type=whole_number(low, high),
+        metavar="N",
+        default=default,
+        show_default=default is not None,
+        help=text,
+    )
+
+
 def check_output(path: Path | None, suffixes: Collection[str], kind: str) -> Path | None:
     """Check the name of an output file before any work is done."""
     if path is None:
@@ -151,14 +165,7 @@ run_option = click.option(
     shell_complete=complete_run,
     help="Run folder, checkpoint file, name under outputs/, zoo/NAME or hf:OWNER/NAME.",
 )
-seed_option = click.option(
-    "--seed",
-    type=whole_number(0, 2**63 - 1),
-    default=0,
-    metavar="N",
-    show_default=True,
-    help="Random seed.",
-)
+seed_option = whole_number_option("--seed", 0, "Random seed.", low=0, high=2**63 - 1)
 device_option = click.option(
     "--device",
     default="auto",
@@ -301,18 +308,15 @@ def echo_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     metavar="T",
     help="May be repeated; by default that of the run, 0.7 for flows.",
 )
-@click.option(
-    "--count",
-    type=whole_number(),
-    metavar="N",
-    help="Samples per temperature; by default 32 images or 10,000 points.",
+@whole_number_option(
+    "--count", None, "Samples per temperature; by default 32 images or 10,000 points."
 )
 @seed_option
-@click.option(
+@whole_number_option(
     "--label",
-    type=whole_number(0),
-    metavar="N",
-    help="Class of a class-conditional model; by default all classes in turn.",
+    None,
+    "Class of a class-conditional model; by default all classes in turn.",
+    low=0,
 )
 @click.option(
     "--guidance",
@@ -326,9 +330,7 @@ def echo_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 @click.option(
     "--sampler", type=click.Choice(SAMPLERS), help="Sampler of an RBM; by default tempering."
 )
-@click.option(
-    "--steps", type=whole_number(), metavar="N", help="Steps of this sampler; by default 500."
-)
+@whole_number_option("--steps", None, "Steps of this sampler; by default 500.")
 @device_option
 @click.option(
     "--out",
@@ -346,14 +348,7 @@ def sample(**options: Any) -> None:
 @click.argument("first", type=PATH, metavar="IMG1")
 @click.argument("second", type=PATH, metavar="IMG2")
 @run_option
-@click.option(
-    "--steps",
-    type=whole_number(2, 10**6),
-    metavar="N",
-    default=9,
-    show_default=True,
-    help="Images in a row, including both ends.",
-)
+@whole_number_option("--steps", 9, "Images in a row, including both ends.", low=2, high=10**6)
 @click.option("--spherical", is_flag=True, help="Follow a great circle instead of a line.")
 @device_option
 @out_option
@@ -384,12 +379,7 @@ def interpolate(**options: Any) -> None:
     help="gibbs, tempering or mean-field for RBMs, hmc for flows. May be repeated; by default all.",
 )
 @run_option
-@click.option(
-    "--steps",
-    type=whole_number(),
-    metavar="N",
-    help="Steps of the sampler; by default 1000 (RBM) or 400 (flow).",
-)
+@whole_number_option("--steps", None, "Steps of the sampler; by default 1000 (RBM) or 400 (flow).")
 @seed_option
 @device_option
 @out_option
@@ -431,14 +421,7 @@ def complete(**options: Any) -> None:
     show_default=True,
     help="Latent direction: ridge regression on all attributes, or difference of means.",
 )
-@click.option(
-    "--count",
-    type=whole_number(2),
-    metavar="N",
-    default=10_000,
-    show_default=True,
-    help="Labeled images that the directions are computed from.",
-)
+@whole_number_option("--count", 10_000, "Labeled images to compute the directions from.", low=2)
 @device_option
 @out_option
 def edit(**options: Any) -> None:
@@ -459,30 +442,9 @@ def edit(**options: Any) -> None:
     help="Sampler of the chains.",
 )
 @run_option
-@click.option(
-    "--count",
-    type=whole_number(),
-    metavar="N",
-    default=64,
-    show_default=True,
-    help="Number of chains.",
-)
-@click.option(
-    "--frames",
-    type=whole_number(),
-    metavar="N",
-    default=100,
-    show_default=True,
-    help="Number of frames.",
-)
-@click.option(
-    "--steps",
-    type=whole_number(),
-    metavar="N",
-    default=1,
-    show_default=True,
-    help="Steps of the sampler per frame.",
-)
+@whole_number_option("--count", 64, "Number of chains.")
+@whole_number_option("--frames", 100, "Number of frames.")
+@whole_number_option("--steps", 1, "Steps of the sampler per frame.")
 @seed_option
 @device_option
 @click.option(
@@ -530,14 +492,7 @@ def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, 
     metavar="NAME",
     help=f"Score that ranks the images by anomaly: {', '.join(OOD_SCORES)}.",
 )
-@click.option(
-    "--count",
-    type=whole_number(2),
-    metavar="N",
-    default=1000,
-    show_default=True,
-    help="Validation images, and test images of --ood.",
-)
+@whole_number_option("--count", 1000, "Validation images, and test images of --ood.", low=2)
 @click.option(
     "--csv", "table", type=PATH, metavar="FILE", help="Write all scores of all images to this file."
 )
@@ -581,12 +536,7 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
     type=click.Choice(["train", "validation", "test"]),
     help="Compress this split of the data of the run.",
 )
-@click.option(
-    "--count",
-    type=whole_number(),
-    metavar="N",
-    help="Maximum number of images; of a split, chosen by hash.",
-)
+@whole_number_option("--count", None, "Maximum number of images; of a split, chosen by hash.")
 @click.option(
     "--prepared",
     is_flag=True,

@@ -15,7 +15,7 @@ import flowgen
 from flowgen.api import LOG_Z_KEYS, merge_evaluations
 from flowgen.config.runs import find_checkpoint
 from flowgen.models.base import EvalConfig
-from flowgen.training.checkpoint import export_safetensors, read_safetensors, zoo, zoo_file
+from flowgen.training.checkpoint import export_safetensors, read_safetensors, zoo_file
 from flowgen.utils.metrics import LOG_PROBABILITY, UNNORMALIZED
 
 Command = Callable[..., tuple[int, str, str]]
@@ -112,7 +112,6 @@ def test_merged_evaluations_keep_the_most_accurate_log_z_and_metrics_of_the_runs
     assert merge_evaluations({}, again, own_data=False) == {}
 
 
-@pytest.mark.skipif("zoo/rbm_mnist" not in zoo(), reason="not in the zoo")
 def test_the_rbm_of_the_zoo_has_a_log_z():
     metadata = read_safetensors(zoo_file("zoo/rbm_mnist"), with_weights=False)
     assert flowgen.load("zoo/rbm_mnist").log_z == metadata["metrics"]["log_z"]

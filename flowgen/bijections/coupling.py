@@ -10,6 +10,9 @@ from flowgen.bijections.base import Bijection, concat_condition
 from flowgen.bijections.networks import Conditioner, batch_norm_layers, has_dropout
 from flowgen.bijections.univariate import Transform
 
+# `Transform.forward` or `Transform.inverse`: values and parameters to values and log-slopes.
+TransformFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 class CouplingBase(Bijection):
     """Base class of couplings.
@@ -42,10 +45,7 @@ class CouplingBase(Bijection):
 
     @abstractmethod
     def _map(
-        self,
-        function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        x: Tensor,
-        condition: Tensor | None,
+        self, function: TransformFunction, x: Tensor, condition: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Apply a direction of the transform to the rest of the input."""
 
@@ -99,10 +99,7 @@ class Coupling(CouplingBase):
         return x.chunk(2, dim=1)[1]
 
     def _map(
-        self,
-        function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        x: Tensor,
-        condition: Tensor | None,
+        self, function: TransformFunction, x: Tensor, condition: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         a, b = x.chunk(2, dim=1)
         a, log_slope = function(a, self._params(b, condition))
@@ -140,10 +137,7 @@ class MaskedCoupling(CouplingBase):
         return torch.where(self.mask, x, 0.0)
 
     def _map(
-        self,
-        function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        x: Tensor,
-        condition: Tensor | None,
+        self, function: TransformFunction, x: Tensor, condition: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         y, log_slope = function(x, self._params(self._unchanged(x), condition))
         log_det = torch.where(self.mask, 0.0, log_slope).flatten(1).sum(1)

@@ -184,10 +184,10 @@ class Standardize(Bijection):
         return x, self.log_deviation.sum().expand(len(z))
 
     def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
-        deviation, mean = torch.std_mean(x, dim=0, correction=0)
+        std, mean = torch.std_mean(x, dim=0, correction=0)
         self.mean.copy_(mean)
         # One batch is a poor estimate of the variance of values that rarely change.
-        self.log_deviation.copy_(deviation.clamp(min=0.1 * deviation.mean() + 1e-6).log())
+        self.log_deviation.copy_(std.clamp(min=0.1 * std.mean() + 1e-6).log())
 
 
 class LogisticToNormal(Bijection):

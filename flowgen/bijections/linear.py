@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.networks import MIN_DEVIATION, batch_norm_layers, temporary_attributes
+from flowgen.bijections.networks import MIN_STD, batch_norm_layers, temporary_attributes
 
 # Pixels per channel that `Invertible1x1.init_from_data` needs. The covariance of fewer pixels would
 # have eigenvalues near zero where the data has variance.
@@ -90,8 +90,8 @@ class ActNorm(ChannelAffine):
         return torch.diag(self.log_scale.exp()), self.shift, self.log_scale.sum()
 
     def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
-        deviation, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1)
-        self.log_scale.copy_(-deviation.clamp(min=MIN_DEVIATION).log())
+        std, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1)
+        self.log_scale.copy_(-std.clamp(min=MIN_STD).log())
         self.shift.copy_(-mean * self.log_scale.exp())
 
 
@@ -268,9 +268,9 @@ class BatchNorm(Bijection):
         return self._normalize(x, mean, variance)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_deviation = 0.5 * (self.variance + self.eps).log()
-        x = torch.addcmul(_per_channel(self.mean, z), z, _per_channel(log_deviation.exp(), z))
-        return x, (log_deviation.sum() * z[0, 0].numel()).expand(len(z))
+        log_std = 0.5 * (self.variance + self.eps).log()
+        x = torch.addcmul(_per_channel(self.mean, z), z, _per_channel(log_std.exp(), z))
+        return x, (log_std.sum() * z[0, 0].numel()).expand(len(z))
 
     @torch.no_grad()
     def initialize(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -298,9 +298,9 @@ class BatchNorm(Bijection):
         self.variance.fill_(1.0)
 
     def _normalize(self, x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        log_deviation = 0.5 * (variance + self.eps).log()
-        z = (x - _per_channel(mean, x)) * _per_channel((-log_deviation).exp(), x)
-        return z, -(log_deviation.sum() * x[0, 0].numel()).expand(len(x))
+        log_std = 0.5 * (variance + self.eps).log()
+        z = (x - _per_channel(mean, x)) * _per_channel((-log_std).exp(), x)
+        return z, -(log_std.sum() * x[0, 0].numel()).expand(len(x))
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-MIN_DEVIATION = 1e-6  # lower bound of a standard deviation, for channels that are constant
+MIN_STD = 1e-6  # lower bound of a standard deviation, for channels that are constant
 # A function such as `tqdm` that returns an iterable over the same steps and reports its progress.
 # Its arguments are the steps, a description, and optionally the number of steps.
 Progress = Callable[..., Iterable[Any]]
@@ -133,10 +133,10 @@ class NormalizedConv2d(nn.Module):
 
     def init_from_data(self, x: Tensor) -> None:
         """Normalize the output for a batch of inputs."""
-        deviation, mean = torch.std_mean(self.forward(x).transpose(0, 1).flatten(1), dim=1)
-        deviation = deviation.clamp(min=MIN_DEVIATION)
-        self.weight.div_(deviation[:, None, None, None])
-        self.bias.copy_((self.bias - mean) / deviation)
+        std, mean = torch.std_mean(self.forward(x).transpose(0, 1).flatten(1), dim=1)
+        std = std.clamp(min=MIN_STD)
+        self.weight.div_(std[:, None, None, None])
+        self.bias.copy_((self.bias - mean) / std)
 
 
 class ZeroConv2d(Conditioner):
@@ -176,8 +176,8 @@ class ActNormLayer(nn.Module):
 
     def init_from_data(self, x: Tensor) -> None:
         """Normalize the output for a batch of inputs."""
-        deviation, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
-        self.log_scale.copy_(-deviation[0].clamp(min=MIN_DEVIATION).log())
+        std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
+        self.log_scale.copy_(-std[0].clamp(min=MIN_STD).log())
         self.shift.copy_(-mean[0] * self.log_scale.exp())
 
 

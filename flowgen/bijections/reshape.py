@@ -112,7 +112,7 @@ class FactorOut(Bijection):
     It maps (batch, channels, height, width) to (batch, channels * height * width). The output is
     the output of `inner` for the first half x_in of the channels, followed by the latents z_out of
     the second half x_out. Without a network, z_out = x_out. With a network,
-    z_out = (x_out - mean) exp(-log_deviation), where the network predicts the mean and the
+    z_out = (x_out - mean) exp(-log_std), where the network predicts the mean and the
     logarithm of the standard deviation from x_in and the condition. Real NVP (1605.08803), section
     3.6; Glow (1807.03039), section 3.
 
@@ -145,9 +145,9 @@ class FactorOut(Bijection):
         x_in, log_det = self.inner.inverse(z_in, condition)
         x_out = z_out.view(x_in.shape)
         if self.network is not None:
-            mean, log_deviation = self._predict(self.network, x_in, condition)
-            x_out = torch.addcmul(mean, x_out, log_deviation.exp())
-            log_det = log_det + log_deviation.flatten(1).sum(1)
+            mean, log_std = self._predict(self.network, x_in, condition)
+            x_out = torch.addcmul(mean, x_out, log_std.exp())
+            log_det = log_det + log_std.flatten(1).sum(1)
         return torch.cat([x_in, x_out], dim=1), log_det
 
     @torch.no_grad()
@@ -163,8 +163,8 @@ class FactorOut(Bijection):
     ) -> tuple[Tensor, Tensor]:
         if self.network is None:
             return x_out, x_out.new_zeros(len(x_out))
-        mean, log_deviation = self._predict(self.network, x_in, condition)
-        return (x_out - mean) * (-log_deviation).exp(), -log_deviation.flatten(1).sum(1)
+        mean, log_std = self._predict(self.network, x_in, condition)
+        return (x_out - mean) * (-log_std).exp(), -log_std.flatten(1).sum(1)
 
     @staticmethod
     def _predict(

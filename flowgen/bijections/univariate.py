@@ -166,8 +166,8 @@ class MixtureOfLogistics(Transform):
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift, *mixture = self._parse(params)
         target = (y - shift) * (-log_scale).exp()
-        _, means, log_deviations = mixture
-        solutions = means + log_deviations.exp() * target
+        _, means, log_scales = mixture
+        solutions = means + log_scales.exp() * target
         x = find_root(
             lambda x: self._log_odds(x, *mixture), target, solutions.amin(0), solutions.amax(0)
         )
@@ -176,7 +176,7 @@ class MixtureOfLogistics(Transform):
     def _parse(self, params: Tensor) -> tuple[Tensor, ...]:
         """Return log-scale, shift, and the parameters of the components, see `_log_odds`."""
         count = self.num_components
-        raw, shift, logits, means, log_deviations = self.split_params(params).split(
+        raw, shift, logits, means, log_scales = self.split_params(params).split(
             (1, 1, count, count, count)
         )
         # The initial means are distinct, because equal components would stay equal.
@@ -187,12 +187,12 @@ class MixtureOfLogistics(Transform):
             shift[0],
             logits.log_softmax(0),
             means,
-            bounded_log_scale(log_deviations),
+            bounded_log_scale(log_scales),
         )
 
     @staticmethod
     def _log_odds(
-        x: Tensor, log_weights: Tensor, means: Tensor, log_deviations: Tensor
+        x: Tensor, log_weights: Tensor, means: Tensor, log_scales: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the logit of the CDF of the mixture at x, and the logarithm of its slope.
 
@@ -200,14 +200,14 @@ class MixtureOfLogistics(Transform):
             x: Values of shape (batch, channels, ...).
             log_weights: Logarithms of the weights, of shape (components, batch, channels, ...).
             means: Means of the components, with the same shape.
-            log_deviations: Logarithms of the scales s_k, with the same shape.
+            log_scales: Logarithms of the scales s_k, with the same shape.
         """
-        standardized = (x - means) * (-log_deviations).exp()
+        standardized = (x - means) * (-log_scales).exp()
         log_cdfs = F.logsigmoid(standardized)
         log_survivals = F.logsigmoid(-standardized)
         log_cdf = (log_weights + log_cdfs).logsumexp(0)
         log_survival = (log_weights + log_survivals).logsumexp(0)
-        log_density = (log_weights + log_cdfs + log_survivals - log_deviations).logsumexp(0)
+        log_density = (log_weights + log_cdfs + log_survivals - log_scales).logsumexp(0)
         return log_cdf - log_survival, log_density - log_cdf - log_survival
 
 
@@ -310,9 +310,9 @@ class GuidedAffine(Affine):
     This transform belongs to the Gaussian proportional to N_c^(1 + weight) / N_u^weight, and is the
     same for both halves.
 
-    Let deviation_c and deviation_u be the standard deviations,
-    s = min((deviation_c / deviation_u)^2, 1), and n = 1 + weight - weight s. The guided Gaussian
-    has the standard deviation deviation_c / sqrt(n) and the mean
+    Let std_c and std_u be the standard deviations,
+    s = min((std_c / std_u)^2, 1), and n = 1 + weight - weight s. The guided Gaussian
+    has the standard deviation std_c / sqrt(n) and the mean
     ((1 + weight) mean_c - weight s mean_u) / n. The bound of 1 keeps the product normalizable.
     STARFlow (2506.06276), section 3.4.
 

@@ -20,18 +20,18 @@ from torch import Tensor
 from flowgen.coding.stack import BitStack, CodingError, Integers
 
 RATIO_BITS = 10  # of a slope R / 2^h; a relative error of 2^-11 costs 10^-7 bits
-MAX_SHIFT = 20  # largest h; flatter slopes are rounded up
+MAX_SHIFT = 20  # largest h; slopes below 2^-20 become 2^-20
 PARAMETER_BITS = 12  # outputs of networks are rounded to 2^-12
 SEGMENTS_BITS = 8  # curved maps are linear within segments of length 2^-8
 EXTRA_BITS = 10  # values of a curved map have this many bits more than the grid
 MIN_CHUNK = 64  # numbers that exchange bits at once; more numbers borrow more bits
-MAX_SEARCH_STEPS = 2000  # segments that the guess of an inverse may be wrong by
+MAX_SEARCH_STEPS = 2000  # largest error of the guess of an inverse, in segments
 MAX_GRID = 1 << 31  # larger numbers could overflow
-MARGIN = 2.0**-24  # values this close to a boundary of rounding are refused by the encoder
-# Share of a unit that is added before rounding down. Weights with few bits give products that are
-# exact multiples of 1/2, which a machine that computes 10^-16 less would round differently.
+MARGIN = 2.0**-24  # the encoder refuses values this close to a rounding boundary
+# Values are rounded by floor(value + OFFSET). An offset of 1/2 would put rounding boundaries at
+# multiples of 1/2. Products of weights with few bits lie exactly there, and machines would differ.
 OFFSET = 0.6317
-OFFSET_STEP = 0.6180339887  # of the next offsets: the golden ratio spreads them evenly
+OFFSET_STEP = 0.6180339887  # between two offsets: the golden ratio spreads them evenly in (0, 1)
 MAX_OFFSETS = 32
 
 
@@ -40,10 +40,10 @@ class NearBoundaryError(CodingError):
 
 
 class Coder:
-    """A stack and the maps of numbers that exchange bits with it.
+    """Invertible maps of integers, which push bits to a stack and pop bits from it.
 
-    Numbers are int64 tensors on a grid of 2^-`grid_bits`. Every map has a function of two
-    directions: `backward=True` undoes the other direction and restores the stack.
+    The integer X stands for the number X / 2^grid_bits. Inputs and outputs are int64 tensors of any
+    shape. Every map takes `backward`: True applies the inverse map and restores the stack.
 
     Floats become integers only in `quantize`. Machines compute floats with differences of about
     10^-16, so they could disagree there about values near a boundary between two integers. The
@@ -135,10 +135,13 @@ class Coder:
         Args:
             x: Numbers; those of y if `backward`.
             x_start: A point of each map.
-            y_start: The image of this point.
-            ratio: The number R of each map, at least 1.
-            shift: The number h of each map.
-            backward: Whether to invert the map.
+            y_start: The value of the map there.
+            ratio: Numerator R of each slope R / 2^h, at least 1.
+            shift: Exponent h of each slope.
+            backward: Whether to apply the inverse map.
+
+        Returns:
+            The numbers y, or x if `backward`, with the shape of the input.
         """
         start = y_start if backward else x_start
         end = x_start if backward else y_start
@@ -176,13 +179,14 @@ class Coder:
 
         With other offsets than the first, R can have one bit more or less.
         """
+        # 1 + floor(log2(scale)); 0.002 keeps exact powers of 2 away from a rounding boundary.
         magnitude = self.quantize(scale.double().log2() + (1.002 - OFFSET), 0)
         shift = (RATIO_BITS - magnitude).clamp(0, MAX_SHIFT)
         return self.quantize(scale, shift).clamp(min=1), shift
 
     # Curved maps
 
-    def curve(
+    def piecewise_linear(
         self,
         x: Tensor,
         node: Callable[[Tensor], Tensor],
@@ -196,11 +200,14 @@ class Coder:
         from a guess, whose rounding errors do not matter.
 
         Args:
-            x: Numbers.
-            node: Function that returns the value at the start of segment i, for integers i.
-            guess: Function that returns about the segment of each value.
-            backward: Whether to invert the map.
-            segment_bits: Segments have a length of 2^segment_bits numbers.
+            x: Numbers; those of y if `backward`.
+            node: Function from segments i to the values at their starts, both int64.
+            guess: Function from values to approximate segments, both int64.
+            backward: Whether to apply the inverse map.
+            segment_bits: Logarithm to base 2 of the length of a segment; None: that of the coder.
+
+        Returns:
+            The numbers y, or x if `backward`, with the shape of the input.
         """
         bits = self.segment_bits if segment_bits is None else segment_bits
         if not backward:
@@ -214,14 +221,21 @@ class Coder:
         value = node(index)
         return self.exchange(x, index << bits, value, node(index + 1) - value, bits, True)
 
-    def bend(
+    def monotone(
         self,
         x: Tensor,
         function: Callable[[Tensor], Tensor],
         inverse: Callable[[Tensor], Tensor],
         backward: bool,
     ) -> Tensor:
-        """Map each x by an increasing function of floats, or back, see `curve`."""
+        """Map each x by an increasing function of floats, see `piecewise_linear`.
+
+        Args:
+            x: Numbers; those of y if `backward`.
+            function: Increasing function of float64 tensors.
+            inverse: Its inverse, which may be approximate.
+            backward: Whether to apply the inverse map.
+        """
 
         def node(index: Tensor) -> Tensor:
             start = self.to_float(index << self.segment_bits)
@@ -233,10 +247,10 @@ class Coder:
             return x.nan_to_num(0.0).clamp(-(2.0**40), 2.0**40).floor().long()
 
         if backward:
-            return self.curve(
+            return self.piecewise_linear(
                 (x << EXTRA_BITS) + self.pop_bits(EXTRA_BITS, x.shape), node, guess, True
             )
-        y = self.curve(x, node, guess, False)
+        y = self.piecewise_linear(x, node, guess, False)
         self.push_bits(y & ((1 << EXTRA_BITS) - 1), EXTRA_BITS)
         return y >> EXTRA_BITS
 

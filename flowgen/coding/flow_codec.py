@@ -87,7 +87,7 @@ class FlowCodec:
             The bits of each image by the model for the same noise, (batch,).
         """
         flow = self.flow
-        x, points, normal = self.pixels.lift(images, coder)
+        x, points, normal = self.pixels.dequantize(images, coder)
         log_densities = self._class_log_density(points)
         bits = -log_densities.logsumexp(1) + math.log(len(flow.means))
         bits = (
@@ -115,7 +115,7 @@ class FlowCodec:
         if one_hot is not None:
             z = z + coder.to_grid(coder.quantize_parameters(one_hot @ flow.means))
         x = code(self.layers, z, flow.network_condition(one_hot), coder, True)
-        return self.pixels.lower(x, coder)
+        return self.pixels.quantize_points(x, coder)
 
     def _class_log_density(self, points: Tensor) -> Tensor:
         """Return log p(x | y) in nats of every class, (batch, classes), computed in float32.

@@ -99,8 +99,8 @@ def _(
         x_out = x_out.reshape(x_in.shape)
     if bijection.network is not None:
         params = bijection.network(concat_condition(coder.to_float(x_in), condition))
-        mean, log_deviation = coder.quantize_parameters(params).chunk(2, dim=1)
-        x_out = _standardize(coder, x_out, mean, log_deviation, backward)
+        mean, log_std = coder.quantize_parameters(params).chunk(2, dim=1)
+        x_out = _standardize(coder, x_out, mean, log_std, backward)
     if backward:
         return torch.cat([x_in, x_out], dim=1)
     z_in = code(bijection.inner, x_in, condition, coder, False)
@@ -126,16 +126,14 @@ def _(
     bijection: linear.BatchNorm, x: Tensor, condition: Tensor | None, coder: Coder, backward: bool
 ) -> Tensor:
     shape = (-1, *[1] * (x.dim() - 2))
-    log_deviation = 0.5 * (bijection.variance + bijection.eps).log()
-    return _standardize(coder, x, bijection.mean.view(shape), log_deviation.view(shape), backward)
+    log_std = 0.5 * (bijection.variance + bijection.eps).log()
+    return _standardize(coder, x, bijection.mean.view(shape), log_std.view(shape), backward)
 
 
-def _standardize(
-    coder: Coder, x: Tensor, mean: Tensor, log_deviation: Tensor, backward: bool
-) -> Tensor:
-    """Map x to (x - mean) exp(-log_deviation), or back."""
+def _standardize(coder: Coder, x: Tensor, mean: Tensor, log_std: Tensor, backward: bool) -> Tensor:
+    """Map x to (x - mean) exp(-log_std), or back."""
     center = coder.to_grid(mean)
-    scale = (-log_deviation).exp()
+    scale = (-log_std).exp()
     if backward:
         return coder.affine(x, scale, torch.zeros_like(x), True) + center
     return coder.affine(x - center, scale, torch.zeros_like(x), False)
@@ -228,7 +226,7 @@ def _(
     coder: Coder,
     backward: bool,
 ) -> Tensor:
-    return coder.bend(x, lambda x: bijection(x)[0], lambda z: bijection.inverse(z)[0], backward)
+    return coder.monotone(x, lambda x: bijection(x)[0], lambda z: bijection.inverse(z)[0], backward)
 
 
 # Couplings and autoregressive maps, whose parameters come from a network
@@ -354,7 +352,7 @@ def transform(
     if isinstance(univariate_transform, univariate.Scale):
         scale = univariate_transform.log_scale(params).exp()
         return coder.affine(x, scale, torch.zeros_like(x), backward)
-    return coder.bend(
+    return coder.monotone(
         x,
         lambda x: univariate_transform.forward(x, params)[0],
         lambda y: univariate_transform.inverse(y, params)[0],

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flowgen.coding.coder import Coder, chunk_size
+from flowgen.coding.coder import OFFSET, Coder, chunk_size
 from flowgen.coding.stack import CodingError
 
 UNIFORM_BITS = 30  # of a uniform number
@@ -20,7 +20,6 @@ SEGMENTS_BITS = 5  # the tables have nodes at multiples of 2^-5
 CENTER = 5  # half of the width of the central table
 TAIL_LENGTH = 59  # beyond, the probability of the tail is below 2^-2900
 NOISE_RANGE = 64  # half of the width of the table of `to_uniform`
-ROUNDING = 0.6317  # see `flowgen.coding.coder.OFFSET`
 
 
 class NormalTables:
@@ -80,7 +79,7 @@ TABLES = NormalTables()
 
 
 def _round(share: Tensor) -> Tensor:
-    return (share * 2.0**UNIFORM_BITS + ROUNDING).floor().long()
+    return (share * 2.0**UNIFORM_BITS + OFFSET).floor().long()
 
 
 def push_normal(coder: Coder, x: Tensor) -> None:
@@ -170,4 +169,4 @@ def to_uniform(coder: Coder, x: Tensor, sizes: Tensor, backward: bool) -> Tensor
 
     if not backward and (x.abs() >> coder.grid_bits).max() >= NOISE_RANGE - 1:
         raise CodingError("the noise is outside the range of the code")
-    return coder.curve(x, node, guess, backward, coder.grid_bits - SEGMENTS_BITS)
+    return coder.piecewise_linear(x, node, guess, backward, coder.grid_bits - SEGMENTS_BITS)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import Logit, MarginalGaussianization
-from flowgen.coding.coder import SEGMENTS_BITS, Coder, chunk_size
+from flowgen.coding.coder import OFFSET, SEGMENTS_BITS, Coder, chunk_size
 from flowgen.coding.layers import code
-from flowgen.coding.normal import ROUNDING, pop_normal, push_normal, to_uniform
+from flowgen.coding.normal import pop_normal, push_normal, to_uniform
 from flowgen.models.flows.dequantization import VariationalDequantizer
 from flowgen.models.flows.flow import Flow
 
@@ -54,7 +54,7 @@ class PixelCoder:
         tables = [self.edges.reshape(-1), *([] if self.nodes is None else [self.nodes])]
         return zlib.crc32(torch.cat(tables).numpy().astype("<i8").tobytes())
 
-    def lift(self, images: Tensor, coder: Coder) -> tuple[Tensor, Tensor, Tensor | None]:
+    def dequantize(self, images: Tensor, coder: Coder) -> tuple[Tensor, Tensor, Tensor | None]:
         """Pop the noise of images.
 
         Returns:
@@ -83,7 +83,7 @@ class PixelCoder:
         points = (images.double() + share.view(images.shape)) / (self.edges.shape[1] - 1)
         return x.view(images.shape), points, normal
 
-    def lower(self, x: Tensor, coder: Coder) -> Tensor:
+    def quantize_points(self, x: Tensor, coder: Coder) -> Tensor:
         """Return the images of numbers of the grid, and push their noise."""
         variational = isinstance(self.dequantizer, VariationalDequantizer)
         shape = x.shape
@@ -126,14 +126,14 @@ class PixelCoder:
             low_bits = LINE_BITS - coder.grid_bits
             coder.push_bits(position & ((1 << low_bits) - 1), low_bits)
             return position >> low_bits
-        return coder.curve(position, self._node, self._guess, True)
+        return coder.piecewise_linear(position, self._node, self._guess, True)
 
     def _to_line(self, coder: Coder, x: Tensor) -> Tensor:
         if self.nodes is None:
             low_bits = LINE_BITS - coder.grid_bits
             position = (x << low_bits) + coder.pop_bits(low_bits, x.shape)
         else:
-            position = coder.curve(x, self._node, self._guess, False)
+            position = coder.piecewise_linear(x, self._node, self._guess, False)
         return position.clamp(0, (1 << LINE_BITS) - 1)
 
     def _node(self, index: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def _sigmoid_table(logit: Logit) -> Tensor:
 
 def _round(share: Tensor) -> Tensor:
     """Return shares of the line as positions, rounded to 2^-TABLE_BITS."""
-    rounded = (share * 2.0**TABLE_BITS + ROUNDING).floor().long()
+    rounded = (share * 2.0**TABLE_BITS + OFFSET).floor().long()
     return rounded.clamp(0, 1 << TABLE_BITS) << (LINE_BITS - TABLE_BITS)
 
 

@@ -100,7 +100,7 @@ class Run:
     def latest_valid_checkpoint(self, before: float = math.inf) -> dict[str, Any] | None:
         """Return the newest readable checkpoint with step < before, or None without checkpoints.
 
-        If there is none below `before`, return the newest readable one.
+        Without a readable one below `before`, return the newest readable one.
 
         Raises:
             UserError: If all checkpoints are damaged.

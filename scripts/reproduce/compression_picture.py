@@ -46,7 +46,7 @@ def trace_digit(index: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
     image = MNISTSample().test.images[index : index + 1]
     stack = TracedStack(reserve_words(codec.flow.dimensions))
     coder = Coder(stack, codec.grid_bits)
-    x, points, _ = codec.pixels.lift(image, coder)
+    x, points, _ = codec.pixels.dequantize(image, coder)
     ends = [len(stack.trace) - 1]
     flow = codec.flow
     labels = flow.class_log_density(points).argmax(1)
