@@ -75,8 +75,10 @@ def test_the_bound_of_independent_pixels_is_their_entropy_before_training():
     images = images.view(8, 2, 64, 32).to(torch.uint8)
     model.initialize(images)
     entropy = -(probabilities * probabilities.log2()).sum(1).mean().item()
-    result = model.evaluate([images])["bits_per_dim"]
-    assert abs(result.value - 0.007 - entropy) < 0.02
+    result = model.evaluate([images])["bits_per_dim"].value
+    assert abs(result - 0.007 - entropy) < 0.02
+    with torch.autocast("cpu", torch.bfloat16):
+        assert abs(model.evaluate([images])["bits_per_dim"].value - result) < 1e-5
 
 
 @pytest.mark.parametrize("settings", [{}, {"marginals": False}, {"num_steps": 10}])
@@ -105,12 +107,13 @@ def test_the_loss_is_the_mean_of_the_bound():
     assert abs(losses.mean() - bound.mean()) < 3 * error and error < 0.04
 
 
-def test_importance_samples_are_averaged_and_reduce_the_noise():
+def test_importance_samples_are_averaged_and_a_score_takes_eight():
     model = small_model(eval_times=2)
     images = torch.randint(4, (1, 3, 1, 1), dtype=torch.uint8).repeat(400, 1, 1, 1)
     with torch.no_grad():
-        one, many = (model.score(images, num_importance_samples=samples) for samples in (1, 16))
-    assert many.std() < 0.5 * one.std()
+        one = model.score(images, num_importance_samples=1)
+        many = model.score(images)
+    assert 6 < (one.var() / many.var()) < 11
     assert abs(one.mean() - many.mean()) < 4 * one.std() / math.sqrt(400)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ GAMMA_END = 5.0
 NEAR_VALUES = 4  # pixel values farther away have probability 0 in float32 given z_0
 MAX_STEPS = 10**6  # rounding makes more steps meaningless
 MAX_LEVELS = 2  # the network halves the resolution at most twice by default
+SCORE_SAMPLES = 8  # importance samples of the score of an image
 CHUNK_SIZE = 2**18  # numbers in float32: 1 MiB
 NUM_FREQUENCIES = 8  # of the time embedding
 SAMPLERS = ("ddpm", "ddim")
@@ -42,14 +43,13 @@ class VariationalDiffusion(LikelihoodModel):
         diffusion = (gamma_1 - gamma_0) / 2 E_t |e - prediction(z_t, t)|^2,
         prior = KL(q(z_1 | x) | N(0, I)):
 
-    Kingma et al. (2107.00630), equations 11 and 17. With `num_steps`, time has T steps, and the
-    factor of the diffusion loss is T/2 (exp(gamma_t - gamma_s) - 1), where s = t - 1/T: equation
-    13 and appendix E.
+    Kingma et al. (2107.00630), sections 3.5 and 5. With `num_steps`, time has T steps, and the
+    factor of the diffusion loss is T/2 (exp(gamma_t - gamma_s) - 1), where s = t - 1/T: section 4.
 
     With `marginals`, the prediction starts from the best one for independent pixels, which follows
     from the frequencies of the pixel values. The network adds a correction, and P(x | z_0) uses the
     frequencies too. Otherwise it reads sines and cosines of z_t that show small differences of the
-    pixel values, as in the paper, section 4 and appendix C.
+    pixel values, as in the paper, section 3.4.
 
     Latents are z_1. `encode` and `decode` follow the deterministic steps of DDIM and do not
     restore images exactly.
@@ -108,7 +108,7 @@ class VariationalDiffusion(LikelihoodModel):
         check_choice(SAMPLERS, sampler=sampler)
         check_choice((True, False), marginals=marginals)
         channels, resolution = split_shape(image_shape)
-        features = 4 if marginals else 5  # of every value, see `_features`
+        features = 4 if marginals else 5  # of every value, see `predict_noise`
         self.network = UNet(
             features * channels,
             channels,
@@ -144,14 +144,13 @@ class VariationalDiffusion(LikelihoodModel):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the mean bits/dim of a batch, with one time per image.
 
-        The times are evenly spread over the batch, which reduces the variance: Kingma et al.
-        (2107.00630), appendix I.1.
+        The times are evenly spread over the batch, which reduces the variance of the loss.
         """
         like_images = {"device": images.device, "dtype": self.dtype}
         noise_shape = (len(images), 2, *images.shape[1:])
         time = self.random_source(stratified_times, images.shape[:1], **like_images)
         noise = self.random_source(torch.randn, noise_shape, **like_images)
-        return self.bits_per_dim(self.bound(images, time, noise)).mean()
+        return self.bits_per_dim(self.lower_bound(images, time, noise)).mean()
 
     def log_prob(
         self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
@@ -161,10 +160,25 @@ class VariationalDiffusion(LikelihoodModel):
         It is a mean over `eval_times` times, one in each part of an even division of [0, 1).
         """
         noise = self._iter_noise(images, generator)
-        bounds = [
-            self.bound(images, *draws) for draws in self.progress(noise, "times", self.eval_times)
-        ]
+        bounds = [self.lower_bound(images, *draws) for draws in noise]
         return torch.stack(bounds).mean(0)
+
+    def score(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        num_importance_samples: int = SCORE_SAMPLES,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the bound of log P(image) of each image in nats, (batch,).
+
+        It is a mean over `num_importance_samples` times `eval_times` times. A single image needs
+        more of them than the mean over many images.
+        """
+        return super().score(
+            images, labels, num_importance_samples=num_importance_samples, generator=generator
+        )
 
     def draw_noise(self, images: Tensor, generator: torch.Generator | None = None) -> None:
         for _ in self._iter_noise(images, generator):
@@ -174,12 +188,16 @@ class VariationalDiffusion(LikelihoodModel):
         self, images: Tensor, generator: torch.Generator | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the times (batch,) and noise of every evaluation of the bound."""
-        settings = {"generator": generator, "device": images.device, "dtype": self.dtype}
+        settings: dict[str, Any] = {
+            "generator": generator,
+            "device": images.device,
+            "dtype": self.dtype,
+        }
         for index in range(self.eval_times):
             time = (index + torch.rand(len(images), **settings)) / self.eval_times
             yield time, torch.randn((len(images), 2, *images.shape[1:]), **settings)
 
-    def bound(self, images: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+    def lower_bound(self, images: Tensor, time: Tensor, noise: Tensor) -> Tensor:
         """Return the bound of log P(image) in nats, (batch,), at one time per image.
 
         Args:
@@ -198,8 +216,7 @@ class VariationalDiffusion(LikelihoodModel):
 
     def _reconstruction_loss(self, images: Tensor, noise: Tensor) -> Tensor:
         """Return -log P(pixel | z_0) for every pixel value."""
-        start = torch.zeros(len(images), device=images.device, dtype=self.dtype)
-        alpha, sigma = self.alpha_sigma(start)
+        alpha, sigma = self.alpha_sigma(torch.zeros(1, device=self.device, dtype=self.dtype))
         z = alpha * self.pixel_values(images.to(self.dtype)) + sigma * noise
         logits, _ = self._value_logits(z, images)
         return logits.logsumexp(-1) - logits[..., NEAR_VALUES]
@@ -245,7 +262,8 @@ class VariationalDiffusion(LikelihoodModel):
         """
         alpha, sigma = self.alpha_sigma(time)
         if self.marginals:
-            shift, std = self._denoise_pixels(z / alpha, (alpha / sigma).square())
+            with torch.autocast(z.device.type, enabled=False):  # it would round sums
+                shift, std = self._denoise_pixels(z / alpha, (alpha / sigma).square())
             first_prediction = -shift * alpha / sigma
             features = [z, z / alpha + shift, first_prediction, std * alpha / sigma]
         else:
@@ -316,8 +334,8 @@ class VariationalDiffusion(LikelihoodModel):
             images: (batch, channels, height, width).
             generator: Source of the noise in z_0; None adds no noise.
         """
-        z, sigma = self.alpha_sigma(torch.zeros(len(images), device=self.device, dtype=self.dtype))
-        z = z * self.pixel_values(images.to(self.dtype))
+        alpha, sigma = self.alpha_sigma(torch.zeros(1, device=self.device, dtype=self.dtype))
+        z = alpha * self.pixel_values(images.to(self.dtype))
         if generator is not None:
             z = z + sigma * self._randn(z.shape, generator)
         for time, next_time in self._steps(0.0, 1.0, len(images)):
@@ -333,7 +351,7 @@ class VariationalDiffusion(LikelihoodModel):
         return self._draw_images(z, 0.0, None)
 
     def ddpm_step(self, z: Tensor, time: Tensor, next_time: Tensor, noise: Tensor) -> Tensor:
-        """Draw z at an earlier time: Kingma et al. (2107.00630), equation 33.
+        """Draw z at an earlier time: Kingma et al. (2107.00630), section 3.3.
 
         Args:
             z: z at `time`, (batch, channels, height, width).
@@ -366,7 +384,7 @@ class VariationalDiffusion(LikelihoodModel):
         self, z: Tensor, temperature: float, generator: torch.Generator | None
     ) -> Tensor:
         """Draw pixel values from P(x | z_0); at temperature 0 take the most probable ones."""
-        alpha, _ = self.alpha_sigma(torch.zeros(len(z), device=z.device, dtype=z.dtype))
+        alpha, _ = self.alpha_sigma(torch.zeros(1, device=z.device, dtype=z.dtype))
         nearest = ((z / alpha + 1) * self.bins - 1) / 2
         nearest = nearest.round().nan_to_num(0.0).clamp(0, self.bins - 1)
         logits, candidates = self._value_logits(z, nearest)
@@ -395,7 +413,7 @@ class VariationalDiffusion(LikelihoodModel):
 
 
 def stratified_times(
-    shape: Sequence[int], generator: torch.Generator | None = None, **kwargs: object
+    shape: Sequence[int], generator: torch.Generator | None = None, **kwargs: Any
 ) -> Tensor:
     """Draw one time from each part of an even division of [0, 1), in order.
 
@@ -404,7 +422,7 @@ def stratified_times(
         True
     """
     (count,) = shape
-    uniform = torch.rand(shape, generator=generator, **kwargs)  # type: ignore[call-overload]
+    uniform = torch.rand(shape, generator=generator, **kwargs)
     return (torch.arange(count, device=uniform.device) + uniform) / count
 
 
@@ -457,8 +475,8 @@ class UNet(nn.Module):
             )
         embedding = 2 * width
 
-        def blocks(channels: int) -> nn.ModuleList:
-            return nn.ModuleList(TimeBlock(channels, embedding) for _ in range(num_blocks))
+        def blocks(channels: int) -> TimeBlocks:
+            return TimeBlocks(*(TimeBlock(channels, embedding) for _ in range(num_blocks)))
 
         self.embed_time = nn.Sequential(
             nn.Linear(2 * NUM_FREQUENCIES, embedding),
@@ -493,12 +511,10 @@ class UNet(nn.Module):
             if level > 0:
                 skipped.append(h)
                 h = self.downsample[level - 1](h)
-            for block in blocks:
-                h = block(h, embedding)
+            h = blocks(h, embedding)
         h = self._attend(h)
         for level in reversed(range(len(self.up_blocks))):
-            for block in self.up_blocks[level]:
-                h = block(h, embedding)
+            h = self.up_blocks[level](h, embedding)
             if level > 0:
                 h = F.interpolate(self.upsample[level - 1](h), scale_factor=2) + skipped.pop()
         return self.last(F.silu(h))
@@ -509,6 +525,15 @@ class UNet(nn.Module):
         for layer in self.transformer:
             tokens, _ = layer(tokens)
         return tokens.transpose(1, 2).unflatten(2, h.shape[2:])
+
+
+class TimeBlocks(nn.Sequential):
+    """Blocks that all read the time embedding."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
+        for block in self:
+            x = block(x, embedding)
+        return x
 
 
 class TimeBlock(nn.Module):
