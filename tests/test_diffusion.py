@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import fit
+from conftest import SMALL, fit
 from test_models import build_model
 
 from flowgen.models.diffusion import NEAR_VALUES, VariationalDiffusion, stratified_times
@@ -234,3 +234,32 @@ def test_every_image_size_fits(size):
 def test_invalid_arguments_are_rejected(changes, message):
     with pytest.raises(UserError, match=message):
         build_model("diffusion", **changes)
+
+
+def test_commands_use_a_diffusion_model(command, images, tmp_path):
+    run = tmp_path / "run"
+    overrides = [
+        *[override for override in SMALL if "steps_per_level" not in override],
+        "model=diffusion",
+        "model.sampling_steps=3",
+        "model.eval_times=2",
+        f"data.root={images}",
+        "trainer.steps=2",
+    ]
+    outcome = command("train", *overrides, f"output_dir={run}")
+    assert outcome[0] == 0, outcome
+    first, second = images / "000.png", images / "001.png"
+    for words in (
+        ("evaluate", "num_importance_samples=2"),
+        ("score", first),
+        ("sample", "--count", 2),
+        ("interpolate", first, second, "--steps", 3),
+    ):
+        status, output, error = command(*words, "--run", run)
+        assert status == 0, error
+        assert words[0] != "evaluate" or "bits_per_dim" in output
+        assert words[0] != "interpolate" or "does not reconstruct images exactly" in error
+    status, _, error = command("export", run, tmp_path / "model.safetensors")
+    assert status == 0, error
+    _, _, error = command("complete", first, "--known", "left", "--run", run)
+    assert "is not a run of a model that fills in missing pixels" in error
