@@ -396,7 +396,7 @@ def test_models_are_built_from_image_shape_and_bits_alone(name):
         assert model.image_shape == (1, 28, 28) and model.bits == 8
         model = constructor(image_shape=(3, 32, 32), bits=5)
     assert model.image_shape == (3, 32, 32) and model.bits == 5
-    assert model.likelihood == ("exact" if name == "pixelcnn" else "bound")
+    assert model.likelihood == ("estimate" if name == "flow_matching" else "bound")
 
 
 @pytest.mark.parametrize("name", group_options("model"))
