@@ -42,17 +42,17 @@ EFFECTIVE_SIZE = Metric("effective_sample_size", "samples", higher_is_better=Tru
 
 
 class ShiftedConv2d(nn.Conv2d):
-    """A convolution whose output at a pixel depends on no later pixel in raster order.
+    """A convolution whose output at a pixel depends on its row and the rows above it.
 
     Padding places the kernel above the pixel and, if `centered`, to both of its sides, else to its
-    left. PixelCNN++ (1701.05517), section 2.4, and its code.
+    left, where it reaches no later pixel. PixelCNN++ (1701.05517), section 2.4, and its code.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         kernel_size: (rows, columns) of the kernel.
-        centered: Center the kernel on the column of the pixel. The output then depends on all
-            pixels of its row within the kernel, so that it needs a row of its own above the pixel.
+        centered: Center the kernel on the column of the pixel. The output then also depends on
+            later pixels of its row; `shift_down` makes it causal.
         dilation: Distance between rows of the kernel.
     """
 
@@ -446,21 +446,22 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting):
             self, images.to(self.device), unknown, INPAINTING_CHAINS, generator
         )
         steps = 0 if is_prefix(known) else steps or INPAINTING_STEPS
+        burn_in = steps // 2
         total = torch.zeros(unknown.shape, device=self.device)
-        kept = 0
         for index in self.progress(range(steps + 1), "inpainting", steps + 1):
-            if index:
+            if index > 0:
                 chains.step()
-            if index >= steps // 2:
+            if index >= burn_in:
                 total += chains.images.float().mean(0)
-                kept += 1
         pixels = chains.images.float()
         metrics = {
             "acceptance": chains.acceptance,
             "spread": pixels.std(0)[unknown].mean().item() / (self.bins - 1),
             "bits_per_dim": self.bits_per_dim(self.log_prob(chains.images)).mean().item(),
         }
-        return InpaintingResult(pixels / (self.bins - 1), total / (kept * (self.bins - 1)), metrics)
+        return InpaintingResult(
+            pixels / (self.bins - 1), total / ((steps + 1 - burn_in) * (self.bins - 1)), metrics
+        )
 
     @torch.no_grad()
     def conditional_log_prob(
@@ -566,7 +567,8 @@ class MetropolisChains:
 
     Attributes:
         images: The states, (count, channels, height, width).
-        acceptance: Fraction of proposals that were accepted.
+        labels: Their classes, (count,).
+        log_prob: log P of each value given the values before it, in the shape of the images.
     """
 
     def __init__(
@@ -598,6 +600,7 @@ class MetropolisChains:
 
     @property
     def acceptance(self) -> float:
+        """Fraction of proposals that were accepted; 1 before the first step."""
         return self.accepted / self.steps if self.steps else 1.0
 
     def step(self) -> None:
@@ -615,7 +618,6 @@ class MetropolisChains:
         first = self._randint(self.num_unknown, count)
         # Ranges of all sizes: n, n/2, n/4, ..., 1
         length = self.num_unknown >> self._randint(self.num_unknown.bit_length(), count)
-        first, length = first.view(-1, 1, 1, 1), length.view(-1, 1, 1, 1)
         redrawn = self.unknown & (self.rank >= first) & (self.rank < first + length)
         images, log_prob = self._redraw(self.images, redrawn, self.labels)
         change = (log_prob - self.log_prob).masked_fill(redrawn, 0).flatten(1).sum(1)
@@ -634,7 +636,9 @@ class MetropolisChains:
         return self.model.redraw(images, redrawn, self.model.one_hot(labels), self.generator)
 
     def _randint(self, high: int, count: int) -> Tensor:
-        return torch.randint(high, (count,), generator=self.generator, device=self.images.device)
+        return torch.randint(
+            high, (count, 1, 1, 1), generator=self.generator, device=self.images.device
+        )
 
     def _draw_labels(self, log_weights: Tensor) -> Tensor:
         """Draw one class per chain, (count,), with these log-weights (count, classes)."""
