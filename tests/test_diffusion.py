@@ -1,11 +1,11 @@
 """Variational diffusion: its bound and samples are compared with distributions that are known."""
 
-import itertools
 import math
 
 import pytest
 import torch
 from conftest import SMALL, fit
+from enumeration import all_images
 from test_models import build_model
 
 from flowgen.models.diffusion import NEAR_VALUES, VariationalDiffusion, stratified_times
@@ -83,8 +83,7 @@ def test_the_bound_of_independent_pixels_is_their_entropy_before_training():
 
 @pytest.mark.parametrize("settings", [{}, {"marginals": False}, {"num_steps": 10}])
 def test_the_probabilities_of_all_images_add_up_to_at_most_one(settings):
-    images = torch.tensor(list(itertools.product(range(4), repeat=3)), dtype=torch.uint8)
-    images = images.view(64, 3, 1, 1)
+    images = all_images((3, 1, 1), bits=2)
     model = small_model(eval_times=64, **settings)
 
     def total() -> float:

@@ -95,6 +95,7 @@ FLOWS: dict[str, Callable[..., Flow]] = {
     "glow with learned base": lambda **changes: glow(base="learned", levels=1, **changes),
 }
 OTHER_MODELS: dict[str, Callable[..., LikelihoodModel]] = {
+    "pixelcnn": lambda **changes: build_model("pixelcnn", **{"num_layers": 2} | changes),
     "diffusion": lambda **changes: build_model(
         "diffusion", **{"sampling_steps": 10, "eval_times": 4} | changes
     ),
@@ -333,9 +334,11 @@ def test_images_need_not_be_square(name):
     assert torch.equal(model.decode(model.encode(images)), images) == model.restores_images
     samples, log_probs = model.sample(2)
     assert samples.shape == (2, 3, 4, 8) and log_probs.isfinite().all()
-    if not isinstance(model, Flow):
-        return
-    model.double()
+
+
+@pytest.mark.parametrize("name", [name for name in FLOWS if name != "flow_matching"])
+def test_log_dets_of_images_that_are_not_square(name):
+    model = initialized(name, size=(4, 8)).double()
     x = torch.rand(1, 3, 4, 8, dtype=torch.double)
     _, log_det = model.bijection(x)
     jacobian = torch.autograd.functional.jacobian(lambda x: model.bijection(x)[0], x).view(96, 96)
@@ -378,6 +381,7 @@ def test_constructor_defaults_equal_the_configuration(name):
         assert type(default) is type(config[argument]), argument
 
 
+LIKELIHOODS = {"flow_matching": "estimate", "pixelcnn": "exact"}  # others: bound
 LIKELIHOOD_MODELS = [name for name in group_options("model") if name != "rbm"]
 
 
@@ -396,7 +400,7 @@ def test_models_are_built_from_image_shape_and_bits_alone(name):
         assert model.image_shape == (1, 28, 28) and model.bits == 8
         model = constructor(image_shape=(3, 32, 32), bits=5)
     assert model.image_shape == (3, 32, 32) and model.bits == 5
-    assert model.likelihood == ("estimate" if name == "flow_matching" else "bound")
+    assert model.likelihood == LIKELIHOODS.get(name, "bound")
 
 
 @pytest.mark.parametrize("name", group_options("model"))
