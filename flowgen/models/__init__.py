@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "EvalConfig": "base",
         "GenerativeModel": "base",
         "InpaintingResult": "base",
+        "LikelihoodModel": "likelihood",
         "LinearMeasurement": "base",
         "SupportsCompression": "base",
         "SupportsInpainting": "base",

@@ -170,4 +170,4 @@ class FlowMatching(Flow):
         """Return the bits/dim of each image with another tolerance of the solver: (batch,)."""
         generator = torch.Generator(self.device).manual_seed(0)
         with networks.temporary_attributes([self.cnf], tolerance=tolerance):
-            return self._bits_per_dim(self.log_prob(images, generator))
+            return self.bits_per_dim(self.log_prob(images, generator))
