@@ -473,60 +473,63 @@ def test_a_token_that_sees_itself_is_detected(monkeypatch):
 # Other machines
 
 
-def run_python(code: str, run: str, environment: dict[str, str]) -> None:
-    subprocess.run(
-        [sys.executable, "-c", code, run],
-        check=True,
-        env=os.environ | {"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"} | environment,
-    )
-
-
 ENCODE = """if True:
     import sys, torch, flowgen
     from pathlib import Path
     from flowgen import coding
-    codec = coding.make_codec(flowgen.load(sys.argv[1], device="cpu"), 20)
-    images = torch.load("images.pt")
-    Path("a.flow").write_bytes(coding.compress(codec, images, "run", verify=False).data)
+    for run in sys.argv[1:]:
+        codec = coding.make_codec(flowgen.load(run, device="cpu"), 20)
+        images = torch.load("images.pt") >> (8 - codec.model.bits)
+        data = coding.compress(codec, images, run, verify=False).data
+        Path(run.replace("/", "_")).write_bytes(data)
 """
 DECODE = """if True:
     import sys, torch, flowgen
     from pathlib import Path
     from flowgen import coding
-    header, payload = coding.read_header(Path("a.flow").read_bytes())
-    codec = coding.make_codec(flowgen.load(sys.argv[1], device="cpu"), header.annealing_steps)
-    assert torch.equal(coding.decompress(codec, header, payload), torch.load("images.pt"))
+    for run in sys.argv[1:]:
+        header, payload = coding.read_header(Path(run.replace("/", "_")).read_bytes())
+        codec = coding.make_codec(flowgen.load(run, device="cpu"), header.annealing_steps)
+        images = torch.load("images.pt") >> (8 - codec.model.bits)
+        assert torch.equal(coding.decompress(codec, header, payload), images)
 """
+KERNELS = pytest.mark.parametrize(("encoder", "decoder"), [({}, GENERIC), (GENERIC, {})])
 
 
-@pytest.mark.parametrize(("encoder", "decoder"), [({}, GENERIC), (GENERIC, {})])
+def check_kernels(
+    images: torch.Tensor, encoder: dict[str, str], decoder: dict[str, str], *runs: str
+) -> None:
+    """Compress images of 8 bits in one process, and decompress them in another one."""
+    torch.save(images, "images.pt")
+    for script, environment in ((ENCODE, encoder), (DECODE, decoder)):
+        subprocess.run(
+            [sys.executable, "-c", script, *runs],
+            check=True,
+            env=os.environ
+            | {"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"}
+            | environment,
+        )
+
+
+@KERNELS
 def test_files_move_between_kernels(elsewhere, encoder, decoder):
     """KERNEL_DIGITS sets the number of digits."""
     count = int(os.environ.get("KERNEL_DIGITS", "2"))
     digits = MNISTSample()
     images = torch.cat((digits.test.images, digits.validation.images))
-    torch.save(images[:: len(images) // count][:count], "images.pt")
-    run_python(ENCODE, "zoo/glow_mnist", encoder)
-    run_python(DECODE, "zoo/glow_mnist", decoder)
-
-
-@pytest.mark.parametrize(("encoder", "decoder"), [({}, GENERIC), (GENERIC, {})])
-def test_files_of_an_rbm_move_between_kernels(elsewhere, encoder, decoder):
-    torch.save(MNISTSample().test.images[:3] >> 7, "images.pt")
-    run_python(ENCODE, "zoo/rbm_mnist", encoder)
-    run_python(DECODE, "zoo/rbm_mnist", decoder)
+    chosen = images[:: len(images) // count][:count]
+    check_kernels(chosen, encoder, decoder, "zoo/glow_mnist", "zoo/rbm_mnist")
 
 
 @pytest.mark.skipif("KERNEL_RUN" not in os.environ, reason="needs a run, KERNEL_RUN")
-@pytest.mark.parametrize(("encoder", "decoder"), [({}, GENERIC), (GENERIC, {})])
+@KERNELS
 def test_files_of_a_run_move_between_kernels(elsewhere, encoder, decoder):
-    """KERNEL_RUN is a run, whose first KERNEL_IMAGES test images are compressed."""
+    """KERNEL_RUN is a run, of whose test images KERNEL_IMAGES are compressed."""
     run = os.environ["KERNEL_RUN"]
     data = build_data(find_checkpoint(run)[1]["config"])
     count = int(os.environ.get("KERNEL_IMAGES", "2"))
-    torch.save(torch.cat(list(data.batches("test", 50, count))), "images.pt")
-    run_python(ENCODE, run, encoder)
-    run_python(DECODE, run, decoder)
+    images = torch.cat(list(data.batches("test", 50, count)))
+    check_kernels(images << (8 - data.bits), encoder, decoder, run)
 
 
 # flowgen evaluate compress=true
