@@ -60,6 +60,7 @@ MODELS = {
         "model.dropout=0.2",
         "trainer.optimizer=sgd",
     ],
+    "diffusion": [*TINY, "model=diffusion", "model.width=4", "trainer.optimizer=sgd"],
     "maf": [*TINY, "model=maf", "model.width=16", "trainer.optimizer=sgd"],
     "recomputed": [
         *TINY,

@@ -35,5 +35,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "TarFlow": "flows.tarflow",
         "PixelCNN": "pixelcnn",
         "RBM": "rbm.rbm",
+        "VariationalDiffusion": "diffusion",
     },
 )

@@ -39,6 +39,13 @@ TRAINING_RUNS = {
         "model.num_heads=1",
         "model.tolerance=0.1",
     ),
+    "diffusion": (
+        *FLOW,
+        "model=diffusion",
+        "model.num_heads=1",
+        "model.sampling_steps=2",
+        "model.eval_times=2",
+    ),
     "planar": ("data.bits=5", "model=planar", "model.num_transforms=2"),
     "sylvester": (*FLOW, "model=sylvester", "model.num_transforms=2"),
     "pixelcnn": (*FLOW, "model=pixelcnn", "model.num_layers=1"),
