@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "base": "base",
         "flows": "flows",
         "rbm": "rbm",
+        "vae": "vae",
         "Capability": "base",
         "ClassConditional": "base",
         "EvalConfig": "base",
@@ -34,5 +35,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RealNVP": "flows.realnvp",
         "TarFlow": "flows.tarflow",
         "RBM": "rbm.rbm",
+        "VAE": "vae.vae",
     },
 )
