@@ -26,10 +26,19 @@ from flowgen.models.logistic_mixture import (
     scale_values,
 )
 from flowgen.utils.errors import UserError, check_choice, check_whole
-from flowgen.utils.metrics import BITS_PER_DIM
+from flowgen.utils.metrics import (
+    BITS_PER_DIM,
+    CONDITIONAL_LOG_PROB,
+    Metric,
+    Metrics,
+    MetricValue,
+)
 
 INPAINTING_CHAINS = 16
 INPAINTING_STEPS = 100
+IMPORTANCE_SAMPLES = 256  # draws of the unknown pixels that estimate P(known)
+MIN_EFFECTIVE_SIZE = 10  # of a reliable estimate
+EFFECTIVE_SIZE = Metric("effective_sample_size", "samples", higher_is_better=True)
 
 
 class ShiftedConv2d(nn.Conv2d):
@@ -251,7 +260,8 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting):
     @torch.no_grad()
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Start at the marginal distribution of the pixel values."""
-        self.network.out.bias.copy_(initial_parameters(images, self.num_components, self.bits))
+        bias = initial_parameters(images, self.num_components, self.bits)
+        self.network.out.bias.copy_(bias)  # type: ignore[union-attr]
 
     def log_prob(
         self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
@@ -280,14 +290,21 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting):
 
     def value_log_prob(self, images: Tensor, one_hot: Tensor | None) -> Tensor:
         """Return log P of each value given the values before it, in the shape of the images."""
-        mixture = self._mixture(self.network, images, one_hot)
+        mixture = self.conditionals(images, one_hot)
         with torch.autocast(images.device.type, enabled=False):
             return mixture.log_prob(images)
 
-    def _mixture(
-        self, network: nn.Module, images: Tensor, one_hot: Tensor | None
+    def conditionals(
+        self, images: Tensor, one_hot: Tensor | None, network: nn.Module | None = None
     ) -> LogisticMixture:
-        """Return the distribution of each pixel given the pixels before it."""
+        """Return the distribution of each pixel given the pixels before it.
+
+        Args:
+            images: (batch, channels, height, width).
+            one_hot: Classes (batch, classes), or None.
+            network: A copy of `self.network` in another precision, or None.
+        """
+        network = network or self.network
         dtype = next(network.parameters()).dtype
         condition = None if one_hot is None else one_hot.to(dtype)
         parameters = network(scale_values(images, self.bins, dtype), condition)
@@ -333,7 +350,7 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting):
         one_hot = None
         if self.num_classes is not None:
             one_hot = self.one_hot(self.classify(images).argmax(1))
-        low, high = self._mixture(self._double_network(), images, one_hot).interval(images)
+        low, high = self.conditionals(images, one_hot, self._double_network()).interval(images)
         position: Tensor | float = 0.5
         if generator is not None:
             # Not at the ends of the interval, which rounding errors could leave
@@ -367,7 +384,7 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting):
         images: Tensor | None = None,
         unknown: Tensor | None = None,
     ) -> tuple[Tensor, LogisticMixture]:
-        """Return the images whose values are the quantiles at u, and the distribution of each pixel.
+        """Return the images whose values are the quantiles at u, and the conditional distributions.
 
         Args:
             network: The network, in the precision of the result.
@@ -380,14 +397,14 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting):
         if images is None:
             images = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
         _, height, width = self.image_shape
-        mixture = self._mixture(network, images, one_hot)
+        mixture = self.conditionals(images, one_hot, network)
         for index in range(height * width):
             self.num_iterations = index + 1
             updated = mixture.quantile(u, images, unknown)
             if torch.equal(updated, images):
                 break
             images = updated
-            mixture = self._mixture(network, images, one_hot)
+            mixture = self.conditionals(images, one_hot, network)
         return images, mixture
 
     # Inpainting
@@ -442,36 +459,97 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting):
         return InpaintingResult(pixels / (self.bins - 1), total / (kept * (self.bins - 1)), metrics)
 
     @torch.no_grad()
-    def conditional_log_prob(self, images: Tensor, known: Tensor) -> Tensor:
-        """Return log P(unknown pixels | known pixels) in nats, (batch,), exactly.
+    def conditional_log_prob(
+        self,
+        images: Tensor,
+        known: Tensor,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Metrics:
+        """Return log P(unknown | known) = log P(x) - log P(known).
+
+        P(known) is the mean of prod_k P(x_k | x_<k) over the known pixels k, where the unknown
+        pixels before k are drawn in raster order. If all known pixels come before all unknown ones,
+        each draw gives the same product, so that one is enough and the value is exact. The mean
+        over the classes is exact too.
+
+        Args:
+            images: One image, (1, channels, height, width).
+            known: A mask (channels, height, width).
+            steps: Number of draws for other masks.
+            generator: Random generator, or None for the global one.
+        """
+        known = known.to(self.device)
+        is_exact = is_prefix(known)
+        count = 1 if is_exact else steps or IMPORTANCE_SAMPLES
+        log_weights = torch.cat(
+            [
+                self._known_log_prob(image, known, generator)
+                for image in images.expand(count, -1, -1, -1).split(INPAINTING_CHAINS)
+            ]
+        ).double()
+        weights = log_weights.softmax(0)
+        effective_size = 1 / weights.square().sum().item()
+        if not is_exact and effective_size < MIN_EFFECTIVE_SIZE:
+            raise UserError(
+                f"the estimate of log P(unknown | known) from {count} draws is unreliable, because "
+                f"their effective sample size is only {effective_size:.1f}: use more --steps, or "
+                "--known top, for which the value is exact"
+            )
+        log_known = log_weights.logsumexp(0).item() - math.log(count)
+        value = self.log_prob(images).item() - log_known
+        if is_exact:
+            return Metrics.of(MetricValue(CONDITIONAL_LOG_PROB, value, 0.0), method="exact")
+        return Metrics.of(
+            MetricValue(CONDITIONAL_LOG_PROB, value, math.sqrt(1 / effective_size - 1 / count)),
+            MetricValue(EFFECTIVE_SIZE, effective_size),
+            method=f"importance sampling with {count} draws",
+        )
+
+    def _known_log_prob(
+        self, images: Tensor, known: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """Draw the unknown pixels in raster order and return log prod_k P(x_k | x_<k): (batch,).
+
+        The product over the known pixels k is averaged over the classes.
+        """
+        num_classes = self.num_classes or 1
+        log_probs = []
+        for label in range(num_classes):
+            labels = torch.full((len(images),), label, device=self.device)
+            _, log_prob = self.redraw(images, ~known, self.one_hot(labels), generator)
+            log_probs.append(log_prob[:, known].sum(1))
+        return torch.stack(log_probs).logsumexp(0) - math.log(num_classes)
+
+    def redraw(
+        self,
+        images: Tensor,
+        redrawn: Tensor,
+        one_hot: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw values of images given all values before them, in raster order.
 
         Args:
             images: (batch, channels, height, width).
-            known: A mask (channels, height, width) of pixels before all others in raster order.
+            redrawn: Mask of the values to draw, of the size of the images or one of them.
+            one_hot: Classes (batch, classes), or None.
+            generator: Random generator, or None for the global one.
+
+        Returns:
+            The new images, and log P of each of their values given the values before it.
         """
-        if not is_prefix(known):
-            raise UserError(
-                "a PixelCNN knows log P(unknown | known) only if all known pixels come before all "
-                "unknown ones, row by row: use --known top"
-            )
-        unknown = ~known.to(self.device)
-        if self.num_classes is None:
-            return self.value_log_prob(images, None)[:, unknown].sum(1)
-        one_hots = torch.eye(self.num_classes).to(images.device)[:, None]
-        log_probs = torch.stack(
-            [self.value_log_prob(images, one_hot.expand(len(images), -1)) for one_hot in one_hots]
-        )
-        known_log_prob = log_probs[:, :, ~unknown].sum(2)
-        return (log_probs[:, :, unknown].sum(2) + known_log_prob).logsumexp(
-            0
-        ) - known_log_prob.logsumexp(0)
+        u = torch.rand(images.shape, generator=generator, device=images.device, dtype=torch.float64)
+        images, mixture = self.solve(self.network, u, one_hot, images, redrawn)
+        return images, mixture.log_prob(images)
 
 
 class MetropolisChains:
     """Markov chains of the unknown pixels of an image given the known ones, one per row.
 
-    The chains start with unknown pixels drawn in raster order, each given the pixels before it. This
-    is exact if no known pixel comes after an unknown one. With classes, each chain draws one
+    The chains start with unknown pixels drawn in raster order, each given the pixels before it.
+    This is exact if no known pixel comes after an unknown one. With classes, each chain draws one
     candidate x per class y and keeps one with probability proportional to prod_k P(x_k | x_<k, y)
     over the known pixels k.
 
@@ -506,7 +584,6 @@ class MetropolisChains:
         self.rank = (raster_order.flatten().cumsum(0) - 1).view_as(raster_order).permute(2, 0, 1)
         start = images.expand(count, -1, -1, -1)
         classes = torch.arange(model.num_classes or 1, device=images.device)
-        self.labels = classes[:1].expand(count)
         candidates = [self._redraw(start, unknown, label.expand(count)) for label in classes]
         states = torch.stack([state for state, _ in candidates])
         log_probs = torch.stack([log_prob for _, log_prob in candidates])
@@ -550,13 +627,7 @@ class MetropolisChains:
             self.log_prob = self.model.value_log_prob(self.images, one_hot)
 
     def _redraw(self, images: Tensor, redrawn: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw values given all values before them, and return the log-probability of each value."""
-        u = torch.rand(
-            images.shape, generator=self.generator, device=images.device, dtype=torch.float64
-        )
-        one_hot = self.model.one_hot(labels)
-        images, mixture = self.model.solve(self.model.network, u, one_hot, images, redrawn)
-        return images, mixture.log_prob(images)
+        return self.model.redraw(images, redrawn, self.model.one_hot(labels), self.generator)
 
     def _randint(self, high: int, count: int) -> Tensor:
         return torch.randint(high, (count,), generator=self.generator, device=self.images.device)
