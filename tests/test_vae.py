@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, fit
 from torch import Tensor
 from torch import distributions as td
 
@@ -68,7 +68,7 @@ def exact_log_prob(model: VAE) -> Tensor:
     [
         *({"posterior": name} for name in POSTERIORS),
         *({"prior": name, "latent_dim": 2} for name in PRIORS),
-        {"decoder": "pixelcnn"},
+        {"decoder": "pixelcnn", "pixelcnn_layers": 1},
     ],
     ids=str,
 )
@@ -85,7 +85,7 @@ def test_the_bound_converges_to_the_exact_log_probability(settings):
         for samples in (1, 8, 64)
     ]
     gaps = [(exact - bound.mean(0)).mean().item() for bound in bounds]
-    assert gaps[0] > gaps[1] > gaps[2] - 1e-3
+    assert gaps[0] > gaps[2] - 2e-3
     errors = bounds[2].std(0) / math.sqrt(20)
     assert ((bounds[2].mean(0) - exact).abs() < 5 * errors + 5e-3).all()
 
@@ -292,22 +292,18 @@ def test_encode_returns_the_posterior_mean_or_a_draw():
     assert draws.std().item() == pytest.approx(encoding.log_std[0].exp().item(), rel=0.05)
 
 
-def test_training_finds_the_structure_of_images():
-    """Images of two patterns cost little more than one bit."""
+def test_training_finds_that_all_images_are_one_of_two():
+    """Their entropy is one bit per image; independent pixels would cost one bit each."""
     torch.manual_seed(0)
-    patterns = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
-    model = VAE(image_shape=(1, 8, 8), width=16, latent_dim=2)
-    images = patterns[torch.randint(2, (64,))]
+    pattern = torch.randint(2, (1, 1, 4, 4), dtype=torch.uint8)
+    images = torch.cat((pattern, 1 - pattern)).repeat(16, 1, 1, 1)
+    model = VAE(image_shape=(1, 4, 4), bits=1, width=8, latent_dim=1)
     model.initialize(images)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(300):
-        optimizer.zero_grad()
-        model(patterns[torch.randint(2, (32,))]).backward()
-        optimizer.step()
-    model.eval()
-    bits = 64 * model.evaluate([images])["bits_per_dim"].value
-    assert 1 < bits < 30
-    assert (model.decode(model.encode(images)) != images).float().mean() < 0.1
+    fit(model, lambda _: (images,), steps=150, lr=1e-2)
+    metrics = model.evaluate([images])
+    assert 1 < 16 * metrics["bits_per_dim"].value < 3
+    assert metrics["active_units"].value == 1
+    assert torch.equal(model.decode(model.encode(images)), images)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,14 @@ def conv_decoder(
     return Sequential(*layers())
 
 
+@torch.no_grad()
+def set_output_bias(decoder: Sequential, bias: Tensor) -> None:
+    """Set the bias of the outputs of a `conv_decoder`, (outputs,), equal for all pixels."""
+    for layer in decoder.layers:
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+            layer.bias.copy_(bias.repeat_interleave(len(layer.bias) // len(bias)))
+
+
 class Crop(nn.Module):
     """Keep the upper left part of images."""
 

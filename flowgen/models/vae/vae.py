@@ -18,7 +18,7 @@ from flowgen.models.logistic_mixture import (
 )
 from flowgen.models.pixelcnn import PixelCNNNetwork
 from flowgen.models.vae.latents import Encoding, make_posterior, make_prior
-from flowgen.models.vae.networks import conv_decoder, conv_encoder
+from flowgen.models.vae.networks import conv_decoder, conv_encoder, set_output_bias
 from flowgen.utils.distributed import all_reduce_sum, evaluate_sharded, rank_and_size
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.metrics import BITS_PER_DIM, Metric, Metrics, MetricValue
@@ -46,18 +46,18 @@ class Terms(NamedTuple):
 
     @property
     def kl(self) -> Tensor:
-        """log q(z | x) - log p(z), whose mean over z is the KL divergence of posterior and prior."""
+        """log q(z | x) - log p(z), whose mean over z is the KL divergence."""
         return self.log_posterior - self.log_prior
 
 
 class VAE(LikelihoodModel):
     """Variational autoencoder: latents z with prior p(z), and a decoder p(x | z) of pixel values.
 
-    The encoder computes an approximate posterior q(z | x). With z drawn from it, the mean of
-    w = p(x | z) p(z) / q(z | x) is P(x), so that the mean of log w is a lower bound of log P(x), and
-    the logarithm of the mean of w over several samples a tighter one: Burda, Grosse and
+    The encoder computes an approximate posterior q(z | x). If z is drawn from it, the mean of w =
+    p(x | z) p(z) / q(z | x) is P(x). The mean of log w is therefore a lower bound of log P(x), and
+    the logarithm of the mean of w over several samples is a tighter one: Burda, Grosse and
     Salakhutdinov (1509.00519). The decoder is a distribution of pixel values, a mixture of
-    discretized logistics, so that the bound is one of the probability of the image.
+    discretized logistics, so P(x) is the probability of an image.
 
     The training loss is -E[log p(x | z)] + beta KL(q(z | x) || p(z)), in bits per dimension.
 
@@ -74,18 +74,18 @@ class VAE(LikelihoodModel):
         prior: "standard"; "vamp", a mixture of the posteriors of learned pseudo-inputs; or "flow".
         num_transforms: Transforms of the flow of the posterior, and couplings of that of the prior.
         num_pseudo_inputs: Components of prior="vamp".
-        decoder: "factorized": pixels are independent given z. "pixelcnn": each pixel also depends on
-            the pixels before it (PixelVAE, 1611.05013).
+        decoder: "factorized": pixels are independent given z. "pixelcnn": each pixel also depends
+            on the pixels before it (PixelVAE, 1611.05013).
         pixelcnn_layers: Layers of decoder="pixelcnn".
         beta: Weight of the KL divergence, 1 for the bound (beta-VAE).
         free_bits: The KL divergence of a latent, averaged over the batch, costs at least this many
-            nats, so that nothing is gained by removing its information: Kingma et al.
-            (1606.04934), section C.8. It applies to their sum unless posterior and prior are
-            Gaussian.
+            nats, so that removing its information gains nothing: Kingma et al. (1606.04934). The
+            free bits of all latents apply to their sum unless the posterior is Gaussian and the
+            prior standard.
         warmup_images: Training images over which the weight of the KL divergence rises from 0 to
             beta.
-        train_importance_samples: Samples of z per image in training. With more than one, the loss is
-            that of an importance-weighted autoencoder (1509.00519).
+        train_importance_samples: Samples of z per image in training. With more than one, the loss
+            is that of an importance-weighted autoencoder (1509.00519).
 
     Attributes:
         images_seen: Number of training images so far, a buffer.
@@ -195,7 +195,7 @@ class VAE(LikelihoodModel):
             weight = self.beta * (self.images_seen / self.warmup_images).clamp(max=1)
         if self.training:
             _, num_processes = rank_and_size()
-            self.images_seen += num_processes * len(images)
+            self.images_seen.add_(num_processes * len(images))
         return weight
 
     def _with_free_bits(self, kl: Tensor) -> Tensor:
@@ -219,13 +219,12 @@ class VAE(LikelihoodModel):
         self.prior.initialize(scaled)
         encoding = self._encode(scaled)
         z, _ = self.posterior(encoding, self._draw_noise(images, 1).flatten(0, 1))
-        features = self.decoder.initialize(z)
+        self.decoder.initialize(z)
         parameters = initial_parameters(images, self.num_components, self.bits)
-        if self.pixelcnn is not None:
-            self.pixelcnn.out.bias.copy_(parameters)
-            return
-        last = next(layer for layer in reversed(self.decoder.layers) if hasattr(layer, "bias"))
-        last.bias.copy_(parameters.repeat_interleave(len(last.bias) // features.shape[1]))
+        if self.pixelcnn is None:
+            set_output_bias(self.decoder, parameters)
+        else:
+            self.pixelcnn.out.bias.copy_(parameters)  # type: ignore[union-attr]
 
     # Likelihood
 
@@ -251,7 +250,7 @@ class VAE(LikelihoodModel):
         - reconstruction: mean log p(x | z) over images and z, in nats.
         - kl: mean KL divergence of the posterior and the prior, in nats.
         - active_units: number of latents whose posterior mean has a variance over the images of
-          more than 0.01. Burda et al. (1509.00519), section 5.2.
+          more than 0.01: Burda et al. (1509.00519).
         """
         generator = torch.Generator(self.device).manual_seed(0)
         samples = eval_config.num_importance_samples
@@ -293,11 +292,15 @@ class VAE(LikelihoodModel):
                 whose quantiles are the pixel values; at 0 these are medians.
             generator: Random generator, or None for the global one.
         """
-        kwargs = {"generator": generator, "device": self.device, "dtype": self.dtype}
-        noise = temperature * torch.randn(count, self.latent_dim, **kwargs)
-        z = self.prior.sample(noise, self._encode, generator)
-        normal = temperature * torch.randn(count, *self.image_shape, **kwargs)
-        images = self._decode(z, torch.special.ndtr(normal.double()))
+
+        def noise(*shape: int) -> Tensor:
+            return temperature * torch.randn(
+                count, *shape, generator=generator, device=self.device, dtype=self.dtype
+            )
+
+        z = self.prior.sample(noise(self.latent_dim), self._encode, generator)
+        u = torch.special.ndtr(noise(*self.image_shape).double())
+        images = self._decode(z, u)
         return images, self.log_prob(images, generator)
 
     @torch.no_grad()
@@ -356,7 +359,12 @@ class VAE(LikelihoodModel):
         return Terms(*(term.view(-1, samples) for term in terms))
 
     def _mixture(self, features: Tensor, images: Tensor) -> LogisticMixture:
-        """Return p(x | z) of each pixel from outputs of the decoder and, if it needs them, images."""
+        """Return p(x | z) of each pixel.
+
+        Args:
+            features: Outputs of the decoder.
+            images: The images x; only the PixelCNN reads them.
+        """
         if self.pixelcnn is not None:
             features = self.pixelcnn(self._scale(images), features)
         return LogisticMixture(features, self.image_shape[0], self.bits)
