@@ -126,7 +126,7 @@ class FlowPrior(nn.Module):
         return self.flow.inverse(noise)[0]
 
     def initialize(self, images_scaled: Tensor) -> None:
-        """Nothing starts from data."""
+        """Do nothing, because no parameter starts from data."""
 
 
 class VampPrior(nn.Module):
