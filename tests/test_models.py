@@ -99,6 +99,13 @@ OTHER_MODELS: dict[str, Callable[..., LikelihoodModel]] = {
     "diffusion": lambda **changes: build_model(
         "diffusion", **{"sampling_steps": 10, "eval_times": 4} | changes
     ),
+    "vae": lambda **changes: build_model("vae", **changes),
+    "vae with flows": lambda **changes: build_model(
+        "vae", posterior="iaf", prior="flow", **changes
+    ),
+    "vae pixelcnn": lambda **changes: build_model(
+        "vae", posterior="sylvester", decoder="pixelcnn", pixelcnn_layers=1, **changes
+    ),
 }
 MODELS: dict[str, Callable[..., LikelihoodModel]] = FLOWS | OTHER_MODELS
 

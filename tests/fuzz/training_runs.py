@@ -49,6 +49,9 @@ TRAINING_RUNS = {
     "planar": ("data.bits=5", "model=planar", "model.num_transforms=2"),
     "sylvester": (*FLOW, "model=sylvester", "model.num_transforms=2"),
     "pixelcnn": (*FLOW, "model=pixelcnn", "model.num_layers=1"),
+    "vae": (*FLOW, "model=vae", "model.free_bits=0.1", "model.warmup_images=10"),
+    "vae, flows": (*FLOW, "model=vae", "model.posterior=planar", "model.prior=flow"),
+    "vae, pixelcnn": (*FLOW, "model=vae", "model.decoder=pixelcnn", "model.prior=vamp"),
     "rbm, pcd": (*RBM, "model/negative_phase=pcd"),
     "rbm, tempering": (*RBM, "model/negative_phase=tempering"),
 }
