@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from flowgen.bijections.base import inversion_error
 from flowgen.utils.console import Progress, no_progress, progress_bar
-from flowgen.utils.errors import check_number, check_whole, log
+from flowgen.utils.errors import UserError, check_number, check_whole, log
 from flowgen.utils.metrics import LOG_PROBABILITY, Metric, Metrics
 
 Likelihood = Literal["exact", "bound", "estimate", "none"]
@@ -75,6 +75,7 @@ class GenerativeModel(nn.Module, ABC):
             (its expectation over the noise is a lower bound), "estimate" or "none".
         num_classes: Number of classes of a class-conditional model, or None.
         loss_metric: The metric that the training loss equals, or None.
+        restores_images: True if `decode(encode(images))` returns the images.
         shares_batches: True if several processes can train the model, each on its rows of a batch.
         progress: Called as `progress(steps, description, total)` around long loops.
     """
@@ -85,6 +86,7 @@ class GenerativeModel(nn.Module, ABC):
     likelihood: Likelihood
     num_classes: int | None = None
     loss_metric: Metric | None = None
+    restores_images: ClassVar[bool] = True
     shares_batches: ClassVar[bool] = True
     progress: Progress = staticmethod(no_progress)
 
@@ -285,7 +287,10 @@ class InpaintingResult(NamedTuple):
 
 
 class SupportsInpainting(Capability):
-    """Samples the unknown pixels of an image given the known ones: P(unknown | known)."""
+    """Samples the unknown pixels of an image given the known ones: P(unknown | known).
+
+    `conditional_log_prob` returns the logarithm of this probability as a number.
+    """
 
     description = "fills in missing pixels"
     train_hint = "model=glow"
@@ -311,6 +316,37 @@ class SupportsInpainting(Capability):
             steps: Steps of the sampler; None uses its default.
             generator: Random generator, or None for the global one.
         """
+
+    def conditional_log_prob(
+        self,
+        images: Tensor,
+        known: Tensor,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Metrics:
+        """Return log P(unknown | known), the log-probability of the unknown pixels of an image.
+
+        A model whose method is exact for some masks only estimates the rest or refuses it.
+
+        Args:
+            images: One image, (1, channels, height, width), with all of its pixels.
+            known: A mask that is True for known pixels, (channels, height, width).
+            steps: Steps of the method; None uses its default.
+            generator: Random generator, or None for the global one.
+
+        Returns:
+            The value of `CONDITIONAL_LOG_PROB` in nats with its standard error (0 if it is exact),
+            further values such as an effective sample size, and the fact `method`, a phrase that
+            says how the value was computed.
+
+        Raises:
+            UserError: If the value cannot be computed or its estimate is unreliable.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot compute log P(unknown | known): choose a run of "
+            "another model, such as model=rbm"
+        )
 
 
 class ClassConditional(Capability):

@@ -84,6 +84,7 @@ class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
 
     metric = LOG_LIKELIHOOD
     likelihood = "estimate"
+    restores_images = False  # hidden units do not determine the pixels
     shares_batches = False  # its chains cannot be split between processes
     samplers = tuple(SAMPLERS)
 
