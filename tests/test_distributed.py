@@ -61,6 +61,13 @@ MODELS = {
         "trainer.optimizer=sgd",
     ],
     "maf": [*TINY, "model=maf", "model.width=16", "trainer.optimizer=sgd"],
+    "vqvae": [
+        *TINY,
+        "model=vqvae",
+        "model.width=8",
+        "model.quantizer=vq",
+        "trainer.optimizer=sgd",
+    ],
     "recomputed": [
         *TINY,
         "model=realnvp",

@@ -34,5 +34,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RealNVP": "flows.realnvp",
         "TarFlow": "flows.tarflow",
         "RBM": "rbm.rbm",
+        "VQVAE": "vqvae",
     },
 )

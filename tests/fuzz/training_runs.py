@@ -18,6 +18,7 @@ RBM = (
     "evaluation.ais_steps=10",
     "evaluation.ais_chains=4",
 )
+VQVAE = (*FLOW, "model=vqvae", "model.num_layers=1", "model.num_heads=1", "model.patch=2")
 TRAINING_RUNS = {
     "nice": (*FLOW, "model=nice", "model.num_layers=1"),
     "realnvp": (
@@ -41,6 +42,8 @@ TRAINING_RUNS = {
     ),
     "planar": ("data.bits=5", "model=planar", "model.num_transforms=2"),
     "sylvester": (*FLOW, "model=sylvester", "model.num_transforms=2"),
+    "vqvae": (*VQVAE, "model.fsq_levels=[3,3]"),
+    "vqvae, vq": (*VQVAE, "model.quantizer=vq", "model.codebook_size=8"),
     "rbm, pcd": (*RBM, "model/negative_phase=pcd"),
     "rbm, tempering": (*RBM, "model/negative_phase=tempering"),
 }
