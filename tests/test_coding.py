@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bijections import TABLE, Conditioned
-from test_models import MODELS, build_model
+from test_models import FLOWS, build_model
 
 import flowgen
 from flowgen import coding
@@ -275,12 +275,12 @@ def round_trip(model: Flow, images: torch.Tensor) -> coding.CompressionResult:
 
 
 NOT_CODED = {"flow_matching", "planar", "sylvester", "rbm"}
-CODED = [name for name, make in MODELS.items() if name not in NOT_CODED]
+CODED = [name for name in FLOWS if name not in NOT_CODED]
 
 
 @pytest.mark.parametrize("name", CODED)
 def test_every_flow_codes_its_images_at_its_own_likelihood(name):
-    model = MODELS[name]()
+    model = FLOWS[name]()
     images = smooth_images()
     result = round_trip(briefly_trained(model, images), images)
     assert result.raw_images == 0
@@ -290,7 +290,7 @@ def test_every_flow_codes_its_images_at_its_own_likelihood(name):
 @pytest.mark.parametrize("name", sorted(NOT_CODED - {"rbm"}))
 def test_flows_without_an_exact_inverse_are_refused(name):
     with pytest.raises(UserError, match=r"cannot compress images, because its inverse is only app"):
-        require_codec(MODELS[name]())
+        require_codec(FLOWS[name]())
 
 
 def test_other_models_are_refused():

@@ -43,15 +43,12 @@ def measure_compression(
     header, payload = read_header(result.data)
     if not torch.equal(decompress(codec, header, payload, progress), images.cpu()):
         raise UserError("decompression gives other images: the model or its code is wrong")
-    values = {
-        FILE_BITS: result.bits_per_dim,
-        NET_BITS: result.net_bits_per_dim,
-        SAME_NOISE_BITS: result.model_bits_per_dim,
-    }
+    values = {FILE_BITS: result.bits_per_dim, NET_BITS: result.net_bits_per_dim}
     if evaluated.error:
         values[GAP] = (result.net_bits_per_dim - evaluated.value) / evaluated.error
     return Metrics.of(
         *(MetricValue(metric, value) for metric, value in values.items()),
+        MetricValue(SAME_NOISE_BITS, result.model_bits_per_dim, likelihood=model.likelihood),
         file_bytes=len(result.data),
         decompressed="equal",
     )

@@ -31,6 +31,7 @@ from flowgen.utils import console
 from flowgen.utils.errors import UserError, check_folder_of, user_error
 from flowgen.utils.files import atomic_write
 from flowgen.utils.memory import check_memory
+from flowgen.utils.metrics import BITS_PER_DIM
 from flowgen.utils.rendering import encode_png
 
 BATCH_SIZE = 64  # images that are read from a data set at once
@@ -48,6 +49,7 @@ class CompressReport:
     png_bytes: int
     verified: bool
     seconds: float
+    likelihood: str  # the kind of likelihood of the model
 
     def row(self) -> dict[str, Any]:
         """Return all values as one flat dictionary."""
@@ -60,6 +62,7 @@ class CompressReport:
             "bits_per_dim": result.bits_per_dim,
             "net_bits_per_dim": result.net_bits_per_dim,
             "model_bits_per_dim": result.model_bits_per_dim,
+            "likelihood": self.likelihood,
             "png_bits_per_dim": self._png_bits_per_dim,
             "raw_images": result.raw_images,
             "verified": self.verified,
@@ -73,12 +76,13 @@ class CompressReport:
     def __str__(self) -> str:
         result = self.result
         images = console.count_noun(result.num_images, "image")
+        sign = BITS_PER_DIM.bound_sign(self.likelihood)
         lines = [
             str(self.path),
             f"{images} of {result.dimensions:,} numbers: {len(result.data):,} bytes, "
             f"{result.bits_per_dim:.4f} bits/dim",
             f"without the fixed cost of the file: {result.net_bits_per_dim:.4f} bits/dim; "
-            f"the model for the same noise: {result.model_bits_per_dim:.4f}; "
+            f"the model for the same noise: {sign}{result.model_bits_per_dim:.4f}; "
             f"PNG: {self._png_bits_per_dim:.4f}",
         ]
         return "\n".join([*lines, *(["decoded again: equal"] if self.verified else [])])
@@ -128,7 +132,7 @@ def compress(
     png_bytes = sum(len(encode_png(image, model.bits)) for image in images)
     with atomic_write(out) as temporary:
         temporary.write_bytes(result.data)
-    return CompressReport(out, result, png_bytes, verify, seconds)
+    return CompressReport(out, result, png_bytes, verify, seconds, model.likelihood)
 
 
 def _split_images(

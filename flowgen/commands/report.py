@@ -12,7 +12,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from flowgen.commands.runs import data_name, last_validation, model_name, readable_runs
+from flowgen.commands.runs import (
+    data_name,
+    last_validation,
+    model_name,
+    readable_runs,
+    run_likelihood,
+)
 from flowgen.config.compose import flatten, read_config
 from flowgen.config.runs import OUTPUTS, find_run
 from flowgen.training.run_dir import Run, best_metric, validation_rows
@@ -25,6 +31,7 @@ COLUMNS = (
     "run",
     "model",
     "data",
+    "likelihood",
     "validation",
     "test",
     "step",
@@ -135,13 +142,15 @@ def overview(runs: list[Run]) -> list[list[str]]:
     for name, run in zip(_short_names([run.folder for run in runs]), runs, strict=True):
         config = read_config(run.config)
         rows = run.read_metrics()
+        likelihood = run_likelihood(config["model"], rows)
         table.append(
             [
                 name,
                 model_name(config["model"]),
                 data_name(config["data"]),
-                _result(last_validation(rows), "validation"),
-                _result(best_metric(rows), "test"),
+                likelihood,
+                _result(last_validation(rows), "validation", likelihood),
+                _result(best_metric(rows), "test", likelihood),
                 f"{max((row['step'] for row in rows), default=0):,}",
                 *_costs(rows),
             ]
@@ -149,9 +158,11 @@ def overview(runs: list[Run]) -> list[list[str]]:
     return table
 
 
-def _result(value: MetricValue | None, split: str) -> str:
+def _result(value: MetricValue | None, split: str, likelihood: str) -> str:
     """Return a value without the name of its split, or "" if it is of another split."""
-    return str(replace(value, split=None)) if value and value.split == split else ""
+    if value is None or value.split != split:
+        return ""
+    return str(replace(value, split=None, likelihood=likelihood))
 
 
 def _short_names(folders: list[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Likelihood-based models of images: normalizing flows and restricted Boltzmann machines.
+"""Likelihood-based models of images: normalizing flows, PixelCNN, restricted Boltzmann machines.
 
 Names are imported on first use, so that one model does not import all others.
 """
@@ -33,6 +33,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "SylvesterFlow": "flows.planar",
         "RealNVP": "flows.realnvp",
         "TarFlow": "flows.tarflow",
+        "PixelCNN": "pixelcnn",
         "RBM": "rbm.rbm",
         "VQVAE": "vqvae",
     },

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from flowgen.bijections.base import inversion_error
 from flowgen.utils.console import Progress, no_progress, progress_bar
 from flowgen.utils.errors import UserError, check_number, check_whole, log
-from flowgen.utils.metrics import LOG_PROBABILITY, Metric, Metrics
+from flowgen.utils.metrics import LOG_PROBABILITY, Likelihood, Metric, Metrics
 
-Likelihood = Literal["exact", "bound", "estimate", "none"]
 MIN_SAMPLES = 100  # fewer hardly determine the covariance of 64 principal components
 SAMPLE_BATCH_SIZE = 64
 
@@ -161,6 +160,14 @@ class GenerativeModel(nn.Module, ABC):
     def score_metric(self) -> Metric:
         """The metric that `score` returns."""
         return LOG_PROBABILITY
+
+    def check_likelihood(self) -> None:
+        """Raise a UserError if the model has no likelihood."""
+        if self.likelihood == "none":
+            raise UserError(
+                "this model has no likelihood of images: choose another run with --run "
+                "(`flowgen runs` lists them)"
+            )
 
     def load_eval_results(self, metrics: Mapping[str, Any]) -> None:
         """Restore results of an earlier evaluation of the same weights, such as log Z."""

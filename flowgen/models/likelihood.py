@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -138,16 +139,16 @@ class LikelihoodModel(GenerativeModel):
         """Return the mean bits/dim of images (count,), and the log-likelihood of binary ones."""
         count = len(bits_per_dim)
         error = bits_per_dim.std().item() / math.sqrt(count) if count > 1 else math.inf
-        measured = [MetricValue(self.metric, bits_per_dim.mean().item(), error)]
+        bits = MetricValue(
+            self.metric, bits_per_dim.mean().item(), error, likelihood=self.likelihood
+        )
+        measured = [bits]
         if self.bits == 1 and self.metric == BITS_PER_DIM:
             nats = self.dimensions * math.log(2)
-            measured.append(MetricValue(LOG_LIKELIHOOD, -nats * measured[0].value, nats * error))
+            measured.append(
+                replace(bits, metric=LOG_LIKELIHOOD, value=-nats * bits.value, error=nats * error)
+            )
         return Metrics.of(*measured, bits=self.bits, num_importance_samples=samples, images=count)
-
-    def check_likelihood(self) -> None:
-        """Raise a UserError if the model has no likelihood."""
-        if self.likelihood == "none":
-            raise UserError("this model has no likelihood of images")
 
     # Classes
 

@@ -114,19 +114,24 @@ class LogisticMixture:
         low, high = torch.stack(bounds, 2)
         return low, high
 
-    def quantile(self, u: Tensor) -> Tensor:
+    def quantile(
+        self, u: Tensor, images: Tensor | None = None, unknown: Tensor | None = None
+    ) -> Tensor:
         """Return the smallest values k with F(k) > u, the inverse of `interval`.
 
         Values at uniform random numbers u are samples.
 
         Args:
             u: Numbers in [0, 1), (batch, channels, height, width).
+            images: Images whose unknown values are replaced; None replaces all values.
+            unknown: Mask of the unknown values, of the shape of the images; None replaces all.
 
         Returns:
             Pixel values like u, uint8.
         """
         mixture = self.double()
-        images = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
+        if images is None:
+            images = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
         log_weights = mixture.log_weights
         for channel in range(u.shape[1]):
             means = mixture._conditional_means(channel, images)
@@ -136,7 +141,9 @@ class LogisticMixture:
                 below = mixture._cumulative(channel, value + step - 1, log_weights, means)
                 value = torch.where(below <= u[:, channel], value + step, value)
                 step //= 2
-            images[:, channel] = value
+            updated = images.clone()
+            updated[:, channel] = value
+            images = updated if unknown is None else torch.where(unknown, updated, images)
             joint = log_weights + mixture._component_log_prob(channel, images)
             log_weights = joint.log_softmax(1)
         return images

@@ -45,6 +45,7 @@ MODELS = {
     "tarflow": [*IMAGES, *TRANSFORMER, "model.num_layers=[1,1]"],
     "jet": [*IMAGES, *TRANSFORMER, "model.num_layers=1", "model.num_couplings=2"],
     "flow_matching": [*POINTS, "model.width=4", "model.num_heads=1", "model.num_layers=1"],
+    "pixelcnn": [*IMAGES, *NARROW, "model.num_components=3"],
     "rbm": [*IMAGES, "data.bits=1", "model.hidden=2", "model.negative_phase.num_chains=2"],
     "rbm-tempering": [
         *IMAGES,

@@ -42,6 +42,7 @@ TRAINING_RUNS = {
     ),
     "planar": ("data.bits=5", "model=planar", "model.num_transforms=2"),
     "sylvester": (*FLOW, "model=sylvester", "model.num_transforms=2"),
+    "pixelcnn": (*FLOW, "model=pixelcnn", "model.num_layers=1", "model.num_classes=2"),
     "vqvae": (*VQVAE, "model.fsq_levels=[3,3]"),
     "vqvae, vq": (*VQVAE, "model.quantizer=vq", "model.codebook_size=8"),
     "rbm, pcd": (*RBM, "model/negative_phase=pcd"),

@@ -13,7 +13,6 @@ from flowgen.bijections.networks import batch_norm_layers
 from flowgen.models.base import (
     ClassConditional,
     InpaintingResult,
-    Likelihood,
     LinearMeasurement,
     Observation,
     SupportsCompression,
@@ -32,7 +31,7 @@ from flowgen.models.flows.inpainting import (
     sample_posterior,
 )
 from flowgen.utils.errors import UserError, check_choice
-from flowgen.utils.metrics import NOISY_BITS_PER_DIM
+from flowgen.utils.metrics import NOISY_BITS_PER_DIM, Likelihood
 
 
 @torch.enable_grad()
@@ -327,7 +326,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         if self.likelihood == "none":
             raise UserError(
                 "this flow was trained on noisy images (model.dequantization=gaussian:...) and has "
-                "no likelihood of images"
+                "no likelihood of images: choose another run with --run (`flowgen runs` lists them)"
             )
 
     def _dequantize(
