@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import fit
 from enumeration import all_images
 from test_models import build_model
 
@@ -40,12 +41,13 @@ def test_the_probabilities_of_all_images_sum_to_one(name, shape, bits):
     assert total == pytest.approx(1, abs=1e-5)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("bits", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", BOUNDS)
-def test_bounds_of_the_probabilities_of_all_images_sum_to_less_than_one(name, shape, bits):
-    model = perturbed_model(name, BOUNDS[name], shape, bits)
+def test_bounds_of_the_probabilities_of_all_images_sum_to_one_at_most(name, shape):
+    """After a short training, so that the bounds are tight enough to exceed 1 by mistake."""
+    images = all_images(shape, bits=2)
+    model = perturbed_model(name, BOUNDS[name], shape, bits=2)
+    fit(model, lambda _: (images,), steps=60, lr=1e-2)
     assert model.likelihood == "bound"
-    score = model.score(all_images(shape, bits))
-    assert 1e-3 < score.exp().sum().item() < 1
+    with torch.no_grad():
+        assert 0.2 < model.score(images).exp().sum().item() <= 1

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.autoregressive import MADE
-from flowgen.bijections.networks import CausalTransformer, Progress, Transformer, no_progress
+from flowgen.bijections.networks import (
+    CausalTransformer,
+    Progress,
+    Transformer,
+    no_progress,
+    zero_init,
+)
 from flowgen.models.base import QUICK_EVAL, ClassConditional, EvalConfig, Likelihood
 from flowgen.models.flows.builders import (
     MAX_DEPTH,
@@ -33,7 +39,7 @@ from flowgen.utils.metrics import BITS_PER_DIM, Metric, Metrics, MetricValue
 EMA_DECAY = 0.99  # of the codebook, as in appendix A.1 of the VQ-VAE
 DEAD_USAGE = 0.1  # codes used less than this share of the mean usage are restarted
 MAX_LEVELS = 2**16  # the prior computes as many probabilities
-HEAD_WIDTH = 2  # hidden units of the head of the prior per unit of its transformer
+MADE_WIDTH = 2  # hidden units of the MADE of the prior per unit of its transformer
 CLASS_SAMPLES = 64  # samples of each class whose mean is its latent
 CODE_PERPLEXITY = Metric("code_perplexity", "codes")
 PIXEL_BITS = Metric("pixel_bits_per_dim", "bits/dim", higher_is_better=False)
@@ -178,8 +184,9 @@ class EMACodebook(Quantizer):
 class CodePrior(nn.Module):
     """p(c) = prod_ij p(c_ij | c_ik for k < j, c_1, ..., c_{i-1}) of the digits c_ij of codes c_i.
 
-    A causal transformer computes a context for code i from the codes before it, and a `MADE`
-    computes the distribution of each digit from the context and the digits before it.
+    A causal transformer computes a context for code i from the codes before it. The logits of each
+    digit are the sum of a linear function of the context and of the outputs of a `MADE`, which also
+    sees the digits before it.
 
     Args:
         num_codes: Length of a sequence of codes.
@@ -213,9 +220,11 @@ class CodePrior(nn.Module):
         self.transformer = CausalTransformer(
             num_codes, sum(levels), width, num_heads, num_layers, dropout, cond_channels
         )
-        self.head = MADE(len(levels), HEAD_WIDTH * width, 1, max(levels), width)
+        num_logits = max(levels)
+        self.linear = zero_init(nn.Linear(width, num_logits * len(levels)))
+        self.made = MADE(len(levels), MADE_WIDTH * width, 1, num_logits, width)
         self.progress: Progress = no_progress
-        numbers = torch.arange(max(levels))[:, None]
+        numbers = torch.arange(num_logits)[:, None]
         self.impossible = nn.Buffer(numbers >= torch.tensor(levels), persistent=False)
         self.highest = nn.Buffer(torch.tensor(levels) - 1.0, persistent=False)
 
@@ -228,9 +237,9 @@ class CodePrior(nn.Module):
         """
         contexts = self.transformer(self._one_hot(codes), condition)
         inputs = torch.cat((2 * codes / self.highest - 1, contexts), 2)
-        logits = self.head(inputs.flatten(0, 1)).view(-1, *self.impossible.shape)
-        log_prob = self._log_softmax(logits, self.impossible)
-        return log_prob.gather(1, codes.flatten(0, 1)[:, None]).view(len(codes), -1).sum(1)
+        logits = self.linear(contexts) + self.made(inputs)
+        log_prob = self._log_softmax(logits.unflatten(2, self.impossible.shape), self.impossible)
+        return log_prob.gather(2, codes[:, :, None]).sum((1, 2, 3))
 
     def sample(
         self,
@@ -252,18 +261,20 @@ class CodePrior(nn.Module):
         """
         codes: list[Tensor] = []
 
-        def draw_digit(index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-            log_prob = self._log_softmax(logits, self.impossible[:, index])
-            noise = torch.empty_like(log_prob).exponential_(generator=generator)
-            # The Gumbel-max trick: log p_k - T log(noise_k) is largest at k ~ p^(1/T).
-            digit = (log_prob - temperature * noise.log()).argmax(1, keepdim=True)
-            codes[-1][:, index] = digit[:, 0]
-            return 2 * digit / self.highest[index] - 1, log_prob.gather(1, digit)
-
         def draw_code(index: int, context: Tensor) -> tuple[Tensor, Tensor]:
-            shape = (count, len(self.levels))
-            codes.append(torch.zeros(shape, dtype=torch.long, device=context.device))
-            _, log_prob = self.head.invert_sequentially(draw_digit, count, context)
+            from_context = self.linear(context).unflatten(1, self.impossible.shape)
+
+            def draw_digit(digit: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+                logits = logits + from_context[:, :, digit]
+                log_prob = self._log_softmax(logits[:, :, None], self.impossible[:, [digit]])
+                log_prob = log_prob[:, :, 0]
+                noise = torch.empty_like(log_prob).exponential_(generator=generator)
+                # The Gumbel-max trick: log p_k - T log(noise_k) is largest at k ~ p^(1/T).
+                choice = (log_prob - temperature * noise.log()).argmax(1, keepdim=True)
+                return 2 * choice / self.highest[digit] - 1, log_prob.gather(1, choice)
+
+            values, log_prob = self.made.invert_sequentially(draw_digit, count, context)
+            codes.append(((values + 1) / 2 * self.highest).round().long())
             return self._one_hot(codes[-1]), log_prob
 
         _, log_prob = self.transformer.invert_sequentially(
@@ -277,8 +288,9 @@ class CodePrior(nn.Module):
         return torch.cat(digits, -1).to(self.transformer.place.dtype)
 
     def _log_softmax(self, logits: Tensor, impossible: Tensor) -> Tensor:
+        """Normalize logits (..., levels, digits)."""
         logits = logits.to(self.transformer.place.dtype)
-        return logits.masked_fill(impossible, -math.inf).log_softmax(1)
+        return logits.masked_fill(impossible, -math.inf).log_softmax(-2)
 
 
 class VQVAE(LikelihoodModel, ClassConditional):
