@@ -97,7 +97,7 @@ def test_results_and_samples_come_first_and_curves_with_one_point_are_skipped(im
     text = Path(command("report", "both")[1].strip()).read_text()
     page = Page(text)
     assert page.order.index("table") < page.order.index("img")
-    assert table_cells(text)[0][:5] == ["run", "model", "data", "validation", "test"]
+    assert table_cells(text)[0][:6] == ["run", "model", "data", "likelihood", "validation", "test"]
     captions = [re.sub("<.*?>", "", text) for text in re.findall("<figcaption>(.*?)</fig", text)]
     samples = captions[:4]
     assert sum(caption.startswith("long: Samples") for caption in samples) == 2

@@ -1,5 +1,6 @@
 """Directives for text that is generated: settings from conf/*.yaml, options from click."""
 
+import inspect
 import re
 from typing import ClassVar
 
@@ -160,7 +161,7 @@ class CommandUsage(MarkdownDirective):
                     names += " " + prose(value.replace("|", " | "))
                 default = str(parameter.default) if parameter.show_default else ""
                 rows.append([names, code(default), prose(parameter.help or "")])
-        help_text = (command.help or "").splitlines()
+        help_text = inspect.cleandoc(command.help or "").splitlines()
         table = markdown_table(["Option", "Default", "Meaning"], rows)
         return ["```text", usage, "```", "", *help_text, "", *table]
 

@@ -12,7 +12,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from flowgen.commands.runs import data_name, last_validation, model_name, readable_runs
+from flowgen.commands.runs import (
+    data_name,
+    last_validation,
+    model_name,
+    readable_runs,
+    run_likelihood,
+)
 from flowgen.config.compose import flatten, read_config
 from flowgen.config.runs import OUTPUTS, find_run
 from flowgen.training.run_dir import Run, best_metric, validation_rows
@@ -25,6 +31,7 @@ COLUMNS = (
     "run",
     "model",
     "data",
+    "likelihood",
     "validation",
     "test",
     "step",
@@ -140,6 +147,7 @@ def overview(runs: list[Run]) -> list[list[str]]:
                 name,
                 model_name(config["model"]),
                 data_name(config["data"]),
+                run_likelihood(config["model"], rows),
                 _result(last_validation(rows), "validation"),
                 _result(best_metric(rows), "test"),
                 f"{max((row['step'] for row in rows), default=0):,}",

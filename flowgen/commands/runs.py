@@ -46,12 +46,18 @@ def _summary(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -
     if validation := last_validation(metrics):
         result += f", last {validation}"
     model = model_name(config["model"])
-    likelihood = _likelihood(model, config["model"], metrics)
+    likelihood = run_likelihood(config["model"], metrics)
     return RunSummary(name, model, data_name(config["data"]), step, likelihood, result)
 
 
-def _likelihood(model: str, section: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
-    """Return the kind of likelihood of a run without importing its model."""
+def run_likelihood(section: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    """Return the kind of likelihood of a run without importing its model.
+
+    Args:
+        section: The model section of its configuration.
+        metrics: Rows of metrics.jsonl.
+    """
+    model = model_name(section)
     if str(section.get("dequantization")).startswith("gaussian"):
         return "none"
     if model not in settings.group_options("model"):
