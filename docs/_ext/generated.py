@@ -139,7 +139,8 @@ class SettingsDirective(MarkdownDirective):
         rows = [[code(key), code(format_value(value))] for key, value in changes.items()]
         if not rows:
             return ["The model keeps the defaults of the data and of the trainer."]
-        return markdown_table(["Setting", f"Default with `model={model}`"], rows)
+        table = markdown_table(["Setting", f"Default with `model={model}`"], rows)
+        return ["The model changes these defaults:", "", *table]
 
 
 class CommandUsage(MarkdownDirective):

@@ -1,5 +1,6 @@
-"""Save a picture of an HTML page, or of the page of `flowgen explore`, with playwright and Chromium.
+"""Save a picture of a page with Chromium: an HTML file, or the page of `flowgen explore` for a run.
 
+Examples:
     python scripts/reproduce/page_picture.py zoo/glow_mnist --out explore.png
     python scripts/reproduce/page_picture.py report.html --out report.png
 """
@@ -34,12 +35,13 @@ def main() -> None:
     )
     parser.add_argument("page", help="an HTML file, or the name of a run")
     parser.add_argument("--out", type=Path, default=Path("page.png"), help="the picture")
+    parser.add_argument("--width", type=int, default=WIDTH, help="width in pixels")
     parser.add_argument("--height", type=int, default=HEIGHT, help="height in pixels")
     args = parser.parse_args()
     with sync_playwright() as driver:
         chromium = shutil.which("chromium") or shutil.which("chromium-browser")
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": WIDTH, "height": args.height})
+        page = browser.new_page(viewport={"width": args.width, "height": args.height})
         page.set_default_timeout(TIMEOUT_MS)
         if args.page.endswith(".html"):
             page.goto(Path(args.page).resolve().as_uri())

@@ -41,6 +41,7 @@ THESIS_ROW = [  # of the table of costs
     "the thesis",
     "Glow",
     "CelebA-HQ",
+    "bound",
     "",
     "",
     "168,800 and 185,800",
