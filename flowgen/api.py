@@ -15,7 +15,7 @@ from flowgen.data import DOWNLOADED
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, processes
 from flowgen.utils.errors import UserError, check_whole
-from flowgen.utils.metrics import Metrics, MetricValue, finite, likelihood_kind
+from flowgen.utils.metrics import Metrics, MetricValue, finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,9 @@ class EvalReport(dict[str, MetricValue]):
         rows = list(self.metadata.items())
         for name, value in self.items():
             error = "" if value.error is None else f" ± {_format(value.error)}"
-            rows.append((name, f"{_format(value.value)}{error} {value.metric.unit}".rstrip()))
+            rows.append(
+                (name, f"{value.sign}{_format(value.value)}{error} {value.metric.unit}".rstrip())
+            )
         rows += self.metrics.facts.items()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
@@ -212,10 +214,11 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     data = instantiate.build_data(config)
     model = runs.load_from_checkpoint(checkpoint | {"config": config}, device)
     instantiate.check_fits_data(model, data)
+    codec = None
     if eval_config.compress:
-        from flowgen.coding.flow_codec import require_codec
+        from flowgen.coding.codec import make_codec
 
-        require_codec(model)
+        codec = make_codec(model)
     warn_test_leakage(data)
     data.to(model.device)
     quality = _sample_quality(data, eval_config.samples, config["seed"])
@@ -229,17 +232,17 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         metrics |= _evaluate_samples(model, quality, config)
     metrics = metrics.on("test")
     value = metrics[model.metric.name]
-    if eval_config.compress:
+    if codec is not None:
         from flowgen.coding.measure import measure_compression
 
         images = torch.cat(list(data.batches("test", BATCH_SIZE)))
-        proof = measure_compression(model, images, value, console.progress_bar)
+        proof = measure_compression(codec, images, value, console.progress_bar)
         metrics |= proof.on("test")
     if not math.isfinite(value.value):
         log.warning("%s is not finite: a likelihood is beyond float32", model.metric.name)
     warn_implausible_likelihood(value, data, data.batches("test", BATCH_SIZE))
     metadata = {"run": str(found.folder), "step": checkpoint["step"], "split": "test"}
-    metadata["likelihood"] = likelihood_kind(model.likelihood, metrics.row())
+    metadata["likelihood"] = value.likelihood or model.likelihood
     if data.bits == 1:
         metadata["binarization"] = config["data"]["binarization"]
     report = EvalReport(metadata, metrics)

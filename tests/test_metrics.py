@@ -65,6 +65,7 @@ def test_evaluate_prints_every_value_with_error_and_unit(tiny_run, command):
     metrics = json.loads(command("evaluate", "--run", tiny_run, "--json")[1])
     printed = {line.split()[0]: line.split()[1:] for line in lines}
     assert printed["bits_per_dim"] == [
+        "<=",
         f"{metrics['bits_per_dim']:.4f}",
         "±",
         f"{metrics['bits_per_dim_error']:.4f}",

@@ -105,5 +105,5 @@ def test_options_that_do_not_apply_to_two_dimensional_flows_are_rejected(command
         ["--temperature", 0.5, "--temperature", 1],
     ):
         status, _, error = command("sample", "--run", tmp_path / "run", *options)
-        assert status == 1 and "two-dimensional flow is plotted" in error
+        assert status == 1 and "points of the plane are plotted" in error
         assert len(error.splitlines()) == 1

@@ -45,8 +45,8 @@ def test_no_distribution_has_a_likelihood_below_the_entropy():
 def test_a_flow_with_a_wrong_log_determinant_causes_a_warning(tiny_run, command, monkeypatch):
     warning = "below the entropy bound, which is impossible"
     assert warning not in command("evaluate", "--run", tiny_run)[2]
-    bits = Flow._bits_per_dim
-    monkeypatch.setattr(Flow, "_bits_per_dim", lambda self, score: bits(self, score) - 8)
+    bits = Flow.bits_per_dim
+    monkeypatch.setattr(Flow, "bits_per_dim", lambda self, score: bits(self, score) - 8)
     assert warning in command("evaluate", "--run", tiny_run)[2]
     assert warning in command("resume", tiny_run, "trainer.steps=8")[2]
 

@@ -17,6 +17,7 @@ from flowgen.models.base import (
 )
 from flowgen.utils import console, rendering
 from flowgen.utils.errors import UserError
+from flowgen.utils.metrics import BITS_PER_DIM
 
 MAX_SAMPLES_SHOWN = 5
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in Pillow
@@ -67,7 +68,8 @@ def complete(
     for name in sampler or model.samplers:
         result, spread = inpaint_image(model, images, observation, name, steps, seed)
         for metric, value in result.metrics.items():
-            console.log.info("%s: %s %.3f", name, metric.replace("_", " "), value)
+            sign = BITS_PER_DIM.bound_sign(model.likelihood) if metric == BITS_PER_DIM.name else ""
+            console.log.info("%s: %s %s%.3f", name, metric.replace("_", " "), sign, value)
         samples = result.draws[:MAX_SAMPLES_SHOWN]
         row = torch.cat((brightness, observed, result.mean[None], spread[None], samples))
         rows.append((f"{name}: image, known part, mean, spread, samples", rendering.to_uint8(row)))

@@ -142,14 +142,15 @@ def overview(runs: list[Run]) -> list[list[str]]:
     for name, run in zip(_short_names([run.folder for run in runs]), runs, strict=True):
         config = read_config(run.config)
         rows = run.read_metrics()
+        likelihood = run_likelihood(config["model"], rows)
         table.append(
             [
                 name,
                 model_name(config["model"]),
                 data_name(config["data"]),
-                run_likelihood(config["model"], rows),
-                _result(last_validation(rows), "validation"),
-                _result(best_metric(rows), "test"),
+                likelihood,
+                _result(last_validation(rows), "validation", likelihood),
+                _result(best_metric(rows), "test", likelihood),
                 f"{max((row['step'] for row in rows), default=0):,}",
                 *_costs(rows),
             ]
@@ -157,9 +158,11 @@ def overview(runs: list[Run]) -> list[list[str]]:
     return table
 
 
-def _result(value: MetricValue | None, split: str) -> str:
+def _result(value: MetricValue | None, split: str, likelihood: str) -> str:
     """Return a value without the name of its split, or "" if it is of another split."""
-    return str(replace(value, split=None)) if value and value.split == split else ""
+    if value is None or value.split != split:
+        return ""
+    return str(replace(value, split=None, likelihood=likelihood))
 
 
 def _short_names(folders: list[Path]) -> list[str]:

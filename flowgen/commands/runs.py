@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from flowgen.config.runs import list_runs
 from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
 from flowgen.training.run_dir import Run, best_metric
 from flowgen.utils.errors import UserError
-from flowgen.utils.metrics import COMPARED, MetricValue, likelihood_kind
+from flowgen.utils.metrics import COMPARED, MetricValue, recorded_likelihood
 
 log = logging.getLogger("flowgen")
 
@@ -42,11 +43,11 @@ def runs() -> Iterator[RunSummary]:
 
 def _summary(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -> RunSummary:
     step = max((row["step"] for row in metrics), default=0)
-    result = str(best_metric(metrics) or "not evaluated yet")
-    if validation := last_validation(metrics):
-        result += f", last {validation}"
     model = model_name(config["model"])
     likelihood = run_likelihood(config["model"], metrics)
+    values = [best_metric(metrics), last_validation(metrics)]
+    best, last = (value and replace(value, likelihood=likelihood) for value in values)
+    result = f"{best or 'not evaluated yet'}{f', last {last}' if last else ''}"
     return RunSummary(name, model, data_name(config["data"]), step, likelihood, result)
 
 
@@ -54,16 +55,16 @@ def run_likelihood(section: dict[str, Any], metrics: list[dict[str, Any]]) -> st
     """Return the kind of likelihood of a run without importing its model.
 
     Args:
-        section: The model section of its configuration.
-        metrics: Rows of metrics.jsonl.
+        section: The section `model` of the configuration.
+        metrics: Rows of metrics.jsonl. If none records the kind, it is that of the model.
     """
-    model = model_name(section)
+    recorded = list(filter(None, map(recorded_likelihood, metrics)))
+    if recorded:
+        return recorded[-1]
     if str(section.get("dequantization")).startswith("gaussian"):
         return "none"
-    if model not in settings.group_options("model"):
-        return "unknown"
-    evaluated = [row for row in metrics if "log_z" in row]
-    return likelihood_kind(settings.likelihood(model), evaluated[-1] if evaluated else {})
+    model = model_name(section)
+    return settings.likelihood(model) if model in settings.group_options("model") else "unknown"
 
 
 def model_name(section: dict[str, Any]) -> str:

@@ -20,10 +20,13 @@ from flowgen.models.base import (
 from flowgen.models.flows.flow import Flow
 from flowgen.utils import console, memory, rendering
 from flowgen.utils.errors import UserError
+from flowgen.utils.metrics import UNNORMALIZED
 
 DEFAULT_IMAGES = 32
-DEFAULT_POINTS = 10_000  # samples of a two-dimensional flow
-DENSITY_RESOLUTION = 300  # pixels along each side of the density plot
+DEFAULT_POINTS = 10_000  # samples of the plane
+DENSITY_RESOLUTION = 300  # pixels along each side of the density plot of a flow
+DENSITY_SAMPLES = 8  # importance samples per image of the density plot of another model
+DENSITY_BATCH_SIZE = 4096  # images that are scored at once for this plot
 
 
 def sample(
@@ -43,7 +46,7 @@ def sample(
     """Save samples of a model as a picture or as a zip archive of images.
 
     The picture has one block of rows per temperature, sorted from high to low log-probability.
-    A flow of two-dimensional points is plotted instead, see `plot_toy2d`.
+    A model of points in the plane is plotted instead, see `plot_toy2d`.
 
     Args:
         run: Name of the run, or None for the most recent one that fits the other options.
@@ -73,10 +76,10 @@ def sample(
     model.set_progress(console.progress_bar)
     path = out or run_dir.folder / "sample.png"
     is_zip = path.suffix.lower() == ".zip"
-    if rendering.is_toy2d(model.image_shape) and isinstance(model, Flow):
+    if rendering.is_toy2d(model.image_shape):
         if kwargs or is_zip or len(temperatures) > 1:
             raise UserError(
-                "a two-dimensional flow is plotted as one picture at one temperature: use only "
+                "points of the plane are plotted in one picture at one temperature: use only "
                 "the options --count, --temperature once, --seed and --out FILE.png"
             )
         data = instantiate.build_data(checkpoint["config"])
@@ -119,22 +122,80 @@ def _required_capability(kwargs: Mapping[str, Any]) -> type[GenerativeModel]:
 
 @torch.no_grad()
 def plot_toy2d(
-    model: Flow, target: Tensor, temperature: float, count: int, seed: int, path: Path
+    model: GenerativeModel, target: Tensor, temperature: float, count: int, seed: int, path: Path
 ) -> None:
-    """Plot a two-dimensional flow: target points, latent points, samples, and model density."""
+    """Plot a model of points in the plane: target points, latents, samples, and density.
+
+    A flow has a continuous density. The density of another model with a likelihood is constant
+    within the cell of each image. Latents are shown if they have two dimensions.
+
+    Args:
+        model: A model of images of shape (2, 1, 1).
+        target: Images of the data.
+        temperature: Temperature of the samples.
+        count: Number of samples.
+        seed: Seed of the samples.
+        path: Path of the PNG.
+    """
     from flowgen.utils import plots
 
+    noise_generator = torch.Generator().manual_seed(seed)
+
+    def to_points(images: Tensor) -> Tensor:
+        noise = torch.rand(images.shape, generator=noise_generator)
+        return ((images.cpu() + noise) / 2**model.bits).flatten(1)
+
+    target = to_points(target)
     generator = torch.Generator(model.device).manual_seed(seed)
-    latent = temperature * torch.randn(count, 2, generator=generator, device=model.device)
-    samples = model.decode_continuous(latent).flatten(1)
+    density: Tensor | None = None
+    if isinstance(model, Flow):
+        latent_title = "N(0, I)" if temperature == 1 else f"N(0, {temperature:g}² I)"
+        latent = temperature * torch.randn(count, 2, generator=generator, device=model.device)
+        samples = model.decode_continuous(latent).flatten(1)
+        density = _density_of_flow(model)
+    else:
+        latent_title = "latents"
+        images, _ = model.sample(count, temperature, generator)
+        latent = model.encode(images, generator)
+        samples = to_points(images)
+        if model.likelihood != "none":
+            density = _density_of_images(model, generator)
+    plots.plane_panels(
+        target,
+        latent.cpu() if latent.shape[1] == 2 else None,
+        samples.cpu(),
+        None if density is None else density.cpu(),
+        latent_title,
+        path,
+    )
+
+
+def _density_of_flow(model: Flow) -> Tensor:
+    """Return the density on a grid of points in the unit square, (rows, columns)."""
     centers = (torch.arange(DENSITY_RESOLUTION, device=model.device) + 0.5) / DENSITY_RESOLUTION
     # (x, y) with x varying fastest, because an image is a list of rows
     grid = torch.cartesian_prod(centers, centers).flip(1).view(-1, *rendering.TOY2D_SHAPE)
     density = torch.cat([model.log_density(points).exp() for points in grid.split(10_000)])
-    density = density.view(DENSITY_RESOLUTION, DENSITY_RESOLUTION)
-    noise = torch.rand(target.shape, generator=torch.Generator().manual_seed(seed))
-    target = ((target.cpu() + noise) / model.bins).flatten(1)
-    plots.flow_panels(target, latent.cpu(), samples.cpu(), density.cpu(), temperature, path)
+    return density.view(DENSITY_RESOLUTION, DENSITY_RESOLUTION)
+
+
+def _density_of_images(model: GenerativeModel, generator: torch.Generator) -> Tensor:
+    """Return K^2 P(image) of all K^2 images, where K = 2^bits: (rows, columns).
+
+    It is the density of points that are uniform within the cell of their image.
+    """
+    bins = 2**model.bits
+    values = torch.arange(bins, dtype=torch.uint8, device=model.device)
+    images = torch.cartesian_prod(values, values).flip(1).view(-1, *rendering.TOY2D_SHAPE)
+    batches = images.split(DENSITY_BATCH_SIZE)
+    scores = [
+        model.score(batch, num_importance_samples=DENSITY_SAMPLES, generator=generator)
+        for batch in console.progress_bar(batches, "density", len(batches))
+    ]
+    log_probs = torch.cat(scores)
+    if model.score_metric == UNNORMALIZED:
+        log_probs = log_probs.log_softmax(0)
+    return bins**2 * log_probs.exp().view(bins, bins)
 
 
 def _save_picture(

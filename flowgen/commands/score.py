@@ -128,6 +128,7 @@ def make_scorer(
         seed: Seed of the dequantization noise.
         progress: Progress bar for the batches of validation images.
     """
+    model.check_likelihood()
     config = checkpoint["config"]
     data = instantiate.build_data(config).to(model.device)
     settings = (
@@ -182,6 +183,15 @@ def to_metric_unit(model: GenerativeModel, log_prob: Tensor) -> Tensor:
     return log_prob / (-math.log(2) * math.prod(model.image_shape)) if is_bits else log_prob
 
 
+def likelihood_columns(model: GenerativeModel, log_prob: Tensor) -> dict[Metric, Tensor]:
+    """Return the values of `to_metric_unit`, and of binary images the log-probabilities too.
+
+    These are on one scale for all models of binary images.
+    """
+    columns = {likelihood_metric(model): to_metric_unit(model, log_prob)}
+    return columns | ({model.score_metric: log_prob} if model.bits == 1 else {})
+
+
 def _score_images(
     scorer: Scorer,
     paths: Sequence[Path],
@@ -204,7 +214,7 @@ def _score_images(
         )
     if not count:
         raise UserError("no image could be read: choose other images")
-    yield from _format_table(likelihood_metric(scorer.model).name, score_name, most_anomalous)
+    yield from _format_table(scorer.model, score_name, most_anomalous)
     if count > MAX_ROWS:
         yield f"... and {count - MAX_ROWS} more{'' if table else ': --csv FILE writes them all'}"
     picture = out or scorer.folder / "score.png"
@@ -254,10 +264,9 @@ def _score_batches(scorer: Scorer, paths: Sequence[Path], seed: int) -> Iterator
     for names, images in batches:
         statistics = image_statistics(scorer.model, images, generator)
         scores = scorer.detector.scores(statistics)
+        columns = likelihood_columns(scorer.model, statistics["log_prob"])
         metrics = {
-            likelihood_metric(scorer.model).name: to_metric_unit(
-                scorer.model, statistics["log_prob"]
-            ),
+            **{metric.name: values for metric, values in columns.items()},
             "percentile": scorer.detector.percentile(scores),
         }
         for name, p_values in scorer.detector.p_values(scores).items():
@@ -269,19 +278,37 @@ def _score_batches(scorer: Scorer, paths: Sequence[Path], seed: int) -> Iterator
         ]
 
 
-def _format_table(metric_name: str, score_name: str, items: list[ImageScore]) -> list[str]:
-    heading = f"{metric_name.replace('_', ' '):>14} {'percentile':>11} {'p-value':>8}"
-    return [f"{heading}  image, most anomalous by {score_name} first"] + [
-        f"{metrics[metric_name]:14.3f} {metrics['percentile']:11.1f} "
-        f"{metrics[f'{score_name}_p']:8.4f}  {name}"
+def _format_table(model: GenerativeModel, score_name: str, items: list[ImageScore]) -> list[str]:
+    columns = likelihood_columns(model, torch.zeros(0))
+    widths = [max(14, len(metric.name)) for metric in columns]
+    titles = [metric.name.replace("_", " ") for metric in columns]
+
+    def row(likelihoods: Iterable[str], percentile: str, p_value: str, name: str) -> str:
+        cells = [f"{text:>{width}}" for text, width in zip(likelihoods, widths, strict=True)]
+        return f"{' '.join(cells)} {percentile:>11} {p_value:>8}  {name}"
+
+    return [
+        row(titles, "percentile", "p-value", f"image, most anomalous by {score_name} first")
+    ] + [
+        row(
+            [
+                f"{metric.bound_sign(model.likelihood)}{metrics[metric.name]:.3f}"
+                for metric in columns
+            ],
+            f"{metrics['percentile']:.1f}",
+            f"{metrics[f'{score_name}_p']:.4f}",
+            name,
+        )
         for name, _, metrics in items
     ]
 
 
 def _tiles(scorer: Scorer, items: list[ImageScore], score_name: str) -> Image.Image:
-    metric_name = likelihood_metric(scorer.model).name
+    metric = likelihood_metric(scorer.model)
+    sign = metric.bound_sign(scorer.model.likelihood)
     titles = [
-        f"{Path(name).name[-16:]}\n{metrics[metric_name]:.3f}, p {metrics[f'{score_name}_p']:.3f}"
+        f"{Path(name).name[-16:]}\n"
+        f"{sign}{metrics[metric.name]:.3f}, p {metrics[f'{score_name}_p']:.3f}"
         for name, _, metrics in items
     ]
     images = torch.stack([item.image for item in items])

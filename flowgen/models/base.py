@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 from flowgen.bijections.base import inversion_error
 from flowgen.utils.console import Progress, no_progress, progress_bar
-from flowgen.utils.errors import check_number, check_whole, log
-from flowgen.utils.metrics import LOG_PROBABILITY, Metric, Metrics
+from flowgen.utils.errors import UserError, check_number, check_whole, log
+from flowgen.utils.metrics import LOG_PROBABILITY, Likelihood, Metric, Metrics
 
-Likelihood = Literal["exact", "bound", "estimate", "none"]
 MIN_SAMPLES = 100  # fewer hardly determine the covariance of 64 principal components
 SAMPLE_BATCH_SIZE = 64
 
@@ -33,7 +32,7 @@ class EvalConfig:
             minutes.
         samples: Samples whose quality `flowgen.evaluate` measures, at least 100, or None.
         temperature: Temperature of these samples, or None for `trainer.sample_temperature`.
-        compress: Also compress and decompress the images of a flow; only `flowgen evaluate` does.
+        compress: Also compress and decompress the images; only `flowgen evaluate` does.
 
     Example:
         >>> EvalConfig(num_importance_samples=8).num_importance_samples
@@ -75,6 +74,7 @@ class GenerativeModel(nn.Module, ABC):
             (its expectation over the noise is a lower bound), "estimate" or "none".
         num_classes: Number of classes of a class-conditional model, or None.
         loss_metric: The metric that the training loss equals, or None.
+        restores_images: True if `decode(encode(images))` returns the images.
         shares_batches: True if several processes can train the model, each on its rows of a batch.
         progress: Called as `progress(steps, description, total)` around long loops.
     """
@@ -85,6 +85,7 @@ class GenerativeModel(nn.Module, ABC):
     likelihood: Likelihood
     num_classes: int | None = None
     loss_metric: Metric | None = None
+    restores_images: ClassVar[bool] = True
     shares_batches: ClassVar[bool] = True
     progress: Progress = staticmethod(no_progress)
 
@@ -159,6 +160,14 @@ class GenerativeModel(nn.Module, ABC):
     def score_metric(self) -> Metric:
         """The metric that `score` returns."""
         return LOG_PROBABILITY
+
+    def check_likelihood(self) -> None:
+        """Raise a UserError if the model has no likelihood."""
+        if self.likelihood == "none":
+            raise UserError(
+                "this model has no likelihood of images: choose another run with --run "
+                "(`flowgen runs` lists them)"
+            )
 
     def load_eval_results(self, metrics: Mapping[str, Any]) -> None:
         """Restore results of an earlier evaluation of the same weights, such as log Z."""
@@ -285,7 +294,10 @@ class InpaintingResult(NamedTuple):
 
 
 class SupportsInpainting(Capability):
-    """Samples the unknown pixels of an image given the known ones: P(unknown | known)."""
+    """Samples the unknown pixels of an image given the known ones: P(unknown | known).
+
+    `conditional_log_prob` returns the logarithm of this probability as a number.
+    """
 
     description = "fills in missing pixels"
     train_hint = "model=glow"
@@ -311,6 +323,37 @@ class SupportsInpainting(Capability):
             steps: Steps of the sampler; None uses its default.
             generator: Random generator, or None for the global one.
         """
+
+    def conditional_log_prob(
+        self,
+        images: Tensor,
+        known: Tensor,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Metrics:
+        """Return log P(unknown | known), the log-probability of the unknown pixels of an image.
+
+        A model whose method is exact for some masks only estimates the rest or refuses it.
+
+        Args:
+            images: One image, (1, channels, height, width), with all of its pixels.
+            known: A mask that is True for known pixels, (channels, height, width).
+            steps: Steps of the method; None uses its default.
+            generator: Random generator, or None for the global one.
+
+        Returns:
+            The value of `CONDITIONAL_LOG_PROB` in nats with its standard error (0 if it is exact),
+            further values such as an effective sample size, and the fact `method`, a phrase that
+            says how the value was computed.
+
+        Raises:
+            UserError: If the value cannot be computed or its estimate is unreliable.
+        """
+        raise UserError(
+            f"{type(self).__name__} cannot compute log P(unknown | known): choose a run of "
+            "another model, such as model=rbm"
+        )
 
 
 class ClassConditional(Capability):
@@ -375,7 +418,7 @@ class SupportsMCMC(Capability):
 
 
 class SupportsCompression(Capability):
-    """Compresses images with `flowgen.coding`: a flow whose inverse is exact."""
+    """Compresses images with `flowgen.coding`: an RBM, or a flow whose inverse is exact."""
 
     description = "compresses images"
     train_hint = "model=glow"

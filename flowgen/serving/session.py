@@ -165,6 +165,11 @@ class ModelSession:
         name = "" if metric == BITS_PER_DIM else f"{metric.name.replace('_', ' ')}, "
         return name + metric.unit
 
+    @property
+    def bound_sign(self) -> str:
+        """The sign "<= " or ">= " before a `Score.value` that is a bound, or ""."""
+        return score.likelihood_metric(self.model).bound_sign(self.model.likelihood)
+
     def command_line(self, command: str, *args: str, **options: object) -> str:
         """Return the `flowgen` command that makes the same images.
 
@@ -348,6 +353,9 @@ class ModelSession:
         This is work for a background thread. Other requests are answered between its batches.
         Errors are logged and stored in `scorer_error`.
         """
+        if self.model.likelihood == "none":
+            self.scorer_error = "this model has no likelihood of images"
+            return
         try:
             self.scorer = score.make_scorer(
                 self.run,

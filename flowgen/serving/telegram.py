@@ -225,7 +225,7 @@ class Chat:
 
     def _describe_score(self, image: Tensor) -> str:
         score = self.session.score(image)
-        text = f"{score.value:.3f} {self.session.unit}."
+        text = f"{self.session.bound_sign}{score.value:.3f} {self.session.unit}."
         if score.percentile is None:
             return text
         return (

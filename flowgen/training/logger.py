@@ -65,6 +65,8 @@ class Logger(ExitStack):
         row = metrics.row()
         self.run.write_metrics(step, split, row)
         for name, value in row.items():
+            if isinstance(value, str):
+                continue
             self.board.add_scalar(f"{split}/{name}", value, step)
         text = "  ".join(_format(value) for value in metrics.measured.values())
         on_bar = split == "train" and not self.bar.disable
@@ -76,7 +78,7 @@ class Logger(ExitStack):
         """Show the loss of a training step before the remaining time, and the speed at the end."""
         loss = next(iter(metrics.measured.values()))
         unit = loss.metric.unit
-        text = f"{loss.value:#.4g} {unit}" if unit else _format(loss)
+        text = f"{loss.sign}{loss.value:#.4g} {unit}" if unit else _format(loss)
         self.bar.set_description_str(f"{text}, ", refresh=False)
         if speed := metrics.measured.get("images_per_second"):
             self.bar.set_postfix_str(f"{speed.value:.0f} images/s")
@@ -107,4 +109,4 @@ class WorkerLogger(nullcontext[None]):
 def _format(value: MetricValue) -> str:
     number = str(value.value) if isinstance(value.value, int) else f"{value.value:.4g}"
     error = f" ± {value.error:.2g}" if value.error else ""
-    return f"{value.metric.name} {number}{error}"
+    return f"{value.metric.name} {value.sign}{number}{error}"

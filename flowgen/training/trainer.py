@@ -376,7 +376,12 @@ class Trainer:
         self.step_seconds.clear()
         values = [MetricValue(Metric(name), value) for name, value in row.items()]
         if self.model.loss_metric is not None:
-            values.insert(0, MetricValue(self.model.loss_metric, self.step_metrics["loss"]))
+            loss = MetricValue(
+                self.model.loss_metric,
+                self.step_metrics["loss"],
+                likelihood=self.model.likelihood,
+            )
+            values.insert(0, loss)
         memory_gib = peak_memory(self.runtime.device)
         metrics = Metrics.of(*values, seconds=self.state.seconds, memory_gib=memory_gib)
         self.logger.write(self.state.step, "train", metrics)

@@ -1,9 +1,11 @@
-"""Metrics, and their values with unit, direction, standard error and split."""
+"""Metrics, and their values with unit, direction, error, split and kind of likelihood."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
+
+Likelihood = Literal["exact", "bound", "estimate", "none"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,20 @@ class Metric:
             return math.inf
         return -value if self.higher_is_better else value
 
+    def bound_sign(self, likelihood: str | None) -> str:
+        """Return "<= " or ">= ", to be printed before a value of this metric that is a bound.
+
+        Args:
+            likelihood: The kind of likelihood of the value. All but "bound" return "".
+
+        Example:
+            >>> BITS_PER_DIM.bound_sign("bound"), LOG_LIKELIHOOD.bound_sign("bound")
+            ('<= ', '>= ')
+        """
+        if likelihood != "bound":
+            return ""
+        return ">= " if self.higher_is_better else "<= "
+
 
 BITS_PER_DIM = Metric("bits_per_dim", "bits/dim", higher_is_better=False)
 # Bits/dim of images with added Gaussian noise: not a likelihood of the images themselves.
@@ -37,8 +53,11 @@ NOISY_BITS_PER_DIM = Metric(
     "noisy_bits_per_dim", "bits/dim of images with noise", higher_is_better=False
 )
 LOG_LIKELIHOOD = Metric("log_likelihood", "nats", higher_is_better=True)  # mean over the images
-COMPARED = (BITS_PER_DIM, NOISY_BITS_PER_DIM, LOG_LIKELIHOOD)  # metrics that rank runs
+# Metrics that rank runs. Models of binary images are compared in nats, which RBMs report too.
+COMPARED = (LOG_LIKELIHOOD, BITS_PER_DIM, NOISY_BITS_PER_DIM)
 LOG_PROBABILITY = Metric("log_probability", "nats", higher_is_better=True)  # of one image
+# log P(unknown pixels | known pixels) of one image
+CONDITIONAL_LOG_PROB = Metric("conditional_log_probability", "nats", higher_is_better=True)
 # log p(x) + log Z with an unknown log Z
 UNNORMALIZED = Metric("unnormalized_log_probability", "nats", higher_is_better=True)
 SAMPLE_METRICS = {  # of sample quality, without the prefix of the images: sample_, training_, test_
@@ -64,16 +83,18 @@ class MetricValue:
         value: Value, in the unit of the metric.
         error: Standard error, or None if it is unknown.
         split: Split of the data set whose images were used, such as "test".
+        likelihood: The kind of likelihood, or None for other metrics.
 
     Example:
-        >>> print(MetricValue(BITS_PER_DIM, 3.5, 0.25, "test"))
-        test bits_per_dim 3.500 ± 0.250
+        >>> print(MetricValue(BITS_PER_DIM, 3.5, 0.25, "test", "bound"))
+        test bits_per_dim <= 3.500 ± 0.250
     """
 
     metric: Metric
     value: float
     error: float | None = None
     split: str | None = None
+    likelihood: str | None = None
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], metric: Metric) -> "MetricValue | None":
@@ -86,12 +107,18 @@ class MetricValue:
         value = row.get(metric.name)
         if value is None:
             return None
-        return cls(metric, value, row.get(f"{metric.name}_error"), row.get("split"))
+        kind = recorded_likelihood(row) if metric in COMPARED else None
+        return cls(metric, value, row.get(f"{metric.name}_error"), row.get("split"), kind)
+
+    @property
+    def sign(self) -> str:
+        """The sign "<= " or ">= " of a bound, and "" of other values."""
+        return self.metric.bound_sign(self.likelihood)
 
     def __str__(self) -> str:
         split = f"{self.split} " if self.split else ""
         error = f" ± {self.error:.3f}" if self.error else ""
-        return f"{split}{self.metric.name} {self.value:.3f}{error}"
+        return f"{split}{self.metric.name} {self.sign}{self.value:.3f}{error}"
 
 
 @dataclass(frozen=True)
@@ -131,12 +158,18 @@ class Metrics:
         )
 
     def row(self) -> dict[str, Any]:
-        """Return a flat dictionary for a file: NAME and NAME_error of each value, and the facts."""
+        """Return a flat dictionary for a file.
+
+        It has NAME and NAME_error of each value, `likelihood`, the kind of the first value that
+        has one, and the facts.
+        """
         row: dict[str, Any] = {}
         for name, value in self.measured.items():
             row[name] = value.value
             if value.error is not None:
                 row[f"{name}_error"] = value.error
+            if value.likelihood is not None:
+                row.setdefault("likelihood", value.likelihood)
         return row | self.facts
 
 
@@ -160,18 +193,19 @@ def beats_entropy_bound(value: MetricValue, entropy: float, dimensions: int) -> 
     return value.metric == LOG_LIKELIHOOD and margin - value.value < entropy * math.log(2)
 
 
-def likelihood_kind(kind: str, row: Mapping[str, Any]) -> str:
-    """Return the kind of likelihood of an evaluation.
+def recorded_likelihood(row: Mapping[str, Any]) -> str | None:
+    """Return the kind of likelihood that a row of metrics.jsonl records.
 
-    Args:
-        kind: Kind of the model: "exact", "bound", "estimate" or "none".
-        row: Results; the likelihood of an RBM is exact if its log Z has no error.
+    Rows of older versions do not record it, but the likelihood of an RBM is exact if log Z has no
+    error.
 
     Example:
-        >>> likelihood_kind("estimate", {"log_z": 9.7, "log_z_error": 0.0})
+        >>> recorded_likelihood({"log_z": 9.7, "log_z_error": 0.0})
         'exact'
     """
-    return "exact" if kind == "estimate" and row.get("log_z_error") == 0 else kind
+    if row.get("log_z_error") == 0:
+        return "exact"
+    return next((kind for kind in get_args(Likelihood) if kind == row.get("likelihood")), None)
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Plots: lines, the curves of a run, and flows of the plane.
+"""Plots: lines, the curves of a run, and models of the plane.
 
 Lines differ in color, dash and marker, so that they can be distinguished without color.
 """
@@ -131,44 +131,49 @@ def scatter_plot(points: Tensor, end: float) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def flow_panels(
+def plane_panels(
     target: Tensor,
-    latent: Tensor,
+    latent: Tensor | None,
     samples: Tensor,
-    density: Tensor,
-    temperature: float,
+    density: Tensor | None,
+    latent_title: str,
     path: Path,
 ) -> None:
-    """Plot a flow of the plane in four panels and write a PNG.
+    """Plot a model of points in the plane in up to four panels and write a PNG.
 
     A sample has the color of its latent, which shows the latent's direction from the origin.
 
     Args:
         target: Points of the data in the unit square, (N, 2).
-        latent: Draws of N(0, temperature^2 I), (N, 2).
-        samples: The samples of the latents in the unit square, (N, 2).
-        density: The density of the flow on a grid of the unit square, (height, width).
-        temperature: Standard deviation of the latents.
+        latent: The latents of the samples, (N, 2), or None.
+        samples: Samples in the unit square, (N, 2).
+        density: The density of the model on a grid of the unit square, (height, width), or None.
+        latent_title: Title of the panel of the latents, such as their distribution.
         path: Path of the PNG.
     """
-    angle = torch.atan2(latent[:, 1], latent[:, 0])
-    style = {"c": angle.numpy(), "cmap": "twilight_shifted", "s": 2, "linewidths": 0}
-    base = "N(0, I)" if temperature == 1 else f"N(0, {temperature:g}² I)"
-    with figure(13, 3.6, path, dpi=130) as page:
-        axes = page.subplots(1, 4)
-        axes[0].scatter(*target.T.numpy(), s=2, linewidths=0, color=COLORS[0])
-        axes[1].scatter(*latent.T.numpy(), **style)
-        axes[2].scatter(*samples.T.numpy(), **style)
-        picture = axes[3].imshow(
-            density.numpy(),
-            origin="lower",
-            extent=(0, 1, 0, 1),
-            cmap="magma",
-            vmax=density.quantile(0.998).item(),
-        )
-        page.colorbar(picture, ax=axes[3], label="density")
-        for panel, title in zip(axes, ("data", base, "samples", "density"), strict=True):
-            square = (-4, 4) if title == base else (0, 1)
+    style: dict[str, Any] = {"s": 2, "linewidths": 0}
+    sample_style = style | {"color": COLORS[0]}
+    if latent is not None:
+        angle = torch.atan2(latent[:, 1], latent[:, 0])
+        sample_style = style | {"c": angle.numpy(), "cmap": "twilight_shifted"}
+    optional = {"data": target, latent_title: latent, "samples": samples, "density": density}
+    panels = {title: values for title, values in optional.items() if values is not None}
+    with figure(3.25 * len(panels), 3.6, path, dpi=130) as page:
+        axes = page.subplots(1, len(panels))
+        for panel, (title, values) in zip(axes, panels.items(), strict=True):
+            if title == "density":
+                picture = panel.imshow(
+                    values.numpy(),
+                    origin="lower",
+                    extent=(0, 1, 0, 1),
+                    cmap="magma",
+                    vmax=values.float().quantile(0.998).item(),
+                )
+                page.colorbar(picture, ax=panel, label="density")
+            else:
+                colors = style | {"color": COLORS[0]} if title == "data" else sample_style
+                panel.scatter(*values.T.numpy(), **colors)
+            square = (-4, 4) if title == latent_title else (0, 1)
             panel.set(title=title, aspect="equal", xlim=square, ylim=square)
             panel.tick_params(labelsize=8)
 

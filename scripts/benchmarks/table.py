@@ -30,6 +30,7 @@ from flowgen.config.compose import read_config
 from flowgen.training.run_dir import Run
 from flowgen.utils import rendering
 from flowgen.utils.files import atomic_write
+from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, MetricValue
 
 sys.path.append(str(Path(__file__).parents[1]))
 from run_flowgen import run_flowgen
@@ -44,7 +45,11 @@ MODELS = ["glow", "realnvp", "nice", "maf", "tarflow", "jet"]
 COLUMNS = [
     "data",
     "model",
-    *(f"test bits/dim, importance samples: {count}" for count in IMPORTANCE_SAMPLES),
+    "likelihood",
+    *(
+        f"test bits/dim (nats at 1 bit), importance samples: {count}"
+        for count in IMPORTANCE_SAMPLES
+    ),
     "parameters, millions",
     "training images seen",
     "CPU minutes",
@@ -177,17 +182,24 @@ class Row:
 
     def line(self) -> str:
         """Return the row as Markdown."""
-        cells = [self.values["data"], f"`{self.values['model']}`"]
-        for count in IMPORTANCE_SAMPLES:
-            metrics = self.values.get(f"metrics_{count}")
-            cell = ""
-            if metrics:
-                cell = f"{metrics['bits_per_dim']:.3f} ± {metrics['bits_per_dim_error']:.3f}"
-            cells.append(cell)
+        metrics = [self.values.get(f"metrics_{count}", {}) for count in IMPORTANCE_SAMPLES]
+        likelihood = metrics[0].get("likelihood", "")
+        cells = [self.values["data"], f"`{self.values['model']}`", likelihood]
+        cells += [format_result(results) for results in metrics]
         for key, (divisor, number_format) in NUMBERS.items():
             value = self.values.get(key)
             cells.append("" if value is None else format(value / divisor, number_format))
         return f"| {' | '.join(cells)} |"
+
+
+def format_result(results: dict[str, Any]) -> str:
+    """Return the value by which runs are compared with its error, or "" without one."""
+    values = (MetricValue.from_row(results, metric) for metric in COMPARED)
+    value = next(filter(None, values), None)
+    if value is None:
+        return ""
+    unit = f" {value.metric.unit}" if value.metric != BITS_PER_DIM else ""
+    return f"{value.sign}{value.value:.3f} ± {value.error:.3f}{unit}"
 
 
 def timed_flowgen(

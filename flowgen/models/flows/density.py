@@ -5,16 +5,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flowgen.bijections.base import Bijection, standard_normal_log_prob
 from flowgen.bijections.reshape import FactorOut
-from flowgen.models.base import GenerativeModel
+from flowgen.models.likelihood import LikelihoodModel
 
 CLASS_MEAN_STD = 0.3  # initial standard deviation of the class means
 
 
-class FlowDensity(GenerativeModel):
+class FlowDensity(LikelihoodModel):
     """The density of points x in [0, 1): a bijection to latents z with base N(0, I).
 
     With classes, the latents of class y are distributed as N(means[y], I). With
@@ -29,8 +28,6 @@ class FlowDensity(GenerativeModel):
 
     Attributes:
         means: Learned means of the latents of each class, (classes, D), or zeros (1, D).
-        bins: Number of pixel values, 2^bits.
-        dimensions: The product D of `image_shape`.
     """
 
     means: Tensor
@@ -43,14 +40,8 @@ class FlowDensity(GenerativeModel):
         num_classes: int | None,
         condition_networks: bool,
     ):
-        super().__init__()
+        super().__init__(image_shape, bits, num_classes)
         self.bijection = bijection
-        channels, height, width = image_shape
-        self.image_shape = (channels, height, width)
-        self.dimensions = channels * height * width
-        self.bits = bits
-        self.bins = 2**bits
-        self.num_classes = num_classes
         self.condition_networks = condition_networks and num_classes is not None
         if num_classes is None:
             self.register_buffer("means", torch.zeros(1, self.dimensions), persistent=False)
@@ -134,12 +125,6 @@ class FlowDensity(GenerativeModel):
             for (z, log_det), means in zip(outputs, groups, strict=True)
         ]
         return torch.cat(terms, 2)
-
-    def one_hot(self, labels: Tensor | None) -> Tensor | None:
-        """Return (batch, classes), or None without labels or without classes."""
-        if labels is None or self.num_classes is None:
-            return None
-        return F.one_hot(labels, self.num_classes).to(self.dtype)
 
     def network_condition(self, one_hot: Tensor | None) -> Tensor | None:
         """Return the condition of the bijection."""

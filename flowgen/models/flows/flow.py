@@ -1,7 +1,7 @@
 """Normalizing flows of images."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,11 +11,8 @@ from flowgen.bijections.base import Bijection
 from flowgen.bijections.elementwise import EmpiricalCDF, Logit
 from flowgen.bijections.networks import batch_norm_layers
 from flowgen.models.base import (
-    QUICK_EVAL,
     ClassConditional,
-    EvalConfig,
     InpaintingResult,
-    Likelihood,
     LinearMeasurement,
     Observation,
     SupportsCompression,
@@ -33,9 +30,8 @@ from flowgen.models.flows.inpainting import (
     InpaintingChains,
     sample_posterior,
 )
-from flowgen.utils.distributed import evaluate_sharded
-from flowgen.utils.errors import UserError, check_choice, check_whole
-from flowgen.utils.metrics import BITS_PER_DIM, NOISY_BITS_PER_DIM, Metrics, MetricValue
+from flowgen.utils.errors import UserError, check_choice
+from flowgen.utils.metrics import NOISY_BITS_PER_DIM, Likelihood
 
 
 @torch.enable_grad()
@@ -97,12 +93,9 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
     """
 
     likelihood: Likelihood = "bound"
-    metric = BITS_PER_DIM
     samplers: ClassVar[tuple[str, ...]] = ("hmc",)
     # The inverse of the bijection is exact, not a limit or the solution of an equation.
     has_exact_inverse: ClassVar[bool] = True
-    # Average log p over importance samples (an ELBO) if a log-mean-exp is no valid bound.
-    elbo_only = False
 
     def __init__(
         self,
@@ -113,7 +106,6 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         num_classes: int | None = None,
         condition_networks: bool = False,
     ):
-        check_whole(bits=bits)
         dequantizer = make_dequantizer(dequantization, image_shape, bits)
         super().__init__(bijection, image_shape, bits, num_classes, condition_networks)
         self.dequantizer = dequantizer
@@ -147,7 +139,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the mean bits/dim of a batch, with one sample of the noise per image."""
-        return self._bits_per_dim(self.log_prob(images, labels=labels)).mean()
+        return self.bits_per_dim(self.log_prob(images, labels=labels)).mean()
 
     @torch.no_grad()
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
@@ -174,67 +166,15 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         x, log_q = self._dequantize(images, generator)
         return self.log_density(x, labels) - log_q - self.dimensions * math.log(self.bins)
 
-    def score(
-        self,
-        images: Tensor,
-        labels: Tensor | None = None,
-        *,
-        num_importance_samples: int = 1,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return log p(x) of each image in nats, (batch,).
-
-        It is the logarithm of the mean of p(x) / q(u) over importance samples of u, minus
-        D log 2^bits.
-        """
-        self._check_likelihood()
-        return self._importance_log_prob(images, labels, num_importance_samples, generator)
-
-    def _importance_log_prob(
-        self, images: Tensor, labels: Tensor | None, samples: int, generator: torch.Generator | None
-    ) -> Tensor:
-        steps = self.progress(range(samples), "importance samples", samples)
-        log_prob = torch.stack([self.log_prob(images, generator, labels) for _ in steps])
-        if self.elbo_only:
-            return log_prob.mean(0)
-        return log_prob.logsumexp(0) - math.log(samples)
-
-    @torch.no_grad()
-    def evaluate(
-        self,
-        batches: Iterable[Tensor],
-        train_batches: Iterable[Tensor] = (),
-        eval_config: EvalConfig = QUICK_EVAL,
-    ) -> Metrics:
-        """Return the bits/dim of `batches` with its standard error over images.
-
-        The dequantization noise is the same in every call.
-        """
-        generator = torch.Generator(self.device).manual_seed(0)
-        samples = eval_config.num_importance_samples
-
-        def bits_per_dim(images: Tensor) -> Tensor:
-            return self._bits_per_dim(self._importance_log_prob(images, None, samples, generator))
-
-        def skip_noise(images: Tensor) -> None:
-            for _ in range(samples):
-                self.dequantizer.draw_noise(images, self.dtype, generator)
-
-        values = evaluate_sharded(batches, bits_per_dim, skip_noise)
-        error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
-        return Metrics.of(
-            MetricValue(self.metric, values.mean().item(), error),
-            bits=self.bits,
-            num_importance_samples=samples,
-            images=len(values),
-        )
+    def draw_noise(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.dequantizer.draw_noise(images, self.dtype, generator)
 
     @torch.no_grad()
     def statistics(
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """Return log p(x) as `log_prob`, and its terms, see `FlowDensity.log_density_terms`."""
-        self._check_likelihood()
+        self.check_likelihood()
         x, log_q = self._dequantize(images, generator)
         log_density, terms = self.log_density_terms(x)
         return {"log_prob": log_density - log_q - self.dimensions * math.log(self.bins), **terms}
@@ -242,7 +182,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
         """Return log p(y | x), (batch, classes), under a uniform prior over the classes."""
-        self._check_classes()
+        self.check_classes()
         return self.class_log_density((images + 0.5) / self.bins).log_softmax(1)
 
     # Sampling
@@ -270,28 +210,13 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         z = temperature * torch.randn(
             count, self.dimensions, generator=generator, device=self.device, dtype=self.dtype
         )
-        labels = self._sample_labels(count, label, start_index)
+        labels = self.sample_labels(count, label, start_index)
         one_hot = self.one_hot(labels)
         if one_hot is not None:
             z = z + one_hot @ self.means
         x, log_density = self._invert(z, one_hot)
         images = self._quantize(self._denoise(x, labels))
         return images, log_density - self.dimensions * math.log(self.bins)
-
-    def _sample_labels(self, count: int, label: int | None, start_index: int) -> Tensor | None:
-        """Return the classes of samples, (count,), or None for a flow without classes."""
-        if label is None and self.num_classes is None:
-            return None
-        self._check_classes()
-        num_classes = len(self.means)
-        if label is None:
-            return torch.arange(start_index, start_index + count, device=self.device) % num_classes
-        if label not in range(num_classes):
-            raise UserError(
-                f"label {label} is not one of the model's {num_classes} classes: "
-                f"choose a number from 0 to {num_classes - 1}"
-            )
-        return torch.full((count,), label, device=self.device)
 
     @torch.no_grad()
     def decode_continuous(self, z: Tensor) -> Tensor:
@@ -335,7 +260,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         )
 
     def class_latents(self) -> Tensor:
-        self._check_classes()
+        self.check_classes()
         if not self.condition_networks:
             return self.means
         return torch.cat((self.means, torch.eye(len(self.means)).to(self.means)), 1)
@@ -397,15 +322,12 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
 
     # Helpers
 
-    def _check_likelihood(self) -> None:
+    def check_likelihood(self) -> None:
         if self.likelihood == "none":
             raise UserError(
                 "this flow was trained on noisy images (model.dequantization=gaussian:...) and has "
-                "no likelihood of images"
+                "no likelihood of images: choose another run with --run (`flowgen runs` lists them)"
             )
-
-    def _bits_per_dim(self, log_prob: Tensor) -> Tensor:
-        return -log_prob / (self.dimensions * math.log(2))
 
     def _dequantize(
         self, images: Tensor, generator: torch.Generator | None = None
@@ -416,10 +338,3 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
 
     def _quantize(self, x: Tensor) -> Tensor:
         return (x * self.bins).floor().nan_to_num(0.0).clamp(0, self.bins - 1).to(torch.uint8)
-
-    def _check_classes(self) -> None:
-        if self.num_classes is None:
-            raise UserError(
-                "this model has no classes: train one with model.num_classes=10 on data that has "
-                "labels"
-            )

@@ -45,7 +45,7 @@ class FlowMatching(Flow):
         gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
         tolerance: Relative and absolute tolerance of a solver step.
         exact_trace_dims: Log-determinants are exact for images up to this dimension, at a cost that
-            grows with it, and estimated above.
+            grows with it, and estimated above. The likelihood is then an estimate of a bound.
         num_classes: Number of classes of a class-conditional model, or None.
         condition_networks: With classes, make the class an input of the velocity; p(x) then takes
             one solution of the ODE per class. Otherwise only the base depends on the class.
@@ -115,9 +115,11 @@ class FlowMatching(Flow):
         )
         self.random_source = networks.RandomSource()
         self.loss_metric = None
-        # The mean of p(x) would be biased upwards by the errors of estimated log-determinants:
-        # E[exp(error)] > 1.
-        self.elbo_only = self.dimensions > exact_trace_dims
+        if self.dimensions > exact_trace_dims:
+            self.likelihood = "estimate"  # of the bound
+            # The mean of p(x) would be biased upwards by the errors of estimated log-determinants:
+            # E[exp(error)] > 1.
+            self.elbo_only = True
 
     @classmethod
     def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
@@ -170,4 +172,4 @@ class FlowMatching(Flow):
         """Return the bits/dim of each image with another tolerance of the solver: (batch,)."""
         generator = torch.Generator(self.device).manual_seed(0)
         with networks.temporary_attributes([self.cnf], tolerance=tolerance):
-            return self._bits_per_dim(self.log_prob(images, generator))
+            return self.bits_per_dim(self.log_prob(images, generator))

@@ -513,9 +513,13 @@ def log_likelihood_metrics(free_energy: Tensor, log_z: LogZ) -> Metrics:
     mean_error = (free_energy.double().std() / math.sqrt(len(free_energy))).item()
     values: list[MetricValue] = []
     for suffix, estimate in log_z.estimates.items():
-        likelihood = replace(LOG_LIKELIHOOD, name=LOG_LIKELIHOOD.name + suffix)
         values += [
-            MetricValue(likelihood, mean - estimate.log_z, math.hypot(mean_error, estimate.error)),
+            MetricValue(
+                replace(LOG_LIKELIHOOD, name=LOG_LIKELIHOOD.name + suffix),
+                mean - estimate.log_z,
+                math.hypot(mean_error, estimate.error),
+                likelihood="estimate" if estimate.error else "exact",
+            ),
             MetricValue(Metric("log_z" + suffix, "nats"), estimate.log_z, estimate.error),
         ]
         if suffix:

@@ -39,6 +39,7 @@ def about(session: ModelSession, payload: Json) -> Json:
         "samplers": session.samplers,
         "temperature": config["trainer"]["sample_temperature"],
         "unit": session.unit,
+        "bound_sign": session.bound_sign,
     }
 
 

@@ -103,7 +103,7 @@ function formatNumber(value) {
 
 function showScore(element, score) {
   const isOverflow = score.value === null;
-  const value = isOverflow ? "exceeds float32" : formatNumber(score.value);
+  const value = isOverflow ? "exceeds float32" : model.bound_sign + formatNumber(score.value);
   const percentile = score.percentile === null ? "" : `percentile ${score.percentile.toFixed(0)}`;
   const unit = isOverflow ? "" : model.shortUnit;
   element.replaceChildren(
@@ -593,7 +593,8 @@ onSubmit("complete-form", async (button) => {
     ...draws.map((image, index) => createTile(image, `Completion ${index + 1}`, { hasScore })),
   ]);
   const metrics = Object.entries(result.metrics).map(
-    ([name, value]) => `${displayName(name)} ${value.toFixed(3)}`,
+    ([name, value]) =>
+      `${displayName(name)} ${name === "bits_per_dim" ? model.bound_sign : ""}${value.toFixed(3)}`,
   );
   $("complete-metrics").textContent =
     `${draws.length} of ${result.draws.length} draws. ${metrics.join(", ")}`;

@@ -1,0 +1,182 @@
+"""Models whose log-probabilities are known, and their evaluation in bits/dim."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowgen.models.base import QUICK_EVAL, EvalConfig, GenerativeModel
+from flowgen.utils.distributed import evaluate_sharded
+from flowgen.utils.errors import UserError, check_whole
+from flowgen.utils.metrics import BITS_PER_DIM, LOG_LIKELIHOOD, Metric, Metrics, MetricValue
+
+
+class LikelihoodModel(GenerativeModel):
+    """A model that computes log P(image), or a random number whose expectation bounds it.
+
+    `evaluate` and `score` treat all these models alike. If `likelihood` is "exact", `log_prob` is
+    the log-probability. If it is "bound", `log_prob` is log w, where the mean of w over the noise
+    is P(image) or less, so that the logarithm of the mean of several w is a tighter bound: Burda,
+    Grosse and Salakhutdinov (1509.00519).
+
+    Args:
+        image_shape: (channels, height, width).
+        bits: Bits per pixel value.
+        num_classes: Number of classes of a class-conditional model, or None.
+
+    Attributes:
+        bins: Number of pixel values, 2^bits.
+        dimensions: The product D of `image_shape`.
+        elbo_only: Average log w over importance samples if only this is a valid bound.
+
+    Example:
+        >>> from flowgen.models import NICE
+        >>> model = NICE(image_shape=(1, 2, 2), bits=1, num_layers=1)
+        >>> images = torch.randint(2, (64, 1, 2, 2), dtype=torch.uint8)
+        >>> model.initialize(images)
+        >>> metrics = model.evaluate(images.split(32))
+        >>> list(metrics.measured)
+        ['bits_per_dim', 'log_likelihood']
+    """
+
+    metric: Metric = BITS_PER_DIM
+    elbo_only = False
+
+    def __init__(self, image_shape: Sequence[int], bits: int, num_classes: int | None = None):
+        super().__init__()
+        check_whole(bits=bits)
+        if num_classes is not None:
+            check_whole(num_classes=num_classes)
+        channels, height, width = image_shape
+        self.image_shape = (channels, height, width)
+        self.dimensions = channels * height * width
+        self.bits = bits
+        self.bins = 2**bits
+        self.num_classes = num_classes
+
+    @abstractmethod
+    def log_prob(
+        self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Return log P(image), or log w of one noise sample, in nats: (batch,).
+
+        Args:
+            images: (batch, channels, height, width).
+            generator: Source of the noise.
+            labels: Classes (batch,), which select P(image | labels); None selects P(image).
+        """
+
+    def draw_noise(self, images: Tensor, generator: torch.Generator | None = None) -> object:
+        """Draw the random numbers that `log_prob` uses for these images, if it uses any.
+
+        In an evaluation by several processes it advances the generator for the batches of other
+        processes.
+        """
+
+    def score(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        num_importance_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return log P(image) of each image in nats, (batch,).
+
+        It is the logarithm of the mean of w over importance samples of the noise.
+        """
+        self.check_likelihood()
+        return self.importance_log_prob(images, labels, num_importance_samples, generator)
+
+    def importance_log_prob(
+        self, images: Tensor, labels: Tensor | None, samples: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Return the mean of `log_prob` over samples, or the logarithm of the mean of w."""
+        samples = self._num_samples(samples)
+        steps = self.progress(range(samples), "importance samples", samples)
+        log_prob = torch.stack([self.log_prob(images, generator, labels) for _ in steps])
+        if self.elbo_only:
+            return log_prob.mean(0)
+        return log_prob.logsumexp(0) - math.log(samples)
+
+    def _num_samples(self, samples: int) -> int:
+        return 1 if self.likelihood == "exact" else samples
+
+    def bits_per_dim(self, log_prob: Tensor) -> Tensor:
+        """Return -log_prob / (D log 2)."""
+        return -log_prob / (self.dimensions * math.log(2))
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        batches: Iterable[Tensor],
+        train_batches: Iterable[Tensor] = (),
+        eval_config: EvalConfig = QUICK_EVAL,
+    ) -> Metrics:
+        """Return the bits/dim of `batches` with its standard error over images.
+
+        The noise is the same in every call. Models of binary images also report the
+        log-likelihood in nats, -bits/dim D log 2, the usual figure of binary images.
+        """
+        generator = torch.Generator(self.device).manual_seed(0)
+        samples = self._num_samples(eval_config.num_importance_samples)
+
+        def bits_per_dim(images: Tensor) -> Tensor:
+            return self.bits_per_dim(self.importance_log_prob(images, None, samples, generator))
+
+        def skip_noise(images: Tensor) -> None:
+            for _ in range(samples):
+                self.draw_noise(images, generator)
+
+        values = evaluate_sharded(batches, bits_per_dim, skip_noise)
+        return self.likelihood_metrics(values, samples)
+
+    def likelihood_metrics(self, bits_per_dim: Tensor, samples: int = 1) -> Metrics:
+        """Return the mean bits/dim of images (count,), and the log-likelihood of binary ones."""
+        count = len(bits_per_dim)
+        error = bits_per_dim.std().item() / math.sqrt(count) if count > 1 else math.inf
+        bits = MetricValue(
+            self.metric, bits_per_dim.mean().item(), error, likelihood=self.likelihood
+        )
+        measured = [bits]
+        if self.bits == 1 and self.metric == BITS_PER_DIM:
+            nats = self.dimensions * math.log(2)
+            measured.append(
+                replace(bits, metric=LOG_LIKELIHOOD, value=-nats * bits.value, error=nats * error)
+            )
+        return Metrics.of(*measured, bits=self.bits, num_importance_samples=samples, images=count)
+
+    # Classes
+
+    def one_hot(self, labels: Tensor | None) -> Tensor | None:
+        """Return (batch, classes), or None without labels or without classes."""
+        if labels is None or self.num_classes is None:
+            return None
+        return F.one_hot(labels, self.num_classes).to(self.dtype)
+
+    def sample_labels(self, count: int, label: int | None, start_index: int) -> Tensor | None:
+        """Return the classes of samples, (count,), or None for a model without classes."""
+        if label is None and self.num_classes is None:
+            return None
+        num_classes = self.check_classes()
+        if label is None:
+            return torch.arange(start_index, start_index + count, device=self.device) % num_classes
+        if label not in range(num_classes):
+            raise UserError(
+                f"label {label} is not one of the model's {num_classes} classes: "
+                f"choose a number from 0 to {num_classes - 1}"
+            )
+        return torch.full((count,), label, device=self.device)
+
+    def check_classes(self) -> int:
+        """Return the number of classes, or raise a UserError if the model has none."""
+        if self.num_classes is None:
+            raise UserError(
+                "this model has no classes: train one with model.num_classes=10 on data that has "
+                "labels"
+            )
+        return self.num_classes
