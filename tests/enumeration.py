@@ -1,5 +1,6 @@
 """RBMs small enough for exact enumeration, and their exact distributions."""
 
+import math
 from functools import partial
 
 import torch
@@ -59,3 +60,12 @@ def expected_variation(probabilities: Tensor, count: int = CHAINS) -> float:
     It is 1/2 sum sqrt(2 p (1 - p) / (pi count)).
     """
     return 0.5 * (2 * probabilities * (1 - probabilities) / (torch.pi * count)).sqrt().sum().item()
+
+
+def all_images(image_shape: tuple[int, int, int], bits: int) -> Tensor:
+    """Return all images of this shape, (count, channels, height, width), in order of their values.
+
+    The first number varies slowest.
+    """
+    values = torch.arange(2**bits, dtype=torch.uint8)
+    return torch.cartesian_prod(*[values] * math.prod(image_shape)).view(-1, *image_shape)

@@ -6,17 +6,19 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import fit
-from test_models import MODELS, build_model
+from test_models import FLOWS, MODELS, build_model
 from torch import Tensor
 
 from flowgen.models.base import EvalConfig
-from flowgen.models.flows.flow import Flow
+from flowgen.models.likelihood import LikelihoodModel
 
 SIZE = 8
 DIMENSIONS = 3 * SIZE**2
 
 
-def train(model: Flow, images: Tensor, steps: int, lr: float = 1e-3, batch_size: int = 128) -> Flow:
+def train(
+    model: LikelihoodModel, images: Tensor, steps: int, lr: float = 1e-3, batch_size: int = 128
+) -> LikelihoodModel:
     model.initialize(images[:1024])
 
     def batch(step: int) -> tuple[Tensor]:
@@ -26,7 +28,9 @@ def train(model: Flow, images: Tensor, steps: int, lr: float = 1e-3, batch_size:
     return model
 
 
-def evaluate(model: Flow, images: Tensor, num_importance_samples: int = 1) -> dict[str, float]:
+def evaluate(
+    model: LikelihoodModel, images: Tensor, num_importance_samples: int = 1
+) -> dict[str, float]:
     config = EvalConfig(num_importance_samples=num_importance_samples)
     return model.evaluate(images.split(500), eval_config=config).row()
 
@@ -79,6 +83,8 @@ def test_no_model_scores_below_the_entropy(
     model = train(MODELS[name](bits=bits), images, steps)
     metrics = evaluate(model, make_images(500, 3)[0])
     assert metrics["bits_per_dim"] > entropy - 3 * metrics["bits_per_dim_error"]
+    if name not in FLOWS:
+        return
     with torch.no_grad():
         x = (images[:100] + 0.5) / model.bins
         assert (model.bijection.inverse(model.bijection(x)[0])[0] - x).abs().max() < 1e-4

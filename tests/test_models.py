@@ -6,6 +6,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from flowgen.config.instantiate import instantiate, resolve_target
 from flowgen.models.base import EvalConfig, GenerativeModel
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.glow import Glow
+from flowgen.models.likelihood import LikelihoodModel
 
 
 def model_config(name: str) -> dict:
@@ -27,7 +29,7 @@ def model_config(name: str) -> dict:
     return config | ({"negative_phase": None} if name == "rbm" else {})
 
 
-def build_model(name: str, **changes: object) -> GenerativeModel:
+def build_model(name: str, **changes: object) -> Any:
     """Build a small model of `conf/model/NAME.yaml` for images of 3x8x8 pixels with 5 bits."""
     config = model_config(name) | {"image_shape": (3, 8, 8), "bits": 5}
     if "width" in config:
@@ -39,7 +41,7 @@ def glow(**changes: object) -> Glow:
     return build_model("glow", **{"steps_per_level": 2} | changes)
 
 
-MODELS: dict[str, Callable[..., GenerativeModel]] = {
+FLOWS: dict[str, Callable[..., Flow]] = {
     "glow": glow,
     "glow resnet": lambda **changes: glow(network="resnet", **changes),
     "glow gated": lambda **changes: glow(network="gated", num_blocks=2, **changes),
@@ -92,6 +94,20 @@ MODELS: dict[str, Callable[..., GenerativeModel]] = {
     "sylvester": lambda **changes: build_model("sylvester", num_transforms=3, **changes),
     "glow with learned base": lambda **changes: glow(base="learned", levels=1, **changes),
 }
+OTHER_MODELS: dict[str, Callable[..., LikelihoodModel]] = {
+    "pixelcnn": lambda **changes: build_model("pixelcnn", **{"num_layers": 2} | changes),
+    "diffusion": lambda **changes: build_model(
+        "diffusion", **{"sampling_steps": 10, "eval_times": 4} | changes
+    ),
+    "vae": lambda **changes: build_model("vae", **changes),
+    "vae with flows": lambda **changes: build_model(
+        "vae", posterior="iaf", prior="flow", **changes
+    ),
+    "vae pixelcnn": lambda **changes: build_model(
+        "vae", posterior="sylvester", decoder="pixelcnn", pixelcnn_layers=1, **changes
+    ),
+}
+MODELS: dict[str, Callable[..., LikelihoodModel]] = FLOWS | OTHER_MODELS
 
 
 def random_images(
@@ -116,8 +132,13 @@ def model(request: pytest.FixtureRequest) -> GenerativeModel:
     return initialized(request.param)
 
 
+@pytest.fixture(params=FLOWS)
+def flow(request: pytest.FixtureRequest) -> GenerativeModel:
+    return initialized(request.param)
+
+
 # test_flow_matching.py tests flow matching, whose log-determinants are estimates.
-@pytest.fixture(params=[name for name in MODELS if name != "flow_matching"])
+@pytest.fixture(params=[name for name in FLOWS if name != "flow_matching"])
 def exact(request: pytest.FixtureRequest) -> GenerativeModel:
     """A model in float64 with exact log-determinants."""
     return initialized(request.param).double()
@@ -171,12 +192,18 @@ def test_decoding_the_latents_returns_the_images_if_the_model_says_so(model):
     assert torch.equal(model.decode(latent), images) == model.restores_images
 
 
-def test_temperature_scales_every_latent(model):
+def test_temperature_scales_every_latent_of_a_flow(flow):
     """Encoding a sample at temperature T returns T times the noise, also at splits."""
-    model = model.double()
+    flow = flow.double()
     z = torch.randn(4, 192, dtype=torch.float64)
-    x, _ = model.bijection.inverse(0.5 * z)
-    assert torch.allclose(model.bijection(x)[0], 0.5 * z, atol=1e-8)
+    x, _ = flow.bijection.inverse(0.5 * z)
+    assert torch.allclose(flow.bijection(x)[0], 0.5 * z, atol=1e-8)
+
+
+def test_temperature_scales_every_latent(model):
+    if not model.restores_images:
+        pytest.skip("its samples need more random numbers than a latent")
+    model = model.double()
     noise = torch.randn(4, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     images, _ = model.sample(4, 0.5, torch.Generator().manual_seed(1))
     assert torch.equal(images, model.decode(0.5 * noise))
@@ -314,7 +341,11 @@ def test_images_need_not_be_square(name):
     assert torch.equal(model.decode(model.encode(images)), images) == model.restores_images
     samples, log_probs = model.sample(2)
     assert samples.shape == (2, 3, 4, 8) and log_probs.isfinite().all()
-    model.double()
+
+
+@pytest.mark.parametrize("name", [name for name in FLOWS if name != "flow_matching"])
+def test_log_dets_of_images_that_are_not_square(name):
+    model = initialized(name, size=(4, 8)).double()
     x = torch.rand(1, 3, 4, 8, dtype=torch.double)
     _, log_det = model.bijection(x)
     jacobian = torch.autograd.functional.jacobian(lambda x: model.bijection(x)[0], x).view(96, 96)
@@ -357,25 +388,26 @@ def test_constructor_defaults_equal_the_configuration(name):
         assert type(default) is type(config[argument]), argument
 
 
-FLOWS = [name for name in group_options("model") if name != "rbm"]
+LIKELIHOODS = {"flow_matching": "estimate", "pixelcnn": "exact"}  # others: bound
+LIKELIHOOD_MODELS = [name for name in group_options("model") if name != "rbm"]
 
 
-@pytest.mark.parametrize("name", FLOWS)
-def test_every_flow_is_exported_and_tested(name):
+@pytest.mark.parametrize("name", LIKELIHOOD_MODELS)
+def test_every_model_is_exported_and_tested(name):
     exported = resolve_target("model", model_config(name)).__name__
     assert exported in flowgen.models.__all__, f"export {exported} in flowgen/models/__init__.py"
     assert name in MODELS, f"add {name} to MODELS in tests/test_models.py"
 
 
-@pytest.mark.parametrize("name", FLOWS)
-def test_flows_are_built_from_image_shape_and_bits_alone(name):
+@pytest.mark.parametrize("name", LIKELIHOOD_MODELS)
+def test_models_are_built_from_image_shape_and_bits_alone(name):
     constructor = resolve_target("model", model_config(name))
     with torch.device("meta"):
         model = constructor()
         assert model.image_shape == (1, 28, 28) and model.bits == 8
         model = constructor(image_shape=(3, 32, 32), bits=5)
     assert model.image_shape == (3, 32, 32) and model.bits == 5
-    assert model.likelihood == ("estimate" if name == "flow_matching" else "bound")
+    assert model.likelihood == LIKELIHOODS.get(name, "bound")
 
 
 @pytest.mark.parametrize("name", group_options("model"))

@@ -13,7 +13,7 @@ import torch
 from conftest import SMALL, save_image
 from PIL import Image
 from test_cli import assert_error
-from test_models import MODELS, glow, initialized, random_images
+from test_models import FLOWS, glow, initialized, random_images
 
 import flowgen
 from flowgen.bijections.reshape import FactorOut
@@ -25,7 +25,7 @@ from flowgen.evaluation.ood import OODDetector, auroc, log_kernel_density, png_c
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError
 
-FLOWS = [name for name in MODELS if name not in ("iaf",)]
+TERMS = [name for name in FLOWS if name != "iaf"]  # models with terms of the log-density
 RBM = [
     "model=rbm",
     "data=folder",
@@ -175,7 +175,7 @@ def png_bytes(image: torch.Tensor) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", TERMS)
 def test_statistics_of_a_flow_add_up_to_its_log_probability(name):
     model = initialized(name)
     images = random_images(5, 4)
@@ -201,7 +201,7 @@ def test_statistics_of_a_flow_add_up_to_its_log_probability(name):
 
 @pytest.mark.parametrize("condition_networks", [True, False])
 def test_statistics_of_a_class_conditional_flow_are_posterior_means(condition_networks):
-    model = MODELS["glow"](bits=5, num_classes=3, condition_networks=condition_networks)
+    model = FLOWS["glow"](bits=5, num_classes=3, condition_networks=condition_networks)
     images = random_images(5, 4)
     model.initialize(random_images(5))
     with torch.no_grad():

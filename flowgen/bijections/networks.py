@@ -310,10 +310,11 @@ class GatedNetwork(Sequential):
         )
 
 
-def zero_init(layer: nn.Linear) -> Any:
-    """Set the weight and bias of a linear layer to zero and return the layer."""
+def zero_init(layer: nn.Linear | nn.Conv2d) -> Any:
+    """Set the weight and bias of a layer to zero and return the layer."""
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

@@ -1,0 +1,199 @@
+"""PixelCNN: causality, exact latents and samples, inpainting, and conditional log-probabilities."""
+
+import math
+
+import pytest
+import torch
+from enumeration import all_images
+from torch import Tensor
+
+from flowgen.models.base import ClassConditional, LinearMeasurement
+from flowgen.models.pixelcnn import PixelCNN, PixelCNNNetwork, is_prefix
+from flowgen.utils.errors import UserError
+
+TOP = torch.tensor([[[True, True], [False, False]]])
+DIAGONAL = torch.tensor([[[False, True], [True, False]]])
+
+
+def random_model(scale: float = 0.3, **arguments: object) -> PixelCNN:
+    """Return a small model in float64 with random parameters."""
+    settings = {"image_shape": (1, 2, 2), "bits": 2, "width": 6, "num_layers": 2}
+    model = PixelCNN(**settings | {"num_components": 3} | arguments).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn_like(parameter)
+    return model
+
+
+def random_images(model: PixelCNN, count: int) -> Tensor:
+    return torch.randint(model.bins, (count, *model.image_shape), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (4, 0), (4, 3), (4, 6), (8, 6)])
+def test_the_network_sees_all_earlier_pixels_and_no_other(row, column):
+    """Two layers reach 6 rows up, and earlier pixels of the row 9 columns to the left."""
+    network = PixelCNNNetwork(channels=2, width=6, layers=2, outputs=3).double()
+    for parameter in network.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x = torch.randn(1, 2, 9, 7, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(network(x)[0, :, row, column].sum(), x)
+    seen = gradient[0] != 0
+    index = torch.arange(9 * 7).view(9, 7)
+    earlier = index < row * 7 + column
+    within_reach = (index // 7 >= row - 5) & ((index % 7 - column).abs() <= 4)
+    assert not seen[:, ~earlier].any()
+    assert seen[:, earlier & within_reach].all()
+
+
+def test_every_layer_depends_on_the_condition():
+    network = PixelCNNNetwork(channels=1, width=6, layers=2, outputs=3, condition_size=4)
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(2, 1, 5, 6)
+    condition = torch.randn(2, 4)
+    as_map = condition[:, :, None, None].expand(-1, -1, 5, 6)
+    assert torch.allclose(network(x, condition), network(x, as_map), atol=1e-6)
+    network(x, condition).sum().backward()
+    assert all(layer.condition.weight.grad.abs().min() > 0 for layer in network.layers)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"image_shape": (1, 5, 6), "bits": 3},
+        {"image_shape": (3, 3, 4), "bits": 8},
+        {"image_shape": (2, 1, 1), "bits": 8},
+        {"image_shape": (1, 4, 4), "bits": 1, "num_classes": 3},
+    ],
+)
+def test_latents_restore_all_images_one_by_one(arguments):
+    model = random_model(0.5, **arguments).float()
+    images = random_images(model, 20)
+    for generator in (None, torch.Generator().manual_seed(0)):
+        latents = model.encode(images, generator)
+        assert torch.equal(model.decode(latents), images)
+        one_by_one = [model.decode(latent[None]) for latent in latents]
+        assert torch.equal(torch.cat(one_by_one), images)
+
+
+def test_samples_equal_samples_drawn_pixel_by_pixel():
+    model = random_model(0.5, image_shape=(2, 4, 5), bits=4)
+    z = torch.randn(6, model.dimensions, dtype=torch.float64)
+    expected = torch.zeros(6, 2, 4, 5, dtype=torch.uint8)
+    u = torch.special.ndtr(z).view(expected.shape)
+    for row in range(4):
+        for column in range(5):
+            values = model.conditionals(expected, None).quantile(u)
+            expected[:, :, row, column] = values[:, :, row, column]
+    assert torch.equal(model.decode(z), expected)
+    assert 2 < model.num_iterations <= 4 * 5
+
+
+def test_latents_of_samples_are_standard_normal():
+    model = random_model(0.5, image_shape=(1, 3, 3), bits=1)
+    images, _ = model.sample(2000, generator=torch.Generator().manual_seed(0))
+    latents = model.encode(images, torch.Generator().manual_seed(1))
+    assert latents.mean(0).abs().max() < 4 / math.sqrt(2000)
+    covariance = latents.T.cov()
+    assert (covariance - torch.eye(9)).abs().max() < 4 * math.sqrt(2 / 2000)
+
+
+def test_samples_have_the_probabilities_of_the_model():
+    model = random_model(0.5, image_shape=(1, 1, 3), num_classes=2)
+    images = all_images((1, 1, 3), 2)
+    for label in range(2):
+        labels = torch.full((len(images),), label)
+        expected = model.log_prob(images, labels=labels).exp()
+        samples, log_prob = model.sample(5000, generator=torch.Generator(), label=label)
+        index = (samples.flatten(1).long() * torch.tensor([16, 4, 1])).sum(1)
+        assert torch.allclose(log_prob, expected.log()[index])
+        shares = torch.bincount(index, minlength=64) / 5000
+        assert (shares - expected).abs().sum() / 2 < 0.08
+
+
+def exact_conditional(model: PixelCNN, image: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all images with these known pixels, and their log P(unknown | known)."""
+    images = all_images(model.image_shape, model.bits)
+    images = images[(images == image)[:, known].all(1)]
+    return images, model.log_prob(images).log_softmax(0).detach()
+
+
+@pytest.mark.parametrize("num_classes", [None, 2])
+@pytest.mark.parametrize("known", [TOP, DIAGONAL], ids=["top", "diagonal"])
+def test_inpainting_draws_from_the_exact_conditional(known, num_classes, monkeypatch):
+    monkeypatch.setattr("flowgen.models.pixelcnn.INPAINTING_CHAINS", 1500)
+    model = random_model(0.5, num_classes=num_classes)
+    image = random_images(model, 1)
+    images, log_prob = exact_conditional(model, image, known)
+    generator = torch.Generator().manual_seed(0)
+    result = model.inpaint(image, known, sampler="metropolis", steps=15, generator=generator)
+    drawn = (3 * result.draws).round().to(torch.uint8)
+    shares = (drawn[:, None] == images).flatten(2).all(2).float().mean(0)
+    assert shares.sum().item() == pytest.approx(1)
+    assert (shares - log_prob.exp()).abs().sum() / 2 < 0.07
+    mean = (log_prob.exp()[:, None, None, None] * images).sum(0) / 3
+    assert (result.mean - mean).abs().max() < 0.04
+    assert (result.metrics["acceptance"] == 1) == is_prefix(known)
+
+
+@pytest.mark.parametrize("num_classes", [None, 2])
+@pytest.mark.parametrize("known", [TOP, DIAGONAL], ids=["top", "diagonal"])
+def test_conditional_log_probabilities_are_exact_for_prefixes_and_estimated_else(
+    known, num_classes
+):
+    model = random_model(0.5, num_classes=num_classes)
+    image = random_images(model, 1)
+    images, log_prob = exact_conditional(model, image, known)
+    expected = log_prob[(images == image).flatten(1).all(1)].item()
+    generator = torch.Generator().manual_seed(0)
+    metrics = model.conditional_log_prob(image, known, steps=2000, generator=generator)
+    result = metrics["conditional_log_probability"]
+    if is_prefix(known):
+        assert result.value == pytest.approx(expected, abs=1e-9) and result.error == 0
+        assert metrics.facts["method"] == "exact"
+    else:
+        assert abs(result.value - expected) < 4 * result.error < 0.2
+        assert 10 < metrics["effective_sample_size"].value < 2000
+
+
+def test_an_unreliable_estimate_is_refused():
+    model = random_model(0.5)
+    with pytest.raises(UserError, match=r"effective sample size is only 1\.0: use more --steps"):
+        model.conditional_log_prob(random_images(model, 1), DIAGONAL, steps=1)
+
+
+def test_classes_follow_the_rule_of_bayes_and_other_models_refuse_them():
+    model = random_model(0.5, num_classes=3)
+    images = random_images(model, 5)
+    joint = [model.log_prob(images, labels=torch.full((5,), label)) for label in range(3)]
+    log_prob = torch.stack(joint, 1)
+    assert torch.allclose(model.classify(images), log_prob.log_softmax(1))
+    assert torch.allclose(model.score(images), log_prob.logsumexp(1) - math.log(3))
+    latents = model.class_latents()
+    assert torch.equal(latents[:, -3:], torch.eye(3)) and not latents[:, :-3].any()
+    assert model.loss_metric is None and random_model().loss_metric is not None
+    assert not PixelCNN.supports(ClassConditional, {"num_classes": None})
+    with pytest.raises(UserError, match="has no classes"):
+        random_model().sample(1, label=0)
+
+
+def test_known_pixels_are_kept_in_color_images_and_other_measurements_refused():
+    model = random_model(image_shape=(3, 4, 4), bits=5).float()
+    image = random_images(model, 1)
+    known = torch.rand(3, 4, 4) < 0.5
+    result = model.inpaint(image, known, sampler="metropolis", steps=5)
+    pixels = (31 * result.draws).round().to(torch.uint8)
+    assert torch.equal(pixels[:, known], image[:, known].expand(len(pixels), -1))
+    assert result.metrics["spread"] > 0 and math.isfinite(result.metrics["bits_per_dim"])
+    with pytest.raises(UserError, match="only inpaint missing pixels"):
+        model.inpaint(image, LinearMeasurement(torch.ones(3, 1, 1)), sampler="metropolis")
+
+
+def test_a_trained_model_comes_close_to_the_entropy_of_a_markov_texture():
+    from test_entropy import evaluate, markov_texture, train
+
+    images, entropy = markov_texture(20_000)
+    model = PixelCNN(image_shape=(1, 8, 8), bits=1, width=8, num_layers=1)
+    train(model, images, 120, lr=1e-2)
+    metrics = evaluate(model, markov_texture(2000)[0])
+    assert abs(metrics["bits_per_dim"] - entropy) < 3 * metrics["bits_per_dim_error"] + 0.01
