@@ -20,6 +20,19 @@ MIN_BASE_STD = 1e-2
 BETA_POWER = 3  # small inverse temperatures are dense, because the weights vary most there
 
 
+def base_moments(
+    flow: FlowDensity, images: Tensor, known: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each pixel over samples of the flow, each (D,).
+
+    Pixels are those that `PixelChains` moves, h.
+    """
+    labels = torch.arange(NUM_BASE_SAMPLES, device=images.device) % len(flow.means)
+    samples = PixelChains(flow, images, known, labels, generator)
+    h = samples.decode_noise().flatten(1).nan_to_num(0.0, 0.0, 0.0)
+    return h.mean(0), h.std(0).clamp(min=MIN_BASE_STD)
+
+
 class AnnealedChains:
     """Chains between independent pixels and the flow, with the known pixels inside their bins.
 
@@ -31,7 +44,8 @@ class AnnealedChains:
         flow: The flow.
         images: Pixel values as floats, (1, channels, height, width).
         known: True for known pixels, (channels, height, width).
-        num_chains: Number of chains; each class has as many of them.
+        moments: The result of `base_moments`.
+        num_chains: Number of chains, rounded up so that each class has as many of them.
         generator: Random generator, or None for the global one.
     """
 
@@ -40,24 +54,17 @@ class AnnealedChains:
         flow: FlowDensity,
         images: Tensor,
         known: Tensor,
+        moments: tuple[Tensor, Tensor],
         num_chains: int,
         generator: torch.Generator | None,
     ):
         num_classes = len(flow.means)
-        labels = torch.arange(num_classes * -(-num_chains // num_classes)) % num_classes
-        self.chains = PixelChains(flow, images, known, labels.to(images.device), generator)
+        per_class = -(-num_chains // num_classes)
+        labels = torch.arange(num_classes, device=images.device).repeat(per_class)
+        self.chains = PixelChains(flow, images, known, labels, generator)
         self.known = known.flatten()
+        self.mean, self.std = moments
         self.generator = generator
-        samples = PixelChains(
-            flow,
-            images,
-            known,
-            (torch.arange(NUM_BASE_SAMPLES) % num_classes).to(images.device),
-            generator,
-        )
-        h = samples.decode_noise().flatten(1).nan_to_num(0.0, 0.0, 0.0)
-        self.mean = h.mean(0)
-        self.std = h.std(0).clamp(min=MIN_BASE_STD)
         position = self.chains.position
         uniform = torch.rand(
             position.shape, generator=generator, device=position.device, dtype=position.dtype
@@ -119,10 +126,9 @@ def log_marginal(
         num_steps: Inverse temperatures, each with one Hamiltonian trajectory.
         generator: Random generator, or None for the global one.
     """
-    pilot = AnnealedChains(flow, images, known, NUM_PILOT_CHAINS, generator)
-    chains = AnnealedChains(flow, images, known, NUM_CHAINS, generator)
-    # The base of both must be the same, so that the step sizes fit.
-    pilot.mean, pilot.std = chains.mean, chains.std
+    moments = base_moments(flow, images, known, generator)
+    pilot = AnnealedChains(flow, images, known, moments, NUM_PILOT_CHAINS, generator)
+    chains = AnnealedChains(flow, images, known, moments, NUM_CHAINS, generator)
     step_size = hmc.StepSize()
     log_weights = torch.zeros(len(chains.position), dtype=torch.double, device=images.device)
     betas = [(index / num_steps) ** BETA_POWER for index in range(num_steps + 1)]

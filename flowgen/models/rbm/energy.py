@@ -72,8 +72,7 @@ class EnergyModel(nn.Module):
             v: The visible units, (visible,).
             known: Mask of the known units, (visible,).
         """
-        with torch.device("meta"):  # without drawing weights
-            clamped = EnergyModel(int((~known).sum()), self.hidden)
+        clamped = EnergyModel(int((~known).sum()), self.hidden)
         clamped.weight = nn.Parameter(self.weight[~known])
         clamped.visible_bias = nn.Parameter(self.visible_bias[~known])
         clamped.hidden_bias = nn.Parameter(self.hidden_bias + v[known] @ self.weight[known])
