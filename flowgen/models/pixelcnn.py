@@ -29,7 +29,7 @@ from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import (
     BITS_PER_DIM,
     CONDITIONAL_LOG_PROB,
-    Metric,
+    EFFECTIVE_SAMPLE_SIZE,
     Metrics,
     MetricValue,
 )
@@ -38,7 +38,6 @@ INPAINTING_CHAINS = 16
 INPAINTING_STEPS = 100
 IMPORTANCE_SAMPLES = 256  # draws of the unknown pixels that estimate P(known)
 MIN_EFFECTIVE_SIZE = 10  # of a reliable estimate
-EFFECTIVE_SIZE = Metric("effective_sample_size", "samples", higher_is_better=True)
 
 
 class ShiftedConv2d(nn.Conv2d):
@@ -505,10 +504,12 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting):
         log_known = log_weights.logsumexp(0).item() - math.log(count)
         value = self.log_prob(images).item() - log_known
         if is_exact:
-            return Metrics.of(MetricValue(CONDITIONAL_LOG_PROB, value, 0.0), method="exact")
+            exact = MetricValue(CONDITIONAL_LOG_PROB, value, 0.0, likelihood="exact")
+            return Metrics.of(exact, method="exact")
+        error = math.sqrt(1 / effective_size - 1 / count)
         return Metrics.of(
-            MetricValue(CONDITIONAL_LOG_PROB, value, math.sqrt(1 / effective_size - 1 / count)),
-            MetricValue(EFFECTIVE_SIZE, effective_size),
+            MetricValue(CONDITIONAL_LOG_PROB, value, error, likelihood="estimate"),
+            MetricValue(EFFECTIVE_SAMPLE_SIZE, effective_size),
             method=f"importance sampling with {count} draws",
         )
 
