@@ -61,6 +61,7 @@ MODELS = {
         "trainer.optimizer=sgd",
     ],
     "maf": [*TINY, "model=maf", "model.width=16", "trainer.optimizer=sgd"],
+    "pixelcnn": [*TINY, "model=pixelcnn", "model.width=4", "model.num_layers=1"],
     "recomputed": [
         *TINY,
         "model=realnvp",
