@@ -133,17 +133,22 @@ class LikelihoodModel(GenerativeModel):
                 self.draw_noise(images, generator)
 
         values = evaluate_sharded(batches, bits_per_dim, skip_noise)
-        error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
-        bits = MetricValue(self.metric, values.mean().item(), error, likelihood=self.likelihood)
+        return self.likelihood_metrics(values, samples)
+
+    def likelihood_metrics(self, bits_per_dim: Tensor, samples: int = 1) -> Metrics:
+        """Return the mean bits/dim of images (count,), and the log-likelihood of binary ones."""
+        count = len(bits_per_dim)
+        error = bits_per_dim.std().item() / math.sqrt(count) if count > 1 else math.inf
+        bits = MetricValue(
+            self.metric, bits_per_dim.mean().item(), error, likelihood=self.likelihood
+        )
         measured = [bits]
         if self.bits == 1 and self.metric == BITS_PER_DIM:
             nats = self.dimensions * math.log(2)
             measured.append(
                 replace(bits, metric=LOG_LIKELIHOOD, value=-nats * bits.value, error=nats * error)
             )
-        return Metrics.of(
-            *measured, bits=self.bits, num_importance_samples=samples, images=len(values)
-        )
+        return Metrics.of(*measured, bits=self.bits, num_importance_samples=samples, images=count)
 
     # Classes
 

@@ -34,17 +34,20 @@ def evaluate_sharded(
     batches: Iterable[Tensor],
     score: Callable[[Tensor], Tensor],
     draw_noise: Callable[[Tensor], object],
+    columns: int | None = None,
 ) -> Tensor:
     """Return the score of every image, each batch computed by one of the processes.
 
     Args:
         batches: Batches of images, the same in every process.
-        score: Function from a batch to one score per image, of shape (batch,).
+        score: Function from a batch to one score per image, of shape (batch,), or to several, of
+            shape (batch, columns).
         draw_noise: Function that advances the random generator exactly as `score` does, for the
             batches of other processes. The result does not depend on the number of processes.
+        columns: Number of scores per image, or None for the shape (batch,).
 
     Returns:
-        The scores in float64, of shape (images,).
+        The scores in float64, of shape (images,) or (images, columns).
     """
     rank, size = rank_and_size()
     scores = []
@@ -54,7 +57,8 @@ def evaluate_sharded(
         else:
             draw_noise(images)
             # 0 + x is x to the last bit.
-            scores.append(torch.zeros(len(images), device=images.device, dtype=torch.double))
+            shape = (len(images),) if columns is None else (len(images), columns)
+            scores.append(torch.zeros(shape, device=images.device, dtype=torch.double))
     return all_reduce_sum(torch.cat(scores))
 
 

@@ -46,6 +46,7 @@ MODELS = {
     "jet": [*IMAGES, *TRANSFORMER, "model.num_layers=1", "model.num_couplings=2"],
     "flow_matching": [*POINTS, "model.width=4", "model.num_heads=1", "model.num_layers=1"],
     "pixelcnn": [*IMAGES, *NARROW, "model.num_components=3"],
+    "diffusion": [*IMAGES, "model.width=4", "model.num_heads=1", "model.sampling_steps=4"],
     "rbm": [*IMAGES, "data.bits=1", "model.hidden=2", "model.negative_phase.num_chains=2"],
     "rbm-tempering": [
         *IMAGES,
