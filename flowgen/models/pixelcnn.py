@@ -16,6 +16,7 @@ from flowgen.models.base import (
     Likelihood,
     LinearMeasurement,
     Observation,
+    SupportsCompression,
     SupportsInpainting,
 )
 from flowgen.models.likelihood import LikelihoodModel
@@ -181,7 +182,7 @@ class PixelCNNNetwork(nn.Module):
         return self.out(h.relu())
 
 
-class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting):
+class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCompression):
     """PixelCNN: the exact distribution of pixel values, one pixel after the other.
 
     log P(x) = sum_i log P(x_i | x_1, ..., x_{i-1}) over the pixels in raster order and over the
