@@ -419,7 +419,7 @@ class SupportsMCMC(Capability):
 
 
 class SupportsCompression(Capability):
-    """Compresses images with `flowgen.coding`: an RBM, or a flow whose inverse is exact."""
+    """Compresses images with `flowgen.coding`: an RBM, a PixelCNN, or an invertible flow."""
 
     description = "compresses images"
     train_hint = "model=glow"
