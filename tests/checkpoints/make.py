@@ -33,6 +33,7 @@ COMMON = [
 GLOW = ["model.width=2", "model.levels=1", "model.steps_per_level=1"]
 NARROW = ["model.width=4", "model.num_layers=1"]
 TRANSFORMER = ["model.width=4", "model.num_heads=1", "model.patch=4"]
+VAE = ["model.width=2", "model.latent_dim=2", "model.num_components=2"]
 MODELS = {
     "glow": [*IMAGES, *GLOW, "trainer.ema_decay=[0.5,0.9]"],
     "glow-classes": [*IMAGES, *GLOW, "model.num_classes=10", "trainer.ema_decay=0"],
@@ -46,6 +47,15 @@ MODELS = {
     "jet": [*IMAGES, *TRANSFORMER, "model.num_layers=1", "model.num_couplings=2"],
     "flow_matching": [*POINTS, "model.width=4", "model.num_heads=1", "model.num_layers=1"],
     "pixelcnn": [*IMAGES, *NARROW, "model.num_components=3"],
+    "vae": [*IMAGES, *VAE, "model.posterior=planar", "model.warmup_images=100"],
+    "vae-pixelcnn": [
+        *IMAGES,
+        *VAE,
+        "model.prior=vamp",
+        "model.num_pseudo_inputs=2",
+        "model.decoder=pixelcnn",
+        "model.pixelcnn_layers=1",
+    ],
     "rbm": [*IMAGES, "data.bits=1", "model.hidden=2", "model.negative_phase.num_chains=2"],
     "rbm-tempering": [
         *IMAGES,
