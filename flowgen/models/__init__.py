@@ -36,6 +36,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "TarFlow": "flows.tarflow",
         "PixelCNN": "pixelcnn",
         "RBM": "rbm.rbm",
+        "VariationalDiffusion": "diffusion",
         "VAE": "vae.vae",
+        "VQVAE": "vqvae",
     },
 )

@@ -34,6 +34,7 @@ GLOW = ["model.width=2", "model.levels=1", "model.steps_per_level=1"]
 NARROW = ["model.width=4", "model.num_layers=1"]
 TRANSFORMER = ["model.width=4", "model.num_heads=1", "model.patch=4"]
 VAE = ["model.width=2", "model.latent_dim=2", "model.num_components=2"]
+VQVAE = [*TRANSFORMER, "model.num_layers=1", "model.prior_layers=1", "model.num_components=2"]
 MODELS = {
     "glow": [*IMAGES, *GLOW, "trainer.ema_decay=[0.5,0.9]"],
     "glow-classes": [*IMAGES, *GLOW, "model.num_classes=10", "trainer.ema_decay=0"],
@@ -56,6 +57,9 @@ MODELS = {
         "model.decoder=pixelcnn",
         "model.pixelcnn_layers=1",
     ],
+    "diffusion": [*IMAGES, "model.width=4", "model.num_heads=1", "model.sampling_steps=4"],
+    "vqvae": [*IMAGES, *VQVAE, "model.fsq_levels=[3,2]"],
+    "vqvae-vq": [*IMAGES, *VQVAE, "model.quantizer=vq", "model.codebook_size=4"],
     "rbm": [*IMAGES, "data.bits=1", "model.hidden=2", "model.negative_phase.num_chains=2"],
     "rbm-tempering": [
         *IMAGES,
