@@ -4,6 +4,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from docutils import nodes
+
 REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent / "_ext")]
 sys.dont_write_bytecode = True
@@ -59,6 +61,21 @@ def escape_bars(app, what, name, obj, options, lines) -> None:
             lines[index] = "`".join(parts)
 
 
+def drop_docstring_of_torch(app, what, name, obj, options, lines) -> None:
+    """Leave out the text that `forward` without a docstring inherits from torch.nn.Module."""
+    if lines and lines[0].startswith("Define the computation performed at every call"):
+        lines.clear()
+
+
+def keep_values_with_errors(app, doctree) -> None:
+    """Break no line of a table before or after ±."""
+    for entry in doctree.findall(nodes.entry):
+        for text in list(entry.findall(nodes.Text)):
+            text.parent.replace(
+                text, nodes.Text(text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"))
+            )
+
+
 def keep_undocumented_names(app, env, node, content):
     """Show a name of flowgen without a page as plain text if it exists, and warn otherwise."""
     module, _, name = node.get("reftarget", "").rpartition(".")
@@ -72,4 +89,6 @@ def keep_undocumented_names(app, env, node, content):
 
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", escape_bars)
+    app.connect("autodoc-process-docstring", drop_docstring_of_torch)
+    app.connect("doctree-read", keep_values_with_errors)
     app.connect("missing-reference", keep_undocumented_names)

@@ -214,10 +214,11 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     data = instantiate.build_data(config)
     model = runs.load_from_checkpoint(checkpoint | {"config": config}, device)
     instantiate.check_fits_data(model, data)
+    codec = None
     if eval_config.compress:
-        from flowgen.coding.flow_codec import require_codec
+        from flowgen.coding.codec import make_codec
 
-        require_codec(model)
+        codec = make_codec(model)
     warn_test_leakage(data)
     data.to(model.device)
     quality = _sample_quality(data, eval_config.samples, config["seed"])
@@ -231,11 +232,11 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         metrics |= _evaluate_samples(model, quality, config)
     metrics = metrics.on("test")
     value = metrics[model.metric.name]
-    if eval_config.compress:
+    if codec is not None:
         from flowgen.coding.measure import measure_compression
 
         images = torch.cat(list(data.batches("test", BATCH_SIZE)))
-        proof = measure_compression(model, images, value, console.progress_bar)
+        proof = measure_compression(codec, images, value, console.progress_bar)
         metrics |= proof.on("test")
     if not math.isfinite(value.value):
         log.warning("%s is not finite: a likelihood is beyond float32", model.metric.name)

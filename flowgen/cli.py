@@ -548,6 +548,12 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
     show_default=True,
     help="Decode each batch again and compare it, which doubles the time.",
 )
+@whole_number_option(
+    "--annealing-steps",
+    1000,
+    "Annealing steps of an RBM: more steps make a shorter file and take more time.",
+    high=10**6,
+)
 @click.option("--overwrite", is_flag=True, help="Replace FILE.")
 @json_option
 @click.option("--out", type=PATH, required=True, metavar="FILE", help="Output file.")

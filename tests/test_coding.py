@@ -21,9 +21,11 @@ from flowgen.coding.coder import Coder, NearBoundaryError
 from flowgen.coding.flow_codec import FlowCodec, require_codec
 from flowgen.coding.layers import code, has_rule, lu
 from flowgen.coding.normal import pop_normal, push_normal, to_uniform
+from flowgen.coding.rbm_codec import RBMCodec
 from flowgen.coding.stack import BitStack, CodingError, reserve_words
 from flowgen.data.mnist import MNISTSample
 from flowgen.models.flows.flow import Flow
+from flowgen.models.rbm.log_z import exact_log_z
 from flowgen.utils.errors import UserError
 
 pytest.importorskip("constriction", reason="needs the extra codec")
@@ -97,6 +99,19 @@ def test_scrambled_words_are_random_and_return():
     stack.scramble(300)
     stack.scramble(300)
     assert np.array_equal(stack.save(), before)
+
+
+def test_pushed_binary_numbers_are_popped_and_cost_their_probability():
+    rng = np.random.default_rng(0)
+    probability = (rng.integers(1, 2**24, 5000) / 2**24).astype(np.float32)
+    values = (rng.random(5000) < probability).astype(np.int64)
+    stack = BitStack(RESERVE_WORDS)
+    bits = stack.num_bits
+    stack.push_binary(values, probability)
+    exact = -np.log2(np.where(values, probability, 1 - probability)).sum()
+    assert stack.num_bits - bits == pytest.approx(exact, rel=1e-3)
+    assert np.array_equal(stack.pop_binary(probability), values)
+    assert stack.is_initial()
 
 
 def test_an_empty_stack_is_an_error():
@@ -294,8 +309,6 @@ def test_flows_without_an_exact_inverse_are_refused(name):
 
 
 def test_other_models_are_refused():
-    with pytest.raises(UserError, match="RBM cannot compress images, because it is not a flow"):
-        require_codec(flowgen.create_model("rbm", image_shape=(1, 8, 8), hidden=4))
     model = build_model("glow", gaussianize=False, dequantization="gaussian:0.05")
     with pytest.raises(UserError, match=r"a flow of noisy images .* cannot compress"):
         require_codec(model)
@@ -320,6 +333,50 @@ def test_classes(condition_networks):
     # The class costs up to log2(3) bits, because the classes are equal in these images.
     bits = 3 * 64 * (result.net_bits_per_dim - result.model_bits_per_dim)
     assert bits < math.log2(3) + 1
+
+
+# RBMs
+
+
+@pytest.fixture
+def rbm() -> flowgen.models.RBM:
+    torch.manual_seed(0)
+    rbm = flowgen.models.RBM(visible=(1, 3, 4), hidden=6)
+    torch.nn.init.normal_(rbm.weight)
+    torch.nn.init.normal_(rbm.visible_bias)
+    rbm.base.copy_(rbm.visible_bias)
+    rbm.log_z = exact_log_z(rbm)
+    return rbm.eval()
+
+
+def test_the_code_of_an_rbm_approaches_its_exact_likelihood_from_above(rbm):
+    states = (torch.arange(2**12)[:, None] >> torch.arange(12) & 1).double()
+    probability = (-rbm.double().free_energy(states) - rbm.log_z).exp()
+    drawn = torch.multinomial(probability, 400, replacement=True)
+    images = rbm.to_images(states[drawn])
+    lengths = []
+    for steps in (2, 300):
+        result = coding.compress(RBMCodec(rbm, steps), images, "run", verify=False)
+        header, payload = coding.read_header(result.data)
+        decoded = coding.decompress(RBMCodec(rbm, header.annealing_steps), header, payload)
+        assert torch.equal(decoded, images) and result.raw_images == 0
+        lengths.append(result.net_bits)
+    exact = -probability[drawn].log2().sum().item()
+    assert result.model_bits == pytest.approx(exact, rel=1e-5)
+    assert exact < lengths[1] < 1.02 * exact < lengths[0]
+
+
+def test_other_numbers_of_annealing_steps_do_not_decode(rbm):
+    images = torch.ones(3, 1, 3, 4, dtype=torch.uint8)
+    header, payload = coding.read_header(coding.compress(RBMCodec(rbm, 5), images, "run").data)
+    with pytest.raises(UserError, match="do not match their checksum"):
+        coding.decompress(RBMCodec(rbm, 6), header, payload)
+
+
+def test_rbms_that_diverged_are_refused(rbm):
+    rbm.weight.data *= 1e4
+    with pytest.raises(UserError, match="too large for compression, because its training diverged"):
+        coding.make_codec(rbm)
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +413,7 @@ def test_the_zoo_codes_other_images_too(zoo_codec):
 
 
 def test_few_words_are_borrowed(zoo_codec, digits):
-    coder = make_coder(zoo_codec.grid_bits, reserve_words(784))
+    coder = make_coder(zoo_codec.grid_bits, reserve_words(zoo_codec.noise_bits))
     zoo_codec.encode(digits[:1], coder)
     borrowed, _ = coder.stack.to_words()
     assert 32 * borrowed < 784 * (zoo_codec.grid_bits + 14)

@@ -60,7 +60,16 @@ MODELS = {
         "model.dropout=0.2",
         "trainer.optimizer=sgd",
     ],
+    "diffusion": [*TINY, "model=diffusion", "model.width=4", "trainer.optimizer=sgd"],
     "maf": [*TINY, "model=maf", "model.width=16", "trainer.optimizer=sgd"],
+    "vae": [
+        *TINY,
+        "model=vae",
+        "model.width=4",
+        "model.posterior=planar",
+        "model.free_bits=0.1",
+        "model.warmup_images=50",
+    ],
     "vqvae": [
         *TINY,
         "model=vqvae",

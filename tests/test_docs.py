@@ -91,7 +91,7 @@ OTHER_PROGRAMS = (
     "torchrun",
     "uv",
 )
-NEEDS_AN_ACCOUNT = ("submitit", "hf:")  # or a cluster: parts of words
+NEEDS_AN_ACCOUNT = ("submitit", "hf:", "data=hub")  # or a cluster or server: parts of words
 # Runs that pages use without training them, by the name of their folder under outputs/
 RUNS = {
     "digits": ["experiment=demo"],

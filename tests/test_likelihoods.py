@@ -13,6 +13,16 @@ EXACT = {
     "pixelcnn": {"num_layers": 2},
     "pixelcnn with classes": {"num_layers": 1, "num_classes": 2},
 }
+VAE = {"latent_dim": 2, "num_transforms": 2}
+RANDOM_BOUNDS = {
+    "nice": {"num_layers": 1},
+    "vae": VAE,
+    "vae with a planar posterior and a vamp prior": VAE | {"posterior": "planar", "prior": "vamp"},
+    "vae with a sylvester posterior": VAE | {"posterior": "sylvester"},
+    "vae with an iaf posterior and a flow prior": VAE | {"posterior": "iaf", "prior": "flow"},
+    "vae with a pixelcnn decoder": VAE | {"decoder": "pixelcnn", "pixelcnn_layers": 1},
+}
+NOISE_SAMPLES = 256
 BOUNDS = {  # without noise
     "vqvae": {"fsq_levels": [3, 2]},
     "vqvae with a codebook": {"quantizer": "vq", "codebook_size": 4},
@@ -20,13 +30,15 @@ BOUNDS = {  # without noise
 }
 
 
-def perturbed_model(name: str, arguments: dict, shape: tuple, bits: int) -> LikelihoodModel:
+def perturbed_model(
+    name: str, arguments: dict, shape: tuple, bits: int, noise: float = 0.3
+) -> LikelihoodModel:
     """Return an initialized model whose parameters are perturbed, as if it had been trained."""
     model = build_model(name.split()[0], **arguments | {"image_shape": shape, "bits": bits})
     model.initialize(all_images(shape, bits))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
+            parameter += noise * torch.randn_like(parameter)
     return model.eval()
 
 
@@ -51,3 +63,22 @@ def test_bounds_of_the_probabilities_of_all_images_sum_to_one_at_most(name, shap
     assert model.likelihood == "bound"
     with torch.no_grad():
         assert 0.2 < model.score(images).exp().sum().item() <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RANDOM_BOUNDS)
+def test_importance_samples_raise_the_bounds_of_all_images_whose_sum_stays_below_one(name):
+    images = all_images((1, 1, 3), bits=2)
+    model = perturbed_model(name, RANDOM_BOUNDS[name], (1, 1, 3), bits=2, noise=0.1)
+    assert model.likelihood == "bound"
+    totals = []
+    for samples in (1, 4, 16):
+        repetitions = NOISE_SAMPLES // samples
+        scores = model.score(
+            images.repeat(repetitions, 1, 1, 1),
+            num_importance_samples=samples,
+            generator=torch.Generator().manual_seed(0),
+        )
+        expected = scores.view(repetitions, len(images)).mean(0)
+        totals.append(expected.exp().sum().item())
+    assert 0.01 < totals[0] < totals[1] < totals[2] < 1.01

@@ -96,6 +96,16 @@ FLOWS: dict[str, Callable[..., Flow]] = {
 }
 OTHER_MODELS: dict[str, Callable[..., LikelihoodModel]] = {
     "pixelcnn": lambda **changes: build_model("pixelcnn", **{"num_layers": 2} | changes),
+    "diffusion": lambda **changes: build_model(
+        "diffusion", **{"sampling_steps": 10, "eval_times": 4} | changes
+    ),
+    "vae": lambda **changes: build_model("vae", **changes),
+    "vae with flows": lambda **changes: build_model(
+        "vae", posterior="iaf", prior="flow", **changes
+    ),
+    "vae pixelcnn": lambda **changes: build_model(
+        "vae", posterior="sylvester", decoder="pixelcnn", pixelcnn_layers=1, **changes
+    ),
     "vqvae": lambda **changes: build_model("vqvae", **changes),
     "vqvae vq": lambda **changes: build_model("vqvae", quantizer="vq", **changes),
 }

@@ -1,5 +1,6 @@
 """Directives for text that is generated: settings from conf/*.yaml, options from click."""
 
+import inspect
 import re
 from typing import ClassVar
 
@@ -138,7 +139,8 @@ class SettingsDirective(MarkdownDirective):
         rows = [[code(key), code(format_value(value))] for key, value in changes.items()]
         if not rows:
             return ["The model keeps the defaults of the data and of the trainer."]
-        return markdown_table(["Setting", f"Default with `model={model}`"], rows)
+        table = markdown_table(["Setting", f"Default with `model={model}`"], rows)
+        return ["The model changes these defaults:", "", *table]
 
 
 class CommandUsage(MarkdownDirective):
@@ -160,7 +162,7 @@ class CommandUsage(MarkdownDirective):
                     names += " " + prose(value.replace("|", " | "))
                 default = str(parameter.default) if parameter.show_default else ""
                 rows.append([names, code(default), prose(parameter.help or "")])
-        help_text = (command.help or "").splitlines()
+        help_text = inspect.cleandoc(command.help or "").splitlines()
         table = markdown_table(["Option", "Default", "Meaning"], rows)
         return ["```text", usage, "```", "", *help_text, "", *table]
 

@@ -18,6 +18,7 @@ _MODULES = {  # module of each exported name
     "ActNorm": "linear",
     "Additive": "univariate",
     "Affine": "univariate",
+    "Amortized": "amortized",
     "Autoregressive": "autoregressive",
     "BatchNorm": "linear",
     "Bijection": "base",

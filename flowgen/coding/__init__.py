@@ -1,8 +1,9 @@
-"""Lossless compression with flows, whose file sizes prove their bits/dim.
+"""Lossless compression with models, whose file sizes prove their bits/dim.
 
 Read the modules in this order: `stack` (uniform numbers), `coder` (exact maps that exchange bits),
 `normal` (latents), `layers` (one rule per bijection), `pixels` (dequantization), `flow_codec` (one
-batch), `archive` (the file) and `measure` (a comparison with the evaluation).
+batch), `archive` (the file) and `measure` (a comparison with the evaluation). `codec` is the
+interface of all codecs, and `rbm_codec` that of RBMs.
 """
 
 from flowgen.utils import lazy_exports
@@ -10,10 +11,13 @@ from flowgen.utils import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "Codec": "codec",
         "CompressionResult": "archive",
         "FlowCodec": "flow_codec",
+        "RBMCodec": "rbm_codec",
         "compress": "archive",
         "decompress": "archive",
+        "make_codec": "codec",
         "measure_compression": "measure",
         "read_header": "archive",
     },

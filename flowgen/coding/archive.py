@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flowgen.coding.codec import Codec
 from flowgen.coding.coder import MARGIN, MAX_OFFSETS, Coder, NearBoundaryError
-from flowgen.coding.flow_codec import FlowCodec
 from flowgen.coding.stack import WORD_BITS, BitStack, CodingError, reserve_words
 from flowgen.utils.console import Progress, no_progress
 from flowgen.utils.errors import UserError, log, user_error
@@ -53,6 +53,7 @@ class Header:
         words: Checksum of the words.
         images: Hash of all pixel values.
         names: Names of the images, or None for numbers.
+        annealing_steps: Annealing steps of an RBM, or 0.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Header:
     words: int
     images: str
     names: list[str] | None
+    annealing_steps: int
 
     @property
     def num_images(self) -> int:
@@ -78,7 +80,7 @@ class CompressionResult:
         num_images: Number of images.
         dimensions: Numbers per image.
         net_bits: Bits that the images added to the stack.
-        model_bits: Bits of the images by the model for the same noise.
+        model_bits: Bits of the images by the model itself, or NaN; see `Codec.length`.
         raw_images: Images that were stored without compression.
         retries: Batches that were coded again with another offset.
     """
@@ -103,7 +105,7 @@ class CompressionResult:
 
     @property
     def model_bits_per_dim(self) -> float:
-        """Bits per number by the model for the same noise."""
+        """Bits per number by the model itself."""
         return self.model_bits / (self.num_images * self.dimensions)
 
 
@@ -115,11 +117,10 @@ class Compressor:
         verify: Whether to decode each batch again and compare it.
     """
 
-    def __init__(self, codec: FlowCodec, verify: bool):
+    def __init__(self, codec: Codec, verify: bool):
         self.codec = codec
         self.verify = verify
-        self.dimensions = codec.flow.dimensions
-        self.stack = BitStack(reserve_words(self.dimensions))
+        self.stack = BitStack(reserve_words(codec.noise_bits))
         self.coder = Coder(self.stack, codec.grid_bits)
         self.initial_bits = self.stack.num_bits
         self.batches: list[list[int]] = []
@@ -133,7 +134,7 @@ class Compressor:
 
     def next_batch_size(self) -> int:
         """Return how many images to code at once: more images borrow more bits."""
-        size = self.net_bits // (self.dimensions * (self.codec.grid_bits + 6))
+        size = 2 * self.net_bits // (3 * self.codec.noise_bits)
         return max(1, min(size, MAX_BATCH))
 
     def add(self, images: Tensor) -> None:
@@ -150,9 +151,9 @@ class Compressor:
             self.batches.append([len(images), index])
             self.model_bits += bits
             return
-        _push_raw(self.coder, images, self.codec.flow.bins)
+        _push_raw(self.coder, images, self.codec.bins)
         self.batches.append([len(images), RAW])
-        self.model_bits += math.log2(self.codec.flow.bins) * images.numel()
+        self.model_bits += math.log2(self.codec.bins) * images.numel()
 
     def _try(self, images: Tensor, index: int) -> float:
         """Code a batch with an offset, or restore the stack and raise CodingError."""
@@ -184,19 +185,19 @@ class Compressor:
 
 
 def compress(
-    codec: FlowCodec,
+    codec: Codec,
     images: Tensor,
     run: str,
     names: Sequence[str] | None = None,
     verify: bool = True,
     progress: Progress = no_progress,
 ) -> CompressionResult:
-    """Compress images with a flow.
+    """Compress images with a model.
 
     Args:
-        codec: The codec of the flow.
+        codec: The codec of the model.
         images: Pixel values, uint8 (N, channels, height, width).
-        run: Name of the run of the flow, which the file records.
+        run: Name of the run of the model, which the file records.
         names: Names of the images, or None for numbers.
         verify: Whether to decode each batch again and compare it.
         progress: Wrapper of the loop over the images.
@@ -227,11 +228,12 @@ def compress(
         words=zlib.crc32(payload),
         images=compressor.digest.hexdigest(),
         names=None if names is None else list(names),
+        annealing_steps=codec.annealing_steps,
     )
     return CompressionResult(
         data=_pack(header) + payload,
         num_images=len(images),
-        dimensions=compressor.dimensions,
+        dimensions=codec.dimensions,
         net_bits=compressor.net_bits,
         model_bits=compressor.model_bits,
         raw_images=raw_images,
@@ -240,7 +242,7 @@ def compress(
 
 
 def decompress(
-    codec: FlowCodec, header: Header, payload: bytes, progress: Progress = no_progress
+    codec: Codec, header: Header, payload: bytes, progress: Progress = no_progress
 ) -> Tensor:
     """Return the images of a file, uint8 (N, channels, height, width).
 
@@ -253,7 +255,6 @@ def decompress(
     Raises:
         UserError: If the file is damaged or belongs to another model.
     """
-    flow = codec.flow
     if header.model != codec.fingerprint():
         raise UserError(
             f"the file was written with another model ({header.run}): give the same weights "
@@ -261,7 +262,7 @@ def decompress(
         )
     if header.tables != codec.checksum():
         raise UserError(MISMATCH)
-    check_memory("the number of images", header.num_images, 2 * flow.dimensions)
+    check_memory("the number of images", header.num_images, 2 * codec.dimensions)
     try:
         images = _decode_all(codec, header, payload, progress)
     except CodingError as error:
@@ -271,18 +272,18 @@ def decompress(
     return images
 
 
-def _decode_all(codec: FlowCodec, header: Header, payload: bytes, progress: Progress) -> Tensor:
-    reserve = reserve_words(codec.flow.dimensions)
+def _decode_all(codec: Codec, header: Header, payload: bytes, progress: Progress) -> Tensor:
+    reserve = reserve_words(codec.noise_bits)
     words = np.frombuffer(payload, "<u4").astype(np.uint32)
     stack = BitStack(reserve, header.borrowed, words)
     coder = Coder(stack, codec.grid_bits)
-    images = torch.empty((header.num_images, *codec.flow.image_shape), dtype=torch.uint8)
+    images = torch.empty((header.num_images, *codec.image_shape), dtype=torch.uint8)
     steps = iter(progress(range(len(images)), "images", len(images)))
     end = len(images)
     for size, index in reversed(header.batches):
-        shape = (size, *codec.flow.image_shape)
+        shape = (size, *codec.image_shape)
         if index == RAW:
-            batch = _pop_raw(coder, torch.Size(shape), codec.flow.bins)
+            batch = _pop_raw(coder, torch.Size(shape), codec.bins)
         else:
             coder.choose_offset(index)
             batch = codec.decode(size, coder)
@@ -296,9 +297,9 @@ def _decode_all(codec: FlowCodec, header: Header, payload: bytes, progress: Prog
     return images
 
 
-def _noise_words(codec: FlowCodec, count: int) -> int:
+def _noise_words(codec: Codec, count: int) -> int:
     """Return about the number of words that the noise of `count` images takes."""
-    return count * codec.flow.dimensions * codec.grid_bits // WORD_BITS
+    return count * codec.noise_bits // WORD_BITS
 
 
 def _push_raw(coder: Coder, images: Tensor, bins: int) -> None:
@@ -349,9 +350,10 @@ def _is_valid(header: Header) -> bool:
 
 def _checks(header: Header) -> Iterator[bool]:
     """Yield the results of checks, each of which relies on the ones before it."""
-    kinds = {"model": str, "run": str, "images": str, "tables": int, "borrowed": int, "words": int}
-    for name, kind in kinds.items():
-        yield type(getattr(header, name)) is kind
+    for name in ("model", "run", "images"):
+        yield type(getattr(header, name)) is str
+    for name in ("tables", "borrowed", "words", "annealing_steps"):
+        yield type(getattr(header, name)) is int
     yield header.borrowed >= 0 and len(header.run) <= MAX_NAME_LENGTH
     yield isinstance(header.batches, list) and len(header.batches) > 0
     for batch in header.batches:

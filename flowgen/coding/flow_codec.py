@@ -9,13 +9,13 @@ bits, which is the model's own bits/dim for this noise, up to rounding.
 """
 
 import copy
-import hashlib
 import math
 
 import torch
 from torch import Tensor
 
 from flowgen.bijections.base import Bijection, Chain, standard_normal_log_prob
+from flowgen.coding.codec import Codec
 from flowgen.coding.coder import Coder
 from flowgen.coding.layers import code, has_rule, refusal
 from flowgen.coding.normal import TABLES, pop_normal, push_normal
@@ -25,15 +25,13 @@ from flowgen.models.flows.dequantization import VariationalDequantizer
 from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError
 
-MIN_GRID_BITS = 12
-
 
 def require_codec(model: GenerativeModel) -> Flow:
     """Return the model if it can compress images, and otherwise raise a UserError that says why."""
     if not isinstance(model, SupportsCompression) or not isinstance(model, Flow):
         raise UserError(
-            f"{type(model).__name__} cannot compress images, because it is not a flow: choose a "
-            f"run of a flow with an exact inverse, such as {SupportsCompression.train_hint}"
+            f"{type(model).__name__} cannot compress images: choose a run of an RBM or of a flow "
+            f"with an exact inverse, such as {SupportsCompression.train_hint}"
         )
     if model.likelihood == "none":
         raise UserError(
@@ -48,50 +46,37 @@ def require_codec(model: GenerativeModel) -> Flow:
     return model
 
 
-class FlowCodec:
+class FlowCodec(Codec):
     """Encoder and decoder of batches of images with a flow.
 
     Args:
         flow: A trained flow.
-
-    Attributes:
-        grid_bits: Bits after the binary point of a number.
     """
 
-    def __init__(self, flow: Flow):
+    length = "the model for the same noise"
+
+    def __init__(self, flow: GenerativeModel):
         self.float_flow = copy.deepcopy(require_codec(flow)).eval()
-        self.flow = copy.deepcopy(flow).cpu().double().eval()
+        super().__init__(self.float_flow)
+        self.flow = copy.deepcopy(self.float_flow).cpu().double()
         self.pixels = PixelCoder(self.flow)
         self.layers = Chain(*self.pixels.rest)
         few_bits = self.pixels.nodes is not None or flow.bits <= 5
-        self.grid_bits = MIN_GRID_BITS if few_bits else max(MIN_GRID_BITS, flow.bits + 8)
+        if not few_bits:
+            self.grid_bits = max(self.grid_bits, flow.bits + 8)
+        self.noise_bits = self.dimensions * self.grid_bits
 
     def checksum(self) -> int:
-        """Return a checksum of the tables of floats that became integers."""
         return self.pixels.checksum() ^ TABLES.checksum()
-
-    def fingerprint(self) -> str:
-        """Return a hash of the model: its kind, its image format and its weights."""
-        flow = self.float_flow
-        digest = hashlib.sha256(f"{type(flow).__name__} {flow.image_shape} {flow.bits}".encode())
-        for name, value in sorted(flow.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:32]
 
     @torch.no_grad()
     def encode(self, images: Tensor, coder: Coder) -> Tensor:
-        """Put images on the stack.
-
-        Returns:
-            The bits of each image by the model for the same noise, (batch,).
-        """
         flow = self.flow
         x, points, normal = self.pixels.dequantize(images, coder)
         log_densities = self._class_log_density(points)
         bits = -log_densities.logsumexp(1) + math.log(len(flow.means))
         bits = (
-            bits + self._log_noise_density(images, normal) + flow.dimensions * math.log(flow.bins)
+            bits + self._log_noise_density(images, normal) + self.dimensions * math.log(self.bins)
         )
         labels = log_densities.argmax(1) if flow.num_classes is not None else None
         one_hot = flow.one_hot(labels)
@@ -105,13 +90,12 @@ class FlowCodec:
 
     @torch.no_grad()
     def decode(self, count: int, coder: Coder) -> Tensor:
-        """Take `count` images from the stack, the reverse of `encode`."""
         flow = self.flow
         labels = None
         if flow.num_classes is not None:
             labels = coder.pop(torch.full((count,), len(flow.means)))
         one_hot = flow.one_hot(labels)
-        z = pop_normal(coder, torch.Size((count, flow.dimensions)))
+        z = pop_normal(coder, torch.Size((count, self.dimensions)))
         if one_hot is not None:
             z = z + coder.to_grid(coder.quantize_parameters(one_hot @ flow.means))
         x = code(self.layers, z, flow.network_condition(one_hot), coder, True)

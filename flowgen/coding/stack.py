@@ -16,6 +16,7 @@ from flowgen.utils.errors import user_error
 Integers = NDArray[np.int64]
 WORD_BITS = 32
 DIGIT_BITS = 10  # constriction loses little only for uniform values below about 2^10
+PROBABILITY_BITS = 24  # of a probability of 0 or 1; a float32 holds its multiples exactly
 STATE_WORDS = 4  # words near the top that the coder may have changed
 
 
@@ -53,6 +54,7 @@ class BitStack:
             import constriction
         self._make_coder = constriction.stream.stack.AnsCoder
         self._uniform = constriction.stream.model.Uniform()
+        self._bernoulli = constriction.stream.model.Bernoulli(perfect=False)
         self.reserve = _random_words(seed=0, count=reserve)
         self.reserve[-1] |= 1 << (WORD_BITS - 1)  # the coder needs a last word that is not zero
         if words is None:
@@ -130,6 +132,16 @@ class BitStack:
         """Pop `count` values below 2^bits."""
         return self.pop(np.broadcast_to(np.left_shift(np.int64(1), bits), (count,)))
 
+    def push_binary(self, values: NDArray[np.generic], probability: NDArray[np.float32]) -> None:
+        """Push values 0 or 1 with the probabilities of 1, multiples of 2^-PROBABILITY_BITS."""
+        self._coder.encode_reverse(values.astype(np.int32), self._bernoulli, probability)
+
+    def pop_binary(self, probability: NDArray[np.float32]) -> NDArray[np.int32]:
+        """Pop values 0 or 1 with the probabilities of 1."""
+        values: NDArray[np.int32] = self._coder.decode(self._bernoulli, probability)
+        self._update_lowest()
+        return values
+
     def _push_digits(self, values: Integers, sizes: Integers) -> None:
         varies = sizes > 1  # values below 1 are 0 and take no bits
         if not varies.all():
@@ -151,10 +163,13 @@ class BitStack:
             values[varies] = self._coder.decode(
                 self._uniform, np.ascontiguousarray(sizes[varies], np.int32)
             )
+        self._update_lowest()
+        return values
+
+    def _update_lowest(self) -> None:
         self.lowest = min(self.lowest, self._coder.num_words() - STATE_WORDS)
         if self.lowest < 0:
             raise CodingError("the stack is empty")
-        return values
 
 
 def _random_words(seed: int, count: int) -> NDArray[np.uint32]:
@@ -178,6 +193,6 @@ def _low_sizes(sizes: Integers, bits: Integers, groups: Integers, high: Integers
     return np.where(high == groups - 1, sizes - (high << bits), np.int64(1) << bits)
 
 
-def reserve_words(dimensions: int) -> int:
-    """Return a number of random words that no codec for images of this dimension exhausts."""
-    return 1024 + math.ceil(2.5 * dimensions)
+def reserve_words(noise_bits: int) -> int:
+    """Return a number of random words that no codec with this noise per image exhausts."""
+    return 1024 + math.ceil(noise_bits / 5)

@@ -1,6 +1,7 @@
 """Lossless compression: `flowgen compress` and `flowgen decompress`."""
 
 import io
+import math
 import shutil
 import tempfile
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from flowgen.coding import archive
 from flowgen.coding.archive import CompressionResult, Header
-from flowgen.coding.flow_codec import FlowCodec, require_codec
+from flowgen.coding.codec import Codec, make_codec
 from flowgen.config import instantiate, runs
 from flowgen.data.preprocess import (
     FORMATS,
@@ -45,15 +46,18 @@ class CompressReport:
     """
 
     path: Path
+    codec: Codec
     result: CompressionResult
     png_bytes: int
     verified: bool
     seconds: float
     likelihood: str  # the kind of likelihood of the model
+    verdict: str | None
 
     def row(self) -> dict[str, Any]:
         """Return all values as one flat dictionary."""
         result = self.result
+        is_known = math.isfinite(result.model_bits)
         return {
             "file": str(self.path),
             "images": result.num_images,
@@ -61,12 +65,14 @@ class CompressReport:
             "bytes": len(result.data),
             "bits_per_dim": result.bits_per_dim,
             "net_bits_per_dim": result.net_bits_per_dim,
-            "model_bits_per_dim": result.model_bits_per_dim,
+            "model_bits_per_dim": result.model_bits_per_dim if is_known else None,
             "likelihood": self.likelihood,
             "png_bits_per_dim": self._png_bits_per_dim,
             "raw_images": result.raw_images,
             "verified": self.verified,
             "seconds": self.seconds,
+            "annealing_steps": self.codec.annealing_steps,
+            "verdict": self.verdict,
         }
 
     @property
@@ -81,11 +87,23 @@ class CompressReport:
             str(self.path),
             f"{images} of {result.dimensions:,} numbers: {len(result.data):,} bytes, "
             f"{result.bits_per_dim:.4f} bits/dim",
-            f"without the fixed cost of the file: {result.net_bits_per_dim:.4f} bits/dim; "
-            f"the model for the same noise: {sign}{result.model_bits_per_dim:.4f}; "
+            f"without the fixed cost of the file: {self._length(result.net_bits)}; "
+            f"{self.codec.length}: {sign}{self._length(result.model_bits)}; "
             f"PNG: {self._png_bits_per_dim:.4f}",
         ]
+        if self.codec.annealing_steps:
+            lines.append(f"log Z is {self.verdict or 'unknown: run `flowgen evaluate`'}")
         return "\n".join([*lines, *(["decoded again: equal"] if self.verified else [])])
+
+    def _length(self, bits: float) -> str:
+        """Return a length of all images in bits/dim, and for an RBM also in nats per image."""
+        if not math.isfinite(bits):
+            return "unknown"
+        count = self.result.num_images
+        text = f"{bits / (count * self.result.dimensions):.4f} bits/dim"
+        if not self.codec.annealing_steps:
+            return text
+        return f"{text} ({bits * math.log(2) / count:.2f} nats per image)"
 
 
 def compress(
@@ -96,6 +114,7 @@ def compress(
     count: int | None,
     prepared: bool,
     verify: bool,
+    annealing_steps: int,
     overwrite: bool,
     out: Path,
 ) -> CompressReport:
@@ -108,6 +127,7 @@ def compress(
         count: Maximum number of images, or None for all; those of a split are chosen by hash.
         prepared: Accept images that must be resized or reduced, and compress the results.
         verify: Whether to decode each batch again and compare it.
+        annealing_steps: Annealing steps of an RBM.
         overwrite: Whether to replace `out`.
         out: The file to write.
     """
@@ -117,7 +137,7 @@ def compress(
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already: choose another --out, or add --overwrite")
     run_dir, checkpoint, model = runs.find_model(run, "cpu", SupportsCompression)
-    codec = FlowCodec(require_codec(model))
+    codec = make_codec(model, annealing_steps)
     config = checkpoint["config"]
     names = None
     if split:
@@ -132,7 +152,8 @@ def compress(
     png_bytes = sum(len(encode_png(image, model.bits)) for image in images)
     with atomic_write(out) as temporary:
         temporary.write_bytes(result.data)
-    return CompressReport(out, result, png_bytes, verify, seconds, model.likelihood)
+    verdict = checkpoint["metrics"].get("verdict")
+    return CompressReport(out, codec, result, png_bytes, verify, seconds, model.likelihood, verdict)
 
 
 def _split_images(
@@ -226,7 +247,7 @@ def decompress(*, file: Path, run: str | None, overwrite: bool, out: Path) -> st
     header, payload = archive.read_header(file.read_bytes())
     names = file_names(header)
     _, _, model = runs.find_model(run or _known_run(header), "cpu", SupportsCompression)
-    codec = FlowCodec(require_codec(model))
+    codec = make_codec(model, header.annealing_steps)
     check_color_channels(model.image_shape[0])
     images = archive.decompress(codec, header, payload, console.progress_bar)
     _save_images(images, names, model.bits, out)

@@ -50,6 +50,11 @@ UNKNOWN_LICENSE = (
     "The license of the training images also applies to the model and its samples. Ask the owner "
     "of the images."
 )
+FAMILIES = {  # tags of models that are not flows
+    "PixelCNN": "autoregressive-model",
+    "RBM": "boltzmann-machine",
+    "VAE": "variational-autoencoder",
+}
 FACE_FOLDERS = ("celeb", "ffhq")  # parts of the names of folders with faces for research
 HUB_DATASETS = {
     "MNIST": "ylecun/mnist",
@@ -251,7 +256,7 @@ def license_id(data: dict[str, Any], license_name: str | None) -> str:
 def front_matter(metadata: dict[str, Any], spdx_id: str) -> str:
     """Return the YAML header of a model card for the Hub."""
     model = str(metadata["config"]["model"]["_target_"]).rpartition(".")[2]
-    family = "boltzmann-machine" if model == "RBM" else "normalizing-flow"
+    family = FAMILIES.get(model, "normalizing-flow")
     facts: dict[str, Any] = {
         "license": spdx_id,
         "library_name": "flowgen",

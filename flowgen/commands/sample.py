@@ -147,6 +147,7 @@ def plot_toy2d(
 
     target = to_points(target)
     generator = torch.Generator(model.device).manual_seed(seed)
+    density: Tensor | None = None
     if isinstance(model, Flow):
         latent_title = "N(0, I)" if temperature == 1 else f"N(0, {temperature:g}² I)"
         latent = temperature * torch.randn(count, 2, generator=generator, device=model.device)
@@ -157,7 +158,8 @@ def plot_toy2d(
         images, _ = model.sample(count, temperature, generator)
         latent = model.encode(images, generator)
         samples = to_points(images)
-        density = None if model.likelihood == "none" else _density_of_images(model, generator)
+        if model.likelihood != "none":
+            density = _density_of_images(model, generator)
     plots.plane_panels(
         target,
         latent.cpu() if latent.shape[1] == 2 else None,

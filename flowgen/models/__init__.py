@@ -1,4 +1,4 @@
-"""Likelihood-based models of images: normalizing flows, PixelCNN, restricted Boltzmann machines.
+"""Likelihood-based models of images: normalizing flows, PixelCNN, VAE, Boltzmann machines.
 
 Names are imported on first use, so that one model does not import all others.
 """
@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "base": "base",
         "flows": "flows",
         "rbm": "rbm",
+        "vae": "vae",
         "Capability": "base",
         "ClassConditional": "base",
         "EvalConfig": "base",
@@ -35,6 +36,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "TarFlow": "flows.tarflow",
         "PixelCNN": "pixelcnn",
         "RBM": "rbm.rbm",
+        "VariationalDiffusion": "diffusion",
+        "VAE": "vae.vae",
         "VQVAE": "vqvae",
     },
 )

@@ -32,7 +32,7 @@ class EvalConfig:
             minutes.
         samples: Samples whose quality `flowgen.evaluate` measures, at least 100, or None.
         temperature: Temperature of these samples, or None for `trainer.sample_temperature`.
-        compress: Also compress and decompress the images of a flow; only `flowgen evaluate` does.
+        compress: Also compress and decompress the images; only `flowgen evaluate` does.
 
     Example:
         >>> EvalConfig(num_importance_samples=8).num_importance_samples
@@ -418,7 +418,7 @@ class SupportsMCMC(Capability):
 
 
 class SupportsCompression(Capability):
-    """Compresses images with `flowgen.coding`: a flow whose inverse is exact."""
+    """Compresses images with `flowgen.coding`: an RBM, or a flow whose inverse is exact."""
 
     description = "compresses images"
     train_hint = "model=glow"

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 # Weight of a uniform distribution, so that every value has an interval of the cumulative
 # distribution that float64 can represent. It costs 1e-6 nats per value.
 UNIFORM_WEIGHT = 1e-6
-INITIAL_LOG_SCALE = -2.0
+INITIAL_LOG_SCALE = -1.5
 MIN_SCALE = math.exp(-1.5)  # in units of the distance of two values; PixelCNN++ has about the same
 
 

@@ -156,8 +156,8 @@ def plane_panels(
     if latent is not None:
         angle = torch.atan2(latent[:, 1], latent[:, 0])
         sample_style = style | {"c": angle.numpy(), "cmap": "twilight_shifted"}
-    panels = {"data": target, latent_title: latent, "samples": samples, "density": density}
-    panels = {title: values for title, values in panels.items() if values is not None}
+    optional = {"data": target, latent_title: latent, "samples": samples, "density": density}
+    panels = {title: values for title, values in optional.items() if values is not None}
     with figure(3.25 * len(panels), 3.6, path, dpi=130) as page:
         axes = page.subplots(1, len(panels))
         for panel, (title, values) in zip(axes, panels.items(), strict=True):

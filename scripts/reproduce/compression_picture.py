@@ -44,7 +44,7 @@ def trace_digit(index: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Return a digit, the bits on the stack, and the ends of the first two stages."""
     codec = FlowCodec(flowgen.load("zoo/glow_mnist", device="cpu"))
     image = MNISTSample().test.images[index : index + 1]
-    stack = TracedStack(reserve_words(codec.flow.dimensions))
+    stack = TracedStack(reserve_words(codec.noise_bits))
     coder = Coder(stack, codec.grid_bits)
     x, points, _ = codec.pixels.dequantize(image, coder)
     ends = [len(stack.trace) - 1]

@@ -47,6 +47,7 @@ MODELS = {
     "jet": [*IMAGES, *TRANSFORMER, "model.num_layers=1", "model.num_couplings=2"],
     "flow_matching": [*POINTS, "model.width=4", "model.num_heads=1", "model.num_layers=1"],
     "pixelcnn": [*IMAGES, *NARROW, "model.num_components=3"],
+    "diffusion": [*IMAGES, "model.width=4", "model.num_heads=1", "model.sampling_steps=4"],
     "vqvae": [*IMAGES, *VQVAE, "model.fsq_levels=[3,2]"],
     "vqvae-vq": [*IMAGES, *VQVAE, "model.quantizer=vq", "model.codebook_size=4"],
     "rbm": [*IMAGES, "data.bits=1", "model.hidden=2", "model.negative_phase.num_chains=2"],

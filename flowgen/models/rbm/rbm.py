@@ -15,6 +15,7 @@ from flowgen.models.base import (
     InpaintingResult,
     LinearMeasurement,
     Observation,
+    SupportsCompression,
     SupportsInpainting,
     SupportsMCMC,
 )
@@ -41,7 +42,7 @@ INPAINTING_STEPS = 1000
 SQUARED_ERROR = "squared error per pixel"  # unit of the reconstruction errors
 
 
-class RBM(EnergyModel, SupportsInpainting, SupportsMCMC):
+class RBM(EnergyModel, SupportsCompression, SupportsInpainting, SupportsMCMC):
     """Restricted Boltzmann machine over binary images.
 
     P(v) = exp(-F(v)) / Z with the free energy of `EnergyModel`. The gradient of -log P(data) is

@@ -1,0 +1,82 @@
+"""The interface of codecs: a batch of images becomes bits on a stack, and back."""
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from flowgen.coding.coder import Coder
+from flowgen.models.base import GenerativeModel
+
+DEFAULT_ANNEALING_STEPS = 1000
+
+
+class Codec(ABC):
+    """Encoder and decoder of batches of images with a model.
+
+    Args:
+        model: A trained model.
+
+    Attributes:
+        model: The model.
+        noise_bits: Bits of noise that `encode` pops per image before it pushes any, at most.
+        grid_bits: Bits after the binary point of a number of the `Coder`.
+        annealing_steps: Annealing steps of an RBM, or 0.
+        length: Description of the length by the model that `encode` returns.
+    """
+
+    length: ClassVar[str]
+    noise_bits: int
+    grid_bits = 12
+    annealing_steps = 0
+
+    def __init__(self, model: GenerativeModel):
+        self.model = model
+        self.image_shape = model.image_shape
+        self.dimensions = math.prod(model.image_shape)
+        self.bins = 2**model.bits
+
+    def fingerprint(self) -> str:
+        """Return a hash of the model: its kind, its image format and its weights."""
+        model = self.model
+        kind = f"{type(model).__name__} {tuple(model.image_shape)} {model.bits}"
+        digest = hashlib.sha256(kind.encode())
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    @abstractmethod
+    def checksum(self) -> int:
+        """Return a checksum of the tables of floats that became integers."""
+
+    @abstractmethod
+    def encode(self, images: Tensor, coder: Coder) -> Tensor:
+        """Put images on the stack.
+
+        Returns:
+            The bits of each image by the model itself, (batch,).
+        """
+
+    @abstractmethod
+    def decode(self, count: int, coder: Coder) -> Tensor:
+        """Take `count` images from the stack, the reverse of `encode`."""
+
+
+def make_codec(model: GenerativeModel, annealing_steps: int = DEFAULT_ANNEALING_STEPS) -> Codec:
+    """Return the codec of a model.
+
+    Args:
+        model: A trained flow or RBM.
+        annealing_steps: Annealing steps of an RBM.
+
+    Raises:
+        UserError: If the model cannot compress images; it says why.
+    """
+    from flowgen.coding.flow_codec import FlowCodec
+    from flowgen.coding.rbm_codec import RBMCodec
+    from flowgen.models.rbm.rbm import RBM
+
+    return RBMCodec(model, annealing_steps) if isinstance(model, RBM) else FlowCodec(model)

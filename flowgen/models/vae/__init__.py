@@ -1,0 +1,7 @@
+"""Variational autoencoder: model, networks, and distributions of the latents."""
+
+from flowgen.utils import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__, {name: name for name in ("latents", "networks", "vae")}
+)
