@@ -70,6 +70,13 @@ MODELS = {
         "model.free_bits=0.1",
         "model.warmup_images=50",
     ],
+    "vqvae": [
+        *TINY,
+        "model=vqvae",
+        "model.width=8",
+        "model.quantizer=vq",
+        "trainer.optimizer=sgd",
+    ],
     "recomputed": [
         *TINY,
         "model=realnvp",

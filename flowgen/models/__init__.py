@@ -38,5 +38,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RBM": "rbm.rbm",
         "VariationalDiffusion": "diffusion",
         "VAE": "vae.vae",
+        "VQVAE": "vqvae",
     },
 )

@@ -30,6 +30,18 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values if rank_and_size()[1] == 1 else _AllReduceSum.apply(values)
 
 
+def all_gather_rows(values: Tensor) -> Tensor:
+    """Return the rows of all processes, (processes * rows, ...), in the order of their ranks.
+
+    Raises:
+        WorkerDiedError: If another process has died.
+    """
+    rank, size = rank_and_size()
+    rows = values.new_zeros(size, *values.shape)
+    rows[rank] = values
+    return all_reduce_sum(rows).flatten(0, 1)  # 0 + x is x to the last bit
+
+
 def evaluate_sharded(
     batches: Iterable[Tensor],
     score: Callable[[Tensor], Tensor],

@@ -33,6 +33,7 @@ COMMON = [
 GLOW = ["model.width=2", "model.levels=1", "model.steps_per_level=1"]
 NARROW = ["model.width=4", "model.num_layers=1"]
 TRANSFORMER = ["model.width=4", "model.num_heads=1", "model.patch=4"]
+VQVAE = [*TRANSFORMER, "model.num_layers=1", "model.prior_layers=1", "model.num_components=2"]
 MODELS = {
     "glow": [*IMAGES, *GLOW, "trainer.ema_decay=[0.5,0.9]"],
     "glow-classes": [*IMAGES, *GLOW, "model.num_classes=10", "trainer.ema_decay=0"],
@@ -47,6 +48,8 @@ MODELS = {
     "flow_matching": [*POINTS, "model.width=4", "model.num_heads=1", "model.num_layers=1"],
     "pixelcnn": [*IMAGES, *NARROW, "model.num_components=3"],
     "diffusion": [*IMAGES, "model.width=4", "model.num_heads=1", "model.sampling_steps=4"],
+    "vqvae": [*IMAGES, *VQVAE, "model.fsq_levels=[3,2]"],
+    "vqvae-vq": [*IMAGES, *VQVAE, "model.quantizer=vq", "model.codebook_size=4"],
     "rbm": [*IMAGES, "data.bits=1", "model.hidden=2", "model.negative_phase.num_chains=2"],
     "rbm-tempering": [
         *IMAGES,

@@ -18,6 +18,7 @@ RBM = (
     "evaluation.ais_steps=10",
     "evaluation.ais_chains=4",
 )
+VQVAE = (*FLOW, "model=vqvae", "model.num_layers=1", "model.num_heads=1", "model.patch=2")
 TRAINING_RUNS = {
     "nice": (*FLOW, "model=nice", "model.num_layers=1"),
     "realnvp": (
@@ -52,6 +53,8 @@ TRAINING_RUNS = {
     "vae": (*FLOW, "model=vae", "model.free_bits=0.1", "model.warmup_images=10"),
     "vae, flows": (*FLOW, "model=vae", "model.posterior=planar", "model.prior=flow"),
     "vae, pixelcnn": (*FLOW, "model=vae", "model.decoder=pixelcnn", "model.prior=vamp"),
+    "vqvae": (*VQVAE, "model.fsq_levels=[3,3]"),
+    "vqvae, vq": (*VQVAE, "model.quantizer=vq", "model.codebook_size=8"),
     "rbm, pcd": (*RBM, "model/negative_phase=pcd"),
     "rbm, tempering": (*RBM, "model/negative_phase=tempering"),
 }
