@@ -51,6 +51,7 @@ MODELS = {
         "model.levels=1",
         "trainer.optimizer=sgd",
     ],
+    "flow_gan": [*SMALL, "model=flow_gan", "model.discriminator_width=4", "trainer.optimizer=sgd"],
     "nice": [*TINY, "model=nice", "model.width=8"],
     "tarflow": [
         *TINY,

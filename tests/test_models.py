@@ -92,6 +92,9 @@ FLOWS: dict[str, Callable[..., Flow]] = {
     ),
     "planar": lambda **changes: build_model("planar", num_transforms=3, **changes),
     "sylvester": lambda **changes: build_model("sylvester", num_transforms=3, **changes),
+    "flow_gan": lambda **changes: build_model(
+        "flow_gan", **{"steps_per_level": 1, "discriminator_width": 4} | changes
+    ),
     "glow with learned base": lambda **changes: glow(base="learned", levels=1, **changes),
 }
 OTHER_MODELS: dict[str, Callable[..., LikelihoodModel]] = {

@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "SupportsMCMC": "base",
         "SupportsTokenSampling": "base",
         "Flow": "flows.flow",
+        "FlowGAN": "flows.flow_gan",
         "FlowMatching": "flows.flow_matching",
         "Glow": "flows.glow",
         "Jet": "flows.jet",

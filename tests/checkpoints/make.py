@@ -38,6 +38,7 @@ VQVAE = [*TRANSFORMER, "model.num_layers=1", "model.prior_layers=1", "model.num_
 MODELS = {
     "glow": [*IMAGES, *GLOW, "trainer.ema_decay=[0.5,0.9]"],
     "glow-classes": [*IMAGES, *GLOW, "model.num_classes=10", "trainer.ema_decay=0"],
+    "flow_gan": [*IMAGES, *GLOW, "model.discriminator_width=2"],
     "realnvp": [*IMAGES, "model.width=2", "model.levels=1", "model.num_blocks=1"],
     "nice": [*POINTS, *NARROW],
     "maf": [*POINTS, *NARROW, "model.num_transforms=2"],

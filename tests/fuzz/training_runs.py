@@ -29,6 +29,13 @@ TRAINING_RUNS = {
         "model.dequantization=variational",
     ),
     "glow": (*FLOW, "model=glow", "model.steps_per_level=1", "model.levels=1"),
+    "flow_gan": (
+        *FLOW,
+        "model=flow_gan",
+        "model.steps_per_level=1",
+        "model.levels=1",
+        "model.discriminator_width=4",
+    ),
     "iaf": (*FLOW, "model=iaf", "model.num_transforms=2", "model.num_layers=1"),
     "maf": (*FLOW, "model=maf", "model.num_transforms=2", "model.num_layers=1"),
     "tarflow": (*FLOW, "model=tarflow", "model.num_layers=[1,1]", "model.num_heads=1"),
