@@ -3,7 +3,8 @@
 Read the modules in this order: `stack` (uniform numbers), `coder` (exact maps that exchange bits),
 `normal` (latents), `layers` (one rule per bijection), `pixels` (dequantization), `flow_codec` (one
 batch), `archive` (the file) and `measure` (a comparison with the evaluation). `codec` is the
-interface of all codecs, `rbm_codec` is the codec of RBMs, and `factory` chooses one.
+interface of all codecs, `pixelcnn_codec` and `rbm_codec` are those of other models, and `factory`
+chooses one.
 """
 
 from flowgen.utils import lazy_exports

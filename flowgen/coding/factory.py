@@ -1,9 +1,11 @@
-"""The codec of a model."""
+"""The choice of a codec for a model."""
 
 from flowgen.coding.codec import Codec
 from flowgen.coding.flow_codec import FlowCodec
+from flowgen.coding.pixelcnn_codec import PixelCNNCodec
 from flowgen.coding.rbm_codec import RBMCodec
 from flowgen.models.base import GenerativeModel
+from flowgen.models.pixelcnn import PixelCNN
 from flowgen.models.rbm.rbm import RBM
 
 DEFAULT_ANNEALING_STEPS = 1000
@@ -13,10 +15,14 @@ def make_codec(model: GenerativeModel, annealing_steps: int = DEFAULT_ANNEALING_
     """Return the codec of a model.
 
     Args:
-        model: A trained flow or RBM.
+        model: A trained flow, PixelCNN or RBM.
         annealing_steps: Annealing steps of an RBM.
 
     Raises:
         UserError: If the model cannot compress images; it says why.
     """
-    return RBMCodec(model, annealing_steps) if isinstance(model, RBM) else FlowCodec(model)
+    if isinstance(model, RBM):
+        return RBMCodec(model, annealing_steps)
+    if isinstance(model, PixelCNN):
+        return PixelCNNCodec(model)
+    return FlowCodec(model)
