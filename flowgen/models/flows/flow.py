@@ -18,7 +18,6 @@ from flowgen.models.base import (
     SupportsCompression,
     SupportsInpainting,
 )
-from flowgen.models.flows import marginal
 from flowgen.models.flows.density import FlowDensity
 from flowgen.models.flows.dequantization import (
     GaussianDequantizer,
@@ -354,6 +353,8 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         Raises:
             UserError: If few chains dominate the estimate.
         """
+        from flowgen.models.flows import marginal  # few commands need it
+
         steps = steps or marginal.NUM_STEPS
         images = images.to(self.dtype)
         image, part = (
