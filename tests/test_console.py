@@ -89,7 +89,7 @@ def test_progress_bar_of_training_shows_the_loss_and_the_remaining_time_first(
     monkeypatch.setenv("COLUMNS", "80")
     cli.main(["resume", str(tiny_run), "trainer.steps=9"])
     last = terminal.getvalue().split("\r")[-1]
-    assert re.match(r"\d\.\d+ bits/dim, \d\d:\d\d left \|[█#]+\| 9/9 steps, \d+ images/s", last)
+    assert re.match(r"<= \d\.\d+ bits/dim, \d\d:\d\d left \|[█#]+\| 9/9 steps, \d+ images/s", last)
     assert len(last.splitlines()[0]) <= 80
 
 

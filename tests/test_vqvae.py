@@ -239,7 +239,7 @@ def test_two_equally_likely_images_cost_one_bit(quantizer):
     pair = random_images(2, bits=1)
     batch = pair.repeat(8, 1, 1, 1)
     model.initialize(batch)
-    fit(model, lambda _: (batch,), steps=80, lr=2e-2, decay=0.5)
+    fit(model, lambda _: (batch,), steps=160, lr=2e-2, decay=0.5)
     bits = 16 * model.evaluate([pair])["bits_per_dim"].value
     assert 1 <= bits < 1.1
 

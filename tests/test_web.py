@@ -213,7 +213,8 @@ def test_scores_equal_the_command_and_get_percentiles_later(two_runs, command):
     save(image, Path("a.png"))
     status, output, error = command(*shlex.split(after["command"])[1:])
     assert status == 0, error
-    value, percentile, p_value, _ = output.splitlines()[1].split()
+    sign, value, percentile, p_value, _ = output.splitlines()[1].split()
+    assert sign == "<="
     assert value == f"{after['value']:.3f}"
     assert percentile == f"{after['percentile']:.1f}"
     assert p_value == f"{after['p_value']:.4f}"

@@ -34,7 +34,7 @@ def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
         log_weights: Logarithms of independent weights, (count,).
 
     Example:
-        >>> estimate_log_mean(torch.zeros(4))
+        >>> estimate_log_mean(torch.zeros(4, dtype=torch.double))
         ImportanceEstimate(log_mean=0.0, error=0.0, effective_sample_size=4.0)
     """
     count = len(log_weights)
