@@ -71,11 +71,11 @@ class ReverseKL(Flow):
         image_shape: Sequence[int] = (2, 1, 1),
         bits: int = 8,
         density: str | None = "u1",
-        flow: str = "planar",
-        num_transforms: int = 32,
-        width: int = 64,
+        flow: str = "coupling",
+        num_transforms: int = 6,
+        width: int = 32,
         num_layers: int = 2,
-        transform: str = "affine",
+        transform: str = "spline",
     ):
         if density not in DENSITIES or not is_toy2d(image_shape):
             raise UserError(
