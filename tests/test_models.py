@@ -377,7 +377,7 @@ def test_constructor_defaults_equal_the_configuration(name):
     config = model_config(name)
     constructor = resolve_target("model", config)
     parameters = inspect.signature(constructor.__init__).parameters
-    image_arguments = constructor.image_kwargs((1, 8, 8), 1).keys()
+    image_arguments = constructor.image_kwargs((1, 8, 8), 1, {}).keys()
     names = parameters.keys() - {"self", *image_arguments}
     assert names == config.keys() - {"_target_"}
     for argument in names - {"negative_phase"}:

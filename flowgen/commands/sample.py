@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from flowgen.config import instantiate, runs
-from flowgen.data.energy2d import density_grid
 from flowgen.models.base import (
     ClassConditional,
     GenerativeModel,
@@ -21,6 +20,7 @@ from flowgen.models.base import (
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.reverse_kl import ReverseKL
 from flowgen.utils import console, memory, rendering
+from flowgen.utils.energies import density_grid
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import UNNORMALIZED
 

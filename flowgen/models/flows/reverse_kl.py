@@ -10,13 +10,13 @@ from torch import Tensor
 from flowgen.bijections import coupling, elementwise, networks, residual
 from flowgen.bijections.base import Bijection, Chain, Flip, Invert
 from flowgen.bijections.reshape import Flatten
-from flowgen.data.energy2d import DENSITIES, quadrature_log_z
-from flowgen.data.toy2d import SPAN
 from flowgen.models.base import QUICK_EVAL, EvalConfig
 from flowgen.models.flows.builders import MAX_DEPTH, make_transform
 from flowgen.models.flows.flow import Flow
+from flowgen.utils.energies import DENSITIES, quadrature_log_z
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
+from flowgen.utils.rendering import TOY2D_SPAN as SPAN
 from flowgen.utils.rendering import is_toy2d
 
 FLOWS = ("planar", "sylvester", "coupling")
@@ -45,7 +45,7 @@ class ReverseKL(Flow):
     Args:
         image_shape: (2, 1, 1), the shape of points in the plane.
         bits: Bits per pixel value.
-        density: Name of the density, a key of `flowgen.data.energy2d.DENSITIES`.
+        density: Name of the density, a key of `flowgen.utils.energies.DENSITIES`.
         flow: "planar", "sylvester" or "coupling".
         num_transforms: Number of transforms.
         width: Units of each hidden layer of the coupling networks.
