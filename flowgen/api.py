@@ -216,7 +216,7 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     instantiate.check_fits_data(model, data)
     codec = None
     if eval_config.compress:
-        from flowgen.coding.codec import make_codec
+        from flowgen.coding.factory import make_codec
 
         codec = make_codec(model)
     warn_test_leakage(data)

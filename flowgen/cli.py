@@ -380,12 +380,23 @@ def interpolate(**options: Any) -> None:
 )
 @run_option
 @whole_number_option("--steps", None, "Steps of the sampler; by default 1000 (RBM) or 400 (flow).")
+@click.option(
+    "--log-prob",
+    is_flag=True,
+    help="Print log P(unknown | known) of the pixels in IMG instead of drawing them.",
+)
 @seed_option
 @device_option
 @out_option
-def complete(**options: Any) -> None:
+def complete(log_prob: bool, **options: Any) -> None:
     """Fill in the missing part of an image: sample unknown pixels given the known ones."""
-    click.echo(import_command("commands.complete", needs_compute=True).complete(**options))
+    if log_prob:
+        if options.pop("sampler") or options.pop("out"):
+            raise click.UsageError("--log-prob draws no picture: leave out --sampler and --out")
+        text = import_command("commands.complete", needs_compute=True).log_prob(**options)
+        click.echo(text)
+    else:
+        click.echo(import_command("commands.complete", needs_compute=True).complete(**options))
 
 
 @cli.command(short_help="Change attributes of images, such as a smile.")

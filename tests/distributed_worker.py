@@ -42,7 +42,8 @@ def evaluate(group: WorkerGroup, folder: Path) -> str:
     load_weights(model, checkpoint["model"])
     eval_config = EvalConfig(num_importance_samples=2)
     row = model.eval().evaluate(data.batches("train", 3), (), eval_config).row()
-    return " ".join(float(value).hex() for value in row.values())
+    numbers = (value for value in row.values() if not isinstance(value, str))
+    return " ".join(float(number).hex() for number in numbers)
 
 
 def run_jobs(jobs: list[tuple[str, dict[str, Any] | None]], metrics_path: Path) -> None:

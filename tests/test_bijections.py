@@ -187,8 +187,8 @@ TABLE: dict[
     "planar": (lambda: Planar(6), (6,)),
     "sylvester": (lambda: Sylvester(6, 3), (6,)),
     "sylvester of full width": (lambda: Sylvester(6, 6), (6,)),
-    "amortized planar": (lambda: Conditioned(Amortized(Planar(6), 3)), (6,)),
-    "amortized sylvester": (lambda: Conditioned(Amortized(Sylvester(6, 3), 3)), (6,)),
+    "planar, amortized": (lambda: Conditioned(Amortized(Planar(6), 3)), (6,)),
+    "sylvester, amortized": (lambda: Conditioned(Amortized(Sylvester(6, 3), 3)), (6,)),
     "coupling conditioned on a class": (
         lambda: Conditioned(Coupling(ConvNetwork(2 + 3, 5, 4), Affine())),
         IMAGE,

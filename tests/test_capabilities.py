@@ -28,6 +28,7 @@ INPAINTING_MODELS = {
         "model", model_config("rbm") | {"visible": [1, 8, 8], "bits": 1, "hidden": 6}
     ),
     "glow": lambda: initialized("glow"),
+    "pixelcnn": lambda: initialized("pixelcnn"),
 }
 
 

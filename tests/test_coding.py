@@ -21,6 +21,7 @@ from flowgen.coding.coder import Coder, NearBoundaryError
 from flowgen.coding.flow_codec import FlowCodec, require_codec
 from flowgen.coding.layers import code, has_rule, lu
 from flowgen.coding.normal import pop_normal, push_normal, to_uniform
+from flowgen.coding.pixelcnn_codec import PixelCNNCodec
 from flowgen.coding.rbm_codec import RBMCodec
 from flowgen.coding.stack import BitStack, CodingError, reserve_words
 from flowgen.data.mnist import MNISTSample
@@ -417,3 +418,18 @@ def test_few_words_are_borrowed(zoo_codec, digits):
     zoo_codec.encode(digits[:1], coder)
     borrowed, _ = coder.stack.to_words()
     assert 32 * borrowed < 784 * (zoo_codec.grid_bits + 14)
+
+
+@pytest.mark.parametrize("num_classes", [None, 2])
+def test_the_code_of_a_pixelcnn_has_the_length_of_its_exact_likelihood(num_classes):
+    images = smooth_images()
+    model = build_model("pixelcnn", num_layers=1, num_classes=num_classes)
+    briefly_trained(model, images)
+    result = coding.compress(PixelCNNCodec(model), images, "run", verify=False)
+    header, payload = coding.read_header(result.data)
+    assert torch.equal(coding.decompress(PixelCNNCodec(model), header, payload), images)
+    expected = model.bits_per_dim(model.score(images)).mean().item()
+    assert result.raw_images == 0
+    assert result.model_bits_per_dim == pytest.approx(expected, rel=1e-3)
+    class_bits = 0 if num_classes is None else 1 / model.dimensions
+    assert 0.999 * expected < result.net_bits_per_dim < 1.001 * expected + class_bits

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from enumeration import all_states, exact_distribution, small_rbm
 from PIL import Image
 from test_capabilities import INPAINTING_MODELS
-from test_models import MODELS, initialized, random_images
+from test_models import MODELS, build_model, initialized, random_images
 from torch import Tensor
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import MarginalGaussianization
 from flowgen.bijections.reshape import Flatten
 from flowgen.commands.complete import measurement
+from flowgen.models.flows import flow as flow_module
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.hmc import StepSize, evaluate, hmc_step
 from flowgen.models.flows.inpainting import PixelChains
+from flowgen.models.rbm import log_z
 from flowgen.utils.errors import UserError
 
 DRAWS = 1500
@@ -417,3 +420,87 @@ def test_coverage_of_varying_pixels_is_that_of_the_interval_under_the_right_law(
     )
     assert of_all == pytest.approx(0.9, abs=0.005)
     assert of_varying == pytest.approx(0.9, abs=0.008)
+
+
+def test_conditional_log_prob_of_a_clamped_rbm_is_exact():
+    rbm = small_rbm(visible=(1, 2, 3), hidden=4)
+    images = all_states(6).to(torch.uint8).view(-1, 1, 2, 3)
+    probabilities = exact_distribution(rbm).view(2, 2, 2, 2, 2, 2)  # unit 0 comes last
+    known = torch.tensor([[[True, False, True], [False, False, True]]])
+    conditional = probabilities / probabilities.sum((1, 2, 4), keepdim=True)
+    for index in range(0, 64, 7):
+        metrics = rbm.conditional_log_prob(images[index : index + 1], known)
+        value = metrics["conditional_log_probability"]
+        assert value.value == pytest.approx(conditional.flatten()[index].log().item(), abs=1e-9)
+        assert (value.error, value.likelihood) == (0, "exact")
+
+
+def test_conditional_log_prob_of_a_large_rbm_is_estimated_with_its_error(monkeypatch):
+    """The estimates are compared with the value by enumeration."""
+    rbm = small_rbm(visible=(1, 3, 4), hidden=6, scale=0.5)
+    known = torch.arange(12).view(1, 3, 4) < 6
+    image = torch.randint(2, (1, 1, 3, 4), dtype=torch.uint8)
+    exact = rbm.conditional_log_prob(image, known)["conditional_log_probability"]
+    monkeypatch.setattr(log_z, "MAX_ENUMERATED_UNITS", 0)
+    metrics = rbm.conditional_log_prob(
+        image, known, steps=200, generator=torch.Generator().manual_seed(0)
+    )
+    value = metrics["conditional_log_probability"]
+    assert 0 < value.error < 0.1 and abs(value.value - exact.value) < 4 * value.error
+    assert value.likelihood == "estimate" and "200 steps" in metrics.facts["method"]
+    monkeypatch.setattr(log_z, "MIN_EFFECTIVE_SIZE", 10**6)
+    with pytest.raises(UserError, match="reliably with 200 steps: increase --steps"):
+        rbm.conditional_log_prob(image, known, steps=200)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("maf", {"num_transforms": 1}), ("glow", {"num_classes": 2, "steps_per_level": 1})],
+)
+def test_conditional_log_prob_of_a_flow_agrees_with_numerical_integration(name, changes):
+    """P(x1 | x0) of two numbers of two bits, whose probabilities are integrals over bins."""
+    model = build_model(name, **changes | {"image_shape": (2, 1, 1), "bits": 2})
+    model.initialize(random_images(2, 500, 2, (1, 1)) // 2 + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.eval().double()
+    centers = (torch.arange(400, dtype=torch.double) + 0.5) / 400
+    grid = torch.cartesian_prod(centers, centers).view(-1, 2, 1, 1)
+    with torch.no_grad():
+        density = model.log_density(grid).exp().view(4, 100, 4, 100)
+    probabilities = density.mean((1, 3))
+    exact = (probabilities / probabilities.sum(1, keepdim=True)).log()
+    known = torch.tensor([True, False]).view(2, 1, 1)
+    for image in ((1, 2), (2, 0)):
+        metrics = model.conditional_log_prob(
+            torch.tensor(image, dtype=torch.uint8).view(1, 2, 1, 1),
+            known,
+            steps=15,
+            generator=torch.Generator().manual_seed(0),
+        )
+        value = metrics["conditional_log_probability"]
+        assert value.error < 0.25
+        assert abs(value.value - exact[image].item()) < 4 * value.error
+
+
+def test_conditional_log_prob_of_a_gaussian_field_is_the_closed_form(monkeypatch):
+    shape = (1, 3, 3)
+    flow, mean, covariance = gaussian_field(shape, torch.tensor([0.0, 0.02, -0.01]), 2.0)
+    known = torch.arange(9).view(shape) < 4
+    image = (256 * flow.sample(1, generator=torch.Generator().manual_seed(1))[0].double()) // 256
+    x = (image.flatten() + 0.5) / 256
+    k = known.flatten()
+    gain = covariance[~k][:, k] @ torch.linalg.inv(covariance[k][:, k])
+    conditional = torch.distributions.MultivariateNormal(
+        mean[~k] + gain @ (x[k] - mean[k]), covariance[~k][:, ~k] - gain @ covariance[k][:, ~k]
+    )
+    metrics = flow.conditional_log_prob(
+        image.to(torch.uint8), known, steps=60, generator=torch.Generator().manual_seed(0)
+    )
+    value = metrics["conditional_log_probability"]
+    expected = conditional.log_prob(x[~k]).item() - 5 * math.log(256)
+    assert value.error < 0.3 and abs(value.value - expected) < 4 * value.error + 0.02
+    monkeypatch.setattr(flow_module, "MIN_EFFECTIVE_SIZE", 50)
+    with pytest.raises(UserError, match="the effective sample size is only"):
+        flow.conditional_log_prob(image.to(torch.uint8), known, steps=2)

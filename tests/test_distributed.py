@@ -62,6 +62,7 @@ MODELS = {
     ],
     "diffusion": [*TINY, "model=diffusion", "model.width=4", "trainer.optimizer=sgd"],
     "maf": [*TINY, "model=maf", "model.width=16", "trainer.optimizer=sgd"],
+    "pixelcnn": [*TINY, "model=pixelcnn", "model.width=4", "model.num_layers=1"],
     "vae": [
         *TINY,
         "model=vae",

@@ -238,7 +238,7 @@ def test_no_model_scores_below_the_entropy_of_uniform_pixels(name, bits):
     model.initialize(random_images(bits, 256))
     fit(model, lambda _: (random_images(bits, 32),), steps=20, lr=1e-3)
     result = model.evaluate([random_images(bits, 256)])["bits_per_dim"]
-    assert bits - 3 * result.error < result.value < bits + 0.6
+    assert bits - 3 * result.error < result.value < bits + 1
 
 
 def test_more_importance_samples_tighten_the_bound():

@@ -121,18 +121,18 @@ def exact_conditional(model: PixelCNN, image: Tensor, known: Tensor) -> tuple[Te
 @pytest.mark.parametrize("num_classes", [None, 2])
 @pytest.mark.parametrize("known", [TOP, DIAGONAL], ids=["top", "diagonal"])
 def test_inpainting_draws_from_the_exact_conditional(known, num_classes, monkeypatch):
-    monkeypatch.setattr("flowgen.models.pixelcnn.INPAINTING_CHAINS", 1500)
-    model = random_model(0.5, num_classes=num_classes)
+    monkeypatch.setattr("flowgen.models.pixelcnn.INPAINTING_CHAINS", 1000)
+    model = random_model(0.5, num_layers=1, num_classes=num_classes)
     image = random_images(model, 1)
     images, log_prob = exact_conditional(model, image, known)
     generator = torch.Generator().manual_seed(0)
-    result = model.inpaint(image, known, sampler="metropolis", steps=15, generator=generator)
+    result = model.inpaint(image, known, sampler="metropolis", steps=25, generator=generator)
     drawn = (3 * result.draws).round().to(torch.uint8)
     shares = (drawn[:, None] == images).flatten(2).all(2).float().mean(0)
     assert shares.sum().item() == pytest.approx(1)
-    assert (shares - log_prob.exp()).abs().sum() / 2 < 0.07
+    assert (shares - log_prob.exp()).abs().sum() / 2 < 0.08
     mean = (log_prob.exp()[:, None, None, None] * images).sum(0) / 3
-    assert (result.mean - mean).abs().max() < 0.04
+    assert (result.mean - mean).abs().max() < 0.05
     assert (result.metrics["acceptance"] == 1) == is_prefix(known)
 
 
@@ -141,7 +141,7 @@ def test_inpainting_draws_from_the_exact_conditional(known, num_classes, monkeyp
 def test_conditional_log_probabilities_are_exact_for_prefixes_and_estimated_else(
     known, num_classes
 ):
-    model = random_model(0.5, num_classes=num_classes)
+    model = random_model(0.5, num_layers=1, num_classes=num_classes)
     image = random_images(model, 1)
     images, log_prob = exact_conditional(model, image, known)
     expected = log_prob[(images == image).flatten(1).all(1)].item()

@@ -1,6 +1,7 @@
 """RBMs on the command line: train, resume, sample, evaluate and complete."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,20 @@ def test_complete_shows_one_row_per_sampler(rbm_run, images, command, tmp_path, 
     assert picture.height > 3 * 56  # a row for each of the three samplers
     single = command("complete", *arguments, "--sampler", "gibbs")
     assert Image.open(single[1].strip()).height < picture.height / 2
+
+
+def test_complete_prints_the_conditional_log_probability(rbm_run, tiny_run, images, command):
+    words = ["complete", images / "000.png", "--log-prob", "--known"]
+    status, output, _ = command(*words, "top", "--run", rbm_run)
+    first, unknown, method = output.splitlines()
+    assert status == 0 and re.fullmatch(
+        r"log P\(unknown \| known\) -\d+\.\d{3} ± 0\.000 nats, exact", first
+    )
+    assert unknown == "unknown numbers 32 of 64" and method == "method enumeration of one layer"
+    status, _, error = command(*words, "downsample:2", "--run", tiny_run)
+    assert status == 1 and "--log-prob needs known pixels" in error
+    status, _, error = command(*words, "top", "--run", rbm_run, "--sampler", "gibbs")
+    assert status == 2 and "leave out --sampler" in error
 
 
 def test_commands_use_the_most_recent_compatible_run(elsewhere, images, command):

@@ -42,6 +42,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(script, "timed_flowgen", timed_flowgen)
     monkeypatch.setattr(script, "count_parameters", lambda run: 150_000)
     monkeypatch.setattr(script, "count_flops", lambda run: 2.5e7)
+    monkeypatch.setattr(script, "time_samples", lambda run, temperature: 32.0)
     return script
 
 
@@ -53,13 +54,23 @@ def test_a_row_is_trained_for_its_minutes_and_measured_once(table):
     assert row.values["cpu_seconds"] == 121
     assert row.line() == (
         "| mnist | `glow` | bound | <= 1.250 ± 0.010 | <= 1.250 ± 0.010 | 0.15 | 19,200 | 2.0 "
-        "| 0.025 |"
+        "| 0.025 | 0.500 |  |  |"
     )
     assert row.line().count("|") == len(table.COLUMNS) + 1
     num_commands = len(table.commands)
     row.fill()
     assert len(table.commands) == num_commands == 6
     assert all("data.root=there" in args for args in table.commands[:3])
+
+
+def test_the_quality_of_samples_is_measured_once(table):
+    row = table.Row("mnist", "glow", 1.0, [], temperature=1.0, samples=500)
+    row.fill()
+    evaluations = [args for args in table.commands if args[0] == "evaluate"]
+    assert [list(args[5:]) for args in evaluations] == [["samples=500", "temperature=1"], []]
+    results = {"sample_frechet": 1.5, "training_frechet": 0.25, "sample_readable": 0.9}
+    row.values["metrics_1"] |= results
+    assert row.line().endswith("| 1.50 (0.25) | 90.0% |")
 
 
 def test_the_cpu_time_of_a_failed_training_is_counted(table):

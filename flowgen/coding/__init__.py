@@ -3,7 +3,8 @@
 Read the modules in this order: `stack` (uniform numbers), `coder` (exact maps that exchange bits),
 `normal` (latents), `layers` (one rule per bijection), `pixels` (dequantization), `flow_codec` (one
 batch), `archive` (the file) and `measure` (a comparison with the evaluation). `codec` is the
-interface of all codecs, and `rbm_codec` that of RBMs.
+interface of all codecs, `pixelcnn_codec` and `rbm_codec` are those of other models, and `factory`
+chooses one.
 """
 
 from flowgen.utils import lazy_exports
@@ -17,7 +18,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RBMCodec": "rbm_codec",
         "compress": "archive",
         "decompress": "archive",
-        "make_codec": "codec",
+        "make_codec": "factory",
         "measure_compression": "measure",
         "read_header": "archive",
     },

@@ -10,8 +10,6 @@ from torch import Tensor
 from flowgen.coding.coder import Coder
 from flowgen.models.base import GenerativeModel
 
-DEFAULT_ANNEALING_STEPS = 1000
-
 
 class Codec(ABC):
     """Encoder and decoder of batches of images with a model.
@@ -63,20 +61,3 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, count: int, coder: Coder) -> Tensor:
         """Take `count` images from the stack, the reverse of `encode`."""
-
-
-def make_codec(model: GenerativeModel, annealing_steps: int = DEFAULT_ANNEALING_STEPS) -> Codec:
-    """Return the codec of a model.
-
-    Args:
-        model: A trained flow or RBM.
-        annealing_steps: Annealing steps of an RBM.
-
-    Raises:
-        UserError: If the model cannot compress images; it says why.
-    """
-    from flowgen.coding.flow_codec import FlowCodec
-    from flowgen.coding.rbm_codec import RBMCodec
-    from flowgen.models.rbm.rbm import RBM
-
-    return RBMCodec(model, annealing_steps) if isinstance(model, RBM) else FlowCodec(model)

@@ -30,8 +30,8 @@ def require_codec(model: GenerativeModel) -> Flow:
     """Return the model if it can compress images, and otherwise raise a UserError that says why."""
     if not isinstance(model, SupportsCompression) or not isinstance(model, Flow):
         raise UserError(
-            f"{type(model).__name__} cannot compress images: choose a run of an RBM or of a flow "
-            f"with an exact inverse, such as {SupportsCompression.train_hint}"
+            f"{type(model).__name__} cannot compress images: choose a run of an RBM, a PixelCNN or "
+            f"a flow with an exact inverse, such as {SupportsCompression.train_hint}"
         )
     if model.likelihood == "none":
         raise UserError(

@@ -17,7 +17,7 @@ from flowgen.models.base import (
 )
 from flowgen.utils import console, rendering
 from flowgen.utils.errors import UserError
-from flowgen.utils.metrics import BITS_PER_DIM
+from flowgen.utils.metrics import BITS_PER_DIM, CONDITIONAL_LOG_PROB
 
 MAX_SAMPLES_SHOWN = 5
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in Pillow
@@ -76,6 +76,45 @@ def complete(
     path = out or run_dir.folder / "completion.png"
     rendering.titled_grids(rows, 8, columns=4 + MAX_SAMPLES_SHOWN).save(path)
     return path
+
+
+def log_prob(
+    *, image: Path, known: str, run: str | None, steps: int | None, seed: int, device: str
+) -> str:
+    """Return log P(unknown | known) of an image as text.
+
+    Args:
+        image: Image file of the model's size, with all of its pixels.
+        known: The known pixels, see `mask`.
+        run: Name of the run, or None for the most recent one that supports inpainting.
+        steps: Number of steps of the method, or None for its default.
+        seed: Seed of the estimate and of a random mask.
+        device: Name of the device, or "auto".
+    """
+    _, _, model = find_model(run, device, SupportsInpainting)
+    model.set_progress(console.progress_bar)
+    if measurement(known, model.image_shape):
+        raise UserError(
+            f"--log-prob needs known pixels, and --known {known} gives sums of pixels: choose a "
+            "side, border, random:PERCENT or a mask image"
+        )
+    observation = mask(known, model.image_shape, seed).to(model.device)
+    metrics = model.conditional_log_prob(
+        _read_image(image, model, None).to(model.device),
+        observation,
+        steps=steps,
+        generator=torch.Generator(model.device).manual_seed(seed),
+    )
+    value = metrics[CONDITIONAL_LOG_PROB.name]
+    lines = [
+        f"log P(unknown | known) {value.sign}{value.value:.3f} ± {value.error or 0:.3f} nats, "
+        f"{value.likelihood}",
+        f"unknown numbers {int((~observation).sum())} of {observation.numel()}",
+    ]
+    for name, other in metrics.measured.items():
+        if name != value.metric.name:
+            lines.append(f"{name.replace('_', ' ')} {other.value:.1f}")
+    return "\n".join([*lines, f"method {metrics.facts['method']}"])
 
 
 def measurement(known: str, image_shape: tuple[int, int, int]) -> LinearMeasurement | None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flowgen.coding import archive
 from flowgen.coding.archive import CompressionResult, Header
-from flowgen.coding.codec import Codec, make_codec
+from flowgen.coding.codec import Codec
+from flowgen.coding.factory import make_codec
 from flowgen.config import instantiate, runs
 from flowgen.data.preprocess import (
     FORMATS,

@@ -342,7 +342,8 @@ class SupportsInpainting(Capability):
     ) -> Metrics:
         """Return log P(unknown | known), the log-probability of the unknown pixels of an image.
 
-        A model whose method is exact for some masks only estimates the rest or refuses it.
+        A model whose method is exact for some masks only estimates the value for others, or refuses
+        them. `flowgen complete --log-prob` prints the result.
 
         Args:
             images: One image, (1, channels, height, width), with all of its pixels.
@@ -351,9 +352,9 @@ class SupportsInpainting(Capability):
             generator: Random generator, or None for the global one.
 
         Returns:
-            The value of `CONDITIONAL_LOG_PROB` in nats with its standard error (0 if it is exact),
-            further values such as an effective sample size, and the fact `method`, a phrase that
-            says how the value was computed.
+            The value of `CONDITIONAL_LOG_PROB` in nats with its standard error (0 if it is exact)
+            and its kind, further values such as an effective sample size, and the fact `method`, a
+            phrase that says how the value was computed.
 
         Raises:
             UserError: If the value cannot be computed or its estimate is unreliable.
@@ -426,7 +427,7 @@ class SupportsMCMC(Capability):
 
 
 class SupportsCompression(Capability):
-    """Compresses images with `flowgen.coding`: an RBM, or a flow whose inverse is exact."""
+    """Compresses images with `flowgen.coding`: an RBM, a PixelCNN, or an invertible flow."""
 
     description = "compresses images"
     train_hint = "model=glow"

@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,37 @@ from flowgen.models.base import QUICK_EVAL, EvalConfig, GenerativeModel
 from flowgen.utils.distributed import evaluate_sharded
 from flowgen.utils.errors import UserError, check_whole
 from flowgen.utils.metrics import BITS_PER_DIM, LOG_LIKELIHOOD, Metric, Metrics, MetricValue
+
+
+class ImportanceEstimate(NamedTuple):
+    """Logarithm of the mean of importance weights, with its standard error.
+
+    The effective sample size is the number of equal weights with the same variance.
+    """
+
+    log_mean: float
+    error: float
+    effective_sample_size: float
+
+
+def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
+    """Return the logarithm of the mean weight.
+
+    Args:
+        log_weights: Logarithms of independent weights, (count,).
+
+    Example:
+        >>> estimate_log_mean(torch.zeros(4))
+        ImportanceEstimate(log_mean=0.0, error=0.0, effective_sample_size=4.0)
+    """
+    count = len(log_weights)
+    weights = (log_weights - log_weights.max()).exp()
+    error = (weights.std() / weights.mean() / math.sqrt(count)).item() if count > 1 else math.inf
+    return ImportanceEstimate(
+        log_weights.logsumexp(0).item() - math.log(count),
+        error,
+        (weights.sum().square() / weights.square().sum()).item(),
+    )
 
 
 class LikelihoodModel(GenerativeModel):

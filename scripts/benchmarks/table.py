@@ -1,13 +1,13 @@
-"""Train flows at equal cost and print a table of their results.
+"""Train models at equal cost and print a table of their results.
 
     python scripts/benchmarks/table.py --data mnist --models glow tarflow --minutes 15 [OVERRIDE...]
 
 Every model is trained on every data set for the same CPU time. Every `flowgen train` gets the
 overrides, such as data.root=FOLDER. Results are stored in outputs/table/DATA_MODEL_MINUTES/row.json
-as soon as they are known. If the script was stopped, the same command continues. At the end it
-prints all rows and draws samples of all models of a data set in one picture. Two short training
-runs determine the number of steps for the given CPU time. Wall-clock time is not used, since it
-depends on other work of the machine.
+as soon as they are known; other overrides, such as data.bits=1, need another --folder. If the
+script was stopped, the same command continues. At the end it prints all rows and draws samples of
+all models of a data set in one picture. Two short training runs determine the number of steps for
+the given CPU time. Wall-clock time is not used, since it depends on other work of the machine.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ FOLDER = Path("outputs/table")
 SHORT_STEPS = 10  # of the first of two short runs that measure the cost of a step
 LONG_STEPS = 60  # of the second
 IMPORTANCE_SAMPLES = (1, 16)
-TEMPERATURE = 0.7
 NUM_SAMPLES = 16
+TIMED_SAMPLES = 64  # samples whose CPU time is measured
 MODELS = ["glow", "realnvp", "nice", "maf", "tarflow", "jet"]
 COLUMNS = [
     "data",
@@ -54,12 +55,16 @@ COLUMNS = [
     "training images seen",
     "CPU minutes",
     "GFLOPs per image",
+    "CPU seconds per sample",
+    "Fréchet distance (training images)",
+    "readable samples",
 ]
 NUMBERS = {  # keys of the last columns, with divisor and format
     "parameters": (1e6, ".2f"),
     "images_seen": (1, ",.0f"),
     "cpu_seconds": (60, ".1f"),
     "flops": (1e9, ".3f"),
+    "sample_seconds": (TIMED_SAMPLES, ".3f"),
 }
 
 
@@ -71,10 +76,24 @@ class Row:
         model: Name of the model.
         minutes: CPU minutes of the training run.
         overrides: Overrides for `flowgen train`.
+        folder: Folder of the rows.
+        temperature: Temperature of the samples.
+        samples: Number of samples whose quality is measured, or None.
     """
 
-    def __init__(self, data: str, model: str, minutes: float, overrides: list[str]):
-        self.folder = FOLDER / f"{data}_{model}_{minutes:g}"
+    def __init__(
+        self,
+        data: str,
+        model: str,
+        minutes: float,
+        overrides: list[str],
+        folder: Path = FOLDER,
+        temperature: float = 0.7,
+        samples: int | None = None,
+    ):
+        self.folder = folder / f"{data}_{model}_{minutes:g}"
+        self.temperature = temperature
+        self.quality = [f"samples={samples}", f"temperature={temperature:g}"] if samples else []
         self.run = Run(self.folder / "run")
         self.file = self.folder / "row.json"
         self.minutes = minutes
@@ -126,6 +145,7 @@ class Row:
         for count in IMPORTANCE_SAMPLES:
             self.cached(f"metrics_{count}", lambda count=count: self.evaluate(count))
         self.cached("samples", self.sample)
+        self.cached("sample_seconds", lambda: time_samples(run, self.temperature))
 
     def measure_steps(self) -> int:
         """Return the number of steps that take the given CPU time."""
@@ -158,13 +178,15 @@ class Row:
         self.store("cpu_seconds", self.values.get("cpu_seconds", 0.0) + seconds)
 
     def evaluate(self, num_importance_samples: int) -> dict[str, float]:
-        """Return the test metrics of the model."""
+        """Return the test metrics of the model, those of its samples with the first of them."""
+        is_first = num_importance_samples == IMPORTANCE_SAMPLES[0]
         output, _ = timed_flowgen(
             "evaluate",
             "--run",
             str(self.run.folder),
             "--json",
             f"num_importance_samples={num_importance_samples}",
+            *(self.quality if is_first else []),
         )
         metrics = json.loads(output)
         return {key: value for key, value in metrics.items() if key not in ("run", "split")}
@@ -172,7 +194,7 @@ class Row:
     def sample(self) -> str:
         """Draw samples and return the path of their picture."""
         path = self.folder / "samples.png"
-        options = f"--count {NUM_SAMPLES} --temperature {TEMPERATURE} --out {path}"
+        options = f"--count {NUM_SAMPLES} --temperature {self.temperature:g} --out {path}"
         timed_flowgen("sample", "--run", str(self.run.folder), *options.split())
         return str(path)
 
@@ -189,6 +211,7 @@ class Row:
         for key, (divisor, number_format) in NUMBERS.items():
             value = self.values.get(key)
             cells.append("" if value is None else format(value / divisor, number_format))
+        cells += format_quality(metrics[0])
         return f"| {' | '.join(cells)} |"
 
 
@@ -200,6 +223,15 @@ def format_result(results: dict[str, Any]) -> str:
         return ""
     unit = f" {value.metric.unit}" if value.metric != BITS_PER_DIM else ""
     return f"{value.sign}{value.value:.3f} ± {value.error:.3f}{unit}"
+
+
+def format_quality(results: dict[str, Any]) -> list[str]:
+    """Return the Fréchet distance and the share of readable samples, "" where not measured."""
+    distance = ""
+    if "sample_frechet" in results:
+        distance = f"{results['sample_frechet']:.2f} ({results['training_frechet']:.2f})"
+    readable = results.get("sample_readable")
+    return [distance, "" if readable is None else f"{readable:.1%}"]
 
 
 def timed_flowgen(
@@ -238,6 +270,14 @@ def children_cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def time_samples(run: str, temperature: float) -> float:
+    """Return the CPU seconds that `TIMED_SAMPLES` samples take."""
+    model = flowgen.load(run)
+    start = time.process_time()
+    model.sample(TIMED_SAMPLES, temperature)
+    return time.process_time() - start
+
+
 def count_parameters(run: str) -> int:
     """Return the number of parameters of a model."""
     return sum(parameter.numel() for parameter in flowgen.load(run).parameters())
@@ -261,15 +301,21 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=["mnist"])
     parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--minutes", type=float, default=15.0, help="CPU time of each training run")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the rows")
+    parser.add_argument("--temperature", type=float, default=0.7, help="temperature of samples")
+    parser.add_argument("--samples", type=int, help="samples whose quality is measured")
     args, overrides = parser.parse_known_args()
+    options = (args.folder, args.temperature, args.samples)
     rows = [
-        Row(data, model, args.minutes, overrides) for data in args.data for model in args.models
+        Row(data, model, args.minutes, overrides, *options)
+        for data in args.data
+        for model in args.models
     ]
     for row in rows:
         row.fill()
     for data in args.data:
         pictures = [row.titled_samples() for row in rows if row.values["data"] == data]
-        rendering.stack_titled(pictures).save(FOLDER / f"{data}_{args.minutes:g}.png")
+        rendering.stack_titled(pictures).save(args.folder / f"{data}_{args.minutes:g}.png")
     print(f"| {' | '.join(COLUMNS)} |")
     print("|" + " --- |" * len(COLUMNS))
     for row in rows:

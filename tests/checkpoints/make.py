@@ -33,6 +33,7 @@ COMMON = [
 GLOW = ["model.width=2", "model.levels=1", "model.steps_per_level=1"]
 NARROW = ["model.width=4", "model.num_layers=1"]
 TRANSFORMER = ["model.width=4", "model.num_heads=1", "model.patch=4"]
+VAE = ["model.width=2", "model.latent_dim=2", "model.num_components=2"]
 VQVAE = [*TRANSFORMER, "model.num_layers=1", "model.prior_layers=1", "model.num_components=2"]
 MODELS = {
     "glow": [*IMAGES, *GLOW, "trainer.ema_decay=[0.5,0.9]"],
@@ -48,6 +49,15 @@ MODELS = {
     "jet": [*IMAGES, *TRANSFORMER, "model.num_layers=1", "model.num_couplings=2"],
     "flow_matching": [*POINTS, "model.width=4", "model.num_heads=1", "model.num_layers=1"],
     "pixelcnn": [*IMAGES, *NARROW, "model.num_components=3"],
+    "vae": [*IMAGES, *VAE, "model.posterior=planar", "model.warmup_images=100"],
+    "vae-pixelcnn": [
+        *IMAGES,
+        *VAE,
+        "model.prior=vamp",
+        "model.num_pseudo_inputs=2",
+        "model.decoder=pixelcnn",
+        "model.pixelcnn_layers=1",
+    ],
     "diffusion": [*IMAGES, "model.width=4", "model.num_heads=1", "model.sampling_steps=4"],
     "vqvae": [*IMAGES, *VQVAE, "model.fsq_levels=[3,2]"],
     "vqvae-vq": [*IMAGES, *VQVAE, "model.quantizer=vq", "model.codebook_size=4"],

@@ -31,7 +31,17 @@ from flowgen.models.flows.inpainting import (
     sample_posterior,
 )
 from flowgen.utils.errors import UserError, check_choice
-from flowgen.utils.metrics import NOISY_BITS_PER_DIM, Likelihood
+from flowgen.utils.metrics import (
+    CONDITIONAL_LOG_PROB,
+    EFFECTIVE_SAMPLE_SIZE,
+    NOISY_BITS_PER_DIM,
+    Likelihood,
+    Metrics,
+    MetricValue,
+)
+
+# Of 40 chains. With fewer, the standard error of an estimate is itself unreliable.
+MIN_EFFECTIVE_SIZE = 8
 
 
 @torch.enable_grad()
@@ -318,6 +328,56 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         """
         return sample_posterior(
             self, images.to(self.dtype), known, num_chains, num_steps, generator
+        )
+
+    @torch.no_grad()
+    def conditional_log_prob(
+        self,
+        images: Tensor,
+        known: Tensor,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Metrics:
+        """Return log P(unknown | known) = log P(image) - log P(known).
+
+        Both are estimated by annealed importance sampling, see `marginal.log_marginal`, so that
+        the value is no bound.
+
+        Args:
+            images: One image, (1, channels, height, width).
+            known: Mask of the known pixels, (channels, height, width).
+            steps: Inverse temperatures.
+            generator: Random generator, or None for the global one.
+
+        Raises:
+            UserError: If few chains dominate the estimate.
+        """
+        from flowgen.models.flows import marginal  # few commands need it
+
+        steps = steps or marginal.NUM_STEPS
+        images = images.to(self.dtype)
+        image, part = (
+            marginal.log_marginal(self, images, mask, steps, generator)
+            for mask in (torch.ones_like(known), known)
+        )
+        effective_size = min(image.effective_sample_size, part.effective_sample_size)
+        # Also true of NaN
+        if not effective_size >= MIN_EFFECTIVE_SIZE:
+            raise UserError(
+                f"log P(unknown | known) cannot be estimated reliably with {steps} steps, because "
+                f"the effective sample size is only {effective_size:.1f}: increase --steps"
+            )
+        log_prob = MetricValue(
+            CONDITIONAL_LOG_PROB,
+            image.log_mean - part.log_mean,
+            math.hypot(image.error, part.error),
+            likelihood="estimate",
+        )
+        return Metrics.of(
+            log_prob,
+            MetricValue(EFFECTIVE_SAMPLE_SIZE, effective_size),
+            method=f"annealed importance sampling in {steps} steps of {marginal.NUM_CHAINS} chains",
         )
 
     # Helpers

@@ -76,7 +76,7 @@ class InpaintingChains(ABC):
         self.body = Chain(*parts[split:])
         self.images = self.images.repeat_interleave(len(self.labels) // len(self.images), 0)
         self.position = torch.zeros_like(self.images).flatten(1)
-        self.spread = self.spread_of(self._decode(self._noise()))
+        self.spread = self.spread_of(self.decode_noise())
 
     @abstractmethod
     def spread_of(self, h: Tensor) -> float:
@@ -191,6 +191,10 @@ class InpaintingChains(ABC):
             dtype=self.position.dtype,
         )
 
+    def decode_noise(self) -> Tensor:
+        """Return images h of latents that are drawn from the flow's base distribution."""
+        return self._decode(self._noise())
+
     def _decode(self, offset: Tensor) -> Tensor:
         """Return h for latents at this offset from their mean."""
         return self.body.inverse(offset + self.flow.means[self.labels], self._condition)[0]
@@ -254,6 +258,13 @@ class PixelChains(InpaintingChains):
         log_slope = (F.logsigmoid(position) + F.logsigmoid(-position)) * self.known
         log_prior = self._prior_log_density(torch.where(self.known, h, position))
         return log_prior + head_log_det + log_slope.flatten(1).sum(1)
+
+    def head_log_det_of_unknown(self) -> float:
+        """Return the constant that `log_density` contains for the unknown pixels."""
+        x = torch.full_like(self.images[:1], 0.5).requires_grad_(True)
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self.head(x)[0].sum(), x)
+        return torch.where(self.known, 0.0, slope.double().log()).sum().item()
 
     def _inside(self, position: Tensor) -> Tensor:
         """Return points inside the bins of `images`."""

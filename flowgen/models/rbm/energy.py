@@ -63,6 +63,22 @@ class EnergyModel(nn.Module):
         """Return W h + b, the log-odds of P(v = 1 | h): (..., visible) of h (..., hidden)."""
         return F.linear(h, self.weight, self.visible_bias)
 
+    def clamp(self, v: Tensor, known: Tensor) -> "EnergyModel":
+        """Return P(unknown v, h | known v), which has the energy of a smaller model.
+
+        The known visible units become part of the hidden biases: c + W_known' v_known.
+
+        Args:
+            v: The visible units, (visible,).
+            known: Mask of the known units, (visible,).
+        """
+        clamped = EnergyModel(int((~known).sum()), self.hidden)
+        clamped.weight = nn.Parameter(self.weight[~known])
+        clamped.visible_bias = nn.Parameter(self.visible_bias[~known])
+        clamped.hidden_bias = nn.Parameter(self.hidden_bias + v[known] @ self.weight[known])
+        clamped.base = nn.Buffer(self.base[~known])
+        return clamped
+
 
 class ContrastiveLoss(torch.autograd.Function):
     """Free energy difference F(data).mean() - F(negative).mean() with a hand-written gradient.

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from flowgen.models.base import EvalConfig
+from flowgen.models.likelihood import estimate_log_mean
 from flowgen.models.rbm.energy import EnergyModel
 from flowgen.models.rbm.sampling import ReplicaExchange, bernoulli_from_logits, space_betas
 from flowgen.utils.console import Progress, no_progress
@@ -220,14 +221,8 @@ def _estimate(log_weights: Tensor, log_z_base: float, sign: int) -> Estimate:
 
     The mean weight estimates Z / Z_base if the sign is 1, and Z_base / Z if it is -1.
     """
-    count = len(log_weights)
-    weights = (log_weights - log_weights.max()).exp()
-    error = (weights.std() / weights.mean() / math.sqrt(count)).item() if count > 1 else math.inf
-    return Estimate(
-        log_z_base + sign * (log_weights.logsumexp(0).item() - math.log(count)),
-        error,
-        effective_sample_size=(weights.sum().square() / weights.square().sum()).item(),
-    )
+    log_mean, error, effective_sample_size = estimate_log_mean(log_weights)
+    return Estimate(log_z_base + sign * log_mean, error, effective_sample_size)
 
 
 class PilotRun(NamedTuple):

@@ -25,6 +25,8 @@ from flowgen.models.rbm.negative_phase import PCD, NegativePhase
 from flowgen.models.rbm.sampling import SAMPLERS, bernoulli_from_logits, white_noise
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.metrics import (
+    CONDITIONAL_LOG_PROB,
+    EFFECTIVE_SAMPLE_SIZE,
     LOG_LIKELIHOOD,
     LOG_PROBABILITY,
     UNNORMALIZED,
@@ -39,6 +41,7 @@ OFFSET_DECAY = 0.99  # of the exponential moving averages that center the gradie
 MIN_TEMPERATURE = 1e-6
 INPAINTING_CHAINS = 64
 INPAINTING_STEPS = 1000
+CONDITIONAL_AIS_STEPS = 1000
 SQUARED_ERROR = "squared error per pixel"  # unit of the reconstruction errors
 
 
@@ -380,6 +383,63 @@ class RBM(EnergyModel, SupportsCompression, SupportsInpainting, SupportsMCMC):
             mean=(total / (steps - steps // 2)).view(self.image_shape),
             metrics={},
         )
+
+    @torch.no_grad()
+    def conditional_log_prob(
+        self,
+        images: Tensor,
+        known: Tensor,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Metrics:
+        """Return log P(unknown | known) = -F(unknown) - log Z of the model with clamped pixels.
+
+        Given the known pixels, the unknown ones follow a smaller RBM. Its log Z is exact if a layer
+        is small enough to enumerate; otherwise it is the midpoint of forward and reverse annealed
+        importance sampling, which bridge sampling checks, see `log_z.estimate_log_z`.
+
+        Args:
+            images: One image, (1, channels, height, width).
+            known: Mask of the known pixels, (channels, height, width).
+            steps: AIS steps, `CONDITIONAL_AIS_STEPS` by default.
+            generator: Random generator, or None for the global one.
+
+        Raises:
+            UserError: If the estimate of log Z is not reliable.
+
+        Example:
+            >>> rbm = RBM(visible=4, hidden=3)
+            >>> _ = torch.nn.init.zeros_(rbm.weight)
+            >>> known = torch.tensor([True, True, False, False]).view(1, 1, 4)
+            >>> image = torch.ones(1, 1, 1, 4, dtype=torch.uint8)
+            >>> print(rbm.conditional_log_prob(image, known)["conditional_log_probability"])
+            conditional_log_probability -1.386
+        """
+        mask = known.flatten()
+        visible = self.to_visible(images)
+        clamped = self.clamp(visible[0], mask)
+        steps = steps or CONDITIONAL_AIS_STEPS
+        config = EvalConfig(ais_steps=steps, cross_check=True)
+        log_z = estimate_log_z(clamped, config, generator, self.progress)
+        if not log_z.reliable:
+            raise UserError(
+                f"log P(unknown | known) cannot be estimated reliably with {steps} steps: "
+                "increase --steps"
+            )
+        estimate = log_z.estimates[""]
+        method = "enumeration of one layer"
+        values = []
+        if estimate.error:
+            method = f"annealed importance sampling in {steps} steps with clamped pixels"
+            values.append(MetricValue(EFFECTIVE_SAMPLE_SIZE, estimate.effective_sample_size))
+        log_prob = MetricValue(
+            CONDITIONAL_LOG_PROB,
+            -clamped.free_energy(visible[:, ~mask]).item() - estimate.log_z,
+            estimate.error,
+            likelihood="estimate" if estimate.error else "exact",
+        )
+        return Metrics.of(log_prob, *values, method=method)
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
