@@ -27,6 +27,7 @@ from flowgen.config.compose import conf_folder, group_options, read_config
 from flowgen.config.instantiate import instantiate, resolve_target
 from flowgen.data import dataset
 from flowgen.data.dataset import ImageDataset, Split, find_dataset
+from flowgen.data.energy2d import Energy2D
 from flowgen.data.hub import HubDataset
 from flowgen.data.image_folder import ImageFolder
 from flowgen.data.imagenet import DownsampledImageNet
@@ -283,7 +284,8 @@ IDENTITY = {  # arguments that distinguish the data sets of a class
     HubDataset: ("name",),
     ImageFolder: ("root", "search_dirs", "download_hint", "crop"),
 }
-WITHOUT_EFFECT = {Toy2D: {"random_shift"}}  # options that a configuration leaves out
+# Options that a configuration leaves out
+WITHOUT_EFFECT = {Energy2D: {"random_shift"}, Toy2D: {"random_shift"}}
 
 
 def defaults_of(target: type) -> dict[str, object]:

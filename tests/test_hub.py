@@ -217,6 +217,7 @@ def test_the_license_of_a_folder_of_faces_is_exported_with_the_model(tiny_run, c
         (["data=fashion_mnist"], "mit", "mit"),
         (["data=mnist_sample"], None, "cc-by-sa-3.0"),
         (["data=toy"], None, "mit"),
+        (["data=energy"], None, "mit"),
         (["data=folder", "data.root=birds"], "cc0-1.0", "cc0-1.0"),
     ],
 )

@@ -18,7 +18,9 @@ from flowgen.models.base import (
     sample_images,
 )
 from flowgen.models.flows.flow import Flow
+from flowgen.models.flows.reverse_kl import ReverseKL
 from flowgen.utils import console, memory, rendering
+from flowgen.utils.energies import density_grid
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import UNNORMALIZED
 
@@ -126,6 +128,8 @@ def plot_toy2d(
 ) -> None:
     """Plot a model of points in the plane: target points, latents, samples, and density.
 
+    A flow that was fitted to a density is shown with this density instead of target points.
+
     A flow has a continuous density. The density of another model with a likelihood is constant
     within the cell of each image. Latents are shown if they have two dimensions.
 
@@ -167,7 +171,14 @@ def plot_toy2d(
         None if density is None else density.cpu(),
         latent_title,
         path,
+        _target_density(model) if isinstance(model, ReverseKL) else None,
     )
+
+
+def _target_density(model: ReverseKL) -> Tensor:
+    """Return the density that a flow was fitted to on a grid of the unit square."""
+    grid = density_grid(model.density).float()
+    return grid / grid.mean()
 
 
 def _density_of_flow(model: Flow) -> Tensor:

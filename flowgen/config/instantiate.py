@@ -117,7 +117,9 @@ def with_image_shape(
         shape: Channels, height and width.
         bits: Bits per pixel value.
     """
-    image_kwargs = resolve_target("model", config["model"]).image_kwargs(shape, bits)
+    image_kwargs = resolve_target("model", config["model"]).image_kwargs(
+        shape, bits, config["data"]
+    )
     return config | {"model": image_kwargs | config["model"]}
 
 
@@ -179,6 +181,12 @@ def check_fits_data(model: "GenerativeModel", data: "ImageDataset") -> None:
                 f"a model with {name}={expected} does not fit data with {name}={actual}: "
                 "keep the settings of the run, or train another model"
             )
+    density = getattr(model, "density", None)  # that a flow is fitted to
+    if density is not None and density != getattr(data, "density", None):
+        raise UserError(
+            f"a flow fitted to the density {density} does not fit this data: "
+            f"set data=energy data.name={density}, or train another model"
+        )
     if model.num_classes is not None and data.num_classes is None:
         raise UserError(
             f"model.num_classes={model.num_classes} needs labels, but this data has none: "

@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "CIFAR10": "cifar10",
         "DownsampledImageNet": "imagenet",
+        "Energy2D": "energy2d",
         "HubDataset": "hub",
         "ImageDataset": "dataset",
         "ImageFolder": "image_folder",

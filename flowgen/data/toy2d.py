@@ -10,8 +10,7 @@ from torch import Tensor
 from flowgen.data.dataset import ImageDataset, Split
 from flowgen.utils.errors import check_choice, check_whole
 from flowgen.utils.rendering import TOY2D_SHAPE
-
-SPAN = 4.0  # pixel values cover the square [-4, 4] x [-4, 4]
+from flowgen.utils.rendering import TOY2D_SPAN as SPAN
 
 
 class Toy2D(ImageDataset):

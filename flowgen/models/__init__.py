@@ -34,6 +34,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "PlanarFlow": "flows.planar",
         "SylvesterFlow": "flows.planar",
         "RealNVP": "flows.realnvp",
+        "ReverseKL": "flows.reverse_kl",
         "TarFlow": "flows.tarflow",
         "PixelCNN": "pixelcnn",
         "RBM": "rbm.rbm",

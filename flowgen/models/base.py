@@ -90,8 +90,16 @@ class GenerativeModel(nn.Module, ABC):
     progress: Progress = staticmethod(no_progress)
 
     @classmethod
-    def image_kwargs(cls, shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
-        """Return the constructor arguments that describe the images."""
+    def image_kwargs(
+        cls, shape: tuple[int, int, int], bits: int, data: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the constructor arguments that describe the images.
+
+        Args:
+            shape: Channels, height and width.
+            bits: Bits per pixel value.
+            data: The data section of the configuration, if there is one.
+        """
         return {"image_shape": list(shape), "bits": bits}
 
     @classmethod

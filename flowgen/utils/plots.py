@@ -138,6 +138,7 @@ def plane_panels(
     density: Tensor | None,
     latent_title: str,
     path: Path,
+    target_density: Tensor | None = None,
 ) -> None:
     """Plot a model of points in the plane in up to four panels and write a PNG.
 
@@ -150,18 +151,20 @@ def plane_panels(
         density: The density of the model on a grid of the unit square, (height, width), or None.
         latent_title: Title of the panel of the latents, such as their distribution.
         path: Path of the PNG.
+        target_density: The density of the data on such a grid, shown instead of its points.
     """
     style: dict[str, Any] = {"s": 2, "linewidths": 0}
     sample_style = style | {"color": COLORS[0]}
     if latent is not None:
         angle = torch.atan2(latent[:, 1], latent[:, 0])
         sample_style = style | {"c": angle.numpy(), "cmap": "twilight_shifted"}
-    optional = {"data": target, latent_title: latent, "samples": samples, "density": density}
+    data = {"data": target} if target_density is None else {"target density": target_density}
+    optional = data | {latent_title: latent, "samples": samples, "density": density}
     panels = {title: values for title, values in optional.items() if values is not None}
     with figure(3.25 * len(panels), 3.6, path, dpi=130) as page:
         axes = page.subplots(1, len(panels))
         for panel, (title, values) in zip(axes, panels.items(), strict=True):
-            if title == "density":
+            if title in ("density", "target density"):
                 picture = panel.imshow(
                     values.numpy(),
                     origin="lower",

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowgen.utils.files import atomic_write
 
 TOY2D_SHAPE = (2, 1, 1)
+TOY2D_SPAN = 4.0  # pixel values of points cover the square [-4, 4] x [-4, 4]
 MIN_SIDE = 56  # pixels; smaller images are enlarged by an integer factor
 GAP = 2  # pixels between the images of a grid
 ORANGE = torch.tensor([217.0, 95.0, 2.0])

@@ -45,6 +45,7 @@ MODELS = {
     "iaf": [*POINTS, *NARROW, "model.num_transforms=2"],
     "planar": [*POINTS, "model.num_transforms=2"],
     "sylvester": [*POINTS, "model.num_transforms=2", "model.width=2"],
+    "reverse_kl": ["data=energy", "data.num_points=200", *NARROW, "model.num_transforms=2"],
     "tarflow": [*IMAGES, *TRANSFORMER, "model.num_layers=[1,1]"],
     "jet": [*IMAGES, *TRANSFORMER, "model.num_layers=1", "model.num_couplings=2"],
     "flow_matching": [*POINTS, "model.width=4", "model.num_heads=1", "model.num_layers=1"],

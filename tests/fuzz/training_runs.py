@@ -55,6 +55,7 @@ TRAINING_RUNS = {
         "model.eval_times=2",
     ),
     "planar": ("data.bits=5", "model=planar", "model.num_transforms=2"),
+    "reverse_kl": ("data=energy", "data.num_points=100", "model=reverse_kl", "model.width=4"),
     "sylvester": (*FLOW, "model=sylvester", "model.num_transforms=2"),
     "pixelcnn": (*FLOW, "model=pixelcnn", "model.num_layers=1"),
     "vae": (*FLOW, "model=vae", "model.free_bits=0.1", "model.warmup_images=10"),

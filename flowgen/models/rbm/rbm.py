@@ -138,7 +138,9 @@ class RBM(EnergyModel, SupportsCompression, SupportsInpainting, SupportsMCMC):
         self.negative_phase.allocate(hidden)
 
     @classmethod
-    def image_kwargs(cls, shape: tuple[int, int, int], bits: int) -> dict[str, Any]:
+    def image_kwargs(
+        cls, shape: tuple[int, int, int], bits: int, data: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         return {"visible": list(shape), "bits": bits}
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:

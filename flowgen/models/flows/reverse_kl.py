@@ -1,0 +1,179 @@
+"""Reverse KL: flows fitted to an unnormalized density, without data."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from flowgen.bijections import coupling, elementwise, networks, residual
+from flowgen.bijections.base import Bijection, Chain, Flip, Invert
+from flowgen.bijections.reshape import Flatten
+from flowgen.models.base import QUICK_EVAL, EvalConfig
+from flowgen.models.flows.builders import MAX_DEPTH, make_transform
+from flowgen.models.flows.flow import Flow
+from flowgen.utils.energies import DENSITIES, quadrature_log_z
+from flowgen.utils.errors import UserError, check_choice, check_whole
+from flowgen.utils.metrics import Metric, Metrics, MetricValue
+from flowgen.utils.rendering import TOY2D_SPAN as SPAN
+from flowgen.utils.rendering import is_toy2d
+
+FLOWS = ("planar", "sylvester", "coupling")
+NUM_EVAL_SAMPLES = 20_000  # importance samples of an evaluation
+SQUARE_MARGIN = 1e-6  # of the logit, which keeps it finite at the edge of the square
+LOG_AREA = 2 * math.log(2 * SPAN)  # of the square, in which a unit is 1/8 of its side
+REVERSE_KL = Metric("reverse_kl", "nats", higher_is_better=False)
+LOG_Z = Metric("log_z", "nats")
+EFFECTIVE_SAMPLE_SIZE = Metric(
+    "effective_sample_size", "of the importance samples", higher_is_better=True
+)
+
+
+class ReverseKL(Flow):
+    """A flow that is fitted to an unnormalized density p~(x) = Z p(x) by its reverse KL divergence.
+
+    The loss E_q[log q(x) - log p~(x)] = KL(q || p) - log Z takes samples x of the flow and their
+    density alone, so that only the direction from noise to points has to be in closed form, as in
+    planar flows. It needs no data: Rezende and Mohamed, Variational Inference with Normalizing
+    Flows (1505.05770), sections 3 and 6.1. Points of the data are used in evaluations alone.
+
+    The flow T of noise z is followed by the distribution function of the normal distribution:
+    x = Phi(T(z)), so that q starts as the uniform distribution on the square, and the importance
+    weights p~(x) / q(x) are bounded at its edges.
+
+    Args:
+        image_shape: (2, 1, 1), the shape of points in the plane.
+        bits: Bits per pixel value.
+        density: Name of the density, a key of `flowgen.utils.energies.DENSITIES`.
+        flow: "planar", "sylvester" or "coupling".
+        num_transforms: Number of transforms.
+        width: Units of each hidden layer of the coupling networks.
+        num_layers: Hidden layers of the coupling networks.
+        transform: Univariate transform of the couplings: "additive", "multiplicative", "affine",
+            "spline" or "mixture" (of logistics).
+
+    Example:
+        >>> model = ReverseKL(density="ring", num_transforms=2)
+        >>> images = torch.randint(256, (16, 2, 1, 1), dtype=torch.uint8)
+        >>> model(images).shape
+        torch.Size([])
+        >>> x, log_weights = model.importance_samples(5)
+        >>> x.shape, log_weights.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    has_exact_inverse: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        image_shape: Sequence[int] = (2, 1, 1),
+        bits: int = 8,
+        density: str | None = "u1",
+        flow: str = "coupling",
+        num_transforms: int = 6,
+        width: int = 32,
+        num_layers: int = 2,
+        transform: str = "spline",
+    ):
+        if density not in DENSITIES or not is_toy2d(image_shape):
+            raise UserError(
+                "model=reverse_kl fits a flow to an unnormalized density in the plane: set "
+                f"data=energy data.name=NAME, where NAME is one of {', '.join(DENSITIES)}"
+            )
+        check_choice(FLOWS, flow=flow)
+        check_whole(width=width)
+        check_whole(high=MAX_DEPTH, num_transforms=num_transforms, num_layers=num_layers)
+        transform_fn = make_transform(transform)
+
+        def layers() -> Iterator[Bijection]:
+            for _ in range(num_transforms):
+                if flow == "planar":
+                    yield residual.Planar(2)
+                elif flow == "sylvester":
+                    yield residual.Sylvester(2, width=2)
+                else:
+                    network = networks.DenseNetwork(1, width, transform_fn.num_params, num_layers)
+                    yield coupling.Coupling(network, transform_fn)
+                    yield Flip()
+
+        super().__init__(
+            Chain(
+                Flatten(*image_shape),
+                elementwise.Logit(SQUARE_MARGIN),
+                elementwise.LogisticToNormal(),
+                Invert(Chain(*layers(), elementwise.Standardize(2))),
+            ),
+            image_shape,
+            bits,
+        )
+        self.density = density
+        self.random_source = networks.RandomSource()
+        self.loss_metric = None
+
+    @classmethod
+    def image_kwargs(
+        cls, shape: tuple[int, int, int], bits: int, data: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        density = {} if data is None else {"density": data.get("name")}
+        return super().image_kwargs(shape, bits) | density
+
+    def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Do nothing: the flow starts as the uniform distribution on the square."""
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return E_q[log q(x) - log p~(x)] with as many samples x as there are images."""
+        return -self.importance_samples(len(images))[1].mean()
+
+    def importance_samples(
+        self, count: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw points x of the flow, and return their importance weights.
+
+        Returns:
+            x in the square [-4, 4] x [-4, 4], (count, 2), and log p~(x) - log q(x), (count,).
+        """
+        z = self.random_source(
+            torch.randn, (count, 2), generator, device=self.device, dtype=self.dtype
+        )
+        unit, log_q = self._invert(z, None)
+        x = SPAN * (2 * unit.flatten(1) - 1)
+        return x, self.log_target(x) - (log_q - LOG_AREA)
+
+    def log_target(self, x: Tensor) -> Tensor:
+        """Return the unnormalized log-density log p~(x) of points (batch, 2): (batch,)."""
+        return -DENSITIES[self.density](x)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        batches: Iterable[Tensor],
+        train_batches: Iterable[Tensor] = (),
+        eval_config: EvalConfig = QUICK_EVAL,
+    ) -> Metrics:
+        """Return the bits/dim of points, and three figures of 20,000 importance samples.
+
+        - reverse_kl: KL(q || p) = E_q[log q(x) - log p~(x)] + log Z, with log Z by quadrature.
+        - log_z: the logarithm of the mean weight, an estimate of log Z, and its standard error
+          sqrt((1 / s - 1) / samples) with s below.
+        - effective_sample_size: s = (mean of w)^2 / mean of w^2 for the weights w, a share of the
+          samples that is 1 if q equals p. Owen, Monte Carlo theory, methods and examples (2013),
+          section 9.3.
+        """
+        generator = torch.Generator(self.device).manual_seed(0)
+        log_weights = self.importance_samples(NUM_EVAL_SAMPLES, generator)[1].double()
+        count = len(log_weights)
+        true_log_z = quadrature_log_z(self.density)
+        log_mean = log_weights.logsumexp(0) - math.log(count)
+        log_mean_square = (2 * log_weights).logsumexp(0) - math.log(count)
+        share = (2 * log_mean - log_mean_square).exp().item()
+        log_z_error = math.sqrt(max(1 / share - 1, 0) / count)
+        kl = true_log_z - log_weights.mean().item()
+        kl_error = log_weights.std().item() / math.sqrt(count)
+        return super().evaluate(batches, train_batches, eval_config) | Metrics.of(
+            MetricValue(REVERSE_KL, kl, kl_error),
+            MetricValue(LOG_Z, log_mean.item(), log_z_error, likelihood="estimate"),
+            MetricValue(EFFECTIVE_SAMPLE_SIZE, share),
+            quadrature_log_z=true_log_z,
+        )
