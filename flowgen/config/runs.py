@@ -177,12 +177,16 @@ def find_model(
 
 def load_from_checkpoint(checkpoint: dict[str, Any], device: str = "cpu") -> "GenerativeModel":
     """Build the model of a checkpoint with its EMA weights, if any, and its evaluation results."""
+    import torch
+
     from flowgen.training.device import choose_device
 
     model = build_model(checkpoint["config"])
     load_weights(model, eval_weights(checkpoint))
     model.load_eval_results(checkpoint.get("metrics", {}))
-    return model.to(choose_device(device)).eval()
+    model.to(choose_device(device))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
+    return model.eval()
 
 
 def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
