@@ -17,6 +17,7 @@ from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import MarginalGaussianization
 from flowgen.bijections.reshape import Flatten
 from flowgen.commands.complete import measurement
+from flowgen.data.preprocess import preprocess
 from flowgen.models.flows import flow as flow_module
 from flowgen.models.flows.flow import Flow
 from flowgen.models.flows.hmc import StepSize, evaluate, hmc_step
@@ -322,6 +323,23 @@ def test_complete_colorizes_and_enlarges(tiny_run, images, command, tmp_path):
     assert_error(command(*arguments, "downsample"), "one of 2, 4, 8, not ''")
     result = command("complete", small, "--run", tiny_run, "--known", "downsample:4")
     assert_error(result, "4x4 pixels")
+
+
+def test_complete_crops_and_resizes_like_the_training_images(tiny_run, images, command, tmp_path):
+    wide = tmp_path / "wide.png"
+    resized = tmp_path / "resized.png"
+    picture = Image.new("RGB", (24, 16), "red")
+    picture.paste(Image.open(images / "000.png").resize((16, 16)), (4, 0))
+    picture.save(wide)
+    pixels = preprocess(wide.read_bytes(), 8, 3, None)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(resized)
+    arguments = ["--known", "left", "--run", tiny_run, "--steps", 5, "--out"]
+    outputs = [tmp_path / "first.png", tmp_path / "second.png"]
+    status, _, error = command("complete", wide, *arguments, outputs[0])
+    assert status == 0 and "wide.png is 24x16 pixels: cropped and resized to 8x8" in error, error
+    status, _, error = command("complete", resized, *arguments, outputs[1])
+    assert status == 0 and "cropped" not in error, error
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
 def test_measurements_are_weighted_means_of_pixels():

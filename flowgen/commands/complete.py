@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowgen.commands.interpolate import read_inputs
 from flowgen.config.runs import find_model
 from flowgen.data.preprocess import image_size, read_unscaled
 from flowgen.models.base import (
@@ -40,8 +42,8 @@ def complete(
     the samples, and some of the samples.
 
     Args:
-        image: Image file of the model's size, or, for "downsample:FACTOR", also of the smaller
-            size.
+        image: Image file. It is cropped and resized like the data of the run, unless it has the
+            model's size or, for "downsample:FACTOR", the smaller size.
         known: The known part of the image, see `measurement` and `mask`.
         sampler: Names of the samplers; empty for all that the model has.
         run: Name of the run, or None for the most recent one that supports inpainting.
@@ -53,10 +55,10 @@ def complete(
     Returns:
         The path of the file.
     """
-    run_dir, _, model = find_model(run, device, SupportsInpainting)
+    run_dir, checkpoint, model = find_model(run, device, SupportsInpainting)
     model.set_progress(console.progress_bar)
     linear = measurement(known, model.image_shape)
-    images = _read_image(image, model, linear).to(model.device)
+    images = _read_image(image, model, linear, checkpoint["config"]).to(model.device)
     brightness = images / (2**model.bits - 1)
     observation: Observation = linear or mask(known, model.image_shape, seed).to(model.device)
     observed = (
@@ -84,14 +86,15 @@ def log_prob(
     """Return log P(unknown | known) of an image as text.
 
     Args:
-        image: Image file of the model's size, with all of its pixels.
+        image: Image file with all of its pixels, cropped and resized like the data of the run
+            unless it has the model's size.
         known: The known pixels, see `mask`.
         run: Name of the run, or None for the most recent one that supports inpainting.
         steps: Number of steps of the method, or None for its default.
         seed: Seed of the estimate and of a random mask.
         device: Name of the device, or "auto".
     """
-    _, _, model = find_model(run, device, SupportsInpainting)
+    _, checkpoint, model = find_model(run, device, SupportsInpainting)
     model.set_progress(console.progress_bar)
     if measurement(known, model.image_shape):
         raise UserError(
@@ -100,7 +103,7 @@ def log_prob(
         )
     observation = mask(known, model.image_shape, seed).to(model.device)
     metrics = model.conditional_log_prob(
-        _read_image(image, model, None).to(model.device),
+        _read_image(image, model, None, checkpoint["config"]).to(model.device),
         observation,
         steps=steps,
         generator=torch.Generator(model.device).manual_seed(seed),
@@ -148,14 +151,33 @@ def measurement(known: str, image_shape: tuple[int, int, int]) -> LinearMeasurem
     return LinearMeasurement(weights, factor=int(factor))
 
 
-def _read_image(image: Path, model: GenerativeModel, linear: LinearMeasurement | None) -> Tensor:
-    """Read an image; one that has been downsampled already is enlarged, one block per pixel."""
+def _read_image(
+    image: Path, model: GenerativeModel, linear: LinearMeasurement | None, config: dict[str, Any]
+) -> Tensor:
+    """Read an image; one that has been downsampled already is enlarged, one block per pixel.
+
+    An image of another size is cropped and resized like the data of the run, except for a small
+    one with "downsample:FACTOR": enlarged pixels are not the measured means.
+    """
     channels, height, width = model.image_shape
+    size = image_size(image)
     factor = linear.factor if linear else 1
-    if image_size(image) != (height // factor, width // factor):
-        factor = 1
-    small = read_unscaled(image, (channels, height // factor, width // factor), model.bits)
-    return small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    if factor > 1 and size == (height // factor, width // factor):
+        small = read_unscaled(image, (channels, *size), model.bits)
+        return small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    is_small = size[0] < height or size[1] < width
+    if size == (height, width) or (factor > 1 and is_small):
+        return read_unscaled(image, model.image_shape, model.bits)
+    images = read_inputs([image], model, config)
+    console.log.info(
+        "%s is %dx%d pixels: cropped and resized to %dx%d like the training images",
+        image,
+        size[1],
+        size[0],
+        width,
+        height,
+    )
+    return images
 
 
 def mask(known: str, image_shape: tuple[int, int, int], seed: int = 0) -> Tensor:
