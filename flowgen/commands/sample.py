@@ -18,7 +18,6 @@ from flowgen.models.base import (
     sample_images,
 )
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.reverse_kl import ReverseKL
 from flowgen.utils import console, memory, rendering
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import UNNORMALIZED
@@ -170,12 +169,17 @@ def plot_toy2d(
         None if density is None else density.cpu(),
         latent_title,
         path,
-        _target_density(model) if isinstance(model, ReverseKL) else None,
+        _target_density(model),
     )
 
 
-def _target_density(model: ReverseKL) -> Tensor:
-    """Return the density that a flow was fitted to on a grid of the unit square."""
+def _target_density(model: GenerativeModel) -> Tensor | None:
+    """Return the density that a flow was fitted to, if any, on a grid of the unit square."""
+    from flowgen.models.flows.reverse_kl import ReverseKL
+    from flowgen.utils.energies import density_grid
+
+    if not isinstance(model, ReverseKL):
+        return None
     grid = density_grid(model.density).float()
     return grid / grid.mean()
 
