@@ -19,7 +19,6 @@ from flowgen.models.base import (
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils import console, memory, rendering
-from flowgen.utils.energies import density_grid
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import UNNORMALIZED
 
