@@ -91,7 +91,7 @@ def whole_number(low: int = 1, high: int = MAX_COUNT) -> Callable[[str], int]:
 def whole_number_option(
     name: str, default: int | None, text: str, low: int = 1, high: int = MAX_COUNT
 ) -> Callable[[Any], Any]:
-    """Return an option for a whole number, whose help shows the default unless it is None."""
+    """Return an option for a whole number, whose help shows the default, if any."""
     return click.option(
         name,
         type=whole_number(low, high),
