@@ -354,7 +354,7 @@ class SupportsInpainting(Capability):
         Returns:
             The value of `CONDITIONAL_LOG_PROB` in nats with its standard error (0 if it is exact)
             and its kind, further values such as an effective sample size, and the fact `method`, a
-            phrase that says how the value was computed.
+            short description of the computation.
 
         Raises:
             UserError: If the value cannot be computed or its estimate is unreliable.
