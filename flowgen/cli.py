@@ -376,10 +376,15 @@ def interpolate(**options: Any) -> None:
     shell_complete=lambda ctx, param, incomplete: [
         name for name in SAMPLERS if name.startswith(incomplete)
     ],
-    help="gibbs, tempering or mean-field for RBMs, hmc for flows. May be repeated; by default all.",
+    help="gibbs, tempering or mean-field for RBMs, hmc for flows, metropolis for PixelCNNs. May be "
+    "repeated; by default all.",
 )
 @run_option
-@whole_number_option("--steps", None, "Steps of the sampler; by default 1000 (RBM) or 400 (flow).")
+@whole_number_option(
+    "--steps",
+    None,
+    "Steps of the sampler; by default 1000 (RBM), 400 (flow) or 100 (PixelCNN).",
+)
 @click.option(
     "--log-prob",
     is_flag=True,

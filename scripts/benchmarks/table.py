@@ -4,10 +4,11 @@
 
 Every model is trained on every data set for the same CPU time. Every `flowgen train` gets the
 overrides, such as data.root=FOLDER. Results are stored in outputs/table/DATA_MODEL_MINUTES/row.json
-as soon as they are known; other overrides, such as data.bits=1, need another --folder. If the
-script was stopped, the same command continues. At the end it prints all rows and draws samples of
-all models of a data set in one picture. Two short training runs determine the number of steps for
-the given CPU time. Wall-clock time is not used, since it depends on other work of the machine.
+as soon as they are known; other overrides, such as data.bits=1, and other values of --temperature
+or --samples need another --folder. If the script was stopped, the same command continues. At the
+end it prints all rows and draws samples of all models of a data set in one picture. Two short
+training runs determine the number of steps for the given CPU time. Wall-clock time is not used,
+since it depends on other work of the machine.
 """
 
 import argparse
