@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -249,12 +249,6 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         # The loss of a model with classes is that of p(x | y) instead of p(x).
         if num_classes is None:
             self.loss_metric = BITS_PER_DIM
-
-    @classmethod
-    def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
-        if capability is ClassConditional:
-            return arguments.get("num_classes") is not None
-        return super().supports(capability, arguments)
 
     # Training and likelihood
 
