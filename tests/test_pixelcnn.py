@@ -156,6 +156,20 @@ def test_conditional_log_probabilities_are_exact_for_prefixes_and_estimated_else
         assert 10 < metrics["effective_sample_size"].value < 2000
 
 
+def test_the_estimate_has_no_error_if_the_pixels_are_independent():
+    """Rounding errors must not make the variance of the equal weights negative."""
+    model = random_model()
+    torch.nn.init.zeros_(model.network.out.weight)
+    image = random_images(model, 1)
+    values = model.value_log_prob(image, None)
+    for steps in (11, 100, 999):
+        metrics = model.conditional_log_prob(image, DIAGONAL, steps=steps)
+        result = metrics["conditional_log_probability"]
+        assert result.value == pytest.approx(values[0, ~DIAGONAL].sum().item())
+        assert result.error == pytest.approx(0, abs=1e-12)
+        assert metrics["effective_sample_size"].value == pytest.approx(steps)
+
+
 def test_an_unreliable_estimate_is_refused():
     model = random_model(0.5)
     with pytest.raises(UserError, match=r"effective sample size is only 1\.0: use more --steps"):
