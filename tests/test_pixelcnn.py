@@ -8,7 +8,7 @@ from enumeration import all_images
 from torch import Tensor
 
 from flowgen.models.base import ClassConditional, LinearMeasurement
-from flowgen.models.pixelcnn import PixelCNN, PixelCNNNetwork, is_prefix
+from flowgen.models.pixelcnn import MetropolisChains, PixelCNN, PixelCNNNetwork, is_prefix
 from flowgen.utils.errors import UserError
 
 TOP = torch.tensor([[[True, True], [False, False]]])
@@ -137,6 +137,23 @@ def test_inpainting_draws_from_the_exact_conditional(known, num_classes, monkeyp
     mean = (log_prob.exp()[:, None, None, None] * images).sum(0) / 3
     assert (result.mean - mean).abs().max() < 0.05
     assert (result.metrics["acceptance"] == 1) == is_prefix(known)
+
+
+@torch.no_grad()
+def test_chains_forget_the_class_that_they_start_with():
+    model = random_model(0.5, num_layers=1, num_classes=2)
+    image = random_images(model, 1)
+    images, _ = exact_conditional(model, image, DIAGONAL)
+    joint = [model.log_prob(images, labels=torch.full((len(images),), y)) for y in range(2)]
+    posterior = torch.stack(joint).logsumexp(1).softmax(0)
+    generator = torch.Generator().manual_seed(0)
+    chains = MetropolisChains(model, image, ~DIAGONAL, 1000, generator)
+    chains.labels = posterior.argmin().expand(1000)
+    chains.log_prob = model.value_log_prob(chains.images, model.one_hot(chains.labels))
+    for _ in range(25):
+        chains.step()
+    share = (chains.labels == posterior.argmax()).double().mean().item()
+    assert share == pytest.approx(posterior.max().item(), abs=0.06)
 
 
 @pytest.mark.parametrize("num_classes", [None, 2])
