@@ -292,6 +292,7 @@ def test_the_density_of_variational_noise_agrees_with_autograd():
         ({"width": "five"}, "width must be a whole number"),
         ({"width": 0}, "width must be a whole number"),
         ({"bits": 0}, "bits must be a whole number"),
+        ({"bits": 9}, "bits must be a whole number of at least 1 and at most 8"),
         ({"num_blocks": 1001}, "num_blocks must be a whole number .* at most 1000"),
         ({"steps_per_level": 0}, "steps_per_level must be a whole number"),
         ({"steps_per_level": [1, 2]}, "steps_per_level=.* for each of 3 levels"),

@@ -8,7 +8,7 @@ from enumeration import all_images
 from torch import Tensor
 
 from flowgen.models.base import ClassConditional, LinearMeasurement
-from flowgen.models.pixelcnn import PixelCNN, PixelCNNNetwork, is_prefix
+from flowgen.models.pixelcnn import MetropolisChains, PixelCNN, PixelCNNNetwork, is_prefix
 from flowgen.utils.errors import UserError
 
 TOP = torch.tensor([[[True, True], [False, False]]])
@@ -22,6 +22,9 @@ def random_model(scale: float = 0.3, **arguments: object) -> PixelCNN:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += scale * torch.randn_like(parameter)
+        if model.num_classes is not None:  # the distributions of the classes differ clearly
+            for layer in model.network.layers:
+                layer.condition.weight *= 10
     return model
 
 
@@ -136,6 +139,23 @@ def test_inpainting_draws_from_the_exact_conditional(known, num_classes, monkeyp
     assert (result.metrics["acceptance"] == 1) == is_prefix(known)
 
 
+@torch.no_grad()
+def test_chains_forget_the_class_that_they_start_with():
+    model = random_model(0.5, num_layers=1, num_classes=2)
+    image = random_images(model, 1)
+    images, _ = exact_conditional(model, image, DIAGONAL)
+    joint = [model.log_prob(images, labels=torch.full((len(images),), y)) for y in range(2)]
+    posterior = torch.stack(joint).logsumexp(1).softmax(0)
+    generator = torch.Generator().manual_seed(0)
+    chains = MetropolisChains(model, image, ~DIAGONAL, 1000, generator)
+    chains.labels = posterior.argmin().expand(1000)
+    chains.log_prob = model.value_log_prob(chains.images, model.one_hot(chains.labels))
+    for _ in range(25):
+        chains.step()
+    share = (chains.labels == posterior.argmax()).double().mean().item()
+    assert share == pytest.approx(posterior.max().item(), abs=0.06)
+
+
 @pytest.mark.parametrize("num_classes", [None, 2])
 @pytest.mark.parametrize("known", [TOP, DIAGONAL], ids=["top", "diagonal"])
 def test_conditional_log_probabilities_are_exact_for_prefixes_and_estimated_else(
@@ -154,6 +174,20 @@ def test_conditional_log_probabilities_are_exact_for_prefixes_and_estimated_else
     else:
         assert abs(result.value - expected) < 4 * result.error < 0.2
         assert 10 < metrics["effective_sample_size"].value < 2000
+
+
+def test_the_estimate_has_no_error_if_the_pixels_are_independent():
+    """Rounding errors must not make the variance of the equal weights negative."""
+    model = random_model()
+    torch.nn.init.zeros_(model.network.out.weight)
+    image = random_images(model, 1)
+    values = model.value_log_prob(image, None)
+    for steps in (11, 100, 999):
+        metrics = model.conditional_log_prob(image, DIAGONAL, steps=steps)
+        result = metrics["conditional_log_probability"]
+        assert result.value == pytest.approx(values[0, ~DIAGONAL].sum().item())
+        assert result.error == pytest.approx(0, abs=1e-12)
+        assert metrics["effective_sample_size"].value == pytest.approx(steps)
 
 
 def test_an_unreliable_estimate_is_refused():

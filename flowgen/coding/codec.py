@@ -19,7 +19,7 @@ class Codec(ABC):
 
     Attributes:
         model: The model.
-        noise_bits: Bits of noise that `encode` pops per image before it pushes any, at most.
+        noise_bits: Upper bound of the bits that `encode` pops per image before it pushes any.
         grid_bits: Bits after the binary point of a number of the `Coder`.
         annealing_steps: Annealing steps of an RBM, or 0.
         length: Description of the length by the model that `encode` returns.
@@ -54,10 +54,22 @@ class Codec(ABC):
     def encode(self, images: Tensor, coder: Coder) -> Tensor:
         """Put images on the stack.
 
+        Args:
+            images: (batch, channels, height, width).
+            coder: The coder, which holds the stack.
+
         Returns:
             The bits of each image by the model itself, (batch,).
         """
 
     @abstractmethod
     def decode(self, count: int, coder: Coder) -> Tensor:
-        """Take `count` images from the stack, the reverse of `encode`."""
+        """Take images from the stack, the reverse of `encode`.
+
+        Args:
+            count: Number of images.
+            coder: The coder, which holds the stack.
+
+        Returns:
+            The images, (count, channels, height, width).
+        """

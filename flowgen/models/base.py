@@ -151,7 +151,7 @@ class GenerativeModel(nn.Module, ABC):
         Args:
             images: (batch, channels, height, width).
             labels: Classes (batch,) to condition on, or None.
-            num_importance_samples: Samples of the dequantization noise, if the model has any.
+            num_importance_samples: Samples of the noise of `log_prob`, if the model has any.
             generator: Source of the noise.
         """
 
@@ -370,6 +370,12 @@ class ClassConditional(Capability):
 
     description = "is class-conditional"
     train_hint = "model.num_classes=10 data=mnist"
+
+    @classmethod
+    def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
+        if capability is ClassConditional:
+            return arguments.get("num_classes") is not None
+        return super().supports(capability, arguments)
 
     @abstractmethod
     def classify(self, images: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class LikelihoodModel(GenerativeModel):
 
     Args:
         image_shape: (channels, height, width).
-        bits: Bits per pixel value.
+        bits: Bits per pixel value, 1 to 8.
         num_classes: Number of classes of a class-conditional model, or None.
 
     Attributes:
@@ -80,7 +80,7 @@ class LikelihoodModel(GenerativeModel):
 
     def __init__(self, image_shape: Sequence[int], bits: int, num_classes: int | None = None):
         super().__init__()
-        check_whole(bits=bits)
+        check_whole(1, 8, bits=bits)  # images are uint8
         if num_classes is not None:
             check_whole(num_classes=num_classes)
         channels, height, width = image_shape

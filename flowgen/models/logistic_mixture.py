@@ -1,5 +1,6 @@
 """Mixtures of discretized logistics, distributions of the pixel values of an image."""
 
+import copy
 import math
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 # distribution that float64 can represent. It costs 1e-6 nats per value.
 UNIFORM_WEIGHT = 1e-6
 INITIAL_LOG_SCALE = -1.5
-MIN_SCALE = math.exp(-1.5)  # in units of the distance of two values; PixelCNN++ has about the same
+MIN_SCALE = math.exp(-1.5)  # in units of the distance of two values; PixelCNN++ has half of it
 
 
 class LogisticMixture:
@@ -58,8 +59,7 @@ class LogisticMixture:
 
     def double(self) -> "LogisticMixture":
         """Return the same mixture in float64."""
-        mixture = object.__new__(LogisticMixture)
-        mixture.bins = self.bins
+        mixture = copy.copy(self)
         for name in ("log_weights", "means", "log_scales", "coefficients"):
             setattr(mixture, name, getattr(self, name).double())
         mixture.log_weights = mixture.log_weights.log_softmax(1)  # float32 weights sum to 1 + 1e-7
@@ -99,6 +99,8 @@ class LogisticMixture:
         bounds = []
         log_weights = mixture.log_weights
         for channel in range(images.shape[1]):
+            if channel > 0:
+                log_weights = mixture._next_log_weights(channel - 1, log_weights, images)
             means = mixture._conditional_means(channel, images)
             value = images[:, channel].long()
             bounds.append(
@@ -109,8 +111,6 @@ class LogisticMixture:
                     ]
                 )
             )
-            joint = log_weights + mixture._component_log_prob(channel, images)
-            log_weights = joint.log_softmax(1)
         low, high = torch.stack(bounds, 2)
         return low, high
 
@@ -134,6 +134,8 @@ class LogisticMixture:
             images = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
         log_weights = mixture.log_weights
         for channel in range(u.shape[1]):
+            if channel > 0:
+                log_weights = mixture._next_log_weights(channel - 1, log_weights, images)
             means = mixture._conditional_means(channel, images)
             value = torch.zeros_like(images[:, channel], dtype=torch.long)
             step = self.bins // 2
@@ -144,9 +146,20 @@ class LogisticMixture:
             updated = images.clone()
             updated[:, channel] = value
             images = updated if unknown is None else torch.where(unknown, updated, images)
-            joint = log_weights + mixture._component_log_prob(channel, images)
-            log_weights = joint.log_softmax(1)
         return images
+
+    def _next_log_weights(self, channel: int, log_weights: Tensor, images: Tensor) -> Tensor:
+        """Return the log-weights of the components after the values of a channel are known.
+
+        Args:
+            channel: The channel.
+            log_weights: The log-weights given the channels before it, like the result.
+            images: Pixel values, (batch, channels, height, width).
+
+        Returns:
+            (batch, components, height, width).
+        """
+        return (log_weights + self._component_log_prob(channel, images)).log_softmax(1)
 
     def _conditional_means(self, channel: int, images: Tensor) -> Tensor:
         """Return the means of a channel given the channels before it, (batch, components, h, w)."""

@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from flowgen.models.base import (
     SupportsCompression,
     SupportsInpainting,
 )
-from flowgen.models.likelihood import LikelihoodModel
+from flowgen.models.likelihood import LikelihoodModel, estimate_log_mean
 from flowgen.models.logistic_mixture import (
     LogisticMixture,
     initial_parameters,
@@ -208,7 +208,7 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         num_classes: Number of classes of a class-conditional model, or None.
 
     Attributes:
-        num_iterations: Evaluations of the network for the last samples.
+        num_iterations: Iterations of the last `solve`.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -249,12 +249,6 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         # The loss of a model with classes is that of p(x | y) instead of p(x).
         if num_classes is None:
             self.loss_metric = BITS_PER_DIM
-
-    @classmethod
-    def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
-        if capability is ClassConditional:
-            return arguments.get("num_classes") is not None
-        return super().supports(capability, arguments)
 
     # Training and likelihood
 
@@ -485,30 +479,31 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
             known: A mask (channels, height, width).
             steps: Number of draws for other masks.
             generator: Random generator, or None for the global one.
+
+        Raises:
+            UserError: If few draws dominate the estimate.
         """
+        images = images.to(self.device)
         known = known.to(self.device)
         is_exact = is_prefix(known)
         count = 1 if is_exact else steps or IMPORTANCE_SAMPLES
         log_weights = torch.cat(
             [
-                self._known_log_prob(image, known, generator)
-                for image in images.expand(count, -1, -1, -1).split(INPAINTING_CHAINS)
+                self._known_log_prob(copies, known, generator)
+                for copies in images.expand(count, -1, -1, -1).split(INPAINTING_CHAINS)
             ]
         ).double()
-        weights = log_weights.softmax(0)
-        effective_size = 1 / weights.square().sum().item()
+        log_known, error, effective_size = estimate_log_mean(log_weights)
         if not is_exact and effective_size < MIN_EFFECTIVE_SIZE:
             raise UserError(
                 f"the estimate of log P(unknown | known) from {count} draws is unreliable, because "
                 f"their effective sample size is only {effective_size:.1f}: use more --steps, or "
                 "--known top, for which the value is exact"
             )
-        log_known = log_weights.logsumexp(0).item() - math.log(count)
         value = self.log_prob(images).item() - log_known
         if is_exact:
             exact = MetricValue(CONDITIONAL_LOG_PROB, value, 0.0, likelihood="exact")
             return Metrics.of(exact, method="exact")
-        error = math.sqrt(1 / effective_size - 1 / count)
         return Metrics.of(
             MetricValue(CONDITIONAL_LOG_PROB, value, error, likelihood="estimate"),
             MetricValue(EFFECTIVE_SAMPLE_SIZE, effective_size),
@@ -610,8 +605,8 @@ class MetropolisChains:
         """Redraw some unknown pixels of each chain, and accept or reject them.
 
         Each chain draws a random range of the unknown pixels again, each given the pixels before
-        it. The probabilities of the pixels outside of the range alone change the ratio of target
-        and proposal, so that the new pixels x' are accepted with probability
+        it. The probabilities of the pixels in the range cancel in the Metropolis-Hastings ratio, so
+        that the new pixels x' are accepted with probability
 
             min(1, prod_k P(x_k | x'_<k) / P(x_k | x_<k))  over all k outside of the range.
 

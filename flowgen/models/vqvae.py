@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -404,12 +404,6 @@ class VQVAE(LikelihoodModel, ClassConditional):
         # The loss of a model with classes is that of P(x | y) instead of P(x).
         if num_classes is None and not self.commitment_cost:
             self.loss_metric = BITS_PER_DIM
-
-    @classmethod
-    def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
-        if capability is ClassConditional:
-            return arguments.get("num_classes") is not None
-        return super().supports(capability, arguments)
 
     # Training and likelihood
 

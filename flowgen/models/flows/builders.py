@@ -45,7 +45,7 @@ def make_transform(name: str, log_scale: str = "bounded") -> univariate.Transfor
 
 def gaussianization(enabled: bool, channels: int, bits: int) -> list[Bijection]:
     """Return the first bijection of a flow, a `MarginalGaussianization` if enabled, as a list."""
-    check_whole(bits=bits)
+    check_whole(1, 8, bits=bits)
     return [elementwise.MarginalGaussianization(channels, 2**bits)] if enabled else []
 
 

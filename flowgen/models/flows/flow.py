@@ -136,8 +136,6 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
 
     @classmethod
     def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
-        if capability is ClassConditional:
-            return arguments.get("num_classes") is not None
         if capability is SupportsInpainting:
             return gaussian_std(arguments.get("dequantization")) is None
         if capability is SupportsCompression:
