@@ -14,7 +14,7 @@ from test_models import MODELS, build_model, initialized, random_images
 from torch import Tensor
 
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.bijections.elementwise import MarginalGaussianization
+from flowgen.bijections.elementwise import Logit, MarginalGaussianization
 from flowgen.bijections.reshape import Flatten
 from flowgen.commands.complete import measurement
 from flowgen.data.preprocess import preprocess
@@ -61,9 +61,12 @@ class Crescent(Bijection):
 
 
 def make_flow(
-    bijection: Bijection, shape: tuple[int, int, int], num_classes: int | None = None
+    bijection: Bijection,
+    shape: tuple[int, int, int],
+    num_classes: int | None = None,
+    bits: int = 8,
 ) -> Flow:
-    flow = Flow(bijection, shape, 8, "uniform", num_classes)
+    flow = Flow(bijection, shape, bits, "uniform", num_classes)
     # A parameter, because the device and the precision of a model are those of its parameters.
     flow.register_parameter("anchor", torch.nn.Parameter(torch.zeros(())))
     return flow.double().eval()
@@ -471,18 +474,8 @@ def test_conditional_log_prob_of_a_large_rbm_is_estimated_with_its_error(monkeyp
         rbm.conditional_log_prob(image, known, steps=200)
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [("maf", {"num_transforms": 1}), ("glow", {"num_classes": 2, "steps_per_level": 1})],
-)
-def test_conditional_log_prob_of_a_flow_agrees_with_numerical_integration(name, changes):
-    """P(x1 | x0) of two numbers of two bits, whose probabilities are integrals over bins."""
-    model = build_model(name, **changes | {"image_shape": (2, 1, 1), "bits": 2})
-    model.initialize(random_images(2, 500, 2, (1, 1)) // 2 + 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    model.eval().double()
+def check_conditional_log_prob(model: Flow, image: tuple[int, int]) -> None:
+    """Compare P(x1 | x0) of two numbers of two bits with a ratio of integrals over bins."""
     centers = (torch.arange(400, dtype=torch.double) + 0.5) / 400
     grid = torch.cartesian_prod(centers, centers).view(-1, 2, 1, 1)
     with torch.no_grad():
@@ -490,16 +483,41 @@ def test_conditional_log_prob_of_a_flow_agrees_with_numerical_integration(name, 
     probabilities = density.mean((1, 3))
     exact = (probabilities / probabilities.sum(1, keepdim=True)).log()
     known = torch.tensor([True, False]).view(2, 1, 1)
+    metrics = model.conditional_log_prob(
+        torch.tensor(image, dtype=torch.uint8).view(1, 2, 1, 1),
+        known,
+        steps=15,
+        generator=torch.Generator().manual_seed(0),
+    )
+    value = metrics["conditional_log_probability"]
+    assert value.error < 0.25
+    assert abs(value.value - exact[image].item()) < 4 * value.error
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("maf", {"num_transforms": 1}), ("glow", {"num_classes": 2, "steps_per_level": 1})],
+)
+def test_conditional_log_prob_of_a_flow_agrees_with_numerical_integration(name, changes):
+    model = build_model(name, **changes | {"image_shape": (2, 1, 1), "bits": 2})
+    model.initialize(random_images(2, 500, 2, (1, 1)) // 2 + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.eval().double()
     for image in ((1, 2), (2, 0)):
-        metrics = model.conditional_log_prob(
-            torch.tensor(image, dtype=torch.uint8).view(1, 2, 1, 1),
-            known,
-            steps=15,
-            generator=torch.Generator().manual_seed(0),
-        )
-        value = metrics["conditional_log_probability"]
-        assert value.error < 0.25
-        assert abs(value.value - exact[image].item()) < 4 * value.error
+        check_conditional_log_prob(model, image)
+
+
+@pytest.mark.parametrize("head", [[], [Logit(0.01)]], ids=["no head", "logit"])
+def test_conditional_log_prob_excludes_points_outside_and_the_slope_of_the_head(head):
+    """Without a head, the flow has much probability outside of the unit square."""
+    scale = 1.0 if head else 0.3
+    root = scale * torch.tensor([[1, 0], [0.6, 1]], dtype=torch.double)
+    mean = torch.tensor([0.5, 0.2], dtype=torch.double)
+    flow = make_flow(Chain(*head, LinearMap(mean, root, (2, 1, 1))), (2, 1, 1), bits=2)
+    for image in ((1, 2), (2, 0)):
+        check_conditional_log_prob(flow, image)
 
 
 def test_conditional_log_prob_of_a_gaussian_field_is_the_closed_form(monkeypatch):

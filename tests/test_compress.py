@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import zlib
@@ -149,6 +150,34 @@ def test_images_that_would_change_are_refused(command, color_run, tmp_path, else
     assert command("compress", transparent, *arguments, "--overwrite")[0] == 1
     gray = save_image(tmp_path / "gray.png", (8, 8))
     assert command("compress", gray, *arguments, "--overwrite")[0] == 0  # as color, equal
+
+
+def png_of_16_bits(values: bytes) -> bytes:
+    """Return a color PNG of 8x8 pixels, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    rows = b"".join(b"\0" + values[48 * row : 48 * row + 48] for row in range(8))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", ["png", "ppm"])
+def test_color_images_of_16_bits_are_refused(command, color_run, tmp_path, elsewhere, suffix):
+    """Pillow reads only the upper 8 bits, so that the lower ones would be lost silently."""
+    values = random.Random(0).randbytes(2 * 3 * 8 * 8)
+    deep = tmp_path / f"deep.{suffix}"
+    deep.write_bytes(png_of_16_bits(values) if suffix == "png" else b"P6 8 8 65535\n" + values)
+    arguments = ("--run", color_run, "--out", "a.flow")
+    status, _, error = command("compress", deep, *arguments)
+    assert status == 1 and f"deep.{suffix} would be changed to" in error
+    assert not (elsewhere / "a.flow").exists()
+    shallow = tmp_path / f"shallow.{suffix}"
+    Image.new("RGB", (8, 8), "teal").save(shallow)
+    assert command("compress", shallow, *arguments)[0] == 0
 
 
 def test_images_of_fewer_bits_are_exact_if_they_were_restored(command, tmp_path, elsewhere):

@@ -88,6 +88,19 @@ def test_the_gradients_are_those_of_two_players_with_their_own_losses(changes):
     assert all(gradient.abs().max() > 0 for gradient in actual[-5:])
 
 
+@pytest.mark.parametrize("condition_networks", [True, False])
+def test_points_are_drawn_from_the_given_classes(condition_networks):
+    model = flow_gan(num_classes=2, condition_networks=condition_networks).double()
+    labels = torch.tensor([1, 1, 0, 1])
+    torch.manual_seed(6)
+    points = model.draw_points(4, labels)
+    one_hot = F.one_hot(labels, 2).double()
+    z, _ = model.bijection(points, one_hot if condition_networks else None)
+    torch.manual_seed(6)
+    noise = torch.randn(4, model.dimensions, dtype=torch.double)
+    assert torch.allclose(z, model.means[labels] + noise, atol=1e-4)
+
+
 def test_the_gradient_penalty_agrees_with_finite_differences():
     model = flow_gan().double()
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64)

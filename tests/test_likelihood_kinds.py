@@ -92,6 +92,8 @@ def test_rows_record_the_kind_and_old_rows_can_be_read():
     rbm = {"_target_": "flowgen.models.rbm.rbm.RBM"}
     assert run_likelihood(rbm, [{"log_z_error": 0.1}]) == "estimate"
     assert run_likelihood(rbm, [{"log_z_error": 0.0}]) == "exact"
+    # A flow that was fitted by reverse KL estimates log Z too.
+    assert run_likelihood(glow, [row | {"log_z_error": 0.0}]) == "bound"
 
 
 @pytest.mark.parametrize(("exact_trace_dims", "kind"), [(192, "bound"), (191, "estimate")])

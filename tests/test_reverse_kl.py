@@ -12,7 +12,7 @@ from flowgen.bijections.reshape import Flatten
 from flowgen.data.energy2d import Energy2D
 from flowgen.models import ReverseKL
 from flowgen.utils import energies
-from flowgen.utils.energies import DENSITIES, density_grid, quadrature_log_z
+from flowgen.utils.energies import ENERGIES, density_grid, quadrature_log_z
 from flowgen.utils.errors import UserError
 
 MIXTURE_LOG_Z = math.log(2 * math.pi * energies.MIXTURE_STD**2)
@@ -38,12 +38,12 @@ def test_energies_of_the_paper_at_some_points():
     """Table 1 of 1505.05770, computed by hand."""
     x = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
     bump = math.exp(-0.5 * (4 / 0.6) ** 2)
-    assert DENSITIES["u1"](x)[0].item() == pytest.approx(-math.log(1 + bump), abs=1e-6)
-    assert DENSITIES["u2"](x).tolist() == pytest.approx([0, 0], abs=1e-6)  # sin(pi x / 2)
+    assert ENERGIES["u1"](x)[0].item() == pytest.approx(-math.log(1 + bump), abs=1e-6)
+    assert ENERGIES["u2"](x).tolist() == pytest.approx([0, 0], abs=1e-6)  # sin(pi x / 2)
     second = math.exp(-0.5 * (3 / 0.35) ** 2)
-    assert DENSITIES["u3"](x)[1].item() == pytest.approx(-math.log(1 + second), abs=1e-6)
+    assert ENERGIES["u3"](x)[1].item() == pytest.approx(-math.log(1 + second), abs=1e-6)
     second = math.exp(-0.5 * (1.5 / 0.35) ** 2)
-    assert DENSITIES["u4"](x)[1].item() == pytest.approx(-math.log(1 + second), abs=1e-6)
+    assert ENERGIES["u4"](x)[1].item() == pytest.approx(-math.log(1 + second), abs=1e-6)
 
 
 def test_quadrature_agrees_with_known_integrals():
@@ -55,7 +55,7 @@ def test_quadrature_agrees_with_known_integrals():
     )
 
 
-@pytest.mark.parametrize("name", DENSITIES)
+@pytest.mark.parametrize("name", ENERGIES)
 def test_points_follow_the_density(name):
     """The frequencies of 8 x 8 large cells, by a chi-squared test."""
     data = Energy2D(name=name, num_points=20_000)
@@ -95,7 +95,7 @@ def test_the_weights_of_samples_agree_with_the_density_of_the_flow(name):
         x, log_weights = flow.importance_samples(200)
         unit = ((x + 4) / 8).view(-1, 2, 1, 1)
         log_q = flow.log_density(unit) - math.log(64)
-    expected = -DENSITIES["mixture"](x) - log_q
+    expected = -ENERGIES["mixture"](x) - log_q
     assert torch.allclose(log_weights, expected, atol=1e-5)
 
 

@@ -31,10 +31,10 @@ def measure_compression(
         progress: Wrapper of the loops over the images.
 
     Returns:
-        Bits/dim of the whole file and without its fixed cost. For a flow also bits/dim by the model
-        for the noise of the file, and the difference of the length without the fixed cost from
-        `evaluated`, in its standard errors. For an RBM also the mean length in nats, as a
-        log-likelihood.
+        Bits/dim of the whole file and without its fixed cost. If `evaluated` is in bits/dim, also
+        bits/dim by the model for the noise of the file, and the difference of the length without
+        the fixed cost from `evaluated`, in its standard errors. For an RBM also the mean length in
+        nats, as a log-likelihood.
 
     Raises:
         UserError: If the images do not return.
@@ -43,21 +43,23 @@ def measure_compression(
     header, payload = read_header(result.data)
     if not torch.equal(decompress(codec, header, payload, progress), images.cpu()):
         raise UserError("decompression gives other images: the model or its code is wrong")
-    values = {FILE_BITS: result.bits_per_dim, NET_BITS: result.net_bits_per_dim}
-    known = []
+    values = [
+        MetricValue(FILE_BITS, result.bits_per_dim),
+        MetricValue(NET_BITS, result.net_bits_per_dim),
+    ]
     if evaluated.metric == BITS_PER_DIM:
-        known = [
-            MetricValue(
-                SAME_NOISE_BITS, result.model_bits_per_dim, likelihood=codec.model.likelihood
-            )
-        ]
         if evaluated.error:
-            values[GAP] = (result.net_bits_per_dim - evaluated.value) / evaluated.error
+            gap = (result.net_bits_per_dim - evaluated.value) / evaluated.error
+            values.append(MetricValue(GAP, gap))
+        likelihood = codec.model.likelihood
+        values.append(
+            MetricValue(SAME_NOISE_BITS, result.model_bits_per_dim, likelihood=likelihood)
+        )
     else:
-        values[CODE_LOG_LIKELIHOOD] = -result.net_bits * math.log(2) / len(images)
+        nats = -result.net_bits * math.log(2) / len(images)
+        values.append(MetricValue(CODE_LOG_LIKELIHOOD, nats))
     return Metrics.of(
-        *(MetricValue(metric, value) for metric, value in values.items()),
-        *known,
+        *values,
         file_bytes=len(result.data),
         decompressed="equal",
     )

@@ -49,7 +49,7 @@ class RBMCodec(Codec):
     def __init__(self, rbm: RBM, annealing_steps: int):
         check_whole(high=MAX_ANNEALING_STEPS, annealing_steps=annealing_steps)
         super().__init__(rbm)
-        self.rbm = rbm.cpu()
+        self.rbm = rbm
         self.annealing_steps = annealing_steps
         self.noise_bits = rbm.hidden + rbm.visible  # of the first step; later steps repay it
         self.weight = _to_integers(rbm.weight)
@@ -83,7 +83,8 @@ class RBMCodec(Codec):
         visible = self._anneal(images.flatten(1).double(), reversed(self._betas()), coder)
         self._push(coder, visible, self._base_logits(len(images)))
         log_z = float("nan") if self.rbm.log_z is None else self.rbm.log_z
-        nats = self.rbm.free_energy(self.rbm.to_visible(images)).double() + log_z
+        pixels = self.rbm.to_visible(images.to(self.rbm.device))
+        nats = self.rbm.free_energy(pixels).double().cpu() + log_z
         return nats / np.log(2)
 
     @torch.no_grad()
@@ -140,4 +141,4 @@ class RBMCodec(Codec):
 
 def _to_integers(values: Tensor) -> Tensor:
     """Return floats in units of 2^-WEIGHT_BITS, rounded; float64 holds these integers exactly."""
-    return (values.detach().double() * 2.0**WEIGHT_BITS).round()
+    return (values.detach().cpu().double() * 2.0**WEIGHT_BITS).round()

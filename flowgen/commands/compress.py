@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import shutil
 import tempfile
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from flowgen.coding import archive
@@ -222,11 +224,29 @@ def _read_image(
 
 
 def _pixels(file: bytes) -> tuple[tuple[int, int], bytes] | None:
-    """Return the size and the pixels of an image file, or None for more than 8 bits."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(file), formats=FORMATS))
-    if image.mode.startswith(("I", "F")) or getattr(image, "n_frames", 1) > 1:
+    """Return size and pixels of an image file, or None for more than 8 bits or one image."""
+    stored = Image.open(io.BytesIO(file), formats=FORMATS)
+    if _exceeds_8_bits(stored) or getattr(stored, "n_frames", 1) > 1:
         return None
+    image = ImageOps.exif_transpose(stored)
     return image.size, image.convert("RGBA").tobytes()
+
+
+def _exceeds_8_bits(image: ImageFile) -> bool:
+    """Return whether the values of an image that is not loaded yet have more than 8 bits.
+
+    Pillow rounds those of color images to 8 bits as it loads them.
+    """
+    if image.mode.startswith(("I", "F")):
+        return True
+    for tile in image.tile:
+        arguments = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        raw_mode = str(arguments[0]) if arguments else ""
+        if re.search(";16[BLN]", raw_mode):  # of PNG and TIFF
+            return True
+        if image.format == "PPM" and arguments[1:] and int(arguments[1]) > 255:  # maximum value
+            return True
+    return False
 
 
 def decompress(*, file: Path, run: str | None, overwrite: bool, out: Path) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from flowgen.data.dataset import ImageDataset, Split
-from flowgen.utils.energies import CELLS, DENSITIES, NODES, density_grid
+from flowgen.utils.energies import CELLS, ENERGIES, NODES, density_grid
 from flowgen.utils.errors import check_choice, check_whole
 from flowgen.utils.rendering import TOY2D_SHAPE
 
@@ -33,7 +33,7 @@ class Energy2D(ImageDataset):
     """
 
     def __init__(self, *, name: str = "u1", num_points: int = 50000, **options: Any):
-        check_choice(DENSITIES, name=name)
+        check_choice(ENERGIES, name=name)
         check_whole(num_points=num_points)
         self.density = name
         weights = density_grid(name).unfold(0, NODES, NODES).unfold(1, NODES, NODES).sum((2, 3))

@@ -33,6 +33,9 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 def all_gather_rows(values: Tensor) -> Tensor:
     """Return the rows of all processes, (processes * rows, ...), in the order of their ranks.
 
+    Args:
+        values: The rows of this process, (rows, ...), as many as those of every other process.
+
     Raises:
         WorkerDiedError: If another process has died.
     """

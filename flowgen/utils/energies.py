@@ -1,4 +1,8 @@
-"""Unnormalized densities exp(-U(x)) in the square [-4, 4] x [-4, 4], and their integrals."""
+"""Unnormalized densities exp(-U(x)) in the square [-4, 4] x [-4, 4], and their integrals.
+
+The energies u1 to u4 are those of Rezende and Mohamed, Variational Inference with Normalizing Flows
+(1505.05770), table 1. All energies U take points x, (batch, 2), and return (batch,).
+"""
 
 import math
 from collections.abc import Callable
@@ -17,12 +21,15 @@ MIXTURE_STD = 0.4
 
 
 def density_grid(name: str) -> Tensor:
-    """Return exp(-U) at the centers of a grid of the square, (rows, columns), in float64."""
+    """Return exp(-U) at the centers of a grid of the square, (rows, columns), in float64.
+
+    The grid has NODES points for each pixel value in both directions, so 1024 x 1024 points.
+    """
     resolution = CELLS * NODES
     centers = 2 * SPAN * (torch.arange(resolution, dtype=torch.double) + 0.5) / resolution - SPAN
     # (x, y) with x varying fastest
     points = torch.cartesian_prod(centers, centers).flip(1)
-    return (-DENSITIES[name](points)).exp().view(resolution, resolution)
+    return (-ENERGIES[name](points)).exp().view(resolution, resolution)
 
 
 @cache
@@ -38,7 +45,7 @@ def quadrature_log_z(name: str) -> float:
 
 
 def u1(x: Tensor) -> Tensor:
-    """Two arcs of a circle. This and the next three: (1505.05770), table 1."""
+    """Two arcs of a circle."""
     bumps = torch.stack((_square(x[:, 0] - 2, 0.6), _square(x[:, 0] + 2, 0.6)))
     return _square(_radius(x) - 2, 0.4) - (-bumps).logsumexp(0)
 
@@ -90,8 +97,7 @@ def _radius(x: Tensor) -> Tensor:
     return (x.square().sum(1) + 1e-12).sqrt()
 
 
-# Energies U(x) of points x (batch, 2), which return (batch,)
-DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {
+ENERGIES: dict[str, Callable[[Tensor], Tensor]] = {
     "u1": u1,
     "u2": u2,
     "u3": u3,

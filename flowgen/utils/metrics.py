@@ -204,9 +204,10 @@ def recorded_likelihood(row: Mapping[str, Any]) -> str | None:
         >>> recorded_likelihood({"log_z": 9.7, "log_z_error": 0.0})
         'exact'
     """
-    if row.get("log_z_error") == 0:
-        return "exact"
-    return next((kind for kind in get_args(Likelihood) if kind == row.get("likelihood")), None)
+    recorded = row.get("likelihood")
+    if recorded in get_args(Likelihood):
+        return str(recorded)
+    return "exact" if row.get("log_z_error") == 0 else None
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from flowgen.bijections.reshape import Flatten
 from flowgen.models.base import QUICK_EVAL, EvalConfig
 from flowgen.models.flows.builders import MAX_DEPTH, make_transform
 from flowgen.models.flows.flow import Flow
-from flowgen.utils.energies import DENSITIES, quadrature_log_z
+from flowgen.models.likelihood import estimate_log_mean
+from flowgen.utils.energies import ENERGIES, quadrature_log_z
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
 from flowgen.utils.rendering import TOY2D_SPAN as SPAN
@@ -21,8 +22,8 @@ from flowgen.utils.rendering import is_toy2d
 
 FLOWS = ("planar", "sylvester", "coupling")
 NUM_EVAL_SAMPLES = 20_000  # importance samples of an evaluation
-SQUARE_MARGIN = 1e-6  # of the logit, which keeps it finite at the edge of the square
-LOG_AREA = 2 * math.log(2 * SPAN)  # of the square, in which a unit is 1/8 of its side
+SQUARE_MARGIN = 1e-6  # keeps the logit finite at the edge of the square
+LOG_AREA = 2 * math.log(2 * SPAN)  # of the square; that of the unit square is 0
 REVERSE_KL = Metric("reverse_kl", "nats", higher_is_better=False)
 LOG_Z = Metric("log_z", "nats")
 EFFECTIVE_SAMPLE_SIZE = Metric(
@@ -33,10 +34,10 @@ EFFECTIVE_SAMPLE_SIZE = Metric(
 class ReverseKL(Flow):
     """A flow that is fitted to an unnormalized density p~(x) = Z p(x) by its reverse KL divergence.
 
-    The loss E_q[log q(x) - log p~(x)] = KL(q || p) - log Z takes samples x of the flow and their
-    density alone, so that only the direction from noise to points has to be in closed form, as in
+    The loss E_q[log q(x) - log p~(x)] = KL(q || p) - log Z needs only samples x of the flow and
+    their density, so that only the direction from noise to points has to be in closed form, as in
     planar flows. It needs no data: Rezende and Mohamed, Variational Inference with Normalizing
-    Flows (1505.05770), sections 3 and 6.1. Points of the data are used in evaluations alone.
+    Flows (1505.05770), sections 3 and 6.1. Only evaluations use points of the data.
 
     The flow T of noise z is followed by the distribution function of the normal distribution:
     x = Phi(T(z)), so that q starts as the uniform distribution on the square, and the importance
@@ -45,7 +46,7 @@ class ReverseKL(Flow):
     Args:
         image_shape: (2, 1, 1), the shape of points in the plane.
         bits: Bits per pixel value.
-        density: Name of the density, a key of `flowgen.utils.energies.DENSITIES`.
+        density: Name of the density, a key of `flowgen.utils.energies.ENERGIES`.
         flow: "planar", "sylvester" or "coupling".
         num_transforms: Number of transforms.
         width: Units of each hidden layer of the coupling networks.
@@ -77,10 +78,10 @@ class ReverseKL(Flow):
         num_layers: int = 2,
         transform: str = "spline",
     ):
-        if density not in DENSITIES or not is_toy2d(image_shape):
+        if density not in ENERGIES or not is_toy2d(image_shape):
             raise UserError(
                 "model=reverse_kl fits a flow to an unnormalized density in the plane: set "
-                f"data=energy data.name=NAME, where NAME is one of {', '.join(DENSITIES)}"
+                f"data=energy data.name=NAME, where NAME is one of {', '.join(ENERGIES)}"
             )
         check_choice(FLOWS, flow=flow)
         check_whole(width=width)
@@ -143,7 +144,7 @@ class ReverseKL(Flow):
 
     def log_target(self, x: Tensor) -> Tensor:
         """Return the unnormalized log-density log p~(x) of points (batch, 2): (batch,)."""
-        return -DENSITIES[self.density](x)
+        return -ENERGIES[self.density](x)
 
     @torch.no_grad()
     def evaluate(
@@ -156,24 +157,20 @@ class ReverseKL(Flow):
 
         - reverse_kl: KL(q || p) = E_q[log q(x) - log p~(x)] + log Z, with log Z by quadrature.
         - log_z: the logarithm of the mean weight, an estimate of log Z, and its standard error
-          sqrt((1 / s - 1) / samples) with s below.
+          sqrt((1 / s - 1) / (samples - 1)) with s below.
         - effective_sample_size: s = (mean of w)^2 / mean of w^2 for the weights w, a share of the
           samples that is 1 if q equals p. Owen, Monte Carlo theory, methods and examples (2013),
           section 9.3.
         """
         generator = torch.Generator(self.device).manual_seed(0)
         log_weights = self.importance_samples(NUM_EVAL_SAMPLES, generator)[1].double()
-        count = len(log_weights)
+        estimate = estimate_log_mean(log_weights)
         true_log_z = quadrature_log_z(self.density)
-        log_mean = log_weights.logsumexp(0) - math.log(count)
-        log_mean_square = (2 * log_weights).logsumexp(0) - math.log(count)
-        share = (2 * log_mean - log_mean_square).exp().item()
-        log_z_error = math.sqrt(max(1 / share - 1, 0) / count)
         kl = true_log_z - log_weights.mean().item()
-        kl_error = log_weights.std().item() / math.sqrt(count)
+        kl_error = log_weights.std().item() / math.sqrt(NUM_EVAL_SAMPLES)
         return super().evaluate(batches, train_batches, eval_config) | Metrics.of(
             MetricValue(REVERSE_KL, kl, kl_error),
-            MetricValue(LOG_Z, log_mean.item(), log_z_error, likelihood="estimate"),
-            MetricValue(EFFECTIVE_SAMPLE_SIZE, share),
+            MetricValue(LOG_Z, estimate.log_mean, estimate.error),
+            MetricValue(EFFECTIVE_SAMPLE_SIZE, estimate.effective_sample_size / NUM_EVAL_SAMPLES),
             quadrature_log_z=true_log_z,
         )
