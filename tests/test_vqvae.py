@@ -133,6 +133,21 @@ def test_codes_that_are_hardly_used_restart_at_outputs_of_the_encoder():
     assert 0 < (after[others] - before[others]).abs().max() < 0.2
 
 
+def test_unused_codes_wait_while_all_outputs_are_near_to_a_code():
+    codebook = EMACodebook(4, 2)
+    z = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(50, 1)
+    codebook.sums.copy_(torch.tensor([[9.0, 9.0], [9.0, -9.0], [-1.0, 0.0], [1.0, 0.0]]) / 4)
+    for _ in range(400):
+        noisy = z + 0.01 * torch.randn_like(z)
+        codebook.update(noisy)
+        assert torch.equal(codebook.codes(noisy)[:, 0], torch.tensor([2, 3]).repeat(50))
+    assert torch.allclose(codebook.vectors(torch.tensor([[0], [1]])).abs(), torch.tensor(9.0))
+    assert codebook.usage.min() > 0.9 * DEAD_USAGE / 4
+    for _ in range(10):
+        codebook.update(torch.cat((z, torch.tensor([[0.0, 1.0]]).repeat(100, 1))))
+    assert codebook.codes(torch.tensor([[0.0, 1.0]])).item() < 2
+
+
 def test_evaluation_does_not_change_the_codebook():
     model = tiny_model("vq")
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -38,6 +38,7 @@ from flowgen.utils.metrics import BITS_PER_DIM, Metric, Metrics, MetricValue
 
 EMA_DECAY = 0.99  # of the codebook, as in appendix A.1 of the VQ-VAE
 DEAD_USAGE = 0.1  # codes used less than this share of the mean usage are restarted
+NEAR_SHARE = 0.01  # of the variance of z: no code restarts this near to a code vector
 MAX_LEVELS = 2**16  # the prior computes as many probabilities
 MADE_WIDTH = 2  # hidden units of the MADE of the prior per unit of its transformer
 CLASS_SAMPLES = 64  # samples of each class whose mean is its latent
@@ -125,7 +126,9 @@ class EMACodebook(Quantizer):
 
     and the vector is sum_k / usage_k, with r = 0.99. Van den Oord, Vinyals and Kavukcuoglu
     (1711.00937), appendix A.1. Codes of little usage restart at outputs of the encoder, chosen at
-    random from the batch: Dhariwal et al. (Jukebox, 2005.00341). A code has one digit.
+    random from the batch: Dhariwal et al. (Jukebox, 2005.00341). Unlike there, a code waits while
+    its output is near to a code vector, because it would only take over outputs of that code. A
+    code has one digit.
 
     Several processes compute the same averages, over the outputs of all of them.
 
@@ -159,7 +162,7 @@ class EMACodebook(Quantizer):
 
     @torch.no_grad()
     def initialize(self, z: Tensor) -> None:
-        self._restart(torch.ones_like(self.usage, dtype=torch.bool), z)
+        self._restart(torch.ones_like(self.usage, dtype=torch.bool), self._draw_rows(z))
 
     @torch.no_grad()
     def update(self, z: Tensor) -> None:
@@ -170,15 +173,26 @@ class EMACodebook(Quantizer):
             sums = one_hot.T @ z / len(z)
         self.usage.lerp_(one_hot.mean(0), 1 - EMA_DECAY)
         self.sums.lerp_(sums, 1 - EMA_DECAY)
-        self._restart(self.usage < DEAD_USAGE / len(self.usage), z)
+        lowest = DEAD_USAGE / len(self.usage)
+        rows = self._draw_rows(z)
+        distance = (rows - self.vectors(self.codes(rows))).square().sum(1)
+        is_far = distance > NEAR_SHARE * z.var(0, correction=0).sum()
+        self._restart((self.usage < lowest) & is_far, rows)
+        # The usage of codes that wait would underflow.
+        scale = (lowest / self.usage).clamp(min=1)
+        self.usage.mul_(scale)
+        self.sums.mul_(scale[:, None])
 
-    def _restart(self, restarted: Tensor, z: Tensor) -> None:
-        """Move these codes (size,) to random rows of z and give them the mean usage."""
-        size = len(self.usage)
+    def _draw_rows(self, z: Tensor) -> Tensor:
+        """Return a random row of z for every code, (size, dim)."""
         # Every process draws the same rows, because they share the seed and z.
-        chosen = z[torch.randint(len(z), (size,), device=z.device)]
+        return z[torch.randint(len(z), self.usage.shape, device=z.device)]
+
+    def _restart(self, restarted: Tensor, rows: Tensor) -> None:
+        """Move these codes (size,) to their rows (size, dim) and give them the mean usage."""
+        size = len(self.usage)
         self.usage.copy_(self.usage.masked_fill(restarted, 1 / size))
-        self.sums.copy_(torch.where(restarted[:, None], chosen / size, self.sums))
+        self.sums.copy_(torch.where(restarted[:, None], rows / size, self.sums))
 
 
 class CodePrior(nn.Module):

@@ -17,8 +17,8 @@ class Layout(NamedTuple):
     """Levels of the networks for images of one size.
 
     Attributes:
-        group: Height and width of the pixels that a level groups into channels: 2, or 1 for images
-            smaller than two groups of `MIN_SIDE`.
+        group: Side length of the squares of pixels that a level groups into channels: 2, or 1 if
+            height or width is less than 2 `MIN_SIDE`.
         levels: Number of levels.
         size: Height and width of the smallest feature map.
     """

@@ -232,7 +232,8 @@ class VAE(LikelihoodModel):
         self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """Return log w = log p(x | z) + log p(z) - log q(z | x) in nats, (batch,), for one z."""
-        terms = self._draw_terms(images, generator)
+        encoding = self._encode(self._scale(images))
+        terms = self._terms(images, encoding, self.draw_noise(images, generator))
         return (terms.reconstruction - terms.kl)[:, 0]
 
     def draw_noise(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -256,13 +257,16 @@ class VAE(LikelihoodModel):
         samples = eval_config.num_importance_samples
 
         def terms_and_latents(images: Tensor) -> Tensor:
-            draws = [self._draw_terms(images, generator) for _ in range(samples)]
+            encoding = self._encode(self._scale(images))
+            draws = [
+                self._terms(images, encoding, self.draw_noise(images, generator))
+                for _ in range(samples)
+            ]
             terms = Terms(*(torch.cat(tensors, 1) for tensors in zip(*draws, strict=True)))
             bound = (terms.reconstruction - terms.kl).logsumexp(1) - math.log(samples)
             means = (terms.reconstruction.mean(1), terms.kl.mean(1))
-            return torch.cat(
-                (torch.stack((self.bits_per_dim(bound), *means), 1), self.encode(images)), 1
-            )
+            latents, _ = self.posterior(encoding, torch.zeros_like(encoding.mean))
+            return torch.cat((torch.stack((self.bits_per_dim(bound), *means), 1), latents), 1)
 
         def skip_noise(images: Tensor) -> None:
             for _ in range(samples):
@@ -339,11 +343,6 @@ class VAE(LikelihoodModel):
     def _encode(self, images_scaled: Tensor) -> Encoding:
         outputs = self.encoder(images_scaled).to(self.dtype)
         return Encoding(*outputs.tensor_split([self.latent_dim, 2 * self.latent_dim], 1))
-
-    def _draw_terms(self, images: Tensor, generator: torch.Generator | None) -> Terms:
-        return self._terms(
-            images, self._encode(self._scale(images)), self.draw_noise(images, generator)
-        )
 
     def _terms(self, images: Tensor, encoding: Encoding, noise: Tensor) -> Terms:
         """Return the terms of log w for noise (batch, samples, latent_dim)."""
