@@ -1,6 +1,7 @@
 """Sphinx configuration of the documentation: `make docs` builds it without a network."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -67,13 +68,12 @@ def drop_docstring_of_torch(app, what, name, obj, options, lines) -> None:
         lines.clear()
 
 
-def keep_values_with_errors(app, doctree) -> None:
-    """Break no line of a table before or after ±."""
+def keep_values_on_one_line(app, doctree) -> None:
+    """Break no line of a table inside `<= 1.146 ± 0.003` or `arXiv 1807.03039`."""
     for entry in doctree.findall(nodes.entry):
         for text in list(entry.findall(nodes.Text)):
-            text.parent.replace(
-                text, nodes.Text(text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"))
-            )
+            unbroken = re.sub(r"(?<=<=) | (?=±)|(?<=±) |(?<=arXiv) ", "\N{NO-BREAK SPACE}", text)
+            text.parent.replace(text, nodes.Text(unbroken))
 
 
 def keep_undocumented_names(app, env, node, content):
@@ -90,5 +90,5 @@ def keep_undocumented_names(app, env, node, content):
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", escape_bars)
     app.connect("autodoc-process-docstring", drop_docstring_of_torch)
-    app.connect("doctree-read", keep_values_with_errors)
+    app.connect("doctree-read", keep_values_on_one_line)
     app.connect("missing-reference", keep_undocumented_names)

@@ -214,7 +214,10 @@ def small_command(words: list[str]) -> list[str]:
         return [word for word in words if not word.startswith(("trainer.minutes", "trainer.steps"))]
     if words[0] == "sample" and "zoo/rbm_mnist" in words:
         words = [*words, "--steps", "5"]
-    for option, value in SMALL_OPTIONS.get(words[0], {}).items():
+    small_options = SMALL_OPTIONS.get(words[0], {})
+    if "--log-prob" in words:
+        small_options = {}  # an estimate from a few steps is refused
+    for option, value in small_options.items():
         if option in words:
             words[words.index(option) + 1] = value
         else:

@@ -79,7 +79,7 @@ class MarkdownDirective(SphinxDirective):
         content = StringList(self.lines(), source=self.get_source_info()[0])
         self.state.nested_parse(content, self.content_offset, container)
         for table in container.findall(nodes.table):
-            table["classes"].append("generated")
+            table["classes"] += ["generated", self.name]
         return list(container.children)
 
 
