@@ -1,6 +1,6 @@
-# Build: docker build --tag flowgen .
+# Build: docker build . --tag flowgen
 # Run:   docker run --rm --gpus all --volume "$PWD:/work" flowgen train model=glow
-# Without a GPU: docker build --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu --tag flowgen .
+# Without a GPU: docker build --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu . --tag flowgen
 FROM python:3.12-slim
 ARG PIP_EXTRA_INDEX_URL
 COPY constraints.txt /flowgen/
