@@ -152,6 +152,22 @@ def test_images_that_would_change_are_refused(command, color_run, tmp_path, else
     assert command("compress", gray, *arguments, "--overwrite")[0] == 0  # as color, equal
 
 
+def test_images_that_are_not_square_return(command, tmp_path, elsewhere):
+    for index in range(30):
+        save_image(tmp_path / "images" / f"{index:03d}.png", (8, 12, 3))
+    root = [*SMALL, f"data.root={tmp_path / 'images'}", "data.size=[8,12]", "data.bits=8"]
+    arguments = ("--run", trained(tmp_path, run=[*root, "trainer.steps=1"]) / "run", "--out")
+    square = save_image(tmp_path / "square.png", (8, 8, 3))
+    status, _, error = command("compress", square, *arguments, "a.flow")
+    assert status == 1 and "square.png would be changed to 12x8 pixels, 3 channels" in error
+    images = [tmp_path / "images" / f"{index:03d}.png" for index in range(3)]
+    assert command("compress", *images, *arguments, "a.flow")[0] == 0
+    assert command("decompress", "a.flow", *arguments, "restored")[0] == 0
+    for image in images:
+        restored = Image.open(elsewhere / "restored" / image.name)
+        assert restored.tobytes() == Image.open(image).tobytes()
+
+
 def png_of_16_bits(values: bytes) -> bytes:
     """Return a color PNG of 8x8 pixels, which Pillow cannot write."""
 
@@ -255,7 +271,11 @@ def test_links_in_the_folder_are_not_followed(command, color_run, images, elsewh
 
 
 @pytest.mark.parametrize(
-    "name", ["../a.png", "/a.png", "a/../../b.png", "a//b.png", "C:a.png", "a\\b.png", "a\0", "."]
+    "name",
+    [
+        *("../a.png", "/a.png", "a/../../b.png", "a//b.png", "C:a.png", "a\\b.png", "a\0", "."),
+        "\ud800.png",
+    ],
 )
 def test_unsafe_names_are_refused(data, name):
     header, _ = coding.read_header(data)
