@@ -217,7 +217,7 @@ def test_images_of_fewer_bits_are_exact_if_they_were_restored(command, tmp_path,
         ([], "give images, folders or zips, or choose --split test"),
         (["IMAGES", "--split", "test"], "but not both"),
         (["EMPTY"], "contains no images"),
-        (["nowhere.png"], "cannot be read as an image"),
+        (["nowhere.png"], "nowhere.png does not exist: choose images, or a folder or a zip"),
         (["BROKEN"], "broken.png is not an image, or is cut short: repair or remove it"),
         (["IMAGES", "--out", "no/a.flow"], "the folder of no/a.flow does not exist"),
     ],
@@ -294,6 +294,12 @@ def test_another_model_is_refused(command, color_run, images, tmp_path):
     status, _, error = command("decompress", "a.flow", "--run", run, "--out", "restored")
     assert status == 1 and "was written with another model" in error
     assert error.count("\n") == 1
+
+
+def test_a_model_of_another_kind_is_refused(command, color_run, images):
+    assert command("compress", images / "000.png", "--run", color_run, "--out", "a.flow")[0] == 0
+    status, _, error = command("decompress", "a.flow", "--run", "zoo/rbm_mnist", "--out", "b")
+    assert status == 1 and "was written with another model" in error
 
 
 def test_a_missing_package_is_one_sentence(command, monkeypatch):

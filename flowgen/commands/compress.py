@@ -198,9 +198,9 @@ def read_exact_images(
         if not is_exact and not prepared:
             raise UserError(
                 f"{path} would be changed to {width}x{height} pixels, "
-                f"{console.count_noun(channels, 'channel')} and {model.bits} bits, which loses "
-                "details: prepare the images in this format, or add --prepared to compress the "
-                "changed images"
+                f"{console.count_noun(channels, 'channel')} and "
+                f"{console.count_noun(model.bits, 'bit')}, which loses details: prepare the images "
+                "in this format, or add --prepared to compress the changed images"
             )
         names.append(path if source else Path(path).name)
         images.append(image)
@@ -271,12 +271,13 @@ def decompress(*, file: Path, run: str | None, overwrite: bool, out: Path) -> st
     header, payload = archive.read_header(file.read_bytes())
     names = file_names(header)
     _, _, model = runs.find_model(run or _known_run(header), "cpu", SupportsCompression)
+    archive.check_model(header, model)  # a codec of another model may refuse the annealing steps
     codec = make_codec(model, header.annealing_steps)
     check_color_channels(model.image_shape[0])
     images = archive.decompress(codec, header, payload, console.progress_bar)
     _save_images(images, names, model.bits, out)
     count = console.count_noun(len(images), "image")
-    bits = "8 bits" if model.bits == 8 else f"{model.bits} bits, scaled to 8"
+    bits = console.count_noun(model.bits, "bit") + (", scaled to 8" if model.bits < 8 else "")
     return f"{out}\n{count} of {bits}"
 
 
