@@ -152,6 +152,22 @@ def test_images_that_would_change_are_refused(command, color_run, tmp_path, else
     assert command("compress", gray, *arguments, "--overwrite")[0] == 0  # as color, equal
 
 
+def test_images_that_are_not_square_return(command, tmp_path, elsewhere):
+    for index in range(30):
+        save_image(tmp_path / "images" / f"{index:03d}.png", (8, 12, 3))
+    root = [*SMALL, f"data.root={tmp_path / 'images'}", "data.size=[8,12]", "data.bits=8"]
+    arguments = ("--run", trained(tmp_path, run=[*root, "trainer.steps=1"]) / "run", "--out")
+    square = save_image(tmp_path / "square.png", (8, 8, 3))
+    status, _, error = command("compress", square, *arguments, "a.flow")
+    assert status == 1 and "square.png would be changed to 12x8 pixels, 3 channels" in error
+    images = [tmp_path / "images" / f"{index:03d}.png" for index in range(3)]
+    assert command("compress", *images, *arguments, "a.flow")[0] == 0
+    assert command("decompress", "a.flow", *arguments, "restored")[0] == 0
+    for image in images:
+        restored = Image.open(elsewhere / "restored" / image.name)
+        assert restored.tobytes() == Image.open(image).tobytes()
+
+
 def png_of_16_bits(values: bytes) -> bytes:
     """Return a color PNG of 8x8 pixels, which Pillow cannot write."""
 
@@ -201,7 +217,7 @@ def test_images_of_fewer_bits_are_exact_if_they_were_restored(command, tmp_path,
         ([], "give images, folders or zips, or choose --split test"),
         (["IMAGES", "--split", "test"], "but not both"),
         (["EMPTY"], "contains no images"),
-        (["nowhere.png"], "cannot be read as an image"),
+        (["nowhere.png"], "nowhere.png does not exist: choose images, or a folder or a zip"),
         (["BROKEN"], "broken.png is not an image, or is cut short: repair or remove it"),
         (["IMAGES", "--out", "no/a.flow"], "the folder of no/a.flow does not exist"),
     ],
@@ -255,7 +271,11 @@ def test_links_in_the_folder_are_not_followed(command, color_run, images, elsewh
 
 
 @pytest.mark.parametrize(
-    "name", ["../a.png", "/a.png", "a/../../b.png", "a//b.png", "C:a.png", "a\\b.png", "a\0", "."]
+    "name",
+    [
+        *("../a.png", "/a.png", "a/../../b.png", "a//b.png", "C:a.png", "a\\b.png", "a\0", "."),
+        "\ud800.png",
+    ],
 )
 def test_unsafe_names_are_refused(data, name):
     header, _ = coding.read_header(data)
@@ -274,6 +294,12 @@ def test_another_model_is_refused(command, color_run, images, tmp_path):
     status, _, error = command("decompress", "a.flow", "--run", run, "--out", "restored")
     assert status == 1 and "was written with another model" in error
     assert error.count("\n") == 1
+
+
+def test_a_model_of_another_kind_is_refused(command, color_run, images):
+    assert command("compress", images / "000.png", "--run", color_run, "--out", "a.flow")[0] == 0
+    status, _, error = command("decompress", "a.flow", "--run", "zoo/rbm_mnist", "--out", "b")
+    assert status == 1 and "was written with another model" in error
 
 
 def test_a_missing_package_is_one_sentence(command, monkeypatch):

@@ -352,6 +352,17 @@ def test_resume_true_skips_finished_runs_and_refuses_other_settings(tiny_run, im
     assert (tiny_run / "config.yaml").read_text() == before
 
 
+def test_resume_true_continues_runs_that_are_older_than_a_setting(tiny_run, images, command):
+    config = read_config(tiny_run / "config.yaml")
+    del config["evaluation"]["compress"], config["model"]["condition_networks"]
+    save_config(config, tiny_run / "config.yaml")
+    overrides = [*SMALL, f"data.root={images}", f"output_dir={tiny_run}", "resume=true"]
+    status, _, error = command("train", *overrides, "trainer.steps=6")
+    assert status == 0 and "has ended at step 6" in error
+    status, _, error = command("train", *overrides, "trainer.steps=6", "evaluation.compress=true")
+    assert status == 1 and "evaluation.compress is False in the run but True in this" in error
+
+
 def test_signal_of_a_launcher_is_passed_on_once_the_run_is_saved(
     images, command, tmp_path, monkeypatch
 ):

@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flowgen.coding.codec import Codec
+from flowgen.coding.codec import Codec, fingerprint
 from flowgen.coding.coder import MARGIN, MAX_OFFSETS, Coder, NearBoundaryError
 from flowgen.coding.stack import WORD_BITS, BitStack, CodingError, reserve_words
+from flowgen.models.base import GenerativeModel
 from flowgen.utils.console import Progress, no_progress
 from flowgen.utils.errors import UserError, log, user_error
 from flowgen.utils.memory import check_memory
@@ -220,7 +221,7 @@ def compress(
     borrowed, words = compressor.stack.to_words()
     payload = words.astype("<u4").tobytes()
     header = Header(
-        model=codec.fingerprint(),
+        model=fingerprint(codec.model),
         run=run,
         tables=codec.checksum(),
         batches=compressor.batches,
@@ -255,11 +256,7 @@ def decompress(
     Raises:
         UserError: If the file is damaged or belongs to another model.
     """
-    if header.model != codec.fingerprint():
-        raise UserError(
-            f"the file was written with another model ({header.run}): give the same weights "
-            "with --run"
-        )
+    check_model(header, codec.model)
     if header.tables != codec.checksum():
         raise UserError(MISMATCH)
     check_memory("the number of images", header.num_images, 2 * codec.dimensions)
@@ -270,6 +267,15 @@ def decompress(
     if hashlib.sha256(images.numpy().tobytes()).hexdigest() != header.images:
         raise UserError(MISMATCH)
     return images
+
+
+def check_model(header: Header, model: GenerativeModel) -> None:
+    """Raise UserError unless this model compressed the images of a file."""
+    if header.model != fingerprint(model):
+        raise UserError(
+            f"the file was written with another model ({header.run}): give the same weights "
+            "with --run"
+        )
 
 
 def _decode_all(codec: Codec, header: Header, payload: bytes, progress: Progress) -> Tensor:

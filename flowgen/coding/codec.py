@@ -36,16 +36,6 @@ class Codec(ABC):
         self.dimensions = math.prod(model.image_shape)
         self.bins = 2**model.bits
 
-    def fingerprint(self) -> str:
-        """Return a hash of the model: its kind, its image format and its weights."""
-        model = self.model
-        kind = f"{type(model).__name__} {tuple(model.image_shape)} {model.bits}"
-        digest = hashlib.sha256(kind.encode())
-        for name, value in sorted(model.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:32]
-
     @abstractmethod
     def checksum(self) -> int:
         """Return a checksum of the tables of floats that became integers."""
@@ -73,3 +63,13 @@ class Codec(ABC):
         Returns:
             The images, (count, channels, height, width).
         """
+
+
+def fingerprint(model: GenerativeModel) -> str:
+    """Return a hash of a model: its kind, its image format and its weights."""
+    kind = f"{type(model).__name__} {tuple(model.image_shape)} {model.bits}"
+    digest = hashlib.sha256(kind.encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -186,19 +187,20 @@ def read_exact_images(
     Raises:
         UserError: If an image must be changed and `prepared` is false, or cannot be read.
     """
-    channels, size, _ = model.image_shape
+    channels, height, width = model.image_shape
     check_color_channels(channels)
     files = [file for path in paths for file in list_images(path.expanduser())][:count]
-    check_memory("the number of images", len(files), 2 * channels * size**2)
+    check_memory("the number of images", len(files), 2 * channels * height * width)
     names = []
     images = []
     for source, path in console.progress_bar(files, "reading", len(files)):
         image, is_exact = _read_image(source, path, model, config["data"].get("crop"))
         if not is_exact and not prepared:
             raise UserError(
-                f"{path} would be changed to {size}x{size} pixels, {channels} channels and "
-                f"{model.bits} bits, which loses details: prepare the images in this format, or "
-                "add --prepared to compress the changed images"
+                f"{path} would be changed to {width}x{height} pixels, "
+                f"{console.count_noun(channels, 'channel')} and "
+                f"{console.count_noun(model.bits, 'bit')}, which loses details: prepare the images "
+                "in this format, or add --prepared to compress the changed images"
             )
         names.append(path if source else Path(path).name)
         images.append(image)
@@ -210,7 +212,7 @@ def _read_image(
     source: ImageSource | None, name: str, model: GenerativeModel, crop: int | None
 ) -> tuple[Tensor, bool]:
     """Return an image at the model's bit depth, and whether its PNG will be equal to the file."""
-    channels, size, _ = model.image_shape
+    channels, *size = model.image_shape
     with user_error(f"{name} cannot be read as an image: repair or remove it"):
         data = read_file(source.root / name if source else Path(name))
         try:
@@ -269,12 +271,13 @@ def decompress(*, file: Path, run: str | None, overwrite: bool, out: Path) -> st
     header, payload = archive.read_header(file.read_bytes())
     names = file_names(header)
     _, _, model = runs.find_model(run or _known_run(header), "cpu", SupportsCompression)
+    archive.check_model(header, model)  # a codec of another model may refuse the annealing steps
     codec = make_codec(model, header.annealing_steps)
     check_color_channels(model.image_shape[0])
     images = archive.decompress(codec, header, payload, console.progress_bar)
     _save_images(images, names, model.bits, out)
     count = console.count_noun(len(images), "image")
-    bits = "8 bits" if model.bits == 8 else f"{model.bits} bits, scaled to 8"
+    bits = console.count_noun(model.bits, "bit") + (", scaled to 8" if model.bits < 8 else "")
     return f"{out}\n{count} of {bits}"
 
 
@@ -294,13 +297,21 @@ def _known_run(header: Header) -> str:
 def check_names(names: Sequence[str]) -> None:
     """Raise UserError unless all names stay inside of the folder that they are written to."""
     for name in names:
-        path = PurePosixPath(name)
-        is_relative = not path.is_absolute() and not PureWindowsPath(name).drive
-        parts = name.split("/")
-        if not is_relative or {"", ".", ".."} & set(parts) or "\\" in name or "\0" in name:
+        if not _is_safe(name):
             raise UserError(
                 f"{name!r} is not a safe name of an image: rename it, and compress the images again"
             )
+
+
+def _is_safe(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    path = PurePosixPath(name)
+    is_relative = not path.is_absolute() and not PureWindowsPath(name).drive
+    has_only_names = not {"", ".", ".."} & set(name.split("/"))
+    return is_relative and has_only_names and "\\" not in name and "\0" not in name
 
 
 def file_names(header: Header) -> list[str]:

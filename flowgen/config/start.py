@@ -237,7 +237,8 @@ def _load_init_weights(model: "GenerativeModel", config: dict[str, Any], source:
         runs.load_weights(model, eval_weights(checkpoint))
     except UserError as error:
         section = settings.flatten({"model": config["model"]})
-        differences = _differences(section, checkpoint["config"]) or ["different tensor shapes"]
+        stored = settings.flatten(checkpoint["config"])
+        differences = _differences(section, stored) or ["different tensor shapes"]
         raise UserError(
             f"the weights of init_from={source} do not fit, {', '.join(differences)}: "
             "train a model with the same settings"
@@ -268,19 +269,29 @@ def _check_same_settings(run: Run, config: dict[str, Any]) -> None:
     run.check_contained()
     ignored = ("output_dir", "trainer.num_processes")
     given = {key: value for key, value in settings.flatten(config).items() if key not in ignored}
-    if differences := _differences(given, compose.read_config(run.config)):
+    stored = compose.read_config(run.config)
+    if differences := _differences(given, _default_values(stored) | settings.flatten(stored)):
         raise UserError(
             f"{run.folder} holds a run with other settings, {', '.join(differences)}: continue it "
             f"as it is with `flowgen resume {run.folder}`, or choose another output_dir="
         )
 
 
-def _differences(command: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def _default_values(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of all settings, which a run has for those that are newer than it."""
+    defaults = settings.settings_of_file("train")
+    for section in settings.SECTIONS:
+        option = Path(settings.yaml_file(section, config[section]["_target_"])).stem
+        if option in settings.group_options(section):
+            defaults = defaults | settings.settings_of_option(section, option)
+    return {key: setting.default for key, setting in defaults.items()}
+
+
+def _differences(command: dict[str, Any], stored: dict[str, Any]) -> list[str]:
     """Return phrases for settings of a command that differ from those of a run.
 
     A run stores the value that it chose for `auto`, so `auto` differs from no value.
     """
-    stored = settings.flatten(config)
     return [
         f"{key} is {stored.get(key, 'not set')} in the run but {value} in this command"
         for key, value in command.items()

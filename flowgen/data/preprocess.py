@@ -296,10 +296,10 @@ def log_skipped(skipped: Sequence[str], count: int) -> None:
 
 def list_images(path: Path) -> list[tuple[ImageSource | None, str]]:
     """Return an image file with no source, or a source and each of its names."""
-    if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
-        return [(None, str(path))]
     if not path.exists():
         raise UserError(f"{path} does not exist: choose images, or a folder or a zip of them")
+    if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+        return [(None, str(path))]
     try:
         source = open_source(path)
     except UserError as error:

@@ -17,8 +17,8 @@ ETA_AFTER_SECONDS = 10.0  # of work, before its speed is known
 MIN_REMAINING_SECONDS = 60.0  # shorter waits are not announced
 MIN_TEXT_WIDTH = 30  # characters of the last column of a table
 DISK_FULL = (
-    "the disk is full: free some space, "
-    "then continue from the last checkpoint with `flowgen resume RUN`"
+    "the disk is full: free some space and run the command again, or continue a training with "
+    "`flowgen resume RUN`"
 )
 OUT_OF_MEMORY = (
     "not enough memory: choose a smaller trainer.batch_size, --count or model.width, "

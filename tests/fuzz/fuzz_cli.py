@@ -14,7 +14,7 @@ SYMBOLS = (
 TEXTS = ("", " ", "a\nb", "\x1b[31m", "\u00e9", "\udcff", 5000 * "x", *SYMBOLS)
 COMMANDS = (
     *("train", "resume", "sample", "interpolate", "complete", "chain", "evaluate", "score"),
-    *("report", "runs", "export", "edit"),
+    *("report", "runs", "export", "edit", "compress", "decompress"),
 )
 RUNS = (
     "flow",
@@ -33,6 +33,7 @@ EXISTING_PATHS = (
     "idx",
     "lists",
     "flow.safetensors",
+    "images.flow",
     "outputs/flow",
     "outputs/rbm/config.yaml",
     "outputs",
@@ -70,9 +71,17 @@ OPTIONS = {
         *("--attribute", "--amount", "--labels", "--direction", "--run", "--count", "--device"),
         "--out",
     ),
+    "compress": (
+        *("--run", "--split", "--count", "--prepared", "--no-verify", "--annealing-steps"),
+        *("--overwrite", "--json", "--out"),
+    ),
+    "decompress": ("--run", "--overwrite", "--out"),
     "train": ("-m", "--cfg", "--resolve", "--info", "--package"),
 }
-FLAGS = ("--spherical", "--json", "-m", "--resolve")
+FLAGS = (
+    *("--spherical", "--json", "--prepared", "--no-verify", "--overwrite"),
+    *("-m", "--resolve"),
+)
 VALID_VALUES = {  # half of the values are valid, so that many commands get far
     "--run": RUNS,
     "--out": PATHS,
@@ -88,6 +97,8 @@ VALID_VALUES = {  # half of the values are valid, so that many commands get far
     "--labels": ("labels.csv", *PATHS),
     "--count": ("2", "4", "70"),
     "--steps": ("1", "3", "5"),
+    "--annealing-steps": ("1", "3"),
+    "--split": ("test", "train"),
     "--frames": ("2", "3"),
     "--temperature": ("0", "0.7", "1"),
 }
@@ -124,8 +135,10 @@ def _random_override(rng: random.Random, model: str) -> str:
 
 def _random_arguments(command: str, rng: random.Random) -> list[str]:
     image = rng.choice(IMAGES)
-    if command in ("complete", "score"):
+    if command in ("complete", "score", "compress"):
         return [image]
+    if command == "decompress":
+        return [rng.choice(("images.flow", image))]
     if command == "interpolate":
         return [image, "images/02.png"]
     if command == "edit":

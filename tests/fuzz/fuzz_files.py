@@ -36,6 +36,8 @@ NUM_PATHS = {  # audit event: number of its arguments that are paths
     "os.rmdir": 1,
 }
 MODELS = {"flow": "glow", "rbm": "rbm, pcd"}  # name of a run: key of TRAINING_RUNS
+COMPRESSED = "images.flow"
+RESTORED = "restored"  # folder of `decompress`
 FIRST_IMAGE = "images/00.png"
 SECOND_IMAGE = "images/01.png"
 TRAIN = (
@@ -83,8 +85,9 @@ def confine(folder: Path) -> Callable[[], None]:
 class Folder:
     """A folder with all kinds of input files, and an empty folder as HOME.
 
-    It has a run and an exported model of a flow and of an RBM; images as files, in a zip and in
-    IDX files; lists in CelebA's format; and a CSV table of attributes.
+    It has a run and an exported model of a flow and of an RBM; images as files, in a zip, in IDX
+    files and compressed with the flow; lists in CelebA's format; and a CSV table of attributes.
+    The images that `decompress` restores are in a folder next to it.
     """
 
     def __init__(self, workspace: Workspace, path: Path):
@@ -96,6 +99,7 @@ class Folder:
         images = path / "images"
         shutil.copytree(workspace.images, images)
         self._make_models(images)
+        self._compress(images)
         names = sorted(image.name for image in images.iterdir())
         with zipfile.ZipFile(path / "images.zip", "w") as archive:
             for name in names:
@@ -108,8 +112,16 @@ class Folder:
             run = self.path / "outputs" / run_name
             model = self.path / f"{run_name}.safetensors"
             for args in (train_args(training, images, run), ["export", run, model]):
-                outcome = run_flowgen(args, self.path)
-                assert outcome.status == 0, outcome.error
+                self._run(*args)
+
+    def _compress(self, images: Path) -> None:
+        model = ("--run", "flow", "--out")
+        self._run("compress", images, "--prepared", *model, COMPRESSED)
+        self._run("decompress", COMPRESSED, *model, self.path.parent / RESTORED)
+
+    def _run(self, *args: object) -> None:
+        outcome = run_flowgen(args, self.path)
+        assert outcome.status == 0, outcome.error
 
     def _make_lists(self, images: Path, names: list[str]) -> None:
         folder = self.path / "lists"
@@ -162,13 +174,19 @@ def commands_for(folder: Path, file: Path) -> list[str]:
             f"score {FIRST_IMAGE} --run {name}",
             f"export {name} x.safetensors",
         ]
+    if name.suffix == ".flow":
+        return [f"decompress {name} {run}--out {RESTORED}" for run in ("--run flow ", "")]
     if top == "idx":
         return [f"{TRAIN} data=mnist data.root=idx"]
     if top == "lists":
         train = f"{TRAIN} data=folder data.root=lists"
         return [train, f"{train} data.attribute=Smiling"]
     if top == "images.zip":
-        return [f"{TRAIN} data=folder data.root={name}", f"score {name} --run flow"]
+        return [
+            f"{TRAIN} data=folder data.root={name}",
+            f"score {name} --run flow",
+            f"compress {name} --run flow --out new.flow",
+        ]
     if top == "labels.csv":
         return [
             f"edit {FIRST_IMAGE} --attribute {attribute} --labels {name} --run flow"
@@ -179,6 +197,7 @@ def commands_for(folder: Path, file: Path) -> list[str]:
     return [
         f"interpolate {name} {SECOND_IMAGE} --run flow --steps 3",
         f"score {name} --run rbm",
+        f"compress {name} {SECOND_IMAGE} --prepared --run flow --out new.flow",
         f"complete {name} --known left --run rbm --steps 2",
         f"{TRAIN} data=folder data.root=images",
     ]
@@ -196,6 +215,15 @@ def _check(kind: str, name: str, outcome: Outcome, new_paths: set[str]) -> Resul
     return Result(kind, name, 1, fault)
 
 
+def _wrong_images(work: Path, right: Path) -> str:
+    """Return a fault if `decompress` wrote other images than from the file without damage."""
+    contents = [
+        sorted(path.read_bytes() for path in folder.rglob("*.png"))
+        for folder in (work / RESTORED, right)
+    ]
+    return "" if contents[0] == contents[1] else "wrong images"
+
+
 def _paths_outside(folder: Folder) -> set[str]:
     """Return the existing paths in places where a command could write by mistake."""
     paths = set(Path(tempfile.gettempdir()).glob("outside*"))
@@ -204,12 +232,19 @@ def _paths_outside(folder: Folder) -> set[str]:
     return {str(path) for path in paths}
 
 
-def fuzz_files(folder: Folder, seed: int, count: int) -> Iterator[Result]:
-    """Damage a random file of a fresh copy of the folder and use it, `count` times."""
+def fuzz_files(folder: Folder, seed: int, count: int, pattern: str = "*") -> Iterator[Result]:
+    """Damage a random file of a fresh copy of the folder and use it, `count` times.
+
+    Args:
+        folder: The folder, which stays as it is.
+        seed: Seed of the damages.
+        count: How often.
+        pattern: Names of the files that may be damaged, such as `*.flow`.
+    """
     work = folder.path.parent / "files"
     files = [
         path.relative_to(folder.path)
-        for path in sorted(folder.path.rglob("*"))
+        for path in sorted(folder.path.rglob(pattern))
         if path.is_file() and path.suffix not in (".part", ".md")
     ]
     files = [path for path in files if "tensorboard" not in path.parts]
@@ -220,7 +255,7 @@ def fuzz_files(folder: Folder, seed: int, count: int) -> Iterator[Result]:
         for config in work.glob("outputs/*/config.yaml"):
             config.write_text(config.read_text().replace(str(folder.path), str(work)))
         file = work / rng.choice(files)
-        if rng.random() < OWN_CACHE_PROBABILITY:
+        if pattern == "*" and rng.random() < OWN_CACHE_PROBABILITY:
             outcome = run_flowgen(["evaluate", "--run", "flow"], work)
             if outcome.status == 0:
                 file = rng.choice(sorted((work / "cache").iterdir()))
@@ -229,7 +264,11 @@ def fuzz_files(folder: Folder, seed: int, count: int) -> Iterator[Result]:
         before = _paths_outside(folder)
         outcome = run_flowgen(command.split(), work, prepare=confine(work))
         name = f"{index}: {change} in {file.relative_to(work)}, flowgen {command}"
-        yield _check("damaged file", name, outcome, _paths_outside(folder) - before)
+        result = _check("damaged file", name, outcome, _paths_outside(folder) - before)
+        if command.startswith("decompress") and outcome.status == 0:
+            fault = _wrong_images(work, folder.path.parent / RESTORED)
+            result = result._replace(fault=result.fault or fault)
+        yield result
         shutil.rmtree(work)
 
 

@@ -5,12 +5,15 @@ import math
 import random
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+
+from flowgen.coding.archive import LENGTH_BYTES, MAGIC
 
 PLAIN_VALUES: tuple[Any, ...] = (
     *(None, True, 0, -1, 1, 2**31, 2**63, 2**70, 10**30, 1.5, -0.0),
@@ -119,6 +122,27 @@ def mutate_safetensors(path: Path, rng: random.Random) -> str:
     return "values"
 
 
+def mutate_compressed(path: Path, rng: random.Random) -> str:
+    """Change a value of the header of a file of `flowgen compress`, or one of its words.
+
+    The checksum of the words stays right, as in a file of an attacker.
+    """
+    data = path.read_bytes()
+    start = len(MAGIC) + LENGTH_BYTES
+    end = start + int.from_bytes(data[len(MAGIC) : start], "little")
+    header = json.loads(zlib.decompress(data[start:end]))
+    words = bytearray(data[end:])
+    changes_words = rng.random() < 0.2
+    if changes_words:
+        words[rng.randrange(len(words))] ^= 1 << rng.randrange(8)
+        header["words"] = zlib.crc32(words)
+    else:
+        header = mutate_tree(header, rng, PLAIN_VALUES)
+    text = zlib.compress(json.dumps(header).encode())
+    path.write_bytes(MAGIC + len(text).to_bytes(LENGTH_BYTES, "little") + text + words)
+    return "words" if changes_words else "values"
+
+
 def mutate_zip(path: Path, rng: random.Random) -> str:
     """Add an entry with an unusual name to a zip archive."""
     name = rng.choice(ZIP_NAMES)
@@ -134,5 +158,6 @@ MUTATIONS: dict[str, Callable[[Path, random.Random], str]] = {
     ".yaml": mutate_config,
     ".jsonl": mutate_metrics,
     ".safetensors": mutate_safetensors,
+    ".flow": mutate_compressed,
     ".zip": mutate_zip,
 }

@@ -38,7 +38,9 @@ def speed_up() -> None:
     RBM.sample = partialmethod(RBM.sample, steps=9)  # type: ignore[assignment]
 
 
-def run_parts(workspace: Workspace, seed: int, count: int, parts: list[str]) -> Iterator[Result]:
+def run_parts(
+    workspace: Workspace, seed: int, count: int, parts: list[str], pattern: str
+) -> Iterator[Result]:
     """Yield the results of the parts. All parts make progress at the same pace."""
     num_ranks = max(1, count // 50)
     num_disks = max(1, count // 5)
@@ -50,7 +52,7 @@ def run_parts(workspace: Workspace, seed: int, count: int, parts: list[str]) -> 
     }
     if {"files", "lines"} & set(parts):
         folder = fuzz_files.Folder(workspace, workspace.folder / "original" / "folder")
-        results["files"] = (num_files, fuzz_files.fuzz_files(folder, seed, num_files))
+        results["files"] = (num_files, fuzz_files.fuzz_files(folder, seed, num_files, pattern))
         results["lines"] = (num_files, fuzz_files.fuzz_command_lines(folder, seed, num_files))
     progress = dict.fromkeys(parts, 0.0)
     while progress:
@@ -102,6 +104,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument(
+        "--pattern",
+        default="*",
+        help="the part `files` damages only files with such a name, such as '*.flow'",
+    )
+    parser.add_argument(
         "--folder",
         type=Path,
         help="an empty folder for all files, which is kept; by default a temporary one in memory",
@@ -127,14 +134,15 @@ def main() -> None:
         path.touch()
         with contextlib.suppress(KeyboardInterrupt):
             workspace = Workspace(folder, disk_faults.can_mount(folder))
-            for result in run_parts(workspace, args.seed, args.count, list(args.parts)):
+            results = run_parts(workspace, args.seed, args.count, list(args.parts), args.pattern)
+            for result in results:
                 save_result(args.seed, result, path)
                 if result.fault:
                     print(f"FAULT: {result.kind}, {result.name}: {result.fault}", flush=True)
-        results = load_results(path)
+        saved = load_results(path)
     minutes = (time.monotonic() - start) / 60
-    print(f"\n{args.count} kills requested, {minutes:.0f} min\n\n{table(results)}")
-    sys.exit(any(result.fault for _, result in results))
+    print(f"\n{args.count} kills requested, {minutes:.0f} min\n\n{table(saved)}")
+    sys.exit(any(result.fault for _, result in saved))
 
 
 if __name__ == "__main__":
