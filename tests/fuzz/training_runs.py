@@ -101,6 +101,8 @@ def make_images(folder: Path) -> Path:
 def train_args(name: str, images: Path, run: Path, *overrides: str) -> list[str]:
     """Return the arguments of `flowgen` for a training run."""
     data = ["data=folder", f"data.root={images}", "data.size=4"]
+    if any(override.startswith("data=") for override in TRAINING_RUNS[name]):
+        data = []  # the run names its own data
     output = [f"output_dir={run}", "resume=true"]
     return ["train", *data, *output, *TRAINING_RUNS[name], *TRAINER, *overrides]
 
