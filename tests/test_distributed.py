@@ -85,6 +85,7 @@ MODELS = {
         "data.num_points=100",
         "model=reverse_kl",
         "model.width=4",
+        "model.anneal_samples=20",
         "trainer.optimizer=sgd",
     ],
     "recomputed": [
