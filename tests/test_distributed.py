@@ -79,6 +79,15 @@ MODELS = {
         "model.quantizer=vq",
         "trainer.optimizer=sgd",
     ],
+    "reverse_kl": [
+        *(override for override in TINY if not override.startswith("data")),
+        "data=energy",
+        "data.num_points=100",
+        "model=reverse_kl",
+        "model.width=4",
+        "model.anneal_samples=20",
+        "trainer.optimizer=sgd",
+    ],
     "recomputed": [
         *TINY,
         "model=realnvp",
@@ -106,7 +115,9 @@ def make_config(name: str, images: Path, steps: int) -> dict:
         "trainer.precision=float32",
         "trainer.eval_every=10",
     ]
-    return compose_config([*MODELS[name], f"data.root={images}", *settings]).config
+    if "data=energy" not in MODELS[name]:
+        settings.append(f"data.root={images}")
+    return compose_config([*MODELS[name], *settings]).config
 
 
 def run_in_processes(num_processes: int, jobs: list, path: Path) -> str:

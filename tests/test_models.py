@@ -132,9 +132,13 @@ def initialized(name: str, bits: int = 5, size: tuple[int, int] = (8, 8)) -> Gen
     return model.eval()
 
 
-@pytest.fixture(params=MODELS)
+# Distributions of pixel values treat the first and the last value differently.
+CASES = [(name, 5) for name in FLOWS] + [(name, bits) for name in OTHER_MODELS for bits in (1, 8)]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def model(request: pytest.FixtureRequest) -> GenerativeModel:
-    return initialized(request.param)
+    return initialized(*request.param)
 
 
 @pytest.fixture(params=FLOWS)
@@ -150,7 +154,7 @@ def exact(request: pytest.FixtureRequest) -> GenerativeModel:
 
 
 def test_loss_is_a_finite_scalar_with_gradients_for_every_parameter(model):
-    loss = model(random_images(5, 4))
+    loss = model(random_images(model.bits, 4))
     assert loss.shape == () and torch.isfinite(loss)
     loss.backward()
     assert all(
@@ -160,16 +164,16 @@ def test_loss_is_a_finite_scalar_with_gradients_for_every_parameter(model):
 
 
 def test_evaluation_is_reproducible_and_reports_error_bits_and_samples(model):
-    batches = random_images(5, 10).split(4)
+    batches = random_images(model.bits, 10).split(4)
     metrics = model.evaluate(batches)
     assert metrics == model.evaluate(batches)
     name = model.metric.name
     assert next(iter(metrics.measured)) == name and metrics[name].error > 0
-    assert metrics.facts == {"bits": 5, "num_importance_samples": 1, "images": 10}
+    assert metrics.facts == {"bits": model.bits, "num_importance_samples": 1, "images": 10}
 
 
 def test_evaluation_does_not_change_the_random_state_of_training(model):
-    images = random_images(5, 4)
+    images = random_images(model.bits, 4)
     state = torch.get_rng_state()
     expected = torch.rand(3)
     torch.set_rng_state(state)
@@ -181,7 +185,8 @@ def test_evaluation_does_not_change_the_random_state_of_training(model):
 def test_samples_are_images_with_a_score(model):
     images, score = model.sample(5, temperature=0.7, generator=torch.Generator().manual_seed(1))
     again, _ = model.sample(5, temperature=0.7, generator=torch.Generator().manual_seed(1))
-    assert images.shape == (5, 3, 8, 8) and images.dtype == torch.uint8 and images.max() < 32
+    assert images.shape == (5, 3, 8, 8) and images.dtype == torch.uint8
+    assert images.max().item() < 2**model.bits
     assert score.shape == (5,) and torch.isfinite(score).all() and torch.equal(images, again)
 
 
@@ -191,10 +196,12 @@ def test_samples_at_temperature_zero_are_equal(model):
 
 
 def test_decoding_the_latents_returns_the_images_if_the_model_says_so(model):
-    images = random_images(5, 16)
+    images = random_images(model.bits, 16)
     latent = model.encode(images)
     assert latent.ndim == 2 and len(latent) == 16
-    assert torch.equal(model.decode(latent), images) == model.restores_images
+    restored = torch.equal(model.decode(latent), images)
+    if model.bits > 1 or model.restores_images:  # few errors are possible at one bit
+        assert restored == model.restores_images
 
 
 def test_temperature_scales_every_latent_of_a_flow(flow):
@@ -456,5 +463,5 @@ def test_a_model_can_be_averaged_and_saved(model):
     average.update_parameters(model)
     copy = average.module
     copy.load_state_dict(model.state_dict())
-    images = random_images(5, 4)
+    images = random_images(model.bits, 4)
     assert torch.equal(copy.encode(images), model.encode(images))

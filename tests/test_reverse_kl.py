@@ -25,9 +25,9 @@ FLOWS = {
 }
 
 
-def reverse_kl_flow(name: str, density: str = "mixture") -> ReverseKL:
+def reverse_kl_flow(name: str, density: str = "mixture", **changes: object) -> ReverseKL:
     torch.manual_seed(0)
-    return ReverseKL(density=density, **FLOWS[name])
+    return ReverseKL(density=density, **FLOWS[name] | changes)
 
 
 def points(name: str = "mixture") -> Energy2D:
@@ -112,6 +112,27 @@ def test_training_lowers_the_kl_divergence_and_log_z_is_right(name):
         assert abs(log_z.value - MIXTURE_LOG_Z) < 3 * log_z.error
         assert after["effective_sample_size"].value > 0.7
         assert after["reverse_kl"].value > -3 * after["reverse_kl"].error
+
+
+def test_annealing_raises_the_inverse_temperature_in_training_only():
+    flow = reverse_kl_flow("planar", anneal_samples=512).train()
+
+    def loss_and_terms() -> tuple[float, float, float]:
+        torch.manual_seed(0)
+        loss = flow(IMAGES).item()
+        torch.manual_seed(0)
+        x, log_weights = flow.importance_samples(len(IMAGES))
+        log_target = flow.log_target(x)
+        return loss, (log_target - log_weights).mean().item(), log_target.mean().item()
+
+    for beta in (0.01, 0.51, 1, 1):
+        loss, log_q, log_target = loss_and_terms()
+        assert loss == pytest.approx(log_q - beta * log_target, abs=1e-4)
+    assert flow.samples_seen == 4 * 256
+    flow.samples_seen.zero_()
+    flow.eval()
+    loss, log_q, log_target = loss_and_terms()
+    assert loss == pytest.approx(log_q - log_target, abs=1e-4) and flow.samples_seen == 0
 
 
 def test_a_flow_that_equals_its_target_has_equal_weights(monkeypatch):

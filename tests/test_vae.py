@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import SMALL, fit
+from conftest import fit
 from torch import Tensor
 from torch import distributions as td
 
@@ -12,8 +12,6 @@ from flowgen.bijections.base import standard_normal_log_prob
 from flowgen.models.base import EvalConfig
 from flowgen.models.vae.latents import POSTERIORS, PRIORS, Encoding, make_posterior, make_prior
 from flowgen.models.vae.vae import VAE
-from flowgen.training.checkpoint import read_checkpoint
-from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError
 
 SIZE = (1, 1, 2)
@@ -322,25 +320,3 @@ def test_training_finds_that_all_images_are_one_of_two():
 def test_invalid_arguments_are_rejected(settings, message):
     with pytest.raises(UserError, match=message):
         VAE(image_shape=(1, 4, 4), **settings)
-
-
-def test_a_run_with_warmup_resumes_bit_for_bit(images, tmp_path, command):
-    settings = [
-        *(override for override in SMALL if not override.startswith("model.")),
-        "model=vae",
-        "model.width=4",
-        "model.warmup_images=50",
-        "model.free_bits=0.1",
-        "model.posterior=planar",
-        f"data.root={images}",
-        "trainer.warmdown_ratio=0",
-    ]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert command("train", *settings, "trainer.steps=6", f"output_dir={whole}")[0] == 0
-    assert command("train", *settings, "trainer.steps=3", f"output_dir={parts}")[0] == 0
-    assert command("resume", parts, "trainer.steps=6")[0] == 0
-    states = [read_checkpoint(Run(run).last) for run in (whole, parts)]
-    assert states[0]["model"]["images_seen"] == states[0]["ema"]["module.images_seen"] == 24
-    for part in ("model", "ema"):
-        for name, value in states[0][part].items():
-            assert torch.equal(value, states[1][part][name]), name

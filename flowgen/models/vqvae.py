@@ -369,7 +369,7 @@ class VQVAE(LikelihoodModel, ClassConditional):
         bits: int = 8,
         patch: int | None = None,
         num_layers: int = 2,
-        prior_layers: int = 4,
+        prior_layers: int = 2,
         width: int = 64,
         num_heads: int = 2,
         dropout: float = 0.0,

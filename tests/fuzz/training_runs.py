@@ -55,7 +55,13 @@ TRAINING_RUNS = {
         "model.eval_times=2",
     ),
     "planar": ("data.bits=5", "model=planar", "model.num_transforms=2"),
-    "reverse_kl": ("data=energy", "data.num_points=100", "model=reverse_kl", "model.width=4"),
+    "reverse_kl": (
+        "data=energy",
+        "data.num_points=100",
+        "model=reverse_kl",
+        "model.width=4",
+        "model.anneal_samples=20",
+    ),
     "sylvester": (*FLOW, "model=sylvester", "model.num_transforms=2"),
     "pixelcnn": (*FLOW, "model=pixelcnn", "model.num_layers=1"),
     "vae": (*FLOW, "model=vae", "model.free_bits=0.1", "model.warmup_images=10"),
@@ -101,6 +107,8 @@ def make_images(folder: Path) -> Path:
 def train_args(name: str, images: Path, run: Path, *overrides: str) -> list[str]:
     """Return the arguments of `flowgen` for a training run."""
     data = ["data=folder", f"data.root={images}", "data.size=4"]
+    if any(override.startswith("data=") for override in TRAINING_RUNS[name]):
+        data = []  # the run names its own data
     output = [f"output_dir={run}", "resume=true"]
     return ["train", *data, *output, *TRAINING_RUNS[name], *TRAINER, *overrides]
 
