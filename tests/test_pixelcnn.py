@@ -138,7 +138,7 @@ def exact_conditional(model: PixelCNN, image: Tensor, known: Tensor) -> tuple[Te
 @pytest.mark.parametrize("known", [TOP, DIAGONAL], ids=["top", "diagonal"])
 def test_inpainting_draws_from_the_exact_conditional(known, num_classes, monkeypatch):
     monkeypatch.setattr("flowgen.models.pixelcnn.INPAINTING_CHAINS", 1000)
-    model = random_model(0.5, num_layers=1, num_classes=num_classes)
+    model = random_model(num_layers=1, num_classes=num_classes)
     image = random_images(model, 1)
     images, log_prob = exact_conditional(model, image, known)
     generator = torch.Generator().manual_seed(0)
