@@ -8,6 +8,7 @@ from enumeration import all_images
 from torch import Tensor
 
 from flowgen.models.base import ClassConditional, LinearMeasurement
+from flowgen.models.categorical import Categorical
 from flowgen.models.pixelcnn import (
     GatedLayer,
     MetropolisChains,
@@ -33,6 +34,20 @@ def random_model(scale: float = 0.3, **arguments: object) -> PixelCNN:
                 if isinstance(layer, GatedLayer):
                     layer.condition.weight *= 3
     return model
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+def test_the_intervals_of_all_values_fill_the_unit_interval(bits):
+    bins = 2**bits
+    logits = 20 * torch.randn(1, 3 * bins, 2, 2)
+    distribution = Categorical(logits.expand(bins, -1, -1, -1), channels=3)
+    values = torch.arange(bins, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    low, high = distribution.interval(values)
+    assert torch.equal(low[1:], high[:-1])
+    assert (low[0] == 0).all() and (high[-1] == 1).all()
+    assert torch.allclose(distribution.log_prob(values).double().exp(), high - low, atol=1e-6)
+    assert torch.equal(distribution.quantile((low + high) / 2), values)
+    assert torch.equal(distribution.quantile(low), values)
 
 
 def random_images(model: PixelCNN, count: int) -> Tensor:

@@ -130,11 +130,12 @@ class GatedLayer(nn.Module):
 
 
 class HalfResolution(nn.Module):
-    """Residual branch of gated layers on stacks of half the size.
+    """Residual branch of gated layers at half the resolution.
 
-    Output (i, j) of the strided convolutions sees no pixel after (2i, 2j) that its input there does
-    not see, and moves to the pixels 2i, 2i + 1 of the columns 2j, 2j + 1, which all come later.
-    PixelCNN++ (1701.05517), section 2.3.
+    Pixel (i, j) of this resolution depends on the vertical stack in the rows up to 2i, and on the
+    horizontal stack also up to column 2j. It changes the stacks in the rows 2i, 2i + 1 and the
+    columns 2j, 2j + 1. None of these pixels comes before (2i, 2j), so all of them may see what
+    (2i, 2j) sees. PixelCNN++ (1701.05517), section 2.3.
 
     Args:
         width: Channels of each stack; the layers inside have twice as many.
