@@ -420,10 +420,12 @@ def test_few_words_are_borrowed(zoo_codec, digits):
     assert 32 * borrowed < 784 * (zoo_codec.grid_bits + 14)
 
 
-@pytest.mark.parametrize("num_classes", [None, 2])
-def test_the_code_of_a_pixelcnn_has_the_length_of_its_exact_likelihood(num_classes):
+@pytest.mark.parametrize(("num_components", "num_classes"), [(None, 2), (3, None)])
+def test_the_code_of_a_pixelcnn_has_the_length_of_its_exact_likelihood(num_components, num_classes):
     images = smooth_images()
-    model = build_model("pixelcnn", num_layers=1, num_classes=num_classes)
+    model = build_model(
+        "pixelcnn", num_layers=1, num_components=num_components, num_classes=num_classes
+    )
     briefly_trained(model, images)
     result = coding.compress(PixelCNNCodec(model), images, "run", verify=False)
     header, payload = coding.read_header(result.data)

@@ -16,6 +16,7 @@ SHAPES = [(1, 1, 3), (1, 3, 1), (3, 1, 1)]
 EXACT = {
     "pixelcnn": {"num_layers": 2},
     "pixelcnn with classes": {"num_layers": 1, "num_classes": 2},
+    "pixelcnn with mixtures": {"num_layers": 2, "num_components": 3},
 }
 VAE = {"latent_dim": 2, "num_transforms": 2}
 GRAY = (1, 1, 3)

@@ -8,7 +8,14 @@ from enumeration import all_images
 from torch import Tensor
 
 from flowgen.models.base import ClassConditional, LinearMeasurement
-from flowgen.models.pixelcnn import MetropolisChains, PixelCNN, PixelCNNNetwork, is_prefix
+from flowgen.models.categorical import Categorical
+from flowgen.models.pixelcnn import (
+    GatedLayer,
+    MetropolisChains,
+    PixelCNN,
+    PixelCNNNetwork,
+    is_prefix,
+)
 from flowgen.utils.errors import UserError
 
 TOP = torch.tensor([[[True, True], [False, False]]])
@@ -18,46 +25,64 @@ DIAGONAL = torch.tensor([[[False, True], [True, False]]])
 def random_model(scale: float = 0.3, **arguments: object) -> PixelCNN:
     """Return a small model in float64 with random parameters."""
     settings = {"image_shape": (1, 2, 2), "bits": 2, "width": 6, "num_layers": 2}
-    model = PixelCNN(**settings | {"num_components": 3} | arguments).double()
+    model = PixelCNN(**settings | arguments).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += scale * torch.randn_like(parameter)
         if model.num_classes is not None:  # the distributions of the classes differ clearly
-            for layer in model.network.layers:
-                layer.condition.weight *= 10
+            for layer in model.network.modules():
+                if isinstance(layer, GatedLayer):
+                    layer.condition.weight *= 3
     return model
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+def test_the_intervals_of_all_values_fill_the_unit_interval(bits):
+    bins = 2**bits
+    logits = 20 * torch.randn(1, 3 * bins, 2, 2)
+    distribution = Categorical(logits.expand(bins, -1, -1, -1), channels=3)
+    values = torch.arange(bins, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    low, high = distribution.interval(values)
+    assert torch.equal(low[1:], high[:-1])
+    assert (low[0] == 0).all() and (high[-1] == 1).all()
+    assert torch.allclose(distribution.log_prob(values).double().exp(), high - low, atol=1e-6)
+    assert torch.equal(distribution.quantile((low + high) / 2), values)
+    assert torch.equal(distribution.quantile(low), values)
 
 
 def random_images(model: PixelCNN, count: int) -> Tensor:
     return torch.randint(model.bins, (count, *model.image_shape), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize(("row", "column"), [(0, 0), (4, 0), (4, 3), (4, 6), (8, 6)])
-def test_the_network_sees_all_earlier_pixels_and_no_other(row, column):
-    """Two layers reach 6 rows up, and earlier pixels of the row 9 columns to the left."""
-    network = PixelCNNNetwork(channels=2, width=6, layers=2, outputs=3).double()
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_network_sees_all_earlier_values_and_no_other(groups):
+    network = PixelCNNNetwork(2, bits=2, width=16, layers=4, outputs=4, groups=groups).double()
     for parameter in network.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    x = torch.randn(1, 2, 9, 7, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(network(x)[0, :, row, column].sum(), x)
-    seen = gradient[0] != 0
-    index = torch.arange(9 * 7).view(9, 7)
-    earlier = index < row * 7 + column
-    within_reach = (index // 7 >= row - 5) & ((index % 7 - column).abs() <= 4)
-    assert not seen[:, ~earlier].any()
-    assert seen[:, earlier & within_reach].all()
+        parameter += 0.3 * torch.randn_like(parameter)
+    images = torch.randint(4, (1, 2, 7, 5), dtype=torch.uint8)
+    # Image k has another value k, in raster order and then by channels.
+    values = images.permute(0, 2, 3, 1).flatten() + torch.eye(70, dtype=torch.uint8)
+    changed = (values % 4).view(70, 7, 5, 2).permute(0, 3, 1, 2)
+    differs = (network(changed) - network(images)).abs() > 1e-9
+    depends = differs.unflatten(1, (groups, -1)).any(2).permute(0, 2, 3, 1).flatten(1)
+    value = torch.arange(70)[:, None]
+    first_seen = torch.arange(70)[None] if groups == 2 else 2 * torch.arange(35)[None]
+    assert torch.equal(depends, value < first_seen)
 
 
 def test_every_layer_depends_on_the_condition():
-    network = PixelCNNNetwork(channels=1, width=6, layers=2, outputs=3, condition_size=4)
+    network = PixelCNNNetwork(1, bits=2, width=6, layers=4, outputs=3, condition_size=4)
     for parameter in network.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    x = torch.randn(2, 1, 5, 6)
+    x = torch.randint(4, (2, 1, 5, 6), dtype=torch.uint8)
     condition = torch.randn(2, 4)
     as_map = condition[:, :, None, None].expand(-1, -1, 5, 6)
     assert torch.allclose(network(x, condition), network(x, as_map), atol=1e-6)
     network(x, condition).sum().backward()
-    assert all(layer.condition.weight.grad.abs().min() > 0 for layer in network.layers)
+    layers = [layer for layer in network.modules() if isinstance(layer, GatedLayer)]
+    assert len(layers) == 4
+    assert all(layer.condition.weight.grad.abs().min() > 0 for layer in layers)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +90,7 @@ def test_every_layer_depends_on_the_condition():
     [
         {"image_shape": (1, 5, 6), "bits": 3},
         {"image_shape": (3, 3, 4), "bits": 8},
+        {"image_shape": (3, 3, 4), "bits": 8, "num_components": 3},
         {"image_shape": (2, 1, 1), "bits": 8},
         {"image_shape": (1, 4, 4), "bits": 1, "num_classes": 3},
     ],
@@ -79,17 +105,19 @@ def test_latents_restore_all_images_one_by_one(arguments):
         assert torch.equal(torch.cat(one_by_one), images)
 
 
-def test_samples_equal_samples_drawn_pixel_by_pixel():
-    model = random_model(0.5, image_shape=(2, 4, 5), bits=4)
+@pytest.mark.parametrize("num_components", [None, 3])
+def test_samples_equal_samples_drawn_value_by_value(num_components):
+    model = random_model(0.5, image_shape=(2, 4, 5), bits=4, num_components=num_components)
     z = torch.randn(6, model.dimensions, dtype=torch.float64)
     expected = torch.zeros(6, 2, 4, 5, dtype=torch.uint8)
     u = torch.special.ndtr(z).view(expected.shape)
     for row in range(4):
         for column in range(5):
-            values = model.conditionals(expected, None).quantile(u)
-            expected[:, :, row, column] = values[:, :, row, column]
+            for channel in range(2):
+                values = model.conditionals(expected, None).quantile(u, expected)
+                expected[:, channel, row, column] = values[:, channel, row, column]
     assert torch.equal(model.decode(z), expected)
-    assert 2 < model.num_iterations <= 4 * 5
+    assert 2 < model.num_iterations <= 2 * 4 * 5
 
 
 def test_latents_of_samples_are_standard_normal():
@@ -125,7 +153,7 @@ def exact_conditional(model: PixelCNN, image: Tensor, known: Tensor) -> tuple[Te
 @pytest.mark.parametrize("known", [TOP, DIAGONAL], ids=["top", "diagonal"])
 def test_inpainting_draws_from_the_exact_conditional(known, num_classes, monkeypatch):
     monkeypatch.setattr("flowgen.models.pixelcnn.INPAINTING_CHAINS", 1000)
-    model = random_model(0.5, num_layers=1, num_classes=num_classes)
+    model = random_model(num_layers=1, num_classes=num_classes)
     image = random_images(model, 1)
     images, log_prob = exact_conditional(model, image, known)
     generator = torch.Generator().manual_seed(0)

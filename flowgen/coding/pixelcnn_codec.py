@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from flowgen.coding.codec import Codec
 from flowgen.coding.coder import Coder
+from flowgen.models.categorical import Categorical
 from flowgen.models.logistic_mixture import LogisticMixture
 from flowgen.models.pixelcnn import PixelCNN
 
-# The uniform part of a mixture of 8-bit values gives each value more than 2^-28.
+# The uniform part of a distribution of 8-bit values gives each value more than 2^-28.
 FREQUENCY_BITS = 28
 
 
@@ -49,8 +50,8 @@ class PixelCNNCodec(Codec):
             labels = self.pixelcnn.classify(images).argmax(1)
         network = RoundedNetwork(self.pixelcnn.network, coder)
         one_hot = self.pixelcnn.one_hot(labels)
-        mixture = self.pixelcnn.conditionals(images, one_hot, network)
-        low, high = self._interval(mixture, images, coder)
+        distribution = self.pixelcnn.conditionals(images, one_hot, network)
+        low, high = self._interval(distribution, images, coder)
         numbers = low + coder.pop(high - low)
         coder.push_bits(numbers, FREQUENCY_BITS)
         if labels is not None:
@@ -66,16 +67,16 @@ class PixelCNNCodec(Codec):
         # floor(2^28 F + offset) <= number  if and only if  F < u
         u = (numbers + 1 - coder.offset) * 2.0**-FREQUENCY_BITS
         network = RoundedNetwork(self.pixelcnn.network, coder)
-        images, mixture = self.pixelcnn.solve(network, u, self.pixelcnn.one_hot(labels))
-        low, high = self._interval(mixture, images, coder)
+        images, distribution = self.pixelcnn.solve(network, u, self.pixelcnn.one_hot(labels))
+        low, high = self._interval(distribution, images, coder)
         coder.push(numbers - low, high - low)
         return images
 
     def _interval(
-        self, mixture: LogisticMixture, images: Tensor, coder: Coder
+        self, distribution: Categorical | LogisticMixture, images: Tensor, coder: Coder
     ) -> tuple[Tensor, Tensor]:
         """Return F(k - 1) and F(k) of each value k, in units of 2^-FREQUENCY_BITS."""
-        low, high = mixture.interval(images)
+        low, high = distribution.interval(images)
         return coder.quantize(low, FREQUENCY_BITS), coder.quantize(high, FREQUENCY_BITS)
 
 
@@ -92,5 +93,5 @@ class RoundedNetwork(nn.Module):
         self.network = network
         self.coder = coder
 
-    def forward(self, images_scaled: Tensor, condition: Tensor | None) -> Tensor:
-        return self.coder.quantize_parameters(self.network(images_scaled, condition))
+    def forward(self, images: Tensor, condition: Tensor | None) -> Tensor:
+        return self.coder.quantize_parameters(self.network(images, condition))

@@ -19,12 +19,12 @@ from flowgen.models.base import (
     SupportsCompression,
     SupportsInpainting,
 )
+from flowgen.models.categorical import Categorical, initial_logits
 from flowgen.models.likelihood import LikelihoodModel, estimate_log_mean
 from flowgen.models.logistic_mixture import (
     LogisticMixture,
     initial_parameters,
     num_parameters,
-    scale_values,
 )
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import (
@@ -53,7 +53,7 @@ class ShiftedConv2d(nn.Conv2d):
         kernel_size: (rows, columns) of the kernel.
         centered: Center the kernel on the column of the pixel. The output then also depends on
             later pixels of its row; `shift_down` makes it causal.
-        dilation: Distance between rows of the kernel.
+        stride: Distance between the pixels of the output, in rows and columns of the input.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class ShiftedConv2d(nn.Conv2d):
         out_channels: int,
         kernel_size: tuple[int, int],
         centered: bool,
-        dilation: int = 1,
+        stride: int = 1,
     ):
-        super().__init__(in_channels, out_channels, kernel_size, dilation=(dilation, 1))
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride)
         rows, columns = kernel_size
         right = columns // 2 if centered else 0
-        self.pad = (columns - 1 - right, right, dilation * (rows - 1), 0)
+        self.pad = (columns - 1 - right, right, rows - 1, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, self.pad))
@@ -102,13 +102,12 @@ class GatedLayer(nn.Module):
 
     Args:
         width: Channels of each stack.
-        dilation: Distance between rows of the kernel of the vertical stack.
         condition_size: Channels of the condition, 0 for no condition.
     """
 
-    def __init__(self, width: int, dilation: int, condition_size: int):
+    def __init__(self, width: int, condition_size: int):
         super().__init__()
-        self.vertical = ShiftedConv2d(width, 2 * width, (2, 3), centered=True, dilation=dilation)
+        self.vertical = ShiftedConv2d(width, 2 * width, (2, 3), centered=True)
         self.horizontal = ShiftedConv2d(width, 2 * width, (1, 3), centered=False)
         self.link = nn.Conv2d(width, 2 * width, 1, bias=False)
         self.vertical_out = zero_init(nn.Conv2d(width, width, 1))
@@ -130,56 +129,119 @@ class GatedLayer(nn.Module):
         return v, h
 
 
+class HalfResolution(nn.Module):
+    """Residual branch of gated layers at half the resolution.
+
+    Pixel (i, j) of this resolution depends on the vertical stack in the rows up to 2i, and on the
+    horizontal stack also up to column 2j. It changes the stacks in the rows 2i, 2i + 1 and the
+    columns 2j, 2j + 1. None of these pixels comes before (2i, 2j), so all of them may see what
+    (2i, 2j) sees. PixelCNN++ (1701.05517), section 2.3.
+
+    Args:
+        width: Channels of each stack; the layers inside have twice as many.
+        layers: Number of gated layers.
+        condition_size: Channels of the condition, 0 for no condition.
+    """
+
+    def __init__(self, width: int, layers: int, condition_size: int):
+        super().__init__()
+        self.vertical_in = ShiftedConv2d(width, 2 * width, (2, 3), centered=True, stride=2)
+        self.horizontal_in = ShiftedConv2d(width, 2 * width, (2, 2), centered=False, stride=2)
+        self.layers = nn.ModuleList(GatedLayer(2 * width, condition_size) for _ in range(layers))
+        self.vertical_out = nn.Conv2d(2 * width, 4 * width, 1)
+        self.horizontal_out = nn.Conv2d(2 * width, 4 * width, 1)
+
+    def forward(self, v: Tensor, h: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the new stacks, each (batch, width, height, width of the image)."""
+        half_v = self.vertical_in(v.relu())
+        half_h = self.horizontal_in(h.relu())
+        if condition is not None:
+            condition = F.avg_pool2d(condition, 2, ceil_mode=True)
+        for layer in self.layers:
+            half_v, half_h = layer(half_v, half_h, condition)
+        height, width = v.shape[2:]
+        branch_v = F.pixel_shuffle(self.vertical_out(half_v.relu()), 2)
+        branch_h = F.pixel_shuffle(self.horizontal_out(half_h.relu()), 2)
+        return v + branch_v[:, :, :height, :width], h + branch_h[:, :, :height, :width]
+
+
 class PixelCNNNetwork(nn.Module):
     """Computes outputs for each pixel from the pixels before it in raster order.
 
     Shifted convolutions in two stacks see all earlier pixels within their reach, without the blind
     spot of masked convolutions: van den Oord et al. (1606.05328), section 2.2; Salimans et al.
-    (1701.05517), section 2.4.
+    (1701.05517), section 2.4. Half of the layers work at half the resolution.
 
     Args:
         channels: Channels of the images.
-        width: Channels of each stack.
+        bits: Bits per pixel value.
+        width: Channels of each stack and of the embedding of a pixel value.
         layers: Number of gated layers.
         outputs: Outputs per pixel.
         condition_size: Channels of the condition, 0 for no condition.
+        groups: Groups of outputs, 1 or `channels`. Group g also sees the first g channels of its
+            pixel.
 
     Example:
-        >>> network = PixelCNNNetwork(channels=1, width=8, layers=2, outputs=5, condition_size=3)
-        >>> network(torch.randn(4, 1, 6, 6), torch.randn(4, 3)).shape
+        >>> network = PixelCNNNetwork(1, bits=8, width=8, layers=4, outputs=5, condition_size=3)
+        >>> images = torch.zeros(4, 1, 6, 6, dtype=torch.uint8)
+        >>> network(images, torch.randn(4, 3)).shape
         torch.Size([4, 5, 6, 6])
     """
 
     def __init__(
-        self, channels: int, width: int, layers: int, outputs: int, condition_size: int = 0
+        self,
+        channels: int,
+        bits: int,
+        width: int,
+        layers: int,
+        outputs: int,
+        condition_size: int = 0,
+        groups: int = 1,
     ):
         super().__init__()
+        self.embedding = nn.Embedding(2**bits, width)
         # One more channel of ones shows the network where the image ends.
-        self.above = ShiftedConv2d(channels + 1, width, (2, 5), centered=True)
-        self.above_left = ShiftedConv2d(channels + 1, width, (2, 5), centered=True)
-        self.left = ShiftedConv2d(channels + 1, width, (1, 5), centered=False)
+        size = channels * width + 1
+        self.above = ShiftedConv2d(size, width, (2, 5), centered=True)
+        self.above_left = ShiftedConv2d(size, width, (2, 5), centered=True)
+        self.left = ShiftedConv2d(size, width, (1, 5), centered=False)
+        half = layers // 2
+        before = (layers - half) // 2
+        after = layers - half - before  # at least 1
         self.layers = nn.ModuleList(
-            GatedLayer(width, 2 ** (index % 3), condition_size) for index in range(layers)
+            [
+                *(GatedLayer(width, condition_size) for _ in range(before)),
+                HalfResolution(width, half, condition_size),
+                *(GatedLayer(width, condition_size) for _ in range(after)),
+            ]
         )
-        self.out = nn.Conv2d(width, outputs, 1)
+        self.same_pixel = nn.ModuleList(
+            nn.Conv2d(group * width, width, 1, bias=False) for group in range(1, groups)
+        )
+        self.out = nn.Conv2d(groups * width, outputs, 1, groups=groups)
         with torch.no_grad():
             self.out.weight.mul_(0.1)
 
-    def forward(self, images_scaled: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return (batch, outputs, height, width).
 
         Args:
-            images_scaled: Images with values from -1 to 1, (batch, channels, height, width).
+            images: Pixel values, (batch, channels, height, width).
             condition: (batch, condition_size), or (batch, condition_size, height, width).
         """
         if condition is not None and condition.dim() == 2:
             condition = condition[:, :, None, None]
-        x = F.pad(images_scaled, (0, 0, 0, 0, 0, 1), value=1.0)
+        values = self.embedding(images.permute(0, 2, 3, 1).long()).flatten(3).permute(0, 3, 1, 2)
+        x = F.pad(values, (0, 0, 0, 0, 0, 1), value=1.0)
         v = shift_down(self.above(x))
         h = shift_down(self.above_left(x)) + shift_right(self.left(x))
         for layer in self.layers:
             v, h = layer(v, h, condition)
-        return self.out(h.relu())
+        groups = [h]
+        for layer in self.same_pixel:
+            groups.append(h + layer(values[:, : layer.in_channels]))
+        return self.out(torch.cat(groups, 1).relu())
 
 
 class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCompression):
@@ -187,14 +249,14 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
 
     log P(x) = sum_i log P(x_i | x_1, ..., x_{i-1}) over the pixels in raster order and over the
     channels of each pixel. A `PixelCNNNetwork` computes the parameters of all conditional
-    distributions at once, each a `LogisticMixture`. No noise is added to pixel values, so the
-    likelihood is exact. Van den Oord et al. (1606.05328); PixelCNN++ (1701.05517).
+    distributions at once, each `Categorical` or a `LogisticMixture`. No noise is added to pixel
+    values, so the likelihood is exact. Van den Oord et al. (1606.05328); PixelCNN++ (1701.05517).
 
     Latents are z_i = Phi^-1(u_i), where Phi is the standard normal cumulative distribution function
     and u_i lies between P(value < x_i) and P(value <= x_i) given the earlier pixels. They follow
     N(0, I) if u_i is drawn there at random. `decode` inverts `encode` exactly: it repeats x <-
-    quantiles at Phi(z) given x for all pixels at once. After n iterations the first n pixels are
-    final, and the iterations end when no pixel changes: Song et al. (2002.03629), section 4.
+    quantiles at Phi(z) given x for all values at once. After n iterations the first n values are
+    final, and the iterations end when no value changes: Song et al. (2002.03629), section 4.
 
     With `num_classes`, the class, one-hot, is the condition of the network, p(x) is the mean of
     p(x | y) over the classes y, and latents end with the class: (batch, D + num_classes).
@@ -204,7 +266,8 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         bits: Bits per pixel value.
         width: Channels of each stack of the network.
         num_layers: Gated layers of the network.
-        num_components: Logistic distributions in the mixture of each pixel.
+        num_components: Logistic distributions in the mixture of each pixel, or None for a softmax
+            over all values.
         num_classes: Number of classes of a class-conditional model, or None.
 
     Attributes:
@@ -230,20 +293,27 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         image_shape: Sequence[int] = (1, 28, 28),
         bits: int = 8,
         width: int = 32,
-        num_layers: int = 7,
-        num_components: int = 10,
+        num_layers: int = 8,
+        num_components: int | None = None,
         num_classes: int | None = None,
     ):
         super().__init__(image_shape, bits, num_classes)
         check_whole(high=1000, num_layers=num_layers)
-        check_whole(width=width, num_components=num_components)
+        check_whole(width=width)
+        channels = self.image_shape[0]
+        outputs = channels * self.bins
+        if num_components is not None:
+            check_whole(num_components=num_components)
+            outputs = num_parameters(channels, num_components)
         self.num_components = num_components
         self.network = PixelCNNNetwork(
-            self.image_shape[0],
+            channels,
+            bits,
             width,
             num_layers,
-            num_parameters(self.image_shape[0], num_components),
-            num_classes or 0,
+            outputs,
+            condition_size=num_classes or 0,
+            groups=channels if num_components is None else 1,
         )
         self.num_iterations = 0
         # The loss of a model with classes is that of p(x | y) instead of p(x).
@@ -259,7 +329,10 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
     @torch.no_grad()
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Start at the marginal distribution of the pixel values."""
-        bias = initial_parameters(images, self.num_components, self.bits)
+        if self.num_components is None:
+            bias = initial_logits(images, self.bits)
+        else:
+            bias = initial_parameters(images, self.num_components, self.bits)
         self.network.out.bias.copy_(bias)  # type: ignore[union-attr]
 
     def log_prob(
@@ -289,14 +362,14 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
 
     def value_log_prob(self, images: Tensor, one_hot: Tensor | None) -> Tensor:
         """Return log P of each value given the values before it, in the shape of the images."""
-        mixture = self.conditionals(images, one_hot)
+        distribution = self.conditionals(images, one_hot)
         with torch.autocast(images.device.type, enabled=False):
-            return mixture.log_prob(images)
+            return distribution.log_prob(images)
 
     def conditionals(
         self, images: Tensor, one_hot: Tensor | None, network: nn.Module | None = None
-    ) -> LogisticMixture:
-        """Return the distribution of each pixel given the pixels before it.
+    ) -> Categorical | LogisticMixture:
+        """Return the distribution of each value given the values before it.
 
         Args:
             images: (batch, channels, height, width).
@@ -305,9 +378,10 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         """
         network = network or self.network
         dtype = next(network.parameters()).dtype
-        condition = None if one_hot is None else one_hot.to(dtype)
-        parameters = network(scale_values(images, self.bins, dtype), condition)
+        parameters = network(images, None if one_hot is None else one_hot.to(dtype))
         with torch.autocast(images.device.type, enabled=False):
+            if self.num_components is None:
+                return Categorical(parameters, self.image_shape[0])
             return LogisticMixture(parameters, self.image_shape[0], self.bits)
 
     # Sampling and latents
@@ -334,8 +408,8 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
             count, self.dimensions, generator=generator, device=self.device, dtype=self.dtype
         )
         one_hot = self.one_hot(self.sample_labels(count, label, start_index))
-        images, mixture = self.solve(self.network, normal_cdf(z), one_hot)
-        return images, mixture.log_prob(images).flatten(1).sum(1)
+        images, distribution = self.solve(self.network, normal_cdf(z), one_hot)
+        return images, distribution.log_prob(images).flatten(1).sum(1)
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -382,7 +456,7 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         one_hot: Tensor | None,
         images: Tensor | None = None,
         unknown: Tensor | None = None,
-    ) -> tuple[Tensor, LogisticMixture]:
+    ) -> tuple[Tensor, Categorical | LogisticMixture]:
         """Return the images whose values are the quantiles at u, and the conditional distributions.
 
         Args:
@@ -395,16 +469,15 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         u = u.view(-1, *self.image_shape)
         if images is None:
             images = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
-        _, height, width = self.image_shape
-        mixture = self.conditionals(images, one_hot, network)
-        for index in range(height * width):
+        distribution = self.conditionals(images, one_hot, network)
+        for index in range(self.dimensions):
             self.num_iterations = index + 1
-            updated = mixture.quantile(u, images, unknown)
+            updated = distribution.quantile(u, images, unknown)
             if torch.equal(updated, images):
                 break
             images = updated
-            mixture = self.conditionals(images, one_hot, network)
-        return images, mixture
+            distribution = self.conditionals(images, one_hot, network)
+        return images, distribution
 
     # Inpainting
 
@@ -544,8 +617,8 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
             The new images, and log P of each of their values given the values before it.
         """
         u = torch.rand(images.shape, generator=generator, device=images.device, dtype=torch.float64)
-        images, mixture = self.solve(self.network, u, one_hot, images, redrawn)
-        return images, mixture.log_prob(images)
+        images, distribution = self.solve(self.network, u, one_hot, images, redrawn)
+        return images, distribution.log_prob(images)
 
 
 class MetropolisChains:

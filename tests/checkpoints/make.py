@@ -49,7 +49,8 @@ MODELS = {
     "tarflow": [*IMAGES, *TRANSFORMER, "model.num_layers=[1,1]"],
     "jet": [*IMAGES, *TRANSFORMER, "model.num_layers=1", "model.num_couplings=2"],
     "flow_matching": [*POINTS, "model.width=4", "model.num_heads=1", "model.num_layers=1"],
-    "pixelcnn": [*IMAGES, *NARROW, "model.num_components=3"],
+    "pixelcnn": [*IMAGES, *NARROW],
+    "pixelcnn-mixture": [*IMAGES, *NARROW, "model.num_components=3"],
     "vae": [*IMAGES, *VAE, "model.posterior=planar", "model.warmup_images=100"],
     "vae-pixelcnn": [
         *IMAGES,

@@ -162,7 +162,7 @@ class VAE(LikelihoodModel):
             outputs if decoder == "factorized" else width,
         )
         self.pixelcnn = (
-            PixelCNNNetwork(self.image_shape[0], width, pixelcnn_layers, outputs, width)
+            PixelCNNNetwork(self.image_shape[0], bits, width, pixelcnn_layers, outputs, width)
             if decoder == "pixelcnn"
             else None
         )
@@ -365,7 +365,7 @@ class VAE(LikelihoodModel):
             images: The images x; only the PixelCNN reads them.
         """
         if self.pixelcnn is not None:
-            features = self.pixelcnn(self._scale(images), features)
+            features = self.pixelcnn(images, features)
         return LogisticMixture(features, self.image_shape[0], self.bits)
 
     def _decode(self, z: Tensor, u: Tensor) -> Tensor:
