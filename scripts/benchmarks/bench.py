@@ -385,7 +385,7 @@ def compare(
     for result in rows:
         cpu, wall = result["per_cpu_second"], result["per_second"]
         print(
-            f"  {result['program']:32} {cpu['median']:7.1f} [{cpu['min']:.1f}..{cpu['max']:.1f}] "
+            f"  {result['program']:40} {cpu['median']:7.1f} [{cpu['min']:.1f}..{cpu['max']:.1f}] "
             f"{comparison.unit} of CPU time  "
             f"{cpu['median'] / rows[0]['per_cpu_second']['median']:.2f}x  "
             f"{result['share_of_convolution']:.0%} of a convolution; "
