@@ -45,6 +45,7 @@ from flowgen.bijections.networks import (
     DenseNetwork,
     Dropout,
     GatedNetwork,
+    NormalizedConv2d,
     RandomSource,
     RealNVPNetwork,
     ResNetwork,
@@ -580,3 +581,14 @@ def test_update_bn_sets_statistics_to_the_means_over_batches():
     for buffer, expected_buffer in zip(network.buffers(), expected.buffers(), strict=True):
         assert torch.equal(buffer, expected_buffer)
     update_bn(ActNorm(4), None)  # draws no batch, because there are no statistics
+
+
+@pytest.mark.parametrize("batch_size", (3, 16))
+def test_1x1_convolution_of_one_thread_equals_that_of_torch(batch_size):
+    layer = NormalizedConv2d(5, 7, 1)
+    inputs = torch.randn(batch_size, 5, 6, 4, requires_grad=True), *layer.parameters()
+    outputs = layer(inputs[0]), torch.nn.functional.conv2d(*inputs)
+    assert torch.allclose(*outputs, atol=1e-6)
+    gradients = (torch.autograd.grad(y.pow(3).sum(), inputs) for y in outputs)
+    for gradient, expected in zip(*gradients, strict=True):
+        assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-5)

@@ -432,6 +432,34 @@ def test_a_compiled_model_trains_like_an_eager_one(images, tmp_path, command):
     assert all(names == eager for names in others)
 
 
+def test_compiled_gradients_have_the_precision_of_eager_ones(
+    images, tmp_path, command, monkeypatch
+):
+    overrides = [
+        *SMALL,
+        f"data.root={images}",
+        "model.levels=1",
+        "model.steps_per_level=1",
+        "trainer.precision=bfloat16",
+        "trainer.steps=1",
+    ]
+    compile_module = torch.nn.Module.compile
+    # The compiler's back end without code generation draws the same noise as eager mode.
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda model, mode: compile_module(model, backend="aot_eager")
+    )
+    for name, mode in {"eager": "false", "compiled": "true"}.items():
+        arguments = (f"trainer.compile={mode}", f"output_dir={tmp_path / name}")
+        assert command("train", *overrides, *arguments)[0] == 0
+    eager, compiled = (
+        read_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["optimizer"]["state"]
+        for name in ("eager", "compiled")
+    )
+    for index, state in eager.items():
+        difference = (compiled[index]["exp_avg"] - state["exp_avg"]).norm()
+        assert difference <= 1e-4 * state["exp_avg"].norm()
+
+
 def test_batch_norm_cannot_be_recomputed_by_a_compiler(images, tmp_path, command):
     overrides = [
         *NORMALIZED,

@@ -119,6 +119,10 @@ class NormalizedConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[2] == 1 and x.dtype == torch.float32 and x.device.type == "cpu":
+            # A 1x1 kernel is the same with any dilation. Without it, torch computes fewer than 16
+            # images on one thread by MKL, which has half of the speed of oneDNN on CPUs of AMD.
+            return F.conv2d(x, self.weight, self.bias, dilation=2)
         if self.dilation == 1:
             return F.conv2d(x, self.weight, self.bias, padding="same")
         # The CPU's bfloat16 weight gradient of a dilated channels-last convolution is NaN for

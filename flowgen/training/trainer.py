@@ -247,7 +247,7 @@ class Trainer:
         metrics = {"loss": loss_value, "lr": lr, "grad_norm": norm_value}
         if not all(map(math.isfinite, metrics.values())):
             return metrics  # `fit` counts the failed step and rewinds after several
-        if config.grad_clip:
+        if config.grad_clip and norm_value > config.grad_clip:
             nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
         for param_group in self.state.optimizer.param_groups:
             param_group["lr"] = lr
@@ -550,8 +550,13 @@ class Trainer:
 
     def _compile(self) -> None:
         """Compile the model, which happens when it sees its first batch, without training it."""
+        import torch._functorch.config as aot_config  # few runs need it
+
         log.info("compiling the model, which may take minutes")
         start_time = time.monotonic()
+        # Gradients of layers without autocast are float32, as in eager mode. By default, the
+        # compiler computes them in bfloat16 if the whole model runs under autocast.
+        aot_config.backward_pass_autocast = "off"
         # CUDA graphs reduce launch overhead, but overwrite accumulated gradients.
         mode = "reduce-overhead" if self.config.grad_accum_steps == 1 else "default"
         self.model.compile(mode=mode)

@@ -2,11 +2,14 @@
 
 All programs use the same number of threads. normflows is used as in its documentation
 (`GlowBlock`, `MultiscaleFlow`) with a forward pass, a backward pass and Adam; scikit-learn is used
-through `partial_fit`, and learnergy through `fit`. Every program runs in its own process. The
-programs take turns, and the best round of each counts, since other work on the machine slows down
-single rounds. The last column compares the speed with float32 matrix products on the same machine.
-For all programs it assumes the FLOPs of flowgen's convolutions and matrix products, which torch
-counts.
+through `partial_fit`, and learnergy through `fit`.
+
+Every program runs in its own process, and the programs take turns. The script prints medians over
+all rounds with their range: the speed per second of CPU time, summed over threads, and per second
+of wall time. Other work on the machine changes the second much more than the first. It also prints
+the FLOPs per CPU second as a share of those of a 3x3 convolution on the same machine, in the
+precision of the program. For all programs it assumes the FLOPs of flowgen's convolutions and matrix
+products, which torch counts. The results are saved as JSON, with the name of the processor.
 """
 
 import argparse
@@ -17,11 +20,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from itertools import chain
-from typing import NamedTuple
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config as aot_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,12 +42,14 @@ GLOW_LEVELS = 4
 GLOW_STEPS = 8  # steps of flow per level
 GLOW_WIDTH = 128
 GLOW_BATCH_SIZE = 8
+GRAD_CLIP = 50.0
 RBM_SIZE = 28
 RBM_HIDDEN = 500
 RBM_BATCH_SIZE = 100
 LEARNERGY_BATCHES = 20  # per call
 TEMPERATURES = 10
-MATRIX_SIZE = 2048  # of the matrix products that measure the machine
+CONV_WIDTH = 128  # channels of the convolutions that measure the machine
+CONV_SIZE = 32  # height and width of their images
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 Step = Callable[[Tensor], object]
@@ -59,6 +67,7 @@ def flowgen_glow(compiled: bool) -> Step:
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.initialize(torch.randint(0, 32, (64, 3, GLOW_SIZE, GLOW_SIZE), dtype=torch.uint8))
     if compiled:
+        aot_config.backward_pass_autocast = "off"  # as in the trainer
         model.compile()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     dtype = autocast_dtype("auto", torch.device("cpu"))
@@ -68,7 +77,10 @@ def flowgen_glow(compiled: bool) -> Step:
             loss = model(images)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 50.0)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        norm = nn.utils.get_total_norm(gradients)  # type: ignore[arg-type]
+        if norm > GRAD_CLIP:
+            nn.utils.clip_grads_with_norm_(model.parameters(), GRAD_CLIP, norm)
         optimizer.step()
 
     return step
@@ -185,11 +197,19 @@ def random_faces() -> Tensor:
 
 
 class Program(NamedTuple):
-    """A program of a comparison. One call of its step makes `updates` updates of the weights."""
+    """A program of a comparison.
+
+    Attributes:
+        name: Name in the table.
+        make_step: Returns its step.
+        updates: Number of updates of the weights in one call of the step.
+        precision: Precision of most of its arithmetic: float32, or "auto" as in flowgen.
+    """
 
     name: str
     make_step: Callable[[], Step]
     updates: int = 1
+    precision: str = "float32"
 
 
 class Comparison(NamedTuple):
@@ -227,8 +247,12 @@ COMPARISONS = [
         make_images=random_faces,
         programs=[
             Program("normflows", normflows_glow),
-            Program("flowgen", lambda: flowgen_glow(compiled=False)),
-            Program("flowgen, trainer.compile=true", lambda: flowgen_glow(compiled=True)),
+            Program("flowgen", lambda: flowgen_glow(compiled=False), precision="auto"),
+            Program(
+                "flowgen, trainer.compile=true",
+                lambda: flowgen_glow(compiled=True),
+                precision="auto",
+            ),
         ],
         flop_counted=1,
     ),
@@ -263,91 +287,155 @@ COMPARISONS = [
 ]
 
 
-class Measurement(NamedTuple):
-    """The speed of a program in one process."""
+@dataclass
+class Measurement:
+    """The speed of a program in one process.
 
-    speeds: list[float]  # units per second in each round
-    flops: float  # per unit, or 0 if they are not counted
-    matmul_flops: float  # per second, of float32 matrix products with the same threads
+    Attributes:
+        cpu_speeds: Units per second of CPU time, summed over threads, in each round.
+        wall_speeds: Units per second of wall time in each round.
+        flops: FLOPs per unit, or 0 if they are not counted.
+        conv_flops: FLOPs per second of CPU time of a large convolution in the same precision.
+    """
+
+    cpu_speeds: list[float]
+    wall_speeds: list[float]
+    flops: float
+    conv_flops: float
 
 
 def measure(comparison: Comparison, program: Program, rounds: int) -> Measurement:
     """Measure a program in this process."""
-    torch.set_num_threads(comparison.num_threads)
     torch.manual_seed(0)
     images = comparison.make_images()
     step = program.make_step()
     calls = max(1, comparison.updates // program.updates)
-    units_per_call = program.updates * comparison.per_update
+    units = calls * program.updates * comparison.per_update
     flops = 0.0
     if program is comparison.programs[comparison.flop_counted]:
         with FlopCounterMode(display=False) as counter:
             step(images)
         flops = counter.get_total_flops() / comparison.per_update
+    for _ in range(3):
+        step(images)  # the first steps compile and allocate
+    times = [seconds(lambda: [step(images) for _ in range(calls)]) for _ in range(rounds)]
+    return Measurement(
+        [units / cpu for cpu, _ in times],
+        [units / wall for _, wall in times],
+        flops,
+        conv_flops(program.precision, rounds),
+    )
 
-    def speed(calls: int) -> float:
-        return calls * units_per_call / seconds(lambda: [step(images) for _ in range(calls)])
 
-    speed(min(calls, 3))  # the first steps compile and allocate
-    speeds = [speed(calls) for _ in range(rounds)]
-    matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE)
-    matmul_seconds = min(seconds(lambda: matrix @ matrix) for _ in range(2 * rounds))
-    return Measurement(speeds, flops, 2 * MATRIX_SIZE**3 / matmul_seconds)
+def conv_flops(precision: str, rounds: int) -> float:
+    """Return the FLOPs per second of CPU time of a 3x3 convolution, the median of all rounds."""
+    dtype = autocast_dtype(precision, torch.device("cpu"))
+    x = torch.randn(GLOW_BATCH_SIZE, CONV_WIDTH, CONV_SIZE, CONV_SIZE, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    weight = torch.randn(CONV_WIDTH, CONV_WIDTH, 3, 3, dtype=dtype)
+    nn.functional.conv2d(x, weight, padding=1)  # the first call allocates
+    times = [seconds(lambda: nn.functional.conv2d(x, weight, padding=1)) for _ in range(2 * rounds)]
+    return 2 * 9 * CONV_WIDTH * x.numel() / median(cpu for cpu, _ in times)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return the time that a function takes, in seconds."""
-    start = time.perf_counter()
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Return the CPU time and the wall time that a function takes, in seconds."""
+    cpu_start = time.process_time()
+    wall_start = time.perf_counter()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - cpu_start, time.perf_counter() - wall_start
 
 
-def measure_in_process(index: int, program_index: int, rounds: int) -> Measurement:
+def measure_in_process(
+    index: int, program_index: int, rounds: int, num_threads: int
+) -> Measurement:
     """Measure a program in a new process."""
     worker = ["--worker", f"{index} {program_index}", "--rounds", str(rounds)]
-    num_threads = str(COMPARISONS[index].num_threads)
     output = subprocess.run(
         [sys.executable, __file__, *worker],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | dict.fromkeys(THREAD_VARIABLES, num_threads),
+        env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(num_threads)),
     ).stdout
-    return Measurement(*json.loads(output.splitlines()[-1]))
+    return Measurement(**json.loads(output.splitlines()[-1]))
 
 
-def compare(index: int, rounds: int, turns: int) -> None:
-    """Let the programs of a comparison take turns, and print their speeds."""
+def compare(
+    index: int, rounds: int, turns: int, num_threads: int, leave_out: str | None
+) -> list[dict[str, Any]]:
+    """Let the programs of a comparison take turns, print their speeds and return them as rows."""
     comparison = COMPARISONS[index]
-    measurements: list[list[Measurement]] = [[] for _ in comparison.programs]
+    measurements: dict[int, list[Measurement]] = {
+        program_index: []
+        for program_index, program in enumerate(comparison.programs)
+        if not leave_out or leave_out not in program.name
+    }
     for _ in range(turns):
-        for program_index, program_measurements in enumerate(measurements):
-            program_measurements.append(measure_in_process(index, program_index, rounds))
-    all_measurements = list(chain.from_iterable(measurements))
-    matmul_flops = max(measurement.matmul_flops for measurement in all_measurements)
-    flops = max(measurement.flops for measurement in all_measurements)
-    print(
-        f"{comparison.title}, {comparison.num_threads} threads; "
-        f"matrix products {matmul_flops / 1e9:.0f} GFLOP/s"
-    )
-    speeds = [
-        list(chain.from_iterable(measurement.speeds for measurement in program_measurements))
-        for program_measurements in measurements
+        for program_index, program_measurements in measurements.items():
+            program_measurements.append(
+                measure_in_process(index, program_index, rounds, num_threads)
+            )
+    flops = max(item.flops for items in measurements.values() for item in items)
+    rows = [
+        row(comparison, comparison.programs[program_index], items, flops, num_threads)
+        for program_index, items in measurements.items()
     ]
-    for program, program_speeds in zip(comparison.programs, speeds, strict=True):
-        best = max(program_speeds)
+    print(f"{comparison.title}; threads: {num_threads}")
+    for result in rows:
+        cpu, wall = result["per_cpu_second"], result["per_second"]
         print(
-            f"  {program.name:40} {best:7.1f} {comparison.unit}, slowest round "
-            f"{min(program_speeds):.1f}  {best / max(speeds[0]):.2f}x  "
-            f"{best * flops / matmul_flops:.0%} of matrix products",
+            f"  {result['program']:40} {cpu['median']:7.1f} [{cpu['min']:.1f}..{cpu['max']:.1f}] "
+            f"{comparison.unit} of CPU time  "
+            f"{cpu['median'] / rows[0]['per_cpu_second']['median']:.2f}x  "
+            f"{result['share_of_convolution']:.0%} of a convolution; "
+            f"{wall['median']:.1f} [{wall['min']:.1f}..{wall['max']:.1f}] of wall time",
             flush=True,
         )
+    return rows
+
+
+def row(
+    comparison: Comparison,
+    program: Program,
+    measurements: list[Measurement],
+    flops: float,
+    num_threads: int,
+) -> dict[str, Any]:
+    """Return the results of one program, as they are saved."""
+    cpu_speeds = [speed for item in measurements for speed in item.cpu_speeds]
+    wall_speeds = [speed for item in measurements for speed in item.wall_speeds]
+    rate = median(item.conv_flops for item in measurements)
+    return {
+        "comparison": comparison.title,
+        "program": program.name,
+        "threads": num_threads,
+        "unit": comparison.unit.split("/")[0],
+        "per_cpu_second": spread(cpu_speeds),
+        "per_second": spread(wall_speeds),
+        "convolution_gflops_per_cpu_second": rate / 1e9,
+        "share_of_convolution": median(cpu_speeds) * flops / rate,
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return the median and the range of values."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def processor_name() -> str:
+    """Return the name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux only
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="threads of all programs, instead of 1 or 2")
     parser.add_argument(
         "--precision",
         choices=["auto", "float32", "bfloat16"],
@@ -361,24 +449,35 @@ def main() -> None:
         choices=range(len(COMPARISONS)),
         help="number of a comparison, by default all",
     )
+    parser.add_argument("--leave-out", help="leave out programs with this text in their name")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # indices of comparison and program
     args = parser.parse_args()
     if args.worker:
         index, program_index = map(int, args.worker.split())
         comparison = COMPARISONS[index]
-        print(json.dumps(measure(comparison, comparison.programs[program_index], args.rounds)))
+        torch.set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))
+        measurement = measure(comparison, comparison.programs[program_index], args.rounds)
+        print(json.dumps(asdict(measurement)))
         return
     if args.precision != "auto":
         os.environ["FLOWGEN_PRECISION"] = args.precision
-    dtype = str(autocast_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
-    onednn = "on" if torch.backends.mkldnn.is_available() else "off"
-    print(
-        f"{datetime.now(UTC):%Y-%m-%d}  {platform.machine()}  torch {torch.__version__}  "
-        f"{torch.backends.cpu.get_cpu_capability()} kernels, oneDNN {onednn}, "
-        f"flowgen's networks in {dtype}"
-    )
+    machine = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "precision": str(autocast_dtype("auto", torch.device("cpu"))).removeprefix("torch."),
+    }
+    print("  ".join(f"{key}: {value}" for key, value in machine.items()))
+    rows = []
     for index in args.comparison or range(len(COMPARISONS)):
-        compare(index, args.rounds, args.turns)
+        threads = args.threads or COMPARISONS[index].num_threads
+        rows += compare(index, args.rounds, args.turns, threads, args.leave_out)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({**machine, "rows": rows}, indent=2) + "\n")
+    print(f"saved {args.out}")
 
 
 if __name__ == "__main__":
