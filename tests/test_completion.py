@@ -429,6 +429,17 @@ def test_extreme_positions_decode_to_valid_images():
         assert ((decoded > 0) & (decoded < 1)).all() and head(decoded)[0].isfinite().all()
 
 
+def test_classes_of_extreme_positions_are_drawn():
+    """The inverse of the logit is beyond 1 there, and its logarithm is not a number."""
+    flow = Flow(Chain(Logit(), Flatten(1, 2, 2)), (1, 2, 2), bits=8, num_classes=2)
+    known = torch.zeros(1, 2, 2, dtype=torch.bool)
+    labels = torch.zeros(9, dtype=torch.long)
+    chains = PixelChains(flow, torch.zeros(9, 1, 2, 2), known, labels, torch.Generator())
+    chains.position = torch.full((9, 4), 30.0)
+    chains.sample_posterior(2, 1)
+    assert chains.labels.float().mean() not in (0, 1)
+
+
 def test_coverage_of_varying_pixels_is_that_of_the_interval_under_the_right_law(capsys):
     """For Bernoulli(0.05), selection by the samples alone would give a coverage of 0.934."""
     script = Path(__file__).parents[1] / "scripts" / "benchmarks" / "coverage.py"

@@ -168,7 +168,7 @@ class InpaintingChains(ABC):
         acceptance = []
         for index in self.flow.progress(range(num_trajectories), "exact steps", num_trajectories):
             if self.flow.num_classes is not None:
-                weights = self.flow.class_log_density(self.points(self.position)).softmax(1)
+                weights = self.flow.class_log_density(self.samples).softmax(1)
                 self.labels = torch.multinomial(weights, 1, generator=self.generator)[:, 0]
                 state = hmc.evaluate(self.position, self.log_density)  # of the new classes
             state, share_accepted = hmc.hmc_step(
