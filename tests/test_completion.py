@@ -430,8 +430,9 @@ def test_extreme_positions_decode_to_valid_images():
 
 
 def test_classes_of_extreme_positions_are_drawn():
-    """The inverse of the logit is beyond 1 there, and its logarithm is not a number."""
+    """The inverse of the logit is beyond 1 there, where the logit is not a number."""
     flow = Flow(Chain(Logit(), Flatten(1, 2, 2)), (1, 2, 2), bits=8, num_classes=2)
+    torch.nn.init.zeros_(flow.means)
     known = torch.zeros(1, 2, 2, dtype=torch.bool)
     labels = torch.zeros(9, dtype=torch.long)
     chains = PixelChains(flow, torch.zeros(9, 1, 2, 2), known, labels, torch.Generator())
