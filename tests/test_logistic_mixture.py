@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from flowgen.models import logistic_mixture
+from flowgen.models import pixel_distribution
 from flowgen.models.logistic_mixture import LogisticMixture, initial_parameters, num_parameters
 
 SHAPES = [(1, 1), (1, 2), (2, 2), (3, 2), (1, 8)]
@@ -27,7 +27,7 @@ def test_probabilities_of_all_values_sum_to_one(channels, bits):
 
 
 def test_one_component_is_the_difference_of_logistic_cumulative_distributions(monkeypatch):
-    monkeypatch.setattr(logistic_mixture, "UNIFORM_WEIGHT", 1e-300)
+    monkeypatch.setattr(pixel_distribution, "UNIFORM_WEIGHT", 1e-300)
     parameters = torch.tensor([0.0, 0.2, -1.0], dtype=torch.double).view(1, 3, 1, 1)
     mixture = LogisticMixture(parameters, channels=1, bits=8)
     scale = mixture.log_scales.exp().item()

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from flowgen.coding.codec import Codec
 from flowgen.coding.coder import Coder
-from flowgen.models.categorical import Categorical
-from flowgen.models.logistic_mixture import LogisticMixture
+from flowgen.models.pixel_distribution import PixelDistribution
 from flowgen.models.pixelcnn import PixelCNN
 
 # The uniform part of a distribution of 8-bit values gives each value more than 2^-28.
@@ -73,7 +72,7 @@ class PixelCNNCodec(Codec):
         return images
 
     def _interval(
-        self, distribution: Categorical | LogisticMixture, images: Tensor, coder: Coder
+        self, distribution: PixelDistribution, images: Tensor, coder: Coder
     ) -> tuple[Tensor, Tensor]:
         """Return F(k - 1) and F(k) of each value k, in units of 2^-FREQUENCY_BITS."""
         low, high = distribution.interval(images)

@@ -1,19 +1,14 @@
 """Categorical distributions of the pixel values of an image."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.models.logistic_mixture import UNIFORM_WEIGHT
+from flowgen.models.pixel_distribution import UNIFORM_WEIGHT, PixelDistribution, add_uniform
 
 
-class Categorical:
+class Categorical(PixelDistribution):
     """Distribution of the values of each pixel: a softmax over all values.
-
-    A uniform distribution with a small weight gives every value an interval of the cumulative
-    distribution that float64 can represent.
 
     Args:
         logits: Outputs of a network, (batch, channels * 2^bits, height, width).
@@ -34,33 +29,13 @@ class Categorical:
         self.bins = self.logits.shape[-1]
 
     def log_prob(self, images: Tensor) -> Tensor:
-        """Return log P of each value, in nats.
-
-        Args:
-            images: Pixel values, (batch, channels, height, width).
-
-        Returns:
-            (batch, channels, height, width).
-        """
         values = images.permute(0, 2, 3, 1).long()
         log_softmax = -F.cross_entropy(
             self.logits.flatten(0, 3), values.flatten(), reduction="none"
         ).view(values.shape)
-        log_prob = torch.logaddexp(
-            log_softmax + math.log1p(-UNIFORM_WEIGHT),
-            torch.full_like(log_softmax, math.log(UNIFORM_WEIGHT / self.bins)),
-        )
-        return log_prob.permute(0, 3, 1, 2)
+        return add_uniform(log_softmax, self.bins).permute(0, 3, 1, 2)
 
     def interval(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return F(k - 1) and F(k) for each value k, where F(k) = P(value <= k) in float64.
-
-        Args:
-            images: Pixel values, (batch, channels, height, width).
-
-        Returns:
-            Two tensors like the images.
-        """
         borders = F.pad(self._cumulative(), (1, 0))
         values = images.permute(0, 2, 3, 1).long()[..., None]
         low = borders.gather(-1, values)[..., 0]
@@ -70,18 +45,6 @@ class Categorical:
     def quantile(
         self, u: Tensor, images: Tensor | None = None, unknown: Tensor | None = None
     ) -> Tensor:
-        """Return the smallest values k with F(k) > u, the inverse of `interval`.
-
-        Values at uniform random numbers u are samples.
-
-        Args:
-            u: Numbers in [0, 1), (batch, channels, height, width).
-            images: Images whose unknown values are replaced; None replaces all values.
-            unknown: Mask of the unknown values, of the shape of the images; None replaces all.
-
-        Returns:
-            Pixel values like u, uint8.
-        """
         positions = u.double().permute(0, 2, 3, 1)[..., None].contiguous()
         values = torch.searchsorted(self._cumulative(), positions, right=True)[..., 0]
         values = values.clamp(max=self.bins - 1).permute(0, 3, 1, 2).to(torch.uint8)
@@ -89,10 +52,9 @@ class Categorical:
 
     def _cumulative(self) -> Tensor:
         """Return F(k) of all values k in float64, (batch, height, width, channels, bins)."""
-        probabilities = self.logits.double().softmax(-1)
-        cumulative = torch.lerp(
-            probabilities, torch.full_like(probabilities, 1 / self.bins), UNIFORM_WEIGHT
-        ).cumsum(-1)
+        probabilities = self.logits.softmax(-1, dtype=torch.float64)
+        probabilities.mul_(1 - UNIFORM_WEIGHT).add_(UNIFORM_WEIGHT / self.bins)
+        cumulative = probabilities.cumsum_(-1)
         cumulative[..., -1] = 1.0  # without a rounding error
         return cumulative
 

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Weight of a uniform distribution, so that every value has an interval of the cumulative
-# distribution that float64 can represent. It costs 1e-6 nats per value.
-UNIFORM_WEIGHT = 1e-6
+from flowgen.models.pixel_distribution import UNIFORM_WEIGHT, PixelDistribution, add_uniform
+
 INITIAL_LOG_SCALE = -1.5
 MIN_SCALE = math.exp(-1.5)  # in units of the distance of two values; PixelCNN++ has half of it
 
 
-class LogisticMixture:
+class LogisticMixture(PixelDistribution):
     """Distribution of the values of each pixel: a mixture of discretized logistics.
 
     Value k is at v_k = 2k / (K - 1) - 1, where K = 2^bits, and its borders are halfway between the
@@ -66,14 +65,6 @@ class LogisticMixture:
         return mixture
 
     def log_prob(self, images: Tensor) -> Tensor:
-        """Return log P of each value given the channels before it, in nats.
-
-        Args:
-            images: Pixel values, (batch, channels, height, width).
-
-        Returns:
-            (batch, channels, height, width).
-        """
         log_probs = []
         log_weights = self.log_weights
         for channel in range(images.shape[1]):
@@ -82,19 +73,9 @@ class LogisticMixture:
             # The components of the next channel, given this one
             log_weights = joint - log_prob[:, None]
             log_probs.append(log_prob)
-        log_mixture = torch.stack(log_probs, 1) + math.log1p(-UNIFORM_WEIGHT)
-        log_uniform = torch.full_like(log_mixture, math.log(UNIFORM_WEIGHT / self.bins))
-        return torch.logaddexp(log_mixture, log_uniform)
+        return add_uniform(torch.stack(log_probs, 1), self.bins)
 
     def interval(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return F(k - 1) and F(k) for each value k, where F(k) = P(value <= k) in float64.
-
-        Args:
-            images: Pixel values, (batch, channels, height, width).
-
-        Returns:
-            Two tensors like the images.
-        """
         mixture = self.double()
         bounds = []
         log_weights = mixture.log_weights
@@ -117,18 +98,6 @@ class LogisticMixture:
     def quantile(
         self, u: Tensor, images: Tensor | None = None, unknown: Tensor | None = None
     ) -> Tensor:
-        """Return the smallest values k with F(k) > u, the inverse of `interval`.
-
-        Values at uniform random numbers u are samples.
-
-        Args:
-            u: Numbers in [0, 1), (batch, channels, height, width).
-            images: Images whose unknown values are replaced; None replaces all values.
-            unknown: Mask of the unknown values, of the shape of the images; None replaces all.
-
-        Returns:
-            Pixel values like u, uint8.
-        """
         mixture = self.double()
         if images is None:
             images = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)

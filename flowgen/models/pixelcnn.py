@@ -26,6 +26,7 @@ from flowgen.models.logistic_mixture import (
     initial_parameters,
     num_parameters,
 )
+from flowgen.models.pixel_distribution import PixelDistribution
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import (
     BITS_PER_DIM,
@@ -368,7 +369,7 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
 
     def conditionals(
         self, images: Tensor, one_hot: Tensor | None, network: nn.Module | None = None
-    ) -> Categorical | LogisticMixture:
+    ) -> PixelDistribution:
         """Return the distribution of each value given the values before it.
 
         Args:
@@ -456,7 +457,7 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         one_hot: Tensor | None,
         images: Tensor | None = None,
         unknown: Tensor | None = None,
-    ) -> tuple[Tensor, Categorical | LogisticMixture]:
+    ) -> tuple[Tensor, PixelDistribution]:
         """Return the images whose values are the quantiles at u, and the conditional distributions.
 
         Args:
@@ -469,15 +470,23 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         u = u.view(-1, *self.image_shape)
         if images is None:
             images = torch.zeros(u.shape, dtype=torch.uint8, device=u.device)
-        distribution = self.conditionals(images, one_hot, network)
-        for index in range(self.dimensions):
-            self.num_iterations = index + 1
-            updated = distribution.quantile(u, images, unknown)
-            if torch.equal(updated, images):
+        images = images.clone()
+        if unknown is not None:
+            unknown = unknown.expand(images.shape)
+        self.num_iterations = 0
+        changed = torch.arange(len(images), device=images.device)  # by the last iteration
+        for _ in range(self.dimensions):
+            self.num_iterations += 1
+            current = images[changed]
+            condition = None if one_hot is None else one_hot[changed]
+            distribution = self.conditionals(current, condition, network)
+            mask = None if unknown is None else unknown[changed]
+            updated = distribution.quantile(u[changed], current, mask)
+            images[changed] = updated
+            changed = changed[(updated != current).flatten(1).any(1)]
+            if not len(changed):
                 break
-            images = updated
-            distribution = self.conditionals(images, one_hot, network)
-        return images, distribution
+        return images, self.conditionals(images, one_hot, network)
 
     # Inpainting
 

@@ -168,7 +168,7 @@ class InpaintingChains(ABC):
         acceptance = []
         for index in self.flow.progress(range(num_trajectories), "exact steps", num_trajectories):
             if self.flow.num_classes is not None:
-                self.labels = self._sample_classes(self.flow.num_classes)
+                self._resample_classes(self.flow.num_classes)
                 state = hmc.evaluate(self.position, self.log_density)  # of the new classes
             state, share_accepted = hmc.hmc_step(
                 state,
@@ -182,14 +182,18 @@ class InpaintingChains(ABC):
             acceptance.append(share_accepted)
         self.acceptance = fmean(acceptance[num_trajectories // 2 :])
 
-    def _sample_classes(self, num_classes: int) -> Tensor:
-        """Sample a class of each chain from p(y | position), also where x is not in [0, 1]."""
+    def _resample_classes(self, num_classes: int) -> None:
+        """Draw the class of each chain from p(y | position).
+
+        The densities are those of the position. Rounding can move the point x there out of the
+        domain of a logit.
+        """
         log_densities = []
         for label in range(num_classes):
             self.labels = torch.full_like(self.labels, label)
             log_densities.append(self.log_density(self.position))
         weights = torch.stack(log_densities, 1).softmax(1)
-        return torch.multinomial(weights, 1, generator=self.generator)[:, 0]
+        self.labels = torch.multinomial(weights, 1, generator=self.generator)[:, 0]
 
     def _noise(self) -> Tensor:
         return torch.randn(
