@@ -55,8 +55,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 Step = Callable[[Tensor], object]
 
 
-def flowgen_glow(compiled: bool) -> Step:
-    """Return a training step of flowgen's Glow."""
+def flowgen_model() -> Glow:
+    """Return flowgen's Glow."""
     model = Glow(
         image_shape=(3, GLOW_SIZE, GLOW_SIZE),
         bits=5,
@@ -66,6 +66,12 @@ def flowgen_glow(compiled: bool) -> Step:
     )
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.initialize(torch.randint(0, 32, (64, 3, GLOW_SIZE, GLOW_SIZE), dtype=torch.uint8))
+    return model
+
+
+def flowgen_glow(compiled: bool) -> Step:
+    """Return a training step of flowgen's Glow."""
+    model = flowgen_model()
     if compiled:
         aot_config.backward_pass_autocast = "off"  # as in the trainer
         model.compile()
@@ -86,8 +92,8 @@ def flowgen_glow(compiled: bool) -> Step:
     return step
 
 
-def normflows_glow() -> Step:
-    """Return a training step of normflows' Glow."""
+def normflows_model() -> Any:
+    """Return normflows' Glow."""
     import normflows
 
     bases = []
@@ -105,7 +111,12 @@ def normflows_glow() -> Step:
             merges.append(normflows.flows.Merge())
             channels //= 2
         bases.append(normflows.distributions.GlowBase((channels, size, size)))
-    model = normflows.MultiscaleFlow(bases, flows, merges)
+    return normflows.MultiscaleFlow(bases, flows, merges)
+
+
+def normflows_glow() -> Step:
+    """Return a training step of normflows' Glow."""
+    model = normflows_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 
     def step(images: Tensor) -> None:
@@ -113,6 +124,24 @@ def normflows_glow() -> Step:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+    return step
+
+
+def flowgen_samples() -> Step:
+    """Return a function that draws a batch from flowgen's Glow."""
+    model = flowgen_model().eval()
+    return lambda images: model.sample(GLOW_BATCH_SIZE)
+
+
+def normflows_samples() -> Step:
+    """Return a function that draws a batch from normflows' Glow."""
+    model = normflows_model().eval()
+    model.forward_kld(torch.rand(64, 3, GLOW_SIZE, GLOW_SIZE))  # initializes ActNorm
+
+    def step(images: Tensor) -> None:
+        with torch.no_grad():
+            model.sample(GLOW_BATCH_SIZE)
 
     return step
 
@@ -254,6 +283,16 @@ COMPARISONS = [
                 precision="auto",
             ),
         ],
+        flop_counted=1,
+    ),
+    Comparison(
+        f"samples of this Glow, {GLOW_BATCH_SIZE} at a time, float32",
+        "images/s",
+        per_update=GLOW_BATCH_SIZE,
+        num_threads=2,
+        updates=4,
+        make_images=random_faces,
+        programs=[Program("normflows", normflows_samples), Program("flowgen", flowgen_samples)],
         flop_counted=1,
     ),
     Comparison(
