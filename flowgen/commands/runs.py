@@ -25,7 +25,7 @@ class RunSummary(NamedTuple):
 
 
 def runs() -> Iterator[RunSummary]:
-    """Yield the runs under `outputs/`, the newest first, and then the models of the zoo.
+    """Yield the runs under `outputs/`, the newest first, and then the included models.
 
     `result` is the test metric of a finished run, or the best validation metric until then, and the
     last validation metric.
