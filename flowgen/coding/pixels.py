@@ -1,6 +1,6 @@
 """Pixel values and points of the grid: dequantization as a bijection of integers.
 
-The interval [0, 1) is a line of 2^32 positions, and each pixel value owns an interval of them. A
+The interval [0, 1) is a line of 2^32 positions, and each pixel value has an interval of them. A
 position inside it is the dequantization noise, popped from the stack. The decoder finds the pixel
 value of a position, and pushes the noise back.
 """

@@ -38,7 +38,7 @@ from flowgen.utils.metrics import BITS_PER_DIM, Metric, Metrics, MetricValue
 
 EMA_DECAY = 0.99  # of the codebook, as in appendix A.1 of the VQ-VAE
 DEAD_USAGE = 0.1  # codes used less than this share of the mean usage are restarted
-NEAR_SHARE = 0.01  # of the variance of z: no code restarts this near to a code vector
+NEAR_SHARE = 0.01  # of the variance of z: no code restarts nearer than this to a code vector
 MAX_LEVELS = 2**16  # the prior computes as many probabilities
 MADE_WIDTH = 2  # hidden units of the MADE of the prior per unit of its transformer
 CLASS_SAMPLES = 64  # samples of each class whose mean is its latent
@@ -127,7 +127,7 @@ class EMACodebook(Quantizer):
     and the vector is sum_k / usage_k, with r = 0.99. Van den Oord, Vinyals and Kavukcuoglu
     (1711.00937), appendix A.1. Codes of little usage restart at outputs of the encoder, chosen at
     random from the batch: Dhariwal et al. (Jukebox, 2005.00341). Unlike there, a code waits while
-    its output is near to a code vector, because it would only take over outputs of that code. A
+    its output is near a code vector, because it would only take over outputs of that code. A
     code has one digit.
 
     Several processes compute the same averages, over the outputs of all of them.
