@@ -3,7 +3,6 @@
 All functions raise `flowgen.UserError` for invalid input and never exit the process.
 """
 
-import logging
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from flowgen.config import compose, instantiate, runs, settings, start
 from flowgen.data import DOWNLOADED
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, processes
-from flowgen.utils.errors import UserError, check_whole
+from flowgen.utils.errors import UserError, check_whole, log
 from flowgen.utils.metrics import Metrics, MetricValue, finite
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ LOG_Z_KEYS = ("log_z", "log_z_error", "reliable", "verdict")
 SAMPLE_KEYS = ("sample_", "training_", "test_readable", "classifier_accuracy")
 PAPER = re.compile(r"^(.*?)(?: \(([^()]*\d{4}[^()]*)\))?$")  # a description and its source
 URL = re.compile(r"https?://[^\s'\"),]+")
-log = logging.getLogger("flowgen")
 
 
 class EvalReport(dict[str, MetricValue]):

@@ -205,9 +205,9 @@ class GroupedCommands(click.Group):
 def cli(ctx: click.Context, debug: bool) -> None:
     """Train, evaluate and use likelihood-based image models.
 
-    RUN is the folder of a run, a checkpoint file, a name under outputs/, a model of the package
-    (zoo/NAME) or of the Hugging Face Hub (hf:OWNER/NAME). Without it, a command uses the newest
-    run that fits. `flowgen COMMAND --help` shows the options of a command.
+    RUN is the folder of a run, a checkpoint file, a name under outputs/, an included model
+    (zoo/NAME) or a model of the Hugging Face Hub (hf:OWNER/NAME). Without it, a command uses the
+    newest run that fits. `flowgen COMMAND --help` shows the options of a command.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -245,9 +245,9 @@ def resume(run: str, overrides: tuple[str, ...]) -> None:
     import_command("commands.train").resume(run=run, overrides=list(overrides))
 
 
-@cli.command(short_help="List runs and the models of the zoo.")
+@cli.command(short_help="List runs and the included models.")
 def runs() -> None:
-    """List the runs under outputs/, the newest first, and the models of the zoo.
+    """List the runs under outputs/, the newest first, and the included models.
 
     The result is the test metric of a finished run, or the best validation metric until then.
     """

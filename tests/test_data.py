@@ -396,10 +396,10 @@ def test_a_download_that_fails_says_what_to_do(tmp_path):
         find_dataset(None, ["new"], "Get it.", {(tmp_path / "nowhere").as_uri(): ""})
 
 
-def test_nothing_is_downloaded_outside_the_data_directory(tmp_path):
+def test_nothing_is_downloaded_outside_the_data_folder(tmp_path):
     files = served(tmp_path / "server", a=b"first")
     for name in ("../new", "/new", ""):
-        with pytest.raises(UserError, match="inside the data directory"):
+        with pytest.raises(UserError, match="inside the data folder"):
             find_dataset(None, [name], "Get it.", files)
 
 

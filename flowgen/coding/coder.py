@@ -73,7 +73,16 @@ class Coder:
     # Floats and integers
 
     def quantize(self, values: Tensor, bits: int | Tensor) -> Tensor:
-        """Round floats to integers: floor(2^bits values + offset)."""
+        """Round floats to integers: floor(2^bits values + offset).
+
+        Args:
+            values: Floats of any shape.
+            bits: Number of bits after the binary point, one for all values or one for each.
+
+        Raises:
+            NearBoundaryError: If a value is closer to a boundary than `margin`.
+            CodingError: If a value is not finite or too large.
+        """
         factor = 2.0**bits if isinstance(bits, int) else torch.ones_like(bits) << bits
         scaled = values.double() * factor + self.offset
         if not scaled.numel():
@@ -155,7 +164,7 @@ class Coder:
 
     def _scale(self, x: Integers, ratios: Integers, shifts: Integers) -> Integers:
         y = x.copy()
-        for part in _chunks(len(x)):
+        for part in chunks(len(x)):
             total = x[part] * ratios[part] + self.stack.pop(ratios[part])
             y[part] = total >> shifts[part]
             self.stack.push_bits(total - (y[part] << shifts[part]), shifts[part])
@@ -163,14 +172,21 @@ class Coder:
 
     def _unscale(self, y: Integers, ratios: Integers, shifts: Integers) -> Integers:
         x = y.copy()
-        for part in reversed(_chunks(len(y))):
+        for part in reversed(chunks(len(y))):
             total = (y[part] << shifts[part]) + self.stack.pop_bits(shifts[part], len(y[part]))
             x[part] = total // ratios[part]
             self.stack.push(total - x[part] * ratios[part], ratios[part])
         return x
 
     def affine(self, x: Tensor, scale: Tensor, shift: Tensor, backward: bool) -> Tensor:
-        """Map x to scale x + shift, or back; `scale` is a positive float, `shift` on the grid."""
+        """Map x to scale x + shift, or back.
+
+        Args:
+            x: Numbers of the grid; those of the result if `backward`.
+            scale: Positive floats.
+            shift: Numbers of the grid.
+            backward: Whether to apply the inverse map.
+        """
         ratio, bits = self.to_ratio(scale)
         return self.exchange(x, 0, shift, ratio, bits, backward)
 
@@ -271,7 +287,8 @@ def chunk_size(count: int) -> int:
     return max(MIN_CHUNK, count // 16)
 
 
-def _chunks(count: int) -> list[slice]:
+def chunks(count: int) -> list[slice]:
+    """Return the parts of `count` numbers that exchange bits at once."""
     size = chunk_size(count)
     return [slice(start, start + size) for start in range(0, count, size)]
 

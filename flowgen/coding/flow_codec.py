@@ -26,7 +26,7 @@ from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError
 
 
-def require_codec(model: GenerativeModel) -> Flow:
+def check_compressible(model: GenerativeModel) -> Flow:
     """Return the model if it can compress images, and otherwise raise a UserError that says why."""
     if not isinstance(model, SupportsCompression) or not isinstance(model, Flow):
         raise UserError(
@@ -56,7 +56,7 @@ class FlowCodec(Codec):
     length = "the model for the same noise"
 
     def __init__(self, flow: GenerativeModel):
-        self.float_flow = copy.deepcopy(require_codec(flow)).eval()
+        self.float_flow = copy.deepcopy(check_compressible(flow)).eval()
         super().__init__(self.float_flow)
         self.flow = copy.deepcopy(self.float_flow).cpu().double()
         self.pixels = PixelCoder(self.flow)

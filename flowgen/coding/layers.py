@@ -36,7 +36,7 @@ def code(
         bijection: A bijection in float64.
         x: Numbers of the grid, with the shape that the bijection takes.
         condition: The condition of the bijection, in floats.
-        coder: The stack.
+        coder: The coder, which holds the stack.
         backward: Whether to apply the inverse.
     """
     raise UserError(refusal(bijection))
@@ -339,7 +339,7 @@ def transform(
         univariate_transform: The transform.
         x: Numbers of the grid (batch, channels, ...).
         params: Its parameters, in floats (batch, num_params * channels, ...).
-        coder: The stack.
+        coder: The coder, which holds the stack.
         backward: Whether to apply the inverse.
     """
     params = coder.quantize_parameters(params)

@@ -131,7 +131,7 @@ def _through_table(coder: Coder, x: Tensor, table: Tensor, first: int, backward:
     """Map numbers of the grid to uniform numbers by a table, or back.
 
     Args:
-        coder: The stack.
+        coder: The coder, which holds the stack.
         x: Numbers of the grid, or uniform numbers if `backward`.
         table: Strictly increasing values at the nodes.
         first: Index of the first node.
@@ -151,7 +151,7 @@ def to_uniform(coder: Coder, x: Tensor, sizes: Tensor, backward: bool) -> Tensor
     """Map numbers of the grid to Phi(x) below each size, rounded down, or back.
 
     Args:
-        coder: The stack.
+        coder: The coder, which holds the stack.
         x: Numbers of the grid, or values below their sizes if `backward`.
         sizes: Sizes above the number of segments.
         backward: Whether to invert the map.

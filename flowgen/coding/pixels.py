@@ -1,6 +1,6 @@
 """Pixel values and points of the grid: dequantization as a bijection of integers.
 
-The interval [0, 1) is a line of 2^32 positions, and each pixel value owns an interval of them. A
+The interval [0, 1) is a line of 2^32 positions, and each pixel value has an interval of them. A
 position inside it is the dequantization noise, popped from the stack. The decoder finds the pixel
 value of a position, and pushes the noise back.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.elementwise import Logit, MarginalGaussianization
-from flowgen.coding.coder import OFFSET, SEGMENTS_BITS, Coder, chunk_size
+from flowgen.coding.coder import OFFSET, SEGMENTS_BITS, Coder, chunks
 from flowgen.coding.layers import code
 from flowgen.coding.normal import pop_normal, push_normal, to_uniform
 from flowgen.models.flows.dequantization import VariationalDequantizer
@@ -70,7 +70,7 @@ class PixelCoder:
             noise = code(self._noise_flow, normal, condition, coder, False).reshape(-1)
         position = torch.empty_like(start)
         x = torch.empty_like(start)
-        for part in _parts(len(start)):
+        for part in chunks(len(start)):
             # Both steps for one part at a time, because a position borrows 32 bits.
             offset = (
                 coder.pop(size[part])
@@ -91,7 +91,7 @@ class PixelCoder:
         numbers = x.reshape(-1)
         noise = torch.empty_like(numbers)
         values = torch.empty_like(numbers)
-        for part in reversed(_parts(len(numbers))):
+        for part in reversed(chunks(len(numbers))):
             position = self._to_line(coder, numbers[part])
             edges = self.edges[channel[part]]
             value = torch.searchsorted(edges, position[:, None], right=True)[:, 0] - 1
@@ -170,8 +170,3 @@ def _round(share: Tensor) -> Tensor:
     """Return shares of the line as positions, rounded to 2^-TABLE_BITS."""
     rounded = (share * 2.0**TABLE_BITS + OFFSET).floor().long()
     return rounded.clamp(0, 1 << TABLE_BITS) << (LINE_BITS - TABLE_BITS)
-
-
-def _parts(count: int) -> list[slice]:
-    size = chunk_size(count)
-    return [slice(start, start + size) for start in range(0, count, size)]

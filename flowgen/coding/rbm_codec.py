@@ -2,9 +2,9 @@
 
 Annealed sampling draws v_0 from independent pixels, and then, for every inverse temperature beta_k
 up to 1, h from P_k(h | v_k-1) and v_k from P_k(v | h). The last v is the image. A code for a whole
-path would be too long, because nobody needs its start. The codec therefore pops the path from the
-stack, backwards from the image: each step pops h given v and v' given h, and pushes v given h and h
-given v'. The decoder samples forwards and pushes what the encoder popped.
+path would be too long, and the decoder needs only its end. The codec therefore pops the path from
+the stack, backwards from the image: each step pops h given v and v' given h, and pushes v given h
+and h given v'. The decoder samples forwards and pushes what the encoder popped.
 
 The length is -log2 of a weight of reverse annealed importance sampling (Burda, Grosse and
 Salakhutdinov, 1412.8566). No estimate of log Z is part of it, and by Kraft's inequality it cannot

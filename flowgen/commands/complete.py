@@ -46,7 +46,7 @@ def complete(
             model's size or, for "downsample:FACTOR", the smaller size.
         known: The known part of the image, see `measurement` and `mask`.
         sampler: Names of the samplers; empty for all that the model has.
-        run: Name of the run, or None for the most recent one that supports inpainting.
+        run: Name of the run, or None for the newest one that supports inpainting.
         steps: Number of steps of the sampler, or None for its default.
         seed: Seed of the samples and of a random mask.
         device: Name of the device, or "auto".
@@ -89,7 +89,7 @@ def log_prob(
         image: Image file with all of its pixels, cropped and resized like the data of the run
             unless it has the model's size.
         known: The known pixels, see `mask`.
-        run: Name of the run, or None for the most recent one that supports inpainting.
+        run: Name of the run, or None for the newest one that supports inpainting.
         steps: Number of steps of the method, or None for its default.
         seed: Seed of the estimate and of a random mask.
         device: Name of the device, or "auto".

@@ -182,7 +182,17 @@ def read_exact_images(
     config: dict[str, Any],
     prepared: bool,
 ) -> tuple[list[str], Tensor]:
-    """Read images that the model represents exactly, and their names.
+    """Read images that the model represents exactly.
+
+    Args:
+        paths: Image files, folders and zips.
+        count: Maximum number of images, or None for all.
+        model: The model that compresses them.
+        config: Configuration of its run.
+        prepared: Accept images that must be resized or reduced.
+
+    Returns:
+        The names of the images, and their pixel values, uint8 (N, channels, height, width).
 
     Raises:
         UserError: If an image must be changed and `prepared` is false, or cannot be read.

@@ -56,7 +56,7 @@ def edit(
         attributes: Names of attributes or classes, which are changed together.
         amounts: One amount per attribute, or one for all; each image is then shown before and
             after the change. Empty for a strip from -2 to 2.
-        run: Name of the run, or None for the most recent one.
+        run: Name of the run, or None for the newest one.
         table: CSV file with attributes of images, or None for the labels of the training images.
         direction: "ridge" (regression on all attributes) or "difference" (of means).
         count: Maximum number of labeled images used to find directions.

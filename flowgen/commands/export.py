@@ -213,7 +213,7 @@ def push(*, run: str, repository: str, license_name: str | None, private: bool) 
         The address of the model, and a command that uses it.
 
     Raises:
-        UserError: If the license of the images forbids to publish the model.
+        UserError: If the license of the images forbids publishing the model.
     """
     repository = check_name(repository.removeprefix(PREFIX), "model")
     spdx_id = license_id(find_checkpoint(run)[1]["config"]["data"], license_name)
@@ -234,7 +234,7 @@ def license_id(data: dict[str, Any], license_name: str | None) -> str:
         license_name: License that the user chose, needed if that of the images is unknown.
 
     Raises:
-        UserError: If the license of the images forbids to publish the model.
+        UserError: If the license of the images forbids publishing the model.
     """
     text, spdx_id = LICENSES.get(dataset_name(data), (None, license_name))
     if text is None and license_name is None:

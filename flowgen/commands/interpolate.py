@@ -29,7 +29,7 @@ def interpolate(
     Args:
         first: Image file, cropped, resized and quantized like the data of the run.
         second: Image file, prepared in the same way.
-        run: Name of the run, or None for the most recent one.
+        run: Name of the run, or None for the newest one.
         steps: Number of images per row, including both ends.
         spherical: Interpolate along a great circle instead of a line.
         device: Name of the device, or "auto".
@@ -69,7 +69,14 @@ def read_inputs(paths: Sequence[Path], model: GenerativeModel, config: dict[str,
 def interpolate_images(
     model: GenerativeModel, start: Tensor, end: Tensor, steps: int, spherical: bool
 ) -> tuple[Tensor, Tensor]:
-    """Interpolate between two images (1, channels, height, width) in latent and in pixel space.
+    """Interpolate between two images in latent and in pixel space.
+
+    Args:
+        model: The model.
+        start: The first image, (1, channels, height, width).
+        end: The last image, in the same shape.
+        steps: Number of images, including both ends.
+        spherical: Interpolate latents along a great circle instead of a line.
 
     Returns:
         latent: Images decoded from the latents, uint8 (steps, channels, height, width).

@@ -1,6 +1,5 @@
 """`flowgen runs`."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,8 @@ from flowgen.config import compose, instantiate, settings
 from flowgen.config.runs import list_runs
 from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
 from flowgen.training.run_dir import Run, best_metric
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, log
 from flowgen.utils.metrics import COMPARED, MetricValue, recorded_likelihood
-
-log = logging.getLogger("flowgen")
 
 
 class RunSummary(NamedTuple):
@@ -28,7 +25,7 @@ class RunSummary(NamedTuple):
 
 
 def runs() -> Iterator[RunSummary]:
-    """Yield the runs under `outputs/`, the newest first, and then the models of the zoo.
+    """Yield the runs under `outputs/`, the newest first, and then the included models.
 
     `result` is the test metric of a finished run, or the best validation metric until then, and the
     last validation metric.

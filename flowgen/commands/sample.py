@@ -49,7 +49,7 @@ def sample(
     A model of points in the plane is plotted instead, see `plot_toy2d`.
 
     Args:
-        run: Name of the run, or None for the most recent one that fits the other options.
+        run: Name of the run, or None for the newest one that fits the other options.
         temperatures: Sampling temperatures; empty for the temperature of the run.
         count: Number of samples per temperature.
         seed: Seed of the samples. Every temperature starts from the same random numbers.
@@ -262,7 +262,7 @@ def chain(
 
     Args:
         sampler: MCMC sampler.
-        run: Name of the run, or None for the most recent run of an RBM.
+        run: Name of the run, or None for the newest run of an RBM.
         count: Number of chains.
         frames: Number of frames after the initial one. A frame shows P(v = 1) of every chain.
         steps: Number of steps of the sampler between two frames.

@@ -80,7 +80,7 @@ def score(
 
     Args:
         paths: Image files, folders and zip archives.
-        run: Name of the run, or None for the most recent one.
+        run: Name of the run, or None for the newest one.
         ood: What to compare with: the name of one run, or data=NAME and its settings
             data.KEY=VALUE; empty for no comparison.
         score: Name of the score that ranks the images, or None for the default.
@@ -150,7 +150,16 @@ def split_statistics(
     seed: int,
     progress: console.Progress = console.progress_bar,
 ) -> dict[str, Tensor]:
-    """Return the `image_statistics` of at most `count` images of a split."""
+    """Return the `image_statistics` of a split, each of shape (images,).
+
+    Args:
+        model: The model.
+        data: Data set of the images.
+        split: "train", "validation" or "test".
+        count: Maximum number of images, chosen by hash.
+        seed: Seed of the dequantization noise.
+        progress: Progress bar for the batches.
+    """
     generator = torch.Generator(model.device).manual_seed(seed)
     num_batches = -(-min(count, len(getattr(data, split))) // BATCH_SIZE)
     batches = progress(data.batches(split, BATCH_SIZE, count), "images", num_batches)
@@ -326,7 +335,7 @@ def ood_comparison(
     Args:
         scorer: The scorer of the run.
         ood: Name of one run; or data=NAME and its settings, such as data.root=FOLDER, for which
-            the most recent run on these data makes the comparison in the other direction.
+            the newest run on these data makes the comparison in the other direction.
         count: Maximum number of test images of each data set.
         seed: Seed of the dequantization noise.
         device: Name of the device, or "auto".
@@ -355,7 +364,7 @@ def ood_comparison(
 
 
 def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
-    """Return the most recent run, or else the zoo model, on these data with this metric."""
+    """Return the newest run, or else the zoo model, on these data with this metric."""
     configs = [
         (str(run.folder), compose.read_config(run.config))
         for run in readable_runs()
@@ -389,10 +398,17 @@ def images_for(scorer: Scorer, section: dict[str, Any]) -> ImageDataset:
 def compare_ood(
     scorer: Scorer, section: dict[str, Any], other: ImageDataset, count: int, seed: int
 ) -> OODResult:
-    """Compare the run's test images with those of another data set, at most `count` of each.
+    """Compare the run's test images with those of another data set.
 
     A false positive rate has two sources of error: the test images, and the images that calibrate
     the p-values. Its standard error is sqrt(rate (1 - rate) (1/n_test + 1/n_calibration)).
+
+    Args:
+        scorer: The scorer of the run.
+        section: Data section of the other data set, which gives its name.
+        other: The other data set.
+        count: Maximum number of test images of each data set.
+        seed: Seed of the dequantization noise.
     """
     detector = scorer.detector
     inliers, outliers = (

@@ -1,7 +1,6 @@
 """`flowgen train` and `flowgen resume`: single runs and sweeps."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from flowgen import api
 from flowgen.config import compose, settings, start
 from flowgen.training.signals import reraise_signal
 from flowgen.utils import console, processes
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, log
 
 MAX_SHOWN_FAILURES = 5
-log = logging.getLogger("flowgen")
 compose.register_resolvers()  # at import, because a launcher may run jobs in other processes
 
 

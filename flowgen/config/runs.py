@@ -163,7 +163,7 @@ def _training_hint(capability: type) -> str:
 def find_model(
     run: str | None, device: str, capability: type[ModelT]
 ) -> tuple[Run, dict[str, Any], ModelT]:
-    """Find a run, or the most recent one with a capability, and load its model.
+    """Find a run, or the newest one with a capability, and load its model.
 
     Returns:
         The run, its checkpoint and the model.

@@ -94,7 +94,7 @@ def cached_array(name: str, fingerprints: object, chunks: Callable[[], Iterable[
 
 
 def cache_folder() -> Path:
-    """Return the directory of the cache, `FLOWGEN_CACHE` or `~/.cache/flowgen`, and create it."""
+    """Return the folder of the cache, `FLOWGEN_CACHE` or `~/.cache/flowgen`, and create it."""
     folder = Path(os.environ.get("FLOWGEN_CACHE", "~/.cache/flowgen")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -24,8 +24,8 @@ class CIFAR10(ImageDataset):
 
     Args:
         root: `cifar-10-binary.tar.gz` or `.tar.xz`, a folder that contains it or its unpacked
-            files, or None to look for such a folder in the data directory.
-        search_dirs: Names of the folder in the data directory.
+            files, or None to look for such a folder in the data folder.
+        search_dirs: Names of the folder in the data folder.
         random_flip: See `ImageDataset`.
         options: `bits`, `random_shift` and `binarization` of `ImageDataset`.
     """

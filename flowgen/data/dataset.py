@@ -157,7 +157,7 @@ def find_dataset(
     ):
         raise UserError(
             f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
-            "data directory: set data.root to use another place"
+            "data folder: set data.root to use another place"
         )
     paths = (
         [data_folder() / name for name in search_dirs]
@@ -175,13 +175,13 @@ def find_dataset(
 
 
 def download(files: Mapping[str, str], folder: Path) -> None:
-    """Download files to a new directory, which is created atomically when all are complete.
+    """Download files to a new folder, which is created atomically when all are complete.
 
     An interrupted download continues with the missing files.
 
     Args:
         files: MD5 checksum of every file, by its URL.
-        folder: The new directory.
+        folder: The new folder.
 
     Raises:
         UserError: If a file cannot be downloaded or has another checksum.
@@ -205,7 +205,7 @@ def download(files: Mapping[str, str], folder: Path) -> None:
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"{url or folder} could not be downloaded ({error}). "
-            f"Download it to {folder} yourself, or set data.root to its directory."
+            f"Download it to {folder} yourself, or set data.root to its folder."
         ) from error
 
 

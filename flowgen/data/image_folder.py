@@ -36,8 +36,8 @@ class ImageFolder(ImageDataset):
     list. Without `attribute`, each subfolder is a class if every image is in one of several.
 
     Args:
-        root: The folder or zip, or None to look for `search_dirs` in the data directory.
-        search_dirs: Names of the folder in the data directory.
+        root: The folder or zip, or None to look for `search_dirs` in the data folder.
+        search_dirs: Names of the folder in the data folder.
         download_hint: A sentence that tells the user how to get the images.
         channels: 1 (grayscale) or 3 (RGB).
         size: Height and width that images are resized to, in pixels, or one number for squares.

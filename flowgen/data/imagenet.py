@@ -34,8 +34,8 @@ class DownsampledImageNet(ImageDataset):
 
     Args:
         root: A folder with `train_data_batch_1.npz` to 10 and `val_data.npz`, or None to look for
-            it in the data directory.
-        search_dirs: Names of the folder in the data directory. Default: the usual ones.
+            it in the data folder.
+        search_dirs: Names of the folder in the data folder. Default: the usual ones.
         size: 32 or 64 pixels.
         random_flip: See `ImageDataset`.
         options: `bits`, `random_shift` and `binarization` of `ImageDataset`.

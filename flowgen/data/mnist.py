@@ -60,8 +60,8 @@ class MNIST(ImageDataset):
 
     Args:
         name: "MNIST", "FashionMNIST" or "KMNIST".
-        root: A folder with the idx files, or None to look for them in the data directory.
-        search_dirs: Names of the folder in the data directory. Default: the usual ones.
+        root: A folder with the idx files, or None to look for them in the data folder.
+        search_dirs: Names of the folder in the data folder. Default: the usual ones.
         size: Height and width that images are resized to, in pixels, or one number for squares.
         options: `bits`, `random_flip`, `random_shift` and `binarization` of `ImageDataset`.
 

@@ -24,8 +24,8 @@ class SVHN(ImageDataset):
 
     Args:
         root: A folder with `train_32x32.mat` and `test_32x32.mat`, or None to look for them in
-            the data directory.
-        search_dirs: Names of the folder in the data directory.
+            the data folder.
+        search_dirs: Names of the folder in the data folder.
         options: `bits`, `random_flip`, `random_shift` and `binarization` of `ImageDataset`.
     """
 

@@ -99,9 +99,13 @@ def measure_sample_quality(samples: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Return the squared Fréchet distance of the Gaussians that fit points (N, d) and (M, d).
+    """Return the squared Fréchet distance of the Gaussians that fit two sets of points.
 
     |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Heusel et al., arXiv:1706.08500, section 2).
+
+    Args:
+        first: Points (N, d).
+        second: Points (M, d).
     """
     first_cov = first.T.cov()
     second_cov = second.T.cov()
@@ -111,11 +115,16 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 
 def coverage(samples: Tensor, real: Tensor, num_neighbors: int = 5) -> float:
-    """Return the share of real points (M, d) that have a sample (N, d) in their neighborhood.
+    """Return the share of real points that have a sample in their neighborhood.
 
-    The neighborhood of a real point is the ball up to its k-th nearest real neighbor, with k =
-    `num_neighbors`. Outliers, whose balls contain even a blank image, count only once each (Naeem
-    et al., Reliable fidelity and diversity metrics, arXiv:2002.09797, section 3).
+    The neighborhood of a real point is the ball up to its k-th nearest real neighbor. Outliers,
+    whose balls contain even a blank image, count only once each (Naeem et al., Reliable fidelity
+    and diversity metrics, arXiv:2002.09797, section 3).
+
+    Args:
+        samples: Features of samples, (N, d).
+        real: Features of real images, (M, d).
+        num_neighbors: The number k.
     """
     # The nearest neighbor of a point is the point itself.
     rank = min(num_neighbors + 1, len(real))
@@ -127,9 +136,13 @@ def coverage(samples: Tensor, real: Tensor, num_neighbors: int = 5) -> float:
 
 
 def distance_from_mean(point: Tensor, real: Tensor) -> float:
-    """Return the distance of a point (d,) from the mean of real points (M, d).
+    """Return the distance of a point from the mean of real points.
 
     The unit is the mean distance of a real point from that mean.
+
+    Args:
+        point: Features of an image, (d,).
+        real: Features of real images, (M, d).
     """
     center = real.mean(0)
     return ((point - center).norm() / (real - center).norm(dim=1).mean()).item()
@@ -252,7 +265,12 @@ def train_classifier(
 ) -> Classifier:
     """Train a classifier of the training images, on the device of the data.
 
-    The number of steps is at least `MIN_CLASSIFIER_STEPS` and at most `MAX_CLASSIFIER_STEPS`.
+    Args:
+        data: Data set with labels.
+        epochs: Number of epochs; the number of steps is at least `MIN_CLASSIFIER_STEPS` and at most
+            `MAX_CLASSIFIER_STEPS`.
+        batch_size: Images per step.
+        seed: Seed of the weights and of the order of the images.
 
     Raises:
         UserError: If the data set has no labels.

@@ -25,7 +25,8 @@ class EvalConfig:
     The defaults suit the short evaluations during training.
 
     Args:
-        num_importance_samples: Samples of the dequantization noise of a flow, per image.
+        num_importance_samples: Samples per image of the dequantization noise of a flow, or of the
+            latents of a VAE.
         ais_steps: Inverse temperatures of annealed importance sampling, which estimates log Z.
         ais_chains: Chains of annealed importance sampling.
         cross_check: Estimate log Z by several methods that check each other, which may take
@@ -104,7 +105,12 @@ class GenerativeModel(nn.Module, ABC):
 
     @classmethod
     def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
-        """Return whether a model built from these constructor arguments has the capability."""
+        """Return whether a model built from these constructor arguments has the capability.
+
+        Args:
+            capability: A subclass of `Capability`.
+            arguments: Arguments of the constructor, by name.
+        """
         return issubclass(cls, capability)
 
     @abstractmethod
@@ -120,7 +126,12 @@ class GenerativeModel(nn.Module, ABC):
 
     @abstractmethod
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Initialize parameters from a few hundred images, once before training."""
+        """Initialize parameters from a few hundred images, once before training.
+
+        Args:
+            images: (batch, channels, height, width).
+            labels: Classes (batch,), or None.
+        """
 
     @abstractmethod
     def evaluate(
@@ -161,6 +172,10 @@ class GenerativeModel(nn.Module, ABC):
         """Return statistics for out-of-distribution detection, each of shape (batch,).
 
         Every model has `log_prob`, its `score`.
+
+        Args:
+            images: (batch, channels, height, width).
+            generator: Source of the noise.
         """
         return {"log_prob": self.score(images, generator=generator)}
 
@@ -184,10 +199,17 @@ class GenerativeModel(nn.Module, ABC):
     def sample(
         self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw `count` images.
+        """Draw images.
+
+        Args:
+            count: Number of images.
+            temperature: Standard deviation of the latents, relative to that of the base; of an RBM,
+                the divisor of the energy. 1 samples from the model.
+            generator: Random generator, or None for the global one.
 
         Returns:
-            The images, and a score to sort them by, (count,); for flows their log-probability.
+            The images (count, channels, height, width), and a score to sort them by, (count,); for
+            flows their log-probability.
         """
 
     @abstractmethod
@@ -417,7 +439,13 @@ class SupportsMCMC(Capability):
     ) -> Iterator[Tensor]:
         """Yield `count` chains at white noise, and then after every step, without end.
 
-        Each item is brightness from 0 to 1, (count, channels, height, width).
+        Args:
+            count: Number of chains.
+            sampler: Name of the sampler.
+            generator: Random generator, or None for the global one.
+
+        Yields:
+            Brightness from 0 to 1, (count, channels, height, width).
         """
 
     @abstractmethod
@@ -429,7 +457,15 @@ class SupportsMCMC(Capability):
         sampler: str = "tempering",
         steps: int = 500,
     ) -> tuple[Tensor, Tensor]:
-        """Draw images by `steps` steps of the sampler from white noise."""
+        """Draw images by Markov chains that start at white noise.
+
+        Args:
+            count: Number of images.
+            temperature: See `GenerativeModel.sample`.
+            generator: Random generator, or None for the global one.
+            sampler: Name of the sampler.
+            steps: Steps of each chain.
+        """
 
 
 class SupportsCompression(Capability):
@@ -479,6 +515,13 @@ def sample_images(
 ) -> tuple[Tensor, Tensor]:
     """Draw samples; the same seed gives the same latents at every temperature.
 
+    Args:
+        model: The model.
+        count: Number of images.
+        temperature: See `GenerativeModel.sample`.
+        seed: Seed of the random numbers.
+        **kwargs: Further arguments of `model.sample`.
+
     Returns:
         images: Samples (count, channels, height, width).
         log_probs: Their log-probabilities as far as the model knows them, (count,).
@@ -491,7 +534,7 @@ def sample_images(
 def sample_batches(
     model: GenerativeModel, count: int, temperature: float, seed: int, **kwargs: Any
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draw samples in batches; the order of the classes continues from batch to batch."""
+    """Yield the batches of `sample_images`; the cycle of classes continues across batches."""
     generator = torch.Generator(model.device).manual_seed(seed)
     iterations: list[list[int]] = []
     starts = range(0, count, SAMPLE_BATCH_SIZE)

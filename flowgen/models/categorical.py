@@ -66,6 +66,17 @@ def initial_logits(images: Tensor, bits: int) -> Tensor:
         images: (batch, channels, height, width).
         bits: Bits per pixel value.
     """
+    return count_values(images, bits).log().flatten()
+
+
+def count_values(images: Tensor, bits: int) -> Tensor:
+    """Return one more than the number of pixels with each value, (channels, 2^bits).
+
+    No count is 0, so that no value is impossible.
+
+    Args:
+        images: (batch, channels, height, width).
+        bits: Bits per pixel value.
+    """
     values = images.transpose(0, 1).flatten(1).long()
-    counts = torch.stack([torch.bincount(channel, minlength=2**bits) for channel in values])
-    return (counts + 1.0).log().flatten()  # one more of each value, so that none is impossible
+    return torch.stack([channel.bincount(minlength=2**bits) for channel in values]) + 1

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from flowgen.bijections.networks import RandomSource, TransformerBlock, zero_init
 from flowgen.models.base import Likelihood
+from flowgen.models.categorical import count_values
 from flowgen.models.flows.builders import MAX_DEPTH, Resolution, resolve_levels, split_shape
 from flowgen.models.likelihood import LikelihoodModel
 from flowgen.utils.errors import UserError, check_choice, check_whole
@@ -134,9 +135,7 @@ class VariationalDiffusion(LikelihoodModel):
     @torch.no_grad()
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
         if self.marginals:
-            values = images.transpose(0, 1).flatten(1).long()
-            # Every value starts with a count of one, so that rare values are not impossible.
-            counts = torch.stack([channel.bincount(minlength=self.bins) for channel in values]) + 1
+            counts = count_values(images, self.bits)
             self.log_frequencies.copy_((counts / counts.sum(1, keepdim=True)).log())
 
     # The bound
@@ -158,6 +157,11 @@ class VariationalDiffusion(LikelihoodModel):
         """Return the bound of log P(image) in nats, (batch,).
 
         It is a mean over `eval_times` times, one in each part of an even division of [0, 1).
+
+        Args:
+            images: (batch, channels, height, width).
+            generator: Source of the times and the noise.
+            labels: Unused, because the model has no classes.
         """
         noise = self._iter_noise(images, generator)
         bounds = [self.lower_bound(images, *draws) for draws in noise]
@@ -173,8 +177,14 @@ class VariationalDiffusion(LikelihoodModel):
     ) -> Tensor:
         """Return the bound of log P(image) of each image in nats, (batch,).
 
-        It is a mean over `num_importance_samples` times `eval_times` times. A single image needs
-        more of them than the mean over many images.
+        It is a mean over `num_importance_samples` * `eval_times` times. A single image needs more
+        of them than the mean over many images.
+
+        Args:
+            images: (batch, channels, height, width).
+            labels: Unused, because the model has no classes.
+            num_importance_samples: Number of calls of `log_prob`.
+            generator: Source of the times and the noise.
         """
         return super().score(
             images, labels, num_importance_samples=num_importance_samples, generator=generator
@@ -268,8 +278,8 @@ class VariationalDiffusion(LikelihoodModel):
             features = [z, z / alpha + shift, first_prediction, std * alpha / sigma]
         else:
             first_prediction = z
-            periods = [2**bits * math.pi * z for bits in (self.bits - 1, self.bits)]
-            waves = [wave(angle) for angle in periods for wave in (torch.sin, torch.cos)]
+            angles = [2**bits * math.pi * z for bits in (self.bits - 1, self.bits)]
+            waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
             features = [z, *waves]
         return first_prediction + self.network(torch.cat(features, 1), time).to(z.dtype)
 
@@ -366,7 +376,13 @@ class VariationalDiffusion(LikelihoodModel):
         return mean + next_sigma * share.sqrt() * noise
 
     def ddim_step(self, z: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
-        """Return z at another time without noise: Song et al. (2010.02502), section 4.1."""
+        """Return z at another time without noise: Song et al. (2010.02502), section 4.1.
+
+        Args:
+            z: z at `time`, (batch, channels, height, width).
+            time: (batch,).
+            next_time: An earlier or a later time, (batch,).
+        """
         alpha, sigma = self.alpha_sigma(time)
         next_alpha, next_sigma = self.alpha_sigma(next_time)
         noise = self.predict_noise(z, time)

@@ -120,6 +120,12 @@ class LikelihoodModel(GenerativeModel):
         """Return log P(image) of each image in nats, (batch,).
 
         It is the logarithm of the mean of w over importance samples of the noise.
+
+        Args:
+            images: (batch, channels, height, width).
+            labels: Classes (batch,), which select P(image | labels); None selects P(image).
+            num_importance_samples: Number of samples of the noise.
+            generator: Source of the noise.
         """
         self.check_likelihood()
         return self.importance_log_prob(images, labels, num_importance_samples, generator)
@@ -127,7 +133,14 @@ class LikelihoodModel(GenerativeModel):
     def importance_log_prob(
         self, images: Tensor, labels: Tensor | None, samples: int, generator: torch.Generator | None
     ) -> Tensor:
-        """Return the mean of `log_prob` over samples, or the logarithm of the mean of w."""
+        """Return the logarithm of the mean of w in nats, (batch,), or the mean of `log_prob`.
+
+        Args:
+            images: (batch, channels, height, width).
+            labels: Classes (batch,), or None.
+            samples: Number of samples of the noise.
+            generator: Source of the noise.
+        """
         samples = self._num_samples(samples)
         steps = self.progress(range(samples), "importance samples", samples)
         log_prob = torch.stack([self.log_prob(images, generator, labels) for _ in steps])
@@ -168,7 +181,12 @@ class LikelihoodModel(GenerativeModel):
         return self.likelihood_metrics(values, samples)
 
     def likelihood_metrics(self, bits_per_dim: Tensor, samples: int = 1) -> Metrics:
-        """Return the mean bits/dim of images (count,), and the log-likelihood of binary ones."""
+        """Return the mean bits/dim of images, and the log-likelihood of binary ones in nats.
+
+        Args:
+            bits_per_dim: Bits/dim of each image, (count,).
+            samples: Number of importance samples, which the result records.
+        """
         count = len(bits_per_dim)
         error = bits_per_dim.std().item() / math.sqrt(count) if count > 1 else math.inf
         bits = MetricValue(
@@ -191,7 +209,16 @@ class LikelihoodModel(GenerativeModel):
         return F.one_hot(labels, self.num_classes).to(self.dtype)
 
     def sample_labels(self, count: int, label: int | None, start_index: int) -> Tensor | None:
-        """Return the classes of samples, (count,), or None for a model without classes."""
+        """Return the classes of samples, (count,), or None for a model without classes.
+
+        Args:
+            count: Number of samples.
+            label: Class of all samples; None cycles through the classes.
+            start_index: Index of the first sample in this cycle.
+
+        Raises:
+            UserError: If the model has no such class.
+        """
         if label is None and self.num_classes is None:
             return None
         num_classes = self.check_classes()

@@ -202,5 +202,11 @@ def initial_parameters(images: Tensor, components: int, bits: int) -> Tensor:
 
 
 def scale_values(images: Tensor, bins: int, dtype: torch.dtype) -> Tensor:
-    """Return pixel values scaled to [-1, 1]."""
+    """Return pixel values scaled to [-1, 1].
+
+    Args:
+        images: Pixel values from 0 to bins - 1, of any shape.
+        bins: Number of pixel values.
+        dtype: Data type of the result.
+    """
     return 2 * images.to(dtype) / (bins - 1) - 1

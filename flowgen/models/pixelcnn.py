@@ -20,6 +20,7 @@ from flowgen.models.base import (
     SupportsInpainting,
 )
 from flowgen.models.categorical import Categorical, initial_logits
+from flowgen.models.flows.builders import MAX_DEPTH
 from flowgen.models.likelihood import LikelihoodModel, estimate_log_mean
 from flowgen.models.logistic_mixture import (
     LogisticMixture,
@@ -46,7 +47,7 @@ class ShiftedConv2d(nn.Conv2d):
     """A convolution whose output at a pixel depends on its row and the rows above it.
 
     Padding places the kernel above the pixel and, if `centered`, to both of its sides, else to its
-    left, where it reaches no later pixel. PixelCNN++ (1701.05517), section 2.4, and its code.
+    left, where it reaches no later pixel. PixelCNN++ (1701.05517), figure 2, and its code.
 
     Args:
         in_channels: Channels of the input.
@@ -171,7 +172,7 @@ class PixelCNNNetwork(nn.Module):
 
     Shifted convolutions in two stacks see all earlier pixels within their reach, without the blind
     spot of masked convolutions: van den Oord et al. (1606.05328), section 2.2; Salimans et al.
-    (1701.05517), section 2.4. Half of the layers work at half the resolution.
+    (1701.05517), figure 2. Half of the layers work at half the resolution.
 
     Args:
         channels: Channels of the images.
@@ -299,7 +300,7 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         num_classes: int | None = None,
     ):
         super().__init__(image_shape, bits, num_classes)
-        check_whole(high=1000, num_layers=num_layers)
+        check_whole(high=MAX_DEPTH, num_layers=num_layers)
         check_whole(width=width)
         channels = self.image_shape[0]
         outputs = channels * self.bins
@@ -362,7 +363,15 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         return torch.stack([self.log_prob(images, None, y.expand(len(images))) for y in labels], 1)
 
     def value_log_prob(self, images: Tensor, one_hot: Tensor | None) -> Tensor:
-        """Return log P of each value given the values before it, in the shape of the images."""
+        """Return log P of each value given the values before it, in nats.
+
+        Args:
+            images: (batch, channels, height, width).
+            one_hot: Classes (batch, classes), or None.
+
+        Returns:
+            (batch, channels, height, width).
+        """
         distribution = self.conditionals(images, one_hot)
         with torch.autocast(images.device.type, enabled=False):
             return distribution.log_prob(images)

@@ -38,7 +38,7 @@ from flowgen.utils.metrics import BITS_PER_DIM, Metric, Metrics, MetricValue
 
 EMA_DECAY = 0.99  # of the codebook, as in appendix A.1 of the VQ-VAE
 DEAD_USAGE = 0.1  # codes used less than this share of the mean usage are restarted
-NEAR_SHARE = 0.01  # of the variance of z: no code restarts this near to a code vector
+NEAR_SHARE = 0.01  # of the variance of z: no code restarts nearer than this to a code vector
 MAX_LEVELS = 2**16  # the prior computes as many probabilities
 MADE_WIDTH = 2  # hidden units of the MADE of the prior per unit of its transformer
 CLASS_SAMPLES = 64  # samples of each class whose mean is its latent
@@ -127,7 +127,7 @@ class EMACodebook(Quantizer):
     and the vector is sum_k / usage_k, with r = 0.99. Van den Oord, Vinyals and Kavukcuoglu
     (1711.00937), appendix A.1. Codes of little usage restart at outputs of the encoder, chosen at
     random from the batch: Dhariwal et al. (Jukebox, 2005.00341). Unlike there, a code waits while
-    its output is near to a code vector, because it would only take over outputs of that code. A
+    its output is near a code vector, because it would only take over outputs of that code. A
     code has one digit.
 
     Several processes compute the same averages, over the outputs of all of them.
@@ -321,8 +321,8 @@ class VQVAE(LikelihoodModel, ClassConditional):
     The loss is this bound in bits/dim. The gradient of log P(x | c) passes the quantizer unchanged
     (straight-through). Codes pass no gradient, so that the prior does not influence the encoder:
     autoencoder and prior are trained together, but as in the two stages of the paper. With
-    quantizer="vq" the loss also has the term `commitment_cost` |z - e|^2, which keeps z near its
-    code vectors e. Van den Oord, Vinyals and Kavukcuoglu (1711.00937), section 3.
+    quantizer="vq" the loss also has the term `commitment_cost` |z - e|^2 in nats, which keeps z
+    near its code vectors e. Van den Oord, Vinyals and Kavukcuoglu (1711.00937), section 3.
 
     Latents are the vectors z before quantization. `decode` quantizes them.
 
@@ -458,14 +458,27 @@ class VQVAE(LikelihoodModel, ClassConditional):
     def log_prob_terms(
         self, images: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log P(x | c) and log p(c) in nats, (batch,), and c, (batch, patches, digits)."""
+        """Return the terms of the bound, and the codes.
+
+        Args:
+            images: (batch, channels, height, width).
+            labels: Classes (batch,), which select p(c | labels); None selects p(c).
+
+        Returns:
+            log P(x | c) and log p(c) in nats, (batch,) each, and c, (batch, patches, digits).
+        """
         codes = self.quantizer.codes(self.encode_patches(images))
         pixels = self.pixel_distribution(self.quantizer.vectors(codes))
         log_pixels = pixels.log_prob(images).sum((1, 2, 3))
         return log_pixels, self.code_log_prob(codes, labels), codes
 
     def code_log_prob(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return log p(c), or log p(c | labels), in nats, (batch,)."""
+        """Return log p(c), or log p(c | labels), in nats, (batch,).
+
+        Args:
+            codes: (batch, patches, digits).
+            labels: Classes (batch,), or None.
+        """
         if labels is None and self.num_classes is not None:
             return self._class_code_log_prob(codes).logsumexp(1) - math.log(self.num_classes)
         return self.prior.log_prob(codes, self.one_hot(labels))

@@ -272,12 +272,12 @@ def weights_hash(checkpoint: dict[str, Any]) -> str:
 
 
 def zoo() -> list[str]:
-    """Return the names of the trained models in the package, such as zoo/glow_mnist."""
+    """Return the names of the included models, such as zoo/glow_mnist."""
     return sorted(f"zoo/{path.stem}" for path in ZOO.glob(f"*{SUFFIX}"))
 
 
 def zoo_file(name: str) -> Path:
-    """Return the file of a model of the zoo.
+    """Return the file of an included model.
 
     Raises:
         UserError: If the zoo has no such model.

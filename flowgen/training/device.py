@@ -76,7 +76,10 @@ def choose_device(name: str) -> torch.device:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the number format of the networks inside couplings.
 
-    `auto` is the environment variable FLOWGEN_PRECISION, or bfloat16 if the hardware multiplies it.
+    Args:
+        precision: "float32", "bfloat16" or "auto": the environment variable FLOWGEN_PRECISION, or
+            bfloat16 if the hardware multiplies it.
+        device: The device that computes.
     """
     forced = os.environ.get("FLOWGEN_PRECISION", "auto")
     check_choice(PRECISIONS, precision=precision, FLOWGEN_PRECISION=forced)
@@ -168,7 +171,14 @@ def check_batch_fits(
 def saved_tensor_bytes(
     model: GenerativeModel, runtime: Runtime, images: torch.Tensor, labels: torch.Tensor | None
 ) -> int:
-    """Return the bytes of the tensors that a forward pass saves for the backward pass."""
+    """Return the bytes of the tensors that a forward pass saves for the backward pass.
+
+    Args:
+        model: The model, whose buffers do not change.
+        runtime: Device and precision.
+        images: (batch, channels, height, width).
+        labels: Classes (batch,), or None.
+    """
     sizes: dict[int, int] = {}  # of each storage, by its address
     # A forward pass changes running statistics and Markov chains: here those of a copy.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -25,7 +25,7 @@ class Logger(ExitStack):
     A terminal shows a progress bar; elsewhere every log line is printed.
 
     Args:
-        run: Directory to write to.
+        run: Folder to write to.
         model: Model whose metric the curves show.
         step: Optimizer step at which this process starts.
         start: Position of the progress bar at the start, in `unit`s.

@@ -19,7 +19,16 @@ def build_optimizer(
     betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of all parameters of `model`: `adam` is AdamW, `sgd` has momentum."""
+    """Return the optimizer of all parameters of a model.
+
+    Args:
+        model: The model.
+        name: "adam" (AdamW) or "sgd" (with momentum).
+        lr: Learning rate.
+        momentum: Momentum of "sgd".
+        betas: Decay rates of the first and second moments of "adam".
+        weight_decay: Weight decay of "adam", decoupled from the gradient.
+    """
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=True)
     return torch.optim.AdamW(

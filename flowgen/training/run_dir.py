@@ -1,4 +1,4 @@
-"""The directory of a run: configuration, metrics, log, plots, samples and checkpoints."""
+"""The folder of a run: configuration, metrics, log, plots, samples and checkpoints."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ class Run:
     """The files of one run.
 
     Args:
-        folder: Directory, which need not exist.
+        folder: Path of the folder, which may not exist yet.
     """
 
     def __init__(self, folder: Path):
@@ -47,12 +47,12 @@ class Run:
         return f"Run({str(self.folder)!r})"
 
     def check_contained(self) -> None:
-        """Check that no file of the run is a link to another directory, or a pipe.
+        """Check that no file of the run is a link to another folder, or a pipe.
 
         Files elsewhere would be read or overwritten.
 
         Raises:
-            UserError: If a file is a link to another directory or not a regular file.
+            UserError: If a file is a link to another folder or not a regular file.
         """
         own = [
             path
@@ -72,7 +72,7 @@ class Run:
             )
 
     def sample_grid(self, step: int) -> Path:
-        """Return the path of the samples of an optimizer step; its directory exists."""
+        """Return the path of the samples of an optimizer step; its folder exists."""
         path = self.folder / "samples" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         return path
@@ -215,10 +215,10 @@ def cached_artifact(
     settings: object,
     compute: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return the result of a long computation on a checkpoint, from the run's directory if there.
+    """Return the result of a long computation on a checkpoint, from the run's folder if there.
 
     Args:
-        run: Directory of the cache.
+        run: Folder of the cache.
         checkpoint: Checkpoint whose weights are part of the key. Results of other weights are
             deleted.
         kind: Name of the computation.
@@ -233,7 +233,7 @@ def cached_artifact(
     with suppress(Exception):  # no file yet, or the unpickler raises anything on a damaged one
         return torch.load(path, weights_only=True)
     result = compute()
-    # A directory of another user, or a full disk, which torch.save reports as RuntimeError.
+    # A folder of another user, or a full disk, which torch.save reports as RuntimeError.
     with suppress(OSError, RuntimeError):
         with atomic_write(path) as temporary:
             torch.save(result, temporary)

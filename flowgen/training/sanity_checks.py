@@ -54,7 +54,13 @@ def _digests(images: Tensor, shift: int = 0) -> Iterator[bytes]:
 def warn_implausible_likelihood(
     value: MetricValue, data: ImageDataset, batches: Iterable[Tensor]
 ) -> None:
-    """Warn if a likelihood is better than the entropy of the evaluated images allows."""
+    """Warn if a likelihood is better than the entropy of the evaluated images allows.
+
+    Args:
+        value: The likelihood.
+        data: Data set of the images.
+        batches: The evaluated images, in batches.
+    """
     bits = entropy(batches)
     dimensions = math.prod(data.image_shape)
     if beats_entropy_bound(value, bits, dimensions):

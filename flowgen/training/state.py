@@ -150,9 +150,14 @@ class TrainState:
 
 
 def build_ema(model: torch.nn.Module, decay: float) -> AveragedModel:
-    """Return a copy of `model` whose weights are an exponential moving average of the model's.
+    """Return a copy of a model whose weights are an exponential moving average of the model's.
 
-    The memory grows with training: the decay of update n is min(decay, (1 + n) / (10 + n)).
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that early averages forget the
+    initial weights.
+
+    Args:
+        model: The model.
+        decay: Decay of late updates, from 0 to 1.
     """
 
     @torch.no_grad()

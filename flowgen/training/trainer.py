@@ -144,7 +144,7 @@ class Trainer:
         config: All settings.
         model: Model to train, on the CPU.
         data: Training, validation and test images.
-        run: Directory for metrics, samples and checkpoints. Only the main process writes.
+        run: Folder for metrics, samples and checkpoints. Only the main process writes.
         run_config: Configuration that checkpoints store. Its `seed` and the step fix all random
             numbers.
         group: Processes that train the model together.
@@ -275,7 +275,13 @@ class Trainer:
     def compute_loss(
         self, loss_fn: Callable[..., Tensor], images: Tensor, labels: Tensor | None
     ) -> Tensor:
-        """Return the share of one micro-batch in the loss of its step."""
+        """Return the share of one micro-batch in the loss of its step.
+
+        Args:
+            loss_fn: The model, or its `forward` without torch.compile.
+            images: The micro-batch, (batch, channels, height, width).
+            labels: Classes (batch,), or None.
+        """
         with self.runtime.autocast():
             return loss_fn(images, labels) / self.config.grad_accum_steps
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def data_folder() -> Path:
-    """Return the directory of the data sets: `FLOWGEN_DATA`, or `data` by default."""
+    """Return the folder of the data sets: `FLOWGEN_DATA`, or `data` by default."""
     return Path(os.environ.get("FLOWGEN_DATA", "data"))
 
 
@@ -16,7 +16,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path, then flush the file written there and rename it to `path`.
 
     A crash, a full disk or an exception leaves the previous file unchanged. The temporary path is
-    NAME.part in the same directory, which must exist.
+    NAME.part in the same folder, which must exist.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""Save some of the embedded test digits as PNG files, for example for `flowgen interpolate`."""
+"""Save some of the included test digits as PNG files, for example for `flowgen interpolate`."""
 
 import argparse
 from pathlib import Path

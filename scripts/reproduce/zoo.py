@@ -1,4 +1,4 @@
-"""Train and evaluate the models of the package, and export them to flowgen/zoo: `make zoo`.
+"""Train and evaluate the included models, and export them to flowgen/zoo: `make zoo`.
 
 A training run that was stopped is resumed. The weights at the end of training are exported, so the
 test images play no part in their choice.

@@ -72,7 +72,12 @@ def flat_chain(
 
 
 def condition_size(num_classes: int | None, condition_networks: bool) -> int:
-    """Return the number of condition channels that networks read: the classes, one-hot, or 0."""
+    """Return the number of condition channels that networks read: the classes, one-hot, or 0.
+
+    Args:
+        num_classes: Number of classes, or None.
+        condition_networks: Whether the class is an input of the networks.
+    """
     if num_classes is not None:
         check_whole(num_classes=num_classes)
     return num_classes if num_classes and condition_networks else 0

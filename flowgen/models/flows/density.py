@@ -70,7 +70,13 @@ class FlowDensity(LikelihoodModel):
         return _log_base_per_mean(z, self.means) + log_det[:, None]
 
     def log_base(self, z: Tensor, one_hot: Tensor | None) -> Tensor:
-        """Return log p(z | class), or log p(z), its mean over classes, without one: (batch,)."""
+        """Return the log-density of latents under the base in nats, (batch,).
+
+        Args:
+            z: Latents (batch, D).
+            one_hot: Classes (batch, classes), which select p(z | class). None selects p(z), the
+                mean of p(z | class) over the classes.
+        """
         if one_hot is None:
             return _log_base_per_mean(z, self.means).logsumexp(1) - math.log(len(self.means))
         return standard_normal_log_prob(z - one_hot @ self.means)

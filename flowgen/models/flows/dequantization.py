@@ -12,9 +12,8 @@ from flowgen.utils.errors import check_choice
 
 VARIATIONAL_COUPLINGS = 4
 VARIATIONAL_WIDTH = 32  # channels of the coupling networks
-MAX_NOISE = (
-    1 - 2**-16
-)  # largest noise; value + noise still rounds to less than value + 1 in float32
+# Largest noise; value + noise still rounds to less than value + 1 in float32.
+MAX_NOISE = 1 - 2**-16
 
 
 class Dequantizer(nn.Module):
@@ -27,7 +26,16 @@ class Dequantizer(nn.Module):
     def draw_noise(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw all the random numbers that one call for these images uses, by default N(0, I)."""
+        """Draw all random numbers that one call for these images uses, by default N(0, I).
+
+        Args:
+            images: (batch, channels, height, width).
+            dtype: Data type of the result.
+            generator: Random generator, or None for the global one.
+
+        Returns:
+            A tensor of the shape of the images.
+        """
         return self.random_source(
             torch.randn, images.shape, generator, device=images.device, dtype=dtype
         )
@@ -35,7 +43,13 @@ class Dequantizer(nn.Module):
     def forward(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the noise u, like the images, and log q(u | images) in nats, (batch,)."""
+        """Return the noise u, like the images, and log q(u | images) in nats, (batch,).
+
+        Args:
+            images: (batch, channels, height, width).
+            dtype: Data type of the result.
+            generator: Random generator, or None for the global one.
+        """
         noise = self.draw_noise(images, dtype, generator)
         return noise, noise.new_zeros(len(images))
 

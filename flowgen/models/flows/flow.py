@@ -250,7 +250,10 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return the latents of images, (batch, D) or (batch, D + num_classes).
 
-        Without a generator, use bin centers, so that `decode` inverts `encode` exactly.
+        Args:
+            images: (batch, channels, height, width).
+            generator: Source of the dequantization noise. None uses bin centers, so that `decode`
+                inverts `encode` exactly.
         """
         x = self._dequantize(images, generator)[0] if generator else (images + 0.5) / self.bins
         if not self.condition_networks:

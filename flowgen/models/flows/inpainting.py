@@ -137,7 +137,12 @@ class InpaintingChains(ABC):
 
     @torch.no_grad()
     def anneal(self, num_trajectories: int, leapfrog_steps: int) -> None:
-        """Sample latents while the tolerance shrinks from one spread to MIN_TOLERANCE spreads."""
+        """Sample latents while the tolerance shrinks from one spread to MIN_TOLERANCE spreads.
+
+        Args:
+            num_trajectories: Hamiltonian trajectories of each chain.
+            leapfrog_steps: Steps of a trajectory.
+        """
         density = self._latent_density(self.spread)
         step_size = hmc.StepSize.find_reasonable(
             hmc.evaluate(self.position, density), density, self.generator
@@ -162,6 +167,10 @@ class InpaintingChains(ABC):
 
         The step size is adapted in the first half only, so that the second half leaves the
         posterior invariant.
+
+        Args:
+            num_trajectories: Hamiltonian trajectories of each chain.
+            leapfrog_steps: Steps of a trajectory.
         """
         state = hmc.evaluate(self.position, self.log_density)
         step_size = hmc.StepSize.find_reasonable(state, self.log_density, self.generator)

@@ -1,4 +1,4 @@
-"""Jet: Kolesnikov, Susano Pinto and Tschannen, A Modern Transformer-Based Flow (2412.15129)."""
+"""Jet: Kolesnikov, Susano Pinto and Tschannen (2412.15129)."""
 
 from collections.abc import Sequence
 from itertools import cycle

@@ -26,6 +26,12 @@ def base_moments(
     """Return mean and standard deviation of each pixel over samples of the flow, each (D,).
 
     Pixels are those that `PixelChains` moves, h.
+
+    Args:
+        flow: The flow.
+        images: One image as floats, (1, channels, height, width).
+        known: True for known pixels, (channels, height, width).
+        generator: Random generator, or None for the global one.
     """
     labels = torch.arange(NUM_BASE_SAMPLES, device=images.device) % len(flow.means)
     samples = PixelChains(flow, images, known, labels, generator)

@@ -151,6 +151,10 @@ class ReverseKL(Flow):
     ) -> tuple[Tensor, Tensor]:
         """Draw points x of the flow, and return their importance weights.
 
+        Args:
+            count: Number of points.
+            generator: Random generator, or None for the global one.
+
         Returns:
             x in the square [-4, 4] x [-4, 4], (count, 2), and log p~(x) - log q(x), (count,).
         """

@@ -134,9 +134,14 @@ class AnnealingState:
         self._set_visible(bernoulli_from_logits(log_odds, self.generator))
 
     def anneal(self, beta: float, next_beta: float) -> Tensor:
-        """Move the chains from one inverse temperature to the next, and return their log weights.
+        """Move the chains from one inverse temperature to the next.
 
-        The log weights of the step are in double precision, (chains,).
+        Args:
+            beta: Inverse temperature of the chains.
+            next_beta: Inverse temperature after the step.
+
+        Returns:
+            The log weights of the step in double precision, (chains,).
         """
         log_weights = self.free_energy(beta) - self.free_energy(next_beta)
         self.gibbs_step(next_beta)
@@ -247,7 +252,14 @@ def run_pilot(
     generator: Generator | None = None,
     progress: Progress = no_progress,
 ) -> PilotRun:
-    """Anneal `chains` chains in equal steps and measure the spread of each interval."""
+    """Anneal chains in equal steps and measure the spread of each interval.
+
+    Args:
+        rbm: The model.
+        chains: Number of chains.
+        generator: Random generator, or None for the global one.
+        progress: Progress bar.
+    """
     state = AnnealingState.at_beta_zero(rbm, chains, generator)
     visible = [state.visible.bool()]
     log_weights = [torch.zeros(chains, dtype=torch.double, device=rbm.base.device)]
@@ -419,6 +431,12 @@ def estimate_log_z(
     Without `eval_config.cross_check` the estimate is that of forward AIS. Otherwise forward AIS,
     reverse AIS and bridge sampling check each other. Forward AIS is biased low, reverse AIS high:
     the result is their midpoint, and half of their distance is part of the error.
+
+    Args:
+        rbm: The model.
+        eval_config: Numbers of steps and chains, and whether to cross-check.
+        generator: Random generator, or None for the global one.
+        progress: Progress bar.
 
     Example:
         >>> result = estimate_log_z(EnergyModel(4, 3), EvalConfig(cross_check=True))

@@ -32,7 +32,13 @@ def white_noise(rbm: EnergyModel, count: int, generator: torch.Generator | None 
 
 
 def clamp_known(visible: Tensor, start: Tensor | None, known: Tensor | None) -> Tensor:
-    """Return `visible` with the values of `start` at the known units, if any are known."""
+    """Return `visible` with the values of `start` at the known units, if any are known.
+
+    Args:
+        visible: Visible units, (chains, visible).
+        start: Values of the known units, (chains, visible), or None.
+        known: Mask of the known units, (visible,), or None.
+    """
     return visible if start is None or known is None else torch.where(known, start, visible)
 
 

@@ -115,7 +115,7 @@ class FlowPrior(nn.Module):
         self.flow = flow
 
     def log_prob(self, z: Tensor, encoder: Encoder) -> Tensor:
-        """Return log p(z) in nats, (batch,)."""
+        """Return log p(z) in nats, (batch,), of z (batch, latent_dim); `encoder` is unused."""
         base, log_det = self.flow(z)
         return standard_normal_log_prob(base) + log_det
 
@@ -132,9 +132,9 @@ class FlowPrior(nn.Module):
 class VampPrior(nn.Module):
     """The mixture of the Gaussians of learned pseudo-inputs u_c, which are images.
 
-    log p(z) = logsumexp_c log N(z; m(u_c), e^2l(u_c)) - log C. The best prior is the mean of q(z |
-    x) over all images, which this mixture approximates. Tomczak and Welling, VAE with a VampPrior
-    (1705.07120), section 2.
+    log p(z) = logsumexp_c log N(z; m(u_c), e^2l(u_c)) - log C. The best prior is the mean of
+    q(z | x) over all images, which this mixture approximates. Tomczak and Welling, VAE with a
+    VampPrior (1705.07120), section 2.
 
     Args:
         num_components: Number C of pseudo-inputs.
@@ -146,7 +146,12 @@ class VampPrior(nn.Module):
         self.pseudo_inputs = nn.Parameter(torch.zeros(num_components, *image_shape))
 
     def log_prob(self, z: Tensor, encoder: Encoder) -> Tensor:
-        """Return log p(z) in nats, (batch,)."""
+        """Return log p(z) in nats, (batch,).
+
+        Args:
+            z: Latents (batch, latent_dim).
+            encoder: The encoder of the VAE, which computes the Gaussians of the pseudo-inputs.
+        """
         components = encoder(self.pseudo_inputs)
         noise = (z[:, None] - components.mean) * (-components.log_std).exp()
         log_prob = -0.5 * (noise.square() + math.log(2 * math.pi)) - components.log_std
@@ -155,7 +160,13 @@ class VampPrior(nn.Module):
     def sample(
         self, noise: Tensor, encoder: Encoder, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the latents of noise (batch, latent_dim), each from a random component."""
+        """Return latents (batch, latent_dim), each from a random component.
+
+        Args:
+            noise: Standard normal noise times the temperature, (batch, latent_dim).
+            encoder: The encoder of the VAE.
+            generator: Random generator of the components, or None for the global one.
+        """
         components = encoder(self.pseudo_inputs)
         choice = torch.randint(
             len(self.pseudo_inputs), noise.shape[:1], generator=generator, device=noise.device

@@ -44,6 +44,12 @@ def conv_encoder(
     Each level groups 2x2 pixels into channels, then applies a convolution and `num_blocks` residual
     blocks. The first level has `width` channels, all others have twice as many. Images whose size
     is not a multiple of the groups are padded with zeros.
+
+    Args:
+        image_shape: (channels, height, width).
+        width: Channels of the first level.
+        num_blocks: Residual blocks of each level.
+        outputs: Outputs per image.
     """
     channels, height, image_width = image_shape
     layout = Layout.of(height, image_width)
@@ -72,6 +78,13 @@ def conv_decoder(
     """Return a network from vectors (batch, latent_dim) to (batch, outputs, height, width).
 
     It mirrors `conv_encoder`. The last convolution computes the outputs of the pixels of a group.
+
+    Args:
+        image_shape: (channels, height, width).
+        width: Channels of the level with the highest resolution.
+        num_blocks: Residual blocks of each level.
+        latent_dim: Numbers per vector.
+        outputs: Outputs per pixel.
     """
     _, height, image_width = image_shape
     layout = Layout.of(height, image_width)

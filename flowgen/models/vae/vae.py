@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flowgen.bijections.networks import RandomSource
 from flowgen.models.base import QUICK_EVAL, EvalConfig, Likelihood
+from flowgen.models.flows.builders import MAX_DEPTH
 from flowgen.models.likelihood import LikelihoodModel
 from flowgen.models.logistic_mixture import (
     LogisticMixture,
@@ -23,7 +24,6 @@ from flowgen.utils.distributed import all_reduce_sum, evaluate_sharded, rank_and
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.metrics import BITS_PER_DIM, Metric, Metrics, MetricValue
 
-MAX_DEPTH = 1000  # layers, blocks or transforms; deeper models would take hours to build
 DECODERS = ("factorized", "pixelcnn")
 ACTIVE_VARIANCE = 0.01  # the mean of an active latent has a larger variance over images
 RECONSTRUCTION = Metric("reconstruction", "nats", higher_is_better=True)
@@ -231,7 +231,13 @@ class VAE(LikelihoodModel):
     def log_prob(
         self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Return log w = log p(x | z) + log p(z) - log q(z | x) in nats, (batch,), for one z."""
+        """Return log w = log p(x | z) + log p(z) - log q(z | x) in nats, (batch,), for one z.
+
+        Args:
+            images: (batch, channels, height, width).
+            generator: Source of the noise of z.
+            labels: Unused, because the model has no classes.
+        """
         encoding = self._encode(self._scale(images))
         terms = self._terms(images, encoding, self.draw_noise(images, generator))
         return (terms.reconstruction - terms.kl)[:, 0]
@@ -312,6 +318,10 @@ class VAE(LikelihoodModel):
         """Return latents (batch, latent_dim): draws of q(z | x), or without a generator its center.
 
         The center is the posterior mean, or its image under the flow of the posterior.
+
+        Args:
+            images: (batch, channels, height, width).
+            generator: Source of the noise of the latents, or None.
         """
         encoding = self._encode(self._scale(images))
         if generator is None:
