@@ -15,7 +15,7 @@ import pytest
 import yaml
 from test_cli import assert_error
 
-from flowgen.commands.export import LICENSES, dataset_name, license_id
+from flowgen.commands.export import FAMILIES, LICENSES, dataset_name, license_id
 from flowgen.config.compose import data_section
 from flowgen.config.runs import FILE, find_checkpoint
 from flowgen.config.settings import group_options, read_yaml
@@ -113,6 +113,13 @@ def run(hub: ThreadingHTTPServer, *arguments: object, token: str = TOKEN) -> tup
     )
     assert TOKEN not in result.stdout + result.stderr
     return result.returncode, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("name", group_options("model"))
+def test_a_model_that_is_not_a_flow_has_the_tag_of_its_family(name):
+    section = read_yaml(f"model/{name}")
+    target = section.get("model", section)["_target_"]
+    assert ".flows." in target or target.rpartition(".")[2] in FAMILIES
 
 
 def test_a_pushed_model_has_a_card_and_samples_like_the_run(hub, tiny_run, elsewhere):

@@ -55,6 +55,8 @@ FAMILIES = {  # tags of models that are not flows
     "PixelCNN": "autoregressive-model",
     "RBM": "boltzmann-machine",
     "VAE": "variational-autoencoder",
+    "VQVAE": "vq-vae",
+    "VariationalDiffusion": "diffusion",
 }
 FACE_FOLDERS = ("celeb", "ffhq")  # parts of the names of folders with faces for research
 HUB_DATASETS = {
