@@ -230,9 +230,9 @@ def train_on_two_images(**changes: object) -> GAN:
     """Train a model on a dark and a bright image, the classes 0 and 1, without momentum."""
     model = build_model("gan", image_shape=(1, 4, 4), discriminator_width=16, **changes)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, betas=(0.0, 0.99))
-    for step in range(600):
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, 2 - step / 300)
-        labels = torch.randint(2, (32,))
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, 2 - step / 200)
+        labels = torch.randint(2, (16,))
         optimizer.zero_grad()
         model(IMAGES[labels], labels if model.num_classes else None).backward()
         optimizer.step()

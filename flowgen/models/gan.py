@@ -24,7 +24,7 @@ from flowgen.utils.errors import UserError, check_choice, check_number, check_wh
 from flowgen.utils.frechet import PrincipalComponents, frechet_distance
 from flowgen.utils.metrics import FRECHET, Metric, Metrics, MetricValue
 
-GRADIENT_PENALTIES = {"nonsaturating": 0.0, "wgan_gp": 10.0, "r3gan": 1.0}  # default by loss
+GRADIENT_PENALTIES = {"nonsaturating": 0.0, "wgan_gp": 10.0, "r3gan": 0.05}  # default by loss
 FINAL_SIZE = 4  # pixels; images are halved until both sides are as small
 SLOPE = 0.2  # of the leaky ReLU for negative numbers
 EPSILON = 1e-8  # avoids a division by zero
@@ -242,7 +242,7 @@ class GAN(ClassConditional):
         bits: Bits per pixel value.
         loss: "nonsaturating", "wgan_gp" or "r3gan".
         gradient_penalty: Weight of the gradient penalty; None selects 0 for "nonsaturating", 10 for
-            "wgan_gp" and 1 for "r3gan".
+            "wgan_gp" and 0.05 for "r3gan".
         latent_dim: Number of latents z.
         width: Channels of the generator at the full size, see `Generator`.
         discriminator_width: Channels of the first convolution of the discriminator, see
@@ -268,7 +268,7 @@ class GAN(ClassConditional):
         *,
         image_shape: Sequence[int] = (1, 28, 28),
         bits: int = 8,
-        loss: str = "r3gan",
+        loss: str = "nonsaturating",
         gradient_penalty: float | None = None,
         latent_dim: int = 64,
         width: int = 32,
