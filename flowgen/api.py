@@ -14,7 +14,7 @@ from flowgen.data import DOWNLOADED
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, processes
 from flowgen.utils.errors import UserError, check_whole, log
-from flowgen.utils.metrics import Metrics, MetricValue, finite
+from flowgen.utils.metrics import FRECHET, Metrics, MetricValue, finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -225,6 +225,11 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         data.batches("test", BATCH_SIZE), "images", math.ceil(len(data.test) / BATCH_SIZE)
     )
     train_batches = data.batches("train", BATCH_SIZE, len(data.test))
+    if model.metric == FRECHET and not quality:
+        log.info(
+            "this model has no likelihood, only samples: samples=1000 also measures their coverage "
+            "and how many are readable"
+        )
     metrics = model.evaluate(batches, train_batches, eval_config)
     if quality:
         metrics |= _evaluate_samples(model, quality, config)

@@ -52,6 +52,14 @@ MODELS = {
         "trainer.optimizer=sgd",
     ],
     "flow_gan": [*SMALL, "model=flow_gan", "model.discriminator_width=4", "trainer.optimizer=sgd"],
+    "gan": [
+        *TINY,
+        "model=gan",
+        "model.loss=wgan_gp",
+        "model.width=4",
+        "model.discriminator_width=4",
+        "trainer.optimizer=sgd",
+    ],
     "nice": [*TINY, "model=nice", "model.width=8"],
     "tarflow": [
         *TINY,

@@ -13,8 +13,9 @@ from flowgen.data.dataset import ImageDataset, Split
 from flowgen.data.mnist import MNISTSample
 from flowgen.evaluation import interpolation, sample_quality, stats
 from flowgen.evaluation.interpolation import interpolate_pairs, slerp, step_sizes, unevenness
-from flowgen.evaluation.sample_quality import frechet_distance, measure_sample_quality
+from flowgen.evaluation.sample_quality import measure_sample_quality
 from flowgen.utils.errors import UserError
+from flowgen.utils.frechet import frechet_distance
 
 
 def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():

@@ -73,6 +73,16 @@ def test_the_quality_of_samples_is_measured_once(table):
     assert row.line().endswith("| 1.50 (0.25) | 90.0% |")
 
 
+def test_a_model_without_a_likelihood_has_sample_quality_only(table):
+    row = table.Row("mnist", "gan", 1.0, [], samples=500)
+    row.fill()
+    quality = {"sample_frechet": 1.5, "training_frechet": 0.25, "sample_readable": 0.9}
+    row.values["metrics_1"] = {"frechet": 2.0, "likelihood": "none"} | quality
+    row.values["metrics_16"] = {"frechet": 2.0, "likelihood": "none"}
+    assert row.line().startswith("| mnist | `gan` | none |  |  | 0.15 |")
+    assert row.line().endswith("| 1.50 (0.25) | 90.0% |")
+
+
 def test_the_cpu_time_of_a_failed_training_is_counted(table):
     table.fails = True
     with pytest.raises(SystemExit):

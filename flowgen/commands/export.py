@@ -52,6 +52,7 @@ UNKNOWN_LICENSE = (
     "of the images."
 )
 FAMILIES = {  # tags of models that are not flows
+    "GAN": "generative-adversarial-network",
     "PixelCNN": "autoregressive-model",
     "RBM": "boltzmann-machine",
     "VAE": "variational-autoencoder",

@@ -149,6 +149,7 @@ def plot_toy2d(
 
     target = to_points(target)
     generator = torch.Generator(model.device).manual_seed(seed)
+    latent: Tensor | None = None
     density: Tensor | None = None
     if isinstance(model, Flow):
         latent_title = "N(0, I)" if temperature == 1 else f"N(0, {temperature:g}² I)"
@@ -158,13 +159,14 @@ def plot_toy2d(
     else:
         latent_title = "latents"
         images, _ = model.sample(count, temperature, generator)
-        latent = model.encode(images, generator)
+        if model.has_encoder:
+            latent = model.encode(images, generator)
         samples = to_points(images)
         if model.likelihood != "none":
             density = _density_of_images(model, generator)
     plots.plane_panels(
         target,
-        latent.cpu() if latent.shape[1] == 2 else None,
+        latent.cpu() if latent is not None and latent.shape[1] == 2 else None,
         samples.cpu(),
         None if density is None else density.cpu(),
         latent_title,

@@ -24,6 +24,7 @@ from flowgen.models.flows.flow import Flow
 from flowgen.utils import rendering
 from flowgen.utils.console import progress_bar
 from flowgen.utils.errors import UserError, check, user_error
+from flowgen.utils.frechet import PrincipalComponents, frechet_distance
 from flowgen.utils.memory import check_memory
 from flowgen.utils.metrics import SAMPLE_METRICS, Metrics, MetricValue
 
@@ -32,44 +33,12 @@ FID_WEIGHTS_VARIABLE = "FID_WEIGHTS"  # environment variable with the path of th
 FID_NETWORK = "inception-v3-compat"
 FID_FILE = "weights-inception-2015-12-05-6726825d.pth"  # of its weights, as torch-fidelity names it
 BATCH_SIZE = 64
-NUM_COMPONENTS = 64
 COMPONENT_IMAGES = 4  # training images for the principal components, for each image compared
 MAX_COMPONENT_IMAGES = 10_000
 COVERAGE_ROWS = 1000  # real images whose distances are in memory at once
 MIN_CLASSIFIER_STEPS = 1000  # three epochs of a few thousand images are too few
 MAX_CLASSIFIER_STEPS = 2000
 MIN_CLASSIFIER_SIZE = 4  # pixels; the classifier halves the size twice
-
-
-class PrincipalComponents:
-    """Projection of images on the principal components of a reference set.
-
-    Args:
-        images: Reference images, (N, ...).
-        max_value: Pixel values are divided by it.
-        components: Maximum number of components.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> images = torch.rand(100, 1, 4, 4)
-        >>> PrincipalComponents(images, components=3)(images).shape
-        torch.Size([100, 3])
-    """
-
-    def __init__(self, images: Tensor, max_value: float = 1.0, components: int = NUM_COMPONENTS):
-        self.max_value = max_value
-        flat = images.cpu().float().flatten(1) / max_value
-        self.mean = flat.mean(0)
-        # The algorithm is random: a fixed seed gives all models the same coordinates.
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.basis = torch.pca_lowrank(
-                flat - self.mean, min(components, *flat.shape), center=False, niter=4
-            )[2]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return the coordinates (N, components) of images (N, ...)."""
-        return (images.cpu().float().flatten(1) / self.max_value - self.mean) @ self.basis
 
 
 def measure_sample_quality(samples: Tensor, real: Tensor) -> dict[str, float]:
@@ -96,22 +65,6 @@ def measure_sample_quality(samples: Tensor, real: Tensor) -> dict[str, float]:
         "coverage": coverage(samples, real),
         "spread": (torch.pdist(samples).mean() / torch.pdist(real).mean()).item(),
     }
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Return the squared Fréchet distance of the Gaussians that fit two sets of points.
-
-    |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Heusel et al., arXiv:1706.08500, section 2).
-
-    Args:
-        first: Points (N, d).
-        second: Points (M, d).
-    """
-    first_cov = first.T.cov()
-    second_cov = second.T.cov()
-    root_trace = torch.linalg.eigvals(first_cov @ second_cov).real.clamp(min=0).sqrt().sum()
-    mean_distance = (first.mean(0) - second.mean(0)).square().sum()
-    return (mean_distance + first_cov.trace() + second_cov.trace() - 2 * root_trace).item()
 
 
 def coverage(samples: Tensor, real: Tensor, num_neighbors: int = 5) -> float:

@@ -36,6 +36,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RealNVP": "flows.realnvp",
         "ReverseKL": "flows.reverse_kl",
         "TarFlow": "flows.tarflow",
+        "GAN": "gan",
         "PixelCNN": "pixelcnn",
         "RBM": "rbm.rbm",
         "VariationalDiffusion": "diffusion",

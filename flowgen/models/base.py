@@ -16,6 +16,10 @@ from flowgen.utils.metrics import LOG_PROBABILITY, Likelihood, Metric, Metrics
 
 MIN_SAMPLES = 100  # fewer hardly determine the covariance of 64 principal components
 SAMPLE_BATCH_SIZE = 64
+NO_LIKELIHOOD = (
+    "this model has no likelihood of images: choose another run with --run (`flowgen runs` lists "
+    "them)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,7 @@ class GenerativeModel(nn.Module, ABC):
             (its expectation over the noise is a lower bound), "estimate" or "none".
         num_classes: Number of classes of a class-conditional model, or None.
         loss_metric: The metric that the training loss equals, or None.
+        has_encoder: True if `encode` returns the latents of images.
         restores_images: True if `decode(encode(images))` returns the images.
         shares_batches: True if several processes can train the model, each on its rows of a batch.
         progress: Called as `progress(steps, description, total)` around long loops.
@@ -86,6 +91,7 @@ class GenerativeModel(nn.Module, ABC):
     likelihood: Likelihood
     num_classes: int | None = None
     loss_metric: Metric | None = None
+    has_encoder: ClassVar[bool] = True
     restores_images: ClassVar[bool] = True
     shares_batches: ClassVar[bool] = True
     progress: Progress = staticmethod(no_progress)
@@ -187,10 +193,7 @@ class GenerativeModel(nn.Module, ABC):
     def check_likelihood(self) -> None:
         """Raise a UserError if the model has no likelihood."""
         if self.likelihood == "none":
-            raise UserError(
-                "this model has no likelihood of images: choose another run with --run "
-                "(`flowgen runs` lists them)"
-            )
+            raise UserError(NO_LIKELIHOOD)
 
     def load_eval_results(self, metrics: Mapping[str, Any]) -> None:
         """Restore results of an earlier evaluation of the same weights, such as log Z."""
@@ -242,6 +245,46 @@ class GenerativeModel(nn.Module, ABC):
     def filters(self) -> Tensor | None:
         """Return learned filters as signed images (count, channels, height, width), or None."""
         return None
+
+    # Classes
+
+    def one_hot(self, labels: Tensor | None) -> Tensor | None:
+        """Return (batch, classes), or None without labels or without classes."""
+        if labels is None or self.num_classes is None:
+            return None
+        return F.one_hot(labels, self.num_classes).to(self.dtype)
+
+    def sample_labels(self, count: int, label: int | None, start_index: int) -> Tensor | None:
+        """Return the classes of samples, (count,), or None for a model without classes.
+
+        Args:
+            count: Number of samples.
+            label: Class of all samples; None cycles through the classes.
+            start_index: Index of the first sample in this cycle.
+
+        Raises:
+            UserError: If the model has no such class.
+        """
+        if label is None and self.num_classes is None:
+            return None
+        num_classes = self.check_classes()
+        if label is None:
+            return torch.arange(start_index, start_index + count, device=self.device) % num_classes
+        if label not in range(num_classes):
+            raise UserError(
+                f"label {label} is not one of the model's {num_classes} classes: "
+                f"choose a number from 0 to {num_classes - 1}"
+            )
+        return torch.full((count,), label, device=self.device)
+
+    def check_classes(self) -> int:
+        """Return the number of classes, or raise a UserError if the model has none."""
+        if self.num_classes is None:
+            raise UserError(
+                "this model has no classes: train one with model.num_classes=10 on data that has "
+                "labels"
+            )
+        return self.num_classes
 
     @property
     def device(self) -> torch.device:

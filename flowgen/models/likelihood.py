@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flowgen.models.base import QUICK_EVAL, EvalConfig, GenerativeModel
 from flowgen.utils.distributed import evaluate_sharded
-from flowgen.utils.errors import UserError, check_whole
+from flowgen.utils.errors import check_whole
 from flowgen.utils.metrics import BITS_PER_DIM, LOG_LIKELIHOOD, Metric, Metrics, MetricValue
 
 
@@ -199,43 +198,3 @@ class LikelihoodModel(GenerativeModel):
                 replace(bits, metric=LOG_LIKELIHOOD, value=-nats * bits.value, error=nats * error)
             )
         return Metrics.of(*measured, bits=self.bits, num_importance_samples=samples, images=count)
-
-    # Classes
-
-    def one_hot(self, labels: Tensor | None) -> Tensor | None:
-        """Return (batch, classes), or None without labels or without classes."""
-        if labels is None or self.num_classes is None:
-            return None
-        return F.one_hot(labels, self.num_classes).to(self.dtype)
-
-    def sample_labels(self, count: int, label: int | None, start_index: int) -> Tensor | None:
-        """Return the classes of samples, (count,), or None for a model without classes.
-
-        Args:
-            count: Number of samples.
-            label: Class of all samples; None cycles through the classes.
-            start_index: Index of the first sample in this cycle.
-
-        Raises:
-            UserError: If the model has no such class.
-        """
-        if label is None and self.num_classes is None:
-            return None
-        num_classes = self.check_classes()
-        if label is None:
-            return torch.arange(start_index, start_index + count, device=self.device) % num_classes
-        if label not in range(num_classes):
-            raise UserError(
-                f"label {label} is not one of the model's {num_classes} classes: "
-                f"choose a number from 0 to {num_classes - 1}"
-            )
-        return torch.full((count,), label, device=self.device)
-
-    def check_classes(self) -> int:
-        """Return the number of classes, or raise a UserError if the model has none."""
-        if self.num_classes is None:
-            raise UserError(
-                "this model has no classes: train one with model.num_classes=10 on data that has "
-                "labels"
-            )
-        return self.num_classes

@@ -53,8 +53,10 @@ NOISY_BITS_PER_DIM = Metric(
     "noisy_bits_per_dim", "bits/dim of images with noise", higher_is_better=False
 )
 LOG_LIKELIHOOD = Metric("log_likelihood", "nats", higher_is_better=True)  # mean over the images
+# Of models without a likelihood, between images and as many samples
+FRECHET = Metric("frechet", "squared distance of principal components", higher_is_better=False)
 # Metrics that rank runs. Models of binary images are compared in nats, which RBMs report too.
-COMPARED = (LOG_LIKELIHOOD, BITS_PER_DIM, NOISY_BITS_PER_DIM)
+COMPARED = (LOG_LIKELIHOOD, BITS_PER_DIM, NOISY_BITS_PER_DIM, FRECHET)
 LOG_PROBABILITY = Metric("log_probability", "nats", higher_is_better=True)  # of one image
 # log P(unknown pixels | known pixels) of one image
 CONDITIONAL_LOG_PROB = Metric("conditional_log_probability", "nats", higher_is_better=True)
@@ -64,7 +66,7 @@ UNNORMALIZED = Metric("unnormalized_log_probability", "nats", higher_is_better=T
 SAMPLE_METRICS = {  # of sample quality, without the prefix of the images: sample_, training_, test_
     metric.name: metric
     for metric in (
-        Metric("frechet", "squared distance of principal components", higher_is_better=False),
+        FRECHET,
         Metric("coverage", "of the test images", higher_is_better=True),
         Metric("spread", "times that of the test images"),
         Metric("readable", higher_is_better=True),

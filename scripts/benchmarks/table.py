@@ -32,7 +32,7 @@ from flowgen.config.compose import read_config
 from flowgen.training.run_dir import Run
 from flowgen.utils import rendering
 from flowgen.utils.files import atomic_write
-from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, MetricValue
+from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, FRECHET, MetricValue
 
 sys.path.append(str(Path(__file__).parents[1]))
 from run_flowgen import run_flowgen
@@ -224,8 +224,9 @@ class Row:
 
 
 def format_result(results: dict[str, Any]) -> str:
-    """Return the value by which runs are compared with its error, or "" without one."""
-    values = (MetricValue.from_row(results, metric) for metric in COMPARED)
+    """Return the likelihood by which runs are compared with its error, or "" without one."""
+    likelihoods = [metric for metric in COMPARED if metric != FRECHET]
+    values = (MetricValue.from_row(results, metric) for metric in likelihoods)
     value = next(filter(None, values), None)
     if value is None:
         return ""

@@ -39,6 +39,7 @@ MODELS = {
     "glow": [*IMAGES, *GLOW, "trainer.ema_decay=[0.5,0.9]"],
     "glow-classes": [*IMAGES, *GLOW, "model.num_classes=10", "trainer.ema_decay=0"],
     "flow_gan": [*IMAGES, *GLOW, "model.discriminator_width=2"],
+    "gan": [*IMAGES, "model.width=2", "model.discriminator_width=2", "model.latent_dim=4"],
     "realnvp": [*IMAGES, "model.width=2", "model.levels=1", "model.num_blocks=1"],
     "nice": [*POINTS, *NARROW],
     "maf": [*POINTS, *NARROW, "model.num_transforms=2"],

@@ -36,6 +36,13 @@ TRAINING_RUNS = {
         "model.levels=1",
         "model.discriminator_width=4",
     ),
+    "gan": (
+        "data.bits=5",
+        "model=gan",
+        "model.latent_dim=4",
+        "model.width=4",
+        "model.discriminator_width=4",
+    ),
     "iaf": (*FLOW, "model=iaf", "model.num_transforms=2", "model.num_layers=1"),
     "maf": (*FLOW, "model=maf", "model.num_transforms=2", "model.num_layers=1"),
     "tarflow": (*FLOW, "model=tarflow", "model.num_layers=[1,1]", "model.num_heads=1"),

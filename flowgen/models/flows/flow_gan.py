@@ -3,52 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch.nn import functional as F
+from torch import Tensor
 
 from flowgen.bijections.networks import RandomSource
-from flowgen.models.flows.builders import split_shape
 from flowgen.models.flows.glow import Glow
+from flowgen.models.gan import Discriminator, adversarial_losses
 from flowgen.utils.errors import check_number, check_whole
-
-FINAL_SIZE = 4  # pixels; the discriminator halves images until both sides are as small
-SLOPE = 0.2  # of the leaky ReLU for negative numbers
-
-
-class Discriminator(nn.Module):
-    """A convolutional network without normalization that rates images, higher for real ones.
-
-    Each convolution with stride 2 halves the image and doubles the channels, until it has at most
-    4x4 pixels, where a linear layer computes the rating.
-
-    Args:
-        image_shape: (channels, height, width).
-        width: Channels of the first convolution.
-
-    Example:
-        >>> Discriminator((3, 8, 8), width=4)(torch.rand(5, 3, 8, 8)).shape
-        torch.Size([5])
-    """
-
-    def __init__(self, image_shape: Sequence[int], width: int):
-        super().__init__()
-        channels, (height, width_pixels) = split_shape(image_shape)
-        self.convolutions = nn.ModuleList([nn.Conv2d(channels, width, 3, padding=1)])
-        while len(self.convolutions) < 2 or max(height, width_pixels) > FINAL_SIZE:
-            self.convolutions.append(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1))
-            width = 2 * width
-            height = -(-height // 2)
-            width_pixels = -(-width_pixels // 2)
-        # Without a bias, because the loss contains only differences of ratings.
-        self.linear = nn.Linear(width * height * width_pixels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the ratings (batch,) of images in [0, 1), (batch, channels, height, width)."""
-        h = 2 * x - 1
-        for convolution in self.convolutions:
-            h = F.leaky_relu(convolution(h), SLOPE)
-        return self.linear(h.flatten(1))[:, 0]
 
 
 class FlowGAN(Glow):
@@ -61,8 +21,8 @@ class FlowGAN(Glow):
         L_G = E softplus(D(x) - D(y)),
         L_D = E softplus(D(y) - D(x)) + g/2 E(|grad D(x)|^2 + |grad D(y)|^2).
 
-    L_G changes only the flow and L_D only the discriminator, because the weights of D are constants
-    in L_G, and y is one in L_D. Both players take a step at the same time, with one optimizer.
+    L_G changes only the flow and L_D only the discriminator, see `adversarial_losses` in
+    flowgen.models.gan. Both players take a step at the same time, with one optimizer.
 
     Grover, Dhar and Ermon (1705.08868), section 3, add an adversarial loss to the likelihood of a
     flow. The loss of the game here is the relativistic one with gradient penalties of Huang et al.,
@@ -76,7 +36,7 @@ class FlowGAN(Glow):
         bits: Bits per pixel value.
         adversarial_weight: The weight w; at 0 the model trains like a Glow.
         discriminator_width: Channels of the first convolution of the discriminator, see
-            `Discriminator`.
+            `flowgen.models.gan.Discriminator`.
         gradient_penalty: The weight g.
         levels: Number of levels of the flow, see `Glow`.
         steps_per_level: Steps of flow in each level, or a list with one number per level.
@@ -161,9 +121,15 @@ class FlowGAN(Glow):
             return bits_per_dim
         with torch.no_grad():
             real, _ = self._dequantize(images)
-        return bits_per_dim + self.adversarial_weight * self.adversarial_loss(
-            real, self.draw_points(len(images), labels)
+        generator_loss, discriminator_loss = adversarial_losses(
+            self.discriminator,
+            real,
+            self.draw_points(len(images), labels),
+            loss="r3gan",
+            gradient_penalty=self.gradient_penalty,
+            random_source=self.random_source,
         )
+        return bits_per_dim + self.adversarial_weight * (generator_loss + discriminator_loss)
 
     def draw_points(self, count: int, labels: Tensor | None = None) -> Tensor:
         """Draw points y (count, channels, height, width) with gradients for the flow.
@@ -179,34 +145,3 @@ class FlowGAN(Glow):
         if one_hot is not None:
             z = z + one_hot @ self.means
         return self.bijection.inverse(z, self.network_condition(one_hot))[0]
-
-    # The compiler cannot differentiate gradients. `torch.compiler.disable` would do the same as
-    # this function, but importing it takes a second.
-    @_disable_dynamo
-    def adversarial_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Return L_G + L_D, whose gradients are those of each player's own loss.
-
-        Args:
-            real: Dequantized images x, (batch, channels, height, width).
-            fake: Points y of the flow, like `real`.
-        """
-        # In float32, because gradients of gradients are too coarse in bfloat16.
-        with torch.autocast(real.device.type, enabled=False):
-            weights = {
-                name: weight.detach() for name, weight in self.discriminator.named_parameters()
-            }
-            real_rating, real_penalty = self._rate(real)
-            fake_rating, fake_penalty = self._rate(fake)
-            rating_for_flow = torch.func.functional_call(self.discriminator, weights, (fake,))
-            generator_loss = F.softplus(real_rating.detach() - rating_for_flow).mean()
-            discriminator_loss = F.softplus(fake_rating - real_rating).mean()
-            penalty = self.gradient_penalty / 2 * (real_penalty + fake_penalty)
-            return generator_loss + discriminator_loss + penalty
-
-    @torch.enable_grad()
-    def _rate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return D(x), (batch,), and the mean of |grad D(x)|^2, for constant points x."""
-        x = x.detach().requires_grad_()
-        rating = self.discriminator(x)
-        (gradient,) = torch.autograd.grad(rating.sum(), x, create_graph=True)
-        return rating, gradient.square().flatten(1).sum(1).mean()
