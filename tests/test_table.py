@@ -40,6 +40,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return "", 1 + 0.1 * steps
 
     monkeypatch.setattr(script, "timed_flowgen", timed_flowgen)
+    monkeypatch.setattr(script, "has_tighter_bound", lambda run: True)
     monkeypatch.setattr(script, "count_parameters", lambda run: 150_000)
     monkeypatch.setattr(script, "count_flops", lambda run: 2.5e7)
     monkeypatch.setattr(script, "time_samples", lambda run, temperature: 32.0)
@@ -71,6 +72,19 @@ def test_the_quality_of_samples_is_measured_once(table):
     results = {"sample_frechet": 1.5, "training_frechet": 0.25, "sample_readable": 0.9}
     row.values["metrics_1"] |= results
     assert row.line().endswith("| 1.50 (0.25) | 90.0% |")
+
+
+def test_a_figure_that_samples_do_not_change_is_evaluated_once(table, monkeypatch):
+    monkeypatch.setattr(table, "has_tighter_bound", lambda run: False)
+    row = table.Row("mnist", "pixelcnn", 1.0, [])
+    row.fill()
+    assert [args[0] for args in table.commands].count("evaluate") == 1
+    assert row.values["metrics_16"] == row.values["metrics_1"]
+
+
+@pytest.mark.parametrize(("run", "expected"), (("zoo/glow_mnist", True), ("zoo/rbm_mnist", False)))
+def test_samples_of_the_noise_tighten_the_bound_of_a_flow_only(run, expected):
+    assert script.has_tighter_bound(run) is expected
 
 
 def test_a_model_without_a_likelihood_has_sample_quality_only(table):
