@@ -199,8 +199,8 @@ class TokenAutoregressive(Bijection):
     keys and values. With `jacobi` it instead updates all tokens in parallel by the fixed-point
     iteration x <- head^-1(z; network(x)). After k iterations the first k tokens are exact, so the
     number of iterations is at most the number of tokens. Inverses compute in float64, because the
-    rounding error of a token propagates to all tokens after it. New samples do not need this: their
-    rounding errors are as small changes of z.
+    rounding error of a token propagates to all tokens after it. New samples can use the
+    precision of z, because their rounding errors act like small changes of z.
 
     Args:
         network: Transformer that computes the contexts.

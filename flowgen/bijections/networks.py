@@ -1,7 +1,7 @@
 """Conditioner networks, which compute the parameters of bijections and need no inverse."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import pairwise, product
 from typing import Any
 
@@ -409,7 +409,8 @@ class KeyValueCache:
             return self.memory
         if self.memory is None:
             self.memory = new.new_empty(*new.shape[:3], self.num_tokens, new.shape[4])
-        start, self.length = self.length, self.length + new.shape[3]
+        start = self.length
+        self.length += new.shape[3]
         self.memory[:, :, :, start : self.length] = new
         return self.memory[:, :, :, : self.length]
 
@@ -448,14 +449,16 @@ class TransformerBlock(nn.Module):
         batch_size, num_tokens, width = h.shape
         h = h.reshape(-1, width)  # Linear layers are faster on matrices.
         projected = self.queries_keys_values(self.norm(h))
-        if h.device.type == "cpu":
+        context: AbstractContextManager[object] = nullcontext()
+        if h.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # On a CPU, the backward pass of attention is up to eight times as slow in bfloat16.
             projected = projected.to(h.dtype)
+            context = torch.autocast("cpu", enabled=False)
         projected = projected.view(batch_size, num_tokens, 3, self.num_heads, -1).transpose(1, 3)
         queries, keys, values = projected.unbind(2)  # (batch, num_heads, tokens, -1)
         if cache is not None:
             keys, values = cache.append(projected[:, :, 1:]).unbind(2)
-        with torch.autocast("cpu", enabled=False):
+        with context:
             attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
         h = h + self.merge(attended.transpose(1, 2).reshape(h.shape))
         return (h + self.mlp(h)).view(batch_size, num_tokens, width)
