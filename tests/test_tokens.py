@@ -5,8 +5,10 @@ import torch
 from conftest import SMALL
 from test_bijections import tokens
 from test_models import MODELS, build_model, initialized, random_images
+from torch.nn import functional as F
 
 from flowgen.bijections.autoregressive import TokenAutoregressive
+from flowgen.bijections.networks import TransformerBlock, temporary_attributes
 from flowgen.bijections.univariate import Affine, GuidedAffine
 from flowgen.models.flows.jet import token_masks
 from flowgen.models.flows.tarflow import TarFlow
@@ -125,6 +127,67 @@ def test_encoding_in_float64_is_more_accurate_than_the_float32_forward():
             for z in (model.eval().encode(images), model.bijection(centers)[0])
         )
     assert encoded_error < 0.6 * forward_error
+
+
+def test_samples_in_float32_belong_to_the_same_latents_as_in_float64():
+    model = build_model("tarflow", bits=8, num_layers=[1, 1], width=16, permutation="actnorm")
+    model.initialize(random_images(8, 256))
+    perturb(model, 0.2)
+    z = torch.randn(64, model.eval().dimensions)
+    points, errors = [], []
+    for exact in (False, True):
+        with torch.no_grad(), temporary_attributes(blocks(model), exact_inverse=exact, exact=True):
+            x, log_det = model.bijection.inverse(z)
+            encoded, encoded_log_det = model.bijection(x)
+        points.append(x)
+        errors.append((encoded - z).abs().max())
+        assert (log_det + encoded_log_det).abs().max() < 0.01
+    assert 0 < (points[0] - points[1]).abs().max() < 0.25 / 256
+    assert errors[0] < 2 * errors[1]
+
+
+def test_sample_computes_in_float32_but_decode_and_jacobi_in_float64(monkeypatch):
+    model = build_model("tarflow", num_layers=[1])
+    model.initialize(random_images(5))
+    dtypes = []
+    for name in ("_invert_sequentially", "_invert_by_jacobi"):
+        invert = getattr(TokenAutoregressive, name)
+        monkeypatch.setattr(
+            TokenAutoregressive,
+            name,
+            lambda self, z, *args, invert=invert: dtypes.append(z.dtype) or invert(self, z, *args),
+        )
+    model.sample(2)
+    model.sample(2, jacobi=True)
+    model.decode(torch.randn(2, model.dimensions))
+    assert dtypes == [torch.float32, torch.float64, torch.float64]
+
+
+def test_inverse_with_cached_keys_has_gradients():
+    bijection = perturbed(tokens())
+    z = torch.randn(1, 4, 4, 2, dtype=torch.float64)
+    inverse = torch.autograd.functional.jacobian(lambda z: bijection.inverse(z)[0], z)
+    x = bijection.inverse(z)[0].detach()
+    forward = torch.autograd.functional.jacobian(lambda x: bijection(x)[0], x)
+    product = inverse.view(32, 32) @ forward.view(32, 32)
+    assert torch.allclose(product, torch.eye(32, dtype=torch.float64), atol=1e-9)
+
+
+def test_attention_on_a_cpu_stays_in_float32_under_autocast(monkeypatch):
+    dtypes = []
+    attention = F.scaled_dot_product_attention
+
+    def recorded(*args: torch.Tensor, **kwargs: bool) -> torch.Tensor:
+        attended = attention(*args, **kwargs)
+        dtypes.append(attended.dtype)
+        return attended
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    block = TransformerBlock(8, num_heads=2, dropout=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = block(torch.randn(2, 4, 8), causal=True)
+    assert h.dtype == torch.float32
+    assert dtypes == [torch.float32]
 
 
 def test_jacobi_is_exact_after_as_many_iterations_as_tokens():

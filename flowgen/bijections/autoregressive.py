@@ -199,7 +199,8 @@ class TokenAutoregressive(Bijection):
     keys and values. With `jacobi` it instead updates all tokens in parallel by the fixed-point
     iteration x <- head^-1(z; network(x)). After k iterations the first k tokens are exact, so the
     number of iterations is at most the number of tokens. Inverses compute in float64, because the
-    rounding error of a token propagates to all tokens after it.
+    rounding error of a token propagates to all tokens after it. New samples can use the
+    precision of z, because their rounding errors act like small changes of z.
 
     Args:
         network: Transformer that computes the contexts.
@@ -209,6 +210,7 @@ class TokenAutoregressive(Bijection):
     Attributes:
         jacobi: Whether `inverse` uses Jacobi iterations. Default: False.
         exact: Whether `forward` also computes in float64. Default: False.
+        exact_inverse: Whether `inverse` computes in float64. Default: True.
         tolerance: Largest change of a value, relative to max(1, |value|), at which Jacobi
             iterations stop.
         num_iterations: Iterations of the last `inverse`, or the number of tokens without `jacobi`.
@@ -234,6 +236,7 @@ class TokenAutoregressive(Bijection):
         self.reverse = reverse
         self.jacobi = False
         self.exact = False
+        self.exact_inverse = True
         self.tolerance = 1e-6
         self.num_iterations = 0
         self.progress: Progress = no_progress
@@ -246,13 +249,11 @@ class TokenAutoregressive(Bijection):
         return self.to_image(z, x).to(x.dtype), log_det.sum(1).to(x.dtype)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        network = _double_copy(self.network) if self.exact_inverse else self.network
+        head = _double_copy(self.head) if self.exact_inverse else self.head
+        tokens = self.to_tokens(z.double() if self.exact_inverse else z)
         invert = self._invert_by_jacobi if self.jacobi else self._invert_sequentially
-        x, log_det = invert(
-            self.to_tokens(z.double()),
-            condition,
-            _double_copy(self.network),
-            _double_copy(self.head),
-        )
+        x, log_det = invert(tokens, condition, network, head)
         return self.to_image(x, z).to(z.dtype), log_det.to(z.dtype)
 
     def _invert_sequentially(

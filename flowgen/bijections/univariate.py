@@ -205,9 +205,9 @@ class MixtureOfLogistics(Transform):
         standardized = (x - means) * (-log_scales).exp()
         log_cdfs = F.logsigmoid(standardized)
         log_survivals = F.logsigmoid(-standardized)
-        log_cdf = (log_weights + log_cdfs).logsumexp(0)
-        log_survival = (log_weights + log_survivals).logsumexp(0)
-        log_density = (log_weights + log_cdfs + log_survivals - log_scales).logsumexp(0)
+        log_densities = log_cdfs + log_survivals - log_scales
+        terms = log_weights + torch.stack((log_cdfs, log_survivals, log_densities))
+        log_cdf, log_survival, log_density = terms.logsumexp(1)
         return log_cdf - log_survival, log_density - log_cdf - log_survival
 
 
@@ -395,6 +395,8 @@ def find_root(
             next_x = torch.where(converged, x, next_x)
             last_step = (next_x - x).abs()
             x = next_x
+    if not torch.is_grad_enabled():
+        return x
     value, log_slope = function(x)
     slope = log_slope.detach().exp().clamp(min=torch.finfo(x.dtype).tiny)
     step = (target - value) / slope

@@ -539,7 +539,7 @@ class UNet(nn.Module):
         """Apply the transformer blocks to the pixels as tokens."""
         tokens = h.flatten(2).transpose(1, 2) + self.place
         for layer in self.transformer:
-            tokens, _ = layer(tokens)
+            tokens = layer(tokens)
         return tokens.transpose(1, 2).unflatten(2, h.shape[2:])
 
 

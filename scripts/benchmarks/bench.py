@@ -1,8 +1,9 @@
-"""Compare the training speed with other packages: normflows, scikit-learn and learnergy.
+"""Compare the speed with other programs: normflows, scikit-learn, learnergy and a plain TarFlow.
 
 All programs use the same number of threads. normflows is used as in its documentation
 (`GlowBlock`, `MultiscaleFlow`) with a forward pass, a backward pass and Adam; scikit-learn is used
-through `partial_fit`, and learnergy through `fit`.
+through `partial_fit`, and learnergy through `fit`. `PlainTarFlow` does the same operations as the
+code of the authors (apple/ml-tarflow).
 
 Every program runs in its own process, and the programs take turns. The script prints medians over
 all rounds with their range: the speed per second of CPU time, summed over threads, and per second
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -29,9 +31,11 @@ from typing import Any, NamedTuple
 import torch
 import torch._functorch.config as aot_config
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowgen.models.flows.glow import Glow
+from flowgen.models.flows.tarflow import TarFlow
 from flowgen.models.rbm.negative_phase import PCD
 from flowgen.models.rbm.rbm import RBM
 from flowgen.models.rbm.sampling import ParallelTempering, gibbs, white_noise
@@ -43,6 +47,12 @@ GLOW_STEPS = 8  # steps of flow per level
 GLOW_WIDTH = 128
 GLOW_BATCH_SIZE = 8
 GRAD_CLIP = 50.0
+TARFLOW_PATCH = 4
+TARFLOW_TOKENS = (GLOW_SIZE // TARFLOW_PATCH) ** 2
+TARFLOW_LAYERS = [2, 2, 2, 2]  # layers of each block
+TARFLOW_WIDTH = 64
+TARFLOW_HEADS = 2
+TARFLOW_BATCH_SIZE = 16
 RBM_SIZE = 28
 RBM_HIDDEN = 500
 RBM_BATCH_SIZE = 100
@@ -146,6 +156,117 @@ def normflows_samples() -> Step:
     return step
 
 
+class PlainLayer(nn.Module):
+    """A transformer layer with a mask, or with a list of the keys and values of earlier tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = TARFLOW_WIDTH
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.project = nn.Linear(width, 3 * width)
+        self.merge = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, h: Tensor, mask: Tensor | None, cache: list[tuple[Tensor, ...]]) -> Tensor:
+        heads = self.project(self.norms[0](h)).unflatten(2, (3 * TARFLOW_HEADS, -1))
+        queries, keys, values = heads.transpose(1, 2).chunk(3, 1)
+        if mask is None:
+            cache.append((keys, values))
+            keys, values = (torch.cat(parts, 2) for parts in zip(*cache, strict=True))
+        attended = F.scaled_dot_product_attention(queries, keys, values, mask)
+        h = h + self.merge(attended.transpose(1, 2).flatten(2))
+        return h + self.mlp(self.norms[1](h))
+
+
+class PlainTarFlow(nn.Module):
+    """TarFlow in plain torch, with the operations of the code of Zhai et al. (2412.06329)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        dim = 3 * TARFLOW_PATCH**2
+        self.embed = nn.ModuleList(nn.Linear(dim, TARFLOW_WIDTH) for _ in TARFLOW_LAYERS)
+        self.places = nn.ParameterList(
+            0.01 * torch.randn(TARFLOW_TOKENS, TARFLOW_WIDTH) for _ in TARFLOW_LAYERS
+        )
+        self.layers: Any = nn.ModuleList(
+            nn.ModuleList(PlainLayer() for _ in range(depth)) for depth in TARFLOW_LAYERS
+        )
+        self.last = nn.ModuleList(nn.Linear(TARFLOW_WIDTH, 2 * dim) for _ in TARFLOW_LAYERS)
+        self.mask = nn.Buffer(torch.ones(TARFLOW_TOKENS, TARFLOW_TOKENS).tril())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the loss: the negative log-density per value, up to a constant."""
+        x = (images + torch.rand(images.shape)) / 16 - 1
+        z = F.unfold(x, TARFLOW_PATCH, stride=TARFLOW_PATCH).transpose(1, 2)
+        log_det = torch.zeros(())
+        for block in range(len(TARFLOW_LAYERS)):
+            z = z.flip(1) if block % 2 else z
+            h = self.embed[block](z) + self.places[block]
+            for layer in self.layers[block]:
+                h = layer(h, self.mask.bool(), [])
+            params = F.pad(self.last[block](h)[:, :-1], (0, 0, 1, 0))
+            log_scale, shift = params.chunk(2, 2)
+            z = (z - shift) * (-log_scale.float()).exp().to(log_scale.dtype)
+            z = z.flip(1) if block % 2 else z
+            log_det = log_det - log_scale.mean((1, 2))
+        return 0.5 * z.square().mean() - log_det.mean()
+
+    @torch.no_grad()
+    def sample(self, count: int) -> Tensor:
+        """Draw patches token by token, (count, tokens, values)."""
+        x = torch.randn(count, TARFLOW_TOKENS, 3 * TARFLOW_PATCH**2)
+        for block in reversed(range(len(TARFLOW_LAYERS))):
+            x = x.flip(1) if block % 2 else x
+            caches: list[list[tuple[Tensor, ...]]] = [[] for _ in self.layers[block]]
+            for index in range(TARFLOW_TOKENS - 1):
+                h = self.embed[block](x[:, index : index + 1]) + self.places[block][index]
+                for layer, cache in zip(self.layers[block], caches, strict=True):
+                    h = layer(h, None, cache)
+                log_scale, shift = self.last[block](h)[:, 0].chunk(2, 1)
+                x[:, index + 1] = x[:, index + 1] * log_scale.exp() + shift
+            x = x.flip(1) if block % 2 else x
+        return x
+
+
+def flowgen_tarflow() -> TarFlow:
+    """Return flowgen's TarFlow with the architecture of the paper."""
+    model = TarFlow(
+        image_shape=(3, GLOW_SIZE, GLOW_SIZE),
+        bits=5,
+        patch=TARFLOW_PATCH,
+        num_layers=TARFLOW_LAYERS,
+        width=TARFLOW_WIDTH,
+        num_heads=TARFLOW_HEADS,
+        transform="affine",
+        local=False,
+        permutation="none",
+        gaussianize=False,
+    )
+    model.initialize(torch.randint(0, 32, (64, 3, GLOW_SIZE, GLOW_SIZE), dtype=torch.uint8))
+    return model
+
+
+def tarflow_training(model: nn.Module, dtype: torch.dtype, fused: bool) -> Step:
+    """Return a training step of a TarFlow."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+
+    def step(images: Tensor) -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def sampling(model: Any) -> Step:
+    """Return a function that draws a batch of samples."""
+    return lambda images: model.sample(TARFLOW_BATCH_SIZE)
+
+
 def flowgen_rbm() -> Step:
     """Return a training step of flowgen's RBM."""
     negative_phase = PCD(gibbs_steps=1, num_chains=RBM_BATCH_SIZE)
@@ -220,9 +341,9 @@ def random_digits() -> Tensor:
     return (torch.rand(RBM_BATCH_SIZE, 1, RBM_SIZE, RBM_SIZE) < 0.2).to(torch.uint8)
 
 
-def random_faces() -> Tensor:
+def random_faces(count: int = GLOW_BATCH_SIZE) -> Tensor:
     """Return a batch of random color images of 5 bits."""
-    return torch.randint(0, 32, (GLOW_BATCH_SIZE, 3, GLOW_SIZE, GLOW_SIZE), dtype=torch.uint8)
+    return torch.randint(0, 32, (count, 3, GLOW_SIZE, GLOW_SIZE), dtype=torch.uint8)
 
 
 class Program(NamedTuple):
@@ -265,6 +386,10 @@ class Comparison(NamedTuple):
     flop_counted: int
 
 
+TARFLOW_TITLE = (
+    f"TarFlow, {GLOW_SIZE}x{GLOW_SIZE} in color, {len(TARFLOW_LAYERS)} blocks of "
+    f"{TARFLOW_LAYERS[0]} layers, width {TARFLOW_WIDTH}, batch {TARFLOW_BATCH_SIZE}"
+)
 COMPARISONS = [
     Comparison(
         f"Glow, {GLOW_SIZE}x{GLOW_SIZE} in color, {GLOW_LEVELS} levels of {GLOW_STEPS} steps, "
@@ -283,16 +408,6 @@ COMPARISONS = [
                 precision="auto",
             ),
         ],
-        flop_counted=1,
-    ),
-    Comparison(
-        f"samples of this Glow, {GLOW_BATCH_SIZE} at a time, float32",
-        "images/s",
-        per_update=GLOW_BATCH_SIZE,
-        num_threads=2,
-        updates=4,
-        make_images=random_faces,
-        programs=[Program("normflows", normflows_samples), Program("flowgen", flowgen_samples)],
         flop_counted=1,
     ),
     Comparison(
@@ -322,6 +437,53 @@ COMPARISONS = [
             Program(f"1 tempering step of {TEMPERATURES} temperatures", tempering_step),
         ],
         flop_counted=0,
+    ),
+    *(
+        Comparison(
+            f"Training of {TARFLOW_TITLE}, {precision}",
+            "images/s",
+            per_update=TARFLOW_BATCH_SIZE,
+            num_threads=1,
+            updates=4,
+            make_images=lambda: random_faces(TARFLOW_BATCH_SIZE),
+            programs=[
+                Program(
+                    "plain TarFlow",
+                    partial(lambda dtype: tarflow_training(PlainTarFlow(), dtype, False), dtype),
+                    precision=precision,
+                ),
+                Program(
+                    "flowgen",
+                    partial(lambda dtype: tarflow_training(flowgen_tarflow(), dtype, True), dtype),
+                    precision=precision,
+                ),
+            ],
+            flop_counted=1,
+        )
+        for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    ),
+    Comparison(
+        f"Samples of {TARFLOW_TITLE}, float32",
+        "images/s",
+        per_update=TARFLOW_BATCH_SIZE,
+        num_threads=1,
+        updates=1,
+        make_images=random_faces,
+        programs=[
+            Program("plain TarFlow", lambda: sampling(PlainTarFlow())),
+            Program("flowgen", lambda: sampling(flowgen_tarflow())),
+        ],
+        flop_counted=0,
+    ),
+    Comparison(
+        f"Samples of the Glow of comparison 0, {GLOW_BATCH_SIZE} at a time, float32",
+        "images/s",
+        per_update=GLOW_BATCH_SIZE,
+        num_threads=2,
+        updates=4,
+        make_images=random_faces,
+        programs=[Program("normflows", normflows_samples), Program("flowgen", flowgen_samples)],
+        flop_counted=1,
     ),
 ]
 

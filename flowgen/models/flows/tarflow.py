@@ -174,7 +174,8 @@ class TarFlow(Flow, SupportsTokenSampling):
         check_number(guidance=guidance)
         with (
             networks.temporary_attributes([self], guidance=guidance),
-            networks.temporary_attributes(self._blocks(), jacobi=jacobi),
+            # The stopping rule of Jacobi iterations is finer than the rounding errors of float32.
+            networks.temporary_attributes(self._blocks(), jacobi=jacobi, exact_inverse=jacobi),
         ):
             return super().sample(count, temperature, generator, label, start_index)
 
