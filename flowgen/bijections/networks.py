@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -102,45 +101,6 @@ class Sequential(Conditioner):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
-
-
-class ReLU(nn.Module):
-    """max(x, 0), in place.
-
-    In bfloat16 on a CPU it is computed on the bits as integers, which is several times as fast as
-    the kernels of torch. The result is the same, but a NaN with a negative sign becomes 0.
-
-    Example:
-        >>> ReLU()(torch.tensor([-1.5, 0.0, 2.0], dtype=torch.bfloat16))
-        tensor([0., 0., 2.], dtype=torch.bfloat16)
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        on_bits = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        if on_bits and not torch.compiler.is_compiling():
-            return _BitwiseReLU.apply(x)
-        return F.relu(x, inplace=True)
-
-
-class _BitwiseReLU(torch.autograd.Function):
-    """ReLU of bfloat16 numbers by operations on 16-bit integers.
-
-    A bfloat16 number and the integer with the same bits have the same sign.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x.view(torch.int16).clamp_min_(0)
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        grad, y = (tensor.view(torch.int16) for tensor in (grad_outputs[0], y))
-        return torch.ops.aten.threshold_backward(grad, y, 0).view(torch.bfloat16)
 
 
 class NormalizedConv2d(nn.Module):
@@ -262,7 +222,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.branch = Sequential(
             NormalizedConv2d(channels, channels, 3),
-            ReLU(),
+            nn.ReLU(inplace=True),
             NormalizedConv2d(channels, channels, 3),
         )
 
@@ -288,9 +248,9 @@ class ConvNetwork(Sequential):
     def __init__(self, in_channels: int, width: int, out_channels: int):
         super().__init__(
             NormalizedConv2d(in_channels, width, 3),
-            ReLU(),
+            nn.ReLU(inplace=True),
             NormalizedConv2d(width, width, 1),
-            ReLU(),
+            nn.ReLU(inplace=True),
             ZeroConv2d(width, out_channels, 3),
         )
 
@@ -309,10 +269,10 @@ class ResNetwork(Sequential):
     def __init__(self, in_channels: int, width: int, out_channels: int, num_blocks: int = 1):
         super().__init__(
             NormalizedConv2d(in_channels, width, 3),
-            ReLU(),
+            nn.ReLU(inplace=True),
             *(ResidualBlock(width) for _ in range(num_blocks)),
             ActNormLayer(width),
-            ReLU(),
+            nn.ReLU(inplace=True),
             ZeroConv2d(width, out_channels, 3),
         )
 
@@ -349,7 +309,7 @@ class GatedNetwork(Sequential):
             NormalizedConv2d(in_channels, width, 3),
             *(GatedBlock(width, 2 ** (index % 3)) for index in range(num_blocks)),
             ActNormLayer(width),
-            ReLU(),
+            nn.ReLU(inplace=True),
             ZeroConv2d(width, out_channels, 3),
         )
 
@@ -407,7 +367,7 @@ class RealNVPNetwork(Conditioner):
     def _bn_relu_conv(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
         return [
             nn.BatchNorm2d(in_channels),
-            ReLU(),
+            nn.ReLU(),
             weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, padding="same")),
         ]
 
