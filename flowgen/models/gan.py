@@ -52,10 +52,10 @@ def halved_sizes(size: Resolution) -> list[Resolution]:
 
 
 class Discriminator(nn.Module):
-    """A convolutional network without normalization that rates images, higher for real ones.
+    """A convolutional network without normalization, whose logits are higher for real images.
 
     Each convolution with stride 2 halves the image and doubles the channels, until it has at most
-    4x4 pixels, where a linear function of the features h computes the rating. With classes y, it
+    4x4 pixels, where a linear function of the features h computes the logit. With classes y, it
     has weights w + v_y: D(x, y) = (w + v_y)^T h(x). Miyato and Koyama, cGANs with Projection
     Discriminator (1802.05637), section 3.
 
@@ -78,12 +78,12 @@ class Discriminator(nn.Module):
             self.convolutions.append(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1))
             width = 2 * width
         features = width * height * width_pixels
-        # Without a bias, because losses contain differences of ratings.
+        # Without a bias, because losses contain differences of logits.
         self.linear = nn.Linear(features, 1, bias=False)
         self.projection = nn.Linear(features, num_classes, bias=False) if num_classes else None
 
     def forward(self, x: Tensor, one_hot: Tensor | None = None) -> Tensor:
-        """Return the ratings of images, (batch,).
+        """Return the logits of images, (batch,).
 
         Args:
             x: Images in [0, 1], (batch, channels, height, width).
@@ -93,10 +93,10 @@ class Discriminator(nn.Module):
         for convolution in self.convolutions:
             h = F.leaky_relu(convolution(h), SLOPE)
         h = h.flatten(1)
-        rating = self.linear(h)[:, 0]
+        logit = self.linear(h)[:, 0]
         if self.projection is None or one_hot is None:
-            return rating
-        return rating + (self.projection(h) * one_hot).sum(1)
+            return logit
+        return logit + (self.projection(h) * one_hot).sum(1)
 
 
 class Generator(nn.Module):
@@ -121,15 +121,15 @@ class Generator(nn.Module):
         channels, size = split_shape(image_shape)
         *self.sizes, (height, width_pixels) = halved_sizes(size)
         self.sizes.reverse()
-        wide = width * 2 ** len(self.sizes)
+        hidden = width * 2 ** len(self.sizes)
         self.first = nn.Sequential(
-            nn.Linear(latent_dim, wide * height * width_pixels),
-            nn.Unflatten(1, (wide, height, width_pixels)),
+            nn.Linear(latent_dim, hidden * height * width_pixels),
+            nn.Unflatten(1, (hidden, height, width_pixels)),
         )
         self.convolutions = nn.ModuleList()
         for _ in self.sizes:
-            self.convolutions.append(nn.Conv2d(wide, wide // 2, 3, padding=1))
-            wide = wide // 2
+            self.convolutions.append(nn.Conv2d(hidden, hidden // 2, 3, padding=1))
+            hidden = hidden // 2
         self.last = nn.Conv2d(width, channels, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def adversarial_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return the losses of the generator and of the discriminator, two scalars.
 
-    For real images x and fake images y, ratings D and a weight g, they are
+    For real images x and fake images y, logits D and a weight g, they are
 
     - nonsaturating: L_G = E softplus(-D(y)) and
       L_D = E softplus(-D(x)) + E softplus(D(y)) + g/2 E |grad D(x)|^2.
@@ -190,41 +190,43 @@ def adversarial_losses(
     with torch.enable_grad(), torch.autocast(real.device.type, enabled=False):
         x = real.detach().requires_grad_()
         y = fake.detach().requires_grad_()
-        real_rating = discriminator(x, one_hot)
-        fake_rating = discriminator(y, one_hot)
-        rating = torch.func.functional_call(discriminator, weights, (fake, one_hot))
+        real_logit = discriminator(x, one_hot)
+        fake_logit = discriminator(y, one_hot)
+        generator_logit = torch.func.functional_call(discriminator, weights, (fake, one_hot))
+        if loss == "wgan_gp":
+            generator_loss = -generator_logit.mean()
+            discriminator_loss = (fake_logit - real_logit).mean()
+        elif loss == "r3gan":
+            generator_loss = F.softplus(real_logit.detach() - generator_logit).mean()
+            discriminator_loss = F.softplus(fake_logit - real_logit).mean()
+        else:
+            generator_loss = F.softplus(-generator_logit).mean()
+            discriminator_loss = (F.softplus(-real_logit) + F.softplus(fake_logit)).mean()
+        if not gradient_penalty:
+            return generator_loss, discriminator_loss
         if loss == "wgan_gp":
             u = random_source(torch.rand, (len(x), 1, 1, 1), device=x.device, dtype=x.dtype)
             v = torch.lerp(x, y, u).detach().requires_grad_()
             norm = torch.linalg.vector_norm(_gradient(discriminator(v, one_hot), v), dim=1)
-            return -rating.mean(), (
-                (fake_rating - real_rating).mean() + gradient_penalty * (norm - 1).square().mean()
-            )
-        if loss == "r3gan":
-            generator_loss = F.softplus(real_rating.detach() - rating).mean()
-            discriminator_loss = F.softplus(fake_rating - real_rating).mean()
-            slopes = _gradient(real_rating, x).square() + _gradient(fake_rating, y).square()
+            penalty = (norm - 1).square()
         else:
-            generator_loss = F.softplus(-rating).mean()
-            discriminator_loss = (F.softplus(-real_rating) + F.softplus(fake_rating)).mean()
-            if not gradient_penalty:
-                return generator_loss, discriminator_loss
-            slopes = _gradient(real_rating, x).square()
-        penalty = gradient_penalty / 2 * slopes.sum(1).mean()
-        return generator_loss, discriminator_loss + penalty
+            penalty = _gradient(real_logit, x).square().sum(1) / 2
+            if loss == "r3gan":
+                penalty = penalty + _gradient(fake_logit, y).square().sum(1) / 2
+        return generator_loss, discriminator_loss + gradient_penalty * penalty.mean()
 
 
-def _gradient(rating: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of the rating of each image, (batch, numbers of an image)."""
-    return torch.autograd.grad(rating.sum(), x, create_graph=True)[0].flatten(1)
+def _gradient(logit: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of the logit of each image, (batch, channels * height * width)."""
+    return torch.autograd.grad(logit.sum(), x, create_graph=True)[0].flatten(1)
 
 
 class GAN(ClassConditional):
     """Generative adversarial network: a generator of images G, and a discriminator D.
 
-    G maps latents z ~ N(0, I) to images with brightness in [0, 1]. D rates them and real images.
-    The training loss is the sum of the losses of both players, see `adversarial_losses`. Both take
-    a step at the same time, with one optimizer.
+    G maps latents z ~ N(0, I) to images with brightness in [0, 1]. D learns to tell them from real
+    images. The training loss is the sum of the losses of both players, see `adversarial_losses`.
+    Both take a step at the same time, with one optimizer.
 
     D sees images of both kinds with the noise u ~ U[0, 1) of dequantization: (i + u) / K for real
     pixel values i = 0..K-1, K = 2^bits, and ((K - 1) G(z) + u) / K. Without noise, whole numbers
@@ -232,7 +234,7 @@ class GAN(ClassConditional):
 
     The model has no likelihood and no encoder. `evaluate` reports the squared Fréchet distance
     between images and as many samples, in the principal components of training images. `sample`
-    scores images by their rating D.
+    scores images by their logits D.
 
     With `num_classes`, the class, one-hot, is a part of the latents, and D is a projection
     discriminator.
@@ -253,8 +255,8 @@ class GAN(ClassConditional):
         >>> model = GAN(image_shape=(3, 8, 8), bits=5, width=4, discriminator_width=4)
         >>> images = torch.randint(32, (16, 3, 8, 8), dtype=torch.uint8)
         >>> model(images).backward()
-        >>> samples, rating = model.sample(5)
-        >>> samples.shape, rating.shape
+        >>> samples, logit = model.sample(5)
+        >>> samples.shape, logit.shape
         (torch.Size([5, 3, 8, 8]), torch.Size([5]))
     """
 
@@ -342,7 +344,7 @@ class GAN(ClassConditional):
         """Draw images of latents z ~ N(0, T^2 I), where T is the temperature.
 
         Returns:
-            The images, and their ratings D, (count,).
+            The images, and their logits D, (count,).
         """
         one_hot = self.one_hot(self.sample_labels(count, label, start_index))
         latent = self._draw_latents(count, temperature, generator, one_hot)

@@ -187,7 +187,7 @@ class PlainTarFlow(nn.Module):
         super().__init__()
         dim = 3 * TARFLOW_PATCH**2
         self.embed = nn.ModuleList(nn.Linear(dim, TARFLOW_WIDTH) for _ in TARFLOW_LAYERS)
-        self.places = nn.ParameterList(
+        self.positions = nn.ParameterList(
             0.01 * torch.randn(TARFLOW_TOKENS, TARFLOW_WIDTH) for _ in TARFLOW_LAYERS
         )
         self.layers: Any = nn.ModuleList(
@@ -203,7 +203,7 @@ class PlainTarFlow(nn.Module):
         log_det = torch.zeros(())
         for block in range(len(TARFLOW_LAYERS)):
             z = z.flip(1) if block % 2 else z
-            h = self.embed[block](z) + self.places[block]
+            h = self.embed[block](z) + self.positions[block]
             for layer in self.layers[block]:
                 h = layer(h, self.mask.bool(), [])
             params = F.pad(self.last[block](h)[:, :-1], (0, 0, 1, 0))
@@ -221,7 +221,7 @@ class PlainTarFlow(nn.Module):
             x = x.flip(1) if block % 2 else x
             caches: list[list[tuple[Tensor, ...]]] = [[] for _ in self.layers[block]]
             for index in range(TARFLOW_TOKENS - 1):
-                h = self.embed[block](x[:, index : index + 1]) + self.places[block][index]
+                h = self.embed[block](x[:, index : index + 1]) + self.positions[block][index]
                 for layer, cache in zip(self.layers[block], caches, strict=True):
                     h = layer(h, None, cache)
                 log_scale, shift = self.last[block](h)[:, 0].chunk(2, 1)
