@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,11 @@ class SampleQuality:
         self.features = PrincipalComponents(train[count:], max_value=2**data.bits - 1)
         self.real = self.features(self.test)
 
+    @cached_property
+    def classifier(self) -> Classifier:
+        """A classifier of the data, trained when it is first used."""
+        return train_classifier(self.data)
+
     def measure(self, images: Tensor) -> dict[str, float]:
         """Return `measure_sample_quality`, and `fid_metrics` with weights, of images (N, ...)."""
         result = measure_sample_quality(self.features(images), self.real)
@@ -344,7 +350,7 @@ class SampleQuality:
         is_small = min(self.data.image_shape[1:]) < MIN_CLASSIFIER_SIZE
         if self.data.train.labels is None or labels is None or num_classes < 2 or is_small:
             return []
-        classifier = train_classifier(self.data)
+        classifier = self.classifier
         truth = labels[hashed_subset(len(labels), len(self.test))]
         scores = {
             "sample_readable": classifier.share_readable(samples),

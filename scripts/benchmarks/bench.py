@@ -1,9 +1,9 @@
-"""Compare the speed with other programs: normflows, scikit-learn, learnergy and a plain TarFlow.
+"""Compare the speed with other programs: normflows, scikit-learn, learnergy and plain torch.
 
 All programs use the same number of threads. normflows is used as in its documentation
 (`GlowBlock`, `MultiscaleFlow`) with a forward pass, a backward pass and Adam; scikit-learn is used
-through `partial_fit`, and learnergy through `fit`. `PlainTarFlow` does the same operations as the
-code of the authors (apple/ml-tarflow).
+through `partial_fit`, and learnergy through `fit`. The models of `plain_models` do the same
+operations as rosinality/glow-pytorch and as the TarFlow of its authors, apple/ml-tarflow.
 
 Every program runs in its own process, and the programs take turns. The script prints medians over
 all rounds with their range: the speed per second of CPU time, summed over threads, and per second
@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config as aot_config
+from plain_models import PlainGlow, PlainTarFlow
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowgen.models.flows.glow import Glow
@@ -48,7 +48,6 @@ GLOW_WIDTH = 128
 GLOW_BATCH_SIZE = 8
 GRAD_CLIP = 50.0
 TARFLOW_PATCH = 4
-TARFLOW_TOKENS = (GLOW_SIZE // TARFLOW_PATCH) ** 2
 TARFLOW_LAYERS = [2, 2, 2, 2]  # layers of each block
 TARFLOW_WIDTH = 64
 TARFLOW_HEADS = 2
@@ -138,6 +137,20 @@ def normflows_glow() -> Step:
     return step
 
 
+def plain_glow() -> Step:
+    """Return a training step of a plain Glow."""
+    model = PlainGlow(GLOW_LEVELS, GLOW_STEPS, GLOW_WIDTH)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def step(images: Tensor) -> None:
+        loss = model(images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
 def flowgen_samples() -> Step:
     """Return a function that draws a batch from flowgen's Glow."""
     model = flowgen_model().eval()
@@ -156,78 +169,9 @@ def normflows_samples() -> Step:
     return step
 
 
-class PlainLayer(nn.Module):
-    """A transformer layer with a mask, or with a list of the keys and values of earlier tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        width = TARFLOW_WIDTH
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.project = nn.Linear(width, 3 * width)
-        self.merge = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, h: Tensor, mask: Tensor | None, cache: list[tuple[Tensor, ...]]) -> Tensor:
-        heads = self.project(self.norms[0](h)).unflatten(2, (3 * TARFLOW_HEADS, -1))
-        queries, keys, values = heads.transpose(1, 2).chunk(3, 1)
-        if mask is None:
-            cache.append((keys, values))
-            keys, values = (torch.cat(parts, 2) for parts in zip(*cache, strict=True))
-        attended = F.scaled_dot_product_attention(queries, keys, values, mask)
-        h = h + self.merge(attended.transpose(1, 2).flatten(2))
-        return h + self.mlp(self.norms[1](h))
-
-
-class PlainTarFlow(nn.Module):
-    """TarFlow in plain torch, with the operations of the code of Zhai et al. (2412.06329)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        dim = 3 * TARFLOW_PATCH**2
-        self.embed = nn.ModuleList(nn.Linear(dim, TARFLOW_WIDTH) for _ in TARFLOW_LAYERS)
-        self.positions = nn.ParameterList(
-            0.01 * torch.randn(TARFLOW_TOKENS, TARFLOW_WIDTH) for _ in TARFLOW_LAYERS
-        )
-        self.layers: Any = nn.ModuleList(
-            nn.ModuleList(PlainLayer() for _ in range(depth)) for depth in TARFLOW_LAYERS
-        )
-        self.last = nn.ModuleList(nn.Linear(TARFLOW_WIDTH, 2 * dim) for _ in TARFLOW_LAYERS)
-        self.mask = nn.Buffer(torch.ones(TARFLOW_TOKENS, TARFLOW_TOKENS).tril())
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the loss: the negative log-density per value, up to a constant."""
-        x = (images + torch.rand(images.shape)) / 16 - 1
-        z = F.unfold(x, TARFLOW_PATCH, stride=TARFLOW_PATCH).transpose(1, 2)
-        log_det = torch.zeros(())
-        for block in range(len(TARFLOW_LAYERS)):
-            z = z.flip(1) if block % 2 else z
-            h = self.embed[block](z) + self.positions[block]
-            for layer in self.layers[block]:
-                h = layer(h, self.mask.bool(), [])
-            params = F.pad(self.last[block](h)[:, :-1], (0, 0, 1, 0))
-            log_scale, shift = params.chunk(2, 2)
-            z = (z - shift) * (-log_scale.float()).exp().to(log_scale.dtype)
-            z = z.flip(1) if block % 2 else z
-            log_det = log_det - log_scale.mean((1, 2))
-        return 0.5 * z.square().mean() - log_det.mean()
-
-    @torch.no_grad()
-    def sample(self, count: int) -> Tensor:
-        """Draw patches token by token, (count, tokens, values)."""
-        x = torch.randn(count, TARFLOW_TOKENS, 3 * TARFLOW_PATCH**2)
-        for block in reversed(range(len(TARFLOW_LAYERS))):
-            x = x.flip(1) if block % 2 else x
-            caches: list[list[tuple[Tensor, ...]]] = [[] for _ in self.layers[block]]
-            for index in range(TARFLOW_TOKENS - 1):
-                h = self.embed[block](x[:, index : index + 1]) + self.positions[block][index]
-                for layer, cache in zip(self.layers[block], caches, strict=True):
-                    h = layer(h, None, cache)
-                log_scale, shift = self.last[block](h)[:, 0].chunk(2, 1)
-                x[:, index + 1] = x[:, index + 1] * log_scale.exp() + shift
-            x = x.flip(1) if block % 2 else x
-        return x
+def plain_tarflow() -> PlainTarFlow:
+    """Return a plain TarFlow."""
+    return PlainTarFlow(GLOW_SIZE, TARFLOW_PATCH, TARFLOW_LAYERS, TARFLOW_WIDTH, TARFLOW_HEADS)
 
 
 def flowgen_tarflow() -> TarFlow:
@@ -401,6 +345,7 @@ COMPARISONS = [
         make_images=random_faces,
         programs=[
             Program("normflows", normflows_glow),
+            Program("plain Glow", plain_glow),
             Program("flowgen", lambda: flowgen_glow(compiled=False), precision="auto"),
             Program(
                 "flowgen, trainer.compile=true",
@@ -408,7 +353,7 @@ COMPARISONS = [
                 precision="auto",
             ),
         ],
-        flop_counted=1,
+        flop_counted=2,
     ),
     Comparison(
         f"RBM, PCD-1, {RBM_SIZE**2} visible and {RBM_HIDDEN} hidden units, batch {RBM_BATCH_SIZE}, "
@@ -449,7 +394,7 @@ COMPARISONS = [
             programs=[
                 Program(
                     "plain TarFlow",
-                    partial(lambda dtype: tarflow_training(PlainTarFlow(), dtype, False), dtype),
+                    partial(lambda dtype: tarflow_training(plain_tarflow(), dtype, False), dtype),
                     precision=precision,
                 ),
                 Program(
@@ -470,7 +415,7 @@ COMPARISONS = [
         updates=1,
         make_images=random_faces,
         programs=[
-            Program("plain TarFlow", lambda: sampling(PlainTarFlow())),
+            Program("plain TarFlow", lambda: sampling(plain_tarflow())),
             Program("flowgen", lambda: sampling(flowgen_tarflow())),
         ],
         flop_counted=0,
