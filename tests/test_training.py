@@ -25,7 +25,7 @@ from flowgen.training.device import choose_device, peak_memory, reset_peak_memor
 from flowgen.training.optim import build_optimizer, learning_rate_factor, warmup_steps
 from flowgen.training.run_dir import Run, best_metric
 from flowgen.training.state import TrainState
-from flowgen.training.trainer import TrainerConfig
+from flowgen.training.trainer import Trainer, TrainerConfig
 from flowgen.utils.errors import UserError
 
 NORMALIZED = [
@@ -459,6 +459,74 @@ def test_compiled_gradients_have_the_precision_of_eager_ones(
     for index, state in eager.items():
         difference = (compiled[index]["exp_avg"] - state["exp_avg"]).norm()
         assert difference <= 1e-4 * state["exp_avg"].norm()
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Compile without code generation, and return the times of steps in eager and compiled mode."""
+    seconds = {"eager": 1.0, "compiled": 0.5}
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda model, mode: compile_module(model, backend="eager")
+    )
+
+    def time_steps(trainer: Trainer, count: int = 3) -> float:
+        return seconds["compiled" if trainer.model._compiled_call_impl else "eager"]
+
+    monkeypatch.setattr(Trainer, "_time_steps", time_steps)
+    return seconds
+
+
+def mode(run: Path) -> dict[str, Any]:
+    return read_checkpoint(run / "checkpoints" / "last.pt")["mode"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_auto_compiles_long_trainings_if_steps_become_faster(images, tmp_path, command, compiler):
+    overrides = [*SMALL, f"data.root={images}", "trainer.steps=1"]
+
+    def is_compiled(name: str, *settings: str) -> bool:
+        run = tmp_path / name
+        assert command("train", *overrides, *settings, f"output_dir={run}")[0] == 0
+        return mode(run)["compiled"]
+
+    assert not is_compiled("short", "trainer.minutes=119")
+    assert is_compiled("long", "trainer.minutes=120")
+    assert not is_compiled(
+        "recomputed", "trainer.minutes=120", "trainer.activation_memory=checkpoint"
+    )
+    compiler["compiled"] = 0.99
+    assert not is_compiled("slower", "trainer.minutes=120")
+    assert is_compiled("required", "trainer.compile=true")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_resumed_run_keeps_its_mode_or_says_that_it_changed(images, tmp_path, command, compiler):
+    run = tmp_path / "run"
+    long = [*SMALL, f"data.root={images}", "trainer.steps=1", "trainer.minutes=120"]
+    assert command("train", *long, "trainer.precision=float32", f"output_dir={run}")[0] == 0
+    compiler["compiled"] = 2.0  # the speed is not measured again
+    status, output, error = command("resume", run, "trainer.steps=2")
+    assert status == 0 and mode(run)["compiled"] and "another mode" not in output + error
+    status, output, error = command("resume", run, "trainer.steps=3", "trainer.compile=false")
+    assert status == 0 and not mode(run)["compiled"]
+    assert "float32, compiled before, float32, eager now" in output + error
+    status, output, error = command("resume", run, "trainer.steps=4", "trainer.precision=bfloat16")
+    assert status == 0 and "float32, eager before, bfloat16, eager now" in output + error
+
+
+def test_compilation_needs_a_compiler(images, tmp_path, command, monkeypatch):
+    inductor = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-compiler",))
+    run = tmp_path / "run"
+    overrides = [*SMALL, f"data.root={images}", "trainer.steps=1"]
+    required = [*overrides, "trainer.compile=true", f"output_dir={tmp_path / 'required'}"]
+    status, _, error = command("train", *required)
+    assert status == 1 and "install g++" in " ".join(error.split())
+    optional = [*overrides, "trainer.minutes=120", f"output_dir={run}"]
+    status, output, error = command("train", *optional)
+    assert status == 0 and "this needs a C++ compiler" in " ".join((output + error).split())
+    assert not mode(run)["compiled"]
 
 
 def test_batch_norm_cannot_be_recomputed_by_a_compiler(images, tmp_path, command):

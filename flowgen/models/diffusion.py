@@ -24,7 +24,7 @@ GAMMA_START_8_BITS = -13.3
 GAMMA_END = 5.0
 NEAR_VALUES = 4  # pixel values farther away have probability 0 in float32 given z_0
 MAX_STEPS = 10**6  # rounding makes more steps meaningless
-MAX_LEVELS = 2  # the network halves the resolution at most twice by default
+MAX_DEFAULT_LEVELS = 2  # the network halves the resolution at most twice by default
 SCORE_SAMPLES = 8  # importance samples of the score of an image
 CHUNK_SIZE = 2**18  # numbers in float32: 1 MiB
 NUM_FREQUENCIES = 8  # of the time embedding
@@ -480,7 +480,7 @@ class UNet(nn.Module):
         check_whole(width=width, num_heads=num_heads)
         check_whole(high=MAX_DEPTH, num_blocks=num_blocks, num_layers=num_layers)
         if levels is None:
-            levels = min(resolve_levels(resolution, None), MAX_LEVELS)
+            levels = min(resolve_levels(resolution, None), MAX_DEFAULT_LEVELS)
         else:
             levels = resolve_levels(resolution, levels)
         widths = [width, *[2 * width] * levels]

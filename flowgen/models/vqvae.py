@@ -39,7 +39,7 @@ from flowgen.utils.metrics import BITS_PER_DIM, Metric, Metrics, MetricValue
 EMA_DECAY = 0.99  # of the codebook, as in appendix A.1 of the VQ-VAE
 DEAD_USAGE = 0.1  # codes used less than this share of the mean usage are restarted
 NEAR_SHARE = 0.01  # of the variance of z: no code restarts nearer than this to a code vector
-MAX_LEVELS = 2**16  # the prior computes as many probabilities
+MAX_CODES = 2**16  # the prior computes as many probabilities
 MADE_WIDTH = 2  # hidden units of the MADE of the prior per unit of its transformer
 CLASS_SAMPLES = 64  # samples of each class whose mean is its latent
 CODE_PERPLEXITY = Metric("code_perplexity", "codes")
@@ -386,8 +386,8 @@ class VQVAE(LikelihoodModel, ClassConditional):
         check_transformer([num_layers], width, num_heads, dropout)
         check_whole(high=MAX_DEPTH, prior_layers=prior_layers, num_components=num_components)
         check_choice(("fsq", "vq"), quantizer=quantizer)
-        check_whole(2, MAX_LEVELS, codebook_size=codebook_size)
-        check_whole(high=MAX_LEVELS, code_dim=code_dim)
+        check_whole(2, MAX_CODES, codebook_size=codebook_size)
+        check_whole(high=MAX_CODES, code_dim=code_dim)
         check_number(commitment_cost=commitment_cost)
         self.patch = choose_patch(resolution, patch)
         self.grid = squeezed(resolution, self.patch)
@@ -628,5 +628,5 @@ def check_levels(levels: Sequence[int]) -> list[int]:
             f"in model.fsq_levels=[8,5,5], not {levels!r}"
         )
     for level in levels:
-        check_whole(2, MAX_LEVELS, fsq_levels=level)
+        check_whole(2, MAX_CODES, fsq_levels=level)
     return list(levels)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from flowgen.utils.memory import check_memory
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
 
 MIN_MINUTES = 0.001
+MIN_COMPILED_MINUTES = 120  # shorter trainings do not pay for minutes of compilation
+MIN_SPEEDUP = 1.05  # of compiled steps, below which auto returns to eager mode
+TIMED_STEPS = 3  # of each mode, to compare their speed
 NUM_SAMPLES = 32  # images in a grid of samples
 BN_UPDATE_BATCHES = 40  # training batches over which batch statistics are estimated
 CHECKS: dict[Any, Callable[..., None]] = {  # of settings, or of their elements, by type
@@ -75,7 +79,7 @@ class TrainerConfig:
     num_processes: int | None = None
     num_threads: int | str = "auto"
     precision: str = "auto"
-    compile: bool = False
+    compile: bool | str = "auto"
     activation_memory: str = "store"
     log_every: int = 10
     eval_every: int = 1000
@@ -127,10 +131,10 @@ class TrainerConfig:
         )
         optim.warmup_steps(self.warmup, 1, 1)
         check_choice(optim.OPTIMIZERS, optimizer=self.optimizer)
-        check_choice((True, False), compile=self.compile)
+        check_choice((True, False, "auto"), compile=self.compile)
         check_choice(ACTIVATION_MEMORY, activation_memory=self.activation_memory)
         check(
-            not self.compile or self.activation_memory != "reversible",
+            self.compile is not True or self.activation_memory != "reversible",
             "activation_memory=reversible cannot be compiled: "
             "set trainer.compile=false, or trainer.activation_memory=checkpoint",
         )
@@ -157,6 +161,7 @@ class Trainer:
         last_done: The step at which each task was last done.
         step_metrics: Loss, learning rate and gradient norm of the last training step.
         step_seconds: Durations of the training steps since the last log line.
+        compiled: Whether the model is compiled, or None until this is chosen.
     """
 
     config: TrainerConfig
@@ -172,6 +177,7 @@ class Trainer:
     last_done: dict[str, int] = field(init=False, default_factory=dict)
     step_metrics: dict[str, float] = field(init=False, default_factory=dict)
     step_seconds: list[float] = field(init=False, default_factory=list)
+    compiled: bool | None = field(init=False, default=None)
 
     def fit(
         self, checkpoint: dict[str, Any] | None = None, init_weights: bool = False
@@ -464,7 +470,7 @@ class Trainer:
         self.model.train()
         if self.group.is_main:
             self.run.save(
-                {"config": self.run_config, **self.state.capture()},
+                {"config": self.run_config, "mode": self.mode, **self.state.capture()},
                 is_best=is_best,
                 numbered=numbered,
             )
@@ -486,8 +492,7 @@ class Trainer:
             self.logger = Logger(self.run, self.model, self.state.step, self.progress, total, unit)
         if checkpoint is None:
             self.save_checkpoint()
-        if self.config.compile:
-            self._compile()
+        self._choose_mode(checkpoint.get("mode") if checkpoint else None)
 
     def _prepare_model(self, initialize: bool) -> None:
         """Move the model to the device, initialize it from data, and check that a batch fits."""
@@ -548,16 +553,76 @@ class Trainer:
         check_memory("trainer.batch_size", config.batch_size, bytes_per_image)
         check_memory("trainer.init_images", config.init_images, bytes_per_image)
         check(
-            not (config.compile and config.activation_memory == "checkpoint")
+            not (config.compile is True and config.activation_memory == "checkpoint")
             or (self.group.size == 1 and not batch_norm_layers(self.model)),
             "trainer.compile=true with batch normalization or several processes needs "
             "trainer.activation_memory=store: set it, or trainer.compile=false",
         )
 
-    def _compile(self) -> None:
-        """Compile the model, which happens when it sees its first batch, without training it."""
-        import torch._functorch.config as aot_config  # few runs need it
+    @property
+    def mode(self) -> dict[str, Any]:
+        """How steps are computed. Steps have the same bits only in the same mode."""
+        precision = str(self.runtime.dtype).removeprefix("torch.")
+        return {"precision": precision, "compiled": self.compiled}
 
+    def _choose_mode(self, previous: dict[str, Any] | None) -> None:
+        """Compile the model if it is asked for or if it pays, and report a change of the mode.
+
+        Args:
+            previous: The mode before, if the run is resumed.
+        """
+        config = self.config
+        known = previous["compiled"] if previous else None
+        if config.compile != "auto":
+            wanted = bool(config.compile)
+        elif known is not None:
+            wanted = known
+        else:
+            wanted = (
+                (config.minutes or 0) >= MIN_COMPILED_MINUTES
+                and self.runtime.device.type == "cpu"
+                and self.group.size == 1
+                and config.activation_memory == "store"
+            )
+        self.compiled = wanted and self._compile(
+            required=config.compile is True,
+            min_speedup=MIN_SPEEDUP if config.compile == "auto" and known is None else 0.0,
+        )
+        if previous and known is not None and previous != self.mode:
+            log.warning(
+                "the run continues in another mode, so its results differ slightly from those "
+                "without an interruption: %s before, %s now",
+                *map(describe_mode, (previous, self.mode)),
+            )
+
+    def _compile(self, required: bool, min_speedup: float) -> bool:
+        """Compile the model on a batch, without training it.
+
+        Args:
+            required: Whether to raise an error without a compiler, or else to stay in eager mode.
+            min_speedup: Return to eager mode if steps do not become faster by this factor.
+
+        Returns:
+            Whether the model is compiled.
+
+        Raises:
+            UserError: If it is required and there is no C++ compiler.
+        """
+        import torch._functorch.config as aot_config  # few runs need these modules
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            check(
+                not required,
+                "trainer.compile=true needs a C++ compiler: install g++, or leave it out",
+            )
+            log.info("steps are not compiled: this needs a C++ compiler, such as g++")
+            return False
+        eager_seconds = self._time_steps()
         log.info("compiling the model, which may take minutes")
         start_time = time.monotonic()
         # Gradients of layers without autocast are float32, as in eager mode. By default, the
@@ -566,11 +631,38 @@ class Trainer:
         # CUDA graphs reduce launch overhead, but overwrite accumulated gradients.
         mode = "reduce-overhead" if self.config.grad_accum_steps == 1 else "default"
         self.model.compile(mode=mode)
+        try:
+            self._time_steps(1)
+        except TorchDynamoException as error:
+            if required:
+                raise
+            log.warning("steps are not compiled, because the compiler failed: %s", error)
+            self.model._compiled_call_impl = None
+            return False
+        compile_seconds = time.monotonic() - start_time
+        speedup = eager_seconds / self._time_steps()
+        log.info("compiled in %.0f s: steps are %.2f times as fast", compile_seconds, speedup)
+        if speedup < min_speedup:
+            log.info("training continues without compilation, which does not pay")
+            self.model._compiled_call_impl = None
+        return speedup >= min_speedup
+
+    def _time_steps(self, count: int = TIMED_STEPS) -> float:
+        """Return the median seconds of forward and backward passes that change nothing."""
         # A forward pass changes running statistics and Markov chains.
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        for images, labels in self.micro_batches():
-            self.compute_loss(self.model, images, labels).backward()
+        seconds = []
+        for _ in range(count):
+            start_time = time.monotonic()
+            for images, labels in self.micro_batches():
+                self.compute_loss(self.model, images, labels).backward()
+            seconds.append(time.monotonic() - start_time)
         self.model.zero_grad()
         for buffer, original in buffers:
             buffer.copy_(original)
-        log.info("compiled in %.0f s", time.monotonic() - start_time)
+        return median(seconds)
+
+
+def describe_mode(mode: dict[str, Any]) -> str:
+    """Return a mode as text, as in "bfloat16, compiled"."""
+    return f"{mode['precision']}, {'compiled' if mode['compiled'] else 'eager'}"
