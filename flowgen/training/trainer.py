@@ -561,7 +561,7 @@ class Trainer:
 
     @property
     def mode(self) -> dict[str, Any]:
-        """Precision and compilation of the steps, which have the same bits only in the same mode."""
+        """Precision and compilation of the steps, which give the same bits only in one mode."""
         precision = str(self.runtime.dtype).removeprefix("torch.")
         return {"precision": precision, "compiled": self.compiled}
 
