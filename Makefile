@@ -8,7 +8,7 @@ DATA ?= celeba_hq
 
 FAULTS ?= 20
 
-.PHONY: help setup demo test lint docs docs-long docs-pictures faults bench zoo reproduce-thesis
+.PHONY: help setup demo test check-all lint docs docs-long docs-pictures faults bench zoo reproduce-thesis
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
@@ -37,8 +37,13 @@ demo: $(FLOWGEN) ## sample from trained models, then train 1,500 steps on embedd
 	@echo
 	@echo "The results are on a page: open $(DEMO)/demo.html"
 
-test: $(FLOWGEN) ## run all tests
+test: $(FLOWGEN) ## run the tests, except the slow ones
 	.venv/bin/pytest -n 2 --dist worksteal
+
+check-all: $(FLOWGEN) ## run every check: .ci/run, the slow tests, and the slow commands of the documentation; half an hour
+	.ci/run
+	.venv/bin/pytest -n 2 -m slow
+	$(MAKE) docs-long
 
 lint: $(FLOWGEN) ## check style and types
 	.venv/bin/ruff check .

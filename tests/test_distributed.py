@@ -210,7 +210,7 @@ def process_of_rank(launcher: int) -> dict[int, int]:
     return processes
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_that_loses_a_process_tells_how_to_resume(images, tmp_path, command):
     """Kill the main process, then a worker, then interrupt, then resume with one process."""
     run = tmp_path / "run"

@@ -14,6 +14,7 @@ from flowgen.models.likelihood import LikelihoodModel
 
 SIZE = 8
 DIMENSIONS = 3 * SIZE**2
+SLOW = {"flow_matching", "realnvp"}  # its solver takes hundreds of steps; large networks
 
 
 def train(
@@ -74,7 +75,10 @@ def uniform_pixels(count: int, channels: int = 1) -> tuple[Tensor, float]:
     [(gaussian_field, 8), (markov_texture, 1)],
     ids=["gaussian field", "markov texture"],
 )
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS],
+)
 def test_no_model_scores_below_the_entropy(
     name: str, make_images: Callable[[int, int], tuple[Tensor, float]], bits: int
 ):
@@ -94,7 +98,7 @@ def test_no_model_scores_below_the_entropy(
 @pytest.mark.parametrize(
     ("name", "steps", "changes"),
     [
-        ("maf", 1500, {"num_transforms": 2, "width": 128}),
+        pytest.param("maf", 1500, {"num_transforms": 2, "width": 128}, marks=pytest.mark.slow),
         ("glow", 400, {"steps_per_level": 6, "width": 32, "levels": 2}),
     ],
 )
@@ -121,6 +125,7 @@ def test_a_trained_flow_comes_close_to_the_entropy_of_uniform_pixels():
     assert 5 - 3 * metrics["bits_per_dim_error"] < metrics["bits_per_dim"] < 5.05
 
 
+@pytest.mark.slow
 def test_a_trained_flow_comes_close_to_the_entropy_of_a_markov_texture():
     """Pixels have two values, so the noise has to be learned and averaged over 16 samples."""
     images, entropy = markov_texture(100_000)
