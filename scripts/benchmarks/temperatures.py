@@ -2,9 +2,8 @@
 
     python scripts/benchmarks/temperatures.py RUN... [--temperatures 0.5 0.7 1] [--root FOLDER]
 
-The samples are compared with the validation images of the data of each run, and with the training
-images, which have the values of a perfect model. The default of a model in `conf/model/` is the
-temperature with the smallest Fréchet distance.
+The samples are compared with the validation images of the data of each run. The last row of a run
+shows as many training images instead of samples, which have the values of a perfect model.
 """
 
 import argparse
