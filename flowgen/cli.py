@@ -91,7 +91,15 @@ def whole_number(low: int = 1, high: int = MAX_COUNT) -> Callable[[str], int]:
 def whole_number_option(
     name: str, default: int | None, text: str, low: int = 1, high: int = MAX_COUNT
 ) -> Callable[[Any], Any]:
-    """Return an option for a whole number, whose help shows the default, if any."""
+    """Return an option for a whole number, whose help shows the default, if any.
+
+    Args:
+        name: Name, as in "--count".
+        default: Default, or None.
+        text: Help text.
+        low: Smallest value.
+        high: Largest value.
+    """
     return click.option(
         name,
         type=whole_number(low, high),
@@ -103,7 +111,13 @@ def whole_number_option(
 
 
 def check_output(path: Path | None, suffixes: Collection[str], kind: str) -> Path | None:
-    """Check the name of an output file before any work is done."""
+    """Check the name of an output file before any work is done.
+
+    Args:
+        path: The file, or None for the default.
+        suffixes: Suffixes of its name that are allowed.
+        kind: Kind of file, for the error message.
+    """
     if path is None:
         return None
     if path.suffix.lower() not in suffixes:

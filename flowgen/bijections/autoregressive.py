@@ -185,7 +185,13 @@ class TokenHead(Bijection):
 
 
 def autoregressive_head(dim: int, width: int, transform: Transform) -> Autoregressive:
-    """Return a head that also conditions each value on the previous values of its token."""
+    """Return a head that also conditions each value on the previous values of its token.
+
+    Args:
+        dim: Numbers per token.
+        width: Width of the vectors that the head gets.
+        transform: Elementwise transform of the numbers.
+    """
     return Autoregressive(MADE(dim, width, 1, transform.num_params, width), transform)
 
 

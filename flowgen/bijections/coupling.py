@@ -147,7 +147,11 @@ class MaskedCoupling(CouplingBase):
 def checkerboard(channels: int, height: int, width: int, odd: bool) -> Tensor:
     """Return a mask that selects even values of row + column in all channels.
 
-    With odd=True, it selects odd values.
+    Args:
+        channels: Channels of the mask.
+        height: Its height.
+        width: Its width.
+        odd: Whether to select odd values of row + column.
 
     Example:
         >>> checkerboard(1, 2, 3, odd=False).int()
@@ -161,7 +165,11 @@ def checkerboard(channels: int, height: int, width: int, odd: bool) -> Tensor:
 def channelwise(channels: int, height: int, width: int, second: bool) -> Tensor:
     """Return a mask that selects the first half of the channels.
 
-    With second=True, it selects the second half.
+    Args:
+        channels: Channels of the mask.
+        height: Its height.
+        width: Its width.
+        second: Whether to select the second half.
 
     Example:
         >>> channelwise(2, 1, 3, second=True).int()
@@ -176,7 +184,11 @@ def channelwise(channels: int, height: int, width: int, second: bool) -> Tensor:
 def stripes(channels: int, height: int, width: int, odd: bool) -> Tensor:
     """Return a mask that selects even columns in all channels.
 
-    With odd=True, it selects odd columns.
+    Args:
+        channels: Channels of the mask.
+        height: Its height.
+        width: Its width.
+        odd: Whether to select odd columns.
 
     Example:
         >>> stripes(1, 2, 3, odd=False).int()

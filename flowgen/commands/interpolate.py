@@ -60,7 +60,13 @@ def interpolate(
 
 
 def read_inputs(paths: Sequence[Path], model: GenerativeModel, config: dict[str, Any]) -> Tensor:
-    """Read image files and crop, resize and quantize them like the data of the run."""
+    """Read image files and crop, resize and quantize them like the data of the run.
+
+    Args:
+        paths: Image files.
+        model: Model that gets the images.
+        config: Configuration of its run.
+    """
     channels, *size = model.image_shape
     crop = config["data"].get("crop")
     return torch.cat([read_images(path, size, channels, crop, model.bits) for path in paths])

@@ -106,7 +106,14 @@ def score(
 
 
 def load_scorer(run: str | None, count: int, seed: int, device: str) -> Scorer:
-    """Load the model of a run and calibrate its scores on `count` validation images."""
+    """Load the model of a run and calibrate its scores on `count` validation images.
+
+    Args:
+        run: The run, or None for the newest one.
+        count: Number of validation images.
+        seed: Seed of the dequantization noise.
+        device: "cpu", "cuda" or "auto".
+    """
     return make_scorer(*runs.find_model(run, device, GenerativeModel), count, seed)
 
 
@@ -175,6 +182,11 @@ def image_statistics(
 
     These are the statistics of the model, in float32 as in `flowgen evaluate`, and the complexity
     of the images.
+
+    Args:
+        model: The model.
+        images: Pixel values (batch, channels, height, width).
+        generator: Random number generator of the noise.
     """
     statistics = model.statistics(images.to(model.device), generator)
     on_cpu = {name: values.cpu() for name, values in statistics.items()}

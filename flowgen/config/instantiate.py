@@ -78,6 +78,11 @@ def instantiate(section: str, config: dict[str, Any]) -> Any:
 def check_section(section: str, key: str, node: Any) -> None:
     """Check everything in a section that `hydra.utils.instantiate` would act on.
 
+    Args:
+        section: Section of the configuration, such as "model".
+        key: Position of the node in it, as in "model.negative_phase".
+        node: The value at this position.
+
     Raises:
         UserError: For classes outside the allow-list, arguments that they do not have, and
             references to other values.

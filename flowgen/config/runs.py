@@ -165,6 +165,11 @@ def find_model(
 ) -> tuple[Run, dict[str, Any], ModelT]:
     """Find a run, or the newest one with a capability, and load its model.
 
+    Args:
+        run: The run, or None for the newest one.
+        device: "cpu", "cuda" or "auto".
+        capability: A model class or a capability of `flowgen.models.base`.
+
     Returns:
         The run, its checkpoint and the model.
 
@@ -215,7 +220,13 @@ def download(name: str) -> Path:
 
 
 def upload(folder: Path, name: str, private: bool) -> str:
-    """Upload the files of a folder as the model OWNER/NAME and return its URL."""
+    """Upload the files of a folder as the model OWNER/NAME and return its URL.
+
+    Args:
+        folder: Folder with the files.
+        name: OWNER/NAME.
+        private: Whether a new model is private.
+    """
     with _open_hub(name) as hub:
         api = hub.HfApi(library_name="flowgen")
         url = api.create_repo(name, private=private, exist_ok=True)

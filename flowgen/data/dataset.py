@@ -215,7 +215,13 @@ def _md5(path: Path) -> str:
 
 @lru_cache(maxsize=2)  # of the last epoch and of the next one, which may be prefetched
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of the training images in an epoch, a permutation (count,)."""
+    """Return the order of the training images in an epoch, a permutation (count,).
+
+    Args:
+        count: Number of training images.
+        seed: Seed of the run.
+        epoch: Number of the epoch, from 0.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(count, generator=generator)
 

@@ -135,6 +135,11 @@ def load_attributes(
     """Return the attributes of images as `read_attributes` does.
 
     An invalid list is an error if attributes are required, and otherwise ignored with a warning.
+
+    Args:
+        source: The images.
+        names: Their file names.
+        required: Whether the data set needs attributes.
     """
     try:
         return read_attributes(source, names)
@@ -182,6 +187,11 @@ def read_attributes(source: ImageSource, names: Sequence[str]) -> tuple[tuple[st
 
 def attribute_labels(name: str, attribute_names: Sequence[str], attributes: Tensor) -> Tensor:
     """Return 1 for images with the attribute `name`, else 0, (N,).
+
+    Args:
+        name: The attribute.
+        attribute_names: Names of all attributes.
+        attributes: Their values (N, attributes).
 
     Raises:
         UserError: If the attribute does not exist, or all images have the same value.

@@ -182,6 +182,13 @@ def check_color_channels(channels: int) -> None:
 def read_images(path: Path, size: Size, channels: int, crop: int | None, bits: int) -> Tensor:
     """Read one image file and preprocess it like the training data.
 
+    Args:
+        path: The file.
+        size: Height and width after resizing.
+        channels: 1 for gray or 3 for color.
+        crop: Side of the square that is cut out of the center first, or None.
+        bits: Bits per pixel value.
+
     Returns:
         A batch of one image, uint8 (1, channels, height, width), at `bits` bit depth.
     """
@@ -199,6 +206,11 @@ def read_unscaled(path: Path, shape: tuple[int, int, int], bits: int) -> Tensor:
     """Read one image file that already has the shape (channels, height, width).
 
     An image of another size is refused, since resizing would move the pixels of a mask.
+
+    Args:
+        path: The file.
+        shape: (channels, height, width).
+        bits: Bits per pixel value.
 
     Returns:
         A batch of one image, uint8 (1, channels, height, width), at `bits` bit depth.

@@ -13,6 +13,11 @@ MIN_SINE = 1e-6  # below it the vectors are parallel, and slerp falls back to le
 def lerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
     """Return (1 - fraction) start + fraction end, exact at the ends unlike `torch.lerp`.
 
+    Args:
+        start: Result for a fraction of 0.
+        end: Result for a fraction of 1.
+        fraction: Position between them.
+
     Example:
         >>> lerp(torch.tensor(1.0), torch.tensor(3.0), torch.tensor([0.0, 0.5, 1.0]))
         tensor([1., 2., 3.])

@@ -36,6 +36,11 @@ T = TypeVar("T")
 def decode_png(file: bytes, size: tuple[int, int], channels: int) -> Tensor:
     """Decode a PNG that this program has produced.
 
+    Args:
+        file: Content of the file.
+        size: Height and width that it must have.
+        channels: 1 for gray or 3 for color.
+
     Returns:
         One 8-bit image (1, channels, *size).
 
@@ -226,7 +231,16 @@ class ModelSession:
         sampler: str | None = None,
         steps: int | None = None,
     ) -> Tensor:
-        """Draw the images of `flowgen sample`, the most probable first."""
+        """Draw the images of `flowgen sample`, the most probable first.
+
+        Args:
+            count: Number of images.
+            temperature: See `GenerativeModel.sample`.
+            seed: Seed of the random numbers.
+            label: Class of all images, or None.
+            sampler: Markov chain of an RBM, or None for the default.
+            steps: Its number of steps, or None for the default.
+        """
         if label is not None and not self.capabilities["classes"]:
             raise UserError("this model is not class-conditional: omit label")
         if (sampler or steps) and not self.capabilities["chains"]:
@@ -253,7 +267,14 @@ class ModelSession:
     def interpolate(
         self, first: Tensor, second: Tensor, steps: int, spherical: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return `steps` images through the latents and `steps` images through the pixels."""
+        """Return `steps` images through the latents and `steps` images through the pixels.
+
+        Args:
+            first: First image (1, channels, height, width).
+            second: Last image.
+            steps: Number of images, with both ends.
+            spherical: Whether the path through the latents is a great circle.
+        """
         with self.lock.acquire("interpolating"):
             return interpolate.interpolate_images(self.model, first, second, steps, spherical)
 
@@ -318,6 +339,11 @@ class ModelSession:
         """Start Markov chains in white noise and return their id for `advance_chains`.
 
         Only the `MAX_CHAINS` newest sets of chains are kept.
+
+        Args:
+            sampler: Markov chain of an RBM.
+            seed: Seed of the random numbers.
+            count: Number of chains.
         """
         if not isinstance(self.model, SupportsMCMC):
             raise UserError("this model does not use Markov chains: use the run of an RBM")

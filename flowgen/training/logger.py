@@ -61,7 +61,13 @@ class Logger(ExitStack):
             self.eta.update(position)
 
     def write(self, step: int, split: str, metrics: Metrics) -> None:
-        """Write the metrics of one split; facts such as the number of images only to files."""
+        """Write the metrics of one split; facts such as the number of images only to files.
+
+        Args:
+            step: Step of the training.
+            split: "train", "validation" or "test".
+            metrics: The metrics.
+        """
         row = metrics.row()
         self.run.write_metrics(step, split, row)
         for name, value in row.items():

@@ -120,7 +120,13 @@ class Run:
         return max(valid, key=lambda state: (state["step"] < before, state["step"]), default=None)
 
     def write_metrics(self, step: int, split: str, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl; values that are not finite become null."""
+        """Append a row to metrics.jsonl; values that are not finite become null.
+
+        Args:
+            step: Step of the training.
+            split: "train", "validation" or "test".
+            row: Values by their names.
+        """
         with open(self.metrics, "a") as file:
             file.write(json.dumps({"step": step, "split": split, **finite(row)}) + "\n")
 

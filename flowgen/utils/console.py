@@ -90,7 +90,13 @@ def no_progress(items: Iterable[T], description: str, total: int | None = None, 
 
 
 def progress_bar(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Show a progress bar on a terminal, or log the remaining time once without one."""
+    """Show a progress bar on a terminal, or log the remaining time once without one.
+
+    Args:
+        items: What to iterate over.
+        description: Text before the bar.
+        total: Number of items, or None.
+    """
     from tqdm import tqdm
 
     bar = tqdm(items, desc=description, total=total, unit="", disable=None, leave=False)

@@ -185,7 +185,14 @@ def plane_panels(
 def figure(
     width: float, height: float, file: Path | BinaryIO, dpi: int = 120
 ) -> Iterator["Figure"]:
-    """Yield a figure of this size in inches, then write it as a PNG."""
+    """Yield a figure of this size in inches, then write it as a PNG.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+        file: File to write.
+        dpi: Pixels per inch.
+    """
     from matplotlib.figure import Figure  # slow to import, and rarely needed
 
     page = Figure(figsize=(width, height), layout="constrained")

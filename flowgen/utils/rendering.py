@@ -75,6 +75,11 @@ def save_zip(batches: Iterable[Tensor], bits: int, path: Path) -> None:
     """Write images in their own size to a zip of 0000000.png, 0000001.png, ...
 
     Each batch is written before the next one is drawn.
+
+    Args:
+        batches: Batches of images.
+        bits: Bits per pixel value.
+        path: The zip file.
     """
     images = (image for batch in batches for image in batch)
     with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -116,7 +121,13 @@ def weight_grid(weights: Tensor, columns: int = 20, max_tiles: int = 400) -> Ima
 
 
 def titled_grids(grids: Sequence[tuple[str, Tensor]], bits: int, columns: int) -> Image.Image:
-    """Draw a grid for each title and its images, one below the other."""
+    """Draw a grid for each title and its images, one below the other.
+
+    Args:
+        grids: Titles with images (N, channels, height, width).
+        bits: Bits per pixel value.
+        columns: Columns of each grid.
+    """
     return stack_titled([(title, image_grid(images, bits, columns)) for title, images in grids])
 
 
@@ -143,7 +154,15 @@ def stack_titled(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 def titled_tiles(
     images: Tensor, bits: int, titles: Sequence[str], columns: int, side: int = 112
 ) -> Image.Image:
-    """Draw images (N, channels, height, width) in a grid, each under its own title."""
+    """Draw images (N, channels, height, width) in a grid, each under its own title.
+
+    Args:
+        images: Pixel values.
+        bits: Bits per pixel value.
+        titles: One title per image.
+        columns: Columns of the grid.
+        side: Height of a tile in pixels.
+    """
     tiles = [
         stack_titled([(title, image_grid(image[None], bits, 1, side))])
         for image, title in zip(images, titles, strict=True)
@@ -154,6 +173,14 @@ def titled_tiles(
 def save_gif(
     frames: Sequence[Tensor], bits: int, columns: int, path: Path, frame_milliseconds: int = 80
 ) -> None:
-    """Write an endless GIF with one image grid per frame."""
+    """Write an endless GIF with one image grid per frame.
+
+    Args:
+        frames: Images of each frame.
+        bits: Bits per pixel value.
+        columns: Columns of the grid.
+        path: The file.
+        frame_milliseconds: Time between two frames.
+    """
     first, *rest = (image_grid(frame, bits, columns) for frame in frames)
     first.save(path, save_all=True, append_images=rest, duration=frame_milliseconds, loop=0)

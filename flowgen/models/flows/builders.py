@@ -28,7 +28,13 @@ def format_size(resolution: Resolution) -> str:
 
 
 def choose(argument: str, value: str, options: Mapping[str, T]) -> T:
-    """Return the option of an argument, as in `choose("network", "conv", NETWORKS)`."""
+    """Return the option of an argument, as in `choose("network", "conv", NETWORKS)`.
+
+    Args:
+        argument: Name of the argument, for the error message.
+        value: Its value.
+        options: The options by their names.
+    """
     check_choice(options, **{argument: value})
     return options[value]
 
@@ -44,7 +50,13 @@ def make_transform(name: str, log_scale: str = "bounded") -> univariate.Transfor
 
 
 def gaussianization(enabled: bool, channels: int, bits: int) -> list[Bijection]:
-    """Return the first bijection of a flow, a `MarginalGaussianization` if enabled, as a list."""
+    """Return the first bijection of a flow, a `MarginalGaussianization` if enabled, as a list.
+
+    Args:
+        enabled: Whether to use it.
+        channels: Channels of the images.
+        bits: Bits per pixel value.
+    """
     check_whole(1, 8, bits=bits)
     return [elementwise.MarginalGaussianization(channels, 2**bits)] if enabled else []
 

@@ -94,7 +94,13 @@ class AnnealedChains:
         )
 
     def step(self, beta: float, step_size: hmc.StepSize, adapt: bool) -> None:
-        """Move the chains by one trajectory that leaves the density at `beta` invariant."""
+        """Move the chains by one trajectory that leaves the density at `beta` invariant.
+
+        Args:
+            beta: Inverse temperature.
+            step_size: Step size of the integrator.
+            adapt: Whether to adapt the step size.
+        """
         density = self.density(beta)
         state = hmc.evaluate(self.position, density)
         state, _ = hmc.hmc_step(state, density, step_size, LEAPFROG_STEPS, adapt, self.generator)
