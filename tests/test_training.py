@@ -432,6 +432,7 @@ def test_a_compiled_model_trains_like_an_eager_one(images, tmp_path, command):
     assert all(names == eager for names in others)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_gradients_have_the_precision_of_eager_ones(
     images, tmp_path, command, monkeypatch
 ):
@@ -507,12 +508,48 @@ def test_a_resumed_run_keeps_its_mode_or_says_that_it_changed(images, tmp_path, 
     assert command("train", *long, "trainer.precision=float32", f"output_dir={run}")[0] == 0
     compiler["compiled"] = 2.0  # the speed is not measured again
     status, output, error = command("resume", run, "trainer.steps=2")
-    assert status == 0 and mode(run)["compiled"] and "another mode" not in output + error
+    assert status == 0 and mode(run)["compiled"] and "changed" not in output + error
     status, output, error = command("resume", run, "trainer.steps=3", "trainer.compile=false")
     assert status == 0 and not mode(run)["compiled"]
     assert "float32, compiled before, float32, eager now" in output + error
     status, output, error = command("resume", run, "trainer.steps=4", "trainer.precision=bfloat16")
     assert status == 0 and "float32, eager before, bfloat16, eager now" in output + error
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_run_without_a_mode_stays_eager(images, tmp_path, command, compiler):
+    run = tmp_path / "run"
+    overrides = [*SMALL, f"data.root={images}", "trainer.steps=1", f"output_dir={run}"]
+    assert command("train", *overrides)[0] == 0
+    path = run / "checkpoints" / "last.pt"
+    checkpoint = read_checkpoint(path)
+    del checkpoint["mode"]
+    torch.save(checkpoint, path)
+    assert command("resume", run, "trainer.steps=2", "trainer.minutes=120")[0] == 0
+    assert mode(run) == {**mode(run), "compiled": False}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_failing_compiler_changes_nothing(tmp_path, images, command, monkeypatch):
+    def fail(module: torch.fx.GraphModule, inputs: Any) -> None:
+        raise RuntimeError("no code for this model")
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda model, mode: compile_module(model, backend=fail)
+    )
+    overrides = [*PERSISTENT, f"data.root={images}", "trainer.steps=2"]
+    for name, minutes in {"eager": 119, "failed": 120}.items():
+        arguments = (f"trainer.minutes={minutes}", f"output_dir={tmp_path / name}")
+        status, output, error = command("train", *overrides, *arguments)
+        assert status == 0
+    assert "the compiler failed" in " ".join((output + error).split())
+    assert not mode(tmp_path / "failed")["compiled"]
+    eager, failed = (
+        read_checkpoint(tmp_path / name / "checkpoints" / "last.pt")["model"]
+        for name in ("eager", "failed")
+    )
+    assert all(torch.equal(failed[name], value) for name, value in eager.items())
 
 
 def test_compilation_needs_a_compiler(images, tmp_path, command, monkeypatch):

@@ -224,6 +224,14 @@ def _has_numbers(value: Any, names: set[str]) -> bool:
     )
 
 
+def _is_mode(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("precision"), str)
+        and value.get("compiled") in (True, False, None)
+    )
+
+
 REQUIRED: dict[str, Callable[[Any], bool]] = {  # parts of every checkpoint, with their checks
     "config": _is_config,
     "step": _is_count,
@@ -245,6 +253,7 @@ def _is_valid(state: dict[str, Any]) -> bool:
         and all(map(_is_weights, emas))
         and state["progress"].get("best_ema", 0) < max(1, len(emas))
         and isinstance(state.get("metric", ""), str)
+        and ("mode" not in state or _is_mode(state["mode"]))
         and is_metrics_row(state.get("metrics", {}) | {"step": state["step"], "split": "test"})
     )
 

@@ -492,7 +492,7 @@ class Trainer:
             self.logger = Logger(self.run, self.model, self.state.step, self.progress, total, unit)
         if checkpoint is None:
             self.save_checkpoint()
-        self._choose_mode(checkpoint.get("mode") if checkpoint else None)
+        self._choose_compilation(checkpoint)
 
     def _prepare_model(self, initialize: bool) -> None:
         """Move the model to the device, initialize it from data, and check that a batch fits."""
@@ -565,32 +565,33 @@ class Trainer:
         precision = str(self.runtime.dtype).removeprefix("torch.")
         return {"precision": precision, "compiled": self.compiled}
 
-    def _choose_mode(self, previous: dict[str, Any] | None) -> None:
+    def _choose_compilation(self, checkpoint: dict[str, Any] | None) -> None:
         """Compile the model if it is asked for or if it pays, and report a change of the mode.
 
         Args:
-            previous: The mode before, if the run is resumed.
+            checkpoint: Checkpoint from which the run is resumed, or None. It is eager if it has
+                steps but no mode.
         """
         config = self.config
-        known = previous["compiled"] if previous else None
-        if config.compile != "auto":
-            wanted = bool(config.compile)
-        elif known is not None:
-            wanted = known
-        else:
+        previous = checkpoint.get("mode", {}) if checkpoint else {}
+        before = previous.get("compiled", False if self.state.step else None)
+        if config.compile == "auto":
+            is_long = (config.minutes or 0) >= MIN_COMPILED_MINUTES
             wanted = (
-                (config.minutes or 0) >= MIN_COMPILED_MINUTES
+                (is_long if before is None else before)
                 and self.runtime.device.type == "cpu"
                 and self.group.size == 1
                 and config.activation_memory == "store"
             )
+        else:
+            wanted = bool(config.compile)
         self.compiled = wanted and self._compile(
             required=config.compile is True,
-            min_speedup=MIN_SPEEDUP if config.compile == "auto" and known is None else 0.0,
+            min_speedup=MIN_SPEEDUP if config.compile == "auto" and before is None else 0.0,
         )
-        if previous and known is not None and previous != self.mode:
+        if previous and before is not None and previous != self.mode:
             log.warning(
-                "the run continues in another mode, so its results differ slightly from those "
+                "precision or compilation changed, so the results differ slightly from those "
                 "without an interruption: %s before, %s now",
                 *map(describe_mode, (previous, self.mode)),
             )
@@ -613,15 +614,16 @@ class Trainer:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            check(
-                not required,
-                "trainer.compile=true needs a C++ compiler: install g++, or leave it out",
-            )
-            log.info("steps are not compiled: this needs a C++ compiler, such as g++")
-            return False
+        if self.runtime.device.type == "cpu":
+            try:
+                get_cpp_compiler()
+            except InvalidCxxCompiler:
+                check(
+                    not required,
+                    "trainer.compile=true needs a C++ compiler: install g++, or leave it out",
+                )
+                log.info("steps are not compiled: this needs a C++ compiler, such as g++")
+                return False
         eager_seconds = self._time_steps()
         log.info("compiling the model, which may take minutes")
         start_time = time.monotonic()
@@ -629,8 +631,8 @@ class Trainer:
         # compiler computes them in bfloat16 if the whole model runs under autocast.
         aot_config.backward_pass_autocast = "off"
         # CUDA graphs reduce launch overhead, but overwrite accumulated gradients.
-        mode = "reduce-overhead" if self.config.grad_accum_steps == 1 else "default"
-        self.model.compile(mode=mode)
+        use_graphs = self.config.grad_accum_steps == 1
+        self.model.compile(mode="reduce-overhead" if use_graphs else "default")
         try:
             self._time_steps(1)
         except TorchDynamoException as error:
@@ -641,9 +643,13 @@ class Trainer:
             return False
         compile_seconds = time.monotonic() - start_time
         speedup = eager_seconds / self._time_steps()
-        log.info("compiled in %.0f s: steps are %.2f times as fast", compile_seconds, speedup)
+        log.info(
+            "compiled in %.0f s: forward and backward passes are %.2f times as fast",
+            compile_seconds,
+            speedup,
+        )
         if speedup < min_speedup:
-            log.info("training continues without compilation, which does not pay")
+            log.info("the model stays in eager mode, because this is too little")
             self.model._compiled_call_impl = None
         return speedup >= min_speedup
 
@@ -652,14 +658,19 @@ class Trainer:
         # A forward pass changes running statistics and Markov chains.
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         seconds = []
-        for _ in range(count):
-            start_time = time.monotonic()
-            for images, labels in self.micro_batches():
-                self.compute_loss(self.model, images, labels).backward()
-            seconds.append(time.monotonic() - start_time)
-        self.model.zero_grad()
-        for buffer, original in buffers:
-            buffer.copy_(original)
+        try:
+            for _ in range(count):
+                start_time = time.monotonic()
+                for images, labels in self.micro_batches():
+                    self.compute_loss(self.model, images, labels).backward()
+                if self.runtime.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.monotonic() - start_time)
+                self.model.zero_grad()
+        finally:
+            self.model.zero_grad()
+            for buffer, original in buffers:
+                buffer.copy_(original)
         return median(seconds)
 
 
