@@ -1,4 +1,4 @@
-"""Glow and TarFlow in plain torch, with the operations of other programs, to compare the speed."""
+"""Glow and TarFlow in plain PyTorch, with the operations of other programs, to compare speed."""
 
 import math
 from typing import Any
@@ -106,8 +106,11 @@ class PlainGlow(nn.Module):
                 )
             )
             is_last = level == levels - 1
-            self.priors.append(PlainZeroConv(channels if is_last else channels // 2, channels))
-        self.priors[-1] = PlainZeroConv(channels, 2 * channels)
+            self.priors.append(
+                PlainZeroConv(channels, 2 * channels)
+                if is_last
+                else PlainZeroConv(channels // 2, channels)
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the loss: the negative log-density per value, in nats."""
@@ -133,7 +136,7 @@ class PlainGlow(nn.Module):
 
 
 class PlainLayer(nn.Module):
-    """A transformer layer with a mask, or with a list of the keys and values of earlier tokens."""
+    """A transformer layer with a mask in training, or with cached keys and values in sampling."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()

@@ -1,9 +1,9 @@
 """Compare the sample quality of models at several temperatures.
 
-    python scripts/benchmarks/temperatures.py RUN... [--temperatures 0.5 0.7 1] [--root FOLDER]
+    python scripts/benchmarks/temperatures.py RUN... [--temperatures 0.5 0.7 1] [--samples 1000]
 
 The samples are compared with the validation images of the data of each run. The last row of a run
-shows as many training images instead of samples, which have the values of a perfect model.
+compares training images in the same way: a perfect model has these values.
 """
 
 import argparse
@@ -24,13 +24,13 @@ COLUMNS = {  # keys of the metrics with formats
 }
 
 
-def format_row(name: str, metrics: Metrics, prefix: str) -> str:
+def format_row(title: str, metrics: Metrics, prefix: str) -> str:
     """Return a row of a Markdown table."""
     cells = [
         format(metrics.measured[key].value, style) if key in metrics.measured else ""
         for key, style in ((f"{prefix}_{name}", style) for name, style in COLUMNS.items())
     ]
-    return "| " + " | ".join([name, *cells]) + " |"
+    return "| " + " | ".join([title, *cells]) + " |"
 
 
 def compare(run: str, temperatures: list[float], count: int, root: str | None) -> None:
