@@ -14,7 +14,7 @@ from flowgen.models.likelihood import LikelihoodModel
 
 SIZE = 8
 DIMENSIONS = 3 * SIZE**2
-SLOW = {"flow_matching", "realnvp"}  # its solver takes hundreds of steps; large networks
+SLOW = {"flow_matching", "realnvp"}  # a solver of hundreds of steps, and large networks
 
 
 def train(

@@ -561,7 +561,7 @@ class Trainer:
 
     @property
     def mode(self) -> dict[str, Any]:
-        """Precision and compilation of the steps, which give the same bits only in one mode."""
+        """Precision and compilation of the steps. Steps in another mode give other bits."""
         precision = str(self.runtime.dtype).removeprefix("torch.")
         return {"precision": precision, "compiled": self.compiled}
 
@@ -569,8 +569,8 @@ class Trainer:
         """Compile the model if it is asked for or if it pays, and report a change of the mode.
 
         Args:
-            checkpoint: Checkpoint from which the run is resumed, or None. It is eager if it has
-                steps but no mode.
+            checkpoint: Checkpoint to resume from, or None. If it has steps but no mode, the run was
+                eager.
         """
         config = self.config
         previous = checkpoint.get("mode", {}) if checkpoint else {}
@@ -600,8 +600,10 @@ class Trainer:
         """Compile the model on a batch, without training it.
 
         Args:
-            required: Whether to raise an error without a compiler, or else to stay in eager mode.
-            min_speedup: Return to eager mode if steps do not become faster by this factor.
+            required: Whether to raise an error if there is no compiler. Otherwise the model stays
+                in eager mode.
+            min_speedup: Smallest speedup of compiled steps. Below it, the model returns to eager
+                mode.
 
         Returns:
             Whether the model is compiled.
@@ -654,7 +656,10 @@ class Trainer:
         return speedup >= min_speedup
 
     def _time_steps(self, count: int = TIMED_STEPS) -> float:
-        """Return the median seconds of forward and backward passes that change nothing."""
+        """Return the median time in seconds of `count` forward and backward passes.
+
+        They change neither weights nor buffers.
+        """
         # A forward pass changes running statistics and Markov chains.
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         seconds = []

@@ -140,15 +140,7 @@ def normflows_glow() -> Step:
 def plain_glow() -> Step:
     """Return a training step of a plain Glow."""
     model = PlainGlow(GLOW_LEVELS, GLOW_STEPS, GLOW_WIDTH)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-
-    def step(images: Tensor) -> None:
-        loss = model(images)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return training(model, torch.float32, fused=False)
 
 
 def flowgen_samples() -> Step:
@@ -192,8 +184,14 @@ def flowgen_tarflow() -> TarFlow:
     return model
 
 
-def tarflow_training(model: nn.Module, dtype: torch.dtype, fused: bool) -> Step:
-    """Return a training step of a TarFlow."""
+def training(model: nn.Module, dtype: torch.dtype, fused: bool) -> Step:
+    """Return a training step of a model that computes its loss.
+
+    Args:
+        model: The model.
+        dtype: Number format of autocast.
+        fused: Whether AdamW updates all parameters in one kernel.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
 
     def step(images: Tensor) -> None:
@@ -394,12 +392,12 @@ COMPARISONS = [
             programs=[
                 Program(
                     "plain TarFlow",
-                    partial(lambda dtype: tarflow_training(plain_tarflow(), dtype, False), dtype),
+                    partial(lambda dtype: training(plain_tarflow(), dtype, False), dtype),
                     precision=precision,
                 ),
                 Program(
                     "flowgen",
-                    partial(lambda dtype: tarflow_training(flowgen_tarflow(), dtype, True), dtype),
+                    partial(lambda dtype: training(flowgen_tarflow(), dtype, True), dtype),
                     precision=precision,
                 ),
             ],

@@ -124,11 +124,11 @@ class PlainGlow(nn.Module):
                 x, log_det = layer(x)
                 log_density = log_density + log_det
             if level == len(self.levels) - 1:
-                z, known = x, torch.zeros_like(x)
+                z, condition = x, torch.zeros_like(x)
             else:
                 x, z = x.chunk(2, 1)
-                known = x
-            mean, log_std = prior(known).chunk(2, 1)
+                condition = x
+            mean, log_std = prior(condition).chunk(2, 1)
             log_p = -0.5 * math.log(2 * math.pi) - log_std
             log_p = log_p - 0.5 * (z - mean) ** 2 / (2 * log_std).exp()
             log_density = log_density + log_p.flatten(1).sum(1)
