@@ -6,9 +6,9 @@ Every model is trained on every data set for the same CPU time. Every `flowgen t
 overrides, such as data.root=FOLDER. Results are stored in outputs/table/DATA_MODEL_MINUTES/row.json
 as soon as they are known; other overrides, such as data.bits=1, and other values of --temperature
 or --samples need another --folder. If the script was stopped, the same command continues. At the
-end it prints all rows and draws samples of all models of a data set in one picture. Two short
-training runs determine the number of steps for the given CPU time. Wall-clock time is not used,
-since it depends on other work of the machine.
+end it prints all rows and draws samples of all models of a data set in one picture. Short training
+runs determine the number of steps for the given CPU time. Wall-clock time is not used, since it
+depends on other work of the machine.
 """
 
 import argparse
@@ -38,8 +38,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 from run_flowgen import run_flowgen
 
 FOLDER = Path("outputs/table")
-SHORT_STEPS = 10  # of the first of two short runs that measure the cost of a step
-LONG_STEPS = 60  # of the second
+SHORT_STEPS = 60  # of the first of the short runs that measure the cost of a step
+GROWTH = 4  # of the number of steps, from one short run to the next
+MIN_SECONDS = 20  # CPU time by which the last short run is longer than the first
 IMPORTANCE_SAMPLES = (1, 16)
 NUM_SAMPLES = 16
 TIMED_SAMPLES = 64  # samples whose CPU time is measured
@@ -155,22 +156,30 @@ class Row:
 
     def measure_steps(self) -> int:
         """Return the number of steps that take the given CPU time."""
-        seconds = []
-        for steps in (SHORT_STEPS, LONG_STEPS):
-            run = self.folder / "short"
-            shutil.rmtree(run, ignore_errors=True)
-            overrides = [
-                f"trainer.steps={steps}",
-                "trainer.eval_images=1",
-                # At the end, a model with fixed-point iterations draws random samples in a random
-                # time, but its medians in a few iterations.
-                "trainer.sample_temperature=0",
-                f"output_dir={run}",
-            ]
-            seconds.append(timed_flowgen("train", *self.overrides, *overrides)[1])
-            shutil.rmtree(run)
-        seconds_per_step = max(1e-4, (seconds[1] - seconds[0]) / (LONG_STEPS - SHORT_STEPS))
-        return max(1, round(60 * self.minutes / seconds_per_step))
+        steps = SHORT_STEPS
+        fixed = self.time_short_run(steps)
+        seconds = 0.0
+        while seconds < MIN_SECONDS:
+            steps *= GROWTH
+            seconds = self.time_short_run(steps) - fixed
+        return max(1, round(60 * self.minutes * (steps - SHORT_STEPS) / seconds))
+
+    def time_short_run(self, steps: int) -> float:
+        """Return the CPU seconds of a training run that is not kept."""
+        run = self.folder / "short"
+        shutil.rmtree(run, ignore_errors=True)
+        _, seconds = timed_flowgen(
+            "train",
+            *self.overrides,
+            f"trainer.steps={steps}",
+            "trainer.eval_images=1",
+            # At the end, a model with fixed-point iterations draws random samples in a random
+            # time, but its medians in a few iterations.
+            "trainer.sample_temperature=0",
+            f"output_dir={run}",
+        )
+        shutil.rmtree(run)
+        return seconds
 
     def train(self, steps: int) -> None:
         """Train or resume the model."""
