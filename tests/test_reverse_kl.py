@@ -110,7 +110,7 @@ def test_training_lowers_the_kl_divergence_and_log_z_is_right(name):
     if name == "spline coupling":  # the others may miss a mode in so short a time
         log_z = after["log_z"]
         assert abs(log_z.value - MIXTURE_LOG_Z) < 3 * log_z.error
-        assert after["effective_sample_size"].value > 0.7
+        assert after["relative_effective_sample_size"].value > 0.7
         assert after["reverse_kl"].value > -3 * after["reverse_kl"].error
 
 
@@ -148,7 +148,7 @@ def test_a_flow_that_equals_its_target_has_equal_weights(monkeypatch):
 
     monkeypatch.setattr(flow, "log_target", log_target)
     metrics = flow.evaluate(points().batches("test", 100, 100))
-    assert metrics["effective_sample_size"].value == pytest.approx(1, abs=1e-4)
+    assert metrics["relative_effective_sample_size"].value == pytest.approx(1, abs=1e-4)
     assert metrics["log_z"].value == pytest.approx(3, abs=1e-3)
 
 
@@ -181,7 +181,7 @@ def test_commands_train_evaluate_and_plot(command, tmp_path):
     assert status == 0, error
     metrics = json.loads(output)
     assert metrics["quadrature_log_z"] == pytest.approx(quadrature_log_z("ring"))
-    assert 0 < metrics["effective_sample_size"] <= 1 and metrics["log_z_error"] > 0
+    assert 0 < metrics["relative_effective_sample_size"] <= 1 and metrics["log_z_error"] > 0
     status, _, error = command("sample", "--run", run, "--count", 50)
     assert status == 0 and (run / "sample.png").is_file(), error
     status, _, error = command("resume", run, "trainer.steps=6")

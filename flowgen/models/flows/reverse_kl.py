@@ -28,8 +28,8 @@ SQUARE_MARGIN = 1e-6  # keeps the logit finite at the edge of the square
 LOG_AREA = 2 * math.log(2 * SPAN)  # of the square; that of the unit square is 0
 REVERSE_KL = Metric("reverse_kl", "nats", higher_is_better=False)
 LOG_Z = Metric("log_z", "nats")
-EFFECTIVE_SAMPLE_SIZE = Metric(
-    "effective_sample_size", "of the importance samples", higher_is_better=True
+RELATIVE_EFFECTIVE_SAMPLE_SIZE = Metric(
+    "relative_effective_sample_size", "of the importance samples", higher_is_better=True
 )
 
 
@@ -181,9 +181,9 @@ class ReverseKL(Flow):
         - reverse_kl: KL(q || p) = E_q[log q(x) - log p~(x)] + log Z, with log Z by quadrature.
         - log_z: the logarithm of the mean weight, an estimate of log Z, and its standard error
           sqrt((1 / s - 1) / (samples - 1)) with s below.
-        - effective_sample_size: s = (mean of w)^2 / mean of w^2 for the weights w, a share of the
-          samples that is 1 if q equals p. Owen, Monte Carlo theory, methods and examples (2013),
-          section 9.3.
+        - relative_effective_sample_size: s = (mean of w)^2 / mean of w^2 for the weights w, a share
+          of the samples that is 1 if q equals p. Owen, Monte Carlo theory, methods and examples
+          (2013), section 9.3.
         """
         generator = torch.Generator(self.device).manual_seed(0)
         log_weights = self.importance_samples(NUM_EVAL_SAMPLES, generator)[1].double()
@@ -194,6 +194,8 @@ class ReverseKL(Flow):
         return super().evaluate(batches, train_batches, eval_config) | Metrics.of(
             MetricValue(REVERSE_KL, kl, kl_error),
             MetricValue(LOG_Z, estimate.log_mean, estimate.error),
-            MetricValue(EFFECTIVE_SAMPLE_SIZE, estimate.effective_sample_size / NUM_EVAL_SAMPLES),
+            MetricValue(
+                RELATIVE_EFFECTIVE_SAMPLE_SIZE, estimate.effective_sample_size / NUM_EVAL_SAMPLES
+            ),
             quadrature_log_z=true_log_z,
         )
