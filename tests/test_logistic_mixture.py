@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from flowgen.models import pixel_distribution
-from flowgen.models.logistic_mixture import LogisticMixture, initial_parameters, num_parameters
+from flowgen.models.logistic_mixture import (
+    LogisticMixture,
+    initial_parameters,
+    num_parameters,
+    scale_values,
+    shift_means,
+)
 
 SHAPES = [(1, 1), (1, 2), (2, 2), (3, 2), (1, 8)]
 
@@ -76,9 +82,22 @@ def test_gradients_are_finite_for_extreme_parameters():
     assert parameters.grad.isfinite().all()
 
 
-def test_initial_parameters_describe_the_marginal_distribution():
+@pytest.mark.parametrize("relative_scale", [None, 1.3])
+def test_initial_parameters_describe_the_marginal_distribution(relative_scale):
     images = torch.cat([torch.zeros(80, 1, 4, 4), torch.full((20, 1, 4, 4), 200)]).to(torch.uint8)
-    parameters = initial_parameters(images, components=10, bits=8).view(1, -1, 1, 1)
+    values = scale_values(images, 256, torch.float32)
+    parameters = initial_parameters(values, 10, relative_scale).view(1, -1, 1, 1)
     mixture = LogisticMixture(parameters.expand(100, -1, 4, 4), 1, 8)
     bits = -mixture.log_prob(images).mean() / torch.tensor(2.0).log()
     assert bits < 4  # a uniform distribution needs 8
+
+
+def test_shifted_means_belong_to_their_channel():
+    parameters = torch.randn(2, num_parameters(3, 4), 5, 6)
+    shift = torch.randn(2, 3, 5, 6)
+    mixture = LogisticMixture(parameters, 3, 8)
+    shifted = LogisticMixture(shift_means(parameters, shift), 3, 8)
+    expected = mixture.means + shift.transpose(0, 1)[:, :, None]
+    torch.testing.assert_close(shifted.means, expected)
+    for name in ("log_weights", "log_scales", "coefficients"):
+        assert torch.equal(getattr(shifted, name), getattr(mixture, name))

@@ -11,7 +11,9 @@ from flowgen.models.base import ClassConditional, LinearMeasurement
 from flowgen.models.categorical import Categorical
 from flowgen.models.pixelcnn import (
     GatedLayer,
+    LinearPrediction,
     MetropolisChains,
+    MixtureNetwork,
     PixelCNN,
     PixelCNNNetwork,
     is_prefix,
@@ -69,6 +71,45 @@ def test_the_network_sees_all_earlier_values_and_no_other(groups):
     value = torch.arange(70)[:, None]
     first_seen = torch.arange(70)[None] if groups == 2 else 2 * torch.arange(35)[None]
     assert torch.equal(depends, value < first_seen)
+
+
+@torch.no_grad()
+def test_the_linear_prediction_sees_earlier_values_nearby_and_no_other():
+    prediction = LinearPrediction(2, bits=2).double()
+    for parameter in prediction.parameters():
+        parameter += torch.randn_like(parameter)
+    images = torch.randint(4, (1, 2, 7, 5), dtype=torch.uint8)
+    # Image k has another value k, in raster order and then by channels.
+    values = images.permute(0, 2, 3, 1).flatten() + torch.eye(70, dtype=torch.uint8)
+    changed = (values % 4).view(70, 7, 5, 2).permute(0, 3, 1, 2)
+    differs = (prediction(changed) - prediction(images)).abs() > 1e-9
+    depends = differs.permute(0, 2, 3, 1).flatten(1)
+    index = torch.arange(70)
+    row, column = index // 10, index % 10 // 2
+    near = (row - row[:, None] <= 2) & ((column - column[:, None]).abs() <= 2)
+    assert torch.equal(depends, (index[:, None] < index) & near)
+
+
+def test_the_linear_prediction_is_fitted_by_least_squares():
+    """Values of a random walk along the rows are predicted from the pixel to the left."""
+    steps = torch.randint(-1, 2, (200, 1, 12, 12))
+    walks = (steps.cumsum(3) + 128).to(torch.uint8)
+    prediction = LinearPrediction(1, bits=8)
+    prediction.fit(walks)
+    errors = 255 / 2 * (prediction(walks) - (2 * walks.float() / 255 - 1))
+    assert errors[..., 1:].square().mean().item() == pytest.approx(2 / 3, abs=0.03)
+    left = torch.tensor([1.0])
+    torch.testing.assert_close(prediction.weight[0, 0, 2, 1:2], left, atol=0.05, rtol=0)
+
+
+def test_mixtures_start_at_the_errors_of_the_linear_prediction():
+    """The entropy of the steps is log2 3; the errors of the first column need more bits."""
+    walks = (torch.randint(-1, 2, (200, 1, 12, 12)).cumsum(3) + 128).to(torch.uint8)
+    model = PixelCNN(image_shape=(1, 12, 12), bits=8, num_components=5, width=4, num_layers=1)
+    model.initialize(walks)
+    assert isinstance(model.network, MixtureNetwork)
+    with torch.no_grad():
+        assert model.bits_per_dim(model.log_prob(walks)).mean() < math.log2(3) + 1
 
 
 def test_every_layer_depends_on_the_condition():

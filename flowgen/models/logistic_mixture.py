@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from flowgen.models.pixel_distribution import UNIFORM_WEIGHT, PixelDistribution, add_uniform
 
 INITIAL_LOG_SCALE = -1.5
+SMALLEST_INITIAL_SCALE = 2e-3
 MIN_SCALE = math.exp(-1.5)  # in units of the distance of two values; PixelCNN++ has half of it
 
 
@@ -43,9 +44,8 @@ class LogisticMixture(PixelDistribution):
         if parameters.dtype != torch.float64:
             parameters = parameters.float()
         per_component = num_parameters(channels, 1)
-        batch, _, height, width = parameters.shape
         # (1 + 2 C + C (C - 1) / 2, batch, components, height, width)
-        parameters = parameters.view(batch, per_component, -1, height, width).transpose(0, 1)
+        parameters = parameters.unflatten(1, (per_component, -1)).transpose(0, 1)
         logits, means, raw_scales, coefficients = parameters.split(
             [1, channels, channels, per_component - 2 * channels - 1]
         )
@@ -181,24 +181,44 @@ def num_parameters(channels: int, components: int) -> int:
     return components * (1 + 2 * channels + channels * (channels - 1) // 2)
 
 
-def initial_parameters(images: Tensor, components: int, bits: int) -> Tensor:
-    """Return parameters (num_parameters,) of the marginal distribution of the pixel values.
+def initial_parameters(
+    values: Tensor, components: int, relative_scale: float | None = None
+) -> Tensor:
+    """Return parameters (num_parameters,) of the marginal distribution of values.
 
     The means of the components are quantiles of the values of each channel.
 
     Args:
-        images: (batch, channels, height, width).
+        values: Values scaled like `scale_values`, (batch, channels, height, width).
         components: Number of components.
-        bits: Bits per pixel value.
+        relative_scale: Scale of a component in units of the mean distance of its mean to its
+            neighbors, or None for the same scale of all components, e^-1.5.
     """
-    channels = images.shape[1]
-    values = scale_values(images, 2**bits, torch.float32).transpose(0, 1).flatten(1)
-    order = torch.arange(components, device=images.device) + 0.5
-    index = (order / components * values.shape[1]).long()
-    parameters = torch.zeros(num_parameters(channels, 1), components, device=images.device)
-    parameters[1 : channels + 1] = values.sort(1).values[:, index]
-    parameters[channels + 1 : 2 * channels + 1] = INITIAL_LOG_SCALE
+    channels = values.shape[1]
+    ordered = values.transpose(0, 1).flatten(1).sort(1).values
+    order = torch.arange(components, device=values.device) + 0.5
+    means = ordered[:, (order / components * ordered.shape[1]).long()]
+    log_scales = torch.full_like(means, INITIAL_LOG_SCALE)
+    if relative_scale is not None and components > 1:
+        (distances,) = torch.gradient(means, dim=1)
+        log_scales = (relative_scale * distances).clamp(min=SMALLEST_INITIAL_SCALE).log()
+    parameters = torch.zeros(num_parameters(channels, 1), components, device=values.device)
+    parameters[1 : channels + 1] = means
+    parameters[channels + 1 : 2 * channels + 1] = log_scales
     return parameters.flatten()
+
+
+def shift_means(parameters: Tensor, shift: Tensor) -> Tensor:
+    """Add the same shift to the means of all components.
+
+    Args:
+        parameters: (batch, `num_parameters(channels, components)`, height, width).
+        shift: (batch, channels, height, width).
+    """
+    channels = shift.shape[1]
+    per_component = num_parameters(channels, 1)
+    shift = F.pad(shift, (0, 0, 0, 0, 1, per_component - 1 - channels))
+    return (parameters.unflatten(1, (per_component, -1)) + shift[:, :, None]).flatten(1, 2)
 
 
 def scale_values(images: Tensor, bins: int, dtype: torch.dtype) -> Tensor:

@@ -439,7 +439,9 @@ class VQVAE(LikelihoodModel, ClassConditional):
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Set code vectors to outputs of the encoder, and the pixels to their marginal."""
         self.quantizer.initialize(self.encode_patches(images).flatten(0, 1))
-        marginal = initial_parameters(images, self.num_components, self.bits)
+        marginal = initial_parameters(
+            scale_values(images, self.bins, torch.float32), self.num_components
+        )
         self.decoder.last.bias.copy_(marginal.repeat_interleave(self.patch**2))
 
     def log_prob(

@@ -1,7 +1,8 @@
 """Train the stored checkpoints of tests/test_checkpoints.py: python tests/checkpoints/make.py.
 
-The checkpoints prove that later versions read format 1. Once a checkpoint is committed, never train
-it again: run this file only with the names of new models, in the environment of `make setup`:
+The checkpoints prove that later versions read format 1. Once a checkpoint is part of a release,
+never train it again: run this file only with the names of new models, in the environment of
+`make setup`:
 
     .venv/bin/python tests/checkpoints/make.py NAME...
 

@@ -220,7 +220,9 @@ class VAE(LikelihoodModel):
         encoding = self._encode(scaled)
         z, _ = self.posterior(encoding, self._draw_noise(images, 1).flatten(0, 1))
         self.decoder.initialize(z)
-        parameters = initial_parameters(images, self.num_components, self.bits)
+        parameters = initial_parameters(
+            scale_values(images, self.bins, torch.float32), self.num_components
+        )
         if self.pixelcnn is None:
             set_output_bias(self.decoder, parameters)
         else:
