@@ -383,8 +383,8 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         bits: Bits per pixel value.
         width: Channels of each stack of the network.
         num_layers: Gated layers of the network.
-        num_components: Logistic distributions in the mixture of each pixel, or None for a softmax
-            over all values.
+        num_components: Logistic distributions in the mixture of each pixel, 10 for color images, or
+            None for a softmax over all values, for digits.
         num_classes: Number of classes of a class-conditional model, or None.
 
     Attributes:
