@@ -86,7 +86,7 @@ def test_gradients_are_finite_for_extreme_parameters():
 def test_initial_parameters_describe_the_marginal_distribution(relative_scale):
     images = torch.cat([torch.zeros(80, 1, 4, 4), torch.full((20, 1, 4, 4), 200)]).to(torch.uint8)
     values = scale_values(images, 256, torch.float32)
-    parameters = initial_parameters(values, 10, relative_scale).view(1, -1, 1, 1)
+    parameters = initial_parameters(values, 10, 8, relative_scale).view(1, -1, 1, 1)
     mixture = LogisticMixture(parameters.expand(100, -1, 4, 4), 1, 8)
     bits = -mixture.log_prob(images).mean() / torch.tensor(2.0).log()
     assert bits < 4  # a uniform distribution needs 8

@@ -112,6 +112,26 @@ def test_mixtures_start_at_the_errors_of_the_linear_prediction():
         assert model.bits_per_dim(model.log_prob(walks)).mean() < math.log2(3) + 1
 
 
+@pytest.mark.parametrize("bits", [1, 8])
+def test_components_with_equal_means_can_separate(bits):
+    """Images without contrast give all components the same initial mean and scale."""
+    images = torch.ones(16, 3, 5, 5, dtype=torch.uint8)
+    model = PixelCNN(image_shape=(3, 5, 5), bits=bits, num_components=4, width=4, num_layers=1)
+    model.initialize(images)
+    means = model.conditionals(images, None).means
+    assert means.std(2).max() > 0
+
+
+def test_one_component_starts_with_the_deviation_of_the_errors():
+    images = (128 + 20 * torch.randn(50, 1, 8, 8)).to(torch.uint8)
+    model = PixelCNN(image_shape=(1, 8, 8), bits=8, num_components=1, width=4, num_layers=1)
+    model.initialize(images)
+    with torch.no_grad():
+        bits_per_dim = model.bits_per_dim(model.log_prob(images)).mean().item()
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * 20**2)
+    assert entropy < bits_per_dim < entropy + 0.5
+
+
 def test_every_layer_depends_on_the_condition():
     network = PixelCNNNetwork(1, bits=2, width=6, layers=4, outputs=3, condition_size=4)
     for parameter in network.parameters():

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from flowgen.models.pixel_distribution import UNIFORM_WEIGHT, PixelDistribution, add_uniform
 
 INITIAL_LOG_SCALE = -1.5
-SMALLEST_INITIAL_SCALE = 2e-3
 MIN_SCALE = math.exp(-1.5)  # in units of the distance of two values; PixelCNN++ has half of it
 
 
@@ -182,7 +181,7 @@ def num_parameters(channels: int, components: int) -> int:
 
 
 def initial_parameters(
-    values: Tensor, components: int, relative_scale: float | None = None
+    values: Tensor, components: int, bits: int, relative_scale: float | None = None
 ) -> Tensor:
     """Return parameters (num_parameters,) of the marginal distribution of values.
 
@@ -191,20 +190,28 @@ def initial_parameters(
     Args:
         values: Values scaled like `scale_values`, (batch, channels, height, width).
         components: Number of components.
+        bits: Bits per pixel value.
         relative_scale: Scale of a component in units of the mean distance of its mean to its
-            neighbors, or None for the same scale of all components, e^-1.5.
+            neighbors; a single component has the standard deviation of the values. None gives all
+            components the same scale.
     """
     channels = values.shape[1]
     ordered = values.transpose(0, 1).flatten(1).sort(1).values
     order = torch.arange(components, device=values.device) + 0.5
     means = ordered[:, (order / components * ordered.shape[1]).long()]
-    log_scales = torch.full_like(means, INITIAL_LOG_SCALE)
-    if relative_scale is not None and components > 1:
-        (distances,) = torch.gradient(means, dim=1)
-        log_scales = (relative_scale * distances).clamp(min=SMALLEST_INITIAL_SCALE).log()
+    raw_scales = torch.full_like(means, INITIAL_LOG_SCALE)
+    if relative_scale is not None:
+        if components > 1:
+            scales = relative_scale * torch.gradient(means, dim=1)[0]
+        else:
+            scales = math.sqrt(3) / math.pi * ordered.std(1, keepdim=True)
+        min_scale = 2 * MIN_SCALE / (2**bits - 1)
+        scales = scales.clamp(min=2 * min_scale)
+        # The inverse of the softplus in `LogisticMixture`
+        raw_scales = math.log(min_scale) + (scales / min_scale - 1).log()
     parameters = torch.zeros(num_parameters(channels, 1), components, device=values.device)
     parameters[1 : channels + 1] = means
-    parameters[channels + 1 : 2 * channels + 1] = log_scales
+    parameters[channels + 1 : 2 * channels + 1] = raw_scales
     return parameters.flatten()
 
 

@@ -94,9 +94,7 @@ def shift_right(x: Tensor) -> Tensor:
 def gate(x: Tensor) -> Tensor:
     """Return a hard_sigmoid(b) of the halves a and b of the channels.
 
-    The papers have tanh(a) sigmoid(b) and a sigmoid(b). Together with ReLU instead of ELU, this
-    gate makes an optimizer step on a CPU 1.3 times as fast. In equal time both reach the same
-    bits/dim.
+    The papers have tanh(a) sigmoid(b) and a sigmoid(b). This gate needs cheaper operations.
     """
     a, b = x.chunk(2, dim=1)
     return a * F.hardsigmoid(b)
@@ -347,14 +345,16 @@ class MixtureNetwork(PixelCNNNetwork):
         with torch.no_grad():
             waves = math.sqrt(2) * torch.cos(math.pi * index * values)
             self.embedding.weight.copy_((3 / (2 + index)) ** 2 * waves)
-            nn.init.zeros_(self.out.weight)  # the linear prediction alone
+            # The linear prediction dominates. Random outputs separate components with equal means.
+            self.out.weight.mul_(0.1)
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
         """Start at the best linear prediction, and at the distribution of its errors."""
         self.prediction.fit(images)
         errors = scale_values(images, self.prediction.bins, torch.float32) - self.prediction(images)
-        bias = initial_parameters(errors, self.components, relative_scale=RELATIVE_SCALE)
+        bits = self.prediction.bins.bit_length() - 1
+        bias = initial_parameters(errors, self.components, bits, RELATIVE_SCALE)
         self.out.bias.copy_(bias)  # type: ignore[union-attr]
 
     def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -551,7 +551,7 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
             # Not at the ends of the interval, which rounding errors could leave
             position = torch.rand(
                 low.shape, generator=generator, device=low.device, dtype=low.dtype
-            ).clamp(0.01, 0.99)
+            ).clamp(0.001, 0.999)
         z = torch.special.ndtri(low + position * (high - low)).flatten(1)
         return z if one_hot is None else torch.cat((z, one_hot.to(z.dtype)), 1)
 

@@ -440,7 +440,7 @@ class VQVAE(LikelihoodModel, ClassConditional):
         """Set code vectors to outputs of the encoder, and the pixels to their marginal."""
         self.quantizer.initialize(self.encode_patches(images).flatten(0, 1))
         marginal = initial_parameters(
-            scale_values(images, self.bins, torch.float32), self.num_components
+            scale_values(images, self.bins, torch.float32), self.num_components, self.bits
         )
         self.decoder.last.bias.copy_(marginal.repeat_interleave(self.patch**2))
 

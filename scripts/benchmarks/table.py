@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/table.py --data mnist --models glow tarflow --minutes 15 [OVERRIDE...]
 
-Every model is trained on every data set for the same CPU time. Every `flowgen train` gets the
+Every model is trained on every data set for about the same CPU time. Every `flowgen train` gets the
 overrides, such as data.root=FOLDER. Results are stored in outputs/table/DATA_MODEL_MINUTES/row.json
 as soon as they are known; other overrides, such as data.bits=1, and other values of --temperature
 or --samples need another --folder. If the script was stopped, the same command continues. At the
@@ -173,8 +173,7 @@ class Row:
             *self.overrides,
             f"trainer.steps={steps}",
             "trainer.eval_images=1",
-            # At the end, a model with fixed-point iterations draws random samples in a random
-            # time, but its medians in a few iterations.
+            # PixelCNN samples by fixed-point iterations, which converge fastest at temperature 0.
             "trainer.sample_temperature=0",
             f"output_dir={run}",
         )
@@ -294,7 +293,9 @@ def children_cpu_seconds() -> float:
 
 
 def time_samples(run: str, temperature: float) -> float:
-    """Return the CPU seconds that `TIMED_SAMPLES` samples take."""
+    """Return the CPU seconds that `TIMED_SAMPLES` samples take on one thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     model = flowgen.load(run)
     start = time.process_time()
     model.sample(TIMED_SAMPLES, temperature)

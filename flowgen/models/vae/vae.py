@@ -221,7 +221,7 @@ class VAE(LikelihoodModel):
         z, _ = self.posterior(encoding, self._draw_noise(images, 1).flatten(0, 1))
         self.decoder.initialize(z)
         parameters = initial_parameters(
-            scale_values(images, self.bins, torch.float32), self.num_components
+            scale_values(images, self.bins, torch.float32), self.num_components, self.bits
         )
         if self.pixelcnn is None:
             set_output_bias(self.decoder, parameters)
