@@ -178,7 +178,7 @@ def test_two_processes_train_like_one_and_evaluate_to_the_same_bit(images, tmp_p
     assert expected == (tmp_path / "two.metrics").read_text()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_can_be_resumed_by_any_number_of_processes(images, tmp_path, double):
     config = make_config("glow", images, 15)
     run_jobs([(str(tmp_path / "whole"), config)], tmp_path / "whole.metrics")

@@ -95,10 +95,11 @@ def test_no_model_scores_below_the_entropy(
         assert torch.isfinite(model.bijection.inverse(torch.randn(1000, DIMENSIONS))[0]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "steps", "changes"),
     [
-        pytest.param("maf", 1500, {"num_transforms": 2, "width": 128}, marks=pytest.mark.slow),
+        ("maf", 1500, {"num_transforms": 2, "width": 128}),
         ("glow", 400, {"steps_per_level": 6, "width": 32, "levels": 2}),
     ],
 )

@@ -65,7 +65,7 @@ def figure_numbers(page: str) -> set[str]:
     return numbers
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_reproduction_continues_and_makes_every_figure(tmp_path):
     argv = [sys.executable, str(SCRIPT), "--preset", "smoke"]
     killed = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
