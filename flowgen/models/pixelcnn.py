@@ -447,7 +447,8 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         if isinstance(self.network, MixtureNetwork):
             self.network.initialize(images)
         else:
-            self.network.out.bias.copy_(initial_logits(images, self.bits))  # type: ignore[union-attr]
+            bias = initial_logits(images, self.bits)
+            self.network.out.bias.copy_(bias)  # type: ignore[union-attr]
 
     def log_prob(
         self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
