@@ -57,33 +57,33 @@ def random_images(model: PixelCNN, count: int) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("groups", [1, 2])
-def test_the_network_sees_all_earlier_values_and_no_other(groups):
-    network = PixelCNNNetwork(2, bits=2, width=16, layers=4, outputs=4, groups=groups).double()
+def dependencies(network: torch.nn.Module) -> Tensor:
+    """Return whether outputs depend on values, (70, outputs), of images of 7x5 with two channels.
+
+    Values and outputs are in raster order and then by channels. The parameters become random.
+    """
+    network.double()
     for parameter in network.parameters():
         parameter += 0.3 * torch.randn_like(parameter)
     images = torch.randint(4, (1, 2, 7, 5), dtype=torch.uint8)
-    # Image k has another value k, in raster order and then by channels.
+    # Image k has another value k.
     values = images.permute(0, 2, 3, 1).flatten() + torch.eye(70, dtype=torch.uint8)
     changed = (values % 4).view(70, 7, 5, 2).permute(0, 3, 1, 2)
     differs = (network(changed) - network(images)).abs() > 1e-9
-    depends = differs.unflatten(1, (groups, -1)).any(2).permute(0, 2, 3, 1).flatten(1)
+    return differs.permute(0, 2, 3, 1).flatten(1)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_network_sees_all_earlier_values_and_no_other(groups):
+    network = PixelCNNNetwork(2, bits=2, width=16, layers=4, outputs=4, groups=groups)
+    depends = dependencies(network).unflatten(1, (-1, 4 // groups)).any(2)
     value = torch.arange(70)[:, None]
     first_seen = torch.arange(70)[None] if groups == 2 else 2 * torch.arange(35)[None]
     assert torch.equal(depends, value < first_seen)
 
 
-@torch.no_grad()
 def test_the_linear_prediction_sees_earlier_values_nearby_and_no_other():
-    prediction = LinearPrediction(2, bits=2).double()
-    for parameter in prediction.parameters():
-        parameter += torch.randn_like(parameter)
-    images = torch.randint(4, (1, 2, 7, 5), dtype=torch.uint8)
-    # Image k has another value k, in raster order and then by channels.
-    values = images.permute(0, 2, 3, 1).flatten() + torch.eye(70, dtype=torch.uint8)
-    changed = (values % 4).view(70, 7, 5, 2).permute(0, 3, 1, 2)
-    differs = (prediction(changed) - prediction(images)).abs() > 1e-9
-    depends = differs.permute(0, 2, 3, 1).flatten(1)
+    depends = dependencies(LinearPrediction(2, bits=2))
     index = torch.arange(70)
     row, column = index // 10, index % 10 // 2
     near = (row - row[:, None] <= 2) & ((column - column[:, None]).abs() <= 2)

@@ -60,8 +60,8 @@ def test_a_row_is_trained_for_its_minutes_and_measured_once(table):
     assert row.line().count("|") == len(table.COLUMNS) + 1
     num_commands = len(table.commands)
     row.fill()
-    assert len(table.commands) == num_commands == 7
-    assert all("data.root=there" in args for args in table.commands[:4])
+    assert len(table.commands) == num_commands == 8
+    assert all("data.root=there" in args for args in table.commands[:5])
 
 
 def test_the_quality_of_samples_is_measured_once(table):
@@ -105,7 +105,7 @@ def test_the_cpu_time_of_a_failed_training_is_counted(table):
     row = table.Row("mnist", "glow", 1.0, [])
     row.fill()
     assert row.values["cpu_seconds"] == 3 + 61
-    assert len(table.commands) == 3 + 1 + 1 + 3
+    assert len(table.commands) == 4 + 1 + 1 + 3
 
 
 def test_a_row_with_other_overrides_is_not_changed(table):

@@ -183,17 +183,21 @@ def num_parameters(channels: int, components: int) -> int:
 def initial_parameters(
     values: Tensor, components: int, bits: int, relative_scale: float | None = None
 ) -> Tensor:
-    """Return parameters (num_parameters,) of the marginal distribution of values.
+    """Return the parameters of a pixel that describe the marginal distribution of values.
 
     The means of the components are quantiles of the values of each channel.
 
     Args:
-        values: Values scaled like `scale_values`, (batch, channels, height, width).
+        values: Pixel values scaled by `scale_values`, or errors of their predictions, (batch,
+            channels, height, width).
         components: Number of components.
         bits: Bits per pixel value.
-        relative_scale: Scale of a component in units of the mean distance of its mean to its
-            neighbors; a single component has the standard deviation of the values. None gives all
-            components the same scale.
+        relative_scale: Scale of a component, in units of the distance between its mean and the
+            means next to it. A single component gets the standard deviation of the values. With
+            None, all components have the same scale.
+
+    Returns:
+        (`num_parameters(channels, components)`,).
     """
     channels = values.shape[1]
     ordered = values.transpose(0, 1).flatten(1).sort(1).values
@@ -216,11 +220,15 @@ def initial_parameters(
 
 
 def shift_means(parameters: Tensor, shift: Tensor) -> Tensor:
-    """Add the same shift to the means of all components.
+    """Add a shift to the means of all components.
 
     Args:
-        parameters: (batch, `num_parameters(channels, components)`, height, width).
-        shift: (batch, channels, height, width).
+        parameters: Parameters of a mixture, (batch, `num_parameters(channels, components)`, height,
+            width).
+        shift: Shift of each value, (batch, channels, height, width).
+
+    Returns:
+        The new parameters, of the same shape.
     """
     channels = shift.shape[1]
     per_component = num_parameters(channels, 1)

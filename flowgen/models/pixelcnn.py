@@ -39,10 +39,10 @@ from flowgen.utils.metrics import (
     MetricValue,
 )
 
-PREDICTION_SIZE = (3, 5)  # rows and columns of the pixels that the linear prediction sees
-FIT_BATCH_SIZE = 32  # images whose neighborhoods are in memory at the same time
-RIDGE = 1e-3
-RELATIVE_SCALE = 1.3  # of the initial components of a mixture
+PREDICTION_SIZE = (3, 5)  # rows and columns of the kernel of the linear prediction
+FIT_BATCH_SIZE = 32  # images per step of the least-squares fit, to save memory
+RIDGE = 1e-3  # penalty of squared weights, because some pixels are equal in all images
+RELATIVE_SCALE = 1.3  # initial scale of a component, in distances between the components
 INPAINTING_CHAINS = 16
 INPAINTING_STEPS = 100
 IMPORTANCE_SAMPLES = 256  # draws of the unknown pixels that estimate P(known)
@@ -251,10 +251,10 @@ class PixelCNNNetwork(nn.Module):
 
 
 class LinearPrediction(nn.Module):
-    """Linear prediction of each value from earlier values.
+    """Linear prediction x_i = b + sum_j w_j x_j of each value x_i from earlier values x_j.
 
-    It sees the pixels of the two rows above and the two pixels to the left, at most two columns
-    away, and the channels before it in its pixel. Weights start at zero.
+    The values x_j are those of the five nearest pixels in each of the two rows above, of the two
+    pixels to the left, and of the channels before x_i in its pixel. All weights start at zero.
 
     Args:
         channels: Channels of the images.
@@ -280,17 +280,24 @@ class LinearPrediction(nn.Module):
         self.mask = nn.Buffer(mask, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the predictions, scaled like `scale_values`, of the shape of the images."""
+        """Return the predicted values in [-1, 1], as in `scale_values`, of the images' shape.
+
+        Args:
+            images: Pixel values, (batch, channels, height, width).
+        """
         with torch.autocast(images.device.type, enabled=False):
             x = scale_values(images, self.bins, self.bias.dtype)
             return F.conv2d(self._pad(x), self.weight * self.mask, self.bias)
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
-        """Minimize the squared error of the predictions of images."""
+        """Set the weights and the bias to the least-squares solution for some images.
+
+        Args:
+            images: Pixel values, (batch, channels, height, width).
+        """
         channels = images.shape[1]
         num_inputs = self.mask[0].numel() + 1  # with the bias
-        # A small ridge, because some pixels are equal in all images
         covariance = RIDGE * torch.eye(num_inputs, dtype=torch.float64, device=images.device)
         products = covariance.new_zeros(num_inputs, channels)
         for part in images.split(FIT_BATCH_SIZE):
@@ -313,10 +320,10 @@ class LinearPrediction(nn.Module):
 class MixtureNetwork(PixelCNNNetwork):
     """Computes the parameters of a `LogisticMixture` for each pixel.
 
-    The means are the sum of a linear prediction and the outputs of a `PixelCNNNetwork`. It starts
-    with similar embeddings of neighboring values: component k is proportional to cos(pi k v) at the
-    value v in [0, 1], with an amplitude that decreases with k. On color images both make the start
-    of training much faster.
+    The means of the components are the sum of a linear prediction and the outputs of a
+    `PixelCNNNetwork`. Similar values have similar embeddings at the start of training: channel k of
+    the embedding of a value v in [0, 1] is sqrt(2) (3 / (2 + k))^2 cos(pi k v), k = 1, 2, ... Both
+    lower the bits/dim of color images early in training, see docs/models/pixelcnn.md, "Choices".
 
     Args:
         channels: Channels of the images.
@@ -339,22 +346,28 @@ class MixtureNetwork(PixelCNNNetwork):
         outputs = num_parameters(channels, components)
         super().__init__(channels, bits, width, layers, outputs, condition_size)
         self.prediction = LinearPrediction(channels, bits)
+        self.bits = bits
         self.components = components
         values = (torch.arange(2**bits) + 0.5)[:, None] / 2**bits
         index = torch.arange(1, width + 1)
         with torch.no_grad():
             waves = math.sqrt(2) * torch.cos(math.pi * index * values)
             self.embedding.weight.copy_((3 / (2 + index)) ** 2 * waves)
-            # The linear prediction dominates. Random outputs separate components with equal means.
+            # Outputs are small, so that the linear prediction dominates, and random, so that
+            # components with equal means become different.
             self.out.weight.mul_(0.1)
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Start at the best linear prediction, and at the distribution of its errors."""
+        """Fit the linear prediction, and the marginal mixture of its errors, to some images.
+
+        Args:
+            images: Pixel values, (batch, channels, height, width).
+        """
         self.prediction.fit(images)
-        errors = scale_values(images, self.prediction.bins, torch.float32) - self.prediction(images)
-        bits = self.prediction.bins.bit_length() - 1
-        bias = initial_parameters(errors, self.components, bits, RELATIVE_SCALE)
+        prediction = self.prediction(images)
+        errors = scale_values(images, 2**self.bits, prediction.dtype) - prediction
+        bias = initial_parameters(errors, self.components, self.bits, RELATIVE_SCALE)
         self.out.bias.copy_(bias)  # type: ignore[union-attr]
 
     def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -443,7 +456,10 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
 
     @torch.no_grad()
     def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Start at the distribution of the values, or of the errors of the linear prediction."""
+        """Start at the marginal distribution of the values.
+
+        A mixture starts at that of the errors of its linear prediction.
+        """
         if isinstance(self.network, MixtureNetwork):
             self.network.initialize(images)
         else:
