@@ -328,28 +328,18 @@ class MixtureNetwork(PixelCNNNetwork):
     Args:
         channels: Channels of the images.
         bits: Bits per pixel value.
-        width: Channels of each stack and of the embedding of a pixel value.
-        layers: Number of gated layers.
         components: Components of the mixture.
-        condition_size: Channels of the condition, 0 for no condition.
+        **settings: Other arguments of `PixelCNNNetwork`, except `outputs` and `groups`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        bits: int,
-        width: int,
-        layers: int,
-        components: int,
-        condition_size: int = 0,
-    ):
+    def __init__(self, channels: int, bits: int, components: int, **settings: int):
         outputs = num_parameters(channels, components)
-        super().__init__(channels, bits, width, layers, outputs, condition_size)
+        super().__init__(channels, bits, outputs=outputs, **settings)
         self.prediction = LinearPrediction(channels, bits)
         self.bits = bits
         self.components = components
         values = (torch.arange(2**bits) + 0.5)[:, None] / 2**bits
-        index = torch.arange(1, width + 1)
+        index = torch.arange(1, self.embedding.embedding_dim + 1)
         with torch.no_grad():
             waves = math.sqrt(2) * torch.cos(math.pi * index * values)
             self.embedding.weight.copy_((3 / (2 + index)) ** 2 * waves)
@@ -431,18 +421,16 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         check_whole(high=MAX_DEPTH, num_layers=num_layers)
         check_whole(width=width)
         channels = self.image_shape[0]
-        condition_size = num_classes or 0
+        settings = {"width": width, "layers": num_layers, "condition_size": num_classes or 0}
         self.num_components = num_components
         if num_components is None:
             outputs = channels * self.bins
             self.network = PixelCNNNetwork(
-                channels, bits, width, num_layers, outputs, condition_size, groups=channels
+                channels, bits, outputs=outputs, groups=channels, **settings
             )
         else:
             check_whole(num_components=num_components)
-            self.network = MixtureNetwork(
-                channels, bits, width, num_layers, num_components, condition_size
-            )
+            self.network = MixtureNetwork(channels, bits, num_components, **settings)
         self.num_iterations = 0
         # The loss of a model with classes is that of p(x | y) instead of p(x).
         if num_classes is None:
