@@ -72,6 +72,13 @@ MODELS = {
     "diffusion": [*TINY, "model=diffusion", "model.width=4", "trainer.optimizer=sgd"],
     "maf": [*TINY, "model=maf", "model.width=16", "trainer.optimizer=sgd"],
     "pixelcnn": [*TINY, "model=pixelcnn", "model.width=4", "model.num_layers=1"],
+    "pixelcnn mixture": [
+        *TINY,
+        "model=pixelcnn",
+        "model.width=4",
+        "model.num_layers=1",
+        "model.num_components=2",
+    ],
     "vae": [
         *TINY,
         "model=vae",

@@ -99,6 +99,9 @@ FLOWS: dict[str, Callable[..., Flow]] = {
 }
 OTHER_MODELS: dict[str, Callable[..., LikelihoodModel]] = {
     "pixelcnn": lambda **changes: build_model("pixelcnn", **{"num_layers": 2} | changes),
+    "pixelcnn mixture": lambda **changes: build_model(
+        "pixelcnn", **{"num_layers": 2, "num_components": 3} | changes
+    ),
     "diffusion": lambda **changes: build_model(
         "diffusion", **{"sampling_steps": 10, "eval_times": 4} | changes
     ),

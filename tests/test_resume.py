@@ -7,7 +7,16 @@ from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.run_dir import Run
 
 # test_training.py kills and resumes flows, and test_rbm_runs.py resumes RBMs.
-NAMES = ["diffusion", "flow_gan", "gan", "pixelcnn", "reverse_kl", "vae", "vqvae, vq"]
+NAMES = [
+    "diffusion",
+    "flow_gan",
+    "gan",
+    "pixelcnn",
+    "pixelcnn, mixture",
+    "reverse_kl",
+    "vae",
+    "vqvae, vq",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

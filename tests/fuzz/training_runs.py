@@ -71,6 +71,7 @@ TRAINING_RUNS = {
     ),
     "sylvester": (*FLOW, "model=sylvester", "model.num_transforms=2"),
     "pixelcnn": (*FLOW, "model=pixelcnn", "model.num_layers=1"),
+    "pixelcnn, mixture": (*FLOW, "model=pixelcnn", "model.num_layers=1", "model.num_components=2"),
     "vae": (*FLOW, "model=vae", "model.free_bits=0.1", "model.warmup_images=10"),
     "vae, flows": (*FLOW, "model=vae", "model.posterior=planar", "model.prior=flow"),
     "vae, pixelcnn": (*FLOW, "model=vae", "model.decoder=pixelcnn", "model.prior=vamp"),
