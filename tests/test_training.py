@@ -497,20 +497,20 @@ def test_auto_compiles_long_trainings_if_steps_become_faster(images, tmp_path, c
         assert command("train", *overrides, *settings, f"output_dir={run}")[0] == 0
         return mode(run)["compiled"]
 
-    assert not is_compiled("short", "trainer.minutes=119")
-    assert is_compiled("long", "trainer.minutes=120")
+    assert not is_compiled("short", "trainer.minutes=59")
+    assert is_compiled("long", "trainer.minutes=60")
     assert not is_compiled(
-        "recomputed", "trainer.minutes=120", "trainer.activation_memory=checkpoint"
+        "recomputed", "trainer.minutes=60", "trainer.activation_memory=checkpoint"
     )
     compiler["compiled"] = 0.99
-    assert not is_compiled("slower", "trainer.minutes=120")
+    assert not is_compiled("slower", "trainer.minutes=60")
     assert is_compiled("required", "trainer.compile=true")
 
 
 @needs_compiler
 def test_a_resumed_run_keeps_its_mode_or_says_that_it_changed(images, tmp_path, command, compiler):
     run = tmp_path / "run"
-    long = [*SMALL, f"data.root={images}", "trainer.steps=1", "trainer.minutes=120"]
+    long = [*SMALL, f"data.root={images}", "trainer.steps=1", "trainer.minutes=60"]
     assert command("train", *long, "trainer.precision=float32", f"output_dir={run}")[0] == 0
     compiler["compiled"] = 2.0  # the speed is not measured again
     status, output, error = command("resume", run, "trainer.steps=2")
@@ -531,7 +531,7 @@ def test_a_run_without_a_mode_stays_eager(images, tmp_path, command, compiler):
     checkpoint = read_checkpoint(path)
     del checkpoint["mode"]
     torch.save(checkpoint, path)
-    assert command("resume", run, "trainer.steps=2", "trainer.minutes=120")[0] == 0
+    assert command("resume", run, "trainer.steps=2", "trainer.minutes=60")[0] == 0
     assert not mode(run)["compiled"]
 
 
@@ -546,7 +546,7 @@ def test_a_failing_compiler_changes_nothing(tmp_path, images, command, monkeypat
         torch.nn.Module, "compile", lambda model, mode: compile_module(model, backend=fail)
     )
     overrides = [*PERSISTENT, f"data.root={images}", "trainer.steps=2"]
-    for name, minutes in {"eager": 119, "failed": 120}.items():
+    for name, minutes in {"eager": 59, "failed": 60}.items():
         arguments = (f"trainer.minutes={minutes}", f"output_dir={tmp_path / name}")
         status, output, error = command("train", *overrides, *arguments)
         assert status == 0
@@ -564,7 +564,7 @@ def test_compilation_needs_a_compiler(images, tmp_path, command):
     run = tmp_path / "run"
     overrides = [*SMALL, f"data.root={images}", "trainer.steps=1"]
     required = [*overrides, "trainer.compile=true", f"output_dir={tmp_path / 'required'}"]
-    optional = [*overrides, "trainer.minutes=120", f"output_dir={run}"]
+    optional = [*overrides, "trainer.minutes=60", f"output_dir={run}"]
     with inductor.patch("cpp.cxx", ("no-compiler",)):
         status, _, error = command("train", *required)
         assert status == 1 and "install g++" in " ".join(error.split())

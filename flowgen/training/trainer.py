@@ -29,7 +29,7 @@ from flowgen.utils.memory import check_memory
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
 
 MIN_MINUTES = 0.001
-MIN_COMPILED_MINUTES = 120  # shorter trainings do not pay for minutes of compilation
+MIN_COMPILED_MINUTES = 60  # shorter trainings do not pay for minutes of compilation
 MIN_SPEEDUP = 1.05  # of compiled steps, below which auto returns to eager mode
 TIMED_STEPS = 3  # of each mode, to compare their speed
 NUM_SAMPLES = 32  # images in a grid of samples
@@ -484,15 +484,15 @@ class Trainer:
         if checkpoint is not None:
             self.state.restore(checkpoint)
         self.last_done = {"save": self.state.step}
-        if self.group.is_main:
+        if checkpoint is None:
+            self.save_checkpoint()
+        self._choose_compilation(checkpoint)
+        if self.group.is_main:  # last, so that its remaining time leaves out the compilation
             if checkpoint is not None:
                 self.run.truncate_metrics(self.state.step)
             total = self.config.steps or 60 * (self.config.minutes or 0.0)
             unit = "steps" if self.config.steps else "seconds"
             self.logger = Logger(self.run, self.model, self.state.step, self.progress, total, unit)
-        if checkpoint is None:
-            self.save_checkpoint()
-        self._choose_compilation(checkpoint)
 
     def _prepare_model(self, initialize: bool) -> None:
         """Move the model to the device, initialize it from data, and check that a batch fits."""
