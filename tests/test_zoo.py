@@ -10,6 +10,7 @@ import torch
 from enumeration import small_rbm
 from safetensors.torch import save_file
 from test_cli import assert_error
+from torch import nn
 
 import flowgen
 from flowgen.config.runs import find_checkpoint
@@ -47,16 +48,26 @@ def test_an_exported_model_has_the_averaged_weights(tiny_run, exported):
     assert not model.training
 
 
-def test_half_precision_is_for_convolutions_only(tiny_run, tmp_path):
-    checkpoint = find_checkpoint(str(tiny_run))[1]
+def test_half_precision_is_for_the_weights_of_layers_only(command, images, tmp_path):
+    size = ["data.size=8", "model.num_layers=[1]", "model.width=8", "trainer.init_images=16"]
+    overrides = ["model=tarflow", "data=folder", *size, f"data.root={images}", "trainer.steps=1"]
+    assert command("train", *overrides, f"output_dir={tmp_path / 'run'}")[0] == 0
+    checkpoint = find_checkpoint(str(tmp_path / "run"))[1]
     full = tmp_path / "full.safetensors"
     half = tmp_path / "half.safetensors"
     export_safetensors(checkpoint, {}, "flowgen train", full)
     export_safetensors(checkpoint, {}, "flowgen train", half, half=True)
+    weights = read_safetensors(full)["model"]
     half_weights = read_safetensors(half)["model"]
-    for name, value in read_safetensors(full)["model"].items():
-        expected = value.half() if value.dim() == 4 else value
+    layers = [
+        name for name, layer in flowgen.load(full).named_modules() if isinstance(layer, nn.Linear)
+    ]
+    assert layers
+    for name, value in weights.items():
+        layer, _, kind = name.rpartition(".")
+        expected = value.half() if layer in layers and kind == "weight" else value
         assert torch.equal(expected, half_weights[name])
+        assert expected.dtype == half_weights[name].dtype
     assert half.stat().st_size < full.stat().st_size
 
 

@@ -311,7 +311,7 @@ def export_safetensors(
         metrics: Results of `flowgen evaluate`.
         command: Command that trained the model.
         path: File to write.
-        half: Whether to store convolutions in half precision.
+        half: Whether to store the weights of layers in half precision.
     """
     from safetensors.torch import save_file
 
@@ -326,11 +326,18 @@ def export_safetensors(
         "command": command,
     }
     weights = {
-        name: (value.half() if half and value.dim() == 4 else value).contiguous().clone()
+        name: (value.half() if half and _is_layer_weight(name, value) else value)
+        .contiguous()
+        .clone()
         for name, value in eval_weights(checkpoint).items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, path, metadata={"flowgen": json.dumps(metadata)})
+
+
+def _is_layer_weight(name: str, value: Any) -> bool:
+    """Return whether this is the matrix or kernel of a layer, which tolerates rounding."""
+    return value.dim() > 1 and name.endswith("weight")
 
 
 def read_safetensors(path: Path, with_weights: bool = True) -> dict[str, Any]:
