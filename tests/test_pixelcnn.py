@@ -9,15 +9,13 @@ from torch import Tensor
 
 from flowgen.models.base import ClassConditional, LinearMeasurement
 from flowgen.models.categorical import Categorical
-from flowgen.models.pixelcnn import (
+from flowgen.models.pixelcnn.networks import (
     GatedLayer,
     LinearPrediction,
-    MetropolisChains,
     MixtureNetwork,
-    PixelCNN,
     PixelCNNNetwork,
-    is_prefix,
 )
+from flowgen.models.pixelcnn.pixelcnn import MetropolisChains, PixelCNN, is_prefix
 from flowgen.utils.errors import UserError
 
 TOP = torch.tensor([[[True, True], [False, False]]])
@@ -213,7 +211,7 @@ def exact_conditional(model: PixelCNN, image: Tensor, known: Tensor) -> tuple[Te
 @pytest.mark.parametrize("num_classes", [None, 2])
 @pytest.mark.parametrize("known", [TOP, DIAGONAL], ids=["top", "diagonal"])
 def test_inpainting_draws_from_the_exact_conditional(known, num_classes, monkeypatch):
-    monkeypatch.setattr("flowgen.models.pixelcnn.INPAINTING_CHAINS", 1000)
+    monkeypatch.setattr("flowgen.models.pixelcnn.pixelcnn.INPAINTING_CHAINS", 1000)
     model = random_model(num_layers=1, num_classes=num_classes)
     image = random_images(model, 1)
     images, log_prob = exact_conditional(model, image, known)

@@ -5,7 +5,7 @@ from flowgen.coding.flow_codec import FlowCodec
 from flowgen.coding.pixelcnn_codec import PixelCNNCodec
 from flowgen.coding.rbm_codec import RBMCodec
 from flowgen.models.base import GenerativeModel
-from flowgen.models.pixelcnn import PixelCNN
+from flowgen.models.pixelcnn.pixelcnn import PixelCNN
 from flowgen.models.rbm.rbm import RBM
 
 DEFAULT_ANNEALING_STEPS = 1000

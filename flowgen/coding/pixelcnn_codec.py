@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flowgen.coding.codec import Codec
 from flowgen.coding.coder import Coder
 from flowgen.models.pixel_distribution import PixelDistribution
-from flowgen.models.pixelcnn import PixelCNN
+from flowgen.models.pixelcnn.pixelcnn import PixelCNN
 
 # The uniform part of a distribution of 8-bit values gives each value more than 2^-28.
 FREQUENCY_BITS = 28

@@ -17,7 +17,7 @@ from flowgen.models.logistic_mixture import (
     num_parameters,
     scale_values,
 )
-from flowgen.models.pixelcnn import PixelCNNNetwork
+from flowgen.models.pixelcnn.networks import PixelCNNNetwork
 from flowgen.models.vae.latents import Encoding, make_posterior, make_prior
 from flowgen.models.vae.networks import conv_decoder, conv_encoder, set_output_bias
 from flowgen.utils.distributed import all_reduce_sum, evaluate_sharded, rank_and_size

@@ -1,0 +1,7 @@
+"""PixelCNN: model and networks."""
+
+from flowgen.utils import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__, {name: name for name in ("networks", "pixelcnn")}
+)
