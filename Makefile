@@ -1,6 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 FLOWGEN := .venv/bin/flowgen
+SETUP := .venv/.setup
 DEMO := outputs/demo
 
 SCALE ?= full
@@ -13,14 +14,14 @@ FAULTS ?= 20
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /#/' | column -t -s '#'
 
-setup: $(FLOWGEN) ## create a virtual environment with all extras in .venv
+setup: $(SETUP) ## create a virtual environment with all extras in .venv
 
-$(FLOWGEN): pyproject.toml constraints.txt
+$(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(FLOWGEN) ## sample from trained models, then train 1,500 steps on embedded digits; 3 minutes on two cores
+demo: $(SETUP) ## sample from trained models, then train 1,500 steps on embedded digits; 3 minutes on two cores
 	$(FLOWGEN) sample --run zoo/glow_mnist
 	$(FLOWGEN) sample --run zoo/rbm_mnist
 	$(FLOWGEN) train experiment=demo output_dir=$(DEMO) resume=true
@@ -37,20 +38,20 @@ demo: $(FLOWGEN) ## sample from trained models, then train 1,500 steps on embedd
 	@echo
 	@echo "The results are on a page: open $(DEMO)/demo.html"
 
-test: $(FLOWGEN) ## run the tests, except the slow ones
+test: $(SETUP) ## run the tests, except the slow ones
 	.venv/bin/pytest -n 2 --dist worksteal
 
-check-all: $(FLOWGEN) ## run every check: .ci/run, the slow tests, and the slow commands of the documentation; half an hour
+check-all: $(SETUP) ## run every check: .ci/run, the slow tests, and the slow commands of the documentation; half an hour
 	.ci/run
 	.venv/bin/pytest -n 2 -m slow
 	$(MAKE) docs-long
 
-lint: $(FLOWGEN) ## check style and types
+lint: $(SETUP) ## check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-docs: $(FLOWGEN) ## build the documentation in docs/_build; needs no network
+docs: $(SETUP) ## build the documentation in docs/_build; needs no network
 	rm -rf docs/_build
 	.venv/bin/sphinx-build -q -n -W --keep-going docs docs/_build
 	@echo "Open docs/_build/index.html"
@@ -58,19 +59,19 @@ docs: $(FLOWGEN) ## build the documentation in docs/_build; needs no network
 docs-long: docs ## run the slow commands of the documentation too, and check its pages in a browser: minutes
 	FLOWGEN_DOCS=long .venv/bin/pytest tests/test_docs.py
 
-docs-pictures: $(FLOWGEN) ## create the pictures of the documentation from the commands of its pages: PICTURES=all, or names
+docs-pictures: $(SETUP) ## create the pictures of the documentation from the commands of its pages: PICTURES=all, or names
 	.venv/bin/python scripts/reproduce/docs_pictures.py $(PICTURES)
 
-reproduce-thesis: $(FLOWGEN) ## make every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
+reproduce-thesis: $(SETUP) ## make every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
 	.venv/bin/python scripts/reproduce/thesis --preset $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
 
-faults: $(FLOWGEN) ## run the fuzzers (kills, full disks, damaged files, command lines): minutes, or hours with FAULTS=1000
+faults: $(SETUP) ## run the fuzzers (kills, full disks, damaged files, command lines): minutes, or hours with FAULTS=1000
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 .venv/bin/python tests/fuzz/run.py --count $(FAULTS)
 	FLOWGEN_EXAMPLES=$$((10 * $(FAULTS))) .venv/bin/pytest -n 2 tests/test_properties.py
 
-zoo: $(FLOWGEN) ## train the models of the package: hours
+zoo: $(SETUP) ## train the models of the package: hours
 	.venv/bin/python scripts/reproduce/zoo.py $(NAMES)
 
-bench: $(FLOWGEN) ## compare the training speed with other packages
+bench: $(SETUP) ## compare the training speed with other packages
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	.venv/bin/python scripts/benchmarks/bench.py

@@ -86,6 +86,7 @@ OTHER_PROGRAMS = (
     "huggingface-cli",
     "pip",
     "python",
+    "python3",
     "source",
     "tensorboard",
     "torchrun",
