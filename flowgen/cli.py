@@ -320,7 +320,7 @@ def echo_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     type=finite_number(" of at least 0, such as 0.7", minimum=0),
     multiple=True,
     metavar="T",
-    help="May be repeated; by default that of the run, 0.7 for flows.",
+    help="May be repeated; by default that of the run.",
 )
 @whole_number_option(
     "--count", None, "Samples per temperature; by default 32 images or 10,000 points."
@@ -339,7 +339,7 @@ def echo_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     help="Weight of classifier-free guidance (class-conditional TarFlow).",
 )
 @click.option(
-    "--jacobi", is_flag=True, help="Sample all tokens in parallel by Jacobi iteration (TarFlow)."
+    "--jacobi", is_flag=True, help="Sample all patches in parallel by Jacobi iteration (TarFlow)."
 )
 @click.option(
     "--sampler", type=click.Choice(SAMPLERS), help="Sampler of an RBM; by default tempering."
@@ -397,7 +397,8 @@ def interpolate(**options: Any) -> None:
 @whole_number_option(
     "--steps",
     None,
-    "Steps of the sampler; by default 1000 (RBM), 400 (flow) or 100 (PixelCNN).",
+    "Steps of the sampler; by default 1000 (RBM), 400 (flow) or 100 (PixelCNN); with --log-prob "
+    "1000, 100 or 256.",
 )
 @click.option(
     "--log-prob",
