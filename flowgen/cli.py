@@ -141,6 +141,17 @@ def complete_override(ctx: click.Context, param: click.Parameter, incomplete: st
     return [candidate for candidate in candidates if candidate.startswith(incomplete)]
 
 
+def complete_eval_override(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[str]:
+    """Complete `sam` to `samples=`: a setting of an evaluation."""
+    section = "evaluation."
+    candidates = [
+        f"{name.removeprefix(section)}=" for name in setting_names() if name.startswith(section)
+    ]
+    return [candidate for candidate in candidates if candidate.startswith(incomplete)]
+
+
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Complete the name of a run or of a model in the zoo."""
     from flowgen.config.runs import OUTPUTS, list_runs
@@ -388,7 +399,7 @@ def interpolate(**options: Any) -> None:
     multiple=True,
     metavar="NAME",
     shell_complete=lambda ctx, param, incomplete: [
-        name for name in SAMPLERS if name.startswith(incomplete)
+        name for name in (*SAMPLERS, "hmc", "metropolis") if name.startswith(incomplete)
     ],
     help="gibbs, tempering or mean-field for RBMs, hmc for flows, metropolis for PixelCNNs. May be "
     "repeated; by default all.",
@@ -494,7 +505,9 @@ def chain(**options: Any) -> None:
 @run_option
 @json_option
 @device_option
-@overrides_argument
+@click.argument(
+    "overrides", nargs=-1, metavar="[OVERRIDE]...", shell_complete=complete_eval_override
+)
 def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, ...]) -> None:
     """Evaluate a model on the test split.
 

@@ -266,6 +266,15 @@ def test_every_process_gets_equally_many_rows_of_each_micro_batch():
     assert shares == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
 
 
+def test_processes_share_the_memory_of_their_machine(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert WorkerGroup(0, 4).num_machines == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert WorkerGroup(0, 4).num_machines == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert WorkerGroup(0, 4).num_machines == 1
+
+
 def test_a_sharded_random_source_returns_its_rows_of_the_whole_batch():
     whole = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
     for rank in range(3):

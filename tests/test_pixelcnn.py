@@ -8,7 +8,7 @@ from enumeration import all_images
 from torch import Tensor
 
 from flowgen.models.base import ClassConditional, LinearMeasurement
-from flowgen.models.categorical import Categorical
+from flowgen.models.categorical import Categorical, draw_values
 from flowgen.models.pixelcnn.networks import (
     GatedLayer,
     LinearPrediction,
@@ -318,3 +318,13 @@ def test_a_trained_model_comes_close_to_the_entropy_of_a_markov_texture():
     train(model, images, 120, lr=1e-2)
     metrics = evaluate(model, markov_texture(2000)[0])
     assert abs(metrics["bits_per_dim"] - entropy) < 3 * metrics["bits_per_dim_error"] + 0.01
+
+
+def test_drawn_values_have_their_probabilities_at_each_temperature():
+    logits = torch.tensor([0.0, 1.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (0.5, 1.0):
+        values = draw_values(logits.expand(20_000, 3), temperature, generator)
+        shares = values.bincount(minlength=3) / len(values)
+        assert torch.allclose(shares, (logits / temperature).softmax(0), atol=0.01)
+    assert (draw_values(logits.expand(1000, 3), 0.0, generator) == 1).all()

@@ -105,6 +105,8 @@ def test_bash_completes_commands_and_settings(command, home, monkeypatch):
     assert type_in_bash("flowgen train model=gl\t", "model=glow ")
     assert type_in_bash("flowgen train trainer.minu\t5", "trainer.minutes=5")  # without a space
     assert type_in_bash("flowgen sample --sampler=gi\t", "--sampler=gibbs ")
+    assert type_in_bash("flowgen complete --sampler=hm\t", "--sampler=hmc ")
+    assert type_in_bash("flowgen evaluate num_imp\t4", "num_importance_samples=4")
 
 
 def type_in_bash(keys: str, expected: str) -> bool:

@@ -42,7 +42,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(script, "timed_flowgen", timed_flowgen)
     monkeypatch.setattr(script, "has_tighter_bound", lambda run: True)
     monkeypatch.setattr(script, "count_parameters", lambda run: 150_000)
-    monkeypatch.setattr(script, "count_flops", lambda run: 2.5e7)
+    monkeypatch.setattr(script, "flops_per_image", lambda run: 2.5e7)
     monkeypatch.setattr(script, "time_samples", lambda run, temperature: 32.0)
     return script
 
@@ -108,10 +108,13 @@ def test_the_cpu_time_of_a_failed_training_is_counted(table):
     assert len(table.commands) == 4 + 1 + 1 + 3
 
 
-def test_a_row_with_other_overrides_is_not_changed(table):
+@pytest.mark.parametrize(
+    "other", ({"overrides": ["trainer.lr=1e-3"]}, {"temperature": 1.0}, {"samples": 500})
+)
+def test_a_row_with_other_options_is_not_changed(table, other):
     table.Row("mnist", "glow", 1.0, []).fill()
-    with pytest.raises(SystemExit, match="move it away"):
-        table.Row("mnist", "glow", 1.0, ["trainer.lr=1e-3"])
+    with pytest.raises(SystemExit, match="another --folder"):
+        table.Row("mnist", "glow", 1.0, **{"overrides": []} | other)
 
 
 def test_the_cpu_time_of_interrupted_and_failed_commands_is_counted(monkeypatch):
@@ -153,6 +156,6 @@ def test_flops_include_attention(monkeypatch):
     ratios = []
     for num_tokens in (4, 16):
         attention = Attention(num_tokens, width=8)
-        monkeypatch.setattr(script.flowgen, "load", lambda run, attention=attention: attention)
-        ratios.append(script.count_flops("") / (3 * 4 * num_tokens**2 * 8))
+        monkeypatch.setattr(script.flowgen, "load", lambda run, device, model=attention: model)
+        ratios.append(script.flops_per_image("") / (3 * 4 * num_tokens**2 * 8))
     assert ratios == [1.0, 1.0]

@@ -122,6 +122,8 @@ def test_trainer_config_has_the_keys_and_defaults_of_the_yaml():
         ({"checkpoint_steps": 5}, "checkpoint_steps must be a list"),
         ({"betas": [0.9]}, "betas must be two numbers"),
         ({"ema_decay": []}, "ema_decay must be a number"),
+        ({"sample_temperature": [0.7, 1.0]}, "sample_temperature must be a number"),
+        ({"eval_every": [5]}, "eval_every must be a whole number"),
         ({"batch_size": 5, "grad_accum_steps": 2}, "batch_size=5 cannot be split"),
         ({"warmdown_ratio": 1.5}, "warmdown_ratio must be at most 1"),
         ({"ema_decay": 1}, "must be below 1"),

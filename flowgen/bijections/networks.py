@@ -12,7 +12,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 MIN_STD = 1e-6  # lower bound of a standard deviation, for channels that are constant
 # A function such as `tqdm` that returns an iterable over the same steps and reports its progress.
-# Its arguments are the steps, a description, and optionally the number of steps.
+# Its arguments are the steps, a description, and optionally the number of steps. This is not
+# `flowgen.utils.console.Progress`, because bijections need torch alone.
 Progress = Callable[..., Iterable[Any]]
 
 

@@ -2,7 +2,8 @@
 
 A comment belongs to the key on its line and continues on the indented comment lines below it.
 The first comment line of a file describes it.
-Nothing here imports torch or Hydra, so help and completion answer at once.
+Hydra is not imported, and torch only to tell what trainer=auto stands for on a machine with a GPU,
+so that help and completion answer at once.
 """
 
 import difflib
@@ -201,7 +202,9 @@ def setting_names() -> dict[str, list[str]]:
     names: dict[str, list[str]] = {name: [] for name in (*GROUPS, *settings_of_file("train"))}
     for group in (*SECTIONS, "model/negative_phase"):
         for option in group_options(group):
-            for key in settings_of_option(group, option):
+            # trainer=auto has the keys of both other options; torch knows which it stands for.
+            concrete = "cpu" if (group, option) == ("trainer", "auto") else option
+            for key in settings_of_option(group, concrete):
                 names.setdefault(key, []).append(f"{group}={option}")
     return dict(sorted(names.items()))
 

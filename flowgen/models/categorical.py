@@ -1,4 +1,4 @@
-"""Categorical distributions of the pixel values of an image."""
+"""Categorical distributions: those of the pixel values of an image, and draws."""
 
 import torch
 from torch import Tensor
@@ -57,6 +57,25 @@ class Categorical(PixelDistribution):
         cumulative = probabilities.cumsum_(-1)
         cumulative[..., -1] = 1.0  # without a rounding error
         return cumulative
+
+
+def draw_values(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """Draw values k with probability proportional to exp(logits_k / temperature).
+
+    This is the Gumbel-max trick: logits_k - temperature * log(noise_k) is largest at such a k, if
+    the noise is exponential. At temperature 0, k has the largest logit.
+
+    Args:
+        logits: (..., values).
+        temperature: Factor of the noise.
+        generator: Random generator, or None for the global one.
+
+    Returns:
+        (...).
+    """
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    noise.clamp_(min=torch.finfo(logits.dtype).tiny)  # log 0 times temperature 0 is not a number
+    return (logits - temperature * noise.log()).argmax(-1)
 
 
 def initial_logits(images: Tensor, bits: int) -> Tensor:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.networks import RandomSource, TransformerBlock, zero_init
-from flowgen.models.base import Likelihood
-from flowgen.models.categorical import count_values
+from flowgen.models.categorical import count_values, draw_values
 from flowgen.models.flows.builders import MAX_DEPTH, Resolution, resolve_levels, split_shape
 from flowgen.models.likelihood import LikelihoodModel
 from flowgen.utils.errors import UserError, check_choice, check_whole
-from flowgen.utils.metrics import BITS_PER_DIM
+from flowgen.utils.metrics import BITS_PER_DIM, Likelihood
 
 # Ends of the schedule of gamma = log(sigma^2 / alpha^2). At 8 bits, the standard deviation of the
 # noise at time 0 is a sixth of the distance between pixel values. At time 1, little of the image
@@ -404,9 +403,7 @@ class VariationalDiffusion(LikelihoodModel):
         nearest = ((z / alpha + 1) * self.bins - 1) / 2
         nearest = nearest.round().nan_to_num(0.0).clamp(0, self.bins - 1)
         logits, candidates = self._value_logits(z, nearest)
-        uniform = torch.rand(logits.shape, generator=generator, device=z.device, dtype=z.dtype)
-        gumbel = -(-uniform.clamp(min=torch.finfo(z.dtype).tiny).log()).log()
-        choice = (logits + temperature * gumbel).argmax(-1, keepdim=True)
+        choice = draw_values(logits, temperature, generator)[..., None]
         return candidates.gather(-1, choice).squeeze(-1).to(torch.uint8)
 
     def _value_logits(self, z: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:

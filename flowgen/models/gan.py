@@ -16,13 +16,12 @@ from flowgen.models.base import (
     SAMPLE_BATCH_SIZE,
     ClassConditional,
     EvalConfig,
-    Likelihood,
 )
 from flowgen.models.flows.builders import Resolution, split_shape
 from flowgen.utils.distributed import evaluate_sharded
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.frechet import PrincipalComponents, frechet_distance
-from flowgen.utils.metrics import FRECHET, Metric, Metrics, MetricValue
+from flowgen.utils.metrics import FRECHET, Likelihood, Metric, Metrics, MetricValue
 
 GRADIENT_PENALTIES = {"nonsaturating": 0.0, "wgan_gp": 10.0, "r3gan": 0.05}  # default by loss
 FINAL_SIZE = 4  # pixels; images are halved until both sides are as small
@@ -297,7 +296,7 @@ class GAN(ClassConditional):
         self.generator = Generator(image_shape, latent_dim + (num_classes or 0), width)
         self.discriminator = Discriminator(image_shape, discriminator_width, num_classes)
         self.random_source = RandomSource()
-        self._losses: dict[str, Tensor] = {}  # of the last training step
+        self._losses: dict[str, Tensor] = {}  # of the last micro-batch of this process
 
     # Training
 
@@ -327,7 +326,7 @@ class GAN(ClassConditional):
         return generator_loss + discriminator_loss
 
     def diagnostics(self) -> dict[str, float]:
-        """Return the losses of both players at the last training step."""
+        """Return the losses of both players on the last micro-batch of this process."""
         return {name: value.item() for name, value in self._losses.items()}
 
     # Samples

@@ -63,6 +63,7 @@ class LikelihoodModel(GenerativeModel):
         bins: Number of pixel values, 2^bits.
         dimensions: The product D of `image_shape`.
         elbo_only: Average log w over importance samples if only this is a valid bound.
+        has_noise: Whether `log_prob` draws random numbers, so that importance samples differ.
 
     Example:
         >>> from flowgen.models import NICE
@@ -93,7 +94,7 @@ class LikelihoodModel(GenerativeModel):
     def log_prob(
         self, images: Tensor, generator: torch.Generator | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Return log P(image), or log w of one noise sample, in nats: (batch,).
+        """Return log P(image), or log w of one noise draw, in nats: (batch,).
 
         Args:
             images: (batch, channels, height, width).
@@ -147,8 +148,12 @@ class LikelihoodModel(GenerativeModel):
             return log_prob.mean(0)
         return log_prob.logsumexp(0) - math.log(samples)
 
+    @property
+    def has_noise(self) -> bool:
+        return self.likelihood != "exact"
+
     def _num_samples(self, samples: int) -> int:
-        return 1 if self.likelihood == "exact" else samples
+        return samples if self.has_noise else 1
 
     def bits_per_dim(self, log_prob: Tensor) -> Tensor:
         """Return -log_prob / (D log 2)."""

@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowgen.bijections.autoregressive import MADE
-from flowgen.bijections.networks import (
-    CausalTransformer,
-    Progress,
-    Transformer,
-    no_progress,
-    zero_init,
-)
-from flowgen.models.base import QUICK_EVAL, ClassConditional, EvalConfig, Likelihood
+from flowgen.bijections.networks import CausalTransformer, Transformer, zero_init
+from flowgen.models.base import QUICK_EVAL, ClassConditional, EvalConfig
+from flowgen.models.categorical import draw_values
 from flowgen.models.flows.builders import (
     MAX_DEPTH,
     check_transformer,
@@ -32,9 +27,10 @@ from flowgen.models.logistic_mixture import (
     num_parameters,
     scale_values,
 )
+from flowgen.utils.console import Progress, no_progress
 from flowgen.utils.distributed import all_gather_rows, evaluate_sharded
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
-from flowgen.utils.metrics import BITS_PER_DIM, Metric, Metrics, MetricValue
+from flowgen.utils.metrics import BITS_PER_DIM, Likelihood, Metric, Metrics, MetricValue
 
 EMA_DECAY = 0.99  # of the codebook, as in appendix A.1 of the VQ-VAE
 DEAD_USAGE = 0.1  # codes used less than this share of the mean usage are restarted
@@ -282,9 +278,7 @@ class CodePrior(nn.Module):
                 logits = logits + from_context[:, :, digit]
                 log_prob = self._log_softmax(logits[:, :, None], self.impossible[:, [digit]])
                 log_prob = log_prob[:, :, 0]
-                noise = torch.empty_like(log_prob).exponential_(generator=generator)
-                # The Gumbel-max trick: log p_k - T log(noise_k) is largest at k ~ p^(1/T).
-                choice = (log_prob - temperature * noise.log()).argmax(1, keepdim=True)
+                choice = draw_values(log_prob, temperature, generator)[:, None]
                 return 2 * choice / self.highest[digit] - 1, log_prob.gather(1, choice)
 
             values, log_prob = self.made.invert_sequentially(draw_digit, count, context)
@@ -299,11 +293,11 @@ class CodePrior(nn.Module):
     def _one_hot(self, codes: Tensor) -> Tensor:
         """Return the digits, one-hot: (..., sum of the levels)."""
         digits = [F.one_hot(codes[..., j], level) for j, level in enumerate(self.levels)]
-        return torch.cat(digits, -1).to(self.transformer.place.dtype)
+        return torch.cat(digits, -1).to(self.linear.weight.dtype)
 
     def _log_softmax(self, logits: Tensor, impossible: Tensor) -> Tensor:
         """Normalize logits (..., levels, digits)."""
-        logits = logits.to(self.transformer.place.dtype)
+        logits = logits.to(self.linear.weight.dtype)
         return logits.masked_fill(impossible, -math.inf).log_softmax(-2)
 
 
@@ -532,8 +526,9 @@ class VQVAE(LikelihoodModel, ClassConditional):
             MetricValue(CODE_PERPLEXITY, entropy.exp().item()),
         )
 
-    def _num_samples(self, samples: int) -> int:
-        return 1  # the posterior is deterministic, so all importance samples are equal
+    @property
+    def has_noise(self) -> bool:
+        return False  # the posterior is deterministic
 
     def diagnostics(self) -> dict[str, float]:
         """Return the perplexity of the codes in recent batches, for "vq"."""

@@ -27,7 +27,7 @@ class Runtime:
     Args:
         device: Device: auto, cpu or cuda.
         num_threads: CPU threads, or "auto" for one per free core.
-        precision: Number format of the networks inside couplings: float32, bfloat16 or auto.
+        precision: Number format of the networks: float32, bfloat16 or auto.
 
     Raises:
         UserError: If this machine does not have the device.
@@ -74,7 +74,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the number format of the networks inside couplings.
+    """Return the number format of the networks.
 
     Args:
         precision: "float32", "bfloat16" or "auto": the environment variable FLOWGEN_PRECISION, or
@@ -150,7 +150,8 @@ def check_batch_fits(
         data: Data set, of which a few images are tried.
         runtime: Device and precision.
         batch_size: Images per optimizer step.
-        parts: Micro-batches per step in all processes together.
+        parts: Number of equal parts of a step that are in memory one after the other, or in the
+            memory of different devices.
         activation_memory: Setting of the same name.
 
     Raises:

@@ -42,6 +42,11 @@ class WorkerGroup:
     size: int = 1
 
     @property
+    def num_machines(self) -> int:
+        """Number of machines: of processes, unless a launcher starts several on each."""
+        return max(1, self.size // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+    @property
     def is_main(self) -> bool:
         """True in the process that reads and writes files."""
         return self.rank == 0

@@ -34,7 +34,7 @@ MIN_SPEEDUP = 1.05  # of compiled steps, below which auto returns to eager mode
 TIMED_STEPS = 3  # of each mode, to compare their speed
 NUM_SAMPLES = 32  # images in a grid of samples
 BN_UPDATE_BATCHES = 40  # training batches over which batch statistics are estimated
-CHECKS: dict[Any, Callable[..., None]] = {  # of settings, or of their elements, by type
+CHECKS: dict[Any, Callable[..., None]] = {  # of settings by type, those of `LISTS` by element
     int: check_whole,
     int | None: check_whole,
     list[int]: check_whole,
@@ -44,6 +44,7 @@ CHECKS: dict[Any, Callable[..., None]] = {  # of settings, or of their elements,
     float | Sequence[float]: check_number,
 }
 OPTIONAL = (int | None, float | None)
+LISTS = (list[int], Sequence[float], float | Sequence[float])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ class TrainerConfig:
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.type in CHECKS and (value is not None or setting.type not in OPTIONAL):
-                for number in as_list(value):
+                for number in as_list(value) if setting.type in LISTS else [value]:
                     CHECKS[setting.type](**{setting.name: number})
         check(
             self.warmdown_ratio <= 1, f"warmdown_ratio must be at most 1, not {self.warmdown_ratio}"
@@ -403,6 +404,10 @@ class Trainer:
 
         Its batch statistics are estimated over training batches that the seed and the state fix.
         """
+        self._update_batch_statistics()
+        return self.state.ema_model.eval()
+
+    def _update_batch_statistics(self) -> None:
         self.runtime.seed(self.run_config["seed"], self.state.step)
         size = self.config.batch_size // self.config.grad_accum_steps
         self.state.update_bn(
@@ -411,7 +416,6 @@ class Trainer:
             )
             for index in range(BN_UPDATE_BATCHES)
         )
-        return self.state.ema_model.eval()
 
     def validate(self) -> bool:
         """Evaluate all EMAs on the validation split and select the best.
@@ -466,7 +470,7 @@ class Trainer:
             is_best: Save it as `best.pt` too.
             numbered: Save it under the number of its step too.
         """
-        self.eval_model()
+        self._update_batch_statistics()
         self.model.train()
         if self.group.is_main:
             self.run.save(
@@ -515,10 +519,16 @@ class Trainer:
             self.data,
             self.runtime,
             config.batch_size,
-            config.grad_accum_steps * self.group.size,
+            config.grad_accum_steps * self._memory_shares,
             config.activation_memory,
         )
         self.group.broadcast_weights(model)
+
+    @property
+    def _memory_shares(self) -> int:
+        """Number of equal parts of a batch that are in separate memory: of GPUs or of machines."""
+        on_gpu = self.runtime.device.type == "cuda"
+        return self.group.size if on_gpu else self.group.num_machines
 
     def _create_state(self) -> None:
         """Create the optimizer and the EMAs, and give each process its part of the batches."""

@@ -9,8 +9,9 @@ Every program runs in its own process, and the programs take turns. The script p
 all rounds with their range: the speed per second of CPU time, summed over threads, and per second
 of wall time. Other work on the machine changes the second much more than the first. It also prints
 the FLOPs per CPU second as a share of those of a 3x3 convolution on the same machine, in the
-precision of the program. For all programs it assumes the FLOPs of flowgen's convolutions and matrix
-products, which torch counts. The results are saved as JSON, with the name of the processor.
+precision of the program. For all programs of a comparison it assumes the FLOPs of convolutions and
+matrix products that torch counts in one of them. The results are saved as JSON, with the name of
+the processor.
 """
 
 import argparse
@@ -30,9 +31,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config as aot_config
+from flops import count_flops
 from plain_models import PlainGlow, PlainTarFlow
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from flowgen.models.flows.glow import Glow
 from flowgen.models.flows.tarflow import TarFlow
@@ -457,9 +458,7 @@ def measure(comparison: Comparison, program: Program, rounds: int) -> Measuremen
     units = calls * program.updates * comparison.per_update
     flops = 0.0
     if program is comparison.programs[comparison.flop_counted]:
-        with FlopCounterMode(display=False) as counter:
-            step(images)
-        flops = counter.get_total_flops() / comparison.per_update
+        flops = count_flops(lambda: step(images)) / comparison.per_update
     for _ in range(3):
         step(images)  # the first steps compile and allocate
     times = [seconds(lambda: [step(images) for _ in range(calls)]) for _ in range(rounds)]

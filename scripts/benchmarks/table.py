@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flops import count_flops
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import flowgen
 from flowgen.config.compose import read_config
+from flowgen.models.likelihood import LikelihoodModel
 from flowgen.training.run_dir import Run
 from flowgen.utils import rendering
 from flowgen.utils.files import atomic_write
@@ -102,6 +102,7 @@ class Row:
         self.overrides = [
             f"model={model}",
             f"data={data}",
+            "trainer=cpu",
             "trainer.minutes=null",
             "trainer.num_threads=1",
             *overrides,
@@ -111,14 +112,17 @@ class Row:
             "model": model,
             "minutes": minutes,
             "overrides": overrides,
+            "temperature": temperature,
+            "num_samples": samples,
         }
         if self.file.exists():
             stored = json.loads(self.file.read_text())
-            if stored["overrides"] != overrides:
-                sys.exit(
-                    f"{self.file} has other overrides, {stored['overrides']}: use the same "
-                    "overrides, or move it away"
-                )
+            for key in ("overrides", "temperature", "num_samples"):
+                if stored[key] != self.values[key]:
+                    sys.exit(
+                        f"{self.file} has other {key}, {stored[key]}: use the same, or another "
+                        "--folder"
+                    )
             self.values = stored
 
     def cached(self, key: str, compute: Callable[[], Any]) -> Any:
@@ -143,7 +147,7 @@ class Row:
         self.cached("images_seen", lambda: steps * batch_size)
         run = str(self.run.folder)
         self.cached("parameters", lambda: count_parameters(run))
-        self.cached("flops", lambda: count_flops(run))
+        self.cached("flops", lambda: flops_per_image(run))
         first, *others = IMPORTANCE_SAMPLES
         metrics = self.cached(f"metrics_{first}", lambda: self.evaluate(first))
         for count in others:
@@ -200,7 +204,7 @@ class Row:
         self.store("cpu_seconds", self.values.get("cpu_seconds", 0.0) + seconds)
 
     def evaluate(self, num_importance_samples: int) -> dict[str, float]:
-        """Return the test metrics of the model, those of its samples with the first of them."""
+        """Return the test metrics; for the first number of importance samples, of samples too."""
         is_first = num_importance_samples == IMPORTANCE_SAMPLES[0]
         output, _ = timed_flowgen(
             "evaluate",
@@ -297,7 +301,7 @@ def time_samples(run: str, temperature: float) -> float:
     """Return the CPU seconds that `TIMED_SAMPLES` samples take on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = flowgen.load(run)
+    model = flowgen.load(run, device="cpu")
     start = time.process_time()
     model.sample(TIMED_SAMPLES, temperature)
     return time.process_time() - start
@@ -305,24 +309,23 @@ def time_samples(run: str, temperature: float) -> float:
 
 def has_tighter_bound(run: str) -> bool:
     """Return whether more importance samples make the bound of a model tighter."""
-    model = flowgen.load(run)
-    return model.likelihood == "bound" and not getattr(model, "elbo_only", False)
+    model = flowgen.load(run, device="cpu")
+    if not isinstance(model, LikelihoodModel):
+        return False
+    return model.likelihood == "bound" and model.has_noise and not model.elbo_only
 
 
 def count_parameters(run: str) -> int:
     """Return the number of parameters of a model."""
-    return sum(parameter.numel() for parameter in flowgen.load(run).parameters())
+    return sum(parameter.numel() for parameter in flowgen.load(run, device="cpu").parameters())
 
 
-def count_flops(run: str) -> float:
+def flops_per_image(run: str) -> float:
     """Return the FLOPs per image of convolutions and matrix products in a training step."""
-    model = flowgen.load(run)
+    model = flowgen.load(run, device="cpu")
     images = torch.zeros(2, *model.image_shape, dtype=torch.uint8)
     labels = None if model.num_classes is None else torch.zeros(2, dtype=torch.long)
-    # On a CPU, the counter knows no kernel of attention except the math kernel.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(images, labels).backward()
-    return counter.get_total_flops() / len(images)
+    return count_flops(lambda: model(images, labels).backward()) / len(images)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from flowgen.models.base import (
     ClassConditional,
     InpaintingResult,
-    Likelihood,
     LinearMeasurement,
     Observation,
     SupportsCompression,
@@ -28,6 +27,7 @@ from flowgen.utils.metrics import (
     BITS_PER_DIM,
     CONDITIONAL_LOG_PROB,
     EFFECTIVE_SAMPLE_SIZE,
+    Likelihood,
     Metrics,
     MetricValue,
 )
@@ -145,7 +145,6 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
         """Return log p(y | x), (batch, classes), under a uniform prior over the classes."""
-        self.check_classes()
         return self._class_log_prob(images).log_softmax(1)
 
     def _class_log_prob(self, images: Tensor) -> Tensor:

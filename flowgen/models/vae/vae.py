@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgen.bijections.networks import RandomSource
-from flowgen.models.base import QUICK_EVAL, EvalConfig, Likelihood
+from flowgen.models.base import QUICK_EVAL, EvalConfig
 from flowgen.models.flows.builders import MAX_DEPTH
 from flowgen.models.likelihood import LikelihoodModel
 from flowgen.models.logistic_mixture import (
@@ -22,7 +22,7 @@ from flowgen.models.vae.latents import Encoding, make_posterior, make_prior
 from flowgen.models.vae.networks import conv_decoder, conv_encoder, set_output_bias
 from flowgen.utils.distributed import all_reduce_sum, evaluate_sharded, rank_and_size
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
-from flowgen.utils.metrics import BITS_PER_DIM, Metric, Metrics, MetricValue
+from flowgen.utils.metrics import BITS_PER_DIM, Likelihood, Metric, Metrics, MetricValue
 
 DECODERS = ("factorized", "pixelcnn")
 ACTIVE_VARIANCE = 0.01  # the mean of an active latent has a larger variance over images
