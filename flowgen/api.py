@@ -14,7 +14,7 @@ from flowgen.data import DOWNLOADED
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, processes
 from flowgen.utils.errors import UserError, check_whole, log
-from flowgen.utils.metrics import FRECHET, Metrics, MetricValue, finite
+from flowgen.utils.metrics import FRECHET, Metrics, MetricValue, nonfinite_to_none
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ class EvalReport(dict[str, MetricValue]):
 
     def row(self) -> dict[str, Any]:
         """Return everything as one flat dictionary that can be written as JSON."""
-        return self.metadata | finite(self.metrics.row())
+        return self.metadata | nonfinite_to_none(self.metrics.row())
 
     def __str__(self) -> str:
         rows = list(self.metadata.items())
@@ -274,12 +274,10 @@ def _evaluate_samples(
     import torch
 
     from flowgen.models.base import ClassConditional, sample_images
-    from flowgen.utils import rendering
 
     temperature = config["evaluation"]["temperature"]
-    if temperature is None:  # as in `flowgen sample`
-        is_plane = rendering.is_toy2d(model.image_shape)
-        temperature = 1.0 if is_plane else config["trainer"]["sample_temperature"]
+    if temperature is None:
+        temperature = runs.default_temperature(config, model.image_shape)
     count = len(quality.test)
     samples, _ = sample_images(model, count, temperature, config["seed"])
     classes = None

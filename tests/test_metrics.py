@@ -11,7 +11,7 @@ from flowgen.utils.metrics import (
     Metric,
     Metrics,
     MetricValue,
-    finite,
+    nonfinite_to_none,
 )
 
 RECONSTRUCTION_ERROR = Metric(
@@ -24,7 +24,7 @@ def test_a_value_survives_a_round_trip_through_a_file():
     bits = MetricValue(BITS_PER_DIM, 3.5, 0.25, "test")
     reconstruction = MetricValue(RECONSTRUCTION_ERROR, 0.1, None, "test")
     metrics = Metrics.of(bits, reconstruction, images=7)
-    row = {"split": "test"} | json.loads(json.dumps(finite(metrics.row())))
+    row = {"split": "test"} | json.loads(json.dumps(nonfinite_to_none(metrics.row())))
     assert row == {
         "split": "test",
         "bits_per_dim": 3.5,
@@ -39,7 +39,7 @@ def test_a_value_survives_a_round_trip_through_a_file():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_null_in_files_and_not_read(value):
-    row = finite(Metrics.of(MetricValue(BITS_PER_DIM, value, math.inf)).row())
+    row = nonfinite_to_none(Metrics.of(MetricValue(BITS_PER_DIM, value, math.inf)).row())
     assert row == {"bits_per_dim": None, "bits_per_dim_error": None}
     assert MetricValue.from_row(row, BITS_PER_DIM) is None
 

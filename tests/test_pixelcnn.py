@@ -73,7 +73,7 @@ def dependencies(network: torch.nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_network_sees_all_earlier_values_and_no_other(groups):
-    network = PixelCNNNetwork(2, bits=2, width=16, layers=4, outputs=4, groups=groups)
+    network = PixelCNNNetwork(2, bits=2, width=16, num_layers=4, outputs=4, groups=groups)
     depends = dependencies(network).unflatten(1, (-1, 4 // groups)).any(2)
     value = torch.arange(70)[:, None]
     first_seen = torch.arange(70)[None] if groups == 2 else 2 * torch.arange(35)[None]
@@ -131,7 +131,7 @@ def test_one_component_starts_with_the_deviation_of_the_errors():
 
 
 def test_every_layer_depends_on_the_condition():
-    network = PixelCNNNetwork(1, bits=2, width=6, layers=4, outputs=3, condition_size=4)
+    network = PixelCNNNetwork(1, bits=2, width=6, num_layers=4, outputs=3, condition_size=4)
     for parameter in network.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     x = torch.randint(4, (2, 1, 5, 6), dtype=torch.uint8)

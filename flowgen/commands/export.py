@@ -10,6 +10,7 @@ from yaml import safe_dump
 from flowgen.config.runs import (
     FILE,
     PREFIX,
+    default_temperature,
     find_checkpoint,
     load_from_checkpoint,
     upload,
@@ -96,7 +97,7 @@ def export(*, run: str, path: Path, called: str | None = None) -> list[Path]:
     metrics = checkpoint["metrics"] or _test_metrics(run_dir, checkpoint["step"])
     export_safetensors(checkpoint, metrics, checkpoint.get("command") or "flowgen train", path)
     model = load_from_checkpoint(checkpoint)
-    images, _ = sample_images(model, 32, config["trainer"]["sample_temperature"], seed=0)
+    images, _ = sample_images(model, 32, default_temperature(config, model.image_shape), seed=0)
     rendering.image_grid(images, model.bits, columns=8).save(picture)
     card.write_text(
         model_card(

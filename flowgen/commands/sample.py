@@ -76,6 +76,9 @@ def sample(
     model.set_progress(console.progress_bar)
     path = out or run_dir.folder / "sample.png"
     is_zip = path.suffix.lower() == ".zip"
+    temperatures = temperatures or [
+        runs.default_temperature(checkpoint["config"], model.image_shape)
+    ]
     if rendering.is_toy2d(model.image_shape):
         if kwargs or is_zip or len(temperatures) > 1:
             raise UserError(
@@ -84,11 +87,9 @@ def sample(
             )
         data = instantiate.build_data(checkpoint["config"])
         target = torch.cat(list(data.batches("test", DEFAULT_POINTS, DEFAULT_POINTS)))
-        temperature = temperatures[0] if temperatures else 1.0
-        plot_toy2d(model, target, temperature, count or DEFAULT_POINTS, seed, path)
+        plot_toy2d(model, target, temperatures[0], count or DEFAULT_POINTS, seed, path)
         return path
     count = count or DEFAULT_IMAGES
-    temperatures = temperatures or [checkpoint["config"]["trainer"]["sample_temperature"]]
     if is_zip:
         if len(temperatures) > 1:
             raise UserError(

@@ -1,6 +1,7 @@
 """Find runs and load their models, by folder, file, name or from the Hugging Face Hub."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -192,6 +193,13 @@ def load_from_checkpoint(checkpoint: dict[str, Any], device: str = "cpu") -> "Ge
     model.to(choose_device(device))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
     return model.eval()
+
+
+def default_temperature(config: dict[str, Any], image_shape: Sequence[int]) -> float:
+    """Return the temperature of samples if none is given: that of the run, or 1 for points."""
+    from flowgen.utils.rendering import is_toy2d  # imports torch
+
+    return 1.0 if is_toy2d(image_shape) else config["trainer"]["sample_temperature"]
 
 
 def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:

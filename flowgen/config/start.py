@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from flowgen.config import compose, instantiate, runs, settings
 from flowgen.training.checkpoint import eval_weights, read_checkpoint
 from flowgen.training.run_dir import Run
-from flowgen.utils.errors import UserError, check_whole
+from flowgen.utils.errors import UserError, check_whole, log
 from flowgen.utils.processes import launch, num_processes_to_launch
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from flowgen.training.distributed import WorkerGroup
 
 LOCK_FILE = ".lock"  # in the folder of a run, held by the process that trains it
-log = logging.getLogger("flowgen")
 
 
 class RunFinishedError(UserError):

@@ -308,8 +308,8 @@ class SampleQuality:
         result = measure_sample_quality(self.features(images), self.real)
         if self.weights:
             bits = self.data.bits
-            samples = rendering.to_bytes(images, bits)
-            result |= fid_metrics(samples, rendering.to_bytes(self.test, bits), self.weights)
+            samples = rendering.scale_to_8_bits(images, bits)
+            result |= fid_metrics(samples, rendering.scale_to_8_bits(self.test, bits), self.weights)
         return result
 
     def evaluate(self, samples: Tensor, classes: Tensor | None = None) -> Metrics:

@@ -18,7 +18,7 @@ from flowgen.training.checkpoint import (
 )
 from flowgen.utils.errors import UserError, check, log
 from flowgen.utils.files import atomic_write
-from flowgen.utils.metrics import COMPARED, MetricValue, finite
+from flowgen.utils.metrics import COMPARED, MetricValue, nonfinite_to_none
 
 SUBDIRECTORIES = ("checkpoints", "samples", "tensorboard")
 SUFFIXES = {".gif", ".html", ".json", ".jsonl", ".log", ".part", ".png", ".pt", ".yaml"}
@@ -129,7 +129,7 @@ class Run:
             row: Values by their names.
         """
         with open(self.metrics, "a") as file:
-            file.write(json.dumps({"step": step, "split": split, **finite(row)}) + "\n")
+            file.write(json.dumps({"step": step, "split": split, **nonfinite_to_none(row)}) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the valid rows of metrics.jsonl, and warn if others are skipped.

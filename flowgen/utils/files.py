@@ -1,4 +1,4 @@
-"""Files that are complete or not there at all."""
+"""The folder of the data sets, and files that are complete or not there at all."""
 
 import os
 from collections.abc import Iterator

@@ -212,11 +212,11 @@ def recorded_likelihood(row: Mapping[str, Any]) -> str | None:
     return "exact" if row.get("log_z_error") == 0 else None
 
 
-def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+def nonfinite_to_none(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row with None in place of NaN and infinity, which JSON does not allow.
 
     Example:
-        >>> finite({"loss": math.nan, "step": 1})
+        >>> nonfinite_to_none({"loss": math.nan, "step": 1})
         {'loss': None, 'step': 1}
     """
     return {

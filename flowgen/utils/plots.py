@@ -27,6 +27,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v")
 MAX_MARKERS = 40  # longer lines have no markers, which would hide them
+DECAY = 0.95  # of the moving average of the training loss
 OUTLIER_SHARE = 0.03  # of a curve's worst values that are outside the frame: its first steps
 
 
@@ -200,17 +201,17 @@ def figure(
     page.savefig(file, dpi=dpi, format="png")
 
 
-def moving_average(points: Points, memory: float = 0.95) -> list[tuple[float, float]]:
+def moving_average(points: Points) -> list[tuple[float, float]]:
     """Return the exponential moving average of y with bias correction.
 
-    m_t = memory m_(t-1) + (1 - memory) y_t, divided by 1 - memory^t, so that the start at 0 has no
+    m_t = c m_(t-1) + (1 - c) y_t with c = DECAY, divided by 1 - c^t, so that the start at 0 has no
     influence. Kingma and Ba, Adam (1412.6980), section 3.
     """
     averages = []
     total = 0.0
     for count, (x, y) in enumerate(points, 1):
-        total = memory * total + (1 - memory) * y
-        averages.append((x, total / (1 - memory**count)))
+        total = DECAY * total + (1 - DECAY) * y
+        averages.append((x, total / (1 - DECAY**count)))
     return averages
 
 

@@ -20,6 +20,8 @@ TOY2D_SHAPE = (2, 1, 1)
 TOY2D_SPAN = 4.0  # pixel values of points cover the square [-4, 4] x [-4, 4]
 MIN_SIDE = 56  # pixels; smaller images are enlarged by an integer factor
 GAP = 2  # pixels between the images of a grid
+TITLED_SIDE = 112  # pixels of the height of an image under its own title
+FRAME_MILLISECONDS = 80  # of an animation
 ORANGE = torch.tensor([217.0, 95.0, 2.0])
 BLUE = torch.tensor([8.0, 81.0, 156.0])
 
@@ -43,7 +45,7 @@ def image_grid(images: Tensor, bits: int, columns: int, side: int = MIN_SIDE) ->
 
         return plots.scatter_plot(images.flatten(1).cpu(), 2**bits)
     factor = -(-side // min(images.shape[-2:]))
-    pixels = to_bytes(images, bits).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    pixels = scale_to_8_bits(images, bits).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     tiles = [to_pil(image) for image in pixels]
     return tiles[0].convert("RGB") if len(tiles) == 1 else _tile(tiles, columns, GAP)
 
@@ -89,7 +91,7 @@ def save_zip(batches: Iterable[Tensor], bits: int, path: Path) -> None:
 
 def encode_png(image: Tensor, bits: int) -> bytes:
     """Return one image, uint8 (channels, height, width), as a PNG of the same size."""
-    return to_png(to_pil(to_bytes(image, bits)))
+    return to_png(to_pil(scale_to_8_bits(image, bits)))
 
 
 def to_png(picture: Image.Image) -> bytes:
@@ -99,7 +101,7 @@ def to_png(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def to_bytes(images: Tensor, bits: int) -> Tensor:
+def scale_to_8_bits(images: Tensor, bits: int) -> Tensor:
     """Scale pixel values of `bits` bits to 0..255."""
     return (images.cpu().int() * 255 // (2**bits - 1)).to(torch.uint8)
 
@@ -151,9 +153,7 @@ def stack_titled(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     return page
 
 
-def titled_tiles(
-    images: Tensor, bits: int, titles: Sequence[str], columns: int, side: int = 112
-) -> Image.Image:
+def titled_tiles(images: Tensor, bits: int, titles: Sequence[str], columns: int) -> Image.Image:
     """Draw images (N, channels, height, width) in a grid, each under its own title.
 
     Args:
@@ -161,18 +161,15 @@ def titled_tiles(
         bits: Bits per pixel value.
         titles: One title per image.
         columns: Columns of the grid.
-        side: Height of a tile in pixels.
     """
     tiles = [
-        stack_titled([(title, image_grid(image[None], bits, 1, side))])
+        stack_titled([(title, image_grid(image[None], bits, 1, TITLED_SIDE))])
         for image, title in zip(images, titles, strict=True)
     ]
     return _tile(tiles, columns, 0)
 
 
-def save_gif(
-    frames: Sequence[Tensor], bits: int, columns: int, path: Path, frame_milliseconds: int = 80
-) -> None:
+def save_gif(frames: Sequence[Tensor], bits: int, columns: int, path: Path) -> None:
     """Write an endless GIF with one image grid per frame.
 
     Args:
@@ -180,7 +177,6 @@ def save_gif(
         bits: Bits per pixel value.
         columns: Columns of the grid.
         path: The file.
-        frame_milliseconds: Time between two frames.
     """
     first, *rest = (image_grid(frame, bits, columns) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, duration=frame_milliseconds, loop=0)
+    first.save(path, save_all=True, append_images=rest, duration=FRAME_MILLISECONDS, loop=0)

@@ -42,7 +42,7 @@ from flowgen.models.rbm.rbm import RBM
 from flowgen.models.rbm.sampling import ParallelTempering, gibbs, white_noise
 from flowgen.training.device import autocast_dtype
 
-GLOW_SIZE = 64  # height and width of the images
+IMAGE_SIZE = 64  # height and width of the images
 GLOW_LEVELS = 4
 GLOW_STEPS = 8  # steps of flow per level
 GLOW_WIDTH = 128
@@ -65,23 +65,23 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 Step = Callable[[Tensor], object]
 
 
-def flowgen_model() -> Glow:
+def flowgen_glow() -> Glow:
     """Return flowgen's Glow."""
     model = Glow(
-        image_shape=(3, GLOW_SIZE, GLOW_SIZE),
+        image_shape=(3, IMAGE_SIZE, IMAGE_SIZE),
         bits=5,
         levels=GLOW_LEVELS,
         steps_per_level=GLOW_STEPS,
         width=GLOW_WIDTH,
     )
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.initialize(torch.randint(0, 32, (64, 3, GLOW_SIZE, GLOW_SIZE), dtype=torch.uint8))
+    model.initialize(torch.randint(0, 32, (64, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8))
     return model
 
 
-def flowgen_glow(compiled: bool) -> Step:
+def flowgen_glow_step(compiled: bool) -> Step:
     """Return a training step of flowgen's Glow."""
-    model = flowgen_model()
+    model = flowgen_glow()
     if compiled:
         aot_config.backward_pass_autocast = "off"  # as in the trainer
         model.compile()
@@ -102,7 +102,7 @@ def flowgen_glow(compiled: bool) -> Step:
     return step
 
 
-def normflows_model() -> Any:
+def normflows_glow() -> Any:
     """Return normflows' Glow."""
     import normflows
 
@@ -116,7 +116,7 @@ def normflows_model() -> Any:
             for _ in range(GLOW_STEPS)
         ]
         flows.append([*blocks, normflows.flows.Squeeze()])
-        size = GLOW_SIZE // 2 ** (GLOW_LEVELS - level)
+        size = IMAGE_SIZE // 2 ** (GLOW_LEVELS - level)
         if level > 0:
             merges.append(normflows.flows.Merge())
             channels //= 2
@@ -124,9 +124,9 @@ def normflows_model() -> Any:
     return normflows.MultiscaleFlow(bases, flows, merges)
 
 
-def normflows_glow() -> Step:
+def normflows_glow_step() -> Step:
     """Return a training step of normflows' Glow."""
-    model = normflows_model()
+    model = normflows_glow()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 
     def step(images: Tensor) -> None:
@@ -138,7 +138,7 @@ def normflows_glow() -> Step:
     return step
 
 
-def plain_glow() -> Step:
+def plain_glow_step() -> Step:
     """Return a training step of a plain Glow."""
     model = PlainGlow(GLOW_LEVELS, GLOW_STEPS, GLOW_WIDTH)
     return training(model, torch.float32, fused=False)
@@ -146,14 +146,14 @@ def plain_glow() -> Step:
 
 def flowgen_samples() -> Step:
     """Return a function that draws a batch from flowgen's Glow."""
-    model = flowgen_model().eval()
+    model = flowgen_glow().eval()
     return lambda images: model.sample(GLOW_BATCH_SIZE)
 
 
 def normflows_samples() -> Step:
     """Return a function that draws a batch from normflows' Glow."""
-    model = normflows_model().eval()
-    model.forward_kld(torch.rand(64, 3, GLOW_SIZE, GLOW_SIZE))  # initializes ActNorm
+    model = normflows_glow().eval()
+    model.forward_kld(torch.rand(64, 3, IMAGE_SIZE, IMAGE_SIZE))  # initializes ActNorm
 
     def step(images: Tensor) -> None:
         with torch.no_grad():
@@ -164,13 +164,13 @@ def normflows_samples() -> Step:
 
 def plain_tarflow() -> PlainTarFlow:
     """Return a plain TarFlow."""
-    return PlainTarFlow(GLOW_SIZE, TARFLOW_PATCH, TARFLOW_LAYERS, TARFLOW_WIDTH, TARFLOW_HEADS)
+    return PlainTarFlow(IMAGE_SIZE, TARFLOW_PATCH, TARFLOW_LAYERS, TARFLOW_WIDTH, TARFLOW_HEADS)
 
 
 def flowgen_tarflow() -> TarFlow:
     """Return flowgen's TarFlow with the architecture of the paper."""
     model = TarFlow(
-        image_shape=(3, GLOW_SIZE, GLOW_SIZE),
+        image_shape=(3, IMAGE_SIZE, IMAGE_SIZE),
         bits=5,
         patch=TARFLOW_PATCH,
         num_layers=TARFLOW_LAYERS,
@@ -181,7 +181,7 @@ def flowgen_tarflow() -> TarFlow:
         permutation="none",
         gaussianize=False,
     )
-    model.initialize(torch.randint(0, 32, (64, 3, GLOW_SIZE, GLOW_SIZE), dtype=torch.uint8))
+    model.initialize(torch.randint(0, 32, (64, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8))
     return model
 
 
@@ -210,7 +210,7 @@ def sampling(model: Any) -> Step:
     return lambda images: model.sample(TARFLOW_BATCH_SIZE)
 
 
-def flowgen_rbm() -> Step:
+def flowgen_rbm_step() -> Step:
     """Return a training step of flowgen's RBM."""
     negative_phase = PCD(gibbs_steps=1, num_chains=RBM_BATCH_SIZE)
     rbm = RBM([1, RBM_SIZE, RBM_SIZE], RBM_HIDDEN, negative_phase=negative_phase)
@@ -226,7 +226,7 @@ def flowgen_rbm() -> Step:
     return step
 
 
-def scikit_learn_rbm() -> Step:
+def scikit_learn_rbm_step() -> Step:
     """Return a training step of scikit-learn's RBM in float32."""
     from sklearn.neural_network import BernoulliRBM
 
@@ -240,7 +240,7 @@ def scikit_learn_rbm() -> Step:
     return lambda images: rbm.partial_fit(rows)
 
 
-def learnergy_rbm() -> Step:
+def learnergy_rbm_step() -> Step:
     """Return `LEARNERGY_BATCHES` training steps of learnergy's RBM."""
     from learnergy.models import bernoulli
     from torch.utils.data import TensorDataset
@@ -286,7 +286,7 @@ def random_digits() -> Tensor:
 
 def random_faces(count: int = GLOW_BATCH_SIZE) -> Tensor:
     """Return a batch of random color images of 5 bits."""
-    return torch.randint(0, 32, (count, 3, GLOW_SIZE, GLOW_SIZE), dtype=torch.uint8)
+    return torch.randint(0, 32, (count, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
 
 
 class Program(NamedTuple):
@@ -330,12 +330,12 @@ class Comparison(NamedTuple):
 
 
 TARFLOW_TITLE = (
-    f"TarFlow, {GLOW_SIZE}x{GLOW_SIZE} in color, {len(TARFLOW_LAYERS)} blocks of "
+    f"TarFlow, {IMAGE_SIZE}x{IMAGE_SIZE} in color, {len(TARFLOW_LAYERS)} blocks of "
     f"{TARFLOW_LAYERS[0]} layers, width {TARFLOW_WIDTH}, batch {TARFLOW_BATCH_SIZE}"
 )
 COMPARISONS = [
     Comparison(
-        f"Glow, {GLOW_SIZE}x{GLOW_SIZE} in color, {GLOW_LEVELS} levels of {GLOW_STEPS} steps, "
+        f"Glow, {IMAGE_SIZE}x{IMAGE_SIZE} in color, {GLOW_LEVELS} levels of {GLOW_STEPS} steps, "
         f"width {GLOW_WIDTH}, batch {GLOW_BATCH_SIZE}",
         "images/s",
         per_update=GLOW_BATCH_SIZE,
@@ -343,12 +343,12 @@ COMPARISONS = [
         updates=8,
         make_images=random_faces,
         programs=[
-            Program("normflows", normflows_glow),
-            Program("plain Glow", plain_glow),
-            Program("flowgen", lambda: flowgen_glow(compiled=False), precision="auto"),
+            Program("normflows", normflows_glow_step),
+            Program("plain Glow", plain_glow_step),
+            Program("flowgen", lambda: flowgen_glow_step(compiled=False), precision="auto"),
             Program(
                 "flowgen, trainer.compile=true",
-                lambda: flowgen_glow(compiled=True),
+                lambda: flowgen_glow_step(compiled=True),
                 precision="auto",
             ),
         ],
@@ -363,9 +363,9 @@ COMPARISONS = [
         updates=100,
         make_images=random_digits,
         programs=[
-            Program("scikit-learn BernoulliRBM", scikit_learn_rbm),
-            Program("learnergy RBM", learnergy_rbm, LEARNERGY_BATCHES),
-            Program("flowgen RBM", flowgen_rbm),
+            Program("scikit-learn BernoulliRBM", scikit_learn_rbm_step),
+            Program("learnergy RBM", learnergy_rbm_step, LEARNERGY_BATCHES),
+            Program("flowgen RBM", flowgen_rbm_step),
         ],
         flop_counted=2,
     ),

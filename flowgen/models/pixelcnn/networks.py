@@ -116,15 +116,17 @@ class HalfResolution(nn.Module):
 
     Args:
         width: Channels of each stack; the layers inside have twice as many.
-        layers: Number of gated layers.
+        num_layers: Number of gated layers.
         condition_size: Channels of the condition, 0 for no condition.
     """
 
-    def __init__(self, width: int, layers: int, condition_size: int):
+    def __init__(self, width: int, num_layers: int, condition_size: int):
         super().__init__()
         self.vertical_in = ShiftedConv2d(width, 2 * width, (2, 3), centered=True, stride=2)
         self.horizontal_in = ShiftedConv2d(width, 2 * width, (2, 2), centered=False, stride=2)
-        self.layers = nn.ModuleList(GatedLayer(2 * width, condition_size) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            GatedLayer(2 * width, condition_size) for _ in range(num_layers)
+        )
         self.vertical_out = nn.Conv2d(2 * width, 4 * width, 1)
         self.horizontal_out = nn.Conv2d(2 * width, 4 * width, 1)
 
@@ -153,14 +155,14 @@ class PixelCNNNetwork(nn.Module):
         channels: Channels of the images.
         bits: Bits per pixel value.
         width: Channels of each stack and of the embedding of a pixel value.
-        layers: Number of gated layers.
+        num_layers: Number of gated layers.
         outputs: Outputs per pixel.
         condition_size: Channels of the condition, 0 for no condition.
         groups: Groups of outputs, 1 or `channels`. Group g also sees the first g channels of its
             pixel.
 
     Example:
-        >>> network = PixelCNNNetwork(1, bits=8, width=8, layers=4, outputs=5, condition_size=3)
+        >>> network = PixelCNNNetwork(1, bits=8, width=8, num_layers=4, outputs=5, condition_size=3)
         >>> images = torch.zeros(4, 1, 6, 6, dtype=torch.uint8)
         >>> network(images, torch.randn(4, 3)).shape
         torch.Size([4, 5, 6, 6])
@@ -171,7 +173,7 @@ class PixelCNNNetwork(nn.Module):
         channels: int,
         bits: int,
         width: int,
-        layers: int,
+        num_layers: int,
         outputs: int,
         condition_size: int = 0,
         groups: int = 1,
@@ -183,9 +185,9 @@ class PixelCNNNetwork(nn.Module):
         self.above = ShiftedConv2d(size, width, (2, 5), centered=True)
         self.above_left = ShiftedConv2d(size, width, (2, 5), centered=True)
         self.left = ShiftedConv2d(size, width, (1, 5), centered=False)
-        half = layers // 2
-        before = (layers - half) // 2
-        after = layers - half - before  # at least 1
+        half = num_layers // 2
+        before = (num_layers - half) // 2
+        after = num_layers - half - before  # at least 1
         self.layers = nn.ModuleList(
             [
                 *(GatedLayer(width, condition_size) for _ in range(before)),
@@ -299,16 +301,16 @@ class MixtureNetwork(PixelCNNNetwork):
     Args:
         channels: Channels of the images.
         bits: Bits per pixel value.
-        components: Components of the mixture.
+        num_components: Components of the mixture.
         **settings: Other arguments of `PixelCNNNetwork`, except `outputs` and `groups`.
     """
 
-    def __init__(self, channels: int, bits: int, components: int, **settings: int):
-        outputs = num_parameters(channels, components)
+    def __init__(self, channels: int, bits: int, num_components: int, **settings: int):
+        outputs = num_parameters(channels, num_components)
         super().__init__(channels, bits, outputs=outputs, **settings)
         self.prediction = LinearPrediction(channels, bits)
         self.bits = bits
-        self.components = components
+        self.num_components = num_components
         values = (torch.arange(2**bits) + 0.5)[:, None] / 2**bits
         index = torch.arange(1, self.embedding.embedding_dim + 1)
         with torch.no_grad():
@@ -328,7 +330,7 @@ class MixtureNetwork(PixelCNNNetwork):
         self.prediction.fit(images)
         prediction = self.prediction(images)
         errors = scale_values(images, 2**self.bits, prediction.dtype) - prediction
-        bias = initial_parameters(errors, self.components, self.bits, RELATIVE_SCALE)
+        bias = initial_parameters(errors, self.num_components, self.bits, RELATIVE_SCALE)
         self.out.bias.copy_(bias)  # type: ignore[union-attr]
 
     def forward(self, images: Tensor, condition: Tensor | None = None) -> Tensor:

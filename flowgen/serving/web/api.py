@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowgen.config.runs import default_temperature
 from flowgen.serving.session import ModelSession
 from flowgen.utils import rendering
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole, user_error
@@ -37,7 +38,7 @@ def about(session: ModelSession, payload: Json) -> Json:
         "num_classes": model.num_classes,
         "capabilities": session.capabilities,
         "samplers": session.samplers,
-        "temperature": config["trainer"]["sample_temperature"],
+        "temperature": default_temperature(config, model.image_shape),
         "unit": session.unit,
         "bound_sign": session.bound_sign,
     }
