@@ -5,10 +5,12 @@ import subprocess
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import table as script
 import torch
 import yaml
+from PIL import Image
 
 
 @pytest.fixture
@@ -36,7 +38,12 @@ def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         run.mkdir(parents=True)
         config = {"trainer": {"batch_size": 16}, "model": {}, "data": {}, "seed": 0}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
-        (run / "metrics.jsonl").write_text(json.dumps({"step": steps, "split": "test"}) + "\n")
+        rows = [
+            {"step": step, "split": "validation", "bits_per_dim": 2 - step / (2 * steps)}
+            for step in (steps // 2, steps)
+        ]
+        rows.append({"step": steps, "split": "test"})
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return "", 1 + 0.1 * steps
 
     monkeypatch.setattr(script, "timed_flowgen", timed_flowgen)
@@ -53,6 +60,7 @@ def test_a_row_is_trained_for_its_minutes_and_measured_once(table):
     assert row.values["steps"] == 1200
     assert row.values["images_seen"] == 19200
     assert row.values["cpu_seconds"] == 121
+    assert row.values["curve"] == [[9600, 1.75], [19200, 1.5]]
     assert row.line() == (
         "| mnist | `glow` | bound | <= 1.250 ± 0.010 | <= 1.250 ± 0.010 | 0.15 | 19,200 | 2.0 "
         "| 0.025 | 0.500 |  |  |"
@@ -134,6 +142,17 @@ def test_the_cpu_time_of_interrupted_and_failed_commands_is_counted(monkeypatch)
     with pytest.raises(SystemExit, match="status 1"):
         script.timed_flowgen("train", on_failure=seconds.append)
     assert seconds == [3.0, 4.0]
+
+
+def test_a_curve_is_extrapolated_to_ten_times_the_compute(table, tmp_path):
+    compute = np.array([0.0, 1.0, 2.0, 3.0])
+    ends, values = script.extrapolate(compute, 4 - 0.5 * compute)
+    assert ends.tolist() == [3.0, 4.0]
+    assert values.tolist() == pytest.approx([2.5, 2.0])
+    row = table.Row("mnist", "glow", 1.0, [])
+    row.fill()
+    table.plot_compute([row], tmp_path / "compute.png")
+    assert Image.open(tmp_path / "compute.png").width > 100
 
 
 class Attention(torch.nn.Module):

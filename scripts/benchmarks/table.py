@@ -6,9 +6,10 @@ Every model is trained on every data set for about the same CPU time. Every `flo
 overrides, such as data.root=FOLDER. Results are stored in outputs/table/DATA_MODEL_MINUTES/row.json
 as soon as they are known; other overrides, such as data.bits=1, and other values of --temperature
 or --samples need another --folder. If the script was stopped, the same command continues. At the
-end it prints all rows and draws samples of all models of a data set in one picture. Short training
-runs determine the number of steps for the given CPU time. Wall-clock time is not used, since it
-depends on other work of the machine.
+end it prints all rows, draws samples of all models of a data set in one picture, and plots their
+validation bits/dim against the compute of their training. Short training runs determine the number
+of steps for the given CPU time. Wall-clock time is not used, since it depends on other work of the
+machine.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flops import count_flops
 from PIL import Image
@@ -30,7 +32,7 @@ import flowgen
 from flowgen.config.compose import read_config
 from flowgen.models.likelihood import LikelihoodModel
 from flowgen.training.run_dir import Run
-from flowgen.utils import rendering
+from flowgen.utils import plots, rendering
 from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, FRECHET, MetricValue
 
@@ -39,6 +41,7 @@ from run_flowgen import run_flowgen
 
 FOLDER = Path("outputs/table")
 SHORT_STEPS = 60  # of the first of the short runs that measure the cost of a step
+FITTED_POINTS = 3  # of a curve, that its extrapolation continues
 GROWTH = 4  # of the number of steps, from one short run to the next
 MIN_SECONDS = 20  # CPU time by which the last short run is longer than the first
 IMPORTANCE_SAMPLES = (1, 16)
@@ -148,6 +151,7 @@ class Row:
         run = str(self.run.folder)
         self.cached("parameters", lambda: count_parameters(run))
         self.cached("flops", lambda: flops_per_image(run))
+        self.cached("curve", self.read_curve)
         first, *others = IMPORTANCE_SAMPLES
         metrics = self.cached(f"metrics_{first}", lambda: self.evaluate(first))
         for count in others:
@@ -217,6 +221,13 @@ class Row:
         metrics = json.loads(output)
         return {key: value for key, value in metrics.items() if key not in ("run", "split")}
 
+    def read_curve(self) -> list[list[float]]:
+        """Return training images seen and validation bits/dim of each evaluation."""
+        batch_size = read_config(self.run.config)["trainer"]["batch_size"]
+        name = BITS_PER_DIM.name
+        rows = [row for row in self.run.read_metrics() if row["split"] == "validation"]
+        return [[row["step"] * batch_size, row[name]] for row in rows if name in row]
+
     def sample(self) -> str:
         """Draw samples and return the path of their picture."""
         path = self.folder / "samples.png"
@@ -239,6 +250,34 @@ class Row:
             cells.append("" if value is None else format(value / divisor, number_format))
         cells += format_quality(metrics[0])
         return f"| {' | '.join(cells)} |"
+
+
+def plot_compute(rows: list[Row], path: Path) -> None:
+    """Plot the validation bits/dim of models against their training compute, and extrapolate it."""
+    with plots.figure(8, 5, path) as page:
+        axes = page.subplots()
+        for index, row in enumerate(row for row in rows if len(row.values["curve"]) > 1):
+            images, values = np.array(row.values["curve"]).T
+            compute = np.log10(images * row.values["flops"] / 1e15)
+            style = {"color": plots.COLORS[index % len(plots.COLORS)]}
+            marker = plots.MARKERS[index % len(plots.MARKERS)]
+            axes.plot(compute, values, marker=marker, label=row.values["model"], **style)
+            axes.plot(*extrapolate(compute, values), linestyle=":", **style)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{10**x:,.4g}")
+        axes.set(xlabel="training compute, PFLOPs", ylabel="validation bits/dim")
+        axes.legend()
+
+
+def extrapolate(compute: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ends of the straight line through the last points, up to ten times the compute.
+
+    Args:
+        compute: Decimal logarithms of the compute.
+        values: Bits/dim.
+    """
+    slope, start = np.polyfit(compute[-FITTED_POINTS:], values[-FITTED_POINTS:], 1)
+    ends = np.array([compute[-1], compute[-1] + 1])
+    return ends, start + slope * ends
 
 
 def format_result(results: dict[str, Any]) -> str:
@@ -350,6 +389,8 @@ def main() -> None:
     for data in args.data:
         pictures = [row.titled_samples() for row in rows if row.values["data"] == data]
         rendering.stack_titled(pictures).save(args.folder / f"{data}_{args.minutes:g}.png")
+        measured = [row for row in rows if row.values["data"] == data]
+        plot_compute(measured, args.folder / f"{data}_{args.minutes:g}_compute.png")
     print(f"| {' | '.join(COLUMNS)} |")
     print("|" + " --- |" * len(COLUMNS))
     for row in rows:
