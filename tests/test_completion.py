@@ -284,7 +284,7 @@ def test_known_pixels_are_kept_and_the_seed_determines_the_result(name):
     assert torch.equal(result.draws, again.draws) and result.draws.shape[1:] == (3, 8, 8)
     pixels = (31 * result.draws).round().to(torch.uint8)
     assert torch.equal(pixels[:, known], images[:, known].expand(len(pixels), -1))
-    assert 0 < result.metrics["acceptance"] <= 1 and result.metrics["spread"] > 0
+    assert 0 < result.metrics["acceptance"] <= 1 and result.metrics["std"] > 0
     assert math.isfinite(result.metrics["bits_per_dim"])
 
 
@@ -390,7 +390,7 @@ def test_chains_that_start_outside_the_support_reach_it():
 )
 def test_chains_start_as_far_apart_as_samples_unless_the_decoder_fails(violation):
     class Chains(PixelChains):
-        def spread_of(self, h):
+        def scale_of(self, h):
             return 1.0
 
         def violation(self, h):
@@ -437,7 +437,7 @@ def test_classes_of_extreme_positions_are_drawn():
     labels = torch.zeros(9, dtype=torch.long)
     chains = PixelChains(flow, torch.zeros(9, 1, 2, 2), known, labels, torch.Generator())
     chains.position = torch.full((9, 4), 30.0)
-    chains.sample_posterior(2, 1)
+    chains.sample_exactly(2, 1)
     assert chains.labels.float().mean() not in (0, 1)
 
 

@@ -305,7 +305,7 @@ def test_known_pixels_are_kept_in_color_images_and_other_measurements_refused():
     result = model.inpaint(image, known, sampler="metropolis", steps=5)
     pixels = (31 * result.draws).round().to(torch.uint8)
     assert torch.equal(pixels[:, known], image[:, known].expand(len(pixels), -1))
-    assert result.metrics["spread"] > 0 and math.isfinite(result.metrics["bits_per_dim"])
+    assert result.metrics["std"] > 0 and math.isfinite(result.metrics["bits_per_dim"])
     with pytest.raises(UserError, match="only inpaint missing pixels"):
         model.inpaint(image, LinearMeasurement(torch.ones(3, 1, 1)), sampler="metropolis")
 

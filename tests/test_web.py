@@ -90,6 +90,16 @@ def save(url: str, path: Path) -> Path:
     return path
 
 
+def test_a_flow_of_noisy_images_offers_no_completion(images, command, elsewhere):
+    noisy = ["model.dequantization=gaussian:0.05", "model.gaussianize=false"]
+    size = ["model=tarflow", "model.num_layers=[1]", "model.width=8", "data=folder", "data.size=8"]
+    train = ["train", *size, *noisy, f"data.root={images}", "trainer.steps=1"]
+    assert command(*train, "trainer.init_images=16", "output_dir=outputs/noisy")[0] == 0
+    session = ModelSession("noisy", "cpu")
+    assert not session.capabilities["inpainting"]
+    assert session.samplers == []
+
+
 def two_samples(page: Page, **options: object) -> list[str]:
     return page("sample", count=2, temperature=0.7, seed=3, **options)["images"]
 

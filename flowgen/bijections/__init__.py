@@ -1,4 +1,4 @@
-"""Invertible maps with tractable log-determinants. They depend on torch alone.
+"""Invertible maps with tractable log-determinants. They need torch only, and `CNF` torchdiffeq.
 
 Example:
     >>> import torch

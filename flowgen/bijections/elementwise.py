@@ -16,7 +16,8 @@ class Logit(Bijection):
     """z = logit(alpha + (1 - 2 alpha) x) for x in [0, 1].
 
     log|dz/dx| = softplus(z) + softplus(-z) + log(1 - 2 alpha), summed over the values. `alpha`
-    keeps z finite at x = 0 and x = 1. Real NVP (1605.08803), section 4.1.
+    keeps z finite at x = 0 and x = 1. MAF (1705.07057), section 4; Real NVP (1605.08803), section
+    4.1, has 1 - alpha in place of 1 - 2 alpha, where z is infinite at x = 1.
 
     Example:
         >>> bijection = Logit(alpha=0.05)
@@ -103,7 +104,9 @@ class EmpiricalCDF(Bijection):
 
 
 class MarginalGaussianization(Bijection):
-    """`EmpiricalCDF` followed by `Logit` if this saves at least one bit per value, else identity.
+    """`EmpiricalCDF` followed by `Logit` if this saves more than one bit per value, else identity.
+
+    It also stays the identity if the first images have too few values for a histogram.
 
     Images of digits are mostly black, so the entropy of a pixel is far below its number of bits.
     After this bijection, a flow of such images does not need to learn to stretch one pixel value

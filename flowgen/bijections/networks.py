@@ -345,7 +345,7 @@ class RealNVPNetwork(Conditioner):
 
     conv3x3 -> `num_blocks` times x + conv3x3(relu(bn(conv3x3(relu(bn(x)))))) -> bn -> relu ->
     conv1x1. The first half of the output channels are log-scales, tanh(.) times the learned
-    `scale`. The second half are shifts. Real NVP (1605.08803), section 4.1 and figure 4.
+    `scale`. The second half are shifts. Real NVP (1605.08803), sections 3.7 and 4.1.
 
     Example:
         >>> RealNVPNetwork(2, 16, 4, num_blocks=1)(torch.randn(5, 2, 8, 8)).shape
@@ -405,7 +405,7 @@ class KeyValueCache:
         Args:
             new: Keys and values, (batch, num_heads, 2, tokens, width / num_heads).
         """
-        if new.requires_grad:  # Autograd needs every earlier result unchanged.
+        if torch.is_grad_enabled():  # Autograd needs every earlier result unchanged.
             self.memory = new if self.memory is None else torch.cat((self.memory, new), 3)
             return self.memory
         if self.memory is None:
@@ -508,9 +508,8 @@ class CausalTransformer(TransformerBase):
     """A transformer that computes a context for each token from the tokens before it.
 
     It maps tokens (batch, tokens, dim) to contexts (batch, tokens, width). The context of the
-    first token is learned. All contexts depend on the optional condition, which has shape (batch,
-    cond_channels), or (batch, cond_channels, height, width) with one pixel per token. TarFlow
-    (2412.06329), section 3.
+    first token is learned. All contexts depend on the optional condition (batch, cond_channels).
+    TarFlow (2412.06329), section 3.
 
     Example:
         >>> network = CausalTransformer(num_tokens=8, dim=4, width=16, num_heads=2, num_layers=1)

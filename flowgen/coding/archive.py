@@ -81,7 +81,7 @@ class CompressionResult:
         num_images: Number of images.
         dimensions: Numbers per image.
         net_bits: Bits that the images added to the stack.
-        model_bits: Bits of the images by the model itself, or NaN; see `Codec.length`.
+        model_bits: Bits of the images by the model itself, or NaN; see `Codec.length_description`.
         raw_images: Images that were stored without compression.
         retries: Batches that were coded again with another offset.
     """

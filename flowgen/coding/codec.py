@@ -22,10 +22,10 @@ class Codec(ABC):
         noise_bits: Upper bound of the bits that `encode` pops per image before it pushes any.
         grid_bits: Bits after the binary point of a number of the `Coder`.
         annealing_steps: Annealing steps of an RBM, or 0.
-        length: Description of the length by the model that `encode` returns.
+        length_description: What the length by the model is that `encode` returns.
     """
 
-    length: ClassVar[str]
+    length_description: ClassVar[str]
     noise_bits: int
     grid_bits = 12
     annealing_steps = 0

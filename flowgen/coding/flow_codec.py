@@ -53,7 +53,7 @@ class FlowCodec(Codec):
         flow: A trained flow.
     """
 
-    length = "the model for the same noise"
+    length_description = "the model for the same noise"
 
     def __init__(self, flow: GenerativeModel):
         self.float_flow = copy.deepcopy(check_compressible(flow)).eval()
@@ -61,8 +61,8 @@ class FlowCodec(Codec):
         self.flow = copy.deepcopy(self.float_flow).cpu().double()
         self.pixels = PixelCoder(self.flow)
         self.layers = Chain(*self.pixels.rest)
-        few_bits = self.pixels.nodes is not None or flow.bits <= 5
-        if not few_bits:
+        if self.pixels.nodes is None and flow.bits > 5:
+            # The grid must be much finer than the intervals of the pixel values.
             self.grid_bits = max(self.grid_bits, flow.bits + 8)
         self.noise_bits = self.dimensions * self.grid_bits
 

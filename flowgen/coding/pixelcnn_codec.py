@@ -32,7 +32,7 @@ class PixelCNNCodec(Codec):
         model: A trained PixelCNN.
     """
 
-    length = "the model"
+    length_description = "the model"
 
     def __init__(self, model: PixelCNN):
         super().__init__(model)

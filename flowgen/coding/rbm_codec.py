@@ -44,7 +44,7 @@ class RBMCodec(Codec):
         annealing_steps: Number of inverse temperatures. More steps make shorter codes.
     """
 
-    length = "the model with log Z of `flowgen evaluate`"
+    length_description = "the model with log Z of `flowgen evaluate`"
 
     def __init__(self, rbm: RBM, annealing_steps: int):
         check_whole(high=MAX_ANNEALING_STEPS, annealing_steps=annealing_steps)

@@ -92,7 +92,7 @@ class CompressReport:
             f"{images} of {result.dimensions:,} numbers: {len(result.data):,} bytes, "
             f"{result.bits_per_dim:.4f} bits/dim",
             f"without the fixed cost of the file: {self._length(result.net_bits)}; "
-            f"{self.codec.length}: {sign}{self._length(result.model_bits)}; "
+            f"{self.codec.length_description}: {sign}{self._length(result.model_bits)}; "
             f"PNG: {self._png_bits_per_dim:.4f}",
         ]
         if self.codec.annealing_steps:

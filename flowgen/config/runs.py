@@ -97,7 +97,7 @@ def find_checkpoint(name: str | None, capability: type = object) -> tuple[Run, d
     else:
         run = find_run(name)
         checkpoint = _read_named(name, run)
-        if not _supports(checkpoint["config"], capability):
+        if not supports(checkpoint["config"], capability):
             raise UserError(
                 f"{name} is not a {_kind(capability)}, which this command needs: choose "
                 f"another with --run, or {_training_hint(capability)}"
@@ -135,11 +135,12 @@ def _describes(run: Run, capability: type) -> bool:
     """Return whether the model of the run's config.yaml, a small file, has the capability."""
     with contextlib.suppress(UserError):
         run.check_contained()
-        return _supports(read_config(run.config), capability)
+        return supports(read_config(run.config), capability)
     return False
 
 
-def _supports(config: dict[str, Any], capability: type) -> bool:
+def supports(config: dict[str, Any], capability: type) -> bool:
+    """Return whether the model of a run has a capability with its settings."""
     return bool(resolve_target("model", config["model"]).supports(capability, config["model"]))
 
 

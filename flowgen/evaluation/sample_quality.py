@@ -37,6 +37,9 @@ BATCH_SIZE = 64
 COMPONENT_IMAGES = 4  # training images for the principal components, for each image compared
 MAX_COMPONENT_IMAGES = 10_000
 COVERAGE_ROWS = 1000  # real images whose distances are in memory at once
+NUM_NEIGHBORS = 5  # of the coverage
+CLASSIFIER_EPOCHS = 3
+CLASSIFIER_BATCH_SIZE = 100
 MIN_CLASSIFIER_STEPS = 1000  # three epochs of a few thousand images are too few
 MAX_CLASSIFIER_STEPS = 2000
 MIN_CLASSIFIER_SIZE = 4  # pixels; the classifier halves the size twice
@@ -68,20 +71,19 @@ def measure_sample_quality(samples: Tensor, real: Tensor) -> dict[str, float]:
     }
 
 
-def coverage(samples: Tensor, real: Tensor, num_neighbors: int = 5) -> float:
+def coverage(samples: Tensor, real: Tensor) -> float:
     """Return the share of real points that have a sample in their neighborhood.
 
-    The neighborhood of a real point is the ball up to its k-th nearest real neighbor. Outliers,
-    whose balls contain even a blank image, count only once each (Naeem et al., Reliable fidelity
-    and diversity metrics, arXiv:2002.09797, section 3).
+    The neighborhood of a real point is the ball up to its fifth nearest real neighbor.
+    Outliers, whose balls contain even a blank image, count only once each (Naeem et al., Reliable
+    fidelity and diversity metrics, arXiv:2002.09797, section 3).
 
     Args:
         samples: Features of samples, (N, d).
         real: Features of real images, (M, d).
-        num_neighbors: The number k.
     """
     # The nearest neighbor of a point is the point itself.
-    rank = min(num_neighbors + 1, len(real))
+    rank = min(NUM_NEIGHBORS + 1, len(real))
     covered = 0
     for block in real.split(COVERAGE_ROWS):
         radius = torch.cdist(block, real).kthvalue(rank, dim=1).values
@@ -214,17 +216,11 @@ class Classifier(nn.Module):
         return (self.predict(images)[1] >= CONFIDENCE_THRESHOLD).double().mean().item()
 
 
-def train_classifier(
-    data: ImageDataset, epochs: int = 3, batch_size: int = 100, seed: int = 0
-) -> Classifier:
+def train_classifier(data: ImageDataset) -> Classifier:
     """Train a classifier of the training images, on the device of the data.
 
     Args:
         data: Data set with labels.
-        epochs: Number of epochs; the number of steps is at least `MIN_CLASSIFIER_STEPS` and at most
-            `MAX_CLASSIFIER_STEPS`.
-        batch_size: Images per step.
-        seed: Seed of the weights and of the order of the images.
 
     Raises:
         UserError: If the data set has no labels.
@@ -233,16 +229,18 @@ def train_classifier(
         raise UserError(
             "a classifier needs labels: put the labels-idx1 files in the folder of the images"
         )
-    steps = epochs * len(data.train) // batch_size
+    steps = CLASSIFIER_EPOCHS * len(data.train) // CLASSIFIER_BATCH_SIZE
     steps = min(max(steps, MIN_CLASSIFIER_STEPS), MAX_CLASSIFIER_STEPS)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = Classifier(data.image_shape, data.bits, data.num_classes)
         model.to(data.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.Adam(model.parameters(), 2e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
         for step in progress_bar(range(steps), "classifier", steps):
-            images, labels = data.train_batch(step * batch_size, batch_size, seed)
+            images, labels = data.train_batch(
+                step * CLASSIFIER_BATCH_SIZE, CLASSIFIER_BATCH_SIZE, seed=0
+            )
             assert labels is not None
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()

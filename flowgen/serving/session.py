@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowgen.commands import complete, edit, interpolate, sample, score
-from flowgen.config.runs import find_model
+from flowgen.config.runs import find_model, supports
 from flowgen.data.preprocess import check_color_channels, preprocess
 from flowgen.evaluation import latent_directions, ood
 from flowgen.models.base import GenerativeModel, SupportsInpainting, SupportsMCMC
@@ -155,13 +155,15 @@ class ModelSession:
         return {
             "classes": self.model.num_classes is not None,
             "chains": isinstance(self.model, SupportsMCMC),
-            "inpainting": isinstance(self.model, SupportsInpainting),
+            "inpainting": supports(self.checkpoint["config"], SupportsInpainting),
         }
 
     @property
     def samplers(self) -> list[str]:
         """Samplers for inpainting. An RBM uses them for new images too."""
-        return list(self.model.samplers) if isinstance(self.model, SupportsInpainting) else []
+        if not isinstance(self.model, SupportsInpainting) or not self.capabilities["inpainting"]:
+            return []
+        return list(self.model.samplers)
 
     @property
     def unit(self) -> str:
@@ -189,6 +191,9 @@ class ModelSession:
 
     def read_upload(self, file: bytes) -> Tensor:
         """Decode an untrusted image file and preprocess it like the training images.
+
+        With one bit, pixels become bits by a threshold, also if those of the training images are
+        drawn.
 
         Args:
             file: The content of a file in one of `UPLOAD_FORMATS`.
@@ -252,7 +257,7 @@ class ModelSession:
         return images[scores.argsort(descending=True)].cpu()
 
     def score(self, image: Tensor) -> Score:
-        """Return the likelihood of one image as `flowgen score` prints it."""
+        """Return the likelihood of one image as `flowgen score --prepared` prints it."""
         generator = torch.Generator(self.model.device).manual_seed(SCORE_SEED)
         with self.lock.acquire("scoring"):
             statistics = score.image_statistics(self.model, image, generator)
@@ -318,10 +323,10 @@ class ModelSession:
             request_id: Name of the request for `ModelLock.cancel`.
 
         Returns:
-            8-bit images (2 + draws, channels, height, width): the mean, the standard deviation
-            and the draws; and diagnostics of the sampler.
+            8-bit images (2 + draws, channels, height, width): the mean, twice the standard
+            deviation and the draws; and diagnostics of the sampler.
         """
-        if not isinstance(self.model, SupportsInpainting):
+        if not isinstance(self.model, SupportsInpainting) or not self.capabilities["inpainting"]:
             raise UserError("this model does not support inpainting: use the run of a flow")
         complete.check_mask(known, "the mask")
         with self.lock.acquire("completing", request_id):
@@ -368,10 +373,10 @@ class ModelSession:
 
     def filters(self) -> Image.Image:
         """Return the weights of hidden units as a grid of images."""
-        features = self.model.filters()
-        if features is None:
+        filters = self.model.filters()
+        if filters is None:
             raise UserError("this model has no filters: use the run of an RBM")
-        return rendering.weight_grid(features, columns=10, max_tiles=100)
+        return rendering.weight_grid(filters, columns=10, max_tiles=100)
 
     def score_validation_images(self) -> None:
         """Score validation images so that `score` can return percentiles.

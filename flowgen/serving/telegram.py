@@ -91,7 +91,7 @@ class PendingRequest:
 
 
 @dataclass
-class Chat:
+class MessageHandlers:
     """Handlers for the messages of all chats.
 
     A chat has one request in progress at a time. Different chats do not wait for each other.
@@ -258,7 +258,7 @@ def bot(
     """
     token = read_token(token_file)
     session = ModelSession(run, device)
-    chat = Chat(session, allowed_chats)
+    chat = MessageHandlers(session, allowed_chats)
     redact_logs(token)
 
     # The thread starts after Telegram has accepted the token, since an exit by an error aborts the

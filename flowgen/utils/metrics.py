@@ -60,6 +60,7 @@ COMPARED = (LOG_LIKELIHOOD, BITS_PER_DIM, NOISY_BITS_PER_DIM, FRECHET)
 LOG_PROBABILITY = Metric("log_probability", "nats", higher_is_better=True)  # of one image
 # log P(unknown pixels | known pixels) of one image
 CONDITIONAL_LOG_PROB = Metric("conditional_log_probability", "nats", higher_is_better=True)
+LOG_Z = Metric("log_z", "nats")
 EFFECTIVE_SAMPLE_SIZE = Metric("effective_sample_size", "samples", higher_is_better=True)
 # log p(x) + log Z with an unknown log Z
 UNNORMALIZED = Metric("unnormalized_log_probability", "nats", higher_is_better=True)

@@ -104,7 +104,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
 
     likelihood: Likelihood = "bound"
     samplers: ClassVar[tuple[str, ...]] = ("hmc",)
-    # The inverse of the bijection is exact, not a limit or the solution of an equation.
+    # `coding.layers` has a rule for every bijection, which inverts it up to rounding.
     has_exact_inverse: ClassVar[bool] = True
 
     def __init__(
@@ -136,11 +136,11 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
 
     @classmethod
     def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:
+        is_noisy = gaussian_std(arguments.get("dequantization")) is not None
         if capability is SupportsInpainting:
-            return gaussian_std(arguments.get("dequantization")) is None
+            return not is_noisy
         if capability is SupportsCompression:
-            has_noise_bins = gaussian_std(arguments.get("dequantization")) is None
-            return cls.has_exact_inverse and has_noise_bins
+            return cls.has_exact_inverse and not is_noisy
         return super().supports(capability, arguments)
 
     # Training and likelihood
@@ -301,11 +301,11 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         chains = self.inpainting_chains(images, known, NUM_CHAINS, steps or NUM_STEPS, generator)
         pixels = (chains.samples * self.bins).floor().clamp(0, self.bins - 1)
         unknown = slice(None) if isinstance(known, LinearMeasurement) else ~known.to(pixels.device)
-        log_prob = self.score(pixels.to(torch.uint8), generator=generator).mean().item()
+        log_prob = self.score(pixels.to(torch.uint8), generator=generator).mean()
         metrics = {
             "acceptance": chains.acceptance,
-            "spread": pixels.std(0)[unknown].mean().item() / (self.bins - 1),
-            "bits_per_dim": -log_prob / (self.dimensions * math.log(2)),
+            "std": pixels.std(0)[unknown].mean().item() / (self.bins - 1),
+            "bits_per_dim": self.bits_per_dim(log_prob).item(),
         }
         brightness = pixels / (self.bins - 1)
         return InpaintingResult(brightness, brightness.mean(0), metrics)

@@ -31,7 +31,7 @@ CONDITIONAL_RATIO = 0.1  # typical std of a pixel given the others, over the std
 
 MODE_STEPS = 20  # Adam steps towards the most probable latents
 MODE_LR = 0.1
-START_TOLERANCE = 0.3  # tolerance of the known part, in units of its spread over images
+START_TOLERANCE = 0.3  # tolerance of the known part, in units of `InpaintingChains.scale`
 MIN_TOLERANCE = 0.25  # the tolerance at the end of annealing, in the same unit
 MAX_HALVINGS = 5  # of a perturbation that leads too far from the known part
 MAX_VIOLATION_RATIO = 4.0  # "too far" is this many times the median of the chains
@@ -56,8 +56,8 @@ class InpaintingChains(ABC):
     Attributes:
         position: (chains, D). The offset of the latents from their mean, until `anneal` ends; then
             the coordinates of the posterior.
-        spread: Standard deviation of the known part over samples of the flow.
-        acceptance: Mean acceptance rate of `sample_posterior` after its warm-up.
+        scale: Standard deviation of all pixels, or of all sums, of samples of the flow.
+        acceptance: Mean acceptance rate of `sample_exactly` after its warm-up.
     """
 
     flow: FlowDensity
@@ -76,10 +76,10 @@ class InpaintingChains(ABC):
         self.body = Chain(*parts[split:])
         self.images = self.images.repeat_interleave(len(self.labels) // len(self.images), 0)
         self.position = torch.zeros_like(self.images).flatten(1)
-        self.spread = self.spread_of(self.decode_noise())
+        self.scale = self.scale_of(self.decode_noise())
 
     @abstractmethod
-    def spread_of(self, h: Tensor) -> float:
+    def scale_of(self, h: Tensor) -> float:
         """Return the standard deviation of the known part over images h."""
 
     @abstractmethod
@@ -106,19 +106,19 @@ class InpaintingChains(ABC):
     def find_mode(self) -> Tensor:
         """Move to the most probable latents by Adam, and return their log-density, (chains,).
 
-        The density is N(z; mean, I) exp(-violation / 2 s^2) with s = START_TOLERANCE spreads. The
+        The density is N(z; mean, I) exp(-violation / 2 s^2) with s = START_TOLERANCE scales. The
         start at z = mean keeps the path among probable images: Asim et al. (1905.11672), section 3.
         """
-        density = self._latent_density(START_TOLERANCE * self.spread)
+        density = self._latent_density(START_TOLERANCE * self.scale)
         with torch.enable_grad():
             position = self.position.clone().requires_grad_(True)
             optimizer = torch.optim.Adam([position], MODE_LR)
             for _ in self.flow.progress(range(MODE_STEPS), "most probable", MODE_STEPS):
-                value = density(position)
-                (position.grad,) = torch.autograd.grad(-value.sum(), position)
+                (position.grad,) = torch.autograd.grad(-density(position).sum(), position)
                 optimizer.step()
         self.position = position.detach()
-        return value.detach()
+        with torch.no_grad():
+            return density(self.position)
 
     @torch.no_grad()
     def perturb(self, num_images: int) -> None:
@@ -130,25 +130,25 @@ class InpaintingChains(ABC):
         noise = self._noise()
         for _ in range(MAX_HALVINGS):
             violation = self.violation(self._decode(self.position + noise)).view(num_images, -1)
-            median = violation.nanmedian(1, keepdim=True).values.clamp(min=self.spread**2)
+            median = violation.nanmedian(1, keepdim=True).values.clamp(min=self.scale**2)
             too_far = ~(violation < MAX_VIOLATION_RATIO * median).flatten()
             noise = torch.where(too_far[:, None], 0.5 * noise, noise)
         self.position = self.position + noise
 
     @torch.no_grad()
     def anneal(self, num_trajectories: int, leapfrog_steps: int) -> None:
-        """Sample latents while the tolerance shrinks from one spread to MIN_TOLERANCE spreads.
+        """Sample latents while the tolerance shrinks from one scale to MIN_TOLERANCE scales.
 
         Args:
             num_trajectories: Hamiltonian trajectories of each chain.
             leapfrog_steps: Steps of a trajectory.
         """
-        density = self._latent_density(self.spread)
+        density = self._latent_density(self.scale)
         step_size = hmc.StepSize.find_reasonable(
             hmc.evaluate(self.position, density), density, self.generator
         )
         for index in self.flow.progress(range(num_trajectories), "annealing", num_trajectories):
-            tolerance = self.spread * MIN_TOLERANCE ** (index / max(1, num_trajectories - 1))
+            tolerance = self.scale * MIN_TOLERANCE ** (index / max(1, num_trajectories - 1))
             density = self._latent_density(tolerance)
             state, _ = hmc.hmc_step(
                 hmc.evaluate(self.position, density),
@@ -162,7 +162,7 @@ class InpaintingChains(ABC):
         self.position = self.initial_position(self._decode(self.position).nan_to_num(0.0, 0.0, 0.0))
 
     @torch.no_grad()
-    def sample_posterior(self, num_trajectories: int, leapfrog_steps: int) -> None:
+    def sample_exactly(self, num_trajectories: int, leapfrog_steps: int) -> None:
         """Sample the exact posterior and, before each trajectory, a class from p(y | x).
 
         The step size is adapted in the first half only, so that the second half leaves the
@@ -253,7 +253,7 @@ class PixelChains(InpaintingChains):
         self.low, _ = self.head((self.images + BIN_MARGIN) / self.flow.bins)
         self.high, _ = self.head((self.images + (1 - BIN_MARGIN)) / self.flow.bins)
 
-    def spread_of(self, h: Tensor) -> float:
+    def scale_of(self, h: Tensor) -> float:
         return h.std().item()
 
     def violation(self, h: Tensor) -> Tensor:
@@ -306,7 +306,7 @@ class MeasurementChains(InpaintingChains):
         super().__post_init__()
         self.value = self.known.apply((self.images + 0.5) / self.flow.bins)
 
-    def spread_of(self, h: Tensor) -> float:
+    def scale_of(self, h: Tensor) -> float:
         """Return the standard deviation of the measured sums over images h.
 
         It is at least that of the measurement, since a single sum has no spread: the mean of one
@@ -338,8 +338,8 @@ class MeasurementChains(InpaintingChains):
     def log_density(self, position: Tensor) -> Tensor:
         """Return log p(h) + log p(y | h), up to a constant: (chains,)."""
         h = self._unstretch(position)
-        log_likelihood = 0.5 * self.violation(h) * (self.flow.bins / MEASUREMENT_STD) ** 2
-        return self._prior_log_density(h) - log_likelihood
+        log_likelihood = -0.5 * self.violation(h) * (self.flow.bins / MEASUREMENT_STD) ** 2
+        return self._prior_log_density(h) + log_likelihood
 
     def _measure(self, h: Tensor) -> Tensor:
         return self.known.apply(self.head.inverse(h)[0])
@@ -398,5 +398,5 @@ def sample_posterior(
     leapfrog_steps = max(1, min(LEAPFROG_STEPS, num_steps // 4))
     num_trajectories = max(4, num_steps // leapfrog_steps)
     chains.anneal(num_trajectories // 2, leapfrog_steps)
-    chains.sample_posterior(num_trajectories - num_trajectories // 2, leapfrog_steps)
+    chains.sample_exactly(num_trajectories - num_trajectories // 2, leapfrog_steps)
     return chains

@@ -28,7 +28,7 @@ class Jet(Flow):
     """Jet: couplings of image patches by transformers without a causal mask.
 
     Sampling and the likelihood both take one pass of each network. Kolesnikov et al., Jet: A Modern
-    Transformer-Based Normalizing Flow (2412.15129), section 3.
+    Transformer-Based Normalizing Flow (2412.15129), section 2.
 
     Args:
         image_shape: (channels, height, width).
@@ -43,8 +43,8 @@ class Jet(Flow):
         dropout: Dropout of the transformers, from 0 to 1.
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics).
-        permutation: Mixing of the channels of a patch before a coupling: "permutation" (as in the
-            paper) or "plu" (ActNorm and an invertible 1x1 convolution).
+        permutation: Mixing of the channels of a patch before each coupling that splits them:
+            "permutation" (as in the paper) or "plu" (ActNorm and an invertible 1x1 convolution).
         gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
         dequantization: "uniform", "variational" or "gaussian:STD".
         num_classes: Number of classes of a class-conditional model, or None.

@@ -17,7 +17,7 @@ from flowgen.models.likelihood import estimate_log_mean
 from flowgen.utils.distributed import rank_and_size
 from flowgen.utils.energies import ENERGIES, quadrature_log_z
 from flowgen.utils.errors import UserError, check_choice, check_whole
-from flowgen.utils.metrics import Metric, Metrics, MetricValue
+from flowgen.utils.metrics import LOG_Z, Metric, Metrics, MetricValue
 from flowgen.utils.rendering import TOY2D_SPAN as SPAN
 from flowgen.utils.rendering import is_toy2d
 
@@ -27,7 +27,6 @@ NUM_EVAL_SAMPLES = 20_000  # importance samples of an evaluation
 SQUARE_MARGIN = 1e-6  # keeps the logit finite at the edge of the square
 LOG_AREA = 2 * math.log(2 * SPAN)  # of the square; that of the unit square is 0
 REVERSE_KL = Metric("reverse_kl", "nats", higher_is_better=False)
-LOG_Z = Metric("log_z", "nats")
 RELATIVE_EFFECTIVE_SAMPLE_SIZE = Metric(
     "relative_effective_sample_size", "of the importance samples", higher_is_better=True
 )

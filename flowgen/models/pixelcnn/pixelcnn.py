@@ -332,7 +332,7 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         pixels = chains.images.float()
         metrics = {
             "acceptance": chains.acceptance,
-            "spread": pixels.std(0)[unknown].mean().item() / (self.bins - 1),
+            "std": pixels.std(0)[unknown].mean().item() / (self.bins - 1),
             "bits_per_dim": self.bits_per_dim(self.log_prob(chains.images)).mean().item(),
         }
         return InpaintingResult(

@@ -16,7 +16,13 @@ from flowgen.models.rbm.energy import EnergyModel
 from flowgen.models.rbm.sampling import ReplicaExchange, bernoulli_from_logits, space_betas
 from flowgen.utils.console import Progress, no_progress
 from flowgen.utils.errors import UserError
-from flowgen.utils.metrics import LOG_LIKELIHOOD, Metric, Metrics, MetricValue
+from flowgen.utils.metrics import (
+    EFFECTIVE_SAMPLE_SIZE,
+    LOG_LIKELIHOOD,
+    LOG_Z,
+    Metrics,
+    MetricValue,
+)
 
 MAX_ENUMERATED_UNITS = 20  # of the smaller layer
 MAX_QUICK_ENUMERATED_UNITS = 16  # during training, where seconds count
@@ -533,12 +539,11 @@ def log_likelihood_metrics(free_energy: Tensor, log_z: LogZ) -> Metrics:
                 math.hypot(mean_error, estimate.error),
                 likelihood="estimate" if estimate.error else "exact",
             ),
-            MetricValue(Metric("log_z" + suffix, "nats"), estimate.log_z, estimate.error),
+            MetricValue(replace(LOG_Z, name=LOG_Z.name + suffix), estimate.log_z, estimate.error),
         ]
         if suffix:
-            effective_sample_size = Metric(
-                "effective_sample_size" + suffix, "samples", higher_is_better=True
-            )
+            name = EFFECTIVE_SAMPLE_SIZE.name + suffix
+            effective_sample_size = replace(EFFECTIVE_SAMPLE_SIZE, name=name)
             values.append(MetricValue(effective_sample_size, estimate.effective_sample_size))
     if log_z.reliable is None:
         return Metrics.of(*values)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowgen.commands.runs import data_name
 from flowgen.config.runs import default_temperature
 from flowgen.serving.session import ModelSession
 from flowgen.utils import rendering
@@ -30,8 +31,7 @@ def about(session: ModelSession, payload: Json) -> Json:
     return {
         "run": session.name,
         "model": type(model).__name__,
-        "data": config["data"].get("name")
-        or str(config["data"].get("_target_")).rpartition(".")[2],
+        "data": data_name(config["data"]),
         "step": session.checkpoint["step"],
         "shape": list(model.image_shape),
         "bits": model.bits,

@@ -586,7 +586,7 @@ onSubmit("complete-form", async (button) => {
   const hasScore = model.bits > 1; // draws of an RBM are probabilities
   showTiles("complete-tiles", [
     createTile(result.mean, "The mean of the completions", { hasScore: false, caption: "mean" }),
-    createTile(result.spread, "The standard deviation of the completions", {
+    createTile(result.spread, "Twice the standard deviation of the completions", {
       hasScore: false,
       caption: "spread",
     }),
