@@ -298,10 +298,11 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
         images: Pixel values (N, channels, height, width), integers from 0 to 2^bits - 1.
 
     Returns:
-        Log-probabilities in nats (N,), on the CPU. For flows they are lower bounds.
+        Log-probabilities in nats (N,), on the CPU. For flows, VAEs, VQ-VAEs and diffusion
+        models they are lower bounds.
 
     Raises:
-        UserError: If the images do not fit the model.
+        UserError: If the images do not fit the model, or it has no likelihood.
 
     Example:
         >>> model = load("zoo/glow_mnist", device="cpu")

@@ -145,13 +145,13 @@ def test_the_cpu_time_of_interrupted_and_failed_commands_is_counted(monkeypatch)
 
 
 def test_a_curve_is_extrapolated_to_ten_times_the_compute(table, tmp_path):
-    compute = np.array([0.0, 1.0, 2.0, 3.0])
-    ends, values = script.extrapolate(compute, 4 - 0.5 * compute)
-    assert ends.tolist() == [3.0, 4.0]
-    assert values.tolist() == pytest.approx([2.5, 2.0])
+    compute = np.array([1.0, 10.0, 100.0])
+    ends, values = script.extrapolate(compute, np.array([4.0, 3.5, 2.8]))
+    assert ends.tolist() == [100.0, 1000.0]
+    assert values.tolist() == pytest.approx([2.8, 2.3])
     row = table.Row("mnist", "glow", 1.0, [])
     row.fill()
-    table.plot_compute([row], tmp_path / "compute.png")
+    table.plot_compute([row.values], tmp_path / "compute.png")
     assert Image.open(tmp_path / "compute.png").width > 100
 
 

@@ -1,4 +1,4 @@
-"""Likelihood-based models of images: flows, PixelCNN, VAE, VQ-VAE, diffusion and RBM.
+"""Models of images: flows, PixelCNN, VAE, VQ-VAE, diffusion, RBM and GAN.
 
 Names are imported on first use, so that one model does not import all others.
 """

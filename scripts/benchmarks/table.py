@@ -41,7 +41,6 @@ from run_flowgen import run_flowgen
 
 FOLDER = Path("outputs/table")
 SHORT_STEPS = 60  # of the first of the short runs that measure the cost of a step
-FITTED_POINTS = 3  # of a curve, that its extrapolation continues
 GROWTH = 4  # of the number of steps, from one short run to the next
 MIN_SECONDS = 20  # CPU time by which the last short run is longer than the first
 IMPORTANCE_SAMPLES = (1, 16)
@@ -252,32 +251,41 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
 
-def plot_compute(rows: list[Row], path: Path) -> None:
-    """Plot the validation bits/dim of models against their training compute, and extrapolate it."""
+def plot_compute(rows: list[dict[str, Any]], path: Path) -> None:
+    """Plot the validation bits/dim of models against their training compute, and extrapolate it.
+
+    Args:
+        rows: Contents of `row.json` of each model.
+        path: The PNG.
+    """
     with plots.figure(8, 5, path) as page:
         axes = page.subplots()
-        for index, row in enumerate(row for row in rows if len(row.values["curve"]) > 1):
-            images, values = np.array(row.values["curve"]).T
-            compute = np.log10(images * row.values["flops"] / 1e15)
+        for index, row in enumerate(row for row in rows if len(row["curve"]) > 1):
+            images, values = np.array(row["curve"]).T
+            compute = images * row["flops"] / 1e15
             style = {"color": plots.COLORS[index % len(plots.COLORS)]}
             marker = plots.MARKERS[index % len(plots.MARKERS)]
-            axes.plot(compute, values, marker=marker, label=row.values["model"], **style)
+            axes.plot(compute, values, marker=marker, label=row["model"], **style)
             axes.plot(*extrapolate(compute, values), linestyle=":", **style)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{10**x:,.4g}")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="training compute, PFLOPs", ylabel="validation bits/dim")
         axes.legend()
 
 
 def extrapolate(compute: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ends of the straight line through the last points, up to ten times the compute.
+    """Return the ends of the extrapolation, from the last point to ten times its compute.
+
+    Its slope is that between the first two points, where the learning rate is constant. A run of
+    ten times the length also ends with a falling learning rate. Slopes become smaller as training
+    goes on, so the extrapolation is optimistic.
 
     Args:
-        compute: Decimal logarithms of the compute.
+        compute: Compute of each point.
         values: Bits/dim.
     """
-    slope, start = np.polyfit(compute[-FITTED_POINTS:], values[-FITTED_POINTS:], 1)
-    ends = np.array([compute[-1], compute[-1] + 1])
-    return ends, start + slope * ends
+    slope = (values[1] - values[0]) / np.log10(compute[1] / compute[0])  # per factor of ten
+    return compute[-1] * np.array([1, 10]), values[-1] + slope * np.array([0, 1])
 
 
 def format_result(results: dict[str, Any]) -> str:
@@ -377,7 +385,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the rows")
     parser.add_argument("--temperature", type=float, default=0.7, help="temperature of samples")
     parser.add_argument("--samples", type=int, help="samples whose quality is measured")
+    parser.add_argument("--plot", nargs="*", type=Path, help="plot these stored rows, and end")
     args, overrides = parser.parse_known_args()
+    if args.plot:
+        plot_compute([json.loads(file.read_text()) for file in args.plot], Path("compute.png"))
+        return
     options = (args.folder, args.temperature, args.samples)
     rows = [
         Row(data, model, args.minutes, overrides, *options)
@@ -389,7 +401,7 @@ def main() -> None:
     for data in args.data:
         pictures = [row.titled_samples() for row in rows if row.values["data"] == data]
         rendering.stack_titled(pictures).save(args.folder / f"{data}_{args.minutes:g}.png")
-        measured = [row for row in rows if row.values["data"] == data]
+        measured = [row.values for row in rows if row.values["data"] == data]
         plot_compute(measured, args.folder / f"{data}_{args.minutes:g}_compute.png")
     print(f"| {' | '.join(COLUMNS)} |")
     print("|" + " --- |" * len(COLUMNS))
