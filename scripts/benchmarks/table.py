@@ -278,7 +278,7 @@ def extrapolate(compute: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
 
     Its slope is that between the first two points, where the learning rate is constant. A run of
     ten times the length also ends with a falling learning rate. Slopes become smaller as training
-    goes on, so the extrapolation is optimistic.
+    continues, so the extrapolation is optimistic.
 
     Args:
         compute: Compute of each point.
