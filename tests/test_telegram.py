@@ -22,7 +22,7 @@ from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
 pytest.importorskip("telegram", reason="needs the package python-telegram-bot")
-from flowgen.serving.telegram import MessageHandlers, read_token
+from flowgen.serving.telegram import ChatHandlers, read_token
 from flowgen.utils.errors import UserError
 
 TOKEN = "123456:SECRET-of-the-bot_xyz"
@@ -260,20 +260,20 @@ def test_last_photo_of_a_busy_chat_is_asked_for_again():
             get_bot=refuse,
         )
 
-    chat = MessageHandlers(None)
-    chat.busy.add(7)
+    handlers = ChatHandlers(None)
+    handlers.busy.add(7)
     for photo in (message("a", "/walk"), message("b")):
-        asyncio.run(chat.on_message(SimpleNamespace(message=photo), None))
+        asyncio.run(handlers.on_message(SimpleNamespace(message=photo), None))
     assert replies == [
         "I am still working on your last request. Send me this photo again after that."
     ]
-    chat.busy.clear()
-    request = chat.pending[7]
-    asyncio.run(chat.on_message(SimpleNamespace(message=message("b")), None))
+    handlers.busy.clear()
+    request = handlers.pending[7]
+    asyncio.run(handlers.on_message(SimpleNamespace(message=message("b")), None))
     assert replies[1:] == ["Sorry: no connection."]
     assert request.photos == ["a", "b"]
-    assert not chat.pending
-    assert not chat.busy
+    assert not handlers.pending
+    assert not handlers.busy
 
 
 def test_only_allowed_chats_are_answered():
@@ -283,8 +283,8 @@ def test_only_allowed_chats_are_answered():
         replies.append(text)
 
     message = SimpleNamespace(chat_id=7, text="/start", caption=None, reply_text=reply)
-    chat = MessageHandlers(None, allowed_chats=(8,))
-    asyncio.run(chat.on_message(SimpleNamespace(message=message), None))
+    handlers = ChatHandlers(None, allowed_chats=(8,))
+    asyncio.run(handlers.on_message(SimpleNamespace(message=message), None))
     assert replies == ["This bot does not answer this chat. Its id is 7."]
 
 

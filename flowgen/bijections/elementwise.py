@@ -16,8 +16,8 @@ class Logit(Bijection):
     """z = logit(alpha + (1 - 2 alpha) x) for x in [0, 1].
 
     log|dz/dx| = softplus(z) + softplus(-z) + log(1 - 2 alpha), summed over the values. `alpha`
-    keeps z finite at x = 0 and x = 1. MAF (1705.07057), section 4; Real NVP (1605.08803), section
-    4.1, has 1 - alpha in place of 1 - 2 alpha, where z is infinite at x = 1.
+    keeps z finite at x = 0 and x = 1. MAF (1705.07057). Real NVP (1605.08803), section 4.1, has
+    1 - alpha in place of 1 - 2 alpha, where z is infinite at x = 1.
 
     Example:
         >>> bijection = Logit(alpha=0.05)

@@ -22,7 +22,7 @@ class Codec(ABC):
         noise_bits: Upper bound of the bits that `encode` pops per image before it pushes any.
         grid_bits: Bits after the binary point of a number of the `Coder`.
         annealing_steps: Annealing steps of an RBM, or 0.
-        length_description: What the length by the model is that `encode` returns.
+        length_description: Name of the length that `encode` returns, in the report.
     """
 
     length_description: ClassVar[str]

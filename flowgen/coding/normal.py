@@ -1,9 +1,9 @@
 """Standard normal numbers on a stack: popping draws one, pushing stores one.
 
 The number passes through its distribution function, which makes it uniform, and the result is
-pushed. Between -5 and 5 the distribution function is a table of integers. Beyond, there is a table
-of the distance from 5, approximately: exp(-5 d - d^2 / 2) needs only `exp`, and gives distances
-above 1 a probability that is 1.2 times too large. Tails have a probability of 6e-7.
+pushed. Between -5 and 5 the distribution function is a table of integers. The table of the distance
+d beyond 5 is approximate: the probability of a larger distance is exp(-5 d - d^2 / 2), which needs
+only `exp` and is 1.2 times too large at d = 1. A number beyond 5 has a probability of 6e-7.
 """
 
 import zlib

@@ -2,8 +2,8 @@
 
 A comment belongs to the key on its line and continues on the indented comment lines below it.
 The first comment line of a file describes it.
-Hydra is not imported, and torch only to tell what trainer=auto stands for on a machine with a GPU,
-so that help and completion answer at once.
+To answer at once, nothing here imports Hydra. On a machine with a GPU driver, torch is imported to
+find out which option trainer=auto stands for.
 """
 
 import difflib
@@ -202,7 +202,7 @@ def setting_names() -> dict[str, list[str]]:
     names: dict[str, list[str]] = {name: [] for name in (*GROUPS, *settings_of_file("train"))}
     for group in (*SECTIONS, "model/negative_phase"):
         for option in group_options(group):
-            # trainer=auto has the keys of both other options; torch knows which it stands for.
+            # All trainers have the same keys, and trainer=auto would import torch.
             concrete = "cpu" if (group, option) == ("trainer", "auto") else option
             for key in settings_of_option(group, concrete):
                 names.setdefault(key, []).append(f"{group}={option}")

@@ -1,4 +1,4 @@
-"""Categorical distributions: those of the pixel values of an image, and draws."""
+"""Categorical distributions of pixel values, and draws from logits."""
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def draw_values(logits: Tensor, temperature: float, generator: torch.Generator |
         generator: Random generator, or None for the global one.
 
     Returns:
-        (...).
+        Indices of the values, (...).
     """
     noise = torch.empty_like(logits).exponential_(generator=generator)
     noise.clamp_(min=torch.finfo(logits.dtype).tiny)  # log 0 times temperature 0 is not a number

@@ -63,7 +63,6 @@ class LikelihoodModel(GenerativeModel):
         bins: Number of pixel values, 2^bits.
         dimensions: The product D of `image_shape`.
         elbo_only: Average log w over importance samples if only this is a valid bound.
-        has_noise: Whether `log_prob` draws random numbers, so that importance samples differ.
 
     Example:
         >>> from flowgen.models import NICE
@@ -150,6 +149,7 @@ class LikelihoodModel(GenerativeModel):
 
     @property
     def has_noise(self) -> bool:
+        """Whether `log_prob` draws random numbers, so that importance samples differ."""
         return self.likelihood != "exact"
 
     def _num_samples(self, samples: int) -> int:

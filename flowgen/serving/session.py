@@ -161,9 +161,9 @@ class ModelSession:
     @property
     def samplers(self) -> list[str]:
         """Samplers for inpainting. An RBM uses them for new images too."""
-        if not isinstance(self.model, SupportsInpainting) or not self.capabilities["inpainting"]:
-            return []
-        return list(self.model.samplers)
+        if isinstance(self.model, SupportsInpainting) and self.capabilities["inpainting"]:
+            return list(self.model.samplers)
+        return []
 
     @property
     def unit(self) -> str:
@@ -192,8 +192,8 @@ class ModelSession:
     def read_upload(self, file: bytes) -> Tensor:
         """Decode an untrusted image file and preprocess it like the training images.
 
-        With one bit, pixels become bits by a threshold, also if those of the training images are
-        drawn.
+        At one bit, pixels become bits by a threshold, even if the bits of the training images are
+        drawn at random.
 
         Args:
             file: The content of a file in one of `UPLOAD_FORMATS`.
@@ -326,8 +326,9 @@ class ModelSession:
             8-bit images (2 + draws, channels, height, width): the mean, twice the standard
             deviation and the draws; and diagnostics of the sampler.
         """
-        if not isinstance(self.model, SupportsInpainting) or not self.capabilities["inpainting"]:
+        if not self.samplers:
             raise UserError("this model does not support inpainting: use the run of a flow")
+        assert isinstance(self.model, SupportsInpainting)
         complete.check_mask(known, "the mask")
         with self.lock.acquire("completing", request_id):
             (draws, mean, metrics), spread = complete.inpaint_image(

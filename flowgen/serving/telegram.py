@@ -91,7 +91,7 @@ class PendingRequest:
 
 
 @dataclass
-class MessageHandlers:
+class ChatHandlers:
     """Handlers for the messages of all chats.
 
     A chat has one request in progress at a time. Different chats do not wait for each other.
@@ -258,7 +258,7 @@ def bot(
     """
     token = read_token(token_file)
     session = ModelSession(run, device)
-    chat = MessageHandlers(session, allowed_chats)
+    handlers = ChatHandlers(session, allowed_chats)
     redact_logs(token)
 
     # The thread starts after Telegram has accepted the token, since an exit by an error aborts the
@@ -276,8 +276,8 @@ def bot(
         .post_init(score_in_background)
         .build()
     )
-    application.add_handler(MessageHandler(filters.ALL, chat.on_message))
-    application.add_error_handler(chat.on_error)
+    application.add_handler(MessageHandler(filters.ALL, handlers.on_message))
+    application.add_error_handler(handlers.on_error)
     echo(f"{session.name} answers on Telegram until Ctrl-C")
     try:
         application.run_polling(allowed_updates=["message"])

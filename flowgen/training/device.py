@@ -150,8 +150,7 @@ def check_batch_fits(
         data: Data set, of which a few images are tried.
         runtime: Device and precision.
         batch_size: Images per optimizer step.
-        parts: Number of equal parts of a step that are in memory one after the other, or in the
-            memory of different devices.
+        parts: Number of equal parts of a batch, of which this memory has one at a time.
         activation_memory: Setting of the same name.
 
     Raises:

@@ -43,7 +43,7 @@ class WorkerGroup:
 
     @property
     def num_machines(self) -> int:
-        """Number of machines: of processes, unless a launcher starts several on each."""
+        """Number of machines; without LOCAL_WORLD_SIZE, each process counts as one."""
         return max(1, self.size // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     @property

@@ -98,10 +98,10 @@ class Run:
         return [path for path in (self.last, *numbered, self.best) if path.exists()]
 
     def latest_valid_checkpoint(self, before: float = math.inf) -> dict[str, Any] | None:
-        """Return the last checkpoint that is readable and has a step < before, or None without any.
+        """Return the first readable checkpoint with a step < before, or None without checkpoints.
 
-        The order is `last.pt`, the numbered ones from the newest on, `best.pt`. Without one below
-        `before`, return the readable one with the largest step.
+        The order is `last.pt`, the numbered ones from the newest to the oldest, `best.pt`. If no
+        step is below `before`, return the readable one with the largest step.
 
         Raises:
             UserError: If all checkpoints are damaged.

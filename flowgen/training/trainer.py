@@ -34,7 +34,7 @@ MIN_SPEEDUP = 1.05  # of compiled steps, below which auto returns to eager mode
 TIMED_STEPS = 3  # of each mode, to compare their speed
 NUM_SAMPLES = 32  # images in a grid of samples
 BN_UPDATE_BATCHES = 40  # training batches over which batch statistics are estimated
-CHECKS: dict[Any, Callable[..., None]] = {  # of settings by type, those of `LISTS` by element
+CHECKS: dict[Any, Callable[..., None]] = {  # of settings by type; for `LISTS`, of each element
     int: check_whole,
     int | None: check_whole,
     list[int]: check_whole,
@@ -526,7 +526,7 @@ class Trainer:
 
     @property
     def _memory_shares(self) -> int:
-        """Number of equal parts of a batch that are in separate memory: of GPUs or of machines."""
+        """Number of memories that share a batch: those of GPUs, or those of machines."""
         on_gpu = self.runtime.device.type == "cuda"
         return self.group.size if on_gpu else self.group.num_machines
 

@@ -80,7 +80,7 @@ class InpaintingChains(ABC):
 
     @abstractmethod
     def scale_of(self, h: Tensor) -> float:
-        """Return the standard deviation of the known part over images h."""
+        """Return the standard deviation of all pixels, or of all sums, of images h."""
 
     @abstractmethod
     def violation(self, h: Tensor) -> Tensor:
