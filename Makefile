@@ -62,7 +62,7 @@ docs-long: docs ## run the slow commands of the documentation too, and check its
 docs-pictures: $(SETUP) ## create the pictures of the documentation from the commands of its pages: PICTURES=all, or names
 	.venv/bin/python scripts/reproduce/docs_pictures.py $(PICTURES)
 
-reproduce-thesis: $(SETUP) ## make every figure of the thesis and of the slides: SCALE=full|small|smoke DATA=celeba_hq|celeba|folder ROOT=
+reproduce-thesis: $(SETUP) ## make every figure of the thesis and of the slides: SCALE=full|night|small|smoke DATA=celeba_hq|celeba|folder ROOT=
 	.venv/bin/python scripts/reproduce/thesis --preset $(SCALE) --data $(DATA) $(if $(ROOT),--root "$(ROOT)") $(if $(PARTS),--parts $(PARTS))
 
 faults: $(SETUP) ## run the fuzzers (kills, full disks, damaged files, command lines): minutes, or hours with FAULTS=1000

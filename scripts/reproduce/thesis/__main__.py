@@ -27,7 +27,7 @@ from flowgen.utils.errors import UserError
 from flowgen.utils.html import Picture, Section, data_url, write_html
 
 FACE_DATA = ("celeba_hq", "celeba", "folder")
-MAX_COMPARED = {"full": 2000, "small": 400, "smoke": 32}  # samples and test images
+MAX_COMPARED = {"full": 2000, "night": 1000, "small": 400, "smoke": 32}  # samples and test images
 TITLES = {
     "data": "Data",
     "glow_conv": "Experiment 1: the original coupling network",

@@ -12,13 +12,13 @@ from flowgen.utils.errors import UserError
 sys.path.append(str(Path(__file__).parents[2]))
 from run_flowgen import run_flowgen
 
-PRESETS = ("full", "small", "smoke")
+PRESETS = ("full", "night", "small", "smoke")
 GROUPS = ("glow_conv", "glow_resnet", "toy", "slides", "outlook")
 FACE_GROUPS = {"glow_conv", "glow_resnet", "outlook"}  # groups that train on faces
-DIGITS = {"full": "mnist", "small": "mnist", "smoke": "mnist_sample"}
+DIGITS = {"full": "mnist", "night": "mnist", "small": "mnist", "smoke": "mnist_sample"}
 RBMS = ("filters", "l2_1e3", "l2_1e6", "l1_1e3", "l1_1e6", "cd1", "cd10", "tempering")
 OUTLOOK_NETWORKS = ("glow_conv_32", "glow_resnet_blocks", "glow_gated")
-HIDDEN_UNITS = {"full": (50, 100, 300), "small": (100,), "smoke": (8,)}
+HIDDEN_UNITS = {"full": (50, 100, 300), "night": (50, 100, 300), "small": (100,), "smoke": (8,)}
 
 
 class Job(NamedTuple):
@@ -71,8 +71,8 @@ def data_section(name: str, root: str | None = None) -> dict[str, Any]:
 def jobs(preset: str, group: str) -> list[Job]:
     """Return the training runs of a group.
 
-    With the preset full, the slides have 24 RBMs and the RBM of the half 6, and the outlook has 3
-    networks. The preset smoke has 3 RBMs, the RBM of the half 6, and 1 network.
+    With the presets full and night, the slides have 24 RBMs and the RBM of the half 6, and the
+    outlook has 3 networks. The preset smoke has 3 RBMs, the RBM of the half 6, and 1 network.
     """
     if group == "slides":
         return _slides_jobs(preset)
