@@ -38,7 +38,7 @@ __all__ = [
     "train",
 ]
 _MODULES = {"Run": "flowgen.training.run_dir", "UserError": "flowgen.utils.errors"}
-_SUBPACKAGES = ("bijections", "data", "evaluation", "models", "training")
+_SUBPACKAGES = ("bijections", "coding", "data", "evaluation", "models", "training")
 
 
 def __getattr__(name: str) -> Any:

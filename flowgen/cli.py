@@ -365,7 +365,7 @@ def echo_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     help="Output file, by default in the folder of the run; a zip has one file per sample.",
 )
 def sample(**options: Any) -> None:
-    """Draw a grid of samples, one block per temperature, sorted by log-probability."""
+    """Draw a grid of samples, one block per temperature, sorted by log-probability if known."""
     click.echo(import_command("commands.sample", needs_compute=True).sample(**options))
 
 
@@ -607,7 +607,6 @@ def compress(as_json: bool, **options: Any) -> None:
     The size of the file proves the bits/dim of the model. Images must have the size, channels and
     bits of the model, unless --prepared is given.
     """
-    check_codec()
     report = import_command("commands.compress", needs_compute=True).compress(**options)
     click.echo(json.dumps(report.row()) if as_json else report)
 
@@ -624,16 +623,7 @@ def decompress(**options: Any) -> None:
     or under outputs/. A model with fewer than 8 bits restores its own pixel values, scaled to 8
     bits.
     """
-    check_codec()
     click.echo(import_command("commands.compress", needs_compute=True).decompress(**options))
-
-
-def check_codec() -> None:
-    """Raise UserError if the package of the entropy coder is missing."""
-    if not find_spec("constriction"):
-        raise UserError(
-            "compression needs the package constriction: pip install 'constriction>=0.5,<0.6'"
-        )
 
 
 @cli.command(short_help="Export a model to one file.")

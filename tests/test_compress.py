@@ -302,10 +302,14 @@ def test_a_model_of_another_kind_is_refused(command, color_run, images):
     assert status == 1 and "was written with another model" in error
 
 
-def test_a_missing_package_is_one_sentence(command, monkeypatch):
-    monkeypatch.setattr("flowgen.cli.find_spec", lambda name: None)
-    status, _, error = command("compress", "--split", "test", "--out", "a.flow")
-    assert status == 1 and "pip install 'constriction" in error
+@pytest.mark.parametrize(
+    "args", [("compress", "--split", "test", "--out", "a.flow"), ("evaluate", "compress=true")]
+)
+def test_a_missing_package_is_one_sentence_before_any_work(command, color_run, args, monkeypatch):
+    monkeypatch.setattr("flowgen.coding.factory.find_spec", lambda name: None)
+    monkeypatch.setattr("flowgen.models.base.GenerativeModel.evaluate", None)
+    status, _, error = command(*args, "--run", color_run)
+    assert status == 1 and "pip install 'constriction" in error and error.count("\n") == 1
 
 
 def test_an_rbm_prints_its_length_next_to_the_verdict_on_log_z(command, two_runs, elsewhere):

@@ -15,6 +15,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Codec": "codec",
         "CompressionResult": "archive",
         "FlowCodec": "flow_codec",
+        "Header": "archive",
+        "PixelCNNCodec": "pixelcnn_codec",
         "RBMCodec": "rbm_codec",
         "compress": "archive",
         "decompress": "archive",

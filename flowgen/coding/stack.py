@@ -11,8 +11,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from flowgen.utils.errors import user_error
-
 Integers = NDArray[np.int64]
 WORD_BITS = 32
 DIGIT_BITS = 10  # constriction loses little only for uniform values below about 2^10
@@ -48,10 +46,8 @@ class BitStack:
     def __init__(
         self, reserve: int, borrowed: int = 0, words: NDArray[np.uint32] | None = None
     ) -> None:
-        with user_error(
-            "compression needs the package constriction: pip install 'constriction>=0.5,<0.6'"
-        ):
-            import constriction
+        import constriction
+
         self._make_coder = constriction.stream.stack.AnsCoder
         self._uniform = constriction.stream.model.Uniform()
         self._bernoulli = constriction.stream.model.Bernoulli(perfect=False)

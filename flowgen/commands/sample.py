@@ -16,6 +16,7 @@ from flowgen.models.base import (
     SupportsTokenSampling,
     sample_batches,
     sample_images,
+    sort_by_log_prob,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.utils import console, memory, rendering
@@ -223,7 +224,7 @@ def _save_picture(
     kwargs: Mapping[str, Any],
     path: Path,
 ) -> None:
-    """Save one block of rows per temperature, each sorted by log-probability."""
+    """Save one block of rows per temperature, each sorted by log-probability if there is one."""
     side = max(rendering.MIN_SIDE, *model.image_shape[1:])
     memory.check_memory(
         "--count",
@@ -236,7 +237,7 @@ def _save_picture(
     blocks = []
     for temperature in temperatures:
         images, log_probs = sample_images(model, count, temperature, seed, **kwargs)
-        if overflows := int((~log_probs.isfinite()).sum()):
+        if log_probs is not None and (overflows := int((~log_probs.isfinite()).sum())):
             console.log.warning(
                 "%d of %d samples at temperature %g exceed the range of float32: "
                 "use a lower temperature",
@@ -245,7 +246,7 @@ def _save_picture(
                 temperature,
             )
         title = f"{label}{sampler}temperature {temperature:g}"
-        blocks.append((title, images[log_probs.argsort(descending=True)]))
+        blocks.append((title, sort_by_log_prob(images, log_probs)))
     rendering.titled_grids(blocks, model.bits, columns=min(count, 8)).save(path)
 
 

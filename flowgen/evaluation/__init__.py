@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "step_sizes": "interpolation",
         "unevenness": "interpolation",
         "Directions": "latent_directions",
+        "Moments": "latent_directions",
         "compute_moments": "latent_directions",
         "fit_directions": "latent_directions",
         "move_along": "latent_directions",

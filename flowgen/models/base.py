@@ -201,7 +201,7 @@ class GenerativeModel(nn.Module, ABC):
     @abstractmethod
     def sample(
         self, count: int, temperature: float = 1.0, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Draw images.
 
         Args:
@@ -211,8 +211,9 @@ class GenerativeModel(nn.Module, ABC):
             generator: Random generator, or None for the global one.
 
         Returns:
-            The images (count, channels, height, width), and a score to sort them by, (count,); for
-            flows their log-probability.
+            The images (count, channels, height, width), and their log-probabilities in nats,
+            (count,): unnormalized for an RBM, one draw of the bound for models with a bound. None
+            if the model has no likelihood.
         """
 
     @abstractmethod
@@ -458,7 +459,7 @@ class ClassConditional(Capability):
         generator: torch.Generator | None = None,
         label: int | None = None,
         start_index: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Draw images of class `label`, or of all classes in turn.
 
         Args:
@@ -499,7 +500,7 @@ class SupportsMCMC(Capability):
         generator: torch.Generator | None = None,
         sampler: str = "tempering",
         steps: int = 500,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Draw images by Markov chains that start at white noise.
 
         Args:
@@ -534,7 +535,7 @@ class SupportsTokenSampling(Capability):
         start_index: int = 0,
         guidance: float = 0.0,
         jacobi: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Draw images.
 
         Args:
@@ -555,7 +556,7 @@ class SupportsTokenSampling(Capability):
 
 def sample_images(
     model: GenerativeModel, count: int, temperature: float, seed: int, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Draw samples; the same seed gives the same latents at every temperature.
 
     Args:
@@ -567,16 +568,25 @@ def sample_images(
 
     Returns:
         images: Samples (count, channels, height, width).
-        log_probs: Their log-probabilities as far as the model knows them, (count,).
+        log_probs: Their log-probabilities as far as the model knows them, (count,), or None.
     """
-    batches = sample_batches(model, count, temperature, seed, **kwargs)
-    images, log_probs = zip(*batches, strict=True)
-    return torch.cat(images), torch.cat(log_probs)
+    images: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    for batch, log_prob in sample_batches(model, count, temperature, seed, **kwargs):
+        images.append(batch)
+        if log_prob is not None:
+            log_probs.append(log_prob)
+    return torch.cat(images), torch.cat(log_probs) if log_probs else None
+
+
+def sort_by_log_prob(images: Tensor, log_probs: Tensor | None) -> Tensor:
+    """Return images from high to low log-probability, or as they are without log-probabilities."""
+    return images if log_probs is None else images[log_probs.argsort(descending=True)]
 
 
 def sample_batches(
     model: GenerativeModel, count: int, temperature: float, seed: int, **kwargs: Any
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield the batches of `sample_images`; the cycle of classes continues across batches."""
     generator = torch.Generator(model.device).manual_seed(seed)
     iterations: list[list[int]] = []

@@ -339,16 +339,22 @@ class GAN(ClassConditional):
         generator: torch.Generator | None = None,
         label: int | None = None,
         start_index: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, None]:
         """Draw images of latents z ~ N(0, T^2 I), where T is the temperature.
 
+        Args:
+            count: Number of images.
+            temperature: Standard deviation of the latents.
+            generator: Random generator, or None for the global one.
+            label: The class; None cycles through the classes, if the model has any.
+            start_index: Index of the first image in this cycle.
+
         Returns:
-            The images, and their logits D, (count,).
+            The images (count, channels, height, width), and None, because a GAN has no likelihood.
         """
         one_hot = self.one_hot(self.sample_labels(count, label, start_index))
         latent = self._draw_latents(count, temperature, generator, one_hot)
-        images = self.decode(latent)
-        return images, self.discriminator((images + 0.5) / self.bins, one_hot)
+        return self.decode(latent), None
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:

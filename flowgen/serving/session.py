@@ -15,11 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgen.commands import complete, edit, interpolate, sample, score
+from flowgen.commands import complete, edit, interpolate, score
 from flowgen.config.runs import find_model, supports
 from flowgen.data.preprocess import check_color_channels, preprocess
 from flowgen.evaluation import latent_directions, ood
-from flowgen.models.base import GenerativeModel, SupportsInpainting, SupportsMCMC
+from flowgen.models.base import (
+    GenerativeModel,
+    SupportsInpainting,
+    SupportsMCMC,
+    sample_images,
+    sort_by_log_prob,
+)
 from flowgen.utils import console, rendering
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import BITS_PER_DIM
@@ -253,8 +259,8 @@ class ModelSession:
         options = {"label": label, "sampler": sampler, "steps": steps}
         kwargs: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
         with self.lock.acquire("drawing samples"):
-            images, scores = sample.sample_images(self.model, count, temperature, seed, **kwargs)
-        return images[scores.argsort(descending=True)].cpu()
+            images, log_probs = sample_images(self.model, count, temperature, seed, **kwargs)
+        return sort_by_log_prob(images, log_probs).cpu()
 
     def score(self, image: Tensor) -> Score:
         """Return the likelihood of one image as `flowgen score --prepared` prints it."""

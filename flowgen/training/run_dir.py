@@ -29,6 +29,18 @@ class Run:
 
     Args:
         folder: Path of the folder, which may not exist yet.
+
+    Attributes:
+        folder: The path.
+        config: Path of the configuration, `config.yaml`.
+        metrics: Path of the metrics of training and validation, `metrics.jsonl`.
+        evaluation: Path of the results of `flowgen evaluate`, `evaluation.json`.
+        log: Path of the log, `train.log`.
+        tensorboard: Folder of the event files of TensorBoard.
+        curves: Path of the plotted metrics, `curves.png`.
+        filters: Path of the picture of learned filters, `features.png`.
+        last: Path of the newest checkpoint.
+        best: Path of the checkpoint with the best validation metric.
     """
 
     def __init__(self, folder: Path):

@@ -203,10 +203,11 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         generator: torch.Generator | None = None,
         label: int | None = None,
         start_index: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Draw images, and return them with the log-density of their points in nats, (count,).
 
-        It is log p(x | label) if the class conditions the networks, else log p(x).
+        It is log p(x | label) if the class conditions the networks, else log p(x), and None for a
+        flow of images with noise, which has no likelihood of images.
 
         Args:
             count: Number of images.
@@ -224,6 +225,8 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
             z = z + one_hot @ self.means
         x, log_density = self._invert(z, one_hot)
         images = self._quantize(self._denoise(x, labels))
+        if self.likelihood == "none":
+            return images, None
         return images, log_density - self.dimensions * math.log(self.bins)
 
     @torch.no_grad()

@@ -155,8 +155,8 @@ class TarFlow(Flow, SupportsTokenSampling):
         start_index: int = 0,
         guidance: float = 0.0,
         jacobi: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Draw images, and return them with their log p(x), (count,).
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw images, and return them with their log p(x), (count,), as in `Flow.sample`.
 
         With guidance w, each number of a block follows p(x | class)^(1 + w) / p(x)^w, and
         log p(x | class) is returned.

@@ -3,5 +3,5 @@
 from flowgen.utils import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__, {name: name for name in ("latents", "networks", "vae")}
+    __name__, {"latents": "latents", "networks": "networks", "vae": "vae", "VAE": "vae"}
 )
