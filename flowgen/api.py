@@ -290,7 +290,8 @@ def _evaluate_samples(
 def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
     """Return the log-probability of each image.
 
-    Dequantization noise is drawn with a fixed seed, so that the same images have the same scores.
+    Dequantization noise is drawn with a fixed seed, so that the same tensor of images
+    has the same scores.
     An RBM whose log Z is unknown gives log p(x) + log Z; `evaluate` estimates log Z.
 
     Args:
@@ -299,7 +300,7 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
 
     Returns:
         Log-probabilities in nats (N,), on the CPU. For flows, VAEs, VQ-VAEs and diffusion
-        models they are lower bounds.
+        models each is one draw of a lower bound.
 
     Raises:
         UserError: If the images do not fit the model, or it has no likelihood.

@@ -446,7 +446,7 @@ def complete(log_prob: bool, **options: Any) -> None:
     multiple=True,
     type=finite_number(", such as 1 or -0.5"),
     metavar="A",
-    help="1 is the mean distance of images with and without it; by default from -2 to 2.",
+    help="1 is the mean change from images without it to images with it; by default -2 to 2.",
 )
 @run_option
 @click.option(

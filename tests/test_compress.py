@@ -604,6 +604,13 @@ def test_evaluate_compares_with_a_file(command, color_run):
     assert row["net_gap"] == pytest.approx(gap)
 
 
+def test_the_gap_of_one_image_is_unknown(model):
+    images = smooth_images(1)
+    evaluated = model.evaluate([images])["bits_per_dim"]
+    row = coding.measure_compression(FlowCodec(model), images, evaluated).row()
+    assert "net_bits_per_dim" in row and "net_gap" not in row
+
+
 def test_evaluate_refuses_before_it_evaluates(command, two_runs, monkeypatch):
     monkeypatch.setattr("flowgen.models.flows.flow.Flow.evaluate", None)
     monkeypatch.setattr("flowgen.coding.flow_codec.has_rule", lambda part: False)

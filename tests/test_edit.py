@@ -68,7 +68,8 @@ def test_classes_have_their_means_and_an_image_leaves_its_own_class():
     assert (class_means(result) - means).abs().max() < error + 0.05
     directions = fit_directions(result, ("0", "1", "2"), classes=True)
     latent = means[[0, 2]] + 0.1 * torch.randn(2, 16)
-    assert directions.nearest_class(latent.float()).tolist() == [0, 2]
+    for dtype in (torch.float32, torch.float64):
+        assert directions.nearest_class(latent.to(dtype)).tolist() == [0, 2]
     step = directions.shift({"2": 1.0}, torch.tensor([0, 2]))
     assert torch.allclose(step[0], directions.changes[2] - directions.changes[0])
     assert step[1].abs().max() < 1e-6

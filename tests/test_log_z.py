@@ -1,5 +1,7 @@
 """Estimates of log Z against exact enumeration, and the verdict on them."""
 
+import math
+
 import torch
 from enumeration import CHAINS, draw_states, exact_distribution, small_rbm
 
@@ -106,6 +108,13 @@ def test_the_verdict_depends_on_the_agreement_of_the_estimates(monkeypatch):
     metrics = cross_check(small_rbm(30, 24, scale=6.0), ais_steps=2, ais_chains=100)
     assert not metrics["reliable"]
     assert metrics["verdict"].startswith("not reliable: ")
+
+
+def test_the_log_likelihood_of_one_image_has_no_finite_error():
+    rbm = small_rbm()
+    images = torch.zeros(1, *rbm.image_shape, dtype=torch.uint8)
+    row = rbm.evaluate([images], [images]).row()
+    assert row["log_likelihood_error"] == row["free_energy_gap_error"] == math.inf
 
 
 def test_a_diverged_model_is_not_reliable(monkeypatch):

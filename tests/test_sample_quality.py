@@ -97,6 +97,7 @@ def test_interpolation_through_pixels_is_even_and_both_paths_meet_at_the_ends():
 def test_step_sizes_and_unevenness_of_known_paths():
     uneven = torch.tensor([0, 1, 4]).view(3, 1, 1, 1, 1).expand(3, 2, 1, 4, 4)
     assert unevenness(uneven, 5) == pytest.approx(torch.full((2,), 1.5))
+    assert unevenness(torch.ones(3, 2, 1, 4, 4), 5).tolist() == [1, 1]
     black_to_white = torch.stack((torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 31)))
     assert step_sizes(black_to_white, 5) == pytest.approx(torch.ones(1, 2))
 
@@ -119,6 +120,7 @@ def test_lerp_and_slerp_are_exact_at_the_ends():
     for curve in (interpolation.lerp, interpolation.slerp):
         assert torch.equal(curve(start, end, torch.zeros(5, 1)), start)
         assert torch.equal(curve(start, end, torch.ones(5, 1)), end)
+        assert torch.equal(curve(0 * start, end, torch.full((5, 1), 0.5)), end / 2)
 
 
 def test_jackknife_errors_of_means_are_standard_errors_and_variances_of_sets_add():

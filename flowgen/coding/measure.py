@@ -48,7 +48,7 @@ def measure_compression(
         MetricValue(NET_BITS, result.net_bits_per_dim),
     ]
     if evaluated.metric == BITS_PER_DIM:
-        if evaluated.error:
+        if evaluated.error and math.isfinite(evaluated.error):
             gap = (result.net_bits_per_dim - evaluated.value) / evaluated.error
             values.append(MetricValue(GAP, gap))
         likelihood = codec.model.likelihood

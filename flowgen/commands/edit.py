@@ -48,8 +48,9 @@ def edit(
 ) -> Path:
     """Save images that are moved along the latent directions of attributes, one row per image.
 
-    An amount of 1 leads from the mean latent of images without an attribute to the mean latent
-    of those with it; for classes, from the class of the image to another class.
+    An amount of 1 is the mean change of the latents from images without an attribute to images
+    with it, with `direction="ridge"` at constant other attributes; for classes, the change from the
+    class of the image to another class.
 
     Args:
         paths: Image files, cropped, resized and quantized like the data of the run.

@@ -48,7 +48,8 @@ def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
     from_start = torch.sin((1 - fraction) * angle) * start / start_length
     from_end = torch.sin(fraction * angle) * end / end_length
     on_circle = (from_start + from_end) / sine * lerp(start_length, end_length, fraction)
-    is_straight = (sine.abs() < MIN_SINE) | (fraction == 0) | (fraction == 1)
+    is_short = (start_length == 0) | (end_length == 0)
+    is_straight = is_short | (sine.abs() < MIN_SINE) | (fraction == 0) | (fraction == 1)
     return torch.where(is_straight, lerp(start, end, fraction), on_circle)
 
 
@@ -105,10 +106,13 @@ def step_sizes(path: Tensor, bits: int) -> Tensor:
 def unevenness(path: Tensor, bits: int) -> Tensor:
     """Return the largest step size of each path divided by its mean, (N,); 1 is perfectly even.
 
+    A path of identical images is even.
+
     Example:
         >>> path = torch.tensor([0, 1, 4]).view(3, 1, 1, 1, 1)
         >>> unevenness(path, bits=8)
         tensor([1.5000])
     """
     sizes = step_sizes(path, bits)
-    return sizes.amax(0) / sizes.mean(0)
+    mean = sizes.mean(0)
+    return torch.where(mean > 0, sizes.amax(0) / mean, 1.0)

@@ -124,7 +124,7 @@ class Directions:
 
     def nearest_class(self, latent: Tensor) -> Tensor:
         """Return the class with the nearest mean, (batch,), for latents (batch, D)."""
-        return torch.cdist(latent, self.changes).argmin(1)
+        return torch.cdist(latent, self.changes.to(latent)).argmin(1)
 
 
 def fit_directions(

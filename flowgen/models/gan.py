@@ -232,8 +232,7 @@ class GAN(ClassConditional):
     alone would tell real images.
 
     The model has no likelihood and no encoder. `evaluate` reports the squared Fréchet distance
-    between images and as many samples, in the principal components of training images. `sample`
-    scores images by their logits D.
+    between images and as many samples, in the principal components of training images.
 
     With `num_classes`, the class, one-hot, is a part of the latents, and D is a projection
     discriminator.
@@ -254,9 +253,9 @@ class GAN(ClassConditional):
         >>> model = GAN(image_shape=(3, 8, 8), bits=5, width=4, discriminator_width=4)
         >>> images = torch.randint(32, (16, 3, 8, 8), dtype=torch.uint8)
         >>> model(images).backward()
-        >>> samples, logit = model.sample(5)
-        >>> samples.shape, logit.shape
-        (torch.Size([5, 3, 8, 8]), torch.Size([5]))
+        >>> samples, log_prob = model.sample(5)
+        >>> samples.shape, log_prob
+        (torch.Size([5, 3, 8, 8]), None)
     """
 
     metric: Metric = FRECHET

@@ -46,13 +46,18 @@ def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
     )
 
 
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of independent values (n,), infinite for one value."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
 class LikelihoodModel(GenerativeModel):
     """A model that computes log P(image), or a random number whose expectation bounds it.
 
     `evaluate` and `score` treat all these models alike. If `likelihood` is "exact", `log_prob` is
     the log-probability. If it is "bound", `log_prob` is log w, where the mean of w over the noise
     is P(image) or less, so that the logarithm of the mean of several w is a tighter bound: Burda,
-    Grosse and Salakhutdinov (1509.00519).
+    Grosse and Salakhutdinov (1509.00519). If `elbo_only` is set, only the mean of log w is a bound.
 
     Args:
         image_shape: (channels, height, width).
@@ -191,8 +196,7 @@ class LikelihoodModel(GenerativeModel):
             bits_per_dim: Bits/dim of each image, (count,).
             samples: Number of importance samples, which the result records.
         """
-        count = len(bits_per_dim)
-        error = bits_per_dim.std().item() / math.sqrt(count) if count > 1 else math.inf
+        error = standard_error(bits_per_dim)
         bits = MetricValue(
             self.metric, bits_per_dim.mean().item(), error, likelihood=self.likelihood
         )
@@ -202,4 +206,6 @@ class LikelihoodModel(GenerativeModel):
             measured.append(
                 replace(bits, metric=LOG_LIKELIHOOD, value=-nats * bits.value, error=nats * error)
             )
-        return Metrics.of(*measured, bits=self.bits, num_importance_samples=samples, images=count)
+        return Metrics.of(
+            *measured, bits=self.bits, num_importance_samples=samples, images=len(bits_per_dim)
+        )

@@ -68,7 +68,7 @@ def denoise(y: Tensor, std: float, log_density: Callable[[Tensor], Tensor]) -> T
 class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompression):
     """A normalizing flow: a bijection from dequantized images to latents with base N(0, I).
 
-    Dequantized images are x = (images + u) / 2^bits in [0, 1), where the dequantizer draws the
+    Dequantized images are x = (images + u) / 2^bits in [0, 1], where the dequantizer draws the
     noise u. Latents are vectors (batch, D), where D is the product of `image_shape`. The likelihood
     is a lower bound. It is tighter if p(x) / q(u) is averaged over several importance samples of u:
     Burda et al. (1509.00519).
@@ -396,7 +396,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
     def _dequantize(
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return x in [0, 1), and log q(u) in nats, (batch,)."""
+        """Return x in [0, 1], and log q(u) in nats, (batch,)."""
         noise, log_q = self.dequantizer(images, self.dtype, generator)
         return (images + noise) / self.bins, log_q
 

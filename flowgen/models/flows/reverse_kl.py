@@ -13,7 +13,7 @@ from flowgen.bijections.reshape import Flatten
 from flowgen.models.base import QUICK_EVAL, EvalConfig
 from flowgen.models.flows.builders import MAX_DEPTH, make_transform
 from flowgen.models.flows.flow import Flow
-from flowgen.models.likelihood import estimate_log_mean
+from flowgen.models.likelihood import estimate_log_mean, standard_error
 from flowgen.utils.distributed import rank_and_size
 from flowgen.utils.energies import ENERGIES, quadrature_log_z
 from flowgen.utils.errors import UserError, check_choice, check_whole
@@ -189,7 +189,7 @@ class ReverseKL(Flow):
         estimate = estimate_log_mean(log_weights)
         true_log_z = quadrature_log_z(self.density)
         kl = true_log_z - log_weights.mean().item()
-        kl_error = log_weights.std().item() / math.sqrt(NUM_EVAL_SAMPLES)
+        kl_error = standard_error(log_weights)
         return super().evaluate(batches, train_batches, eval_config) | Metrics.of(
             MetricValue(REVERSE_KL, kl, kl_error),
             MetricValue(LOG_Z, estimate.log_mean, estimate.error),

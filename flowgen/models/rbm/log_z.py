@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from flowgen.models.base import EvalConfig
-from flowgen.models.likelihood import estimate_log_mean
+from flowgen.models.likelihood import estimate_log_mean, standard_error
 from flowgen.models.rbm.energy import EnergyModel
 from flowgen.models.rbm.sampling import ReplicaExchange, bernoulli_from_logits, space_betas
 from flowgen.utils.console import Progress, no_progress
@@ -529,7 +529,7 @@ def log_likelihood_metrics(free_energy: Tensor, log_z: LogZ) -> Metrics:
         log_z: Result of `estimate_log_z`.
     """
     mean = -free_energy.double().mean().item()
-    mean_error = (free_energy.double().std() / math.sqrt(len(free_energy))).item()
+    mean_error = standard_error(free_energy.double())
     values: list[MetricValue] = []
     for suffix, estimate in log_z.estimates.items():
         values += [

@@ -19,6 +19,7 @@ from flowgen.models.base import (
     SupportsInpainting,
     SupportsMCMC,
 )
+from flowgen.models.likelihood import standard_error
 from flowgen.models.rbm.energy import ContrastiveLoss, EnergyModel
 from flowgen.models.rbm.log_z import estimate_log_z, log_likelihood_metrics
 from flowgen.models.rbm.negative_phase import PCD, NegativePhase
@@ -247,10 +248,8 @@ class RBM(EnergyModel, SupportsCompression, SupportsInpainting, SupportsMCMC):
         if visible_train:
             train_energy = self.free_energy(torch.cat(visible_train))
             gap = free_energy.mean() - train_energy.mean()
-            variance = free_energy.var() / len(free_energy) + train_energy.var() / len(train_energy)
-            values.append(
-                MetricValue(Metric("free_energy_gap", "nats"), gap.item(), variance.sqrt().item())
-            )
+            error = math.hypot(standard_error(free_energy), standard_error(train_energy))
+            values.append(MetricValue(Metric("free_energy_gap", "nats"), gap.item(), error))
         return log_likelihood_metrics(free_energy, log_z) | Metrics.of(*values, images=len(data))
 
     def score(

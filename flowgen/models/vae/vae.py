@@ -71,7 +71,7 @@ class VAE(LikelihoodModel):
         num_components: Logistics in the mixture of each pixel.
         posterior: "gaussian", or its transformation by a flow that depends on the image: "planar",
             "sylvester" or "iaf".
-        prior: "standard"; "vamp", a mixture of the posteriors of learned pseudo-inputs; or "flow".
+        prior: "standard"; "vamp", a mixture of the Gaussians of learned pseudo-inputs; or "flow".
         num_transforms: Transforms of the flow of the posterior, and couplings of that of the prior.
         num_pseudo_inputs: Components of prior="vamp".
         decoder: "factorized": pixels are independent given z. "pixelcnn": each pixel also depends
@@ -168,7 +168,8 @@ class VAE(LikelihoodModel):
         )
         self.random_source = RandomSource()
         self.images_seen = nn.Buffer(torch.zeros((), dtype=torch.long))
-        if beta == 1 and not free_bits and not warmup_images:
+        is_plain_bound = beta == 1 and not free_bits and not warmup_images
+        if is_plain_bound and train_importance_samples == 1:
             self.loss_metric = BITS_PER_DIM
 
     # Training
@@ -258,8 +259,8 @@ class VAE(LikelihoodModel):
 
         - reconstruction: mean log p(x | z) over images and z, in nats.
         - kl: mean KL divergence of the posterior and the prior, in nats.
-        - active_units: number of latents whose posterior mean has a variance over the images of
-          more than 0.01: Burda et al. (1509.00519).
+        - active_units: number of latents whose center, as in `encode`, has a variance over the
+          images of more than 0.01: Burda et al. (1509.00519), where the center is the mean.
         """
         generator = torch.Generator(self.device).manual_seed(0)
         samples = eval_config.num_importance_samples
