@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import re
 import runpy
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import comparison
+import flow_report
 import glow_figures
 import jobs
 import numpy
@@ -23,13 +25,16 @@ from conftest import save_image
 from original_images import original_images
 from PIL import Image
 from test_architecture import image_shape
+from test_models import glow
 from test_report import Page
 
 from flowgen.config.compose import compose_config
 from flowgen.config.instantiate import build_data, build_model, with_image_shape
 from flowgen.config.settings import group_options
 from flowgen.data.image_folder import split_names
+from flowgen.data.mnist import MNISTSample
 from flowgen.data.preprocess import open_source
+from flowgen.evaluation.interpolation import interpolate_pairs
 from flowgen.utils import rendering
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce" / "thesis"
@@ -229,3 +234,57 @@ def test_the_best_rbm_is_named_if_all_sizes_were_trained():
     )
     assert "is that of l2_1e3_300" in sentence
     assert "L1 prior 300 hidden units at 1e-6: this preset does not train all" in sentence
+
+
+def test_distance_from_mean_is_one_for_a_real_point_and_zero_for_the_mean():
+    real = 3 + torch.randn(500, 8)
+    distance = flow_report.distance_from_mean
+    assert distance(real.mean(0), real) == pytest.approx(0, abs=1e-5)
+    distances = torch.tensor([distance(point, real) for point in real])
+    assert distances.mean().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_flow_report_compares_samples_with_test_images():
+    """Test images as samples have the best quality; gray images have none of it."""
+    data, model = MNISTSample(bits=5, random_flip=False), glow(image_shape=(1, 28, 28), levels=2)
+    test = torch.cat(list(data.batches("test", 100, 60)))
+    model.initialize(test)
+    samples = {0.0: [torch.full_like(test, 4)], 1.0: [test, test]}
+    report = flow_report.flow_report(model, data, samples, pairs=4, steps=6)
+    gray, same = report["samples"][0][0], report["samples"][1][0]
+    assert same["coverage"] == 1
+    assert same["spread"] == pytest.approx(1)
+    assert same["frechet"] == pytest.approx(0, abs=1e-3)
+    assert gray["coverage"] < 0.75
+    assert gray["spread"] == 0
+    assert gray["frechet"] > report["training"]["frechet"]
+    assert report["images"] == len(report["bits"]) == 60
+    assert report["mean_sample"] > 0
+    mean_bits = flow_report.bits_per_dim_of_images(model, test).mean().item()
+    assert mean_bits == pytest.approx(sum(report["bits"]) / 60)
+    assert len(report["walk"]["unevenness"]) == 4
+    assert [len(bits) for bits in report["walk"]["bits"]] == [6, 6]
+    assert report == json.loads(json.dumps(report)), "the report must be plain data"
+
+
+def test_flow_report_mixes_the_classes_of_sorted_images(monkeypatch):
+    """Images in the order of their classes would compare digits 0 and 1 with all digits."""
+    data, model = MNISTSample(bits=5, random_flip=False), glow(image_shape=(1, 28, 28), levels=2)
+    test = torch.cat(list(data.batches("test", 100, 200)))
+    model.initialize(test)
+    pairs = []
+
+    def record_pairs(model, first, second, fractions):
+        pairs.extend((first, second))
+        return interpolate_pairs(model, first, second, fractions)
+
+    monkeypatch.setattr(flow_report, "interpolate_pairs", record_pairs)
+    report = flow_report.flow_report(model, data, {1.0: [test]}, pairs=16, steps=2)
+    assert report["training"]["coverage"] > 0.85
+    assert report["training"]["frechet"] < 10
+    images = data.test.images.flatten(1) >> 3
+    classes = [
+        {int(data.test.labels[(images == image.flatten()).all(1)][0]) for image in side}
+        for side in pairs
+    ]
+    assert min(map(len, classes)) > 4

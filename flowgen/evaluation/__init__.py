@@ -14,7 +14,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "SampleQuality": "sample_quality",
         "coverage": "sample_quality",
         "fid_metrics": "sample_quality",
-        "flow_report": "sample_quality",
         "frechet_distance": "sample_quality",
         "measure_sample_quality": "sample_quality",
         "train_classifier": "sample_quality",

@@ -1,4 +1,4 @@
-"""Sample quality: Fréchet distance, coverage and spread, a classifier, FID, reports of flows.
+"""Sample quality: Fréchet distance, coverage and spread, a classifier, FID.
 
 `flowgen evaluate samples=N` prints `SampleQuality.evaluate`. The Fréchet distance here uses
 principal components of the images, and needs no pretrained network. FID uses the features of one
@@ -7,11 +7,9 @@ particular network, see `fid_metrics`.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +18,6 @@ from torch.utils.data import Subset
 
 from flowgen.data.dataset import ImageDataset, hashed_subset
 from flowgen.evaluation import stats
-from flowgen.evaluation.interpolation import interpolate_pairs, step_sizes, unevenness
-from flowgen.models.flows.flow import Flow
 from flowgen.utils import rendering
 from flowgen.utils.console import progress_bar
 from flowgen.utils.errors import UserError, check, user_error
@@ -33,7 +29,6 @@ CONFIDENCE_THRESHOLD = 0.9  # probability of the predicted class from which an i
 FID_WEIGHTS_VARIABLE = "FID_WEIGHTS"  # environment variable with the path of the network's weights
 FID_NETWORK = "inception-v3-compat"
 FID_FILE = "weights-inception-2015-12-05-6726825d.pth"  # of its weights, as torch-fidelity names it
-BATCH_SIZE = 64
 COMPONENT_IMAGES = 4  # training images for the principal components, for each image compared
 MAX_COMPONENT_IMAGES = 10_000
 COVERAGE_ROWS = 1000  # real images whose distances are in memory at once
@@ -89,19 +84,6 @@ def coverage(samples: Tensor, real: Tensor) -> float:
         radius = torch.cdist(block, real).kthvalue(rank, dim=1).values
         covered += int((torch.cdist(samples, block) <= radius).any(0).sum())
     return covered / len(real)
-
-
-def distance_from_mean(point: Tensor, real: Tensor) -> float:
-    """Return the distance of a point from the mean of real points.
-
-    The unit is the mean distance of a real point from that mean.
-
-    Args:
-        point: Features of an image, (d,).
-        real: Features of real images, (M, d).
-    """
-    center = real.mean(0)
-    return ((point - center).norm() / (real - center).norm(dim=1).mean()).item()
 
 
 def find_fid_weights() -> Path | None:
@@ -367,65 +349,6 @@ class SampleQuality:
         ]
 
 
-def flow_report(
-    model: Flow,
-    data: ImageDataset,
-    samples: Mapping[float, Sequence[Tensor]],
-    *,
-    weights: Path | None = None,
-    pairs: int = 16,
-    steps: int = 18,
-) -> dict[str, Any]:
-    """Return a report of a flow's samples and interpolations, which can be written as JSON.
-
-    Args:
-        model: The flow.
-        data: Its data set.
-        samples: One or more sets of N samples for each temperature, uint8 (N, ...).
-        weights: File with the weights of the FID network, see `find_fid_weights`, or None.
-        pairs: Number of pairs of test images to interpolate between.
-        steps: Number of images on each path. Use an even number: halfway between two images,
-            rounding favors even pixel values.
-
-    Returns:
-        A dictionary.
-
-        - "samples": For each temperature and set the result of `SampleQuality.measure`.
-        - "training": The quality of N training images.
-        - "mean_sample": `distance_from_mean` of the first sample of the lowest temperature.
-        - "bits": Bits/dim of each of the N test images, with one sample of the noise.
-        - "walk": Along paths through the latent space and through the pixels, the mean step sizes
-          ("changes") and bits/dim ("bits"), and the "unevenness" of each path through the latent
-          space.
-        - "images": N.
-        - "parameters": Number of parameters.
-    """
-    quality = SampleQuality(data, len(next(iter(samples.values()))[0]), weights)
-    test = quality.test
-    mean_sample = quality.features(samples[min(samples)][0][:1])[0]
-    half = min(pairs, len(test) // 2)
-    ends = _shuffled(test)
-    paths = interpolate_pairs(
-        model, ends[:half], ends[half : 2 * half], torch.linspace(0, 1, steps)
-    )
-    return {
-        "samples": [[quality.measure(images) for images in sets] for sets in samples.values()],
-        "training": quality.measure(quality.train),
-        "mean_sample": distance_from_mean(mean_sample, quality.real),
-        "bits": bits_per_dim_of_images(model, test).tolist(),
-        "walk": {
-            "changes": [step_sizes(path, data.bits).mean(1).tolist() for path in paths],
-            "bits": [
-                [bits_per_dim_of_images(model, images).mean().item() for images in path]
-                for path in (paths[0], paths[1].round().to(torch.uint8))
-            ],
-            "unevenness": unevenness(paths[0], data.bits).tolist(),
-        },
-        "images": len(test),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
 def _shuffled(images: Tensor) -> Tensor:
     """Return images in a random order that is the same at every call.
 
@@ -433,14 +356,3 @@ def _shuffled(images: Tensor) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     return images[torch.randperm(len(images), generator=generator)]
-
-
-@torch.no_grad()
-def bits_per_dim_of_images(model: Flow, images: Tensor) -> Tensor:
-    """Return bits/dim of each image, (N,), with one sample of the noise, the same at every call."""
-    generator = torch.Generator(model.device).manual_seed(0)
-    log_probs = [
-        model.score(batch.to(model.device), generator=generator).cpu()
-        for batch in images.split(BATCH_SIZE)
-    ]
-    return -torch.cat(log_probs).double() / (model.dimensions * math.log(2))

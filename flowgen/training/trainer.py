@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from flowgen.bijections.networks import batch_norm_layers
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.base import GenerativeModel
 from flowgen.training import optim, sanity_checks
+from flowgen.training.compilation import compile_model
 from flowgen.training.device import Runtime, check_batch_fits, peak_memory, reset_peak_memory
 from flowgen.training.distributed import WorkerGroup, shard_batches
 from flowgen.training.logger import Logger, WorkerLogger
@@ -31,7 +31,6 @@ from flowgen.utils.metrics import Metric, Metrics, MetricValue
 MIN_MINUTES = 0.001
 MIN_COMPILED_MINUTES = 60  # shorter trainings do not pay for minutes of compilation
 MIN_SPEEDUP = 1.05  # of compiled steps, below which auto returns to eager mode
-TIMED_STEPS = 3  # of each mode, to compare their speed
 NUM_SAMPLES = 32  # images in a grid of samples
 BN_UPDATE_BATCHES = 40  # training batches over which batch statistics are estimated
 CHECKS: dict[Any, Callable[..., None]] = {  # of settings by type; for `LISTS`, of each element
@@ -595,7 +594,11 @@ class Trainer:
             )
         else:
             wanted = bool(config.compile)
-        self.compiled = wanted and self._compile(
+        self.compiled = wanted and compile_model(
+            self.model,
+            self._compute_gradients,
+            # CUDA graphs reduce launch overhead, but overwrite accumulated gradients.
+            mode="reduce-overhead" if config.grad_accum_steps == 1 else "default",
             required=config.compile is True,
             min_speedup=MIN_SPEEDUP if config.compile == "auto" and before is None else 0.0,
         )
@@ -606,87 +609,10 @@ class Trainer:
                 *map(describe_mode, (previous, self.mode)),
             )
 
-    def _compile(self, required: bool, min_speedup: float) -> bool:
-        """Compile the model on a batch, without training it.
-
-        Args:
-            required: Whether to raise an error if there is no compiler. Otherwise the model stays
-                in eager mode.
-            min_speedup: Smallest speedup of compiled steps. Below it, the model returns to eager
-                mode.
-
-        Returns:
-            Whether the model is compiled.
-
-        Raises:
-            UserError: If it is required and there is no C++ compiler.
-        """
-        import torch._functorch.config as aot_config  # few runs need these modules
-        from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        if self.runtime.device.type == "cpu":
-            try:
-                get_cpp_compiler()
-            except InvalidCxxCompiler:
-                check(
-                    not required,
-                    "trainer.compile=true needs a C++ compiler: install g++, or leave it out",
-                )
-                log.info("steps are not compiled: this needs a C++ compiler, such as g++")
-                return False
-        eager_seconds = self._time_steps()
-        log.info("compiling the model, which may take minutes")
-        start_time = time.monotonic()
-        # Gradients of layers without autocast are float32, as in eager mode. By default, the
-        # compiler computes them in bfloat16 if the whole model runs under autocast.
-        aot_config.backward_pass_autocast = "off"
-        # CUDA graphs reduce launch overhead, but overwrite accumulated gradients.
-        use_graphs = self.config.grad_accum_steps == 1
-        self.model.compile(mode="reduce-overhead" if use_graphs else "default")
-        try:
-            self._time_steps(1)
-        except TorchDynamoException as error:
-            if required:
-                raise
-            log.warning("steps are not compiled, because the compiler failed: %s", error)
-            self.model._compiled_call_impl = None
-            return False
-        compile_seconds = time.monotonic() - start_time
-        speedup = eager_seconds / self._time_steps()
-        log.info(
-            "compiled in %.0f s: forward and backward passes are %.2f times as fast",
-            compile_seconds,
-            speedup,
-        )
-        if speedup < min_speedup:
-            log.info("the model stays in eager mode, because this is too little")
-            self.model._compiled_call_impl = None
-        return speedup >= min_speedup
-
-    def _time_steps(self, count: int = TIMED_STEPS) -> float:
-        """Return the median time in seconds of `count` forward and backward passes.
-
-        They change neither weights nor buffers.
-        """
-        # A forward pass changes running statistics and Markov chains.
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        seconds = []
-        try:
-            for _ in range(count):
-                start_time = time.monotonic()
-                for images, labels in self.micro_batches():
-                    self.compute_loss(self.model, images, labels).backward()
-                if self.runtime.device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append(time.monotonic() - start_time)
-                self.model.zero_grad()
-        finally:
-            self.model.zero_grad()
-            for buffer, original in buffers:
-                buffer.copy_(original)
-        return median(seconds)
+    def _compute_gradients(self) -> None:
+        """Run the forward and backward passes of the next step, without an update."""
+        for images, labels in self.micro_batches():
+            self.compute_loss(self.model, images, labels).backward()
 
 
 def describe_mode(mode: dict[str, Any]) -> str:

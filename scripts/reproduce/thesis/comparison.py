@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from figure import Figure, cached_json
+from flow_report import flow_report
 from glow_figures import TEMPERATURES
 from scipy.stats import ttest_ind, ttest_rel
 
@@ -85,7 +86,7 @@ def report(run: Run, data: ImageDataset, count: int) -> dict[str, Any]:
             samples[temperature] = [
                 sample_images(model, size, temperature, seed)[0] for seed in range(num_sets)
             ]
-        return sample_quality.flow_report(model, data, samples, weights=weights)
+        return flow_report(model, data, samples, weights=weights)
 
     return cached_json(run, "report_with_fid.json" if weights else "report.json", compute)
 
