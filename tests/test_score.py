@@ -16,13 +16,16 @@ from test_cli import assert_error
 from test_models import FLOWS, glow, initialized, random_images
 
 import flowgen
+from flowgen import cli
 from flowgen.bijections.reshape import FactorOut
 from flowgen.commands import score as score_module
 from flowgen.commands.score import Scorer
 from flowgen.config.instantiate import build_data
 from flowgen.data.preprocess import ImageStream, read_images
+from flowgen.evaluation import latent_directions
 from flowgen.evaluation.ood import OODDetector, auroc, log_kernel_density, png_complexity
 from flowgen.models.flows.flow import Flow
+from flowgen.models.rbm import sampling
 from flowgen.utils.errors import UserError
 
 TERMS = [name for name in FLOWS if name != "iaf"]  # models with terms of the log-density
@@ -109,6 +112,15 @@ def test_each_score_detects_what_it_is_designed_for(changes, undetected, detecte
     aurocs = {name: auroc(inliers[name], outliers[name]).value for name in inliers}
     assert all(aurocs[name] > 0.99 for name in detected), aurocs
     assert all(aurocs[name] < 0.6 for name in undetected), aurocs
+
+
+def test_the_choices_of_the_commands_are_those_of_the_code():
+    """The command line imports no torch, so it repeats the names."""
+    assert set(cli.SAMPLERS) == set(sampling.SAMPLERS)
+    assert set(cli.DIRECTIONS) == set(latent_directions.METHODS)
+    statistics = made_up_statistics(8)
+    statistics["last_level"] = statistics["log_prob"]
+    assert set(cli.OOD_SCORES) == set(OODDetector(statistics).scores(statistics))
 
 
 def test_calibration_needs_four_images():

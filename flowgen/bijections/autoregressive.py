@@ -160,6 +160,11 @@ class TokenHead(Bijection):
 
     x and z have shape (batch, dim). The condition is the context of the token, (batch, width).
 
+    Args:
+        dim: Values per token.
+        width: Numbers of the context of a token.
+        transform: The scalar function h.
+
     Example:
         >>> from flowgen.bijections.univariate import Affine
         >>> _ = torch.manual_seed(0)

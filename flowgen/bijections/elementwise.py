@@ -54,6 +54,10 @@ class EmpiricalCDF(Bijection):
     distribution, with a weight of `uniform_weight`, so that bins without data have a positive
     probability.
 
+    Args:
+        channels: Channels of the images.
+        bins: Bins of the histogram, usually the number of pixel values.
+
     Example:
         >>> bijection = EmpiricalCDF(channels=1, bins=2)
         >>> x = torch.tensor([[0.1], [0.2], [0.3], [0.9]])
@@ -112,6 +116,10 @@ class MarginalGaussianization(Bijection):
     After this bijection, a flow of such images does not need to learn to stretch one pixel value
     over most of the real line. Images of faces use all pixel values and stay unchanged. Laparra et
     al., Iterative Gaussianization (1602.00229), section II.
+
+    Args:
+        channels: Channels of the images.
+        bins: Number of pixel values.
 
     Example:
         >>> _ = torch.manual_seed(0)

@@ -149,6 +149,11 @@ class ZeroConv2d(Conditioner):
 
     As the last layer of a conditioner, it makes a coupling start as the identity. Glow
     (1807.03039), section 3.3, and the code of Glow.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Side of the kernel, an odd number.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
@@ -169,6 +174,9 @@ class ActNormLayer(nn.Module):
     """ActNorm inside a network: y = exp(log_scale) x + shift per channel.
 
     Networks use it after layers that cannot absorb it, unlike a convolution.
+
+    Args:
+        channels: Channels of the input.
     """
 
     def __init__(self, channels: int):
@@ -262,6 +270,12 @@ class ResNetwork(Sequential):
     conv3x3 -> ActNorm -> ReLU -> `num_blocks` residual blocks -> ActNorm -> ReLU -> zero conv3x3.
     V. Sydorskyi, bachelor thesis (Kyiv Polytechnic Institute, 2020), section 3.5, uses one block.
 
+    Args:
+        in_channels: Channels of the input, including those of the condition.
+        width: Channels of the hidden layers.
+        out_channels: Channels of the output.
+        num_blocks: Residual blocks.
+
     Example:
         >>> ResNetwork(2, 16, 4, num_blocks=2)(torch.randn(5, 2, 8, 8)).shape
         torch.Size([5, 4, 8, 8])
@@ -300,6 +314,12 @@ class GatedNetwork(Sequential):
     conv3x3 -> ActNorm -> `num_blocks` gated blocks -> ActNorm -> ReLU -> zero conv3x3. The
     dilations of the blocks are 1, 2, 4, 1, 2, 4, ...
 
+    Args:
+        in_channels: Channels of the input, including those of the condition.
+        width: Channels of the hidden layers.
+        out_channels: Channels of the output.
+        num_blocks: Gated blocks.
+
     Example:
         >>> GatedNetwork(2, 16, 4, num_blocks=3)(torch.randn(5, 2, 8, 8)).shape
         torch.Size([5, 4, 8, 8])
@@ -329,6 +349,12 @@ class DenseNetwork(Sequential):
     It maps (batch, in_features) to (batch, out_features) and has `num_layers` hidden layers of
     `width` ReLUs. NICE (1410.8516), section 5.1.
 
+    Args:
+        in_features: Numbers per input.
+        width: Units of each hidden layer.
+        out_features: Numbers per output.
+        num_layers: Hidden layers.
+
     Example:
         >>> DenseNetwork(3, 16, 6, num_layers=2)(torch.randn(5, 3)).shape
         torch.Size([5, 6])
@@ -346,6 +372,12 @@ class RealNVPNetwork(Conditioner):
     conv3x3 -> `num_blocks` times x + conv3x3(relu(bn(conv3x3(relu(bn(x)))))) -> bn -> relu ->
     conv1x1. The first half of the output channels are log-scales, tanh(.) times the learned
     `scale`. The second half are shifts. Real NVP (1605.08803), sections 3.7 and 4.1.
+
+    Args:
+        in_channels: Channels of the input.
+        width: Channels of the hidden layers.
+        out_channels: Channels of the output, an even number.
+        num_blocks: Residual blocks.
 
     Example:
         >>> RealNVPNetwork(2, 16, 4, num_blocks=1)(torch.randn(5, 2, 8, 8)).shape
@@ -566,6 +598,15 @@ class Transformer(TransformerBase, Conditioner):
 
     It maps (batch, in_channels, height, width) to (batch, out_channels, height, width). Each pixel
     is a token, so `num_tokens` is height * width. Jet (2412.15129), section 2.
+
+    Args:
+        num_tokens: Number of pixels.
+        in_channels: Channels of the input.
+        width: Values per hidden token.
+        out_channels: Channels of the output.
+        num_heads: Attention heads, a divisor of `width`.
+        num_layers: Transformer blocks.
+        dropout: Probability of dropping a value of a hidden layer.
 
     Example:
         >>> network = Transformer(16, 3, 8, 6, num_heads=2, num_layers=1)

@@ -81,6 +81,10 @@ class Sylvester(TanhResidual):
     R and R' are upper triangular with R_ii R'_ii > -1, because tanh bounds their diagonals. Q is a
     factor of a QR factorization. van den Berg et al. (1803.05649), section 4.1.
 
+    Args:
+        dim: Numbers per point.
+        width: Number of columns of Q, at most `dim`.
+
     Example:
         >>> _ = torch.manual_seed(0)
         >>> bijection = Sylvester(6, width=3)
