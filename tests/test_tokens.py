@@ -95,12 +95,12 @@ def test_exact_forward_equals_that_in_float64():
     x = torch.randn(5, 4, 4, 2)
     perturb(bijection, 0.5)
     condition = torch.eye(3)[[0, 1, 2, 0, 1]]
-    bijection.exact = True
+    bijection.float64_forward = True
     z, log_det = bijection(x, condition)
     (gradient,) = torch.autograd.grad(z.sum(), bijection.network.embed.weight)
     assert gradient.any()
     assert z.dtype == log_det.dtype == torch.float32
-    bijection.exact = False
+    bijection.float64_forward = False
     bijection = bijection.double()
     assert torch.equal(bijection(x.double(), condition.double())[0].float(), z)
 
@@ -148,7 +148,10 @@ def test_samples_in_float32_belong_to_the_same_latents_as_in_float64():
     z = torch.randn(64, model.eval().dimensions)
     points, errors = [], []
     for exact in (False, True):
-        with torch.no_grad(), temporary_attributes(blocks(model), exact_inverse=exact, exact=True):
+        with (
+            torch.no_grad(),
+            temporary_attributes(blocks(model), float64_inverse=exact, float64_forward=True),
+        ):
             x, log_det = model.bijection.inverse(z)
             encoded, encoded_log_det = model.bijection(x)
         points.append(x)

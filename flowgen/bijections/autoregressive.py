@@ -220,8 +220,8 @@ class TokenAutoregressive(Bijection):
 
     Attributes:
         jacobi: Whether `inverse` uses Jacobi iterations. Default: False.
-        exact: Whether `forward` also computes in float64. Default: False.
-        exact_inverse: Whether `inverse` computes in float64. Default: True.
+        float64_forward: Whether `forward` also computes in float64. Default: False.
+        float64_inverse: Whether `inverse` computes in float64. Default: True.
         tolerance: Largest change of a value, relative to max(1, |value|), at which Jacobi
             iterations stop.
         num_iterations: Iterations of the last `inverse`, or the number of tokens without `jacobi`.
@@ -246,23 +246,23 @@ class TokenAutoregressive(Bijection):
         self.head = head
         self.reverse = reverse
         self.jacobi = False
-        self.exact = False
-        self.exact_inverse = True
+        self.float64_forward = False
+        self.float64_inverse = True
         self.tolerance = 1e-6
         self.num_iterations = 0
         self.progress: Progress = no_progress
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        network = _double_copy(self.network) if self.exact else self.network
-        head = _double_copy(self.head) if self.exact else self.head
-        tokens = self.to_tokens(x.double() if self.exact else x)
+        network = _double_copy(self.network) if self.float64_forward else self.network
+        head = _double_copy(self.head) if self.float64_forward else self.head
+        tokens = self.to_tokens(x.double() if self.float64_forward else x)
         z, log_det = _map_tokens(head.forward, tokens, network(tokens, condition))
         return self.to_image(z, x).to(x.dtype), log_det.sum(1).to(x.dtype)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        network = _double_copy(self.network) if self.exact_inverse else self.network
-        head = _double_copy(self.head) if self.exact_inverse else self.head
-        tokens = self.to_tokens(z.double() if self.exact_inverse else z)
+        network = _double_copy(self.network) if self.float64_inverse else self.network
+        head = _double_copy(self.head) if self.float64_inverse else self.head
+        tokens = self.to_tokens(z.double() if self.float64_inverse else z)
         invert = self._invert_by_jacobi if self.jacobi else self._invert_sequentially
         x, log_det = invert(tokens, condition, network, head)
         return self.to_image(x, z).to(z.dtype), log_det.to(z.dtype)

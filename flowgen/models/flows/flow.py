@@ -105,7 +105,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
     likelihood: Likelihood = "bound"
     samplers: ClassVar[tuple[str, ...]] = ("hmc",)
     # `coding.layers` has a rule for every bijection, which inverts it up to rounding.
-    has_exact_inverse: ClassVar[bool] = True
+    is_compressible: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         if capability is SupportsInpainting:
             return not is_noisy
         if capability is SupportsCompression:
-            return cls.has_exact_inverse and not is_noisy
+            return cls.is_compressible and not is_noisy
         return super().supports(capability, arguments)
 
     # Training and likelihood

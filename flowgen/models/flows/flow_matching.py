@@ -61,7 +61,7 @@ class FlowMatching(Flow):
         torch.Size([2, 1, 2, 2])
     """
 
-    has_exact_inverse: ClassVar[bool] = False
+    is_compressible: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ class PlanarFlow(Flow):
         torch.Size([16])
     """
 
-    has_exact_inverse: ClassVar[bool] = False
+    is_compressible: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class SylvesterFlow(Flow):
         torch.Size([16])
     """
 
-    has_exact_inverse: ClassVar[bool] = False
+    is_compressible: ClassVar[bool] = False
 
     def __init__(
         self,

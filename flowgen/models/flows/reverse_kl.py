@@ -71,7 +71,7 @@ class ReverseKL(Flow):
         (torch.Size([5, 2]), torch.Size([5]))
     """
 
-    has_exact_inverse: ClassVar[bool] = False
+    is_compressible: ClassVar[bool] = False
 
     def __init__(
         self,

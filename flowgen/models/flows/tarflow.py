@@ -175,13 +175,13 @@ class TarFlow(Flow, SupportsTokenSampling):
         with (
             networks.temporary_attributes([self], guidance=guidance),
             # The stopping rule of Jacobi iterations is finer than the rounding errors of float32.
-            networks.temporary_attributes(self._blocks(), jacobi=jacobi, exact_inverse=jacobi),
+            networks.temporary_attributes(self._blocks(), jacobi=jacobi, float64_inverse=jacobi),
         ):
             return super().sample(count, temperature, generator, label, start_index)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return the latents of images, computed in float64."""
-        with networks.temporary_attributes(self._blocks(), exact=True):
+        with networks.temporary_attributes(self._blocks(), float64_forward=True):
             return super().encode(images, generator)
 
     def jacobi_iterations(self) -> list[int]:
