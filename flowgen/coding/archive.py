@@ -69,6 +69,7 @@ class Header:
 
     @property
     def num_images(self) -> int:
+        """Number of images in the file."""
         return sum(size for size, _ in self.batches)
 
 
@@ -131,6 +132,7 @@ class Compressor:
 
     @property
     def net_bits(self) -> int:
+        """Bits without those that the codec borrowed."""
         return self.stack.num_bits - self.initial_bits
 
     def next_batch_size(self) -> int:

@@ -317,6 +317,7 @@ def absolute_path(path: Any) -> str:
 
 
 def save_config(config: dict[str, Any], path: Path) -> None:
+    """Write a configuration to a YAML file, whole or not at all."""
     with atomic_write(path) as temporary:
         OmegaConf.save(OmegaConf.create(config), temporary)
 

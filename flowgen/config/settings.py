@@ -95,6 +95,7 @@ def yaml_file(group: str, target: object) -> str:
 
 
 def read_text(name: str) -> str:
+    """Return the text of a file in `conf`, such as "trainer/cpu"."""
     return (conf_folder() / f"{name}.yaml").read_text(encoding="utf-8")
 
 

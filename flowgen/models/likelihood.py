@@ -154,7 +154,7 @@ class LikelihoodModel(GenerativeModel):
 
     @property
     def has_noise(self) -> bool:
-        """Whether `log_prob` draws random numbers, so that importance samples differ."""
+        """True if `log_prob` draws random numbers, so that importance samples differ."""
         return self.likelihood != "exact"
 
     def _num_samples(self, samples: int) -> int:

@@ -53,7 +53,7 @@ NOISY_BITS_PER_DIM = Metric(
     "noisy_bits_per_dim", "bits/dim of images with noise", higher_is_better=False
 )
 LOG_LIKELIHOOD = Metric("log_likelihood", "nats", higher_is_better=True)  # mean over the images
-# Of models without a likelihood, between images and as many samples
+# For models without a likelihood: distance between images and as many samples
 FRECHET = Metric("frechet", "squared distance of principal components", higher_is_better=False)
 # Metrics that rank runs. Models of binary images are compared in nats, which RBMs report too.
 COMPARED = (LOG_LIKELIHOOD, BITS_PER_DIM, NOISY_BITS_PER_DIM, FRECHET)

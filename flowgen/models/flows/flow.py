@@ -40,7 +40,7 @@ from flowgen.utils.metrics import (
     MetricValue,
 )
 
-# Of 40 chains. With fewer, the standard error of an estimate is itself unreliable.
+# With a smaller effective size of the 40 chains, the standard error is itself unreliable.
 MIN_EFFECTIVE_SIZE = 8
 
 

@@ -87,7 +87,7 @@ class PCD(NegativePhase):
 
     def allocate(self, hidden: int) -> None:
         self.hidden_units = nn.Buffer(torch.zeros(self.num_chains, hidden))
-        # Of the chains, in nats, at the last call of `diagnostics`.
+        # Free energies of the chains in nats at the last call of `diagnostics`
         self.last_free_energy = nn.Buffer(torch.zeros(self.num_chains))
 
     def initialize_chains(self, rbm: EnergyModel) -> None:

@@ -127,7 +127,7 @@ class ReplicaExchange(nn.Module):
         # Index into `betas` of each replica, (temperatures, chains).
         self.beta_index = nn.Buffer(torch.arange(num_temperatures)[:, None].repeat(1, num_chains))
         self.num_steps = nn.Buffer(torch.zeros((), dtype=torch.long))  # rounds of swaps so far
-        # Of each pair since the last adaptation: sum of the acceptance rates, number of rounds.
+        # Acceptance rates, summed, and rounds of each pair since the last adaptation
         self.accepted_swaps = nn.Buffer(torch.zeros(num_temperatures - 1))
         self.proposed_swaps = nn.Buffer(torch.zeros(num_temperatures - 1))
         # True if a replica visited beta = 0 after beta = 1, (temperatures, chains).
