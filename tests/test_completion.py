@@ -443,7 +443,7 @@ def test_classes_of_extreme_positions_are_drawn():
 
 def test_coverage_of_varying_pixels_is_that_of_the_interval_under_the_right_law(capsys):
     """For Bernoulli(0.05), selection by the samples alone would give a coverage of 0.934."""
-    script = Path(__file__).parents[1] / "scripts" / "benchmarks" / "coverage.py"
+    script = Path(__file__).parents[1] / "scripts" / "benchmarks" / "interval_coverage.py"
     print_row = runpy.run_path(str(script))["print_row"]
     torch.manual_seed(0)
     values = torch.bernoulli(torch.full((200, 10, 400), 0.05))

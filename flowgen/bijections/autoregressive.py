@@ -303,7 +303,7 @@ class TokenAutoregressive(Bijection):
         return tokens.flip(1, 2) if self.reverse else tokens
 
     def to_image(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """Return the image of tokens, with the shape of `like`. It is the inverse of `to_tokens`."""
+        """Invert `to_tokens`: return the image of tokens, with the shape of `like`."""
         tokens = tokens.flip(1, 2) if self.reverse else tokens
         return tokens.transpose(1, 2).reshape(like.shape)
 
