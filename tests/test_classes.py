@@ -7,8 +7,9 @@ import torch
 from conftest import SMALL, fit
 from test_models import build_model, glow, random_images
 
-from flowgen.data.dataset import ImageDataset, Split
+from flowgen.data.dataset import ImageDataset
 from flowgen.data.mnist import MNISTSample
+from flowgen.data.splits import Split
 from flowgen.models.base import sample_images
 from flowgen.models.flows.flow import Flow
 

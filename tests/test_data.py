@@ -25,14 +25,16 @@ import flowgen.config
 import flowgen.data
 from flowgen.config.compose import conf_folder, group_options, read_config
 from flowgen.config.instantiate import instantiate, resolve_target
-from flowgen.data import dataset
-from flowgen.data.dataset import ImageDataset, Split, find_dataset
+from flowgen.data import download
+from flowgen.data.dataset import ImageDataset
+from flowgen.data.download import find_dataset
 from flowgen.data.energy2d import Energy2D
 from flowgen.data.hub import HubDataset
 from flowgen.data.image_folder import ImageFolder
 from flowgen.data.imagenet import DownsampledImageNet
 from flowgen.data.mnist import MNIST, SEARCH_DIRS, MNISTSample
 from flowgen.data.preprocess import preprocess, read_images
+from flowgen.data.splits import Split
 from flowgen.data.toy2d import Toy2D
 from flowgen.utils.errors import UserError
 from flowgen.utils.files import atomic_write
@@ -330,7 +332,7 @@ def test_every_data_set_is_exported_documented_and_knows_its_downloads(name, mon
     page = Path(__file__).parents[1] / "docs/data.md"
     assert f"`{name}`" in page.read_text(), f"add the splits of {name} to docs/data.md"
     downloads = []
-    monkeypatch.setattr(dataset, "download", lambda *arguments: downloads.append(arguments))
+    monkeypatch.setattr(download, "download", lambda *arguments: downloads.append(arguments))
     if name == "hub":  # downloads through huggingface_hub, see test_hub_data.py
         assert exported in flowgen.data.DOWNLOADED
         return

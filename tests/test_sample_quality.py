@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_models import initialized, random_images
 
-from flowgen.data.dataset import ImageDataset, Split
+from flowgen.data.dataset import ImageDataset
 from flowgen.data.mnist import MNISTSample
+from flowgen.data.splits import Split
 from flowgen.evaluation import interpolation, sample_quality, stats
 from flowgen.evaluation.interpolation import interpolate_pairs, slerp, step_sizes, unevenness
 from flowgen.evaluation.sample_quality import measure_sample_quality

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import SMALL
 
-from flowgen.data.dataset import ImageDataset, Split
+from flowgen.data.dataset import ImageDataset
+from flowgen.data.splits import Split
 from flowgen.data.toy2d import Toy2D
 from flowgen.models.flows.flow import Flow
 from flowgen.training import sanity_checks

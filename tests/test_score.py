@@ -372,7 +372,7 @@ def test_score_errors_are_one_line(
     save_image(elsewhere / "a.png")
     (elsewhere / "text.png").write_text("not an image")
     (elsewhere / "empty").mkdir()
-    monkeypatch.setattr("flowgen.data.dataset.download", fail_download)
+    monkeypatch.setattr("flowgen.data.download.download", fail_download)
     assert_error(command("score", *arguments, "--run", tiny_run), message, status)
 
 

@@ -8,9 +8,10 @@ from conftest import save_image
 from test_data import folder, plain_images, split_images
 from test_idx import write_mnist
 
-from flowgen.data.dataset import ImageDataset, Split, hashed_order, hashed_split, hashed_subset
+from flowgen.data.dataset import ImageDataset
 from flowgen.data.mnist import MNIST, MNISTSample
 from flowgen.data.preprocess import preprocess
+from flowgen.data.splits import Split, hashed_order, hashed_split, hashed_subset
 from flowgen.data.toy2d import Toy2D
 from flowgen.utils.errors import UserError
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from flowgen.commands.interpolate import read_inputs
 from flowgen.config import instantiate, runs
 from flowgen.data.attributes import read_table
-from flowgen.data.dataset import hashed_subset
 from flowgen.data.preprocess import ImageStream
+from flowgen.data.splits import hashed_subset
 from flowgen.evaluation.latent_directions import (
     BATCH_SIZE,
     Directions,

@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "MNIST": "mnist",
         "MNISTSample": "mnist",
         "SVHN": "svhn",
-        "Split": "dataset",
+        "Split": "splits",
         "Toy2D": "toy2d",
     },
 )

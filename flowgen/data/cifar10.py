@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from flowgen.data.dataset import ImageDataset, Split, find_dataset, hashed_validation_split
+from flowgen.data.dataset import ImageDataset
+from flowgen.data.download import find_dataset
+from flowgen.data.splits import Split, hashed_validation_split
 from flowgen.utils.errors import UserError, user_error
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"

@@ -1,53 +1,20 @@
 """Data sets with fixed training, validation and test splits and a reproducible order."""
 
-import hashlib
-import http.client
 import random
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from flowgen.utils.console import log
+from flowgen.data.splits import Split, hashed_subset
 from flowgen.utils.errors import UserError, check_choice, check_whole
-from flowgen.utils.files import data_folder
 from flowgen.utils.memory import free_memory
-
-VALIDATION_DIVISOR = 12  # one of 12 training images is a validation image
 
 Batch = tuple[Tensor, Tensor | None]  # images and their labels
 Size = int | Sequence[int]  # of images in pixels: one number for squares, or [height, width]
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Images of one split, with labels and attributes if they have any.
-
-    Args:
-        images: 8-bit pixel values, uint8 (N, channels, height, width).
-        labels: Class of each image, (N,).
-        attributes: Attributes of each image, bool (N, number of attributes).
-        gray: 8-bit images before random binarization, used to find duplicates; else None.
-    """
-
-    images: Tensor
-    labels: Tensor | None = None
-    attributes: Tensor | None = None
-    gray: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Tensor | slice) -> "Split":
-        return Split(
-            **{name: value[index] for name, value in vars(self).items() if value is not None}
-        )
 
 
 def height_and_width(size: Size) -> tuple[int, int]:
@@ -69,148 +36,6 @@ def shortest_size(size: Size) -> int | list[int]:
     """Return `data.size` as one number for squares, else as [height, width]."""
     height, width = height_and_width(size)
     return height if height == width else [height, width]
-
-
-@cache
-def hashed_order(count: int) -> Tensor:
-    """Return 0..count-1 sorted by the SHA-256 of each number, (count,).
-
-    This permutation is independent of any RNG version.
-    """
-    digests = [hashlib.sha256(b"%d" % number).digest() for number in range(count)]
-    return torch.tensor(sorted(range(count), key=digests.__getitem__), dtype=torch.long)
-
-
-def hashed_validation_split(images: Split) -> tuple[Split, Split]:
-    """Split off one in twelve training images for validation, chosen by the hash of its index.
-
-    Returns:
-        Training and validation images: 55,000 and 5,000 of the 60,000 of MNIST.
-    """
-    count = len(images)
-    chosen = hashed_order(count)[: max(1, count // VALIDATION_DIVISOR)]
-    is_validation = torch.isin(torch.arange(count), chosen)
-    return images[~is_validation], images[is_validation]
-
-
-def hashed_subset(count: int, limit: int | None) -> Tensor:
-    """Return the sorted indices of `limit` of `count` images, chosen by hash, (n,).
-
-    The subsets are nested: a larger limit adds images and removes none.
-
-    Args:
-        count: Number of images.
-        limit: Size of the subset. None, or `count` and more: all images.
-    """
-    return hashed_order(count)[:limit].sort().values
-
-
-def hashed_split(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Split file names 8:1:1 into training, validation and test, by the hash of each name.
-
-    The hash ignores directories, and an image stays in its split when others are added. Each split
-    of three or more names has at least one name.
-    """
-    part = {name: hash_name(name) % 10 for name in names}
-    test = {name for name in names if part[name] == 0} or set(sorted(names, key=hash_name)[:1])
-    rest = [name for name in names if name not in test]
-    validation = {name for name in rest if part[name] == 1} or set(sorted(rest, key=hash_name)[:1])
-    return (
-        [name for name in rest if name not in validation],
-        [name for name in names if name in validation],
-        [name for name in names if name in test],
-    )
-
-
-def hash_name(name: str) -> int:
-    """Return the first 8 bytes of the SHA-256 of a file's name, without its directories."""
-    data = PurePosixPath(name).name.encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
-
-
-def find_dataset(
-    root: str | None,
-    search_dirs: Sequence[str],
-    download_hint: str,
-    files: Mapping[str, str] | None = None,
-) -> Path:
-    """Return the path of a data set, and download it first if necessary and possible.
-
-    Args:
-        root: The path itself, or None to search for it.
-        search_dirs: Names to look for in `data_folder()`, in this order. A configuration from a
-            stranger must not read or write outside of it.
-        download_hint: How to get the data, as one or two full sentences. The error message is
-            "PATH does not exist." and the hint.
-        files: The MD5 checksum of every file that can be downloaded, by its URL. They are
-            downloaded to the first of `search_dirs`.
-
-    Raises:
-        UserError: If the path does not exist, or no name was found.
-    """
-    if not all(
-        isinstance(name, str)
-        and name
-        and not Path(name).is_absolute()
-        and ".." not in Path(name).parts
-        for name in search_dirs
-    ):
-        raise UserError(
-            f"data.search_dirs={list(search_dirs)!r} must be names of directories inside the "
-            "data folder: set data.root to use another place"
-        )
-    paths = (
-        [data_folder() / name for name in search_dirs]
-        if root is None
-        else [Path(root).expanduser()]
-    )
-    path = next(filter(Path.exists, paths), None)
-    if path is None:
-        if root is not None or not paths or not files:
-            problem = f"{paths[0]} does not exist" if paths else "data.root is not set"
-            raise UserError(f"{problem}. {download_hint}")
-        path = paths[0]
-        download(files, path)
-    return path
-
-
-def download(files: Mapping[str, str], folder: Path) -> None:
-    """Download files to a new folder, which is created atomically when all are complete.
-
-    An interrupted download continues with the missing files.
-
-    Args:
-        files: MD5 checksum of every file, by its URL.
-        folder: The new folder.
-
-    Raises:
-        UserError: If a file cannot be downloaded or has another checksum.
-    """
-    partial = folder.with_name(f".{folder.name}.part")
-    url = ""
-    try:
-        with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process downloads
-            if folder.exists():
-                return
-            partial.mkdir(parents=True, exist_ok=True)
-            for url, md5 in files.items():
-                path = partial / url.rpartition("/")[2]
-                if not path.is_file() or _md5(path) != md5:
-                    log.info("downloading %s", url)
-                    torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-                    if _md5(path) != md5:
-                        path.unlink()
-                        raise OSError("its checksum is wrong")
-            partial.rename(folder)
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(
-            f"{url or folder} could not be downloaded ({error}). "
-            f"Download it to {folder} yourself, or set data.root to its folder."
-        ) from error
-
-
-def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 @lru_cache(maxsize=2)  # of the last epoch and of the next one, which may be prefetched

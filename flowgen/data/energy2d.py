@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from flowgen.data.dataset import ImageDataset, Split
+from flowgen.data.dataset import ImageDataset
+from flowgen.data.splits import Split
 from flowgen.utils.energies import CELLS, ENERGIES, NODES, density_grid
 from flowgen.utils.errors import check_choice, check_whole
 from flowgen.utils.rendering import TOY2D_SHAPE

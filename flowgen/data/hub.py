@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from flowgen.data.cache import cache_folder, cached_array, hash_json
-from flowgen.data.dataset import (
-    ImageDataset,
-    Size,
-    Split,
-    hash_name,
-    height_and_width,
-)
+from flowgen.data.dataset import ImageDataset, Size, height_and_width
 from flowgen.data.preprocess import log_skipped, preprocess
+from flowgen.data.splits import Split, hash_name
 from flowgen.utils.console import log, progress_bar
 from flowgen.utils.errors import UserError, check_choice, check_whole, user_error
 from flowgen.utils.files import atomic_write

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 from flowgen.data.cache import cached_images
-from flowgen.data.dataset import (
-    ImageDataset,
-    Size,
-    Split,
-    find_dataset,
-    hashed_split,
-    height_and_width,
-)
+from flowgen.data.dataset import ImageDataset, Size, height_and_width
+from flowgen.data.download import find_dataset
 from flowgen.data.preprocess import ImageSource, open_source
+from flowgen.data.splits import Split, hashed_split
 from flowgen.utils.console import log
 from flowgen.utils.errors import UserError, check_choice, check_whole
 

@@ -15,7 +15,9 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from flowgen.data.cache import cached_array
-from flowgen.data.dataset import VALIDATION_DIVISOR, ImageDataset, Split, find_dataset, hash_name
+from flowgen.data.dataset import ImageDataset
+from flowgen.data.download import find_dataset
+from flowgen.data.splits import VALIDATION_DIVISOR, Split, hash_name
 from flowgen.utils.errors import UserError, check_choice, user_error
 
 DOWNLOAD_HINT = (

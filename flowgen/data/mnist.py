@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowgen.data.dataset import (
-    ImageDataset,
-    Size,
-    Split,
-    find_dataset,
-    hashed_validation_split,
-    height_and_width,
-)
+from flowgen.data.dataset import ImageDataset, Size, height_and_width
+from flowgen.data.download import find_dataset
+from flowgen.data.splits import Split, hashed_validation_split
 from flowgen.utils.errors import UserError, check_choice, user_error
 
 SEARCH_DIRS = {

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowgen.data.dataset import ImageDataset, Split, find_dataset, hashed_validation_split
+from flowgen.data.dataset import ImageDataset
+from flowgen.data.download import find_dataset
+from flowgen.data.splits import Split, hashed_validation_split
 from flowgen.utils.errors import user_error
 
 URL = "http://ufldl.stanford.edu/housenumbers/"

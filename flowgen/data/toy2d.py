@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.data.dataset import ImageDataset, Split
+from flowgen.data.dataset import ImageDataset
+from flowgen.data.splits import Split
 from flowgen.utils.errors import check_choice, check_whole
 from flowgen.utils.rendering import TOY2D_SHAPE
 from flowgen.utils.rendering import TOY2D_SPAN as SPAN

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
-from flowgen.data.dataset import ImageDataset, hashed_subset
+from flowgen.data.dataset import ImageDataset
+from flowgen.data.splits import hashed_subset
 from flowgen.evaluation import stats
 from flowgen.utils import rendering
 from flowgen.utils.console import progress_bar

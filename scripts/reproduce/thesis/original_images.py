@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from flowgen.data.dataset import find_dataset
+from flowgen.data.download import find_dataset
 from flowgen.data.image_folder import split_names
 from flowgen.data.preprocess import open_source, read_file
 from flowgen.utils.errors import UserError
