@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from flowgen.bijections.networks import RandomSource, TransformerBlock, zero_init
 from flowgen.models.categorical import count_values, draw_values
-from flowgen.models.flows.builders import MAX_DEPTH, Resolution, resolve_levels, split_shape
 from flowgen.models.likelihood import LikelihoodModel
+from flowgen.models.shapes import MAX_DEPTH, Resolution, resolve_levels, split_shape
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import BITS_PER_DIM, Likelihood
 

@@ -17,7 +17,7 @@ from flowgen.models.base import (
     ClassConditional,
     EvalConfig,
 )
-from flowgen.models.flows.builders import Resolution, split_shape
+from flowgen.models.shapes import Resolution, split_shape
 from flowgen.utils.distributed import evaluate_sharded
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole
 from flowgen.utils.frechet import PrincipalComponents, frechet_distance

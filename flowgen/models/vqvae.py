@@ -13,13 +13,6 @@ from flowgen.bijections.autoregressive import MADE
 from flowgen.bijections.networks import CausalTransformer, Transformer, zero_init
 from flowgen.models.base import QUICK_EVAL, ClassConditional, EvalConfig
 from flowgen.models.categorical import draw_values
-from flowgen.models.flows.builders import (
-    MAX_DEPTH,
-    check_transformer,
-    choose_patch,
-    split_shape,
-    squeezed,
-)
 from flowgen.models.likelihood import LikelihoodModel
 from flowgen.models.logistic_mixture import (
     LogisticMixture,
@@ -27,6 +20,7 @@ from flowgen.models.logistic_mixture import (
     num_parameters,
     scale_values,
 )
+from flowgen.models.shapes import MAX_DEPTH, check_transformer, choose_patch, split_shape, squeezed
 from flowgen.utils.console import Progress, no_progress
 from flowgen.utils.distributed import all_gather_rows, evaluate_sharded
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole

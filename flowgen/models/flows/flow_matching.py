@@ -11,14 +11,9 @@ from torch import Tensor
 from flowgen.bijections import continuous, elementwise, networks
 from flowgen.bijections.base import Bijection
 from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting
-from flowgen.models.flows.builders import (
-    check_transformer,
-    choose_patch,
-    condition_size,
-    flat_chain,
-    split_shape,
-)
+from flowgen.models.flows.builders import condition_size, flat_chain
 from flowgen.models.flows.flow import Flow
+from flowgen.models.shapes import check_transformer, choose_patch, split_shape
 from flowgen.utils.errors import UserError, check_number, check_whole
 from flowgen.utils.metrics import Metric, Metrics, MetricValue
 

@@ -6,19 +6,21 @@ from collections.abc import Callable, Sequence
 from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.models.flows.builders import (
-    MAX_DEPTH,
-    Resolution,
     choose,
     condition_size,
-    format_size,
     gaussianization,
     make_transform,
     multi_scale,
+)
+from flowgen.models.flows.flow import Flow
+from flowgen.models.shapes import (
+    MAX_DEPTH,
+    Resolution,
+    format_size,
     resolve_levels,
     split_shape,
     squeezed,
 )
-from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
 NETWORKS: dict[str, Callable[..., networks.Conditioner]] = {

@@ -7,18 +7,16 @@ from torch import Tensor
 
 from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.models.flows.builders import (
+from flowgen.models.flows.builders import condition_size, gaussianization, make_transform
+from flowgen.models.flows.flow import Flow
+from flowgen.models.shapes import (
     MAX_DEPTH,
     check_transformer,
     choose_patch,
-    condition_size,
     format_size,
-    gaussianization,
-    make_transform,
     split_shape,
     squeezed,
 )
-from flowgen.models.flows.flow import Flow
 from flowgen.utils.errors import UserError, check_choice, check_whole
 
 SPATIAL_INTERVAL = 5  # every fifth coupling splits the patches, the others split their channels

@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from flowgen.bijections import autoregressive, elementwise, linear
 from flowgen.bijections.base import Bijection, Flip, Invert
-from flowgen.models.flows.builders import MAX_DEPTH, flat_chain, make_transform
+from flowgen.models.flows.builders import flat_chain, make_transform
 from flowgen.models.flows.flow import Flow
+from flowgen.models.shapes import MAX_DEPTH
 from flowgen.utils.errors import check_whole
 
 

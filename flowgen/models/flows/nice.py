@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from flowgen.bijections import coupling, elementwise, networks
 from flowgen.bijections.base import Bijection, Flip
-from flowgen.models.flows.builders import MAX_DEPTH, flat_chain, make_transform
+from flowgen.models.flows.builders import flat_chain, make_transform
 from flowgen.models.flows.flow import Flow
+from flowgen.models.shapes import MAX_DEPTH
 from flowgen.utils.errors import check_whole
 
 

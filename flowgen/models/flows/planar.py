@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from flowgen.bijections import elementwise, residual
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.models.flows.builders import MAX_DEPTH, flat_chain
+from flowgen.models.flows.builders import flat_chain
 from flowgen.models.flows.flow import Flow
+from flowgen.models.shapes import MAX_DEPTH
 from flowgen.utils.errors import check_whole
 
 

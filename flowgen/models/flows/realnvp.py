@@ -5,16 +5,9 @@ from collections.abc import Sequence
 from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.bijections.univariate import Affine
-from flowgen.models.flows.builders import (
-    MAX_DEPTH,
-    Resolution,
-    make_transform,
-    multi_scale,
-    resolve_levels,
-    split_shape,
-    squeezed,
-)
+from flowgen.models.flows.builders import make_transform, multi_scale
 from flowgen.models.flows.flow import Flow
+from flowgen.models.shapes import MAX_DEPTH, Resolution, resolve_levels, split_shape, squeezed
 from flowgen.utils.errors import UserError, check_whole
 
 

@@ -11,9 +11,10 @@ from flowgen.bijections import coupling, elementwise, networks, residual
 from flowgen.bijections.base import Bijection, Chain, Flip, Invert
 from flowgen.bijections.reshape import Flatten
 from flowgen.models.base import QUICK_EVAL, EvalConfig
-from flowgen.models.flows.builders import MAX_DEPTH, make_transform
+from flowgen.models.flows.builders import make_transform
 from flowgen.models.flows.flow import Flow
 from flowgen.models.likelihood import estimate_log_mean, standard_error
+from flowgen.models.shapes import MAX_DEPTH
 from flowgen.utils.distributed import rank_and_size
 from flowgen.utils.energies import ENERGIES, quadrature_log_z
 from flowgen.utils.errors import UserError, check_choice, check_whole

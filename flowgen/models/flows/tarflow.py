@@ -10,17 +10,9 @@ from flowgen.bijections.autoregressive import TokenAutoregressive, TokenHead, au
 from flowgen.bijections.base import Bijection, Chain, Invert
 from flowgen.bijections.univariate import Affine, GuidedAffine
 from flowgen.models.base import SupportsTokenSampling
-from flowgen.models.flows.builders import (
-    check_transformer,
-    choose,
-    choose_patch,
-    condition_size,
-    gaussianization,
-    make_transform,
-    split_shape,
-    squeezed,
-)
+from flowgen.models.flows.builders import choose, condition_size, gaussianization, make_transform
 from flowgen.models.flows.flow import Flow
+from flowgen.models.shapes import check_transformer, choose_patch, split_shape, squeezed
 from flowgen.utils.errors import UserError, check_number
 
 LABEL_DROPOUT = 0.1  # share of training images whose class is hidden from the networks

@@ -17,11 +17,11 @@ from flowgen.models.base import (
     SupportsInpainting,
 )
 from flowgen.models.categorical import Categorical, initial_logits
-from flowgen.models.flows.builders import MAX_DEPTH
 from flowgen.models.likelihood import LikelihoodModel, estimate_log_mean
 from flowgen.models.logistic_mixture import LogisticMixture
 from flowgen.models.pixel_distribution import PixelDistribution
 from flowgen.models.pixelcnn.networks import MixtureNetwork, PixelCNNNetwork
+from flowgen.models.shapes import MAX_DEPTH
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import (
     BITS_PER_DIM,

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from flowgen.bijections.networks import RandomSource
 from flowgen.models.base import QUICK_EVAL, EvalConfig
-from flowgen.models.flows.builders import MAX_DEPTH
 from flowgen.models.likelihood import LikelihoodModel
 from flowgen.models.logistic_mixture import (
     LogisticMixture,
@@ -18,6 +17,7 @@ from flowgen.models.logistic_mixture import (
     scale_values,
 )
 from flowgen.models.pixelcnn.networks import PixelCNNNetwork
+from flowgen.models.shapes import MAX_DEPTH
 from flowgen.models.vae.latents import Encoding, make_posterior, make_prior
 from flowgen.models.vae.networks import conv_decoder, conv_encoder, set_output_bias
 from flowgen.utils.distributed import all_reduce_sum, evaluate_sharded, rank_and_size
