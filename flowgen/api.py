@@ -200,14 +200,7 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
 
     found, checkpoint = runs.find_checkpoint(None if run is None else _name(run))
     trained = checkpoint["config"]
-    known = settings.settings_of_file("train")
-    full_keys = [
-        f"evaluation.{text}" if f"evaluation.{text.partition('=')[0]}" in known else text
-        for text in overrides
-    ]
-    defaults = settings.read_yaml("train")["evaluation"]  # runs can be older than a setting
-    evaluation = defaults | trained.get("evaluation", {})
-    config = compose.override(trained | {"evaluation": evaluation}, full_keys)
+    config = _override_evaluation(trained, overrides)
     eval_config = instantiate.instantiate("evaluation", config["evaluation"])
     data = instantiate.build_data(config)
     model = runs.load_from_checkpoint(checkpoint | {"config": config}, device)
@@ -244,8 +237,12 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     if not math.isfinite(value.value):
         log.warning("%s is not finite: a likelihood is beyond float32", model.metric.name)
     warn_implausible_likelihood(value, data, data.batches("test", BATCH_SIZE))
-    metadata = {"run": str(found.folder), "step": checkpoint["step"], "split": "test"}
-    metadata["likelihood"] = value.likelihood or model.likelihood
+    metadata = {
+        "run": str(found.folder),
+        "step": checkpoint["step"],
+        "split": "test",
+        "likelihood": value.likelihood or model.likelihood,
+    }
     if data.bits == 1:
         metadata["binarization"] = config["data"]["binarization"]
     report = EvalReport(metadata, metrics)
@@ -253,6 +250,21 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     if results := merge_evaluations(checkpoint["metrics"], report.row(), own_data):
         found.save_evaluation(checkpoint, results)
     return report
+
+
+def _override_evaluation(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration of a run with KEY=VALUE changes, such as `samples=1000`.
+
+    Keys of the section `evaluation` do not need its name.
+    """
+    known = settings.settings_of_file("train")
+    full_keys = [
+        f"evaluation.{text}" if f"evaluation.{text.partition('=')[0]}" in known else text
+        for text in overrides
+    ]
+    defaults = settings.read_yaml("train")["evaluation"]  # runs can be older than a setting
+    evaluation = defaults | config.get("evaluation", {})
+    return compose.override(config | {"evaluation": evaluation}, full_keys)
 
 
 def _sample_quality(
