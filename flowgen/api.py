@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowgen.config import compose, instantiate, runs, settings, start
 from flowgen.data import DOWNLOADED
+from flowgen.training.checkpoint import SUFFIX
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, processes
 from flowgen.utils.errors import UserError, check_whole, log
@@ -133,6 +134,11 @@ def resume(run: RunName, *overrides: str) -> Run:
         return start.train_run()
     found = runs.find_run(_name(run))
     file = runs.find_file(_name(run))
+    if not found.config.exists() and (file is None or file.suffix == SUFFIX):
+        raise UserError(
+            f"{_name(run)} is an exported model without the state of its training: "
+            f"`flowgen train init_from={_name(run)}` starts from its weights"
+        )
     is_elsewhere = file and not file.resolve().is_relative_to(found.folder.resolve())
     if is_elsewhere and found.config.exists():
         raise UserError(
@@ -201,6 +207,7 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     found, checkpoint = runs.find_checkpoint(None if run is None else _name(run))
     trained = checkpoint["config"]
     config = _override_evaluation(trained, overrides)
+    check_whole(0, 2**63 - 1, seed=config["seed"])
     eval_config = instantiate.instantiate("evaluation", config["evaluation"])
     data = instantiate.build_data(config)
     model = runs.load_from_checkpoint(checkpoint | {"config": config}, device)
@@ -248,7 +255,10 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
     report = EvalReport(metadata, metrics)
     own_data = all(config[section] == trained[section] for section in ("model", "data"))
     if results := merge_evaluations(checkpoint["metrics"], report.row(), own_data):
-        found.save_evaluation(checkpoint, results)
+        try:
+            found.save_evaluation(checkpoint, results)
+        except OSError as error:  # a full or read-only disk must not lose the results
+            log.warning("the results are not stored: %s", console.user_message(error))
     return report
 
 
@@ -273,7 +283,6 @@ def _sample_quality(
     """Return the comparison with `count` samples, if any, before anything slow is computed."""
     if count is None:
         return None
-    check_whole(0, 2**63 - 1, seed=seed)
     from flowgen.evaluation.sample_quality import SampleQuality, find_fid_weights
 
     return SampleQuality(data, count, find_fid_weights())

@@ -20,7 +20,7 @@ import click
 from flowgen.config.settings import group_options, setting_names, settings_help
 from flowgen.training.threads import prepare_threads, use_threads
 from flowgen.utils.console import escape_control, format_table, setup_logging, user_message
-from flowgen.utils.errors import UserError, check_folder_of
+from flowgen.utils.errors import UserError, check, check_folder_of
 
 PATH = click.Path(path_type=Path)
 SAMPLERS = ("gibbs", "tempering", "mean-field")
@@ -34,7 +34,7 @@ OOD_SCORES = (
     "last_level",
     "density_of_states",
 )
-IMAGE_SUFFIXES = {".gif", ".jpg", ".png", ".webp"}
+IMAGE_SUFFIXES = {".gif", ".jpeg", ".jpg", ".png", ".webp"}
 MAX_COUNT = 10**9
 MAX_WIDTH = 10**6  # characters of a line that is not printed on a terminal
 HELP_SECTIONS = {
@@ -126,6 +126,7 @@ def check_output(path: Path | None, suffixes: Collection[str], kind: str) -> Pat
         raise click.UsageError(f"{path} is not the path of {kind}: it must end in {endings}")
     try:
         check_folder_of(path)
+        check(not path.is_dir(), f"{path} is a folder: choose another path")
     except UserError as error:
         raise click.UsageError(str(error)) from error
     return path
@@ -536,7 +537,7 @@ def evaluate(run: str | None, as_json: bool, device: str, overrides: tuple[str, 
     metavar="NAME",
     help=f"Score that ranks the images by anomaly: {', '.join(OOD_SCORES)}.",
 )
-@whole_number_option("--count", 1000, "Validation images, and test images of --ood.", low=2)
+@whole_number_option("--count", 1000, "Validation images, and test images of --ood.", low=4)
 @click.option(
     "--csv", "table", type=PATH, metavar="FILE", help="Write all scores of all images to this file."
 )
@@ -717,6 +718,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words after `flowgen`; by default those of this process.
     """
     prepare_threads()
+    for name in ("stdout", "stderr"):  # None if they are closed, as for a daemon
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if "_FLOWGEN_COMPLETE" in os.environ:
         import_module("flowgen.commands.shell_completion")  # registers completion for bash
     arguments = sys.argv[1:] if arguments is None else list(arguments)

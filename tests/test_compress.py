@@ -604,6 +604,12 @@ def test_evaluate_compares_with_a_file(command, color_run):
     assert row["net_gap"] == pytest.approx(gap)
 
 
+def test_a_name_that_is_the_folder_of_another_image_is_changed(data):
+    header, _ = coding.read_header(data)
+    names = ["a.bmp", "a.png/b.png", "c", "d", "e", "f", "g", "h"]
+    assert file_names(replace(header, names=names))[:2] == ["a_2.png", "a.png/b.png"]
+
+
 def test_the_gap_of_one_image_is_unknown(model):
     images = smooth_images(1)
     evaluated = model.evaluate([images])["bits_per_dim"]

@@ -344,6 +344,14 @@ def test_every_data_set_is_exported_documented_and_knows_its_downloads(name, mon
     )
 
 
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 2**16), ("I", -1)])
+def test_images_of_32_bits_are_refused(tmp_path, mode, value):
+    path = tmp_path / "image.tif"
+    Image.new(mode, (8, 8), value).save(path)
+    with pytest.raises(UserError, match="convert it to 8 or 16 bits"):
+        preprocess(path.read_bytes(), 8, 1, None)
+
+
 @pytest.mark.parametrize("name", ["imagenet32", "imagenet64"])
 def test_imagenet_is_searched_under_its_own_size(name):
     section = yaml.safe_load((conf_folder() / "data" / f"{name}.yaml").read_text())

@@ -376,7 +376,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     assert_same_run(tmp_path / "whole", killed)
 
 
-def test_sigterm_saves_the_run_and_tells_how_to_resume(images, tmp_path, command):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_the_run_and_tells_how_to_resume(images, tmp_path, command, number):
     overrides = [
         *SMALL,
         f"data.root={images}",
@@ -387,9 +388,9 @@ def test_sigterm_saves_the_run_and_tells_how_to_resume(images, tmp_path, command
     run = tmp_path / "stopped"
     process = spawn("train", *overrides, f"output_dir={run}")
     wait_for_step(run, 5)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     assert f"flowgen resume {run}" in output
     step = read_checkpoint(run / "checkpoints" / "last.pt")["step"]
     assert 5 <= step < 4000

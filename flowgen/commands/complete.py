@@ -18,7 +18,7 @@ from flowgen.models.base import (
     SupportsInpainting,
 )
 from flowgen.utils import console, rendering
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, check_not_input
 from flowgen.utils.metrics import BITS_PER_DIM, CONDITIONAL_LOG_PROB
 
 MAX_SAMPLES_SHOWN = 5
@@ -55,6 +55,7 @@ def complete(
     Returns:
         The path of the file.
     """
+    check_not_input(out, image, Path(known))
     run_dir, checkpoint, model = find_model(run, device, SupportsInpainting)
     model.set_progress(console.progress_bar)
     linear = measurement(known, model.image_shape)
@@ -76,7 +77,8 @@ def complete(
         row = torch.cat((brightness, observed, result.mean[None], spread[None], samples))
         rows.append((f"{name}: image, known part, mean, spread, samples", rendering.to_uint8(row)))
     path = out or run_dir.folder / "completion.png"
-    rendering.titled_grids(rows, 8, columns=4 + MAX_SAMPLES_SHOWN).save(path)
+    picture = rendering.titled_grids(rows, 8, columns=4 + MAX_SAMPLES_SHOWN)
+    rendering.save_picture(picture, path)
     return path
 
 

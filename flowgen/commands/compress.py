@@ -138,6 +138,8 @@ def compress(
     if bool(paths) == bool(split):
         raise UserError("give images, folders or zips, or choose --split test, but not both")
     check_folder_of(out)
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: choose a file for --out")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already: choose another --out, or add --overwrite")
     run_dir, checkpoint, model = runs.find_model(run, "cpu", SupportsCompression)
@@ -273,11 +275,13 @@ def decompress(*, file: Path, run: str | None, overwrite: bool, out: Path) -> st
     Returns:
         The text for the user.
     """
-    check_folder_of(out)
+    folder = out.resolve()  # `out` may be a link
+    check_folder_of(folder)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise UserError(f"{out} exists already: choose another --out, or add --overwrite")
     if not file.is_file():
-        raise UserError(f"{file} does not exist: choose a file of `flowgen compress`")
+        problem = "is a folder" if file.is_dir() else "does not exist"
+        raise UserError(f"{file} {problem}: choose a file of `flowgen compress`")
     header, payload = archive.read_header(file.read_bytes())
     names = file_names(header)
     _, _, model = runs.find_model(run or _known_run(header), "cpu", SupportsCompression)
@@ -285,7 +289,7 @@ def decompress(*, file: Path, run: str | None, overwrite: bool, out: Path) -> st
     codec = make_codec(model, header.annealing_steps)
     check_color_channels(model.image_shape[0])
     images = archive.decompress(codec, header, payload, console.progress_bar)
-    _save_images(images, names, model.bits, out)
+    _save_images(images, names, model.bits, folder)
     count = console.count_noun(len(images), "image")
     bits = console.count_noun(model.bits, "bit") + (", scaled to 8" if model.bits < 8 else "")
     return f"{out}\n{count} of {bits}"
@@ -329,12 +333,15 @@ def file_names(header: Header) -> list[str]:
     if header.names is None:
         return [f"{index:07d}.png" for index in range(header.num_images)]
     check_names(header.names)
+    folders = {
+        str(folder).casefold() for name in header.names for folder in PurePosixPath(name).parents
+    }
     used: set[str] = set()
     names = []
     for original in header.names:
         name = str(PurePosixPath(original).with_suffix(".png"))
         number = 1
-        while name.casefold() in used:
+        while name.casefold() in used | folders:
             number += 1
             name = f"{PurePosixPath(original).with_suffix('')}_{number}.png"
         used.add(name.casefold())
@@ -352,7 +359,7 @@ def _save_images(images: Tensor, names: Sequence[str], bits: int, out: Path) -> 
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encode_png(image, bits))
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and (any(out.iterdir()) or out == Path.cwd()):
             _move_into(folder, names, out)
         else:
             if out.is_dir():

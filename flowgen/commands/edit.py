@@ -18,6 +18,7 @@ from flowgen.evaluation.latent_directions import (
     BATCH_SIZE,
     Directions,
     Moments,
+    check_names,
     class_directions,
     compute_moments,
     fit_directions,
@@ -26,7 +27,7 @@ from flowgen.evaluation.latent_directions import (
 from flowgen.models.base import ClassConditional, GenerativeModel
 from flowgen.training.run_dir import Run, cached_artifact
 from flowgen.utils import console, rendering
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, check_not_input
 
 MAX_AMOUNT = 2.0  # both ends of the strip are at this amount of the attributes
 STRIP_LENGTH = 9  # images per strip
@@ -68,6 +69,7 @@ def edit(
         The path of the file.
     """
     amount_of = _amounts(attributes, amounts)
+    check_not_input(out, *paths)
     run_dir, checkpoint, model = runs.find_model(run, device, GenerativeModel)
     model.set_progress(console.progress_bar)
     images = read_inputs(paths, model, checkpoint["config"])
@@ -93,7 +95,8 @@ def edit(
             changes = [f"{attribute} by {amount:g}" for attribute, amount in amount_of.items()]
             title = f"the image, and {', '.join(changes)}"
         grid = (title, steps.transpose(0, 1).flatten(0, 1))
-        rendering.titled_grids([grid], model.bits, columns=len(fractions)).save(path)
+        picture = rendering.titled_grids([grid], model.bits, columns=len(fractions))
+        rendering.save_picture(picture, path)
     return path
 
 
@@ -155,6 +158,7 @@ def load_directions(
         names, classes, attributes, images = (
             _table_images(model, config, table, count) if table else _training_images(config, count)
         )
+        check_names(wanted, names, classes)
         batches = zip(images, attributes.split(BATCH_SIZE), strict=True)
         num_batches = -(-len(attributes) // BATCH_SIZE)
         moments = compute_moments(model, progress(batches, "latents", num_batches))

@@ -98,7 +98,7 @@ def export(*, run: str, path: Path, called: str | None = None) -> list[Path]:
     export_safetensors(checkpoint, metrics, checkpoint.get("command") or "flowgen train", path)
     model = load_from_checkpoint(checkpoint)
     images, _ = sample_images(model, 32, default_temperature(config, model.image_shape), seed=0)
-    rendering.image_grid(images, model.bits, columns=8).save(picture)
+    rendering.save_picture(rendering.image_grid(images, model.bits, columns=8), picture)
     card.write_text(
         model_card(
             title=called or path.stem,
@@ -106,7 +106,8 @@ def export(*, run: str, path: Path, called: str | None = None) -> list[Path]:
             picture=picture.name,
             metadata=read_safetensors(path, with_weights=False),
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        )
+        ),
+        encoding="utf-8",
     )
     return [path, card, picture]
 

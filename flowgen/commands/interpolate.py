@@ -12,6 +12,7 @@ from flowgen.data.preprocess import read_images
 from flowgen.evaluation import interpolation
 from flowgen.models.base import GenerativeModel
 from flowgen.utils import console, memory, rendering
+from flowgen.utils.errors import check_not_input
 
 
 def interpolate(
@@ -38,6 +39,7 @@ def interpolate(
     Returns:
         The path of the file.
     """
+    check_not_input(out, first, second)
     run_dir, checkpoint, model = find_model(run, device, GenerativeModel)
     model.set_progress(console.progress_bar)
     images = read_inputs([first, second], model, checkpoint["config"])
@@ -55,7 +57,7 @@ def interpolate(
     else:
         title = "great circle in the latents" if spherical else "line in the latents"
         grids = [(title, latent), ("line in the pixels", pixels)]
-        rendering.titled_grids(grids, model.bits, columns=steps).save(path)
+        rendering.save_picture(rendering.titled_grids(grids, model.bits, columns=steps), path)
     return path
 
 

@@ -20,13 +20,15 @@ from flowgen.commands.runs import (
     run_likelihood,
 )
 from flowgen.config.compose import flatten, read_config
-from flowgen.config.runs import OUTPUTS, find_run
+from flowgen.config.runs import OUTPUTS, PREFIX, find_run
+from flowgen.training.checkpoint import SUFFIX
 from flowgen.training.run_dir import Run, best_metric, validation_rows
 from flowgen.utils import plots
 from flowgen.utils.errors import UserError
 from flowgen.utils.html import Picture, Section, data_url, image_data_url, write_html
 from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, SAMPLE_METRICS, Metric, MetricValue
 
+TITLE = "flowgen report"  # of the page
 COLUMNS = (
     "run",
     "model",
@@ -71,7 +73,9 @@ def report(*, names: list[str], out: Path | None) -> Path:
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     lead = f"{datetime.now(UTC):%Y-%m-%d}, {count}. Errors are standard errors."
     path = out or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
-    write_html(path, "flowgen report", [lead], sections(runs))
+    if out is None and path.exists() and TITLE not in path.read_text("utf-8", errors="replace"):
+        raise UserError(f"{path} is not a report of flowgen: choose another --out")
+    write_html(path, TITLE, [lead], sections(runs))
     return path
 
 
@@ -81,6 +85,8 @@ def _find_runs(name: str) -> list[Run]:
         raise UserError(
             "an empty name is not a run: pass a run, or a folder of runs such as outputs"
         )
+    if name.startswith(("zoo/", PREFIX)) or name.endswith(SUFFIX):
+        raise UserError(f"{name} is an exported model without curves: pass a run that was trained")
     paths = {(parent / name).resolve() for parent in (Path(), OUTPUTS)}
     folders = {path for path in paths if path.is_dir()}
     if not folders or any((folder / "config.yaml").exists() for folder in folders):

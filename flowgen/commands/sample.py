@@ -247,7 +247,8 @@ def _save_picture(
             )
         title = f"{label}{sampler}temperature {temperature:g}"
         blocks.append((title, sort_by_log_prob(images, log_probs)))
-    rendering.titled_grids(blocks, model.bits, columns=min(count, 8)).save(path)
+    picture = rendering.titled_grids(blocks, model.bits, columns=min(count, 8))
+    rendering.save_picture(picture, path)
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from flowgen.models.base import GenerativeModel
 from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
 from flowgen.training.run_dir import Run, cached_artifact
 from flowgen.utils import console, rendering
-from flowgen.utils.errors import UserError, check_folder_of
+from flowgen.utils.errors import UserError, check, check_folder_of, check_not_input
+from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import BITS_PER_DIM, Metric
 
 BATCH_SIZE = 50
@@ -91,8 +92,14 @@ def score(
         device: Name of the device, or "auto".
         out: Picture file, or None for score.png in the folder of the run.
     """
+    check_not_input(out, *paths)
     if table is not None:
         check_folder_of(table)
+        check_not_input(table, *paths)
+        check(
+            not table.is_dir() and table != out,
+            f"{table} is a folder or the picture: choose another file for --csv",
+        )
     scorer = load_scorer(run, count, seed, device)
     if score is not None and score not in scorer.detector.calibration_scores:
         raise UserError(
@@ -243,13 +250,16 @@ def _score_images(
         (f"most anomalous by {score_name}", _tiles(scorer, most_anomalous[:MAX_TILES], score_name)),
         ("most typical", _tiles(scorer, most_typical, score_name)),
     ]
-    rendering.stack_titled(blocks).save(picture)
+    rendering.save_picture(rendering.stack_titled(blocks), picture)
     yield from map(str, filter(None, (picture, table)))
 
 
 def _write_csv(path: Path, batches: Iterable[list[ImageScore]]) -> Iterator[list[ImageScore]]:
     """Yield the batches and write them to a CSV file."""
-    with open(path, "w", newline="") as file:
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.writer(file)
         for index, batch in enumerate(batches):
             if index == 0:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from flowgen.config import compose, instantiate, runs, settings
 from flowgen.training.checkpoint import eval_weights, read_checkpoint
 from flowgen.training.run_dir import Run
-from flowgen.utils.errors import UserError, check_whole, log
+from flowgen.utils.errors import UserError, check_choice, check_whole, log
 from flowgen.utils.processes import launch, num_processes_to_launch
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
     trainer_processes = config["trainer"].get("num_processes")
     num_processes = num_processes_to_launch(trainer_processes)
     may_resume = config.pop("resume")
+    check_choice((True, False), resume=may_resume)
     if numbered:
         config["output_dir"] = str(_create_numbered(Path(config["output_dir"])))
     run = Run(Path(config["output_dir"]))
@@ -79,8 +80,18 @@ def start_run(config: dict[str, Any], note: str = "", numbered: bool = False) ->
                 f"{run.folder} holds a run already: continue it with "
                 f"`flowgen resume {run.folder}`, or choose another output_dir="
             )
+        if run.checkpoints():
+            raise UserError(
+                f"{run.folder} holds checkpoints that are not from a run of flowgen: "
+                "choose another output_dir="
+            )
         if not num_processes:
-            return train_run(run, config, note=note)
+            try:
+                return train_run(run, config, note=note)
+            except UserError:
+                if not run.checkpoints():  # corrected settings can use the folder
+                    run.config.unlink(missing_ok=True)
+                raise
         compose.save_config(config, run.config)  # the processes read it
         with log_to_file(run):
             log.info("%s", note or f"{num_processes} processes")
@@ -98,6 +109,8 @@ def resume_run(run: Run, overrides: Sequence[str], file: Path | None = None) -> 
     Raises:
         RunFinishedError: If the run has ended.
     """
+    if any(text.partition("=")[0] == "output_dir" for text in overrides):
+        raise UserError(f"a run stays in its folder {run.folder}: omit output_dir=")
     with lock_run(run):
         checkpoint = run.latest_valid_checkpoint() if file is None else read_checkpoint(file)
         config = compose.read_config(run.config) if checkpoint is None else checkpoint["config"]
@@ -125,7 +138,7 @@ def _start_processes(
     except SystemExit as error:
         if is_new and not run.checkpoints():
             run.config.unlink(missing_ok=True)
-            _remove_without_run(run)
+            _remove_without_run(run, is_new=True, had_log=False)
         status = int(str(error.code))
         if status > 128:  # a signal
             raise TrainingInterrupted(run, status - 128) from error
@@ -175,6 +188,8 @@ def train_in_group(
     from flowgen.training import device, sanity_checks, trainer
 
     check_whole(0, 2**63 - 1, seed=config["seed"])
+    if "evaluation" in config:  # before training, although only later commands need it
+        instantiate.instantiate("evaluation", config["evaluation"])
     trainer_config = instantiate.instantiate("trainer", config["trainer"])
     # With several processes, each chooses its own number of threads.
     num_threads = trainer_config.num_threads if group.size == 1 else "auto"
@@ -319,9 +334,13 @@ def _holds_run(run: Run) -> bool:
 def lock_run(run: Run) -> Iterator[None]:
     """Lock the folder of a run for this process. On exit, remove it if no run was created in it.
 
+    Files that were there before stay.
+
     Raises:
         UserError: If another process holds the lock.
     """
+    is_new = not run.folder.exists() or not any(run.folder.iterdir())
+    had_log = run.log.exists()
     run.folder.mkdir(parents=True, exist_ok=True)
     run.check_contained()
     lock = FileLock(run.folder / LOCK_FILE)
@@ -336,14 +355,16 @@ def lock_run(run: Run) -> Iterator[None]:
     finally:
         lock.release()
         if not run.config.exists():
-            _remove_without_run(run)
+            _remove_without_run(run, is_new, had_log)
 
 
-def _remove_without_run(run: Run) -> None:
-    for path in (run.log, run.folder / LOCK_FILE):
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # other files stay
-        run.folder.rmdir()
+def _remove_without_run(run: Run, is_new: bool, had_log: bool) -> None:
+    (run.folder / LOCK_FILE).unlink(missing_ok=True)
+    if not had_log:
+        run.log.unlink(missing_ok=True)
+    if is_new:
+        with contextlib.suppress(OSError):  # other files stay
+            run.folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from PIL import Image, ImageOps
@@ -152,7 +152,13 @@ def preprocess(file: bytes, size: Size, channels: int, crop: int | None) -> Tens
     """
     height, width = height_and_width(size)
     with user_error("is not an image, or is cut short"):
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(file), formats=FORMATS))
+        try:
+            stored = Image.open(io.BytesIO(file), formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise UserError("has more than 178 million pixels: make it smaller") from error
+        image = ImageOps.exif_transpose(stored)
+        if image.mode == "F" or (image.mode == "I" and _exceeds_16_bits(image)):
+            raise UserError("has pixel values of 32 bits: convert it to 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         if image.has_transparency_data:
@@ -168,6 +174,11 @@ def preprocess(file: bytes, size: Size, channels: int, crop: int | None) -> Tens
     image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(height, width, channels).permute(2, 0, 1)
+
+
+def _exceeds_16_bits(image: Image.Image) -> bool:
+    low, high = cast(tuple[float, float], image.getextrema())
+    return low < 0 or high >= 2**16
 
 
 def check_color_channels(channels: int) -> None:
@@ -315,6 +326,8 @@ def list_images(path: Path) -> list[tuple[ImageSource | None, str]]:
     try:
         source = open_source(path)
     except UserError as error:
+        if path.is_file():
+            raise
         raise UserError(
             f"{path} contains no images: choose images, or a folder or a zip of them"
         ) from error

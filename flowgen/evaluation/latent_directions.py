@@ -1,6 +1,6 @@
 """Directions in the latent space of a model that correspond to attributes of the images."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowgen.models.base import ClassConditional, GenerativeModel
-from flowgen.utils.errors import UserError
+from flowgen.utils.errors import UserError, check
 
 RIDGE_IMAGES = 10.0  # the penalty has the weight of this many images with independent attributes
 MIN_VARIANCE = 1e-12  # of an attribute that distinguishes images
@@ -111,12 +111,7 @@ class Directions:
         Raises:
             UserError: For an unknown attribute.
         """
-        for name in amounts:
-            if name not in self.names:
-                raise UserError(
-                    f"unknown {'class' if self.classes else 'attribute'} {name}: "
-                    f"choose one of {', '.join(self.names)}"
-                )
+        check_names(amounts, self.names, self.classes)
         changes = self.changes[[self.names.index(name) for name in amounts]]
         weights = changes.new_tensor(list(amounts.values()))
         start = 0 if image_classes is None else weights.sum() * self.changes[image_classes]
@@ -125,6 +120,16 @@ class Directions:
     def nearest_class(self, latent: Tensor) -> Tensor:
         """Return the class with the nearest mean, (batch,), for latents (batch, D)."""
         return torch.cdist(latent, self.changes.to(latent)).argmin(1)
+
+
+def check_names(wanted: Iterable[str], names: Collection[str], classes: bool) -> None:
+    """Raise `UserError` unless `names` of attributes, or of classes, contains all wanted ones."""
+    for name in wanted:
+        check(
+            name in names,
+            f"unknown {'class' if classes else 'attribute'} {name}: "
+            f"choose one of {', '.join(names)}",
+        )
 
 
 def fit_directions(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from flowgen.bijections.base import inversion_error
 from flowgen.utils.console import Progress, no_progress, progress_bar
-from flowgen.utils.errors import UserError, check_number, check_whole, log
+from flowgen.utils.errors import UserError, check_choice, check_number, check_whole, log
 from flowgen.utils.metrics import LOG_PROBABILITY, Likelihood, Metric, Metrics
 
 MIN_SAMPLES = 100  # fewer hardly determine the covariance of 64 principal components
@@ -53,6 +53,7 @@ class EvalConfig:
     compress: bool = False
 
     def __post_init__(self) -> None:
+        check_choice((True, False), compress=self.compress, cross_check=self.cross_check)
         # The error of 10^5 importance samples is 1/300 of that of one.
         check_whole(high=10**5, num_importance_samples=self.num_importance_samples)
         check_whole(high=10**8, ais_steps=self.ais_steps)

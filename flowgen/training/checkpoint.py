@@ -15,7 +15,7 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
-from flowgen.utils.errors import UserError, check
+from flowgen.utils.errors import UserError, check, user_error
 from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import COMPARED, SAMPLE_METRICS
 
@@ -332,7 +332,8 @@ def export_safetensors(
         for name, value in eval_weights(checkpoint).items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path, metadata={"flowgen": json.dumps(metadata)})
+    with user_error(f"{path} cannot be written: free some space, or choose another path"):
+        save_file(weights, path, metadata={"flowgen": json.dumps(metadata)})
 
 
 def _is_layer_weight(name: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Stop training on Ctrl-C, SIGTERM or a cluster's warning signal after the current step."""
+"""Stop training on Ctrl-C, SIGTERM, SIGHUP or a cluster's warning signal after a step."""
 
 import signal
 import threading
@@ -11,9 +11,14 @@ REQUEUE_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 )
 
+# A closed terminal sends SIGHUP.
+TERMINATION_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
 
 class GracefulStop(ExitStack):
-    """Context manager that stores SIGINT or SIGTERM in `signal` instead of ending the process.
+    """Context manager that stores SIGINT, SIGTERM or SIGHUP in `signal` and does not end.
 
     A second signal interrupts at once. Signals for which a launcher has installed a handler are
     stored too; `reraise_signal` passes them on once the run is saved.
@@ -26,8 +31,9 @@ class GracefulStop(ExitStack):
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             numbers = [number for number in REQUEUE_SIGNALS if callable(signal.getsignal(number))]
-            if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # else a launcher handles it
-                numbers.append(signal.SIGTERM)
+            for number in TERMINATION_SIGNALS:
+                if signal.getsignal(number) == signal.SIG_DFL:  # else a launcher or nohup decides
+                    numbers.append(number)
             for number in (signal.SIGINT, *numbers):
                 self.callback(signal.signal, number, signal.signal(number, self._store))
         return self

@@ -31,6 +31,7 @@ EXPLANATIONS = {  # of errors of torch, by a phrase in their message
         "batch normalization needs more than one image at a time: "
         "set trainer.batch_size to at least 2 per micro-batch"
     ),
+    "linalg.inv": "the weights diverged: lower trainer.lr or trainer.grad_clip",
     "InvalidCxxCompiler": (
         "trainer.compile=true needs a C++ compiler: install g++, or set it to false"
     ),

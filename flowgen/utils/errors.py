@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,16 @@ def check_choice(choices: Iterable[object], **values: object) -> None:
         check(value in choices, f"{name} must be {options}, not {value!r}")
 
 
+def check_not_input(out: Path | None, *inputs: Path) -> None:
+    """Raise `UserError` if the output file is one of the inputs, which it would replace."""
+    if out is not None and out.exists():
+        for path in inputs:
+            check(
+                not (path.exists() and out.samefile(path)),
+                f"{out} is an input of this command: choose another output file",
+            )
+
+
 def check_folder_of(path: Path) -> None:
     """Raise `UserError` if `path` cannot be a new file, before any work is done."""
     folder = path.absolute().parent
@@ -73,4 +84,8 @@ def check_folder_of(path: Path) -> None:
     check(
         str(folder.resolve()) not in SYSTEM_DIRS,
         f"{path} is in a system folder: choose another path",
+    )
+    check(
+        os.access(folder, os.W_OK),
+        f"the folder of {path} cannot be written to: choose another path",
     )

@@ -67,7 +67,8 @@ def write_html(
     ).get_template("page.html")
     with atomic_write(path) as temporary:
         temporary.write_text(
-            template.render(title=title, lead=lead, sections=sections, contents=contents)
+            template.render(title=title, lead=lead, sections=sections, contents=contents),
+            encoding="utf-8",
         )
 
 

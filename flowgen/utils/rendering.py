@@ -9,6 +9,7 @@ import math
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -101,6 +102,18 @@ def to_png(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
+def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture whose format is the suffix of its path. A failure keeps the previous file.
+
+    Args:
+        picture: The picture.
+        path: The file.
+        **options: Further arguments of `PIL.Image.Image.save`.
+    """
+    with atomic_write(path) as temporary:
+        picture.save(temporary, Image.registered_extensions()[path.suffix.lower()], **options)
+
+
 def scale_to_8_bits(images: Tensor, bits: int) -> Tensor:
     """Scale pixel values of `bits` bits to 0..255."""
     return (images.cpu().int() * 255 // (2**bits - 1)).to(torch.uint8)
@@ -179,4 +192,5 @@ def save_gif(frames: Sequence[Tensor], bits: int, columns: int, path: Path) -> N
         path: The file.
     """
     first, *rest = (image_grid(frame, bits, columns) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, duration=FRAME_MILLISECONDS, loop=0)
+    options = {"save_all": True, "append_images": rest, "duration": FRAME_MILLISECONDS, "loop": 0}
+    save_picture(first, path, **options)
