@@ -743,8 +743,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.UsageError as error:
         name = error.ctx.command_path if error.ctx else "flowgen"
         _exit(f"{error.format_message().rstrip('.')} (see `{name} --help`)", 2)
-    except BrokenPipeError:
-        sys.exit(0)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # as for `| head`; click exits with 1
+            sys.exit(0)
+        raise
     except Exception as error:
         if debug:
             raise

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -141,6 +142,14 @@ def test_an_output_that_is_a_folder_is_refused_before_any_work(tiny_run, command
     folder.mkdir()
     status, _, error = command("sample", "--run", tiny_run, "--out", folder)
     assert status == 2 and "is a folder" in error
+
+
+def test_a_closed_pipe_is_no_failure():
+    command = [sys.executable, "-m", "flowgen", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_commands_run_without_standard_error(tiny_run, command, tmp_path, monkeypatch):
