@@ -743,9 +743,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.UsageError as error:
         name = error.ctx.command_path if error.ctx else "flowgen"
         _exit(f"{error.format_message().rstrip('.')} (see `{name} --help`)", 2)
-    except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # as for `| head`; click exits with 1
-            sys.exit(0)
+    except SystemExit:
+        if type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):
+            sys.exit(0)  # a closed pipe, as in `| head`, for which click exits with 1
         raise
     except Exception as error:
         if debug:
