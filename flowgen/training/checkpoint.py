@@ -15,7 +15,7 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
-from flowgen.utils.errors import UserError, check, user_error
+from flowgen.utils.errors import UserError, check
 from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import COMPARED, SAMPLE_METRICS
 
@@ -313,7 +313,7 @@ def export_safetensors(
         path: File to write.
         half: Whether to store the weights of layers in half precision.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     config = checkpoint["config"]
     data = {key: None if key == "root" else value for key, value in config["data"].items()}
@@ -332,8 +332,8 @@ def export_safetensors(
         for name, value in eval_weights(checkpoint).items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with user_error(f"{path} cannot be written: free some space, or choose another path"):
-        save_file(weights, path, metadata={"flowgen": json.dumps(metadata)})
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(save(weights, metadata={"flowgen": json.dumps(metadata)}))
 
 
 def _is_layer_weight(name: str, value: Any) -> bool:
