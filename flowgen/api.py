@@ -219,7 +219,7 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         codec = make_codec(model)
     warn_test_leakage(data)
     data.to(model.device)
-    quality = _sample_quality(data, eval_config.samples, config["seed"])
+    quality = _sample_quality(data, eval_config.samples)
     model.set_progress(console.progress_bar)
     batches = console.progress_bar(
         data.batches("test", BATCH_SIZE), "images", math.ceil(len(data.test) / BATCH_SIZE)
@@ -277,9 +277,7 @@ def _override_evaluation(config: dict[str, Any], overrides: Sequence[str]) -> di
     return compose.override(config | {"evaluation": evaluation}, full_keys)
 
 
-def _sample_quality(
-    data: "ImageDataset", count: int | None, seed: object
-) -> "SampleQuality | None":
+def _sample_quality(data: "ImageDataset", count: int | None) -> "SampleQuality | None":
     """Return the comparison with `count` samples, if any, before anything slow is computed."""
     if count is None:
         return None
@@ -311,9 +309,8 @@ def _evaluate_samples(
 def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
     """Return the log-probability of each image.
 
-    Dequantization noise is drawn with a fixed seed, so that the same tensor of images
-    has the same scores.
-    An RBM whose log Z is unknown gives log p(x) + log Z; `evaluate` estimates log Z.
+    Dequantization noise is drawn with a fixed seed, so that the same tensor of images has the same
+    scores. An RBM whose log Z is unknown gives log p(x) + log Z; `evaluate` estimates log Z.
 
     Args:
         model: A model, usually of `load`.
@@ -321,7 +318,7 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
 
     Returns:
         Log-probabilities in nats (N,), on the CPU. For flows, VAEs, VQ-VAEs and diffusion
-        models each is one draw of a lower bound.
+        models, each value is one draw of a lower bound.
 
     Raises:
         UserError: If the images do not fit the model, or it has no likelihood.

@@ -96,10 +96,8 @@ def score(
     if table is not None:
         check_folder_of(table)
         check_not_input(table, *paths)
-        check(
-            not table.is_dir() and table != out,
-            f"{table} is a folder or the picture: choose another file for --csv",
-        )
+        check(not table.is_dir(), f"{table} is a folder: choose another file for --csv")
+        check(table != out, f"{table} is the path of the picture too: choose another --csv")
     scorer = load_scorer(run, count, seed, device)
     if score is not None and score not in scorer.detector.calibration_scores:
         raise UserError(

@@ -48,8 +48,8 @@ def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
     from_start = torch.sin((1 - fraction) * angle) * start / start_length
     from_end = torch.sin(fraction * angle) * end / end_length
     on_circle = (from_start + from_end) / sine * lerp(start_length, end_length, fraction)
-    is_short = (start_length == 0) | (end_length == 0)
-    is_straight = is_short | (sine.abs() < MIN_SINE) | (fraction == 0) | (fraction == 1)
+    has_no_angle = (start_length == 0) | (end_length == 0)
+    is_straight = has_no_angle | (sine.abs() < MIN_SINE) | (fraction == 0) | (fraction == 1)
     return torch.where(is_straight, lerp(start, end, fraction), on_circle)
 
 

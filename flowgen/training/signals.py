@@ -18,7 +18,7 @@ TERMINATION_SIGNALS = tuple(
 
 
 class GracefulStop(ExitStack):
-    """Context manager that stores SIGINT, SIGTERM or SIGHUP in `signal` and does not end.
+    """Context manager that stores a stop signal in `signal` instead of ending the process.
 
     A second signal interrupts at once. Signals for which a launcher has installed a handler are
     stored too; `reraise_signal` passes them on once the run is saved.

@@ -1,6 +1,5 @@
 """The report of one experiment: sample quality, likelihood and interpolations of its flow."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,4 +96,4 @@ def bits_per_dim_of_images(model: Flow, images: Tensor) -> Tensor:
         model.score(batch.to(model.device), generator=generator).cpu()
         for batch in images.split(BATCH_SIZE)
     ]
-    return -torch.cat(log_probs).double() / (model.dimensions * math.log(2))
+    return model.bits_per_dim(torch.cat(log_probs).double())
