@@ -591,7 +591,7 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
     "--verify/--no-verify",
     default=True,
     show_default=True,
-    help="Decode each batch again and compare it, which doubles the time.",
+    help="Decode each batch again and compare it, which nearly doubles the time.",
 )
 @whole_number_option(
     "--annealing-steps",

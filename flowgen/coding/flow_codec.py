@@ -5,7 +5,8 @@ pushes these under the base distribution. The stack grows by
 
     -log2 p(x) + log2 q(u) + D log2(bins)
 
-bits, which is the model's own bits/dim for this noise, up to rounding.
+bits for the D numbers x = (images + u) / bins. Divided by D, this is the model's own bits/dim for
+this noise, up to rounding.
 """
 
 import copy

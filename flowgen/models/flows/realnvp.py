@@ -22,8 +22,8 @@ class RealNVP(Flow):
         bits: Bits per pixel value.
         levels: Number of levels, each of which halves the resolution; None selects as many as the
             size allows, at most 4.
-        width: Channels of the coupling networks; 64 in the paper.
-        num_blocks: Residual blocks of the coupling networks; 4 to 8 in the paper.
+        width: Channels of the coupling networks; 32 in the paper, 64 for CIFAR-10.
+        num_blocks: Residual blocks of the coupling networks; 2 to 8 in the paper.
         transform: "additive", "multiplicative", "affine" (as in the paper), "spline" or "mixture"
             (of logistics).
         alpha: The logit is that of alpha + (1 - 2 alpha) x, with 0 < alpha < 0.5.
