@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 RunName = str | PathLike[str] | Run
 BATCH_SIZE = 64  # images that are evaluated or scored at once
-LOG_Z_KEYS = ("log_z", "log_z_error", "reliable", "verdict")
 # Beginnings of the keys of `SampleQuality.evaluate`
 SAMPLE_KEYS = ("sample_", "training_", "test_readable", "classifier_accuracy")
 PAPER = re.compile(r"^(.*?)(?: \(([^()]*\d{4}[^()]*)\))?$")  # a description and its source
@@ -254,7 +253,8 @@ def evaluate(run: RunName | None = None, *overrides: str, device: str = "auto") 
         metadata["binarization"] = config["data"]["binarization"]
     report = EvalReport(metadata, metrics)
     own_data = all(config[section] == trained[section] for section in ("model", "data"))
-    if results := merge_evaluations(checkpoint["metrics"], report.row(), own_data):
+    if own_data:
+        results = merge_evaluations(checkpoint["metrics"], report.row())
         try:
             found.save_evaluation(checkpoint, results)
         except OSError as error:  # a full or read-only disk must not lose the results
@@ -317,8 +317,9 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
         images: Pixel values (N, channels, height, width), integers from 0 to 2^bits - 1.
 
     Returns:
-        Log-probabilities in nats (N,), on the CPU. For flows, VAEs, VQ-VAEs and diffusion
-        models, each value is one draw of a lower bound.
+        Log-probabilities in nats (N,), on the CPU. For flows and VAEs, each value is one
+        draw of a lower bound; for diffusion models it is the mean of several draws, and for
+        VQ-VAEs the bound.
 
     Raises:
         UserError: If the images do not fit the model, or it has no likelihood.
@@ -447,29 +448,22 @@ def _format(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "unknown"
 
 
-def merge_evaluations(
-    cached: dict[str, Any], new: dict[str, Any], own_data: bool
-) -> dict[str, Any]:
-    """Merge two evaluations of the same weights.
+def merge_evaluations(cached: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Merge two evaluations of the same weights on the same data.
 
     Args:
         cached: The stored results.
         new: The new results.
-        own_data: Whether the new results are for the data of the run.
 
     Returns:
-        Metrics of the run's own data only, the reliable log Z with the smaller error, and the
+        The results with the smaller error of a reliable log Z, otherwise the new ones, and the
         newest sample quality.
     """
-    best = min((new, cached), key=_log_z_error)
-    use_new = own_data and (best is new or "images" not in cached)
-    metrics = new if use_new else cached
-    sampled = new if own_data and "sample_count" in new else cached
-    return (
-        {key: value for key, value in metrics.items() if not key.startswith(SAMPLE_KEYS)}
-        | {key: best[key] for key in LOG_Z_KEYS if key in best}
-        | {key: value for key, value in sampled.items() if key.startswith(SAMPLE_KEYS)}
-    )
+    metrics = min((new, cached), key=_log_z_error) if "images" in cached else new
+    sampled = new if "sample_count" in new else cached
+    return {key: value for key, value in metrics.items() if not key.startswith(SAMPLE_KEYS)} | {
+        key: value for key, value in sampled.items() if key.startswith(SAMPLE_KEYS)
+    }
 
 
 def _log_z_error(results: dict[str, Any]) -> float:

@@ -347,13 +347,14 @@ def test_package_depends_on_no_other_part_of_flowgen():
 
 def test_actnorm_starts_with_zero_mean_and_unit_variance():
     output = ActNorm(3).double().initialize(5 + 7 * torch.randn(50, 3, 4, 4, dtype=torch.float64))
-    deviation, mean = torch.std_mean(output, dim=(0, 2, 3))
+    deviation, mean = torch.std_mean(output, dim=(0, 2, 3), correction=0)
     assert torch.allclose(mean, torch.zeros_like(mean), atol=1e-12)
     assert torch.allclose(deviation, torch.ones_like(deviation))
 
 
 def test_initialization_is_finite_for_a_constant_channel():
     assert torch.isfinite(ActNorm(2).initialize(torch.zeros(8, 2, 4, 4))).all()
+    assert torch.isfinite(ActNorm(2).initialize(torch.randn(1, 2))).all(), "one value per channel"
 
 
 @pytest.mark.parametrize("convolution", [InvertibleConv1x1, InvertibleConv1x1LU])

@@ -10,13 +10,15 @@ from conftest import SMALL
 from test_training import rows
 
 from flowgen.bijections import base
-from flowgen.bijections.base import inversion_error, set_activation_memory
+from flowgen.bijections.base import Chain, inversion_error, set_activation_memory
+from flowgen.bijections.linear import ActNorm
 from flowgen.bijections.networks import ZeroConv2d
 from flowgen.config.compose import compose_config
 from flowgen.config.instantiate import build_model, with_image_shape
 from flowgen.models.base import GenerativeModel
 from flowgen.models.rbm.negative_phase import PCD, Tempering
 from flowgen.models.rbm.rbm import RBM
+from flowgen.models.vae import VAE
 from flowgen.training.device import saved_tensor_bytes
 from flowgen.utils import memory
 
@@ -72,6 +74,18 @@ def test_gradients_are_the_same_in_all_modes(name, monkeypatch):
     assert error is not None
     assert 0 < error < 1e-5
     assert inversion_error(model) is None  # the call before has reset it
+
+
+def test_the_inversion_error_of_zeros_is_a_number():
+    chain = Chain(ActNorm(2))
+    set_activation_memory(chain, "reversible")
+    chain(torch.zeros(3, 2))[0].sum().backward()
+    assert inversion_error(chain) == 0
+
+
+def test_models_without_bijections_have_no_activations_to_recompute():
+    with pytest.raises(ValueError, match="not supported by this model"):
+        set_activation_memory(VAE(image_shape=(1, 8, 8), width=8), "checkpoint")
 
 
 @pytest.mark.parametrize(

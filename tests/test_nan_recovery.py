@@ -111,15 +111,19 @@ def test_five_failed_steps_rewind_training_and_halve_the_learning_rate(
         f"data.root={images}",
         "trainer.steps=12",
         "trainer.save_every=2",
+        "trainer.eval_every=3",
         "trainer.warmup=0",
         "trainer.warmdown_ratio=0",
     ]
     status, _, error = command("train", *overrides, f"output_dir={run}")
     assert status == 0
-    assert "back to step 2" in error
+    assert "back to step 3" in error, "the best checkpoint"
+    # The evaluation at step 6 came before the rewind and is repeated.
+    validated = [row["step"] for row in rows(run) if row["split"] == "validation"]
+    assert validated == [3, 6, 9, 12]
     steps = [row for row in rows(run) if row["split"] == "train"]
     assert [row["step"] for row in steps] == list(range(1, 13))
-    assert [row["lr"] for row in steps] == [1e-3] * 2 + [5e-4] * 10
+    assert [row["lr"] for row in steps] == [1e-3] * 3 + [5e-4] * 9
 
 
 def test_training_that_never_recovers_names_the_culprit_and_stops(

@@ -71,6 +71,8 @@ def test_means_have_a_standard_error_of_two_digits():
     assert stats.mean([5.0]) == stats.Mean(5.0, 0.0, 1)
     assert str(stats.Mean(1.23456, 0.0123, 9)) == "1.235 ± 0.012"
     assert str(stats.Mean(12.0, 3.4, 9)) == "12.0 ± 3.4"
+    assert str(stats.mean([5.0])) == "5.000", "one value has no known error"
+    assert str(stats.mean([1.0, math.inf])) == "inf"
 
 
 def test_interpolation_through_pixels_is_even_and_both_paths_meet_at_the_ends():

@@ -282,6 +282,18 @@ def test_score_lists_the_most_anomalous_first_and_writes_all(tiny_run, images, c
     assert (tiny_run / "validation_mine.pt").exists(), "only cached files are deleted"
 
 
+def test_scores_of_unreadable_images_do_not_replace_a_table(tiny_run, command, tmp_path):
+    table = tmp_path / "all.csv"
+    table.write_text("mine")
+    folder = tmp_path / "unreadable"
+    folder.mkdir()
+    (folder / "text.png").write_text("not an image")
+    status, _, error = command("score", folder, "--run", tiny_run, "--csv", table)
+    assert status == 1
+    assert "no image could be read" in error
+    assert table.read_text() == "mine"
+
+
 def test_score_prints_the_bits_per_dim_of_the_model(tiny_run, images, command, tmp_path):
     table = tmp_path / "all.csv"
     assert command("score", images / "000.png", "--run", tiny_run, "--csv", table)[0] == 0

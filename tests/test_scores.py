@@ -12,7 +12,7 @@ from test_models import glow, random_images
 from test_rbm_runs import TINY
 
 import flowgen
-from flowgen.api import LOG_Z_KEYS, merge_evaluations
+from flowgen.api import merge_evaluations
 from flowgen.config.runs import find_checkpoint
 from flowgen.models.base import EvalConfig
 from flowgen.training.checkpoint import export_safetensors, read_safetensors, zoo_file
@@ -58,8 +58,7 @@ def test_log_z_is_stored_with_the_evaluated_weights(images: Path, tmp_path: Path
     assert command("train", *overrides)[0] == 0
     assert flowgen.load(run).score_metric == UNNORMALIZED
     assert command("evaluate", "--run", run, "data.binarization=threshold")[0] == 0
-    stored = find_checkpoint(str(run))[1]["metrics"]
-    assert set(stored) == set(LOG_Z_KEYS), "log Z does not depend on the images"
+    assert flowgen.load(run).score_metric == UNNORMALIZED, "an evaluation of other images"
     metrics = json.loads(command("evaluate", "--run", run, "--json")[1])
     model = flowgen.load(run)
     pixels = all_states(8)[:, None].repeat(1, 8, 1).view(-1, 1, 8, 8).to(torch.uint8)
@@ -81,7 +80,7 @@ def test_log_z_is_stored_with_the_evaluated_weights(images: Path, tmp_path: Path
     assert flowgen.load(run).score_metric == UNNORMALIZED
 
 
-def test_merged_evaluations_keep_the_most_accurate_log_z_and_metrics_of_the_runs_own_images():
+def test_merged_evaluations_keep_the_most_accurate_log_z():
     def evaluation(name: str, error: float, reliable: bool = True) -> dict[str, object]:
         return {
             "log_likelihood": name,
@@ -93,23 +92,16 @@ def test_merged_evaluations_keep_the_most_accurate_log_z_and_metrics_of_the_runs
         }
 
     fine, coarse = evaluation("fine", 0.1), evaluation("coarse", 0.5)
-    log_z_of_fine = {key: fine[key] for key in LOG_Z_KEYS}
-    assert merge_evaluations({}, coarse, own_data=True) == coarse
-    assert merge_evaluations(coarse | {"log_likelihood": 3}, coarse, own_data=True) == coarse
-    assert merge_evaluations(coarse, fine, own_data=True) == fine
-    assert merge_evaluations(fine, coarse, own_data=True) == fine
-    assert merge_evaluations(fine, coarse, own_data=False) == fine
-    assert merge_evaluations({}, fine, own_data=False) == log_z_of_fine
-    assert merge_evaluations(coarse, fine, own_data=False) == coarse | log_z_of_fine
-    assert merge_evaluations(log_z_of_fine, coarse, own_data=True) == coarse | log_z_of_fine
+    assert merge_evaluations({}, coarse) == coarse
+    assert merge_evaluations(coarse | {"log_likelihood": 3}, coarse) == coarse
+    assert merge_evaluations(coarse, fine) == fine
+    assert merge_evaluations(fine, coarse) == fine
     unreliable = evaluation("unreliable", 0.01, reliable=False)
-    assert merge_evaluations(fine, unreliable, own_data=True) == fine
-    assert merge_evaluations({}, unreliable, own_data=True) == unreliable
+    assert merge_evaluations(fine, unreliable) == fine
+    assert merge_evaluations({}, unreliable) == unreliable
     flow = {"bits_per_dim": 2.0, "images": 9}
     again = {"bits_per_dim": 1.0, "images": 9, "bits": 8}
-    assert merge_evaluations(flow, again, own_data=True) == again
-    assert merge_evaluations(flow, again, own_data=False) == flow
-    assert merge_evaluations({}, again, own_data=False) == {}
+    assert merge_evaluations(flow, again) == again
 
 
 def test_the_rbm_of_the_zoo_has_a_log_z():
@@ -121,10 +113,9 @@ def test_a_later_evaluation_without_samples_keeps_the_sample_quality():
     plain = {"bits_per_dim": 1.0, "images": 9}
     sampled = {"sample_count": 100, "sample_coverage": 0.5, "training_coverage": 0.9}
     again = {"sample_count": 200, "sample_coverage": 0.6, "test_readable": 0.9}
-    assert merge_evaluations(plain | sampled, plain, own_data=True) == plain | sampled
-    assert merge_evaluations(plain | sampled, plain | again, own_data=True) == plain | again
-    assert merge_evaluations(plain | sampled, plain | again, own_data=False) == plain | sampled
+    assert merge_evaluations(plain | sampled, plain) == plain | sampled
+    assert merge_evaluations(plain | sampled, plain | again) == plain | again
     log_z = {"log_z": 1.0, "log_z_error": 0.1, "reliable": True, "verdict": "reliable"}
     quick = {"images": 9, "log_z": 2.0, "log_z_error": 0.5} | sampled
-    merged = merge_evaluations(plain | log_z, quick, own_data=True)
+    merged = merge_evaluations(plain | log_z, quick)
     assert merged == plain | log_z | sampled, "an evaluation with a less certain log Z"

@@ -35,6 +35,10 @@ def test_names_are_split_8_to_1_to_1_by_their_hash():
     assert validation[:3] == ["000002.jpg", "000028.jpg", "000032.jpg"]
     assert test[:3] == ["000008.jpg", "000011.jpg", "000012.jpg"]
     assert hashed_split([f"deep/{name}" for name in names])[2] == [f"deep/{name}" for name in test]
+    # The hashes of these names choose a single split.
+    for numbers in ([1, 20, 21], [1, 4, 11, 19]):
+        splits = hashed_split([f"{number}.png" for number in numbers])
+        assert all(splits) and sum(map(len, splits)) == len(numbers)
 
 
 def test_an_image_stays_in_its_split_when_others_are_added(images):

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import save_image, started
 from PIL import Image
 from test_cli import assert_error
@@ -274,6 +275,21 @@ def test_last_photo_of_a_busy_chat_is_asked_for_again():
     assert request.photos == ["a", "b"]
     assert not handlers.pending
     assert not handlers.busy
+
+
+def test_an_image_of_a_model_without_a_likelihood_has_no_score():
+    captions = []
+
+    async def reply_photo(picture, caption):
+        captions.append(caption)
+
+    message = SimpleNamespace(reply_photo=reply_photo)
+    model = SimpleNamespace(likelihood="none", bits=8)
+    image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    handlers = ChatHandlers(SimpleNamespace(model=model, sample=lambda **settings: image))
+    asyncio.run(handlers._generate(message, ["1"]))
+    (caption,) = captions
+    assert caption.startswith("Temperature 1, seed ") and "bits/dim" not in caption
 
 
 def test_only_allowed_chats_are_answered():

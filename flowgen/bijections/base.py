@@ -255,7 +255,8 @@ class _ReversibleFunction(torch.autograd.Function):
             z_grad = torch.cat(grads[: len(leaves)], 1)
             parameter_grads[:0] = grads[len(leaves) :]
             z = torch.cat([leaf.detach() for leaf in leaves], 1)
-        error = (z - x).abs().max() / x.abs().max()
+        largest_input = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
+        error = (z - x).abs().max() / largest_input
         largest = ctx.chain.max_inversion_error
         ctx.chain.max_inversion_error = error if largest is None else largest.maximum(error)
         return None, None, z_grad, None, *parameter_grads
@@ -339,8 +340,8 @@ def _chains(model: nn.Module) -> list[Chain]:
 
 
 def supports_checkpointing(model: nn.Module) -> bool:
-    """Return whether `model` has chains and all its bijections can be recomputed individually."""
-    return bool(_chains(model)) and all(
+    """Return whether `model` has bijections in chains and all can be recomputed individually."""
+    return any(len(chain.bijections) for chain in _chains(model)) and all(
         module.supports_checkpointing for module in model.modules() if isinstance(module, Bijection)
     )
 

@@ -90,7 +90,7 @@ class ActNorm(ChannelAffine):
         return torch.diag(self.log_scale.exp()), self.shift, self.log_scale.sum()
 
     def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
-        std, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1)
+        std, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1, correction=0)
         self.log_scale.copy_(-std.clamp(min=MIN_STD).log())
         self.shift.copy_(-mean * self.log_scale.exp())
 

@@ -138,7 +138,8 @@ class NormalizedConv2d(nn.Module):
 
     def init_from_data(self, x: Tensor) -> None:
         """Normalize the output for a batch of inputs."""
-        std, mean = torch.std_mean(self.forward(x).transpose(0, 1).flatten(1), dim=1)
+        output = self.forward(x).transpose(0, 1).flatten(1)
+        std, mean = torch.std_mean(output, dim=1, correction=0)
         std = std.clamp(min=MIN_STD)
         self.weight.div_(std[:, None, None, None])
         self.bias.copy_((self.bias - mean) / std)
@@ -189,7 +190,7 @@ class ActNormLayer(nn.Module):
 
     def init_from_data(self, x: Tensor) -> None:
         """Normalize the output for a batch of inputs."""
-        std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
+        std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
         self.log_scale.copy_(-std[0].clamp(min=MIN_STD).log())
         self.shift.copy_(-mean[0] * self.log_scale.exp())
 

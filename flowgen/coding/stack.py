@@ -139,7 +139,7 @@ class BitStack:
         return values
 
     def _push_digits(self, values: Integers, sizes: Integers) -> None:
-        varies = sizes > 1  # values below 1 are 0 and take no bits
+        varies = sizes > 1  # a value of size 1 is always 0 and takes no bits
         if not varies.all():
             values = values[varies]
             sizes = sizes[varies]

@@ -260,10 +260,9 @@ def inpaint_image(
 
     Returns:
         result: Samples and their mean, with values in [0, 1].
-        spread: Twice the standard deviation of the samples (channels, height, width), in
-            [0, 1]: it is 1 for a pixel that is black in one half of the samples and white in the
-            other.
+        spread: Twice the standard deviation (channels, height, width), in [0, 1]: it is 1 for a
+            pixel that is black in one half of the samples and white in the other.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     result = model.inpaint(images, known, sampler=sampler, steps=steps, generator=generator)
-    return result, 2 * result.draws.std(0, correction=0)
+    return result, 2 * result.std

@@ -224,8 +224,8 @@ def push(*, run: str, repository: str, license_name: str | None, private: bool) 
     spdx_id = license_id(find_checkpoint(run)[1]["config"]["data"], license_name)
     with TemporaryDirectory() as folder:
         model, card, _ = export(run=run, path=Path(folder) / FILE, called=PREFIX + repository)
-        text = front_matter(read_safetensors(model, with_weights=False), spdx_id) + card.read_text()
-        card.with_name("README.md").write_text(text)
+        header = front_matter(read_safetensors(model, with_weights=False), spdx_id)
+        card.with_name("README.md").write_text(header + card.read_text("utf-8"), "utf-8")
         card.unlink()
         address = upload(Path(folder), repository, private)
     return [address, f"flowgen sample --run {PREFIX}{repository}"]

@@ -19,6 +19,7 @@ from flowgen.data.dataset import ImageDataset
 from flowgen.data.preprocess import ImageStream, check_color_channels
 from flowgen.evaluation.ood import AUROC, DEFAULT_SCORE, OODDetector, auroc, png_complexity
 from flowgen.models.base import GenerativeModel
+from flowgen.models.likelihood import LikelihoodModel
 from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
 from flowgen.training.run_dir import Run, cached_artifact
 from flowgen.utils import console, rendering
@@ -205,8 +206,9 @@ def likelihood_metric(model: GenerativeModel) -> Metric:
 
 def to_metric_unit(model: GenerativeModel, log_prob: Tensor) -> Tensor:
     """Convert log-probabilities in nats to bits/dim if the model reports bits/dim."""
-    is_bits = model.metric == BITS_PER_DIM
-    return log_prob / (-math.log(2) * math.prod(model.image_shape)) if is_bits else log_prob
+    if isinstance(model, LikelihoodModel) and model.metric == BITS_PER_DIM:
+        return model.bits_per_dim(log_prob)
+    return log_prob
 
 
 def likelihood_columns(model: GenerativeModel, log_prob: Tensor) -> dict[Metric, Tensor]:
@@ -229,7 +231,7 @@ def _score_images(
     most_anomalous: list[ImageScore] = []
     most_typical: list[ImageScore] = []
     count = 0
-    batches = _score_batches(scorer, paths, seed)
+    batches = _nonempty(_score_batches(scorer, paths, seed))
     for batch in _write_csv(table, batches) if table else batches:
         count += len(batch)
         most_anomalous = nlargest(
@@ -238,8 +240,6 @@ def _score_images(
         most_typical = nsmallest(
             MAX_TILES, most_typical + batch, key=lambda item: item.metrics["typicality"]
         )
-    if not count:
-        raise UserError("no image could be read: choose other images")
     yield from _format_table(scorer.model, score_name, most_anomalous)
     if count > MAX_ROWS:
         yield f"... and {count - MAX_ROWS} more{'' if table else ': --csv FILE writes them all'}"
@@ -250,6 +250,15 @@ def _score_images(
     ]
     rendering.save_picture(rendering.stack_titled(blocks), picture)
     yield from map(str, filter(None, (picture, table)))
+
+
+def _nonempty(batches: Iterable[list[ImageScore]]) -> Iterator[list[ImageScore]]:
+    """Yield the batches; without any, raise a UserError before a file is replaced."""
+    batch = None
+    for batch in batches:
+        yield batch
+    if batch is None:
+        raise UserError("no image could be read: choose other images")
 
 
 def _write_csv(path: Path, batches: Iterable[list[ImageScore]]) -> Iterator[list[ImageScore]]:

@@ -118,6 +118,7 @@ def _open_zip(path: Path, list_folders: Sequence[Path]) -> ImageSource:
         name: files[name] for name in sorted(files) if _is_visible(name, IMAGE_SUFFIXES)
     }
     if not fingerprints:
+        archive.close()
         raise UserError(f"{path} contains no images: set data.root to a folder or a zip of images")
     root = zipfile.Path(archive)
     in_zip = [root / posixpath.dirname(name) for name in files if _is_visible(name, LIST_SUFFIXES)]

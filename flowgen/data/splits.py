@@ -81,11 +81,16 @@ def hashed_split(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]
     test = {name for name in names if part[name] == 0} or set(sorted(names, key=hash_name)[:1])
     rest = [name for name in names if name not in test]
     validation = {name for name in rest if part[name] == 1} or set(sorted(rest, key=hash_name)[:1])
-    return (
+    splits = (
         [name for name in rest if name not in validation],
         [name for name in names if name in validation],
         [name for name in names if name in test],
     )
+    for split in splits:
+        largest = max(splits, key=len)
+        if not split and len(largest) > 1:
+            split.append(largest.pop())
+    return splits
 
 
 def hash_name(name: str) -> int:

@@ -11,7 +11,7 @@ from flowgen.models.base import ClassConditional, GenerativeModel
 from flowgen.utils.errors import UserError, check
 
 RIDGE_IMAGES = 10.0  # the penalty has the weight of this many images with independent attributes
-MIN_VARIANCE = 1e-12  # of an attribute that distinguishes images
+MIN_VARIANCE = 1e-13  # of an attribute that distinguishes images, as a share of its mean square
 BATCH_SIZE = 64
 
 
@@ -148,7 +148,9 @@ def fit_directions(
     Raises:
         UserError: If no attribute distinguishes images.
     """
-    varying = (moments.attribute_cov.diagonal() > MIN_VARIANCE).nonzero().flatten()
+    variance = moments.attribute_cov.diagonal()
+    mean_square = variance + moments.attribute_mean.square()
+    varying = (variance > MIN_VARIANCE * mean_square).nonzero().flatten()
     if not len(varying):
         raise UserError(
             "every attribute has the same value in all images: "

@@ -25,6 +25,8 @@ class Mean:
     count: int
 
     def __str__(self) -> str:
+        if self.count == 1 or not math.isfinite(self.error):
+            return f"{self.value:.3f}"
         # Two significant digits of the error.
         digits = 3 if self.error == 0 else max(0, 1 - math.floor(math.log10(self.error)))
         return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"

@@ -213,8 +213,8 @@ class GenerativeModel(nn.Module, ABC):
 
         Returns:
             The images (count, channels, height, width), and their log-probabilities in nats,
-            (count,): unnormalized for an RBM, one draw of the bound for models with a bound. None
-            if the model has no likelihood.
+            (count,): unnormalized for an RBM, the log-density of the point for a flow, one draw of
+            the bound for other models with a bound. None if the model has no likelihood.
         """
 
     @abstractmethod
@@ -358,13 +358,16 @@ class InpaintingResult(NamedTuple):
     """Several inpaintings of one image, with brightness from 0 to 1.
 
     Attributes:
-        draws: Samples of the posterior, (draws, channels, height, width).
+        draws: Samples of the posterior, (draws, channels, height, width); those of an RBM are
+            P(v = 1) given its hidden units.
         mean: Mean over everything the sampler drew, (channels, height, width).
+        std: Standard deviation of the posterior, (channels, height, width).
         metrics: Diagnostics of the sampler, if any.
     """
 
     draws: Tensor
     mean: Tensor
+    std: Tensor
     metrics: Mapping[str, float]
 
 

@@ -263,7 +263,7 @@ class ModelSession:
         return sort_by_log_prob(images, log_probs).cpu()
 
     def score(self, image: Tensor) -> Score:
-        """Return the likelihood of one image as `flowgen score --prepared` prints it."""
+        """Return the likelihood of one image as `flowgen score` prints it."""
         generator = torch.Generator(self.model.device).manual_seed(SCORE_SEED)
         with self.lock.acquire("scoring"):
             statistics = score.image_statistics(self.model, image, generator)
@@ -337,7 +337,7 @@ class ModelSession:
         assert isinstance(self.model, SupportsInpainting)
         complete.check_mask(known, "the mask")
         with self.lock.acquire("completing", request_id):
-            (draws, mean, metrics), spread = complete.inpaint_image(
+            (draws, mean, _, metrics), spread = complete.inpaint_image(
                 self.model,
                 image.to(self.model.device),
                 known.to(self.model.device),

@@ -195,12 +195,11 @@ class ChatHandlers:
         image = await asyncio.to_thread(
             self.session.sample, count=1, temperature=temperature, seed=seed
         )
-        score = await asyncio.to_thread(self._describe_score, image)
+        caption = f"Temperature {temperature:g}, seed {seed}."
+        if self.session.model.likelihood != "none":
+            caption += " " + await asyncio.to_thread(self._describe_score, image)
         picture = rendering.image_grid(image, self.session.model.bits, columns=1, side=256)
-        await message.reply_photo(
-            rendering.to_png(picture),
-            caption=f"Temperature {temperature:g}, seed {seed}. {score}",
-        )
+        await message.reply_photo(rendering.to_png(picture), caption=caption)
 
     async def _use_photos(self, message: Message, request: PendingRequest) -> str | None:
         files = [await message.get_bot().get_file(file_id) for file_id in request.photos]

@@ -310,6 +310,8 @@ class Trainer:
         )
         state.nan_recovery.rewind(checkpoint["step"], state.step + 1, bad_module, self.config.lr)
         state.rewind(checkpoint)
+        state.evals_since_best = checkpoint["progress"].get("evals_since_best", 0)
+        self.last_done = {"save": state.step}  # later steps and their tasks are done again
         if self.group.is_main:
             self.run.truncate_metrics(state.step)
         self.step_seconds.clear()

@@ -35,7 +35,7 @@ OVERRIDES = [
     "trainer.save_every=1000000",
 ]
 PHASES: dict[str, list[tuple[Any, str]]] = {  # owner and name of the functions of a phase
-    "batch": [(ImageDataset, "next_batch")],
+    "batch": [(ImageDataset, "train_batch")],
     "forward": [(Trainer, "compute_loss")],
     "backward": [(torch.Tensor, "backward")],
     "norm and clipping": [

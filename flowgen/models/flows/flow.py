@@ -311,7 +311,8 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
             "bits_per_dim": self.bits_per_dim(log_prob).item(),
         }
         brightness = pixels / (self.bins - 1)
-        return InpaintingResult(brightness, brightness.mean(0), metrics)
+        std = brightness.std(0, correction=0)
+        return InpaintingResult(brightness, brightness.mean(0), std, metrics)
 
     def inpainting_chains(
         self,

@@ -134,7 +134,7 @@ def _leapfrog(
         state = evaluate(state.position + step_size * momentum, density)
         momentum = momentum + 0.5 * step_size * state.gradient
     end = state.log_density - 0.5 * momentum.square().sum(1)
-    log_ratio = (end - start).nan_to_num(-torch.inf)
+    log_ratio = (end - start).nan_to_num(-torch.inf, neginf=-torch.inf)
     if not inside.any():
         return state, log_ratio, TARGET_ACCEPTANCE
     return state, log_ratio, log_ratio[inside].exp().clamp(max=1).mean().item()

@@ -12,7 +12,7 @@ from flowgen.models.flows.inpainting import PixelChains
 from flowgen.models.likelihood import ImportanceEstimate, estimate_log_mean
 
 NUM_CHAINS = 40
-NUM_PILOT_CHAINS = 8  # they adapt the step size, which would bias the chains that it is adapted to
+NUM_PILOT_CHAINS = 8  # only they adapt the step size, which would bias the weights of the others
 NUM_STEPS = 100  # inverse temperatures
 LEAPFROG_STEPS = 3
 NUM_BASE_SAMPLES = 256  # of the flow, which determine the base distribution

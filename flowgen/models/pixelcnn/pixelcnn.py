@@ -335,8 +335,12 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
             "std": pixels.std(0)[unknown].mean().item() / (self.bins - 1),
             "bits_per_dim": self.bits_per_dim(self.log_prob(chains.images)).mean().item(),
         }
+        brightness = pixels / (self.bins - 1)
         return InpaintingResult(
-            pixels / (self.bins - 1), total / ((steps + 1 - burn_in) * (self.bins - 1)), metrics
+            brightness,
+            total / ((steps + 1 - burn_in) * (self.bins - 1)),
+            brightness.std(0, correction=0),
+            metrics,
         )
 
     @torch.no_grad()

@@ -52,6 +52,11 @@ class Estimate(NamedTuple):
     error: float
     effective_sample_size: float
 
+    @property
+    def exact(self) -> bool:
+        """Whether the value was computed by enumeration."""
+        return math.isinf(self.effective_sample_size)
+
 
 @torch.no_grad()
 def exact_log_z(rbm: EnergyModel, layer: str | None = None) -> float:
@@ -537,7 +542,7 @@ def log_likelihood_metrics(free_energy: Tensor, log_z: LogZ) -> Metrics:
                 replace(LOG_LIKELIHOOD, name=LOG_LIKELIHOOD.name + suffix),
                 mean - estimate.log_z,
                 math.hypot(mean_error, estimate.error),
-                likelihood="estimate" if estimate.error else "exact",
+                likelihood="exact" if estimate.exact else "estimate",
             ),
             MetricValue(replace(LOG_Z, name=LOG_Z.name + suffix), estimate.log_z, estimate.error),
         ]

@@ -377,9 +377,11 @@ class RBM(EnergyModel, SupportsCompression, SupportsInpainting, SupportsMCMC):
         for index, (_, draws) in enumerate(self.progress(chains, "inpainting", steps)):
             if index >= steps // 2:
                 total += draws.mean(0)
+        probability = draws.mean(0)
         return InpaintingResult(
             draws.view(-1, *self.image_shape),
             mean=(total / (steps - steps // 2)).view(self.image_shape),
+            std=(probability * (1 - probability)).sqrt().view(self.image_shape),
             metrics={},
         )
 
@@ -422,21 +424,21 @@ class RBM(EnergyModel, SupportsCompression, SupportsInpainting, SupportsMCMC):
         config = EvalConfig(ais_steps=steps, cross_check=True)
         log_z = estimate_log_z(clamped, config, generator, self.progress)
         if not log_z.reliable:
+            reason = log_z.verdict.replace("evaluation.ais_steps", "--steps")
             raise UserError(
-                f"log P(unknown | known) cannot be estimated reliably with {steps} steps: "
-                "increase --steps"
+                f"log P(unknown | known) cannot be estimated reliably with {steps} steps: {reason}"
             )
         estimate = log_z.estimates[""]
         method = "enumeration of one layer"
         values = []
-        if estimate.error:
+        if not estimate.exact:
             method = f"annealed importance sampling in {steps} steps with clamped pixels"
             values.append(MetricValue(EFFECTIVE_SAMPLE_SIZE, estimate.effective_sample_size))
         log_prob = MetricValue(
             CONDITIONAL_LOG_PROB,
             -clamped.free_energy(visible[:, ~mask]).item() - estimate.log_z,
             estimate.error,
-            likelihood="estimate" if estimate.error else "exact",
+            likelihood="exact" if estimate.exact else "estimate",
         )
         return Metrics.of(log_prob, *values, method=method)
 
