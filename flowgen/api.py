@@ -14,7 +14,7 @@ from flowgen.data import DOWNLOADED
 from flowgen.training.checkpoint import SUFFIX
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, processes
-from flowgen.utils.errors import UserError, check_whole, log
+from flowgen.utils.errors import UserError, check, check_whole, log, user_error
 from flowgen.utils.metrics import FRECHET, Metrics, MetricValue, nonfinite_to_none
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def train(*overrides: str) -> Run:
         >>> run.last.exists()
         True
     """
+    for override in overrides:
+        check(isinstance(override, str), f"{override!r} is not a string: use train('model=glow')")
     console.setup_logging()
     if processes.is_worker():
         return start.train_run()
@@ -127,6 +129,15 @@ def resume(run: RunName, *overrides: str) -> Run:
 
     Raises:
         UserError: If there is no such run or it has ended.
+
+    Example:
+        >>> import tempfile
+        >>> run = train(
+        ...     "model=nice", "model.width=4", "trainer.steps=1", "trainer.eval_images=16",
+        ...     f"output_dir={tempfile.mkdtemp()}/run",
+        ... )
+        >>> resume(run, "trainer.steps=2").has_ended()
+        True
     """
     console.setup_logging()
     if processes.is_worker():
@@ -332,6 +343,10 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
     """
     import torch
 
+    from flowgen.models.base import GenerativeModel
+
+    if not isinstance(model, GenerativeModel):
+        raise UserError(f"{model!r} is not a model: use load({model!r})")
     if tuple(images.shape[1:]) != tuple(model.image_shape):
         raise UserError(f"images must have the shape (N, {', '.join(map(str, model.image_shape))})")
     max_value = 2**model.bits - 1
@@ -346,8 +361,9 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
             scores = [
                 model.score(batch.to(model.device, torch.uint8), generator=generator)
                 for batch in images.split(BATCH_SIZE)
+                if len(batch)
             ]
-            return torch.cat(scores).cpu()
+            return torch.cat(scores).cpu() if scores else torch.empty(0)
     finally:
         model.train(was_training)
 
@@ -389,7 +405,8 @@ def create_model(
             hint = settings.did_you_mean(key, section)
             raise UserError(f"model={name} has no setting {key}{hint}: see conf/model/{name}.yaml")
         section[key] = section[key] | value if isinstance(section[key], dict) else value
-    channels, height, width = image_shape
+    with user_error("image_shape must be (channels, height, width)"):
+        channels, height, width = image_shape
     bits = config["data"]["bits"] if bits is None else bits
     return instantiate.build_model(
         instantiate.with_image_shape(config, (channels, height, width), bits)
@@ -441,6 +458,10 @@ def _availability(name: str) -> str:
 
 
 def _name(run: RunName) -> str:
+    check(
+        isinstance(run, str | PathLike | Run),
+        f"{type(run).__name__} is not a run: use a run of flowgen.train, its folder or its name",
+    )
     return str(run.folder if isinstance(run, Run) else run)
 
 

@@ -1,9 +1,6 @@
 """Coding rules: exact inverses, restored stacks, and lengths that equal the densities."""
 
-import doctest
-import importlib
 import math
-import pkgutil
 
 import numpy as np
 import pytest
@@ -34,11 +31,6 @@ pytest.importorskip("constriction", reason="needs the extra codec")
 RESERVE_WORDS = 1 << 16
 LARGE = 2**32
 UNCODED = ("continuous", "planar", "sylvester", "logit", "empirical", "marginal")
-
-
-@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(coding.__path__)])
-def test_examples(name):
-    assert doctest.testmod(importlib.import_module(f"flowgen.coding.{name}")).failed == 0
 
 
 def make_coder(grid_bits: int = 12, reserve: int = RESERVE_WORDS) -> Coder:

@@ -1,13 +1,10 @@
 """Data sets: image files of every format, batches, and defaults."""
 
-import doctest
 import hashlib
-import importlib
 import inspect
 import io
 import logging
 import os
-import pkgutil
 import shutil
 import subprocess
 import sys
@@ -427,21 +424,6 @@ def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path):
         temporary.write_text("new")
     assert (path.read_text(), secret.read_text()) == ("new", "secret")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file.txt", "secret"]
-
-
-def modules() -> list[str]:
-    packages = (flowgen.config, flowgen.data)
-    names = [
-        f"{package.__name__}.{module.name}"
-        for package in packages
-        for module in pkgutil.iter_modules(package.__path__)
-    ]
-    return [*names, "flowgen.utils.files"]
-
-
-@pytest.mark.parametrize("name", modules())
-def test_examples_in_docstrings_run(name):
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_the_package_imports_a_data_set_when_it_is_used():

@@ -1,10 +1,7 @@
 """The interface of every model, and properties that a likelihood must have."""
 
-import doctest
-import importlib
 import inspect
 import math
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -445,21 +442,6 @@ def test_models_are_imported_on_first_use():
         assert getattr(flowgen.models, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         _ = flowgen.models.Nothing
-
-
-def modules() -> list[str]:
-    packages = pkgutil.walk_packages(flowgen.models.__path__, "flowgen.models.")
-    return [module.name for module in packages]
-
-
-@pytest.mark.parametrize("name", modules())
-def test_docstring_examples(name):
-    """Every module that exports a public class has examples."""
-    result = doctest.testmod(importlib.import_module(name))
-    values = [getattr(flowgen.models, exported) for exported in flowgen.models.__all__]
-    exports = {value.__module__ for value in values if inspect.isclass(value)}
-    assert result.failed == 0
-    assert result.attempted > 0 or name not in exports
 
 
 def test_a_model_can_be_averaged_and_saved(model):

@@ -18,13 +18,9 @@ from flowgen.config.compose import override, read_config
 from flowgen.data.image_folder import ImageFolder
 from flowgen.data.mnist import read_idx
 from flowgen.data.preprocess import preprocess
-from flowgen.training.checkpoint import (
-    NUMERIC_METRICS,
-    REQUIRED,
-    read_checkpoint,
-    read_safetensors,
-)
+from flowgen.training.checkpoint import read_checkpoint, read_safetensors
 from flowgen.training.run_dir import Run
+from flowgen.training.untrusted import NUMERIC_METRICS, REQUIRED
 from flowgen.utils.errors import UserError
 
 CONFIG = {

@@ -20,12 +20,13 @@ from flowgen.bijections.linear import update_bn
 from flowgen.config.instantiate import build_data
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.flows.glow import Glow
-from flowgen.training.checkpoint import REQUIRED, read_checkpoint
+from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.device import choose_device, peak_memory, reset_peak_memory
 from flowgen.training.optim import build_optimizer, learning_rate_factor, warmup_steps
 from flowgen.training.run_dir import Run, best_metric
 from flowgen.training.state import TrainState
 from flowgen.training.trainer import TrainerConfig
+from flowgen.training.untrusted import REQUIRED
 from flowgen.utils.errors import UserError
 
 needs_compiler = pytest.mark.skipif(

@@ -28,10 +28,10 @@ from flowgen.config.settings import (
     setting_names,
     yaml_file,
 )
+from flowgen.training.untrusted import MAX_CONFIG_BYTES
 from flowgen.utils.errors import UserError, user_error
 from flowgen.utils.files import atomic_write
 
-MAX_CONFIG_BYTES = 2**20  # a longer file takes seconds to parse
 PATH_KEYS = ("output_dir", "data.root", "init_from")
 LOCATION_KEYS = ("output_dir", "resume", "data.root", "trainer.device")  # not in names of runs
 MAX_SHOWN_CHARS = 100  # of an override in an error message

@@ -10,12 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flowgen.training.checkpoint import (
-    is_metrics_row,
-    read_checkpoint,
-    weights_hash,
-    write_checkpoint,
-)
+from flowgen.training.checkpoint import read_checkpoint, weights_hash, write_checkpoint
+from flowgen.training.untrusted import is_metrics_row
 from flowgen.utils.errors import UserError, check, log
 from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import COMPARED, MetricValue, nonfinite_to_none
