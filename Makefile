@@ -21,7 +21,7 @@ $(SETUP): pyproject.toml constraints.txt
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(SETUP) ## sample from trained models, then train 1,500 steps on embedded digits; 3 minutes on two cores
+demo: $(SETUP) ## sample from trained models, then train 1,500 steps on included digits; 3 minutes on two cores
 	$(FLOWGEN) sample --run zoo/glow_mnist
 	$(FLOWGEN) sample --run zoo/rbm_mnist
 	$(FLOWGEN) train experiment=demo output_dir=$(DEMO) resume=true

@@ -239,6 +239,13 @@ def settings_help(topics: Sequence[str] = (), width: int = 100) -> str:
             known = ", ".join([*GROUPS, *GENERAL])
             raise UserError(f"there is no group {topic!r}: choose one of {known}")
     tables = [_table(group, options, width) for group in shown or (*SECTIONS, *GENERAL)]
+    if not shown:
+        others = ", ".join(group for group in GROUPS if group not in SECTIONS)
+        text = (
+            f"Further groups: {others}. `flowgen train --help GROUP` lists the options of a group, "
+            "and `flowgen train --help GROUP=NAME` the settings of an option."
+        )
+        tables.append(textwrap.fill(text, width, break_on_hyphens=False))
     return "\n\n".join(tables)
 
 
