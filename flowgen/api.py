@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowgen.config import compose, instantiate, runs, settings, start
 from flowgen.data import DOWNLOADED
-from flowgen.training.checkpoint import SUFFIX
+from flowgen.training.checkpoint import EXPORT_SUFFIX
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, processes
 from flowgen.utils.errors import UserError, check, check_whole, log, user_error
@@ -144,7 +144,7 @@ def resume(run: RunName, *overrides: str) -> Run:
         return start.train_run()
     found = runs.find_run(_name(run))
     file = runs.find_file(_name(run))
-    if not found.config.exists() and (file is None or file.suffix == SUFFIX):
+    if not found.config.exists() and (file is None or file.suffix == EXPORT_SUFFIX):
         raise UserError(
             f"{_name(run)} is an exported model without the state of its training: "
             f"`flowgen train init_from={_name(run)}` starts from its weights"

@@ -34,7 +34,7 @@ OOD_SCORES = (
     "last_level",
     "density_of_states",
 )
-IMAGE_SUFFIXES = {".gif", ".jpeg", ".jpg", ".png", ".webp"}
+PICTURE_SUFFIXES = {".gif", ".jpeg", ".jpg", ".png", ".webp"}
 MAX_COUNT = 10**9
 MAX_WIDTH = 10**6  # characters of a line that is not printed on a terminal
 HELP_SECTIONS = {
@@ -203,7 +203,7 @@ out_option = click.option(
     "--out",
     type=PATH,
     metavar="FILE",
-    callback=lambda ctx, param, path: check_output(path, IMAGE_SUFFIXES, "an image"),
+    callback=lambda ctx, param, path: check_output(path, PICTURE_SUFFIXES, "an image"),
     help="Output file; by default in the folder of the run.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -362,7 +362,7 @@ def echo_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     "--out",
     type=PATH,
     metavar="FILE|FILE.zip",
-    callback=lambda ctx, param, path: check_output(path, {*IMAGE_SUFFIXES, ".zip"}, "an image"),
+    callback=lambda ctx, param, path: check_output(path, {*PICTURE_SUFFIXES, ".zip"}, "an image"),
     help="Output file, by default in the folder of the run; a zip has one file per sample.",
 )
 def sample(**options: Any) -> None:

@@ -42,6 +42,10 @@ def test_format_duration(seconds, text):
         (UserError("choose another run"), "choose another run"),
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (OSError(errno.EACCES, "Permission denied", "a.png"), "a.png: Permission denied"),
+        (
+            OSError(errno.ENOTDIR, "Not a directory", "a/b.png.part"),
+            "a/b.png: a folder of this path is a file: rename it, or choose another path",
+        ),
         (MemoryError(), "not enough memory"),
         (RuntimeError("CUDA out of memory"), "not enough memory"),
         (ValueError("Expected more than 1 value per channel when training"), "more than one image"),

@@ -17,7 +17,7 @@ from test_cli import assert_error
 
 from flowgen.commands.export import FAMILIES, LICENSES, dataset_name, license_id
 from flowgen.config.compose import data_section
-from flowgen.config.runs import FILE, find_checkpoint
+from flowgen.config.runs import HUB_FILE, find_checkpoint
 from flowgen.config.settings import group_options, read_yaml
 from flowgen.training.checkpoint import export_safetensors, read_checkpoint, write_checkpoint
 from flowgen.training.run_dir import Run
@@ -132,7 +132,7 @@ def test_a_pushed_model_has_a_card_and_samples_like_the_run(hub, tiny_run, elsew
         f"flowgen sample --run {name}",
     ]
     files = hub.RequestHandlerClass.repositories["me/faces-of-mine"]
-    assert set(files) == {FILE, "README.md", "model.png"}
+    assert set(files) == {HUB_FILE, "README.md", "model.png"}
     assert files["model.png"].startswith(b"\x89PNG")
     _, front_matter, text = files["README.md"].decode().split("---\n", 2)
     facts = yaml.safe_load(front_matter)
@@ -153,7 +153,7 @@ def test_a_pushed_model_has_a_card_and_samples_like_the_run(hub, tiny_run, elsew
 def test_errors_of_the_hub_are_one_line(hub, tiny_run):
     hub.RequestHandlerClass.repositories |= {
         "me/other": {"config.json": b"{}"},
-        "me/broken": {FILE: b"not a model"},
+        "me/broken": {HUB_FILE: b"not a model"},
     }
     for name, message in (
         ("me/nothing", "me/nothing is not on the Hub"),

@@ -16,7 +16,7 @@ import flowgen
 from flowgen.config.runs import find_checkpoint
 from flowgen.models.flows.glow import Glow
 from flowgen.training.checkpoint import (
-    SUFFIX,
+    EXPORT_SUFFIX,
     ZOO,
     export_safetensors,
     read_safetensors,
@@ -86,11 +86,11 @@ def test_commands_use_an_exported_model_like_a_run(tiny_run, exported, command, 
 
 
 def test_other_files_are_refused_in_one_line(exported, command, tmp_path):
-    truncated = tmp_path / f"truncated{SUFFIX}"
+    truncated = tmp_path / f"truncated{EXPORT_SUFFIX}"
     truncated.write_bytes(exported.read_bytes()[:-100])
-    foreign = tmp_path / f"foreign{SUFFIX}"
+    foreign = tmp_path / f"foreign{EXPORT_SUFFIX}"
     save_file({"weight": torch.zeros(2)}, foreign)
-    incomplete = tmp_path / f"incomplete{SUFFIX}"
+    incomplete = tmp_path / f"incomplete{EXPORT_SUFFIX}"
     metadata = {"flowgen": json.dumps({"config": {}, "step": "many"})}
     save_file({"weight": torch.zeros(2)}, incomplete, metadata=metadata)
     for path in (truncated, foreign, incomplete):
@@ -120,11 +120,11 @@ def test_other_files_are_refused_in_one_line(exported, command, tmp_path):
 def test_an_exported_model_is_validated_like_a_checkpoint(exported, command, tmp_path, corrupt):
     metadata = read_safetensors(exported, with_weights=False)
     corrupt(metadata)
-    path = tmp_path / f"corrupt{SUFFIX}"
+    path = tmp_path / f"corrupt{EXPORT_SUFFIX}"
     weights = read_safetensors(exported)["model"]
     save_file(weights, path, metadata={"flowgen": json.dumps(metadata)})
     sample = ["sample", "--run", path, "--count", 1]
-    export = ["export", path, tmp_path / f"x{SUFFIX}"]
+    export = ["export", path, tmp_path / f"x{EXPORT_SUFFIX}"]
     for arguments in (sample, export):
         status, _, error = command(*arguments)
         assert status == 1
@@ -161,7 +161,7 @@ def test_a_name_that_is_not_in_the_zoo_is_an_error(command):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_zoo_model_is_small_and_can_be_sampled(name, command, elsewhere):
-    assert (ZOO.parent / f"{name}{SUFFIX}").stat().st_size < 2_000_000
+    assert (ZOO.parent / f"{name}{EXPORT_SUFFIX}").stat().st_size < 2_000_000
     status, output, error = command("sample", "--run", name, "--count", 2)
     assert status == 0, error
     assert output.strip() == f"outputs/{name}/sample.png"
@@ -185,7 +185,7 @@ print("torch" in sys.modules)
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_zoo_model_contains_its_command_and_test_metrics(name):
-    checkpoint = read_safetensors(ZOO.parent / f"{name}{SUFFIX}")
+    checkpoint = read_safetensors(ZOO.parent / f"{name}{EXPORT_SUFFIX}")
     metrics = checkpoint["metrics"]
     assert checkpoint["command"].startswith("flowgen train experiment=zoo/")
     assert metrics["split"] == "test"

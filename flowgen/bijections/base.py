@@ -362,7 +362,7 @@ def set_activation_memory(model: nn.Module, mode: str) -> None:
         >>> chain = Chain(ActNorm(3), Flip())
         >>> set_activation_memory(chain, "reversible")
         >>> chain(torch.randn(5, 3))[0].sum().backward()
-        >>> inversion_error(chain) < 1e-6
+        >>> pop_inversion_error(chain) < 1e-6
         True
     """
     if mode not in ACTIVATION_MEMORY:
@@ -382,7 +382,7 @@ def set_activation_memory(model: nn.Module, mode: str) -> None:
         chain.activation_memory = mode
 
 
-def inversion_error(model: nn.Module) -> float | None:
+def pop_inversion_error(model: nn.Module) -> float | None:
     """Return and reset the largest relative error of recovered activations since the last call.
 
     An error is the largest absolute difference between the recovered and the original input of a

@@ -137,14 +137,14 @@ class Invertible1x1(ChannelAffine):
         self.shift = nn.Buffer(torch.zeros(channels), persistent=False)
 
     @abstractmethod
-    def rotate(self, rotation: Tensor) -> None:
+    def set_rotation(self, rotation: Tensor) -> None:
         """Set the matrix to an orthogonal matrix of shape (channels, channels)."""
 
     def init_from_data(self, x: Tensor, condition: Tensor | None = None) -> None:
         pixels = x.transpose(0, 1).flatten(1).double()  # (channels, batch * height * width)
         if pixels.shape[1] >= MIN_PIXELS_PER_CHANNEL * len(pixels):
             axes = torch.linalg.eigh(torch.cov(pixels)).eigenvectors.T
-            self.rotate(axes[torch.randperm(len(axes), device=axes.device)].to(x.dtype))
+            self.set_rotation(axes[torch.randperm(len(axes), device=axes.device)].to(x.dtype))
 
 
 class InvertibleConv1x1(Invertible1x1):
@@ -166,7 +166,7 @@ class InvertibleConv1x1(Invertible1x1):
         self.weight = nn.Parameter(_random_rotation(channels))
 
     @torch.no_grad()
-    def rotate(self, rotation: Tensor) -> None:
+    def set_rotation(self, rotation: Tensor) -> None:
         self.weight.copy_(rotation)
 
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,9 +196,9 @@ class InvertibleConv1x1LU(Invertible1x1):
         self.permutation = nn.Buffer(torch.empty(channels, channels))
         self.sign = nn.Buffer(torch.empty(channels))
         self.identity = nn.Buffer(torch.eye(channels), persistent=False)
-        self.rotate(_random_rotation(channels))
+        self.set_rotation(_random_rotation(channels))
 
-    def rotate(self, rotation: Tensor) -> None:
+    def set_rotation(self, rotation: Tensor) -> None:
         permutation, lower, upper = torch.linalg.lu(rotation)
         diagonal = upper.diagonal()
         self.load_state_dict(

@@ -16,7 +16,7 @@ from flowgen.coding.coder import OFFSET, Coder, chunk_size
 from flowgen.coding.stack import CodingError
 
 UNIFORM_BITS = 30  # of a uniform number
-SEGMENTS_BITS = 5  # the tables have nodes at multiples of 2^-5
+TABLE_SEGMENTS_BITS = 5  # the tables have nodes at multiples of 2^-5
 CENTER = 5  # half of the width of the central table
 TAIL_LENGTH = 59  # beyond, the probability of the tail is below 2^-2900
 NOISE_RANGE = 64  # half of the width of the table of `to_uniform`
@@ -36,9 +36,9 @@ class NormalTables:
     @cached_property
     def center(self) -> Tensor:
         """Distribution function at the nodes from -CENTER to CENTER, strictly increasing."""
-        half = CENTER << SEGMENTS_BITS
+        half = CENTER << TABLE_SEGMENTS_BITS
         nodes = torch.arange(-half, half + 1)
-        share = torch.special.ndtr(nodes.double() / 2**SEGMENTS_BITS)
+        share = torch.special.ndtr(nodes.double() / 2**TABLE_SEGMENTS_BITS)
         share = (share - share[0]) / (share[-1] - share[0])
         total = 2**UNIFORM_BITS
         mass = total - 2 * self.tail_mass - 2 * half
@@ -50,7 +50,9 @@ class NormalTables:
     @cached_property
     def tail(self) -> Tensor:
         """Approximate distribution function of the distance from CENTER, given a tail."""
-        distance = torch.arange((TAIL_LENGTH << SEGMENTS_BITS) + 1).double() / 2**SEGMENTS_BITS
+        distance = (
+            torch.arange((TAIL_LENGTH << TABLE_SEGMENTS_BITS) + 1).double() / 2**TABLE_SEGMENTS_BITS
+        )
         share = 1 - (-CENTER * distance - distance.square() / 2).exp()
         total = 2**UNIFORM_BITS
         mass = total - len(distance)
@@ -62,9 +64,9 @@ class NormalTables:
     @cached_property
     def noise(self) -> Tensor:
         """Distribution function at the nodes from -NOISE_RANGE to NOISE_RANGE."""
-        half = NOISE_RANGE << SEGMENTS_BITS
+        half = NOISE_RANGE << TABLE_SEGMENTS_BITS
         nodes = torch.arange(-half, half + 1)
-        table = _round(torch.special.ndtr(nodes.double() / 2**SEGMENTS_BITS))
+        table = _round(torch.special.ndtr(nodes.double() / 2**TABLE_SEGMENTS_BITS))
         table[0] = 0
         table[-1] = 2**UNIFORM_BITS
         return table
@@ -99,7 +101,7 @@ def push_normal(coder: Coder, x: Tensor) -> None:
             mirrored = 2**UNIFORM_BITS - 1 - side
             uniform[far] = torch.where(below[far], side, mirrored)
         if not far.all():
-            first = -CENTER << SEGMENTS_BITS
+            first = -CENTER << TABLE_SEGMENTS_BITS
             uniform[~far] = _through_table(coder, part[~far], TABLES.center, first, False)
         coder.push_bits(uniform, UNIFORM_BITS)
 
@@ -116,7 +118,7 @@ def pop_normal(coder: Coder, shape: torch.Size) -> Tensor:
         mirrored = 2**UNIFORM_BITS - 1 - uniform
         far = below | (mirrored < TABLES.tail_mass)
         if not far.all():
-            first = -CENTER << SEGMENTS_BITS
+            first = -CENTER << TABLE_SEGMENTS_BITS
             part[~far] = _through_table(coder, uniform[~far], TABLES.center, first, True)
         if far.any():
             side = torch.where(below, uniform, mirrored)[far]
@@ -137,7 +139,7 @@ def _through_table(coder: Coder, x: Tensor, table: Tensor, first: int, backward:
         first: Index of the first node.
         backward: Whether to invert the map.
     """
-    bits = coder.grid_bits - SEGMENTS_BITS
+    bits = coder.grid_bits - TABLE_SEGMENTS_BITS
     index = torch.searchsorted(table, x, right=True) - 1 if backward else (x >> bits) - first
     if index.min() < 0 or index.max() >= len(table) - 1:
         raise CodingError("a latent is outside the range of the code")
@@ -156,7 +158,7 @@ def to_uniform(coder: Coder, x: Tensor, sizes: Tensor, backward: bool) -> Tensor
         sizes: Sizes above the number of segments.
         backward: Whether to invert the map.
     """
-    half = NOISE_RANGE << SEGMENTS_BITS
+    half = NOISE_RANGE << TABLE_SEGMENTS_BITS
 
     def node(index: Tensor) -> Tensor:
         position = (index + half).clamp(0, 2 * half)
@@ -164,9 +166,9 @@ def to_uniform(coder: Coder, x: Tensor, sizes: Tensor, backward: bool) -> Tensor
 
     def guess(value: Tensor) -> Tensor:
         share = ((value.double() + 0.5) / sizes.double()).clamp(1e-15, 1 - 1e-15)
-        index = (torch.special.ndtri(share) * 2**SEGMENTS_BITS).floor().long()
+        index = (torch.special.ndtri(share) * 2**TABLE_SEGMENTS_BITS).floor().long()
         return index.clamp(-half, half - 1)
 
     if not backward and (x.abs() >> coder.grid_bits).max() >= NOISE_RANGE - 1:
         raise CodingError("the noise is outside the range of the code")
-    return coder.piecewise_linear(x, node, guess, backward, coder.grid_bits - SEGMENTS_BITS)
+    return coder.piecewise_linear(x, node, guess, backward, coder.grid_bits - TABLE_SEGMENTS_BITS)

@@ -173,7 +173,7 @@ def _split_images(
 
 def _run_name(name: str | None, folder: Path) -> str:
     """Return the name under which `decompress` looks for the model."""
-    has_place = name is not None and name.startswith(("zoo/", runs.PREFIX))
+    has_place = name is not None and name.startswith(("zoo/", runs.HUB_PREFIX))
     return str(name) if has_place else str(folder)
 
 

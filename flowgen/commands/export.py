@@ -8,15 +8,15 @@ from typing import Any
 from yaml import safe_dump
 
 from flowgen.config.runs import (
-    FILE,
-    PREFIX,
+    HUB_FILE,
+    HUB_PREFIX,
     default_temperature,
     find_checkpoint,
     load_from_checkpoint,
     upload,
 )
 from flowgen.models.base import sample_images
-from flowgen.training.checkpoint import SUFFIX, export_safetensors, read_safetensors
+from flowgen.training.checkpoint import EXPORT_SUFFIX, export_safetensors, read_safetensors
 from flowgen.training.run_dir import Run
 from flowgen.utils import rendering
 from flowgen.utils.errors import UserError, check_folder_of
@@ -81,9 +81,9 @@ def export(*, run: str, path: Path, called: str | None = None) -> list[Path]:
     Returns:
         The paths of the three files.
     """
-    if path.suffix != SUFFIX:
+    if path.suffix != EXPORT_SUFFIX:
         raise UserError(
-            f"{path} is not the name of a model file: choose a name that ends in {SUFFIX}"
+            f"{path} is not the name of a model file: choose a name that ends in {EXPORT_SUFFIX}"
         )
     check_folder_of(path)
     card = path.with_suffix(".md")
@@ -220,15 +220,17 @@ def push(*, run: str, repository: str, license_name: str | None, private: bool) 
     Raises:
         UserError: If the license of the images forbids publishing the model.
     """
-    repository = check_name(repository.removeprefix(PREFIX), "model")
+    repository = check_name(repository.removeprefix(HUB_PREFIX), "model")
     spdx_id = license_id(find_checkpoint(run)[1]["config"]["data"], license_name)
     with TemporaryDirectory() as folder:
-        model, card, _ = export(run=run, path=Path(folder) / FILE, called=PREFIX + repository)
+        model, card, _ = export(
+            run=run, path=Path(folder) / HUB_FILE, called=HUB_PREFIX + repository
+        )
         header = front_matter(read_safetensors(model, with_weights=False), spdx_id)
         card.with_name("README.md").write_text(header + card.read_text("utf-8"), "utf-8")
         card.unlink()
         address = upload(Path(folder), repository, private)
-    return [address, f"flowgen sample --run {PREFIX}{repository}"]
+    return [address, f"flowgen sample --run {HUB_PREFIX}{repository}"]
 
 
 def license_id(data: dict[str, Any], license_name: str | None) -> str:

@@ -20,8 +20,8 @@ from flowgen.commands.runs import (
     run_likelihood,
 )
 from flowgen.config.compose import flatten, read_config
-from flowgen.config.runs import OUTPUTS, PREFIX, find_run
-from flowgen.training.checkpoint import SUFFIX
+from flowgen.config.runs import HUB_PREFIX, OUTPUTS, find_run
+from flowgen.training.checkpoint import EXPORT_SUFFIX
 from flowgen.training.run_dir import Run, best_metric, validation_rows
 from flowgen.utils import plots
 from flowgen.utils.errors import UserError
@@ -85,7 +85,7 @@ def _find_runs(name: str) -> list[Run]:
         raise UserError(
             "an empty name is not a run: pass a run, or a folder of runs such as outputs"
         )
-    if name.startswith(("zoo/", PREFIX)) or name.endswith(SUFFIX):
+    if name.startswith(("zoo/", HUB_PREFIX)) or name.endswith(EXPORT_SUFFIX):
         raise UserError(f"{name} is an exported model without curves: pass a run that was trained")
     paths = {(parent / name).resolve() for parent in (Path(), OUTPUTS)}
     folders = {path for path in paths if path.is_dir()}

@@ -9,7 +9,7 @@ from flowgen.config.compose import read_config
 from flowgen.config.instantiate import build_model, resolve_target
 from flowgen.config.settings import group_options
 from flowgen.training.checkpoint import (
-    SUFFIX,
+    EXPORT_SUFFIX,
     ZOO,
     eval_weights,
     read_checkpoint,
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 ModelT = TypeVar("ModelT", bound="GenerativeModel")
 OUTPUTS = Path("outputs")
-PREFIX = "hf:"  # of names on the Hub
-FILE = f"model{SUFFIX}"  # of a model on the Hub
+HUB_PREFIX = "hf:"  # of names on the Hub
+HUB_FILE = f"model{EXPORT_SUFFIX}"  # of a model on the Hub
 
 
 def list_runs(*folders: Path) -> list[Run]:
@@ -57,13 +57,13 @@ def find_run(name: str) -> Run:
 
 
 def _find_named(name: str) -> Run:
-    if name.startswith(PREFIX):
-        return Run(OUTPUTS / "hf" / check_name(name.removeprefix(PREFIX), "model"))
+    if name.startswith(HUB_PREFIX):
+        return Run(OUTPUTS / "hf" / check_name(name.removeprefix(HUB_PREFIX), "model"))
     if name.startswith("zoo/"):
         return Run(OUTPUTS / zoo_file(name).relative_to(ZOO.parent).with_suffix(""))
     file = find_file(name)
     if file is not None:
-        in_run = file.parent.name == "checkpoints" and file.suffix != SUFFIX
+        in_run = file.parent.name == "checkpoints" and file.suffix != EXPORT_SUFFIX
         return Run(file.parent.parent if in_run else OUTPUTS / "files" / file.stem)
     parts = Path(name).parts
     folders = [path for path in (Path(name), OUTPUTS / name) if (path / "config.yaml").exists()]
@@ -120,11 +120,11 @@ def _newest_checkpoint(capability: type) -> tuple[Run, dict[str, Any]]:
 
 
 def _read_named(name: str, run: Run) -> dict[str, Any]:
-    if name.startswith(PREFIX):
-        return read_safetensors(download(name.removeprefix(PREFIX)))
+    if name.startswith(HUB_PREFIX):
+        return read_safetensors(download(name.removeprefix(HUB_PREFIX)))
     file = zoo_file(name) if name.startswith("zoo/") else find_file(name)
     if file is not None:
-        return read_safetensors(file) if file.suffix == SUFFIX else read_checkpoint(file)
+        return read_safetensors(file) if file.suffix == EXPORT_SUFFIX else read_checkpoint(file)
     checkpoint = run.latest_valid_checkpoint()
     if checkpoint is None:
         raise UserError(f"{run.folder} has no checkpoint yet: `flowgen resume {run.folder}`")
@@ -225,7 +225,7 @@ def load_weights(model: "GenerativeModel", weights: dict[str, Any]) -> None:
 def download(name: str) -> Path:
     """Download the model OWNER/NAME if it is not in the cache, and return its file."""
     with _open_hub(name) as hub:
-        return Path(hub.hf_hub_download(name, FILE, library_name="flowgen"))
+        return Path(hub.hf_hub_download(name, HUB_FILE, library_name="flowgen"))
 
 
 def upload(folder: Path, name: str, private: bool) -> str:
@@ -246,6 +246,6 @@ def upload(folder: Path, name: str, private: bool) -> str:
 def _open_hub(name: str) -> contextlib.AbstractContextManager[Any]:
     return open_hub(
         check_name(name, "model"),
-        f"{name} on the Hub is not a model of flowgen, because it has no {FILE}: "
+        f"{name} on the Hub is not a model of flowgen, because it has no {HUB_FILE}: "
         "choose another with --run",
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowgen.bijections.base import inversion_error
+from flowgen.bijections.base import pop_inversion_error
 from flowgen.utils.console import Progress, no_progress, progress_bar
 from flowgen.utils.errors import UserError, check_choice, check_number, check_whole, log
 from flowgen.utils.metrics import LOG_PROBABILITY, Likelihood, Metric, Metrics
@@ -241,7 +241,7 @@ class GenerativeModel(nn.Module, ABC):
 
     def diagnostics(self) -> dict[str, float]:
         """Return metrics of the training itself, such as the error of reversible activations."""
-        error = inversion_error(self)
+        error = pop_inversion_error(self)
         return {} if error is None else {"inversion_error": error}
 
     def filters(self) -> Tensor | None:

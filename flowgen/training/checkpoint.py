@@ -17,7 +17,7 @@ from flowgen.training.untrusted import FORMAT, validate_checkpoint
 from flowgen.utils.errors import UserError, check
 from flowgen.utils.files import atomic_write
 
-SUFFIX = ".safetensors"
+EXPORT_SUFFIX = ".safetensors"
 ZOO = Path(__file__).parents[1] / "zoo"  # trained models in the package
 NOT_EXPORTED = {  # parts of a checkpoint that an export lacks
     "optimizer": {},
@@ -114,7 +114,7 @@ def weights_hash(checkpoint: dict[str, Any]) -> str:
 
 def zoo() -> list[str]:
     """Return the names of the included models, such as zoo/glow_mnist."""
-    return sorted(f"zoo/{path.stem}" for path in ZOO.glob(f"*{SUFFIX}"))
+    return sorted(f"zoo/{path.stem}" for path in ZOO.glob(f"*{EXPORT_SUFFIX}"))
 
 
 def zoo_file(name: str) -> Path:
@@ -124,7 +124,7 @@ def zoo_file(name: str) -> Path:
         UserError: If the zoo has no such model.
     """
     check(name in zoo(), f"{name} is not in the zoo: choose one of {', '.join(zoo())}")
-    return ZOO / f"{name.removeprefix('zoo/')}{SUFFIX}"
+    return ZOO / f"{name.removeprefix('zoo/')}{EXPORT_SUFFIX}"
 
 
 def export_safetensors(

@@ -65,8 +65,12 @@ def user_message(error: Exception) -> str:
     if isinstance(error, UserError):
         return text
     if isinstance(error, OSError) and error.strerror:
-        full = error.errno == errno.ENOSPC
-        return DISK_FULL if full else f"{error.filename or 'the disk'}: {error.strerror}"
+        if error.errno == errno.ENOSPC:
+            return DISK_FULL
+        path = str(error.filename or "the disk").removesuffix(".part")  # of a temporary file
+        if isinstance(error, NotADirectoryError):
+            return f"{path}: a folder of this path is a file: rename it, or choose another path"
+        return f"{path}: {error.strerror}"
     if isinstance(error, MemoryError):
         return OUT_OF_MEMORY
     bug = (

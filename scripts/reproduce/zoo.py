@@ -12,26 +12,28 @@ from pathlib import Path
 
 from flowgen.config.runs import find_checkpoint
 from flowgen.config.settings import group_options
-from flowgen.training.checkpoint import SUFFIX, ZOO, export_safetensors
+from flowgen.training.checkpoint import EXPORT_SUFFIX, ZOO, export_safetensors
 
 sys.path.append(str(Path(__file__).parents[1]))
 from run_flowgen import run_flowgen
 
-PREFIX = "zoo/"  # of the experiments
+ZOO_PREFIX = "zoo/"  # of the experiments
 
 
 def export(name: str, train: bool) -> None:
     """Train a model if `train` is set, then evaluate and export it."""
     run = f"outputs/zoo_{name}"
-    command = ["train", f"experiment={PREFIX}{name}"]
+    command = ["train", f"experiment={ZOO_PREFIX}{name}"]
     if train:
         run_flowgen(*command, f"output_dir={run}", "resume=true").check_returncode()
-    path = ZOO / f"{name}{SUFFIX}"
+    path = ZOO / f"{name}{EXPORT_SUFFIX}"
     checkpoint = find_checkpoint(run)[1]
     command_line = " ".join(["flowgen", *command])
     # Evaluate the exported file, since the export rounds convolutions. Then add the metrics.
     export_safetensors(checkpoint, {}, command_line, path, half=True)
-    result = run_flowgen("evaluate", "--run", f"{PREFIX}{name}", "--json", stdout=subprocess.PIPE)
+    result = run_flowgen(
+        "evaluate", "--run", f"{ZOO_PREFIX}{name}", "--json", stdout=subprocess.PIPE
+    )
     result.check_returncode()
     metrics = json.loads(result.stdout)
     export_safetensors(checkpoint, metrics, command_line, path, half=True)
@@ -39,8 +41,8 @@ def export(name: str, train: bool) -> None:
 
 
 def main() -> None:
-    experiments = [name for name in group_options("experiment") if name.startswith(PREFIX)]
-    names = [name.removeprefix(PREFIX) for name in experiments]
+    experiments = [name for name in group_options("experiment") if name.startswith(ZOO_PREFIX)]
+    names = [name.removeprefix(ZOO_PREFIX) for name in experiments]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "names",

@@ -67,11 +67,11 @@ class AnnealedChains:
         num_classes = len(flow.means)
         per_class = -(-num_chains // num_classes)
         labels = torch.arange(num_classes, device=images.device).repeat(per_class)
-        self.chains = PixelChains(flow, images, known, labels, generator)
+        self.target = PixelChains(flow, images, known, labels, generator)
         self.known = known.flatten()
         self.mean, self.std = moments
         self.generator = generator
-        position = self.chains.position
+        position = self.target.position
         uniform = torch.rand(
             position.shape, generator=generator, device=position.device, dtype=position.dtype
         )
@@ -90,7 +90,7 @@ class AnnealedChains:
     def density(self, beta: float) -> hmc.LogDensity:
         """Return the log-density at an inverse temperature, up to a constant."""
         return lambda position: (
-            (1 - beta) * self.log_base(position) + beta * self.chains.log_density(position)
+            (1 - beta) * self.log_base(position) + beta * self.target.log_density(position)
         )
 
     def step(self, beta: float, step_size: hmc.StepSize, adapt: bool) -> None:
@@ -109,12 +109,12 @@ class AnnealedChains:
     def log_ratio(self) -> Tensor:
         """Return the log-density of the flow minus that at 0, in double precision, (chains,)."""
         with torch.no_grad():
-            ratio = self.chains.log_density(self.position) - self.log_base(self.position)
+            ratio = self.target.log_density(self.position) - self.log_base(self.position)
         return ratio.double().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
     def is_inside(self) -> Tensor:
         """Return which chains have all unknown pixels in [0, 1), (chains,)."""
-        x = self.chains.points(self.position).flatten(1)
+        x = self.target.points(self.position).flatten(1)
         return (self.known | ((x >= 0) & (x < 1))).all(1)
 
 
@@ -150,5 +150,5 @@ def log_marginal(
         chains.step(betas[index], step_size, adapt=False)
     log_weights[~chains.is_inside()] = -torch.inf
     estimate = estimate_log_mean(log_weights)
-    volume = int(known.sum()) * math.log(flow.bins) + chains.chains.head_log_det_of_unknown()
+    volume = int(known.sum()) * math.log(flow.bins) + chains.target.head_log_det_of_unknown()
     return estimate._replace(log_mean=estimate.log_mean - volume)
