@@ -146,10 +146,10 @@ def flow(request: pytest.FixtureRequest) -> GenerativeModel:
     return initialized(request.param)
 
 
-# test_flow_matching.py tests flow matching, whose log-determinants are estimates.
+# test_flow_matching.py tests flow matching, whose log-dets are estimates.
 @pytest.fixture(params=[name for name in FLOWS if name != "flow_matching"])
 def exact(request: pytest.FixtureRequest) -> GenerativeModel:
-    """A model in float64 with exact log-determinants."""
+    """A model in float64 with exact log-dets."""
     return initialized(request.param).double()
 
 

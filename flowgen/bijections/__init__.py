@@ -1,4 +1,4 @@
-"""Invertible maps with tractable log-determinants. They need torch only, and `CNF` torchdiffeq.
+"""Invertible maps with tractable log-dets. They need torch only, and `CNF` torchdiffeq.
 
 Example:
     >>> import torch

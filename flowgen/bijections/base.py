@@ -32,7 +32,7 @@ ForwardFn = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # as Bijec
 
 
 class Bijection(nn.Module, ABC):
-    """Base class of invertible maps with a tractable log-determinant.
+    """Base class of invertible maps with a tractable log-det.
 
     Subclasses implement `forward` and `inverse`. Subclasses whose parameters start from data also
     implement `init_from_data`. Tensors have shape (batch, dim) or (batch, channels, height, width).
@@ -85,7 +85,7 @@ class Bijection(nn.Module, ABC):
 def compose(
     steps: Iterable[Any], x: Tensor, condition: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Apply steps in order and return the result and the sum of their log-determinants.
+    """Apply steps in order and return the result and the sum of their log-dets.
 
     Args:
         steps: Functions with the arguments and results of `Bijection.forward`.
@@ -100,7 +100,7 @@ def compose(
 
 
 class Chain(Bijection):
-    """A composition of bijections, z = f_n(... f_1(x)), whose log-determinants add up.
+    """A composition of bijections, z = f_n(... f_1(x)), whose log-dets add up.
 
     `set_activation_memory` selects how the backward pass obtains the activations.
 
@@ -244,7 +244,7 @@ class _ReversibleFunction(torch.autograd.Function):
         for bijection in reversed(ctx.bijections):
             with torch.enable_grad(), ctx.autocast:
                 leaves, *outputs = bijection.invert_and_recompute(z, condition)
-            # The log-determinant of a volume-preserving bijection is a constant.
+            # The log-det of a volume-preserving bijection is a constant.
             num_outputs = 2 if outputs[1].requires_grad else 1
             grads = torch.autograd.grad(
                 outputs[:num_outputs],

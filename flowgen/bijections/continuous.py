@@ -79,8 +79,8 @@ class CNF(Bijection):
     log|det dz/dx| is the integral of tr(dv/dx) from t = 1 to 0. Chen et al. (1806.07366),
     theorem 1. The trace is exact for up to `exact_trace_dims` dimensions. For more dimensions it is
     Hutchinson's estimate e^T (dv/dx) e with random signs e for each image. The estimate and the
-    log-determinant are unbiased. FFJORD (1810.01367), section 3.1. The image seeds its signs, so
-    it has the same log-determinant in every batch, up to `tolerance`. If the solver does not
+    log-det are unbiased. FFJORD (1810.01367), section 3.1. The image seeds its signs, so
+    it has the same log-det in every batch, up to `tolerance`. If the solver does not
     finish, all results are NaN. This bijection needs the package torchdiffeq.
 
     Args:
@@ -157,7 +157,7 @@ class CNF(Bijection):
         t: Tensor,
         state: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Return the time derivatives of the state, which is (positions, log-determinants)."""
+        """Return the time derivatives of the state, which is (positions, log-dets)."""
         x, _ = state
         needs_grad = torch.is_grad_enabled()
         traces = []

@@ -98,7 +98,7 @@ class EmpiricalCDF(Bijection):
         return (x * self.bins).floor().clamp(0, self.bins - 1).long()
 
     def _look_up(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the probability of each bin, the sum over lower bins, and the log-determinant."""
+        """Return the probability of each bin, the sum over lower bins, and the log-det."""
         shape = (-1, *[1] * (index.dim() - 2))
         channel = torch.arange(len(self.share), device=index.device).view(shape)
         cumulative = self.share.cumsum(1) - self.share

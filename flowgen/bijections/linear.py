@@ -21,7 +21,7 @@ class ChannelAffine(Bijection):
 
     log|det| = height * width * log|det M|. Subclasses define M and c. Inputs have shape (batch,
     channels) or (batch, channels, height, width). Autocast is disabled, because bfloat16 is too
-    coarse for a log-determinant.
+    coarse for a log-det.
     """
 
     supports_reversible = True
@@ -49,7 +49,7 @@ class ChannelAffine(Bijection):
 
 
 def _apply(x: Tensor, matrix: Tensor, shift: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
-    """Return M x + c at each pixel, and its log-determinant of shape (batch,)."""
+    """Return M x + c at each pixel, and its log-det of shape (batch,)."""
     log_det = (log_det * x[0, 0].numel()).expand(len(x))
     if x.dim() == 2:
         return F.linear(x, matrix, shift), log_det
@@ -57,7 +57,7 @@ def _apply(x: Tensor, matrix: Tensor, shift: Tensor, log_det: Tensor) -> tuple[T
 
 
 def _invert(matrix: Tensor, shift: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return matrix, shift and log-determinant of the inverse map."""
+    """Return matrix, shift and log-det of the inverse map."""
     # In float64, because later layers amplify the error.
     inverse = torch.linalg.inv(matrix.double())
     return inverse.to(matrix.dtype), -(inverse @ shift.double()).to(shift.dtype), -log_det
@@ -148,7 +148,7 @@ class Invertible1x1(ChannelAffine):
 
 
 class InvertibleConv1x1(Invertible1x1):
-    """A 1x1 convolution with a dense matrix W, whose log-determinant needs an LU factorization.
+    """A 1x1 convolution with a dense matrix W, whose log-det needs an LU factorization.
 
     Glow (1807.03039), section 3.2.
 

@@ -565,13 +565,13 @@ class CausalTransformer(TransformerBase):
 
         Args:
             invert_token: Function of the index of a token and its context (batch, width) that
-                returns the token (batch, dim) and its log-determinant (batch,).
+                returns the token (batch, dim) and its log-det (batch,).
             batch_size: Number of sequences.
             condition: Condition of the contexts, as for `forward`.
             progress: Wrapper of the loop over the tokens.
 
         Returns:
-            The tokens (batch, tokens, dim) and the sum of their log-determinants (batch,).
+            The tokens (batch, tokens, dim) and the sum of their log-dets (batch,).
         """
         positions = self._embed_positions(batch_size, condition)
         caches = [KeyValueCache(len(self.place)) for _ in self.layers]

@@ -114,10 +114,10 @@ class FlowDensity(LikelihoodModel):
         }
 
     def _class_terms(self, outputs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return log N(z; mean, I) and the log-determinant of each class: (2, batch, classes).
+        """Return log N(z; mean, I) and the log-det of each class: (2, batch, classes).
 
         Args:
-            outputs: Latents z and log-determinants: for each class if the class conditions the
+            outputs: Latents z and log-dets: for each class if the class conditions the
                 networks, else once. z may hold only the last level; it uses the first entries of
                 the means.
         """

@@ -39,7 +39,7 @@ class FlowMatching(Flow):
         dropout: Dropout of the transformer, from 0 to 1.
         gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
         tolerance: Relative and absolute tolerance of a solver step.
-        exact_trace_dims: Log-determinants are exact for images up to this dimension, at a cost that
+        exact_trace_dims: Log-dets are exact for images up to this dimension, at a cost that
             grows with it, and estimated above. The likelihood is then an estimate of a bound.
         num_classes: Number of classes of a class-conditional model, or None.
         condition_networks: With classes, make the class an input of the velocity; p(x) then takes
@@ -112,7 +112,7 @@ class FlowMatching(Flow):
         self.loss_metric = None
         if self.dimensions > exact_trace_dims:
             self.likelihood = "estimate"  # of the bound
-            # The mean of p(x) would be biased upwards by the errors of estimated log-determinants:
+            # The mean of p(x) would be biased upwards by the errors of estimated log-dets:
             # E[exp(error)] > 1.
             self.elbo_only = True
 
