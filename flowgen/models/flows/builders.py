@@ -1,10 +1,10 @@
 """Building blocks that the constructors of several flows share."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from flowgen.bijections import elementwise, networks, reshape, univariate
-from flowgen.bijections.base import Bijection, Chain
+from flowgen.bijections import coupling, elementwise, networks, reshape, univariate
+from flowgen.bijections.base import Bijection, Chain, Flip
 from flowgen.models.shapes import Resolution, split_shape, squeezed
 from flowgen.utils.errors import check_choice, check_whole
 
@@ -43,6 +43,25 @@ def gaussianization(enabled: bool, channels: int, bits: int) -> list[Bijection]:
     """
     check_whole(1, 8, bits=bits)
     return [elementwise.MarginalGaussianization(channels, 2**bits)] if enabled else []
+
+
+def dense_couplings(
+    dim: int, count: int, width: int, num_layers: int, transform: univariate.Transform
+) -> Iterator[Bijection]:
+    """Yield couplings of vectors with fully connected networks; the halves swap after each.
+
+    Args:
+        dim: Size of the vectors.
+        count: Number of couplings.
+        width: Units of each hidden layer.
+        num_layers: Hidden layers of each network.
+        transform: Transform of the second half.
+    """
+    for _ in range(count):
+        out_features = transform.num_params * (dim - dim // 2)
+        network = networks.DenseNetwork(dim // 2, width, out_features, num_layers)
+        yield coupling.Coupling(network, transform)
+        yield Flip()
 
 
 def flat_chain(

@@ -1,7 +1,7 @@
 """Dequantization: noise that turns pixel values into points of a continuous density."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,27 @@ class GaussianDequantizer(Dequantizer):
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
     ) -> Tensor:
         return 0.5 + self.std * self.bins * super().draw_noise(images, dtype, generator)
+
+
+@torch.enable_grad()
+def denoise(y: Tensor, std: float, log_density: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return E[x | y] = y + s^2 grad log p(y) of y = x + s e, e ~ N(0, I), by Tweedie's formula.
+
+    Efron (2011), section 2.
+
+    Args:
+        y: Noisy points, (batch, ...).
+        std: The standard deviation s of the noise.
+        log_density: Function that returns log p(y), (batch,).
+
+    Example:
+        >>> standard_normal = torch.distributions.Normal(0.0, 1.0)
+        >>> denoise(torch.ones(1, 1), 1.0, lambda y: standard_normal.log_prob(y).sum(1))
+        tensor([[0.]])
+    """
+    y = y.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(log_density(y).sum(), y)
+    return y.detach() + std**2 * gradient
 
 
 class VariationalDequantizer(Dequantizer):

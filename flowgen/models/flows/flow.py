@@ -1,7 +1,7 @@
 """Normalizing flows of images."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from flowgen.models.base import (
 from flowgen.models.flows.density import FlowDensity
 from flowgen.models.flows.dequantization import (
     GaussianDequantizer,
+    denoise,
     gaussian_std,
     make_dequantizer,
 )
@@ -42,27 +43,6 @@ from flowgen.utils.metrics import (
 
 # With a smaller effective size of the 40 chains, the standard error is itself unreliable.
 MIN_EFFECTIVE_SIZE = 8
-
-
-@torch.enable_grad()
-def denoise(y: Tensor, std: float, log_density: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return E[x | y] = y + s^2 grad log p(y) of y = x + s e, e ~ N(0, I), by Tweedie's formula.
-
-    Efron (2011), section 2.
-
-    Args:
-        y: Noisy points, (batch, ...).
-        std: The standard deviation s of the noise.
-        log_density: Function that returns log p(y), (batch,).
-
-    Example:
-        >>> standard_normal = torch.distributions.Normal(0.0, 1.0)
-        >>> denoise(torch.ones(1, 1), 1.0, lambda y: standard_normal.log_prob(y).sum(1))
-        tensor([[0.]])
-    """
-    y = y.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(log_density(y).sum(), y)
-    return y.detach() + std**2 * gradient
 
 
 class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompression):

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from flowgen.bijections import coupling, elementwise, networks
-from flowgen.bijections.base import Bijection, Flip
-from flowgen.models.flows.builders import flat_chain, make_transform
+from flowgen.bijections import elementwise
+from flowgen.bijections.base import Bijection
+from flowgen.models.flows.builders import dense_couplings, flat_chain, make_transform
 from flowgen.models.flows.flow import Flow
 from flowgen.models.shapes import MAX_DEPTH
 from flowgen.utils.errors import check_whole
@@ -53,14 +53,8 @@ class NICE(Flow):
         transform_fn = make_transform(transform)
 
         def layers(dim: int) -> Iterator[Bijection]:
-            out_features = transform_fn.num_params * (dim - dim // 2)
             yield elementwise.Standardize(dim)
-            for _ in range(num_couplings):
-                yield coupling.Coupling(
-                    networks.DenseNetwork(dim // 2, width, out_features, num_layers),
-                    transform_fn,
-                )
-                yield Flip()
+            yield from dense_couplings(dim, num_couplings, width, num_layers, transform_fn)
             yield from (elementwise.Standardize(dim), elementwise.LogisticToNormal())
 
         super().__init__(

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from flowgen.bijections import coupling, elementwise, networks, residual
-from flowgen.bijections.base import Bijection, Chain, Flip, Invert
+from flowgen.bijections import elementwise, networks, residual
+from flowgen.bijections.base import Bijection, Chain, Invert
 from flowgen.bijections.reshape import Flatten
 from flowgen.models.base import QUICK_EVAL, EvalConfig
-from flowgen.models.flows.builders import make_transform
+from flowgen.models.flows.builders import dense_couplings, make_transform
 from flowgen.models.flows.flow import Flow
 from flowgen.models.likelihood import estimate_log_mean, standard_error
 from flowgen.models.shapes import MAX_DEPTH
@@ -99,15 +99,12 @@ class ReverseKL(Flow):
         transform_fn = make_transform(transform)
 
         def layers() -> Iterator[Bijection]:
-            for _ in range(num_transforms):
-                if flow == "planar":
-                    yield residual.Planar(2)
-                elif flow == "sylvester":
-                    yield residual.Sylvester(2, width=2)
-                else:
-                    network = networks.DenseNetwork(1, width, transform_fn.num_params, num_layers)
-                    yield coupling.Coupling(network, transform_fn)
-                    yield Flip()
+            if flow == "planar":
+                yield from (residual.Planar(2) for _ in range(num_transforms))
+            elif flow == "sylvester":
+                yield from (residual.Sylvester(2, width=2) for _ in range(num_transforms))
+            else:
+                yield from dense_couplings(2, num_transforms, width, num_layers, transform_fn)
 
         super().__init__(
             Chain(

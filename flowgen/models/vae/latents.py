@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from flowgen.bijections.amortized import Amortized
 from flowgen.bijections.autoregressive import MADE, Autoregressive
 from flowgen.bijections.base import Bijection, Chain, Flip, standard_normal_log_prob
-from flowgen.bijections.coupling import Coupling
-from flowgen.bijections.networks import DenseNetwork
 from flowgen.bijections.residual import Planar, Sylvester
 from flowgen.bijections.univariate import Affine
+from flowgen.models.flows.builders import dense_couplings
 from flowgen.utils.errors import UserError, check_choice
 
 POSTERIORS = ("gaussian", "planar", "sylvester", "iaf")
@@ -205,12 +204,4 @@ def make_prior(
         return FlowPrior(Chain())
     if latent_dim < 2:
         raise UserError("prior=flow needs latent_dim of at least 2: a coupling has two halves")
-    transform = Affine()
-
-    def layers() -> Iterator[Bijection]:
-        for _ in range(num_transforms):
-            outputs = transform.num_params * (latent_dim - latent_dim // 2)
-            yield Coupling(DenseNetwork(latent_dim // 2, width, outputs, 1), transform)
-            yield Flip()
-
-    return FlowPrior(Chain(*layers()))
+    return FlowPrior(Chain(*dense_couplings(latent_dim, num_transforms, width, 1, Affine())))
