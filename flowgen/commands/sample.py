@@ -22,6 +22,7 @@ from flowgen.models.flows.flow import Flow
 from flowgen.utils import console, memory, rendering
 from flowgen.utils.errors import UserError
 from flowgen.utils.metrics import UNNORMALIZED
+from flowgen.utils.toy2d import TOY2D_SHAPE, is_toy2d
 
 DEFAULT_IMAGES = 32
 DEFAULT_POINTS = 10_000  # samples of the plane
@@ -80,7 +81,7 @@ def sample(
     temperatures = temperatures or [
         runs.default_temperature(checkpoint["config"], model.image_shape)
     ]
-    if rendering.is_toy2d(model.image_shape):
+    if is_toy2d(model.image_shape):
         if kwargs or is_zip or len(temperatures) > 1:
             raise UserError(
                 "points of the plane are plotted in one picture at one temperature: use only "
@@ -192,7 +193,7 @@ def _density_of_flow(model: Flow) -> Tensor:
     """Return the density on a grid of points in the unit square, (rows, columns)."""
     centers = (torch.arange(DENSITY_RESOLUTION, device=model.device) + 0.5) / DENSITY_RESOLUTION
     # (x, y) with x varying fastest, because an image is a list of rows
-    grid = torch.cartesian_prod(centers, centers).flip(1).view(-1, *rendering.TOY2D_SHAPE)
+    grid = torch.cartesian_prod(centers, centers).flip(1).view(-1, *TOY2D_SHAPE)
     density = torch.cat([model.log_density(points).exp() for points in grid.split(10_000)])
     return density.view(DENSITY_RESOLUTION, DENSITY_RESOLUTION)
 
@@ -204,7 +205,7 @@ def _density_of_images(model: GenerativeModel, generator: torch.Generator) -> Te
     """
     bins = 2**model.bits
     values = torch.arange(bins, dtype=torch.uint8, device=model.device)
-    images = torch.cartesian_prod(values, values).flip(1).view(-1, *rendering.TOY2D_SHAPE)
+    images = torch.cartesian_prod(values, values).flip(1).view(-1, *TOY2D_SHAPE)
     batches = images.split(DENSITY_BATCH_SIZE)
     scores = [
         model.score(batch, num_importance_samples=DENSITY_SAMPLES, generator=generator)

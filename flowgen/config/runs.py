@@ -19,6 +19,7 @@ from flowgen.training.checkpoint import (
 from flowgen.training.run_dir import Run
 from flowgen.utils.errors import UserError, user_error
 from flowgen.utils.hub import check_name, open_hub
+from flowgen.utils.toy2d import is_toy2d
 
 if TYPE_CHECKING:
     from flowgen.models.base import GenerativeModel
@@ -198,8 +199,6 @@ def load_from_checkpoint(checkpoint: dict[str, Any], device: str = "cpu") -> "Ge
 
 def default_temperature(config: dict[str, Any], image_shape: Sequence[int]) -> float:
     """Return the temperature of samples if none is given: that of the run, or 1 for points."""
-    from flowgen.utils.rendering import is_toy2d  # imports torch
-
     return 1.0 if is_toy2d(image_shape) else config["trainer"]["sample_temperature"]
 
 

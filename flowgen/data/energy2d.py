@@ -8,7 +8,7 @@ from flowgen.data.dataset import ImageDataset
 from flowgen.data.splits import Split
 from flowgen.utils.energies import CELLS, ENERGIES, NODES, density_grid
 from flowgen.utils.errors import check_choice, check_whole
-from flowgen.utils.rendering import TOY2D_SHAPE
+from flowgen.utils.toy2d import TOY2D_SHAPE
 
 
 class Energy2D(ImageDataset):

@@ -10,8 +10,8 @@ from torch import Tensor
 from flowgen.data.dataset import ImageDataset
 from flowgen.data.splits import Split
 from flowgen.utils.errors import check_choice, check_whole
-from flowgen.utils.rendering import TOY2D_SHAPE
-from flowgen.utils.rendering import TOY2D_SPAN as SPAN
+from flowgen.utils.toy2d import TOY2D_SHAPE
+from flowgen.utils.toy2d import TOY2D_SPAN as SPAN
 
 
 class Toy2D(ImageDataset):

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowgen.data.dataset import ImageDataset
 from flowgen.utils.errors import log
 from flowgen.utils.metrics import MetricValue, beats_entropy_bound
-from flowgen.utils.rendering import is_toy2d
+from flowgen.utils.toy2d import is_toy2d
 
 MAX_LISTED_INDICES = 3
 MAX_TRAIN_BYTES = 2**33  # of training images that are searched for test images

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from flowgen.utils.rendering import TOY2D_SPAN as SPAN
+from flowgen.utils.toy2d import TOY2D_SPAN as SPAN
 
 CELLS = 256  # per side: one for each pair of 8-bit pixel values
 NODES = 4  # quadrature nodes per side of a cell

@@ -1,8 +1,4 @@
-"""Images as pictures: grids, PNG, GIF and zip files.
-
-Points of the plane are images of two channels and one pixel, so that every flow of images can also
-be trained on points.
-"""
+"""Images as pictures: grids, PNG, GIF and zip files."""
 
 import io
 import math
@@ -16,20 +12,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flowgen.utils.files import atomic_write
+from flowgen.utils.toy2d import is_toy2d
 
-TOY2D_SHAPE = (2, 1, 1)
-TOY2D_SPAN = 4.0  # pixel values of points cover the square [-4, 4] x [-4, 4]
 MIN_SIDE = 56  # pixels; smaller images are enlarged by an integer factor
 GAP = 2  # pixels between the images of a grid
 TITLED_SIDE = 112  # pixels of the height of an image under its own title
 FRAME_MILLISECONDS = 80  # of an animation
 ORANGE = torch.tensor([217.0, 95.0, 2.0])
 BLUE = torch.tensor([8.0, 81.0, 156.0])
-
-
-def is_toy2d(shape: Sequence[int]) -> bool:
-    """Return whether images of this shape (channels, height, width) are points of the plane."""
-    return tuple(shape) == TOY2D_SHAPE
 
 
 def image_grid(images: Tensor, bits: int, columns: int, side: int = MIN_SIDE) -> Image.Image:

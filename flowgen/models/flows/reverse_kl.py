@@ -19,8 +19,8 @@ from flowgen.utils.distributed import rank_and_size
 from flowgen.utils.energies import ENERGIES, quadrature_log_z
 from flowgen.utils.errors import UserError, check_choice, check_whole
 from flowgen.utils.metrics import LOG_Z, Metric, Metrics, MetricValue
-from flowgen.utils.rendering import TOY2D_SPAN as SPAN
-from flowgen.utils.rendering import is_toy2d
+from flowgen.utils.toy2d import TOY2D_SPAN as SPAN
+from flowgen.utils.toy2d import is_toy2d
 
 FLOWS = ("planar", "sylvester", "coupling")
 MIN_BETA = 0.01  # inverse temperature at the start of annealing
