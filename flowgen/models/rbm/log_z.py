@@ -54,7 +54,7 @@ class Estimate(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether the value was computed by enumeration."""
+        """True if the value was computed by enumeration."""
         return math.isinf(self.effective_sample_size)
 
 
