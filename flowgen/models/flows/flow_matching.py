@@ -40,7 +40,8 @@ class FlowMatching(Flow):
         gaussianize: Start from the marginal distribution of the pixels if few values are frequent.
         tolerance: Relative and absolute tolerance of a solver step.
         exact_trace_dims: Log-dets are exact for images up to this dimension, at a cost that
-            grows with it, and estimated above. The likelihood is then an estimate of a bound.
+            grows with it, and estimated above. The likelihood is then an estimate of a bound, which
+            classes bias upwards.
         num_classes: Number of classes of a class-conditional model, or None.
         condition_networks: With classes, make the class an input of the velocity; p(x) then takes
             one solution of the ODE per class. Otherwise only the base depends on the class.
