@@ -349,6 +349,8 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
         raise UserError(f"{model!r} is not a model: use load({model!r})")
     if tuple(images.shape[1:]) != tuple(model.image_shape):
         raise UserError(f"images must have the shape (N, {', '.join(map(str, model.image_shape))})")
+    if not len(images):
+        return torch.empty(0)
     max_value = 2**model.bits - 1
     is_integer = not images.is_floating_point() and not images.is_complex()
     if not is_integer or not ((images >= 0) & (images <= max_value)).all():
@@ -361,9 +363,8 @@ def score(model: "GenerativeModel", images: "Tensor") -> "Tensor":
             scores = [
                 model.score(batch.to(model.device, torch.uint8), generator=generator)
                 for batch in images.split(BATCH_SIZE)
-                if len(batch)
             ]
-            return torch.cat(scores).cpu() if scores else torch.empty(0)
+            return torch.cat(scores).cpu()
     finally:
         model.train(was_training)
 

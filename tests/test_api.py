@@ -343,3 +343,23 @@ def test_data_sets_are_listed_with_their_availability(elsewhere):
     (elsewhere / "data" / "celeba").mkdir(parents=True)
     after = {data.name: data.availability for data in flowgen.list_datasets()}
     assert after == before | {"celeba": "present"}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: flowgen.train(["model=glow"]), "is not a string"),
+        (lambda: flowgen.evaluate(3), "int is not a run"),
+        (lambda: flowgen.score("zoo/glow_mnist", torch.zeros(1, 1, 28, 28)), "is not a model"),
+        (lambda: flowgen.create_model("glow", image_shape=(1, 28)), "image_shape must be"),
+        (lambda: flowgen.create_model("glow", image_shape=28), "image_shape must be"),
+    ],
+)
+def test_wrong_arguments_are_user_errors(call, message):
+    with pytest.raises(flowgen.UserError, match=message):
+        call()
+
+
+def test_no_images_have_no_scores():
+    model = flowgen.create_model("nice", image_shape=(1, 4, 4), width=4)
+    assert flowgen.score(model, torch.zeros(0, 1, 4, 4, dtype=torch.uint8)).shape == (0,)

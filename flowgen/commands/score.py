@@ -254,10 +254,11 @@ def _score_images(
 
 def _nonempty(batches: Iterable[list[ImageScore]]) -> Iterator[list[ImageScore]]:
     """Yield the batches; without any, raise a UserError before a file is replaced."""
-    batch = None
+    is_empty = True
     for batch in batches:
+        is_empty = False
         yield batch
-    if batch is None:
+    if is_empty:
         raise UserError("no image could be read: choose other images")
 
 

@@ -86,7 +86,7 @@ def hashed_split(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]
         [name for name in names if name in validation],
         [name for name in names if name in test],
     )
-    for split in splits:
+    for split in splits:  # the hashes of a few names can leave a split empty
         largest = max(splits, key=len)
         if not split and len(largest) > 1:
             split.append(largest.pop())

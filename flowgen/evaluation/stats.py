@@ -13,7 +13,9 @@ NUM_GROUPS = 10  # of the jackknife
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of `count` independent values with its standard error, 0 for a single value.
+    """Mean of `count` independent values with its standard error.
+
+    The error of a single value is 0 and not printed, because it is not known.
 
     Example:
         >>> print(Mean(1.23456, 0.0123, 9))
