@@ -482,7 +482,9 @@ def test_conditional_log_prob_of_a_large_rbm_is_estimated_with_its_error(monkeyp
     assert 0 < value.error < 0.1 and abs(value.value - exact.value) < 4 * value.error
     assert value.likelihood == "estimate" and "200 steps" in metrics.facts["method"]
     monkeypatch.setattr(log_z, "MIN_EFFECTIVE_SIZE", 10**6)
-    with pytest.raises(UserError, match=r"reliably with 200 steps: .*increase --steps"):
+    with pytest.raises(
+        UserError, match=r"200 steps, because the effective .* is only .*: increase --steps"
+    ):
         rbm.conditional_log_prob(image, known, steps=200)
 
 

@@ -424,9 +424,10 @@ class RBM(EnergyModel, SupportsCompression, SupportsInpainting, SupportsMCMC):
         config = EvalConfig(ais_steps=steps, cross_check=True)
         log_z = estimate_log_z(clamped, config, generator, self.progress)
         if not log_z.reliable:
-            reason = log_z.verdict.replace("evaluation.ais_steps", "--steps")
+            reason = log_z.verdict.partition(":")[0]  # without its advice for `evaluate`
             raise UserError(
-                f"log P(unknown | known) cannot be estimated reliably with {steps} steps: {reason}"
+                f"log P(unknown | known) cannot be estimated reliably with {steps} steps, because "
+                f"{reason}: increase --steps"
             )
         estimate = log_z.estimates[""]
         method = "enumeration of one layer"
