@@ -140,6 +140,8 @@ def test_a_pushed_model_has_a_card_and_samples_like_the_run(hub, tiny_run, elsew
     assert facts["library_name"] == "flowgen"
     assert "normalizing-flow" in facts["tags"]
     assert f"flowgen sample --run {name}" in text
+    assert "model of a folder of images" in text
+    assert f"flowgen evaluate --run {name} --json data.root=FOLDER" in text, "it has no path"
     assert "model.png" in text
     assert str(tiny_run) not in text
     for source, picture in ((name, "pulled.png"), (tiny_run, "own.png")):

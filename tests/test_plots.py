@@ -18,17 +18,17 @@ def test_a_moving_average_forgets_its_first_value():
     averages = plots.moving_average(points)
     assert [x for x, _ in averages] == list(range(100))
     assert averages[0][1] == 9
-    assert averages[20][1] - 1 < 8 / 20
-    assert averages[99][1] == pytest.approx(1, abs=0.01)
+    assert averages[1][1] == pytest.approx(1 + 8 * 1 / 10)
+    assert averages[20][1] == pytest.approx(1, abs=0.001)
 
 
-def test_a_moving_average_is_corrected_for_its_start():
+def test_a_moving_average_is_a_weighted_mean():
     constant = plots.moving_average([(step, 3.0) for step in range(50)])
     assert [y for _, y in constant] == pytest.approx([3.0] * 50)
-    weights = [0.95**age for age in (2, 1, 0)]
-    total = sum(weight * value for weight, value in zip(weights, (5, 7, 2), strict=True))
     average = plots.moving_average([(0, 5), (1, 7), (2, 2)])[-1][1]
-    assert average == pytest.approx(total / sum(weights))
+    assert average == pytest.approx(2 / 11 * (0.1 * 5 + 0.9 * 7) + 9 / 11 * 2)
+    late = plots.moving_average([(step, float(step == 300)) for step in range(302)])
+    assert [y for _, y in late[-2:]] == pytest.approx([0.05, 0.95 * 0.05])
 
 
 def test_limits_ignore_outliers_and_values_that_are_not_finite():

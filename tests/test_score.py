@@ -267,9 +267,12 @@ def test_score_lists_the_most_anomalous_first_and_writes_all(tiny_run, images, c
     assert "most anomalous by combined first" in lines[0]
     assert "noise.png" in lines[1]
     assert "and 22 more" in output
-    assert len(lines) == 1 + 20 + 1 + 2
+    assert len(lines) == 1 + 20 + 1 + 1 + 2
+    smallest = float(lines[22].removeprefix("smallest possible p-value: ").split(",")[0])
     rows = read_csv(table)
     assert len(rows) == 42
+    p_values = [float(row["combined_p"]) for row in rows]
+    assert min(p_values) == pytest.approx(smallest, abs=1e-4)
     columns = {"bits_per_dim", "percentile", "combined", "combined_p", "last_level_p"}
     assert columns <= rows[0].keys()
     worst = max(rows, key=lambda row: float(row["bits_per_dim"]))

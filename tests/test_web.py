@@ -185,8 +185,8 @@ def test_interpolate_command_line_makes_the_same_images(page, command, tmp_path)
     assert "--spherical" in result["command"]
     picture = run_command_line(result["command"], command, tmp_path)
     rows = [
-        ("great circle in the latents", to_images(result["latent"])),
-        ("line in the pixels", to_images(result["pixels"])),
+        ("along a great circle of latents", to_images(result["latent"])),
+        ("through the pixels", to_images(result["pixels"])),
     ]
     assert picture.tobytes() == rendering.titled_grids(rows, 8, columns=5).tobytes()
 

@@ -15,6 +15,7 @@ from flowgen.config.runs import (
     load_from_checkpoint,
     upload,
 )
+from flowgen.data.image_folder import ImageFolder
 from flowgen.models.base import sample_images
 from flowgen.training.checkpoint import EXPORT_SUFFIX, export_safetensors, read_safetensors
 from flowgen.training.run_dir import Run
@@ -170,17 +171,19 @@ def model_card(
     dataset = dataset_name(config["data"])
     license_text, _ = LICENSES.get(dataset, (UNKNOWN_LICENSE, None))
     images = f"{metrics['images']:,} images of " if metrics.get("images") else ""
+    is_folder = dataset == ImageFolder.__name__  # a folder that is no known data set
     return f"""# {title}
 
-{model} model of {dataset} images with {config["data"].get("bits")} bits per
-channel. It has {num_parameters:,} parameters and was trained by flowgen for {metadata["step"]:,}
-optimizer steps on {metadata["images_seen"]:,} images, counting repetitions.
+{model} model of {"a folder of" if is_folder else dataset} images
+with {config["data"].get("bits")} bits per channel. It has {num_parameters:,} parameters and was
+trained by flowgen for {metadata["step"]:,} optimizer steps on {metadata["images_seen"]:,} images,
+counting repetitions.
 
 ![Samples]({picture})
 
 ```
 flowgen sample --run {run}
-flowgen evaluate --run {run} --json
+flowgen evaluate --run {run} --json{" data.root=FOLDER" if is_folder else ""}
 ```
 
 ## Metrics

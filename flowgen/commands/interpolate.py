@@ -55,8 +55,8 @@ def interpolate(
         frames = torch.stack((latent, pixels), 1)
         rendering.save_gif([*frames, *frames[1:-1].flip(0)], model.bits, 2, path)
     else:
-        title = "great circle in the latents" if spherical else "line in the latents"
-        grids = [(title, latent), ("line in the pixels", pixels)]
+        title = "along a great circle of latents" if spherical else "through the latents"
+        grids = [(title, latent), ("through the pixels", pixels)]
         rendering.save_picture(rendering.titled_grids(grids, model.bits, columns=steps), path)
     return path
 

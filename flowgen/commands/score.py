@@ -243,10 +243,15 @@ def _score_images(
     yield from _format_table(scorer.model, score_name, most_anomalous)
     if count > MAX_ROWS:
         yield f"... and {count - MAX_ROWS} more{'' if table else ': --csv FILE writes them all'}"
+    num_calibration = len(scorer.detector.calibration_scores[score_name])
+    yield (
+        f"smallest possible p-value: {1 / (num_calibration + 1):.4f}, because {num_calibration} "
+        "validation images calibrate it"
+    )
     picture = out or scorer.folder / "score.png"
     blocks = [
         (f"most anomalous by {score_name}", _tiles(scorer, most_anomalous[:MAX_TILES], score_name)),
-        ("most typical", _tiles(scorer, most_typical, score_name)),
+        ("most typical", _tiles(scorer, most_typical, "typicality")),
     ]
     rendering.save_picture(rendering.stack_titled(blocks), picture)
     yield from map(str, filter(None, (picture, table)))

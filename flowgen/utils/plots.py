@@ -27,7 +27,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v")
 MAX_MARKERS = 40  # longer lines have no markers, which would hide them
-DECAY = 0.95  # of the moving average of the training loss
+MAX_DECAY = 0.95  # of the moving average of the training loss
 OUTLIER_SHARE = 0.03  # of a curve's worst values that are outside the frame: its first steps
 
 
@@ -202,16 +202,16 @@ def figure(
 
 
 def moving_average(points: Points) -> list[tuple[float, float]]:
-    """Return the exponential moving average of y with bias correction.
+    """Return the exponential moving average of y, which forgets the high losses at the start.
 
-    m_t = c m_(t-1) + (1 - c) y_t with c = DECAY, divided by 1 - c^t, so that the start at 0 has no
-    influence. Kingma and Ba, Adam (1412.6980), section 3.
+    m_t = c_t m_(t-1) + (1 - c_t) y_t with c_t = min(t / (t + 9), MAX_DECAY) and m_0 = y_0, as in
+    TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`.
     """
-    averages = []
-    total = 0.0
-    for count, (x, y) in enumerate(points, 1):
-        total = DECAY * total + (1 - DECAY) * y
-        averages.append((x, total / (1 - DECAY**count)))
+    averages: list[tuple[float, float]] = []
+    for count, (x, y) in enumerate(points):
+        decay = min(count / (count + 9), MAX_DECAY)
+        previous = averages[-1][1] if averages else 0.0
+        averages.append((x, decay * previous + (1 - decay) * y))
     return averages
 
 
