@@ -708,9 +708,6 @@ def shell_completion(action: str, shell: str | None) -> None:
         click.echo(line)
 
 
-COMMANDS = tuple(cli.commands.values())
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Every error is one line on standard error and an exit status.
 

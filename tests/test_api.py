@@ -120,7 +120,7 @@ def test_resume_continues_a_run(tmp_path):
     assert torch.load(run.last, weights_only=True)["step"] == 3
 
 
-def test_finished_run_is_skipped_if_resume_is_set(tmp_path, caplog):
+def test_finished_run_is_skipped_if_resume_is_set(tmp_path):
     overrides = [*TINY, f"output_dir={tmp_path / 'run'}", "resume=true"]
     run = flowgen.train(*overrides)
     before = run.last.stat().st_mtime_ns

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from flowgen.cli import COMMANDS, HELP_SECTIONS
+from flowgen.cli import HELP_SECTIONS, cli
 from flowgen.config.compose import compose_config
 from flowgen.config.instantiate import build_model, with_image_shape
 from flowgen.config.settings import (
@@ -287,7 +287,7 @@ def test_every_general_setting_has_a_meaning():
     assert all(setting.meaning for setting in settings_of_file("train").values())
 
 
-@pytest.mark.parametrize("name", [command.name for command in COMMANDS])
+@pytest.mark.parametrize("name", sorted(cli.commands))
 def test_help_has_every_command_in_one_section(name):
     names = [listed for section in HELP_SECTIONS.values() for listed in section]
     assert names.count(name) == 1, f"add {name} to one section of HELP_SECTIONS in flowgen/cli.py"
@@ -297,7 +297,7 @@ def test_help_has_every_command_in_one_section(name):
     "name",
     sorted(
         command.name
-        for command in COMMANDS
+        for command in cli.commands.values()
         if (PACKAGE / "commands" / f"{command.name}.py").exists()
     ),
 )

@@ -81,9 +81,15 @@ def test_one_of_several_threads_writes_the_cache_and_the_others_wait(images, mon
     calls = []
     results: list[torch.Tensor] = []
 
+    def num_waiting() -> int:
+        waiting = "waiting for another process"
+        return len({id(each) for each in caplog.records if waiting in each.getMessage()})
+
     def slow_write(*arguments):
         calls.append(threading.get_ident())
-        time.sleep(0.2)
+        deadline = time.monotonic() + 60
+        while num_waiting() < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
         return write(*arguments)
 
     monkeypatch.setattr(cache, "_write", slow_write)
@@ -97,9 +103,7 @@ def test_one_of_several_threads_writes_the_cache_and_the_others_wait(images, mon
     assert len(calls) == 1
     assert len(results) == 3
     assert all(torch.equal(result, results[0]) for result in results)
-    waiting = "waiting for another process"
-    records = {id(record) for record in caplog.records if waiting in record.getMessage()}
-    assert len(records) == 2
+    assert num_waiting() == 2
 
 
 def test_images_are_not_removed_while_another_thread_opens_them(images, monkeypatch):

@@ -233,9 +233,10 @@ def test_a_run_that_loses_a_process_tells_how_to_resume(images, tmp_path, comman
     ]
     process = spawn("train", *overrides, f"output_dir={run}")
     step = 0
+    random_numbers = random.Random(0)
     for rank in (0, 1):
         # Up to two rows of metrics may be later than the checkpoint already.
-        wait_for_step(run, step + random.randrange(3, 20))
+        wait_for_step(run, step + random_numbers.randrange(3, 20))
         os.kill(process_of_rank(process.pid)[rank], signal.SIGKILL)
         output, _ = process.communicate()
         errors = [
@@ -338,7 +339,7 @@ def test_more_processes_than_gpus_can_train_on_the_cpu(monkeypatch):
         group.check_device(torch.device("cuda"))
 
 
-def test_impossible_uses_of_several_processes_are_refused(images, tmp_path, command, monkeypatch):
+def test_impossible_uses_of_several_processes_are_refused(images, command, monkeypatch):
     overrides = [*SMALL, f"data.root={images}"]
     error = command("train", *overrides, "trainer.num_processes=two")[2]
     assert "num_processes must be a whole number" in error

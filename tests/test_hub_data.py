@@ -139,7 +139,6 @@ def rows(split: torch.Tensor) -> list[int]:
 
 def test_images_labels_and_attributes_are_read_once(hub):
     data = faces()
-    assert True
     assert data.image_shape == (3, 8, 8)
     assert data.num_classes == 3
     assert data.attributes == ("Smiling",)

@@ -162,7 +162,7 @@ def test_errors_of_bijections_name_the_setting(overrides, message, images, tmp_p
     )
     assert status == 1
     assert message in error
-    assert "fault of flowgen" not in error
+    assert "bug in flowgen" not in error
 
 
 def test_memory_grows_with_depth_unless_activations_are_recovered():
@@ -224,7 +224,6 @@ def test_error_for_a_large_batch_names_the_largest_that_fits(
         *train, f"trainer.batch_size={largest}", f"output_dir={tmp_path / 'largest'}"
     )
     assert status == 0, error
-    assert memory.free_memory() > 300_000
 
 
 def test_free_memory_respects_the_limits_of_the_process(monkeypatch, tmp_path):

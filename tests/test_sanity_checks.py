@@ -3,7 +3,6 @@
 import logging
 import math
 import shutil
-import time
 
 import pytest
 import torch
@@ -118,10 +117,8 @@ def test_points_of_toy_data_may_coincide():
     assert find_duplicates(data.train.images, data.test.images) == []
 
 
-def test_sixty_thousand_images_are_compared_in_two_seconds():
+def test_one_copy_is_found_among_sixty_thousand_images():
     train = torch.randint(256, (60_000, 1, 28, 28), dtype=torch.uint8)
     test = torch.randint(256, (10_000, 1, 28, 28), dtype=torch.uint8)
     test[5] = train[59_999]
-    start = time.process_time()
     assert find_duplicates(train, test) == [5]
-    assert time.process_time() - start < 2  # 0.2 s on an idle core

@@ -80,7 +80,7 @@ def test_the_cache_of_squares_keeps_its_name(images):
 
 
 @pytest.mark.parametrize("name", ["glow", "rbm"])
-def test_commands_draw_images_that_are_not_square(name, runs, command, tmp_path):
+def test_commands_draw_images_that_are_not_square(name, runs, command):
     run = ["--run", runs / name]
     image = next((runs / "images" / "a").glob("*.png"))
     exact = runs / "exact.png"

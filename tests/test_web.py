@@ -480,7 +480,6 @@ def test_hostile_images_get_one_line_and_write_no_file(page, elsewhere):
         if response.status_code == 400:
             error = response.json["error"]
             assert "\n" not in error
-            assert "fault" not in error
             assert "bug" not in error
     for side, expected in ((8000, "million pixels"), (30_000, "is not an image")):
         bomb = rendering.to_png(Image.new("1", (side, side)))
@@ -512,8 +511,9 @@ def test_running_request_can_be_canceled(page, glow):
     }
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(page.post, "complete", payload)
+        deadline = time.monotonic() + 60
         while not re.search(r"annealing.*: \d+ of \d+", page("status")["status"]):
-            pass
+            assert time.monotonic() < deadline
         page("cancel", request_id="mine")
         response = future.result(20)
     assert response.status_code == 400
