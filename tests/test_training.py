@@ -17,6 +17,7 @@ from conftest import SMALL
 
 import flowgen
 from flowgen.bijections.linear import update_bn
+from flowgen.config.compose import compose_config, read_config
 from flowgen.config.instantiate import build_data
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.flows.glow import Glow
@@ -25,7 +26,7 @@ from flowgen.training.device import choose_device, peak_memory, reset_peak_memor
 from flowgen.training.optim import build_optimizer, learning_rate_factor, warmup_steps
 from flowgen.training.run_dir import Run, best_metric
 from flowgen.training.state import TrainState
-from flowgen.training.trainer import TrainerConfig
+from flowgen.training.trainer import Trainer, TrainerConfig
 from flowgen.training.untrusted import REQUIRED
 from flowgen.utils.errors import UserError
 
@@ -653,10 +654,87 @@ def test_resume_from_a_numbered_checkpoint(images, tmp_path, command):
     assert same(read_checkpoint(Run(run).last)["model"], whole["model"])
 
 
-def test_a_failed_resume_does_not_change_the_configuration(tiny_run, command):
+def test_a_resumed_run_that_is_killed_at_once_continues_from_the_same_checkpoint(
+    images, tmp_path, command, monkeypatch
+):
+    run = Run(tmp_path / "run")
+    overrides = [*SMALL, f"data.root={images}", "trainer.steps=8", "trainer.checkpoint_every=4"]
+    assert command("train", *overrides, f"output_dir={run.folder}")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", lambda trainer: sys.exit(9))
+        assert command("resume", run.step_path(4), "trainer.steps=10")[0] == 9
+    assert read_checkpoint(run.last)["step"] == 4
+    assert max(row["step"] for row in rows(run.folder)) == 4
+    assert command("resume", run.folder)[0] == 0
+    assert read_checkpoint(run.last)["step"] == 10
+
+
+@pytest.mark.parametrize(
+    "override", ["model.width=6", "trainer.batch_size=100000000", "trainer.device=cuda:7"]
+)
+def test_a_failed_resume_does_not_change_the_configuration(tiny_run, command, override):
     before = (tiny_run / "config.yaml").read_text()
-    assert command("resume", tiny_run, "trainer.steps=9", "model.width=6")[0] == 1
+    assert command("resume", tiny_run, "trainer.steps=9", override)[0] == 1
     assert (tiny_run / "config.yaml").read_text() == before
+
+
+def test_a_run_whose_time_ends_during_an_evaluation_has_ended(
+    images, tmp_path, command, monkeypatch
+):
+    validate = Trainer.validate
+
+    def validate_slowly(trainer):
+        time.sleep(1.5)
+        return validate(trainer)
+
+    run = Run(tmp_path / "run")
+    overrides = [*SMALL, f"data.root={images}", "trainer.minutes=0.02"]
+    intervals = ["trainer.eval_every=1", "trainer.save_every=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", validate_slowly)
+        assert command("train", *overrides, *intervals, f"output_dir={run.folder}")[0] == 0
+    step = read_checkpoint(run.last)["step"]
+    status, _, error = command("resume", run.folder)
+    assert status == 1
+    assert f"has ended at step {step}" in error
+
+
+def test_a_new_limit_of_a_training_replaces_the_other_one_and_null_only_itself(
+    images, tmp_path, command
+):
+    run = Run(tmp_path / "run")
+    train = ["train", *SMALL, f"data.root={images}", f"output_dir={run.folder}"]
+    assert command(*train, "trainer.steps=2", "trainer.minutes=60")[0] == 0
+
+    def limits() -> tuple[int | None, float | None]:
+        trainer = read_config(run.config)["trainer"]
+        return trainer["steps"], trainer["minutes"]
+
+    assert limits() == (2, 60)
+    assert command("resume", run.folder, "trainer.minutes=null", "trainer.lr=0.001")[0] == 1
+    assert limits() == (2, 60)
+    assert command("resume", run.folder, "trainer.steps=3")[0] == 0
+    assert limits() == (3, None)
+    assert compose_config(["trainer=gpu", "trainer.minutes=null"]).config["trainer"]["steps"]
+
+
+def test_a_folder_can_be_used_after_a_training_that_could_not_be_compiled(
+    images, tmp_path, command, monkeypatch
+):
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def fail():
+        raise InvalidCxxCompiler
+
+    train = ["train", *SMALL, f"data.root={images}", "trainer.steps=2"]
+    train.append(f"output_dir={tmp_path / 'run'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(cpp_builder, "get_cpp_compiler", fail)
+        status, _, error = command(*train, "trainer.compile=true")
+    assert status == 1
+    assert "install g++" in error
+    assert command(*train)[0] == 0
 
 
 def test_random_numbers_of_a_step_depend_on_seed_and_step_alone(

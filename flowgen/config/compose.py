@@ -32,6 +32,7 @@ from flowgen.training.untrusted import MAX_CONFIG_BYTES
 from flowgen.utils.errors import UserError, user_error
 from flowgen.utils.files import atomic_write
 
+LIMITS = ("trainer.steps", "trainer.minutes")
 PATH_KEYS = ("output_dir", "data.root", "init_from")
 LOCATION_KEYS = ("output_dir", "resume", "data.root", "trainer.device")  # not in names of runs
 MAX_SHOWN_CHARS = 100  # of an override in an error message
@@ -67,7 +68,7 @@ def compose_config(overrides: Sequence[str]) -> ComposedConfig:
         UserError: For unknown keys, options and values.
     """
     register_resolvers()
-    parsed = parse_overrides(resolve_stop_criterion(overrides))
+    parsed = parse_overrides(unset_other_limit(overrides))
     groups = [item for item in parsed if item.get_key_element() in GROUPS]
     with hydra_errors(), initialize_config_dir(str(conf_folder()), version_base="1.3"):
         tree: Any = compose(
@@ -203,11 +204,12 @@ def _split_override(text: str) -> tuple[str, str]:
     return key, value
 
 
-def resolve_stop_criterion(overrides: Sequence[str]) -> list[str]:
-    """Unset the default of trainer.minutes if only trainer.steps is given, and vice versa."""
-    missing = {"trainer.steps", "trainer.minutes"} - {text.partition("=")[0] for text in overrides}
-    if len(missing) == 1:
-        return [*overrides, f"{missing.pop()}=null"]
+def unset_other_limit(overrides: Sequence[str]) -> list[str]:
+    """Unset trainer.minutes if only trainer.steps is set, and vice versa."""
+    pairs = [text.partition("=")[::2] for text in overrides]
+    limits = {key: value for key, value in pairs if key in LIMITS}
+    if len(limits) == 1 and "null" not in map(str.lower, limits.values()):
+        return [*overrides, *(f"{key}=null" for key in LIMITS if key not in limits)]
     return list(overrides)
 
 
@@ -258,7 +260,7 @@ def sweep_overrides(overrides: Sequence[str]) -> list[str]:
         UserError: For unknown keys, options and values.
     """
     register_resolvers()
-    parsed = parse_overrides(resolve_stop_criterion(overrides), multirun=True)
+    parsed = parse_overrides(unset_other_limit(overrides), multirun=True)
     names = setting_names()
     for item in parsed:
         if item.get_key_element() not in names and not item.get_key_element().startswith("hydra"):

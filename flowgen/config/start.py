@@ -114,7 +114,7 @@ def resume_run(run: Run, overrides: Sequence[str], file: Path | None = None) -> 
     with lock_run(run):
         checkpoint = run.latest_valid_checkpoint() if file is None else read_checkpoint(file)
         config = compose.read_config(run.config) if checkpoint is None else checkpoint["config"]
-        config = compose.override(config, compose.resolve_stop_criterion(overrides))
+        config = compose.override(config, compose.unset_other_limit(overrides))
         _make_paths_absolute(config)
         _check_unfinished(run, config, checkpoint)
         num_processes = num_processes_to_launch(config["trainer"].get("num_processes"))
@@ -204,7 +204,7 @@ def train_in_group(
         runs.load_weights(model, checkpoint["model"])
     elif init_from is not None and group.is_main:
         _load_init_weights(model, config, init_from)
-    if group.is_main:
+    if group.is_main and checkpoint is None:
         compose.save_config(config, run.config)
     with log_to_file(run) if group.is_main else contextlib.nullcontext():
         log.info(
@@ -222,9 +222,11 @@ def train_in_group(
             sanity_checks.warn_test_leakage(data)
         if checkpoint is not None:
             log.info("resuming from step %d", checkpoint["step"])
-        stop_signal = trainer.Trainer(trainer_config, model, data, run, config, group, runtime).fit(
-            checkpoint, init_weights=init_from is not None
-        )
+        training = trainer.Trainer(trainer_config, model, data, run, config, group, runtime)
+        training.prepare(checkpoint, init_weights=init_from is not None)
+        if group.is_main and checkpoint is not None:  # only settings that can be used replace it
+            compose.save_config(config, run.config)
+        stop_signal = training.fit()
         if stop_signal is not None:
             log.info(
                 "stopped by %s and saved: continue with `flowgen resume %s`",

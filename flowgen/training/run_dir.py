@@ -157,6 +157,8 @@ class Run:
 
     def truncate_metrics(self, step: int) -> None:
         """Delete the rows after `step`, which a resumed run writes again."""
+        if not self.metrics.exists():
+            return
         rows = [row for row in self.read_metrics() if row["step"] <= step]
         with atomic_write(self.metrics) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -159,6 +159,7 @@ class Trainer:
         logger: Writes metrics and pictures, in the main process.
         batch_indices: Indices of this process's images in every batch, or None for all of them.
         last_done: The step at which each task was last done.
+        saved_end: Whether the last checkpoint is that of a finished training.
         step_metrics: Loss, learning rate and gradient norm of the last training step.
         step_seconds: Durations of the training steps since the last log line.
         compiled: Whether the model is compiled, or None until this is chosen.
@@ -175,29 +176,46 @@ class Trainer:
     logger: Any = field(init=False, default_factory=WorkerLogger)
     batch_indices: Tensor | None = field(init=False, default=None)
     last_done: dict[str, int] = field(init=False, default_factory=dict)
+    saved_end: bool = field(init=False, default=False)
     step_metrics: dict[str, float] = field(init=False, default_factory=dict)
     step_seconds: list[float] = field(init=False, default_factory=list)
     compiled: bool | None = field(init=False, default=None)
 
-    def fit(
-        self, checkpoint: dict[str, Any] | None = None, init_weights: bool = False
-    ) -> int | None:
-        """Train to the end. Every process of the group calls this method.
+    def prepare(self, checkpoint: dict[str, Any] | None = None, init_weights: bool = False) -> None:
+        """Initialize or restore the model and its state. No file of the run changes.
 
         Args:
             checkpoint: Checkpoint to continue from. Default: start from scratch.
             init_weights: Whether the model starts from trained weights, so that data-dependent
                 initialization is skipped.
 
+        Raises:
+            UserError: If a setting does not fit this machine, or a batch its memory.
+        """
+        self._check_settings()
+        self._prepare_model(initialize=checkpoint is None and not init_weights)
+        self._create_state()
+        if checkpoint is not None:
+            self.state.restore(checkpoint)
+        self._choose_compilation(checkpoint)
+
+    def fit(self) -> int | None:
+        """Train to the end, after `prepare`. Every process of the group calls this method.
+
         Returns:
             The signal that stopped training early, once the run is saved, or None.
 
         Raises:
-            UserError: If a batch does not fit into memory, or if losses stay non-finite after
-                training was rewound several times.
+            UserError: If losses stay non-finite after training was rewound several times.
         """
-        self._prepare(checkpoint, init_weights)
         state = self.state
+        # A later rewind or resume continues this state, even if it is not that of the last one.
+        self.save_checkpoint()
+        if self.group.is_main:
+            self.run.truncate_metrics(state.step)
+            total = self.config.steps or 60 * (self.config.minutes or 0.0)
+            unit = "steps" if self.config.steps else "seconds"
+            self.logger = Logger(self.run, self.model, state.step, self.progress, total, unit)
         stop_signal = None
         start_time = time.monotonic() - state.seconds
         with GracefulStop() as stop, self.logger:
@@ -363,7 +381,7 @@ class Trainer:
         """Complete the tasks of the last step; the time may have run out during its evaluation."""
         if self.finished and self.step_metrics:
             self._after_step()
-        if self.last_done["save"] != self.state.step:
+        if self.last_done["save"] != self.state.step or self.saved_end != self.finished:
             self.save_checkpoint()
         self.logger.plot_curves()
 
@@ -480,24 +498,7 @@ class Trainer:
                 numbered=numbered,
             )
         self.last_done["save"] = self.state.step
-
-    def _prepare(self, checkpoint: dict[str, Any] | None, init_weights: bool) -> None:
-        """Initialize or restore the model, and create state and logger."""
-        self._check_settings()
-        self._prepare_model(initialize=checkpoint is None and not init_weights)
-        self._create_state()
-        if checkpoint is not None:
-            self.state.restore(checkpoint)
-        self.last_done = {"save": self.state.step}
-        if checkpoint is None:
-            self.save_checkpoint()
-        self._choose_compilation(checkpoint)
-        if self.group.is_main:  # last, so that its remaining time leaves out the compilation
-            if checkpoint is not None:
-                self.run.truncate_metrics(self.state.step)
-            total = self.config.steps or 60 * (self.config.minutes or 0.0)
-            unit = "steps" if self.config.steps else "seconds"
-            self.logger = Logger(self.run, self.model, self.state.step, self.progress, total, unit)
+        self.saved_end = self.finished
 
     def _prepare_model(self, initialize: bool) -> None:
         """Move the model to the device, initialize it from data, and check that a batch fits."""
