@@ -405,7 +405,10 @@ def create_model(
         if key not in section:
             hint = settings.did_you_mean(key, section)
             raise UserError(f"model={name} has no setting {key}{hint}: see conf/model/{name}.yaml")
-        section[key] = section[key] | value if isinstance(section[key], dict) else value
+        if isinstance(section[key], dict):
+            check(isinstance(value, dict), f"{key} must be a dict of its settings, not {value!r}")
+            value = section[key] | value
+        section[key] = value
     with user_error("image_shape must be (channels, height, width)"):
         channels, height, width = image_shape
     bits = config["data"]["bits"] if bits is None else bits

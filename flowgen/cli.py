@@ -591,7 +591,7 @@ def report(names: tuple[str, ...], out: Path | None) -> None:
     "--verify/--no-verify",
     default=True,
     show_default=True,
-    help="Decode each batch again and compare it, which nearly doubles the time.",
+    help="Decode each batch again and compare it, which adds 50 to 95 % to the time.",
 )
 @whole_number_option(
     "--annealing-steps",
@@ -664,7 +664,7 @@ def push(**options: Any) -> None:
 )
 @device_option
 def explore(**options: Any) -> None:
-    """Use a model on a page at 127.0.0.1: sample, mix, interpolate, complete and score."""
+    """Use a model on a page at 127.0.0.1: sample, interpolate, edit, complete and score."""
     import_command("serving.web.app", needs_compute=True).explore(echo=click.echo, **options)
 
 

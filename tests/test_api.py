@@ -306,6 +306,10 @@ def test_create_model_has_the_defaults_of_the_yaml():
     assert isinstance(rbm, RBM)
     assert rbm.bits == 1
     assert rbm.negative_phase.gibbs_steps == 1
+    with pytest.raises(
+        flowgen.UserError, match="negative_phase must be a dict of its settings, not 5"
+    ):
+        flowgen.create_model("rbm", negative_phase=5)
     changed = flowgen.create_model("rbm", hidden=7, negative_phase={"num_chains": 3})
     assert changed.negative_phase.num_chains == 3
 

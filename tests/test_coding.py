@@ -22,6 +22,7 @@ from flowgen.coding.pixelcnn_codec import PixelCNNCodec
 from flowgen.coding.rbm_codec import RBMCodec
 from flowgen.coding.stack import BitStack, CodingError, reserve_words
 from flowgen.data.mnist import MNISTSample
+from flowgen.models.base import SupportsCompression
 from flowgen.models.flows.flow import Flow
 from flowgen.models.rbm.log_z import exact_log_z
 from flowgen.utils.errors import UserError
@@ -293,6 +294,17 @@ def test_every_flow_codes_its_images_at_its_own_likelihood(name):
     result = round_trip(briefly_trained(model, images), images)
     assert result.raw_images == 0
     assert result.net_bits_per_dim == pytest.approx(result.model_bits_per_dim, rel=3e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in FLOWS if name != "rbm"])
+def test_a_flow_knows_without_weights_whether_it_can_compress(name):
+    model = FLOWS[name]()
+    try:
+        check_compressible(model)
+        is_compressible = True
+    except UserError:
+        is_compressible = False
+    assert type(model).supports(SupportsCompression, {}) == is_compressible
 
 
 @pytest.mark.parametrize("name", sorted(NOT_CODED - {"rbm"}))

@@ -30,7 +30,7 @@ from flowgen.data.hub import HubDataset
 from flowgen.data.image_folder import ImageFolder
 from flowgen.data.imagenet import DownsampledImageNet
 from flowgen.data.mnist import MNIST, SEARCH_DIRS, MNISTSample
-from flowgen.data.preprocess import preprocess, read_images
+from flowgen.data.preprocess import open_source, preprocess, read_images
 from flowgen.data.splits import Split
 from flowgen.data.toy2d import Toy2D
 from flowgen.utils.errors import UserError
@@ -56,6 +56,16 @@ def random_png(shape: tuple[int, ...] = (8, 8, 3)) -> bytes:
     file = io.BytesIO()
     Image.fromarray(torch.randint(0, 256, shape, dtype=torch.uint8).numpy()).save(file, "png")
     return file.getvalue()
+
+
+def test_folders_that_links_lead_to_are_read_once(images, tmp_path):
+    root = tmp_path / "pictures"
+    (root / "own").mkdir(parents=True)
+    shutil.copy(images / "000.png", root / "own" / "mine.png")
+    (root / "linked").symlink_to(images)
+    (root / "again").symlink_to(images)
+    (root / "own" / "up").symlink_to(root)
+    assert len(open_source(root).names) == 1 + len(list(images.glob("*.png")))
 
 
 def test_a_folder_and_a_zip_contain_the_same_images(images, tmp_path):

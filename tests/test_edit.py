@@ -185,6 +185,19 @@ def test_edit_saves_a_strip_a_pair_and_a_gif_and_caches_directions(
         command("--debug", *edit)
 
 
+def test_directions_are_computed_again_for_other_images_of_a_table(labeled, tiny_run, command):
+    table = labeled / "labels.csv"
+    names = sorted(path.name for path in labeled.glob("*.png"))
+    lines = [f"{name},{index % 2}" for index, name in enumerate(names)]
+    table.write_text("\n".join(["image,odd", *lines]))
+    edit = ["edit", labeled / "000.png", "--run", tiny_run, "--attribute", "odd"]
+    edit += ["--labels", table]
+    assert "directions of" in command(*edit)[2]
+    assert "directions of" not in command(*edit)[2]
+    shutil.copy(labeled / "001.png", labeled / "002.png")
+    assert "directions of" in command(*edit)[2]
+
+
 def test_directions_are_computed_again_for_other_weights(labeled, tiny_run, command):
     edit = ["edit", labeled / "000.png", "--run", tiny_run, "--attribute", "Smiling"]
     assert command(*edit)[0] == 0

@@ -30,6 +30,7 @@ class Hub(BaseHTTPRequestHandler):
     """The part of the Hub that small models need: repositories with the files of one commit."""
 
     repositories: dict[str, dict[str, bytes]]
+    private: dict[str, bool]
     requests: list[str]
 
     def do_POST(self) -> None:
@@ -41,6 +42,7 @@ class Hub(BaseHTTPRequestHandler):
         elif self.path == "/api/repos/create":
             name = f"me/{json.loads(body)['name']}"
             self.repositories[name] = {}
+            self.private[name] = json.loads(body)["private"]
             self.answer(200, {"url": f"{host}/{name}", "id": name, "name": name})
         elif self.path.endswith("/preupload/main"):
             files = [
@@ -88,7 +90,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
     pytest.importorskip("huggingface_hub")
-    handler = type("EmptyHub", (Hub,), {"repositories": {}, "requests": []})
+    handler = type("EmptyHub", (Hub,), {"repositories": {}, "private": {}, "requests": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -124,13 +126,14 @@ def test_a_model_that_is_not_a_flow_has_the_tag_of_its_family(name):
 
 def test_a_pushed_model_has_a_card_and_samples_like_the_run(hub, tiny_run, elsewhere):
     name = "hf:me/faces-of-mine"
-    push = ["push", tiny_run, "me/faces-of-mine", "--license", "cc-by-4.0"]
+    push = ["push", tiny_run, "me/faces-of-mine", "--license", "cc-by-4.0", "--private"]
     status, output, error = run(hub, *push)
     assert status == 0, error
     assert output.splitlines() == [
         f"http://127.0.0.1:{hub.server_port}/me/faces-of-mine",
         f"flowgen sample --run {name}",
     ]
+    assert hub.RequestHandlerClass.private["me/faces-of-mine"]
     files = hub.RequestHandlerClass.repositories["me/faces-of-mine"]
     assert set(files) == {HUB_FILE, "README.md", "model.png"}
     assert files["model.png"].startswith(b"\x89PNG")

@@ -255,6 +255,8 @@ def test_splits_are_found_by_the_card_or_by_the_paths():
         }
     ]
     assert group_by_split(paths, card, None) == {"all": paths}
+    short = [{"config_name": "default", "data_files": ["data/*.parquet"]}]
+    assert group_by_split(paths, short, None) == {"train": paths}
     with pytest.raises(UserError, match=r"data\.subset=big: choose one of default"):
         group_by_split(paths, card, "big")
     assert group_by_split(["images.parquet"], [], None) == {"train": ["images.parquet"]}

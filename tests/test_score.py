@@ -332,6 +332,10 @@ def test_ood_comparison_has_both_directions_if_there_is_a_model_of_the_other_dat
     both = command(*arguments)[1]
     assert len(auroc_rows(both)["likelihood"]) == 7
     assert command("score", "--run", tiny_run, "--ood", run)[1] == both
+    noisy = [*training[:-1], "model.gaussianize=false", "model.dequantization=gaussian:0.05"]
+    status, _, error = command("train", *noisy, "output_dir=outputs/noisy")  # has no likelihood
+    assert status == 0, error
+    assert command(*arguments)[1] == both
 
 
 TOY = {

@@ -1,6 +1,7 @@
 """The trainer: learning rate, exact resume, choice of the best weights, and files of a run."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from conftest import SMALL
 import flowgen
 from flowgen.bijections.linear import update_bn
 from flowgen.config.compose import compose_config, read_config
-from flowgen.config.instantiate import build_data
+from flowgen.config.instantiate import build_data, build_model_and_data
 from flowgen.data.dataset import ImageDataset
 from flowgen.models.flows.glow import Glow
 from flowgen.training.checkpoint import read_checkpoint
@@ -652,6 +653,24 @@ def test_resume_from_a_numbered_checkpoint(images, tmp_path, command):
     whole = read_checkpoint(Run(run).last)
     assert command("resume", Run(run).step_path(4))[0] == 0
     assert same(read_checkpoint(Run(run).last)["model"], whole["model"])
+
+
+def test_gradients_are_clipped_to_a_norm(images, tmp_path, command):
+    """A step of SGD without momentum moves the weights by lr times the norm of the gradient."""
+    sgd = ["trainer.optimizer=sgd", "trainer.momentum=0", "trainer.warmup=0", "trainer.lr=0.01"]
+    overrides = [*SMALL, *sgd, f"data.root={images}", "trainer.warmdown_ratio=0"]
+    overrides += ["trainer.steps=2", "trainer.precision=float32", "trainer.checkpoint_every=1"]
+    for clip in (0, 0.25):
+        run = Run(tmp_path / f"clip {clip}")
+        output = f"output_dir={run.folder}"
+        assert command("train", *overrides, f"trainer.grad_clip={clip}", output)[0] == 0
+        norm = next(row for row in rows(run.folder) if row["step"] == 2)["grad_norm"]
+        assert norm > 0.5
+        model = build_model_and_data(read_config(run.config))[0]
+        names = dict(model.named_parameters())
+        states = [read_checkpoint(path)["model"] for path in (run.step_path(1), run.last)]
+        change = torch.stack([(states[1][name] - states[0][name]).norm() for name in names]).norm()
+        assert change.item() == pytest.approx(0.01 * min(norm, clip or math.inf), rel=1e-3)
 
 
 def test_a_resumed_run_that_is_killed_at_once_continues_from_the_same_checkpoint(

@@ -38,8 +38,8 @@ def complete(
 ) -> Path:
     """Save an inpainting of an image.
 
-    The picture has one row per sampler: the image, its known part, the mean and the spread of
-    the samples, and some of the samples.
+    The picture has one row per sampler: the image, its known part, the mean and the spread (twice
+    the standard deviation) of the samples, and some of the samples.
 
     Args:
         image: Image file. It is cropped and resized like the data of the run, unless it has the

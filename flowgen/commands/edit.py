@@ -1,6 +1,5 @@
 """Editing of attributes in latent space: `flowgen edit`."""
 
-import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from flowgen.commands.interpolate import read_inputs
 from flowgen.config import instantiate, runs
-from flowgen.data.attributes import read_table
+from flowgen.data.attributes import AttributeTable, read_table
 from flowgen.data.preprocess import ImageStream
 from flowgen.data.splits import hashed_subset
 from flowgen.evaluation.latent_directions import (
@@ -153,10 +152,13 @@ def load_directions(
     ):
         return class_directions(model)
     config = checkpoint["config"]
+    labeled = read_table(table) if table else None
 
     def find_moments() -> dict[str, Any]:
         names, classes, attributes, images = (
-            _table_images(model, config, table, count) if table else _training_images(config, count)
+            _table_images(model, config, labeled, count)
+            if labeled
+            else _training_images(config, count)
         )
         check_names(wanted, names, classes)
         batches = zip(images, attributes.split(BATCH_SIZE), strict=True)
@@ -166,12 +168,8 @@ def load_directions(
         console.log.info("directions of %d %s from %d images", len(names), kind, len(attributes))
         return {"names": list(names), "classes": classes, **moments._asdict()}
 
-    source = (
-        hashlib.sha256(table.read_bytes()).hexdigest()
-        if table and table.is_file()
-        else sorted(config["data"].items(), key=str)
-    )
-    settings = (source, table and str(table.resolve()), count)
+    source = labeled.fingerprint() if labeled else sorted(config["data"].items(), key=str)
+    settings = (source, count)
     cached = cached_artifact(run, checkpoint, "directions", settings, find_moments)
     moments = Moments(*(cached[name] for name in Moments._fields))
     directions = fit_directions(moments, tuple(cached["names"]), cached["classes"], method)
@@ -184,9 +182,8 @@ LabeledImages = tuple[tuple[str, ...], bool, Tensor, Iterator[Tensor]]
 
 
 def _table_images(
-    model: GenerativeModel, config: dict[str, Any], path: Path, count: int
+    model: GenerativeModel, config: dict[str, Any], table: AttributeTable, count: int
 ) -> LabeledImages:
-    table = read_table(path)
     subset = hashed_subset(len(table.files), count)
     channels, *size = model.image_shape
     stream = ImageStream(

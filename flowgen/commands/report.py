@@ -48,8 +48,8 @@ CAPTIONS = {
     "negative (flowgen train).",
     "interpolation.png": "Interpolation between two images, through the latents above and through "
     "the pixels below (flowgen interpolate).",
-    "completion.png": "The image, its known part, mean, spread and samples of the inpainting "
-    "(flowgen complete).",
+    "completion.png": "The image, its known part, mean, spread (twice the standard deviation) and "
+    "samples of the inpainting (flowgen complete).",
     "chain_gibbs.gif": "Gibbs chains that start from white noise (flowgen chain --sampler gibbs).",
     "chain_tempering.gif": "Parallel tempering chains that start from white noise "
     "(flowgen chain --sampler tempering).",

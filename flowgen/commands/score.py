@@ -19,6 +19,7 @@ from flowgen.data.dataset import ImageDataset
 from flowgen.data.preprocess import ImageStream, check_color_channels
 from flowgen.evaluation.ood import AUROC, DEFAULT_SCORE, OODDetector, auroc, png_complexity
 from flowgen.models.base import GenerativeModel
+from flowgen.models.flows.dequantization import gaussian_std
 from flowgen.models.likelihood import LikelihoodModel
 from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
 from flowgen.training.run_dir import Run, cached_artifact
@@ -399,7 +400,10 @@ def ood_comparison(
 
 
 def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
-    """Return the newest run, or else the zoo model, on these data with this metric."""
+    """Return the newest run, or else the zoo model, on these data with this metric.
+
+    Flows of noisy images have no likelihood of images.
+    """
     configs = [
         (str(run.folder), compose.read_config(run.config))
         for run in readable_runs()
@@ -412,6 +416,7 @@ def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
         name
         for name, config in configs
         if instantiate.same_dataset(config["data"], section)
+        and gaussian_std(config["model"].get("dequantization")) is None
         and getattr(instantiate.resolve_target("model", config["model"]), "metric", None) == metric
     )
     return next(matches, None)

@@ -242,8 +242,10 @@ def _make_paths_absolute(config: dict[str, Any]) -> None:
     if config["data"].get("root") is not None:
         config["data"]["root"] = compose.absolute_path(config["data"]["root"])
     init_from = config.get("init_from")
-    if init_from is not None and Path(str(init_from)).expanduser().exists():
-        config["init_from"] = compose.absolute_path(init_from)
+    if init_from is not None:
+        name = str(init_from)
+        is_path = Path(name).expanduser().exists()
+        config["init_from"] = compose.absolute_path(name) if is_path else name
 
 
 def _load_init_weights(model: "GenerativeModel", config: dict[str, Any], source: str) -> None:

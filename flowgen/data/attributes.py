@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flowgen.data.cache import hash_json
 from flowgen.utils.errors import UserError, user_error
 
 
@@ -23,6 +24,15 @@ class AttributeTable(NamedTuple):
     names: tuple[str, ...]
     files: list[Path]
     values: Tensor
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes with the table and with the size or time of its files."""
+        statuses = [path.stat() for path in self.files]
+        files = [
+            (str(path.resolve()), status.st_size, status.st_mtime_ns)
+            for path, status in zip(self.files, statuses, strict=True)
+        ]
+        return hash_json([self.names, self.values.tolist(), files])
 
 
 def read_table(path: Path) -> AttributeTable:

@@ -52,7 +52,7 @@ def cached_images(
     contents = hash_json([[name, source.fingerprints[name]] for name in names])
     folder = cache_folder()
     index_path = folder / f"{source.path.stem}-{settings}-{contents}.json"
-    with _lock(folder / f"{settings}.lock", source.path):
+    with lock(folder / f"{settings}.lock", source.path):
         index = _read_index(index_path, channels * height * width)
         if index is None:
             for stale in folder.glob(f"*-{settings}-*"):  # nobody opens them without the lock
@@ -85,7 +85,7 @@ def cached_array(name: str, fingerprints: object, chunks: Callable[[], Iterable[
         All bytes, uint8 (N,).
     """
     path = cache_folder() / f"{name}-{hash_json([VERSION, fingerprints])}.bin"
-    with _lock(path.with_suffix(".lock"), path):
+    with lock(path.with_suffix(".lock"), path):
         if not path.exists():
             with atomic_write(path) as temporary, open(temporary, "wb") as file:
                 for chunk in chunks():
@@ -109,8 +109,13 @@ def _map_file(path: Path) -> Tensor:
         return torch.from_numpy(np.memmap(path, mode="r"))
 
 
-def _lock(path: Path, images: Path) -> AcquireReturnProxy:
-    """Acquire a lock, which is released at the end of a `with` block or if the process dies."""
+def lock(path: Path, images: object) -> AcquireReturnProxy:
+    """Acquire a lock, which is released at the end of a `with` block or if the process dies.
+
+    Args:
+        path: Lock file.
+        images: Name of the images that it protects, for the log.
+    """
     try:
         return FileLock(path).acquire(timeout=0)
     except Timeout:

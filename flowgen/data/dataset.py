@@ -195,7 +195,7 @@ class ImageDataset:
             Images, uint8 (batch_size or n, channels, height, width), and labels, int64, or None.
         """
         generator = torch.Generator(self.device).manual_seed(
-            random.Random(f"{seed} {images_seen}").getrandbits(63)
+            random.Random(f"data {seed} {images_seen}").getrandbits(63)
         )
         indices = self._train_indices(images_seen, batch_size, seed)
         selected = slice(None) if rows is None else rows

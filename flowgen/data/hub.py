@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgen.data.cache import cache_folder, cached_array, hash_json
+from flowgen.data.cache import cache_folder, cached_array, hash_json, lock
 from flowgen.data.dataset import ImageDataset, Size, height_and_width
 from flowgen.data.preprocess import log_skipped, preprocess
 from flowgen.data.splits import Split, hash_name
+from flowgen.utils import as_list
 from flowgen.utils.console import log, progress_bar
 from flowgen.utils.errors import UserError, check_choice, check_whole, user_error
 from flowgen.utils.files import atomic_write
@@ -162,22 +163,21 @@ class Repository:
         self.file_prefix = f"hub-{name.replace('/', '--')}"
         digest = hash_json([name, revision, subset, image_column, label_column])
         path = cache_folder() / f"{self.file_prefix}-{digest}.json"
-        try:
-            index = json.loads(path.read_text())
-        except (OSError, ValueError):  # missing or damaged
-            index = None
-        if index is None:
-            index = _request_index(name, revision, subset)
-        self.commit: str = index["commit"]
-        self.url: str = index["url"]
-        self.license: str = index["license"]
-        self.splits: dict[str, list[str]] = index["splits"]
-        if "image" not in index:
-            first = next(iter(self.splits.values()))[0]
-            with self.open(first) as file:
-                index |= choose_columns(file.schema_arrow, image_column, label_column)
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(index))
+        with lock(path.with_suffix(".lock"), name):
+            try:
+                index = json.loads(path.read_text())
+            except (OSError, ValueError):  # missing or damaged
+                index = _request_index(name, revision, subset)
+            self.commit: str = index["commit"]
+            self.url: str = index["url"]
+            self.license: str = index["license"]
+            self.splits: dict[str, list[str]] = index["splits"]
+            if "image" not in index:
+                first = next(iter(self.splits.values()))[0]
+                with self.open(first) as file:
+                    index |= choose_columns(file.schema_arrow, image_column, label_column)
+                with atomic_write(path) as temporary:
+                    temporary.write_text(json.dumps(index))
         self.image: str = index["image"]
         self.label: str | None = index["label"]
         self.attributes: list[str] = index["attributes"]
@@ -233,7 +233,11 @@ class Repository:
         labels = torch.empty(stored.shape, dtype=torch.uint8).copy_(stored)  # aligned to 8 bytes
         labels = labels.view(torch.int64).flatten()
         if len(labels) and labels.min() < 0:
-            raise UserError(f"data.label_column={self.label} has negative classes: choose another")
+            raise UserError(
+                f"data.label_column={self.label} has negative classes in the split {split}, which "
+                "may hide its labels: choose another column, or another split as in "
+                "data.test_split=validation"
+            )
         return Split(
             table[:, :num_pixels].unflatten(1, shape),
             labels if self.label else None,
@@ -349,7 +353,8 @@ def group_by_split(
     Args:
         paths: Paths of Parquet files in the repository.
         subsets: The field `configs` of the card of the data set: `config_name`, and `data_files`
-            with a `split` and a `path` each. Without it, the words in the paths tell the split.
+            with a `split` and a `path` each, or the paths of the training images. Without it, the
+            words in the paths tell the split.
         subset: Name of the subset, or None if there is one only.
     """
     files_of = {
@@ -360,7 +365,9 @@ def group_by_split(
     splits: dict[str, list[str]] = {}
     if files_of:
         for entry in files_of[_choose_subset(list(files_of), subset)]:
-            patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
+            if isinstance(entry, str):
+                entry = {"split": "train", "path": entry}
+            patterns = as_list(entry["path"])
             matches = [path for path in paths if any(fnmatch(path, item) for item in patterns)]
             splits.setdefault(str(entry["split"]), []).extend(matches)
     else:

@@ -1,6 +1,7 @@
 """Image files in folders and zips, and their preprocessing to tensors."""
 
 import io
+import os
 import posixpath
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
@@ -91,20 +92,34 @@ def open_source(root: Path) -> ImageSource:
     if root.is_file():
         return _open_zip(root, [root.parent])
     list_folders = [root, *sorted(filter(Path.is_dir, root.iterdir())), root.parent]
+    files = sorted(_files_below(root))
     fingerprints = {
         str(path.relative_to(root)): [path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted(root.rglob("*"))
-        if _is_visible(str(path.relative_to(root)), IMAGE_SUFFIXES) and path.is_file()
+        for path in files
+        if _is_visible(str(path.relative_to(root)), IMAGE_SUFFIXES)
     }
     if fingerprints:
         return ImageSource(root, root, fingerprints, list_folders)
-    archives = sorted(filter(Path.is_file, root.rglob("*.zip")))
+    archives = [path for path in files if path.match("*.zip")]
     if len(archives) == 1:
         return _open_zip(archives[0], list_folders)
     raise UserError(
         f"{root} contains no images and {len(archives)} zips: "
         "set data.root to a folder of images or to one zip"
     )
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders; a folder with several links counts once."""
+    visited = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real_folder = os.path.realpath(folder)
+        if real_folder in visited:  # a link may lead to a folder above it
+            subfolders.clear()
+            continue
+        visited.add(real_folder)
+        subfolders.sort()
+        yield from filter(Path.is_file, (Path(folder, name) for name in names))
 
 
 def _open_zip(path: Path, list_folders: Sequence[Path]) -> ImageSource:

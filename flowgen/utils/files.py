@@ -8,7 +8,7 @@ from pathlib import Path
 
 def data_folder() -> Path:
     """Return the folder of the data sets: `FLOWGEN_DATA`, or `data` by default."""
-    return Path(os.environ.get("FLOWGEN_DATA", "data"))
+    return Path(os.environ.get("FLOWGEN_DATA", "data")).expanduser()
 
 
 @contextmanager

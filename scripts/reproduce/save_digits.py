@@ -1,4 +1,8 @@
-"""Save some of the included test digits as PNG files, for example for `flowgen interpolate`."""
+"""Save some of the included digits as PNG files, for example for `flowgen interpolate`.
+
+They are from the test split of `data=mnist_sample`. All included digits are training images of
+MNIST, so models of MNIST have seen them.
+"""
 
 import argparse
 from pathlib import Path
