@@ -40,9 +40,14 @@ class Hub(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer(401, {"error": "Invalid credentials"})
         elif self.path == "/api/repos/create":
-            name = f"me/{json.loads(body)['name']}"
+            options = json.loads(body)
+            name = f"me/{options['name']}"
             self.repositories[name] = {}
-            self.private[name] = json.loads(body)["private"]
+            # Older versions of huggingface_hub send a Boolean.
+            self.private[name] = options.get("visibility", options.get("private")) in (
+                "private",
+                True,
+            )
             self.answer(200, {"url": f"{host}/{name}", "id": name, "name": name})
         elif self.path.endswith("/preupload/main"):
             files = [

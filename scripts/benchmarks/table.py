@@ -269,7 +269,7 @@ def plot_compute(rows: list[dict[str, Any]], path: Path) -> None:
             axes.plot(*extrapolate(compute, values), linestyle=":", **style)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(xlabel="training compute, PFLOPs", ylabel="validation bits/dim")
+        axes.set(xlabel="training compute, $10^{15}$ FLOPs", ylabel="validation bits/dim")
         axes.legend()
 
 
@@ -277,8 +277,9 @@ def extrapolate(compute: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
     """Return the ends of the extrapolation, from the last point to ten times its compute.
 
     Its slope is that between the first two points, where the learning rate is constant. A run of
-    ten times the length also ends with a falling learning rate. Slopes become smaller as training
-    continues, so the extrapolation is optimistic.
+    ten times the length also ends with a falling learning rate. With a constant learning rate,
+    slopes become smaller as training continues, so the extrapolation is optimistic; the later
+    points also gain from the falling learning rate.
 
     Args:
         compute: Compute of each point.

@@ -51,9 +51,9 @@ class Picture:
         """Run the commands, and save the files one below the other in docs/images."""
         folder = WORK / self.page.relative_to(DOCS).with_suffix("")
         folder.mkdir(parents=True, exist_ok=True)
-        scripts = folder / "scripts"
-        if not scripts.exists():
-            scripts.symlink_to(REPOSITORY / "scripts")
+        for name in ("docs", "scripts"):  # commands name their files
+            if not (folder / name).exists():
+                (folder / name).symlink_to(REPOSITORY / name)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         subprocess.run(
             ["bash", "-ec", continue_trainings("\n".join(self.commands))],
