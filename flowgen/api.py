@@ -10,7 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowgen.config import compose, instantiate, runs, settings, start
-from flowgen.data import DOWNLOADED
+from flowgen.data import DOWNLOADABLE
 from flowgen.training.checkpoint import EXPORT_SUFFIX
 from flowgen.training.run_dir import Run
 from flowgen.utils import console, files, processes
@@ -456,7 +456,7 @@ def _availability(name: str) -> str:
     folders = section.get("search_dirs") or []
     if any((files.data_folder() / folder).exists() for folder in folders):
         return "present"
-    if section["_target_"].rpartition(".")[2] in DOWNLOADED:
+    if section["_target_"].rpartition(".")[2] in DOWNLOADABLE:
         return "downloadable"
     return "missing" if "root" in section else "present"  # generated or part of the package
 

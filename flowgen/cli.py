@@ -226,7 +226,7 @@ class GroupedCommands(click.Group):
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="flowgen", message="%(prog)s %(version)s")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")  # handled by `main`
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
     """Train, evaluate and use likelihood-based image models.

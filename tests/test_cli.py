@@ -25,7 +25,7 @@ from flowgen.config.settings import (
     settings_of_file,
     settings_of_option,
 )
-from flowgen.data.preprocess import read_images
+from flowgen.data.preprocess import read_image
 from flowgen.evaluation.interpolation import lerp, slerp
 from flowgen.models.base import sample_images
 from flowgen.models.flows.flow import Flow
@@ -315,7 +315,7 @@ def test_interpolation_ends_at_the_images(
     status, _, error = command("interpolate", *ends, "--run", tiny_run, "--steps", 5, *options)
     assert status == 0
     assert "differ" not in error
-    expected = torch.cat([read_images(path, 8, 3, None, 5) for path in ends])
+    expected = torch.cat([read_image(path, 8, 3, None, 5) for path in ends])
     for _, pixels in rows:
         assert pixels.shape == (5, 3, 8, 8)
         assert torch.equal(pixels[[0, -1]], expected)

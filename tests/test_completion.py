@@ -20,7 +20,7 @@ from flowgen.commands.complete import measurement
 from flowgen.data.preprocess import preprocess
 from flowgen.models.flows import flow as flow_module
 from flowgen.models.flows.flow import Flow
-from flowgen.models.flows.hmc import StepSize, evaluate, hmc_step
+from flowgen.models.flows.hmc import StepSize, hmc_step, make_state
 from flowgen.models.flows.inpainting import PixelChains
 from flowgen.models.rbm import log_z
 from flowgen.utils.errors import UserError
@@ -369,11 +369,11 @@ def test_chains_that_start_outside_the_support_reach_it():
     def density(x: Tensor) -> Tensor:
         return torch.where(x.abs().amax(1) < 5, -0.5 * x.square().sum(1), torch.nan)
 
-    state = evaluate(torch.full((50, 1), 5.5), density)
+    state = make_state(torch.full((50, 1), 5.5), density)
     step_size = StepSize.find_reasonable(state, density, generator)
     for _ in range(200):
         state, _ = hmc_step(state, density, step_size, 5, True, generator)
-        current = evaluate(state.position, density)
+        current = make_state(state.position, density)
         assert torch.equal(state.log_density, current.log_density)
         assert torch.equal(state.gradient, current.gradient)
     assert (state.position.abs() < 5).all() and state.log_density.isfinite().all()
@@ -532,6 +532,28 @@ def test_conditional_log_prob_excludes_points_outside_and_the_slope_of_the_head(
     flow = make_flow(Chain(*head, LinearMap(mean, root, (2, 1, 1))), (2, 1, 1), bits=2)
     for image in ((1, 2), (2, 0)):
         check_conditional_log_prob(flow, image)
+
+
+def test_conditional_log_prob_of_a_mixture_of_classes_is_the_closed_form():
+    """One of ten classes explains the image nearly alone."""
+    shape = (1, 2, 2)
+    flow, _, covariance = gaussian_field(shape, torch.tensor([0.0, 0.02, -0.01]), 2.0)
+    image = flow.sample(1, generator=torch.Generator().manual_seed(1))[0]
+    flow.means = torch.cat((flow.means, flow.means.new_full((9, 4), 2.0)))
+    centers = flow.bijection.inverse(flow.means)[0].flatten(1)
+    known = torch.arange(4).view(shape) < 2
+    k = known.flatten()
+    x = (image.flatten().double() + 0.5) / 256
+    normal = torch.distributions.MultivariateNormal
+    of_image = normal(centers, covariance).log_prob(x).logsumexp(0)
+    of_known = normal(centers[:, k], covariance[k][:, k]).log_prob(x[k]).logsumexp(0)
+    expected = (of_image - of_known).item() - 2 * math.log(256)
+    metrics = flow.conditional_log_prob(
+        image, known, steps=100, generator=torch.Generator().manual_seed(0)
+    )
+    value = metrics["conditional_log_probability"]
+    assert value.error < 0.15
+    assert abs(value.value - expected) < 4 * value.error + 0.02
 
 
 def test_conditional_log_prob_of_a_gaussian_field_is_the_closed_form(monkeypatch):

@@ -30,7 +30,7 @@ from flowgen.data.hub import HubDataset
 from flowgen.data.image_folder import ImageFolder
 from flowgen.data.imagenet import DownsampledImageNet
 from flowgen.data.mnist import MNIST, SEARCH_DIRS, MNISTSample
-from flowgen.data.preprocess import open_source, preprocess, read_images
+from flowgen.data.preprocess import open_source, preprocess, read_image
 from flowgen.data.splits import Split
 from flowgen.data.toy2d import Toy2D
 from flowgen.utils.errors import UserError
@@ -247,7 +247,7 @@ def test_an_image_file_cannot_be_a_point_of_the_plane(tmp_path):
     path = save_image(tmp_path / "image.png", (8, 8, 3))
     channels, size, _ = Toy2D(num_points=5).image_shape
     with pytest.raises(UserError, match="2 channels, and an image file has 1 or 3"):
-        read_images(path, size, channels, None, 8)
+        read_image(path, size, channels, None, 8)
 
 
 def test_a_file_in_a_zip_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
@@ -341,13 +341,13 @@ def test_every_data_set_is_exported_documented_and_knows_its_downloads(name, mon
     downloads = []
     monkeypatch.setattr(download, "download", lambda *arguments: downloads.append(arguments))
     if name == "hub":  # downloads through huggingface_hub, see test_hub_data.py
-        assert exported in flowgen.data.DOWNLOADED
+        assert exported in flowgen.data.DOWNLOADABLE
         return
     if section.get("root", "") is None:  # it is searched for in an empty folder
         with pytest.raises((UserError, OSError)):
             instantiate("data", section)
-    assert bool(downloads) == (exported in flowgen.data.DOWNLOADED), (
-        f"{exported} must be in DOWNLOADED in flowgen/data/__init__.py if it downloads its files"
+    assert bool(downloads) == (exported in flowgen.data.DOWNLOADABLE), (
+        f"{exported} must be in DOWNLOADABLE in flowgen/data/__init__.py if it downloads its files"
     )
 
 

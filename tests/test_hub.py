@@ -15,7 +15,7 @@ import pytest
 import yaml
 from test_cli import assert_error
 
-from flowgen.commands.export import FAMILIES, LICENSES, dataset_name, license_id
+from flowgen.commands.export import FAMILIES, LICENSES, license_id, license_key
 from flowgen.config.compose import data_section
 from flowgen.config.runs import HUB_FILE, find_checkpoint
 from flowgen.config.settings import group_options, read_yaml
@@ -249,8 +249,8 @@ WITHOUT_LICENSE = {"cifar10", "folder", "hub", "imagenet32", "imagenet64", "lsun
 @pytest.mark.parametrize("name", group_options("data"))
 def test_the_license_of_every_data_set_is_known_or_its_lack_is(name):
     section = read_yaml(f"data/{name}")
-    assert (dataset_name(section) in LICENSES) == (name not in WITHOUT_LICENSE), (
-        f"add {dataset_name(section)} to LICENSES in flowgen/commands/export.py, "
+    assert (license_key(section) in LICENSES) == (name not in WITHOUT_LICENSE), (
+        f"add {license_key(section)} to LICENSES in flowgen/commands/export.py, "
         f"or {name} to WITHOUT_LICENSE here"
     )
 

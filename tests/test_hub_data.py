@@ -16,7 +16,7 @@ from PIL import Image
 from test_cli import assert_error
 from test_hub import TOKEN, Hub
 
-from flowgen.commands.export import dataset_name
+from flowgen.commands.export import license_key
 from flowgen.config.compose import data_section
 from flowgen.data.hub import BUCKETS, HubDataset, choose_columns, choose_parts, group_by_split
 from flowgen.utils.errors import UserError
@@ -282,5 +282,5 @@ def test_columns_must_be_unambiguous():
 
 
 def test_research_faces_on_the_hub_keep_their_license():
-    assert dataset_name(data_section(["data=hub", "data.name=flwrlabs/celeba"])) == "celeb"
-    assert dataset_name(data_section(["data=hub", "data.name=me/cats"])) == "me/cats"
+    assert license_key(data_section(["data=hub", "data.name=flwrlabs/celeba"])) == "celeb"
+    assert license_key(data_section(["data=hub", "data.name=me/cats"])) == "me/cats"

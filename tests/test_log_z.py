@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from enumeration import CHAINS, draw_states, exact_distribution, small_rbm
 
@@ -108,6 +109,14 @@ def test_the_verdict_depends_on_the_agreement_of_the_estimates(monkeypatch):
     metrics = cross_check(small_rbm(30, 24, scale=6.0), ais_steps=2, ais_chains=100)
     assert not metrics["reliable"]
     assert metrics["verdict"].startswith("not reliable: ")
+
+
+@pytest.mark.parametrize(("bridge", "reliable"), [(0.5, True), (1.5, False)])
+def test_a_noisy_bridge_must_agree_too(bridge, reliable):
+    estimates = (
+        log_z.Estimate(value, error, 50.0) for value, error in ((0, 0.1), (0.2, 0.1), (bridge, 3))
+    )
+    assert log_z._cross_check(*estimates).reliable == reliable
 
 
 def test_the_log_likelihood_of_one_image_has_no_finite_error():

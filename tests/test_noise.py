@@ -9,6 +9,7 @@ from conftest import SMALL
 from test_models import build_model, random_images
 
 from flowgen.models.base import EvalConfig, SupportsInpainting
+from flowgen.models.flows.dequantization import UniformDequantizer
 from flowgen.models.flows.flow import denoise
 from flowgen.models.flows.tarflow import TarFlow
 from flowgen.training.checkpoint import read_checkpoint
@@ -40,6 +41,14 @@ def test_tweedies_formula_gives_the_posterior_mean_of_a_gaussian():
     x = denoise(y, deviation, lambda y: density.log_prob(y).sum(1))
     expected = (variance * y + deviation**2 * mean) / (variance + deviation**2)
     assert torch.allclose(x, expected, atol=1e-12)
+
+
+def test_uniform_noise_never_rounds_to_the_next_pixel_value(monkeypatch):
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    largest = torch.full((1, 1, 16, 16), 1 - 2**-24)
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: largest)
+    noise, _ = UniformDequantizer()(images, torch.float32, None)
+    assert torch.equal(((images + noise) / 256 * 256).floor().to(torch.uint8), images)
 
 
 def test_noise_is_centered_at_the_bins_and_has_the_right_deviation():

@@ -131,7 +131,7 @@ def test_one_component_starts_with_the_deviation_of_the_errors():
 
 
 def test_every_layer_depends_on_the_condition():
-    network = PixelCNNNetwork(1, bits=2, width=6, num_layers=4, outputs=3, condition_size=4)
+    network = PixelCNNNetwork(1, bits=2, width=6, num_layers=4, outputs=3, cond_channels=4)
     for parameter in network.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     x = torch.randint(4, (2, 1, 5, 6), dtype=torch.uint8)

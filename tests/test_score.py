@@ -21,7 +21,7 @@ from flowgen.bijections.reshape import FactorOut
 from flowgen.commands import score as score_module
 from flowgen.commands.score import Scorer
 from flowgen.config.instantiate import build_data
-from flowgen.data.preprocess import ImageStream, read_images
+from flowgen.data.preprocess import ImageStream, read_image
 from flowgen.evaluation import latent_directions
 from flowgen.evaluation.ood import OODDetector, auroc, log_kernel_density, png_complexity
 from flowgen.models.flows.flow import Flow
@@ -301,7 +301,7 @@ def test_score_prints_the_bits_per_dim_of_the_model(tiny_run, images, command, t
     table = tmp_path / "all.csv"
     assert command("score", images / "000.png", "--run", tiny_run, "--csv", table)[0] == 0
     model = flowgen.load(tiny_run)
-    pixels = read_images(images / "000.png", 8, 3, None, 5)
+    pixels = read_image(images / "000.png", 8, 3, None, 5)
     log_prob = model.score(pixels, generator=torch.Generator().manual_seed(0)).item()
     expected = -log_prob / (192 * math.log(2))
     assert float(read_csv(table)[0]["bits_per_dim"]) == pytest.approx(expected, rel=1e-4)

@@ -25,7 +25,7 @@ from flowgen.models.flows.glow import Glow
 from flowgen.training.checkpoint import read_checkpoint
 from flowgen.training.device import choose_device, peak_memory, reset_peak_memory
 from flowgen.training.optim import build_optimizer, learning_rate_factor, warmup_steps
-from flowgen.training.run_dir import Run, best_metric
+from flowgen.training.run_dir import Run, result_metric
 from flowgen.training.state import TrainState
 from flowgen.training.trainer import Trainer, TrainerConfig
 from flowgen.training.untrusted import REQUIRED
@@ -228,10 +228,10 @@ def test_the_result_of_a_finished_run_is_its_test_metric():
     test = {"step": 3, "split": "test", "bits_per_dim": 2.5, "bits_per_dim_error": 0.25}
     later = {"step": 4, "split": "validation", "bits_per_dim": 4.0}
     earlier = test | {"step": 1, "bits_per_dim": 1.5}
-    assert str(best_metric(validation)) == "validation bits_per_dim 1.000"
-    assert str(best_metric([*validation, test])) == "test bits_per_dim 2.500 ± 0.250"
-    assert str(best_metric([*validation, test, later])) == "validation bits_per_dim 1.000"
-    assert str(best_metric([earlier, test])) == "test bits_per_dim 2.500 ± 0.250"
+    assert str(result_metric(validation)) == "validation bits_per_dim 1.000"
+    assert str(result_metric([*validation, test])) == "test bits_per_dim 2.500 ± 0.250"
+    assert str(result_metric([*validation, test, later])) == "validation bits_per_dim 1.000"
+    assert str(result_metric([earlier, test])) == "test bits_per_dim 2.500 ± 0.250"
 
 
 def test_a_run_that_continues_has_not_ended(tmp_path):

@@ -24,7 +24,7 @@ from PIL import Image
 from test_cli import assert_error
 from werkzeug.test import Client
 
-from flowgen.data.preprocess import read_images
+from flowgen.data.preprocess import read_image
 from flowgen.models.base import sample_images
 from flowgen.serving.session import ModelSession
 from flowgen.serving.web.app import make_app, open_server
@@ -316,7 +316,7 @@ def test_rbm_samples_scores_interpolates_completes_and_shows_filters(rbm_page):
 def test_uploads_are_preprocessed_like_the_training_images(page, glow, tmp_path):
     path = save_image(tmp_path / "big.png", (40, 30))
     url = page("upload", image=encode(path.read_bytes()))["image"]
-    assert torch.equal(glow.read_image(decode(url)), read_images(path, 8, 3, None, 5))
+    assert torch.equal(glow.read_image(decode(url)), read_image(path, 8, 3, None, 5))
 
 
 def test_requests_of_other_sites_are_refused(page):

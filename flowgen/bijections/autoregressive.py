@@ -204,7 +204,7 @@ class TokenAutoregressive(Bijection):
     """Autoregressive flow of tokens: z_i = head(x_i; c_i) with the context c_i = network(x_<i).
 
     x and z have shape (batch, channels, height, width). Token i consists of the channels of pixel
-    i, in raster order. TarFlow (2412.06329), section 3.
+    i, in raster order. TarFlow (2412.06329), section 2.3.
 
     `forward` transforms all tokens in parallel. `inverse` computes the tokens in order, with cached
     keys and values. With `jacobi` it instead updates all tokens in parallel by the fixed-point

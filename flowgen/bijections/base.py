@@ -5,8 +5,8 @@ The backward pass of a deep flow obtains the activations in one of these ways:
 - "store" keeps all activations.
 - "checkpoint" keeps the input of every bijection and computes the bijection again. Chen et al.
   (1604.06174).
-- "reversible" keeps the output of a whole chain and recovers every input by inversion. Memory then
-  does not grow with depth. Gomez et al. (1707.04585), section 3.2.
+- "reversible" keeps the input of a chain and one output per 128 bijections, and recovers all other
+  inputs by inversion. Memory then hardly grows with depth. Gomez et al. (1707.04585), section 3.2.
 """
 
 import math

@@ -219,11 +219,12 @@ class LogisticToNormal(Bijection):
     """
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        distance = x.abs()
+        sign = torch.where(x < 0, -1.0, 1.0)
+        distance = x * sign  # unlike that of abs(), its derivative at 0 is not 0
         center = self._quantile(distance.clamp(max=TAIL_START))
         edge = self._quantile(x.new_tensor(TAIL_START))
         tail = (edge.square() + 2 * (distance - TAIL_START).clamp(min=0)).sqrt()
-        z = torch.where(distance < TAIL_START, center, tail) * x.sign()
+        z = torch.where(distance < TAIL_START, center, tail) * sign
         return z, self._log_det(x, z)
 
     def inverse(self, z: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:

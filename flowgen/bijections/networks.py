@@ -542,7 +542,7 @@ class CausalTransformer(TransformerBase):
 
     It maps tokens (batch, tokens, dim) to contexts (batch, tokens, width). The context of the
     first token is learned. All contexts depend on the optional condition (batch, cond_channels).
-    TarFlow (2412.06329), section 3.
+    TarFlow (2412.06329), section 2.3.
 
     Example:
         >>> network = CausalTransformer(num_tokens=8, dim=4, width=16, num_heads=2, num_layers=1)

@@ -94,7 +94,7 @@ def export(*, run: str, path: Path, called: str | None = None) -> list[Path]:
             raise UserError(f"{file} exists already: choose another name, or move the file away")
     run_dir, checkpoint = find_checkpoint(run)
     config = checkpoint["config"]
-    config["data"] = with_dataset_name(config["data"])
+    config["data"] = with_license_key(config["data"])
     metrics = checkpoint["metrics"] or _test_metrics(run_dir, checkpoint["step"])
     export_safetensors(checkpoint, metrics, checkpoint.get("command") or "flowgen train", path)
     model = load_from_checkpoint(checkpoint)
@@ -113,20 +113,20 @@ def export(*, run: str, path: Path, called: str | None = None) -> list[Path]:
     return [path, card, picture]
 
 
-def with_dataset_name(data: dict[str, Any]) -> dict[str, Any]:
+def with_license_key(data: dict[str, Any]) -> dict[str, Any]:
     """Add the name of a data set of faces to a data section that shows it only in its path.
 
     The path is not exported, but the license must be.
     """
-    name = dataset_name(data)
+    name = license_key(data)
     search_dirs = data.get("search_dirs") or []
     if name not in FACE_FOLDERS or name in search_dirs:
         return data
     return data | {"search_dirs": [name, *search_dirs]}
 
 
-def dataset_name(data: dict[str, Any]) -> str:
-    """Return the name of the images of a data section.
+def license_key(data: dict[str, Any]) -> str:
+    """Return the name of the images of a data section, a key of `LICENSES` if it is known.
 
     A folder or a set on the Hub is called like a data set of faces if its path contains that name.
     """
@@ -168,7 +168,7 @@ def model_card(
     config = metadata["config"]
     metrics = metadata["metrics"]
     model = str(config["model"]["_target_"]).rpartition(".")[2]
-    dataset = dataset_name(config["data"])
+    dataset = license_key(config["data"])
     license_text, _ = LICENSES.get(dataset, (UNKNOWN_LICENSE, None))
     images = f"{metrics['images']:,} images of " if metrics.get("images") else ""
     is_folder = dataset == ImageFolder.__name__  # a folder that is no known data set
@@ -246,7 +246,7 @@ def license_id(data: dict[str, Any], license_name: str | None) -> str:
     Raises:
         UserError: If the license of the images forbids publishing the model.
     """
-    text, spdx_id = LICENSES.get(dataset_name(data), (None, license_name))
+    text, spdx_id = LICENSES.get(license_key(data), (None, license_name))
     if text is None and license_name is None:
         raise UserError(
             "the license of these images is unknown: pass --license NAME with a license "
@@ -274,7 +274,7 @@ def front_matter(metadata: dict[str, Any], spdx_id: str) -> str:
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["flowgen", family, model.lower()],
     }
-    dataset = dataset_name(metadata["config"]["data"])
+    dataset = license_key(metadata["config"]["data"])
     name = metadata["config"]["data"].get("name")
     if "/" in str(name) or dataset in HUB_DATASETS:
         facts["datasets"] = [HUB_DATASETS.get(dataset, name)]

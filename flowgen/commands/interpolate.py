@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowgen.config.runs import find_model
-from flowgen.data.preprocess import read_images
+from flowgen.data.preprocess import read_image
 from flowgen.evaluation import interpolation
 from flowgen.models.base import GenerativeModel
 from flowgen.utils import console, memory, rendering
@@ -71,7 +71,7 @@ def read_inputs(paths: Sequence[Path], model: GenerativeModel, config: dict[str,
     """
     channels, *size = model.image_shape
     crop = config["data"].get("crop")
-    return torch.cat([read_images(path, size, channels, crop, model.bits) for path in paths])
+    return torch.cat([read_image(path, size, channels, crop, model.bits) for path in paths])
 
 
 def interpolate_images(

@@ -22,8 +22,9 @@ from flowgen.commands.runs import (
 from flowgen.config.compose import flatten, read_config
 from flowgen.config.runs import HUB_PREFIX, OUTPUTS, find_run
 from flowgen.training.checkpoint import EXPORT_SUFFIX
-from flowgen.training.run_dir import Run, best_metric, validation_rows
+from flowgen.training.run_dir import Run, result_metric, validation_rows
 from flowgen.utils import plots
+from flowgen.utils.console import count_noun
 from flowgen.utils.errors import UserError
 from flowgen.utils.html import Picture, Section, data_url, image_data_url, write_html
 from flowgen.utils.metrics import BITS_PER_DIM, COMPARED, SAMPLE_METRICS, Metric, MetricValue
@@ -70,7 +71,7 @@ def report(*, names: list[str], out: Path | None) -> Path:
         The path of the file.
     """
     runs = [run for name in names for run in _find_runs(name)]
-    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    count = count_noun(len(runs), "run")
     lead = f"{datetime.now(UTC):%Y-%m-%d}, {count}. Errors are standard errors."
     path = out or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
     if out is None and path.exists() and TITLE not in path.read_text("utf-8", errors="replace"):
@@ -156,7 +157,7 @@ def overview(runs: list[Run]) -> list[list[str]]:
                 data_name(config["data"]),
                 likelihood,
                 _result(last_validation(rows), "validation", likelihood),
-                _result(best_metric(rows), "test", likelihood),
+                _result(result_metric(rows), "test", likelihood),
                 f"{max((row['step'] for row in rows), default=0):,}",
                 *_costs(rows),
             ]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from flowgen.config import compose, instantiate, settings
 from flowgen.config.runs import list_runs
 from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
-from flowgen.training.run_dir import Run, best_metric
+from flowgen.training.run_dir import Run, result_metric
 from flowgen.utils.errors import UserError, log
 from flowgen.utils.metrics import COMPARED, MetricValue, recorded_likelihood
 
@@ -42,7 +42,7 @@ def _summary(name: str, config: dict[str, Any], metrics: list[dict[str, Any]]) -
     step = max((row["step"] for row in metrics), default=0)
     model = model_name(config["model"])
     likelihood = run_likelihood(config["model"], metrics)
-    values = [best_metric(metrics), last_validation(metrics)]
+    values = [result_metric(metrics), last_validation(metrics)]
     best, last = (value and replace(value, likelihood=likelihood) for value in values)
     result = f"{best or 'not evaluated yet'}{f', last {last}' if last else ''}"
     return RunSummary(name, model, data_name(config["data"]), step, likelihood, result)

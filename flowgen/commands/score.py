@@ -175,7 +175,7 @@ def split_statistics(
         progress: Progress bar for the batches.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    num_batches = -(-min(count, len(getattr(data, split))) // BATCH_SIZE)
+    num_batches = -(-min(count, len(data.splits[split])) // BATCH_SIZE)
     batches = progress(data.batches(split, BATCH_SIZE, count), "images", num_batches)
     statistics = [image_statistics(model, images, generator) for images in batches]
     return {name: torch.cat([batch[name] for batch in statistics]) for name in statistics[0]}
@@ -425,7 +425,9 @@ def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
 def images_for(scorer: Scorer, section: dict[str, Any]) -> ImageDataset:
     """Build another data set with images of the shape and bits that the scorer's model takes."""
     model = scorer.model
-    matched = instantiate.match_model(section, scorer.config["data"], model.image_shape, model.bits)
+    matched = instantiate.match_data_to_model(
+        section, scorer.config["data"], model.image_shape, model.bits
+    )
     data = instantiate.build_data({"data": matched})
     if (data.image_shape, data.bits) != (model.image_shape, model.bits):
         raise UserError(

@@ -204,7 +204,7 @@ def check_fits_data(model: "GenerativeModel", data: "ImageDataset") -> None:
         )
 
 
-def match_model(
+def match_data_to_model(
     section: dict[str, Any], own: dict[str, Any], shape: tuple[int, int, int], bits: int
 ) -> dict[str, Any]:
     """Return a data section whose images have the shape and bits of a model.

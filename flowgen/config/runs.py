@@ -103,6 +103,7 @@ def find_checkpoint(name: str | None, capability: type = object) -> tuple[Run, d
                 f"{name} is not a {_kind(capability)}, which this command needs: choose "
                 f"another with --run, or {_training_hint(capability)}"
             )
+        # The results of an included model or of a file need a folder under outputs/.
         with contextlib.suppress(OSError):  # the command may write elsewhere
             run.folder.mkdir(parents=True, exist_ok=True)
     results = checkpoint.get("metrics", {}) | run.load_evaluation(checkpoint)
@@ -149,7 +150,7 @@ def _kind(capability: type) -> str:
     """Return a phrase such as `run of a model that fills in missing pixels`."""
     from flowgen.models.base import GenerativeModel
 
-    if issubclass(GenerativeModel, capability):
+    if issubclass(GenerativeModel, capability):  # any model will do
         return "run"
     if description := vars(capability).get("description"):  # of a capability
         return f"run of a model that {description}"

@@ -2,7 +2,7 @@
 
 from flowgen.utils import lazy_exports
 
-DOWNLOADED = (
+DOWNLOADABLE = (
     "CIFAR10",
     "HubDataset",
     "MNIST",

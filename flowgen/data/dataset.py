@@ -57,7 +57,7 @@ class Prefetcher:
     The batches are the same as without prefetching, since each depends on its arguments alone.
 
     Args:
-        train_batch: `ImageDataset.train_batch`.
+        train_batch: `ImageDataset.train_batch`, which is called with the same `rows` every time.
     """
 
     def __init__(self, train_batch: Callable[..., Batch]):

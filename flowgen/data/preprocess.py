@@ -206,7 +206,7 @@ def check_color_channels(channels: int) -> None:
         )
 
 
-def read_images(path: Path, size: Size, channels: int, crop: int | None, bits: int) -> Tensor:
+def read_image(path: Path, size: Size, channels: int, crop: int | None, bits: int) -> Tensor:
     """Read one image file and preprocess it like the training data.
 
     Args:
@@ -243,7 +243,7 @@ def read_unscaled(path: Path, shape: tuple[int, int, int], bits: int) -> Tensor:
         A batch of one image, uint8 (1, channels, height, width), at `bits` bit depth.
     """
     channels, height, width = shape
-    images = read_images(path, (height, width), channels, None, bits)
+    images = read_image(path, (height, width), channels, None, bits)
     if image_size(path) != (height, width):
         size = "x".join(map(str, reversed(image_size(path))))
         raise UserError(
@@ -317,7 +317,7 @@ class ImageStream:
     def _images(self) -> Iterator[tuple[str, Tensor]]:
         for source, name in self.files:
             if source is None:
-                yield name, read_images(Path(name), *self.shape, 8)[0]
+                yield name, read_image(Path(name), *self.shape, 8)[0]
                 continue
             image = source.load(name, *self.shape)
             if isinstance(image, UserError):

@@ -47,16 +47,16 @@ def hashed_order(count: int) -> Tensor:
     return torch.tensor(sorted(range(count), key=digests.__getitem__), dtype=torch.long)
 
 
-def hashed_validation_split(images: Split) -> tuple[Split, Split]:
+def hashed_validation_split(split: Split) -> tuple[Split, Split]:
     """Split off one in twelve training images for validation, chosen by the hash of its index.
 
     Returns:
         Training and validation images: 55,000 and 5,000 of the 60,000 of MNIST.
     """
-    count = len(images)
+    count = len(split)
     chosen = hashed_order(count)[: max(1, count // VALIDATION_DIVISOR)]
     is_validation = torch.isin(torch.arange(count), chosen)
-    return images[~is_validation], images[is_validation]
+    return split[~is_validation], split[is_validation]
 
 
 def hashed_subset(count: int, limit: int | None) -> Tensor:

@@ -65,7 +65,7 @@ def mean_difference(moments: Moments) -> Tensor:
     """Return the mean latent with each attribute minus the mean latent without it, (K, D).
 
     It includes the effect of correlated attributes (Kingma and Dhariwal, Glow, arXiv:1807.03039,
-    section 5).
+    section 6).
     """
     return moments.cross_cov / moments.attribute_cov.diagonal()[:, None]
 

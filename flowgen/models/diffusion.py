@@ -82,7 +82,7 @@ class VariationalDiffusion(LikelihoodModel):
     """
 
     likelihood: Likelihood = "bound"
-    elbo_only = True
+    averages_log_probs = True
     restores_images: ClassVar[bool] = False
 
     def __init__(

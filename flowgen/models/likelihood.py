@@ -46,6 +46,34 @@ def estimate_log_mean(log_weights: Tensor) -> ImportanceEstimate:
     )
 
 
+def estimate_log_mean_of_groups(log_weights: Tensor) -> ImportanceEstimate:
+    """Return the logarithm of the mean weight of groups that have different means.
+
+    Only the variance within the groups is an error. With the mean m_g, the relative error e_g and
+    the effective sample size n_g of group g, and p_g = m_g / sum m, the error is
+    sqrt(sum (p_g e_g)^2) and the effective sample size 1 / sum (p_g^2 / n_g).
+
+    Args:
+        log_weights: Logarithms of independent weights, (count, groups).
+
+    Example:
+        >>> estimate_log_mean_of_groups(torch.zeros(2, 2, dtype=torch.double))
+        ImportanceEstimate(log_mean=0.0, error=0.0, effective_sample_size=4.0)
+    """
+    positive = [group for group in log_weights.unbind(1) if group.max() > -math.inf]
+    if not positive:
+        return ImportanceEstimate(-math.inf, math.nan, math.nan)
+    groups = [estimate_log_mean(group) for group in positive]
+    log_means = torch.tensor([group.log_mean for group in groups], dtype=torch.double)
+    shares = log_means.softmax(0).tolist()
+    pairs = list(zip(shares, groups, strict=True))
+    return ImportanceEstimate(
+        log_means.logsumexp(0).item() - math.log(log_weights.shape[1]),
+        math.sqrt(sum((share * group.error) ** 2 for share, group in pairs)),
+        1 / sum(share**2 / group.effective_sample_size for share, group in pairs),
+    )
+
+
 def standard_error(values: Tensor) -> float:
     """Return the standard error of the mean of independent values (n,), infinite for one value."""
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
@@ -57,7 +85,9 @@ class LikelihoodModel(GenerativeModel):
     `evaluate` and `score` treat all these models alike. If `likelihood` is "exact", `log_prob` is
     the log-probability. If it is "bound", `log_prob` is log w, where the mean of w over the noise
     is P(image) or less, so that the logarithm of the mean of several w is a tighter bound: Burda,
-    Grosse and Salakhutdinov (1509.00519). If `elbo_only` is set, only the mean of log w is a bound.
+    Grosse and Salakhutdinov (1509.00519). If `averages_log_probs` is set, only the mean of log w is
+    a bound. "estimate" is a value with an unknown sign of its error, and "none" that of a model of
+    noisy images.
 
     Args:
         image_shape: (channels, height, width).
@@ -67,7 +97,7 @@ class LikelihoodModel(GenerativeModel):
     Attributes:
         bins: Number of pixel values, 2^bits.
         dimensions: The product D of `image_shape`.
-        elbo_only: Average log w over importance samples if only this is a valid bound.
+        averages_log_probs: Average log w over importance samples if only this is a valid bound.
 
     Example:
         >>> from flowgen.models import NICE
@@ -80,7 +110,7 @@ class LikelihoodModel(GenerativeModel):
     """
 
     metric: Metric = BITS_PER_DIM
-    elbo_only = False
+    averages_log_probs = False
 
     def __init__(self, image_shape: Sequence[int], bits: int, num_classes: int | None = None):
         super().__init__()
@@ -148,7 +178,7 @@ class LikelihoodModel(GenerativeModel):
         samples = self._num_samples(samples)
         steps = self.progress(range(samples), "importance samples", samples)
         log_prob = torch.stack([self.log_prob(images, generator, labels) for _ in steps])
-        if self.elbo_only:
+        if self.averages_log_probs:
             return log_prob.mean(0)
         return log_prob.logsumexp(0) - math.log(samples)
 

@@ -92,13 +92,13 @@ class Logger(ExitStack):
     def write_samples(self, step: int, images: Tensor, bits: int) -> None:
         """Write a grid of samples as a file and to TensorBoard."""
         image = rendering.image_grid(images, bits, columns=8)
-        image.save(self.run.sample_grid(step))
+        rendering.save_picture(image, self.run.sample_grid(step))
         self.board.add_image("samples", np.array(image), step, dataformats="HWC")
 
     def write_filters(self, filters: Tensor | None) -> None:
         """Write the filters of the model, if it has any that can be drawn."""
         if filters is not None:
-            rendering.weight_grid(filters).save(self.run.filters)
+            rendering.save_picture(rendering.weight_grid(filters), self.run.filters)
 
     def plot_curves(self) -> None:
         """Plot the metrics of the run so far."""

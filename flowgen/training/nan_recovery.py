@@ -49,14 +49,14 @@ class NaNRecovery:
             bool(buffer.isfinite().all()) for buffer in buffers
         )
 
-    def checkpoint_before(self, failed_step: int) -> float:
+    def rewind_limit(self, failed_step: int) -> float:
         """Return the step before which the checkpoint of the next rewind must be.
 
         The first rewind restores the latest checkpoint, a repeated one an older checkpoint.
         """
         return self.rewound_to if self.rewinds and self._is_repeated(failed_step) else math.inf
 
-    def rewind(self, step: int, failed_step: int, bad_module: str, lr: float) -> None:
+    def count_rewind(self, step: int, failed_step: int, bad_module: str, lr: float) -> None:
         """Count a rewind, and halve the learning rate.
 
         Args:

@@ -206,7 +206,7 @@ def validation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def best_metric(rows: list[dict[str, Any]]) -> MetricValue | None:
+def result_metric(rows: list[dict[str, Any]]) -> MetricValue | None:
     """Return the result of a run.
 
     This is the test metric of a finished run, else the best metric on the validation split.

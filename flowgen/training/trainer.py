@@ -324,10 +324,12 @@ class Trainer:
             ],
         )
         checkpoint = self.group.broadcast_from_main(
-            self.run.latest_valid_checkpoint, state.nan_recovery.checkpoint_before(state.step + 1)
+            self.run.latest_valid_checkpoint, state.nan_recovery.rewind_limit(state.step + 1)
         )
-        state.nan_recovery.rewind(checkpoint["step"], state.step + 1, bad_module, self.config.lr)
-        state.rewind(checkpoint)
+        state.nan_recovery.count_rewind(
+            checkpoint["step"], state.step + 1, bad_module, self.config.lr
+        )
+        state.restore_weights(checkpoint)
         state.evals_since_best = checkpoint["progress"].get("evals_since_best", 0)
         self.last_done = {"save": state.step}  # later steps and their tasks are done again
         if self.group.is_main:
@@ -357,15 +359,15 @@ class Trainer:
         config = self.config
         state = self.state
         self.logger.advance(self.progress)
-        if self._is_due("log", config.log_every):
+        if self._start_if_due("log", config.log_every):
             self.log_step()
-        is_best = self._is_due("eval", config.eval_every) and self.validate()
+        is_best = self._start_if_due("eval", config.eval_every) and self.validate()
         if self.finished and self.last_done.get("test") != state.step:
             self.last_done["test"] = state.step
             self.test()
         if self.last_done.get("eval") == state.step and not self.finished:
             self.logger.plot_curves()  # at the end `_finish` plots them
-        if self._is_due("sample", config.sample_every):
+        if self._start_if_due("sample", config.sample_every):
             self.sample()
         numbered = (
             state.step % config.checkpoint_every == 0 or state.step in config.checkpoint_steps
@@ -373,7 +375,7 @@ class Trainer:
         if (
             is_best
             or (numbered and self.last_done["save"] != state.step)
-            or (not state.nan_recovery.failed and self._is_due("save", config.save_every))
+            or (not state.nan_recovery.failed and self._start_if_due("save", config.save_every))
         ):
             self.save_checkpoint(is_best, numbered)
 
@@ -385,8 +387,11 @@ class Trainer:
             self.save_checkpoint()
         self.logger.plot_curves()
 
-    def _is_due(self, task: str, interval: int) -> bool:
-        """Return whether to do a task after this step: at its interval or the end, but once."""
+    def _start_if_due(self, task: str, interval: int) -> bool:
+        """Return whether to do a task after this step, and record that it is done.
+
+        It is done at its interval and at the end, once per step.
+        """
         step = self.state.step
         due = (self.finished or step % interval == 0) and self.last_done.get(task) != step
         if due:

@@ -42,7 +42,7 @@ class PrincipalComponents:
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Return the squared Fréchet distance of the Gaussians that fit two sets of points.
 
-    |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Heusel et al., arXiv:1706.08500, section 2). A single
+    |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Heusel et al., arXiv:1706.08500, section 4). A single
     point has no covariance: the distance is NaN.
 
     Args:

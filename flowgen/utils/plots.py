@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowgen.utils.files import atomic_write
 from flowgen.utils.metrics import Metric
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ def lines(
     xlabel: str,
     ylabel: str,
     errors: Mapping[str, Sequence[float]] | None = None,
-    thin: Collection[str] = (),
     outliers: tuple[float, float] = (0.0, 0.0),
     right: tuple[str, float] | None = None,
 ) -> None:
@@ -50,13 +50,12 @@ def lines(
         xlabel: Label of the x axis.
         ylabel: Label of the y axis.
         errors: Standard errors of the y values of a line, by its name.
-        thin: Names of lines that are thinner.
         outliers: Shares of the lowest and the highest values that may be outside the frame.
         right: Label of a second y axis, and the offset that is added to y there.
     """
     with figure(8, 4.5, file) as page:
         axes = page.subplots()
-        _draw_lines(axes, named, errors or {}, thin, outliers)
+        _draw_lines(axes, named, errors or {}, (), outliers)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         if right:
             label, offset = right
@@ -198,7 +197,11 @@ def figure(
 
     page = Figure(figsize=(width, height), layout="constrained")
     yield page
-    page.savefig(file, dpi=dpi, format="png")
+    if isinstance(file, Path):
+        with atomic_write(file) as temporary:
+            page.savefig(temporary, dpi=dpi, format="png")
+    else:
+        page.savefig(file, dpi=dpi, format="png")
 
 
 def moving_average(points: Points) -> list[tuple[float, float]]:

@@ -360,7 +360,7 @@ def has_tighter_bound(run: str) -> bool:
     model = flowgen.load(run, device="cpu")
     if not isinstance(model, LikelihoodModel):
         return False
-    return model.likelihood == "bound" and model.has_noise and not model.elbo_only
+    return model.likelihood == "bound" and model.has_noise and not model.averages_log_probs
 
 
 def count_parameters(run: str) -> int:

@@ -6,7 +6,7 @@ from typing import TypeVar
 from flowgen.bijections import coupling, elementwise, networks, reshape, univariate
 from flowgen.bijections.base import Bijection, Chain, Flip
 from flowgen.models.shapes import Resolution, split_shape, squeezed
-from flowgen.utils.errors import check_choice, check_whole
+from flowgen.utils.errors import check, check_choice, check_whole
 
 T = TypeVar("T")
 
@@ -57,6 +57,7 @@ def dense_couplings(
         num_layers: Hidden layers of each network.
         transform: Transform of the second half.
     """
+    check(dim > 1, "this model needs images of at least two values: choose a larger data.size")
     for _ in range(count):
         out_features = transform.num_params * (dim - dim // 2)
         network = networks.DenseNetwork(dim // 2, width, out_features, num_layers)
@@ -86,7 +87,7 @@ def flat_chain(
     )
 
 
-def condition_size(num_classes: int | None, condition_networks: bool) -> int:
+def num_cond_channels(num_classes: int | None, condition_networks: bool) -> int:
     """Return the number of condition channels that networks read: the classes, one-hot, or 0.
 
     Args:

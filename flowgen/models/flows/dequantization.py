@@ -58,21 +58,25 @@ class Dequantizer(nn.Module):
 
 
 class UniformDequantizer(Dequantizer):
-    """u ~ U[0, 1), with log q(u) = 0. Theis, van den Oord and Bethge (1511.01844), section 3.1."""
+    """u ~ U[0, 1), with log q(u) = 0. Theis, van den Oord and Bethge (1511.01844), section 3.1.
+
+    The few u above `MAX_NOISE` are moved there.
+    """
 
     def draw_noise(
         self, images: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None
     ) -> Tensor:
-        return self.random_source(
+        noise = self.random_source(
             torch.rand, images.shape, generator, device=images.device, dtype=dtype
         )
+        return noise.clamp(max=MAX_NOISE)
 
 
 class GaussianDequantizer(Dequantizer):
     """u = 1/2 + std 2^bits e with e ~ N(0, I): Gaussian noise on images.
 
     The noisy images no longer determine the pixel values, so the flow has no likelihood of
-    images. TarFlow (2412.06329), section 3.
+    images. TarFlow (2412.06329), section 2.4.
 
     Args:
         std: Standard deviation of the noise, for brightness from 0 to 1.

@@ -108,7 +108,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
                 )
             self.likelihood = "none"
             self.metric = NOISY_BITS_PER_DIM
-            self.elbo_only = True
+            self.averages_log_probs = True
         # The loss of a flow with classes is that of p(x | y) instead of p(x). With batch
         # normalization, the loss depends on the other images of the batch.
         if num_classes is None and not batch_norm_layers(bijection):
@@ -282,15 +282,15 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         """
         check_choice(self.samplers, sampler=sampler)
         chains = self.inpainting_chains(images, known, NUM_CHAINS, steps or NUM_STEPS, generator)
-        pixels = (chains.samples * self.bins).floor().clamp(0, self.bins - 1)
+        pixels = self._quantize(chains.samples)
         unknown = slice(None) if isinstance(known, LinearMeasurement) else ~known.to(pixels.device)
-        log_prob = self.score(pixels.to(torch.uint8), generator=generator).mean()
+        log_prob = self.score(pixels, generator=generator).mean()
+        brightness = pixels / (self.bins - 1)
         metrics = {
             "acceptance": chains.acceptance,
-            "std": pixels.std(0)[unknown].mean().item() / (self.bins - 1),
+            "std": brightness.std(0)[unknown].mean().item(),
             "bits_per_dim": self.bits_per_dim(log_prob).item(),
         }
-        brightness = pixels / (self.bins - 1)
         std = brightness.std(0, correction=0)
         return InpaintingResult(brightness, brightness.mean(0), std, metrics)
 
@@ -341,7 +341,9 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         from flowgen.models.flows import marginal  # few commands need it
 
         steps = steps or marginal.NUM_STEPS
-        images = images.to(self.dtype)
+        num_chains = len(self.means) * marginal.chains_per_class(len(self.means))
+        images = images.to(self.device, self.dtype)
+        known = known.to(self.device)
         image, part = (
             marginal.log_marginal(self, images, mask, steps, generator)
             for mask in (torch.ones_like(known), known)
@@ -362,7 +364,7 @@ class Flow(FlowDensity, ClassConditional, SupportsInpainting, SupportsCompressio
         return Metrics.of(
             log_prob,
             MetricValue(EFFECTIVE_SAMPLE_SIZE, effective_size),
-            method=f"annealed importance sampling in {steps} steps of {marginal.NUM_CHAINS} chains",
+            method=f"annealed importance sampling in {steps} steps of {num_chains} chains",
         )
 
     # Helpers

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowgen.bijections import continuous, elementwise, networks
 from flowgen.bijections.base import Bijection
 from flowgen.models.base import QUICK_EVAL, EvalConfig, SupportsInpainting
-from flowgen.models.flows.builders import condition_size, flat_chain
+from flowgen.models.flows.builders import flat_chain, num_cond_channels
 from flowgen.models.flows.flow import Flow
 from flowgen.models.shapes import check_transformer, choose_patch, split_shape
 from flowgen.utils.errors import UserError, check_number, check_whole
@@ -94,7 +94,7 @@ class FlowMatching(Flow):
                         num_heads,
                         num_layers,
                         dropout,
-                        condition_size(num_classes, condition_networks),
+                        num_cond_channels(num_classes, condition_networks),
                     ),
                     tolerance,
                     exact_trace_dims,
@@ -115,7 +115,7 @@ class FlowMatching(Flow):
             self.likelihood = "estimate"  # of the bound
             # The mean of p(x) would be biased upwards by the errors of estimated log-dets:
             # E[exp(error)] > 1.
-            self.elbo_only = True
+            self.averages_log_probs = True
 
     @classmethod
     def supports(cls, capability: type, arguments: Mapping[str, Any]) -> bool:

@@ -7,10 +7,10 @@ from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
 from flowgen.models.flows.builders import (
     choose,
-    condition_size,
     gaussianization,
     make_transform,
     multi_scale,
+    num_cond_channels,
 )
 from flowgen.models.flows.flow import Flow
 from flowgen.models.shapes import (
@@ -115,7 +115,7 @@ class Glow(Flow):
         make_network = choose("network", network, NETWORKS)
         block_arguments = [] if network == "conv" else [num_blocks]
         transform_fn = make_transform(transform, log_scale)
-        cond_channels = condition_size(num_classes, condition_networks)
+        cond_channels = num_cond_channels(num_classes, condition_networks)
         levels = resolve_levels(resolution, levels)
         if levels == 0 and channels < 2:
             raise UserError(

@@ -79,7 +79,7 @@ def hmc_step(
     are rejected.
 
     Args:
-        state: The state of the chains, from `evaluate` or the last step for this density.
+        state: The state of the chains, from `make_state` or the last step for this density.
         density: The log-density to sample from.
         step_size: The step size e.
         leapfrog_steps: Steps of a trajectory.
@@ -131,7 +131,7 @@ def _leapfrog(
     start = state.log_density - 0.5 * momentum.square().sum(1)
     for _ in range(leapfrog_steps):
         momentum = momentum + 0.5 * step_size * state.gradient
-        state = evaluate(state.position + step_size * momentum, density)
+        state = make_state(state.position + step_size * momentum, density)
         momentum = momentum + 0.5 * step_size * state.gradient
     end = state.log_density - 0.5 * momentum.square().sum(1)
     log_ratio = (end - start).nan_to_num(-torch.inf, neginf=-torch.inf)
@@ -141,7 +141,7 @@ def _leapfrog(
 
 
 @torch.enable_grad()
-def evaluate(position: Tensor, density: LogDensity) -> ChainState:
+def make_state(position: Tensor, density: LogDensity) -> ChainState:
     """Return the state at positions (chains, D); the density of chains that diverged is 0."""
     diverged = ~(position.abs().amax(1) < MAX_COORDINATE)
     inputs = position.detach().masked_fill(diverged[:, None], 0.0).requires_grad_(True)

@@ -18,6 +18,7 @@ from flowgen.bijections.elementwise import EmpiricalCDF, Logit, MarginalGaussian
 from flowgen.models.base import LinearMeasurement, Observation
 from flowgen.models.flows import hmc
 from flowgen.models.flows.density import FlowDensity
+from flowgen.models.flows.dequantization import MAX_NOISE
 from flowgen.utils.errors import UserError
 
 NUM_CHAINS = 20
@@ -145,13 +146,13 @@ class InpaintingChains(ABC):
         """
         density = self._latent_density(self.scale)
         step_size = hmc.StepSize.find_reasonable(
-            hmc.evaluate(self.position, density), density, self.generator
+            hmc.make_state(self.position, density), density, self.generator
         )
         for index in self.flow.progress(range(num_trajectories), "annealing", num_trajectories):
             tolerance = self.scale * MIN_TOLERANCE ** (index / max(1, num_trajectories - 1))
             density = self._latent_density(tolerance)
             state, _ = hmc.hmc_step(
-                hmc.evaluate(self.position, density),
+                hmc.make_state(self.position, density),
                 density,
                 step_size,
                 leapfrog_steps,
@@ -172,13 +173,13 @@ class InpaintingChains(ABC):
             num_trajectories: Hamiltonian trajectories of each chain.
             leapfrog_steps: Steps of a trajectory.
         """
-        state = hmc.evaluate(self.position, self.log_density)
+        state = hmc.make_state(self.position, self.log_density)
         step_size = hmc.StepSize.find_reasonable(state, self.log_density, self.generator)
         acceptance = []
         for index in self.flow.progress(range(num_trajectories), "exact steps", num_trajectories):
             if self.flow.num_classes is not None:
                 self._resample_classes(self.flow.num_classes)
-                state = hmc.evaluate(self.position, self.log_density)  # of the new classes
+                state = hmc.make_state(self.position, self.log_density)  # of the new classes
             state, share_accepted = hmc.hmc_step(
                 state,
                 self.log_density,
@@ -289,7 +290,7 @@ class PixelChains(InpaintingChains):
 
     def _inside(self, position: Tensor) -> Tensor:
         """Return points inside the bins of `images`."""
-        return (self.images + position.sigmoid()) / self.flow.bins
+        return (self.images + position.sigmoid().clamp(max=MAX_NOISE)) / self.flow.bins
 
 
 class MeasurementChains(InpaintingChains):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowgen.bijections import coupling, elementwise, linear, networks, reshape
 from flowgen.bijections.base import Bijection, Chain
-from flowgen.models.flows.builders import condition_size, gaussianization, make_transform
+from flowgen.models.flows.builders import gaussianization, make_transform, num_cond_channels
 from flowgen.models.flows.flow import Flow
 from flowgen.models.shapes import (
     MAX_DEPTH,
@@ -95,7 +95,7 @@ class Jet(Flow):
         def network(in_channels: int, transformed: int) -> networks.Transformer:
             return networks.Transformer(
                 num_tokens,
-                in_channels + condition_size(num_classes, condition_networks),
+                in_channels + num_cond_channels(num_classes, condition_networks),
                 width,
                 transform_fn.num_params * transformed,
                 num_heads,

@@ -9,15 +9,23 @@ from torch.nn import functional as F
 from flowgen.models.flows import hmc
 from flowgen.models.flows.density import FlowDensity
 from flowgen.models.flows.inpainting import PixelChains
-from flowgen.models.likelihood import ImportanceEstimate, estimate_log_mean
+from flowgen.models.likelihood import ImportanceEstimate, estimate_log_mean_of_groups
 
 NUM_CHAINS = 40
+MIN_CHAINS_PER_CLASS = 16  # one class can have nearly all of the probability
 NUM_PILOT_CHAINS = 8  # only they adapt the step size, which would bias the weights of the others
 NUM_STEPS = 100  # inverse temperatures
 LEAPFROG_STEPS = 3
 NUM_BASE_SAMPLES = 256  # of the flow, which determine the base distribution
 MIN_BASE_STD = 1e-2
 BETA_POWER = 3  # small inverse temperatures are dense, because the weights vary most there
+
+
+def chains_per_class(num_classes: int) -> int:
+    """Return the number of annealed chains of each class."""
+    return (
+        NUM_CHAINS if num_classes == 1 else max(MIN_CHAINS_PER_CLASS, -(-NUM_CHAINS // num_classes))
+    )
 
 
 def base_moments(
@@ -51,7 +59,7 @@ class AnnealedChains:
         images: Pixel values as floats, (1, channels, height, width).
         known: True for known pixels, (channels, height, width).
         moments: The result of `base_moments`.
-        num_chains: Number of chains, rounded up so that each class has as many of them.
+        per_class: Number of chains of each class.
         generator: Random generator, or None for the global one.
     """
 
@@ -61,12 +69,10 @@ class AnnealedChains:
         images: Tensor,
         known: Tensor,
         moments: tuple[Tensor, Tensor],
-        num_chains: int,
+        per_class: int,
         generator: torch.Generator | None,
     ):
-        num_classes = len(flow.means)
-        per_class = -(-num_chains // num_classes)
-        labels = torch.arange(num_classes, device=images.device).repeat(per_class)
+        labels = torch.arange(len(flow.means), device=images.device).repeat(per_class)
         self.target = PixelChains(flow, images, known, labels, generator)
         self.known = known.flatten()
         self.mean, self.std = moments
@@ -102,7 +108,7 @@ class AnnealedChains:
             adapt: Whether to adapt the step size.
         """
         density = self.density(beta)
-        state = hmc.evaluate(self.position, density)
+        state = hmc.make_state(self.position, density)
         state, _ = hmc.hmc_step(state, density, step_size, LEAPFROG_STEPS, adapt, self.generator)
         self.position = state.position
 
@@ -138,9 +144,12 @@ def log_marginal(
         num_steps: Inverse temperatures, each with one Hamiltonian trajectory.
         generator: Random generator, or None for the global one.
     """
+    num_classes = len(flow.means)
     moments = base_moments(flow, images, known, generator)
-    pilot = AnnealedChains(flow, images, known, moments, NUM_PILOT_CHAINS, generator)
-    chains = AnnealedChains(flow, images, known, moments, NUM_CHAINS, generator)
+    per_class = -(-NUM_PILOT_CHAINS // num_classes)
+    pilot = AnnealedChains(flow, images, known, moments, per_class, generator)
+    per_class = chains_per_class(num_classes)
+    chains = AnnealedChains(flow, images, known, moments, per_class, generator)
     step_size = hmc.StepSize()
     log_weights = torch.zeros(len(chains.position), dtype=torch.double, device=images.device)
     betas = [(index / num_steps) ** BETA_POWER for index in range(num_steps + 1)]
@@ -149,6 +158,6 @@ def log_marginal(
         pilot.step(betas[index], step_size, adapt=True)
         chains.step(betas[index], step_size, adapt=False)
     log_weights[~chains.is_inside()] = -torch.inf
-    estimate = estimate_log_mean(log_weights)
+    estimate = estimate_log_mean_of_groups(log_weights.view(per_class, num_classes))
     volume = int(known.sum()) * math.log(flow.bins) + chains.target.head_log_det_of_unknown()
     return estimate._replace(log_mean=estimate.log_mean - volume)

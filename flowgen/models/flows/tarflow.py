@@ -10,7 +10,7 @@ from flowgen.bijections.autoregressive import TokenAutoregressive, TokenHead, au
 from flowgen.bijections.base import Bijection, Chain, Invert
 from flowgen.bijections.univariate import Affine, GuidedAffine
 from flowgen.models.base import SupportsTokenSampling
-from flowgen.models.flows.builders import choose, condition_size, gaussianization, make_transform
+from flowgen.models.flows.builders import choose, gaussianization, make_transform, num_cond_channels
 from flowgen.models.flows.flow import Flow
 from flowgen.models.shapes import check_transformer, choose_patch, split_shape, squeezed
 from flowgen.utils.errors import UserError, check_number
@@ -23,7 +23,7 @@ class TarFlow(Flow, SupportsTokenSampling):
 
     For some training images, the networks get the mean of all classes as their input instead of the
     class. So they also learn p(x), which classifier-free guidance needs. Zhai et al. (2412.06329),
-    section 3.
+    section 2.6.
 
     Args:
         image_shape: (channels, height, width).
@@ -105,7 +105,7 @@ class TarFlow(Flow, SupportsTokenSampling):
                 num_heads,
                 depth,
                 dropout,
-                condition_size(num_classes, condition_networks),
+                num_cond_channels(num_classes, condition_networks),
             )
             head = (autoregressive_head if local else TokenHead)(channels, width, transform_fn)
             return [

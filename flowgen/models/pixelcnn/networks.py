@@ -79,10 +79,10 @@ class GatedLayer(nn.Module):
 
     Args:
         width: Channels of each stack.
-        condition_size: Channels of the condition, 0 for no condition.
+        cond_channels: Channels of the condition, 0 for no condition.
     """
 
-    def __init__(self, width: int, condition_size: int):
+    def __init__(self, width: int, cond_channels: int):
         super().__init__()
         self.vertical = ShiftedConv2d(width, 2 * width, (2, 3), centered=True)
         self.horizontal = ShiftedConv2d(width, 2 * width, (1, 3), centered=False)
@@ -90,7 +90,7 @@ class GatedLayer(nn.Module):
         self.vertical_out = zero_init(nn.Conv2d(width, width, 1))
         self.horizontal_out = zero_init(nn.Conv2d(width, width, 1))
         self.condition = (
-            nn.Conv2d(condition_size, 4 * width, 1, bias=False) if condition_size else None
+            nn.Conv2d(cond_channels, 4 * width, 1, bias=False) if cond_channels else None
         )
 
     def forward(self, v: Tensor, h: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -117,16 +117,14 @@ class HalfResolution(nn.Module):
     Args:
         width: Channels of each stack; the layers inside have twice as many.
         num_layers: Number of gated layers.
-        condition_size: Channels of the condition, 0 for no condition.
+        cond_channels: Channels of the condition, 0 for no condition.
     """
 
-    def __init__(self, width: int, num_layers: int, condition_size: int):
+    def __init__(self, width: int, num_layers: int, cond_channels: int):
         super().__init__()
         self.vertical_in = ShiftedConv2d(width, 2 * width, (2, 3), centered=True, stride=2)
         self.horizontal_in = ShiftedConv2d(width, 2 * width, (2, 2), centered=False, stride=2)
-        self.layers = nn.ModuleList(
-            GatedLayer(2 * width, condition_size) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(GatedLayer(2 * width, cond_channels) for _ in range(num_layers))
         self.vertical_out = nn.Conv2d(2 * width, 4 * width, 1)
         self.horizontal_out = nn.Conv2d(2 * width, 4 * width, 1)
 
@@ -157,12 +155,12 @@ class PixelCNNNetwork(nn.Module):
         width: Channels of each stack and of the embedding of a pixel value.
         num_layers: Number of gated layers.
         outputs: Outputs per pixel.
-        condition_size: Channels of the condition, 0 for no condition.
+        cond_channels: Channels of the condition, 0 for no condition.
         groups: Groups of outputs, 1 or `channels`. Group g also sees the first g channels of its
             pixel.
 
     Example:
-        >>> network = PixelCNNNetwork(1, bits=8, width=8, num_layers=4, outputs=5, condition_size=3)
+        >>> network = PixelCNNNetwork(1, bits=8, width=8, num_layers=4, outputs=5, cond_channels=3)
         >>> images = torch.zeros(4, 1, 6, 6, dtype=torch.uint8)
         >>> network(images, torch.randn(4, 3)).shape
         torch.Size([4, 5, 6, 6])
@@ -175,7 +173,7 @@ class PixelCNNNetwork(nn.Module):
         width: int,
         num_layers: int,
         outputs: int,
-        condition_size: int = 0,
+        cond_channels: int = 0,
         groups: int = 1,
     ):
         super().__init__()
@@ -190,9 +188,9 @@ class PixelCNNNetwork(nn.Module):
         after = num_layers - half - before  # at least 1
         self.layers = nn.ModuleList(
             [
-                *(GatedLayer(width, condition_size) for _ in range(before)),
-                HalfResolution(width, half, condition_size),
-                *(GatedLayer(width, condition_size) for _ in range(after)),
+                *(GatedLayer(width, cond_channels) for _ in range(before)),
+                HalfResolution(width, half, cond_channels),
+                *(GatedLayer(width, cond_channels) for _ in range(after)),
             ]
         )
         self.same_pixel = nn.ModuleList(
@@ -207,7 +205,7 @@ class PixelCNNNetwork(nn.Module):
 
         Args:
             images: Pixel values, (batch, channels, height, width).
-            condition: (batch, condition_size), or (batch, condition_size, height, width).
+            condition: (batch, cond_channels), or (batch, cond_channels, height, width).
         """
         if condition is not None and condition.dim() == 2:
             condition = condition[:, :, None, None]

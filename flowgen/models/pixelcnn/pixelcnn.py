@@ -95,7 +95,7 @@ class PixelCNN(LikelihoodModel, ClassConditional, SupportsInpainting, SupportsCo
         check_whole(high=MAX_DEPTH, num_layers=num_layers)
         check_whole(width=width)
         channels = self.image_shape[0]
-        settings = {"width": width, "num_layers": num_layers, "condition_size": num_classes or 0}
+        settings = {"width": width, "num_layers": num_layers, "cond_channels": num_classes or 0}
         self.num_components = num_components
         if num_components is None:
             outputs = channels * self.bins

@@ -63,7 +63,7 @@ class EnergyModel(nn.Module):
         """Return W h + b, the log-odds of P(v = 1 | h): (..., visible) of h (..., hidden)."""
         return F.linear(h, self.weight, self.visible_bias)
 
-    def clamp(self, v: Tensor, known: Tensor) -> "EnergyModel":
+    def condition_on(self, v: Tensor, known: Tensor) -> "EnergyModel":
         """Return P(unknown v, h | known v), which has the energy of a smaller model.
 
         The known visible units become part of the hidden biases: c + W_known' v_known.

@@ -419,7 +419,7 @@ class RBM(EnergyModel, SupportsCompression, SupportsInpainting, SupportsMCMC):
         """
         mask = known.flatten()
         visible = self.to_visible(images)
-        clamped = self.clamp(visible[0], mask)
+        clamped = self.condition_on(visible[0], mask)
         steps = steps or CONDITIONAL_AIS_STEPS
         config = EvalConfig(ais_steps=steps, cross_check=True)
         log_z = estimate_log_z(clamped, config, generator, self.progress)

@@ -133,7 +133,7 @@ class VampPrior(nn.Module):
 
     log p(z) = logsumexp_c log N(z; m(u_c), e^2l(u_c)) - log C. The best prior is the mean of
     q(z | x) over all images, which this mixture approximates. Tomczak and Welling, VAE with a
-    VampPrior (1705.07120), section 2.
+    VampPrior (1705.07120), section 3.
 
     Args:
         num_components: Number C of pseudo-inputs.

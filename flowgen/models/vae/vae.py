@@ -178,7 +178,7 @@ class VAE(LikelihoodModel):
         """Return the training loss in bits/dim, a scalar."""
         encoding = self._encode(self._scale(images))
         samples = self.train_importance_samples
-        noise = self._draw_noise(images, samples)
+        noise = self._latent_noise(images, samples)
         terms = self._terms(images, encoding, noise)
         weight = self._kl_weight(images)
         if samples > 1:
@@ -219,7 +219,7 @@ class VAE(LikelihoodModel):
         self.encoder.initialize(scaled)
         self.prior.initialize(scaled)
         encoding = self._encode(scaled)
-        z, _ = self.posterior(encoding, self._draw_noise(images, 1).flatten(0, 1))
+        z, _ = self.posterior(encoding, self._latent_noise(images, 1).flatten(0, 1))
         self.decoder.initialize(z)
         parameters = initial_parameters(
             scale_values(images, self.bins, torch.float32), self.num_components, self.bits
@@ -246,7 +246,7 @@ class VAE(LikelihoodModel):
         return (terms.reconstruction - terms.kl)[:, 0]
 
     def draw_noise(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self._draw_noise(images, 1, generator)
+        return self._latent_noise(images, 1, generator)
 
     @torch.no_grad()
     def evaluate(
@@ -344,7 +344,7 @@ class VAE(LikelihoodModel):
     def _scale(self, images: Tensor) -> Tensor:
         return scale_values(images, self.bins, self.dtype)
 
-    def _draw_noise(
+    def _latent_noise(
         self, images: Tensor, samples: int, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return the noise eps of the latents, (batch, samples, latent_dim)."""
