@@ -14,6 +14,7 @@ from test_data import folder
 from test_idx import mnist, write_idx
 from training_runs import same
 
+import flowgen
 from flowgen.commands.export import export
 from flowgen.data.dataset import height_and_width
 from flowgen.data.preprocess import preprocess
@@ -154,3 +155,8 @@ def test_the_page_and_the_bot_accept_images_that_are_not_square(runs):
 def test_one_sentence_says_that_a_size_does_not_fit(overrides, message, runs, command):
     data = ["data=folder", f"data.root={runs / 'images'}"]
     assert_error(command("train", *data, *overrides, "trainer.steps=1"), message)
+
+
+def test_couplings_need_two_values():
+    with pytest.raises(UserError, match="at least two values"):
+        flowgen.create_model("nice", image_shape=(1, 1, 1))

@@ -65,12 +65,12 @@ def estimate_log_mean_of_groups(log_weights: Tensor) -> ImportanceEstimate:
         return ImportanceEstimate(-math.inf, math.nan, math.nan)
     groups = [estimate_log_mean(group) for group in positive]
     log_means = torch.tensor([group.log_mean for group in groups], dtype=torch.double)
-    shares = log_means.softmax(0).tolist()
-    pairs = list(zip(shares, groups, strict=True))
+    fractions = log_means.softmax(0).tolist()
+    pairs = list(zip(fractions, groups, strict=True))
     return ImportanceEstimate(
         log_means.logsumexp(0).item() - math.log(log_weights.shape[1]),
-        math.sqrt(sum((share * group.error) ** 2 for share, group in pairs)),
-        1 / sum(share**2 / group.effective_sample_size for share, group in pairs),
+        math.sqrt(sum((fraction * group.error) ** 2 for fraction, group in pairs)),
+        1 / sum(fraction**2 / group.effective_sample_size for fraction, group in pairs),
     )
 
 
