@@ -23,7 +23,7 @@ from flowgen.config.settings import (
     settings_of_file,
     settings_of_option,
 )
-from flowgen.data import DOWNLOADED
+from flowgen.data import DOWNLOADABLE
 
 CHOICES = re.compile(r"One of ([^.]+)\.")  # in the comment of a setting
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
@@ -186,7 +186,7 @@ class DataTable(MarkdownDirective):
         rows = []
         for name, text, source, _ in list_datasets():
             section = read_yaml(f"data/{name}")
-            downloaded = section["_target_"].rpartition(".")[2] in DOWNLOADED
+            downloaded = section["_target_"].rpartition(".")[2] in DOWNLOADABLE
             how = "downloaded if missing" if downloaded else "`data.root=` your copy"
             if "root" not in section and not downloaded:
                 how = "included, or generated"
