@@ -579,3 +579,11 @@ def test_1x1_convolution_of_one_thread_equals_that_of_torch(batch_size):
     gradients = (torch.autograd.grad(y.pow(3).sum(), inputs) for y in outputs)
     for gradient, expected in zip(*gradients, strict=True):
         assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_slope_of_a_logistic_base_is_right_at_zero():
+    x = torch.zeros(1, 1, dtype=torch.double, requires_grad=True)
+    z, log_det = LogisticToNormal()(x)
+    (slope,) = torch.autograd.grad(z.sum(), x)
+    assert slope.item() == pytest.approx(math.sqrt(math.pi / 8))
+    assert log_det.item() == pytest.approx(math.log(slope.item()))

@@ -34,7 +34,7 @@ from flowgen.data.preprocess import open_source, preprocess, read_image
 from flowgen.data.splits import Split
 from flowgen.data.toy2d import Toy2D
 from flowgen.utils.errors import UserError
-from flowgen.utils.files import atomic_write
+from flowgen.utils.files import atomic_write, data_folder
 
 SHARED = Path(os.environ.get("FLOWGEN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared = pytest.mark.skipif(
@@ -445,3 +445,8 @@ def test_the_package_imports_a_data_set_when_it_is_used():
         "sys.exit('flowgen.data.mnist' in sys.modules or 'matplotlib' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_data_folder_may_be_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("FLOWGEN_DATA", "~/sets")
+    assert data_folder() == Path.home() / "sets"
