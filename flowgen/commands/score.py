@@ -13,13 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgen.commands.runs import data_name, readable_runs
+from flowgen.commands.runs import data_name, readable_runs, run_likelihood
 from flowgen.config import compose, instantiate, runs
 from flowgen.data.dataset import ImageDataset
 from flowgen.data.preprocess import ImageStream, check_color_channels
 from flowgen.evaluation.ood import AUROC, DEFAULT_SCORE, OODDetector, auroc, png_complexity
 from flowgen.models.base import GenerativeModel
-from flowgen.models.flows.dequantization import gaussian_std
 from flowgen.models.likelihood import LikelihoodModel
 from flowgen.training.checkpoint import read_safetensors, zoo, zoo_file
 from flowgen.training.run_dir import Run, cached_artifact
@@ -400,10 +399,7 @@ def ood_comparison(
 
 
 def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
-    """Return the newest run, or else the zoo model, on these data with this metric.
-
-    Flows of noisy images have no likelihood of images.
-    """
+    """Return the newest run with a likelihood, or the zoo model, on these data with this metric."""
     configs = [
         (str(run.folder), compose.read_config(run.config))
         for run in readable_runs()
@@ -416,7 +412,7 @@ def _find_run_on(section: dict[str, Any], metric: Metric) -> str | None:
         name
         for name, config in configs
         if instantiate.same_dataset(config["data"], section)
-        and gaussian_std(config["model"].get("dequantization")) is None
+        and run_likelihood(config["model"], []) != "none"
         and getattr(instantiate.resolve_target("model", config["model"]), "metric", None) == metric
     )
     return next(matches, None)

@@ -224,7 +224,7 @@ def train_in_group(
             log.info("resuming from step %d", checkpoint["step"])
         training = trainer.Trainer(trainer_config, model, data, run, config, group, runtime)
         training.prepare(checkpoint, init_weights=init_from is not None)
-        if group.is_main and checkpoint is not None:  # only settings that can be used replace it
+        if group.is_main and checkpoint is not None:  # after all checks of the new settings
             compose.save_config(config, run.config)
         stop_signal = training.fit()
         if stop_signal is not None:

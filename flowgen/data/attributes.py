@@ -1,6 +1,7 @@
 """Attributes of images in the user's own CSV file."""
 
 import csv
+import hashlib
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -27,12 +28,12 @@ class AttributeTable(NamedTuple):
 
     def fingerprint(self) -> str:
         """Return a hash that changes with the table and with the size or time of its files."""
-        statuses = [path.stat() for path in self.files]
+        values = hashlib.sha256(self.values.numpy().tobytes()).hexdigest()
         files = [
-            (str(path.resolve()), status.st_size, status.st_mtime_ns)
-            for path, status in zip(self.files, statuses, strict=True)
+            (str(path.absolute()), status.st_size, status.st_mtime_ns)
+            for path, status in ((path, path.stat()) for path in self.files)
         ]
-        return hash_json([self.names, self.values.tolist(), files])
+        return hash_json([self.names, values, files])
 
 
 def read_table(path: Path) -> AttributeTable:

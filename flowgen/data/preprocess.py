@@ -110,7 +110,10 @@ def open_source(root: Path) -> ImageSource:
 
 
 def _files_below(root: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders; a folder with several links counts once."""
+    """Yield the files in a folder and its subfolders.
+
+    Links to folders are followed. A folder that several links lead to is read once.
+    """
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real_folder = os.path.realpath(folder)
@@ -118,7 +121,7 @@ def _files_below(root: Path) -> Iterator[Path]:
             subfolders.clear()
             continue
         visited.add(real_folder)
-        subfolders.sort()
+        subfolders.sort()  # so that the same one of several links is read every time
         yield from filter(Path.is_file, (Path(folder, name) for name in names))
 
 

@@ -201,9 +201,8 @@ def read_safetensors(path: Path, with_weights: bool = True) -> dict[str, Any]:
     check(
         isinstance(metadata, dict)
         and isinstance(metadata.get("command"), str)
-        and bool(
-            metadata.keys() & {"metrics", "figures"}
-        ),  # `validate_checkpoint` refuses the old figures
+        # `validate_checkpoint` refuses the old figures.
+        and bool(metadata.keys() & {"metrics", "figures"}),
         f"{path} is not a model of flowgen: choose another run or file",
     )
     return validate_checkpoint(metadata | NOT_EXPORTED | {"model": weights, "ema": None}, path)

@@ -98,7 +98,7 @@ class TrainState:
         Raises:
             UserError: If the checkpoint belongs to another model.
         """
-        self.restore_weights(checkpoint)
+        self.restore_step(checkpoint)
         progress = checkpoint["progress"]
         self.seconds = progress["seconds"]
         # With another kind of noise the metric is another one, and its best value means nothing.
@@ -107,8 +107,8 @@ class TrainState:
             self.evals_since_best = progress.get("evals_since_best", 0)
         self.nan_recovery = NaNRecovery(**checkpoint["nan_recovery"])
 
-    def restore_weights(self, checkpoint: dict[str, Any]) -> None:
-        """Restore weights, optimizer state and position in the data, but not time or failures.
+    def restore_step(self, checkpoint: dict[str, Any]) -> None:
+        """Restore weights, optimizer and step of a checkpoint, but not its time or failures.
 
         Hyperparameters of the optimizer stay those of the current configuration.
         """

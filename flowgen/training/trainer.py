@@ -159,7 +159,7 @@ class Trainer:
         logger: Writes metrics and pictures, in the main process.
         batch_indices: Indices of this process's images in every batch, or None for all of them.
         last_done: The step at which each task was last done.
-        saved_end: Whether the last checkpoint is that of a finished training.
+        saved_as_finished: Whether the last checkpoint is that of a finished training.
         step_metrics: Loss, learning rate and gradient norm of the last training step.
         step_seconds: Durations of the training steps since the last log line.
         compiled: Whether the model is compiled, or None until this is chosen.
@@ -176,7 +176,7 @@ class Trainer:
     logger: Any = field(init=False, default_factory=WorkerLogger)
     batch_indices: Tensor | None = field(init=False, default=None)
     last_done: dict[str, int] = field(init=False, default_factory=dict)
-    saved_end: bool = field(init=False, default=False)
+    saved_as_finished: bool = field(init=False, default=False)
     step_metrics: dict[str, float] = field(init=False, default_factory=dict)
     step_seconds: list[float] = field(init=False, default_factory=list)
     compiled: bool | None = field(init=False, default=None)
@@ -209,7 +209,7 @@ class Trainer:
             UserError: If losses stay non-finite after training was rewound several times.
         """
         state = self.state
-        # A later rewind or resume continues this state, even if it is not that of the last one.
+        # A rewind or a resume starts from here, even if an older checkpoint was chosen.
         self.save_checkpoint()
         if self.group.is_main:
             self.run.truncate_metrics(state.step)
@@ -329,7 +329,7 @@ class Trainer:
         state.nan_recovery.count_rewind(
             checkpoint["step"], state.step + 1, bad_module, self.config.lr
         )
-        state.restore_weights(checkpoint)
+        state.restore_step(checkpoint)
         state.evals_since_best = checkpoint["progress"].get("evals_since_best", 0)
         self.last_done = {"save": state.step}  # later steps and their tasks are done again
         if self.group.is_main:
@@ -383,7 +383,7 @@ class Trainer:
         """Complete the tasks of the last step; the time may have run out during its evaluation."""
         if self.finished and self.step_metrics:
             self._after_step()
-        if self.last_done["save"] != self.state.step or self.saved_end != self.finished:
+        if self.last_done["save"] != self.state.step or self.saved_as_finished != self.finished:
             self.save_checkpoint()
         self.logger.plot_curves()
 
@@ -503,7 +503,7 @@ class Trainer:
                 numbered=numbered,
             )
         self.last_done["save"] = self.state.step
-        self.saved_end = self.finished
+        self.saved_as_finished = self.finished
 
     def _prepare_model(self, initialize: bool) -> None:
         """Move the model to the device, initialize it from data, and check that a batch fits."""

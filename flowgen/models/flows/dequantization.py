@@ -60,7 +60,7 @@ class Dequantizer(nn.Module):
 class UniformDequantizer(Dequantizer):
     """u ~ U[0, 1), with log q(u) = 0. Theis, van den Oord and Bethge (1511.01844), section 3.1.
 
-    The few u above `MAX_NOISE` are moved there.
+    Rare values above `MAX_NOISE` are set to it.
     """
 
     def draw_noise(

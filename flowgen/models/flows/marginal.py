@@ -23,9 +23,7 @@ BETA_POWER = 3  # small inverse temperatures are dense, because the weights vary
 
 def chains_per_class(num_classes: int) -> int:
     """Return the number of annealed chains of each class."""
-    return (
-        NUM_CHAINS if num_classes == 1 else max(MIN_CHAINS_PER_CLASS, -(-NUM_CHAINS // num_classes))
-    )
+    return max(MIN_CHAINS_PER_CLASS, -(-NUM_CHAINS // num_classes))
 
 
 def base_moments(
@@ -158,6 +156,7 @@ def log_marginal(
         pilot.step(betas[index], step_size, adapt=True)
         chains.step(betas[index], step_size, adapt=False)
     log_weights[~chains.is_inside()] = -torch.inf
-    estimate = estimate_log_mean_of_groups(log_weights.view(per_class, num_classes))
+    by_class = log_weights.view(per_class, num_classes)  # the order of the labels of the chains
+    estimate = estimate_log_mean_of_groups(by_class)
     volume = int(known.sum()) * math.log(flow.bins) + chains.target.head_log_det_of_unknown()
     return estimate._replace(log_mean=estimate.log_mean - volume)

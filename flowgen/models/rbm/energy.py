@@ -72,12 +72,12 @@ class EnergyModel(nn.Module):
             v: The visible units, (visible,).
             known: Mask of the known units, (visible,).
         """
-        clamped = EnergyModel(int((~known).sum()), self.hidden)
-        clamped.weight = nn.Parameter(self.weight[~known])
-        clamped.visible_bias = nn.Parameter(self.visible_bias[~known])
-        clamped.hidden_bias = nn.Parameter(self.hidden_bias + v[known] @ self.weight[known])
-        clamped.base = nn.Buffer(self.base[~known])
-        return clamped
+        smaller = EnergyModel(int((~known).sum()), self.hidden)
+        smaller.weight = nn.Parameter(self.weight[~known])
+        smaller.visible_bias = nn.Parameter(self.visible_bias[~known])
+        smaller.hidden_bias = nn.Parameter(self.hidden_bias + v[known] @ self.weight[known])
+        smaller.base = nn.Buffer(self.base[~known])
+        return smaller
 
 
 class ContrastiveLoss(torch.autograd.Function):
